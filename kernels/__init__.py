@@ -1,0 +1,1 @@
+"""Triton kernels of the multi-layer perceptron: tensors in, tensors out; no autograd, no nn, no policy."""

@@ -1,0 +1,871 @@
+"""ACTIVATIONS: every activation, declared once.
+
+An activation is a pair of functions of one element, `forward(z) -> h` and `backward(dh, saved) -> dz`, written for
+Triton and handed to the kernels, and their twins in plain torch. `saved` is the one tensor kept for backward: the
+output h where the derivative can be read off it accurately, the pre-activation z otherwise. Parameters (a slope, an alpha)
+follow as compile-time constants, in their declared order.
+
+Names, error texts, the mapping from `nn.Module` classes, test ids and the README's list all come from the table.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .language import HAS_TRITON, tl, triton
+
+__all__ = ["ACTIVATIONS", "Activation", "register_activation", "resolve"]
+
+Kept = Literal["output", "preactivation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """h = forward(z), dz = backward(dh, saved): one pointwise activation, its parameters bound.
+
+    Attributes:
+        name: what users write.
+        forward: `@triton.jit` function (z, *parameters) -> h.
+        backward: `@triton.jit` function (dh, saved, *parameters) -> dz.
+        saves: which tensor `backward` reads, "output" or "preactivation"; or a function of the parameters that says so.
+        reference: forward in plain torch, (z, *parameters) -> h.
+        reference_backward: backward in plain torch, where the output is kept: (dh, h, *parameters) -> dz; differentiable.
+        parameters: parameter names, in order, with their values.
+        module: the `nn.Module` class that this is, its parameters being attributes of the same names.
+        matches: which instances of `module`, where not all of them.
+        kinks: the points where the derivative jumps.
+        rounds_parameters: whether parameters act as values of the tensor's dtype (bounds to compare an output with).
+    """
+
+    name: str
+    forward: Any
+    backward: Any
+    saves: Kept | Callable[..., Kept]
+    reference: Callable[..., Tensor]
+    reference_backward: Callable[..., Tensor] | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    module: type[nn.Module] | None = None
+    matches: Callable[[nn.Module], bool] = lambda module: True
+    kinks: Callable[..., tuple[float, ...]] = lambda *parameters: ()
+    rounds_parameters: bool = False
+
+    @functools.cached_property
+    def values(self) -> tuple[float, ...]:
+        """The parameters' values, in order."""
+        return tuple(self.parameters.values())
+
+    @functools.cached_property
+    def keeps(self) -> Kept:
+        """Which tensor backward reads with these parameters: "output" or "preactivation"."""
+        return self.saves(*self.values) if callable(self.saves) else self.saves
+
+    @functools.cached_property
+    def keeps_preactivation(self) -> bool:
+        return self.keeps == "preactivation"
+
+    def constants(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """The parameters as the kernels for `dtype` take them."""
+        if not (self.rounds_parameters and self.values):
+            return self.values
+        return tuple(torch.tensor(self.values, dtype=torch.float64).to(dtype).tolist())
+
+    def bind(self, **parameters: float) -> Activation:
+        """The same activation with other parameter values.
+
+        Raises:
+            TypeError: a parameter it does not have, or a value that is not a number.
+        """
+        unknown = parameters.keys() - self.parameters.keys()
+        if unknown:
+            has = ", ".join(self.parameters) or "none"
+            raise TypeError(
+                f"activation {self.name!r} has no parameter {sorted(unknown)[0]!r}; its parameters are: {has}"
+            )
+        for name, value in parameters.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"activation {self.name!r}: {name} is {value!r}; it needs to be a number")
+        merged = tuple((name, float(parameters.get(name, default))) for name, default in self.parameters.items())
+        return _bound(self, merged)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """h = a(z) in plain torch."""
+        return self.reference(z, *self.values)
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
+        return f"{self.name}({arguments})" if arguments else self.name
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound(declared: Activation, parameters: tuple[tuple[str, float], ...]) -> Activation:
+    """One object per activation and parameter values, so that caches may key on identity."""
+    values = dict(parameters)
+    return declared if values == declared.parameters else replace(declared, parameters=values)
+
+
+ACTIVATIONS: dict[str, Activation] = {}
+
+
+def register_activation(
+    name: str,
+    forward: Any,
+    backward: Any,
+    *,
+    saves: Kept | Callable[..., Kept] = "preactivation",
+    reference: Callable[..., Tensor],
+    reference_backward: Callable[..., Tensor] | None = None,
+    parameters: Mapping[str, float] | None = None,
+    module: type[nn.Module] | None = None,
+    matches: Callable[[nn.Module], bool] = lambda module: True,
+    kinks: Callable[..., tuple[float, ...]] = lambda *parameters: (),
+    rounds_parameters: bool = False,
+) -> Activation:
+    """h = forward(z), dz = backward(dh, saved): add an activation to the table, under a new name.
+
+    See `Activation` for what each argument is. `forward` and `backward` are `@triton.jit` functions of fp32 values
+    (fp64 under the interpreter); `reference` is what runs on a CPU, for fp64, and when a gradient is differentiated.
+
+    Raises:
+        ValueError: the name is taken, `saves` is unknown, or the output is kept and `reference_backward` is missing.
+        TypeError: `forward` or `backward` is not a `@triton.jit` function, or `reference` cannot be called.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name is {name!r}; it needs to be a non-empty string")
+    if name in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is registered already; choose another name")
+    if not callable(saves) and saves not in ("output", "preactivation"):
+        raise ValueError(f'saves is {saves!r}; it needs to be "output" or "preactivation"')
+    if saves != "preactivation" and reference_backward is None:
+        raise ValueError(
+            f"activation {name!r} keeps its output and has no reference_backward; give the derivative in plain torch, "
+            "(dh, h) -> dz, so that a gradient can be differentiated"
+        )
+    if not callable(reference):
+        raise TypeError(f"reference is {type(reference).__name__}; it needs to be a function z -> h in plain torch")
+    for role, function in (("forward", forward), ("backward", backward)):
+        if HAS_TRITON and not isinstance(function, triton.runtime.jit.KernelInterface):
+            raise TypeError(f"{role} is {type(function).__name__}; it needs to be a @triton.jit function")
+    ACTIVATIONS[name] = Activation(
+        name=name,
+        forward=forward,
+        backward=backward,
+        saves=saves,
+        reference=reference,
+        reference_backward=reference_backward,
+        parameters=dict(parameters or {}),
+        module=module,
+        matches=matches,
+        kinks=kinks,
+        rounds_parameters=rounds_parameters,
+    )
+    _by_module.cache_clear()
+    return ACTIVATIONS[name]
+
+
+@functools.lru_cache(maxsize=256)
+def _by_module(kind: Any) -> tuple[Activation, ...]:
+    return tuple(activation for activation in ACTIVATIONS.values() if activation.module is kind)
+
+
+def find(module: nn.Module) -> Activation | None:
+    """The activation that `module` is, its parameters read off the instance; None where it is none of the table's."""
+    own = getattr(module, "activation", None)  # a module that carries its activation
+    if isinstance(own, Activation):
+        return own
+    for activation in _by_module(type(module)):
+        if activation.matches(module):
+            if not activation.parameters:
+                return activation
+            return _bound(activation, tuple((name, float(getattr(module, name))) for name in activation.parameters))
+    return None
+
+
+def resolve(
+    activation: str | Activation | nn.Module | type[nn.Module] | None, argument: str = "activation"
+) -> Activation:
+    """The table's row for a name, an `nn.Module` class or instance; None is the identity.
+
+    Raises:
+        ValueError: the name is not in the table, or the module is none of the table's.
+        TypeError: anything else.
+    """
+    if activation is None:
+        return ACTIVATIONS["identity"]
+    if isinstance(activation, Activation):
+        return activation
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{argument} is {activation!r}; it needs to be one of: {', '.join(ACTIVATIONS)}; "
+                "or add it with register_activation"
+            )
+        return ACTIVATIONS[activation]
+    module = activation
+    if isinstance(activation, type) and issubclass(activation, nn.Module):
+        try:
+            module = activation()
+        except TypeError as error:
+            raise TypeError(
+                f"{argument} is the class {activation.__name__}, which cannot be made without arguments ({error}); "
+                "pass an instance"
+            ) from None
+    if isinstance(module, nn.Module):
+        found = find(module)
+        if found is None:
+            raise ValueError(
+                f"{argument} is {type(module).__name__}, which has no kernel; it needs to be one of: "
+                f"{', '.join(ACTIVATIONS)}; or add it with register_activation"
+            )
+        return found
+    raise TypeError(
+        f"{argument} is {type(activation).__name__}; it needs to be a name, an nn.Module class or instance, or None"
+    )
+
+
+# --- Elementary functions that Triton's language lacks, each relatively accurate near 0 and safe at infinity. ---
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1: its Taylor polynomial for |x| < 0.35 (truncated below 1e-12 relatively), exp(x) - 1 beyond."""
+    p = x * (1 / 11) + 1
+    p = p * x * (1 / 10) + 1
+    p = p * x * (1 / 9) + 1
+    p = p * x * (1 / 8) + 1
+    p = p * x * (1 / 7) + 1
+    p = p * x * (1 / 6) + 1
+    p = p * x * (1 / 5) + 1
+    p = p * x * (1 / 4) + 1
+    p = p * x * (1 / 3) + 1
+    p = p * x * (1 / 2) + 1
+    return tl.where(tl.abs(x) < 0.35, p * x, tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for 0 <= x <= 1, as 2 artanh(s), s = x / (2 + x) <= 1/3, by its power series (to 1e-11 relatively)."""
+    s = x / (2 + x)
+    t = s * s
+    p = t * (1 / 21) + 1 / 19
+    p = p * t + 1 / 17
+    p = p * t + 1 / 15
+    p = p * t + 1 / 13
+    p = p * t + 1 / 11
+    p = p * t + 1 / 9
+    p = p * t + 1 / 7
+    p = p * t + 1 / 5
+    p = p * t + 1 / 3
+    return 2 * s * (p * t + 1)
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent, from expm1(-2|x|), which lies in [-1, 0]."""
+    t = expm1(-2 * tl.abs(x))
+    magnitude = -t / (t + 2)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return 1 / (1 + tl.exp(-x))
+
+
+# --- The table. Forward, derivative and their torch twins stand together; whoever changes one sees the others. ---
+
+
+@triton.jit
+def identity_forward(z):
+    return z
+
+
+@triton.jit
+def identity_backward(dh, h):
+    return dh
+
+
+register_activation(
+    "identity",
+    identity_forward,
+    identity_backward,
+    saves="output",
+    reference=lambda z: z,
+    reference_backward=lambda dh, h: dh,
+    module=nn.Identity,
+)
+
+
+@triton.jit
+def relu_forward(z):
+    return tl.where(z < 0, 0.0, z)  # a comparison, not a maximum: NaN stays NaN
+
+
+@triton.jit
+def relu_backward(dh, h):
+    return tl.where(h <= 0, 0.0, dh)  # at NaN the gradient passes, as in torch
+
+
+register_activation(
+    "relu",
+    relu_forward,
+    relu_backward,
+    saves="output",
+    reference=F.relu,
+    reference_backward=lambda dh, h: dh.masked_fill(h <= 0, 0),
+    module=nn.ReLU,
+    kinks=lambda: (0.0,),
+)
+
+
+@triton.jit
+def leaky_relu_forward(z, negative_slope):
+    return tl.where(z > 0, z, z * negative_slope)
+
+
+@triton.jit
+def leaky_relu_backward(dh, saved, negative_slope):
+    return tl.where(saved > 0, dh, dh * negative_slope)
+
+
+register_activation(
+    "leaky_relu",
+    leaky_relu_forward,
+    leaky_relu_backward,
+    saves=lambda negative_slope: "output" if negative_slope >= 0 else "preactivation",  # else h has lost z's sign
+    reference=F.leaky_relu,
+    reference_backward=lambda dh, h, negative_slope: torch.where(h > 0, dh, dh * negative_slope),
+    parameters={"negative_slope": 0.01},
+    module=nn.LeakyReLU,
+    kinks=lambda negative_slope: (0.0,),
+)
+
+
+@triton.jit
+def hardtanh_forward(z, min_val, max_val):
+    return tl.where(z < min_val, min_val, tl.where(z > max_val, max_val, z))
+
+
+@triton.jit
+def hardtanh_backward(dh, h, min_val, max_val):
+    return tl.where((h <= min_val) | (h >= max_val), 0.0, dh)
+
+
+def _hardtanh_reference_backward(dh: Tensor, h: Tensor, min_val: float, max_val: float) -> Tensor:
+    return dh.masked_fill((h <= min_val) | (h >= max_val), 0)
+
+
+register_activation(
+    "hardtanh",
+    hardtanh_forward,
+    hardtanh_backward,
+    saves="output",
+    reference=F.hardtanh,
+    reference_backward=_hardtanh_reference_backward,
+    parameters={"min_val": -1.0, "max_val": 1.0},
+    module=nn.Hardtanh,
+    kinks=lambda min_val, max_val: (min_val, max_val),
+    rounds_parameters=True,  # an output that was clamped equals the rounded bound
+)
+
+
+@triton.jit
+def relu6_forward(z):
+    return hardtanh_forward(z, 0.0, 6.0)
+
+
+@triton.jit
+def relu6_backward(dh, h):
+    return hardtanh_backward(dh, h, 0.0, 6.0)
+
+
+register_activation(
+    "relu6",
+    relu6_forward,
+    relu6_backward,
+    saves="output",
+    reference=F.relu6,
+    reference_backward=lambda dh, h: _hardtanh_reference_backward(dh, h, 0.0, 6.0),
+    module=nn.ReLU6,
+    kinks=lambda: (0.0, 6.0),
+)
+
+
+@triton.jit
+def squared_relu_forward(z):
+    h = relu_forward(z)
+    return h * h
+
+
+@triton.jit
+def squared_relu_backward(dh, z):
+    return dh * 2 * relu_forward(z)
+
+
+register_activation(
+    "squared_relu",
+    squared_relu_forward,
+    squared_relu_backward,
+    reference=lambda z: F.relu(z).square(),
+)
+
+
+@triton.jit
+def threshold_forward(z, threshold, value):
+    return tl.where(z <= threshold, value, z)
+
+
+@triton.jit
+def threshold_backward(dh, z, threshold, value):
+    return tl.where(z <= threshold, 0.0, dh)
+
+
+register_activation(
+    "threshold",
+    threshold_forward,
+    threshold_backward,
+    reference=F.threshold,
+    parameters={"threshold": 0.0, "value": 0.0},
+    module=nn.Threshold,
+    kinks=lambda threshold, value: (threshold,),
+)
+
+
+@triton.jit
+def elu_forward(z, alpha):
+    return tl.where(z > 0, z, alpha * expm1(z))
+
+
+@triton.jit
+def elu_backward(dh, z, alpha):
+    return tl.where(z <= 0, dh * alpha * tl.exp(z), dh)
+
+
+register_activation(
+    "elu",
+    elu_forward,
+    elu_backward,
+    reference=F.elu,
+    parameters={"alpha": 1.0},
+    module=nn.ELU,
+    kinks=lambda alpha: (0.0,),
+)
+
+
+@triton.jit
+def celu_forward(z, alpha):
+    return tl.where(z > 0, z, alpha * expm1(z / alpha))
+
+
+@triton.jit
+def celu_backward(dh, z, alpha):
+    return tl.where(z <= 0, dh * tl.exp(z / alpha), dh)
+
+
+register_activation(
+    "celu",
+    celu_forward,
+    celu_backward,
+    reference=F.celu,
+    parameters={"alpha": 1.0},
+    module=nn.CELU,
+    kinks=lambda alpha: (0.0,),
+)
+
+
+@triton.jit
+def selu_forward(z):
+    # scale and alpha: Klambauer et al., "Self-Normalizing Neural Networks", arXiv 1706.02515, equation 14
+    return 1.0507009873554805 * tl.where(z > 0, z, 1.6732632423543772 * expm1(z))
+
+
+@triton.jit
+def selu_backward(dh, z):
+    return dh * 1.0507009873554805 * tl.where(z <= 0, 1.6732632423543772 * tl.exp(z), 1.0)
+
+
+register_activation("selu", selu_forward, selu_backward, reference=F.selu, module=nn.SELU, kinks=lambda: (0.0,))
+
+
+@triton.jit
+def gelu_cdf(z):
+    return 0.5 * (1 + tl.erf(z * 0.7071067811865476))  # 1 / sqrt(2)
+
+
+@triton.jit
+def gelu_forward(z):
+    return z * gelu_cdf(z)
+
+
+@triton.jit
+def gelu_backward(dh, z):
+    pdf = 0.3989422804014327 * tl.exp(-0.5 * z * z)  # 1 / sqrt(2 pi)
+    return dh * (gelu_cdf(z) + z * pdf)
+
+
+register_activation(
+    "gelu",
+    gelu_forward,
+    gelu_backward,
+    reference=F.gelu,
+    module=nn.GELU,
+    matches=lambda module: module.approximate == "none",
+)
+
+
+@triton.jit
+def gelu_tanh_gate(z):
+    # (1 + tanh u) / 2 = sigmoid(2u), with u = sqrt(2 / pi) (z + 0.044715 z^3): no cancellation where tanh u is near -1.
+    return sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+
+
+@triton.jit
+def gelu_tanh_forward(z):
+    return z * gelu_tanh_gate(z)
+
+
+@triton.jit
+def gelu_tanh_backward(dh, z):
+    gate = gelu_tanh_gate(z)
+    slope = 1.5957691216057308 * (1 + 3 * 0.044715 * z * z)
+    return dh * (gate + z * gate * (1 - gate) * slope)
+
+
+register_activation(
+    "gelu_tanh",
+    gelu_tanh_forward,
+    gelu_tanh_backward,
+    reference=functools.partial(F.gelu, approximate="tanh"),
+    module=nn.GELU,
+    matches=lambda module: module.approximate == "tanh",
+)
+
+
+@triton.jit
+def quick_gelu_forward(z):
+    return z / (1 + tl.exp(-1.702 * z))
+
+
+@triton.jit
+def quick_gelu_backward(dh, z):
+    gate = sigmoid(1.702 * z)
+    return dh * gate * (1 + 1.702 * z * (1 - gate))
+
+
+register_activation(
+    "quick_gelu", quick_gelu_forward, quick_gelu_backward, reference=lambda z: z * torch.sigmoid(1.702 * z)
+)
+
+
+@triton.jit
+def silu_forward(z):
+    return z / (1 + tl.exp(-z))
+
+
+@triton.jit
+def silu_backward(dh, z):
+    gate = sigmoid(z)
+    return dh * gate * (1 + z * (1 - gate))
+
+
+register_activation("silu", silu_forward, silu_backward, reference=F.silu, module=nn.SiLU)
+
+
+@triton.jit
+def mish_gate(z):
+    """tanh(softplus(z)) = n / d, and 1 - gate = rest / d, from e = exp(-|z|) alone, so that nothing overflows."""
+    e = tl.exp(-tl.abs(z))
+    n = tl.where(z < 0, e * (e + 2), 1 + 2 * e)
+    rest = tl.where(z < 0, 2.0, 2 * e * e)
+    return n, rest, n + rest
+
+
+@triton.jit
+def mish_forward(z):
+    n, _, d = mish_gate(z)
+    return z * (n / d)
+
+
+@triton.jit
+def mish_backward(dh, z):
+    n, rest, d = mish_gate(z)
+    gate = n / d
+    return dh * (gate + z * sigmoid(z) * (rest / d) * (1 + gate))
+
+
+register_activation("mish", mish_forward, mish_backward, reference=F.mish, module=nn.Mish)
+
+
+@triton.jit
+def sigmoid_backward(dh, h):
+    return dh * h * (1 - h)
+
+
+register_activation(
+    "sigmoid",
+    sigmoid,
+    sigmoid_backward,
+    saves="output",
+    reference=torch.sigmoid,
+    reference_backward=lambda dh, h: dh * h * (1 - h),
+    module=nn.Sigmoid,
+)
+
+
+@triton.jit
+def softplus_forward(z, beta, threshold):
+    scaled = z * beta
+    smooth = (tl.where(scaled > 0, scaled, 0.0) + log1p_unit(tl.exp(-tl.abs(scaled)))) / beta
+    return tl.where(scaled > threshold, z, smooth)
+
+
+SOFTPLUS_LINEAR = tl.constexpr(17.0)  # from here on sigmoid is 1 in fp32: 1 - sigmoid(17) < 2^-24
+
+
+@triton.jit
+def softplus_backward(dh, saved, beta, threshold):
+    if beta > 0 and threshold >= SOFTPLUS_LINEAR:
+        slope = -expm1(-beta * saved)  # of the output: sigmoid(beta z) = 1 - exp(-beta h)
+    else:
+        slope = tl.where(saved * beta > threshold, 1.0, sigmoid(saved * beta))
+    return dh * slope
+
+
+def _softplus_keeps(beta: float, threshold: float) -> Kept:
+    # Below that threshold the function jumps, and h alone does not tell on which side z was.
+    return "output" if beta > 0 and threshold >= SOFTPLUS_LINEAR.value else "preactivation"
+
+
+register_activation(
+    "softplus",
+    softplus_forward,
+    softplus_backward,
+    saves=_softplus_keeps,
+    reference=F.softplus,
+    reference_backward=lambda dh, h, beta, threshold: dh * -torch.expm1(-beta * h),
+    parameters={"beta": 1.0, "threshold": 20.0},
+    module=nn.Softplus,
+    kinks=lambda beta, threshold: (threshold / beta,),
+)
+
+
+@triton.jit
+def logsigmoid_forward(z):
+    return tl.where(z < 0, z, 0.0) - log1p_unit(tl.exp(-tl.abs(z)))
+
+
+@triton.jit
+def logsigmoid_backward(dh, h):
+    return dh * -expm1(h)  # sigmoid(-z) = 1 - exp(h)
+
+
+register_activation(
+    "logsigmoid",
+    logsigmoid_forward,
+    logsigmoid_backward,
+    saves="output",
+    reference=F.logsigmoid,
+    reference_backward=lambda dh, h: dh * -torch.expm1(h),
+    module=nn.LogSigmoid,
+)
+
+
+@triton.jit
+def tanh_backward(dh, h):
+    return dh * (1 - h * h)
+
+
+register_activation(
+    "tanh",
+    tanh,
+    tanh_backward,
+    saves="output",
+    reference=torch.tanh,
+    reference_backward=lambda dh, h: dh * (1 - h * h),
+    module=nn.Tanh,
+)
+
+
+@triton.jit
+def tanhshrink_forward(z):
+    return z - tanh(z)
+
+
+@triton.jit
+def tanhshrink_backward(dh, z):
+    t = tanh(z)
+    return dh * (t * t)
+
+
+register_activation("tanhshrink", tanhshrink_forward, tanhshrink_backward, reference=F.tanhshrink, module=nn.Tanhshrink)
+
+
+@triton.jit
+def softsign_forward(z):
+    return z / (1 + tl.abs(z))
+
+
+@triton.jit
+def softsign_backward(dh, h):
+    rest = 1 - tl.abs(h)
+    return dh * (rest * rest)
+
+
+register_activation(
+    "softsign",
+    softsign_forward,
+    softsign_backward,
+    saves="output",
+    reference=F.softsign,
+    reference_backward=lambda dh, h: dh * (1 - h.abs()).square(),
+    module=nn.Softsign,
+)
+
+
+@triton.jit
+def softshrink_forward(z, lambd):
+    return tl.where(z > lambd, z - lambd, tl.where(z < -lambd, z + lambd, z * 0.0))
+
+
+@triton.jit
+def softshrink_backward(dh, h, lambd):
+    return tl.where(h == 0, 0.0, dh)
+
+
+register_activation(
+    "softshrink",
+    softshrink_forward,
+    softshrink_backward,
+    saves="output",
+    reference=F.softshrink,
+    reference_backward=lambda dh, h, lambd: dh.masked_fill(h == 0, 0),
+    parameters={"lambd": 0.5},
+    module=nn.Softshrink,
+    kinks=lambda lambd: (-lambd, lambd),
+)
+
+
+@triton.jit
+def hardshrink_forward(z, lambd):
+    return tl.where((z >= -lambd) & (z <= lambd), 0.0, z)
+
+
+@triton.jit
+def hardshrink_backward(dh, h, lambd):
+    return tl.where((h >= -lambd) & (h <= lambd), 0.0, dh)
+
+
+register_activation(
+    "hardshrink",
+    hardshrink_forward,
+    hardshrink_backward,
+    saves="output",
+    reference=F.hardshrink,
+    reference_backward=lambda dh, h, lambd: dh.masked_fill((h >= -lambd) & (h <= lambd), 0),
+    parameters={"lambd": 0.5},
+    module=nn.Hardshrink,
+    kinks=lambda lambd: (-lambd, lambd),
+)
+
+
+@triton.jit
+def hardsigmoid_forward(z):
+    return relu6_forward(z + 3) * (1 / 6)
+
+
+@triton.jit
+def hardsigmoid_backward(dh, h):
+    return tl.where((h > 0) & (h < 1), dh * (1 / 6), 0.0)
+
+
+register_activation(
+    "hardsigmoid",
+    hardsigmoid_forward,
+    hardsigmoid_backward,
+    saves="output",
+    reference=F.hardsigmoid,
+    reference_backward=lambda dh, h: (dh / 6).masked_fill((h <= 0) | (h >= 1), 0),
+    module=nn.Hardsigmoid,
+    kinks=lambda: (-3.0, 3.0),
+)
+
+
+@triton.jit
+def hardswish_forward(z):
+    return z * relu6_forward(z + 3) * (1 / 6)
+
+
+@triton.jit
+def hardswish_backward(dh, z):
+    return tl.where(z <= -3, 0.0, tl.where(z < 3, dh * (z * (1 / 3) + 0.5), dh))
+
+
+register_activation(
+    "hardswish",
+    hardswish_forward,
+    hardswish_backward,
+    reference=F.hardswish,
+    module=nn.Hardswish,
+    kinks=lambda: (-3.0, 3.0),
+)
+
+
+@triton.jit
+def exp_forward(z):
+    return tl.exp(z)
+
+
+@triton.jit
+def exp_backward(dh, h):
+    return dh * h
+
+
+register_activation(
+    "exp",
+    exp_forward,
+    exp_backward,
+    saves="output",
+    reference=torch.exp,
+    reference_backward=lambda dh, h: dh * h,
+)
+
+
+@triton.jit
+def sine_forward(z):
+    return tl.sin(z)
+
+
+@triton.jit
+def sine_backward(dh, z):
+    return dh * tl.cos(z)
+
+
+register_activation("sine", sine_forward, sine_backward, reference=torch.sin)
+
+
+@triton.jit
+def step_forward(z):
+    return tl.where(z >= 0, 1.0, tl.where(z < 0, 0.0, z))  # neither: NaN stays NaN, so that a fault is seen
+
+
+@triton.jit
+def step_backward(dh, h):
+    return tl.where(h == h, 0.0, dh)
+
+
+register_activation(
+    "step",
+    step_forward,
+    step_backward,
+    saves="output",
+    reference=lambda z: z.masked_fill(z >= 0, 1).masked_fill(z < 0, 0),
+    reference_backward=lambda dh, h: dh.masked_fill(h == h, 0),
+    kinks=lambda: (0.0,),
+)

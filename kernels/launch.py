@@ -1,0 +1,49 @@
+"""How every kernel is launched: on the device that its tensors are on, counted, with offsets wide enough."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configs import TileConfig
+from .language import tl
+
+__all__ = ["count_launches", "launch", "offset_type"]
+
+_counters: list[dict[str, int]] = []
+
+
+def launch(
+    kernel: Any, programs: int, device: torch.device, tile: TileConfig, *arguments: Any, **constants: Any
+) -> None:
+    """Launch `programs` instances of a kernel with a tile's sizes, warps and stages; none where there is no work."""
+    if programs == 0:
+        return
+    for counter in _counters:
+        counter[kernel.__name__] = counter.get(kernel.__name__, 0) + 1
+    guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    with guard:  # Triton launches on the current device, which need not be the tensors'
+        kernel[(programs,)](*arguments, **constants, **tile.constants)
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[dict[str, int]]:
+    """Within the block, count kernel launches: a dict from the kernel's name to their number."""
+    counter: dict[str, int] = {}
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
+def offset_type(*tensors: Tensor | None) -> Any:
+    """The integer type for offsets: 64 bits where any tensor's last element lies at 2^31 or beyond."""
+    for tensor in tensors:
+        if tensor is not None and sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) >= 2**31:
+            return tl.int64
+    return tl.int32

@@ -1,0 +1,97 @@
+"""h = a(x Wᵀ + b): one layer forward, its bias and activation in the epilogue of one GEMM."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import configs
+from .activations import Activation
+from .dot import activate, multiply, round_to, store, tile_position
+from .language import tl, triton
+from .launch import launch, offset_type
+
+__all__ = ["layer_forward"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def layer_forward_kernel(
+    x_ptr,  # (M, K)
+    w_ptr,  # (N, K)
+    b_ptr,  # (N,), or None
+    h_ptr,  # (M, N), contiguous
+    z_ptr,  # (M, N), contiguous, or None where the pre-activation is not kept
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bn,
+    FORWARD: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+    ROUND_Z: tl.constexpr,  # whether the activation sees z as it is kept: rounded to the dtype
+    PRECISION: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tile_m, tile_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m.to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    z, _ = multiply(
+        x_ptr, w_ptr, rows, cols, M, N, 0, K,
+        stride_xm, stride_xk, stride_wk, stride_wn,
+        BLOCK_K, PRECISION, OFFSET, EVEN_K, False,
+    )  # fmt: skip
+    if b_ptr is not None:
+        z += tl.load(b_ptr + cols.to(OFFSET) * stride_bn, mask=cols < N, other=0.0).to(z.dtype)[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    offsets = rows.to(OFFSET)[:, None] * N + cols[None, :]
+    if ROUND_Z:
+        z = round_to(z, h_ptr.dtype.element_ty).to(z.dtype)
+    if z_ptr is not None:
+        store(z_ptr + offsets, z, mask)
+    store(h_ptr + offsets, activate(z, FORWARD, PARAMETERS), mask)
+
+
+def layer_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    z: Tensor | None,
+    activation: Activation,
+    precision: str,
+    tile: configs.TileConfig | None = None,
+) -> None:
+    """h = a(x Wᵀ + b), and z = x Wᵀ + b where `z` is given.
+
+    Args:
+        x: (M, K), any strides, as are weight (N, K) and bias (N,) or None; M, N, K at least 1.
+        h: (M, N), contiguous, written; z likewise, or None.
+        precision: how fp32 is multiplied, "ieee" or "tf32".
+        tile: instead of the one `configs.choose` gives.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    assert weight.shape == (N, K)
+    assert h.shape == (M, N)
+    assert h.is_contiguous()
+    assert z is None or (z.shape == h.shape and z.is_contiguous())
+    tile = tile or configs.choose(configs.Problem("forward", M, N, K, x.dtype, precision), configs.device_of(x))
+    launch(
+        layer_forward_kernel,
+        triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),
+        x.device,
+        tile,
+        x, weight, bias, h, z, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
+        FORWARD=activation.forward,
+        PARAMETERS=activation.constants(x.dtype),
+        ROUND_Z=activation.keeps_preactivation,
+        PRECISION=precision,
+        OFFSET=offset_type(x, weight, h),
+        EVEN_K=K % tile.block_k == 0,
+    )  # fmt: skip

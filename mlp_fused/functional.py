@@ -1,0 +1,355 @@
+"""linear_act and mlp: checks, allocation and differentiation around the kernels.
+
+Layer l is one autograd.Function of its pre-activation's predecessor: (z_{l-1}, W_l, b_l) -> z_l, where z_l =
+a_{l-1}(z_{l-1}) W_lᵀ + b_l. The edge between two of them carries dz, so that a layer's dgrad ends in the derivative of
+the layer below. What travels on the edge is the one tensor that is kept: z itself, or, where the derivative can be read off
+the output, h in its place, whose gradient by agreement is dz all the same. Users never see such a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .kernels import layer_backward, layer_forward
+from .kernels.activations import ACTIVATIONS, Activation, resolve
+from .plan import Backend, check_backend, float32_precision, why_reference
+
+__all__ = ["Layer", "linear_act", "mlp"]
+
+# Synchronise and check after every kernel; read once, as a call has no microsecond to spare for it.
+DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
+
+IDENTITY = ACTIVATIONS["identity"]
+
+
+class Layer(NamedTuple):
+    """h = a(x Wᵀ + b): weight (N, K), bias (N,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: Activation
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """h = a(x Wᵀ + b): a linear layer with its activation.
+
+    Args:
+        x: (..., K), any strides, rows included that are none.
+        weight: (N, K).
+        bias: (N,), or None.
+        activation: a name of `ACTIVATIONS`, an `nn.Module` class or instance; None is the identity.
+        backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
+
+    Returns:
+        (..., N), of x's dtype (autocast's where it is on).
+
+    Raises:
+        TypeError: x, weight or bias is not a tensor, or `activation` is none of the above.
+        ValueError: an unknown activation or backend.
+        RuntimeError: shapes, dtypes or devices that do not fit together; backend="triton" where it cannot run.
+    """
+    return _mlp(x, (Layer(weight, bias, resolve(activation)),), backend)
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    activation: str | Activation | nn.Module | type[nn.Module] | None = "relu",
+    output_activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """H_l = a_l(H_{l-1} W_lᵀ + b_l), H_0 = x: a whole network; returns the last H.
+
+    Args:
+        x: (..., d_0).
+        weights: of each layer, (d_l, d_{l-1}).
+        biases: of each layer, (d_l,) or None; None for none at all.
+        activation: after every layer but the last, as in `linear_act`.
+        output_activation: after the last layer.
+        backend: as in `linear_act`.
+
+    Raises:
+        As `linear_act`; and ValueError where there is no layer, or not one bias a layer.
+    """
+    if len(weights) == 0:
+        raise ValueError("weights is empty; it needs one weight for each layer")
+    biases = [None] * len(weights) if biases is None else biases
+    if len(biases) != len(weights):
+        raise ValueError(f"biases has {len(biases)} entries; it needs one for each of the {len(weights)} weights")
+    hidden, last = resolve(activation), resolve(output_activation, "output_activation")
+    activations = [hidden] * (len(weights) - 1) + [last]
+    return _mlp(x, tuple(map(Layer, weights, biases, activations)), backend)
+
+
+def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend) -> Tensor:
+    check_backend(backend)
+    dtype = check_call(x, layers)
+    if why_reference(x, layers, dtype, backend) is not None:
+        return reference.mlp(x, *zip(*layers))
+    return run_layers(x, layers, dtype)
+
+
+def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
+    """The dtype that the products are computed in: x's, or autocast's where it is on.
+
+    Raises:
+        TypeError: something is not a tensor.
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input is {type(x).__name__}; it needs to be a torch.Tensor; convert it with torch.as_tensor")
+    dtype, device = x.dtype, x.device
+    if torch.is_autocast_enabled(device.type) and dtype.is_floating_point and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    autocast = dtype if dtype != x.dtype or torch.is_autocast_enabled(device.type) else None
+    width = x.shape[-1] if x.dim() else None
+    for index, (weight, bias, _) in enumerate(layers):
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is None and name == "bias":
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} {index} is {type(tensor).__name__}; it needs to be a torch.Tensor")
+            if tensor.device != device:
+                raise RuntimeError(
+                    f"input is on {device}, the model's parameters on {tensor.device}; "
+                    f"move it with x.to({str(tensor.device)!r})"
+                    if index == 0
+                    else f"{name} {index} is on {tensor.device}, the input on {device}; "
+                    f"move the whole model with model.to({str(device)!r})"
+                )
+            if tensor.dtype != x.dtype and not (autocast and tensor.dtype.is_floating_point):
+                raise RuntimeError(
+                    f"input is {x.dtype}, the model's {name} {index} {tensor.dtype}; "
+                    f"convert it with x.to({tensor.dtype}), or compute in a lower precision under torch.autocast"
+                )
+        if weight.dim() != 2:
+            raise RuntimeError(f"weight {index} has shape {tuple(weight.shape)}; it needs to be (width out, width in)")
+        if weight.shape[1] != width:
+            found = (
+                f"input has shape {tuple(x.shape)}; its last dimension needs to be {weight.shape[1]}"
+                if index == 0
+                else f"layer {index} takes {weight.shape[1]} features, layer {index - 1} gives {width}"
+            )
+            raise RuntimeError(f"{found}, the width of weight {index} {tuple(weight.shape)}")
+        width = weight.shape[0]
+        if bias is not None and bias.shape != (width,):
+            raise RuntimeError(f"bias {index} has shape {tuple(bias.shape)}; it needs to be ({width},)")
+    if not dtype.is_floating_point:
+        raise RuntimeError(f"input is {dtype}; it needs to be a real floating-point dtype; convert it with x.float()")
+    return dtype
+
+
+def run_layers(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
+    """The layer path: x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
+    shape = x.shape
+    h = x if x.dtype == dtype else x.to(dtype)
+    if h.is_neg():  # a view that negates lazily; kernels read memory as it lies
+        h = h.resolve_neg()
+    if len(shape) != 2:
+        h = h.reshape(-1, shape[-1])
+    precision = float32_precision() if dtype == torch.float32 else "ieee"
+    differentiable = torch.is_grad_enabled()
+    needs_grad = differentiable and h.requires_grad
+    edge, below, last = h, IDENTITY, len(layers) - 1
+    for index, (weight, bias, activation) in enumerate(layers):
+        static = _Static(index, below, activation, index == last, precision)
+        needs_grad = needs_grad or (
+            differentiable and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        )
+        if needs_grad:
+            outputs = _LayerFunction.apply(edge, h, weight, bias, static)
+            h, edge = outputs if type(outputs) is tuple else (outputs, outputs)
+        else:
+            h, _ = _forward(h, _cast(weight, dtype), bias, static, keep=False)
+            edge = h
+        below = activation
+    return h if len(shape) == 2 else h.view(*shape[:-1], h.shape[-1])
+
+
+class _Static(NamedTuple):
+    """What a layer's kernels need to know besides tensors."""
+
+    layer: int
+    below: Activation  # the layer below's activation; the identity for the first layer
+    activation: Activation
+    last: bool
+    precision: str
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+def _forward(
+    h_below: Tensor, weight: Tensor, bias: Tensor | None, static: _Static, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """h, and z where it is to be kept."""
+    h = torch.empty((h_below.shape[0], weight.shape[0]), dtype=h_below.dtype, device=h_below.device)
+    z = torch.empty_like(h) if keep and static.activation.keeps_preactivation else None
+    layer_forward.layer_forward(h_below, weight, bias, h, z, static.activation, static.precision)
+    if DEBUG:
+        _check_finite(static, "forward", h=h)
+    return h, z
+
+
+class _LayerFunction(torch.autograd.Function):
+    """(z_below, W, b) -> z, with h = a(z) beside it; see the top of this module.
+
+    The last layer of a run returns h to its user, whose gradient is dh; an inner one's edge brings dz.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, edge: Tensor, h_below: Tensor, weight: Tensor, bias: Tensor | None, static: _Static
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        needs_edge, _, needs_weight, _, _ = ctx.needs_input_grad
+        compute_weight = _cast(weight, h_below.dtype)
+        h, z = _forward(h_below, compute_weight, bias, static, keep=True)
+        # Below this layer, one tensor serves both gradients. Where nothing below needs one, only dW reads h_below.
+        kept = edge if needs_edge and (needs_weight or static.below is not IDENTITY) else None
+        if needs_weight and not needs_edge:
+            kept = h_below
+        own = None
+        if static.last and static.activation is not IDENTITY:
+            own = h if z is None else z
+        ctx.save_for_backward(kept, compute_weight if needs_edge else None, own)
+        ctx.static = static
+        ctx.width_in = weight.shape[1]
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        # The weight as the user has it, for a gradient that is differentiated; saved above where it needs no cast.
+        ctx.master = weight if compute_weight is not weight else None
+        if z is None:
+            return h
+        if not static.last:
+            ctx.mark_non_differentiable(h)
+        return h, z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        static = ctx.static
+        dh, dz = (grads[0], grads[1] if len(grads) == 2 else None) if static.last else (None, grads[-1])
+        if static.activation is IDENTITY:
+            dh, dz = None, dz if dh is None else dh
+        if dh is None and dz is None:
+            return None, None, None, None, None
+        differentiate = _differentiable_backward if torch.is_grad_enabled() else _backward
+        d_edge, dw, db = differentiate(ctx, dh, dz)
+        return d_edge, None, dw, db, None
+
+
+def _backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of (edge, W, b) through the kernels, only those that are wanted."""
+    static: _Static = ctx.static
+    kept, weight, own = ctx.saved_tensors
+    needs_edge, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    if dh is not None:
+        through = torch.empty_like(own)
+        layer_backward.output_gradient(dh, own, through, static.activation)
+        dz = through if dz is None else through + dz
+    assert dz is not None
+    rows, width_out = dz.shape
+    d_edge = dw = db = None
+    h_below = kept
+    if needs_edge:
+        d_edge = torch.empty((rows, ctx.width_in), dtype=dz.dtype, device=dz.device)
+        saved = kept if static.below is not IDENTITY else None
+        rebuilt = None
+        if needs_weight and static.below.keeps_preactivation:
+            rebuilt = h_below = torch.empty_like(d_edge)
+        layer_backward.dgrad(dz, weight, saved, d_edge, rebuilt, static.below, static.precision)
+    if needs_weight:
+        dw = torch.empty((width_out, ctx.width_in), dtype=ctx.weight_dtype, device=dz.device)
+    if needs_bias:
+        db = torch.empty((width_out,), dtype=ctx.bias_dtype, device=dz.device)
+    if needs_weight or needs_bias:
+        layer_backward.wgrad(dz, h_below if needs_weight else None, dw, db, static.precision)
+    if DEBUG:
+        _check_finite(static, "backward", dz=d_edge, dW=dw, db=db)
+    return d_edge, dw, db
+
+
+def _differentiable_backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same gradients in plain torch, for when they are to be differentiated themselves."""
+    static: _Static = ctx.static
+    kept, weight, own = ctx.saved_tensors
+    needs_edge, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    if ctx.master is not None and weight is not None:
+        weight = ctx.master.to(weight.dtype)
+    if dh is not None:
+        through = _through(static.activation, own, dh)
+        dz = through if dz is None else through + dz
+    assert dz is not None
+    d_edge = dw = db = None
+    h_below = kept
+    if needs_edge and static.below is not IDENTITY:
+        # kept stands on the edge, for z: its own, or as the output that z gave.
+        keeps_preactivation = static.below.keeps_preactivation
+        h_below = static.below(kept) if keeps_preactivation else _OutputOf.apply(kept, static.below)
+    if needs_edge:
+        d_edge = dz @ weight
+        if static.below is not IDENTITY:
+            (d_edge,) = torch.autograd.grad(h_below, kept, d_edge, create_graph=True)
+    if needs_weight:
+        dw = (dz.t() @ h_below).to(ctx.weight_dtype)
+    if needs_bias:
+        db = dz.sum(0).to(ctx.bias_dtype)
+    return d_edge, dw, db
+
+
+def _through(activation: Activation, saved: Tensor, dh: Tensor) -> Tensor:
+    """dz = dh a'(z), differentiable in dh and in what was saved."""
+    if activation.keeps_preactivation:
+        return torch.autograd.grad(activation(saved), saved, dh, create_graph=True)[0]
+    assert activation.reference_backward is not None
+    return activation.reference_backward(dh, saved, *activation.values)
+
+
+class _OutputOf(torch.autograd.Function):
+    """h as a function of z, evaluated at an edge on which h stands for z: h -> h, with derivative a'(z) read off h."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, activation: Activation) -> Tensor:
+        output = h.clone()
+        ctx.save_for_backward(output)
+        ctx.activation = activation
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
+        (h,) = ctx.saved_tensors
+        return ctx.activation.reference_backward(dh, h, *ctx.activation.values), None
+
+
+def _check_finite(static: _Static, direction: str, **tensors: Tensor | None) -> None:
+    """Wait for the kernels of a layer, and name the layer if one of its results is not finite.
+
+    Raises:
+        FloatingPointError: a NaN or an infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)
+        bad = int(tensor.numel() - tensor.isfinite().sum())
+        if bad:
+            raise FloatingPointError(
+                f"layer {static.layer} ({static.activation}), {direction}: {bad} of {tensor.numel()} elements of "
+                f"{name} are NaN or infinite"
+            )

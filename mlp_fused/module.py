@@ -1,0 +1,430 @@
+"""FusedLinear and FusedMLP: nn.Linear and nn.Sequential, whose forward and backward run as fused kernels on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import plan
+from .functional import IDENTITY, Layer, check_call, run_layers
+from .kernels import configs
+from .kernels.activations import Activation, find, resolve
+from .reference import linear_act
+
+__all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
+
+
+class Pointwise(nn.Module):
+    """h = a(z) by the activation's name, in plain torch: for the ones that torch.nn has no class for.
+
+    Args:
+        activation: a name, an `nn.Module` class or instance.
+        parameters: the activation's own, such as `negative_slope=0.2`.
+    """
+
+    def __init__(self, activation: str | Activation | nn.Module | type[nn.Module], **parameters: float) -> None:
+        super().__init__()
+        self.activation = resolve(activation).bind(**parameters)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.activation(input)
+
+    def extra_repr(self) -> str:
+        return str(self.activation)
+
+
+class FusedLinear(nn.Linear):
+    """h = a(x Wᵀ + b): `nn.Linear` with its activation, a fused kernel on a GPU, plain torch elsewhere.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as `nn.Linear`.
+        activation: a name, an `nn.Module` class or instance; None is the identity.
+        backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
+
+    Raises:
+        ValueError: a width below 1, an unknown activation or backend.
+        TypeError: a width that is not an integer, an activation of another kind.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+        *,
+        backend: plan.Backend = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_width(in_features, "in_features")
+        _check_width(out_features, "out_features")
+        self.activation = resolve(activation)
+        self._backend = plan.check_backend(backend)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+
+    @property
+    def backend(self) -> plan.Backend:
+        """ "auto", "triton" or "reference"; may be assigned."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: plan.Backend) -> None:
+        self._backend = plan.check_backend(backend)
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = (Layer(self.weight, self.bias, self.activation),)
+        dtype = check_call(input, layers)
+        if plan.why_reference(input, layers, dtype, self._backend) is not None:
+            return linear_act(input, *layers[0])
+        return run_layers(input, layers, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class FusedMLP(nn.Sequential):
+    """H_l = a(H_{l-1} W_lᵀ + b_l): `torchvision.ops.MLP`'s arguments, children and keys; fused kernels on a GPU.
+
+    Its children are the real `nn.Linear`, norm, activation and `nn.Dropout` modules: every hidden layer is Linear,
+    norm, activation, Dropout; then the last Linear, the output activation, and Dropout. On a CPU they run as they are.
+
+    Args:
+        in_channels: width of the input.
+        hidden_channels: width of every layer, the output's last.
+        norm_layer: called with a width, makes the module between a hidden Linear and its activation.
+        activation_layer: an `nn.Module` class, anything that makes a module when called, an instance, or a name.
+        inplace: passed to the activation and to Dropout where given.
+        bias: whether the Linear layers have one.
+        dropout: the probability of Dropout.
+        output_activation: after the last Linear, as `activation_layer`.
+        backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a width below 1, no layer at all, a probability outside [0, 1], an unknown activation or backend.
+        TypeError: a width that is not an integer, `hidden_channels` that is not a sequence.
+    """
+
+    _backend: plan.Backend = "auto"
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: Sequence[int],
+        norm_layer: Callable[..., nn.Module] | None = None,
+        activation_layer: str | Activation | nn.Module | Callable[..., nn.Module] | None = nn.ReLU,
+        inplace: bool | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        *,
+        output_activation: str | Activation | nn.Module | Callable[..., nn.Module] | None = None,
+        backend: plan.Backend = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_width(in_channels, "in_channels")
+        if isinstance(hidden_channels, str | bytes) or not isinstance(hidden_channels, Iterable):
+            raise TypeError(
+                f"hidden_channels is {hidden_channels!r}; it needs to be a sequence of widths, the output's last, "
+                "such as [512, 10]"
+            )
+        widths = list(hidden_channels)
+        if not widths:
+            raise ValueError(
+                "hidden_channels is empty; it needs one width a layer, the output's last, such as [512, 10]"
+            )
+        for index, width in enumerate(widths):
+            _check_width(width, f"hidden_channels[{index}]")
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"dropout is {dropout!r}; it needs to be a probability, a number from 0 to 1")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout is {dropout}; it needs to be a probability, from 0 to 1")
+        if norm_layer is not None and not callable(norm_layer):
+            raise TypeError(f"norm_layer is {norm_layer!r}; it needs to make a module when called with a width")
+        backend = plan.check_backend(backend)
+
+        where = {"device": device, "dtype": dtype}
+        in_place = {} if inplace is None else {"inplace": inplace}
+        make_hidden = _activation_maker(activation_layer, in_place, "activation_layer")
+        make_output = _activation_maker(output_activation, in_place, "output_activation")
+        children: list[nn.Module] = []
+        for width_in, width_out in zip([in_channels, *widths[:-1]], widths[:-1]):
+            children.append(nn.Linear(width_in, width_out, bias=bias, **where))
+            if norm_layer is not None:
+                children.append(norm_layer(width_out).to(device=device, dtype=dtype))
+            children += [make_hidden(), nn.Dropout(dropout, **in_place)]
+        children.append(nn.Linear([in_channels, *widths][-2], widths[-1], bias=bias, **where))
+        if output_activation is not None:
+            children.append(make_output())
+        children.append(nn.Dropout(dropout, **in_place))
+        super().__init__(*children)
+        self._backend = backend
+
+    @classmethod
+    def from_sequential(cls, sequential: nn.Sequential, *, backend: plan.Backend = "auto") -> FusedMLP:
+        """The same network, fused: it takes over `sequential`'s own modules, so parameters and state_dict keys are one.
+
+        Children that are not a Linear, an activation or Dropout run as themselves.
+
+        Raises:
+            TypeError: `sequential` is not an nn.Sequential.
+            ValueError: an unknown backend.
+        """
+        if not isinstance(sequential, nn.Sequential):
+            raise TypeError(
+                f"sequential is {type(sequential).__name__}; it needs to be an nn.Sequential; "
+                "for a single layer there is FusedLinear"
+            )
+        backend = plan.check_backend(backend)
+        model = cls.__new__(cls)
+        nn.Sequential.__init__(model, OrderedDict(sequential.named_children()))
+        model.training = sequential.training
+        model._backend = backend
+        return model
+
+    @property
+    def backend(self) -> plan.Backend:
+        """ "auto", "triton" or "reference"; may be assigned."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: plan.Backend) -> None:
+        self._backend = plan.check_backend(backend)
+
+    def __getitem__(self, index: slice | int) -> Any:
+        """One child; or, for a slice, an nn.Sequential of the same modules."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor) and input.device.type == "cpu" and not self._wants_kernels():
+            self._check_input(input)
+            for child in self._modules.values():
+                if type(child) is nn.Dropout and _is_inert(child) and not _has_hooks(child):
+                    continue  # nothing, at the price of two calls
+                input = child(input)
+            return input
+        for run in _runs(self):
+            layers = run.layers()
+            if layers:
+                dtype = check_call(input, layers)
+                if plan.why_reference(input, layers, dtype, self._backend) is None:
+                    input = run_layers(input, layers, dtype)
+                    continue
+            for child in run.children:
+                input = child(input)
+        return input
+
+    def _wants_kernels(self) -> bool:
+        """Whether the user asked for kernels even on a CPU, which is where the interpreter runs them."""
+        return (plan.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
+
+    def _check_input(self, input: Tensor) -> None:
+        """Raise `check_call`'s sentences for the first layer, at the price of a comparison where all is well."""
+        first = next(iter(self._modules.values()), None)
+        if not isinstance(first, nn.Linear) or _why_unfused(first) is not None:
+            return
+        weight = first.weight
+        if (
+            input.dtype is not weight.dtype
+            or input.device != weight.device
+            or input.shape[-1:] != weight.shape[-1:]
+            or not input.is_floating_point()
+        ):
+            check_call(input, (Layer(weight, first.bias, IDENTITY),))
+
+    def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> plan.Plan:
+        """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
+
+        Args:
+            batch_size: rows of the input.
+            dtype: what the products are computed in; by default autocast's where it is on, else the parameters'.
+            device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200",
+                to ask about a GPU that is not there.
+
+        Returns:
+            A record whose `str` is a table. Its numbers are for a training step in which the input needs no gradient.
+
+        Raises:
+            ValueError: a negative batch size, a network without parameters.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 0 or more")
+        parameter = next(self.parameters(), None)
+        if parameter is None:
+            raise ValueError("the network has no parameters; there is nothing to explain")
+        known = configs.DEVICES.get(device) if isinstance(device, str) else None
+        where = torch.device("meta") if known else torch.device(device or parameter.device)
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(where.type) and parameter.dtype != torch.float64
+            dtype = torch.get_autocast_dtype(where.type) if autocast else parameter.dtype
+        precision = plan.float32_precision() if dtype == torch.float32 else "ieee"
+        gpu = known
+        if known is None and (where.type == "cuda" or self._wants_kernels()):
+            gpu = configs.describe(where.type, where.index or 0)
+
+        runs: list[plan.RunPlan] = []
+        kept = 0
+        first = next((child for child in self if isinstance(child, nn.Linear)), None)
+        flow = torch.empty((batch_size, first.in_features if first else 1), dtype=dtype, device="meta")
+        for run in _runs(self):
+            names = ", ".join(f"{name} {type(child).__name__}" for name, child in run.named_children(self))
+            layers = run.layers()
+            reason = run.reason
+            if layers:
+                reason = plan.why_not(layers, dtype, where, self._backend, planned=known is not None)
+            trainable = [layer.weight.requires_grad for layer in layers]
+            needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
+            flow, kept_by_torch = _kept_by_torch(run.children, flow)
+            kernels = plan.plan_layers(  # of the reference too: the least that the work takes
+                batch_size,
+                [(layer.weight.shape[1], layer.weight.shape[0]) for layer in layers],
+                [layer.activation for layer in layers],
+                dtype,
+                biases=[layer.bias is not None for layer in layers],
+                trainable=trainable,
+                needs_input_grad=needs_input_grad,
+                precision=precision,
+            )
+            if reason is None:
+                kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
+                runs.append(plan.RunPlan(names, "layer", "every layer of it has a kernel", tuple(kernels)))
+            else:
+                kept += kept_by_torch
+                runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))
+        return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept)
+
+
+class _Run(NamedTuple):
+    """Neighbouring children: Linear layers with activations, which kernels can take; or one that runs as itself."""
+
+    children: list[nn.Module]
+    linears: list[tuple[nn.Linear, Activation]]
+    reason: str | None = None  # why it runs as itself
+
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(Layer(linear.weight, linear.bias, activation) for linear, activation in self.linears)
+
+    def named_children(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        mine = {id(child) for child in self.children}
+        return [(name, child) for name, child in model._modules.items() if child is not None and id(child) in mine]
+
+
+def _runs(model: nn.Sequential) -> list[_Run]:
+    """The children of a network, parted into runs. Made anew each call: children may change at any time."""
+    runs: list[_Run] = []
+    run: _Run | None = None
+    takes_activation = False  # whether the run's last Linear is still without one
+    everything_hooked = _has_any_global_hook()
+    for child in model._modules.values():
+        why = "a global module hook is registered" if everything_hooked else _why_unfused(child)
+        if why is None:
+            activation = child.activation if type(child) is FusedLinear else IDENTITY
+            if run is None:
+                run = _Run([], [])
+                runs.append(run)
+            assert isinstance(child, nn.Linear)
+            run.linears.append((child, activation))
+            takes_activation = activation is IDENTITY
+        elif run is not None and not everything_hooked and not _has_hooks(child) and _is_inert(child):
+            pass
+        elif (
+            run is not None
+            and takes_activation
+            and not everything_hooked
+            and not _has_hooks(child)
+            and (found := find(child))
+        ):
+            run.linears[-1] = (run.linears[-1][0], found)
+            takes_activation = found is IDENTITY
+        else:
+            runs.append(_Run([child], [], why))
+            run = None
+            continue
+        run.children.append(child)
+    return runs
+
+
+def _why_unfused(module: nn.Module) -> str | None:
+    """Why a module is no plain Linear layer, one that kernels may take in place of a call; None where it is."""
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} has no kernel"
+    if type(module).forward is not nn.Linear.forward and type(module) is not FusedLinear:
+        return f"{type(module).__name__} has a forward of its own"
+    if _has_hooks(module):
+        return "it has hooks, or a forward patched onto it"
+    if "weight" not in module._parameters:
+        return "its weight is parametrized"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_inert(module: nn.Module) -> bool:
+    """Whether a module is Dropout that drops nothing."""
+    return type(module) is nn.Dropout and (module.p == 0 or not module.training)
+
+
+def _check_width(width: object, argument: str) -> None:
+    if isinstance(width, bool) or not isinstance(width, int):
+        raise TypeError(f"{argument} is {width!r}; it needs to be a whole number, 1 or more")
+    if width < 1:
+        raise ValueError(f"{argument} is {width}; it needs to be 1 or more")
+
+
+def _activation_maker(
+    activation: str | Activation | nn.Module | Callable[..., nn.Module] | None, in_place: dict[str, bool], argument: str
+) -> Callable[[], nn.Module]:
+    """A function that makes one activation module a layer."""
+    if isinstance(activation, nn.Module):
+        return lambda: copy.deepcopy(activation)
+    if activation is None or isinstance(activation, str | Activation):
+        resolved = resolve(activation, argument)
+        kind = resolved.module
+        if kind is not None and find(made := kind()) is resolved:
+            return lambda: kind(**(in_place if hasattr(made, "inplace") else {}))
+        return lambda: Pointwise(resolved)
+    if not callable(activation):
+        raise TypeError(f"{argument} is {activation!r}; it needs to be a name, an nn.Module class or instance, or None")
+    return lambda: activation(**in_place)
+
+
+def _kept_by_torch(children: Sequence[nn.Module], flow: Tensor) -> tuple[Tensor, int]:
+    """What plain torch keeps for backward, bytes: read off a run of the children on meta tensors, parameters apart."""
+    kept: dict[int, Tensor] = {}
+    own: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in own:
+            kept[key] = tensor
+        return tensor
+
+    flow = flow.detach().requires_grad_(flow.requires_grad)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for child in children:
+            state = {
+                name: tensor.detach().to("meta", flow.dtype if tensor.is_floating_point() else None)
+                for name, tensor in (*child.named_parameters(), *child.named_buffers())
+            }
+            for name, parameter in child.named_parameters():
+                state[name].requires_grad_(parameter.requires_grad)
+            own.update(tensor.untyped_storage()._cdata for tensor in state.values())
+            flow = torch.func.functional_call(child, state, (flow,))
+    return flow, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -1,0 +1,373 @@
+"""Which path runs for a problem, and why; and what the work amounts to: FLOPs, bytes, the floor they give."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .kernels import configs
+from .kernels.activations import Activation, resolve
+from .kernels.language import HAS_TRITON, INTERPRETER
+
+if TYPE_CHECKING:
+    from .functional import Layer
+
+__all__ = [
+    "Backend",
+    "KernelPlan",
+    "Plan",
+    "RunPlan",
+    "Work",
+    "check_backend",
+    "float32_precision",
+    "kept_elements",
+    "plan_layers",
+    "why_not",
+    "why_reference",
+    "work",
+]
+
+Backend = Literal["auto", "triton", "reference"]
+
+logger = logging.getLogger("mlp_fused")
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST_CAPABILITY = 80  # compute capability 8.0, the oldest that the kernels are compiled and tested for
+
+
+def check_backend(backend: object, argument: str = "backend") -> Backend:
+    """`backend`, if it is one.
+
+    Raises:
+        ValueError: it is not "auto", "triton" or "reference".
+    """
+    for known in get_args(Backend):
+        if backend == known:
+            return known
+    raise ValueError(f"{argument} is {backend!r}; it needs to be one of: {', '.join(get_args(Backend))}")
+
+
+# What "auto" means in this process; read once, as a call has no microsecond to spare for it.
+DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
+
+
+def float32_precision() -> str:
+    """How fp32 is multiplied, "tf32" or "ieee": torch's own setting, whichever of its switches was used."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.lru_cache(maxsize=64)
+def _why_device_cannot(kind: str, index: int) -> str | None:
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if kind != "cuda":
+        return f"the kernels do not run on {kind} devices"
+    if INTERPRETER:
+        return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU"
+    device = configs.describe(kind, index)
+    if isinstance(device.arch, int) and device.arch < OLDEST_CAPABILITY:
+        return f"{device.name} has compute capability {device.arch / 10}; the kernels need 8.0"
+    return None
+
+
+def why_reference(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
+    """Why these layers run as plain torch; None where the kernels take them.
+
+    Args:
+        x: the input, checked already.
+        dtype: what the products are computed in (autocast's where it is on).
+        backend: the user's wish; "auto" is MLP_FUSED_BACKEND's where that is set.
+
+    Raises:
+        RuntimeError: the backend is "triton" and the kernels cannot run.
+    """
+    if backend == "auto":
+        backend = DEFAULT_BACKEND
+    reason = 'the backend is "reference"' if backend == "reference" else _why_call_cannot(x, layers, dtype, backend)
+    if reason is not None:
+        if backend == "triton":
+            raise RuntimeError(f'backend is "triton", but {reason}; or use backend="auto"')
+        if x.is_cuda:
+            _log_once(reason)
+    return reason
+
+
+def why_not(
+    layers: Sequence[Layer], dtype: torch.dtype, device: torch.device, backend: Backend, planned: bool
+) -> str | None:
+    """Why layers would not run on the kernels, as far as it can be told without an input; None where they would.
+
+    `planned`: the device is one that is only thought of.
+    """
+    if backend == "auto":
+        backend = DEFAULT_BACKEND
+    if backend == "reference":
+        return 'the backend is "reference"'
+    return (None if planned else _why_device(device, backend)) or _why_layers(layers, dtype)
+
+
+def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
+    reason = _why_device(x.device, backend)
+    if reason is not None:
+        return reason
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the call is being traced"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if x.layout != torch.strided:
+        return f"the input's layout is {x.layout}; the kernels need a dense tensor (x.to_dense())"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"the input is of the subclass {type(x).__name__}"
+    return _why_layers(layers, dtype)
+
+
+def _why_device(device: torch.device, backend: Backend) -> str | None:
+    if device.type == "cpu":
+        if backend != "triton":
+            return "the input is on the CPU"
+        if not INTERPRETER:
+            return (
+                "the input is on the CPU, where kernels run only in Triton's interpreter; set TRITON_INTERPRET=1 "
+                "before importing mlp_fused, or move the model and its input to a GPU"
+                if HAS_TRITON
+                else "Triton is not installed"
+            )
+    return _why_device_cannot(device.type, device.index or 0)
+
+
+def _why_layers(layers: Sequence[Layer], dtype: torch.dtype) -> str | None:
+    if dtype not in KERNEL_DTYPES and not (INTERPRETER and dtype == torch.float64):
+        return f"the dtype is {dtype}; the kernels compute in float16, bfloat16 and float32"
+    for weight, _, _ in layers:
+        if type(weight) not in (Tensor, nn.Parameter):
+            return f"a weight is of the subclass {type(weight).__name__}"
+        if 0 in weight.shape:
+            return "a width is zero"
+    return None
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.info("plain torch runs instead of the kernels: %s", reason)
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs (a multiply-add is two) and bytes read from and written to the device's memory."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The least seconds that it can take: max(FLOPs / peak, bytes / bandwidth)."""
+        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One launch: what it computes, with which tile, and what work that is."""
+
+    layer: str
+    problem: configs.Problem
+    work: Work
+
+    @property
+    def is_backward(self) -> bool:
+        return self.problem.kind != "forward"
+
+
+def plan_layers(
+    rows: int,
+    shapes: Sequence[tuple[int, int]],
+    activations: Sequence[Activation],
+    dtype: torch.dtype,
+    *,
+    biases: Sequence[bool],
+    trainable: Sequence[bool] | None = None,
+    needs_input_grad: bool = False,
+    precision: str = "ieee",
+) -> list[KernelPlan]:
+    """The launches of the layer path, forward and backward, in their order, each with its FLOPs and bytes.
+
+    A kernel's bytes are its operands read once and its outputs written once, as they are when a tile's operands stay in
+    cache; a weight gradient split over rows writes and reads its partial sums besides.
+
+    Args:
+        shapes: (width in, width out) of each layer.
+        biases: whether each layer has one.
+        trainable: whether each layer's parameters need gradients, all by default; none at all for inference.
+    """
+    trainable = [True] * len(shapes) if trainable is None else trainable
+    # Whether anything below a layer needs a gradient, from the input to the output.
+    below_needs = [needs_input_grad or any(trainable[:index]) for index in range(len(shapes) + 1)]
+    forward: list[KernelPlan] = []
+    backward: list[list[KernelPlan]] = []
+    for index, ((k, n), activation, bias) in enumerate(zip(shapes, activations, biases)):
+        weights = n * k + n * bias
+
+        def plan(
+            kind: configs.Kind, flops: int, elements: int, m: int, n: int, k: int, layer: str = f"{index}: {k} -> {n}"
+        ) -> KernelPlan:
+            problem = configs.Problem(kind, m, n, k, dtype, precision)
+            return KernelPlan(layer, problem, Work(flops, elements * dtype.itemsize))
+
+        product = 2 * rows * n * k
+        outputs = 1 + (below_needs[index + 1] and activation.keeps_preactivation)  # h; z
+        forward.append(plan("forward", product, rows * k + weights + outputs * rows * n, rows, n, k))
+        steps = []
+        if index + 1 == len(shapes) and activation.name != "identity" and below_needs[index + 1]:
+            steps.append(plan("output_gradient", 0, 3 * rows * n, rows, n, 0))
+        if below_needs[index]:
+            below = activations[index - 1] if index else resolve("identity")
+            # dx; what was saved; h again
+            tensors = 1 + (below.name != "identity") + (trainable[index] and below.keeps_preactivation)
+            steps.append(plan("dgrad", product, rows * n + n * k + tensors * rows * k, rows, k, n))
+        if trainable[index]:
+            steps.append(plan("wgrad", product, rows * n + rows * k + weights, n, k, rows))
+        backward.append(steps)
+    return forward + [kernel for steps in reversed(backward) for kernel in steps]
+
+
+def kept_elements(rows: int, layers: Sequence[Layer], trainable: Sequence[bool], needs_input_grad: bool = False) -> int:
+    """How many elements the layer path keeps for backward: one tensor a layer whose gradients need it."""
+    kept = 0
+    for index, (weight, _, activation) in enumerate(layers):
+        below_needs = needs_input_grad or any(trainable[:index])
+        has_below = index > 0 and layers[index - 1].activation.name != "identity"
+        if trainable[index] or (below_needs and has_below):
+            kept += rows * weight.shape[1]
+        if index + 1 == len(layers) and activation.name != "identity" and (below_needs or trainable[index]):
+            kept += rows * weight.shape[0]
+    return kept
+
+
+def work(
+    rows: int,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    activation: str | Activation = "relu",
+    output_activation: str | Activation = "identity",
+    *,
+    bias: bool = True,
+    needs_input_grad: bool = False,
+) -> dict[str, Work]:
+    """The work of a network's layer path: {"inference": ..., "forward": ..., "backward": ...}.
+
+    "forward" is that of training, which also keeps what backward needs. `widths` are in -> hidden ... -> out.
+    """
+    shapes = list(itertools.pairwise(widths))
+    activations = [resolve(activation)] * (len(shapes) - 1) + [resolve(output_activation)]
+
+    def total(training: bool, backward: bool) -> Work:
+        kernels = plan_layers(
+            rows,
+            shapes,
+            activations,
+            dtype,
+            biases=[bias] * len(shapes),
+            trainable=[training] * len(shapes),
+            needs_input_grad=training and needs_input_grad,
+        )
+        return sum((kernel.work for kernel in kernels if kernel.is_backward == backward), Work(0, 0))
+
+    return {"inference": total(False, False), "forward": total(True, False), "backward": total(True, True)}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What runs for some neighbouring children of a network: the path, the reason, and their kernels.
+
+    On the reference path the kernels are torch's own; the ones listed say what the work is at the least.
+    """
+
+    children: str
+    path: Literal["layer", "reference"]
+    reason: str
+    kernels: tuple[KernelPlan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run for a batch, and why. `str` is a table."""
+
+    rows: int
+    dtype: torch.dtype
+    precision: str
+    device: configs.Device | None  # None: not a GPU
+    runs: tuple[RunPlan, ...]
+    kept_bytes: int
+
+    @property
+    def path(self) -> str:
+        """ "layer" where any kernel runs, "reference" otherwise."""
+        return next((run.path for run in self.runs if run.path != "reference"), "reference")
+
+    @property
+    def reason(self) -> str:
+        """Why that path: the reasons of its runs."""
+        return "; ".join(dict.fromkeys(run.reason for run in self.runs if run.path == self.path))
+
+    @property
+    def work(self) -> Work:
+        """FLOPs and bytes of all kernels, forward and backward."""
+        return sum((kernel.work for run in self.runs for kernel in run.kernels), Work(0, 0))
+
+    @property
+    def floor(self) -> float | None:
+        """The least seconds for all kernels one after another on this device; None where its peaks are not known."""
+        floors = [self._floor(kernel.work) for run in self.runs for kernel in run.kernels]
+        return None if None in floors else sum(floor for floor in floors if floor is not None)
+
+    def _floor(self, work: Work) -> float | None:
+        peak = self.device and self.device.peak(self.dtype, self.precision)
+        return work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
+
+    def __str__(self) -> str:
+        where = self.device.name if self.device else "no GPU"
+        how = f" ({self.precision})" if self.dtype == torch.float32 else ""
+        lines = [f"{self.rows} rows, {str(self.dtype).removeprefix('torch.')}{how}, {where}"]
+        header = ("layer", "kernel", "tile", "GFLOP", "MB", "floor")
+        for run in self.runs:
+            lines.append(f"{run.children}: {run.path}, because {run.reason}")
+            if run.kernels:
+                body = [self._row(run, kernel) for kernel in run.kernels]
+                widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+                lines += [
+                    "  " + "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in row)
+                    for row in (list(enumerate(zip(row, widths))) for row in [header, *body])
+                ]
+        total = f"total {self.work.flops / 1e9:.3f} GFLOP, {self.work.bytes / 1e6:.3f} MB"
+        if self.floor is not None:
+            total += f", floor {_time(self.floor)}"
+        return "\n".join([*lines, f"{total}; kept for backward {self.kept_bytes / 1e6:.3f} MB"])
+
+    def _row(self, run: RunPlan, kernel: KernelPlan) -> tuple[str, ...]:
+        ours = self.device is not None and run.path == "layer"
+        tile = str(configs.choose(kernel.problem, self.device)) if ours and self.device else "torch's own"
+        floor = self._floor(kernel.work)
+        return (
+            kernel.layer,
+            kernel.problem.kind,
+            tile,
+            f"{kernel.work.flops / 1e9:.3f}",
+            f"{kernel.work.bytes / 1e6:.3f}",
+            _time(floor) if floor is not None else "-",
+        )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"

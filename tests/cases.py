@@ -1,0 +1,316 @@
+"""CASES: the one table of problems that every test of the numbers runs through, and the bound that it is held to.
+
+A case is a network: rows, widths, dtype, activations, bias, how its tensors lie in memory, and what needs gradients.
+Its oracle is plain torch in float64; its bound is torch's own error in the same dtype, twice that at most.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlp_fused.kernels.activations import ACTIVATIONS, Activation
+
+Layout = Literal[
+    "contiguous", "transposed", "sliced", "expanded", "strided parameters", "expanded gradient", "transposed gradient",
+    "one row", "3-d", "permuted 3-d",
+]  # fmt: skip
+Needs = Literal["everything", "parameters", "input", "first layer", "last layer", "weights", "biases", "nothing"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. `parameters` are the hidden activation's, where they are not torch's defaults."""
+
+    rows: int = 33
+    widths: tuple[int, ...] = (20, 33, 17)
+    dtype: torch.dtype = torch.float32
+    activation: str = "relu"
+    output_activation: str = "identity"
+    parameters: tuple[tuple[str, float], ...] = ()
+    bias: bool = True
+    layout: Layout = "contiguous"
+    needs: Needs = "everything"
+    tf32: bool = False
+
+    @property
+    def id(self) -> str:
+        """The fields that differ from the default ones, and the sizes."""
+        sizes = f"{self.rows}x{'-'.join(map(str, self.widths))}"
+        default = Case()
+        others = []
+        for field in fields(self)[2:]:
+            value = getattr(self, field.name)
+            if value != getattr(default, field.name) or field.name == "activation":
+                others.append(field.name if value is True else f"no {field.name}" if value is False else str(value))
+        return ",".join([sizes, *others]).replace("torch.", "")
+
+    @property
+    def activations(self) -> list[Activation]:
+        """One for each layer."""
+        hidden = ACTIVATIONS[self.activation].bind(**dict(self.parameters))
+        return [hidden] * (len(self.widths) - 2) + [ACTIVATIONS[self.output_activation]]
+
+    @property
+    def unit_roundoff(self) -> float:
+        return torch.finfo(self.dtype).eps / 2
+
+
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32)
+
+_VARIANTS: dict[
+    str, list[dict[str, float]]
+] = {  # parameters other than torch's defaults, where the code branches on them
+    "leaky_relu": [{"negative_slope": 0.2}, {"negative_slope": -0.5}],
+    "hardtanh": [{"min_val": -0.3, "max_val": 0.7}],
+    "elu": [{"alpha": 0.3}],
+    "celu": [{"alpha": 2.0}],
+    "softplus": [{"beta": 2.0}, {"threshold": 1.0}],
+    "softshrink": [{"lambd": 0.1}],
+    "hardshrink": [{"lambd": 0.1}],
+    "threshold": [{"threshold": 0.2, "value": -1.0}],
+}
+
+
+def _cases() -> list[Case]:
+    cases = []
+    # Every activation, hidden and last, in every dtype.
+    for name, dtype in itertools.product(ACTIVATIONS, DTYPES):
+        cases.append(Case(activation=name, dtype=dtype))
+        cases.append(Case(widths=(20, 17), output_activation=name, dtype=dtype))
+    for name, variants in _VARIANTS.items():
+        for variant, dtype in itertools.product(variants, (torch.float32, torch.bfloat16)):
+            cases.append(Case(activation=name, parameters=tuple(variant.items()), dtype=dtype))
+    # Every layout and every choice of gradients, where one tensor is kept as the output and as the pre-activation.
+    for name in ("relu", "gelu"):
+        wide = Case(activation=name, widths=(20, 33, 24, 17), output_activation=name)
+        for layout in Layout.__args__:  # type: ignore[attr-defined]
+            cases.append(replace(wide, layout=layout))
+        for needs in Needs.__args__:  # type: ignore[attr-defined]
+            cases.append(replace(wide, needs=needs))
+            cases.append(replace(wide, needs=needs, dtype=torch.bfloat16, output_activation="identity"))
+        cases.append(replace(wide, bias=False))
+        cases.append(replace(wide, bias=False, dtype=torch.float16, needs="parameters"))
+        cases.append(replace(wide, tf32=True))
+    # Sizes: nothing, one, odd, around a tile's side; one layer, and deep.
+    for rows in (0, 1, 2, 15, 16, 17, 64, 65, 130):
+        cases.append(Case(rows=rows, activation="tanh"))
+        cases.append(Case(rows=rows, activation="silu", dtype=torch.bfloat16, output_activation="silu"))
+    for widths in ((1, 1), (1, 1, 1), (5, 1), (1, 7), (64, 64), (129, 65), (33, 100, 1), (3, 130, 70, 2), (8,) * 7):
+        for dtype in DTYPES:
+            cases.append(Case(widths=widths, dtype=dtype, activation="gelu"))
+        cases.append(Case(rows=1, widths=widths, output_activation="sigmoid"))
+    return list(dict.fromkeys(cases))
+
+
+@dataclass
+class Data:
+    """A case's tensors: x, weights, biases (or None), and the output's gradient; gradients wanted are marked."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    dy: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """Every input by name: x, W0, b0, W1 …"""
+        named = {"x": self.x}
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            named[f"W{index}"] = weight
+            if bias is not None:
+                named[f"b{index}"] = bias
+        return named
+
+    def to(self, dtype: torch.dtype) -> Data:
+        """Fresh leaves of another dtype with the same values."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype).clone().requires_grad_(tensor.requires_grad)
+
+        return Data(
+            leaf(self.x),
+            [leaf(weight) for weight in self.weights],
+            [None if bias is None else leaf(bias) for bias in self.biases],
+            self.dy.detach().to(dtype),
+        )
+
+
+def make(case: Case, device: str = "cpu", seed: int = 0) -> Data:
+    """Random tensors for a case; rows whose pre-activations lie next to a kink are drawn again."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    weights = [draw(n, k) / max(1, k) ** 0.5 for k, n in itertools.pairwise(case.widths)]
+    biases: list[Tensor | None] = [draw(n) / 2 if case.bias else None for n in case.widths[1:]]
+    distinct = min(case.rows, 1) if case.layout == "expanded" else 1 if case.layout == "one row" else case.rows
+    x = draw(distinct, case.widths[0])
+    for _ in range(1000):
+        near = _near_kink(case, x, weights, biases)
+        if not near.any():
+            break
+        x[near] = draw(int(near.sum()), case.widths[0])
+    else:
+        raise AssertionError(f"{case.id}: no rows clear of the kinks were found")
+    rows = x.shape[0] if case.layout != "expanded" else case.rows
+    dy = draw(rows, case.widths[-1])
+
+    if case.layout == "strided parameters":
+        weights = [_strided(weight) for weight in weights]
+        biases = [bias if bias is None else torch.stack([bias, -bias], 1).flatten()[::2] for bias in biases]
+    x, dy = x.to(device), dy.to(device)
+    weights = [_keep_strides(weight, device) for weight in weights]
+    biases = [bias if bias is None else _keep_strides(bias, device) for bias in biases]
+    x, dy = _lay_out(case.layout, x, dy, case.rows)
+
+    x = x.detach().requires_grad_(case.needs in ("everything", "input"))
+    last = len(weights) - 1
+    for index in range(last + 1):
+        layer = (
+            case.needs in ("everything", "parameters")
+            or (case.needs == "first layer" and index == 0)
+            or (case.needs == "last layer" and index == last)
+        )
+        weights[index] = weights[index].detach().requires_grad_(layer or case.needs == "weights")
+        bias = biases[index]
+        if bias is not None:
+            biases[index] = bias.detach().requires_grad_(layer or case.needs == "biases")
+    return Data(x, weights, biases, dy)
+
+
+def _strided(weight: Tensor) -> Tensor:
+    """The same values, columns first and two apart."""
+    n, k = weight.shape
+    storage = torch.full((k, 2 * n), torch.nan, dtype=weight.dtype)
+    storage[:, ::2] = weight.t()
+    return storage[:, ::2].t()
+
+
+def _keep_strides(tensor: Tensor, device: str) -> Tensor:
+    if device == "cpu" or tensor.is_contiguous():
+        return tensor.to(device)
+    size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+    storage = torch.full((size,), torch.nan, dtype=tensor.dtype, device=device)
+    return storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def _lay_out(layout: Layout, x: Tensor, dy: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    if layout == "transposed":
+        return x.t().contiguous().t(), dy
+    if layout == "sliced":
+        wide = torch.full((x.shape[0] + 3, 2 * x.shape[1] + 1), torch.nan, dtype=x.dtype, device=x.device)
+        view = wide[2:-1, 1::2]
+        return view.copy_(x), dy
+    if layout == "expanded":
+        return x.expand(rows, x.shape[1]), dy
+    if layout == "expanded gradient":
+        return x, dy[:1, :1].expand_as(dy) if dy.numel() else dy
+    if layout == "transposed gradient":
+        return x, dy.t().contiguous().t()
+    if layout == "one row":
+        return x[0], dy[0]
+    if layout in ("3-d", "permuted 3-d"):
+        shape = (3, rows // 3)
+        x, dy = x.view(*shape, x.shape[1]), dy.view(*shape, dy.shape[1])
+        return (x, dy) if layout == "3-d" else (x.transpose(0, 1), dy.transpose(0, 1))
+    return x, dy
+
+
+def _near_kink(case: Case, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """Which rows have a pre-activation so near to a kink that rounding decides on which side it falls."""
+    h = x.double()
+    near = torch.zeros(h.shape[0], dtype=torch.bool)
+    for weight, bias, activation in zip(weights, biases, case.activations):
+        wide, shift = weight.double(), 0 if bias is None else bias.double()
+        z = h @ wide.t() + shift
+        scale = (h.square() @ wide.t().square() + (shift * shift)).sqrt()
+        for kink in activation.kinks(*activation.values):
+            near |= ((z - kink).abs() <= 4 * case.unit_roundoff * (scale + abs(kink))).any(1)
+        h = activation(z)
+    return near
+
+
+@dataclass
+class Truth:
+    """The float64 oracle: y and every gradient by name, and the magnitude that the rounding of a sum is relative to."""
+
+    values: dict[str, Tensor]
+    magnitudes: dict[str, Tensor]
+
+
+def oracle(case: Case, data: Data) -> Truth:
+    """y, dx, dW and db in float64, with |x||W|ᵀ + |b| and its like for each."""
+    wide = data.to(torch.float64)
+    inputs, zs = [], []
+    h = wide.x.reshape(-1, wide.x.shape[-1])
+    for weight, bias, activation in zip(wide.weights, wide.biases, case.activations):
+        inputs.append(h)
+        z = F.linear(h, weight, bias)
+        if z.requires_grad:
+            z.retain_grad()
+        zs.append(z)
+        h = activation(z)
+    y = h.view(*wide.x.shape[:-1], h.shape[-1])
+    if y.requires_grad:
+        y.backward(wide.dy)
+    values, magnitudes = {"y": y.detach()}, {}
+    with torch.no_grad():
+        bias = wide.biases[-1]
+        magnitude = F.linear(inputs[-1].abs(), wide.weights[-1].abs(), None if bias is None else bias.abs())
+        magnitudes["y"] = magnitude.view_as(y)
+        for name, leaf in wide.leaves.items():
+            if leaf.grad is None:
+                continue
+            values[name] = leaf.grad
+            index = int(name[1:] or 0)
+            dz = zs[index].grad
+            assert dz is not None
+            dz = dz.abs()
+            if name == "x":
+                magnitudes[name] = (dz @ wide.weights[0].abs()).view_as(leaf)
+            else:
+                magnitudes[name] = dz.t() @ inputs[index].abs() if name[0] == "W" else dz.sum(0)
+    return Truth(values, magnitudes)
+
+
+def gradients(data: Data, y: Tensor) -> dict[str, Tensor]:
+    """y, and the gradient of every leaf that wants one, after y.backward(dy)."""
+    if y.requires_grad:
+        y.backward(data.dy)
+    found = {"y": y.detach()}
+    found.update({name: leaf.grad for name, leaf in data.leaves.items() if leaf.grad is not None})
+    return found
+
+
+def check(case: Case, truth: Truth, ours: dict[str, Tensor], torchs: dict[str, Tensor]) -> None:
+    """Every value within the bound, norm-wise and in its largest entry; says the case, the error and the bound."""
+    assert ours.keys() == truth.values.keys(), f"{case.id}: gradients of {list(ours)}, wanted {list(truth.values)}"
+    for name, true in truth.values.items():
+        assert ours[name].shape == true.shape, (
+            f"{case.id}: {name} is {tuple(ours[name].shape)}, not {tuple(true.shape)}"
+        )
+        if true.numel() == 0:
+            continue
+        error = (ours[name].double() - true).abs()
+        slack = (torchs[name].double() - true).abs()
+        for norm, kind in ((2, "norm"), (torch.inf, "largest entry")):
+            found = torch.linalg.vector_norm(error, norm).item()
+            bound = (
+                2 * torch.linalg.vector_norm(slack, norm)
+                + case.unit_roundoff * torch.linalg.vector_norm(true, norm)
+                + 4 * 2**-24 * torch.linalg.vector_norm(truth.magnitudes[name], norm)
+            ).item()
+            assert found <= bound, f"{case.id}: {kind} of the error of {name} is {found:.3e}, the bound {bound:.3e}"
+
+
+CASES = _cases()
+assert len({case.id for case in CASES}) == len(CASES), "two cases have one id"

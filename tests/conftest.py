@@ -1,0 +1,76 @@
+"""One command, two ways: on the CPU kernels run in Triton's interpreter; under `-m gpu` the same tests run on a GPU.
+
+A test that takes the fixture `device` is of both kinds. Triton reads TRITON_INTERPRET when the package is imported, so
+it is set here, before any test module is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+def _wants(config: pytest.Config, mark: str) -> bool:
+    expression = config.getoption("markexpr") or ""
+    return mark in expression.replace(f"not {mark}", "")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _wants(config, "gpu"):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `-m gpu`, what takes `device` counts as marked; otherwise what is marked gpu or full is left out."""
+    gpu, full = _wants(config, "gpu"), _wants(config, "full")
+    left_out = []
+    for item in items:
+        if gpu and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        elif (not gpu and item.get_closest_marker("gpu")) or (not full and item.get_closest_marker("full")):
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run: "cpu" (the interpreter) or "cuda"."""
+    import torch
+
+    if not _wants(request.config, "gpu"):
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is available")
+    return "cuda"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and torch.empty_like give NaN, so that an element that no kernel wrote shows."""
+    import torch
+
+    def poison(make):
+        def empty(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_settings() -> Iterator[None]:
+    """Every test starts from torch's own precision settings and seed."""
+    import torch
+
+    torch.manual_seed(0)
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before

@@ -2,8 +2,8 @@
 
 An activation is a pair of functions of one element, `forward(z) -> h` and `backward(dh, saved) -> dz`, written for
 Triton and handed to the kernels, and their twins in plain torch. `saved` is the one tensor kept for backward: the
-output h where the derivative can be read off it accurately, the pre-activation z otherwise. Parameters (a slope, an alpha)
-follow as compile-time constants, in their declared order.
+output h where the derivative can be read off it accurately, the pre-activation z otherwise. Parameters (a slope, an
+alpha) follow as compile-time constants, in their declared order.
 
 Names, error texts, the mapping from `nn.Module` classes, test ids and the README's list all come from the table.
 """
@@ -36,7 +36,7 @@ class Activation:
         backward: `@triton.jit` function (dh, saved, *parameters) -> dz.
         saves: which tensor `backward` reads, "output" or "preactivation"; or a function of the parameters that says so.
         reference: forward in plain torch, (z, *parameters) -> h.
-        reference_backward: backward in plain torch, where the output is kept: (dh, h, *parameters) -> dz; differentiable.
+        reference_backward: backward in plain torch where the output is kept, (dh, h, *parameters) -> dz; differentiable.
         parameters: parameter names, in order, with their values.
         module: the `nn.Module` class that this is, its parameters being attributes of the same names.
         matches: which instances of `module`, where not all of them.
@@ -98,6 +98,9 @@ class Activation:
         """h = a(z) in plain torch."""
         return self.reference(z, *self.values)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.name, tuple(self.parameters.items()))  # by name: functions are not for pickling
+
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
         return f"{self.name}({arguments})" if arguments else self.name
@@ -108,6 +111,10 @@ def _bound(declared: Activation, parameters: tuple[tuple[str, float], ...]) -> A
     """One object per activation and parameter values, so that caches may key on identity."""
     values = dict(parameters)
     return declared if values == declared.parameters else replace(declared, parameters=values)
+
+
+def _restore(name: str, parameters: tuple[tuple[str, float], ...]) -> Activation:
+    return resolve(name).bind(**dict(parameters))
 
 
 ACTIVATIONS: dict[str, Activation] = {}
@@ -179,7 +186,8 @@ def find(module: nn.Module) -> Activation | None:
     own = getattr(module, "activation", None)  # a module that carries its activation
     if isinstance(own, Activation):
         return own
-    for activation in _by_module(type(module)):
+    kind: Any = type(module)
+    for activation in _by_module(kind):
         if activation.matches(module):
             if not activation.parameters:
                 return activation

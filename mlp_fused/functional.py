@@ -2,8 +2,8 @@
 
 Layer l is one autograd.Function of its pre-activation's predecessor: (z_{l-1}, W_l, b_l) -> z_l, where z_l =
 a_{l-1}(z_{l-1}) W_lᵀ + b_l. The edge between two of them carries dz, so that a layer's dgrad ends in the derivative of
-the layer below. What travels on the edge is the one tensor that is kept: z itself, or, where the derivative can be read off
-the output, h in its place, whose gradient by agreement is dz all the same. Users never see such a tensor.
+the layer below. What travels on the edge is the one tensor that is kept: z itself, or, where the derivative can be read
+off the output, h in its place, whose gradient by agreement is dz all the same. Users never see such a tensor.
 """
 
 from __future__ import annotations

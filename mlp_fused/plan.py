@@ -133,17 +133,18 @@ def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, bac
 
 
 def _why_device(device: torch.device, backend: Backend) -> str | None:
-    if device.type == "cpu":
-        if backend != "triton":
-            return "the input is on the CPU"
-        if not INTERPRETER:
-            return (
-                "the input is on the CPU, where kernels run only in Triton's interpreter; set TRITON_INTERPRET=1 "
-                "before importing mlp_fused, or move the model and its input to a GPU"
-                if HAS_TRITON
-                else "Triton is not installed"
-            )
-    return _why_device_cannot(device.type, device.index or 0)
+    if device.type != "cpu":
+        return _why_device_cannot(device.type, device.index or 0)
+    if backend != "triton":
+        return "the input is on the CPU"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not INTERPRETER:
+        return (
+            "the input is on the CPU, where kernels run only in Triton's interpreter; set TRITON_INTERPRET=1 "
+            "before importing mlp_fused, or move the model and its input to a GPU"
+        )
+    return None
 
 
 def _why_layers(layers: Sequence[Layer], dtype: torch.dtype) -> str | None:

@@ -1,0 +1,123 @@
+"""The command line: `mlp-fused train`, `mlp-fused env`; the same as `python -m mlp_fused`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, get_args
+
+from . import ACTIVATIONS, __version__
+from .environment import describe
+from .plan import Backend
+from .training import LEARNING_RATES, MOMENTUM, Config, DtypeName, OptimizerName, UserError, train
+
+__all__ = ["main"]
+
+USER_ERROR = 2  # argparse's own exit status for a mistake on the command line
+INTERRUPTED = 130  # a shell's for Ctrl-C: 128 + SIGINT
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: {message} ({self.prog} --help lists what there is)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of `mlp-fused train` are the fields of `Config`, which holds their defaults."""
+    top = _Parser(
+        prog="mlp-fused", description="The multi-layer perceptron as fused Triton kernels.", allow_abbrev=False
+    )
+    top.add_argument("--version", action="version", version=f"mlp-fused {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="train | env")
+    commands.add_parser(
+        "env", help="print what a bug report needs: versions, GPU, driver, backend, switches", allow_abbrev=False
+    )
+    command = commands.add_parser(
+        "train",
+        help="train a classifier on handwritten digits, or on data of your own",
+        description="Train a classifier, validate it after each epoch, and say where the time of its steps went.",
+        allow_abbrev=False,
+    )
+
+    data = command.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        metavar="FILE.npz",
+        help="arrays x (N, ...), any numeric dtype, and y (N,), whole numbers from 0 "
+        "(default: scikit-learn's 1797 handwritten digits)",
+    )
+    data.add_argument(
+        "--validation-fraction", type=float, metavar="PART", help="rows kept for validation (%(default)s)"
+    )
+    data.add_argument("--batch-size", type=int, metavar="N", help="rows per step (%(default)s)")
+    data.add_argument(
+        "--workers", type=int, metavar="N", help="processes that load batches (default: 2 with a GPU, 0 without)"
+    )
+
+    network = command.add_argument_group("network")
+    hidden = " ".join(map(str, Config.hidden))
+    network.add_argument(
+        "--hidden", type=int, nargs="*", metavar="WIDTH", help=f"widths of the hidden layers (default: {hidden})"
+    )
+    network.add_argument(
+        "--activation", metavar="NAME", help=f"%(default)s by default; one of: {', '.join(ACTIVATIONS)}"
+    )
+    network.add_argument("--dropout", type=float, metavar="P", help="after each hidden layer (default: %(default)s)")
+    network.add_argument("--backend", choices=get_args(Backend), help="what computes it (default: %(default)s)")
+
+    training = command.add_argument_group("training")
+    rates = ", ".join(f"{rate} for {name}" for name, rate in LEARNING_RATES.items())
+    training.add_argument("--epochs", type=int, metavar="N", help="passes over the data, in all (default: %(default)s)")
+    training.add_argument(
+        "--optimizer",
+        choices=get_args(OptimizerName),
+        help=f"sgd has momentum {MOMENTUM}; fused on a GPU (default: %(default)s)",
+    )
+    training.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default: {rates})")
+    training.add_argument(
+        "--dtype",
+        choices=get_args(DtypeName),
+        help="bf16, fp16: mixed precision by autocast; fp16 needs a GPU (default: %(default)s)",
+    )
+    training.add_argument(
+        "--device", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s, a GPU where there is one)"
+    )
+    training.add_argument(
+        "--seed", type=int, metavar="N", help="of split, parameters, shuffling and dropout (default: %(default)s)"
+    )
+
+    checkpoint = command.add_argument_group("checkpoint")
+    checkpoint.add_argument("--checkpoint", metavar="FILE", help="written after each epoch (default: none is written)")
+    checkpoint.add_argument(
+        "--resume",
+        action="store_true",
+        help="carry on from --checkpoint, with the flags that it was begun with; --epochs, --device, --backend and "
+        "--workers may differ (default: begin anew)",
+    )
+    command.set_defaults(**dataclasses.asdict(Config()))
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; `sys.argv`'s by default. Returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    arguments = vars(parser().parse_args(argv))
+    if arguments.pop("command") == "env":
+        print(describe())
+        return 0
+    try:
+        train(Config(**arguments), report=lambda text: print(text, flush=True))
+    except UserError as error:
+        print(f"mlp-fused: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt as interrupt:
+        print(f"mlp-fused: {interrupt or 'stopped'}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

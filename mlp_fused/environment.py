@@ -1,0 +1,87 @@
+"""What a bug report needs: versions, GPUs, the path taken, the tuned tiles, our environment switches."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import FusedMLP, __version__, kernels
+from .kernels.configs import device_slug
+
+__all__ = ["SWITCHES", "describe"]
+
+SWITCHES = ("MLP_FUSED_BACKEND", "MLP_FUSED_DEBUG", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
+TUNED = Path(kernels.__path__[0]) / "tuned"
+
+
+def describe() -> str:
+    """The report, one "name: value" a line. What cannot be found out is said so; nothing is raised."""
+    entries = list(_entries())
+    width = max(len(name) for name, _ in entries) + 1
+    return "\n".join(f"{name + ':':<{width}} {value}" for name, value in entries)
+
+
+def _entries() -> Iterator[tuple[str, str]]:
+    yield "mlp_fused", __version__
+    yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "torch", torch.__version__
+    for package in ("triton", "numpy", "scikit-learn", "tqdm"):
+        yield package, _version(package)
+    yield "CUDA runtime", torch.version.cuda or "none"
+    yield "HIP runtime", torch.version.hip or "none"
+    yield "OS", platform.platform()
+    yield "CPU", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads for torch"
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    for index in gpus:
+        gpu = torch.cuda.get_device_properties(index)
+        kind = f"compute capability {gpu.major}.{gpu.minor}" if torch.version.hip is None else gpu.gcnArchName
+        yield f"GPU {index}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB"
+        yield f"tuned table {index}", _tuned_table(gpu.name)
+    if not gpus:
+        yield "GPU", "none that torch can use"
+        yield "tuned table", "none for this GPU: there is no GPU"
+    yield "driver", _driver()
+    yield 'backend "auto"', _path_taken("cuda" if gpus else "cpu")
+    for switch in SWITCHES:
+        yield switch, os.environ.get(switch, "not set")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _tuned_table(gpu: str) -> str:
+    table = TUNED / f"{device_slug(gpu)}.json"
+    return str(table) if table.is_file() else "none for this GPU"
+
+
+def _driver() -> str:
+    """The version of the GPU's driver: as nvidia-smi has it, or Linux for an AMD GPU."""
+    amdgpu = Path("/sys/module/amdgpu/version")
+    try:
+        if nvidia_smi := shutil.which("nvidia-smi"):
+            query = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+            done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+            return ", ".join(dict.fromkeys(done.stdout.split())) or "unknown"
+        return amdgpu.read_text().strip() if amdgpu.is_file() else "none found"
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown: {error}"
+
+
+def _path_taken(device: str) -> str:
+    """What `backend="auto"` does with a network of the usual kind on this machine."""
+    try:
+        plan = FusedMLP(64, [512, 512, 10], device=device).explain(64)
+    except Exception as error:  # whatever is broken belongs into the report, which has to reach its end
+        return f"failed: {type(error).__name__}: {error}"
+    return f"the {plan.path} path: {plan.reason}"

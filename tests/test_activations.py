@@ -1,0 +1,160 @@
+"""The activation table: torch's values at the extremes, its modules, and the user's own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, register_activation
+from mlp_fused.kernels.activations import Activation, find, resolve
+
+EXTREMES = [0.0, 1e4, -1e4, torch.inf, -torch.inf, torch.nan, 1e-30, -1e-30, 1e-4, -1e-4, 100.0, -100.0]
+
+WANTED = (
+    "identity relu leaky_relu relu6 squared_relu elu celu selu gelu gelu_tanh quick_gelu silu mish sigmoid logsigmoid "
+    "tanh tanhshrink softplus softsign softshrink hardshrink hardsigmoid hardswish hardtanh exp sine step threshold"
+).split()
+
+
+def test_the_table_has_what_is_promised() -> None:
+    assert set(WANTED) <= set(ACTIVATIONS)
+
+
+def column(values: list[float], device: str) -> torch.Tensor:
+    return torch.tensor(values, device=device).unsqueeze(1)
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_extremes_are_torchs(name: str, device: str) -> None:
+    """z = x * 1 + 0 for every extreme, forward and backward."""
+    if name == "softshrink" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        wanted = column([value for value in EXTREMES if value == value], device)  # older torch turns NaN into 0
+    else:
+        wanted = column(EXTREMES, device)
+    one = torch.ones(1, 1, device=device)
+    x = wanted.clone().requires_grad_()
+    y = linear_act(x, one, None, name, backend="triton")
+    torchs_x = wanted.clone().requires_grad_()
+    torchs = ACTIVATIONS[name](torchs_x)
+    torch.testing.assert_close(y, torchs, rtol=1e-5, atol=1e-7, equal_nan=True)
+    dy = torch.randn_like(y)
+    (dx,), (torchs_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(torchs, torchs_x, dy)
+    # At NaN torch's own CPU and CUDA kernels disagree about some gradients; a NaN must not turn into a number elsewhere.
+    finite = ~wanted.isnan()
+    torch.testing.assert_close(dx[finite], torchs_dx[finite], rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+MODULES = {
+    nn.Identity(): "identity", nn.ReLU(): "relu", nn.ReLU(inplace=True): "relu", nn.LeakyReLU(0.3): "leaky_relu",
+    nn.ReLU6(): "relu6", nn.ELU(0.7): "elu", nn.CELU(0.7): "celu", nn.SELU(): "selu", nn.GELU(): "gelu",
+    nn.GELU("tanh"): "gelu_tanh", nn.SiLU(): "silu", nn.Mish(): "mish", nn.Sigmoid(): "sigmoid",
+    nn.LogSigmoid(): "logsigmoid", nn.Tanh(): "tanh", nn.Tanhshrink(): "tanhshrink", nn.Softplus(2, 15): "softplus",
+    nn.Softsign(): "softsign", nn.Softshrink(0.2): "softshrink", nn.Hardshrink(0.2): "hardshrink",
+    nn.Hardsigmoid(): "hardsigmoid", nn.Hardswish(): "hardswish", nn.Hardtanh(-2, 3): "hardtanh",
+    nn.Threshold(0.1, 2.0): "threshold",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_module_is_found_with_its_own_parameters(module: nn.Module) -> None:
+    found = find(module)
+    assert found is not None
+    assert found.name == MODULES[module]
+    z = torch.randn(100) * 5
+    assert torch.equal(found(z), module(z.clone()))
+    assert find(type(module)() if not found.parameters else copy.deepcopy(module)) is not None
+    for name, value in found.parameters.items():
+        assert getattr(module, name) == value
+
+
+@pytest.mark.parametrize("module", [nn.PReLU(), nn.RReLU(), nn.Softmax(-1), nn.GLU(), nn.Linear(1, 1)], ids=str)
+def test_a_module_with_state_or_that_is_not_pointwise_is_not_found(module: nn.Module) -> None:
+    assert find(module) is None
+    with pytest.raises(ValueError, match=rf"activation is {type(module).__name__}.*one of: identity, relu"):
+        resolve(module)
+
+
+def test_resolve_takes_names_classes_instances_and_none() -> None:
+    assert resolve(None) is resolve("identity") is resolve(nn.Identity) is resolve(nn.Identity())
+    assert resolve(nn.GELU) is resolve("gelu")
+    assert resolve(nn.LeakyReLU(0.2)) is resolve("leaky_relu").bind(negative_slope=0.2)
+    with pytest.raises(ValueError, match="activation is 'rleu'; it needs to be one of: identity, relu"):
+        resolve("rleu")
+    with pytest.raises(TypeError, match="activation is int"):
+        resolve(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cannot be made without arguments"):
+        resolve(nn.Threshold)
+    with pytest.raises(TypeError, match="has no parameter 'slope'; its parameters are: negative_slope"):
+        resolve("leaky_relu").bind(slope=1.0)
+    with pytest.raises(TypeError, match="negative_slope is 'x'"):
+        resolve("leaky_relu").bind(negative_slope="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_reference_backward_is_the_derivative_of_reference(name: str) -> None:
+    activation = ACTIVATIONS[name]
+    assert (activation.keeps == "preactivation") or activation.reference_backward is not None
+    if activation.reference_backward is None:
+        return
+    z = torch.randn(500, dtype=torch.float64, requires_grad=True)
+    dh = torch.randn(500, dtype=torch.float64)
+    h = activation(z)
+    (expected,) = torch.autograd.grad(h, z, dh)
+    torch.testing.assert_close(activation.reference_backward(dh, h.detach(), *activation.values), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_activations_survive_pickle_and_deepcopy() -> None:
+    bound = resolve("leaky_relu").bind(negative_slope=0.2)
+    assert pickle.loads(pickle.dumps(bound)) is bound
+    assert copy.deepcopy(bound) is bound
+    for model in (FusedMLP(3, [4, 2], activation_layer="sine"), FusedLinear(3, 2, activation=nn.LeakyReLU(0.2))):
+        x = torch.randn(5, 3)
+        for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert torch.equal(twin(x), model(x))
+
+
+def test_step_at_zero_and_nan() -> None:
+    z = torch.tensor([-1.0, -0.0, 0.0, 2.0, torch.nan])
+    assert torch.equal(Pointwise("step")(z)[:4], torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert Pointwise("step")(z)[4].isnan()
+
+
+def test_a_perceptron_learns_what_is_linearly_separable(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 2, generator=generator)
+    side = x @ torch.tensor([1.0, -2.0]) + 0.3
+    x, t = x[side.abs() > 0.2].to(device), (side[side.abs() > 0.2] > 0).float().unsqueeze(1).to(device)
+    model = FusedLinear(2, 1, activation="step", device=device)
+    with torch.no_grad():
+        for _ in range(100):
+            if torch.equal(model(x), t):
+                break
+            for x_i, t_i in zip(x, t):
+                error = t_i - model(x_i)
+                model.weight += error * x_i
+                model.bias += error
+        assert torch.equal(model(x), t)
+        model.backend = "triton"
+        assert torch.equal(model(x), t)
+
+
+def test_register_refuses_what_is_wrong() -> None:
+    relu = ACTIVATIONS["relu"]
+    with pytest.raises(ValueError, match="'relu' is registered already"):
+        register_activation("relu", relu.forward, relu.backward, reference=torch.relu)
+    with pytest.raises(ValueError, match="saves is 'input'"):
+        register_activation("mine", relu.forward, relu.backward, saves="input", reference=torch.relu)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no reference_backward"):
+        register_activation("mine", relu.forward, relu.backward, saves="output", reference=torch.relu)
+    with pytest.raises(TypeError, match="forward is function; it needs to be a @triton.jit function"):
+        register_activation("mine", lambda z: z, relu.backward, reference=torch.relu)
+    with pytest.raises(TypeError, match="reference is NoneType"):
+        register_activation("mine", relu.forward, relu.backward, reference=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="name is ''"):
+        register_activation("", relu.forward, relu.backward, reference=torch.relu)
+    assert "mine" not in ACTIVATIONS
+    assert isinstance(relu, Activation)

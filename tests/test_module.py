@@ -1,0 +1,418 @@
+"""FusedMLP and FusedLinear as what they replace: torchvision.ops.MLP, nn.Sequential, nn.Linear."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, mlp
+from mlp_fused.kernels.launch import count_launches
+from mlp_fused.plan import why_reference
+
+
+def torchvision_mlp(
+    in_channels: int,
+    hidden_channels: list[int],
+    norm_layer: Callable[..., nn.Module] | None = None,
+    activation_layer: Callable[..., nn.Module] = nn.ReLU,
+    inplace: bool | None = None,
+    bias: bool = True,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """The children of torchvision.ops.MLP, in its order."""
+    keywords = {} if inplace is None else {"inplace": inplace}
+    children: list[nn.Module] = []
+    for width_in, width_out in itertools.pairwise([in_channels, *hidden_channels[:-1]]):
+        children.append(nn.Linear(width_in, width_out, bias=bias))
+        children += [norm_layer(width_out)] if norm_layer else []
+        children += [activation_layer(**keywords), nn.Dropout(dropout, **keywords)]
+    children += [nn.Linear([in_channels, *hidden_channels][-2], hidden_channels[-1], bias=bias)]
+    return nn.Sequential(*children, nn.Dropout(dropout, **keywords))
+
+
+ARGUMENTS: list[dict[str, Any]] = [
+    {},
+    {"norm_layer": nn.LayerNorm},
+    {"norm_layer": nn.BatchNorm1d, "activation_layer": nn.GELU, "dropout": 0.3},
+    {"activation_layer": nn.SiLU, "inplace": True, "bias": False, "dropout": 0.1},
+]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda arguments: ",".join(arguments) or "defaults")
+@pytest.mark.parametrize("widths", [[5], [16, 5], [16, 8, 5]], ids=str)
+def test_torchvisions_children_keys_initialisation_and_numbers(arguments: dict[str, Any], widths: list[int]) -> None:
+    torch.manual_seed(3)
+    theirs = torchvision_mlp(7, widths, **arguments)
+    torch.manual_seed(3)
+    ours = FusedMLP(7, widths, **arguments)
+    assert [type(child) for child in ours] == [type(child) for child in theirs]
+    assert repr(ours).split("\n")[1:] == repr(theirs).split("\n")[1:]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+    x = torch.randn(11, 7)
+    for mode in (True, False):
+        torch.manual_seed(4)
+        expected = theirs.train(mode)(x)
+        torch.manual_seed(4)
+        assert torch.equal(ours.train(mode)(x), expected)
+
+
+def test_twenty_steps_of_adam_are_bit_identical_on_the_cpu() -> None:
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 3))
+    ours = FusedMLP(20, [32, 16, 3], activation_layer="gelu")
+    for (_, target), (_, source) in zip(ours.named_parameters(), theirs.named_parameters()):
+        target.data.copy_(source.data)
+    optimizers = [torch.optim.Adam(model.parameters(), 1e-2) for model in (ours, theirs)]
+    for _ in range(20):
+        x, t = torch.randn(64, 20), torch.randint(3, (64,))
+        losses = []
+        for model, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), t)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss)
+        assert torch.equal(*losses)
+        for mine, other in zip(ours.parameters(), theirs.parameters()):
+            assert torch.equal(mine.grad, other.grad)
+            assert torch.equal(mine, other)
+
+
+def test_at_most_ten_microseconds_slower_than_sequential_on_the_cpu() -> None:
+    """The Python of a call alone: children replaced by nothing, so that a product's noise does not hide it."""
+    model = FusedMLP(784, [512, 512, 10]).eval()
+    sequential = nn.Sequential(*(child for child in model if not isinstance(child, nn.Dropout)))
+    x = torch.randn(1, 784)
+    for child in sequential:
+        child.forward = lambda input: input  # type: ignore[method-assign]
+
+    def microseconds(call: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        for _ in range(200):
+            call(x)
+        return (time.perf_counter() - start) / 200 * 1e6
+
+    differences = []
+    for _ in range(25):  # paired, so that both see the same machine
+        theirs = microseconds(sequential)
+        differences.append(microseconds(model) - theirs)
+    # The first child is patched, so the check of the input is skipped; it is added here, measured on a clean one.
+    clean = FusedMLP(784, [512, 512, 10]).eval()
+    checks = statistics.median(microseconds(clean._check_input) for _ in range(25))
+    assert statistics.median(differences) + checks <= 10
+
+
+def test_the_layers_run_as_kernels(device: str) -> None:
+    model = FusedMLP(20, [32, 16, 3], activation_layer="gelu", dropout=0.0, backend="triton").to(device)
+    x = torch.randn(33, 20, device=device)
+    with count_launches() as launches:
+        y = model(x)
+        y.sum().backward()
+    assert launches == {"layer_forward_kernel": 3, "dgrad_kernel": 2, "wgrad_kernel": 3}
+    twin = nn.Sequential(*model)
+    torch.testing.assert_close(y, twin(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), count_launches() as launches:
+        model(x)
+    assert launches == {"layer_forward_kernel": 3}
+
+
+def test_norms_and_dropout_run_as_modules_between_kernels(device: str) -> None:
+    model = FusedMLP(20, [32, 16, 3], nn.LayerNorm, nn.GELU, dropout=0.5, backend="triton").to(device)
+    x = torch.randn(33, 20, device=device)
+    for training in (True, False):
+        model.train(training)
+        torch.manual_seed(5)
+        with count_launches() as launches:
+            y = model(x)
+        assert launches == {"layer_forward_kernel": 3}
+        torch.manual_seed(5)
+        torch.testing.assert_close(y, nn.Sequential(*model)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_every_change_of_the_children_is_seen_by_the_next_call(device: str) -> None:
+    model = FusedMLP(8, [8, 8], backend="triton").to(device)
+    x = torch.randn(5, 8, device=device)
+
+    def agrees(launches: int) -> None:
+        with count_launches() as counted:
+            y = model(x)
+        assert counted.get("layer_forward_kernel", 0) == launches
+        torch.testing.assert_close(y, nn.Sequential(*model)(x), rtol=1e-5, atol=1e-5)
+
+    agrees(2)
+    model.append(nn.Linear(8, 4, device=device))
+    agrees(3)
+    model.insert(0, nn.Linear(8, 8, device=device))
+    agrees(4)
+    model[2] = nn.Tanh()
+    agrees(4)
+    model[2] = nn.LeakyReLU(0.1)
+    agrees(4)
+    model[2].negative_slope = 0.7
+    agrees(4)
+    del model[0]
+    agrees(3)
+    model[0].weight.data.mul_(3)
+    agrees(3)
+    handle = model[0].register_forward_hook(lambda module, args, output: output + 1)
+    agrees(2)
+    handle.remove()
+    agrees(3)
+    parametrizations.weight_norm(model[0])
+    agrees(2)
+    model[3].forward = lambda input: input * 2  # type: ignore[method-assign]
+    agrees(1)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    agrees(0)
+    handle.remove()
+
+
+def test_slices_are_sequential() -> None:
+    model = FusedMLP(8, [8, 4])
+    assert type(model[0:2]) is nn.Sequential
+    assert list(model[0:2].state_dict()) == ["0.weight", "0.bias"]
+    assert model[0:2][0] is model[0]
+    assert type(model + model) is nn.Sequential
+
+
+def test_from_sequential_takes_over_the_modules(device: str) -> None:
+    names = nn.Sequential()
+    names.add_module("flatten", nn.Flatten())
+    names.add_module("first", nn.Linear(12, 8))
+    names.add_module("act", nn.Softplus(2.0))
+    names.add_module("norm", nn.BatchNorm1d(8))
+    names.add_module("last", nn.Linear(8, 3))
+    names.to(device).eval()
+    model = FusedMLP.from_sequential(names, backend="triton")
+    assert list(model.state_dict()) == list(names.state_dict())
+    assert model.last is names.last
+    assert not model.training
+    x = torch.randn(6, 3, 4, device=device)
+    with count_launches() as launches:
+        y = model(x)
+    assert launches == {"layer_forward_kernel": 2}
+    torch.testing.assert_close(y, names(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="sequential is Linear; it needs to be an nn.Sequential"):
+        FusedMLP.from_sequential(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", nn.Tanh, nn.LeakyReLU(0.2), "sine"], ids=str)
+def test_activation_layer_is_a_name_a_class_an_instance_or_none(activation: Any) -> None:
+    model = FusedMLP(4, [5, 6, 2], activation_layer=activation, output_activation="sigmoid", inplace=False)
+    kinds = [type(child) for child in model]
+    assert kinds[1] is kinds[4] is {"gelu": nn.GELU, "sine": Pointwise, None: nn.Identity}.get(
+        activation if isinstance(activation, str | None) else 0, activation if isinstance(activation, type) else type(activation)
+    )  # fmt: skip
+    assert kinds[-2:] == [nn.Sigmoid, nn.Dropout]
+    assert model[1] is not model[4]
+    y = model(torch.randn(3, 4))
+    assert ((y > 0) & (y < 1)).all()
+
+
+def test_fused_linear_is_a_linear(device: str) -> None:
+    torch.manual_seed(1)
+    plain = nn.Linear(6, 4, device=device)
+    torch.manual_seed(1)
+    layer = FusedLinear(6, 4, activation="gelu", device=device, backend="triton")
+    assert isinstance(layer, nn.Linear)
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    assert repr(layer) == "FusedLinear(in_features=6, out_features=4, bias=True, activation=gelu)"
+    for shape in ((6,), (0, 6), (3, 6), (2, 3, 6)):
+        x = torch.randn(*shape, device=device)
+        expected = nn.functional.gelu(plain(x))
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+        layer.backend = "reference"
+        assert torch.equal(layer(x), expected)
+        layer.backend = "triton"
+    inside = FusedMLP.from_sequential(nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 2, device=device)), backend="triton")
+    x = torch.randn(5, 6, device=device)
+    torch.testing.assert_close(inside(x), inside[2](torch.relu(nn.functional.gelu(plain(x)))), rtol=1e-5, atol=1e-5)
+
+
+MODEL = FusedMLP(4, [6, 3])
+GOOD = torch.randn(5, 4)
+
+BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "numpy": (lambda: MODEL(np.ones((5, 4))), TypeError, "input is ndarray; it needs to be a torch.Tensor"),
+    "width": (lambda: MODEL(torch.randn(5, 3)), RuntimeError, r"input has shape \(5, 3\); its last dimension needs to be 4"),
+    "scalar": (lambda: MODEL(torch.tensor(1.0)), RuntimeError, r"input has shape \(\)"),
+    "integer": (lambda: MODEL(torch.ones(5, 4, dtype=torch.int64)), RuntimeError, r"input is torch.int64.*x.to\(torch.float32\)"),
+    "double": (lambda: MODEL(GOOD.double()), RuntimeError, "input is torch.float64, the model's weight 0 torch.float32"),
+    "complex": (lambda: MODEL(GOOD.to(torch.complex64)), RuntimeError, "input is torch.complex64"),
+    "device": (lambda: MODEL(GOOD.to("meta")), RuntimeError, r"input is on meta, the model's parameters on cpu; move it with x.to\('cpu'\)"),
+    "all complex": (lambda: mlp(torch.ones(1, 2, dtype=torch.complex64), [torch.ones(3, 2, dtype=torch.complex64)], None), RuntimeError, "needs to be a real floating-point dtype"),
+    "sparse": (lambda: linear_act(GOOD.to_sparse(), torch.randn(3, 4), backend="triton"), RuntimeError, "layout is torch.sparse_coo; the kernels need a dense tensor"),
+    "weight": (lambda: linear_act(GOOD, [[1.0]]), TypeError, "weight 0 is list; it needs to be a torch.Tensor"),
+    "weight shape": (lambda: linear_act(GOOD, torch.randn(4)), RuntimeError, r"weight 0 has shape \(4,\)"),
+    "bias shape": (lambda: linear_act(GOOD, torch.randn(3, 4), torch.randn(4)), RuntimeError, r"bias 0 has shape \(4,\); it needs to be \(3,\)"),
+    "layers": (lambda: mlp(GOOD, [torch.randn(6, 4), torch.randn(3, 5)], None), RuntimeError, "layer 1 takes 5 features, layer 0 gives 6"),
+    "no layers": (lambda: mlp(GOOD, [], []), ValueError, "weights is empty"),
+    "biases": (lambda: mlp(GOOD, [torch.randn(6, 4)], []), ValueError, "biases has 0 entries; it needs one for each of the 1 weights"),
+    "activation": (lambda: linear_act(GOOD, torch.randn(3, 4), None, "gelo"), ValueError, "activation is 'gelo'; it needs to be one of"),
+    "backend": (lambda: linear_act(GOOD, torch.randn(3, 4), backend="cuda"), ValueError, "backend is 'cuda'; it needs to be one of: auto, triton, reference"),  # type: ignore[arg-type]
+    "float64 kernels": (lambda: linear_act(GOOD.to(torch.float8_e4m3fn), torch.randn(3, 4).to(torch.float8_e4m3fn), backend="triton"), RuntimeError, "the kernels compute in float16, bfloat16 and float32"),
+    "rows": (lambda: MODEL.explain(-1), ValueError, "batch_size is -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_bad_call_is_one_sentence_before_any_launch(name: str) -> None:
+    call, kind, sentence = BAD_CALLS[name]
+    before = {key: value.clone() for key, value in MODEL.state_dict().items()}
+    with count_launches() as launches, pytest.raises(kind, match=sentence) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+    assert not launches
+    assert all(torch.equal(value, before[key]) for key, value in MODEL.state_dict().items())
+
+
+BAD_CONSTRUCTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "empty": (lambda: FusedMLP(4, []), ValueError, "hidden_channels is empty"),
+    "int": (lambda: FusedMLP(4, 5), TypeError, "hidden_channels is 5; it needs to be a sequence of widths"),  # type: ignore[arg-type]
+    "string": (lambda: FusedMLP(4, "512"), TypeError, "hidden_channels is '512'"),  # type: ignore[arg-type]
+    "negative": (lambda: FusedMLP(4, [3, -1]), ValueError, r"hidden_channels\[1\] is -1; it needs to be 1 or more"),
+    "zero": (lambda: FusedMLP(0, [3]), ValueError, "in_channels is 0"),
+    "string width": (lambda: FusedMLP("4", [3]), TypeError, "in_channels is '4'; it needs to be a whole number"),  # type: ignore[arg-type]
+    "float width": (lambda: FusedMLP(4, [3.0]), TypeError, r"hidden_channels\[0\] is 3.0"),  # type: ignore[list-item]
+    "dropout": (lambda: FusedMLP(4, [3], dropout=1.5), ValueError, "dropout is 1.5; it needs to be a probability"),
+    "dropout type": (lambda: FusedMLP(4, [3], dropout="a"), TypeError, "dropout is 'a'"),  # type: ignore[arg-type]
+    "norm": (lambda: FusedMLP(4, [3], norm_layer=3), TypeError, "norm_layer is 3"),  # type: ignore[arg-type]
+    "activation": (lambda: FusedMLP(4, [3, 2], activation_layer="rellu"), ValueError, "activation_layer is 'rellu'"),
+    "activation type": (lambda: FusedMLP(4, [3, 2], activation_layer=3), TypeError, "activation_layer is 3"),  # type: ignore[arg-type]
+    "output": (lambda: FusedMLP(4, [3, 2], output_activation="soft"), ValueError, "output_activation is 'soft'"),
+    "backend": (lambda: FusedMLP(4, [3], backend="gpu"), ValueError, "backend is 'gpu'"),  # type: ignore[arg-type]
+    "linear": (lambda: FusedLinear(4, -3), ValueError, "out_features is -3"),
+    "linear activation": (lambda: FusedLinear(4, 3, activation="x"), ValueError, "activation is 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONSTRUCTIONS)
+def test_a_bad_constructor_is_one_sentence(name: str) -> None:
+    call, kind, sentence = BAD_CONSTRUCTIONS[name]
+    with pytest.raises(kind, match=sentence) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+def test_mistakes_in_a_call_raise_what_linear_raises() -> None:
+    for bad in (np.ones((5, 4)), torch.randn(5, 3), torch.tensor(1.0), torch.ones(5, 4, dtype=torch.int64), GOOD.double()):
+        with pytest.raises(Exception) as theirs:  # noqa: PT011 (whichever it is)
+            nn.Linear(4, 6)(bad)
+        with pytest.raises(type(theirs.value)):
+            MODEL(bad)
+
+
+def test_functional_transforms_and_forward_mode_take_the_reference() -> None:
+    model = FusedMLP(4, [6, 3], activation_layer="tanh", backend="auto")
+    x = torch.randn(5, 4)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    whole = torch.func.grad(loss)(parameters, x)
+    for name in parameters:
+        torch.testing.assert_close(per_sample[name].sum(0), whole[name])
+    tangent = torch.func.jvp(lambda x: mlp(x, [model[0].weight], None), (x,), (torch.ones_like(x),))[1]
+    assert tangent.shape == (5, 6)
+    with pytest.raises(RuntimeError, match="a torch.func transform is active"):
+        torch.func.vmap(lambda x: mlp(x, [model[0].weight], None, backend="triton"))(x)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_explain_counts_what_is_kept(activation: str) -> None:
+    model = FusedMLP(32, [48, 16, 8], activation_layer=activation)
+    plan = model.explain(64, device="NVIDIA H200")
+    assert plan.path == "layer"
+    assert plan.kept_bytes == 64 * (32 + 48 + 16) * 4
+    by_torch = model.explain(64)
+    assert by_torch.path == "reference"
+    assert by_torch.reason == "the input is on the CPU"
+    pre_activations = 64 * (48 + 16) * 4 if activation == "gelu" else 0
+    assert by_torch.kept_bytes == plan.kept_bytes + pre_activations
+    text = str(plan)
+    for expected in ("NVIDIA H200", "0: 32 -> 48", "wgrad", "GFLOP", "floor", "kept for backward 0.025 MB"):
+        assert expected in text
+    assert plan.work.flops == 2 * 64 * (32 * 48 * 2 + 48 * 16 * 3 + 16 * 8 * 3)
+
+
+def test_explain_names_what_runs_as_itself_and_why() -> None:
+    model = FusedMLP(32, [48, 8], nn.BatchNorm1d, nn.PReLU)
+    text = str(model.explain(16, torch.bfloat16, "NVIDIA H100"))
+    assert "1 BatchNorm1d: reference, because BatchNorm1d has no kernel" in text
+    assert "2 PReLU: reference, because PReLU has no kernel" in text
+    model[0].register_forward_hook(lambda *_: None)
+    assert "0 Linear: reference, because it has hooks" in str(model.explain(16, device="NVIDIA H100"))
+    double = FusedMLP(4, [3]).double().explain(16, device="NVIDIA H100")
+    assert double.path == "reference"
+    assert "float64" in double.reason
+    reference = FusedMLP(4, [3], backend="reference").explain(16, device="NVIDIA H100")
+    assert reference.reason == 'the backend is "reference"'
+
+
+def test_a_new_reason_on_a_gpu_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from mlp_fused import plan
+
+    plan._log_once.cache_clear()
+
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setattr(plan, "_why_call_cannot", lambda *_: "the moon is full")
+    with caplog.at_level("INFO", "mlp_fused"):
+        for _ in range(3):
+            assert why_reference(OnGpu(), (), torch.float32, "auto") == "the moon is full"  # type: ignore[arg-type]
+    assert [record.getMessage() for record in caplog.records] == ["plain torch runs instead of the kernels: the moon is full"]
+
+
+def test_autocast_computes_in_16_bits_and_gives_gradients_in_the_parameters_dtype(device: str) -> None:
+    model = FusedMLP(20, [32, 3], activation_layer="gelu", backend="triton").to(device)
+    twin = nn.Sequential(*model)
+    x = torch.randn(9, 20, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y, expected = model(x), twin(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(y.float().square().sum(), parameters)
+    theirs = torch.autograd.grad(expected.float().square().sum(), parameters)
+    for mine, other in zip(ours, theirs):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, other, rtol=0.05, atol=0.05)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.lists(st.integers(0, 4), min_size=0, max_size=3),
+    widths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    bias=st.booleans(),
+    flip=st.booleans(),
+)
+def test_inputs_nobody_thought_of(shape: list[int], widths: list[int], activation: str, bias: bool, flip: bool) -> None:
+    """Any leading shape, any widths: the kernels in the interpreter agree with torch."""
+    x = torch.randn(*shape, widths[0]) / 4
+    if flip and x.dim() > 1:
+        x = x.transpose(0, -2)
+    x.requires_grad_()
+    weights = [torch.randn(n, k) / k**0.5 for k, n in itertools.pairwise(widths)]
+    biases = [torch.randn(n) / 4 for n in widths[1:]] if bias else None
+    name = activation if ACTIVATIONS[activation].kinks(*ACTIVATIONS[activation].values) == () else "tanh"
+    ours, torchs = (mlp(x, weights, biases, name, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)
+    dy = torch.randn_like(ours)
+    for mine, other in zip(torch.autograd.grad(ours, x, dy), torch.autograd.grad(torchs, x, dy)):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

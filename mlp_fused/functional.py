@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import reference
 from .kernels import layer_backward, layer_forward
 from .kernels.activations import ACTIVATIONS, Activation, resolve
-from .plan import Backend, check_backend, float32_precision, why_reference
+from .plan import Backend, check_backend, compute_dtype, float32_precision, why_reference
 
 __all__ = ["Layer", "linear_act", "mlp"]
 
@@ -26,6 +26,7 @@ __all__ = ["Layer", "linear_act", "mlp"]
 DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
 
 IDENTITY = ACTIVATIONS["identity"]
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Layer(NamedTuple):
@@ -113,10 +114,10 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"input is {type(x).__name__}; it needs to be a torch.Tensor; convert it with torch.as_tensor")
-    dtype, device = x.dtype, x.device
-    if torch.is_autocast_enabled(device.type) and dtype.is_floating_point and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    autocast = dtype if dtype != x.dtype or torch.is_autocast_enabled(device.type) else None
+    device = x.device
+    dtype = compute_dtype(x.dtype, device.type)
+    # Autocast brings floating-point dtypes together; it shows in the dtype, or in x being of autocast's already.
+    mixed = dtype != x.dtype or (dtype in HALVES and torch.is_autocast_enabled(device.type))
     width = x.shape[-1] if x.dim() else None
     for index, (weight, bias, _) in enumerate(layers):
         for name, tensor in (("weight", weight), ("bias", bias)):
@@ -132,7 +133,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
                     else f"{name} {index} is on {tensor.device}, the input on {device}; "
                     f"move the whole model with model.to({str(device)!r})"
                 )
-            if tensor.dtype != x.dtype and not (autocast and tensor.dtype.is_floating_point):
+            if tensor.dtype != x.dtype and not (mixed and tensor.dtype.is_floating_point):
                 raise RuntimeError(
                     f"input is {x.dtype}, the model's {name} {index} {tensor.dtype}; "
                     f"convert it with x.to({tensor.dtype}), or compute in a lower precision under torch.autocast"

@@ -206,12 +206,7 @@ class FusedMLP(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Tensor) and input.device.type == "cpu" and not self._wants_kernels():
-            self._check_input(input)
-            for child in self._modules.values():
-                if type(child) is nn.Dropout and _is_inert(child) and not _has_hooks(child):
-                    continue  # nothing, at the price of two calls
-                input = child(input)
-            return input
+            return self._forward_as_modules(input)
         for run in _runs(self):
             layers = run.layers()
             if layers:
@@ -227,19 +222,20 @@ class FusedMLP(nn.Sequential):
         """Whether the user asked for kernels even on a CPU, which is where the interpreter runs them."""
         return (plan.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
 
-    def _check_input(self, input: Tensor) -> None:
-        """Raise `check_call`'s sentences for the first layer, at the price of a comparison where all is well."""
-        first = next(iter(self._modules.values()), None)
-        if not isinstance(first, nn.Linear) or _why_unfused(first) is not None:
-            return
-        weight = first.weight
-        if (
-            input.dtype is not weight.dtype
-            or input.device != weight.device
-            or input.shape[-1:] != weight.shape[-1:]
-            or not input.is_floating_point()
-        ):
-            check_call(input, (Layer(weight, first.bias, IDENTITY),))
+    def _forward_as_modules(self, input: Tensor) -> Tensor:
+        """nn.Sequential's forward. A mistake is explained after the fact: on a CPU nothing was launched by then."""
+        output = input
+        try:
+            for child in self._modules.values():
+                if type(child) is nn.Dropout and child.p == 0 and not _has_hooks(child):
+                    continue  # it does nothing, at the price of two calls
+                output = child(output)  # type: ignore[misc]
+        except (RuntimeError, TypeError):
+            first = next(iter(self._modules.values()))
+            if isinstance(first, nn.Linear) and _why_unfused(first) is None:
+                _raise_if_wrong(input, first)
+            raise
+        return output
 
     def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> plan.Plan:
         """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
@@ -263,9 +259,7 @@ class FusedMLP(nn.Sequential):
             raise ValueError("the network has no parameters; there is nothing to explain")
         known = configs.DEVICES.get(device) if isinstance(device, str) else None
         where = torch.device("meta") if known else torch.device(device or parameter.device)
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(where.type) and parameter.dtype != torch.float64
-            dtype = torch.get_autocast_dtype(where.type) if autocast else parameter.dtype
+        dtype = dtype or plan.compute_dtype(parameter.dtype, where.type)
         precision = plan.float32_precision() if dtype == torch.float32 else "ieee"
         gpu = known
         if known is None and (where.type == "cuda" or self._wants_kernels()):
@@ -379,6 +373,14 @@ def _has_hooks(module: nn.Module) -> bool:
 def _is_inert(module: nn.Module) -> bool:
     """Whether a module is Dropout that drops nothing."""
     return type(module) is nn.Dropout and (module.p == 0 or not module.training)
+
+
+def _raise_if_wrong(input: Tensor, linear: nn.Linear) -> None:
+    """Raise `check_call`'s sentence, in place of torch's, where the input does not fit the layer."""
+    try:
+        check_call(input, (Layer(linear.weight, linear.bias, IDENTITY),))
+    except (RuntimeError, TypeError) as sentence:
+        raise sentence from None
 
 
 def _check_width(width: object, argument: str) -> None:

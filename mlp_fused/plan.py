@@ -28,6 +28,7 @@ __all__ = [
     "RunPlan",
     "Work",
     "check_backend",
+    "compute_dtype",
     "float32_precision",
     "kept_elements",
     "plan_layers",
@@ -58,6 +59,15 @@ def check_backend(backend: object, argument: str = "backend") -> Backend:
 
 # What "auto" means in this process; read once, as a call has no microsecond to spare for it.
 DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
+
+
+def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
+    """What products of `dtype` are computed in on a kind of device: autocast's dtype where it is on, as nn.Linear."""
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return dtype
+    if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
 
 
 def float32_precision() -> str:
@@ -112,7 +122,7 @@ def why_not(
         backend = DEFAULT_BACKEND
     if backend == "reference":
         return 'the backend is "reference"'
-    return (None if planned else _why_device(device, backend)) or _why_layers(layers, dtype)
+    return (None if planned else _why_device(device, backend)) or _why_layers(layers, dtype, device)
 
 
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
@@ -129,7 +139,7 @@ def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, bac
         return f"the input's layout is {x.layout}; the kernels need a dense tensor (x.to_dense())"
     if type(x) not in (Tensor, nn.Parameter):
         return f"the input is of the subclass {type(x).__name__}"
-    return _why_layers(layers, dtype)
+    return _why_layers(layers, dtype, x.device)
 
 
 def _why_device(device: torch.device, backend: Backend) -> str | None:
@@ -147,8 +157,9 @@ def _why_device(device: torch.device, backend: Backend) -> str | None:
     return None
 
 
-def _why_layers(layers: Sequence[Layer], dtype: torch.dtype) -> str | None:
-    if dtype not in KERNEL_DTYPES and not (INTERPRETER and dtype == torch.float64):
+def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> str | None:
+    interpreted = device.type == "cpu"  # the interpreter computes in float64 as well
+    if dtype not in KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
         return f"the dtype is {dtype}; the kernels compute in float16, bfloat16 and float32"
     for weight, _, _ in layers:
         if type(weight) not in (Tensor, nn.Parameter):

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 
+COMPILED = pytest.StashKey[list[str]]()  # lines of the table of registers, spills and instructions
+
+
 def _wants(config: pytest.Config, mark: str) -> bool:
     expression = config.getoption("markexpr") or ""
     return mark in expression.replace(f"not {mark}", "")
@@ -35,6 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(COMPILED, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

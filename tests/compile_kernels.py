@@ -1,0 +1,210 @@
+"""Compile the kernels ahead of time for GPUs that are not here, and read the machine code.
+
+    python tests/compile_kernels.py [--full] [--json]
+
+Runs in a process of its own: under TRITON_INTERPRET=1 nothing compiles. Each launcher is called with its launch replaced
+by a compilation, so that what is compiled is what would be launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlp_fused import ACTIVATIONS
+from mlp_fused.kernels.configs import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig, choose
+
+# One device an architecture.
+TARGETS = {name: DEVICES[name] for name in ("NVIDIA A100", "NVIDIA H100", "NVIDIA B200", "AMD MI300X")}
+GEMMS = ("forward", "dgrad", "wgrad")
+FORMS = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+SPILL_LIMIT = 16  # words a thread may spill, kept for the largest tile's epilogue
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """One kernel, tile and target."""
+
+    kernel: str
+    target: str
+    dtype: str
+    precision: str
+    activation: str
+    tile: TileConfig
+
+    @property
+    def id(self) -> str:
+        return f"{self.kernel}-{self.target}-{self.dtype}-{self.precision}-{self.activation}-{self.tile}".replace(" ", "")
+
+
+def compilations(full: bool) -> list[Compilation]:
+    """Every kernel on every tile that the rule gives; by default each kernel, tile and target at least once."""
+    found: list[Compilation] = []
+    turn = 0
+    for target, device in TARGETS.items():
+        for dtype, precision in FORMS:
+            for tile in tiles(dtype, precision, device):
+                kinds = GEMMS if full else (GEMMS[turn % 3],)
+                turn += 1
+                for kind in kinds:
+                    for activation in ("relu", "gelu") if full else (("relu", "gelu")[turn % 2],):
+                        found.append(Compilation(kind, target, str(dtype)[6:], precision, activation, tile))
+        problem = Problem("output_gradient", 4096, 1024, 0, torch.bfloat16)
+        found.append(Compilation("output_gradient", target, "bfloat16", "ieee", "gelu", choose(problem, device)))
+        found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", SUM_PARTIALS))
+    return list(dict.fromkeys(found))
+
+
+def tiles(dtype: torch.dtype, precision: str, device: Device) -> list[TileConfig]:
+    """The distinct tiles that the rule gives for small to large problems."""
+    sizes = (1, 20, 33, 64, 512, 8192)
+    problems = (Problem("forward", m, n, 1024, dtype, precision) for m in sizes for n in (10, 64, 512, 4096))
+    return list(dict.fromkeys(choose(problem, device) for problem in problems))
+
+
+def compile_one(row: Compilation) -> dict[str, Any]:
+    """Registers, spilled words, shared bytes and tensor-core instructions of one compilation."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    device = TARGETS[row.target]
+    source, tile = capture(row)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget(device.backend, device.arch, device.warp_size),
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
+    reading = read_cubin(compiled) if device.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
+    return {"id": row.id, "shared": compiled.metadata.shared, "shared_limit": device.shared_memory, **reading}
+
+
+def capture(row: Compilation) -> tuple[Any, TileConfig]:
+    """What the launcher would launch, as a source to compile, and its tile."""
+    from triton.compiler import ASTSource
+
+    from mlp_fused.kernels import layer_backward, layer_forward
+
+    launched: list[tuple[Any, TileConfig, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, programs: int, device: Any, tile: TileConfig, *arguments: Any, **constants: Any) -> None:
+        launched.append((kernel, tile, arguments, constants))
+
+    before = layer_forward.launch
+    layer_forward.launch = layer_backward.launch = record
+    try:
+        launch(row, layer_forward.layer_forward, layer_backward)
+    finally:
+        layer_forward.launch = layer_backward.launch = before
+    kernel, tile, arguments, constants = launched[-1]
+    names = kernel.arg_names
+    signature, constexprs, attributes = {}, {}, {}
+    values = {**dict(zip(names, arguments)), **constants, **{k: v for k, v in tile.constants.items() if k in names}}
+    for index, name in enumerate(names):
+        value, free = values[name], kernel.params[index].do_not_specialize
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif kernel.params[index].is_constexpr or value is None or (value == 1 and not free):
+            signature[name], constexprs[(index,)] = "constexpr", value
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not free:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes), tile
+
+
+def launch(row: Compilation, layer_forward: Callable[..., None], backward: Any) -> None:
+    """Call the launcher with tensors that have shapes and nothing else: M rows, N wide out, K wide in."""
+    dtype, activation = getattr(torch, row.dtype), ACTIVATIONS[row.activation]
+    M, N, K = 4096, 1024, 1024
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, w, b, dz, z = tensor(M, K), tensor(N, K), tensor(N), tensor(M, N), tensor(M, K)
+    keeps = activation.keeps_preactivation
+    if row.kernel == "forward":
+        layer_forward(x, w, b, tensor(M, N), tensor(M, N) if keeps else None, activation, row.precision, row.tile)
+    elif row.kernel == "dgrad":
+        backward.dgrad(dz, w, z, tensor(M, K), tensor(M, K) if keeps else None, activation, row.precision, row.tile)
+    elif row.kernel == "output_gradient":
+        backward.output_gradient(dz, tensor(M, N), tensor(M, N), activation, row.tile)
+    else:
+        tile = row.tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
+        split = 4 if row.kernel == "sum_partials" else 1
+        backward.wgrad(dz, x, w, b, row.precision, dataclasses.replace(tile, split=split))
+
+
+def read_cubin(compiled: Any) -> dict[str, int]:
+    """From cuobjdump and the PTX. A spilled word is four bytes of stack."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    assert found, usage.stdout
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(found[1]),
+        "spills": int(found[2]) // 4,
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+    }
+
+
+def read_amdgcn(text: str) -> dict[str, int]:
+    """From the assembler's own summary."""
+
+    def summary(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        assert found, name
+        return int(found[1])
+
+    return {
+        "registers": summary("vgpr_count"),
+        "spills": summary("vgpr_spill_count"),
+        "mfma": len(re.findall(r"\bv_mfma", text)),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines for people to read."""
+    columns = ("registers", "spills", "shared", "wgmma", "tcgen05", "mma", "mfma")
+    width = max(len(row["id"]) for row in rows)
+    yield "compiled".ljust(width) + "".join(column.rjust(10) for column in columns)
+    for row in rows:
+        yield row["id"].ljust(width) + "".join(str(row.get(column, "-")).rjust(10) for column in columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--full", action="store_true", help="every kernel with every tile on every target")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line, instead of a table")
+    options = parser.parse_args()
+    with ProcessPoolExecutor(2) as pool:
+        rows = []
+        for row in pool.map(compile_one, compilations(options.full), chunksize=4):
+            rows.append(row)
+            if options.json:
+                print(json.dumps(row), flush=True)
+    if not options.json:
+        print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The package as a whole: versions, names, files, and the README's own code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlp_fused
+from mlp_fused import ACTIVATIONS
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_one_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {mlp_fused.__version__}" in citation
+    assert f"## {mlp_fused.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    try:
+        installed = importlib.metadata.version("mlp_fused")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed, only importable")
+    assert installed == mlp_fused.__version__
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in mlp_fused.__all__:
+        value = getattr(mlp_fused, name)
+        if callable(value):
+            assert (value.__doc__ or "").strip(), name
+
+
+def test_only_one_module_of_the_kernels_imports_triton() -> None:
+    importing = [
+        path.name
+        for path in (ROOT / "kernels").glob("*.py")
+        if re.search(r"^\s*(import|from) triton\b", path.read_text(), re.MULTILINE)
+    ]
+    assert importing == ["language.py"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_top_level_is_the_one_that_was_agreed() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    visible = {name for name in top if not name.startswith(".")}
+    assert visible <= {
+        "pyproject.toml", "kernels", "mlp_fused", "bench", "tests", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff",
+    }  # fmt: skip
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_python_runs_in_order(tmp_path: Path) -> None:
+    blocks = readme_blocks()
+    assert len(blocks) >= 4
+    script = tmp_path / "readme.py"  # a file, as @triton.jit reads its function's source
+    script.write_text("\n".join(blocks))
+    run = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+
+
+def test_the_readme_lists_every_activation() -> None:
+    text = (ROOT / "README.md").read_text()
+    listed = re.search(r"<!-- activations -->\n(.*?)<!-- /activations -->", text, re.DOTALL)
+    assert listed
+    assert re.findall(r"`(\w+)`", listed[1]) == list(ACTIVATIONS)
+
+
+def test_the_package_installs_with_its_kernels(tmp_path: Path) -> None:
+    """A wheel's files, laid out without an index: the link becomes a folder of the package."""
+    build = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        capture_output=True,
+        text=True,
+    )
+    if build.returncode and "setuptools" in build.stderr:
+        pytest.skip("no setuptools to build with")
+    assert build.returncode == 0, build.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    installed = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
+    assert {"mlp_fused/kernels/activations.py", "mlp_fused/kernels/layer_forward.py", "mlp_fused/py.typed"} <= installed
+    assert not any(name.startswith("kernels/") for name in installed)

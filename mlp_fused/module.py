@@ -205,7 +205,9 @@ class FusedMLP(nn.Sequential):
         return super().__getitem__(index)
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor) and input.device.type == "cpu" and not self._wants_kernels():
+        if not self._wants_kernels() and (
+            (isinstance(input, Tensor) and input.device.type == "cpu") or torch.compiler.is_compiling()
+        ):
             return self._forward_as_modules(input)
         for run in _runs(self):
             layers = run.layers()
@@ -223,7 +225,7 @@ class FusedMLP(nn.Sequential):
         return (plan.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
 
     def _forward_as_modules(self, input: Tensor) -> Tensor:
-        """nn.Sequential's forward. A mistake is explained after the fact: on a CPU nothing was launched by then."""
+        """nn.Sequential's forward, on a CPU and under torch.compile. A mistake is explained after the fact: on a CPU nothing was launched by then."""
         output = input
         try:
             for child in self._modules.values():

@@ -106,7 +106,7 @@ def why_reference(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backen
     if reason is not None:
         if backend == "triton":
             raise RuntimeError(f'backend is "triton", but {reason}; or use backend="auto"')
-        if x.is_cuda:
+        if x.is_cuda and not torch.compiler.is_compiling():
             _log_once(reason)
     return reason
 
@@ -126,11 +126,11 @@ def why_not(
 
 
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the call is being traced"
     reason = _why_device(x.device, backend)
     if reason is not None:
         return reason
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "the call is being traced"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:

@@ -307,6 +307,17 @@ def test_functional_transforms_and_forward_mode_take_the_reference() -> None:
         torch.func.vmap(lambda x: mlp(x, [model[0].weight], None, backend="triton"))(x)
 
 
+def test_torch_compile_and_export_take_the_reference(device: str) -> None:
+    model = FusedMLP(4, [6, 3], activation_layer="gelu").to(device)
+    x = torch.randn(5, 4, device=device)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    compiled(x).sum().backward()
+    assert model[0].weight.grad is not None
+    exported = torch.export.export(model.eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_explain_counts_what_is_kept(activation: str) -> None:
     model = FusedMLP(32, [48, 16, 8], activation_layer=activation)

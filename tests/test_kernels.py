@@ -69,6 +69,20 @@ def test_the_same_bits_every_run(device: str) -> None:
             assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_backward_rebuilds_the_very_bits_of_the_forward(dtype: torch.dtype, device: str, poisoned: None) -> None:
+    """h = a(round(z)) in training, in inference and where dgrad rebuilds it."""
+    gelu = ACTIVATIONS["gelu"]
+    x, weight, dz = (torch.randn(*shape, device=device).to(dtype) for shape in ((70, 40), (33, 40), (70, 33)))
+    h, z, again = (torch.empty((70, 33), dtype=dtype, device=device) for _ in range(3))
+    layer_forward(x, weight, None, h, z, gelu, "ieee")
+    layer_forward(x, weight, None, again, None, gelu, "ieee")
+    assert torch.equal(h, again)
+    dx, rebuilt = torch.empty_like(h), torch.empty_like(h)
+    dgrad(dz, torch.eye(33, dtype=dtype, device=device), z, dx, rebuilt, gelu, "ieee")
+    assert torch.equal(h, rebuilt)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_a_second_backward_over_a_kept_graph_gives_the_same(activation: str, device: str) -> None:
     case = Case(activation=activation, output_activation=activation)

@@ -36,7 +36,7 @@ class Activation:
         backward: `@triton.jit` function (dh, saved, *parameters) -> dz.
         saves: which tensor `backward` reads, "output" or "preactivation"; or a function of the parameters that says so.
         reference: forward in plain torch, (z, *parameters) -> h.
-        reference_backward: backward in plain torch where the output is kept, (dh, h, *parameters) -> dz; differentiable.
+        reference_backward: backward in plain torch where the output is kept, (dh, h, *parameters) -> dz.
         parameters: parameter names, in order, with their values.
         module: the `nn.Module` class that this is, its parameters being attributes of the same names.
         matches: which instances of `module`, where not all of them.

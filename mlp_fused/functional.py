@@ -222,10 +222,8 @@ class _LayerFunction(torch.autograd.Function):
         needs_edge, _, needs_weight, _, _ = ctx.needs_input_grad
         compute_weight = _cast(weight, h_below.dtype)
         h, z = _forward(h_below, compute_weight, bias, static, keep=True)
-        # Below this layer, one tensor serves both gradients. Where nothing below needs one, only dW reads h_below.
-        kept = edge if needs_edge and (needs_weight or static.below is not IDENTITY) else None
-        if needs_weight and not needs_edge:
-            kept = h_below
+        # One tensor serves dW and the derivative below. Where nothing below needs a gradient, the edge is h_below.
+        kept = edge if needs_weight or (needs_edge and static.below is not IDENTITY) else None
         own = None
         if static.last and static.activation is not IDENTITY:
             own = h if z is None else z

@@ -225,13 +225,16 @@ class FusedMLP(nn.Sequential):
         return (plan.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
 
     def _forward_as_modules(self, input: Tensor) -> Tensor:
-        """nn.Sequential's forward, on a CPU and under torch.compile. A mistake is explained after the fact: on a CPU nothing was launched by then."""
+        """nn.Sequential's forward, on a CPU and under torch.compile.
+
+        A mistake in the input is explained after the fact: nothing was launched by then.
+        """
         output = input
         try:
             for child in self._modules.values():
                 if type(child) is nn.Dropout and child.p == 0 and not _has_hooks(child):
                     continue  # it does nothing, at the price of two calls
-                output = child(output)  # type: ignore[misc]
+                output = child(output)
         except (RuntimeError, TypeError):
             first = next(iter(self._modules.values()))
             if isinstance(first, nn.Linear) and _why_unfused(first) is None:

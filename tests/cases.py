@@ -91,9 +91,9 @@ def _cases() -> list[Case]:
     # Every layout and every choice of gradients, where one tensor is kept as the output and as the pre-activation.
     for name in ("relu", "gelu"):
         wide = Case(activation=name, widths=(20, 33, 24, 17), output_activation=name)
-        for layout in Layout.__args__:  # type: ignore[attr-defined]
+        for layout in Layout.__args__:
             cases.append(replace(wide, layout=layout))
-        for needs in Needs.__args__:  # type: ignore[attr-defined]
+        for needs in Needs.__args__:
             cases.append(replace(wide, needs=needs))
             cases.append(replace(wide, needs=needs, dtype=torch.bfloat16, output_activation="identity"))
         cases.append(replace(wide, bias=False))

@@ -2,8 +2,8 @@
 
     python tests/compile_kernels.py [--full] [--json]
 
-Runs in a process of its own: under TRITON_INTERPRET=1 nothing compiles. Each launcher is called with its launch replaced
-by a compilation, so that what is compiled is what would be launched.
+Runs in a process of its own: under TRITON_INTERPRET=1 nothing compiles. Each launcher is called with its launch
+replaced by a compilation, so that what is compiled is what would be launched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -45,7 +44,9 @@ class Compilation:
 
     @property
     def id(self) -> str:
-        return f"{self.kernel}-{self.target}-{self.dtype}-{self.precision}-{self.activation}-{self.tile}".replace(" ", "")
+        return f"{self.kernel}-{self.target}-{self.dtype}-{self.precision}-{self.activation}-{self.tile}".replace(
+            " ", ""
+        )
 
 
 def compilations(full: bool) -> list[Compilation]:
@@ -207,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import pytest
 
-
 COMPILED = pytest.StashKey[list[str]]()  # lines of the table of registers, spills and instructions
 
 

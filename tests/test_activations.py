@@ -43,7 +43,7 @@ def test_extremes_are_torchs(name: str, device: str) -> None:
     torch.testing.assert_close(y, torchs, rtol=1e-5, atol=1e-7, equal_nan=True)
     dy = torch.randn_like(y)
     (dx,), (torchs_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(torchs, torchs_x, dy)
-    # At NaN torch's own CPU and CUDA kernels disagree about some gradients; a NaN must not turn into a number elsewhere.
+    # At NaN torch's own CPU and CUDA kernels disagree about some gradients.
     finite = ~wanted.isnan()
     torch.testing.assert_close(dx[finite], torchs_dx[finite], rtol=1e-5, atol=1e-7, equal_nan=True)
 
@@ -85,13 +85,13 @@ def test_resolve_takes_names_classes_instances_and_none() -> None:
     with pytest.raises(ValueError, match="activation is 'rleu'; it needs to be one of: identity, relu"):
         resolve("rleu")
     with pytest.raises(TypeError, match="activation is int"):
-        resolve(3)  # type: ignore[arg-type]
+        resolve(3)
     with pytest.raises(TypeError, match="cannot be made without arguments"):
         resolve(nn.Threshold)
     with pytest.raises(TypeError, match="has no parameter 'slope'; its parameters are: negative_slope"):
         resolve("leaky_relu").bind(slope=1.0)
     with pytest.raises(TypeError, match="negative_slope is 'x'"):
-        resolve("leaky_relu").bind(negative_slope="x")  # type: ignore[arg-type]
+        resolve("leaky_relu").bind(negative_slope="x")
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -104,7 +104,9 @@ def test_reference_backward_is_the_derivative_of_reference(name: str) -> None:
     dh = torch.randn(500, dtype=torch.float64)
     h = activation(z)
     (expected,) = torch.autograd.grad(h, z, dh)
-    torch.testing.assert_close(activation.reference_backward(dh, h.detach(), *activation.values), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        activation.reference_backward(dh, h.detach(), *activation.values), expected, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_activations_survive_pickle_and_deepcopy() -> None:
@@ -147,13 +149,13 @@ def test_register_refuses_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="'relu' is registered already"):
         register_activation("relu", relu.forward, relu.backward, reference=torch.relu)
     with pytest.raises(ValueError, match="saves is 'input'"):
-        register_activation("mine", relu.forward, relu.backward, saves="input", reference=torch.relu)  # type: ignore[arg-type]
+        register_activation("mine", relu.forward, relu.backward, saves="input", reference=torch.relu)
     with pytest.raises(ValueError, match="has no reference_backward"):
         register_activation("mine", relu.forward, relu.backward, saves="output", reference=torch.relu)
     with pytest.raises(TypeError, match="forward is function; it needs to be a @triton.jit function"):
         register_activation("mine", lambda z: z, relu.backward, reference=torch.relu)
     with pytest.raises(TypeError, match="reference is NoneType"):
-        register_activation("mine", relu.forward, relu.backward, reference=None)  # type: ignore[arg-type]
+        register_activation("mine", relu.forward, relu.backward, reference=None)
     with pytest.raises(TypeError, match="name is ''"):
         register_activation("", relu.forward, relu.backward, reference=torch.relu)
     assert "mine" not in ACTIVATIONS

@@ -1,4 +1,4 @@
-"""The kernels against float64, over the one table of cases; and what a table cannot say: exactness, repetition, tiles."""
+"""The kernels against float64, over the one table of cases; and what a table cannot say: exactness, repetition."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def test_exact_on_integers(activation: str, dtype: torch.dtype, device: str, poi
         values = torch.randint(-1, 2, shape, generator=generator) * (torch.rand(shape, generator=generator) > sparsity)
         return values.to(dtype).to(device)
 
-    data = Data(
-        integers(37, 19), [integers(5, 19), integers(3, 5)], [integers(5), integers(3)], integers(37, 3)
-    )
+    data = Data(integers(37, 19), [integers(5, 19), integers(3, 5)], [integers(5), integers(3)], integers(37, 3))
     for leaf in data.leaves.values():
         leaf.requires_grad_()
     truth = oracle(case, data)
@@ -116,7 +114,9 @@ def test_gradcheck(name: str) -> None:
 
 
 def test_a_differentiated_gradient_is_torchs(device: str) -> None:
-    for activation, needs in itertools.product(("tanh", "gelu", "identity"), ("everything", "parameters", "last layer")):
+    for activation, needs in itertools.product(
+        ("tanh", "gelu", "identity"), ("everything", "parameters", "last layer")
+    ):
         case = Case(activation=activation, output_activation="softplus", needs=needs)
         data = make(case, device)
         twin = data.to(torch.float32)
@@ -133,7 +133,10 @@ def test_a_differentiated_gradient_is_torchs(device: str) -> None:
             torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
 
-TILES = [TileConfig(*tile, group_m=group) for tile, group in zip(itertools.product((16, 64), (16, 32), (16, 64)), (1, 2, 8) * 3)]
+TILES = [
+    TileConfig(*tile, group_m=group)
+    for tile, group in zip(itertools.product((16, 64), (16, 32), (16, 64)), (1, 2, 8) * 3)
+]
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -187,7 +190,7 @@ def test_offsets_beyond_32_bits(device: str) -> None:
 
 @pytest.mark.parametrize("needs", ["input", "weights", "biases", "first layer", "last layer", "nothing"])
 def test_nothing_is_computed_that_is_not_wanted(needs: str, device: str) -> None:
-    case = Case(widths=(20, 33, 24, 17), activation="gelu", needs=needs)  # type: ignore[arg-type]
+    case = Case(widths=(20, 33, 24, 17), activation="gelu", needs=needs)
     data = make(case, device)
     with count_launches() as launches:
         gradients(data, forward(case, data))
@@ -201,7 +204,7 @@ def test_nothing_is_computed_that_is_not_wanted(needs: str, device: str) -> None
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("needs", ["everything", "parameters", "input", "first layer", "last layer"])
 def test_one_tensor_is_kept_a_layer(activation: str, needs: str, device: str) -> None:
-    case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)  # type: ignore[arg-type]
+    case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
     data = make(case, device)
     parameters = {tensor.untyped_storage().data_ptr() for tensor in (*data.weights, *filter(None.__ne__, data.biases))}
     kept: dict[int, int] = {}

@@ -147,7 +147,7 @@ def test_every_change_of_the_children_is_seen_by_the_next_call(device: str) -> N
     agrees(3)
     parametrizations.weight_norm(model[0])
     agrees(2)
-    model[3].forward = lambda input: input * 2  # type: ignore[method-assign]
+    model[3].forward = lambda input: input * 2
     agrees(1)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
     agrees(0)
@@ -180,7 +180,7 @@ def test_from_sequential_takes_over_the_modules(device: str) -> None:
     assert launches == {"layer_forward_kernel": 2}
     torch.testing.assert_close(y, names(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match="sequential is Linear; it needs to be an nn.Sequential"):
-        FusedMLP.from_sequential(nn.Linear(2, 2))  # type: ignore[arg-type]
+        FusedMLP.from_sequential(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", nn.Tanh, nn.LeakyReLU(0.2), "sine"], ids=str)
@@ -236,7 +236,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no layers": (lambda: mlp(GOOD, [], []), ValueError, "weights is empty"),
     "biases": (lambda: mlp(GOOD, [torch.randn(6, 4)], []), ValueError, "biases has 0 entries; it needs one for each of the 1 weights"),
     "activation": (lambda: linear_act(GOOD, torch.randn(3, 4), None, "gelo"), ValueError, "activation is 'gelo'; it needs to be one of"),
-    "backend": (lambda: linear_act(GOOD, torch.randn(3, 4), backend="cuda"), ValueError, "backend is 'cuda'; it needs to be one of: auto, triton, reference"),  # type: ignore[arg-type]
+    "backend": (lambda: linear_act(GOOD, torch.randn(3, 4), backend="cuda"), ValueError, "backend is 'cuda'; it needs to be one of: auto, triton, reference"),
     "float64 kernels": (lambda: linear_act(GOOD.to(torch.float8_e4m3fn), torch.randn(3, 4).to(torch.float8_e4m3fn), backend="triton"), RuntimeError, "the kernels compute in float16, bfloat16 and float32"),
     "rows": (lambda: MODEL.explain(-1), ValueError, "batch_size is -1"),
 }  # fmt: skip
@@ -255,19 +255,19 @@ def test_a_bad_call_is_one_sentence_before_any_launch(name: str) -> None:
 
 BAD_CONSTRUCTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "empty": (lambda: FusedMLP(4, []), ValueError, "hidden_channels is empty"),
-    "int": (lambda: FusedMLP(4, 5), TypeError, "hidden_channels is 5; it needs to be a sequence of widths"),  # type: ignore[arg-type]
-    "string": (lambda: FusedMLP(4, "512"), TypeError, "hidden_channels is '512'"),  # type: ignore[arg-type]
+    "int": (lambda: FusedMLP(4, 5), TypeError, "hidden_channels is 5; it needs to be a sequence of widths"),
+    "string": (lambda: FusedMLP(4, "512"), TypeError, "hidden_channels is '512'"),
     "negative": (lambda: FusedMLP(4, [3, -1]), ValueError, r"hidden_channels\[1\] is -1; it needs to be 1 or more"),
     "zero": (lambda: FusedMLP(0, [3]), ValueError, "in_channels is 0"),
-    "string width": (lambda: FusedMLP("4", [3]), TypeError, "in_channels is '4'; it needs to be a whole number"),  # type: ignore[arg-type]
-    "float width": (lambda: FusedMLP(4, [3.0]), TypeError, r"hidden_channels\[0\] is 3.0"),  # type: ignore[list-item]
+    "string width": (lambda: FusedMLP("4", [3]), TypeError, "in_channels is '4'; it needs to be a whole number"),
+    "float width": (lambda: FusedMLP(4, [3.0]), TypeError, r"hidden_channels\[0\] is 3.0"),
     "dropout": (lambda: FusedMLP(4, [3], dropout=1.5), ValueError, "dropout is 1.5; it needs to be a probability"),
-    "dropout type": (lambda: FusedMLP(4, [3], dropout="a"), TypeError, "dropout is 'a'"),  # type: ignore[arg-type]
-    "norm": (lambda: FusedMLP(4, [3], norm_layer=3), TypeError, "norm_layer is 3"),  # type: ignore[arg-type]
+    "dropout type": (lambda: FusedMLP(4, [3], dropout="a"), TypeError, "dropout is 'a'"),
+    "norm": (lambda: FusedMLP(4, [3], norm_layer=3), TypeError, "norm_layer is 3"),
     "activation": (lambda: FusedMLP(4, [3, 2], activation_layer="rellu"), ValueError, "activation_layer is 'rellu'"),
-    "activation type": (lambda: FusedMLP(4, [3, 2], activation_layer=3), TypeError, "activation_layer is 3"),  # type: ignore[arg-type]
+    "activation type": (lambda: FusedMLP(4, [3, 2], activation_layer=3), TypeError, "activation_layer is 3"),
     "output": (lambda: FusedMLP(4, [3, 2], output_activation="soft"), ValueError, "output_activation is 'soft'"),
-    "backend": (lambda: FusedMLP(4, [3], backend="gpu"), ValueError, "backend is 'gpu'"),  # type: ignore[arg-type]
+    "backend": (lambda: FusedMLP(4, [3], backend="gpu"), ValueError, "backend is 'gpu'"),
     "linear": (lambda: FusedLinear(4, -3), ValueError, "out_features is -3"),
     "linear activation": (lambda: FusedLinear(4, 3, activation="x"), ValueError, "activation is 'x'"),
 }
@@ -282,7 +282,13 @@ def test_a_bad_constructor_is_one_sentence(name: str) -> None:
 
 
 def test_mistakes_in_a_call_raise_what_linear_raises() -> None:
-    for bad in (np.ones((5, 4)), torch.randn(5, 3), torch.tensor(1.0), torch.ones(5, 4, dtype=torch.int64), GOOD.double()):
+    for bad in (
+        np.ones((5, 4)),
+        torch.randn(5, 3),
+        torch.tensor(1.0),
+        torch.ones(5, 4, dtype=torch.int64),
+        GOOD.double(),
+    ):
         with pytest.raises(Exception) as theirs:  # noqa: PT011 (whichever it is)
             nn.Linear(4, 6)(bad)
         with pytest.raises(type(theirs.value)):
@@ -349,7 +355,9 @@ def test_explain_names_what_runs_as_itself_and_why() -> None:
     assert reference.reason == 'the backend is "reference"'
 
 
-def test_a_new_reason_on_a_gpu_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_reason_on_a_gpu_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from mlp_fused import plan
 
     plan._log_once.cache_clear()
@@ -360,8 +368,10 @@ def test_a_new_reason_on_a_gpu_is_logged_once(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(plan, "_why_call_cannot", lambda *_: "the moon is full")
     with caplog.at_level("INFO", "mlp_fused"):
         for _ in range(3):
-            assert why_reference(OnGpu(), (), torch.float32, "auto") == "the moon is full"  # type: ignore[arg-type]
-    assert [record.getMessage() for record in caplog.records] == ["plain torch runs instead of the kernels: the moon is full"]
+            assert why_reference(OnGpu(), (), torch.float32, "auto") == "the moon is full"
+    assert [record.getMessage() for record in caplog.records] == [
+        "plain torch runs instead of the kernels: the moon is full"
+    ]
 
 
 def test_autocast_computes_in_16_bits_and_gives_gradients_in_the_parameters_dtype(device: str) -> None:

@@ -128,7 +128,9 @@ def test_the_environment_chooses_the_backend_and_debugging() -> None:
         TRITON_INTERPRET="1",
         MLP_FUSED_DEBUG="1",
     )
-    assert "FloatingPointError: layer 1 (identity), forward: 2 of 6 elements of h are NaN or infinite" in debugged.stderr
+    assert (
+        "FloatingPointError: layer 1 (identity), forward: 2 of 6 elements of h are NaN or infinite" in debugged.stderr
+    )
 
 
 def test_without_triton_everything_works_on_the_reference_path_in_silence() -> None:
@@ -141,5 +143,9 @@ def test_without_triton_everything_works_on_the_reference_path_in_silence() -> N
     )
     found = run(code)
     assert found.stdout.strip().isdigit()
-    assert found.stderr.strip().splitlines()[-1].startswith('RuntimeError: backend is "triton", but Triton is not installed')
+    assert (
+        found.stderr.strip()
+        .splitlines()[-1]
+        .startswith('RuntimeError: backend is "triton", but Triton is not installed')
+    )
     assert "Warning" not in found.stderr

@@ -51,9 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "(default: scikit-learn's 1797 handwritten digits)",
     )
     data.add_argument(
-        "--validation-fraction", type=float, metavar="PART", help="rows kept for validation (%(default)s)"
+        "--validation-fraction", type=float, metavar="PART", help="rows kept for validation (default: %(default)s)"
     )
-    data.add_argument("--batch-size", type=int, metavar="N", help="rows per step (%(default)s)")
+    data.add_argument("--batch-size", type=int, metavar="N", help="rows per step (default: %(default)s)")
     data.add_argument(
         "--workers", type=int, metavar="N", help="processes that load batches (default: 2 with a GPU, 0 without)"
     )
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; `sys.argv`'s by default. Returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run a command, by default `sys.argv`'s; the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     arguments = vars(parser().parse_args(argv))
     if arguments.pop("command") == "env":
         print(describe())
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mlp-fused: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
-        print(f"mlp-fused: {interrupt or 'stopped'}", file=sys.stderr)
+        print(f"mlp-fused: {str(interrupt) or 'stopped'}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

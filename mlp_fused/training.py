@@ -99,7 +99,7 @@ class Config:
     backend: plan.Backend = "auto"
     optimizer: OptimizerName = "adam"
     lr: float | None = None
-    epochs: int = 20
+    epochs: int = 15
     batch_size: int = 64
     dtype: DtypeName = "fp32"
     validation_fraction: float = 0.2
@@ -279,6 +279,7 @@ def to_labels(y: np.ndarray) -> Tensor:
             f"y is of dtype {y.dtype}; labels need to be whole numbers (numpy.unique(y, return_inverse=True)[1])"
         )
     if y.dtype.kind == "f":
+        y = y.astype(np.float64)
         _refuse_labels(y, ~np.isfinite(y) | (y != np.floor(y)), "that are not whole numbers")
     limit = max(MOST_CLASSES, len(y))
     _refuse_labels(y, (y < 0) | (y >= limit), f"outside 0 ... {limit - 1}")
@@ -403,7 +404,7 @@ def build_model(features: int, classes: int, config: Config) -> nn.Module:
     """The network: x (M, features) -> logits (M, classes).
 
     Raises:
-        UserError: an unknown activation.
+        UserError: an unknown activation; a network that memory does not hold.
     """
     try:
         model = FusedMLP(
@@ -415,6 +416,8 @@ def build_model(features: int, classes: int, config: Config) -> nn.Module:
         )
     except (TypeError, ValueError) as error:
         raise UserError(str(error).replace("activation_layer is", "--activation is")) from None
+    except RuntimeError as error:
+        raise UserError(f"--hidden {_shown(config.hidden)} makes no network here: {_first_line(error)}") from None
     del model[-1]  # the Dropout that torchvision's order puts after the last Linear: dropped logits would be zeros
     return model
 

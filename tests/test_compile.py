@@ -24,7 +24,10 @@ def compiled(full: bool) -> dict[str, dict[str, Any]]:
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     script = Path(__file__).with_name("compile_kernels.py")
     child = subprocess.run(
-        [sys.executable, script, "--json", *(["--full"] if full else [])], env=environment, capture_output=True, text=True
+        [sys.executable, script, "--json", *(["--full"] if full else [])],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0, child.stderr[-3000:]
     rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]

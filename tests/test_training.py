@@ -9,8 +9,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def data(tmp_path: Path) -> str:
     """70 rows of 2 x 3 "pixels" in 3 classes; 56 to train on, so that the last batch of 16 is not full."""
     random = np.random.default_rng(0)
     y = random.integers(0, 3, 70)
-    x = random.normal(size=(70, 2, 3)) + y[:, None, None]
+    x = random.normal(size=(70, 2, 3)) + 2 * y[:, None, None]
     path = tmp_path / "data.npz"
     np.savez(path, x=x, y=y)
     return str(path)
@@ -70,9 +71,6 @@ def assert_same_bits(one: training.Result, other: training.Result) -> None:
     assert one.history == other.history
     for key, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[key]), key
-
-
-# ---- data
 
 
 @pytest.mark.parametrize(
@@ -153,9 +151,6 @@ def test_statistics_come_from_the_training_rows_alone(data: str) -> None:
     assert not torch.equal(scaling.mean, Scaling.fit(rows.x).mean)
 
 
-# ---- loaders
-
-
 def rows_of(loader: DataLoader[tuple[Tensor, Tensor]]) -> list[int]:
     return [int(label) for _, labels in loader for label in labels]
 
@@ -188,9 +183,6 @@ def test_a_gpu_has_pinned_memory_and_lasting_workers() -> None:
     assert make_loader(numbered(), dataclasses.replace(TINY, workers=0), torch.device("cuda")).num_workers == 0
 
 
-# ---- model, optimizer, steps
-
-
 def test_the_model_is_fused_mlp_with_no_dropout_on_the_logits() -> None:
     model = build_model(6, 3, Config(hidden=(8, 4), activation="silu", dropout=0.5, backend="reference"))
     assert isinstance(model, FusedMLP)
@@ -210,8 +202,8 @@ def test_the_torch_twin_starts_from_the_same_parameters() -> None:
     ours = build_model(6, 3, TINY)
     torch.manual_seed(1)
     twin = build_torch_model(6, 3, TINY)
-    assert type(twin) is nn.Sequential
-    assert [repr(child) for child in twin] == [repr(child) for child in ours]
+    assert type(twin) is nn.Sequential  # which FusedMLP is a subclass of
+    assert [repr(child) for child in twin.children()] == [repr(child) for child in ours.children()]
     for key, value in ours.state_dict().items():
         assert torch.equal(value, twin.state_dict()[key])
 
@@ -296,14 +288,16 @@ def test_digits_reach_97_percent_within_a_minute() -> None:
     result = run(Config())
     assert result.accuracy >= 0.97
     assert time.perf_counter() - began < 60
-    assert len(result.losses) == 20 * math.ceil(1438 / 64)
-    assert len(result.history) == 20
+    assert len(result.losses) == 15 * math.ceil(1438 / 64)
+    assert len(result.history) == 15
     assert not result.model.training
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"dropout": 0.2}, {"hidden": ()}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "sgd"}, {"dropout": 0.2}, {"hidden": ()}, {"dtype": "bf16"}], ids=str
+)
 def test_other_ways_learn_too(data: str, changes: dict[str, Any]) -> None:
-    result = run(TINY, data=data, epochs=40, **changes)
+    result = run(TINY, data=data, epochs=10, lr=0.02, **changes)
     assert result.history[-1].loss < 0.7 * result.history[0].loss
 
 
@@ -315,13 +309,13 @@ def test_the_seed_decides_everything(data: str) -> None:
 
 def test_the_kernels_train_as_torch_does() -> None:
     """An epoch of digits in the interpreter, loss by loss."""
-    config = Config(hidden=(16, 16), epochs=1, batch_size=128, backend="triton")
+    config = Config(hidden=(16, 16), epochs=1, batch_size=256, backend="triton")
     with count_launches() as launches:
         ours = run(config)
     twin = train(config, build=build_torch_model, report=quiet)
     assert sum(launches.values()) >= len(ours.losses) * 8  # 3 layers: 3 forward, 2 dgrad, 3 wgrad
-    assert len(ours.losses) == len(twin.losses) == 12
-    assert torch.tensor(ours.losses) == pytest.approx(torch.tensor(twin.losses), abs=1e-4)
+    assert len(ours.losses) == len(twin.losses) == 6
+    assert ours.losses == pytest.approx(twin.losses, rel=0, abs=1e-4)
 
 
 def test_divergence_is_said_and_not_saved(data: str, tmp_path: Path) -> None:
@@ -345,9 +339,6 @@ def test_on_a_gpu(device: str, tmp_path: Path, dtype: Any, optimizer: Any) -> No
     assert result.accuracy == pytest.approx(on_cpu.accuracy, abs=0.03)
 
 
-# ---- devices
-
-
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cuda")
@@ -362,9 +353,6 @@ def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(UserError, match="--dtype bf16 is beyond Tesla T4; it has fp32 and fp16"):
         run(TINY, dtype="bf16")
-
-
-# ---- the table of times
 
 
 def test_phases_end_at_their_marks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,55 +389,51 @@ def test_what_lies_between_epochs_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
     assert timer.milliseconds["optimizer"] == 1000.0
 
 
-class FakeEvents:
-    """What StepTimer needs of torch.cuda: events one millisecond apart, their waits counted."""
+class FakeEvent:
+    """What StepTimer needs of torch.cuda.Event: one millisecond apart; waits are counted."""
 
-    def __init__(self) -> None:
-        clock = itertools.count()
-        fake = self
-        fake.waits = 0
+    clock = itertools.count()
+    waits = 0
 
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
 
-            def record(self) -> None:
-                self.at = next(clock)
+    def record(self) -> None:
+        self.at = next(self.clock)
 
-            def synchronize(self) -> None:
-                fake.waits += 1
+    def synchronize(self) -> None:
+        FakeEvent.waits += 1
 
-            def elapsed_time(self, end: Event) -> float:
-                return float(end.at - self.at)
-
-        self.Event = Event
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return float(end.at - self.at)
 
 
-def test_a_gpus_events_are_read_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeEvents()
-    monkeypatch.setattr(torch, "get_device_module", lambda device: fake)
-    timer = StepTimer(torch.device("cuda"))
-    timer.start()
+@pytest.fixture
+def gpu_timer(monkeypatch: pytest.MonkeyPatch) -> StepTimer:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=FakeEvent))
+    monkeypatch.setattr(FakeEvent, "waits", 0)
+    return StepTimer(torch.device("cuda"))
+
+
+def test_a_gpus_events_are_read_once_an_epoch(gpu_timer: StepTimer) -> None:
+    gpu_timer.start()
     for phase in StepTimer.PHASES * 100:
-        timer.mark(phase)
-    assert fake.waits == 0
-    timer.read()
-    assert fake.waits == 1
-    assert timer.steps == 100
-    assert timer.milliseconds == dict.fromkeys(StepTimer.PHASES, 1.0)
+        gpu_timer.mark(phase)
+    assert FakeEvent.waits == 0
+    gpu_timer.read()
+    assert FakeEvent.waits == 1
+    assert gpu_timer.steps == 100
+    assert gpu_timer.milliseconds == dict.fromkeys(StepTimer.PHASES, 1.0)
 
 
-def test_events_of_a_long_epoch_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeEvents()
-    monkeypatch.setattr(torch, "get_device_module", lambda device: fake)
+def test_events_of_a_long_epoch_do_not_pile_up(gpu_timer: StepTimer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepTimer, "MOST_PENDING", 12)
-    timer = StepTimer(torch.device("cuda"))
-    timer.start()
+    gpu_timer.start()
     for phase in StepTimer.PHASES * 20:
-        timer.mark(phase)
-        assert len(timer._pending) < 12
-    timer.read()
-    assert timer.milliseconds == dict.fromkeys(StepTimer.PHASES, 1.0)
+        gpu_timer.mark(phase)
+        assert len(gpu_timer._pending) < 12
+    gpu_timer.read()
+    assert gpu_timer.milliseconds == dict.fromkeys(StepTimer.PHASES, 1.0)
 
 
 def test_the_first_epoch_is_left_out_where_there_are_more(data: str) -> None:
@@ -458,9 +442,6 @@ def test_the_first_epoch_is_left_out_where_there_are_more(data: str) -> None:
     assert timer.steps == 8
     assert min(timer.milliseconds.values()) > 0
     assert sum(timer.percent.values()) == pytest.approx(100)
-
-
-# ---- the progress bar
 
 
 class Terminal(io.StringIO):
@@ -485,9 +466,6 @@ def test_no_bar_without_tqdm(data: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     assert len(run(TINY, data=data).history) == 3
     assert terminal.getvalue() == ""
-
-
-# ---- checkpoints
 
 
 def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(data: str, tmp_path: Path) -> None:

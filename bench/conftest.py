@@ -1,0 +1,94 @@
+"""`--benchmark`: without it each row runs once, verified, as a smoke test."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bench import measure, timing
+from bench.machine import distorted, machine
+from bench.shapes import GRID, Cell
+
+Row = Callable[[Cell, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--benchmark", action="store_true", help="measure each row instead of running it once")
+
+
+def _measures(config: pytest.Config) -> bool:
+    return config.option.benchmark or config.option.benchmark_enable or config.option.benchmark_only
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if not _measures(config):
+        config.option.benchmark_disable = True
+    elif reason := distorted():
+        raise pytest.UsageError(reason)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    place = {cell: number for number, cell in enumerate(GRID)}
+    order = {}
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        cell, device = params.get("cell"), params.get("device")
+        if not isinstance(cell, Cell) or not isinstance(device, str):
+            continue  # a test, not a row
+        order[item] = place[cell]
+        if device == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if reason := measure.why_not(cell, device, full=_measures(config)):
+            item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: order.get(item, -1))  # rows after tests, in the grid's order: anchors first
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "[" in report.nodeid]
+    reasons = Counter(report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple))
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} rows skipped: {reason.removeprefix('Skipped: ')}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.update(machine())
+
+
+@pytest.fixture
+def row(benchmark: Any) -> Row:
+    """Runs one row. What pytest-benchmark shows is the host's clock over single calls, each waited for."""
+
+    def run(cell: Cell, device: str) -> None:
+        benchmark.group = cell.family
+        if cell.phase in ("first_touch", "lecture"):
+            benchmark.extra_info.update(
+                benchmark.pedantic(measure.measure, (cell, device), {"full": not benchmark.disabled})
+            )
+            return
+        if benchmark.disabled:
+            benchmark.pedantic(measure.prepare, (cell, device))
+            return
+        benchmark.extra_info.update(measure.measure(cell, device))
+        rounds = timing.clamp(1e3 * timing.SECONDS / benchmark.extra_info.get("ms", 1), 3, 100)
+        timed = measure.prepare(cell, device)
+        calls = iter(range(rounds))
+
+        def setup() -> tuple[tuple[int], dict[str, Any]]:
+            i = next(calls)
+            timed.prepare(i)
+            measure.synchronize(device)
+            return (i,), {}
+
+        def call(i: int) -> None:
+            timed(i)
+            measure.synchronize(device)
+
+        benchmark.pedantic(call, setup=setup, rounds=rounds)
+
+    return run

@@ -1,0 +1,110 @@
+"""What only the first call costs, in a process of its own: `python -m bench.fresh first_touch|lecture [--cpu] [--gpu]`.
+
+Prints one line of JSON: seconds by name, read off the host clock, each after waiting for the device unless it says
+"returned". Names that end in _2 are the same thing done a second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.shapes import Problem
+from bench.timing import DTYPES
+
+
+def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Host seconds until `function` is done, the device included, and what it returned."""
+    begun = time.perf_counter()
+    result = function()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, result
+
+
+def first_touch(problem: Problem) -> dict[str, float]:
+    """The steps from a bare process to a network's output, in order: context, allocation, copy, launch, forward.
+
+    `forward` is FusedMLP's first call, its kernels compiled or loaded from Triton's cache.
+    """
+    from mlp_fused import FusedMLP
+
+    dtype = DTYPES[problem.dtype]
+    first, *rest = problem.widths
+    model = FusedMLP(first, rest, activation_layer=problem.activation, dtype=dtype)
+    x = torch.randn(problem.rows, first, dtype=dtype)
+    found: dict[str, float] = {}
+
+    def context() -> None:
+        torch.cuda.init()
+        torch.cuda.synchronize()
+
+    found["context"], _ = seconds(context)
+    for again in ("", "_2"):
+        found["allocation" + again], there = seconds(partial(torch.empty_like, x, device="cuda"))
+        found["copy" + again], _ = seconds(partial(there.copy_, x))
+        found["launch" + again], _ = seconds(partial(there.add_, 1))
+        del there
+        torch.cuda.empty_cache()  # or the second allocation would be a look into torch's own cache
+    x, model = x.cuda(), model.cuda()
+    with torch.no_grad():
+        for again in ("", "_2"):
+            found["forward" + again], y = seconds(partial(model, x))
+        children = nn.Sequential(*model)  # torch's own modules, one after the other
+        check(y, children(x), 1e-4 if dtype == torch.float32 else 5e-2)
+    return found
+
+
+def lecture(n: int, *, cpu: bool, gpu: bool) -> dict[str, float]:
+    """An (n, n) fp32 product on the CPU; its operands copied to the GPU and multiplied there.
+
+    `product_returned` is when the host has the call back, which is all that a clock without a wait sees; `product` is
+    when the product is there.
+    """
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    found: dict[str, float] = {}
+    for again in ("", "_2") if cpu else ():
+        found["cpu_product" + again], _ = seconds(lambda: a @ b)
+    for again in ("", "_2") if gpu else ():
+        found["copy" + again], (c, d) = seconds(lambda: (a.cuda(), b.cuda()))
+        begun = time.perf_counter()
+        product = c @ d
+        found["product_returned" + again] = time.perf_counter() - begun
+        torch.cuda.synchronize()
+        found["product" + again] = time.perf_counter() - begun
+        check(product[:8].cpu(), a[:8] @ b, 5e-3)  # tf32, where the user's setting allows it
+        del c, d, product
+    return found
+
+
+def check(found: Tensor, expected: Tensor, bound: float) -> None:
+    """Raise AssertionError where the norm of the difference passes `bound` times that of `expected`."""
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert error <= bound, f"wrong by {error}, the bound is {bound}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("first_touch", "lecture"))
+    parser.add_argument("--cpu", action="store_true", help="the lecture's product on the CPU")
+    parser.add_argument("--gpu", action="store_true", help="the lecture's copy and product on the GPU")
+    parser.add_argument("--widths", type=int, nargs="+", default=[784, 512, 512, 10])
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    options = parser.parse_args()
+    if options.what == "first_touch":
+        found = first_touch(Problem(tuple(options.widths), options.rows, options.dtype))
+    else:
+        found = lecture(options.rows, cpu=options.cpu, gpu=options.gpu)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

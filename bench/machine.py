@@ -1,0 +1,95 @@
+"""What a result was measured on: GPU, driver, versions, CPU, and a digest of the sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mlp_fused
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine() -> dict[str, Any]:
+    """Names and versions; those of the GPU are None without one. Numbers from two of these that differ do not mix."""
+    found: dict[str, Any] = {
+        "gpu": None,
+        "driver": None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "mlp_fused": mlp_fused.__version__,
+        "source": source_digest(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": device.name,
+            "driver": _driver(),
+            "capability": f"{device.major}.{device.minor}",
+            "gpu_memory_bytes": device.total_memory,
+            "l2_bytes": device.L2_cache_size,
+            "multiprocessors": device.multi_processor_count,
+            "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+        }
+    return found
+
+
+def distorted() -> str | None:
+    """Why timings of this process would mean nothing, or None."""
+    for name, effect in (
+        ("CUDA_LAUNCH_BLOCKING", "makes every launch wait for its kernel"),
+        ("MLP_FUSED_DEBUG", "synchronises after each kernel"),
+        ("TRITON_INTERPRET", "runs the kernels in an interpreter"),
+    ):
+        if os.environ.get(name, "0") not in ("", "0"):
+            return f"{name} is set, which {effect}: unset it to measure"
+    return None
+
+
+def source_digest() -> str:
+    """Twelve hex digits over the sources that decide a timing: package, kernels, tuned tiles, what measures."""
+    patterns = ("mlp_fused/*.py", "kernels/*.py", "kernels/tuned/*.json")
+    paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    paths += [ROOT / "bench" / name for name in ("shapes.py", "timing.py", "measure.py", "fresh.py")]
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

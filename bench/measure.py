@@ -1,0 +1,540 @@
+"""`measure(cell, device)`: one row of results. The only code that times a problem, under pytest and in gpu.py alike.
+
+A row is a dict of plain values:
+
+    id, family, phase, device, anchor, widths, rows, dtype, activation, layout
+    path, reason            what FusedMLP runs on, and why (from `explain`)
+    verified                relative errors against eager, and the bound they were held to
+    first_call_s            the first call: compiling, or loading what was compiled before
+    ms, kernel_ms, quartiles, rounds, calls    see timing.py; `repeat_ms` is ms again, after the baselines: the noise
+    sets                    how many inputs were rotated
+    flops, bytes            by `mlp_fused.plan.work`: the layers one after the other; a step adds the loss's and Adam's
+    ceilings                FLOP/s and bytes/s of a large product and a large copy in the same process
+    floor_s, bound, tflops, gbps, floor_ratio  the floor these imply, what it is bound by, and kernel_ms against it
+    copy                    x from the host: for each way ms, host_ms, gbps, and `to_kernel`, the copy over the kernel
+    baselines               by name: ms, kernel_ms, …, first_call_s, `speedup` = its ms over ours; or {"error": text};
+                            with `compile_s`, the first call of the graph, also where an earlier phase made it
+                            (inductor's cache on disk is left as it is: a warm one shortens this)
+
+`copy` is None on a CPU. A copy row has `copy`, and under `phases` what it needs of the above for the forward, the
+backward and the step; `first_touch` and `lecture` rows have `seconds` by name (see fresh.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import timing
+from bench.machine import ROOT
+from bench.shapes import COPIED_PHASES, Cell, Problem
+from bench.timing import DTYPES, Ceilings, Timed
+from mlp_fused import FusedMLP
+from mlp_fused.plan import Work, work
+
+Report = Callable[[dict[str, Any]], None]
+
+# Norm-wise error against eager in the same dtype that a timed function may have: of the output, of the gradients.
+# Both sides round, so this is no measure of accuracy (the tests are); a wrong index or a lost block errs by far more.
+# fp32 gradients have the wide bound because a pre-activation within rounding of a relu's kink may fall on either side:
+# one in 10^6 entries does, which is 10^-3 of the norm.
+BOUNDS = {"fp32": (2e-5, 5e-3), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
+TF32_BOUND = 5e-3
+
+# More than this takes too long on a CPU. In 16 bits many CPUs multiply a hundred times slower than in 32.
+CPU_FLOPS = {"fp32": 20e9, "fp16": 0.2e9, "bf16": 0.2e9}
+# More than this takes seconds to fill with random numbers, too long for only trying a row out.
+CPU_TRIAL_BYTES = 0.5e9
+
+GRAPHED_SETS = 8  # a CUDA graph is tied to its input's address: one capture for each input rotated
+FRESH_SECONDS = 300  # for a child process; the lecture takes one on two cores
+LEARNING_RATE = 1e-5  # thousands of timed steps must not carry the parameters to infinity
+
+
+def why_not(cell: Cell, device: str, *, full: bool = True) -> str | None:
+    """Why a cell does not run on a device here; None where it does. Not `full`: rows that take too long to try out."""
+    if device == "cuda":
+        return None if torch.cuda.is_available() else f"no CUDA device (torch {torch.__version__})"
+    if cell.phase == "lecture":
+        return None if full else "takes half a minute on a CPU: runs with --benchmark only"
+    limit, needed = CPU_FLOPS[cell.problem.dtype], work_of(cell.problem, cell.phase)
+    if needed.flops > limit:
+        bits = "16 bits" if cell.problem.dtype != "fp32" else "fp32"
+        return f"more than {limit / 1e9:g} GFLOP in {bits}: not on a CPU"
+    if not full and needed.bytes > CPU_TRIAL_BYTES:
+        return f"moves more than {CPU_TRIAL_BYTES / 1e9:g} GB: on a CPU with --benchmark only"
+    return None
+
+
+def work_of(problem: Problem, phase: str) -> Work:
+    """FLOPs and bytes of a phase: the layers' own; for a step also the bytes that the loss and Adam must move.
+
+    Adam reads the parameter, its gradient and two moments, and writes all but the gradient; the cross entropy reads the
+    logits and writes their gradient. Their FLOPs are not counted.
+    """
+    if phase == "lecture":
+        n = problem.rows
+        return Work(2 * n**3, 3 * n * n * DTYPES[problem.dtype].itemsize)
+    parts = work(problem.rows, problem.widths, DTYPES[problem.dtype], problem.activation)
+    if phase in ("forward", "copy"):
+        return parts["inference"]
+    if phase == "backward":
+        return parts["backward"]
+    both = parts["forward"] + parts["backward"]
+    if phase == "training":
+        return both
+    widths, size = problem.widths, DTYPES[problem.dtype].itemsize
+    parameters = sum(k * n + n for k, n in pairwise(widths))
+    logits = 2 * problem.rows * widths[-1] * problem.cross_entropy
+    return both + Work(0, (7 * parameters + logits) * size)
+
+
+def against_floor(work: Work, ceilings: Ceilings, ms: float) -> dict[str, Any]:
+    """FLOPs and bytes, the rates at which they were done in `ms` milliseconds, the floor and the ratio to it."""
+    seconds = 1e-3 * ms
+    floor = work.floor(ceilings.flops_per_second, ceilings.bytes_per_second)
+    by_flops = work.flops / ceilings.flops_per_second >= work.bytes / ceilings.bytes_per_second
+    return {
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "tflops": 1e-12 * work.flops / seconds,
+        "gbps": 1e-9 * work.bytes / seconds,
+        "floor_s": floor,
+        "bound": "compute" if by_flops else "memory",
+        "floor_ratio": seconds / floor,
+        "ceilings": asdict(ceilings),
+    }
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖, in fp32; infinite for a wrong shape, NaN where either has one."""
+    if found.shape != expected.shape:
+        return math.inf
+    expected = expected.detach().float()
+    difference = (found.detach().float() - expected).norm().item()
+    return difference / (expected.norm().item() or 1.0) if difference else 0.0
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a row is compared with: `build` returns the phase's function, which is verified against `reference`."""
+
+    name: str
+    build: Callable[[Bench, str], Timed]
+    applies: Callable[[Cell, str], bool] = lambda cell, device: device == "cuda"
+    reference: Callable[[nn.Sequential], nn.Sequential] = lambda eager: eager
+
+
+class Bench:
+    """One problem on one device: the model, eager on the same parameters, random inputs; built when first asked for."""
+
+    def __init__(self, problem: Problem, device: str) -> None:
+        self.problem = problem
+        self.device = device
+        self.dtype = DTYPES[problem.dtype]
+        self.compiled: dict[str | None, Callable[[Tensor], Tensor]] = {}
+        self.compile_seconds: dict[tuple[str, bool], float] = {}
+
+    @cached_property
+    def model(self) -> FusedMLP:
+        if self.device == "cuda":
+            torch.compiler.reset()  # the last problem's graphs hold memory and count towards dynamo's limit
+        release(self.device)
+        torch.manual_seed(0)
+        first, *rest = self.problem.widths
+        return FusedMLP(first, rest, activation_layer=self.problem.activation, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def eager(self) -> nn.Sequential:
+        """The same parameters in torch's own modules, as one would write them: without torchvision's idle Dropouts."""
+        return nn.Sequential(*(child for child in self.model if not isinstance(child, nn.Dropout)))
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    @cached_property
+    def inputs(self) -> list[Tensor]:
+        rows, width = self.problem.rows, self.problem.widths[0]
+        nbytes = rows * width * self.dtype.itemsize
+        sets = timing.rotation(nbytes, timing.cache_bytes(self.device))
+        return [self._random_input(rows, width) for _ in range(sets)]
+
+    def _random_input(self, rows: int, width: int) -> Tensor:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+        if self.problem.layout == "transposed":
+            return random(width, rows).t()
+        if self.problem.layout == "sliced":
+            return random(rows, 2 * width)[:, 1 : width + 1]
+        return random(rows, width)
+
+    @cached_property
+    def targets(self) -> list[Tensor]:
+        """One for each input: labels (M,) where the loss is the cross entropy, otherwise dY (M, d_L)."""
+        rows, width = self.problem.rows, self.problem.widths[-1]
+        if self.problem.cross_entropy:
+            return [torch.randint(width, (rows,), device=self.device) for _ in self.inputs]
+        return [torch.randn(rows, width, device=self.device, dtype=self.dtype) for _ in self.inputs]
+
+    @cached_property
+    def copies(self) -> dict[str, dict[str, float]]:
+        return timing.copies(self.inputs[0])
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """dY (M, d_L) for each input: the target itself, or that of the cross entropy of eager's output."""
+        return [self._gradient(*pair) for pair in zip(self.inputs, self.targets, strict=True)]
+
+    def _gradient(self, x: Tensor, target: Tensor) -> Tensor:
+        if not self.problem.cross_entropy:
+            return target
+        with torch.no_grad():
+            y = self.eager(x)
+        y.requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(y, target), y)[0]
+
+    def timed(self, module: Callable[[Tensor], Tensor], phase: str) -> Timed:
+        """A phase of `module`; its calls return what is verified: the output first (backward has none), gradients."""
+        inputs, parameters = self.inputs, self.parameters
+        if phase == "forward":
+
+            def forward(i: int) -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    return (module(inputs[i]),)
+
+            return Timed(forward, sets=len(inputs))
+        if phase == "step":
+            return Timed(self._step(module), sets=len(inputs))
+        gradients = self.gradients
+        if phase == "training":
+
+            def training(i: int) -> tuple[Tensor, ...]:
+                y = module(inputs[i])
+                return y.detach(), *torch.autograd.grad(y, parameters, gradients[i])
+
+            return Timed(training, sets=len(inputs))
+        if phase == "backward":
+            waiting: list[Tensor] = []
+
+            def setup(i: int) -> None:
+                waiting[:] = [module(inputs[i])]
+
+            def backward(i: int) -> tuple[Tensor, ...]:
+                return torch.autograd.grad(waiting.pop(), parameters, gradients[i])
+
+            return Timed(backward, setup, len(inputs))
+        raise ValueError(f"phase is {phase!r}, which is not a phase of a network")
+
+    def _step(self, module: Callable[[Tensor], Tensor]) -> Callable[[int], tuple[Tensor, ...]]:
+        inputs, targets, parameters = self.inputs, self.targets, self.parameters
+        on_gpu = self.device == "cuda"
+        # capturable for all, so that the graphed step runs the same optimizer as the others
+        optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=on_gpu, capturable=on_gpu)
+        cross_entropy = self.problem.cross_entropy
+
+        def step(i: int) -> tuple[Tensor, ...]:
+            optimizer.zero_grad(set_to_none=True)
+            y = module(inputs[i])
+            if cross_entropy:
+                loss = F.cross_entropy(y, targets[i])
+                loss.backward()
+            else:
+                y.backward(targets[i])
+            optimizer.step()
+            return y.detach(), *(p.grad for p in parameters if p.grad is not None)
+
+        return step
+
+    def verify(self, timed: Timed, phase: str, reference: nn.Module | None = None) -> dict[str, Any]:
+        """Relative errors of one call against eager (or `reference`), and the seconds of that first call.
+
+        Raises AssertionError, with the errors and the bounds, where one passes its bound or a tensor is missing.
+        """
+        last = timed.sets - 1  # of a graph's captures, only the last one's outputs were kept
+        moved = self.parameters if phase == "step" else []
+        before = [p.detach().clone() for p in moved]
+
+        def restore() -> None:
+            with torch.no_grad():
+                for p, value in zip(moved, before, strict=True):
+                    p.copy_(value)
+
+        begun = time.perf_counter()
+        timed.prepare(last)
+        found = timed(last)
+        synchronize(self.device)
+        seconds = time.perf_counter() - begun
+        found = [tensor.detach().clone() for tensor in found]  # a graph's outputs are written again by its next replay
+        restore()
+        eager = self.timed(reference or self.eager, phase)
+        eager.prepare(last)
+        expected = eager(last)
+        restore()
+        output_bound, gradient_bound = BOUNDS[self.problem.dtype]
+        if self.problem.dtype == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            output_bound, gradient_bound = TF32_BOUND, 10 * TF32_BOUND
+        assert len(found) == len(expected), f"{len(found)} tensors instead of {len(expected)}"
+        errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
+        outputs = 0 if phase == "backward" else 1
+        report = {
+            "output": max(errors[:outputs], default=None),
+            "gradients": max(errors[outputs:], default=None),
+            "bounds": [output_bound, gradient_bound],
+        }
+        bounds = [output_bound] * outputs + [gradient_bound] * len(errors[outputs:])
+        wrong = [(i, error) for i, (error, bound) in enumerate(zip(errors, bounds, strict=True)) if not error <= bound]
+        assert not wrong, f"wrong against eager (tensor, relative error): {wrong}, bounds {report['bounds']}"
+        return {"verified": report, "first_call_s": seconds}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def release(device: str) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+@lru_cache(maxsize=1)
+def bench_for(problem: Problem, device: str) -> Bench:
+    """The one Bench that is kept: cells of one problem stand side by side in the grid."""
+    return Bench(problem, device)
+
+
+def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:
+    """Hidden layers by torch's own fused epilogue. On CUDA its gelu is the tanh form, whatever the model's is."""
+    layers = [child for child in bench.eager if isinstance(child, nn.Linear)]
+    use_gelu = bench.problem.activation == "gelu"
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in layers[:-1]:
+            x = torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=use_gelu)
+        return torch.addmm(layers[-1].bias, x, layers[-1].weight.t())
+
+    return forward
+
+
+def tanh_gelu(model: nn.Sequential) -> nn.Sequential:
+    """The same parameters with gelu in its tanh form."""
+    return nn.Sequential(*(nn.GELU("tanh") if isinstance(child, nn.GELU) else child for child in model))
+
+
+def graphed(timed: Timed, parameters: Sequence[nn.Parameter] = ()) -> Timed:
+    """The same calls as CUDA graphs, one a rotated input; an untimed setup is a graph of its own, replayed before."""
+    sets = min(timed.sets, GRAPHED_SETS)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # handles, workspaces and optimizer state are made outside of the capture
+            timed.prepare(0)
+            timed(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    # The graphs share one pool: each is replayed whole before the next, and only the last one's outputs are read.
+    pool = torch.cuda.graph_pool_handle()
+    setups, graphs, outputs = [], [], None
+    for i in range(sets):
+        outputs = None
+        for parameter in parameters:
+            parameter.grad = None  # as `outputs`: the last capture's memory goes back to the pool
+        if timed.setup is not None:
+            setups.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(setups[-1], pool=pool, stream=stream):
+                timed.prepare(i)
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], pool=pool, stream=stream):
+            outputs = timed(i)
+
+    def replay(i: int) -> Any:
+        graphs[i].replay()
+        return outputs
+
+    def replay_setup(i: int) -> None:
+        setups[i].replay()
+
+    return Timed(replay, replay_setup if setups else None, sets)
+
+
+def compiled(mode: str | None) -> Callable[[Bench, str], Timed]:
+    """torch.compile for this very shape; fullgraph, or dynamo's limits would hand eager back without a word."""
+
+    def build(bench: Bench, phase: str) -> Timed:
+        if mode not in bench.compiled:
+            bench.compiled[mode] = torch.compile(bench.eager, dynamic=False, fullgraph=True, mode=mode)
+        return bench.timed(bench.compiled[mode], phase)
+
+    return build
+
+
+BASELINES = (
+    Baseline("eager", lambda bench, phase: bench.timed(bench.eager, phase), lambda cell, device: True),
+    Baseline(
+        "addmm_activation",
+        lambda bench, phase: bench.timed(addmm_activation(bench), phase),
+        lambda cell, device: (
+            device == "cuda" and cell.phase == "forward" and cell.problem.activation in ("relu", "gelu")
+        ),
+        tanh_gelu,
+    ),
+    Baseline("cuda_graph", lambda bench, phase: graphed(bench.timed(bench.eager, phase), bench.parameters)),
+    Baseline("compile", compiled(None)),
+    Baseline(
+        "compile_max_autotune",
+        compiled("max-autotune"),
+        lambda cell, device: device == "cuda" and cell.anchor,
+    ),
+)
+
+
+def prepare(cell: Cell, device: str) -> Timed:
+    """The function that a row times, verified: FusedMLP's phase, or for a copy row the pinned copy.
+
+    Raises AssertionError where it is wrong.
+    """
+    bench = bench_for(cell.problem, device)
+    if cell.phase == "copy":
+        pinned, target = bench.inputs[0].cpu().pin_memory(), torch.empty_like(bench.inputs[0])
+        assert torch.equal(target.copy_(pinned), bench.inputs[0])
+        return Timed(lambda _: target.copy_(pinned))
+    timed = bench.timed(bench.model, cell.phase)
+    bench.verify(timed, cell.phase)
+    return timed
+
+
+def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full: bool = True) -> dict[str, Any]:
+    """The row of a cell (see the top of this file). `report` is handed the unfinished row after each baseline.
+
+    Not `full`: a lecture on the GPU leaves out the product on the CPU.
+
+    Raises AssertionError where FusedMLP is wrong, and what torch raises where it does not run; a baseline that fails is
+    a text in the row.
+    """
+    problem = cell.problem
+    row: dict[str, Any] = {
+        "id": str(cell),
+        "family": cell.family,
+        "phase": cell.phase,
+        "device": device,
+        "anchor": cell.anchor,
+        "widths": list(problem.widths),
+        "rows": problem.rows,
+        "dtype": problem.dtype,
+        "activation": problem.activation,
+        "layout": problem.layout,
+    }
+    if cell.phase in ("first_touch", "lecture"):
+        return row | {"seconds": _fresh(cell, device, cpu=full)}
+    bench = bench_for(problem, device)
+    try:
+        if cell.phase == "copy":
+            row["copy"] = bench.copies
+            row["phases"] = {}
+            for phase in COPIED_PHASES:
+                row["phases"][phase] = _measure_model(bench, phase)[0]
+                report(row)
+            return row
+        ours, timed = _measure_model(bench, cell.phase)
+        row |= ours
+        row["baselines"] = {}
+        for baseline in BASELINES:
+            if baseline.applies(cell, device):
+                row["baselines"][baseline.name] = _measure_baseline(bench, baseline, cell.phase, row["ms"])
+                report(row)
+        row["repeat_ms"] = timing.time_call(timed, device).ms
+        return row
+    finally:
+        for parameter in bench.parameters:
+            parameter.grad = None
+
+
+def _measure_model(bench: Bench, phase: str) -> tuple[dict[str, Any], Timed]:
+    """Our own part of a row, and what was timed."""
+    problem, device = bench.problem, bench.device
+    plan = bench.model.explain(problem.rows, bench.dtype)
+    timed = bench.timed(bench.model, phase)
+    row = {"path": plan.path, "reason": plan.reason, "sets": timed.sets} | bench.verify(timed, phase)
+    measured = timing.time_call(timed, device)
+    row |= measured.as_dict()
+    row |= against_floor(work_of(problem, phase), timing.ceilings(device, problem.dtype), measured.kernel_ms)
+    row["copy"] = None
+    if device == "cuda":
+        row["copy"] = {
+            kind: reading | {"to_kernel": reading["ms"] / measured.kernel_ms} for kind, reading in bench.copies.items()
+        }
+    return row, timed
+
+
+def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ms: float) -> dict[str, Any]:
+    """A baseline's part of a row; {"error": text} where it fails, out of memory or otherwise.
+
+    Raises what it failed with where that left the device unusable: nothing after it would run.
+    """
+    try:
+        timed = baseline.build(bench, phase)
+        row = bench.verify(timed, phase, baseline.reference(bench.eager))
+        if baseline.name.startswith("compile"):  # one graph for inference, one for the three phases with gradients
+            graph = baseline.name, phase == "forward"
+            row["compile_s"] = bench.compile_seconds.setdefault(graph, row["first_call_s"])
+        measured = timing.time_call(timed, bench.device)
+        row |= measured.as_dict()
+        row["speedup"] = measured.ms / ms
+    except Exception as error:
+        row = {"error": describe(error)}
+    finally:
+        timed = None  # type: ignore[assignment]  # frees a graph's pool before the next baseline asks for memory
+        for parameter in bench.parameters:
+            parameter.grad = None
+        synchronize(bench.device)
+        release(bench.device)
+    return row
+
+
+def describe(error: BaseException) -> str:
+    """The error's class and the first lines of its text."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:500]}"
+
+
+def _fresh(cell: Cell, device: str, *, cpu: bool = True) -> dict[str, Any]:
+    """Seconds by name from fresh.py. First touch twice: Triton's cache empty ("cold"), then with the kernels in it.
+
+    `cpu` is whether a lecture on the GPU is set beside the same product on the CPU.
+    """
+    problem = cell.problem
+    command = [sys.executable, "-m", "bench.fresh", cell.phase, "--rows", str(problem.rows), "--dtype", problem.dtype]
+    command += ["--widths", *map(str, problem.widths)]
+    if cell.phase == "lecture":
+        command += ["--gpu"] * (device == "cuda") + ["--cpu"] * (cpu or device == "cpu")
+        return _json_of(command)
+    with tempfile.TemporaryDirectory() as cache:
+        return {state: _json_of(command, TRITON_CACHE_DIR=cache) for state in ("cold", "warm")}
+
+
+def _json_of(command: Sequence[str], **environment: str) -> Any:
+    """The last line that a child process prints; RuntimeError with the end of its stderr where it fails."""
+    child = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=FRESH_SECONDS
+    )
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command[1:4])} ended with status {child.returncode}: {child.stderr[-500:]}")
+    return json.loads(child.stdout.splitlines()[-1])

@@ -1,0 +1,532 @@
+"""What the benches are built of, without a GPU: arithmetic, clocks on a simulated device, the grid, resuming."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench import gpu, measure, timing
+from bench.machine import ROOT, distorted, machine
+from bench.shapes import ANCHORS, FAMILIES, GRID, PHASES, Cell, Problem, cases, select
+from bench.timing import Ceilings, Timed
+from mlp_fused.plan import Work, work
+
+SMALL = Problem((5, 7, 3), 4)
+CELLS = [Cell("odd", SMALL, phase) for phase in ("forward", "backward", "training", "step")]
+
+
+# The grid
+
+
+def test_ids_are_unique_and_name_every_field() -> None:
+    assert len({str(cell) for cell in GRID}) == len(GRID)
+    assert str(GRID[0]) == "seed-784x512x512x10-relu-fp32-m256-step"
+    assert "odd-256x512x256-gelu-bf16-m16384-sliced-forward" in map(str, GRID)
+
+
+def test_each_family_has_one_anchor_and_anchors_come_first_in_the_families_order() -> None:
+    assert [str(cell) for cell in GRID if cell.anchor] == [str(cell) for cell in GRID[: len(ANCHORS)]] == list(ANCHORS)
+    assert [cell.family for cell in GRID[: len(ANCHORS)]] == list(FAMILIES)
+    rest = [cell.family for cell in GRID[len(ANCHORS) :]]
+    assert rest == sorted(rest, key=FAMILIES.index)
+
+
+def test_phases_of_a_problem_stand_side_by_side() -> None:
+    rest = [(cell.family, cell.problem) for cell in GRID[len(ANCHORS) :]]
+    changes = sum(a != b for a, b in pairwise(rest))
+    assert changes + 1 == len(set(rest))
+
+
+def test_every_cell_has_a_known_phase_and_a_bench() -> None:
+    assert {cell.phase for cell in GRID} == set(PHASES)
+    assert {cell.family for cell in GRID} == set(FAMILIES)
+    assert all((ROOT / "bench" / f"bench_{family}.py").exists() for family in FAMILIES)
+
+
+def test_the_copy_family_has_every_input_of_the_grid_in_32_and_16_bits() -> None:
+    def inputs(cells: list[Cell]) -> set[tuple[object, ...]]:
+        return {(cell.problem.widths[0], cell.problem.rows, cell.problem.layout) for cell in cells}
+
+    copied = [cell for cell in GRID if cell.phase == "copy"]
+    assert inputs(copied) == inputs([cell for cell in GRID if cell.family != "copy"])
+    assert Counter(cell.problem.dtype for cell in copied) == {"fp32": len(copied) // 2, "bf16": len(copied) // 2}
+
+
+def test_select() -> None:
+    assert select() == list(GRID)
+    assert {cell.phase for cell in select("narrow-*-forward")} == {"forward"}
+    with pytest.raises(ValueError, match="no cell of the grid matches 'nothing'"):
+        select("nothing")
+
+
+def test_copies_are_for_a_gpu_only() -> None:
+    assert {(cell.phase, device) for cell, device in cases("copy")} == {
+        ("copy", "cuda"),
+        ("first_touch", "cuda"),
+        ("lecture", "cpu"),
+        ("lecture", "cuda"),
+    }
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(pattern: str, device: str, **options: bool) -> str | None:
+        return measure.why_not(select(pattern)[0], device, **options)
+
+    assert reason("seed-*-m64-step", "cpu") is None
+    assert reason("narrow-128x128x128x128x128-relu-fp32-m1048576-forward", "cpu") == (
+        "more than 20 GFLOP in fp32: not on a CPU"
+    )
+    assert reason("middle-256*-m4096-forward", "cpu") == "more than 0.2 GFLOP in 16 bits: not on a CPU"
+    assert "--benchmark only" in str(reason("*-lecture", "cpu", full=False))
+    assert "--benchmark only" in str(reason("narrow-16x*-fp32-m2097152-forward", "cpu", full=False))
+    assert reason("narrow-16x*-fp32-m2097152-forward", "cpu") is None
+    assert reason("*-lecture", "cpu") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in str(reason("seed-*", "cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert reason("large-*-m32768-step", "cuda") is None
+
+
+# Arithmetic
+
+
+def test_work_of_phases() -> None:
+    problem = Problem((784, 512, 10), 64, cross_entropy=True)
+    layers = work(64, (784, 512, 10), torch.float32, "relu")
+    assert measure.work_of(problem, "forward") == layers["inference"]
+    assert measure.work_of(problem, "forward").flops == 2 * 64 * (784 * 512 + 512 * 10)
+    assert measure.work_of(problem, "training") == layers["forward"] + layers["backward"]
+    parameters = 784 * 512 + 512 + 512 * 10 + 10
+    extra = 4 * (7 * parameters + 2 * 64 * 10)
+    assert measure.work_of(problem, "step") == measure.work_of(problem, "training") + Work(0, extra)
+    assert measure.work_of(Problem((10, 10), 10), "lecture") == Work(2000, 1200)
+
+
+def test_against_floor() -> None:
+    found = measure.against_floor(Work(flops=2_000_000, bytes=500_000), Ceilings(1e12, 1e12), ms=0.004)
+    assert found["floor_s"] == pytest.approx(2e-6)
+    assert (found["bound"], found["floor_ratio"]) == ("compute", pytest.approx(2.0))
+    assert (found["tflops"], found["gbps"]) == (pytest.approx(0.5), pytest.approx(125.0))
+    assert measure.against_floor(Work(1, 500_000), Ceilings(1e12, 1e12), ms=1.0)["bound"] == "memory"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "cache", "sets"),
+    [(100, 0, 1), (100, 1000, 20), (2000, 1000, 1), (1999, 1000, 2), (1, 10**9, timing.MAX_SETS)],
+)
+def test_rotation_fills_the_cache_twice(nbytes: int, cache: int, sets: int) -> None:
+    assert timing.rotation(nbytes, cache) == sets
+
+
+def test_quartiles() -> None:
+    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
+
+
+def test_relative_error() -> None:
+    ones = torch.ones(4)
+    assert measure.relative_error(ones, ones) == 0.0
+    assert measure.relative_error(1.5 * ones, ones) == pytest.approx(0.5)
+    assert measure.relative_error(torch.ones(3), ones) == math.inf
+    assert not measure.relative_error(ones * math.nan, ones) <= 1.0
+    assert measure.relative_error(ones, 0 * ones) == pytest.approx(2.0)
+
+
+# Clocks, on a simulated device
+
+
+class Device:
+    """A host that issues and a device that works, in seconds; stands in for torch.cuda and the host's clock."""
+
+    def __init__(self) -> None:
+        self.host = 0.0
+        self.free = 0.0  # when the device has done all it was given
+
+    def launch(self, issue: float, duration: float) -> None:
+        self.host += issue
+        self.free = max(self.free, self.host) + duration
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.free)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = self
+
+        class Event:
+            at = math.nan
+
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(device.host, device.free)
+
+            def elapsed_time(self, end: Event) -> float:
+                assert device.host >= end.at, "read before the device was waited for"
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(1e-6, cycles / 1e9))
+        monkeypatch.setattr(time, "perf_counter", lambda: self.host)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    timing._cycles_per_second.cache_clear()
+    simulated = Device()
+    simulated.install(monkeypatch)
+    yield simulated
+    timing._cycles_per_second.cache_clear()
+
+
+def test_a_call_bound_by_the_device_has_one_time(device: Device) -> None:
+    found = timing.time_cuda(Timed(lambda _: device.launch(10e-6, 500e-6)))
+    assert found.ms == found.kernel_ms == pytest.approx(0.5, rel=0.03)
+
+
+def test_a_call_bound_by_launches_has_two(device: Device) -> None:
+    def call(_: int) -> None:
+        for _ in range(4):
+            device.launch(10e-6, 2e-6)
+
+    found = timing.time_cuda(Timed(call))
+    assert found.ms == pytest.approx(0.040, rel=0.1)
+    assert found.kernel_ms == pytest.approx(0.008, rel=0.01)
+    assert found.calls > 1
+
+
+def test_the_setup_is_not_timed(device: Device) -> None:
+    timed = Timed(lambda _: device.launch(10e-6, 300e-6), setup=lambda _: device.launch(10e-6, 900e-6))
+    found = timing.time_cuda(timed)
+    assert found.ms == found.kernel_ms == pytest.approx(0.3)
+    assert found.calls == 1
+
+
+def test_a_slow_call_is_read_three_times_only(device: Device) -> None:
+    assert timing.time_cuda(Timed(lambda _: device.launch(1e-3, 2.0))).rounds == 3
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_inputs_are_rotated(device: Device, where: str) -> None:
+    used: Counter[int] = Counter()
+
+    def call(i: int) -> None:
+        used[i] += 1
+        device.launch(10e-6, 50e-6)
+
+    timing.time_call(Timed(call, sets=3), where)
+    assert set(used) == {0, 1, 2}
+    assert max(used.values()) < 1.2 * min(used.values())
+
+
+def test_graphs_are_captured_and_replayed_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Graph:
+        made = 0
+
+        def __init__(self) -> None:
+            self.number = Graph.made
+            Graph.made += 1
+
+        def replay(self) -> None:
+            log.append(f"replay {self.number}")
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, pool: object, stream: object) -> Iterator[None]:
+        log.append(f"capture {graph.number}")
+        yield
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+
+    def call(i: int) -> int:
+        log.append(f"call {i}")
+        return i
+
+    found = measure.graphed(Timed(call, lambda i: log.append(f"setup {i}"), sets=100))
+    assert log[:2] == ["setup 0", "call 0"]  # warm-up
+    assert log[6:10] == ["capture 0", "setup 0", "capture 1", "call 0"]
+    assert found.sets == measure.GRAPHED_SETS
+    log.clear()
+    found.prepare(9)
+    assert found(9) == found.sets - 1  # only the last capture's outputs are kept
+    assert log == ["replay 2", "replay 3"]
+
+
+# Rows on a CPU
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_a_row_is_complete_and_plain(cell: Cell) -> None:
+    reported: list[dict[str, Any]] = []
+    row = json.loads(json.dumps(measure.measure(cell, "cpu", reported.append)))
+    assert row["id"] == str(cell)
+    assert row["path"] == "reference"
+    assert row["ms"] > 0
+    assert row["repeat_ms"] > 0
+    assert row["floor_ratio"] == pytest.approx(1e-3 * row["kernel_ms"] / row["floor_s"])
+    assert row["baselines"]["eager"]["speedup"] == pytest.approx(row["baselines"]["eager"]["ms"] / row["ms"])
+    assert row["copy"] is None
+    assert len(reported) == 1
+    assert "ms, " in gpu.summary(row)
+
+
+def test_a_step_moves_the_parameters_and_verifying_puts_them_back() -> None:
+    bench = measure.Bench(SMALL, "cpu")
+    before = [p.detach().clone() for p in bench.parameters]
+    timed = bench.timed(bench.model, "step")
+    bench.verify(timed, "step")
+    assert all(torch.equal(p, q) for p, q in zip(bench.parameters, before, strict=True))
+    timed(0)
+    assert not any(torch.equal(p, q) for p, q in zip(bench.parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "training", "step"])
+def test_a_wrong_function_is_not_timed(phase: str) -> None:
+    bench = measure.Bench(SMALL, "cpu")
+    wrong = nn.Sequential(bench.eager[0], nn.Tanh(), bench.eager[2])
+    with pytest.raises(AssertionError, match="wrong against eager"):
+        bench.verify(bench.timed(wrong, phase), phase)
+
+
+def test_a_baseline_that_fails_is_a_text() -> None:
+    def build(bench: measure.Bench, phase: str) -> Timed:
+        raise torch.OutOfMemoryError("CUDA out of memory.\n\nTried to allocate 2 GiB")
+
+    bench = measure.Bench(SMALL, "cpu")
+    row = measure._measure_baseline(bench, measure.Baseline("large", build), "forward", 1.0)
+    assert row == {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"}
+
+
+def test_baselines_of_a_cell() -> None:
+    def names(pattern: str, device: str = "cuda") -> list[str]:
+        (cell,) = select(pattern)
+        return [baseline.name for baseline in measure.BASELINES if baseline.applies(cell, device)]
+
+    common = ["eager", "cuda_graph", "compile"]
+    assert names(ANCHORS[0]) == [*common, "compile_max_autotune"]
+    assert names("middle-256*-relu-*-m4096-forward") == ["eager", "addmm_activation", "cuda_graph", "compile"]
+    assert names("middle-256*-relu-*-m4096-backward") == common
+    assert names("seed-*-m64-step", "cpu") == ["eager"]
+
+
+def test_addmm_activation_computes_the_model() -> None:
+    bench = measure.Bench(SMALL, "cpu")
+    bench.verify(bench.timed(measure.addmm_activation(bench), "forward"), "forward")
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+def test_layouts(layout: str) -> None:
+    (x,) = measure.Bench(Problem((5, 3), 4, layout=layout), "cpu").inputs
+    assert x.shape == (4, 5)
+    assert x.stride() == ((1, 4) if layout == "transposed" else (10, 1))
+    assert not x.is_contiguous()
+
+
+def test_machine_names_what_a_number_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(gpu.SAME) <= set(machine())
+    for name in ("CUDA_LAUNCH_BLOCKING", "MLP_FUSED_DEBUG", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    assert distorted() is None
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert "CUDA_LAUNCH_BLOCKING is set" in str(distorted())
+
+
+def test_lecture_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "bench.fresh", "lecture", "--cpu", "--rows", "32"]
+    assert set(measure._json_of(command)) == {"cpu_product", "cpu_product_2"}
+    with pytest.raises(RuntimeError, match="ended with status 2"):
+        measure._json_of([*command, "--rows", "many"])
+
+
+def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", "bench/bench_seed.py", "-q", "--benchmark", f"--benchmark-json={path}"]
+    command += ["-p", "no:cacheprovider", "-k", "m64-forward"]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout
+    content = json.loads(path.read_text())
+    assert content["machine_info"]["torch"] == torch.__version__
+    row = next(b["extra_info"] for b in content["benchmarks"] if b["extra_info"]["device"] == "cpu")
+    assert row["flops"] == 2 * 64 * (784 * 512 + 512 * 512 + 512 * 10)
+    if not torch.cuda.is_available():
+        assert "rows skipped: no CUDA device" in child.stdout
+
+
+# gpu.py
+
+MACHINE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "source": "abc"}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Simulated:
+    """A worker whose rows take as long as they are told to, or raise."""
+
+    def __init__(self, clock: Clock, outcomes: dict[int, float | Exception]) -> None:
+        self.clock, self.outcomes, self.asked = clock, outcomes, list[tuple[Cell, float]]()
+
+    def measure(self, cell: Cell | None, seconds: float) -> dict[str, Any]:
+        assert cell is not None
+        outcome = self.outcomes.get(len(self.asked), 2.0)
+        self.asked.append((cell, seconds))
+        if isinstance(outcome, Exception):
+            raise outcome
+        self.clock.now += min(outcome, seconds)
+        if outcome > seconds:
+            raise TimeoutError(f"stopped after {seconds:.0f} s")
+        return {"id": str(cell), "seconds": {"context": 1.0}}
+
+
+def results_in(directory: Path, **changes: Any) -> gpu.Results:
+    return gpu.Results(directory, MACHINE | changes, "nvidia_h200")
+
+
+def run(results: gpu.Results, outcomes: dict[int, float | Exception], limit: float = 1e9) -> tuple[int, list[str]]:
+    clock, said = Clock(), list[str]()
+    cells = results.todo(CELLS)
+    done = gpu.run_rows(cells, results, Simulated(clock, outcomes), limit, clock=clock, say=said.append)
+    return done, said
+
+
+def test_rows_are_written_one_by_one_and_not_run_again(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    done, said = run(results, {1: 15.0}, limit=20.0)
+    assert (done, len(said)) == (2, 2)
+    assert list(json.loads((tmp_path / "nvidia_h200.json").read_text())["rows"]) == [str(cell) for cell in CELLS[:2]]
+    again = results_in(tmp_path)
+    assert again.note is None
+    assert again.todo(CELLS) == CELLS[2:]
+    assert run(again, {})[0] == 2
+    assert results_in(tmp_path).todo(CELLS) == []
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_failed_row_is_recorded_and_the_rest_run(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    done, said = run(results, {0: gpu.RowError("AssertionError: wrong", {"path": "layer"})})
+    assert done == 4
+    failed = results.rows[str(CELLS[0])]
+    assert (failed["error"], failed["path"]) == ("AssertionError: wrong", "layer")
+    assert "failed: AssertionError: wrong" in said[0]
+    assert results_in(tmp_path).todo(CELLS) == []
+    assert results_in(tmp_path).todo(CELLS, retry=True) == CELLS[:1]
+
+
+def test_a_row_past_its_own_limit_is_an_error_but_not_one_cut_off_by_the_end(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    done, said = run(results, {0: 1e6, 1: 1e6}, limit=gpu.ROW_SECONDS + 50.0)
+    assert done == 1
+    assert results.rows[str(CELLS[0])]["error"] == f"stopped after {gpu.ROW_SECONDS:.0f} s"
+    assert "cut off by the end of the time" in said[-1]
+    assert results_in(tmp_path).todo(CELLS) == CELLS[1:]
+
+
+def test_no_row_begins_with_too_little_time_left(tmp_path: Path) -> None:
+    assert run(results_in(tmp_path), {}, limit=gpu.SHORTEST - 1)[0] == 0
+
+
+@pytest.mark.parametrize("change", [{"torch": "2.13.0"}, {"source": "def"}, {"driver": "580"}])
+def test_another_machine_or_version_starts_a_new_file(tmp_path: Path, change: dict[str, str]) -> None:
+    run(results_in(tmp_path), {})
+    results = results_in(tmp_path, **change)
+    assert f"has another {next(iter(change))}" in str(results.note)
+    assert results.todo(CELLS) == CELLS
+    (aside,) = tmp_path.glob("nvidia_h200.until-*.json")
+    assert len(json.loads(aside.read_text())["rows"]) == 4
+
+
+def test_a_broken_file_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / "nvidia_h200.json").write_text('{"machine": [')
+    assert "put aside" in str(results_in(tmp_path).note)
+
+
+def obedient(cell: Cell, device: str, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Does in the worker what the cell's activation says."""
+    report({"path": "layer"})
+    if cell.problem.activation == "die":
+        os._exit(3)
+    if cell.problem.activation == "hang":
+        time.sleep(600)
+    if cell.problem.activation == "raise":
+        raise ValueError("no such thing")
+    return {"id": str(cell), "device": device}
+
+
+def test_a_worker_survives_what_rows_do(tmp_path: Path) -> None:
+    def cell(activation: str) -> Cell:
+        return Cell("odd", Problem((1, 1), 1, activation=activation), "forward")
+
+    worker = gpu.Worker(tmp_path / "worker.log", "cpu", obedient)
+    try:
+        assert worker.measure(cell("relu"), 120) == {"id": str(cell("relu")), "device": "cpu"}
+        first = worker.process.pid
+        with pytest.raises(gpu.RowError, match="ValueError: no such thing") as failure:
+            worker.measure(cell("raise"), 120)
+        assert failure.value.partial == {"path": "layer"}
+        assert worker.process.pid == first
+        with pytest.raises(gpu.RowError, match="ended with status 3"):
+            worker.measure(cell("die"), 120)
+        worker.measure(cell("relu"), 120)
+        second = worker.process.pid
+        assert second != first
+        with pytest.raises(TimeoutError, match="stopped after 1 s"):
+            worker.measure(cell("hang"), 1)
+        assert worker.process is None
+        with pytest.raises(ProcessLookupError):
+            os.kill(second, 0)
+    finally:
+        worker.close()
+
+
+def test_tests_have_a_share_of_the_time(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_slow.py").write_text(
+        "import pytest, time\n@pytest.mark.gpu\ndef test_it(): time.sleep(600)\n"
+    )
+    gpu.run_tests(results, tmp_path, tmp_path, seconds=3)
+    assert results.content["tests"]["finished"] is False
+    (tmp_path / "tests" / "test_slow.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): pass\n")
+    gpu.run_tests(results, tmp_path, tmp_path, seconds=60)
+    found = json.loads(results.path.read_text())["tests"]
+    assert (found["finished"], found["status"]) == (True, 0)
+    assert "1 passed" in found["summary"]
+
+
+def test_without_a_gpu_one_sentence_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("nothing was measured: no CUDA device")
+    assert gpu.main(["--out", str(tmp_path), "--cells", "nothing"]) == 2
+    assert not list(tmp_path.iterdir())

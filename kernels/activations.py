@@ -56,19 +56,16 @@ class Activation:
     kinks: Callable[..., tuple[float, ...]] = lambda *parameters: ()
     rounds_parameters: bool = False
 
-    @functools.cached_property
-    def values(self) -> tuple[float, ...]:
-        """The parameters' values, in order."""
-        return tuple(self.parameters.values())
+    # Derived once: they are read on the path of every call.
+    values: tuple[float, ...] = field(init=False, repr=False)  # the parameters' values, in order
+    keeps: Kept = field(init=False, repr=False)  # which tensor backward reads with these parameters
+    keeps_preactivation: bool = field(init=False, repr=False)
 
-    @functools.cached_property
-    def keeps(self) -> Kept:
-        """Which tensor backward reads with these parameters: "output" or "preactivation"."""
-        return self.saves(*self.values) if callable(self.saves) else self.saves
-
-    @functools.cached_property
-    def keeps_preactivation(self) -> bool:
-        return self.keeps == "preactivation"
+    def __post_init__(self) -> None:
+        values = tuple(self.parameters.values())
+        keeps = self.saves(*values) if callable(self.saves) else self.saves
+        for name, value in (("values", values), ("keeps", keeps), ("keeps_preactivation", keeps == "preactivation")):
+            object.__setattr__(self, name, value)
 
     def constants(self, dtype: torch.dtype) -> tuple[float, ...]:
         """The parameters as the kernels for `dtype` take them."""

@@ -255,7 +255,7 @@ class FusedMLP(nn.Sequential):
             A record whose `str` is a table. Its numbers are for a training step in which the input needs no gradient.
 
         Raises:
-            ValueError: a negative batch size, a network without parameters.
+            ValueError: a negative batch size, a network without parameters, or not over rows of features.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
             raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 0 or more")
@@ -433,5 +433,11 @@ def _kept_by_torch(children: Sequence[nn.Module], flow: Tensor) -> tuple[Tensor,
             for name, parameter in child.named_parameters():
                 state[name].requires_grad_(parameter.requires_grad)
             own.update(tensor.untyped_storage()._cdata for tensor in state.values())
-            flow = torch.func.functional_call(child, state, (flow,))
+            try:
+                flow = torch.func.functional_call(child, state, (flow,))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{type(child).__name__} does not take an input of shape {tuple(flow.shape)} ({error}); "
+                    "explain knows networks over rows of features"
+                ) from None
     return flow, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

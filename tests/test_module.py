@@ -320,6 +320,10 @@ def test_torch_compile_and_export_take_the_reference(device: str) -> None:
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     compiled(x).sum().backward()
     assert model[0].weight.grad is not None
+    layer = FusedLinear(4, 6, activation=nn.LeakyReLU(0.2), device=device)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+    function = torch.compile(lambda x, w: mlp(x, [w], None, output_activation="tanh"), fullgraph=True, backend="eager")
+    torch.testing.assert_close(function(x, layer.weight), mlp(x, [layer.weight], None, output_activation="tanh"))
     exported = torch.export.export(model.eval(), (x,)).module()
     torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-5)
 
@@ -353,6 +357,12 @@ def test_explain_names_what_runs_as_itself_and_why() -> None:
     assert "float64" in double.reason
     reference = FusedMLP(4, [3], backend="reference").explain(16, device="NVIDIA H100")
     assert reference.reason == 'the backend is "reference"'
+
+
+def test_explain_refuses_a_network_over_images() -> None:
+    convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="Conv2d does not take an input of shape"):
+        FusedMLP.from_sequential(convolutional).explain(4)
 
 
 def test_a_new_reason_on_a_gpu_is_logged_once(

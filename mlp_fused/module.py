@@ -39,7 +39,22 @@ class Pointwise(nn.Module):
         return str(self.activation)
 
 
-class FusedLinear(nn.Linear):
+class _WithBackend:
+    """A module with the user's choice of what computes it."""
+
+    _backend: plan.Backend = "auto"
+
+    @property
+    def backend(self) -> plan.Backend:
+        """ "auto", "triton" or "reference"; may be assigned."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: plan.Backend) -> None:
+        self._backend = plan.check_backend(backend)
+
+
+class FusedLinear(_WithBackend, nn.Linear):
     """h = a(x Wᵀ + b): `nn.Linear` with its activation, a fused kernel on a GPU, plain torch elsewhere.
 
     Args:
@@ -69,15 +84,6 @@ class FusedLinear(nn.Linear):
         self._backend = plan.check_backend(backend)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
 
-    @property
-    def backend(self) -> plan.Backend:
-        """ "auto", "triton" or "reference"; may be assigned."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, backend: plan.Backend) -> None:
-        self._backend = plan.check_backend(backend)
-
     def forward(self, input: Tensor) -> Tensor:
         layers = (Layer(self.weight, self.bias, self.activation),)
         dtype = check_call(input, layers)
@@ -89,7 +95,7 @@ class FusedLinear(nn.Linear):
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-class FusedMLP(nn.Sequential):
+class FusedMLP(_WithBackend, nn.Sequential):
     """H_l = a(H_{l-1} W_lᵀ + b_l): `torchvision.ops.MLP`'s arguments, children and keys; fused kernels on a GPU.
 
     Its children are the real `nn.Linear`, norm, activation and `nn.Dropout` modules: every hidden layer is Linear,
@@ -111,8 +117,6 @@ class FusedMLP(nn.Sequential):
         ValueError: a width below 1, no layer at all, a probability outside [0, 1], an unknown activation or backend.
         TypeError: a width that is not an integer, `hidden_channels` that is not a sequence.
     """
-
-    _backend: plan.Backend = "auto"
 
     def __init__(
         self,
@@ -188,15 +192,6 @@ class FusedMLP(nn.Sequential):
         model.training = sequential.training
         model._backend = backend
         return model
-
-    @property
-    def backend(self) -> plan.Backend:
-        """ "auto", "triton" or "reference"; may be assigned."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, backend: plan.Backend) -> None:
-        self._backend = plan.check_backend(backend)
 
     def __getitem__(self, index: slice | int) -> Any:
         """One child; or, for a slice, an nn.Sequential of the same modules."""

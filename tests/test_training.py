@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -169,6 +170,19 @@ def test_order_depends_on_the_seed_and_the_epoch_but_not_on_workers() -> None:
     assert alone == epochs(2)
     assert all(sorted(epoch) == list(range(50)) for epoch in alone)
     assert alone[0] != alone[1] != alone[2]
+
+
+class InterruptsIgnored(ArrayDataset):
+    """The label of every row: whether the process that loads it ignores Ctrl-C."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], torch.tensor(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_only_the_main_process_answers_ctrl_c(workers: int) -> None:
+    dataset = InterruptsIgnored(torch.zeros(4, 1), torch.zeros(4))
+    assert rows_of(make_loader(dataset, dataclasses.replace(TINY, workers=workers), CPU)) == [workers] * 4
 
 
 def test_without_an_order_rows_come_as_they_are() -> None:
@@ -525,7 +539,13 @@ def test_the_state_of_the_gradient_scaler_comes_back(
     assert made[0].get_scale() == made[2].get_scale() == 2.0**12  # grown after 5 and 10 of 12 steps
 
 
-def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def noted(*arguments: Any) -> torch.optim.Optimizer:
+        optimizers.append(make_optimizer(*arguments))
+        return optimizers[-1]
+
     path = tmp_path / "run.pt"
     run(TINY, data=data, epochs=1, checkpoint=str(path))
     checkpoint = load_checkpoint(path)
@@ -533,7 +553,9 @@ def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path) -> Non
         group["fused"] = True
     checkpoint["random"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
     save_checkpoint(path, checkpoint)
+    monkeypatch.setattr(training, "make_optimizer", noted)
     resumed = run(TINY, data=data, checkpoint=str(path), resume=True)
+    assert optimizers[0].param_groups[0]["fused"] is False
     assert_same_bits(resumed, run(TINY, data=data))
 
 

@@ -139,7 +139,8 @@ def describe(kind: str, index: int = 0) -> Device:
     )
 
 
-# The output tiles to choose from, largest first. Beyond 128 x 128, eight warps' accumulators spill (sm_80 to sm_100).
+# The output tiles to choose from, largest first. Beyond 128 x 128, eight warps spill their accumulators (sm_80 to
+# sm_100), as do four beyond 64 x 64 (triton 3.6).
 OUTPUT_TILES = ((128, 128), (128, 64), (64, 64), (64, 32))
 
 # A sum over partials reads them once, in order, and is bound by memory.
@@ -168,7 +169,7 @@ def choose(problem: Problem, device: Device) -> TileConfig:
     for block_m, block_n in OUTPUT_TILES:
         block_m = _power_of_two(problem.m, 16, block_m)
         block_n = _power_of_two(problem.n, 16, block_n)
-        tile = TileConfig(block_m, block_n, block_k, 8, 8 if block_m * block_n >= 128 * 128 else 4, 2)
+        tile = TileConfig(block_m, block_n, block_k, 8, 8 if block_m * block_n > 64 * 64 else 4, 2)
         if tile.shared_memory(problem.dtype.itemsize) <= device.shared_memory:
             fits.append(tile)
     if problem.kind == "wgrad":

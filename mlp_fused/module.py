@@ -399,8 +399,8 @@ def _activation_maker(
     if activation is None or isinstance(activation, str | Activation):
         resolved = resolve(activation, argument)
         kind = resolved.module
-        if kind is not None and find(made := kind()) is resolved:
-            return lambda: kind(**(in_place if hasattr(made, "inplace") else {}))
+        if kind is not None and find(made := kind(**resolved.parameters)) is resolved:
+            return lambda: kind(**resolved.parameters, **(in_place if hasattr(made, "inplace") else {}))
         return lambda: Pointwise(resolved)
     if not callable(activation):
         raise TypeError(f"{argument} is {activation!r}; it needs to be a name, an nn.Module class or instance, or None")

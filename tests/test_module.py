@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, mlp
+from mlp_fused.kernels.activations import find
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.plan import why_reference
 
@@ -194,6 +195,13 @@ def test_activation_layer_is_a_name_a_class_an_instance_or_none(activation: Any)
     assert model[1] is not model[4]
     y = model(torch.randn(3, 4))
     assert ((y > 0) & (y < 1)).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_can_be_named(name: str) -> None:
+    model = FusedMLP(4, [5, 2], activation_layer=name, output_activation=ACTIVATIONS[name])
+    assert [find(child) for child in (model[1], model[4])] == [ACTIVATIONS[name]] * 2
+    assert model(torch.randn(3, 4)).shape == (3, 2)
 
 
 def test_fused_linear_is_a_linear(device: str) -> None:

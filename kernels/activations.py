@@ -631,7 +631,8 @@ def softplus_forward(z, beta, threshold):
     return tl.where(scaled > threshold, z, smooth)
 
 
-SOFTPLUS_LINEAR = tl.constexpr(17.0)  # from here on sigmoid is 1 in fp32: 1 - sigmoid(17) < 2^-24
+LINEAR_FROM = 17.0  # sigmoid is 1 in fp32 from here on: 1 - sigmoid(17) < 2^-24
+SOFTPLUS_LINEAR = tl.constexpr(LINEAR_FROM)
 
 
 @triton.jit
@@ -645,7 +646,7 @@ def softplus_backward(dh, saved, beta, threshold):
 
 def _softplus_keeps(beta: float, threshold: float) -> Kept:
     # Below that threshold the function jumps, and h alone does not tell on which side z was.
-    return "output" if beta > 0 and threshold >= SOFTPLUS_LINEAR.value else "preactivation"
+    return "output" if beta > 0 and threshold >= LINEAR_FROM else "preactivation"
 
 
 register_activation(

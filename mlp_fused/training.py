@@ -356,7 +356,7 @@ def make_loader(
     workers = config.workers if config.workers is not None else 2 * on_gpu
     return DataLoader(
         dataset,
-        batch_size=config.batch_size,
+        batch_size=min(config.batch_size, len(dataset)),  # a batch of all rows may be asked for by any large number
         sampler=SequentialSampler(dataset) if order is None else RandomSampler(dataset, generator=order),
         num_workers=workers,
         worker_init_fn=_ignore_interrupts,
@@ -436,8 +436,8 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
     return torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=MOMENTUM, fused=fused)
 
 
-def _path_taken(model: nn.Module, config: Config, device: torch.device) -> str:
-    """Which path the network takes, and why.
+def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.device) -> str:
+    """Which path the network takes for a batch of that many rows, and why.
 
     Raises:
         UserError: the Triton kernels were asked for and cannot run.
@@ -445,7 +445,7 @@ def _path_taken(model: nn.Module, config: Config, device: torch.device) -> str:
     if not isinstance(model, FusedMLP):
         return "torch's own modules"
     with _autocast(config.dtype, device):
-        taken = model.explain(config.batch_size)
+        taken = model.explain(rows)
     wanted = plan.DEFAULT_BACKEND if config.backend == "auto" else config.backend
     if wanted == "triton" and taken.path == "reference":
         raise UserError(f"the backend is triton, but {taken.reason}")
@@ -521,6 +521,21 @@ class StepTimer:
         return "\n".join(lines)
 
 
+# What a checkpoint holds, and in which types.
+CHECKPOINT: dict[str, type] = {
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "epoch": int,
+    "random": dict,
+    "config": dict,
+    "data": dict,
+    "mean": Tensor,
+    "scale": Tensor,
+    "history": list,
+}
+
+
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """Write the file whole or not at all: whatever happens meanwhile, `path` holds the old checkpoint or the new one.
 
@@ -584,8 +599,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # a file of another kind: pickle's, zipfile's and torch's own errors
         raise UserError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from None
-    needed = {"model", "optimizer", "scaler", "epoch", "random", "config", "data", "mean", "scale", "history"}
-    if not (isinstance(checkpoint, dict) and needed <= checkpoint.keys()):
+    if not isinstance(checkpoint, dict) or any(
+        not isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items()
+    ):
         raise UserError(f"{path} is not a checkpoint of mlp-fused train")
     return checkpoint
 
@@ -746,7 +762,7 @@ def train(config: Config, *, build: Build = build_model, report: Callable[[str],
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
     state = _State(model, optimizer, scaler, order, device)
     timer = StepTimer(device)
-    path_taken = _path_taken(model, config, device)
+    path_taken = _path_taken(model, min(config.batch_size, len(training)), config, device)
 
     report(
         f"{data.name}: {data.x.shape[1]} features, {data.classes} classes, "

@@ -306,6 +306,16 @@ def test_the_loss_is_taken_in_float32() -> None:
     assert [dtype for _, _, dtype in probe.calls] == [torch.bfloat16] * 2
 
 
+def test_validation_rows_keep_their_order_and_training_rows_do_not(data: str) -> None:
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
+    network = nn.Linear(6, 3)
+    network.register_forward_pre_hook(lambda module, inputs: seen[module.training].append(inputs[0].clone()))
+    train(dataclasses.replace(TINY, data=data, epochs=2), build=lambda *arguments: network, report=quiet)
+    training_epochs, validation_epochs = (torch.cat(seen[mode]).chunk(2) for mode in (True, False))
+    assert torch.equal(*validation_epochs)
+    assert not torch.equal(*training_epochs)
+
+
 def test_evaluate_weighs_batches_by_their_rows() -> None:
     x, y = torch.randn(10, 3), torch.randint(0, 3, (10,))
     batches = [(x[:8], y[:8]), (x[8:], y[8:])]
@@ -338,14 +348,15 @@ def test_the_seed_decides_everything(data: str) -> None:
     assert run(dropped).losses != run(dropped, seed=1).losses
 
 
-def test_the_kernels_train_as_torch_does() -> None:
-    """An epoch of digits in the interpreter, loss by loss."""
-    config = Config(hidden=(16, 16), epochs=1, batch_size=256, backend="triton")
+@pytest.mark.parametrize("hidden", [(64, 64), pytest.param(Config.hidden, marks=pytest.mark.full)], ids=str)
+def test_the_kernels_train_as_torch_does(hidden: tuple[int, ...]) -> None:
+    """An epoch of digits in the interpreter, loss by loss; at the default widths it takes a minute."""
+    config = Config(hidden=hidden, epochs=1, backend="triton")
     with count_launches() as launches:
         ours = run(config)
     twin = train(config, build=build_torch_model, report=quiet)
     assert sum(launches.values()) >= len(ours.losses) * 8  # 3 layers: 3 forward, 2 dgrad, 3 wgrad
-    assert len(ours.losses) == len(twin.losses) == 6
+    assert len(ours.losses) == len(twin.losses) == 23
     assert ours.losses == pytest.approx(twin.losses, rel=0, abs=1e-4)
 
 
@@ -630,6 +641,19 @@ def test_the_data_may_have_moved_and_workers_may_differ(data: str, tmp_path: Pat
     run(config, epochs=1)
     moved = Path(data).rename(tmp_path / "elsewhere.npz")
     assert_same_bits(run(config, data=str(moved), workers=1, backend="reference", resume=True), whole)
+
+
+@pytest.mark.parametrize("name", training.CHECKPOINT)
+def test_a_checkpoint_with_a_part_of_another_kind(data: str, tmp_path: Path, name: str) -> None:
+    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
+    run(config)
+    save_checkpoint(tmp_path / "run.pt", {**load_checkpoint(tmp_path / "run.pt"), name: None})
+    with pytest.raises(UserError, match=r"run.pt is not a checkpoint of mlp-fused train$"):
+        run(config, epochs=2, resume=True)
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(data: str) -> None:
+    assert len(run(TINY, data=data, batch_size=10**30).losses) == TINY.epochs
 
 
 def test_weights_that_do_not_fit(data: str, tmp_path: Path) -> None:

@@ -69,9 +69,7 @@ class Activation:
 
     def constants(self, dtype: torch.dtype) -> tuple[float, ...]:
         """The parameters as the kernels for `dtype` take them."""
-        if not (self.rounds_parameters and self.values):
-            return self.values
-        return tuple(torch.tensor(self.values, dtype=torch.float64).to(dtype).tolist())
+        return _rounded(self.values, dtype) if self.rounds_parameters else self.values
 
     def bind(self, **parameters: float) -> Activation:
         """The same activation with other parameter values.
@@ -108,6 +106,11 @@ def _bound(declared: Activation, parameters: tuple[tuple[str, float], ...]) -> A
     """One object per activation and parameter values, so that caches may key on identity."""
     values = dict(parameters)
     return declared if values == declared.parameters else replace(declared, parameters=values)
+
+
+@functools.lru_cache(maxsize=256)
+def _rounded(values: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
+    return tuple(torch.tensor(values, dtype=torch.float64).to(dtype).tolist())
 
 
 def _restore(name: str, parameters: tuple[tuple[str, float], ...]) -> Activation:

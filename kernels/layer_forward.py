@@ -92,6 +92,6 @@ def layer_forward(
         PARAMETERS=activation.constants(x.dtype),
         ROUND_Z=activation.keeps_preactivation,
         PRECISION=precision,
-        OFFSET=offset_type(x, weight, h),
+        OFFSET=offset_type(x, weight, bias, h),
         EVEN_K=K % tile.block_k == 0,
     )  # fmt: skip

@@ -188,7 +188,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
             )
         backend = plan.check_backend(backend)
         model = cls.__new__(cls)
-        nn.Sequential.__init__(model, OrderedDict(sequential.named_children()))
+        nn.Sequential.__init__(model, OrderedDict(sequential._modules))
         model.training = sequential.training
         model._backend = backend
         return model

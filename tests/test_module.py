@@ -184,6 +184,17 @@ def test_from_sequential_takes_over_the_modules(device: str) -> None:
         FusedMLP.from_sequential(nn.Linear(2, 2))
 
 
+def test_one_activation_module_may_stand_in_several_places(device: str) -> None:
+    shared = nn.Tanh()
+    layers = (nn.Linear(6, 5, device=device), nn.Linear(5, 4, device=device), nn.Linear(4, 3, device=device))
+    sequential = nn.Sequential(layers[0], shared, layers[1], shared, layers[2])
+    model = FusedMLP.from_sequential(sequential, backend="triton")
+    assert list(model.state_dict()) == list(sequential.state_dict())
+    assert len(model) == len(sequential) == 5
+    x = torch.randn(7, 6, device=device)
+    torch.testing.assert_close(model(x), sequential(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", [None, "gelu", nn.Tanh, nn.LeakyReLU(0.2), "sine"], ids=str)
 def test_activation_layer_is_a_name_a_class_an_instance_or_none(activation: Any) -> None:
     model = FusedMLP(4, [5, 6, 2], activation_layer=activation, output_activation="sigmoid")

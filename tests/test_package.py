@@ -21,11 +21,8 @@ def test_one_version() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {mlp_fused.__version__}" in citation
     assert f"## {mlp_fused.__version__}" in (ROOT / "CHANGELOG.md").read_text()
-    try:
-        installed = importlib.metadata.version("mlp_fused")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("the package is not installed, only importable")
-    assert installed == mlp_fused.__version__
+    for installed in importlib.metadata.distributions(name="mlp_fused"):  # none where it is only importable
+        assert installed.version == mlp_fused.__version__
 
 
 def test_every_public_name_is_there_and_documented() -> None:
@@ -44,11 +41,11 @@ def test_only_one_module_of_the_kernels_imports_triton() -> None:
     assert importing == ["language.py"]
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+@pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git checkout, or git is not installed"
+)
 def test_the_top_level_is_the_one_that_was_agreed() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     visible = {name for name in top if not name.startswith(".")}
     folders, files = {"kernels", "mlp_fused", "bench", "tests"}, {"pyproject.toml", "README.md"}
@@ -90,8 +87,6 @@ def test_the_package_installs_with_its_kernels(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    if build.returncode and "setuptools" in build.stderr:
-        pytest.skip("no setuptools to build with")
     assert build.returncode == 0, build.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")

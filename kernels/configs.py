@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +15,20 @@ from torch import Tensor
 
 from .language import INTERPRETER
 
-__all__ = ["DEVICES", "SUM_PARTIALS", "Device", "Problem", "TileConfig", "choose", "device_of", "device_slug"]
+__all__ = [
+    "DEVICES",
+    "SUM_PARTIALS",
+    "Device",
+    "NetworkProblem",
+    "Problem",
+    "TileConfig",
+    "choose",
+    "device_of",
+    "device_slug",
+    "network_tile",
+    "network_wgrad_tile",
+    "padded",
+]
 
 Kind = Literal["forward", "dgrad", "wgrad", "output_gradient"]
 
@@ -38,7 +53,8 @@ class Problem:
 class TileConfig:
     """How one program works: output tile block_m x block_n, block_k of the reduction at a time. 0: not used.
 
-    `split` is how many programs share one output tile's reduction (weight gradients).
+    `split` is how many programs share one output tile's reduction (weight gradients). `programs` is how many of a
+    persistent kernel are started for each multiprocessor.
     """
 
     block_m: int
@@ -48,6 +64,7 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 1
     split: int = 1
+    programs: int = 0
 
     @functools.cached_property
     def constants(self) -> dict[str, int]:
@@ -143,8 +160,13 @@ def describe(kind: str, index: int = 0) -> Device:
 # sm_100), as do four beyond 64 x 64 (triton 3.6).
 OUTPUT_TILES = ((128, 128), (128, 64), (64, 64), (64, 32))
 
-# A sum over partials reads them once, in order, and is bound by memory.
-SUM_PARTIALS = TileConfig(1024, num_warps=4)
+# A sum over partials is bound by memory, and by latency where one row follows the other: 32 rows at a time.
+SUM_PARTIALS = TileConfig(64, block_k=32, num_warps=4)
+
+
+def padded(width: int) -> int:
+    """A width as the network kernels hold it: the next power of two, at least a tensor core's side, 16."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def _power_of_two(size: int, least: int, most: int) -> int:
@@ -194,3 +216,151 @@ def _stages(tile: TileConfig, problem: Problem, device: Device) -> int:
         return 2
     stages = device.shared_memory // dataclasses.replace(tile, num_stages=1).shared_memory(problem.dtype.itemsize)
     return max(1, min(4, stages))
+
+
+# --- Tiles of the network kernels. The numbers are what compiles without spilling, for sm_80 to sm_100 and gfx942. ---
+
+NetworkKind = Literal["forward", "recompute", "dgrad"]
+
+# A program that sums weight gradients takes this many rows at a time.
+WGRAD_ROWS = {2: 64, 4: 32, 8: 32}  # by bytes of an element
+STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # of a wide first layer, at a time
+RESIDENT_INPUT = 256  # the widest input whose weight is held; a wider one is streamed
+WIDEST_HIDDEN = 256
+WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
+AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
+SHARED_OPERANDS = (90, 100, 103)  # architectures whose tensor cores read operands from shared memory
+# What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
+RECOMPUTE_WORDS = {16: 80, 32: 136, 64: 80}
+RECOMPUTE_WORDS_FP32 = 72
+
+
+@dataclass(frozen=True)
+class NetworkProblem:
+    """A network kernel's work, apart from its rows: what a tile is chosen by."""
+
+    kind: NetworkKind
+    pads: tuple[int, ...]  # widths filled up, of the input to the output
+    keeps_z: tuple[bool, ...]  # of each layer: whether its pre-activation is needed besides its output
+    dtype: torch.dtype
+    precision: str = "ieee"
+
+    @property
+    def on_fma_units(self) -> bool:
+        return self.dtype.itemsize >= 4 and self.precision == "ieee"
+
+    @property
+    def streams(self) -> bool:
+        """Whether the first layer's weight passes by instead of being held."""
+        return self.pads[0] > (WIDEST_ON_FMA_UNITS if self.on_fma_units else RESIDENT_INPUT)
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The weights that a program holds, (width out, width in) filled up."""
+        shapes = list(zip(self.pads[1:], self.pads))
+        return shapes[1:] if self.streams else shapes
+
+    @property
+    def widest(self) -> int:
+        """The widest tile of activations."""
+        return max(self.pads[1:] if self.streams else self.pads)
+
+
+def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
+    """The tile of a network kernel, or the reason why it has none."""
+    if max(problem.pads[1:]) > WIDEST_HIDDEN:
+        return f"a width is over {WIDEST_HIDDEN}"
+    if problem.on_fma_units and problem.widest > WIDEST_ON_FMA_UNITS:
+        return f"full fp32 products wider than {WIDEST_ON_FMA_UNITS} do not fit in registers"
+    if device.backend == "hip":
+        words = sum(n * k for n, k in problem.held) * problem.dtype.itemsize // (4 * device.warp_size)
+        if words > AMD_WEIGHT_WORDS:
+            return "the weights do not fit in registers, where this compiler keeps them"
+    if problem.kind == "recompute":
+        return _recompute_tile(problem, device)
+    for tile in _network_tiles(problem, device):
+        if network_shared_memory(problem, tile, device) <= device.shared_memory:
+            return tile
+    return "the weights and a tile of rows do not fit in shared memory"
+
+
+def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
+    """What the forward and the chain of dz run with, the best first."""
+    block_k = STREAMED_COLUMNS[problem.dtype.itemsize] if problem.streams else 0
+
+    def tile(rows: int, warps: int, stages: int) -> TileConfig:
+        return TileConfig(rows, block_k=block_k, num_warps=warps, num_stages=stages, programs=16 // warps)
+
+    if device.backend == "hip":
+        return [tile(64, 4, 1)]
+    if problem.on_fma_units:
+        return [tile(64, 8, 1)]
+    # Small tiles of rows where accumulators are wide: 128 x 128 ones fit only where a product's operands come from
+    # shared memory, and on Blackwell only a few of them fit in tensor memory.
+    many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
+    rows = 128 if many else 64
+    # The next tile of rows is loaded while this one computes. The chain of dz would so load every kept tensor.
+    ahead = [3, 2] if problem.streams else [2] if problem.kind == "forward" or problem.widest <= 32 else []
+    return [tile(rows, 8, stages) for stages in (*ahead, 1)]
+
+
+def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
+    """Small tiles of rows, few warps: the sums that a thread holds are what counts."""
+    if problem.streams or problem.widest > 64:
+        return "the sums of a wider layer's weight gradient do not fit in registers"
+    if problem.on_fma_units:
+        return "full fp32 products of the transposed activations do not fit in registers"
+    tile = TileConfig(64, num_warps=8, programs=2) if problem.widest == 64 else TileConfig(32, num_warps=2, programs=8)
+    if problem.widest == 64 and (device.arch not in SHARED_OPERANDS or problem.dtype.itemsize > 2):
+        return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
+    limit = RECOMPUTE_WORDS[problem.widest] if problem.dtype.itemsize == 2 else RECOMPUTE_WORDS_FP32
+    words = held_words(problem, tile)
+    if words > limit:
+        return f"the weight gradients' sums and the activations take {words} registers a thread, more than {limit}"
+    return tile
+
+
+def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
+    """32-bit words a thread holds over a recomputed tile: fp32 sums of dW and db, every layer's input and kept z."""
+    elements = tile.num_warps * 32
+    words = 0.0
+    for n, k, keeps in zip(problem.pads[1:], problem.pads, problem.keeps_z):
+        words += (n * k + n * 8) / elements  # 8 columns of a product with ones
+        words += tile.block_m * k * (1 + keeps) * problem.dtype.itemsize / 4 / elements
+    return round(words)
+
+
+def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Device) -> int:
+    """Bytes that the weights, the loads in flight and a tile's conversions between layouts occupy at the most."""
+    size = problem.dtype.itemsize
+    weights = sum(n * k for n, k in problem.held) * size
+    rows = tile.block_m * problem.widest * size
+    if problem.streams:
+        in_flight = tile.num_stages * (tile.block_m + problem.pads[1]) * tile.block_k * size + rows
+    elif problem.kind == "dgrad" and tile.num_stages > 1:
+        in_flight = rows * (1 + tile.num_stages * len(problem.pads))
+    elif tile.num_stages > 1:
+        in_flight = rows * (1 + tile.num_stages)
+    else:
+        in_flight = rows * (1 if device.arch in SHARED_OPERANDS and not problem.on_fma_units else 2)
+    return weights + in_flight + 2048
+
+
+@functools.lru_cache(maxsize=16)
+def measured_formulations(device: str) -> dict[tuple[tuple[int, ...], str, str], str]:
+    """Which formulation was fastest on a device, from kernels/tuned/<device_slug>.json; empty where there is none.
+
+    The file's "network" is a list of {"widths": [in, ..., out], "dtype": "bfloat16", "activation": "relu",
+    "formulation": "recompute", "stored" or "layer"}.
+    """
+    path = Path(__file__).parent / "tuned" / f"{device_slug(device)}.json"
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text()).get("network", [])
+    return {(tuple(row["widths"]), row["dtype"], row["activation"]): row["formulation"] for row in rows}
+
+
+def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
+    """The tile of the kernel that does every dW and db from kept tensors: by rows; its sides are the weights' own."""
+    rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else WGRAD_ROWS[dtype.itemsize]
+    return TileConfig(0, block_k=rows, num_warps=8, num_stages=2 if device.backend == "hip" else 3, programs=2)

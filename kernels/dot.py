@@ -23,6 +23,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
     """`value` rounded to dtype, to nearest with ties to even."""
+    if value.dtype == dtype:
+        return value
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -95,15 +97,21 @@ def multiply(
     OFFSET: tl.constexpr,
     EVEN: tl.constexpr,
     SUM_A: tl.constexpr,
+    COMPUTE: tl.constexpr = None,  # the dtype that operands are rounded to; None: a's
+    FORWARD: tl.constexpr = None,  # an activation that b is passed through
+    PARAMETERS: tl.constexpr = (),
 ):
-    """Σ_k a[m, k] b[k, n] over begin <= k < end, (BLOCK_M, BLOCK_N); and with SUM_A, Σ_k a[m, k], (BLOCK_M,).
+    """Σ_k a[m, k] b[k, n] over begin <= k < end, (BLOCK_M, BLOCK_N); and with SUM_A, Σ_k a[m, k], (BLOCK_M, ·).
 
-    a and b lie anywhere, by their strides; OFFSET is the integer type that holds any element's offset. EVEN promises
-    that every block of k is whole.
+    The columns of the second sum are all alike. a and b lie anywhere, by their strides; OFFSET is the integer type that
+    holds any element's offset. EVEN promises that every block of k is whole.
     """
-    DTYPE: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    OPERAND: tl.constexpr = a_ptr.dtype.element_ty if COMPUTE is None else COMPUTE
+    DTYPE: tl.constexpr = tl.float64 if OPERAND.primitive_bitwidth == 64 else tl.float32
+    # A sum of 16-bit numbers is a product with ones, which tensor cores do beside the other; fp32 they would round.
+    BY_DOT: tl.constexpr = OPERAND.primitive_bitwidth == 16
     acc = tl.zeros((rows.shape[0], cols.shape[0]), DTYPE)
-    sums = tl.zeros((rows.shape[0],), DTYPE)
+    sums = tl.zeros((rows.shape[0], 16 if BY_DOT else 1), DTYPE)
     ks = tl.arange(0, BLOCK_K)
     offsets_k = (begin + ks).to(OFFSET)
     a_ptrs = a_ptr + rows.to(OFFSET)[:, None] * stride_am + offsets_k[None, :] * stride_ak
@@ -118,9 +126,16 @@ def multiply(
             inside = ks < end - k
             a = tl.load(a_ptrs, mask=mask_a & inside[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=mask_b & inside[:, None], other=0.0)
+        a = round_to(a, OPERAND)
+        if FORWARD is not None:
+            b = activate(b.to(DTYPE), FORWARD, PARAMETERS)
+            b = tl.where(mask_b & (ks < end - k)[:, None], b, 0.0)  # a(0) need not be finite
+        b = round_to(b, OPERAND)
         acc = dot(a, b, acc, PRECISION)
-        if SUM_A:
-            sums += tl.sum(a.to(DTYPE), axis=1)
+        if SUM_A and BY_DOT:
+            sums = dot(a, round_to(tl.full((BLOCK_K, 16), 1.0, DTYPE), OPERAND), sums, PRECISION)
+        elif SUM_A:
+            sums += tl.sum(a.to(DTYPE), axis=1)[:, None]
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
     return acc, sums

@@ -7,6 +7,9 @@ dW = dzᵀ h_below,  db = Σ_rows dz             wgrad
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from .dot import activate, differentiate, multiply, store, tile_position
 from .language import tl, triton
 from .launch import launch, offset_type
 
-__all__ = ["dgrad", "output_gradient", "wgrad"]
+__all__ = ["dgrad", "output_gradient", "sum_partials", "wgrad"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -187,32 +190,52 @@ def wgrad_kernel(
         store(dw_ptr + offsets, dw, (rows < N)[:, None] & (cols < K)[None, :])
     if db_ptr is not None:
         # Every program of a row of tiles holds the same sums; the first writes them.
-        store(db_ptr + split.to(OFFSET) * stride_split + rows, db, (rows < N) & (tile_k == 0))
+        columns = tile_k + tl.arange(0, db.shape[1])[None, :]
+        pointers = db_ptr + split.to(OFFSET) * stride_split + rows[:, None] + columns
+        store(pointers, db, (rows < N)[:, None] & (columns == 0))
 
 
 @triton.jit
 def sum_partials_kernel(
-    partial_ptr,  # (splits, size_w + size_b), contiguous
-    dw_ptr,  # (size_w,), contiguous, or None
-    db_ptr,  # (size_b,), contiguous, or None
-    size_w,
-    size_b,
+    partial_ptr,  # (splits, size), contiguous
+    sum_ptrs,  # contiguous tensors, whose elements one after the other are the columns of partial
+    starts,  # the column at which each begins, and the end
     splits,
+    size,
     OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # columns
+    BLOCK_K: tl.constexpr,  # splits at a time
 ):
-    """[dW, db] = Σ_s partial[s], always in the order of s: the same bits every run."""
-    index = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
-    size = size_w + size_b
-    mask = index < size
-    total = tl.load(partial_ptr + index, mask=mask, other=0.0)
-    for _ in range(1, splits):
-        partial_ptr += size
-        total += tl.load(partial_ptr + index, mask=mask, other=0.0)
-    if dw_ptr is not None:
-        store(dw_ptr + index, total, index < size_w)
-    if db_ptr is not None:
-        store(db_ptr + (index - size_w), total, (index >= size_w) & mask)
+    cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_K)
+    inside = cols < size
+    totals = tl.zeros((BLOCK_K, BLOCK_M), partial_ptr.dtype.element_ty)
+    for first in range(0, splits, BLOCK_K):
+        ptrs = partial_ptr + (first + rows).to(OFFSET)[:, None] * size + cols[None, :]
+        totals += tl.load(ptrs, mask=(first + rows < splits)[:, None] & inside[None, :], other=0.0)
+    total = tl.sum(totals, axis=0)
+    for i in tl.static_range(len(sum_ptrs)):
+        store(sum_ptrs[i] + (cols - starts[i]), total, (cols >= starts[i]) & (cols < starts[i + 1]))
+
+
+def sum_partials(partial: Tensor, sums: Sequence[Tensor]) -> None:
+    """[sums …] = Σ_s partial[s], always in one order: the same bits every run.
+
+    Args:
+        partial: (splits, elements of all sums), contiguous.
+        sums: contiguous, written, of any float dtype.
+    """
+    splits, size = partial.shape
+    starts = tuple(itertools.accumulate((total.numel() for total in sums), initial=0))
+    assert starts[-1] == size
+    launch(
+        sum_partials_kernel,
+        triton.cdiv(size, configs.SUM_PARTIALS.block_m),
+        partial.device,
+        configs.SUM_PARTIALS,
+        partial, tuple(sums), starts, splits, size,
+        OFFSET=offset_type(partial),
+    )  # fmt: skip
 
 
 def wgrad(
@@ -258,11 +281,4 @@ def wgrad(
         OFFSET=offset_type(dz, h, sums_w, sums_b),
     )  # fmt: skip
     if splits > 1:
-        launch(
-            sum_partials_kernel,
-            triton.cdiv(size_w + size_b, configs.SUM_PARTIALS.block_m),
-            dz.device,
-            configs.SUM_PARTIALS,
-            partial, dw, db, size_w, size_b, splits,
-            OFFSET=offset_type(partial),
-        )  # fmt: skip
+        sum_partials(partial, [total for total in (dw, db) if total is not None])

@@ -1,29 +1,39 @@
 """linear_act and mlp: checks, allocation and differentiation around the kernels.
 
-Layer l is one autograd.Function of its pre-activation's predecessor: (z_{l-1}, W_l, b_l) -> z_l, where z_l =
-a_{l-1}(z_{l-1}) W_lᵀ + b_l. The edge between two of them carries dz, so that a layer's dgrad ends in the derivative of
-the layer below. What travels on the edge is the one tensor that is kept: z itself, or, where the derivative can be read
-off the output, h in its place, whose gradient by agreement is dz all the same. Users never see such a tensor.
+A narrow network is one autograd.Function: (x, W_1 …, b_1 …) -> y, one launch.
+
+A wider one goes layer by layer. Layer l is one autograd.Function of its pre-activation's predecessor: (z_{l-1}, W_l,
+b_l) -> z_l, where z_l = a_{l-1}(z_{l-1}) W_lᵀ + b_l. The edge between two of them carries dz, so that a layer's dgrad
+ends in the derivative of the layer below. What travels on the edge is the one tensor that is kept: z itself, or, where
+the derivative can be read off the output, h in its place, whose gradient by agreement is dz all the same. Users never
+see such a tensor.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .kernels import layer_backward, layer_forward
+from .kernels import configs, layer_backward, layer_forward, network
 from .kernels.activations import ACTIVATIONS, Activation, resolve
-from .plan import Backend, check_backend, compute_dtype, float32_precision, why_reference
+from .plan import (
+    DEBUG,
+    Backend,
+    NetworkPlan,
+    check_backend,
+    compute_dtype,
+    float32_precision,
+    network_path,
+    why_reference,
+)
 
 __all__ = ["Layer", "linear_act", "mlp"]
-
-# Synchronise and check after every kernel; read once, as a call has no microsecond to spare for it.
-DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
 
 IDENTITY = ACTIVATIONS["identity"]
 HALVES = (torch.float16, torch.bfloat16)
@@ -73,6 +83,7 @@ def mlp(
     output_activation: str | Activation | nn.Module | type[nn.Module] | None = None,
     *,
     backend: Backend = "auto",
+    recompute: bool | None = None,
 ) -> Tensor:
     """H_l = a_l(H_{l-1} W_lᵀ + b_l), H_0 = x: a whole network; returns the last H.
 
@@ -83,6 +94,8 @@ def mlp(
         activation: after every layer but the last, as in `linear_act`.
         output_activation: after the last layer.
         backend: as in `linear_act`.
+        recompute: what is kept for backward. True: x alone, hidden layers are computed again. False: one tensor of each
+            layer. None: whatever is faster.
 
     Raises:
         As `linear_act`; and ValueError where there is no layer, or not one bias a layer.
@@ -94,15 +107,17 @@ def mlp(
         raise ValueError(f"biases has {len(biases)} entries; it needs one for each of the {len(weights)} weights")
     hidden, last = resolve(activation), resolve(output_activation, "output_activation")
     activations = [hidden] * (len(weights) - 1) + [last]
-    return _mlp(x, tuple(map(Layer, weights, biases, activations)), backend)
+    return _mlp(x, tuple(map(Layer, weights, biases, activations)), backend, recompute)
 
 
-def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend) -> Tensor:
+def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool | None = None) -> Tensor:
     check_backend(backend)
     dtype = check_call(x, layers)
-    if why_reference(x, layers, dtype, backend) is not None:
-        return reference.mlp(x, *zip(*layers))
-    return run_layers(x, layers, dtype)
+    if why_reference(x, layers, dtype, backend) is None:
+        return run_kernels(x, layers, dtype, recompute)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(reference.mlp, x, *zip(*layers), use_reentrant=False)
+    return reference.mlp(x, *zip(*layers))
 
 
 def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
@@ -155,14 +170,176 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
     return dtype
 
 
-def run_layers(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
-    """The layer path: x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
+def run_kernels(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None) -> Tensor:
+    """x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
     shape = x.shape
-    h = x if x.dtype == dtype else x.to(dtype)
-    if h.is_neg():  # a view that negates lazily; kernels read memory as it lies
-        h = h.resolve_neg()
+    if x.is_neg():  # a view that negates lazily; kernels read memory as it lies
+        x = x.resolve_neg()
     if len(shape) != 2:
-        h = h.reshape(-1, shape[-1])
+        x = x.reshape(-1, shape[-1])
+    path = find_network(x, layers, dtype, recompute)
+    if isinstance(path, NetworkPlan):
+        y = run_network(x, layers, path)
+    elif recompute and torch.is_grad_enabled():
+        y = checkpoint(run_layers, x, layers, dtype, use_reentrant=False)
+    else:
+        y = run_layers(x, layers, dtype)
+    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
+
+
+def find_network(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None
+) -> NetworkPlan | str:
+    """The network path for these layers, or the reason why they take the layer path."""
+    training = torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias, _ in layers)
+    )
+    strides = tuple((*weight.stride(), 0 if bias is None else bias.stride(0)) for weight, bias, _ in layers)
+    widths = (x.shape[1], *(weight.shape[0] for weight, _, _ in layers))
+    activations = tuple(activation for _, _, activation in layers)
+    precision = float32_precision() if dtype == torch.float32 else "ieee"
+    return network_path(widths, strides, activations, dtype, precision, configs.device_of(x), training, recompute)
+
+
+def run_network(x: Tensor, layers: Sequence[Layer], path: NetworkPlan) -> Tensor:
+    """The network path: x (M, d_0) -> y (M, d_L)."""
+    weights, biases, _ = zip(*layers)
+    if path.formulation is None:
+        return _network_forward(x, weights, biases, path)
+    return _NetworkFunction.apply(x, path, *weights, *biases)
+
+
+def _network_forward(
+    x: Tensor, weights: tuple[Any, ...], biases: tuple[Any, ...], path: NetworkPlan, keep: bool = False
+) -> Any:
+    """y; with `keep`, (y, what is kept of the hidden layers, the last pre-activation where that one is needed)."""
+    net, rows = path.network, x.shape[0]
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=net.dtype, device=x.device)
+
+    y = empty(rows, net.widths[-1])
+    kept = empty(rows * net.starts[-1]) if keep and net.layers > 1 else None
+    z = empty(rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
+    if rows:
+        network.forward(x, weights, biases, y, net, path.forward, kept=kept, z=z)
+    return (y, kept, z) if keep else y
+
+
+class _NetworkFunction(torch.autograd.Function):
+    """(x, W_1 …, b_1 …) -> y: a whole network."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: NetworkPlan, *parameters: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.path = path
+        layers = path.network.layers
+        if path.formulation == "stored":
+            y, kept, z = _network_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
+            own = None
+            if path.network.activates_output:
+                own = y if z is None else z
+            ctx.save_for_backward(x, kept, own, *parameters)
+        else:
+            y = _network_forward(x, parameters[:layers], parameters[layers:], path)
+            ctx.save_for_backward(x, None, None, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, kept, own, *parameters = ctx.saved_tensors
+        needs_x, _, *needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            dx, gradients = _differentiable_network_backward(ctx.path.network, x, parameters, dy, needs_x, needs)
+        else:
+            dx, gradients = _network_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
+        return dx, None, *gradients
+
+
+def _network_backward(
+    path: NetworkPlan,
+    x: Tensor,
+    kept: Tensor | None,
+    own: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    dy: Tensor,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradients of W_1 …, b_1 …, through the kernels, only those that are wanted."""
+    net = path.network
+    rows, layers = x.shape[0], net.layers
+    weights: tuple[Any, ...] = tuple(parameters[:layers])
+    biases = tuple(parameters[layers:])
+    assert path.backward is not None
+    wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
+    make = torch.empty if rows else torch.zeros
+
+    def like(parameter: Tensor | None) -> Tensor:
+        assert parameter is not None
+        return make(parameter.shape, dtype=parameter.dtype, device=x.device)
+
+    dx = make(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+    gradients = [like(parameter) if need else None for parameter, need in zip(parameters, needs)]
+    if rows == 0:
+        return dx, gradients
+    by_layer = (gradient for pair in zip(gradients[:layers], gradients[layers:]) for gradient in pair)
+    sums = [gradient for gradient in by_layer if gradient is not None]
+    if path.formulation == "recompute":
+        network.recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
+        return dx, gradients
+    if path.formulation == "replay":
+        y, kept, z = _network_forward(x, weights, biases, path, keep=True)
+        own = None if not net.activates_output else y if z is None else z
+    dz = None if kept is None else torch.empty_like(kept)
+    last = None if own is None else torch.empty_like(own)
+    if last is not None or wanted.lowest + 1 < layers or needs_x:
+        network.dgrad(dy, weights, kept, own, dz, last, dx, net, wanted, path.backward)
+    if sums:
+        network.wgrad(x, dy if last is None else last, kept, dz, sums, net, wanted, path.wgrad)
+    return dx, gradients
+
+
+def _differentiable_network_backward(
+    net: network.Network,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    dy: Tensor,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The same gradients in plain torch, for when they are to be differentiated themselves."""
+    layers = net.layers
+    weights, biases = parameters[:layers], parameters[layers:]
+    hs, saved = [x.to(net.dtype)], []
+    for weight, bias, activation in zip(weights, biases, net.activations):
+        assert weight is not None
+        z = F.linear(hs[-1], weight.to(net.dtype), None if bias is None else bias.to(net.dtype))
+        hs.append(activation(z))
+        saved.append(z if activation.keeps_preactivation else hs[-1])
+    dh: Tensor | None = dy
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    for index in reversed(range(layers)):
+        weight, bias, activation = weights[index], biases[index], net.activations[index]
+        assert weight is not None
+        assert dh is not None
+        dz = dh if activation is IDENTITY else _through(activation, saved[index], dh)
+        if needs[index]:
+            gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
+        if bias is not None and needs[layers + index]:
+            gradients[layers + index] = dz.sum(0).to(bias.dtype)
+        if not (needs_x or any(needs[:index]) or any(needs[layers : layers + index])):
+            return None, gradients
+        dh = dz @ weight.to(net.dtype)
+    return None if dh is None else dh.to(x.dtype), gradients
+
+
+def run_layers(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype) -> Tensor:
+    """The layer path: x (M, K) through kernels that compute in `dtype`."""
+    h = x if x.dtype == dtype else x.to(dtype)
     precision = float32_precision() if dtype == torch.float32 else "ieee"
     differentiable = torch.is_grad_enabled()
     needs_grad = differentiable and h.requires_grad
@@ -179,7 +356,7 @@ def run_layers(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype) -> Tensor
             h, _ = _forward(h, _cast(weight, dtype), bias, static, keep=False)
             edge = h
         below = activation
-    return h if len(shape) == 2 else h.view(*shape[:-1], h.shape[-1])
+    return h
 
 
 class _Static(NamedTuple):

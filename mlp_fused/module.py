@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
 
 from . import plan
-from .functional import IDENTITY, Layer, check_call, run_layers
+from .functional import IDENTITY, Layer, check_call, run_kernels
 from .kernels import configs
 from .kernels.activations import Activation, find, resolve
 from .reference import linear_act
@@ -43,6 +45,7 @@ class _WithBackend:
     """A module with the user's choice of what computes it."""
 
     _backend: plan.Backend = "auto"
+    _recompute: bool | None = None
 
     @property
     def backend(self) -> plan.Backend:
@@ -89,7 +92,7 @@ class FusedLinear(_WithBackend, nn.Linear):
         dtype = check_call(input, layers)
         if plan.why_reference(input, layers, dtype, self._backend) is not None:
             return linear_act(input, *layers[0])
-        return run_layers(input, layers, dtype)
+        return run_kernels(input, layers, dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -110,6 +113,8 @@ class FusedMLP(_WithBackend, nn.Sequential):
         bias: whether the Linear layers have one.
         dropout: the probability of Dropout.
         output_activation: after the last Linear, as `activation_layer`.
+        recompute: what is kept for backward. True: the input alone, hidden layers are computed again. False: one tensor
+            of each layer. None: whatever is faster. May be assigned.
         backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
         device, dtype: of the parameters.
 
@@ -129,6 +134,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
         dropout: float = 0.0,
         *,
         output_activation: str | Activation | nn.Module | Callable[..., nn.Module] | None = None,
+        recompute: bool | None = None,
         backend: plan.Backend = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -170,9 +176,12 @@ class FusedMLP(_WithBackend, nn.Sequential):
         children.append(nn.Dropout(dropout, **in_place))
         super().__init__(*children)
         self._backend = backend
+        self.recompute = recompute
 
     @classmethod
-    def from_sequential(cls, sequential: nn.Sequential, *, backend: plan.Backend = "auto") -> FusedMLP:
+    def from_sequential(
+        cls, sequential: nn.Sequential, *, recompute: bool | None = None, backend: plan.Backend = "auto"
+    ) -> FusedMLP:
         """The same network, fused: it takes over `sequential`'s own modules, so parameters and state_dict keys are one.
 
         Children that are not a Linear, an activation or Dropout run as themselves.
@@ -191,7 +200,19 @@ class FusedMLP(_WithBackend, nn.Sequential):
         nn.Sequential.__init__(model, OrderedDict(sequential._modules))
         model.training = sequential.training
         model._backend = backend
+        model.recompute = recompute
         return model
+
+    @property
+    def recompute(self) -> bool | None:
+        """True, False, or None for whatever is faster; may be assigned."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: bool | None) -> None:
+        if recompute is not None and not isinstance(recompute, bool):
+            raise TypeError(f"recompute is {recompute!r}; it needs to be True, False or None")
+        self._recompute = recompute
 
     def __getitem__(self, index: slice | int) -> Any:
         """One child; or, for a slice, an nn.Sequential of the same modules."""
@@ -203,16 +224,20 @@ class FusedMLP(_WithBackend, nn.Sequential):
         if not self._wants_kernels() and (
             (isinstance(input, Tensor) and input.device.type == "cpu") or torch.compiler.is_compiling()
         ):
+            if self._recompute and torch.is_grad_enabled():
+                return checkpoint(self._forward_as_modules, input, use_reentrant=False)
             return self._forward_as_modules(input)
         for run in _runs(self):
             layers = run.layers()
             if layers:
                 dtype = check_call(input, layers)
                 if plan.why_reference(input, layers, dtype, self._backend) is None:
-                    input = run_layers(input, layers, dtype)
+                    input = run_kernels(input, layers, dtype, self._recompute)
                     continue
-            for child in run.children:
-                input = child(input)
+            if self._recompute and torch.is_grad_enabled():
+                input = checkpoint(run.call, input, use_reentrant=False)
+            else:
+                input = run.call(input)
         return input
 
     def _wants_kernels(self) -> bool:
@@ -278,23 +303,49 @@ class FusedMLP(_WithBackend, nn.Sequential):
             trainable = [layer.weight.requires_grad for layer in layers]
             needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
             flow, kept_by_torch = _kept_by_torch(run.children, flow)
+            widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
+            path: plan.NetworkPlan | str = ""
+            if layers and reason is None:
+                assert gpu is not None
+                path = plan.network_path(
+                    widths,
+                    tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, _ in layers),
+                    tuple(layer.activation for layer in layers),
+                    dtype,
+                    precision,
+                    gpu,
+                    any(trainable) or needs_input_grad,
+                    self._recompute,
+                )
+            if isinstance(path, plan.NetworkPlan):
+                biased = tuple(bias and wanted for bias, wanted in zip(biases, trainable))
+                gradients = plan.gradients_of(widths, tuple(trainable), biased, needs_input_grad)
+                kernels = plan.plan_network(batch_size, path, biases, gradients, needs_input_grad)
+                kept += path.kept_elements(batch_size) * dtype.itemsize
+                runs.append(plan.RunPlan(names, "network", path.explanation, tuple(kernels)))
+                continue
             kernels = plan.plan_layers(  # of the reference too: the least that the work takes
                 batch_size,
-                [(layer.weight.shape[1], layer.weight.shape[0]) for layer in layers],
+                list(itertools.pairwise(widths)),
                 [layer.activation for layer in layers],
                 dtype,
-                biases=[layer.bias is not None for layer in layers],
+                biases=biases,
                 trainable=trainable,
                 needs_input_grad=needs_input_grad,
                 precision=precision,
             )
             if reason is None:
                 kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
-                runs.append(plan.RunPlan(names, "layer", "every layer of it has a kernel", tuple(kernels)))
+                runs.append(plan.RunPlan(names, "layer", f"as one kernel, {path}", tuple(kernels)))
             else:
                 kept += kept_by_torch
                 runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))
         return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept)
+
+
+def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
+    """Of the input to the output; empty where there is no layer."""
+    return tuple(layer.weight.shape[1] for layer in layers[:1]) + tuple(layer.weight.shape[0] for layer in layers)
 
 
 class _Run(NamedTuple):
@@ -303,6 +354,12 @@ class _Run(NamedTuple):
     children: list[nn.Module]
     linears: list[tuple[nn.Linear, Activation]]
     reason: str | None = None  # why it runs as itself
+
+    def call(self, input: Tensor) -> Tensor:
+        """The children as they are."""
+        for child in self.children:
+            input = child(input)
+        return input
 
     def layers(self) -> tuple[Layer, ...]:
         return tuple(Layer(linear.weight, linear.bias, activation) for linear, activation in self.linears)

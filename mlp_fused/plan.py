@@ -16,14 +16,18 @@ from torch.autograd import forward_ad
 
 from .kernels import configs
 from .kernels.activations import Activation, resolve
+from .kernels.configs import TileConfig
 from .kernels.language import HAS_TRITON, INTERPRETER
+from .kernels.network import Gradients, Network, gradients_of, network_of
 
 if TYPE_CHECKING:
     from .functional import Layer
 
 __all__ = [
     "Backend",
+    "Formulation",
     "KernelPlan",
+    "NetworkPlan",
     "Plan",
     "RunPlan",
     "Work",
@@ -31,13 +35,19 @@ __all__ = [
     "compute_dtype",
     "float32_precision",
     "kept_elements",
+    "network_path",
     "plan_layers",
+    "plan_network",
     "why_not",
     "why_reference",
     "work",
 ]
 
 Backend = Literal["auto", "triton", "reference"]
+
+# How the network path trains. recompute: one backward kernel runs the forward again. stored: the forward keeps one
+# tensor of each hidden layer. replay: x alone is kept, and backward begins with the forward that stores.
+Formulation = Literal["recompute", "stored", "replay"]
 
 logger = logging.getLogger("mlp_fused")
 
@@ -57,7 +67,9 @@ def check_backend(backend: object, argument: str = "backend") -> Backend:
     raise ValueError(f"{argument} is {backend!r}; it needs to be one of: {', '.join(get_args(Backend))}")
 
 
-# What "auto" means in this process; read once, as a call has no microsecond to spare for it.
+# Synchronise and check after every kernel. Both are read once, as a call has no microsecond to spare for them.
+DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
+# What "auto" means in this process.
 DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
 
 
@@ -174,6 +186,98 @@ def _log_once(reason: str) -> None:
     logger.info("plain torch runs instead of the kernels: %s", reason)
 
 
+@dataclass(frozen=True, eq=False)
+class NetworkPlan:
+    """The network path for some layers on a device: its tiles, and how it trains, with the reason."""
+
+    network: Network
+    forward: TileConfig
+    formulation: Formulation | None  # None: for inference only
+    reason: str
+    backward: TileConfig | None  # of the kernel that recomputes, or of the chain of dz
+    wgrad: TileConfig
+
+    def kept_elements(self, rows: int) -> int:
+        """How many elements are kept for backward."""
+        if self.formulation is None:
+            return 0
+        net = self.network
+        if self.formulation != "stored":
+            return rows * net.widths[0]
+        return rows * (net.widths[0] + net.starts[-1] + net.activates_output * net.widths[-1])
+
+    @property
+    def explanation(self) -> str:
+        """Why the network path, and why this formulation."""
+        how = {
+            "recompute": "backward recomputes the forward in one pass: ",
+            "stored": "the forward stores one tensor a hidden layer: ",
+            "replay": "backward begins with the forward again: ",
+        }
+        trains = f"; {how[self.formulation]}{self.reason}" if self.formulation else ""
+        return f"the weights fit on the chip{trains}"
+
+
+@functools.lru_cache(maxsize=1024)
+def network_path(
+    widths: tuple[int, ...],
+    strides: tuple[tuple[int, int, int], ...],
+    activations: tuple[Activation, ...],
+    dtype: torch.dtype,
+    precision: str,
+    device: configs.Device,
+    training: bool,
+    recompute: bool | None = None,
+) -> NetworkPlan | str:
+    """The network path for these layers, or the reason why they take the layer path.
+
+    The rule for training: where one pass over a tile fits in registers (`configs.network_tile`), the backward
+    recomputes, as storing moves five more tensors of each hidden layer (written; read for dz and for dW; dz written and
+    read). A measured table overrules it, and the user overrules both.
+
+    Args:
+        widths: of the input to the output.
+        strides: of each layer: the weight's two and the bias's.
+        recompute: the user's wish: True keeps x alone, False keeps a tensor of each hidden layer, None leaves it open.
+    """
+    if DEBUG:
+        return "MLP_FUSED_DEBUG=1 checks layer by layer"
+    network = network_of(widths, strides, activations, dtype, precision)
+
+    def tile(kind: configs.NetworkKind) -> TileConfig | str:
+        problem = configs.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision)
+        return configs.network_tile(problem, device)
+
+    forward = tile("forward")
+    if isinstance(forward, str):
+        return forward
+    wgrad = configs.network_wgrad_tile(dtype, precision, device)
+    if not training:
+        return NetworkPlan(network, forward, None, "inference keeps nothing", None, wgrad)
+
+    one_pass, chain = tile("recompute"), tile("dgrad")
+    measured = configs.measured_formulations(device.name).get(
+        (widths, str(dtype).removeprefix("torch."), activations[0].name)
+    )
+    if recompute is None and measured == "layer":
+        return "it is faster as measured on this device"
+    size = dtype.itemsize
+    ends = 2 * widths[0] + 2 * widths[-1]
+    moved = f"{size * ends} bytes a row, storing {size * (ends + 5 * sum(widths[1:-1]))}"
+    if not isinstance(one_pass, str) and recompute is not False and (recompute or measured != "stored"):
+        reason = "the user asks for it" if recompute else f"one pass fits in registers and moves {moved}"
+        return NetworkPlan(network, forward, "recompute", reason, one_pass, wgrad)
+    if isinstance(chain, str):
+        return f"its backward does not fit: {chain}"
+    if recompute:
+        return NetworkPlan(network, forward, "replay", "the user asks for it", chain, wgrad)
+    if recompute is False:
+        reason = "the user asks for it"
+    else:
+        reason = one_pass if isinstance(one_pass, str) else "it is faster as measured on this device"
+    return NetworkPlan(network, forward, "stored", reason, chain, wgrad)
+
+
 @dataclass(frozen=True)
 class Work:
     """FLOPs (a multiply-add is two) and bytes read from and written to the device's memory."""
@@ -191,15 +295,17 @@ class Work:
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """One launch: what it computes, with which tile, and what work that is."""
+    """One launch: what it computes, and what work that is; with its tile, or the problem that one is chosen for."""
 
     layer: str
-    problem: configs.Problem
+    kind: str
     work: Work
+    problem: configs.Problem | None = None
+    tile: TileConfig | None = None
 
     @property
     def is_backward(self) -> bool:
-        return self.problem.kind != "forward"
+        return self.kind not in ("forward", "network forward")
 
 
 def plan_layers(
@@ -235,7 +341,7 @@ def plan_layers(
             kind: configs.Kind, flops: int, elements: int, m: int, n: int, k: int, layer: str = f"{index}: {k} -> {n}"
         ) -> KernelPlan:
             problem = configs.Problem(kind, m, n, k, dtype, precision)
-            return KernelPlan(layer, problem, Work(flops, elements * dtype.itemsize))
+            return KernelPlan(layer, kind, Work(flops, elements * dtype.itemsize), problem)
 
         product = 2 * rows * n * k
         outputs = 1 + (below_needs[index + 1] and activation.keeps_preactivation)  # h; z
@@ -252,6 +358,56 @@ def plan_layers(
             steps.append(plan("wgrad", product, rows * n + rows * k + weights, n, k, rows))
         backward.append(steps)
     return forward + [kernel for steps in reversed(backward) for kernel in steps]
+
+
+def plan_network(
+    rows: int, path: NetworkPlan, biases: Sequence[bool], gradients: Gradients, needs_input_grad: bool = False
+) -> list[KernelPlan]:
+    """The launches of the network path, forward and backward, as `plan_layers` counts them.
+
+    Partial sums of weight gradients, and their addition, are not counted: they do not grow with the rows.
+
+    Args:
+        biases: whether each layer has one.
+        gradients: those of the parameters that are wanted.
+    """
+    network, last = path.network, path.network.layers - 1
+    widths = network.widths
+    products = [2 * rows * n * k for k, n in itertools.pairwise(widths)]
+    parameters = sum(n * k + n * bias for k, n, bias in zip(widths, widths[1:], biases))
+    hidden = rows * sum(widths[1:-1])
+    ends = rows * (widths[0] + widths[-1])
+    dx = rows * widths[0] * needs_input_grad
+    wanted = any(gradients.weights) or any(gradients.biases)
+    names = f"0-{last}: " + " -> ".join(map(str, widths))
+
+    def kernel(kind: str, flops: int, elements: int, tile: TileConfig | None) -> KernelPlan:
+        return KernelPlan(names, kind, Work(flops, elements * network.dtype.itemsize), tile=tile)
+
+    # What is kept of the last layer: its z where it has one to keep, else y.
+    own = rows * widths[-1] * network.activates_output
+    kept = hidden + own * network.keeps_z[-1]
+    training = path.formulation is not None and (wanted or needs_input_grad)
+    stores = training and path.formulation == "stored"
+    kernels = [kernel("network forward", sum(products), ends + parameters + kept * stores, path.forward)]
+    if not training:
+        return kernels
+    chain = sum(products[gradients.lowest + 1 :]) + products[0] * needs_input_grad
+    sums = sum(product for product, weight in zip(products, gradients.weights) if weight)
+    if path.formulation == "recompute":
+        again = sum(products[: last + network.activates_output])
+        elements = ends + dx + parameters + gradients.starts[-1]
+        return [*kernels, kernel("network recompute", again + chain + sums, elements, path.backward)]
+    if path.formulation == "replay":
+        kernels.append(kernel("network again", sum(products), ends + parameters + kept, path.forward))
+    if chain or own:
+        # dy and what was kept are read, every dz written, the last layer's where it is not dy
+        elements = rows * widths[-1] + hidden + own + hidden + own + dx + parameters
+        kernels.append(kernel("network dgrad", chain, elements, path.backward))
+    if wanted:
+        elements = ends + 2 * hidden + gradients.starts[-1]
+        kernels.append(kernel("network wgrad", sums, elements, path.wgrad))
+    return kernels
 
 
 def kept_elements(rows: int, layers: Sequence[Layer], trainable: Sequence[bool], needs_input_grad: bool = False) -> int:
@@ -276,15 +432,28 @@ def work(
     *,
     bias: bool = True,
     needs_input_grad: bool = False,
+    device: configs.Device | None = None,
+    precision: str = "ieee",
 ) -> dict[str, Work]:
-    """The work of a network's layer path: {"inference": ..., "forward": ..., "backward": ...}.
+    """The work of a network on the path it takes: {"inference": ..., "forward": ..., "backward": ...}.
 
-    "forward" is that of training, which also keeps what backward needs. `widths` are in -> hidden ... -> out.
+    "forward" is that of training, which also keeps what backward needs. `widths` are in -> hidden ... -> out. Without a
+    device, it is the layer path's.
     """
     shapes = list(itertools.pairwise(widths))
     activations = [resolve(activation)] * (len(shapes) - 1) + [resolve(output_activation)]
 
     def total(training: bool, backward: bool) -> Work:
+        path = None
+        if device is not None:
+            strides = tuple((k, 1, int(bias)) for k, _ in shapes)
+            path = network_path(tuple(widths), strides, tuple(activations), dtype, precision, device, training)
+        if isinstance(path, NetworkPlan):
+            wanted = (training,) * len(shapes)
+            biased = (training and bias,) * len(shapes)
+            gradients = gradients_of(tuple(widths), wanted, biased, training and needs_input_grad)
+            kernels = plan_network(rows, path, [bias] * len(shapes), gradients, training and needs_input_grad)
+            return sum((kernel.work for kernel in kernels if kernel.is_backward == backward), Work(0, 0))
         kernels = plan_layers(
             rows,
             shapes,
@@ -307,7 +476,7 @@ class RunPlan:
     """
 
     children: str
-    path: Literal["layer", "reference"]
+    path: Literal["network", "layer", "reference"]
     reason: str
     kernels: tuple[KernelPlan, ...] = ()
 
@@ -325,7 +494,7 @@ class Plan:
 
     @property
     def path(self) -> str:
-        """ "layer" where any kernel runs, "reference" otherwise."""
+        """ "network" or "layer", the first run's on kernels; "reference" where there is none."""
         return next((run.path for run in self.runs if run.path != "reference"), "reference")
 
     @property
@@ -368,12 +537,13 @@ class Plan:
         return "\n".join([*lines, f"{total}; kept for backward {self.kept_bytes / 1e6:.3f} MB"])
 
     def _row(self, run: RunPlan, kernel: KernelPlan) -> tuple[str, ...]:
-        ours = self.device is not None and run.path == "layer"
-        tile = str(configs.choose(kernel.problem, self.device)) if ours and self.device else "torch's own"
+        tile = "torch's own"
+        if self.device is not None and run.path != "reference":
+            tile = str(kernel.tile or (kernel.problem and configs.choose(kernel.problem, self.device)))
         floor = self._floor(kernel.work)
         return (
             kernel.layer,
-            kernel.problem.kind,
+            kernel.kind,
             tile,
             f"{kernel.work.flops / 1e9:.3f}",
             f"{kernel.work.bytes / 1e6:.3f}",

@@ -107,6 +107,13 @@ def _cases() -> list[Case]:
         for dtype in DTYPES:
             cases.append(Case(widths=widths, dtype=dtype, activation="gelu"))
         cases.append(Case(rows=1, widths=widths, output_activation="sigmoid"))
+    # What one kernel for a whole network has besides: a wide input, hidden layers at its limits, more rows than its
+    # programs take at once.
+    for dtype in DTYPES:
+        cases.append(Case(widths=(300, 24, 10), dtype=dtype))
+        cases.append(Case(widths=(20, 200, 10), dtype=dtype, activation="gelu"))
+        cases.append(Case(rows=2100, widths=(5, 16, 7), dtype=dtype, activation="gelu"))
+    cases.append(Case(rows=1100, widths=(300, 24, 33, 10), dtype=torch.bfloat16, output_activation="silu"))
     return list(dict.fromkeys(cases))
 
 

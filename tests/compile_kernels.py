@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mlp_fused import ACTIVATIONS
+from mlp_fused.kernels import configs, layer_backward, layer_forward, network
 from mlp_fused.kernels.configs import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig, choose
 
 # One device an architecture.
@@ -76,56 +77,92 @@ def tiles(dtype: torch.dtype, precision: str, device: Device) -> list[TileConfig
 
 def compile_one(row: Compilation) -> dict[str, Any]:
     """Registers, spilled words, shared bytes and tensor-core instructions of one compilation."""
+    device = TARGETS[row.target]
+    return {"id": row.id, **read(capture(lambda: launch(row), device)[-1], device)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What a launcher would launch."""
+
+    kernel: Any
+    tile: TileConfig
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+def capture(call: Callable[[], None], device: Device) -> list[Launch]:
+    """The launches that a call makes on a device, none of them carried out."""
+    launched: list[Launch] = []
+
+    def record(kernel: Any, programs: int, device: Any, tile: TileConfig, *arguments: Any, **constants: Any) -> None:
+        launched.append(Launch(kernel, tile, arguments, constants))
+
+    modules = (layer_forward, layer_backward, network)
+    before = [module.launch for module in modules]
+    device_of = configs.device_of
+    try:
+        configs.device_of = lambda tensor: device
+        for module in modules:
+            module.launch = record
+        call()
+    finally:
+        configs.device_of = device_of
+        for module, launch in zip(modules, before):
+            module.launch = launch
+    return launched
+
+
+def read(launched: Launch, device: Device) -> dict[str, Any]:
+    """Compile a launch for a device and read the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    device = TARGETS[row.target]
-    source, tile = capture(row)
+    tile = launched.tile
     compiled = triton.compile(
-        source,
+        source(launched),
         target=GPUTarget(device.backend, device.arch, device.warp_size),
         options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
     reading = read_cubin(compiled) if device.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
-    return {"id": row.id, "shared": compiled.metadata.shared, "shared_limit": device.shared_memory, **reading}
+    return {"shared": compiled.metadata.shared, "shared_limit": device.shared_memory, **reading}
 
 
-def capture(row: Compilation) -> tuple[Any, TileConfig]:
-    """What the launcher would launch, as a source to compile, and its tile."""
+def source(launched: Launch) -> Any:
+    """The kernel with its arguments' types, as a launch on a device would compile it."""
     from triton.compiler import ASTSource
 
-    from mlp_fused.kernels import layer_backward, layer_forward
-
-    launched: list[tuple[Any, TileConfig, tuple[Any, ...], dict[str, Any]]] = []
-
-    def record(kernel: Any, programs: int, device: Any, tile: TileConfig, *arguments: Any, **constants: Any) -> None:
-        launched.append((kernel, tile, arguments, constants))
-
-    before = layer_forward.launch
-    layer_forward.launch = layer_backward.launch = record
-    try:
-        launch(row, layer_forward.layer_forward, layer_backward)
-    finally:
-        layer_forward.launch = layer_backward.launch = before
-    kernel, tile, arguments, constants = launched[-1]
+    kernel, tile = launched.kernel, launched.tile
     names = kernel.arg_names
-    signature, constexprs, attributes = {}, {}, {}
-    values = {**dict(zip(names, arguments)), **constants, **{k: v for k, v in tile.constants.items() if k in names}}
-    for index, name in enumerate(names):
-        value, free = values[name], kernel.params[index].do_not_specialize
+    signature: dict[str, Any] = {}
+    constexprs, attributes = {}, {}
+    values = {**dict(zip(names, launched.arguments)), **launched.constants}
+    values |= {name: size for name, size in tile.constants.items() if name in names}
+
+    def describe(value: Any, path: tuple[int, ...], free: bool) -> Any:
+        if isinstance(value, tuple | list):
+            return tuple(describe(element, (*path, index), free) for index, element in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif kernel.params[index].is_constexpr or value is None or (value == 1 and not free):
-            signature[name], constexprs[(index,)] = "constexpr", value
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
+        if value is None or (value == 1 and not free):
+            constexprs[path] = value
+            return "constexpr"
+        if value % 16 == 0 and not free:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32"
+
+    for index, name in enumerate(names):
+        parameter = kernel.params[index]
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            constexprs[(index,)] = values.get(name, parameter._param.default)
         else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not free:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes), tile
+            signature[name] = describe(values[name], (index,), parameter.do_not_specialize)
+    return ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
 
 
-def launch(row: Compilation, layer_forward: Callable[..., None], backward: Any) -> None:
+def launch(row: Compilation) -> None:
     """Call the launcher with tensors that have shapes and nothing else: M rows, N wide out, K wide in."""
     dtype, activation = getattr(torch, row.dtype), ACTIVATIONS[row.activation]
     M, N, K = 4096, 1024, 1024
@@ -134,17 +171,17 @@ def launch(row: Compilation, layer_forward: Callable[..., None], backward: Any) 
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, w, b, dz, z = tensor(M, K), tensor(N, K), tensor(N), tensor(M, N), tensor(M, K)
-    keeps = activation.keeps_preactivation
+    keeps, precision, tile = activation.keeps_preactivation, row.precision, row.tile
     if row.kernel == "forward":
-        layer_forward(x, w, b, tensor(M, N), tensor(M, N) if keeps else None, activation, row.precision, row.tile)
+        layer_forward.layer_forward(x, w, b, tensor(M, N), tensor(M, N) if keeps else None, activation, precision, tile)
     elif row.kernel == "dgrad":
-        backward.dgrad(dz, w, z, tensor(M, K), tensor(M, K) if keeps else None, activation, row.precision, row.tile)
+        layer_backward.dgrad(dz, w, z, tensor(M, K), tensor(M, K) if keeps else None, activation, precision, tile)
     elif row.kernel == "output_gradient":
-        backward.output_gradient(dz, tensor(M, N), tensor(M, N), activation, row.tile)
+        layer_backward.output_gradient(dz, tensor(M, N), tensor(M, N), activation, tile)
     else:
-        tile = row.tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
+        tile = tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
         split = 4 if row.kernel == "sum_partials" else 1
-        backward.wgrad(dz, x, w, b, row.precision, dataclasses.replace(tile, split=split))
+        layer_backward.wgrad(dz, x, w, b, precision, dataclasses.replace(tile, split=split))
 
 
 def read_cubin(compiled: Any) -> dict[str, int]:

@@ -72,6 +72,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
 
 
+@pytest.fixture(params=["layer", "network"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path that the public functions and modules take."""
+    from mlp_fused import functional
+
+    if request.param == "layer":
+        monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _fresh_settings() -> Iterator[None]:
     """Every test starts from torch's own precision settings and seed."""

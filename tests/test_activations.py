@@ -33,6 +33,8 @@ def test_extremes_are_torchs(name: str, device: str) -> None:
     """z = x * 1 + 0 for every extreme, forward and backward."""
     if name == "softshrink" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
         wanted = column([value for value in EXTREMES if value == value], device)  # older torch turns NaN into 0
+    elif name == "gelu":
+        wanted = column([value for value in EXTREMES if abs(value) != torch.inf], device)  # see the test below
     else:
         wanted = column(EXTREMES, device)
     one = torch.ones(1, 1, device=device)
@@ -46,6 +48,35 @@ def test_extremes_are_torchs(name: str, device: str) -> None:
     # At NaN torch's own CPU and CUDA kernels disagree about some gradients.
     finite = ~wanted.isnan()
     torch.testing.assert_close(dx[finite], torchs_dx[finite], rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+def test_gelu_at_infinity_is_its_limit(device: str) -> None:
+    """Where torch's own kernels disagree: inf or NaN, by device and by vector width."""
+    x = column([torch.inf], device).requires_grad_()
+    y = linear_act(x, torch.ones(1, 1, device=device), None, "gelu", backend="triton")
+    assert y.item() == torch.inf
+    assert torch.autograd.grad(y, x)[0].item() == 1
+
+
+def test_gelu_is_more_accurate_than_torchs_in_fp32(device: str) -> None:
+    """z Φ(z) and its derivative, fitted, over all of the range where they are not 0 or z."""
+    z = torch.linspace(-15, 15, 30001, device=device).unsqueeze(1)
+    wide = z.double()
+    cdf, pdf = torch.special.ndtr(wide), torch.exp(-wide.square() / 2) / (2 * torch.pi) ** 0.5
+    errors = []
+    for call in (
+        lambda x: linear_act(x, torch.ones(1, 1, device=device), None, "gelu", backend="triton"),
+        nn.functional.gelu,
+    ):
+        x = z.clone().requires_grad_()
+        y = call(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        errors.append([(y.detach() - wide * cdf).abs().max().item(), (dx - cdf - wide * pdf).abs().max().item()])
+    (forward, backward), (torchs_forward, torchs_backward) = errors
+    assert forward <= 1.1 * torchs_forward
+    assert backward <= 1.1 * torchs_backward
+    assert forward < 1e-6
+    assert backward < 2e-7
 
 
 MODULES = {

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,17 +13,41 @@ from cases import CASES, Case, Data, check, gradients, make, oracle
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, mlp, reference
-from mlp_fused.functional import IDENTITY, Layer, run_layers
+from mlp_fused.functional import IDENTITY, Layer, find_network, run_kernels, run_layers, run_network
+from mlp_fused.kernels import network
 from mlp_fused.kernels.configs import TileConfig
 from mlp_fused.kernels.launch import count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
+from mlp_fused.plan import NetworkPlan
+
+PATHS = ("layer", "network")
 
 
-def forward(case: Case, data: Data) -> Tensor:
-    """y through the kernels."""
+def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor, list[Layer], NetworkPlan | str]:
+    """x as rows, the layers, and the network path for them."""
     layers = [Layer(*layer) for layer in zip(data.weights, data.biases, case.activations)]
-    return run_layers(data.x, layers, case.dtype)
+    x = data.x.reshape(-1, data.x.shape[-1])
+    return x, layers, find_network(x, layers, case.dtype, recompute)
+
+
+def forward(case: Case, data: Data, path: str, recompute: bool | None = None) -> Tensor:
+    """y through the kernels of a path."""
+    x, layers, network_path = find(case, data, recompute)
+    if path == "layer":
+        y = run_layers(x, layers, case.dtype)
+    else:
+        assert isinstance(network_path, NetworkPlan), network_path
+        y = run_network(x, layers, network_path)
+    return y.view(*data.x.shape[:-1], y.shape[-1])
+
+
+def paths(case: Case) -> list[str]:
+    """The paths that a case has: not every width fits in one kernel."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    narrow = isinstance(find(case, make(replace(case, rows=3)))[2], NetworkPlan)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    return ["layer", "network"] if narrow else ["layer"]
 
 
 def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
@@ -29,20 +56,25 @@ def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
     return gradients(twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_forward_and_gradients(case: Case, device: str, poisoned: None) -> None:
+def name(value: object) -> str:
+    return value.id if isinstance(value, Case) else str(value)
+
+
+@pytest.mark.parametrize(("path", "case"), [(path, case) for case in CASES for path in paths(case)], ids=name)
+def test_forward_and_gradients(path: str, case: Case, device: str, poisoned: None) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     data = make(case, device)
     with count_launches() as launches:
-        ours = gradients(data, forward(case, data))
-    assert launches or case.rows == 0
+        ours = gradients(data, forward(case, data, path))
+    assert case.rows == 0 or any(name.startswith("network") for name in launches) == (path == "network")
     check(case, oracle(case, data), ours, by_torch(case, data))
 
 
 # Rows of 2^p and fewer bits keep every product and sum exact: 8 bits in bf16, 11 in fp16, 24 in fp32.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("activation", ["identity", "relu", "step"])
-def test_exact_on_integers(activation: str, dtype: torch.dtype, device: str, poisoned: None) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_exact_on_integers(path: str, activation: str, dtype: torch.dtype, device: str, poisoned: None) -> None:
     generator = torch.Generator().manual_seed(1)
     case = Case(37, (19, 5, 3), dtype, activation)
 
@@ -55,16 +87,19 @@ def test_exact_on_integers(activation: str, dtype: torch.dtype, device: str, poi
         leaf.requires_grad_()
     truth = oracle(case, data)
     assert max(value.abs().max() for value in truth.values.values()) < 2**8
-    for name, found in gradients(data, forward(case, data)).items():
+    for name, found in gradients(data, forward(case, data, path)).items():
         assert torch.equal(found.double(), truth.values[name]), name
 
 
-def test_the_same_bits_every_run(device: str) -> None:
+@pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_same_bits_every_run(path: str, recompute: bool | None, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        case = Case(130, (40, 50, 20), dtype, "gelu")
-        first, second = (gradients(data, forward(case, data)) for data in (make(case, device), make(case, device)))
-        for name in first:
-            assert torch.equal(first[name], second[name]), name
+        case = Case(1100, (40, 50, 20), dtype, "gelu")  # more rows than programs take at once
+        twins = (make(case, device), make(case, device))
+        runs = [gradients(data, forward(case, data, path, recompute)) for data in twins]
+        for name in runs[0]:
+            assert torch.equal(runs[0][name], runs[1][name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -81,11 +116,36 @@ def test_backward_rebuilds_the_very_bits_of_the_forward(dtype: torch.dtype, devi
     assert torch.equal(h, rebuilt)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "sigmoid"])
+def test_the_network_recomputes_the_very_bits_of_its_forward(
+    activation: str, dtype: torch.dtype, device: str, poisoned: None
+) -> None:
+    case = Case(100, (20, 32, 24, 17), dtype, activation)
+    data = make(case, device)
+    x, layers, path = find(case, data)
+    assert isinstance(path, NetworkPlan)
+    assert path.formulation == "recompute"
+    assert path.backward is not None
+    weights, biases, _ = zip(*layers)
+    net = path.network
+    y, dy = torch.empty_like(data.dy), data.dy
+    hidden, again = (torch.empty(case.rows * net.starts[-1], dtype=dtype, device=device) for _ in range(2))
+    # The interpreter's products are numpy's, whose last bit depends on how many rows there are.
+    tile = path.forward if device == "cuda" else path.backward
+    network.forward(x, weights, biases, y, net, tile, h=hidden)
+    nothing = network.gradients_of(net.widths, (False,) * 3, (False,) * 3, True)
+    network.recompute(x, dy, weights, biases, torch.empty_like(x), [], net, nothing, path.backward, h=again)
+    assert not hidden.isnan().any()
+    assert torch.equal(hidden, again)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_a_second_backward_over_a_kept_graph_gives_the_same(activation: str, device: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_second_backward_over_a_kept_graph_gives_the_same(path: str, activation: str, device: str) -> None:
     case = Case(activation=activation, output_activation=activation)
     data = make(case, device)
-    y = forward(case, data)
+    y = forward(case, data, path)
     leaves = list(data.leaves.values())
     first = torch.autograd.grad(y, leaves, data.dy, retain_graph=True)
     second = torch.autograd.grad(y, leaves, data.dy)
@@ -93,7 +153,7 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same(activation: str, dev
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_gradcheck(name: str) -> None:
+def test_gradcheck(name: str, path: str) -> None:
     data = make(Case(3, (2, 3, 2), torch.float64, name, name if name != "exp" else "identity"), seed=3)
     activations = Case(activation=name, output_activation=name if name != "exp" else "identity").activations
     leaves = tuple(data.leaves.values())
@@ -113,7 +173,8 @@ def test_gradcheck(name: str) -> None:
             assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_a_differentiated_gradient_is_torchs(device: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_differentiated_gradient_is_torchs(path: str, device: str) -> None:
     for activation, needs in itertools.product(
         ("tanh", "gelu", "identity"), ("everything", "parameters", "last layer")
     ):
@@ -122,7 +183,7 @@ def test_a_differentiated_gradient_is_torchs(device: str) -> None:
         twin = data.to(torch.float32)
         found = []
         for each, y in (
-            (data, forward(case, data)),
+            (data, forward(case, data, path)),
             (twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations)),
         ):
             leaves = [leaf for leaf in each.leaves.values() if leaf.requires_grad]
@@ -172,7 +233,7 @@ def test_every_kind_of_tile(tile: TileConfig, sizes: tuple[int, int, int], devic
             torch.testing.assert_close(found, expected, **close)
 
 
-def test_offsets_beyond_32_bits(device: str) -> None:
+def test_offsets_beyond_32_bits(device: str, path: str) -> None:
     """Two rows 2^31 elements apart, in memory that is never touched between them."""
     gap = 2**31 + 8
     storage = torch.empty(gap + 32, dtype=torch.bfloat16, device=device)
@@ -193,7 +254,7 @@ def test_nothing_is_computed_that_is_not_wanted(needs: str, device: str) -> None
     case = Case(widths=(20, 33, 24, 17), activation="gelu", needs=needs)
     data = make(case, device)
     with count_launches() as launches:
-        gradients(data, forward(case, data))
+        gradients(data, forward(case, data, "layer"))
     dgrads = {"input": 3, "weights": 2, "biases": 2, "first layer": 2, "last layer": 0, "nothing": 0}[needs]
     wgrads = {"input": 0, "weights": 3, "biases": 3, "first layer": 1, "last layer": 1, "nothing": 0}[needs]
     assert launches["layer_forward_kernel"] == 3
@@ -201,12 +262,53 @@ def test_nothing_is_computed_that_is_not_wanted(needs: str, device: str) -> None
     assert launches.get("wgrad_kernel", 0) == wgrads
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("needs", ["everything", "parameters", "input", "first layer", "last layer"])
-def test_one_tensor_is_kept_a_layer(activation: str, needs: str, device: str) -> None:
-    case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
+@pytest.mark.parametrize("needs", ["input", "weights", "biases", "first layer", "last layer", "nothing"])
+@pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
+def test_a_network_is_one_launch_forward_and_at_most_three_backward(recompute: bool, needs: str, device: str) -> None:
+    case = Case(dtype=torch.bfloat16, widths=(20, 33, 24, 17), activation="gelu", needs=needs)
     data = make(case, device)
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in (*data.weights, *filter(None.__ne__, data.biases))}
+    with count_launches() as launches:
+        y = forward(case, data, "network", recompute)
+    assert launches == {"network_forward_kernel": 1}
+    with count_launches() as launches:
+        gradients(data, y)
+    sums = 0 if needs in ("input", "nothing") else 1
+    chain = 0 if needs in ("last layer", "nothing") else 1
+    if recompute:
+        wanted = {"network_recompute_kernel": int(needs != "nothing"), "sum_partials_kernel": sums}
+    else:
+        wanted = {"network_dgrad_kernel": chain, "network_wgrad_kernel": sums, "sum_partials_kernel": sums}
+    assert launches == {name: count for name, count in wanted.items() if count}
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_what_a_network_keeps(activation: str, device: str) -> None:
+    case = Case(64, (32, 48, 16, 8), torch.bfloat16, activation=activation)
+    data = make(case, device)
+    for recompute, width in ((True, 32), (False, 32 + 48 + 16)):
+        assert kept_bytes(data, partial(forward, case, data, "network", recompute)) == 64 * width * 2
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
+def test_the_user_says_what_is_kept(recompute: bool, device: str) -> None:
+    """On either path, and the same gradients."""
+    for widths in ((20, 32, 24, 17), (20, 300, 17)):
+        case = Case(33, widths, activation="gelu")
+        data, twin = make(case, device), make(case, device)
+        y = []
+
+        def call(data: Data = data, y: list[Tensor] = y) -> None:
+            y.append(mlp(data.x, data.weights, data.biases, "gelu", backend="triton", recompute=recompute))
+
+        kept = kept_bytes(data, call)
+        assert kept == 33 * 4 * (widths[0] if recompute else sum(widths[:-1]))
+        check(case, oracle(case, data), gradients(data, y[0]), by_torch(case, twin))
+
+
+def kept_bytes(data: Data, call: Callable[[], object]) -> int:
+    """What a call saves for backward, parameters apart."""
+    tensors = (*data.weights, *(bias for bias in data.biases if bias is not None))
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -216,32 +318,42 @@ def test_one_tensor_is_kept_a_layer(activation: str, needs: str, device: str) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = forward(case, data)
+        y = call()
     del y
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("needs", ["everything", "parameters", "input", "first layer", "last layer"])
+def test_one_tensor_is_kept_a_layer(activation: str, needs: str, device: str) -> None:
+    case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
+    data = make(case, device)
+    kept = kept_bytes(data, lambda: forward(case, data, "layer"))
     x, hidden = 32, [48, 16]
     widths = {
         "everything": x + sum(hidden), "parameters": x + sum(hidden), "input": sum(hidden),
         "first layer": x + sum(hidden), "last layer": hidden[-1],
     }[needs]  # fmt: skip
-    assert sum(kept.values()) == 64 * widths * 4
+    assert kept == 64 * widths * 4
 
 
-def test_a_changed_weight_is_detected_as_torch_does(device: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_changed_weight_is_detected_as_torch_does(path: str, device: str) -> None:
     data = make(Case(), device)
-    y = forward(Case(), data)
+    y = forward(Case(), data, path)
     with torch.no_grad():
         data.weights[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(data.dy)
 
 
-def test_a_lazily_negated_input(device: str) -> None:
+def test_a_lazily_negated_input(device: str, path: str) -> None:
     data = make(Case(needs="parameters"), device)
     negative = torch.complex(data.x, data.x).conj().imag
     assert negative.is_neg()
     layers = [Layer(data.weights[0], data.biases[0], IDENTITY)]
-    y = run_layers(negative, layers, torch.float32)
-    torch.testing.assert_close(y, run_layers(-data.x, layers, torch.float32))
+    y = run_kernels(negative, layers, torch.float32)
+    torch.testing.assert_close(y, run_kernels(-data.x, layers, torch.float32))
 
 
 @pytest.mark.gpu
@@ -257,6 +369,34 @@ def test_weight_gradient_over_a_million_rows(dtype: torch.dtype, device: str) ->
     ):
         slack = torch.finfo(dtype).eps / 2 * true.abs().max()
         assert (found - true).abs().max() <= (torchs - true).abs().max() + slack
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_a_network_over_a_million_rows(dtype: torch.dtype, recompute: bool, device: str) -> None:
+    case = Case(2**20, (32, 32, 32), dtype, needs="parameters")
+    few = make(replace(case, rows=2**14), device)
+    dy = torch.randn(case.rows, 32, device=device).to(dtype)
+    data = Data(few.x.repeat(64, 1), few.weights, few.biases, dy)
+    twin = data.to(dtype)
+    ours = gradients(data, forward(case, data, "network", recompute))
+    torchs = gradients(twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
+    truth = oracle(case, data)
+    for name, true in truth.values.items():
+        slack = torch.finfo(dtype).eps / 2 * true.abs().max()
+        assert (ours[name] - true).abs().max() <= (torchs[name] - true).abs().max() + slack, name
+
+
+@pytest.mark.gpu
+def test_a_network_of_more_than_2_to_31_elements(device: str) -> None:
+    rows, width = 2**25 + 3, 64
+    x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    weights = [torch.randn(width, width, device=device, dtype=torch.bfloat16) / 8 for _ in range(2)]
+    y = mlp(x, weights, None, backend="triton")
+    some = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1], device=device)
+    torch.testing.assert_close(y[some], mlp(x[some], weights, None, backend="reference"))
 
 
 @pytest.mark.gpu

@@ -119,7 +119,7 @@ def test_the_environment_chooses_the_backend_and_debugging() -> None:
     counted = "import torch\nfrom mlp_fused import FusedMLP\nfrom mlp_fused.kernels.launch import count_launches\n"
     counted += "with count_launches() as c: y = FusedMLP(4, [3])(torch.randn(2, 4))\nprint(c)\n"
     found = run(counted, TRITON_INTERPRET="1", MLP_FUSED_BACKEND="triton")
-    assert found.stdout.strip() == "{'layer_forward_kernel': 1}", found.stderr
+    assert found.stdout.strip() == "{'network_forward_kernel': 1}", found.stderr
     wrong = run("import mlp_fused", MLP_FUSED_BACKEND="fast")
     assert "MLP_FUSED_BACKEND is 'fast'; it needs to be one of: auto, triton, reference" in wrong.stderr
     debugged = run(

@@ -54,7 +54,7 @@ class TileConfig:
     """How one program works: output tile block_m x block_n, block_k of the reduction at a time. 0: not used.
 
     `split` is how many programs share one output tile's reduction (weight gradients). `programs` is how many of a
-    persistent kernel are started for each multiprocessor.
+    persistent kernel are started at the most.
     """
 
     block_m: int
@@ -289,7 +289,8 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     block_k = STREAMED_COLUMNS[problem.dtype.itemsize] if problem.streams else 0
 
     def tile(rows: int, warps: int, stages: int) -> TileConfig:
-        return TileConfig(rows, block_k=block_k, num_warps=warps, num_stages=stages, programs=16 // warps)
+        programs = 16 // warps * device.multiprocessors
+        return TileConfig(rows, block_k=block_k, num_warps=warps, num_stages=stages, programs=programs)
 
     if device.backend == "hip":
         return [tile(64, 4, 1)]
@@ -310,7 +311,10 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
         return "the sums of a wider layer's weight gradient do not fit in registers"
     if problem.on_fma_units:
         return "full fp32 products of the transposed activations do not fit in registers"
-    tile = TileConfig(64, num_warps=8, programs=2) if problem.widest == 64 else TileConfig(32, num_warps=2, programs=8)
+    # db is a product with the fewest columns of ones that a tensor core takes; with one, a plain sum.
+    ones = 1 if problem.dtype.itemsize > 2 else 8 if device.backend == "cuda" else 16
+    rows, warps = (64, 8) if problem.widest == 64 else (32, 2)
+    tile = TileConfig(rows, ones, num_warps=warps, programs=16 // warps * device.multiprocessors)
     if problem.widest == 64 and (device.arch not in SHARED_OPERANDS or problem.dtype.itemsize > 2):
         return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
     limit = RECOMPUTE_WORDS[problem.widest] if problem.dtype.itemsize == 2 else RECOMPUTE_WORDS_FP32
@@ -325,7 +329,7 @@ def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
     elements = tile.num_warps * 32
     words = 0.0
     for n, k, keeps in zip(problem.pads[1:], problem.pads, problem.keeps_z):
-        words += (n * k + n * 8) / elements  # 8 columns of a product with ones
+        words += (n * k + n * tile.block_n) / elements
         words += tile.block_m * k * (1 + keeps) * problem.dtype.itemsize / 4 / elements
     return round(words)
 
@@ -333,10 +337,13 @@ def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
 def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Device) -> int:
     """Bytes that the weights, the loads in flight and a tile's conversions between layouts occupy at the most."""
     size = problem.dtype.itemsize
-    weights = sum(n * k for n, k in problem.held) * size
+    in_registers = device.backend == "hip"
+    weights = 0 if in_registers else sum(n * k for n, k in problem.held) * size
     rows = tile.block_m * problem.widest * size
     if problem.streams:
         in_flight = tile.num_stages * (tile.block_m + problem.pads[1]) * tile.block_k * size + rows
+    elif problem.kind == "recompute":
+        in_flight = rows * 2 * len(problem.pads)  # every layer's input and dz, as operands
     elif problem.kind == "dgrad" and tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages * len(problem.pads))
     elif tile.num_stages > 1:
@@ -363,4 +370,5 @@ def measured_formulations(device: str) -> dict[tuple[tuple[int, ...], str, str],
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
     """The tile of the kernel that does every dW and db from kept tensors: by rows; its sides are the weights' own."""
     rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else WGRAD_ROWS[dtype.itemsize]
-    return TileConfig(0, block_k=rows, num_warps=8, num_stages=2 if device.backend == "hip" else 3, programs=2)
+    ahead = device.backend == "cuda" and isinstance(device.arch, int) and device.arch < 100
+    return TileConfig(0, block_k=rows, num_warps=8, num_stages=3 if ahead else 2, programs=2 * device.multiprocessors)

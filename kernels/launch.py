@@ -12,7 +12,7 @@ from torch import Tensor
 from .configs import TileConfig
 from .language import tl
 
-__all__ = ["count_launches", "launch", "offset_type"]
+__all__ = ["cdiv", "count_launches", "launch", "offset_type"]
 
 _counters: list[dict[str, int]] = []
 
@@ -25,8 +25,10 @@ def launch(
         return
     for counter in _counters:
         counter[kernel.__name__] = counter.get(kernel.__name__, 0) + 1
-    guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-    with guard:  # Triton launches on the current device, which need not be the tensors'
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
+            kernel[(programs,)](*arguments, **constants, **tile.constants)
+    else:
         kernel[(programs,)](*arguments, **constants, **tile.constants)
 
 
@@ -39,6 +41,11 @@ def count_launches() -> Iterator[dict[str, int]]:
         yield counter
     finally:
         _counters.remove(counter)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own takes 5 µs.)"""
+    return -(-a // b)
 
 
 def offset_type(*tensors: Tensor | None) -> Any:

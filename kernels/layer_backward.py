@@ -17,7 +17,7 @@ from . import configs
 from .activations import Activation
 from .dot import activate, differentiate, multiply, store, tile_position
 from .language import tl, triton
-from .launch import launch, offset_type
+from .launch import cdiv, launch, offset_type
 
 __all__ = ["dgrad", "output_gradient", "sum_partials", "wgrad"]
 
@@ -60,7 +60,7 @@ def output_gradient(
     tile = tile or configs.choose(configs.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), configs.device_of(dz))
     launch(
         output_gradient_kernel,
-        triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),
+        cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
         dz.device,
         tile,
         dh, saved, dz, M, N, *dh.stride(),
@@ -139,7 +139,7 @@ def dgrad(
     tile = tile or configs.choose(configs.Problem("dgrad", M, K, N, dz.dtype, precision), configs.device_of(dz))
     launch(
         dgrad_kernel,
-        triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n),
+        cdiv(M, tile.block_m) * cdiv(K, tile.block_n),
         dz.device,
         tile,
         dz, weight, saved, dx, h, M, N, K, *dz.stride(), *weight.stride(),
@@ -230,7 +230,7 @@ def sum_partials(partial: Tensor, sums: Sequence[Tensor]) -> None:
     assert starts[-1] == size
     launch(
         sum_partials_kernel,
-        triton.cdiv(size, configs.SUM_PARTIALS.block_m),
+        cdiv(size, configs.SUM_PARTIALS.block_m),
         partial.device,
         configs.SUM_PARTIALS,
         partial, tuple(sums), starts, splits, size,
@@ -261,8 +261,8 @@ def wgrad(
     assert dw is None or (h is not None and h.shape == (M, K) and dw.shape == (N, K) and dw.is_contiguous())
     assert db is None or (db.shape == (N,) and db.is_contiguous())
     tile = tile or configs.choose(configs.Problem("wgrad", N, K, M, dz.dtype, precision), configs.device_of(dz))
-    chunk = max(1, triton.cdiv(triton.cdiv(M, tile.split), tile.block_k)) * tile.block_k
-    splits = max(1, triton.cdiv(M, chunk))
+    chunk = max(1, cdiv(cdiv(M, tile.split), tile.block_k)) * tile.block_k
+    splits = max(1, cdiv(M, chunk))
     size_w, size_b = (0 if total is None else total.numel() for total in (dw, db))
     sums_w, sums_b = dw, db
     if splits > 1:
@@ -273,7 +273,7 @@ def wgrad(
     h = dz if h is None else h  # not read where dw is None
     launch(
         wgrad_kernel,
-        triton.cdiv(N, tile.block_m) * triton.cdiv(K, tile.block_n) * splits,
+        cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * splits,
         dz.device,
         tile,
         dz, h, sums_w, sums_b, M, N, K, *dz.stride(), *h.stride(), size_w + size_b, chunk,

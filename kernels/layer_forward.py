@@ -8,7 +8,7 @@ from . import configs
 from .activations import Activation
 from .dot import activate, multiply, round_to, store, tile_position
 from .language import tl, triton
-from .launch import launch, offset_type
+from .launch import cdiv, launch, offset_type
 
 __all__ = ["layer_forward"]
 
@@ -84,7 +84,7 @@ def layer_forward(
     tile = tile or configs.choose(configs.Problem("forward", M, N, K, x.dtype, precision), configs.device_of(x))
     launch(
         layer_forward_kernel,
-        triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),
+        cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
         x.device,
         tile,
         x, weight, bias, h, z, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import configs
 from .activations import Activation
 from .configs import TileConfig, padded
 from .dot import activate, differentiate, dot, multiply, round_to, store
 from .language import tl, triton
-from .launch import launch, offset_type
+from .launch import cdiv, launch, offset_type
 from .layer_backward import sum_partials
 
 __all__ = ["Gradients", "Network", "dgrad", "forward", "gradients_of", "network_of", "recompute", "wgrad"]
@@ -342,7 +341,7 @@ def network_recompute_kernel(
     GRADIENTS: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ONES: tl.constexpr,  # columns of ones that db is a product with: the fewest that a tensor core multiplies
+    BLOCK_N: tl.constexpr,  # columns of ones that db is a product with
 ):
     LAST: tl.constexpr = len(w_ptrs) - 1
     LOWEST: tl.constexpr = GRADIENTS.lowest
@@ -352,8 +351,8 @@ def network_recompute_kernel(
     dws, dbs = (), ()
     for i in tl.static_range(LOWEST, LAST + 1):
         dws = dws + (tl.full([NET.pads[i + 1], NET.pads[i]] if GRADIENTS.weights[i] else [1, 1], 0.0, NET.accumulator),)
-        dbs = dbs + (tl.full([NET.pads[i + 1], ONES] if GRADIENTS.biases[i] else [1, 1], 0.0, NET.accumulator),)
-    ones = round_to(tl.full([BLOCK_M, ONES], 1.0, NET.accumulator), NET.compute)
+        dbs = dbs + (tl.full([NET.pads[i + 1], BLOCK_N] if GRADIENTS.biases[i] else [1, 1], 0.0, NET.accumulator),)
+    ones = round_to(tl.full([BLOCK_M, BLOCK_N], 1.0, NET.accumulator), NET.compute)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(OFFSET)
         inside = rows < M
@@ -561,7 +560,7 @@ def forward(
     rows = x.shape[0]
     launch(
         network_forward_kernel,
-        _programs(rows, tile, x),
+        min(cdiv(rows, tile.block_m), tile.programs),
         x.device,
         tile,
         x, y, weights, biases, kept, z, h, rows, *x.stride(),
@@ -591,7 +590,7 @@ def recompute(
         sums: the wanted ones of dW_1, db_1, dW_2 …, contiguous, written, of any float dtype.
     """
     rows = x.shape[0]
-    programs = _programs(rows, tile, x)
+    programs = min(cdiv(rows, tile.block_m), tile.programs)
     partial = _partial(programs, network, gradients, x)
     launch(
         network_recompute_kernel,
@@ -602,7 +601,6 @@ def recompute(
         NET=network,
         GRADIENTS=gradients,
         OFFSET=_offset_type(network, rows, x, dy),
-        ONES=_ones(network, x),
     )  # fmt: skip
     if sums:
         sum_partials(partial, sums)
@@ -631,7 +629,7 @@ def dgrad(
     rows = dy.shape[0]
     launch(
         network_dgrad_kernel,
-        _programs(rows, tile, dy),
+        min(cdiv(rows, tile.block_m), tile.programs),
         dy.device,
         tile,
         dy, dx, weights, kept, own, dz, last, rows, *dy.stride(),
@@ -660,9 +658,9 @@ def wgrad(
     """
     rows = x.shape[0]
     tiles = gradients.tile_starts[-1]
-    most = max(1, tile.programs * configs.device_of(x).multiprocessors // tiles)
-    chunk = triton.cdiv(triton.cdiv(rows, most), tile.block_k) * tile.block_k
-    splits = triton.cdiv(rows, chunk)
+    most = max(1, tile.programs // tiles)
+    chunk = cdiv(cdiv(rows, most), tile.block_k) * tile.block_k
+    splits = cdiv(rows, chunk)
     partial = _partial(splits, network, gradients, x)
     launch(
         network_wgrad_kernel,
@@ -677,25 +675,14 @@ def wgrad(
     sum_partials(partial, sums)
 
 
-def _programs(rows: int, tile: TileConfig, tensor: Tensor) -> int:
-    """A persistent kernel's programs: as many as run at a time, or as there are tiles of rows."""
-    return min(triton.cdiv(rows, tile.block_m), tile.programs * configs.device_of(tensor).multiprocessors)
-
-
 def _partial(programs: int, network: Network, gradients: Gradients, like: Tensor) -> Tensor:
     dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
     return torch.empty((programs, gradients.starts[-1]), dtype=dtype, device=like.device)
-
-
-def _ones(network: Network, tensor: Tensor) -> int:
-    """The fewest columns that a tensor core multiplies by; one where db is a plain sum."""
-    if not network.sums_by_dot:
-        return 1
-    return 8 if configs.device_of(tensor).backend == "cuda" else 16
 
 
 def _offset_type(network: Network, rows: int, *strided: Tensor) -> Any:
     """The integer type for offsets: 64 bits where any element lies at 2^31 or beyond."""
     if rows * network.row_elements >= 2**31 or network.is_wide:
         return tl.int64
-    return offset_type(*strided)
+    scattered = [tensor for tensor in strided if not tensor.is_contiguous()]
+    return offset_type(*scattered) if scattered else tl.int32

@@ -12,11 +12,13 @@ see such a tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
@@ -32,6 +34,13 @@ from .plan import (
     network_path,
     why_reference,
 )
+
+try:
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+
+    TensorGuards: Any = _TensorGuards
+except ImportError:  # it is no public name; without it, every call decides anew
+    TensorGuards = None
 
 __all__ = ["Layer", "linear_act", "mlp"]
 
@@ -179,12 +188,56 @@ def run_kernels(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recomput
         x = x.reshape(-1, shape[-1])
     path = find_network(x, layers, dtype, recompute)
     if isinstance(path, NetworkPlan):
-        y = run_network(x, layers, path)
+        weights, biases, _ = zip(*layers)
+        y = run_network(x, weights, biases, path)
     elif recompute and torch.is_grad_enabled():
         y = checkpoint(run_layers, x, layers, dtype, use_reentrant=False)
     else:
         y = run_layers(x, layers, dtype)
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
+
+
+class Decision:
+    """The network path that a call took; later calls that it holds for take it without deciding again.
+
+    Whether it holds is asked of torch.compile's guards, which compare every tensor's type, dtype, device, sizes,
+    strides, requires_grad and dispatch keys (autocast, inference mode) in C++: a tenth of the time of deciding.
+    """
+
+    def __init__(
+        self, x: Tensor, parameters: tuple[Tensor | None, ...], settings: tuple[object, ...], path: NetworkPlan
+    ) -> None:
+        self.path = path
+        self.settings = settings
+        self.types = tuple(map(type, parameters))
+        tensors = _present(x, parameters, self.types)
+        sizes = [[None, x.shape[1]], *(list(each.shape) for each in tensors[1:])]
+        strides = [[None, None], *(list(each.stride()) for each in tensors[1:])]
+        self.guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+    def holds(self, x: Tensor, parameters: tuple[Tensor | None, ...], settings: tuple[object, ...]) -> bool:
+        """Whether a call with these would decide the same."""
+        types = tuple(map(type, parameters))
+        return settings == self.settings and types == self.types and self.guards.check(*_present(x, parameters, types))
+
+
+def _present(x: Tensor, parameters: tuple[Tensor | None, ...], types: tuple[type, ...]) -> tuple[Any, ...]:
+    if NoneType in types:
+        parameters = tuple(parameter for parameter in parameters if parameter is not None)
+    return x, *parameters
+
+
+def settings(backend: Backend, recompute: bool | None) -> tuple[object, ...]:
+    """All that a path is decided by besides tensors."""
+    return (
+        backend,
+        recompute,
+        torch.is_grad_enabled(),
+        float32_precision(),
+        torch._C._are_functorch_transforms_active(),
+        forward_ad._current_level,
+        torch._C._get_tracing_state(),
+    )
 
 
 def find_network(
@@ -202,12 +255,11 @@ def find_network(
     return network_path(widths, strides, activations, dtype, precision, configs.device_of(x), training, recompute)
 
 
-def run_network(x: Tensor, layers: Sequence[Layer], path: NetworkPlan) -> Tensor:
+def run_network(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], path: NetworkPlan) -> Tensor:
     """The network path: x (M, d_0) -> y (M, d_L)."""
-    weights, biases, _ = zip(*layers)
     if path.formulation is None:
         return _network_forward(x, weights, biases, path)
-    return _NetworkFunction.apply(x, path, *weights, *biases)
+    return _NetworkFunction.call(x, path, *weights, *biases)
 
 
 def _network_forward(
@@ -215,13 +267,12 @@ def _network_forward(
 ) -> Any:
     """y; with `keep`, (y, what is kept of the hidden layers, the last pre-activation where that one is needed)."""
     net, rows = path.network, x.shape[0]
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=net.dtype, device=x.device)
-
-    y = empty(rows, net.widths[-1])
-    kept = empty(rows * net.starts[-1]) if keep and net.layers > 1 else None
-    z = empty(rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
+    y = x.new_empty((rows, net.widths[-1]), dtype=net.dtype)
+    kept = z = None
+    if keep and net.layers > 1:
+        kept = x.new_empty((rows * net.starts[-1],), dtype=net.dtype)
+    if keep and net.keeps_z[-1]:
+        z = torch.empty_like(y)
     if rows:
         network.forward(x, weights, biases, y, net, path.forward, kept=kept, z=z)
     return (y, kept, z) if keep else y
@@ -230,9 +281,13 @@ def _network_forward(
 class _NetworkFunction(torch.autograd.Function):
     """(x, W_1 …, b_1 …) -> y: a whole network."""
 
+    @classmethod
+    def call(cls, *arguments: Any) -> Any:
+        """`apply` without its search for tensors of torch.func transforms, which never come here: 2 µs less."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, path: NetworkPlan, *parameters: Tensor | None) -> Tensor:
-        ctx.set_materialize_grads(False)
         ctx.path = path
         layers = path.network.layers
         if path.formulation == "stored":
@@ -240,18 +295,18 @@ class _NetworkFunction(torch.autograd.Function):
             own = None
             if path.network.activates_output:
                 own = y if z is None else z
-            ctx.save_for_backward(x, kept, own, *parameters)
+            ctx.save_for_backward(x, *parameters, kept, own)
         else:
             y = _network_forward(x, parameters[:layers], parameters[layers:], path)
-            ctx.save_for_backward(x, None, None, *parameters)
+            ctx.save_for_backward(x, *parameters)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        x, kept, own, *parameters = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, _, *needs = ctx.needs_input_grad
+        x, *saved = ctx.saved_tensors
+        parameters = saved[: len(needs)]
+        kept, own = saved[len(needs) :] or (None, None)
         if torch.is_grad_enabled():
             dx, gradients = _differentiable_network_backward(ctx.path.network, x, parameters, dy, needs_x, needs)
         else:

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from . import plan
-from .functional import IDENTITY, Layer, check_call, run_kernels
+from .functional import (
+    IDENTITY,
+    Decision,
+    Layer,
+    TensorGuards,
+    check_call,
+    find_network,
+    run_kernels,
+    run_network,
+    settings,
+)
 from .kernels import configs
 from .kernels.activations import Activation, find, resolve
 from .reference import linear_act
@@ -46,6 +56,7 @@ class _WithBackend:
 
     _backend: plan.Backend = "auto"
     _recompute: bool | None = None
+    _segments: _Segments | None = None
 
     @property
     def backend(self) -> plan.Backend:
@@ -227,18 +238,37 @@ class FusedMLP(_WithBackend, nn.Sequential):
             if self._recompute and torch.is_grad_enabled():
                 return checkpoint(self._forward_as_modules, input, use_reentrant=False)
             return self._forward_as_modules(input)
-        for run in _runs(self):
-            layers = run.layers()
-            if layers:
-                dtype = check_call(input, layers)
-                if plan.why_reference(input, layers, dtype, self._backend) is None:
-                    input = run_kernels(input, layers, dtype, self._recompute)
-                    continue
-            if self._recompute and torch.is_grad_enabled():
-                input = checkpoint(run.call, input, use_reentrant=False)
-            else:
-                input = run.call(input)
+        segments = self._segments
+        if segments is None or not segments.hold(self):
+            segments = self._segments = _Segments(self)
+        for run in segments.runs:
+            input = self._run(run, input)
         return input
+
+    def _run(self, run: _Run, input: Tensor) -> Tensor:
+        """One run: as the last call took it where nothing has changed since, or decided anew."""
+        if run.linears:
+            repeats = isinstance(input, Tensor) and input.dim() == 2 and not torch.compiler.is_compiling()
+            if repeats:
+                weights, biases = run.parameters()
+                now = settings(self._backend, self._recompute)
+                for decision in run.decisions:
+                    if decision.holds(input, weights + biases, now):
+                        return run_network(input, weights, biases, decision.path)
+            layers = run.layers()
+            dtype = check_call(input, layers)
+            if plan.why_reference(input, layers, dtype, self._backend) is None:
+                path = find_network(input, layers, dtype, self._recompute) if repeats else None
+                if isinstance(path, plan.NetworkPlan) and TensorGuards is not None:
+                    run.decisions = [Decision(input, weights + biases, now, path), *run.decisions[:1]]
+                return run_kernels(input, layers, dtype, self._recompute)
+        if self._recompute and torch.is_grad_enabled():
+            return checkpoint(run.call, input, use_reentrant=False)
+        return run.call(input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is only remembered between calls: kernels are not for pickling."""
+        return {**self.__dict__, "_segments": None}
 
     def _wants_kernels(self) -> bool:
         """Whether the user asked for kernels even on a CPU, which is where the interpreter runs them."""
@@ -348,12 +378,14 @@ def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
     return tuple(layer.weight.shape[1] for layer in layers[:1]) + tuple(layer.weight.shape[0] for layer in layers)
 
 
-class _Run(NamedTuple):
+class _Run:
     """Neighbouring children: Linear layers with activations, which kernels can take; or one that runs as itself."""
 
-    children: list[nn.Module]
-    linears: list[tuple[nn.Linear, Activation]]
-    reason: str | None = None  # why it runs as itself
+    def __init__(self, children: list[nn.Module], reason: str | None = None) -> None:
+        self.children = children
+        self.linears: list[tuple[nn.Linear, Activation]] = []
+        self.reason = reason  # why it runs as itself
+        self.decisions: list[Decision] = []  # the last two network paths: training and evaluation alternate
 
     def call(self, input: Tensor) -> Tensor:
         """The children as they are."""
@@ -361,16 +393,63 @@ class _Run(NamedTuple):
             input = child(input)
         return input
 
+    def parameters(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Weights and biases."""
+        owners = [linear._parameters for linear, _ in self.linears]
+        return tuple([owner["weight"] for owner in owners]), tuple([owner["bias"] for owner in owners])
+
     def layers(self) -> tuple[Layer, ...]:
-        return tuple(Layer(linear.weight, linear.bias, activation) for linear, activation in self.linears)
+        return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears)))
 
     def named_children(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         mine = {id(child) for child in self.children}
         return [(name, child) for name, child in model._modules.items() if child is not None and id(child) in mine]
 
 
+class _Segments:
+    """The runs of a network, and what tells whether they still are: looked at on every call, as children may change."""
+
+    def __init__(self, model: nn.Sequential) -> None:
+        self.runs = _runs(model)
+        self.children = tuple(model._modules.values())
+        self.types = tuple(map(type, self.children))
+        self.dicts = [child.__dict__ for child in self.children if child is not None]
+        self.hooks = [attributes[name] for attributes in self.dicts for name in HOOKS]
+        self.parameters = [linear._parameters for run in self.runs for linear, _ in run.linears]
+        self.plain = self._are_plain()
+        # What an activation is by, and whether Dropout drops.
+        self.settings = [
+            (child.__dict__, name, value)
+            for run in self.runs
+            if run.linears
+            for child in run.children
+            if type(child) is not nn.Linear
+            for name, value in child.__dict__.items()
+            if not name.startswith("_") and name != "inplace" and (name != "training" or type(child) is nn.Dropout)
+        ]
+
+    def hold(self, model: nn.Sequential) -> bool:
+        """Whether the children are the same, of the same kind and settings, without hooks or patches."""
+        return (
+            self.plain
+            and tuple(model._modules.values()) == self.children
+            and tuple(map(type, self.children)) == self.types
+            and self._are_plain()
+            and all(map(dict.__contains__, self.parameters, itertools.repeat("weight")))
+            and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
+        )
+
+    def _are_plain(self) -> bool:
+        """Whether no child has a hook or a patched forward."""
+        return not (
+            any(self.hooks)
+            or any(map(dict.__contains__, self.dicts, itertools.repeat("forward")))
+            or _has_any_global_hook()
+        )
+
+
 def _runs(model: nn.Sequential) -> list[_Run]:
-    """The children of a network, parted into runs. Made anew each call: children may change at any time."""
+    """The children of a network, parted into runs."""
     runs: list[_Run] = []
     run: _Run | None = None
     takes_activation = False  # whether the run's last Linear is still without one
@@ -380,7 +459,7 @@ def _runs(model: nn.Sequential) -> list[_Run]:
         if why is None:
             activation = child.activation if type(child) is FusedLinear else IDENTITY
             if run is None:
-                run = _Run([], [])
+                run = _Run([])
                 runs.append(run)
             assert isinstance(child, nn.Linear)
             run.linears.append((child, activation))
@@ -397,7 +476,7 @@ def _runs(model: nn.Sequential) -> list[_Run]:
             run.linears[-1] = (run.linears[-1][0], found)
             takes_activation = found is IDENTITY
         else:
-            runs.append(_Run([child], [], why))
+            runs.append(_Run([child], why))
             run = None
             continue
         run.children.append(child)
@@ -417,14 +496,11 @@ def _why_unfused(module: nn.Module) -> str | None:
     return None
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return "forward" in module.__dict__ or any(module.__dict__[name] for name in HOOKS)
 
 
 def _is_inert(module: nn.Module) -> bool:

@@ -84,7 +84,7 @@ def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
 
 def float32_precision() -> str:
     """How fp32 is multiplied, "tf32" or "ieee": torch's own setting, whichever of its switches was used."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
 
 
 @functools.lru_cache(maxsize=64)

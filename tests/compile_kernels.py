@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 
 from mlp_fused import ACTIVATIONS
+from mlp_fused.functional import run_network
 from mlp_fused.kernels import configs, layer_backward, layer_forward, network
 from mlp_fused.kernels.configs import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig, choose
+from mlp_fused.plan import network_path
 
 # One device an architecture.
 TARGETS = {name: DEVICES[name] for name in ("NVIDIA A100", "NVIDIA H100", "NVIDIA B200", "AMD MI300X")}
@@ -48,6 +51,76 @@ class Compilation:
         return f"{self.kernel}-{self.target}-{self.dtype}-{self.precision}-{self.activation}-{self.tile}".replace(
             " ", ""
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkCompilation:
+    """The kernels of one narrow network on one target: its forward in training, and its backward as the rule has it."""
+
+    target: str
+    dtype: str
+    precision: str
+    activation: str
+    widths: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        widths = "x".join(map(str, self.widths))
+        return f"network-{widths}-{self.target}-{self.dtype}-{self.precision}-{self.activation}".replace(" ", "")
+
+
+def networks(full: bool) -> list[NetworkCompilation]:
+    """Widths 16 to 128 with 1, 3 and 5 hidden layers, and wide inputs; fp32 with 1 and 3.
+
+    By default every target, width, depth and dtype, each with one of the activations.
+    """
+    found = []
+    turn = 0
+    for target in TARGETS:
+        for dtype, precision in FORMS:
+            depths = (1, 3, 5) if dtype.itemsize == 2 else (1, 3)
+            shapes = [(width,) * (hidden + 2) for width in (16, 32, 64, 128) for hidden in depths]
+            shapes += [(784, 64, 64, 10), (784, 128, 128, 10), (784, 256, 10)]
+            for widths in shapes:
+                turn += 1
+                for activation in ("relu", "gelu") if full else (("relu", "gelu")[turn % 2],):
+                    found.append(NetworkCompilation(target, str(dtype)[6:], precision, activation, widths))
+    return found
+
+
+def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
+    """One reading a kernel, or the reason why the network takes the layer path."""
+    device, dtype = TARGETS[row.target], getattr(torch, row.dtype)
+    layers = len(row.widths) - 1
+    activations = (ACTIVATIONS[row.activation],) * (layers - 1) + (ACTIVATIONS["identity"],)
+    strides = tuple((k, 1, 1) for k in row.widths[:-1])
+    path = network_path(row.widths, strides, activations, dtype, row.precision, device, training=True)
+    if isinstance(path, str):
+        return [{"id": row.id, "kernel": "layer path", "reason": path}]
+    rows = 2**20
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    x, dy = tensor(rows, row.widths[0]), tensor(rows, row.widths[-1])
+    weights = tuple(tensor(n, k) for k, n in itertools.pairwise(row.widths))
+    biases = tuple(tensor(n) for n in row.widths[1:])
+
+    def train() -> None:
+        y = run_network(x, weights, biases, path)
+        torch.autograd.grad(y, [x, *weights, *biases], dy)
+
+    readings = []
+    for launched in capture(train, device):
+        kind = launched.kernel.__name__.removeprefix("network_").removesuffix("_kernel")
+        reading = read(launched, device)
+        tile = launched.tile
+        counted = 0
+        if kind in ("forward", "recompute", "dgrad"):
+            problem = configs.NetworkProblem(kind, path.network.pads, path.network.keeps_z, dtype, row.precision)
+            counted = configs.network_shared_memory(problem, tile, device)
+        readings.append({"id": row.id, "kernel": kind, "tile": str(tile), "counted": counted, **reading})
+    return readings
 
 
 def compilations(full: bool) -> list[Compilation]:
@@ -223,23 +296,31 @@ def read_amdgcn(text: str) -> dict[str, int]:
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Lines for people to read."""
     columns = ("registers", "spills", "shared", "wgmma", "tcgen05", "mma", "mfma")
-    width = max(len(row["id"]) for row in rows)
+    names = [f"{row['id']} {row.get('kernel', '')} {row.get('tile', '')}".strip() for row in rows]
+    width = max(map(len, names))
     yield "compiled".ljust(width) + "".join(column.rjust(10) for column in columns)
-    for row in rows:
-        yield row["id"].ljust(width) + "".join(str(row.get(column, "-")).rjust(10) for column in columns)
+    for name, row in zip(names, rows):
+        readings = "".join(str(row.get(column, "-")).rjust(10) for column in columns)
+        yield name.ljust(width) + (f"   {row['reason']}" if "reason" in row else readings)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--full", action="store_true", help="every kernel with every tile on every target")
     parser.add_argument("--json", action="store_true", help="a JSON object a line, instead of a table")
+    parser.add_argument("--networks", action="store_true", help="narrow networks in one kernel, instead of layers")
     options = parser.parse_args()
     with ProcessPoolExecutor(2) as pool:
-        rows = []
-        for row in pool.map(compile_one, compilations(options.full), chunksize=4):
-            rows.append(row)
+        rows: list[dict[str, Any]] = []
+        if options.networks:
+            found = pool.map(compile_network, networks(options.full), chunksize=4)
+        else:
+            found = ([row] for row in pool.map(compile_one, compilations(options.full), chunksize=4))
+        for readings in found:
+            rows += readings
             if options.json:
-                print(json.dumps(row), flush=True)
+                for reading in readings:
+                    print(json.dumps(reading), flush=True)
     if not options.json:
         print("\n".join(table(rows)))
 

@@ -75,10 +75,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["layer", "network"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The path that the public functions and modules take."""
-    from mlp_fused import functional
+    from mlp_fused import functional, module
 
     if request.param == "layer":
-        monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
+        for taker in (functional, module):
+            monkeypatch.setattr(taker, "find_network", lambda *arguments: "the other path is tested")
     return request.param
 
 

@@ -38,7 +38,7 @@ def forward(case: Case, data: Data, path: str, recompute: bool | None = None) ->
         y = run_layers(x, layers, case.dtype)
     else:
         assert isinstance(network_path, NetworkPlan), network_path
-        y = run_network(x, layers, network_path)
+        y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)
     return y.view(*data.x.shape[:-1], y.shape[-1])
 
 

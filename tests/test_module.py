@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +160,89 @@ def test_every_change_of_the_children_is_seen_by_the_next_call(device: str, path
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
     agrees(0)
     handle.remove()
+
+
+def _shrink(model: FusedMLP) -> None:
+    model[0].weight.data = model[0].weight.data[:8]  # the same address, contiguous, smaller
+    model[0].bias.data = model[0].bias.data[:8]
+    model[3].weight.data = model[3].weight.data[:, :8]
+
+
+CHANGES = {
+    "nothing": lambda model: None,
+    "values": lambda model: model[0].weight.data.add_(1),
+    "shapes under the same parameters": _shrink,
+    "strides": lambda model: setattr(model[3].weight, "data", model[3].weight.data.t().contiguous().t()),
+    "another parameter": lambda model: setattr(model[0], "weight", nn.Parameter(torch.randn_like(model[0].weight))),
+    "no bias": lambda model: setattr(model[0], "bias", None),
+    "frozen": lambda model: model[0].requires_grad_(False),
+    "all frozen": lambda model: model.requires_grad_(False),
+    "bfloat16": lambda model: model.bfloat16(),
+    "recompute": lambda model: setattr(model, "recompute", True),
+    "backend": lambda model: setattr(model, "backend", "reference"),
+    "load_state_dict": lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_repeated_call_sees_what_has_changed(change: str, device: str) -> None:
+    """What is remembered of one call holds for the next one only where nothing it depends on has changed."""
+    torch.manual_seed(1)
+    model = FusedMLP(20, [16, 4], activation_layer="gelu", backend="triton").to(device)
+    x = torch.randn(9, 20, device=device)
+    for _ in range(3):
+        model(x)
+    with torch.no_grad():
+        model(x)
+    CHANGES[change](model)
+    x = x.to(model[0].weight.dtype)
+    fresh = copy.deepcopy(model)  # which remembers nothing
+    results = []
+    for each in (model, fresh):
+        each.zero_grad()
+        with count_launches() as launches:
+            y = each(x)
+            if y.requires_grad:
+                y.square().sum().backward()
+        with torch.no_grad():
+            evaluated = each(x)
+        grads = [p.grad for p in each.parameters()]
+        results.append((launches, y.detach(), evaluated, grads))
+    (launches, y, evaluated, grads), (fresh_launches, fresh_y, fresh_evaluated, fresh_grads) = results
+    assert launches == fresh_launches
+    assert torch.equal(y, fresh_y)
+    assert torch.equal(evaluated, fresh_evaluated)
+    for grad, fresh_grad in zip(grads, fresh_grads, strict=True):
+        assert (grad is None) == (fresh_grad is None)
+        assert grad is None or torch.equal(grad, fresh_grad)
+
+
+def test_a_repeated_call_sees_the_context(device: str) -> None:
+    model = FusedMLP(20, [16, 4], backend="triton").to(device)
+    x = torch.randn(9, 20, device=device)
+    first = model(x)
+    kind = "cuda" if device == "cuda" else "cpu"
+    with torch.autocast(kind, torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    assert torch.equal(model(x), first)
+    with torch.inference_mode():
+        assert model(x).is_inference()
+    assert model(x.requires_grad_()).requires_grad
+    assert torch.equal(model(x.view(3, 3, 20)).view(9, 4), first)
+    assert model(x[:0]).shape == (0, 4)
+    with pytest.raises(RuntimeError, match="its last dimension needs to be 20"):
+        model(x[:, :7])
+    doubled = {name: 2 * value for name, value in model.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(model, doubled, (x,)), nn.Sequential(*model)(x)) is False
+    assert torch.equal(model(x), first)
+
+
+def test_a_model_that_was_called_can_be_copied_and_pickled(device: str) -> None:
+    model = FusedMLP(20, [16, 4], backend="triton").to(device)
+    x = torch.randn(9, 20, device=device)
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
 
 
 def test_slices_are_sequential() -> None:

@@ -8,7 +8,7 @@ A row is a dict of plain values:
     first_call_s            the first call: compiling, or loading what was compiled before
     ms, kernel_ms, quartiles, rounds, calls    see timing.py; `repeat_ms` is ms again, after the baselines: the noise
     sets                    how many inputs were rotated
-    flops, bytes            by `mlp_fused.plan.work`: the layers one after the other; a step adds the loss's and Adam's
+    flops, bytes            by `mlp_fused.plan.work`, of the path it runs on; a step adds the loss's and Adam's
     ceilings                FLOP/s and bytes/s of a large product and a large copy in the same process
     floor_s, bound, tflops, gbps, floor_ratio  the floor these imply, what it is bound by, and kernel_ms against it
     copy                    x from the host: for each way ms, host_ms, gbps, and `to_kernel`, the copy over the kernel
@@ -45,7 +45,8 @@ from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, Cell, Problem
 from bench.timing import DTYPES, Ceilings, Timed
 from mlp_fused import FusedMLP
-from mlp_fused.plan import Work, work
+from mlp_fused.kernels import configs
+from mlp_fused.plan import Work, float32_precision, work
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -72,7 +73,7 @@ def why_not(cell: Cell, device: str, *, full: bool = True) -> str | None:
         return None if torch.cuda.is_available() else f"no CUDA device (torch {torch.__version__})"
     if cell.phase == "lecture":
         return None if full else "takes half a minute on a CPU: runs with --benchmark only"
-    limit, needed = CPU_FLOPS[cell.problem.dtype], work_of(cell.problem, cell.phase)
+    limit, needed = CPU_FLOPS[cell.problem.dtype], work_of(cell.problem, cell.phase, device)
     if needed.flops > limit:
         bits = "16 bits" if cell.problem.dtype != "fp32" else "fp32"
         return f"more than {limit / 1e9:g} GFLOP in {bits}: not on a CPU"
@@ -81,8 +82,8 @@ def why_not(cell: Cell, device: str, *, full: bool = True) -> str | None:
     return None
 
 
-def work_of(problem: Problem, phase: str) -> Work:
-    """FLOPs and bytes of a phase: the layers' own; for a step also the bytes that the loss and Adam must move.
+def work_of(problem: Problem, phase: str, device: str) -> Work:
+    """FLOPs and bytes of a phase on the path that it takes on a device; of a step also what the loss and Adam move.
 
     Adam reads the parameter, its gradient and two moments, and writes all but the gradient; the cross entropy reads the
     logits and writes their gradient. Their FLOPs are not counted.
@@ -90,7 +91,11 @@ def work_of(problem: Problem, phase: str) -> Work:
     if phase == "lecture":
         n = problem.rows
         return Work(2 * n**3, 3 * n * n * DTYPES[problem.dtype].itemsize)
-    parts = work(problem.rows, problem.widths, DTYPES[problem.dtype], problem.activation)
+    gpu = configs.describe("cuda") if device == "cuda" else None
+    precision = float32_precision() if problem.dtype == "fp32" else "ieee"
+    parts = work(
+        problem.rows, problem.widths, DTYPES[problem.dtype], problem.activation, device=gpu, precision=precision
+    )
     if phase in ("forward", "copy"):
         return parts["inference"]
     if phase == "backward":
@@ -475,7 +480,7 @@ def _measure_model(bench: Bench, phase: str) -> tuple[dict[str, Any], Timed]:
     row = {"path": plan.path, "reason": plan.reason, "sets": timed.sets} | bench.verify(timed, phase)
     measured = timing.time_call(timed, device)
     row |= measured.as_dict()
-    row |= against_floor(work_of(problem, phase), timing.ceilings(device, problem.dtype), measured.kernel_ms)
+    row |= against_floor(work_of(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms)
     row["copy"] = None
     if device == "cuda":
         row["copy"] = {

@@ -107,13 +107,13 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_work_of_phases() -> None:
     problem = Problem((784, 512, 10), 64, cross_entropy=True)
     layers = work(64, (784, 512, 10), torch.float32, "relu")
-    assert measure.work_of(problem, "forward") == layers["inference"]
-    assert measure.work_of(problem, "forward").flops == 2 * 64 * (784 * 512 + 512 * 10)
-    assert measure.work_of(problem, "training") == layers["forward"] + layers["backward"]
+    assert measure.work_of(problem, "forward", "cpu") == layers["inference"]
+    assert measure.work_of(problem, "forward", "cpu").flops == 2 * 64 * (784 * 512 + 512 * 10)
+    assert measure.work_of(problem, "training", "cpu") == layers["forward"] + layers["backward"]
     parameters = 784 * 512 + 512 + 512 * 10 + 10
     extra = 4 * (7 * parameters + 2 * 64 * 10)
-    assert measure.work_of(problem, "step") == measure.work_of(problem, "training") + Work(0, extra)
-    assert measure.work_of(Problem((10, 10), 10), "lecture") == Work(2000, 1200)
+    assert measure.work_of(problem, "step", "cpu") == measure.work_of(problem, "training", "cpu") + Work(0, extra)
+    assert measure.work_of(Problem((10, 10), 10), "lecture", "cpu") == Work(2000, 1200)
 
 
 def test_against_floor() -> None:

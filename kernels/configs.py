@@ -231,7 +231,7 @@ WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in 
 AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
 SHARED_OPERANDS = (90, 100, 103)  # architectures whose tensor cores read operands from shared memory
 # What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
-RECOMPUTE_WORDS = {16: 80, 32: 136, 64: 80}
+RECOMPUTE_WORDS = {16: 80, 32: 136, 64: 84}
 RECOMPUTE_WORDS_FP32 = 72
 
 
@@ -311,12 +311,14 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
         return "the sums of a wider layer's weight gradient do not fit in registers"
     if problem.on_fma_units:
         return "full fp32 products of the transposed activations do not fit in registers"
-    # db is a product with the fewest columns of ones that a tensor core takes; with one, a plain sum.
-    ones = 1 if problem.dtype.itemsize > 2 else 8 if device.backend == "cuda" else 16
     rows, warps = (64, 8) if problem.widest == 64 else (32, 2)
+    # db is a product with the fewest columns of ones that the tensor core's instruction takes; with one, a plain sum.
+    ones = 1 if problem.dtype.itemsize > 2 else 8 if device.backend == "cuda" and problem.widest < 64 else 16
     tile = TileConfig(rows, ones, num_warps=warps, programs=16 // warps * device.multiprocessors)
     if problem.widest == 64 and (device.arch not in SHARED_OPERANDS or problem.dtype.itemsize > 2):
         return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
+    if problem.widest == 64 and min(problem.pads) < 64:
+        return "beside 64-wide layers, the sums of narrower ones do not fit in registers"
     limit = RECOMPUTE_WORDS[problem.widest] if problem.dtype.itemsize == 2 else RECOMPUTE_WORDS_FP32
     words = held_words(problem, tile)
     if words > limit:

@@ -12,7 +12,6 @@ see such a tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -205,26 +204,34 @@ class Decision:
     """
 
     def __init__(
-        self, x: Tensor, parameters: tuple[Tensor | None, ...], settings: tuple[object, ...], path: NetworkPlan
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, ...],
+        biases: tuple[Tensor | None, ...],
+        settings: tuple[object, ...],
+        path: NetworkPlan,
     ) -> None:
         self.path = path
         self.settings = settings
-        self.types = tuple(map(type, parameters))
-        tensors = _present(x, parameters, self.types)
-        sizes = [[None, x.shape[1]], *(list(each.shape) for each in tensors[1:])]
-        strides = [[None, None], *(list(each.stride()) for each in tensors[1:])]
-        self.guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self.biased = [bias is not None for bias in biases]
+        parameters = [*weights, *(bias for bias in biases if bias is not None)]
+        self.guards = TensorGuards(
+            x,
+            *parameters,
+            dynamic_dims_sizes=[[None, x.shape[1]], *(list(each.shape) for each in parameters)],
+            dynamic_dims_strides=[[None, None], *(list(each.stride()) for each in parameters)],
+        )
 
-    def holds(self, x: Tensor, parameters: tuple[Tensor | None, ...], settings: tuple[object, ...]) -> bool:
+    def holds(
+        self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]
+    ) -> bool:
         """Whether a call with these would decide the same."""
-        types = tuple(map(type, parameters))
-        return settings == self.settings and types == self.types and self.guards.check(*_present(x, parameters, types))
-
-
-def _present(x: Tensor, parameters: tuple[Tensor | None, ...], types: tuple[type, ...]) -> tuple[Any, ...]:
-    if NoneType in types:
-        parameters = tuple(parameter for parameter in parameters if parameter is not None)
-    return x, *parameters
+        biased = [bias is not None for bias in biases]
+        if settings != self.settings or biased != self.biased:
+            return False
+        if False in biased:
+            biases = tuple(bias for bias in biases if bias is not None)
+        return self.guards.check(x, *weights, *biases)
 
 
 def settings(backend: Backend, recompute: bool | None) -> tuple[object, ...]:

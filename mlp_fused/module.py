@@ -253,14 +253,14 @@ class FusedMLP(_WithBackend, nn.Sequential):
                 weights, biases = run.parameters()
                 now = settings(self._backend, self._recompute)
                 for decision in run.decisions:
-                    if decision.holds(input, weights + biases, now):
+                    if decision.holds(input, weights, biases, now):
                         return run_network(input, weights, biases, decision.path)
             layers = run.layers()
             dtype = check_call(input, layers)
             if plan.why_reference(input, layers, dtype, self._backend) is None:
                 path = find_network(input, layers, dtype, self._recompute) if repeats else None
                 if isinstance(path, plan.NetworkPlan) and TensorGuards is not None:
-                    run.decisions = [Decision(input, weights + biases, now, path), *run.decisions[:1]]
+                    run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
                 return run_kernels(input, layers, dtype, self._recompute)
         if self._recompute and torch.is_grad_enabled():
             return checkpoint(run.call, input, use_reentrant=False)
@@ -425,7 +425,7 @@ class _Segments:
             for child in run.children
             if type(child) is not nn.Linear
             for name, value in child.__dict__.items()
-            if not name.startswith("_") and name != "inplace" and (name != "training" or type(child) is nn.Dropout)
+            if not name.startswith("_") and name != "inplace" and (name != "training" or getattr(child, "p", 0) > 0)
         ]
 
     def hold(self, model: nn.Sequential) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,42 +11,59 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compile_kernels import SPILL_LIMIT, Compilation, compilations, table
+from compile_kernels import SPILL_LIMIT, Compilation, NetworkCompilation, compilations, networks, table
 from conftest import COMPILED
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 SAMPLE = compilations(full=False)
 REST = [row for row in compilations(full=True) if row not in SAMPLE]
+NETWORKS = networks(full=False)
+OTHER_NETWORKS = [row for row in networks(full=True) if row not in NETWORKS]
 
 
-def compiled(full: bool) -> dict[str, dict[str, Any]]:
+def run_script(*options: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     script = Path(__file__).with_name("compile_kernels.py")
     child = subprocess.run(
-        [sys.executable, script, "--json", *(["--full"] if full else [])],
+        [sys.executable, script, "--json", *options],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert child.returncode == 0, child.stderr[-3000:]
-    rows = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
-    return {row["id"]: row for row in rows}
+    return [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+
+
+def compiled(request: pytest.FixtureRequest, *options: str) -> dict[str, list[dict[str, Any]]]:
+    """The readings by their rows' ids; and as a table, in the summary."""
+    readings = run_script(*options)
+    request.config.stash.setdefault(COMPILED, []).extend(table(readings))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for reading in readings:
+        found.setdefault(reading["id"], []).append(reading)
+    return found
 
 
 @pytest.fixture(scope="module")
-def sample(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
-    rows = compiled(full=False)
-    request.config.stash.setdefault(COMPILED, []).extend(table(list(rows.values())))
-    return rows
+def sample(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+    return compiled(request)
 
 
 @pytest.fixture(scope="module")
-def everything(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
-    rows = compiled(full=True)
-    request.config.stash.setdefault(COMPILED, []).extend(table(list(rows.values())))
-    return rows
+def everything(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+    return compiled(request, "--full")
+
+
+@pytest.fixture(scope="module")
+def network_sample(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+    return compiled(request, "--networks")
+
+
+@pytest.fixture(scope="module")
+def all_networks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+    return compiled(request, "--networks", "--full")
 
 
 def holds(row: Compilation, found: dict[str, Any]) -> None:
@@ -63,8 +81,8 @@ def holds(row: Compilation, found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("row", SAMPLE, ids=lambda row: row.id)
-def test_sample(row: Compilation, sample: dict[str, dict[str, Any]]) -> None:
-    holds(row, sample[row.id])
+def test_sample(row: Compilation, sample: dict[str, list[dict[str, Any]]]) -> None:
+    holds(row, *sample[row.id])
 
 
 def test_the_sample_has_each_kernel_tile_and_target() -> None:
@@ -74,5 +92,43 @@ def test_the_sample_has_each_kernel_tile_and_target() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("row", REST, ids=lambda row: row.id)
-def test_everything(row: Compilation, everything: dict[str, dict[str, Any]]) -> None:
-    holds(row, everything[row.id])
+def test_everything(row: Compilation, everything: dict[str, list[dict[str, Any]]]) -> None:
+    holds(row, *everything[row.id])
+
+
+def network_holds(row: NetworkCompilation, readings: list[dict[str, Any]]) -> None:
+    """Nothing spills up to 64 wide, hardly anything beyond; on Hopper, products of 64 rows are all wgmma."""
+    if "reason" in readings[0]:
+        assert not fits(row), readings
+        return
+    kernels = [reading["kernel"] for reading in readings]
+    assert kernels in (["forward", "recompute", "sum_partials"], ["forward", "dgrad", "wgrad", "sum_partials"])
+    for found in readings:
+        assert found["shared"] <= found["shared_limit"], found
+        assert found["counted"] == 0 or found["shared"] <= found["counted"], found
+        if row.dtype == "float32":
+            continue  # its registers and instructions are reported, not bounded
+        widest = max(row.widths[1:] if row.widths[0] > 256 else row.widths)
+        assert found["spills"] <= (0 if widest <= 64 or found["kernel"] == "forward" else 32), found
+        if row.target == "NVIDIA H100" and (found["kernel"] in ("forward", "dgrad") or min(row.widths) >= 64):
+            assert found["kernel"] == "sum_partials" or (found["wgmma"] > 0 and found["mma"] == 0), found
+        elif row.target == "AMD MI300X":
+            assert found["kernel"] == "sum_partials" or found["mfma"] > 0, found
+
+
+def fits(row: NetworkCompilation) -> bool:
+    """Whether a network has to run as one kernel: in 16 bits, what the target can hold."""
+    held = sum(n * k for k, n in itertools.pairwise(row.widths)) * 2
+    room = {"NVIDIA A100": 131072, "NVIDIA H100": 196608, "NVIDIA B200": 196608, "AMD MI300X": 49152}[row.target]
+    return row.dtype != "float32" and held <= room and row.widths[0] <= 256
+
+
+@pytest.mark.parametrize("row", NETWORKS, ids=lambda row: row.id)
+def test_network_sample(row: NetworkCompilation, network_sample: dict[str, list[dict[str, Any]]]) -> None:
+    network_holds(row, network_sample[row.id])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", OTHER_NETWORKS, ids=lambda row: row.id)
+def test_all_networks(row: NetworkCompilation, all_networks: dict[str, list[dict[str, Any]]]) -> None:
+    network_holds(row, all_networks[row.id])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlp_fused import plan
+from mlp_fused import ACTIVATIONS, plan
+from mlp_fused.kernels import configs
 from mlp_fused.kernels.configs import DEVICES, OUTPUT_TILES, Device, Problem, TileConfig, choose, device_slug
 
 PROBLEMS = st.builds(
@@ -58,6 +61,156 @@ H200 = DEVICES["NVIDIA H200"]
 )
 def test_the_rule_on_a_hopper(problem: Problem, expected: TileConfig) -> None:
     assert choose(problem, H200) == expected
+
+
+def network(
+    widths: tuple[int, ...],
+    activation: str = "relu",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "NVIDIA H200",
+    precision: str = "ieee",
+    training: bool = True,
+    recompute: bool | None = None,
+) -> plan.NetworkPlan | str:
+    """The network path for contiguous parameters."""
+    activations = (ACTIVATIONS[activation],) * (len(widths) - 2) + (ACTIVATIONS["identity"],)
+    strides = tuple((k, 1, 1) for k in widths[:-1])
+    return plan.network_path(widths, strides, activations, dtype, precision, DEVICES[device], training, recompute)
+
+
+@pytest.mark.parametrize(
+    ("widths", "activation", "formulation"),
+    [
+        ((16,) * 5, "relu", "recompute"),
+        ((16,) * 7, "gelu", "recompute"),
+        ((32,) * 5, "relu", "recompute"),
+        ((32,) * 5, "gelu", "recompute"),
+        ((32,) * 7, "gelu", "stored"),
+        ((64,) * 3, "gelu", "recompute"),
+        ((64,) * 4, "relu", "recompute"),
+        ((64,) * 5, "relu", "stored"),
+        ((16, 64, 64, 16), "relu", "stored"),
+        ((128,) * 5, "relu", "stored"),
+        ((128, 64, 64, 64, 64, 64, 3), "relu", "stored"),
+        ((784, 64, 64, 10), "relu", "stored"),
+        ((784, 256, 10), "relu", "stored"),
+        ((128,) * 7, "gelu", "stored"),
+        ((128,) * 8, "gelu", None),
+        ((512, 512, 10), "relu", None),
+        ((64, 64, 300), "relu", None),
+    ],
+    ids=str,
+)
+def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: str, formulation: str | None) -> None:
+    path = network(widths, activation)
+    if formulation is None:
+        assert path in ("a width is over 256", "the weights and a tile of rows do not fit in shared memory")
+        return
+    assert isinstance(path, plan.NetworkPlan)
+    assert path.formulation == formulation
+    assert ("one pass fits in registers and moves" in path.reason) == (formulation == "recompute")
+    inference = network(widths, activation, training=False)
+    assert isinstance(inference, plan.NetworkPlan)
+    assert inference.formulation is None
+    assert inference.forward == path.forward
+
+
+def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
+    assert isinstance(network((64,) * 5, dtype=torch.float32), plan.NetworkPlan)
+    assert network((128,) * 3, dtype=torch.float32) == "full fp32 products wider than 64 do not fit in registers"
+    assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), plan.NetworkPlan)
+
+
+def test_the_user_overrules_the_rule_and_a_measured_table_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    narrow, wide = (32,) * 5, (128,) * 5
+    formulations = {}
+    for recompute in (True, False):
+        for widths in (narrow, wide):
+            path = network(widths, recompute=recompute)
+            assert isinstance(path, plan.NetworkPlan)
+            assert path.reason == "the user asks for it"
+            formulations[widths, recompute] = path.formulation
+    assert formulations == {
+        (narrow, True): "recompute", (narrow, False): "stored", (wide, True): "replay", (wide, False): "stored",
+    }  # fmt: skip
+
+    table = {
+        "network": [
+            {"widths": [32] * 5, "dtype": "bfloat16", "activation": "relu", "formulation": "stored"},
+            {"widths": [16] * 5, "dtype": "bfloat16", "activation": "relu", "formulation": "layer"},
+        ]
+    }
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "nvidia_h200.json").write_text(json.dumps(table))
+    monkeypatch.setattr(configs, "__file__", str(tmp_path / "configs.py"))
+    for cache in (configs.measured_formulations, plan.network_path):
+        cache.cache_clear()
+    try:
+        stored = network(narrow)
+        assert isinstance(stored, plan.NetworkPlan)
+        assert (stored.formulation, stored.reason) == ("stored", "it is faster as measured on this device")
+        assert network((16,) * 5) == "it is faster as measured on this device"
+        asked = network((16,) * 5, recompute=True)
+        assert isinstance(asked, plan.NetworkPlan)
+        assert asked.formulation == "recompute"
+        other = network(narrow, device="NVIDIA H100")
+        assert isinstance(other, plan.NetworkPlan)
+        assert other.formulation == "recompute"
+    finally:
+        monkeypatch.undo()
+        for cache in (configs.measured_formulations, plan.network_path):
+            cache.cache_clear()
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=2, max_size=9),
+    st.sampled_from(["relu", "gelu"]),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.sampled_from(list(DEVICES)),
+    st.booleans(),
+    st.sampled_from([None, True, False]),
+)
+def test_a_network_has_a_plan_or_a_reason(
+    widths: list[int], activation: str, dtype: torch.dtype, device: str, training: bool, recompute: bool | None
+) -> None:
+    path = network(tuple(widths), activation, dtype, device, training=training, recompute=recompute)
+    if isinstance(path, str):
+        assert path
+        return
+    assert (path.formulation is None) == (not training)
+    assert (path.backward is None) == (not training)
+    problem = configs.NetworkProblem("forward", path.network.pads, path.network.keeps_z, dtype)
+    assert configs.network_shared_memory(problem, path.forward, DEVICES[device]) <= DEVICES[device].shared_memory
+    assert path.forward.programs >= DEVICES[device].multiprocessors
+    if recompute and training:
+        assert path.kept_elements(7) == 7 * widths[0]
+
+
+def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
+    """64 -> 64 -> 64 -> 16, relu, bf16, by hand: recomputing, storing, and inference."""
+    M, d, last = 1000, 64, 16
+    weights = 2 * (d * d + d) + last * d + last
+    products = [2 * M * d * d, 2 * M * d * d, 2 * M * d * last]
+    path = network((d, d, d, last))
+    assert isinstance(path, plan.NetworkPlan)
+    assert path.formulation == "stored"
+    wanted = plan.gradients_of((d, d, d, last), (True,) * 3, (True,) * 3, False)
+    forward, dgrad, wgrad = plan.plan_network(M, path, [True] * 3, wanted)
+    hidden = 2 * M * d
+    assert forward.work == plan.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
+    assert dgrad.work == plan.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
+    assert wgrad.work == plan.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
+    again = network((d, d, d))
+    assert isinstance(again, plan.NetworkPlan)
+    wanted = plan.gradients_of((d, d, d), (True,) * 2, (True,) * 2, True)
+    forward, recompute = plan.plan_network(M, again, [True] * 2, wanted, True)
+    weights = 2 * (d * d + d)
+    assert forward.work == plan.Work(2 * products[0], 2 * (2 * M * d + weights))
+    # one layer again, both back through, both weight gradients; x, dy, dx, the weights and their gradients
+    assert recompute.work == plan.Work(5 * products[0], 2 * (3 * M * d + 2 * weights))
+    by_width = plan.work(M, (d, d, d), torch.bfloat16, device=H200)
+    assert by_width["inference"] == by_width["forward"] == forward.work
+    assert by_width["backward"] == plan.Work(4 * products[0], 2 * (2 * M * d + 2 * weights))
 
 
 def test_the_file_name_of_a_device() -> None:

@@ -29,7 +29,7 @@ class Case:
     """One problem. `parameters` are the hidden activation's, where they are not torch's defaults."""
 
     rows: int = 33
-    widths: tuple[int, ...] = (20, 33, 17)
+    widths: tuple[int, ...] = (20, 31, 17)
     dtype: torch.dtype = torch.float32
     activation: str = "relu"
     output_activation: str = "identity"
@@ -90,7 +90,7 @@ def _cases() -> list[Case]:
             cases.append(Case(activation=name, parameters=tuple(variant.items()), dtype=dtype))
     # Every layout and every choice of gradients, where one tensor is kept as the output and as the pre-activation.
     for name in ("relu", "gelu"):
-        wide = Case(activation=name, widths=(20, 33, 24, 17), output_activation=name)
+        wide = Case(activation=name, widths=(20, 31, 24, 17), output_activation=name)
         for layout in Layout.__args__:
             cases.append(replace(wide, layout=layout))
         for needs in Needs.__args__:

@@ -355,7 +355,8 @@ def test_the_kernels_train_as_torch_does(hidden: tuple[int, ...]) -> None:
     with count_launches() as launches:
         ours = run(config)
     twin = train(config, build=build_torch_model, report=quiet)
-    assert sum(launches.values()) >= len(ours.losses) * 8  # 3 layers: 3 forward, 2 dgrad, 3 wgrad
+    # 3 layers as one network: forward, dgrad, wgrad, its sums; one by one: 3 forward, 2 dgrad, 3 wgrad.
+    assert sum(launches.values()) >= len(ours.losses) * (4 if max(hidden) <= 64 else 8)
     assert len(ours.losses) == len(twin.losses) == 23
     assert ours.losses == pytest.approx(twin.losses, rel=0, abs=1e-4)
 

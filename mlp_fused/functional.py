@@ -200,7 +200,7 @@ class Decision:
     """The network path that a call took; later calls that it holds for take it without deciding again.
 
     Whether it holds is asked of torch.compile's guards, which compare every tensor's type, dtype, device, sizes,
-    strides, requires_grad and dispatch keys (autocast, inference mode) in C++: a tenth of the time of deciding.
+    strides, requires_grad and dispatch keys (inference mode, lazy negation …) in C++: a tenth of the time of deciding.
     """
 
     def __init__(
@@ -234,13 +234,14 @@ class Decision:
         return self.guards.check(x, *weights, *biases)
 
 
-def settings(backend: Backend, recompute: bool | None) -> tuple[object, ...]:
-    """All that a path is decided by besides tensors."""
+def settings(x: Tensor, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
+    """All that a path is decided by besides what `Decision` compares of tensors."""
     return (
         backend,
         recompute,
+        compute_dtype(x.dtype, x.device.type),
         torch.is_grad_enabled(),
-        float32_precision(),
+        float32_precision() if x.dtype is torch.float32 else None,
         torch._C._are_functorch_transforms_active(),
         forward_ad._current_level,
         torch._C._get_tracing_state(),
@@ -296,7 +297,7 @@ class _NetworkFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, path: NetworkPlan, *parameters: Tensor | None) -> Tensor:
         ctx.path = path
-        layers = path.network.layers
+        layers = len(parameters) // 2
         if path.formulation == "stored":
             y, kept, z = _network_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
             own = None

@@ -251,7 +251,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
             repeats = isinstance(input, Tensor) and input.dim() == 2 and not torch.compiler.is_compiling()
             if repeats:
                 weights, biases = run.parameters()
-                now = settings(self._backend, self._recompute)
+                now = settings(input, self._backend, self._recompute)
                 for decision in run.decisions:
                     if decision.holds(input, weights, biases, now):
                         return run_network(input, weights, biases, decision.path)
@@ -259,7 +259,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
             dtype = check_call(input, layers)
             if plan.why_reference(input, layers, dtype, self._backend) is None:
                 path = find_network(input, layers, dtype, self._recompute) if repeats else None
-                if isinstance(path, plan.NetworkPlan) and TensorGuards is not None:
+                if isinstance(path, plan.NetworkPlan) and TensorGuards is not None and not input.is_neg():
                     run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
                 return run_kernels(input, layers, dtype, self._recompute)
         if self._recompute and torch.is_grad_enabled():
@@ -384,6 +384,7 @@ class _Run:
     def __init__(self, children: list[nn.Module], reason: str | None = None) -> None:
         self.children = children
         self.linears: list[tuple[nn.Linear, Activation]] = []
+        self.owned: list[dict[str, Any]] = []  # the linears' dicts of parameters
         self.reason = reason  # why it runs as itself
         self.decisions: list[Decision] = []  # the last two network paths: training and evaluation alternate
 
@@ -395,8 +396,10 @@ class _Run:
 
     def parameters(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Weights and biases."""
-        owners = [linear._parameters for linear, _ in self.linears]
-        return tuple([owner["weight"] for owner in owners]), tuple([owner["bias"] for owner in owners])
+        return (
+            tuple([owned["weight"] for owned in self.owned]),
+            tuple([owned["bias"] for owned in self.owned]),
+        )
 
     def layers(self) -> tuple[Layer, ...]:
         return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears)))
@@ -415,7 +418,7 @@ class _Segments:
         self.types = tuple(map(type, self.children))
         self.dicts = [child.__dict__ for child in self.children if child is not None]
         self.hooks = [attributes[name] for attributes in self.dicts for name in HOOKS]
-        self.parameters = [linear._parameters for run in self.runs for linear, _ in run.linears]
+        self.owned = [owned for run in self.runs for owned in run.owned]
         self.plain = self._are_plain()
         # What an activation is by, and whether Dropout drops.
         self.settings = [
@@ -435,7 +438,7 @@ class _Segments:
             and tuple(model._modules.values()) == self.children
             and tuple(map(type, self.children)) == self.types
             and self._are_plain()
-            and all(map(dict.__contains__, self.parameters, itertools.repeat("weight")))
+            and all(map(dict.__contains__, self.owned, itertools.repeat("weight")))
             and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
         )
 
@@ -463,6 +466,7 @@ def _runs(model: nn.Sequential) -> list[_Run]:
                 runs.append(run)
             assert isinstance(child, nn.Linear)
             run.linears.append((child, activation))
+            run.owned.append(child._parameters)
             takes_activation = activation is IDENTITY
         elif run is not None and not everything_hooked and not _has_hooks(child) and _is_inert(child):
             pass

@@ -75,9 +75,8 @@ DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "au
 
 def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
     """What products of `dtype` are computed in on a kind of device: autocast's dtype where it is on, as nn.Linear."""
-    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
-        return dtype
-    if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    known = kind in ("cuda", "cpu") or torch.amp.is_autocast_available(kind)
+    if known and torch.is_autocast_enabled(kind) and dtype.is_floating_point and dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return dtype
 

@@ -222,14 +222,19 @@ def test_a_repeated_call_sees_the_context(device: str) -> None:
     x = torch.randn(9, 20, device=device)
     first = model(x)
     kind = "cuda" if device == "cuda" else "cpu"
-    with torch.autocast(kind, torch.bfloat16):
-        assert model(x).dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast(kind, dtype):
+            assert model(x).dtype == dtype
     assert torch.equal(model(x), first)
     with torch.inference_mode():
         assert model(x).is_inference()
     assert model(x.requires_grad_()).requires_grad
     assert torch.equal(model(x.view(3, 3, 20)).view(9, 4), first)
     assert model(x[:0]).shape == (0, 4)
+    for _ in range(2):
+        negative = torch.complex(x, x).detach().conj().imag
+        assert negative.is_neg()
+        assert torch.equal(model(negative), model(-x))
     with pytest.raises(RuntimeError, match="its last dimension needs to be 20"):
         model(x[:, :7])
     doubled = {name: 2 * value for name, value in model.state_dict().items()}

@@ -53,6 +53,9 @@ class Problem:
 class TileConfig:
     """How one program works: output tile block_m x block_n, block_k of the reduction at a time. 0: not used.
 
+    In the kernels of whole networks block_m is rows, block_k the columns of a wide input at a time (of the weight
+    gradients: rows), block_n the columns of ones that sum db.
+
     `split` is how many programs share one output tile's reduction (weight gradients). `programs` is how many of a
     persistent kernel are started at the most.
     """
@@ -65,6 +68,11 @@ class TileConfig:
     num_stages: int = 1
     split: int = 1
     programs: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Of a network kernel: how many it takes at a time."""
+        return self.block_m or self.block_k
 
     @functools.cached_property
     def constants(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ recompute    x, dy -> dx and every dW and db: the forward again, then the chain 
 dgrad        the same chain of dz from the tensors that the forward kept, dx at its end
 wgrad        every dW and db from the kept tensors and the chain's dz
 
-The last two leave fp32 sums of each program's rows, which `sum_partials` adds in a fixed order.
+recompute and wgrad leave fp32 sums of each program's rows, which `sum_partials` adds in a fixed order.
 
 A program loads the weights once and goes through tiles of rows. Widths are filled up to the next power of two: weights
 with zeros, activations with zeros too, as a(0) need not be 0, nor finite.

@@ -366,7 +366,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
             )
             if reason is None:
                 kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
-                runs.append(plan.RunPlan(names, "layer", f"as one kernel, {path}", tuple(kernels)))
+                runs.append(plan.RunPlan(names, "layer", str(path), tuple(kernels)))
             else:
                 kept += kept_by_torch
                 runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))

@@ -538,7 +538,10 @@ class Plan:
     def _row(self, run: RunPlan, kernel: KernelPlan) -> tuple[str, ...]:
         tile = "torch's own"
         if self.device is not None and run.path != "reference":
-            tile = str(kernel.tile or (kernel.problem and configs.choose(kernel.problem, self.device)))
+            if kernel.problem is not None:
+                tile = str(configs.choose(kernel.problem, self.device))
+            elif kernel.tile is not None:
+                tile = f"{kernel.tile.rows} rows, {kernel.tile.num_warps} warps, {kernel.tile.num_stages} stages"
         floor = self._floor(kernel.work)
         return (
             kernel.layer,

@@ -236,6 +236,7 @@ STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # of a wide first layer, at a time
 RESIDENT_INPUT = 256  # the widest input whose weight is held; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
+MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # a kernel's code grows with them, and the time to compile it
 AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
 SHARED_OPERANDS = (90, 100, 103)  # architectures whose tensor cores read operands from shared memory
 # What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
@@ -252,6 +253,7 @@ class NetworkProblem:
     keeps_z: tuple[bool, ...]  # of each layer: whether its pre-activation is needed besides its output
     dtype: torch.dtype
     precision: str = "ieee"
+    input_size: int = 0  # bytes of an element of the input, where it is wider than what is computed in (autocast)
 
     @property
     def on_fma_units(self) -> bool:
@@ -278,6 +280,9 @@ def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
     """The tile of a network kernel, or the reason why it has none."""
     if max(problem.pads[1:]) > WIDEST_HIDDEN:
         return f"a width is over {WIDEST_HIDDEN}"
+    most = MOST_LAYERS_ON_FMA_UNITS if problem.on_fma_units else MOST_LAYERS
+    if len(problem.pads) - 1 > most:
+        return f"there are more than {most} layers, whose kernels would take minutes to compile"
     if problem.on_fma_units and problem.widest > WIDEST_ON_FMA_UNITS:
         return f"full fp32 products wider than {WIDEST_ON_FMA_UNITS} do not fit in registers"
     if device.backend == "hip":
@@ -349,9 +354,10 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     size = problem.dtype.itemsize
     in_registers = device.backend == "hip"
     weights = 0 if in_registers else sum(n * k for n, k in problem.held) * size
-    rows = tile.block_m * problem.widest * size
+    staged = max(size, problem.input_size)
+    rows = tile.block_m * problem.widest * staged
     if problem.streams:
-        in_flight = tile.num_stages * (tile.block_m + problem.pads[1]) * tile.block_k * size + rows
+        in_flight = tile.num_stages * (tile.block_m + problem.pads[1]) * tile.block_k * staged + rows
     elif problem.kind == "recompute":
         in_flight = rows * 2 * len(problem.pads)  # every layer's input and dz, as operands
     elif problem.kind == "dgrad" and tile.num_stages > 1:

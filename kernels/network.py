@@ -84,7 +84,8 @@ class Network:
             object.__setattr__(self, name, value)
         # Compiled kernels are found on disk by the text of their constants; a function's is its source.
         sources = [getattr(f, "cache_key", "") for f in (*derived["forwards"], *derived["backwards"])]
-        key = (self.widths, self.strides, self.dtype, self.precision, derived["sides"], derived["parameters"], sources)
+        values = [derived[name] for name in ("sides", "keeps_z", "parameters", "activates_output")]
+        key = (self.widths, self.strides, self.dtype, self.precision, values, sources)
         object.__setattr__(self, "cache_key", str(key))
 
     def __repr__(self) -> str:
@@ -141,7 +142,7 @@ def gradients_of(
     sizes, tiles = [], []
     for k, n, weight, bias in zip(widths, widths[1:], weights, biases):
         sizes += [n * k * weight, n * bias]
-        blocks_n, blocks_k = (-(-padded(width) // WGRAD_TILE) for width in (n, k))
+        blocks_n, blocks_k = (cdiv(width, min(padded(width), WGRAD_TILE)) for width in (n, k))
         tiles.append(blocks_n * (blocks_k if weight else 1) if weight or bias else 0)
     ends = list(itertools.accumulate(sizes, initial=0))
     return Gradients(
@@ -518,7 +519,7 @@ def sum_layer(
     """One tile of a layer's dW = dzᵀ h, and db, over the rows begin <= m < end."""
     N: tl.constexpr = NET.widths[LAYER + 1]
     K: tl.constexpr = NET.widths[LAYER]
-    TILES_K: tl.constexpr = NET.pads[LAYER] // NET.sides[LAYER] if GRADIENTS.weights[LAYER] else 1
+    TILES_K: tl.constexpr = tl.cdiv(NET.widths[LAYER], NET.sides[LAYER]) if GRADIENTS.weights[LAYER] else 1
     PRECISION: tl.constexpr = NET.precision
     SUM: tl.constexpr = GRADIENTS.biases[LAYER]
     COMPUTE: tl.constexpr = NET.compute

@@ -12,6 +12,8 @@ see such a tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +125,7 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
     dtype = check_call(x, layers)
     if why_reference(x, layers, dtype, backend) is None:
         return run_kernels(x, layers, dtype, recompute)
-    if recompute and torch.is_grad_enabled():
+    if recompute and can_checkpoint():
         return checkpoint(reference.mlp, x, *zip(*layers), use_reentrant=False)
     return reference.mlp(x, *zip(*layers))
 
@@ -178,6 +180,11 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
     return dtype
 
 
+def can_checkpoint() -> bool:
+    """Whether there is something to keep, and torch.utils.checkpoint works: under torch.func transforms it does not."""
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
 def run_kernels(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None) -> Tensor:
     """x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
     shape = x.shape
@@ -189,7 +196,7 @@ def run_kernels(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recomput
     if isinstance(path, NetworkPlan):
         weights, biases, _ = zip(*layers)
         y = run_network(x, weights, biases, path)
-    elif recompute and torch.is_grad_enabled():
+    elif recompute and can_checkpoint():
         y = checkpoint(run_layers, x, layers, dtype, use_reentrant=False)
     else:
         y = run_layers(x, layers, dtype)
@@ -221,6 +228,11 @@ class Decision:
             dynamic_dims_sizes=[[None, x.shape[1]], *(list(each.shape) for each in parameters)],
             dynamic_dims_strides=[[None, None], *(list(each.stride()) for each in parameters)],
         )
+
+    @staticmethod
+    def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+        """Whether such a call can be remembered: guards refuse a tensor that stands twice."""
+        return TensorGuards is not None and not x.is_neg() and len(set(map(id, weights))) == len(weights)
 
     def holds(
         self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]
@@ -260,7 +272,9 @@ def find_network(
     widths = (x.shape[1], *(weight.shape[0] for weight, _, _ in layers))
     activations = tuple(activation for _, _, activation in layers)
     precision = float32_precision() if dtype == torch.float32 else "ieee"
-    return network_path(widths, strides, activations, dtype, precision, configs.device_of(x), training, recompute)
+    wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
+    device = configs.device_of(x)
+    return network_path(widths, strides, activations, dtype, precision, device, training, recompute, wide)
 
 
 def run_network(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], path: NetworkPlan) -> Tensor:
@@ -298,28 +312,53 @@ class _NetworkFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, path: NetworkPlan, *parameters: Tensor | None) -> Tensor:
         ctx.path = path
         layers = len(parameters) // 2
+        # As the user has them, for a gradient that is differentiated; saved below is what the kernels read.
+        ctx.parameters = parameters
         if path.formulation == "stored":
             y, kept, z = _network_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
             own = None
             if path.network.activates_output:
                 own = y if z is None else z
-            ctx.save_for_backward(x, *parameters, kept, own)
+            first = parameters[0] if ctx.needs_input_grad[0] else None
+            ctx.save_for_backward(x, kept, own, first, *parameters[1:layers])
         else:
             y = _network_forward(x, parameters[:layers], parameters[layers:], path)
-            ctx.save_for_backward(x, *parameters)
+            ctx.save_for_backward(x, None, None, *parameters)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, _, *needs = ctx.needs_input_grad
-        x, *saved = ctx.saved_tensors
-        parameters = saved[: len(needs)]
-        kept, own = saved[len(needs) :] or (None, None)
-        if torch.is_grad_enabled():
-            dx, gradients = _differentiable_network_backward(ctx.path.network, x, parameters, dy, needs_x, needs)
+        x, kept, own, *saved = ctx.saved_tensors
+        dy = _plain_gradient(dy)
+        if _wants_torch(dy):
+            with torch.enable_grad():
+                dx, gradients = _differentiable_network_backward(
+                    ctx.path.network, x, ctx.parameters, dy, needs_x, needs
+                )
         else:
+            parameters = [of_user if each is None else each for each, of_user in zip_longest(saved, ctx.parameters)]
             dx, gradients = _network_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
         return dx, None, *gradients
+
+
+def _plain_gradient(dy: Tensor) -> Tensor:
+    """dy as kernels read it: dense, in memory as it lies."""
+    if dy.layout != torch.strided:
+        dy = dy.to_dense()
+    elif dy._is_zerotensor():
+        dy = dy.clone()
+    return dy.resolve_neg()
+
+
+def _wants_torch(gradient: Tensor | None) -> bool:
+    """Whether a backward has to be plain torch: it is differentiated itself, or batched by vmap."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    functorch = torch._C._functorch
+    return gradient is not None and (
+        functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+    )
 
 
 def _network_backward(
@@ -338,6 +377,10 @@ def _network_backward(
     weights: tuple[Any, ...] = tuple(parameters[:layers])
     biases = tuple(parameters[layers:])
     assert path.backward is not None
+    # Hooks on saved tensors may have given a parameter other strides, which the kernels are compiled for.
+    strides = tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b in zip(weights, biases))
+    if strides != net.strides:
+        net = network.network_of(net.widths, strides, net.activations, net.dtype, net.precision)
     wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
     make = torch.empty if rows else torch.zeros
 
@@ -355,7 +398,7 @@ def _network_backward(
         network.recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
         return dx, gradients
     if path.formulation == "replay":
-        y, kept, z = _network_forward(x, weights, biases, path, keep=True)
+        y, kept, z = _network_forward(x, weights, biases, replace(path, network=net), keep=True)
         own = None if not net.activates_output else y if z is None else z
     dz = None if kept is None else torch.empty_like(kept)
     last = None if own is None else torch.empty_like(own)
@@ -487,8 +530,12 @@ class _LayerFunction(torch.autograd.Function):
             dh, dz = None, dz if dh is None else dh
         if dh is None and dz is None:
             return None, None, None, None, None
-        differentiate = _differentiable_backward if torch.is_grad_enabled() else _backward
-        d_edge, dw, db = differentiate(ctx, dh, dz)
+        dh, dz = (None if each is None else _plain_gradient(each) for each in (dh, dz))
+        if _wants_torch(dz if dh is None else dh):
+            with torch.enable_grad():
+                d_edge, dw, db = _differentiable_backward(ctx, dh, dz)
+        else:
+            d_edge, dw, db = _backward(ctx, dh, dz)
         return d_edge, None, dw, db, None
 
 

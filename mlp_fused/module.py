@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from .functional import (
     IDENTITY,
     Decision,
     Layer,
-    TensorGuards,
+    can_checkpoint,
     check_call,
     find_network,
     run_kernels,
@@ -124,8 +126,8 @@ class FusedMLP(_WithBackend, nn.Sequential):
         bias: whether the Linear layers have one.
         dropout: the probability of Dropout.
         output_activation: after the last Linear, as `activation_layer`.
-        recompute: what is kept for backward. True: the input alone, hidden layers are computed again. False: one tensor
-            of each layer. None: whatever is faster. May be assigned.
+        recompute: what is kept for backward. True: the input alone (of each run of layers, where norms or Dropout stand
+            between them), hidden layers are computed again. False: one tensor of each layer. None: whatever is faster.
         backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
         device, dtype: of the parameters.
 
@@ -232,12 +234,12 @@ class FusedMLP(_WithBackend, nn.Sequential):
         return super().__getitem__(index)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._wants_kernels() and (
-            (isinstance(input, Tensor) and input.device.type == "cpu") or torch.compiler.is_compiling()
-        ):
-            if self._recompute and torch.is_grad_enabled():
-                return checkpoint(self._forward_as_modules, input, use_reentrant=False)
-            return self._forward_as_modules(input)
+        if not self._wants_kernels():
+            if torch.compiler.is_compiling():
+                return self._forward_as_modules(input)
+            on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"
+            if on_cpu and not (self._recompute and can_checkpoint()):
+                return self._forward_as_modules(input)
         segments = self._segments
         if segments is None or not segments.hold(self):
             segments = self._segments = _Segments(self)
@@ -259,10 +261,10 @@ class FusedMLP(_WithBackend, nn.Sequential):
             dtype = check_call(input, layers)
             if plan.why_reference(input, layers, dtype, self._backend) is None:
                 path = find_network(input, layers, dtype, self._recompute) if repeats else None
-                if isinstance(path, plan.NetworkPlan) and TensorGuards is not None and not input.is_neg():
+                if isinstance(path, plan.NetworkPlan) and Decision.can_hold(input, weights):
                     run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
                 return run_kernels(input, layers, dtype, self._recompute)
-        if self._recompute and torch.is_grad_enabled():
+        if run.linears and self._recompute and can_checkpoint():
             return checkpoint(run.call, input, use_reentrant=False)
         return run.call(input)
 
@@ -331,7 +333,9 @@ class FusedMLP(_WithBackend, nn.Sequential):
             if layers:
                 reason = plan.why_not(layers, dtype, where, self._backend, planned=known is not None)
             trainable = [layer.weight.requires_grad for layer in layers]
+            biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
             needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
+            input_size = dtype.itemsize if runs else max(dtype.itemsize, parameter.dtype.itemsize)
             flow, kept_by_torch = _kept_by_torch(run.children, flow)
             widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
             path: plan.NetworkPlan | str = ""
@@ -344,14 +348,16 @@ class FusedMLP(_WithBackend, nn.Sequential):
                     dtype,
                     precision,
                     gpu,
-                    any(trainable) or needs_input_grad,
+                    any(trainable) or any(biased) or needs_input_grad,
                     self._recompute,
+                    input_size if input_size > dtype.itemsize else 0,
                 )
             if isinstance(path, plan.NetworkPlan):
-                biased = tuple(bias and wanted for bias, wanted in zip(biases, trainable))
-                gradients = plan.gradients_of(widths, tuple(trainable), biased, needs_input_grad)
+                gradients = plan.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
                 kernels = plan.plan_network(batch_size, path, biases, gradients, needs_input_grad)
                 kept += path.kept_elements(batch_size) * dtype.itemsize
+                if path.formulation is not None:  # the input is kept as it is given
+                    kept += batch_size * widths[0] * (input_size - dtype.itemsize)
                 runs.append(plan.RunPlan(names, "network", path.explanation, tuple(kernels)))
                 continue
             kernels = plan.plan_layers(  # of the reference too: the least that the work takes
@@ -360,7 +366,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
                 [layer.activation for layer in layers],
                 dtype,
                 biases=biases,
-                trainable=trainable,
+                trainable=[weight or bias for weight, bias in zip(trainable, biased)],
                 needs_input_grad=needs_input_grad,
                 precision=precision,
             )
@@ -417,19 +423,26 @@ class _Segments:
         self.children = tuple(model._modules.values())
         self.types = tuple(map(type, self.children))
         self.dicts = [child.__dict__ for child in self.children if child is not None]
-        self.hooks = [attributes[name] for attributes in self.dicts for name in HOOKS]
         self.owned = [owned for run in self.runs for owned in run.owned]
         self.plain = self._are_plain()
         # What an activation is by, and whether Dropout drops.
-        self.settings = [
-            (child.__dict__, name, value)
-            for run in self.runs
-            if run.linears
-            for child in run.children
-            if type(child) is not nn.Linear
-            for name, value in child.__dict__.items()
-            if not name.startswith("_") and name != "inplace" and (name != "training" or getattr(child, "p", 0) > 0)
-        ]
+        self.settings: list[tuple[dict[str, Any], str, Any]] = []
+        for child in (child for run in self.runs if run.linears for child in run.children):
+            if type(child) is nn.Dropout:
+                names = ["p", "training"] if child.p else ["p"]
+            elif type(child) is nn.Linear:
+                continue
+            else:
+                names = [name for name in child.__dict__ if not name.startswith("_") and name not in UNREAD]
+                activation = find(child)
+                # A parameter that is a buffer, or a setting that is no plain value, may change unseen.
+                self.plain &= (
+                    activation is None
+                    or set(activation.parameters) <= {*names, "activation"}
+                    or ("activation" in names)
+                )
+                self.plain &= all(isinstance(child.__dict__[name], PLAIN) for name in names)
+            self.settings += [(child.__dict__, name, child.__dict__[name]) for name in names]
 
     def hold(self, model: nn.Sequential) -> bool:
         """Whether the children are the same, of the same kind and settings, without hooks or patches."""
@@ -438,14 +451,14 @@ class _Segments:
             and tuple(model._modules.values()) == self.children
             and tuple(map(type, self.children)) == self.types
             and self._are_plain()
-            and all(map(dict.__contains__, self.owned, itertools.repeat("weight")))
+            and all(map(_OWNED.issubset, self.owned))
             and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
         )
 
     def _are_plain(self) -> bool:
         """Whether no child has a hook or a patched forward."""
         return not (
-            any(self.hooks)
+            any(map(any, map(_hooks_of, self.dicts)))
             or any(map(dict.__contains__, self.dicts, itertools.repeat("forward")))
             or _has_any_global_hook()
         )
@@ -497,14 +510,28 @@ def _why_unfused(module: nn.Module) -> str | None:
         return "it has hooks, or a forward patched onto it"
     if "weight" not in module._parameters:
         return "its weight is parametrized"
+    if "bias" not in module._parameters:
+        return "its bias is no parameter of its own"
     return None
 
 
+_OWNED = frozenset(("weight", "bias"))
+UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes that no activation is by
+PLAIN = (bool, int, float, str, NoneType, Activation)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+_hooks_of = operator.itemgetter(*HOOKS)
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or any(module.__dict__[name] for name in HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _is_inert(module: nn.Module) -> bool:

@@ -172,11 +172,13 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
     interpreted = device.type == "cpu"  # the interpreter computes in float64 as well
     if dtype not in KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
         return f"the dtype is {dtype}; the kernels compute in float16, bfloat16 and float32"
-    for weight, _, _ in layers:
+    for weight, bias, _ in layers:
         if type(weight) not in (Tensor, nn.Parameter):
             return f"a weight is of the subclass {type(weight).__name__}"
         if 0 in weight.shape:
             return "a width is zero"
+        if weight.is_neg() or (bias is not None and bias.is_neg()):
+            return "a parameter is negated lazily (resolve_neg() makes it plain)"
     return None
 
 
@@ -227,6 +229,7 @@ def network_path(
     device: configs.Device,
     training: bool,
     recompute: bool | None = None,
+    input_size: int = 0,
 ) -> NetworkPlan | str:
     """The network path for these layers, or the reason why they take the layer path.
 
@@ -238,13 +241,14 @@ def network_path(
         widths: of the input to the output.
         strides: of each layer: the weight's two and the bias's.
         recompute: the user's wish: True keeps x alone, False keeps a tensor of each hidden layer, None leaves it open.
+        input_size: bytes of an element of the input, where it is wider than `dtype`'s (under autocast).
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
     network = network_of(widths, strides, activations, dtype, precision)
 
     def tile(kind: configs.NetworkKind) -> TileConfig | str:
-        problem = configs.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision)
+        problem = configs.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision, input_size)
         return configs.network_tile(problem, device)
 
     forward = tile("forward")

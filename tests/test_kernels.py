@@ -337,6 +337,54 @@ def test_one_tensor_is_kept_a_layer(activation: str, needs: str, device: str) ->
     assert kept == 64 * widths * 4
 
 
+@pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
+def test_saved_tensors_that_come_back_with_other_strides(recompute: bool | None, device: str) -> None:
+    case = Case(layout="strided parameters", dtype=torch.float16)
+    data, twin = make(case, device), make(case, device)
+    pack, unpack = (lambda tensor: tensor), (lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y = forward(case, data, "network", recompute)
+    check(case, oracle(case, twin), gradients(data, y), by_torch(case, twin))
+
+
+def test_gradients_that_are_no_plain_tensors(device: str, path: str) -> None:
+    """A lazily negated dy, a sparse one, a batch of them, and lazily negated weights."""
+    weight = torch.randn(4, 20, device=device, requires_grad=True)
+    x, w = torch.randn(9, 20, device=device), torch.randn(9, 4, device=device)
+    negative = torch.complex(w, w).detach().conj().imag
+    batch = torch.randn(3, 9, 4, device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        y = mlp(x, [weight], None, "relu", "gelu", backend=backend)
+        sparse = w.relu().to_sparse() if backend == "triton" else w.relu()  # torch's own gelu takes none
+        found = [torch.autograd.grad(y, weight, dy, retain_graph=True)[0] for dy in (negative, sparse)]
+        found.append(torch.autograd.grad(y, weight, batch, is_grads_batched=True)[0])
+        found.append(mlp(x, [torch.complex(weight, weight).detach().conj().imag], None, backend="auto"))
+        results.append(found)
+    for ours, torchs in zip(*results):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_read_again_may_change(device: str) -> None:
+    """As in torch: the first weight where x needs no gradient, and every bias."""
+    case = Case(widths=(5, 3), needs="parameters")
+    data = make(case, device)
+    y = forward(case, data, "network", recompute=False)
+    with torch.no_grad():
+        data.weights[0].mul_(2)
+        data.biases[0].mul_(2)
+    y.backward(data.dy)
+
+
+def test_compiled_kernels_are_told_apart_by_what_they_keep() -> None:
+    sigmoid = ACTIVATIONS["sigmoid"]
+    networks = [
+        network.network_of((4, 4, 4), ((4, 1, 1),) * 2, (activation, IDENTITY), torch.float32, "ieee")
+        for activation in (sigmoid, replace(sigmoid, saves="preactivation"))
+    ]
+    assert networks[0].cache_key != networks[1].cache_key
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_changed_weight_is_detected_as_torch_does(path: str, device: str) -> None:
     data = make(Case(), device)

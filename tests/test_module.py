@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, mlp
-from mlp_fused.kernels.activations import find
+from mlp_fused.kernels.activations import Activation, find
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.plan import why_reference
 
@@ -240,6 +241,70 @@ def test_a_repeated_call_sees_the_context(device: str) -> None:
     doubled = {name: 2 * value for name, value in model.state_dict().items()}
     assert torch.equal(torch.func.functional_call(model, doubled, (x,)), nn.Sequential(*model)(x)) is False
     assert torch.equal(model(x), first)
+
+
+def test_hooks_in_a_dict_of_their_own_are_seen(device: str) -> None:
+    model = FusedMLP(20, [16, 4], backend="triton").to(device)
+    x = torch.randn(9, 20, device=device)
+    model(x)
+    model[0]._forward_hooks = OrderedDict()
+    called = []
+    model[0].register_forward_hook(lambda module, args, output: called.append(True))
+    model(x)
+    assert called
+
+
+def test_a_bias_that_is_no_parameter_runs_as_itself(device: str) -> None:
+    model = FusedMLP(20, [16, 4], backend="triton").to(device)
+    x = torch.randn(9, 20, device=device)
+    model(x)
+    del model[0].bias
+    model[0].bias = torch.ones(16, device=device)
+    torch.testing.assert_close(model(x), nn.Sequential(*model)(x))
+
+
+def test_an_activation_whose_parameter_is_a_buffer(device: str) -> None:
+    class Annealed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("negative_slope", torch.tensor(0.1))
+
+        @property
+        def activation(self) -> Activation:
+            return ACTIVATIONS["leaky_relu"].bind(negative_slope=float(self.negative_slope))
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return nn.functional.leaky_relu(z, float(self.negative_slope))
+
+    model = FusedMLP(20, [16, 4], activation_layer=Annealed, backend="triton").to(device)
+    x = torch.randn(9, 20, device=device)
+    for slope in (0.1, 0.9, 0.5):
+        model[1].negative_slope.fill_(slope)
+        torch.testing.assert_close(model(x), nn.Sequential(*model)(x))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_recomputing_runs_modules_with_state_once(backend: str, device: str) -> None:
+    model = FusedMLP(20, [16, 8, 4], nn.BatchNorm1d, recompute=True, backend=backend).to(device)
+    model(torch.randn(9, 20, device=device)).sum().backward()
+    assert [child.num_batches_tracked.item() for child in model if isinstance(child, nn.BatchNorm1d)] == [1, 1]
+
+
+def test_recomputing_under_a_transform(device: str) -> None:
+    model = FusedMLP(20, [16, 1], recompute=True).to(device)
+    x = torch.randn(20, device=device)
+    found = torch.func.grad(lambda x: model(x).sum())(x)
+    torch.testing.assert_close(found, torch.func.grad(lambda x: nn.Sequential(*model)(x).sum())(x))
+
+
+def test_explain_counts_biases_alone_and_the_input_under_autocast() -> None:
+    model = FusedMLP(32, [16, 8])
+    for child in model:
+        if isinstance(child, nn.Linear):
+            child.weight.requires_grad_(False)
+    plan = model.explain(64, torch.bfloat16, "NVIDIA H200")
+    assert any(kernel.is_backward for run in plan.runs for kernel in run.kernels)
+    assert model.requires_grad_().explain(64, torch.bfloat16, "NVIDIA H200").kept_bytes == 64 * 32 * 4  # x, in fp32
 
 
 def test_a_model_that_was_called_can_be_copied_and_pickled(device: str) -> None:

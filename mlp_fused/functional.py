@@ -221,6 +221,7 @@ class Decision:
         self.path = path
         self.settings = settings
         self.biased = [bias is not None for bias in biases]
+        self.all_biased = all(self.biased)
         parameters = [*weights, *(bias for bias in biases if bias is not None)]
         self.guards = TensorGuards(
             x,
@@ -238,12 +239,13 @@ class Decision:
         self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]
     ) -> bool:
         """Whether a call with these would decide the same."""
-        biased = [bias is not None for bias in biases]
-        if settings != self.settings or biased != self.biased:
+        if settings != self.settings:
             return False
-        if False in biased:
+        if not self.all_biased:
+            if [bias is not None for bias in biases] != self.biased:
+                return False
             biases = tuple(bias for bias in biases if bias is not None)
-        return self.guards.check(x, *weights, *biases)
+        return self.guards.check(x, *weights, *biases)  # not where a bias has become None
 
 
 def settings(x: Tensor, backend: Backend, recompute: bool | None) -> tuple[object, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import NoneType
@@ -451,17 +450,14 @@ class _Segments:
             and tuple(model._modules.values()) == self.children
             and tuple(map(type, self.children)) == self.types
             and self._are_plain()
-            and all(map(_OWNED.issubset, self.owned))
+            and all(map(dict.__contains__, self.owned, itertools.repeat("weight")))
+            and all(map(dict.__contains__, self.owned, itertools.repeat("bias")))
             and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
         )
 
     def _are_plain(self) -> bool:
         """Whether no child has a hook or a patched forward."""
-        return not (
-            any(map(any, map(_hooks_of, self.dicts)))
-            or any(map(dict.__contains__, self.dicts, itertools.repeat("forward")))
-            or _has_any_global_hook()
-        )
+        return not (any(map(_is_hooked, self.dicts)) or _has_any_global_hook())
 
 
 def _runs(model: nn.Sequential) -> list[_Run]:
@@ -515,22 +511,22 @@ def _why_unfused(module: nn.Module) -> str | None:
     return None
 
 
-_OWNED = frozenset(("weight", "bias"))
 UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes that no activation is by
 PLAIN = (bool, int, float, str, NoneType, Activation)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-_hooks_of = operator.itemgetter(*HOOKS)
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    return _is_hooked(module.__dict__)
+
+
+def _is_hooked(attributes: dict[str, Any]) -> bool:
+    """Whether a module's own attributes show a hook, or a forward patched onto it."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
     )
 
 

@@ -238,6 +238,8 @@ WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # a kernel's code grows with them, and the time to compile it
 AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
+# Of 512 columns: with more in use, triton 3.7 compiles an empty kernel without a word.
+TENSOR_MEMORY = 384
 SHARED_OPERANDS = (90, 100, 103)  # architectures whose tensor cores read operands from shared memory
 # What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
 RECOMPUTE_WORDS = {16: 80, 32: 136, 64: 84}
@@ -291,10 +293,20 @@ def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
             return "the weights do not fit in registers, where this compiler keeps them"
     if problem.kind == "recompute":
         return _recompute_tile(problem, device)
+    if tensor_memory(problem, 64, device) > TENSOR_MEMORY:
+        return "the products of all layers do not fit in tensor memory"
     for tile in _network_tiles(problem, device):
         if network_shared_memory(problem, tile, device) <= device.shared_memory:
             return tile
     return "the weights and a tile of rows do not fit in shared memory"
+
+
+def tensor_memory(problem: NetworkProblem, rows: int, device: Device) -> int:
+    """Columns of a Blackwell's tensor memory that all layers' accumulators occupy; 0 on other devices."""
+    if device.arch not in (100, 103):
+        return 0
+    pads = problem.pads[1:] if problem.streams else problem.pads
+    return max(sum(problem.pads[1:]), sum(pads[:-1])) * rows // 128
 
 
 def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
@@ -312,7 +324,7 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # Small tiles of rows where accumulators are wide: 128 x 128 ones fit only where a product's operands come from
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
     many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
-    rows = 128 if many else 64
+    rows = 128 if many and tensor_memory(problem, 128, device) <= TENSOR_MEMORY else 64
     # The next tile of rows is loaded while this one computes. The chain of dz would so load every kept tensor.
     ahead = [3, 2] if problem.streams else [2] if problem.kind == "forward" or problem.widest <= 32 else []
     return [tile(rows, 8, stages) for stages in (*ahead, 1)]

@@ -76,7 +76,7 @@ def networks(full: bool) -> list[NetworkCompilation]:
     """
     found: list[NetworkCompilation] = []
     square = [(width,) * (hidden + 2) for width in (16, 32, 64, 128) for hidden in (1, 3, 5)]
-    others = [(784, 64, 64, 10), (784, 128, 128, 10), (784, 256, 10), (16, 64, 64, 16)]
+    others = [(784, 64, 64, 10), (784, 128, 128, 10), (784, 256, 10), (16, 64, 64, 16), (64,) * 8]
     for target, (dtype, precision) in itertools.product(TARGETS, FORMS):
         name = str(dtype).removeprefix("torch.")
         for turn, widths in enumerate([*square, *others]):

@@ -248,14 +248,14 @@ class Decision:
         return self.guards.check(x, *weights, *biases)  # not where a bias has become None
 
 
-def settings(x: Tensor, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
+def settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
     """All that a path is decided by besides what `Decision` compares of tensors."""
     return (
         backend,
         recompute,
-        compute_dtype(x.dtype, x.device.type),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.is_grad_enabled(),
-        float32_precision() if x.dtype is torch.float32 else None,
+        float32_precision(),
         torch._C._are_functorch_transforms_active(),
         forward_ad._current_level,
         torch._C._get_tracing_state(),

@@ -249,10 +249,11 @@ class FusedMLP(_WithBackend, nn.Sequential):
     def _run(self, run: _Run, input: Tensor) -> Tensor:
         """One run: as the last call took it where nothing has changed since, or decided anew."""
         if run.linears:
-            repeats = isinstance(input, Tensor) and input.dim() == 2 and not torch.compiler.is_compiling()
+            kind = input.device.type if isinstance(input, Tensor) and input.dim() == 2 else ""
+            repeats = kind in ("cuda", "cpu") and not torch.compiler.is_compiling()
             if repeats:
                 weights, biases = run.parameters()
-                now = settings(input, self._backend, self._recompute)
+                now = settings(kind, self._backend, self._recompute)
                 for decision in run.decisions:
                     if decision.holds(input, weights, biases, now):
                         return run_network(input, weights, biases, decision.path)

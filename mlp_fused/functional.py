@@ -30,6 +30,7 @@ from .plan import (
     Backend,
     NetworkPlan,
     check_backend,
+    check_recompute,
     compute_dtype,
     float32_precision,
     network_path,
@@ -108,7 +109,8 @@ def mlp(
             layer. None: whatever is faster.
 
     Raises:
-        As `linear_act`; and ValueError where there is no layer, or not one bias a layer.
+        As `linear_act`; and ValueError where there is no layer, or not one bias a layer; TypeError for another
+        `recompute`.
     """
     if len(weights) == 0:
         raise ValueError("weights is empty; it needs one weight for each layer")
@@ -122,6 +124,7 @@ def mlp(
 
 def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool | None = None) -> Tensor:
     check_backend(backend)
+    check_recompute(recompute)
     dtype = check_call(x, layers)
     if why_reference(x, layers, dtype, backend) is None:
         return run_kernels(x, layers, dtype, recompute)

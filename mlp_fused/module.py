@@ -56,8 +56,6 @@ class _WithBackend:
     """A module with the user's choice of what computes it."""
 
     _backend: plan.Backend = "auto"
-    _recompute: bool | None = None
-    _segments: _Segments | None = None
 
     @property
     def backend(self) -> plan.Backend:
@@ -134,6 +132,9 @@ class FusedMLP(_WithBackend, nn.Sequential):
         ValueError: a width below 1, no layer at all, a probability outside [0, 1], an unknown activation or backend.
         TypeError: a width that is not an integer, `hidden_channels` that is not a sequence.
     """
+
+    _recompute: bool | None = None
+    _segments: _Segments | None = None  # remembered between calls
 
     def __init__(
         self,
@@ -222,9 +223,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
 
     @recompute.setter
     def recompute(self, recompute: bool | None) -> None:
-        if recompute is not None and not isinstance(recompute, bool):
-            raise TypeError(f"recompute is {recompute!r}; it needs to be True, False or None")
-        self._recompute = recompute
+        self._recompute = plan.check_recompute(recompute)
 
     def __getitem__(self, index: slice | int) -> Any:
         """One child; or, for a slice, an nn.Sequential of the same modules."""
@@ -260,9 +259,11 @@ class FusedMLP(_WithBackend, nn.Sequential):
             layers = run.layers()
             dtype = check_call(input, layers)
             if plan.why_reference(input, layers, dtype, self._backend) is None:
-                path = find_network(input, layers, dtype, self._recompute) if repeats else None
-                if isinstance(path, plan.NetworkPlan) and Decision.can_hold(input, weights):
-                    run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
+                if repeats and Decision.can_hold(input, weights):
+                    path = find_network(input, layers, dtype, self._recompute)
+                    if isinstance(path, plan.NetworkPlan):
+                        run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
+                        return run_network(input, weights, biases, path)
                 return run_kernels(input, layers, dtype, self._recompute)
         if run.linears and self._recompute and can_checkpoint():
             return checkpoint(run.call, input, use_reentrant=False)
@@ -435,12 +436,10 @@ class _Segments:
             else:
                 names = [name for name in child.__dict__ if not name.startswith("_") and name not in UNREAD]
                 activation = find(child)
-                # A parameter that is a buffer, or a setting that is no plain value, may change unseen.
-                self.plain &= (
-                    activation is None
-                    or set(activation.parameters) <= {*names, "activation"}
-                    or ("activation" in names)
-                )
+                carried = isinstance(getattr(child, "activation", None), Activation)
+                decisive = {"activation"} if carried else set(activation.parameters if activation else ())
+                # What is computed, or a buffer, or no plain value, may change unseen.
+                self.plain &= decisive <= set(names)
                 self.plain &= all(isinstance(child.__dict__[name], PLAIN) for name in names)
             self.settings += [(child.__dict__, name, child.__dict__[name]) for name in names]
 

@@ -32,6 +32,7 @@ __all__ = [
     "RunPlan",
     "Work",
     "check_backend",
+    "check_recompute",
     "compute_dtype",
     "float32_precision",
     "kept_elements",
@@ -65,6 +66,17 @@ def check_backend(backend: object, argument: str = "backend") -> Backend:
         if backend == known:
             return known
     raise ValueError(f"{argument} is {backend!r}; it needs to be one of: {', '.join(get_args(Backend))}")
+
+
+def check_recompute(recompute: object) -> bool | None:
+    """`recompute`, if it is True, False or None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if recompute is None or isinstance(recompute, bool):
+        return recompute
+    raise TypeError(f"recompute is {recompute!r}; it needs to be True, False or None")
 
 
 # Synchronise and check after every kernel. Both are read once, as a call has no microsecond to spare for them.

@@ -290,6 +290,15 @@ def test_recomputing_runs_modules_with_state_once(backend: str, device: str) -> 
     assert [child.num_batches_tracked.item() for child in model if isinstance(child, nn.BatchNorm1d)] == [1, 1]
 
 
+def test_recompute_is_true_false_or_none() -> None:
+    for call in (
+        lambda: FusedMLP(4, [3], recompute="yes"),
+        lambda: mlp(torch.randn(2, 4), [torch.randn(3, 4)], None, recompute=1),
+    ):
+        with pytest.raises(TypeError, match="it needs to be True, False or None"):
+            call()
+
+
 def test_recomputing_under_a_transform(device: str) -> None:
     model = FusedMLP(20, [16, 1], recompute=True).to(device)
     x = torch.randn(20, device=device)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +23,14 @@ __all__ = [
     "NetworkProblem",
     "Problem",
     "TileConfig",
+    "candidates",
     "choose",
     "device_of",
     "device_slug",
     "network_tile",
     "network_wgrad_tile",
     "padded",
+    "shared_memory",
 ]
 
 Kind = Literal["forward", "dgrad", "wgrad", "output_gradient"]
@@ -46,7 +49,18 @@ class Problem:
     n: int
     k: int
     dtype: torch.dtype
-    precision: str = "ieee"  # how fp32 is multiplied: "ieee" or "tf32"
+    precision: str = "ieee"  # torch's setting for fp32: "ieee" (full fp32 accuracy) or "tf32"
+    aligned: bool = True  # whether tensor descriptors can describe every tensor: rows that begin at 16 bytes
+
+    @property
+    def rows(self) -> int:
+        """Of the batch."""
+        return self.k if self.kind == "wgrad" else self.m
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(width out, width in) of the layer."""
+        return {"forward": (self.n, self.k), "dgrad": (self.k, self.n)}.get(self.kind, (self.m, self.n))
 
 
 @dataclass(frozen=True)
@@ -55,19 +69,21 @@ class TileConfig:
 
     In the kernels of whole networks block_m is rows, block_k the columns of a wide input at a time (of the weight
     gradients: rows), block_n the columns of ones that sum db.
-
-    `split` is how many programs share one output tile's reduction (weight gradients). `programs` is how many of a
-    persistent kernel are started at the most.
     """
 
     block_m: int
     block_n: int = 0
     block_k: int = 0
-    group_m: int = 0
+    group_m: int = 0  # rows of tiles that are gone through column by column, for L2
     num_warps: int = 4
-    num_stages: int = 1
-    split: int = 1
-    programs: int = 0
+    num_stages: int = 1  # blocks of the reduction in flight
+    split: int = 1  # how many programs share one output tile's reduction (weight gradients)
+    programs: int = 0  # of a persistent kernel: how many are started at the most; 0: one a tile
+    precision: str = "ieee"  # how operands are multiplied: see dot.py
+    descriptors: bool = False  # whether operands and results go through tensor descriptors (TMA)
+    parts: int = 1  # the epilogue goes through the columns in so many pieces, each with less shared memory
+    early: bool = False  # dgrad: whether the saved tile is asked for before the products
+    warp_specialize: bool = False  # whether a warp of its own loads
 
     @property
     def rows(self) -> int:
@@ -81,14 +97,15 @@ class TileConfig:
         used = {name: size for name, size in sizes.items() if size}
         return {**used, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
-    def shared_memory(self, itemsize: int) -> int:
-        """Bytes that the operands' pipeline occupies."""
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
-
     def __str__(self) -> str:
-        shape = "x".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
-        split = f", {self.split} splits" if self.split > 1 else ""
-        return f"{shape}, {self.num_warps} warps, {self.num_stages} stages{split}"
+        words = ["x".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)]
+        words += [f"{self.num_warps} warps", f"{self.num_stages} stages"]
+        words += [self.precision] if self.precision != "ieee" else []
+        words += ["descriptors"] if self.descriptors else []
+        words += [f"{self.parts} parts"] if self.parts > 1 else []
+        words += [name.replace("_", " ") for name in ("early", "warp_specialize") if getattr(self, name)]
+        words += [f"{self.split} splits"] if self.split > 1 else []
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -164,10 +181,6 @@ def describe(kind: str, index: int = 0) -> Device:
     )
 
 
-# The output tiles to choose from, largest first. Beyond 128 x 128, eight warps spill their accumulators (sm_80 to
-# sm_100), as do four beyond 64 x 64 (triton 3.6).
-OUTPUT_TILES = ((128, 128), (128, 64), (64, 64), (64, 32))
-
 # A sum over partials is bound by memory, and by latency where one row follows the other: 32 rows at a time.
 SUM_PARTIALS = TileConfig(64, block_k=32, num_warps=4)
 
@@ -182,48 +195,149 @@ def _power_of_two(size: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << max(0, size - 1).bit_length()))
 
 
+# --- Tiles of the layer kernels. What is left out is what spills (tests/compile_kernels.py). ---
+
+# Output tiles, the larger ones first; those beyond 128 x 128 only through descriptors.
+OUTPUT_TILES = (
+    (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32),
+    (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
+)  # fmt: skip
+LARGEST_BY_POINTERS = 128 * 128
+# bf16x6 holds three 16-bit parts of each operand besides; on Blackwell, products beyond this overflow tensor memory.
+LARGEST_SPLIT = {90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
+DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
+SPLIT_ARCHITECTURES = DESCRIPTOR_ARCHITECTURES  # where six products on tensor cores are faster than FMA units
+# The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_precision.py).
+SHORTEST_SPLIT = 64
+BLOCK_K = {"bf16x6": 32, "tf32": 32, "ieee": 16}  # of fp32; 16-bit operands: 64
+EPILOGUE_TENSORS = {"forward": 2, "dgrad": 3, "wgrad": 1}  # h, z; what was saved, h, dx; dW
+
+# The estimate behind the rule. Rates of one multiprocessor; what a data sheet does not tell is set by common experience.
+L2_RATE = 70e9  # bytes a second that operands arrive at
+REACHED = {"tensor": 0.8, "mma.sync": 0.5, "bf16x6": 0.6, "fma": 0.7}  # part of the peak that products reach
+EPILOGUE_SECONDS = 2e-6  # filling the pipeline and ending a tile, where nothing else runs meanwhile
+SPLIT_SECONDS = 4e-6  # of launching the sum over partials
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, device: Device) -> TileConfig:
-    """The tile for a problem on a device: the largest that still gives every multiprocessor one.
+    """The tile for a problem on a device, from these two alone: the one with the least estimated time."""
+    return candidates(problem, device)[0]
 
-    Larger tiles read each operand fewer times; below one tile a multiprocessor, parallelism is worth more. A weight
-    gradient keeps its tile and splits the rows instead, as its reduction is the long side.
-    """
+
+@functools.lru_cache(maxsize=4096)
+def candidates(problem: Problem, device: Device) -> tuple[TileConfig, ...]:
+    """The tiles that run a problem, by estimated time, the least first: what is worth measuring."""
     if problem.kind == "output_gradient":
         block_n = _power_of_two(problem.n, 16, 128)
-        return TileConfig(4096 // block_n, block_n)
-    # 128 bytes of each operand at a time; half that on FMA units, where operands pass through registers.
-    longest = 64 if problem.dtype.itemsize == 2 else 32 if problem.precision == "tf32" else 16
+        return (TileConfig(4096 // block_n, block_n),)
+    found = [
+        tile
+        for precision in _precisions(problem, device)
+        for sides in OUTPUT_TILES
+        for tile in _tiles(problem, device, precision, *sides)
+    ]
+    return tuple(sorted(dict.fromkeys(found), key=lambda tile: _seconds(problem, tile, device)))
+
+
+def _precisions(problem: Problem, device: Device) -> tuple[str, ...]:
+    if problem.dtype != torch.float32 or problem.precision == "tf32":
+        return (problem.precision,) if problem.dtype == torch.float32 else ("ieee",)
+    splits = device.arch in SPLIT_ARCHITECTURES and problem.k >= SHORTEST_SPLIT
+    return ("bf16x6", "ieee") if splits else ("ieee",)
+
+
+def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block_n: int) -> Iterator[TileConfig]:
+    """The tiles with such an output, if they fit."""
+    on_fma_units = _on_fma_units(problem, precision)
+    descriptors = problem.aligned and device.arch in DESCRIPTOR_ARCHITECTURES and not on_fma_units
+    area = block_m * block_n
+    largest = OUTPUT_TILES[0][0] * OUTPUT_TILES[0][1] if descriptors else LARGEST_BY_POINTERS
+    if precision == "bf16x6":
+        largest = LARGEST_SPLIT[device.arch] if descriptors else 64 * 64  # type: ignore[index]
+    if area > largest:
+        return
+    block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)
+    longest = 64 if problem.dtype.itemsize == 2 else 8 if problem.dtype.itemsize == 8 else BLOCK_K[precision]
     block_k = _power_of_two(problem.k, 16, longest)
-    fits = []
-    for block_m, block_n in OUTPUT_TILES:
-        block_m = _power_of_two(problem.m, 16, block_m)
-        block_n = _power_of_two(problem.n, 16, block_n)
-        tile = TileConfig(block_m, block_n, block_k, 8, 8 if block_m * block_n > 64 * 64 else 4, 2)
-        if tile.shared_memory(problem.dtype.itemsize) <= device.shared_memory:
-            fits.append(tile)
-    if problem.kind == "wgrad":
-        tile = fits[0]
-        tiles = _count_tiles(problem, tile)
-        # A split of fewer than 8 blocks of rows costs more to add up than it gains.
-        split = max(1, min(device.multiprocessors // tiles, problem.k // (8 * block_k)))
+    wide = 128 * 128 if descriptors and precision != "bf16x6" else 64 * 64 + 1
+    warps = 8 if block_m * block_n >= wide else 4
+    tile = TileConfig(block_m, block_n, block_k, 8, warps, precision=precision, descriptors=descriptors)
+    for stages, parts in ((4, 1), (4, 2), (3, 1), (3, 2), (3, 4), (2, 2), (2, 4), (2, 1), (1, 1)):
+        if device.backend == "hip" and stages != 2:
+            continue
+        if parts > 1 and (not descriptors or block_n // parts < 32):
+            continue
+        fitting = dataclasses.replace(tile, num_stages=stages, parts=parts)
+        if shared_memory(problem, fitting) <= device.shared_memory:
+            break
     else:
-        split = 1
-        full = (tile for tile in fits if _count_tiles(problem, tile) >= device.multiprocessors)
-        tile = next(full, fits[-1])
-    return dataclasses.replace(tile, split=split, num_stages=_stages(tile, problem, device))
+        return
+    variants = [fitting]
+    twice = dataclasses.replace(tile, num_stages=2, parts=2 if block_n >= 64 and descriptors else 1)
+    if area == 128 * 128 and _resident(problem, twice, device) == 2 and device.backend == "cuda":
+        variants.append(twice)
+    for variant in variants:
+        if descriptors:
+            programs = device.multiprocessors * _resident(problem, variant, device)
+            variant = dataclasses.replace(variant, programs=programs)
+            if problem.kind == "dgrad" and device.arch == 90 and variant.parts == 1:
+                # In registers, where they are free: 32 words a thread at the most.
+                variant = dataclasses.replace(variant, early=precision != "bf16x6")
+        yield variant
+        if problem.kind == "wgrad":
+            # A split of fewer than 8 blocks of rows costs more to add up than it gains.
+            room = device.multiprocessors * _resident(problem, variant, device) // _count_tiles(problem, variant)
+            split = min(room, problem.k // (8 * block_k))
+            if split > 1:
+                yield dataclasses.replace(variant, split=split)
+
+
+def _on_fma_units(problem: Problem, precision: str) -> bool:
+    return problem.dtype.itemsize >= 4 and precision == "ieee"
+
+
+def shared_memory(problem: Problem, tile: TileConfig) -> int:
+    """Bytes of a layer kernel's shared memory at the most: operands in flight, and the tensors of its epilogue."""
+    size = problem.dtype.itemsize
+    operands = (tile.block_m + tile.block_n) * tile.block_k
+    used = tile.num_stages * operands * size
+    if tile.precision == "bf16x6":
+        used += 3 * operands * 2
+    if tile.descriptors:
+        size = 4 if problem.kind == "wgrad" else size  # fp32 parameters and partial sums
+        used += EPILOGUE_TENSORS[problem.kind] * tile.block_m * tile.block_n // tile.parts * size + 1024
+    return used
+
+
+def _resident(problem: Problem, tile: TileConfig, device: Device) -> int:
+    """How many programs a multiprocessor runs at a time, 2 at the most: by shared memory, and sums in registers."""
+    sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    return 2 if 2 * shared_memory(problem, tile) <= device.shared_memory and sums <= 64 else 1
 
 
 def _count_tiles(problem: Problem, tile: TileConfig) -> int:
     return -(-problem.m // tile.block_m) * -(-problem.n // tile.block_n)
 
 
-def _stages(tile: TileConfig, problem: Problem, device: Device) -> int:
-    """As many blocks of the reduction in flight as shared memory holds, 4 at most; AMD's pipeline takes 2."""
-    if device.backend == "hip":
-        return 2
-    stages = device.shared_memory // dataclasses.replace(tile, num_stages=1).shared_memory(problem.dtype.itemsize)
-    return max(1, min(4, stages))
+def _seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
+    """Estimated time: the multiprocessor with most tiles, each by its products or its operands' way from L2."""
+    items = _count_tiles(problem, tile) * tile.split
+    length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
+    wide = tile.block_m >= 64 or device.arch not in DESCRIPTOR_ARCHITECTURES
+    kind = "tensor" if wide else "mma.sync"
+    kind = "fma" if _on_fma_units(problem, tile.precision) else "bf16x6" if tile.precision == "bf16x6" else kind
+    dtype, products = (torch.bfloat16, 6) if kind == "bf16x6" else (problem.dtype, 1)
+    peak = (device.peak(dtype, tile.precision) or 1e12 * device.multiprocessors) / device.multiprocessors
+    compute = 2 * tile.block_m * tile.block_n * length * products / (peak * REACHED[kind])
+    traffic = (tile.block_m + tile.block_n) * length * problem.dtype.itemsize / L2_RATE
+    deepest = -(-items // device.multiprocessors)
+    turns = -(-deepest // _resident(problem, tile, device))  # programs side by side hide each other's epilogues
+    seconds = deepest * max(compute, traffic) + turns * EPILOGUE_SECONDS
+    if tile.split > 1:
+        moved = 2 * 4 * tile.split * problem.m * problem.n
+        seconds += SPLIT_SECONDS + moved / (device.bandwidth or 1e12)
+    return seconds
 
 
 # --- Tiles of the network kernels. The numbers are what compiles without spilling, for sm_80 to sm_100 and gfx942. ---

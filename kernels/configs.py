@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +89,10 @@ class TileConfig:
     def rows(self) -> int:
         """Of a network kernel: how many it takes at a time."""
         return self.block_m or self.block_k
+
+    def started(self, items: int) -> int:
+        """How many programs are started for so many pieces of work: one each, or as many as a persistent kernel has."""
+        return min(items, self.programs or items)
 
     @functools.cached_property
     def constants(self) -> dict[str, int]:
@@ -197,24 +201,26 @@ def _power_of_two(size: int, least: int, most: int) -> int:
 
 # --- Tiles of the layer kernels. What is left out is what spills (tests/compile_kernels.py). ---
 
-# Output tiles, the larger ones first; those beyond 128 x 128 only through descriptors.
+# Output tiles, the larger ones first; those with a side of 256 only through descriptors.
 OUTPUT_TILES = (
     (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32),
     (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
 )  # fmt: skip
-LARGEST_BY_POINTERS = 128 * 128
+LONGEST_SIDE = 128  # of all others
+BLACKWELL = (100, 103)
 # bf16x6 holds three 16-bit parts of each operand besides; on Blackwell, products beyond this overflow tensor memory.
-LARGEST_SPLIT = {90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
+LARGEST_SPLIT = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
 DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
-SPLIT_ARCHITECTURES = DESCRIPTOR_ARCHITECTURES  # where six products on tensor cores are faster than FMA units
+WAITING_WORDS = 32  # what a thread may hold of a saved tile over dgrad's products
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_precision.py).
 SHORTEST_SPLIT = 64
 BLOCK_K = {"bf16x6": 32, "tf32": 32, "ieee": 16}  # of fp32; 16-bit operands: 64
-EPILOGUE_TENSORS = {"forward": 2, "dgrad": 3, "wgrad": 1}  # h, z; what was saved, h, dx; dW
+EPILOGUE_TILES = {"forward": 1, "dgrad": 2, "wgrad": 0}  # of an output tile's size, in shared memory at a time
 
 # The estimate behind the rule. Rates of one multiprocessor; what a data sheet does not tell is set by common experience.
 L2_RATE = 70e9  # bytes a second that operands arrive at
 REACHED = {"tensor": 0.8, "mma.sync": 0.5, "bf16x6": 0.6, "fma": 0.7}  # part of the peak that products reach
+SPLIT_RATE = 21e9  # operands a second that are split into parts
 EPILOGUE_SECONDS = 2e-6  # filling the pipeline and ending a tile, where nothing else runs meanwhile
 SPLIT_SECONDS = 4e-6  # of launching the sum over partials
 
@@ -237,13 +243,27 @@ def candidates(problem: Problem, device: Device) -> tuple[TileConfig, ...]:
         for sides in OUTPUT_TILES
         for tile in _tiles(problem, device, precision, *sides)
     ]
-    return tuple(sorted(dict.fromkeys(found), key=lambda tile: _seconds(problem, tile, device)))
+    found.sort(key=lambda tile: _seconds(problem, tile, device))
+    return tuple(dict.fromkeys([*found, *_specialized(problem, device, found)]))
+
+
+def _specialized(problem: Problem, device: Device, tiles: Sequence[TileConfig]) -> list[TileConfig]:
+    """Tiles to measure that the rule never chooses: with a warp that only loads, which Triton documents for Blackwell
+    alone, and compiles as meant here on Hopper, with four warps.
+    """
+    if device.arch != 90 or problem.kind not in ("forward", "dgrad") or problem.dtype.itemsize != 2:
+        return []
+    return [
+        dataclasses.replace(tile, num_warps=4, num_stages=3, parts=2, early=False, warp_specialize=True)
+        for tile in tiles
+        if tile.descriptors and tile.block_m == tile.block_n == 128
+    ]
 
 
 def _precisions(problem: Problem, device: Device) -> tuple[str, ...]:
     if problem.dtype != torch.float32 or problem.precision == "tf32":
         return (problem.precision,) if problem.dtype == torch.float32 else ("ieee",)
-    splits = device.arch in SPLIT_ARCHITECTURES and problem.k >= SHORTEST_SPLIT
+    splits = device.arch in LARGEST_SPLIT and problem.k >= SHORTEST_SPLIT
     return ("bf16x6", "ieee") if splits else ("ieee",)
 
 
@@ -251,73 +271,107 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
     """The tiles with such an output, if they fit."""
     on_fma_units = _on_fma_units(problem, precision)
     descriptors = problem.aligned and device.arch in DESCRIPTOR_ARCHITECTURES and not on_fma_units
-    area = block_m * block_n
-    largest = OUTPUT_TILES[0][0] * OUTPUT_TILES[0][1] if descriptors else LARGEST_BY_POINTERS
-    if precision == "bf16x6":
-        largest = LARGEST_SPLIT[device.arch] if descriptors else 64 * 64  # type: ignore[index]
-    if area > largest:
+    splits = precision == "bf16x6"
+    blackwell = device.arch in BLACKWELL
+    if max(block_m, block_n) > LONGEST_SIDE:
+        if splits or not descriptors or (blackwell and (problem.dtype.itemsize > 2 or block_m == 64)):
+            return
+    if splits and block_m * block_n > LARGEST_SPLIT[device.arch]:
         return
     block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)
-    longest = 64 if problem.dtype.itemsize == 2 else 8 if problem.dtype.itemsize == 8 else BLOCK_K[precision]
-    block_k = _power_of_two(problem.k, 16, longest)
-    wide = 128 * 128 if descriptors and precision != "bf16x6" else 64 * 64 + 1
-    warps = 8 if block_m * block_n >= wide else 4
-    tile = TileConfig(block_m, block_n, block_k, 8, warps, precision=precision, descriptors=descriptors)
-    for stages, parts in ((4, 1), (4, 2), (3, 1), (3, 2), (3, 4), (2, 2), (2, 4), (2, 1), (1, 1)):
-        if device.backend == "hip" and stages != 2:
-            continue
-        if parts > 1 and (not descriptors or block_n // parts < 32):
-            continue
-        fitting = dataclasses.replace(tile, num_stages=stages, parts=parts)
-        if shared_memory(problem, fitting) <= device.shared_memory:
-            break
-    else:
-        return
-    variants = [fitting]
-    twice = dataclasses.replace(tile, num_stages=2, parts=2 if block_n >= 64 and descriptors else 1)
-    if area == 128 * 128 and _resident(problem, twice, device) == 2 and device.backend == "cuda":
-        variants.append(twice)
-    for variant in variants:
+    longest = 64 if problem.dtype.itemsize == 2 else BLOCK_K[precision]
+    wgmma_alone = descriptors and not splits  # operands come from shared memory: four warps hold larger products
+    eight = block_m * block_n >= 128 * 128 and block_m > 64 if wgmma_alone else block_m * block_n > 64 * 64
+    tile = TileConfig(
+        block_m,
+        block_n,
+        _power_of_two(problem.k, 16, longest),
+        group_m=8,
+        num_warps=8 if eight else 4,
+        precision=precision,
+        descriptors=descriptors,
+    )
+    for stages, parts in _depths(problem, device, tile):
+        deep = dataclasses.replace(tile, num_stages=stages, parts=parts)
         if descriptors:
-            programs = device.multiprocessors * _resident(problem, variant, device)
-            variant = dataclasses.replace(variant, programs=programs)
-            if problem.kind == "dgrad" and device.arch == 90 and variant.parts == 1:
-                # In registers, where they are free: 32 words a thread at the most.
-                variant = dataclasses.replace(variant, early=precision != "bf16x6")
-        yield variant
+            waiting = block_m * block_n * problem.dtype.itemsize // (4 * 32 * tile.num_warps)
+            early = problem.kind == "dgrad" and device.arch == 90 and not splits and waiting <= WAITING_WORDS
+            deep = dataclasses.replace(deep, early=early)
+            programs = device.multiprocessors * _resident(problem, deep, device)
+            deep = dataclasses.replace(deep, programs=programs)
+        yield deep
         if problem.kind == "wgrad":
             # A split of fewer than 8 blocks of rows costs more to add up than it gains.
-            room = device.multiprocessors * _resident(problem, variant, device) // _count_tiles(problem, variant)
-            split = min(room, problem.k // (8 * block_k))
+            room = device.multiprocessors * _resident(problem, deep, device) // _count_tiles(problem, deep)
+            split = min(room, problem.k // (8 * deep.block_k))
             if split > 1:
-                yield dataclasses.replace(variant, split=split)
+                yield dataclasses.replace(deep, split=split)
+
+
+def _depths(problem: Problem, device: Device, tile: TileConfig) -> Iterator[tuple[int, int]]:
+    """(stages, parts): the deepest pipeline that fits; and the one with which two programs fit beside each other."""
+    if device.backend == "hip":  # that pipeline takes two
+        yield 2, 1
+        return
+    parts = [count for count in (1, 2, 4) if count == 1 or (tile.descriptors and tile.block_n // count >= 32)]
+    if problem.kind == "wgrad":
+        parts = [1]
+    elif problem.kind == "dgrad" and max(tile.block_m, tile.block_n) > LONGEST_SIDE:
+        parts = [4]  # what was saved and h besides: two parts' would not fit in registers
+    depths = [(stages, part) for stages in (4, 3) for part in parts] + [(2, part) for part in parts] + [(1, parts[-1])]
+
+    def fits(depth: tuple[int, int], room: int) -> bool:
+        stages, part = depth
+        return shared_memory(problem, dataclasses.replace(tile, num_stages=stages, parts=part), device) <= room
+
+    deepest = next((depth for depth in depths if fits(depth, device.shared_memory)), None)
+    if deepest is not None:
+        yield deepest
+    if tile.block_m == tile.block_n == 128 and problem.kind != "dgrad":
+        twice = next((depth for depth in depths if fits(depth, device.shared_memory // 2)), None)
+        if twice not in (None, deepest):
+            yield twice
 
 
 def _on_fma_units(problem: Problem, precision: str) -> bool:
     return problem.dtype.itemsize >= 4 and precision == "ieee"
 
 
-def shared_memory(problem: Problem, tile: TileConfig) -> int:
+def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
     """Bytes of a layer kernel's shared memory at the most: operands in flight, and the tensors of its epilogue."""
-    size = problem.dtype.itemsize
     operands = (tile.block_m + tile.block_n) * tile.block_k
-    used = tile.num_stages * operands * size
-    if tile.precision == "bf16x6":
-        used += 3 * operands * 2
+    used = tile.num_stages * operands * problem.dtype.itemsize
+    if tile.precision == "tf32" and device.arch in BLACKWELL:  # which turns operands that lie across the reduction
+        turned = {"forward": 0, "dgrad": tile.block_n, "wgrad": tile.block_m + tile.block_n}[problem.kind]
+        used += 2 * turned * tile.block_k * problem.dtype.itemsize
+    parts = 3 * operands * 2 if tile.precision == "bf16x6" else 0
+    outputs = 0
     if tile.descriptors:
-        size = 4 if problem.kind == "wgrad" else size  # fp32 parameters and partial sums
-        used += EPILOGUE_TENSORS[problem.kind] * tile.block_m * tile.block_n // tile.parts * size + 1024
-    return used
+        outputs = tile.block_m * tile.block_n // tile.parts * problem.dtype.itemsize * EPILOGUE_TILES[problem.kind]
+    return used + max(parts, outputs) + 4096
 
 
 def _resident(problem: Problem, tile: TileConfig, device: Device) -> int:
-    """How many programs a multiprocessor runs at a time, 2 at the most: by shared memory, and sums in registers."""
+    """How many programs a multiprocessor runs at a time, 2 at the most: by shared memory, and sums in registers.
+
+    Beside 64 sums a thread there is room for an epilogue, but not for a derivative's.
+    """
     sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
-    return 2 if 2 * shared_memory(problem, tile) <= device.shared_memory and sums <= 64 else 1
+    fits = sums <= (32 if problem.kind == "dgrad" or tile.precision == "bf16x6" else 64)
+    return 2 if fits and 2 * shared_memory(problem, tile, device) <= device.shared_memory else 1
 
 
 def _count_tiles(problem: Problem, tile: TileConfig) -> int:
     return -(-problem.m // tile.block_m) * -(-problem.n // tile.block_n)
+
+
+def _rate(device: Device, dtype: torch.dtype, precision: str) -> float:
+    """FLOP a second of one multiprocessor at its peak; of an unknown device as of one of its architecture."""
+    for known in (device, *DEVICES.values()):
+        peak = known.peak(dtype, precision)
+        if peak and known.arch == device.arch:
+            return peak / known.multiprocessors
+    return 1e12
 
 
 def _seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
@@ -328,9 +382,11 @@ def _seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
     kind = "tensor" if wide else "mma.sync"
     kind = "fma" if _on_fma_units(problem, tile.precision) else "bf16x6" if tile.precision == "bf16x6" else kind
     dtype, products = (torch.bfloat16, 6) if kind == "bf16x6" else (problem.dtype, 1)
-    peak = (device.peak(dtype, tile.precision) or 1e12 * device.multiprocessors) / device.multiprocessors
-    compute = 2 * tile.block_m * tile.block_n * length * products / (peak * REACHED[kind])
-    traffic = (tile.block_m + tile.block_n) * length * problem.dtype.itemsize / L2_RATE
+    rate = _rate(device, dtype, tile.precision) * REACHED[kind]
+    compute = 2 * tile.block_m * tile.block_n * length * products / rate
+    operands = (tile.block_m + tile.block_n) * length
+    compute += operands / SPLIT_RATE if kind == "bf16x6" else 0
+    traffic = operands * problem.dtype.itemsize / L2_RATE
     deepest = -(-items // device.multiprocessors)
     turns = -(-deepest // _resident(problem, tile, device))  # programs side by side hide each other's epilogues
     seconds = deepest * max(compute, traffic) + turns * EPILOGUE_SECONDS
@@ -354,7 +410,6 @@ MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # a kernel's code grows with them
 AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
 # Of 512 columns: with more in use, triton 3.7 compiles an empty kernel without a word.
 TENSOR_MEMORY = 384
-SHARED_OPERANDS = (90, 100, 103)  # architectures whose tensor cores read operands from shared memory
 # What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
 RECOMPUTE_WORDS = {16: 80, 32: 136, 64: 84}
 RECOMPUTE_WORDS_FP32 = 72
@@ -417,7 +472,7 @@ def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
 
 def tensor_memory(problem: NetworkProblem, rows: int, device: Device) -> int:
     """Columns of a Blackwell's tensor memory that all layers' accumulators occupy; 0 on other devices."""
-    if device.arch not in (100, 103):
+    if device.arch not in BLACKWELL:
         return 0
     pads = problem.pads[1:] if problem.streams else problem.pads
     return max(sum(problem.pads[1:]), sum(pads[:-1])) * rows // 128
@@ -454,7 +509,7 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
     # db is a product with the fewest columns of ones that the tensor core's instruction takes; with one, a plain sum.
     ones = 1 if problem.dtype.itemsize > 2 else 8 if device.backend == "cuda" and problem.widest < 64 else 16
     tile = TileConfig(rows, ones, num_warps=warps, programs=16 // warps * device.multiprocessors)
-    if problem.widest == 64 and (device.arch not in SHARED_OPERANDS or problem.dtype.itemsize > 2):
+    if problem.widest == 64 and (device.arch not in DESCRIPTOR_ARCHITECTURES or problem.dtype.itemsize > 2):
         return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
     if problem.widest == 64 and min(problem.pads) < 64:
         return "beside 64-wide layers, the sums of narrower ones do not fit in registers"
@@ -491,7 +546,7 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     elif tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages)
     else:
-        in_flight = rows * (1 if device.arch in SHARED_OPERANDS and not problem.on_fma_units else 2)
+        in_flight = rows * (1 if device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units else 2)
     return weights + in_flight + 2048
 
 

@@ -2,22 +2,78 @@
 
 Triton's interpreter multiplies bf16 operands wrongly and truncates when it rounds to bf16; `dot` and `round_to` are the
 places where this is put right, so kernels load, go through these, and store through `store`.
+
+How operands are multiplied (PRECISION): "ieee", 16-bit operands as they are, fp32 on FMA units; "tf32", fp32 rounded to
+tf32 on tensor cores; "bf16x6", full fp32 accuracy on tensor cores: each operand is split into three bf16 parts, and six
+of their nine products are summed.
 """
 
 from __future__ import annotations
 
 from .language import INTERPRETED, tl, triton
 
-__all__ = ["activate", "differentiate", "dot", "multiply", "round_to", "store", "tile_position"]
+__all__ = [
+    "activate",
+    "differentiate",
+    "dot",
+    "load_tile",
+    "multiply",
+    "operand",
+    "result",
+    "round_to",
+    "split_columns",
+    "store",
+    "store_tile",
+    "tile_position",
+]
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in acc's dtype. PRECISION says how fp32 operands are multiplied: "ieee" or "tf32"."""
-    if INTERPRETED:
-        a = a.to(acc.dtype)
-        b = b.to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    """acc + a b, accumulated in acc's dtype."""
+    if PRECISION == "bf16x6":
+        # The running sum stays outside: tensor cores round theirs toward zero, which over a long sum costs a hundred
+        # times fp32's error (Ootomo and Yokota, arXiv 2203.03341).
+        return acc + dot_split(a, b)
+    else:
+        if INTERPRETED:
+            a = a.to(acc.dtype)
+            b = b.to(acc.dtype)
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def dot_split(a, b):
+    """a b of fp32 operands, from six products of their bf16 parts, the smallest first.
+
+    The three products left out are below 2^-24 of |a||b|.
+    """
+    a_high, a_middle, a_low = split_operand(a)
+    b_high, b_middle, b_low = split_operand(b)
+    small = dot(a_middle, b_middle, tl.zeros((a.shape[0], b.shape[1]), tl.float32), "ieee")
+    small = dot(a_high, b_low, small, "ieee")
+    small = dot(a_low, b_high, small, "ieee") * 0.00390625
+    small = dot(a_high, b_middle, small, "ieee")
+    small = dot(a_middle, b_high, small, "ieee") * 0.00390625
+    # Where an operand is not finite these are NaN, and the product of the high parts alone says what comes out.
+    small = tl.where(tl.abs(small) < float("inf"), small, 0.0)
+    return dot(a_high, b_high, small, "ieee")
+
+
+@triton.jit
+def split_operand(value):
+    """(high, middle, low) in bf16: value = high + 2^-8 middle + 2^-16 low, exactly.
+
+    The scales keep middle and low in the range of value itself, denormals included. High is cut off, not rounded: it
+    never overflows, and no product of high parts does unless the operands' own does.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    high = tl.where(value == value, high, value)  # a NaN may have all its bits in the lower half
+    rest = (value - high) * 256.0
+    middle = round_to(rest, tl.bfloat16)
+    low = (rest - middle.to(tl.float32)) * 256.0
+    return round_to(high, tl.bfloat16), middle, round_to(low, tl.bfloat16)
 
 
 @triton.jit
@@ -79,47 +135,129 @@ def tile_position(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G
 
 
 @triton.jit
+def operand(
+    ptr, size, length, stride_row, stride_k, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr,
+):  # fmt: skip
+    """What an operand (size, length of the reduction) is loaded through: a descriptor, or with BY_K None its pointer.
+
+    BY_K says whether it is contiguous along the reduction, or along its rows.
+    """
+    if BY_K is None:
+        return ptr
+    elif BY_K:
+        return tl.make_tensor_descriptor(ptr, [size, length], [stride_row, 1], [BLOCK, BLOCK_K])
+    else:
+        return tl.make_tensor_descriptor(ptr, [length, size], [stride_k, 1], [BLOCK_K, BLOCK])
+
+
+@triton.jit
+def result(ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """What a contiguous (M, N) tensor, or none, is read and written through by tiles: a descriptor, or its pointer."""
+    if DESCRIPTORS and ptr is not None:
+        return tl.make_tensor_descriptor(ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    else:
+        return ptr
+
+
+@triton.jit
+def tile_offsets(m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OFFSET: tl.constexpr):
+    """Offsets and mask of the tile of a contiguous (M, N) tensor whose first row and column are m and n."""
+    rows = m + tl.arange(0, BLOCK_M)[:, None]
+    cols = n + tl.arange(0, BLOCK_N)[None, :]
+    return rows.to(OFFSET) * N + cols, (rows < M) & (cols < N)
+
+
+@triton.jit
+def load_tile(
+    source, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tile of a `result` at (m, n)."""
+    if DESCRIPTORS:
+        return source.load([m, n])
+    else:
+        offsets, mask = tile_offsets(m, n, M, N, BLOCK_M, BLOCK_N, OFFSET)
+        return tl.load(source + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(target, value, m, n, M, N, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Write the tile of a `result` at (m, n), rounded to its dtype."""
+    if DESCRIPTORS:
+        target.store([m, n], round_to(value, target.dtype))
+    else:
+        offsets, mask = tile_offsets(m, n, M, N, value.shape[0], value.shape[1], OFFSET)
+        store(target + offsets, value, mask)
+
+
+@triton.jit
+def split_columns(value, PARTS: tl.constexpr):
+    """The left, …, right parts of a tile's columns: 1, 2 or 4 of them."""
+    if PARTS == 1:
+        return (value,)
+    else:
+        halves = tl.reshape(value, (value.shape[0], 2, value.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        if PARTS == 2:
+            return (left, right)
+        else:
+            tl.static_assert(PARTS == 4, "an epilogue has 1, 2 or 4 parts")
+            first, second = split_columns(left, 2)
+            third, fourth = split_columns(right, 2)
+            return (first, second, third, fourth)
+
+
+@triton.jit
 def multiply(
-    a_ptr,
-    b_ptr,
-    rows,  # (BLOCK_M,) of the output
-    cols,  # (BLOCK_N,) of the output
+    a_source,  # an `operand` of M rows
+    b_source,  # an `operand` of N rows
+    m,  # first row of a
+    n,  # first row of b
     M,
     N,
     begin,
     end,
     stride_am,
     stride_ak,
-    stride_bk,
     stride_bn,
+    stride_bk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    OFFSET: tl.constexpr,
-    EVEN: tl.constexpr,
+    OFFSET: tl.constexpr,  # the integer type that holds any element's offset
+    A_BY_K: tl.constexpr,  # as `operand`'s BY_K
+    B_BY_K: tl.constexpr,
+    EVEN: tl.constexpr,  # whether every block of k is whole
     SUM_A: tl.constexpr,
     COMPUTE: tl.constexpr = None,  # the dtype that operands are rounded to; None: a's
     FORWARD: tl.constexpr = None,  # an activation that b is passed through
     PARAMETERS: tl.constexpr = (),
 ):
-    """Σ_k a[m, k] b[k, n] over begin <= k < end, (BLOCK_M, BLOCK_N); and with SUM_A, Σ_k a[m, k], (BLOCK_M, ·).
+    """Σ_k a[m, k] b[n, k] over begin <= k < end, (BLOCK_M, BLOCK_N); and with SUM_A, Σ_k a[m, k], (BLOCK_M, 1).
 
-    The columns of the second sum are all alike. a and b lie anywhere, by their strides; OFFSET is the integer type that
-    holds any element's offset. EVEN promises that every block of k is whole.
+    Through descriptors, end is the operands' own, or whole blocks lie between begin and it.
     """
-    OPERAND: tl.constexpr = a_ptr.dtype.element_ty if COMPUTE is None else COMPUTE
+    A_DTYPE: tl.constexpr = a_source.dtype.element_ty if A_BY_K is None else a_source.dtype
+    OPERAND: tl.constexpr = A_DTYPE if COMPUTE is None else COMPUTE
     DTYPE: tl.constexpr = tl.float64 if OPERAND.primitive_bitwidth == 64 else tl.float32
     # A sum of 16-bit numbers is a product with ones, which tensor cores do beside the other; fp32 they would round.
     BY_DOT: tl.constexpr = OPERAND.primitive_bitwidth == 16
-    acc = tl.zeros((rows.shape[0], cols.shape[0]), DTYPE)
-    sums = tl.zeros((rows.shape[0], 16 if BY_DOT else 1), DTYPE)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
+    sums = tl.zeros((BLOCK_M, 16 if BY_DOT else BLOCK_K), DTYPE)
     ks = tl.arange(0, BLOCK_K)
-    offsets_k = (begin + ks).to(OFFSET)
-    a_ptrs = a_ptr + rows.to(OFFSET)[:, None] * stride_am + offsets_k[None, :] * stride_ak
-    b_ptrs = b_ptr + offsets_k[:, None] * stride_bk + cols.to(OFFSET)[None, :] * stride_bn
+    rows = m + tl.arange(0, BLOCK_M)
+    cols = n + tl.arange(0, BLOCK_N)
+    if A_BY_K is None:
+        offsets_k = (begin + ks).to(OFFSET)
+        a_ptrs = a_source + rows.to(OFFSET)[:, None] * stride_am + offsets_k[None, :] * stride_ak
+        b_ptrs = b_source + offsets_k[:, None] * stride_bk + cols.to(OFFSET)[None, :] * stride_bn
     mask_a = (rows < M)[:, None]
     mask_b = (cols < N)[None, :]
     for k in range(begin, end, BLOCK_K):
-        if EVEN:
+        if A_BY_K is not None:
+            a = a_source.load([m, k]) if A_BY_K else tl.trans(a_source.load([k, m]))
+            b = tl.trans(b_source.load([n, k])) if B_BY_K else b_source.load([k, n])
+        elif EVEN:
             a = tl.load(a_ptrs, mask=mask_a, other=0.0)
             b = tl.load(b_ptrs, mask=mask_b, other=0.0)
         else:
@@ -135,7 +273,11 @@ def multiply(
         if SUM_A and BY_DOT:
             sums = dot(a, round_to(tl.full((BLOCK_K, 16), 1.0, DTYPE), OPERAND), sums, PRECISION)
         elif SUM_A:
-            sums += tl.sum(a.to(DTYPE), axis=1)[:, None]
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
-    return acc, sums
+            sums += a.to(DTYPE)
+        if A_BY_K is None:
+            a_ptrs += BLOCK_K * stride_ak
+            b_ptrs += BLOCK_K * stride_bk
+    if BY_DOT:  # its columns are all alike
+        return acc, tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, sums, 0.0), axis=1)[:, None]
+    else:
+        return acc, tl.sum(sums, axis=1)[:, None]

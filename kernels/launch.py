@@ -12,7 +12,7 @@ from torch import Tensor
 from .configs import TileConfig
 from .language import tl
 
-__all__ = ["cdiv", "count_launches", "launch", "offset_type"]
+__all__ = ["by_columns", "cdiv", "count_launches", "describable", "launch", "offset_type"]
 
 _counters: list[dict[str, int]] = []
 
@@ -54,3 +54,19 @@ def offset_type(*tensors: Tensor | None) -> Any:
         if tensor is not None and sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) >= 2**31:
             return tl.int64
     return tl.int32
+
+
+def by_columns(tensor: Tensor) -> bool:
+    """Whether a tensor (rows, columns) is contiguous along its columns, rather than along its rows."""
+    return tensor.stride(1) == 1
+
+
+def describable(*tensors: Tensor | None) -> bool:
+    """Whether tensor descriptors can describe these: 16-byte aligned, contiguous one way, whole 16 bytes the other."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        far, near = tensor.stride() if by_columns(tensor) else tensor.stride()[::-1]
+        if near != 1 or far <= 0 or far * tensor.itemsize % 16 or tensor.data_ptr() % 16:
+            return False
+    return True

@@ -15,9 +15,20 @@ from torch import Tensor
 
 from . import configs
 from .activations import Activation
-from .dot import activate, differentiate, multiply, store, tile_position
+from .dot import (
+    activate,
+    differentiate,
+    load_tile,
+    multiply,
+    operand,
+    result,
+    split_columns,
+    store,
+    store_tile,
+    tile_position,
+)
 from .language import tl, triton
-from .launch import cdiv, launch, offset_type
+from .launch import by_columns, cdiv, describable, launch, offset_type
 
 __all__ = ["dgrad", "output_gradient", "sum_partials", "wgrad"]
 
@@ -89,28 +100,52 @@ def dgrad_kernel(
     PARAMETERS: tl.constexpr,
     PRECISION: tl.constexpr,
     OFFSET: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    DZ_BY_N: tl.constexpr,  # through a descriptor: whether it is contiguous along N; None: through pointers
+    W_BY_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,  # whether what was saved is asked for before the products, and waits in registers
+    WARP_SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # of dx's columns, K
+    BLOCK_K: tl.constexpr,  # of the reduction, N
     GROUP_M: tl.constexpr,
 ):
-    tile_m, tile_n = tile_position(tl.program_id(0), M, K, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = tile_m.to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    dx, _ = multiply(
-        dz_ptr, w_ptr, rows, cols, M, K, 0, N,
-        stride_dm, stride_dn, stride_wn, stride_wk,
-        BLOCK_K, PRECISION, OFFSET, EVEN_K, False,
-    )  # fmt: skip
-    mask = (rows < M)[:, None] & (cols < K)[None, :]
-    offsets = rows.to(OFFSET)[:, None] * K + cols[None, :]
-    if saved_ptr is not None:
-        saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(dx.dtype)
-        if h_ptr is not None:
-            store(h_ptr + offsets, activate(saved, FORWARD, PARAMETERS), mask)
-        dx = differentiate(dx, saved, BACKWARD, PARAMETERS)
-    store(dx_ptr + offsets, dx, mask)
+    DESCRIPTORS: tl.constexpr = DZ_BY_N is not None
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    dz = operand(dz_ptr, M, N, stride_dm, stride_dn, BLOCK_M, BLOCK_K, DZ_BY_N)
+    w = operand(w_ptr, K, N, stride_wk, stride_wn, BLOCK_N, BLOCK_K, W_BY_N)
+    kept = result(saved_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS and not EARLY)
+    dxs = result(dx_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
+    hs = result(h_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
+    # What waits is one tile's; flattened, the loop would hold it once for every stage.
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0),
+        flatten=DESCRIPTORS and not (EARLY or WARP_SPECIALIZE), warp_specialize=WARP_SPECIALIZE,
+    ):  # fmt: skip
+        tile_m, tile_n = tile_position(tile, M, K, BLOCK_M, BLOCK_N, GROUP_M)
+        m = tile_m * BLOCK_M
+        if EARLY and saved_ptr is not None:
+            whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
+            waiting = split_columns(whole, PARTS)
+        product, _ = multiply(
+            dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_N, W_BY_N, EVEN_N, False,
+        )  # fmt: skip
+        parts = split_columns(product, PARTS)
+        for part in tl.static_range(PARTS):
+            dx = parts[part]
+            n = tile_n * BLOCK_N + part * PART_N
+            if saved_ptr is not None:
+                if EARLY:
+                    saved = waiting[part].to(dx.dtype)
+                else:
+                    saved = load_tile(kept, m, n, M, K, BLOCK_M, PART_N, OFFSET, DESCRIPTORS).to(dx.dtype)
+                if h_ptr is not None:
+                    store_tile(hs, activate(saved, FORWARD, PARAMETERS), m, n, M, K, OFFSET, DESCRIPTORS)
+                dx = differentiate(dx, saved, BACKWARD, PARAMETERS)
+            store_tile(dxs, dx, m, n, M, K, OFFSET, DESCRIPTORS)
 
 
 def dgrad(
@@ -136,23 +171,32 @@ def dgrad(
     assert dx.is_contiguous()
     assert saved is None or (saved.shape == dx.shape and saved.is_contiguous())
     assert h is None or (saved is not None and h.shape == dx.shape and h.is_contiguous())
-    tile = tile or configs.choose(configs.Problem("dgrad", M, K, N, dz.dtype, precision), configs.device_of(dz))
+    aligned = describable(dz, weight, saved, dx, h)
+    tile = tile or configs.choose(
+        configs.Problem("dgrad", M, K, N, dz.dtype, precision, aligned), configs.device_of(dz)
+    )
+    assert aligned or not tile.descriptors
     launch(
         dgrad_kernel,
-        cdiv(M, tile.block_m) * cdiv(K, tile.block_n),
+        tile.started(cdiv(M, tile.block_m) * cdiv(K, tile.block_n)),
         dz.device,
         tile,
         dz, weight, saved, dx, h, M, N, K, *dz.stride(), *weight.stride(),
         FORWARD=below.forward,
         BACKWARD=below.backward,
         PARAMETERS=below.constants(dz.dtype),
-        PRECISION=precision,
+        PRECISION=tile.precision,
         OFFSET=offset_type(dz, weight, dx),
-        EVEN_K=N % tile.block_k == 0,
+        EVEN_N=N % tile.block_k == 0,
+        DZ_BY_N=by_columns(dz) if tile.descriptors else None,
+        W_BY_N=not by_columns(weight) if tile.descriptors else None,
+        PARTS=tile.parts,
+        EARLY=tile.early,
+        WARP_SPECIALIZE=tile.warp_specialize,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M", "chunk", "splits"])
 def wgrad_kernel(
     dz_ptr,  # (M, N)
     h_ptr,  # (M, K)
@@ -166,33 +210,59 @@ def wgrad_kernel(
     stride_hm,
     stride_hk,
     stride_split,  # of dw_ptr and db_ptr
-    chunk,  # rows summed by one program
+    chunk,  # rows summed by one program, whole blocks
+    splits,
     PRECISION: tl.constexpr,
     OFFSET: tl.constexpr,
+    DZ_BY_M: tl.constexpr,  # through a descriptor: whether it is contiguous along M; None: through pointers
+    H_BY_M: tl.constexpr,
     BLOCK_M: tl.constexpr,  # of dW's rows, N
     BLOCK_N: tl.constexpr,  # of dW's columns, K
     BLOCK_K: tl.constexpr,  # of the rows that are summed, M
     GROUP_M: tl.constexpr,
 ):
+    dz = operand(dz_ptr, N, M, stride_dn, stride_dm, BLOCK_M, BLOCK_K, DZ_BY_M)
+    h = operand(h_ptr, K, M, stride_hk, stride_hm, BLOCK_N, BLOCK_K, H_BY_M)
     tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(K, BLOCK_N)
-    split = tl.program_id(0) // tiles
-    tile_n, tile_k = tile_position(tl.program_id(0) % tiles, N, K, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin = split.to(OFFSET) * chunk
+    for item in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
+        tile_n, tile_k = tile_position(item % tiles, N, K, BLOCK_M, BLOCK_N, GROUP_M)
+        split = (item // tiles).to(OFFSET)
+        begin = split.to(tl.int32) * chunk
+        end = tl.minimum(begin + chunk, M)
+        start = split * stride_split
+        # The first of a row of tiles sums db besides; the others are spared it.
+        if db_ptr is not None and tile_k == 0:
+            sum_rows(
+                dz, h, dw_ptr, db_ptr, start, tile_n, tile_k, begin, end, N, K,
+                stride_dn, stride_dm, stride_hk, stride_hm,
+                PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            sum_rows(
+                dz, h, dw_ptr, None, start, tile_n, tile_k, begin, end, N, K,
+                stride_dn, stride_dm, stride_hk, stride_hm,
+                PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def sum_rows(
+    dz, h, dw_ptr, db_ptr, start, tile_n, tile_k, begin, end, N, K, stride_dn, stride_dm, stride_hk, stride_hm,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, DZ_BY_M: tl.constexpr, H_BY_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW, and of db where it is given, over the rows begin <= m < end, to where `start` says."""
+    n, k = tile_n * BLOCK_M, tile_k * BLOCK_N
     dw, db = multiply(
-        dz_ptr, h_ptr, rows, cols, N, K, begin, tl.minimum(begin + chunk, M),
-        stride_dn, stride_dm, stride_hm, stride_hk,
-        BLOCK_K, PRECISION, OFFSET, False, db_ptr is not None,
+        dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_M, H_BY_M, False, db_ptr is not None,
     )  # fmt: skip
+    rows = n + tl.arange(0, BLOCK_M)[:, None]
+    cols = k + tl.arange(0, BLOCK_N)[None, :]
     if dw_ptr is not None:
-        offsets = split.to(OFFSET) * stride_split + rows.to(OFFSET)[:, None] * K + cols[None, :]
-        store(dw_ptr + offsets, dw, (rows < N)[:, None] & (cols < K)[None, :])
+        store(dw_ptr + start + rows.to(OFFSET) * K + cols, dw, (rows < N) & (cols < K))
     if db_ptr is not None:
-        # Every program of a row of tiles holds the same sums; the first writes them.
-        columns = tile_k + tl.arange(0, db.shape[1])[None, :]
-        pointers = db_ptr + split.to(OFFSET) * stride_split + rows[:, None] + columns
-        store(pointers, db, (rows < N)[:, None] & (columns == 0))
+        store(db_ptr + start + rows, db, rows < N)
 
 
 @triton.jit
@@ -260,7 +330,11 @@ def wgrad(
     K = 1 if dw is None else dw.shape[1]
     assert dw is None or (h is not None and h.shape == (M, K) and dw.shape == (N, K) and dw.is_contiguous())
     assert db is None or (db.shape == (N,) and db.is_contiguous())
-    tile = tile or configs.choose(configs.Problem("wgrad", N, K, M, dz.dtype, precision), configs.device_of(dz))
+    aligned = describable(dz, h)
+    tile = tile or configs.choose(
+        configs.Problem("wgrad", N, K, M, dz.dtype, precision, aligned), configs.device_of(dz)
+    )
+    assert aligned or not tile.descriptors
     chunk = max(1, cdiv(cdiv(M, tile.split), tile.block_k)) * tile.block_k
     splits = max(1, cdiv(M, chunk))
     size_w, size_b = (0 if total is None else total.numel() for total in (dw, db))
@@ -273,12 +347,14 @@ def wgrad(
     h = dz if h is None else h  # not read where dw is None
     launch(
         wgrad_kernel,
-        cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * splits,
+        tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * splits),
         dz.device,
         tile,
-        dz, h, sums_w, sums_b, M, N, K, *dz.stride(), *h.stride(), size_w + size_b, chunk,
-        PRECISION=precision,
+        dz, h, sums_w, sums_b, M, N, K, *dz.stride(), *h.stride(), size_w + size_b, chunk, splits,
+        PRECISION=tile.precision,
         OFFSET=offset_type(dz, h, sums_w, sums_b),
+        DZ_BY_M=not by_columns(dz) if tile.descriptors else None,
+        H_BY_M=not by_columns(h) if tile.descriptors else None,
     )  # fmt: skip
     if splits > 1:
         sum_partials(partial, [total for total in (dw, db) if total is not None])

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from . import configs
 from .activations import Activation
-from .dot import activate, multiply, round_to, store, tile_position
+from .dot import activate, multiply, operand, result, round_to, split_columns, store_tile, tile_position
 from .language import tl, triton
-from .launch import cdiv, launch, offset_type
+from .launch import by_columns, cdiv, describable, launch, offset_type
 
 __all__ = ["layer_forward"]
 
@@ -34,28 +34,45 @@ def layer_forward_kernel(
     PRECISION: tl.constexpr,
     OFFSET: tl.constexpr,
     EVEN_K: tl.constexpr,
+    X_BY_K: tl.constexpr,  # through a descriptor: whether it is contiguous along K; None: through pointers
+    W_BY_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    tile_m, tile_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = tile_m.to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    z, _ = multiply(
-        x_ptr, w_ptr, rows, cols, M, N, 0, K,
-        stride_xm, stride_xk, stride_wk, stride_wn,
-        BLOCK_K, PRECISION, OFFSET, EVEN_K, False,
-    )  # fmt: skip
-    if b_ptr is not None:
-        z += tl.load(b_ptr + cols.to(OFFSET) * stride_bn, mask=cols < N, other=0.0).to(z.dtype)[None, :]
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    offsets = rows.to(OFFSET)[:, None] * N + cols[None, :]
-    if ROUND_Z:
-        z = round_to(z, h_ptr.dtype.element_ty).to(z.dtype)
-    if z_ptr is not None:
-        store(z_ptr + offsets, z, mask)
-    store(h_ptr + offsets, activate(z, FORWARD, PARAMETERS), mask)
+    DESCRIPTORS: tl.constexpr = X_BY_K is not None
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    x = operand(x_ptr, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, X_BY_K)
+    w = operand(w_ptr, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, W_BY_K)
+    hs = result(h_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
+    zs = result(z_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    # Flattened, a tile's first blocks are loaded while the one before it ends.
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0),
+        flatten=DESCRIPTORS and not WARP_SPECIALIZE, warp_specialize=WARP_SPECIALIZE,
+    ):  # fmt: skip
+        tile_m, tile_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        m = tile_m * BLOCK_M
+        product, _ = multiply(
+            x, w, m, tile_n * BLOCK_N, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, X_BY_K, W_BY_K, EVEN_K, False,
+        )  # fmt: skip
+        parts = split_columns(product, PARTS)
+        for part in tl.static_range(PARTS):
+            z = parts[part]
+            n = tile_n * BLOCK_N + part * PART_N
+            if b_ptr is not None:
+                cols = n + tl.arange(0, PART_N)
+                z += tl.load(b_ptr + cols.to(OFFSET) * stride_bn, mask=cols < N, other=0.0).to(z.dtype)[None, :]
+            if ROUND_Z:
+                z = round_to(z, h_ptr.dtype.element_ty).to(z.dtype)
+            if z_ptr is not None:
+                store_tile(zs, z, m, n, M, N, OFFSET, DESCRIPTORS)
+            store_tile(hs, activate(z, FORWARD, PARAMETERS), m, n, M, N, OFFSET, DESCRIPTORS)
 
 
 def layer_forward(
@@ -73,7 +90,7 @@ def layer_forward(
     Args:
         x: (M, K), any strides, as are weight (N, K) and bias (N,) or None; M, N, K at least 1.
         h: (M, N), contiguous, written; z likewise, or None.
-        precision: how fp32 is multiplied, "ieee" or "tf32".
+        precision: torch's setting for fp32, "ieee" or "tf32".
         tile: instead of the one `configs.choose` gives.
     """
     (M, K), N = x.shape, weight.shape[0]
@@ -81,17 +98,25 @@ def layer_forward(
     assert h.shape == (M, N)
     assert h.is_contiguous()
     assert z is None or (z.shape == h.shape and z.is_contiguous())
-    tile = tile or configs.choose(configs.Problem("forward", M, N, K, x.dtype, precision), configs.device_of(x))
+    aligned = describable(x, weight, h, z)
+    tile = tile or configs.choose(
+        configs.Problem("forward", M, N, K, x.dtype, precision, aligned), configs.device_of(x)
+    )
+    assert aligned or not tile.descriptors
     launch(
         layer_forward_kernel,
-        cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
+        tile.started(cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
         x.device,
         tile,
         x, weight, bias, h, z, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(x.dtype),
         ROUND_Z=activation.keeps_preactivation,
-        PRECISION=precision,
+        PRECISION=tile.precision,
         OFFSET=offset_type(x, weight, bias, h),
         EVEN_K=K % tile.block_k == 0,
+        X_BY_K=by_columns(x) if tile.descriptors else None,
+        W_BY_K=by_columns(weight) if tile.descriptors else None,
+        PARTS=tile.parts,
+        WARP_SPECIALIZE=tile.warp_specialize,
     )  # fmt: skip

@@ -527,11 +527,10 @@ def sum_layer(
     PARAMETERS: tl.constexpr = NET.rebuild_parameters[LAYER]
     n = tile // TILES_K * NET.sides[LAYER + 1]
     k = tile % TILES_K * NET.sides[LAYER]
-    rows = n + tl.arange(0, NET.sides[LAYER + 1])
-    cols = k + tl.arange(0, NET.sides[LAYER])
     dw, db = multiply(
-        dz_ptr, h_ptr, rows, cols, N, K, begin, end, stride_zn, stride_zm, stride_hm, stride_hk,
-        BLOCK_K, PRECISION, OFFSET, False, SUM, COMPUTE, FORWARD, PARAMETERS,
+        dz_ptr, h_ptr, n, k, N, K, begin, end, stride_zn, stride_zm, stride_hk, stride_hm,
+        NET.sides[LAYER + 1], NET.sides[LAYER], BLOCK_K, PRECISION, OFFSET, None, None, False, SUM,
+        COMPUTE, FORWARD, PARAMETERS,
     )  # fmt: skip
     store_sums(partial_ptr, dw, db, n, k, NET, GRADIENTS, LAYER)
 
@@ -561,7 +560,7 @@ def forward(
     rows = x.shape[0]
     launch(
         network_forward_kernel,
-        min(cdiv(rows, tile.block_m), tile.programs),
+        tile.started(cdiv(rows, tile.block_m)),
         x.device,
         tile,
         x, y, weights, biases, kept, z, h, rows, *x.stride(),
@@ -591,7 +590,7 @@ def recompute(
         sums: the wanted ones of dW_1, db_1, dW_2 …, contiguous, written, of any float dtype.
     """
     rows = x.shape[0]
-    programs = min(cdiv(rows, tile.block_m), tile.programs)
+    programs = tile.started(cdiv(rows, tile.block_m))
     partial = _partial(programs, network, gradients, x)
     launch(
         network_recompute_kernel,
@@ -630,7 +629,7 @@ def dgrad(
     rows = dy.shape[0]
     launch(
         network_dgrad_kernel,
-        min(cdiv(rows, tile.block_m), tile.programs),
+        tile.started(cdiv(rows, tile.block_m)),
         dy.device,
         tile,
         dy, dx, weights, kept, own, dz, last, rows, *dy.stride(),

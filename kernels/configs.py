@@ -209,7 +209,7 @@ OUTPUT_TILES = (
 LONGEST_SIDE = 128  # of all others
 BLACKWELL = (100, 103)
 # bf16x6 holds three 16-bit parts of each operand besides; on Blackwell, products beyond this overflow tensor memory.
-LARGEST_SPLIT = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
+LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
 DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
 WAITING_WORDS = 32  # what a thread may hold of a saved tile over dgrad's products
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_precision.py).
@@ -217,7 +217,7 @@ SHORTEST_SPLIT = 64
 BLOCK_K = {"bf16x6": 32, "tf32": 32, "ieee": 16}  # of fp32; 16-bit operands: 64
 EPILOGUE_TILES = {"forward": 1, "dgrad": 2, "wgrad": 0}  # of an output tile's size, in shared memory at a time
 
-# The estimate behind the rule. Rates of one multiprocessor; what a data sheet does not tell is set by common experience.
+# The estimate behind the rule: rates of one multiprocessor. What no data sheet tells is set by experience, unmeasured.
 L2_RATE = 70e9  # bytes a second that operands arrive at
 REACHED = {"tensor": 0.8, "mma.sync": 0.5, "bf16x6": 0.6, "fma": 0.7}  # part of the peak that products reach
 SPLIT_RATE = 21e9  # operands a second that are split into parts
@@ -272,10 +272,10 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
     on_fma_units = _on_fma_units(problem, precision)
     descriptors = problem.aligned and device.arch in DESCRIPTOR_ARCHITECTURES and not on_fma_units
     splits = precision == "bf16x6"
-    blackwell = device.arch in BLACKWELL
-    if max(block_m, block_n) > LONGEST_SIDE:
-        if splits or not descriptors or (blackwell and (problem.dtype.itemsize > 2 or block_m == 64)):
-            return
+    # Of the tiles with a long side, Blackwell's take 16-bit operands, and no fewer than 128 rows.
+    spills = device.arch in BLACKWELL and (problem.dtype.itemsize > 2 or block_m == 64)
+    if max(block_m, block_n) > LONGEST_SIDE and (splits or not descriptors or spills):
+        return
     if splits and block_m * block_n > LARGEST_SPLIT[device.arch]:
         return
     block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)

@@ -1,35 +1,164 @@
-"""How every kernel is launched: on the device that its tensors are on, counted, with offsets wide enough."""
+"""How every kernel is launched: on the device that its tensors are on, counted, with offsets wide enough.
+
+Through Triton's own launcher a launch of twenty arguments costs its binding, hashing and checking anew each time. A
+`Launch` is made for given shapes, strides and dtypes, goes that way once, and from then on straight to the compiled
+kernel, with nothing but pointers to fill in.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .configs import TileConfig
-from .language import tl
+from .language import HAS_TRITON, tl, triton
 
-__all__ = ["by_columns", "cdiv", "count_launches", "describable", "launch", "offset_type"]
+__all__ = ["Launch", "by_columns", "cdiv", "count_launches", "describable", "launch", "offset_type"]
+
+if HAS_TRITON:
+    from triton.runtime import _allocation
+    from triton.runtime.driver import driver
+
+Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
 
 _counters: list[dict[str, int]] = []
 
 
+class Launch:
+    """`programs` instances of a kernel for tensors of certain shapes, strides and dtypes, by a tile.
+
+    A kernel's parameters are its tensors, its integers (`scalars`), and its constants, in that order.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        tile: TileConfig,
+        scalars: tuple[Any, ...],
+        constants: dict[str, Any],
+    ) -> None:
+        self.kernel = kernel
+        self.programs = programs
+        self.device = device
+        self.index = device.index
+        self.scalars = scalars
+        self.constants = {**constants, **tile.constants}
+        # Of the compiled kernel, once there is one.
+        self.compiled: Any = None
+        self.run: Any = None
+        self.ordered: list[Any] = []  # all constants, as its launcher takes them
+        self.needs_scratch = False
+
+    def __call__(self, *tensors: Any) -> bool:
+        """Launch it; or do nothing and return False, where a tensor is not aligned to 16 bytes, as it is compiled for.
+
+        The shapes, strides and dtypes of `tensors` are not looked at: they are those that it was made for.
+        """
+        pointers: list[Any] = []
+        bits = 0
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+            elif type(tensor) is tuple:
+                nested = tuple([None if each is None else each.data_ptr() for each in tensor])
+                for pointer in nested:
+                    bits |= pointer or 0
+                pointers.append(nested)
+            else:
+                pointer = tensor.data_ptr()
+                bits |= pointer
+                pointers.append(pointer)
+        if bits & 15:
+            return False
+        if self.run is None or _hooked():
+            self.through_triton(tensors)
+            return True
+        if _counters:
+            self._count()
+        if self._is_here():
+            self._run(pointers)
+        else:
+            with torch.cuda.device(self.index):
+                self._run(pointers)
+        return True
+
+    def _run(self, pointers: list[Any]) -> None:
+        compiled = self.compiled
+        stream = 0 if self.index is None else driver.active.get_current_stream(self.index)
+        token = _allocation._allocator.set(self._allocate) if self.needs_scratch else None
+        try:
+            self.run(
+                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *pointers, *self.scalars, *self.ordered,
+            )  # fmt: skip
+        finally:
+            if token is not None:
+                _allocation._allocator.reset(token)
+
+    def through_triton(self, tensors: Tensors) -> None:
+        """Launch it by Triton's launcher, which compiles it for these tensors' alignment if need be."""
+        if self.programs == 0:
+            return
+        self._count()
+        token = _allocation._allocator.set(self._allocate)
+        try:
+            with contextlib.nullcontext() if self._is_here() else torch.cuda.device(self.index):
+                compiled = self.kernel[(self.programs,)](*tensors, *self.scalars, **self.constants)
+        finally:
+            _allocation._allocator.reset(token)
+        if compiled is not None and _aligned(tensors):
+            names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
+            self.ordered = [self.constants[name] for name in names]
+            self.needs_scratch = compiled.metadata.global_scratch_size > 0
+            self.compiled, self.run = compiled, compiled.run
+
+    def _is_here(self) -> bool:
+        """Whether the current device, on which Triton launches, is the tensors'."""
+        return self.index is None or self.index == torch.cuda.current_device()
+
+    def _allocate(self, size: int, alignment: int, stream: int | None) -> Tensor:
+        """Memory for the tensor descriptors that a kernel makes, from torch's own pool."""
+        return torch.empty(size, dtype=torch.int8, device=self.device)
+
+    def _count(self) -> None:
+        for counter in _counters:
+            counter[self.kernel.__name__] = counter.get(self.kernel.__name__, 0) + 1
+
+
 def launch(
-    kernel: Any, programs: int, device: torch.device, tile: TileConfig, *arguments: Any, **constants: Any
-) -> None:
-    """Launch `programs` instances of a kernel with a tile's sizes, warps and stages; none where there is no work."""
-    if programs == 0:
-        return
-    for counter in _counters:
-        counter[kernel.__name__] = counter.get(kernel.__name__, 0) + 1
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current device
-            kernel[(programs,)](*arguments, **constants, **tile.constants)
-    else:
-        kernel[(programs,)](*arguments, **constants, **tile.constants)
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    tile: TileConfig,
+    tensors: Tensors,
+    scalars: tuple[Any, ...],
+    **constants: Any,
+) -> Launch | None:
+    """Launch a kernel, or nothing where there is no program.
+
+    Returns:
+        The `Launch`, for doing so again; None where a tensor is not aligned to 16 bytes, as later ones may well be.
+    """
+    made = Launch(kernel, programs, device, tile, scalars, constants)
+    made.through_triton(tensors)
+    return made if _aligned(tensors) else None
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler for example, wants to be told of each launch, which Triton's launcher does."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _aligned(tensors: Tensors) -> bool:
+    flat = (each for tensor in tensors for each in (tensor if isinstance(tensor, tuple) else (tensor,)))
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in flat)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from .dot import (
     tile_position,
 )
 from .language import tl, triton
-from .launch import by_columns, cdiv, describable, launch, offset_type
+from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 
 __all__ = ["dgrad", "output_gradient", "sum_partials", "wgrad"]
 
@@ -62,23 +63,27 @@ def output_gradient_kernel(
 
 def output_gradient(
     dh: Tensor, saved: Tensor, dz: Tensor, activation: Activation, tile: configs.TileConfig | None = None
-) -> None:
-    """dz = dh ⊙ a'(saved), all (M, N); dh with any strides (0 included), saved and dz contiguous."""
+) -> Launch | None:
+    """dz = dh ⊙ a'(saved), all (M, N); dh with any strides (0 included), saved and dz contiguous.
+
+    Returns what `layer_forward` does, as do all launchers here.
+    """
     M, N = dh.shape
     assert saved.shape == dz.shape == (M, N)
     assert saved.is_contiguous()
     assert dz.is_contiguous()
     tile = tile or configs.choose(configs.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), configs.device_of(dz))
-    launch(
+    return launch(
         output_gradient_kernel,
         cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
         dz.device,
         tile,
-        dh, saved, dz, M, N, *dh.stride(),
+        (dh, saved, dz),
+        (M, N, *dh.stride()),
         BACKWARD=activation.backward,
         PARAMETERS=activation.constants(dz.dtype),
         OFFSET=offset_type(dh, dz),
-    )  # fmt: skip
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -157,7 +162,7 @@ def dgrad(
     below: Activation,
     precision: str,
     tile: configs.TileConfig | None = None,
-) -> None:
+) -> Launch | None:
     """dx = (dz W) ⊙ a'(saved), and h = a(saved) where `h` is given (saved is then the pre-activation).
 
     Args:
@@ -176,12 +181,13 @@ def dgrad(
         configs.Problem("dgrad", M, K, N, dz.dtype, precision, aligned), configs.device_of(dz)
     )
     assert aligned or not tile.descriptors
-    launch(
+    return launch(
         dgrad_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(K, tile.block_n)),
         dz.device,
         tile,
-        dz, weight, saved, dx, h, M, N, K, *dz.stride(), *weight.stride(),
+        (dz, weight, saved, dx, h),
+        (M, N, K, *dz.stride(), *weight.stride()),
         FORWARD=below.forward,
         BACKWARD=below.backward,
         PARAMETERS=below.constants(dz.dtype),
@@ -193,7 +199,7 @@ def dgrad(
         PARTS=tile.parts,
         EARLY=tile.early,
         WARP_SPECIALIZE=tile.warp_specialize,
-    )  # fmt: skip
+    )
 
 
 @triton.jit(do_not_specialize=["M", "chunk", "splits"])
@@ -288,7 +294,7 @@ def sum_partials_kernel(
         store(sum_ptrs[i] + (cols - starts[i]), total, (cols >= starts[i]) & (cols < starts[i + 1]))
 
 
-def sum_partials(partial: Tensor, sums: Sequence[Tensor]) -> None:
+def sum_partials(partial: Tensor, sums: Sequence[Tensor]) -> Launch | None:
     """[sums …] = Σ_s partial[s], always in one order: the same bits every run.
 
     Args:
@@ -298,14 +304,47 @@ def sum_partials(partial: Tensor, sums: Sequence[Tensor]) -> None:
     splits, size = partial.shape
     starts = tuple(itertools.accumulate((total.numel() for total in sums), initial=0))
     assert starts[-1] == size
-    launch(
+    return launch(
         sum_partials_kernel,
         cdiv(size, configs.SUM_PARTIALS.block_m),
         partial.device,
         configs.SUM_PARTIALS,
-        partial, tuple(sums), starts, splits, size,
+        (partial, tuple(sums)),
+        (starts, splits, size),
         OFFSET=offset_type(partial),
-    )  # fmt: skip
+    )
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """The launches of `wgrad`, for tensors of certain shapes, strides and dtypes: the products, and their sum."""
+
+    products: Launch
+    total: Launch | None  # of a split's partial sums
+    splits: int
+    dtype: torch.dtype  # of partial sums
+
+    def __call__(self, dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor | None) -> bool:
+        """dW and db; or nothing and False, where a tensor is not aligned to 16 bytes."""
+        h = dz if h is None else h
+        if self.total is None:
+            return self.products(dz, h, dw, db)
+        partial, *sums = _partial(self.splits, self.dtype, dw, db)
+        return self.products(dz, h, *sums) and self.total(partial, _given(dw, db))
+
+
+def _given(*sums: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple([total for total in sums if total is not None])
+
+
+def _partial(
+    splits: int, dtype: torch.dtype, dw: Tensor | None, db: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Memory for the partial sums, (splits, elements of dW and db), and where dW's and db's begin in it."""
+    size_w, size_b = (0 if total is None else total.numel() for total in (dw, db))
+    device = _given(dw, db)[0].device
+    partial = torch.empty((splits, size_w + size_b), dtype=dtype, device=device)
+    return partial, None if dw is None else partial, None if db is None else partial[:, size_w:]
 
 
 def wgrad(
@@ -315,7 +354,7 @@ def wgrad(
     db: Tensor | None,
     precision: str,
     tile: configs.TileConfig | None = None,
-) -> None:
+) -> WeightGradient | None:
     """dW = dzᵀ h and db = Σ_rows dz, each where it is given.
 
     Where dW has too few tiles to fill the device, the rows are split over programs, whose partial sums, in fp32, a
@@ -330,31 +369,31 @@ def wgrad(
     K = 1 if dw is None else dw.shape[1]
     assert dw is None or (h is not None and h.shape == (M, K) and dw.shape == (N, K) and dw.is_contiguous())
     assert db is None or (db.shape == (N,) and db.is_contiguous())
+    h = dz if h is None else h  # not read where dw is None
     aligned = describable(dz, h)
-    tile = tile or configs.choose(
-        configs.Problem("wgrad", N, K, M, dz.dtype, precision, aligned), configs.device_of(dz)
-    )
+    problem = configs.Problem("wgrad", N, K, M, dz.dtype, precision, aligned)
+    tile = tile or configs.choose(problem, configs.device_of(dz))
     assert aligned or not tile.descriptors
     chunk = max(1, cdiv(cdiv(M, tile.split), tile.block_k)) * tile.block_k
     splits = max(1, cdiv(M, chunk))
-    size_w, size_b = (0 if total is None else total.numel() for total in (dw, db))
-    sums_w, sums_b = dw, db
+    accumulator = torch.float64 if dz.dtype == torch.float64 else torch.float32
+    sums_w, sums_b, stride_split = dw, db, 0
     if splits > 1:
-        accumulator = torch.float64 if dz.dtype == torch.float64 else torch.float32
-        partial = torch.empty((splits, size_w + size_b), dtype=accumulator, device=dz.device)
-        sums_w = None if dw is None else partial
-        sums_b = None if db is None else partial[:, size_w:]
-    h = dz if h is None else h  # not read where dw is None
-    launch(
+        partial, sums_w, sums_b = _partial(splits, accumulator, dw, db)
+        stride_split = partial.stride(0)
+    products = launch(
         wgrad_kernel,
         tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * splits),
         dz.device,
         tile,
-        dz, h, sums_w, sums_b, M, N, K, *dz.stride(), *h.stride(), size_w + size_b, chunk, splits,
+        (dz, h, sums_w, sums_b),
+        (M, N, K, *dz.stride(), *h.stride(), stride_split, chunk, splits),
         PRECISION=tile.precision,
         OFFSET=offset_type(dz, h, sums_w, sums_b),
         DZ_BY_M=not by_columns(dz) if tile.descriptors else None,
         H_BY_M=not by_columns(h) if tile.descriptors else None,
-    )  # fmt: skip
-    if splits > 1:
-        sum_partials(partial, [total for total in (dw, db) if total is not None])
+    )
+    total = sum_partials(partial, _given(dw, db)) if splits > 1 else None
+    if products is None or (splits > 1 and total is None):
+        return None
+    return WeightGradient(products, total, splits, accumulator)

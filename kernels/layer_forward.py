@@ -8,7 +8,7 @@ from . import configs
 from .activations import Activation
 from .dot import activate, multiply, operand, result, round_to, split_columns, store_tile, tile_position
 from .language import tl, triton
-from .launch import by_columns, cdiv, describable, launch, offset_type
+from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 
 __all__ = ["layer_forward"]
 
@@ -84,7 +84,7 @@ def layer_forward(
     activation: Activation,
     precision: str,
     tile: configs.TileConfig | None = None,
-) -> None:
+) -> Launch | None:
     """h = a(x Wᵀ + b), and z = x Wᵀ + b where `z` is given.
 
     Args:
@@ -92,6 +92,9 @@ def layer_forward(
         h: (M, N), contiguous, written; z likewise, or None.
         precision: torch's setting for fp32, "ieee" or "tf32".
         tile: instead of the one `configs.choose` gives.
+
+    Returns:
+        The launch, for doing the same with other tensors of these shapes, strides and dtypes; see `launch`.
     """
     (M, K), N = x.shape, weight.shape[0]
     assert weight.shape == (N, K)
@@ -103,12 +106,13 @@ def layer_forward(
         configs.Problem("forward", M, N, K, x.dtype, precision, aligned), configs.device_of(x)
     )
     assert aligned or not tile.descriptors
-    launch(
+    return launch(
         layer_forward_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
         x.device,
         tile,
-        x, weight, bias, h, z, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
+        (x, weight, bias, h, z),
+        (M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(x.dtype),
         ROUND_Z=activation.keeps_preactivation,
@@ -119,4 +123,4 @@ def layer_forward(
         W_BY_K=by_columns(weight) if tile.descriptors else None,
         PARTS=tile.parts,
         WARP_SPECIALIZE=tile.warp_specialize,
-    )  # fmt: skip
+    )

@@ -563,10 +563,11 @@ def forward(
         tile.started(cdiv(rows, tile.block_m)),
         x.device,
         tile,
-        x, y, weights, biases, kept, z, h, rows, *x.stride(),
+        (x, y, weights, biases, kept, z, h),
+        (rows, *x.stride()),
         NET=network,
         OFFSET=_offset_type(network, rows, x),
-    )  # fmt: skip
+    )
 
 
 def recompute(
@@ -597,11 +598,12 @@ def recompute(
         programs,
         x.device,
         tile,
-        x, dy, dx, weights, biases, partial, h, rows, partial.shape[1], *x.stride(), *dy.stride(),
+        (x, dy, dx, weights, biases, partial, h),
+        (rows, partial.shape[1], *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         OFFSET=_offset_type(network, rows, x, dy),
-    )  # fmt: skip
+    )
     if sums:
         sum_partials(partial, sums)
 
@@ -632,11 +634,12 @@ def dgrad(
         tile.started(cdiv(rows, tile.block_m)),
         dy.device,
         tile,
-        dy, dx, weights, kept, own, dz, last, rows, *dy.stride(),
+        (dy, dx, weights, kept, own, dz, last),
+        (rows, *dy.stride()),
         NET=network,
         LOWEST=gradients.lowest,
         OFFSET=_offset_type(network, rows, dy),
-    )  # fmt: skip
+    )
 
 
 def wgrad(
@@ -667,11 +670,12 @@ def wgrad(
         splits * tiles,
         x.device,
         tile,
-        x, dy, kept, dz, partial, rows, chunk, partial.shape[1], *x.stride(), *dy.stride(),
+        (x, dy, kept, dz, partial),
+        (rows, chunk, partial.shape[1], *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         OFFSET=_offset_type(network, rows, x, dy),
-    )  # fmt: skip
+    )
     sum_partials(partial, sums)
 
 

@@ -16,18 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 from . import plan
 from .functional import (
-    IDENTITY,
     Decision,
     Layer,
     can_checkpoint,
     check_call,
-    find_network,
+    find_path,
     run_kernels,
-    run_network,
+    run_path,
     settings,
 )
 from .kernels import configs
 from .kernels.activations import Activation, find, resolve
+from .layers import IDENTITY, LayerPath
 from .reference import linear_act
 
 __all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
@@ -255,15 +255,15 @@ class FusedMLP(_WithBackend, nn.Sequential):
                 now = settings(kind, self._backend, self._recompute)
                 for decision in run.decisions:
                     if decision.holds(input, weights, biases, now):
-                        return run_network(input, weights, biases, decision.path)
+                        return run_path(input, weights, biases, decision.path)
             layers = run.layers()
             dtype = check_call(input, layers)
             if plan.why_reference(input, layers, dtype, self._backend) is None:
                 if repeats and Decision.can_hold(input, weights):
-                    path = find_network(input, layers, dtype, self._recompute)
-                    if isinstance(path, plan.NetworkPlan):
+                    path = find_path(input, layers, dtype, self._recompute)
+                    if not (self._recompute and isinstance(path, LayerPath)):  # which torch's checkpoint runs
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
-                        return run_network(input, weights, biases, path)
+                        return run_path(input, weights, biases, path)
                 return run_kernels(input, layers, dtype, self._recompute)
         if run.linears and self._recompute and can_checkpoint():
             return checkpoint(run.call, input, use_reentrant=False)
@@ -393,7 +393,7 @@ class _Run:
         self.linears: list[tuple[nn.Linear, Activation]] = []
         self.owned: list[dict[str, Any]] = []  # the linears' dicts of parameters
         self.reason = reason  # why it runs as itself
-        self.decisions: list[Decision] = []  # the last two network paths: training and evaluation alternate
+        self.decisions: list[Decision] = []  # the last two paths: training and evaluation alternate
 
     def call(self, input: Tensor) -> Tensor:
         """The children as they are."""

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from mlp_fused import ACTIVATIONS
-from mlp_fused.functional import run_network
 from mlp_fused.kernels import configs, layer_backward, layer_forward, network
 from mlp_fused.kernels.configs import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig, choose
+from mlp_fused.networks import run_network
 from mlp_fused.plan import network_path
 
 # One device an architecture.
@@ -169,8 +169,10 @@ def capture(call: Callable[[], None], device: Device) -> list[Launch]:
     """The launches that a call makes on a device, none of them carried out."""
     launched: list[Launch] = []
 
-    def record(kernel: Any, programs: int, device: Any, tile: TileConfig, *arguments: Any, **constants: Any) -> None:
-        launched.append(Launch(kernel, tile, arguments, constants))
+    def record(
+        kernel: Any, programs: int, device: Any, tile: TileConfig, tensors: Any, scalars: Any, **constants: Any
+    ) -> None:
+        launched.append(Launch(kernel, tile, (*tensors, *scalars), constants))
 
     modules = (layer_forward, layer_backward, network)
     before = [module.launch for module in modules]

@@ -58,7 +58,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and torch.empty_like give NaN, so that an element that no kernel wrote shows."""
+    """torch.empty and its like give NaN, so that an element that no kernel wrote shows."""
     import torch
 
     def poison(make):
@@ -70,16 +70,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
 @pytest.fixture(params=["layer", "network"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The path that the public functions and modules take."""
-    from mlp_fused import functional, module
+    from mlp_fused import functional
 
     if request.param == "layer":
-        for taker in (functional, module):
-            monkeypatch.setattr(taker, "find_network", lambda *arguments: "the other path is tested")
+        monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
     return request.param
 
 

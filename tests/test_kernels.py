@@ -13,12 +13,14 @@ from cases import CASES, Case, Data, check, gradients, make, oracle
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, mlp, reference
-from mlp_fused.functional import IDENTITY, Layer, find_network, run_kernels, run_layers, run_network
+from mlp_fused.functional import Layer, find_layers, find_network, run_kernels
 from mlp_fused.kernels import network
 from mlp_fused.kernels.configs import TileConfig
 from mlp_fused.kernels.launch import count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
+from mlp_fused.layers import IDENTITY, run_layers
+from mlp_fused.networks import run_network
 from mlp_fused.plan import NetworkPlan
 
 PATHS = ("layer", "network")
@@ -35,7 +37,7 @@ def forward(case: Case, data: Data, path: str, recompute: bool | None = None) ->
     """y through the kernels of a path."""
     x, layers, network_path = find(case, data, recompute)
     if path == "layer":
-        y = run_layers(x, layers, case.dtype)
+        y = run_layers(x, data.weights, data.biases, find_layers(x, layers, case.dtype))
     else:
         assert isinstance(network_path, NetworkPlan), network_path
         y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)

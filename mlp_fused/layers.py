@@ -1,0 +1,305 @@
+"""The layer path: every layer is one autograd.Function of its pre-activation's predecessor, (z_{l-1}, W_l, b_l) -> z_l.
+
+z_l = a_{l-1}(z_{l-1}) W_lᵀ + b_l. The edge between two of them carries dz, so that a layer's dgrad ends in the
+derivative of the layer below. What travels on the edge is the one tensor that is kept: z itself, or, where the
+derivative can be read off the output, h in its place, whose gradient by agreement is dz all the same. Users never see
+such a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gradients import plain_gradient, through, wants_torch
+from .kernels import layer_backward, layer_forward
+from .kernels.activations import ACTIVATIONS, Activation
+from .plan import DEBUG
+
+__all__ = ["IDENTITY", "LayerPath", "layer_path", "run_layers"]
+
+IDENTITY = ACTIVATIONS["identity"]
+MOST_LAUNCHES = 1024  # that a layer remembers; a batch size has up to four
+
+
+class LayerKernels:
+    """The kernels of one layer, and the launches that were made of them, by shapes and strides.
+
+    Attributes:
+        layer: which one, from 0.
+        below: the layer below's activation; the identity for the first layer.
+        activation: its own.
+        last: whether its output goes to the user.
+        dtype: what it computes in.
+        precision: torch's setting for fp32.
+        weight_dtype, bias_dtype: the parameters', which their gradients have; None without a bias.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        below: Activation,
+        activation: Activation,
+        last: bool,
+        dtype: torch.dtype,
+        precision: str,
+        weight_dtype: torch.dtype,
+        bias_dtype: torch.dtype | None,
+    ) -> None:
+        self.layer = layer
+        self.below = below
+        self.activation = activation
+        self.last = last
+        self.dtype = dtype
+        self.precision = precision
+        self.weight_dtype = weight_dtype
+        self.bias_dtype = bias_dtype
+        self.has_below = below is not IDENTITY
+        self.launches: dict[tuple[Any, ...], Any] = {}
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """h, and z where it is to be kept."""
+        h = torch.empty((x.shape[0], weight.shape[0]), dtype=self.dtype, device=x.device)
+        z = torch.empty_like(h) if keep and self.activation.keeps_preactivation else None
+        bias_stride = None if bias is None else bias.stride()
+        key = ("forward", x.shape, x.stride(), weight.stride(), bias_stride, z is None, x.get_device())
+        if not self._again(key, x, weight, bias, h, z):
+            made = layer_forward.layer_forward(x, weight, bias, h, z, self.activation, self.precision)
+            self._remember(key, made)
+        if DEBUG:
+            self._check_finite("forward", h=h)
+        return h, z
+
+    def output_gradient(self, dh: Tensor, own: Tensor) -> Tensor:
+        """dz = dh ⊙ a'(own)."""
+        dz = torch.empty_like(own)
+        key = ("output_gradient", dh.shape, dh.stride(), own.stride(), dh.get_device())
+        if not self._again(key, dh, own, dz):
+            self._remember(key, layer_backward.output_gradient(dh, own, dz, self.activation))
+        return dz
+
+    def dgrad(self, dz: Tensor, weight: Tensor, saved: Tensor | None, rebuild: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradient of what is below, and with `rebuild` the layer below's output."""
+        dx = torch.empty((dz.shape[0], weight.shape[1]), dtype=self.dtype, device=dz.device)
+        h = torch.empty_like(dx) if rebuild else None
+        saved_stride = None if saved is None else saved.stride()
+        key = ("dgrad", dz.shape, dz.stride(), weight.stride(), saved_stride, rebuild, dz.get_device())
+        if not self._again(key, dz, weight, saved, dx, h):
+            self._remember(key, layer_backward.dgrad(dz, weight, saved, dx, h, self.below, self.precision))
+        return dx, h
+
+    def wgrad(
+        self, dz: Tensor, h: Tensor | None, width_in: int, needs_weight: bool, needs_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dW and db, those that are needed."""
+        width_out, device = dz.shape[1], dz.device
+        dw = torch.empty((width_out, width_in), dtype=self.weight_dtype, device=device) if needs_weight else None
+        db = torch.empty((width_out,), dtype=self.bias_dtype, device=device) if needs_bias else None
+        if dw is None:
+            h = None
+        h_stride = None if h is None else h.stride()
+        key = ("wgrad", dz.shape, dz.stride(), h_stride, needs_bias, dz.get_device())
+        if not self._again(key, dz, h, dw, db):
+            self._remember(key, layer_backward.wgrad(dz, h, dw, db, self.precision))
+        return dw, db
+
+    def _again(self, key: tuple[Any, ...], *tensors: Tensor | None) -> bool:
+        made = self.launches.get(key)
+        return made is not None and made(*tensors)
+
+    def _remember(self, key: tuple[Any, ...], made: Any) -> None:
+        if len(self.launches) >= MOST_LAUNCHES:
+            self.launches.clear()
+        if made is not None:
+            self.launches[key] = made
+
+    def _check_finite(self, direction: str, **tensors: Tensor | None) -> None:
+        """Wait for the kernels, and name the layer if one of their results is not finite.
+
+        Raises:
+            FloatingPointError: a NaN or an infinity.
+        """
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if tensor.is_cuda:
+                torch.cuda.synchronize(tensor.device)
+            bad = int(tensor.numel() - tensor.isfinite().sum())
+            if bad:
+                raise FloatingPointError(
+                    f"layer {self.layer} ({self.activation}), {direction}: {bad} of {tensor.numel()} elements of "
+                    f"{name} are NaN or infinite"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPath:
+    """The layer path for some layers: their kernels, and the dtype they compute in."""
+
+    layers: tuple[LayerKernels, ...]
+    dtype: torch.dtype
+
+
+@functools.lru_cache(maxsize=1024)
+def layer_path(
+    widths: tuple[int, ...],
+    activations: tuple[Activation, ...],
+    parameters: tuple[tuple[torch.dtype, torch.dtype | None], ...],
+    dtype: torch.dtype,
+    precision: str,
+) -> LayerPath:
+    """The one path for such layers. `parameters` are the dtypes of each one's weight, and bias or None."""
+    last = len(activations) - 1
+    layers = [
+        LayerKernels(index, below, activation, index == last, dtype, precision, *dtypes)
+        for index, (below, activation, dtypes) in enumerate(zip((IDENTITY, *activations), activations, parameters))
+    ]
+    return LayerPath(tuple(layers), dtype)
+
+
+def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath) -> Tensor:
+    """x (M, d_0) -> y (M, d_L) through a path's kernels, with gradients wherever they are wanted."""
+    dtype = path.dtype
+    h = x if x.dtype == dtype else x.to(dtype)
+    differentiable = torch.is_grad_enabled()
+    needs_grad = differentiable and h.requires_grad
+    edge = h
+    for kernels, weight, bias in zip(path.layers, weights, biases):
+        needs_grad = needs_grad or (
+            differentiable and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        )
+        if needs_grad:
+            outputs = _LayerFunction.call(edge, h, weight, bias, kernels)
+            h, edge = outputs if type(outputs) is tuple else (outputs, outputs)
+        else:
+            h, _ = kernels.forward(h, _cast(weight, dtype), bias, keep=False)
+            edge = h
+    return h
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+class _LayerFunction(torch.autograd.Function):
+    """(z_below, W, b) -> z, with h = a(z) beside it; see the top of this module.
+
+    The last layer of a run returns h to its user, whose gradient is dh; an inner one's edge brings dz.
+    """
+
+    @classmethod
+    def call(cls, *arguments: Any) -> Any:
+        """`apply` without its search for tensors of torch.func transforms, which never come here: 2 µs less."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+    @staticmethod
+    def forward(
+        ctx: Any, edge: Tensor, h_below: Tensor, weight: Tensor, bias: Tensor | None, kernels: LayerKernels
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        needs_edge, _, needs_weight, _, _ = ctx.needs_input_grad
+        compute_weight = _cast(weight, kernels.dtype)
+        h, z = kernels.forward(h_below, compute_weight, bias, keep=True)
+        # One tensor serves dW and the derivative below. Where nothing below needs a gradient, the edge is h_below.
+        kept = edge if needs_weight or (needs_edge and kernels.has_below) else None
+        own = None
+        if kernels.last and kernels.activation is not IDENTITY:
+            own = h if z is None else z
+        ctx.save_for_backward(kept, compute_weight if needs_edge else None, own)
+        ctx.kernels = kernels
+        ctx.width_in = weight.shape[1]
+        # The weight as the user has it, for a gradient that is differentiated; saved above where it needs no cast.
+        ctx.master = weight if compute_weight is not weight else None
+        if z is None:
+            return h
+        if not kernels.last:
+            ctx.mark_non_differentiable(h)
+        return h, z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernels: LayerKernels = ctx.kernels
+        dh, dz = None, grads[-1]
+        if kernels.last:
+            dh, dz = (None if each is None else plain_gradient(each) for each in (*grads, None)[:2])
+            if kernels.activation is IDENTITY:
+                dh, dz = None, dh
+        if dh is None and dz is None:
+            return None, None, None, None, None
+        if wants_torch(dz if dh is None else dh):
+            with torch.enable_grad():
+                d_edge, dw, db = _differentiable_backward(ctx, dh, dz)
+        else:
+            d_edge, dw, db = _backward(ctx, dh, dz)
+        return d_edge, None, dw, db, None
+
+
+def _backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of (edge, W, b) through the kernels, only those that are wanted."""
+    kernels: LayerKernels = ctx.kernels
+    kept, weight, own = ctx.saved_tensors
+    needs_edge, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    if dh is not None:
+        through_activation = kernels.output_gradient(dh, own)
+        dz = through_activation if dz is None else through_activation + dz
+    assert dz is not None
+    d_edge = dw = db = None
+    h_below = kept
+    if needs_edge:
+        saved = kept if kernels.has_below else None
+        d_edge, rebuilt = kernels.dgrad(dz, weight, saved, needs_weight and kernels.below.keeps_preactivation)
+        h_below = h_below if rebuilt is None else rebuilt
+    if needs_weight or needs_bias:
+        dw, db = kernels.wgrad(dz, h_below, ctx.width_in, needs_weight, needs_bias)
+    if DEBUG:
+        kernels._check_finite("backward", dz=d_edge, dW=dw, db=db)
+    return d_edge, dw, db
+
+
+def _differentiable_backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same gradients in plain torch, for when they are to be differentiated themselves."""
+    kernels: LayerKernels = ctx.kernels
+    kept, weight, own = ctx.saved_tensors
+    needs_edge, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    if ctx.master is not None and weight is not None:
+        weight = ctx.master.to(weight.dtype)
+    if dh is not None:
+        through_activation = through(kernels.activation, own, dh)
+        dz = through_activation if dz is None else through_activation + dz
+    assert dz is not None
+    d_edge = dw = db = None
+    h_below = kept
+    if needs_edge and kernels.has_below:
+        # kept stands on the edge, for z: its own, or as the output that z gave.
+        keeps_preactivation = kernels.below.keeps_preactivation
+        h_below = kernels.below(kept) if keeps_preactivation else _OutputOf.apply(kept, kernels.below)
+    if needs_edge:
+        d_edge = dz @ weight
+        if kernels.has_below:
+            (d_edge,) = torch.autograd.grad(h_below, kept, d_edge, create_graph=True)
+    if needs_weight:
+        dw = (dz.t() @ h_below).to(kernels.weight_dtype)
+    if needs_bias:
+        db = dz.sum(0).to(kernels.bias_dtype)
+    return d_edge, dw, db
+
+
+class _OutputOf(torch.autograd.Function):
+    """h as a function of z, evaluated at an edge on which h stands for z: h -> h, with derivative a'(z) read off h."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, activation: Activation) -> Tensor:
+        output = h.clone()
+        ctx.save_for_backward(output)
+        ctx.activation = activation
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
+        (h,) = ctx.saved_tensors
+        return ctx.activation.reference_backward(dh, h, *ctx.activation.values), None

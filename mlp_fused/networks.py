@@ -1,0 +1,165 @@
+"""The network path: a narrow network is one autograd.Function, (x, W_1 …, b_1 …) -> y, one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gradients import plain_gradient, through, wants_torch
+from .kernels import network
+from .plan import NetworkPlan
+
+__all__ = ["run_network"]
+
+
+def run_network(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], path: NetworkPlan) -> Tensor:
+    """The network path: x (M, d_0) -> y (M, d_L)."""
+    if path.formulation is None:
+        return _network_forward(x, weights, biases, path)
+    return _NetworkFunction.call(x, path, *weights, *biases)
+
+
+def _network_forward(
+    x: Tensor, weights: tuple[Any, ...], biases: tuple[Any, ...], path: NetworkPlan, keep: bool = False
+) -> Any:
+    """y; with `keep`, (y, what is kept of the hidden layers, the last pre-activation where that one is needed)."""
+    net, rows = path.network, x.shape[0]
+    y = x.new_empty((rows, net.widths[-1]), dtype=net.dtype)
+    kept = z = None
+    if keep and net.layers > 1:
+        kept = x.new_empty((rows * net.starts[-1],), dtype=net.dtype)
+    if keep and net.keeps_z[-1]:
+        z = torch.empty_like(y)
+    if rows:
+        network.forward(x, weights, biases, y, net, path.forward, kept=kept, z=z)
+    return (y, kept, z) if keep else y
+
+
+class _NetworkFunction(torch.autograd.Function):
+    """(x, W_1 …, b_1 …) -> y: a whole network."""
+
+    @classmethod
+    def call(cls, *arguments: Any) -> Any:
+        """`apply` without its search for tensors of torch.func transforms, which never come here: 2 µs less."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: NetworkPlan, *parameters: Tensor | None) -> Tensor:
+        ctx.path = path
+        layers = len(parameters) // 2
+        # As the user has them, for a gradient that is differentiated; saved below is what the kernels read.
+        ctx.parameters = parameters
+        if path.formulation == "stored":
+            y, kept, z = _network_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
+            own = None
+            if path.network.activates_output:
+                own = y if z is None else z
+            first = parameters[0] if ctx.needs_input_grad[0] else None
+            ctx.save_for_backward(x, kept, own, first, *parameters[1:layers])
+        else:
+            y = _network_forward(x, parameters[:layers], parameters[layers:], path)
+            ctx.save_for_backward(x, None, None, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, _, *needs = ctx.needs_input_grad
+        x, kept, own, *saved = ctx.saved_tensors
+        dy = plain_gradient(dy)
+        if wants_torch(dy):
+            with torch.enable_grad():
+                dx, gradients = _differentiable_network_backward(
+                    ctx.path.network, x, ctx.parameters, dy, needs_x, needs
+                )
+        else:
+            parameters = [of_user if each is None else each for each, of_user in zip_longest(saved, ctx.parameters)]
+            dx, gradients = _network_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
+        return dx, None, *gradients
+
+
+def _network_backward(
+    path: NetworkPlan,
+    x: Tensor,
+    kept: Tensor | None,
+    own: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    dy: Tensor,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradients of W_1 …, b_1 …, through the kernels, only those that are wanted."""
+    net = path.network
+    rows, layers = x.shape[0], net.layers
+    weights: tuple[Any, ...] = tuple(parameters[:layers])
+    biases = tuple(parameters[layers:])
+    assert path.backward is not None
+    # Hooks on saved tensors may have given a parameter other strides, which the kernels are compiled for.
+    strides = tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b in zip(weights, biases))
+    if strides != net.strides:
+        net = network.network_of(net.widths, strides, net.activations, net.dtype, net.precision)
+    wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
+    make = torch.empty if rows else torch.zeros
+
+    def like(parameter: Tensor | None) -> Tensor:
+        assert parameter is not None
+        return make(parameter.shape, dtype=parameter.dtype, device=x.device)
+
+    dx = make(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+    gradients = [like(parameter) if need else None for parameter, need in zip(parameters, needs)]
+    if rows == 0:
+        return dx, gradients
+    by_layer = (gradient for pair in zip(gradients[:layers], gradients[layers:]) for gradient in pair)
+    sums = [gradient for gradient in by_layer if gradient is not None]
+    if path.formulation == "recompute":
+        network.recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
+        return dx, gradients
+    if path.formulation == "replay":
+        y, kept, z = _network_forward(x, weights, biases, replace(path, network=net), keep=True)
+        own = None if not net.activates_output else y if z is None else z
+    dz = None if kept is None else torch.empty_like(kept)
+    last = None if own is None else torch.empty_like(own)
+    if last is not None or wanted.lowest + 1 < layers or needs_x:
+        network.dgrad(dy, weights, kept, own, dz, last, dx, net, wanted, path.backward)
+    if sums:
+        network.wgrad(x, dy if last is None else last, kept, dz, sums, net, wanted, path.wgrad)
+    return dx, gradients
+
+
+def _differentiable_network_backward(
+    net: network.Network,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    dy: Tensor,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The same gradients in plain torch, for when they are to be differentiated themselves."""
+    layers = net.layers
+    weights, biases = parameters[:layers], parameters[layers:]
+    hs, saved = [x.to(net.dtype)], []
+    for weight, bias, activation in zip(weights, biases, net.activations):
+        assert weight is not None
+        z = F.linear(hs[-1], weight.to(net.dtype), None if bias is None else bias.to(net.dtype))
+        hs.append(activation(z))
+        saved.append(z if activation.keeps_preactivation else hs[-1])
+    dh: Tensor | None = dy
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    for index in reversed(range(layers)):
+        weight, bias, activation = weights[index], biases[index], net.activations[index]
+        assert weight is not None
+        assert dh is not None
+        dz = dh if activation.name == "identity" else through(activation, saved[index], dh)
+        if needs[index]:
+            gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
+        if bias is not None and needs[layers + index]:
+            gradients[layers + index] = dz.sum(0).to(bias.dtype)
+        if not (needs_x or any(needs[:index]) or any(needs[layers : layers + index])):
+            return None, gradients
+        dh = dz @ weight.to(net.dtype)
+    return None if dh is None else dh.to(x.dtype), gradients

@@ -1,0 +1,78 @@
+"""What a tensor core makes of fp32 operands in three bf16 parts, and FMA units of the operands themselves, in numpy.
+
+Products of bf16 are exact. An instruction takes 16 of the reduction: it aligns their products and the accumulator to
+the largest of them, and truncates, both what lies a few bits below that one's last and the sum (Fasi, Higham, Mikaitis
+and Pranesh, PeerJ CS 7:e330; Ootomo and Yokota, arXiv 2203.03341). Arrays are float64 that hold fp32 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["bf16x6", "fma", "parts"]
+
+Array = NDArray[np.float64]
+
+STEP = 16  # of the reduction, in one instruction
+BITS_BELOW = 2  # the last bit of fp32, which the alignment keeps
+SCALE = 2.0**8  # of one part to the next, so that those of small numbers do not underflow
+
+
+def _exponent(value: Array) -> NDArray[np.int32]:
+    return np.frexp(np.where(np.isfinite(value), value, 0.0))[1]
+
+
+def _shorten(value: Array, bits: int, least: int, how: Callable[[Any], Any]) -> Array:
+    """Finite `value` as a multiple of 2^least with so many bits."""
+    unit = np.maximum(_exponent(value) - bits, least)
+    return np.ldexp(how(np.ldexp(value, -unit)), unit)
+
+
+def to_fp32(value: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return value.astype(np.float32).astype(np.float64)
+
+
+def dot(a: Array, b: Array, acc: Array) -> Array:
+    """acc + a bᵀ for bf16 numbers a (M, K) and b (N, K), as a tensor core accumulates it."""
+    for k in range(0, a.shape[1], STEP):
+        products = a[:, None, k : k + STEP] * b[None, :, k : k + STEP]
+        terms = np.concatenate([products, acc[:, :, None]], axis=2)
+        unit = _exponent(np.abs(terms).max(2)) - 24 - BITS_BELOW
+        total = np.ldexp(np.trunc(np.ldexp(terms, -unit[:, :, None])).sum(2), unit)
+        acc = _shorten(total, 24, -149, np.trunc)
+    return acc
+
+
+def parts(a: Array, nearest: bool) -> tuple[Array, Array, Array]:
+    """a = hi + mid / 2^8 + lo / 2^16, bf16 numbers; hi is rounded to nearest, or else truncated."""
+    hi = _shorten(a, 8, -133, np.rint if nearest else np.trunc)
+    rest = (a - hi) * SCALE
+    mid = _shorten(rest, 8, -133, np.rint)
+    lo = _shorten((rest - mid) * SCALE, 8, -133, np.rint)
+    return hi, mid, lo
+
+
+def bf16x6(x: Array, w: Array, block: int = 32, nearest: bool = True) -> Array:
+    """x wᵀ for x (M, K) and w (N, K): six products of parts for a block of the reduction, blocks added in fp32."""
+    acc = np.zeros((x.shape[0], w.shape[0]))
+    for k in range(0, x.shape[1], block):
+        hi_a, mid_a, lo_a = parts(x[:, k : k + block], nearest)
+        hi_b, mid_b, lo_b = parts(w[:, k : k + block], nearest)
+        p = dot(mid_a, mid_b, np.zeros_like(acc))
+        p = to_fp32(dot(lo_a, hi_b, dot(hi_a, lo_b, p)) / SCALE)
+        p = to_fp32(dot(mid_a, hi_b, dot(hi_a, mid_b, p)) / SCALE)
+        acc = to_fp32(acc + dot(hi_a, hi_b, p))
+    return acc
+
+
+def fma(x: Array, w: Array) -> Array:
+    """x wᵀ by one fused multiply-add after the other, as a GPU's fp32 units do one output."""
+    acc = np.zeros((x.shape[0], w.shape[0]))
+    for k in range(x.shape[1]):
+        acc = to_fp32(x[:, k, None] * w[None, :, k] + acc)
+    return acc

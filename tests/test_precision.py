@@ -1,0 +1,219 @@
+"""fp32 by six products of bf16 parts: its error against torch's own fp32, and numbers that are not ordinary."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tensor_core
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mlp_fused.functional import IDENTITY
+from mlp_fused.kernels import configs
+from mlp_fused.kernels.configs import TileConfig
+from mlp_fused.kernels.layer_backward import dgrad, wgrad
+from mlp_fused.kernels.layer_forward import layer_forward
+
+TILES = [TileConfig(64, 32, 32, 8, 4, 1, precision="bf16x6", descriptors=descriptors) for descriptors in (False, True)]
+LENGTHS = [configs.SHORTEST_SPLIT + more for more in (0, 1, 12, 32, 64, 200)]
+LARGEST = torch.finfo(torch.float32).max
+TINIEST = 2.0**-149
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape)
+
+
+# Two kinds of operands each: activations, weights.
+INPUTS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {
+    "normal": (normal, normal),
+    "positive": (lambda rng, *shape: rng.random(shape),) * 2,
+    "relu": (lambda rng, *shape: np.maximum(normal(rng, *shape), 0), normal),
+    "wide range": (lambda rng, *shape: np.exp(normal(rng, *shape)) * rng.choice([-1, 1], shape),) * 2,
+    "wide range, positive": (lambda rng, *shape: np.exp(normal(rng, *shape)),) * 2,
+}
+
+
+def draw(inputs: str, m: int, n: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """x (m, k) and w (n, k) of numbers that fp32 holds."""
+    rng = np.random.default_rng([seed, k])
+    x, w = INPUTS[inputs]
+    return tensor_core.to_fp32(x(rng, m, k)), tensor_core.to_fp32(w(rng, n, k))
+
+
+def assert_no_worse(x: np.ndarray, w: np.ndarray, ours: np.ndarray, torchs: np.ndarray) -> None:
+    """By the norm of the error, and by its largest entry relative to |x||w|ᵀ."""
+    true, magnitude = x @ w.T, np.abs(x) @ np.abs(w).T
+    errors, limits = np.abs(ours - true), np.abs(torchs - true)
+    assert np.linalg.norm(errors) <= np.linalg.norm(limits)
+    assert (errors / magnitude).max() <= (limits / magnitude).max()
+
+
+@pytest.mark.parametrize("nearest", [True, False], ids="nearest={}".format)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_six_products_on_a_tensor_core_err_no_more_than_fp32(inputs: str, nearest: bool) -> None:
+    for k, seed in itertools.product(LENGTHS, range(3)):
+        x, w = draw(inputs, 32, 32, k, seed)
+        assert_no_worse(x, w, tensor_core.bf16x6(x, w, nearest=nearest), tensor_core.fma(x, w))
+
+
+def test_parts_add_up() -> None:
+    """To every finite number of either sign, denormal ones too, but for what overflows when it is rounded."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    edges = np.array([0, 1, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000, 0x7F7EFFFF, 0x7F7F7FFF], dtype=np.uint32)
+    bits = np.concatenate([bits, bits & 0x807FFFFF, edges, edges | 0x80000000])
+    values = bits[bits & 0x7FFFFFFF < 0x7F7F8000].view(np.float32).astype(np.float64)
+    for nearest in (True, False):
+        hi, mid, lo = tensor_core.parts(values, nearest)
+        assert np.array_equal(hi + mid / tensor_core.SCALE + lo / tensor_core.SCALE**2, values)
+
+
+def by_forward(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
+    h = torch.empty((a.shape[0], b.shape[0]), device=a.device)
+    layer_forward(a, b, None, h, None, IDENTITY, "ieee", tile)
+    return h
+
+
+def by_dgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
+    dx = torch.empty((a.shape[0], b.shape[0]), device=a.device)
+    dgrad(a, b.t().contiguous(), None, dx, None, IDENTITY, "ieee", tile)
+    return dx
+
+
+def by_wgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
+    dw, db = torch.empty((a.shape[0], b.shape[0]), device=a.device), torch.empty(a.shape[0], device=a.device)
+    wgrad(a.t().contiguous(), b.t().contiguous(), dw, db, "ieee", tile)
+    check_entries(db[:, None], a, torch.ones((1, a.shape[1]), device=a.device))
+    return dw
+
+
+# Each of them does a bᵀ.
+PRODUCTS = {"forward": by_forward, "dgrad": by_dgrad, "wgrad": by_wgrad}
+every_product = pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+every_tile = pytest.mark.parametrize("tile", TILES, ids=str)
+
+
+def check_entries(ours: Tensor, a: Tensor, b: Tensor) -> None:
+    """Every entry of a bᵀ is NaN or infinite where torch's is, and otherwise within the bound of tests/cases.py.
+
+    Left out is what hangs on the order of the sum: where its terms reach the overflow only together. Operands are as if
+    moved by their spacing where they are denormal.
+    """
+    torchs = a @ b.t()
+    wide_a, wide_b = a.double(), b.double()
+    true = wide_a @ wide_b.t()
+    products = wide_a[:, None, :] * wide_b[None, :, :]
+    special = ~products.isfinite()
+    magnitude = products.abs().masked_fill(special, 0).sum(2)
+    safe = magnitude < LARGEST * (1 - 2**-10)
+    overflows = ~special.any(2) & (true.abs() == magnitude) & (magnitude > LARGEST * (1 + 2**-10))
+    clear = true.isnan() | safe | overflows
+    assert ours.isnan()[clear].equal(torchs.isnan()[clear])
+    infinite = clear & torchs.isinf()
+    assert ours[infinite].equal(torchs[infinite])
+    finite = safe & ~special.any(2)
+    length = a.shape[1]
+    roundings = 4 if a.device.type == "cpu" else 4 + length / 4  # tensor cores truncate every addend
+    bound = 2 * (torchs.double() - true).abs() + 2**-24 * true.abs() + roundings * 2**-24 * magnitude
+    moved = wide_a.abs().nan_to_num(0, 0).sum(1)[:, None] + wide_b.abs().nan_to_num(0, 0).sum(1)
+    bound += 2 * TINIEST * (moved + length)
+    error = (ours.double() - true).abs()
+    worst = (error / bound)[finite]
+    assert ours[finite].isfinite().all()
+    assert worst.numel() == 0 or worst.max() <= 1
+
+
+def of(*numbers: float | str) -> list[int]:
+    """The bits of fp32 numbers, each with either sign; text is bits in hexadecimal already."""
+    found = [
+        int(number, 16) if isinstance(number, str) else int(np.float32(number).view(np.uint32)) for number in numbers
+    ]
+    return [bits | sign for bits in found for sign in (0, 1 << 31)]
+
+
+def fp32(bits: list[int]) -> np.ndarray:
+    """The numbers that have these bits: a conversion would make every NaN a quiet one."""
+    return np.array(bits, dtype=np.uint32).view(np.float32)
+
+
+ORDINARY = of(0.0, 1.0, 0.5, 1 + 2**-23, "3F80FFFF", "3FFFFFFF", 1e-8, 1e8, 3e-15)
+# Numbers that are denormal in bf16, or too small for it, or whose parts are.
+TINY = of(1e-45, 1e-41, "FFFF", 2.0**-133, "1FFFF", 1e-39, 1e-38, "7FFFFF", 2.0**-126, 1.3e-38, 1e-37, 1.7e-36, 1e-30)
+# Numbers that overflow in bf16, or whose parts do when they are scaled, or the products of these.
+HUGE = of(LARGEST, "7F7F8000", "7F7F7FFF", "7F7EFFFF", "7F00FFFF", 2.0**127, 1.7 * 2.0**126, "7E80FFFF", 3e37)
+HUGE += of(2.0**64, 1.9 * 2.0**63)
+# NaN: quiet, signalling, and with nothing set in the half that bf16 keeps.
+NOT_FINITE = of("7F800000", "7FC00000", "7FA00000", "7F800001", "7F80BEEF")
+RANGES = {
+    "tiny": ORDINARY + TINY,
+    "huge": ORDINARY + HUGE,
+    "finite": ORDINARY + TINY + HUGE,
+    "any": ORDINARY + TINY + HUGE + NOT_FINITE,
+}
+
+
+def column(bits: list[int], length: int, k: int, device: str) -> Tensor:
+    """Numbers in column k of a matrix that is zero otherwise, of a multiple of four rows."""
+    matrix = np.zeros((-(-len(bits) // 4) * 4, length), dtype=np.float32)
+    matrix[: len(bits), k] = fp32(bits)
+    return torch.from_numpy(matrix).to(device)
+
+
+@every_product
+@every_tile
+@pytest.mark.parametrize("values", RANGES)
+def test_every_pair_of_special_numbers(values: str, tile: TileConfig, product: Callable, device: str) -> None:
+    for length, k in ((32, 0), (40, 37)):
+        a = column(RANGES[values], length, k, device)
+        check_entries(product(a, a, tile), a, a)
+
+
+@every_product
+@every_tile
+@pytest.mark.parametrize("scale", [1.0, 2.0**-3])
+def test_products_next_to_the_overflow(scale: float, tile: TileConfig, product: Callable, device: str) -> None:
+    """2^127 times numbers between 1 and 2, alone and as sums."""
+    significands = 1 + torch.rand((36, 1), generator=torch.Generator().manual_seed(2))
+    a, b = torch.zeros((2, 40)), torch.zeros((36, 40))
+    a[0, 3], a[1, 8:40:4] = 2.0**127 * scale, 2.0**124 * scale
+    b[:, 3], b[:, 8:40:4] = significands[:, 0], significands
+    a, b = torch.cat([a, -a]).to(device), b.to(device)
+    check_entries(product(a, b, tile), a, b)
+
+
+places = st.tuples(st.booleans(), st.integers(0, 35), st.integers(0, 127), st.sampled_from(RANGES["any"]))
+
+
+@every_product
+@every_tile
+@settings(deadline=None, max_examples=20)
+@given(
+    drawn=st.lists(places, min_size=1, max_size=12),
+    length=st.sampled_from([4, 32, 36, 64, 100, 128]),
+    ordinary=st.booleans(),
+)
+def test_special_numbers_anywhere(
+    tile: TileConfig, product: Callable, device: str, drawn: list, length: int, ordinary: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    operands = [(torch.randn((rows, length), generator=generator) * ordinary).numpy() for rows in (36, 20)]
+    for second, row, k, bits in drawn:
+        operands[second][row % len(operands[second]), k % length] = fp32([bits])[0]
+    a, b = (torch.from_numpy(operand).to(device) for operand in operands)
+    check_entries(product(a, b, tile), a, b)
+
+
+@every_product
+@every_tile
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_kernels_err_no_more_than_torchs_fp32(inputs: str, tile: TileConfig, product: Callable, device: str) -> None:
+    for k in (configs.SHORTEST_SPLIT, configs.SHORTEST_SPLIT + 12, 256):
+        x, w = draw(inputs, 64, 32, k, 0)
+        a, b = (torch.from_numpy(operand).float().to(device) for operand in (x, w))
+        ours, torchs = (found.double().cpu().numpy() for found in (product(a, b, tile), a @ b.t()))
+        assert_no_worse(x, w, ours, torchs)

@@ -10,7 +10,7 @@ import pytest
 
 from bench import measure, timing
 from bench.machine import distorted, machine
-from bench.shapes import GRID, Cell
+from bench.shapes import FRESH_PHASES, GRID, Cell
 
 Row = Callable[[Cell, str], None]
 
@@ -66,7 +66,7 @@ def row(benchmark: Any) -> Row:
 
     def run(cell: Cell, device: str) -> None:
         benchmark.group = cell.family
-        if cell.phase in ("first_touch", "lecture"):
+        if cell.phase in FRESH_PHASES:
             benchmark.extra_info.update(
                 benchmark.pedantic(measure.measure, (cell, device), {"full": not benchmark.disabled})
             )

@@ -306,7 +306,8 @@ def summary(row: Row) -> str:
     if "ms" in row:
         baselines = row["baselines"].items()
         speeds = (f"{b['speedup']:.2f}x {name}" if "speedup" in b else f"{name} failed" for name, b in baselines)
-        return f"{row['path']}, {row['ms']:.4g} ms, {row['floor_ratio']:.2f} of the floor, {', '.join(speeds)}"
+        how = row.get("path") or row["tile"]
+        return f"{how}, {row['ms']:.4g} ms, {row['floor_ratio']:.2f} of the floor, {', '.join(speeds)}"
     if "copy" in row:
         ratios = (f"{p['copy']['pinned']['to_kernel']:.2f} {phase}" for phase, p in row["phases"].items())
         return f"pinned {row['copy']['pinned']['ms']:.4g} ms = {', '.join(ratios)}"

@@ -3,7 +3,7 @@
 A row is a dict of plain values:
 
     id, family, phase, device, anchor, widths, rows, dtype, activation, layout
-    path, reason            what FusedMLP runs on, and why (from `explain`)
+    path, reason, precision what FusedMLP runs on, and why, and how fp32 is multiplied (from `explain`)
     verified                relative errors against eager, and the bound they were held to
     first_call_s            the first call: compiling, or loading what was compiled before
     ms, kernel_ms, quartiles, rounds, calls    see timing.py; `repeat_ms` is ms again, after the baselines: the noise
@@ -25,7 +25,7 @@ backward and the step; `first_touch`, `lecture` and `warmup` rows have `seconds`
 
 A gemm row is one kernel's, and has instead of path, reason, copy and first_call_s:
 
-    tile, precision         what the kernel ran with
+    tile                    what the kernel ran with
     baselines               `matmul`, the bare product, and `eager`, torch's whole way (see gemm.py)
     errors                  of fp32: those of `ours` and `eager` against float64, by the norm and of the worst entry
 """
@@ -512,7 +512,8 @@ def _measure_model(bench: Bench, phase: str) -> tuple[dict[str, Any], Timed]:
     problem, device = bench.problem, bench.device
     plan = bench.model.explain(problem.rows, bench.dtype)
     timed = bench.timed(bench.model, phase)
-    row = {"path": plan.path, "reason": plan.reason, "sets": timed.sets} | bench.verify(timed, phase)
+    row = {"path": plan.path, "reason": plan.reason, "precision": plan.precision, "sets": timed.sets}
+    row |= bench.verify(timed, phase)
     measured = timing.time_call(timed, device)
     row |= measured.as_dict()
     row |= against_floor(work_of(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms)

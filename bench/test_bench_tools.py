@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import fresh, gemm, gpu, measure, timing
+from bench import fresh, gemm, goals, gpu, measure, timing
 from bench.machine import ROOT, distorted, machine
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from bench.timing import Ceilings, Timed
@@ -522,6 +522,70 @@ def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
     assert row["flops"] == 2 * 64 * (784 * 512 + 512 * 512 + 512 * 10)
     if not torch.cuda.is_available():
         assert "rows skipped: no CUDA device" in child.stdout
+        assert f"not measured  ≥ 1.3    {goals.GOALS[7].text}" in child.stdout
+
+
+# Goals
+
+
+def made_up(name: str, eager: float = 1.5, **fields: Any) -> dict[str, Any]:
+    return {"id": name, "device": "cuda", "path": "layer", "baselines": {"eager": {"speedup": eager}}, **fields}
+
+
+def verdict(goal: goals.Goal, *rows: dict[str, Any]) -> str:
+    return goal.judge(rows).split("  ")[0]
+
+
+def test_every_goal_has_rows_in_the_grid() -> None:
+    calls = [{"id": f"call-layer-{name}"} for name in ("inference-forward", "training-forward", "training-backward")]
+    rows = [{"id": str(cell), "device": device} for cell in GRID for device in cell.devices] + calls
+    for goal in goals.GOALS:
+        assert any(goal.concerns(row) for row in rows), goal.text
+        assert verdict(goal, *rows) == "not measured"
+    products = {tuple(cell.problem.widths) for cell in GRID if goals.GOALS[0].concerns({"id": str(cell)})}
+    assert products == {(4096, 16384), (16384, 4096), (1024, 4096), (4096, 1024)}
+    # Each that is set beside max-autotune has an anchor, which alone is measured so.
+    compiled = [goal for goal in goals.GOALS if goals.COMPILED in goal.text]
+    assert len(compiled) == 3
+    assert all(any(goal.concerns({"id": name}) for name in ANCHORS) for goal in compiled)
+
+
+def test_a_goal_is_judged_by_its_worst_row() -> None:
+    goal = next(goal for goal in goals.GOALS if "seed" in goal.text)
+    good, bad = made_up("seed-a-step", 1.4), made_up("seed-b-step", 1.2)
+    assert verdict(goal, good) == "met"
+    assert goal.judge([good, bad]).startswith("missed        ≥ 1.3    1.200")
+    assert goal.judge([good, bad]).endswith("seed-b-step, the worst of 2")
+    assert verdict(goal, bad | {"device": "cpu"}) == "not measured"
+    broken = {"id": "seed-c-step", "error": "out of memory"}
+    assert goal.judge([good, broken]).endswith("seed-a-step, 1 failed")
+    assert verdict(goal, {"id": "seed-c-step", "baselines": {"eager": {"error": "no"}}}) == "not measured"
+
+
+def test_figures_of_goals() -> None:
+    assert goals.of_bare_product({"baselines": {"matmul": {"kernel_speedup": 0.8}}}) == pytest.approx(1.25)
+    errors = {"ours": {"norm": 1.0, "entry": 3.0}, "eager": {"norm": 2.0, "entry": 2.0}}
+    assert goals.of_eagers_error({"errors": errors, "precision": "ieee"}) == pytest.approx(1.5)
+    assert goals.of_eagers_error({"errors": errors, "precision": "tf32"}) is None
+    assert goals.over_eager_in_full_fp32(made_up("large", precision="tf32")) is None
+    assert goals.over_eager_in_full_fp32(made_up("large", precision="ieee")) == 1.5
+    assert goals.kept_ratio({"memory": {"kept_ratio": 0.5}}) == 0.5
+
+
+def test_the_share_of_rows_on_our_kernels() -> None:
+    rows = [
+        made_up("narrow-a-step", path="network"),
+        made_up("narrow-b-step"),
+        made_up("odd-a-forward", path="reference"),
+        {"id": "odd-b-forward", "error": "wrong", "path": "layer"},
+        made_up("seed-a-step", path="reference") | {"device": "cpu"},
+        {"id": "gemm-a-dgrad", "device": "cuda", "tile": "64x64"},
+    ]
+    assert goals.report(rows)[:2] == [
+        "narrow: 2 of 2 rows run on our kernels",
+        "odd: 0 of 2 rows run on our kernels, 1 failed",
+    ]
+    assert len(goals.report(rows)) == 2 + len(goals.GOALS)
 
 
 # gpu.py

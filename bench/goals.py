@@ -1,13 +1,18 @@
 """What the benches are to show: the goals, once, and what some rows say of them.
 
 A goal is judged by the worst of its rows: with one over the bound it is missed. Rows measured on a CPU are of no goal.
+`python -m bench.goals bench/results/<gpu>.json` prints the report of a file; `pytest bench --benchmark` and gpu.py end
+with theirs.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -143,3 +148,7 @@ def report(rows: Iterable[Row]) -> list[str]:
         failures = f", {failed} failed" if failed else ""
         lines.append(f"{family}: {ours} of {len(members)} rows run on our kernels{failures}")
     return [*lines, *(goal.judge(rows) for goal in GOALS)]
+
+
+if __name__ == "__main__":
+    print(*report(json.loads(Path(sys.argv[1]).read_text())["rows"].values()), sep="\n")

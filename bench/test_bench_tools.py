@@ -734,6 +734,41 @@ def test_tests_have_a_share_of_the_time(tmp_path: Path) -> None:
     assert "1 passed" in found["summary"]
 
 
+TUNER = """
+import argparse, pathlib, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("command", choices=["tune"])
+parser.add_argument("--minutes", type=float, required=True)
+parser.add_argument("--out", type=pathlib.Path, required=True)
+options = parser.parse_args()
+again = options.out.exists()
+options.out.write_text("{}")
+print("carried on" if again else "begun", options.minutes)
+"""
+
+
+def test_the_tuner_has_a_share_of_the_time_and_may_fail(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    (tmp_path / "mlp_fused").mkdir()
+    script = tmp_path / "mlp_fused" / "__main__.py"
+
+    def tune(source: str, seconds: float = 60) -> dict[str, Any]:
+        script.write_text(source)
+        gpu.run_tuner(results, tmp_path, tmp_path, seconds)
+        return json.loads(results.path.read_text())["tune"]
+
+    refused = tune("import sys; sys.exit('tune: there is no such command')")
+    assert (refused["finished"], refused["status"], refused["file"]) == (True, 1, None)
+    assert gpu.ending(refused).startswith("tune: there is no such command (")
+    found = tune(TUNER)
+    assert (found["status"], found["summary"]) == (0, "begun 0.75")  # minutes; the rest is grace
+    assert found["file"] == "tuned_nvidia_h200.json"
+    assert tune(TUNER)["summary"] == "carried on 0.75"
+    slow = tune(TUNER + "time.sleep(600)", seconds=2)
+    assert (slow["finished"], slow["status"]) == (False, None)
+    assert "cut off" in gpu.ending(slow)
+
+
 def test_without_a_gpu_one_sentence_and_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ finds nothing left to measure. The rows are measured with the tiles that the pac
 tuned: in kernels/tuned/ these are another state of the sources.
 
 DIR then holds tests.log, tune.log, worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is
-the device's name by `mlp_fused.kernels.configs.device_slug`. <gpu>.json is written after every row, whole or not at all:
+the device's name by `mlp_fused.kernels.configs.device_slug`. That file is written after every row, whole or not at all:
 
     schema      2
     machine     see machine.py: GPU, driver, versions, CPU, digest of the sources

@@ -123,6 +123,7 @@ GOALS = (
         kept_ratio,
         at_most=True,
     ),
+    # Rows of bench_call.py, which pytest alone measures.
     Goal("µs of the layer path's forward without its kernels", 40, ("call-layer-*-forward",), call_us, at_most=True),
     Goal(
         "µs of the layer path's forward + backward without its kernels",

@@ -348,8 +348,9 @@ def gemm_cell(phase: str, dtype: str = "fp32", activation: str = "gelu") -> Cell
 
 
 @pytest.mark.usefixtures("without_triton")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("phase", GEMM_PHASES)
+@pytest.mark.parametrize(
+    ("phase", "dtype"), [("layer_forward", "bf16"), ("layer_forward_z", "fp32"), ("dgrad", "fp32"), ("wgrad", "bf16")]
+)
 def test_a_gemm_row_is_complete_and_plain(phase: str, dtype: str) -> None:
     reported: list[dict[str, Any]] = []
     row = json.loads(json.dumps(measure.measure(gemm_cell(phase, dtype), "cpu", reported.append)))
@@ -767,6 +768,46 @@ def test_the_tuner_has_a_share_of_the_time_and_may_fail(tmp_path: Path) -> None:
     slow = tune(TUNER + "time.sleep(600)", seconds=2)
     assert (slow["finished"], slow["status"]) == (False, None)
     assert "cut off" in gpu.ending(slow)
+
+
+def test_one_command_runs_tests_tuner_and_rows_and_ends_with_the_goals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    class Worker:
+        def __init__(self, log: Path) -> None: ...
+
+        def measure(self, cell: Cell | None, seconds: float) -> dict[str, Any]:
+            ran.append("ceilings" if cell is None else str(cell))
+            return {} if cell is None else made_up(str(cell), 1.25, ms=1.0, floor_ratio=2.0)
+
+        def close(self) -> None: ...
+
+    def run_module(command: list[str], root: Path, log: Path, seconds: float) -> dict[str, Any]:
+        ran.append(" ".join(command[:2]))
+        return {"finished": True, "status": 2 * (command[0] == "mlp_fused"), "summary": "done", "seconds": seconds}
+
+    for name, stand_in in (
+        ("why_not", lambda *_: None),
+        ("distorted", lambda: None),
+        ("machine", lambda: MACHINE),
+        ("Worker", Worker),
+        ("run_module", run_module),
+    ):
+        monkeypatch.setattr(gpu, name, stand_in)
+    steps = [str(cell) for cell in select("seed-*-step")]
+    assert gpu.main(["--out", str(tmp_path), "--cells", "seed-*-step"]) == 0  # the tuner's failure is no row's
+    assert ran == ["pytest -m", "mlp_fused tune", "ceilings", *steps]
+    said = capsys.readouterr().out
+    assert "tuner: done (" in said
+    assert f"seed: {len(steps)} of {len(steps)} rows run on our kernels" in said
+    assert "missed        ≥ 1.3    1.250" in said
+    ran.clear()
+    assert gpu.main(["--out", str(tmp_path), "--cells", "seed-*-step"]) == 0
+    assert ran == ["mlp_fused tune"]
+    assert gpu.main(["--out", str(tmp_path), "--cells", "seed-*-step", "--tune-share", "0"]) == 0
+    assert ran == ["mlp_fused tune"]
 
 
 def test_without_a_gpu_one_sentence_and_status_2(

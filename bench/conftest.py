@@ -1,4 +1,4 @@
-"""`--benchmark`: without it each row runs once, verified, as a smoke test."""
+"""`--benchmark`: without it each row runs once, verified, as a smoke test; with it, the goals are judged at the end."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from bench import measure, timing
+from bench import goals, measure, timing
 from bench.machine import distorted, machine
-from bench.shapes import GRID, Cell
+from bench.shapes import FRESH_PHASES, GRID, Cell
 
 Row = Callable[[Cell, str], None]
+ROWS = pytest.StashKey[list[goals.Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,11 +49,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: order.get(item, -1))  # rows after tests, in the grid's order: anchors first
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Keep the measured rows for the summary."""
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    if benchmark is not None and "id" in benchmark.extra_info:
+        item.config.stash.setdefault(ROWS, []).append(dict(benchmark.extra_info))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "[" in report.nodeid]
     reasons = Counter(report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple))
     for reason, count in reasons.items():
         terminalreporter.write_line(f"{count} rows skipped: {reason.removeprefix('Skipped: ')}")
+    if _measures(config) and (rows := config.stash.get(ROWS, [])):
+        terminalreporter.section("goals")
+        for line in goals.report(rows):
+            terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -66,7 +79,7 @@ def row(benchmark: Any) -> Row:
 
     def run(cell: Cell, device: str) -> None:
         benchmark.group = cell.family
-        if cell.phase in ("first_touch", "lecture"):
+        if cell.phase in FRESH_PHASES:
             benchmark.extra_info.update(
                 benchmark.pedantic(measure.measure, (cell, device), {"full": not benchmark.disabled})
             )

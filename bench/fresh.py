@@ -1,4 +1,5 @@
-"""What only the first call costs, in a process of its own: `python -m bench.fresh first_touch|lecture [--cpu] [--gpu]`.
+"""What only the first call costs, in a process of its own: `python -m bench.fresh first_touch|warmup`, and
+`python -m bench.fresh lecture [--cpu] [--gpu]`.
 
 Prints one line of JSON: seconds by name, read off the host clock, each after waiting for the device unless it says
 "returned". Names that end in _2 are the same thing done a second time.
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.shapes import Problem
+from bench.shapes import FRESH_PHASES, Problem
 from bench.timing import DTYPES
 
 
@@ -27,6 +28,24 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - begun, result
+
+
+def warmup(problem: Problem, device: str = "cuda") -> dict[str, float]:
+    """`model.warmup(rows)`, which compiles the kernels of a training step or loads them from Triton's cache, and then
+    a forward and backward, twice: the second is what the first costs where warmup left it nothing to do.
+    """
+    from mlp_fused import FusedMLP
+
+    dtype = DTYPES[problem.dtype]
+    first, *rest = problem.widths
+    model: Any = FusedMLP(first, rest, activation_layer=problem.activation, device=device, dtype=dtype)
+    x = torch.randn(problem.rows, first, device=device, dtype=dtype)
+    parameters = list(model.parameters())
+    found: dict[str, float] = {}
+    found["warmup"], _ = seconds(lambda: model.warmup(problem.rows))
+    for again in ("", "_2"):
+        found["training" + again], _ = seconds(lambda: torch.autograd.grad(model(x).sum(), parameters))
+    return found
 
 
 def first_touch(problem: Problem) -> dict[str, float]:
@@ -92,15 +111,17 @@ def check(found: Tensor, expected: Tensor, bound: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("first_touch", "lecture"))
+    parser.add_argument("what", choices=FRESH_PHASES)
     parser.add_argument("--cpu", action="store_true", help="the lecture's product on the CPU")
     parser.add_argument("--gpu", action="store_true", help="the lecture's copy and product on the GPU")
     parser.add_argument("--widths", type=int, nargs="+", default=[784, 512, 512, 10])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--activation", default="relu")
     options = parser.parse_args()
-    if options.what == "first_touch":
-        found = first_touch(Problem(tuple(options.widths), options.rows, options.dtype))
+    if options.what in ("first_touch", "warmup"):
+        function = first_touch if options.what == "first_touch" else warmup
+        found = function(Problem(tuple(options.widths), options.rows, options.dtype, options.activation))
     else:
         found = lecture(options.rows, cpu=options.cpu, gpu=options.gpu)
     print(json.dumps(found))

@@ -1,14 +1,20 @@
 """Everything a GPU is needed for, in one command: `python bench/gpu.py --minutes 8 --out DIR`.
 
-Runs the GPU tests, then the anchor cells, then the rest of the grid until the time is up. Called again with the same
-DIR it carries on where it stopped. DIR then holds tests.log, worker.log and <gpu>.json, which goes to bench/results/;
-<gpu> is the device's name by `mlp_fused.kernels.configs.device_slug`. The file is written after every row, whole or not
-at all:
+Runs the GPU tests, then the tuner, then the anchor cells, then the rest of the grid until the time is up, and says what
+all rows so far show of the goals (goals.py). Called again with the same DIR it carries on where it stopped: tests that
+were finished and rows that are there are not run again; the tuner is given its file again, and ends at once where it
+finds nothing left to measure. The rows are measured with the tiles that the package comes with, not with those just
+tuned: in kernels/tuned/ these are another state of the sources.
 
-    schema      1
+DIR then holds tests.log, tune.log, worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is
+the device's name by `mlp_fused.kernels.configs.device_slug`. That file is written after every row, whole or not at all:
+
+    schema      2
     machine     see machine.py: GPU, driver, versions, CPU, digest of the sources
     started, updated    UTC, ISO 8601
-    tests       {"finished", "status", "summary", "seconds"} of `pytest -m gpu tests`, or null
+    tests       {"finished", "status", "summary", "seconds"} of `pytest -m gpu tests`, or null; the summary is the last
+                line of its output, the status null where its time was up
+    tune        the same of `python -m mlp_fused tune`, the last time that it ran, and its "file"; or null
     ceilings    one entry a call: date, FLOP/s by dtype, bytes/s of a copy on the device
     rows        by id, in the order measured: measure.py's row and its "seconds_spent"; or {"id", "error", …}
 
@@ -16,8 +22,8 @@ Where GPU, versions or sources are not those of a file already there, that file 
 one is started: numbers of two machines do not mix.
 
 A worker process does the measuring. A row that fails, hangs or breaks the CUDA context is recorded with its error, the
-worker is started afresh where it has to be, and the next row runs. Exit status: 0; 1 where a test or a row failed; 2
-where there is nothing to run on; 130 after Ctrl-C.
+worker is started afresh where it has to be, and the next row runs. So does everything after a tuner that fails. Exit
+status: 0; 1 where a test or a row failed; 2 where there is nothing to run on; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -42,6 +48,7 @@ if __name__ in ("__main__", "__mp_main__"):
 
 import torch
 
+from bench import goals
 from bench.machine import ROOT, distorted, machine
 from bench.measure import describe, measure, why_not
 from bench.shapes import GRID, Cell, select
@@ -51,12 +58,14 @@ from mlp_fused.kernels.configs import device_slug
 Row = dict[str, Any]
 Measure = Callable[[Cell, str, Callable[[Row], None]], Row]
 
-SCHEMA = 1
+SCHEMA = 2
 RESERVE = 10.0  # seconds kept for ending: the last write, the worker's end
 SHORTEST = 10.0  # with less than this left, no row is begun
 ROW_SECONDS = 90.0
 ANCHOR_SECONDS = 240.0  # max-autotune times many tiles for each product
 TESTS_SHARE = 0.35
+TUNE_SHARE = 0.25
+TUNE_GRACE = 15.0  # seconds between the end that the tuner is told and the one that it is given
 
 # What must agree for rows to stand in one file.
 SAME = ("gpu", "driver", "cuda", "torch", "triton", "python", "mlp_fused", "source")
@@ -91,6 +100,7 @@ class Results:
             "started": now(),
             "updated": now(),
             "tests": None,
+            "tune": None,
             "ceilings": [],
             "rows": {},
         }
@@ -237,9 +247,25 @@ class Worker:
 
 def run_tests(results: Results, directory: Path, root: Path, seconds: float) -> None:
     """`pytest -m gpu tests` in a child process, its output in tests.log, ended after `seconds`."""
+    command = ["pytest", "-m", "gpu", "-q", "tests"]
+    results.content["tests"] = run_module(command, root, directory / "tests.log", seconds)
+    results.save()
+
+
+def run_tuner(results: Results, directory: Path, root: Path, seconds: float) -> None:
+    """`python -m mlp_fused tune` in a child process, its output in tune.log, ended after `seconds`."""
+    file = directory.resolve() / f"tuned_{results.path.stem}.json"
+    minutes = max(0.0, seconds - TUNE_GRACE) / 60
+    command = ["mlp_fused", "tune", "--minutes", f"{minutes:.2f}", "--out", str(file)]
+    outcome = run_module(command, root, directory / "tune.log", seconds)
+    results.content["tune"] = {**outcome, "file": file.name if file.exists() else None}
+    results.save()
+
+
+def run_module(command: list[str], root: Path, log: Path, seconds: float) -> Row:
+    """`python -m` something in a child process, ended after `seconds`: {"finished", "status", "summary", "seconds"}."""
     begun = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
-    log = directory / "tests.log"
+    command = [sys.executable, "-m", *command]
     with log.open("w") as file:
         child = subprocess.Popen(command, cwd=root, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -251,13 +277,12 @@ def run_tests(results: Results, directory: Path, root: Path, seconds: float) -> 
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    results.content["tests"] = {
+    return {
         "finished": status is not None,
         "status": status,
         "summary": lines[-1] if lines else "",
         "seconds": round(time.monotonic() - begun, 1),
     }
-    results.save()
 
 
 def run_rows(
@@ -306,7 +331,8 @@ def summary(row: Row) -> str:
     if "ms" in row:
         baselines = row["baselines"].items()
         speeds = (f"{b['speedup']:.2f}x {name}" if "speedup" in b else f"{name} failed" for name, b in baselines)
-        return f"{row['path']}, {row['ms']:.4g} ms, {row['floor_ratio']:.2f} of the floor, {', '.join(speeds)}"
+        how = row.get("path") or row["tile"]
+        return f"{how}, {row['ms']:.4g} ms, {row['floor_ratio']:.2f} of the floor, {', '.join(speeds)}"
     if "copy" in row:
         ratios = (f"{p['copy']['pinned']['to_kernel']:.2f} {phase}" for phase, p in row["phases"].items())
         return f"pinned {row['copy']['pinned']['ms']:.4g} ms = {', '.join(ratios)}"
@@ -319,6 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go; carried on from")
     parser.add_argument("--cells", default="*", metavar="PATTERN", help='ids to run, such as "narrow-*-forward"')
     parser.add_argument("--tests-share", type=float, default=TESTS_SHARE, help="part of the time for tests (0: none)")
+    parser.add_argument("--tune-share", type=float, default=TUNE_SHARE, help="then for the tuner (0: none)")
     parser.add_argument("--retry", action="store_true", help="run rows again that failed")
     options = parser.parse_args(arguments)
     begun = time.monotonic()
@@ -345,7 +372,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.tests_share > 0 and not (tests and tests["finished"]):
             run_tests(results, options.out, ROOT, options.tests_share * (deadline - time.monotonic()))
             tests = results.content["tests"]
-            say(f"tests: {tests['summary']} ({tests['seconds']} s{'' if tests['finished'] else ', cut off'})")
+            say(f"tests: {ending(tests)}")
+        seconds = options.tune_share * (deadline - time.monotonic())
+        if seconds > TUNE_GRACE:
+            run_tuner(results, options.out, ROOT, seconds)
+            say(f"tuner: {ending(results.content['tune'])}")
         todo = results.todo(cells, retry=options.retry)
         say(f"{len(cells) - len(todo)} rows are there, {len(todo)} to go, {deadline - time.monotonic():.0f} s left")
         if todo:
@@ -362,7 +393,15 @@ def main(arguments: list[str] | None = None) -> int:
         worker.close()
     failed = sum("error" in row for row in results.rows.values())
     say(f"{len(results.rows)} rows in {results.path}, {failed} of them failed")
+    for line in goals.report(results.rows.values()):
+        say(line)
     return 1 if failed or (tests and tests["status"]) else 0
+
+
+def ending(outcome: Row) -> str:
+    """How tests or tuner ended, in a line."""
+    status = f"status {outcome['status']}" if outcome["finished"] else "cut off"
+    return f"{outcome['summary']} ({outcome['seconds']} s, {status})"
 
 
 def refuse(reason: str) -> int:

@@ -3,7 +3,7 @@
 A row is a dict of plain values:
 
     id, family, phase, device, anchor, widths, rows, dtype, activation, layout
-    path, reason            what FusedMLP runs on, and why (from `explain`)
+    path, reason, precision what FusedMLP runs on, and why, and how fp32 is multiplied (from `explain`)
     verified                relative errors against eager, and the bound they were held to
     first_call_s            the first call: compiling, or loading what was compiled before
     ms, kernel_ms, quartiles, rounds, calls    see timing.py; `repeat_ms` is ms again, after the baselines: the noise
@@ -12,12 +12,22 @@ A row is a dict of plain values:
     ceilings                FLOP/s and bytes/s of a large product and a large copy in the same process
     floor_s, bound, tflops, gbps, floor_ratio  the floor these imply, what it is bound by, and kernel_ms against it
     copy                    x from the host: for each way ms, host_ms, gbps, and `to_kernel`, the copy over the kernel
-    baselines               by name: ms, kernel_ms, …, first_call_s, `speedup` = its ms over ours; or {"error": text};
+    baselines               by name: ms, kernel_ms, …, first_call_s, `speedup` = its ms over ours, `kernel_speedup` that
+                            of kernel_ms; or {"error": text};
                             with `compile_s`, the first call of the graph, also where an earlier phase made it
                             (inductor's cache on disk is left as it is: a warm one shortens this)
+    memory                  of a training row on a GPU, ours and eager's: `kept_bytes` between forward and backward, the
+                            output included, `peak_bytes` of both, above what was allocated before; `kept_ratio` and
+                            `peak_ratio`, ours over eager's
 
 `copy` is None on a CPU. A copy row has `copy`, and under `phases` what it needs of the above for the forward, the
-backward and the step; `first_touch` and `lecture` rows have `seconds` by name (see fresh.py).
+backward and the step; `first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
+
+A gemm row is one kernel's, and has instead of path, reason, copy and first_call_s:
+
+    tile                    what the kernel ran with
+    baselines               `matmul`, the bare product, and `eager`, torch's whole way (see gemm.py)
+    errors                  of fp32: those of `ours` and `eager` against float64, by the norm and of the worst entry
 """
 
 from __future__ import annotations
@@ -41,8 +51,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import timing
+from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
-from bench.shapes import COPIED_PHASES, Cell, Problem
+from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from bench.timing import DTYPES, Ceilings, Timed
 from mlp_fused import FusedMLP
 from mlp_fused.kernels import configs
@@ -91,6 +102,8 @@ def work_of(problem: Problem, phase: str, device: str) -> Work:
     if phase == "lecture":
         n = problem.rows
         return Work(2 * n**3, 3 * n * n * DTYPES[problem.dtype].itemsize)
+    if phase in GEMM_PHASES:
+        return kernel_plan(problem, phase).work
     gpu = configs.describe("cuda") if device == "cuda" else None
     precision = float32_precision() if problem.dtype == "fp32" else "ieee"
     parts = work(
@@ -133,6 +146,33 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     expected = expected.detach().float()
     difference = (found.detach().float() - expected).norm().item()
     return difference / (expected.norm().item() or 1.0) if difference else 0.0
+
+
+def compare(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, outputs: int) -> dict[str, Any]:
+    """Relative errors of the first `outputs` tensors, and of the others, which are gradients; and their bounds.
+
+    Raises AssertionError, with the errors and the bounds, where one passes its bound or a tensor is missing.
+    """
+    bounds = BOUNDS[dtype]
+    if dtype == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        bounds = TF32_BOUND, 10 * TF32_BOUND
+    assert len(found) == len(expected), f"{len(found)} tensors instead of {len(expected)}"
+    errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
+    limits = [bounds[0]] * outputs + [bounds[1]] * len(errors[outputs:])
+    wrong = [(i, error) for i, (error, limit) in enumerate(zip(errors, limits, strict=True)) if not error <= limit]
+    assert not wrong, f"wrong against eager (tensor, relative error): {wrong}, bounds {list(bounds)}"
+    return {
+        "output": max(errors[:outputs], default=None),
+        "gradients": max(errors[outputs:], default=None),
+        "bounds": list(bounds),
+    }
+
+
+def verify_gemm(gemm: Gemm) -> dict[str, Any]:
+    """Relative errors of one call of the kernel against eager. Raises AssertionError as `compare` does."""
+    found = gemm.ours(0)
+    outputs = len(found) if gemm.phase.startswith("layer_forward") else 0
+    return {"verified": compare(found, gemm.expected(0), gemm.problem.dtype, outputs)}
 
 
 @dataclass(frozen=True)
@@ -270,7 +310,7 @@ class Bench:
     def verify(self, timed: Timed, phase: str, reference: nn.Module | None = None) -> dict[str, Any]:
         """Relative errors of one call against eager (or `reference`), and the seconds of that first call.
 
-        Raises AssertionError, with the errors and the bounds, where one passes its bound or a tensor is missing.
+        Raises AssertionError as `compare` does.
         """
         last = timed.sets - 1  # of a graph's captures, only the last one's outputs were kept
         moved = self.parameters if phase == "step" else []
@@ -292,21 +332,8 @@ class Bench:
         eager.prepare(last)
         expected = eager(last)
         restore()
-        output_bound, gradient_bound = BOUNDS[self.problem.dtype]
-        if self.problem.dtype == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            output_bound, gradient_bound = TF32_BOUND, 10 * TF32_BOUND
-        assert len(found) == len(expected), f"{len(found)} tensors instead of {len(expected)}"
-        errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
         outputs = 0 if phase == "backward" else 1
-        report = {
-            "output": max(errors[:outputs], default=None),
-            "gradients": max(errors[outputs:], default=None),
-            "bounds": [output_bound, gradient_bound],
-        }
-        bounds = [output_bound] * outputs + [gradient_bound] * len(errors[outputs:])
-        wrong = [(i, error) for i, (error, bound) in enumerate(zip(errors, bounds, strict=True)) if not error <= bound]
-        assert not wrong, f"wrong against eager (tensor, relative error): {wrong}, bounds {report['bounds']}"
-        return {"verified": report, "first_call_s": seconds}
+        return {"verified": compare(found, expected, self.problem.dtype, outputs), "first_call_s": seconds}
 
 
 def synchronize(device: str) -> None:
@@ -412,10 +439,14 @@ BASELINES = (
 
 
 def prepare(cell: Cell, device: str) -> Timed:
-    """The function that a row times, verified: FusedMLP's phase, or for a copy row the pinned copy.
+    """The function that a row times, verified: FusedMLP's phase, a kernel, or for a copy row the pinned copy.
 
     Raises AssertionError where it is wrong.
     """
+    if cell.phase in GEMM_PHASES:
+        gemm = gemm_for(cell.problem, cell.phase, device)
+        verify_gemm(gemm)
+        return gemm.timed("ours")
     bench = bench_for(cell.problem, device)
     if cell.phase == "copy":
         pinned, target = bench.inputs[0].cpu().pin_memory(), torch.empty_like(bench.inputs[0])
@@ -447,8 +478,10 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
         "activation": problem.activation,
         "layout": problem.layout,
     }
-    if cell.phase in ("first_touch", "lecture"):
+    if cell.phase in FRESH_PHASES:
         return row | {"seconds": _fresh(cell, device, cpu=full)}
+    if cell.phase in GEMM_PHASES:
+        return _measure_gemm(row, gemm_for(problem, cell.phase, device), report)
     bench = bench_for(problem, device)
     try:
         if cell.phase == "copy":
@@ -460,10 +493,12 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
             return row
         ours, timed = _measure_model(bench, cell.phase)
         row |= ours
+        if cell.phase == "training" and device == "cuda":
+            row["memory"] = memory(bench)
         row["baselines"] = {}
         for baseline in BASELINES:
             if baseline.applies(cell, device):
-                row["baselines"][baseline.name] = _measure_baseline(bench, baseline, cell.phase, row["ms"])
+                row["baselines"][baseline.name] = _measure_baseline(bench, baseline, cell.phase, row)
                 report(row)
         row["repeat_ms"] = timing.time_call(timed, device).ms
         return row
@@ -477,7 +512,8 @@ def _measure_model(bench: Bench, phase: str) -> tuple[dict[str, Any], Timed]:
     problem, device = bench.problem, bench.device
     plan = bench.model.explain(problem.rows, bench.dtype)
     timed = bench.timed(bench.model, phase)
-    row = {"path": plan.path, "reason": plan.reason, "sets": timed.sets} | bench.verify(timed, phase)
+    row = {"path": plan.path, "reason": plan.reason, "precision": plan.precision, "sets": timed.sets}
+    row |= bench.verify(timed, phase)
     measured = timing.time_call(timed, device)
     row |= measured.as_dict()
     row |= against_floor(work_of(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms)
@@ -489,8 +525,52 @@ def _measure_model(bench: Bench, phase: str) -> tuple[dict[str, Any], Timed]:
     return row, timed
 
 
-def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ms: float) -> dict[str, Any]:
-    """A baseline's part of a row; {"error": text} where it fails, out of memory or otherwise.
+def _measure_gemm(row: dict[str, Any], gemm: Gemm, report: Report) -> dict[str, Any]:
+    """The row of a kernel by itself."""
+    release(gemm.device)
+    timed = gemm.timed("ours")
+    row |= {"tile": str(gemm.tile), "precision": gemm.precision, "sets": timed.sets} | verify_gemm(gemm)
+    measured = timing.time_call(timed, gemm.device)
+    ceilings = timing.ceilings(gemm.device, gemm.problem.dtype)
+    row |= measured.as_dict() | against_floor(gemm.plan.work, ceilings, measured.kernel_ms)
+    row["baselines"] = {}
+    for name in ("matmul", "eager"):
+        row["baselines"][name] = _beside(row, timing.time_call(gemm.timed(name), gemm.device))
+        report(row)
+    row["repeat_ms"] = timing.time_call(timed, gemm.device).ms
+    if gemm.problem.dtype == "fp32":
+        row["errors"] = gemm.errors()
+    return row
+
+
+def _beside(ours: dict[str, Any], measured: timing.Timing) -> dict[str, Any]:
+    """A baseline's timing, and how many times ours it takes."""
+    ratios = {"speedup": measured.ms / ours["ms"], "kernel_speedup": measured.kernel_ms / ours["kernel_ms"]}
+    return measured.as_dict() | ratios
+
+
+def memory(bench: Bench) -> dict[str, Any]:
+    """Bytes of a forward and backward, ours and eager's (see the top of this file)."""
+    ours, eager = _memory(bench, bench.model), _memory(bench, bench.eager)
+    ratios = {f"{name}_ratio": ours[f"{name}_bytes"] / eager[f"{name}_bytes"] for name in ("kept", "peak")}
+    return {"ours": ours, "eager": eager, **ratios}
+
+
+def _memory(bench: Bench, module: nn.Module) -> dict[str, int]:
+    x, dy, parameters = bench.inputs[0], bench.gradients[0], bench.parameters
+    synchronize(bench.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = module(x)
+    kept = torch.cuda.memory_allocated() - before
+    gradients = torch.autograd.grad(y, parameters, dy)
+    peak = torch.cuda.max_memory_allocated() - before
+    del y, gradients
+    return {"kept_bytes": kept, "peak_bytes": peak}
+
+
+def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ours: dict[str, Any]) -> dict[str, Any]:
+    """A baseline's part of a row; {"error": text} where it fails, out of memory or otherwise. `ours` is that row.
 
     Raises what it failed with where that left the device unusable: nothing after it would run.
     """
@@ -500,9 +580,7 @@ def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ms: float) -
         if baseline.name.startswith("compile"):  # one graph for inference, one for the three phases with gradients
             graph = baseline.name, phase == "forward"
             row["compile_s"] = bench.compile_seconds.setdefault(graph, row["first_call_s"])
-        measured = timing.time_call(timed, bench.device)
-        row |= measured.as_dict()
-        row["speedup"] = measured.ms / ms
+        row |= _beside(ours, timing.time_call(timed, bench.device))
     except Exception as error:
         row = {"error": describe(error)}
     finally:
@@ -521,13 +599,13 @@ def describe(error: BaseException) -> str:
 
 
 def _fresh(cell: Cell, device: str, *, cpu: bool = True) -> dict[str, Any]:
-    """Seconds by name from fresh.py. First touch twice: Triton's cache empty ("cold"), then with the kernels in it.
+    """Seconds by name from fresh.py; but for a lecture twice: Triton's cache empty ("cold"), then filled ("warm").
 
     `cpu` is whether a lecture on the GPU is set beside the same product on the CPU.
     """
     problem = cell.problem
     command = [sys.executable, "-m", "bench.fresh", cell.phase, "--rows", str(problem.rows), "--dtype", problem.dtype]
-    command += ["--widths", *map(str, problem.widths)]
+    command += ["--activation", problem.activation, "--widths", *map(str, problem.widths)]
     if cell.phase == "lecture":
         command += ["--gpu"] * (device == "cuda") + ["--cpu"] * (cpu or device == "cpu")
         return _json_of(command)

@@ -3,8 +3,8 @@
     Problem   what is computed: widths d_0 … d_L, rows M, dtype, activation, how the input lies in memory
     Cell      one row of a results file: a problem, and the phase of it that is timed
 
-GRID lists the cells in the order in which a limited time is spent on them: one anchor a family first, then family by
-family. Phases of one problem stand side by side, so that what was built and compiled for one serves the next.
+GRID lists the cells in the order in which a limited time is spent on them: the anchors first, one or two a family, then
+family by family. Phases of one problem stand side by side, so that what was built and compiled for one serves the next.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
-FAMILIES = ("seed", "narrow", "middle", "large", "odd", "copy")
+from mlp_fused.kernels.activations import resolve
+
+FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy")
 
 # forward      y = model(x) without autograd
 # backward     gradients of every parameter from dY, after a forward that is not timed
@@ -22,7 +25,14 @@ FAMILIES = ("seed", "narrow", "middle", "large", "odd", "copy")
 # copy         x from the host to the device, beside the time of the forward, the backward and the step
 # first_touch  context, first allocation, first copy, first launch, in a fresh process
 # lecture      a square product on the CPU; its operands copied; the product on the GPU; for the first and second time
-PHASES = ("forward", "backward", "training", "step", "copy", "first_touch", "lecture")
+# warmup       model.warmup(rows) in a fresh process, with Triton's cache empty and with the kernels in it
+# and of the gemm family, one kernel each, on a layer (K, N) for M rows (see gemm.py):
+# layer_forward    h = a(x W^T + b);  layer_forward_z also writes z = x W^T + b, as training does
+# dgrad            dx = (dz W) * a'(saved), a of the layer below
+# wgrad            dW = dz^T h, db = the sum of dz's rows
+GEMM_PHASES = ("layer_forward", "layer_forward_z", "dgrad", "wgrad")
+FRESH_PHASES = ("first_touch", "lecture", "warmup")  # each in a process of its own
+PHASES = ("forward", "backward", "training", "step", *GEMM_PHASES, "copy", *FRESH_PHASES)
 COPIED_PHASES = ("forward", "backward", "step")  # those that stand beside the copy in a copy row
 
 
@@ -63,8 +73,9 @@ class Cell:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Where the cell means something: a copy to the device needs one."""
-        return ("cuda",) if self.phase in ("copy", "first_touch") else ("cpu", "cuda")
+        """Where the cell means something: a copy to the device needs one, and so do the kernels by themselves."""
+        needs_gpu = self.phase in ("copy", "first_touch", "warmup", *GEMM_PHASES)
+        return ("cuda",) if needs_gpu else ("cpu", "cuda")
 
 
 def _cells(family: str, problems: Iterable[Problem], phases: Iterable[str]) -> list[Cell]:
@@ -125,6 +136,38 @@ def _odd() -> list[Cell]:
     return _cells("odd", problems, ("forward", "training"))
 
 
+def _gemm(networks: Iterable[Cell]) -> list[Cell]:
+    """Each product of the networks once, with the activation in its epilogue: the layer's own, or for dgrad the one of
+    the layer below. A weight gradient has none.
+    """
+    phases: dict[Problem, set[str]] = {}
+
+    def add(layer: tuple[int, int], network: Problem, activation: str, *names: str) -> None:
+        problem = Problem(layer, network.rows, network.dtype, activation)
+        phases.setdefault(problem, set()).update(names)
+
+    for network in dict.fromkeys(cell.problem for cell in networks):
+        layers = list(pairwise(network.widths))
+        for i, layer in enumerate(layers):
+            activation = network.activation if i + 1 < len(layers) else "identity"
+            add(layer, network, activation, "layer_forward")
+            if resolve(activation).keeps_preactivation:
+                add(layer, network, activation, "layer_forward_z")
+            if i > 0:
+                add(layer, network, network.activation, "dgrad")
+            add(layer, network, "identity", "wgrad")
+    return [
+        cell
+        for problem, names in phases.items()
+        for cell in _cells("gemm", [problem], (phase for phase in GEMM_PHASES if phase in names))
+    ]
+
+
+def _warmup() -> list[Cell]:
+    problems = [Problem((784, 512, 512, 10), 64), Problem((1024,) * 5, 16384, "bf16", "gelu")]
+    return _cells("warmup", problems, ["warmup"])
+
+
 def _copy(others: Iterable[Cell]) -> list[Cell]:
     """Each input of the other families once in fp32 and once in 16 bits: the activation changes nothing in a copy."""
     inputs: dict[tuple[object, ...], Problem] = {}
@@ -142,16 +185,20 @@ ANCHORS = (
     "seed-784x512x512x10-relu-fp32-m256-step",
     "narrow-64x64x64x64x64-relu-bf16-m1048576-training",
     "middle-512x512x512x512x512-gelu-bf16-m16384-training",
+    "middle-1024x1024x1024x1024x1024-gelu-bf16-m16384-training",
     "large-4096x16384x4096-gelu-bf16-m8192-training",
+    "gemm-4096x16384-gelu-bf16-m8192-layer_forward",
     "odd-1000x1000x1000x1000-relu-bf16-m4099-training",
+    "warmup-784x512x512x10-relu-fp32-m64-warmup",
     "copy-784x512x512x10-relu-fp32-m1024-copy",
 )
 
 
 def _grid() -> tuple[Cell, ...]:
-    cells = [*_seed(), *_narrow(), *_middle(), *_large(), *_odd()]
-    cells += _copy(cells)
-    named = {str(cell): cell for cell in cells}
+    seed, narrow, middle, large, odd = _seed(), _narrow(), _middle(), _large(), _odd()
+    gemm = _gemm([*seed, *middle, *large])
+    copy = _copy([*seed, *narrow, *middle, *large, *odd])
+    named = {str(cell): cell for cell in (*seed, *narrow, *middle, *large, *gemm, *odd, *_warmup(), *copy)}
     anchors = {name: replace(named[name], anchor=True) for name in ANCHORS}
     return (*anchors.values(), *(cell for name, cell in named.items() if name not in anchors))
 

@@ -19,10 +19,11 @@ import pytest
 import torch
 from torch import nn
 
-from bench import gpu, measure, timing
+from bench import fresh, gemm, goals, gpu, measure, timing
 from bench.machine import ROOT, distorted, machine
-from bench.shapes import ANCHORS, FAMILIES, GRID, PHASES, Cell, Problem, cases, select
+from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from bench.timing import Ceilings, Timed
+from mlp_fused import FusedMLP
 from mlp_fused.plan import Work, work
 
 SMALL = Problem((5, 7, 3), 4)
@@ -38,9 +39,9 @@ def test_ids_are_unique_and_name_every_field() -> None:
     assert "odd-256x512x256-gelu-bf16-m16384-sliced-forward" in map(str, GRID)
 
 
-def test_each_family_has_one_anchor_and_anchors_come_first_in_the_families_order() -> None:
+def test_each_family_has_an_anchor_and_anchors_come_first_in_the_families_order() -> None:
     assert [str(cell) for cell in GRID if cell.anchor] == [str(cell) for cell in GRID[: len(ANCHORS)]] == list(ANCHORS)
-    assert [cell.family for cell in GRID[: len(ANCHORS)]] == list(FAMILIES)
+    assert list(dict.fromkeys(cell.family for cell in GRID[: len(ANCHORS)])) == list(FAMILIES)
     rest = [cell.family for cell in GRID[len(ANCHORS) :]]
     assert rest == sorted(rest, key=FAMILIES.index)
 
@@ -62,8 +63,28 @@ def test_the_copy_family_has_every_input_of_the_grid_in_32_and_16_bits() -> None
         return {(cell.problem.widths[0], cell.problem.rows, cell.problem.layout) for cell in cells}
 
     copied = [cell for cell in GRID if cell.phase == "copy"]
-    assert inputs(copied) == inputs([cell for cell in GRID if cell.family != "copy"])
+    assert inputs(copied) == inputs([cell for cell in GRID if cell.family not in ("copy", "gemm", "warmup")])
     assert Counter(cell.problem.dtype for cell in copied) == {"fp32": len(copied) // 2, "bf16": len(copied) // 2}
+
+
+def test_gemms_are_the_products_of_the_networks_each_once() -> None:
+    of_one_network = {f"{cell.problem}-{cell.phase}" for cell in select("gemm-*-bf16-m8192-*")}
+    assert of_one_network == {
+        f"{layer}-bf16-m8192-{phase}"
+        for k, n in ((4096, 16384), (1024, 4096))
+        for layer, phase in (
+            (f"{k}x{n}-gelu", "layer_forward"),
+            (f"{k}x{n}-gelu", "layer_forward_z"),
+            (f"{k}x{n}-identity", "wgrad"),
+            (f"{n}x{k}-identity", "layer_forward"),
+            (f"{n}x{k}-gelu", "dgrad"),
+            (f"{n}x{k}-identity", "wgrad"),
+        )
+    }
+    for family in ("seed", "middle", "large"):
+        for network in {cell.problem for cell in GRID if cell.family == family}:
+            for k, n in pairwise(network.widths):
+                (_,) = select(f"gemm-{k}x{n}-*-{network.dtype}-m{network.rows}-wgrad")
 
 
 def test_select() -> None:
@@ -294,6 +315,134 @@ def test_a_row_is_complete_and_plain(cell: Cell) -> None:
     assert "ms, " in gpu.summary(row)
 
 
+# Kernels by themselves
+
+
+def torch_forward(x: Any, weight: Any, bias: Any, h: Any, z: Any, activation: Any, *_: Any) -> None:
+    product = torch.addmm(bias, x, weight.t())
+    h.copy_(gemm.FORWARDS[activation.name](product))
+    if z is not None:
+        z.copy_(product)
+
+
+def torch_dgrad(dz: Any, weight: Any, saved: Any, dx: Any, h: Any, below: Any, *_: Any) -> None:
+    dx.copy_(gemm.BACKWARDS[below.name](dz @ weight, saved))
+    if h is not None:
+        h.copy_(gemm.FORWARDS[below.name](saved))
+
+
+def torch_wgrad(dz: Any, h: Any, dw: Any, db: Any, *_: Any) -> None:
+    dw.copy_(dz.t() @ h)
+    db.copy_(dz.sum(0))
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, function in (("layer_forward", torch_forward), ("dgrad", torch_dgrad), ("wgrad", torch_wgrad)):
+        monkeypatch.setattr(gemm, name, function)
+    gemm.gemm_for.cache_clear()
+
+
+def gemm_cell(phase: str, dtype: str = "fp32", activation: str = "gelu") -> Cell:
+    return Cell("gemm", Problem((40, 24), 33, dtype, "identity" if phase == "wgrad" else activation), phase)
+
+
+@pytest.mark.usefixtures("without_triton")
+@pytest.mark.parametrize(
+    ("phase", "dtype"), [("layer_forward", "bf16"), ("layer_forward_z", "fp32"), ("dgrad", "fp32"), ("wgrad", "bf16")]
+)
+def test_a_gemm_row_is_complete_and_plain(phase: str, dtype: str) -> None:
+    reported: list[dict[str, Any]] = []
+    row = json.loads(json.dumps(measure.measure(gemm_cell(phase, dtype), "cpu", reported.append)))
+    assert row["flops"] == 2 * 33 * 40 * 24
+    assert list(row["baselines"]) == ["matmul", "eager"]
+    matmul = row["baselines"]["matmul"]
+    assert matmul["kernel_speedup"] == pytest.approx(matmul["kernel_ms"] / row["kernel_ms"])
+    assert row["floor_ratio"] == pytest.approx(1e-3 * row["kernel_ms"] / row["floor_s"])
+    assert "warps" in row["tile"]
+    assert row["tile"] in gpu.summary(row)
+    assert len(reported) == 2
+    assert ("errors" in row) == (dtype == "fp32")
+    for errors in row.get("errors", {}).values():
+        assert 1e-9 < errors["norm"] < 1e-6
+        assert 1e-9 < errors["entry"] < 1e-6
+
+
+@pytest.mark.usefixtures("without_triton")
+@pytest.mark.parametrize("phase", GEMM_PHASES)
+def test_a_wrong_or_missing_entry_of_a_kernel_is_found(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = "layer_forward" if phase.startswith("layer_forward") else phase
+    monkeypatch.setattr(gemm, kernel, lambda *arguments: None)
+    with pytest.raises(AssertionError, match="wrong against eager"):
+        measure.prepare(gemm_cell(phase), "cpu")
+
+
+def test_the_bare_product_is_the_one_inside_the_kernel() -> None:
+    for phase in GEMM_PHASES:
+        found = gemm.Gemm(gemm_cell(phase, activation="relu").problem, phase, "cpu")
+        product = found.matmul(0)
+        if phase == "dgrad":
+            product = gemm.BACKWARDS["relu"](product, found.operands[0].saved)  # type: ignore[arg-type]
+        elif phase != "wgrad":
+            product = torch.relu(product.add(found.operands[0].bias))  # type: ignore[arg-type]
+        torch.testing.assert_close(product, found.eager(0)[0])
+
+
+def test_kernels_run_in_triton_s_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    cells = [gemm_cell("layer_forward_z"), gemm_cell("dgrad"), gemm_cell("wgrad")]
+    cells += [gemm_cell("layer_forward", "bf16", "relu"), gemm_cell("dgrad", "bf16", "relu")]
+    script = "from bench.measure import prepare\nfrom bench.shapes import Cell, Problem\n"
+    script += f"for cell in {cells}: prepare(cell, 'cpu')"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
+# What else a row says
+
+
+def test_memory_of_a_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each module's forward is given so much memory, and its backward as much again."""
+    bench = measure.Bench(SMALL, "cpu")
+    state = {"now": 100, "peak": 0}
+
+    def allocate(size: int) -> None:
+        state["now"] += size
+        state["peak"] = max(state["peak"], state["now"])
+
+    def counted(module: nn.Module, size: int) -> None:
+        forward = module.forward
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            allocate(size)
+            y = forward(x)
+            y.register_hook(lambda dy: allocate(size))
+            return y
+
+        module.forward = run
+
+    counted(bench.model, 3)
+    counted(bench.eager, 4)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: state.update(peak=state["now"]))
+    assert measure.memory(bench) == {
+        "ours": {"kept_bytes": 3, "peak_bytes": 6},
+        "eager": {"kept_bytes": 4, "peak_bytes": 8},
+        "kept_ratio": 0.75,
+        "peak_ratio": 0.75,
+    }
+
+
+def test_warmup_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(FusedMLP, "warmup", lambda self, batch_size: asked.append(batch_size), raising=False)
+    found = fresh.warmup(SMALL, "cpu")
+    assert asked == [SMALL.rows]
+    assert list(found) == ["warmup", "training", "training_2"]
+
+
 def test_a_step_moves_the_parameters_and_verifying_puts_them_back() -> None:
     bench = measure.Bench(SMALL, "cpu")
     before = [p.detach().clone() for p in bench.parameters]
@@ -317,7 +466,7 @@ def test_a_baseline_that_fails_is_a_text() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\n\nTried to allocate 2 GiB")
 
     bench = measure.Bench(SMALL, "cpu")
-    row = measure._measure_baseline(bench, measure.Baseline("large", build), "forward", 1.0)
+    row = measure._measure_baseline(bench, measure.Baseline("large", build), "forward", {"ms": 1.0, "kernel_ms": 1.0})
     assert row == {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"}
 
 
@@ -374,6 +523,70 @@ def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
     assert row["flops"] == 2 * 64 * (784 * 512 + 512 * 512 + 512 * 10)
     if not torch.cuda.is_available():
         assert "rows skipped: no CUDA device" in child.stdout
+        assert f"not measured  ≥ 1.3    {goals.GOALS[7].text}" in child.stdout
+
+
+# Goals
+
+
+def made_up(name: str, eager: float = 1.5, **fields: Any) -> dict[str, Any]:
+    return {"id": name, "device": "cuda", "path": "layer", "baselines": {"eager": {"speedup": eager}}, **fields}
+
+
+def verdict(goal: goals.Goal, *rows: dict[str, Any]) -> str:
+    return goal.judge(rows).split("  ")[0]
+
+
+def test_every_goal_has_rows_in_the_grid() -> None:
+    calls = [{"id": f"call-layer-{name}"} for name in ("inference-forward", "training-forward", "training-backward")]
+    rows = [{"id": str(cell), "device": device} for cell in GRID for device in cell.devices] + calls
+    for goal in goals.GOALS:
+        assert any(goal.concerns(row) for row in rows), goal.text
+        assert verdict(goal, *rows) == "not measured"
+    products = {tuple(cell.problem.widths) for cell in GRID if goals.GOALS[0].concerns({"id": str(cell)})}
+    assert products == {(4096, 16384), (16384, 4096), (1024, 4096), (4096, 1024)}
+    # Each that is set beside max-autotune has an anchor, which alone is measured so.
+    compiled = [goal for goal in goals.GOALS if goals.COMPILED in goal.text]
+    assert len(compiled) == 3
+    assert all(any(goal.concerns({"id": name}) for name in ANCHORS) for goal in compiled)
+
+
+def test_a_goal_is_judged_by_its_worst_row() -> None:
+    goal = next(goal for goal in goals.GOALS if "seed" in goal.text)
+    good, bad = made_up("seed-a-step", 1.4), made_up("seed-b-step", 1.2)
+    assert verdict(goal, good) == "met"
+    assert goal.judge([good, bad]).startswith("missed        ≥ 1.3    1.200")
+    assert goal.judge([good, bad]).endswith("seed-b-step, the worst of 2")
+    assert verdict(goal, bad | {"device": "cpu"}) == "not measured"
+    broken = {"id": "seed-c-step", "error": "out of memory"}
+    assert goal.judge([good, broken]).endswith("seed-a-step, 1 failed")
+    assert verdict(goal, {"id": "seed-c-step", "baselines": {"eager": {"error": "no"}}}) == "not measured"
+
+
+def test_figures_of_goals() -> None:
+    assert goals.of_bare_product({"baselines": {"matmul": {"kernel_speedup": 0.8}}}) == pytest.approx(1.25)
+    errors = {"ours": {"norm": 1.0, "entry": 3.0}, "eager": {"norm": 2.0, "entry": 2.0}}
+    assert goals.of_eagers_error({"errors": errors, "precision": "ieee"}) == pytest.approx(1.5)
+    assert goals.of_eagers_error({"errors": errors, "precision": "tf32"}) is None
+    assert goals.over_eager_in_full_fp32(made_up("large", precision="tf32")) is None
+    assert goals.over_eager_in_full_fp32(made_up("large", precision="ieee")) == 1.5
+    assert goals.kept_ratio({"memory": {"kept_ratio": 0.5}}) == 0.5
+
+
+def test_the_share_of_rows_on_our_kernels() -> None:
+    rows = [
+        made_up("narrow-a-step", path="network"),
+        made_up("narrow-b-step"),
+        made_up("odd-a-forward", path="reference"),
+        {"id": "odd-b-forward", "error": "wrong", "path": "layer"},
+        made_up("seed-a-step", path="reference") | {"device": "cpu"},
+        {"id": "gemm-a-dgrad", "device": "cuda", "tile": "64x64"},
+    ]
+    assert goals.report(rows)[:2] == [
+        "narrow: 2 of 2 rows run on our kernels",
+        "odd: 0 of 2 rows run on our kernels, 1 failed",
+    ]
+    assert len(goals.report(rows)) == 2 + len(goals.GOALS)
 
 
 # gpu.py
@@ -520,6 +733,81 @@ def test_tests_have_a_share_of_the_time(tmp_path: Path) -> None:
     found = json.loads(results.path.read_text())["tests"]
     assert (found["finished"], found["status"]) == (True, 0)
     assert "1 passed" in found["summary"]
+
+
+TUNER = """
+import argparse, pathlib, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("command", choices=["tune"])
+parser.add_argument("--minutes", type=float, required=True)
+parser.add_argument("--out", type=pathlib.Path, required=True)
+options = parser.parse_args()
+again = options.out.exists()
+options.out.write_text("{}")
+print("carried on" if again else "begun", options.minutes)
+"""
+
+
+def test_the_tuner_has_a_share_of_the_time_and_may_fail(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    (tmp_path / "mlp_fused").mkdir()
+    script = tmp_path / "mlp_fused" / "__main__.py"
+
+    def tune(source: str, seconds: float = 60) -> dict[str, Any]:
+        script.write_text(source)
+        gpu.run_tuner(results, tmp_path, tmp_path, seconds)
+        return json.loads(results.path.read_text())["tune"]
+
+    refused = tune("import sys; sys.exit('tune: there is no such command')")
+    assert (refused["finished"], refused["status"], refused["file"]) == (True, 1, None)
+    assert gpu.ending(refused).startswith("tune: there is no such command (")
+    found = tune(TUNER)
+    assert (found["status"], found["summary"]) == (0, "begun 0.75")  # minutes; the rest is grace
+    assert found["file"] == "tuned_nvidia_h200.json"
+    assert tune(TUNER)["summary"] == "carried on 0.75"
+    slow = tune(TUNER + "time.sleep(600)", seconds=2)
+    assert (slow["finished"], slow["status"]) == (False, None)
+    assert "cut off" in gpu.ending(slow)
+
+
+def test_one_command_runs_tests_tuner_and_rows_and_ends_with_the_goals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    class Worker:
+        def __init__(self, log: Path) -> None: ...
+
+        def measure(self, cell: Cell | None, seconds: float) -> dict[str, Any]:
+            ran.append("ceilings" if cell is None else str(cell))
+            return {} if cell is None else made_up(str(cell), 1.25, ms=1.0, floor_ratio=2.0)
+
+        def close(self) -> None: ...
+
+    def run_module(command: list[str], root: Path, log: Path, seconds: float) -> dict[str, Any]:
+        ran.append(" ".join(command[:2]))
+        return {"finished": True, "status": 2 * (command[0] == "mlp_fused"), "summary": "done", "seconds": seconds}
+
+    for name, stand_in in (
+        ("why_not", lambda *_: None),
+        ("distorted", lambda: None),
+        ("machine", lambda: MACHINE),
+        ("Worker", Worker),
+        ("run_module", run_module),
+    ):
+        monkeypatch.setattr(gpu, name, stand_in)
+    steps = [str(cell) for cell in select("seed-*-step")]
+    assert gpu.main(["--out", str(tmp_path), "--cells", "seed-*-step"]) == 0  # the tuner's failure is no row's
+    assert ran == ["pytest -m", "mlp_fused tune", "ceilings", *steps]
+    said = capsys.readouterr().out
+    assert "tuner: done (" in said
+    assert f"seed: {len(steps)} of {len(steps)} rows run on our kernels" in said
+    assert "missed        ≥ 1.3    1.250" in said
+    ran.clear()
+    assert gpu.main(["--out", str(tmp_path), "--cells", "seed-*-step"]) == 0
+    assert ran == ["mlp_fused tune"]
+    assert gpu.main(["--out", str(tmp_path), "--cells", "seed-*-step", "--tune-share", "0"]) == 0
+    assert ran == ["mlp_fused tune"]
 
 
 def test_without_a_gpu_one_sentence_and_status_2(

@@ -1,0 +1,155 @@
+"""What the benches are to show: the goals, once, and what some rows say of them.
+
+A goal is judged by the worst of its rows: with one over the bound it is missed. Rows measured on a CPU are of no goal.
+`python -m bench.goals bench/results/<gpu>.json` prints the report of a file; `pytest bench --benchmark` and gpu.py end
+with theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+OURS = ("network", "layer")  # the paths that run on our kernels
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`figure` of a row whose id matches one of `ids` is to be at least `bound`, or with `at_most` no more."""
+
+    text: str
+    bound: float
+    ids: tuple[str, ...]
+    figure: Callable[[Row], float | None]
+    at_most: bool = False
+
+    def concerns(self, row: Row) -> bool:
+        return row.get("device") != "cpu" and any(fnmatchcase(row["id"], pattern) for pattern in self.ids)
+
+    def judge(self, rows: Iterable[Row]) -> str:
+        """One line: "met", "missed" or "not measured", the worst figure and its row."""
+        rows = [row for row in rows if self.concerns(row)]
+        figures = [(figure, row["id"]) for row in rows if (figure := self.figure(row)) is not None]
+        failed = sum("error" in row for row in rows)
+        sign = "≤" if self.at_most else "≥"
+        failures = f", {failed} failed" if failed else ""
+        if not figures:
+            return f"not measured  {sign} {self.bound:<5g}  {self.text}{failures}"
+        worst, name = max(figures) if self.at_most else min(figures)
+        met = worst <= self.bound if self.at_most else worst >= self.bound
+        verdict = "met" if met else "missed"
+        of = f"{name}, the worst of {len(figures)}" if len(figures) > 1 else name
+        return f"{verdict:<12}  {sign} {self.bound:<5g}  {worst:.3f}  {self.text}: {of}{failures}"
+
+
+def over(baseline: str) -> Callable[[Row], float | None]:
+    """A baseline's time over ours."""
+    return lambda row: row.get("baselines", {}).get(baseline, {}).get("speedup")
+
+
+def over_eager_in_full_fp32(row: Row) -> float | None:
+    return over("eager")(row) if row.get("precision") == "ieee" else None
+
+
+def of_bare_product(row: Row) -> float | None:
+    """Our device time over cuBLAS's for the product alone."""
+    ratio = row.get("baselines", {}).get("matmul", {}).get("kernel_speedup")
+    return 1 / ratio if ratio else None
+
+
+def of_eagers_error(row: Row) -> float | None:
+    """Our error against float64 over eager's, by the norm or of the worst entry, whichever is larger."""
+    errors = row.get("errors")
+    if errors is None or row.get("precision") != "ieee":
+        return None
+    return max(errors["ours"][kind] / errors["eager"][kind] for kind in ("norm", "entry"))
+
+
+def kept_ratio(row: Row) -> float | None:
+    return row.get("memory", {}).get("kept_ratio")
+
+
+def call_us(row: Row) -> float | None:
+    return row.get("us")
+
+
+NETWORKS = ("seed-*", "narrow-*", "middle-*", "large-*", "odd-*")
+COMPILED = "torch.compile(max-autotune)'s forward + backward over ours"
+
+GOALS = (
+    Goal(
+        "bf16 forward kernels of the large networks over cuBLAS's bare product, device time",
+        1.03,
+        ("gemm-*4096*-bf16-*-layer_forward",),
+        of_bare_product,
+        at_most=True,
+    ),
+    Goal(f"{COMPILED}, large", 1.08, ("large-*-training",), over("compile_max_autotune")),
+    Goal(f"{COMPILED}, middle, 512 wide", 1.4, ("middle-512x*-training",), over("compile_max_autotune")),
+    Goal(f"{COMPILED}, middle, 1024 wide", 1.2, ("middle-1024x*-training",), over("compile_max_autotune")),
+    Goal(
+        "eager's time over ours, large in fp32 at torch's default precision",
+        1.7,
+        ("large-*-fp32-*-forward", "large-*-fp32-*-training"),
+        over_eager_in_full_fp32,
+    ),
+    Goal(
+        "error of the large networks' fp32 kernels over eager's, at torch's default precision",
+        1.0,
+        ("gemm-*4096*-fp32-*",),
+        of_eagers_error,
+        at_most=True,
+    ),
+    Goal("eager's time over ours, all networks", 0.98, NETWORKS, over("eager")),
+    Goal("eager's time over ours, a step of the seed network", 1.3, ("seed-*-step",), over("eager")),
+    Goal(
+        "kept between forward and backward with gelu, over eager's",
+        0.58,
+        ("middle-*-gelu-*-training", "large-*-gelu-*-training"),
+        kept_ratio,
+        at_most=True,
+    ),
+    Goal(
+        "kept between forward and backward with relu, over eager's",
+        1.0,
+        ("middle-*-relu-*-training",),
+        kept_ratio,
+        at_most=True,
+    ),
+    # Rows of bench_call.py, which pytest alone measures.
+    Goal("µs of the layer path's forward without its kernels", 40, ("call-layer-*-forward",), call_us, at_most=True),
+    Goal(
+        "µs of the layer path's forward + backward without its kernels",
+        120,
+        ("call-layer-*-backward",),
+        call_us,
+        at_most=True,
+    ),
+)
+
+
+def report(rows: Iterable[Row]) -> list[str]:
+    """Lines: of each family the share of rows on our kernels, and each goal with the measured figure."""
+    rows = [row for row in rows if row.get("device") != "cpu"]
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        if "path" in row or "error" in row:
+            families.setdefault(row["id"].split("-")[0], []).append(row)
+    lines = []
+    for family, members in families.items():
+        ours = sum("error" not in row and row.get("path") in OURS for row in members)
+        failed = sum("error" in row for row in members)
+        failures = f", {failed} failed" if failed else ""
+        lines.append(f"{family}: {ours} of {len(members)} rows run on our kernels{failures}")
+    return [*lines, *(goal.judge(rows) for goal in GOALS)]
+
+
+if __name__ == "__main__":
+    print(*report(json.loads(Path(sys.argv[1]).read_text())["rows"].values()), sep="\n")

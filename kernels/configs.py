@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -493,20 +491,6 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     else:
         in_flight = rows * (1 if device.arch in SHARED_OPERANDS and not problem.on_fma_units else 2)
     return weights + in_flight + 2048
-
-
-@functools.lru_cache(maxsize=16)
-def measured_formulations(device: str) -> dict[tuple[tuple[int, ...], str, str], str]:
-    """Which formulation was fastest on a device, from kernels/tuned/<device_slug>.json; empty where there is none.
-
-    The file's "network" is a list of {"widths": [in, ..., out], "dtype": "bfloat16", "activation": "relu",
-    "formulation": "recompute", "stored" or "layer"}.
-    """
-    path = Path(__file__).parent / "tuned" / f"{device_slug(device)}.json"
-    if not path.exists():
-        return {}
-    rows = json.loads(path.read_text()).get("network", [])
-    return {(tuple(row["widths"]), row["dtype"], row["activation"]): row["formulation"] for row in rows}
 
 
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:

@@ -34,6 +34,7 @@ from .plan import (
     compute_dtype,
     float32_precision,
     network_path,
+    wants_gradients,
     why_reference,
 )
 
@@ -126,7 +127,7 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
     check_backend(backend)
     check_recompute(recompute)
     dtype = check_call(x, layers)
-    if why_reference(x, layers, dtype, backend) is None:
+    if why_reference(x, layers, dtype, backend, recompute) is None:
         return run_kernels(x, layers, dtype, recompute)
     if recompute and can_checkpoint():
         return checkpoint(reference.mlp, x, *zip(*layers), use_reentrant=False)
@@ -269,10 +270,7 @@ def find_network(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None
 ) -> NetworkPlan | str:
     """The network path for these layers, or the reason why they take the layer path."""
-    training = torch.is_grad_enabled() and (
-        x.requires_grad
-        or any(weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias, _ in layers)
-    )
+    training = wants_gradients(x, layers)
     strides = tuple((*weight.stride(), 0 if bias is None else bias.stride(0)) for weight, bias, _ in layers)
     widths = (x.shape[1], *(weight.shape[0] for weight, _, _ in layers))
     activations = tuple(activation for _, _, activation in layers)

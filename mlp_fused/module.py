@@ -258,7 +258,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
                         return run_network(input, weights, biases, decision.path)
             layers = run.layers()
             dtype = check_call(input, layers)
-            if plan.why_reference(input, layers, dtype, self._backend) is None:
+            if plan.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
                 if repeats and Decision.can_hold(input, weights):
                     path = find_network(input, layers, dtype, self._recompute)
                     if isinstance(path, plan.NetworkPlan):
@@ -339,6 +339,10 @@ class FusedMLP(_WithBackend, nn.Sequential):
             input_size = dtype.itemsize if runs else max(dtype.itemsize, parameter.dtype.itemsize)
             flow, kept_by_torch = _kept_by_torch(run.children, flow)
             widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
+            training = any(trainable) or any(biased) or needs_input_grad
+            if layers and reason is None and gpu is not None and not self._wants_kernels():
+                activations = [layer.activation for layer in layers]
+                reason = plan.why_torch(widths, activations, dtype, precision, training, self._recompute, gpu)
             path: plan.NetworkPlan | str = ""
             if layers and reason is None:
                 assert gpu is not None
@@ -349,7 +353,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
                     dtype,
                     precision,
                     gpu,
-                    any(trainable) or any(biased) or needs_input_grad,
+                    training,
                     self._recompute,
                     input_size if input_size > dtype.itemsize else 0,
                 )

@@ -20,6 +20,7 @@ import torch
 import mlp_fused
 from mlp_fused import ACTIVATIONS, environment, plan, training
 from mlp_fused.__main__ import main
+from mlp_fused.kernels import tables
 from mlp_fused.training import Config, load_checkpoint
 
 TINY = ["--hidden", "8", "--epochs", "2", "--batch-size", "16"]
@@ -449,19 +450,17 @@ def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
     monkeypatch.setattr(torch.version, "hip", None)
-    (tmp_path / "nvidia_h200.json").write_text("{}")
-    monkeypatch.setattr(environment, "TUNED", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "PACKAGED", tmp_path / "tuned")
+    both = [tmp_path / "cache" / "mlp_fused" / "nvidia_h200.json", tmp_path / "tuned" / "nvidia_h200.json"]
+    for path in both:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
     monkeypatch.setattr(environment, "_path_taken", lambda device: f"asked about {device}")
     found = report(capsys)
     assert found["GPU 0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
-    assert found["tuned table 0"] == str(tmp_path / "nvidia_h200.json")
+    assert found["tuned table 0"] == f"{both[0]}, then {both[1]}"
     assert found["GPU 1"].startswith("NVIDIA A100-SXM4-80GB, ")
     assert found["tuned table 1"] == "none for this GPU"
     assert found["driver"] == "570.86.15"
     assert found['backend "auto"'] == "asked about cuda"
-
-
-def test_the_tuned_folder_is_the_kernels() -> None:
-    assert environment.TUNED.resolve() == Path(mlp_fused.__file__).resolve().parent / "kernels" / "tuned" or (
-        environment.TUNED.resolve() == Path(mlp_fused.__file__).resolve().parents[1] / "kernels" / "tuned"
-    )

@@ -133,13 +133,11 @@ def why_reference(
     if backend == "auto":
         backend = DEFAULT_BACKEND
     reason = 'the backend is "reference"' if backend == "reference" else _why_call_cannot(x, layers, dtype, backend)
-    if reason is None and backend == "auto":
-        device = configs.device_of(x)
-        if any(table.networks for table in tables.measured(device)):  # the rest would cost every call microseconds
-            widths = (x.shape[-1], *(weight.shape[0] for weight, _, _ in layers))
-            precision = float32_precision() if dtype == torch.float32 else "ieee"
-            activations, training = [layer.activation for layer in layers], wants_gradients(x, layers)
-            reason = why_torch(widths, activations, dtype, precision, training, recompute, device)
+    if reason is None and backend == "auto" and _has_measured_networks(x.device.type, x.device.index or 0):
+        widths = (x.shape[-1], *(weight.shape[0] for weight, _, _ in layers))
+        precision = float32_precision() if dtype == torch.float32 else "ieee"
+        activations, training = [layer.activation for layer in layers], wants_gradients(x, layers)
+        reason = why_torch(widths, activations, dtype, precision, training, recompute, configs.device_of(x))
     if reason is not None:
         if backend == "triton":
             raise RuntimeError(f'backend is "triton", but {reason}; or use backend="auto"')
@@ -190,6 +188,12 @@ def why_torch(
     return f"torch is {AS_MEASURED}" if path == "torch" else None
 
 
+@functools.lru_cache(maxsize=64)
+def _has_measured_networks(kind: str, index: int) -> bool:
+    """Whether a device's tables have networks at all: where they have none, a call has no microseconds to spare."""
+    return any(table.networks for table in tables.measured(configs.describe(kind, index)))
+
+
 def _measured_path(
     widths: tuple[int, ...],
     activations: Sequence[Activation],
@@ -211,6 +215,7 @@ def forget_tables() -> None:
     A model that has run already goes on as it did, until something else about its calls changes.
     """
     tables.forget()
+    _has_measured_networks.cache_clear()
     network_path.cache_clear()
 
 

@@ -279,13 +279,19 @@ def write(path: Path, table: Table) -> None:
 
     Raises:
         OSError: it cannot be written.
+        ValueError: `read` would refuse it.
     """
+    text = _text(table)
+    try:
+        _table(json.loads(text))
+    except _WrongError as error:
+        raise ValueError(f"the table is no measured table: {error}") from None
     path = Path(path).resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(handle, "w", encoding="utf-8") as file:
-            file.write(_text(table))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())  # the bytes before the name: a crash must not leave an empty file under it
         os.chmod(temporary, 0o644)  # others may use it

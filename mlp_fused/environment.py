@@ -62,14 +62,15 @@ def _version(package: str) -> str:
 def versions() -> dict[str, str]:
     """What a measurement depends on besides the GPU: as a measured table has it."""
     toolkit = {"hip": torch.version.hip} if torch.version.hip else {"cuda": torch.version.cuda or "none"}
-    return {
+    found = {
         "mlp_fused": __version__,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
+        "torch": torch.__version__,
         "triton": _version("triton"),
         **toolkit,
         "driver": _driver(),
     }
+    return {name: " ".join(version.split()) for name, version in found.items()}  # a line each
 
 
 def _tuned_tables(gpu: str) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "compute_dtype",
     "float32_precision",
     "forget_tables",
+    "is_aligned",
     "kept_elements",
     "network_path",
     "plan_layers",
@@ -395,6 +396,11 @@ class KernelPlan:
         return self.kind not in ("forward", "network forward")
 
 
+def is_aligned(width_in: int, width_out: int, dtype: torch.dtype) -> bool:
+    """Whether tensor descriptors can describe a layer's tensors, where they are contiguous: rows begin at 16 bytes."""
+    return width_in * dtype.itemsize % 16 == 0 and width_out * dtype.itemsize % 16 == 0
+
+
 def plan_layers(
     rows: int,
     shapes: Sequence[tuple[int, int]],
@@ -425,9 +431,16 @@ def plan_layers(
         weights = n * k + n * bias
 
         def plan(
-            kind: configs.Kind, flops: int, elements: int, m: int, n: int, k: int, layer: str = f"{index}: {k} -> {n}"
+            kind: configs.Kind,
+            flops: int,
+            elements: int,
+            m: int,
+            n: int,
+            k: int,
+            layer: str = f"{index}: {k} -> {n}",
+            aligned: bool = is_aligned(k, n, dtype),
         ) -> KernelPlan:
-            problem = configs.Problem(kind, m, n, k, dtype, precision)
+            problem = configs.Problem(kind, m, n, k, dtype, precision, aligned)
             return KernelPlan(layer, kind, Work(flops, elements * dtype.itemsize), problem)
 
         product = 2 * rows * n * k

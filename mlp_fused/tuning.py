@@ -195,8 +195,7 @@ class Product:
     def problem(self) -> configs.Problem:
         """What a tile is chosen by."""
         problem = tables.Gemm(*self.key, None, None, 1.0).problem
-        size = problem.dtype.itemsize
-        return replace(problem, aligned=self.width_in * size % 16 == 0 and self.width_out * size % 16 == 0)
+        return replace(problem, aligned=plan.is_aligned(self.width_in, self.width_out, problem.dtype))
 
 
 @dataclass(frozen=True)
@@ -370,9 +369,9 @@ class Tuner:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of many classes: it does not compile, or it takes more than the GPU has
-            self.notes.append(f"{what} was left out: it fails: {first_line(error)}")
+            self.notes.append(f"{what} was left out: it fails: {type(error).__name__}: {first_line(error)}")
             return False
-        for difference, bound in itertools.zip_longest(differences, bounds, fillvalue=bounds[-1]):
+        for difference, bound in zip(differences, itertools.chain(bounds, itertools.repeat(bounds[-1]))):
             if not difference <= bound:  # NaN is no right answer
                 self.notes.append(
                     f"{what} was left out: its result is not torch's (relative difference {difference:.2g})"
@@ -600,7 +599,7 @@ def tune(
         networks = tuple(row for row in tuner.rows if isinstance(row, tables.Network))
         try:
             tables.write(path, tables.merge(old, replace(empty, gemms=gemms, networks=networks)))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is as it was") from None
         plan.forget_tables()
         return f"{len(tuner.rows)} of {len(asked)} problems were measured, and are in {path}"

@@ -129,6 +129,13 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
 
 
+def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    bad = dataclasses.replace(FORWARD, torch_ms=0.0)
+    with pytest.raises(ValueError, match=r"gemms\[0\]\.torch_ms is 0\.0; it needs to be milliseconds"):
+        tables.write(tmp_path / "t.json", table(bad))
+    assert not list(tmp_path.iterdir())
+
+
 # A change of a good file's content; the sentence after the file's name, a regular expression.
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "schema": (lambda t: t.update(schema=2), "schema is 2; it needs to be 1"),
@@ -336,7 +343,6 @@ def test_merging_keeps_what_was_not_measured_again() -> None:
 
 
 def test_where_the_tables_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
     monkeypatch.setenv("HOME", "/home/me")
     for unset in (None, "", "relative"):
         if unset is None:

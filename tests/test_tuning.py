@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlp_fused import plan, tuning
+from mlp_fused import environment, plan, tuning
 from mlp_fused.kernels import configs, tables
 from mlp_fused.kernels.configs import DEVICES, INTERPRETED_DEVICE, TileConfig
 from mlp_fused.training import UserError
@@ -130,7 +130,10 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert BROKEN not in clock.timed
     assert WRONG not in clock.timed
-    assert f"forward 6 -> 5, 8 rows, fp32, {BROKEN} was left out: it fails: out of resource: shared memory\n" in said
+    assert (
+        f"forward 6 -> 5, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: shared memory\n"
+        in said
+    )
     assert (
         f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: its result is not torch's (relative difference nan)" in said
     )
@@ -374,6 +377,15 @@ def test_the_products_of_a_network() -> None:
         ("forward", "gelu"), ("dgrad", "gelu"), ("wgrad", "identity"),
     ]  # fmt: skip
     assert [product.share for product in alike] == pytest.approx([1 / 3] * 3)
+
+
+def test_versions_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_driver", lambda: "unknown: [Errno 2]\n no such file")
+    found = environment.versions()
+    assert found["driver"] == "unknown: [Errno 2] no such file"
+    assert set(found) == {*tables.VERSIONS, "cuda"}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert set(environment.versions()) == {*tables.VERSIONS, "hip"}
 
 
 def test_rows_that_descriptors_cannot_describe() -> None:

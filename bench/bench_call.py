@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fused import FusedMLP, plan
-from mlp_fused.kernels import configs, layer_backward, layer_forward, network
+from mlp_fused.kernels import configs
+from mlp_fused.kernels.launch import Launch
 
 
 def microseconds(call: Callable[[Tensor], Tensor], x: Tensor, calls: int) -> float:
@@ -43,21 +44,28 @@ def test_call_on_the_cpu(benchmark: Any) -> None:
 
 
 class Nothing:
-    """In place of `kernels.launch.launch`: takes a launch, and counts it."""
+    """In place of a compiled kernel: counts its launches."""
+
+    function = packed_metadata = None
 
     def __init__(self) -> None:
         self.launches = 0
 
-    def __call__(self, *arguments: Any, **constants: Any) -> None:
+    def run(self, *arguments: Any) -> None:
         self.launches += 1
 
 
 @pytest.fixture
 def nothing(monkeypatch: pytest.MonkeyPatch) -> Nothing:
-    """Calls take the kernels' paths on CPU tensors, with an H200's tiles, up to the launch, which does nothing."""
+    """Calls take the kernels' paths on CPU tensors, with an H200's tiles, and launch a compiled kernel: this one."""
     instead = Nothing()
-    for module in (layer_forward, layer_backward, network):
-        monkeypatch.setattr(module, "launch", instead)
+
+    def compile_to_nothing(launch: Launch, tensors: Any) -> None:
+        instead.launches += 1
+        launch.ordered = list(launch.constants.values())
+        launch.compiled, launch.run, launch.needs_scratch = instead, instead.run, True
+
+    monkeypatch.setattr(Launch, "through_triton", compile_to_nothing)
     monkeypatch.setattr(plan, "_why_device", lambda device, backend: None)
     monkeypatch.setattr(configs, "describe", lambda kind, index=0: configs.DEVICES["NVIDIA H200"])
     return instead

@@ -24,7 +24,7 @@ from torch import Tensor
 from bench import timing
 from bench.shapes import Problem
 from bench.timing import DTYPES, Timed
-from mlp_fused.kernels import configs
+from mlp_fused.kernels import configs, tables
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
@@ -91,7 +91,8 @@ class Gemm:
         assert self.plan.problem is not None
         tensors = [t for t in (*self.operands[0], *self.outputs) if t is not None and t.dim() == 2]
         aligned = all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
-        return configs.choose(replace(self.plan.problem, aligned=aligned), configs.device_of(tensors[0]))
+        problem, device = replace(self.plan.problem, aligned=aligned), configs.device_of(tensors[0])
+        return tables.tile_for(problem, device) or configs.choose(problem, device)
 
     @cached_property
     def operands(self) -> list[Operands]:

@@ -23,7 +23,7 @@ from bench import fresh, gemm, goals, gpu, measure, timing
 from bench.machine import ROOT, distorted, machine
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from bench.timing import Ceilings, Timed
-from mlp_fused import FusedMLP
+from mlp_fused import FusedMLP, tuning
 from mlp_fused.plan import Work, work
 
 SMALL = Problem((5, 7, 3), 4)
@@ -56,6 +56,20 @@ def test_every_cell_has_a_known_phase_and_a_bench() -> None:
     assert {cell.phase for cell in GRID} == set(PHASES)
     assert {cell.family for cell in GRID} == set(FAMILIES)
     assert all((ROOT / "bench" / f"bench_{family}.py").exists() for family in FAMILIES)
+
+
+def test_mlp_fused_tune_measures_every_problem_of_the_grid() -> None:
+    """And nothing else: its grid is this one, whose anchors come first."""
+    here = {
+        tuning.Workload(cell.problem.widths, cell.problem.rows, cell.problem.dtype, cell.problem.activation)  # type: ignore[arg-type]
+        for cell in GRID
+        if cell.family != "copy"
+    }
+    assert {workload for family in tuning.GRID for workload in family.workloads} == here
+    anchors = [cell.problem for cell in GRID if cell.anchor and cell.family != "copy"]
+    assert [(each.widths, each.rows, each.dtype, each.activation) for each in tuning.ANCHORS] == [
+        (each.widths, each.rows, each.dtype, each.activation) for each in anchors
+    ]
 
 
 def test_the_copy_family_has_every_input_of_the_grid_in_32_and_16_bits() -> None:

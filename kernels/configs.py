@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -327,7 +325,7 @@ def _depths(problem: Problem, device: Device, tile: TileConfig) -> Iterator[tupl
     deepest = next((depth for depth in depths if fits(depth, device.shared_memory)), None)
     if deepest is not None:
         yield deepest
-    if tile.block_m == tile.block_n == 128 and problem.kind != "dgrad":
+    if tile.block_m == tile.block_n == 128 and problem.kind != "dgrad" and tile.precision != "bf16x6":
         twice = next((depth for depth in depths if fits(depth, device.shared_memory // 2)), None)
         if twice not in (None, deepest):
             yield twice
@@ -548,20 +546,6 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     else:
         in_flight = rows * (1 if device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units else 2)
     return weights + in_flight + 2048
-
-
-@functools.lru_cache(maxsize=16)
-def measured_formulations(device: str) -> dict[tuple[tuple[int, ...], str, str], str]:
-    """Which formulation was fastest on a device, from kernels/tuned/<device_slug>.json; empty where there is none.
-
-    The file's "network" is a list of {"widths": [in, ..., out], "dtype": "bfloat16", "activation": "relu",
-    "formulation": "recompute", "stored" or "layer"}.
-    """
-    path = Path(__file__).parent / "tuned" / f"{device_slug(device)}.json"
-    if not path.exists():
-        return {}
-    rows = json.loads(path.read_text()).get("network", [])
-    return {(tuple(row["widths"]), row["dtype"], row["activation"]): row["formulation"] for row in rows}
 
 
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:

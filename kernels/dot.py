@@ -37,8 +37,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return acc + dot_split(a, b)
     else:
         if INTERPRETED:
-            a = a.to(acc.dtype)
-            b = b.to(acc.dtype)
+            a = widen(a).to(acc.dtype)
+            b = widen(b).to(acc.dtype)
         return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
@@ -50,30 +50,35 @@ def dot_split(a, b):
     """
     a_high, a_middle, a_low = split_operand(a)
     b_high, b_middle, b_low = split_operand(b)
-    small = dot(a_middle, b_middle, tl.zeros((a.shape[0], b.shape[1]), tl.float32), "ieee")
+    # Of a low part the scale is 2^-13, as of two middle ones, one of them doubled; of a middle part beside a high, 2^-6.
+    small = dot(
+        round_to(widen(a_middle) * 2.0, tl.bfloat16), b_middle, tl.zeros((a.shape[0], b.shape[1]), tl.float32), "ieee"
+    )
     small = dot(a_high, b_low, small, "ieee")
-    small = dot(a_low, b_high, small, "ieee") * 0.00390625
+    small = dot(a_low, b_high, small, "ieee") * 2.0**-7
     small = dot(a_high, b_middle, small, "ieee")
-    small = dot(a_middle, b_high, small, "ieee") * 0.00390625
+    small = dot(a_middle, b_high, small, "ieee")
     # Where an operand is not finite these are NaN, and the product of the high parts alone says what comes out.
-    small = tl.where(tl.abs(small) < float("inf"), small, 0.0)
+    small = tl.where(tl.abs(small) < float("inf"), small * 2.0**-6, 0.0)
     return dot(a_high, b_high, small, "ieee")
 
 
 @triton.jit
 def split_operand(value):
-    """(high, middle, low) in bf16: value = high + 2^-8 middle + 2^-16 low, exactly.
+    """(high, middle, low) in bf16: value = high + 2^-6 middle + 2^-13 low, exactly but for denormals, to 2^-147.
 
-    The scales keep middle and low in the range of value itself, denormals included. High is cut off, not rounded: it
-    never overflows, and no product of high parts does unless the operands' own does.
+    By the scales, parts of small numbers do not underflow, and products of large ones overflow no earlier than the
+    numbers' own. High is cut off, not rounded, for the same reason.
     """
     bits = value.to(tl.uint32, bitcast=True)
-    high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    high = tl.where(value == value, high, value)  # a NaN may have all its bits in the lower half
-    rest = (value - high) * 256.0
+    # What has all its bits in the lower half, a tiny number or a NaN, keeps one: not 0, not infinite.
+    one_up = ((bits & 0xFFFF) + 0xFFFF) & 0x10000
+    tiny_or_nan = ((bits & 0x7FFFFFFF) - 0x10000).to(tl.uint32) >= 0x7F7F0000
+    high_bits = (bits & 0xFFFF0000) | tl.where(tiny_or_nan, one_up, 0)
+    high = (high_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    rest = (value - high_bits.to(tl.float32, bitcast=True)) * 2.0**6
     middle = round_to(rest, tl.bfloat16)
-    low = (rest - middle.to(tl.float32)) * 256.0
-    return round_to(high, tl.bfloat16), middle, round_to(low, tl.bfloat16)
+    return high, middle, round_to((rest - widen(middle)) * 2.0**7, tl.bfloat16)
 
 
 @triton.jit
@@ -85,8 +90,18 @@ def round_to(value, dtype: tl.constexpr):
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         bits = tl.where(value == value, nearest, bits | 0x400000)  # NaN: set a bit that truncation keeps
-        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def widen(value):
+    """A bf16 `value` in fp32, exactly; others as they are. (The interpreter's own conversion loses denormals.)"""
+    if value.dtype != tl.bfloat16:
+        return value
+    if INTERPRETED:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
 
 
 @triton.jit

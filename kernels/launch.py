@@ -8,7 +8,7 @@ kernel, with nothing but pointers to fill in.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .configs import TileConfig
 from .language import HAS_TRITON, tl, triton
 
-__all__ = ["Launch", "by_columns", "cdiv", "count_launches", "describable", "launch", "offset_type"]
+__all__ = ["Launch", "Launches", "by_columns", "cdiv", "count_launches", "describable", "launch", "offset_type"]
 
 if HAS_TRITON:
     from triton.runtime import _allocation
@@ -129,6 +129,28 @@ class Launch:
     def _count(self) -> None:
         for counter in _counters:
             counter[self.kernel.__name__] = counter.get(self.kernel.__name__, 0) + 1
+
+
+MOST_LAUNCHES = 1024  # that are remembered in one place; beyond, it begins anew
+
+
+class Launches:
+    """Launches remembered by what they were made for: shapes, strides, dtypes, the device."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Callable[..., bool]] = {}
+
+    def again(self, key: tuple[Any, ...], *tensors: Any) -> bool:
+        """Launch what is remembered by the key; False, and nothing is done, where there is none or it does not hold."""
+        made = self._made.get(key)
+        return made is not None and made(*tensors)
+
+    def remember(self, key: tuple[Any, ...], made: Callable[..., bool] | None) -> None:
+        """Remember a launch, if there is one to be made again."""
+        if len(self._made) >= MOST_LAUNCHES:
+            self._made.clear()
+        if made is not None:
+            self._made[key] = made
 
 
 def launch(

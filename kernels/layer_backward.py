@@ -1,6 +1,6 @@
 """One layer backward: dz where it has an activation of its own, dgrad into the layer below, wgrad with db.
 
-dz = dh ⊙ a'(saved)                           output_gradient
+dz = dh ⊙ a'(saved)                           output_gradient (and h again, likewise)
 dz_below = (dz W) ⊙ a_below'(saved_below)     dgrad (and h_below again, where it was not kept)
 dW = dzᵀ h_below,  db = Σ_rows dz             wgrad
 """
@@ -38,11 +38,13 @@ __all__ = ["dgrad", "output_gradient", "sum_partials", "wgrad"]
 def output_gradient_kernel(
     dh_ptr,  # (M, N)
     saved_ptr,  # (M, N), contiguous
-    dz_ptr,  # (M, N), contiguous
+    dz_ptr,  # (M, N), contiguous; may be dh
+    h_ptr,  # (M, N), contiguous: the output, rebuilt from its pre-activation; or None
     M,
     N,
     stride_dm,
     stride_dn,
+    FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
     PARAMETERS: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -58,13 +60,25 @@ def output_gradient_kernel(
     dh_offsets = rows[:, None] * stride_dm + cols.to(OFFSET)[None, :] * stride_dn
     dh = tl.load(dh_ptr + dh_offsets, mask=mask, other=0.0).to(DTYPE)
     saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
+    if h_ptr is not None:
+        store(h_ptr + offsets, activate(saved, FORWARD, PARAMETERS), mask)
     store(dz_ptr + offsets, differentiate(dh, saved, BACKWARD, PARAMETERS), mask)
 
 
 def output_gradient(
-    dh: Tensor, saved: Tensor, dz: Tensor, activation: Activation, tile: configs.TileConfig | None = None
+    dh: Tensor,
+    saved: Tensor,
+    dz: Tensor,
+    activation: Activation,
+    tile: configs.TileConfig | None = None,
+    h: Tensor | None = None,
 ) -> Launch | None:
-    """dz = dh ⊙ a'(saved), all (M, N); dh with any strides (0 included), saved and dz contiguous.
+    """dz = dh ⊙ a'(saved), and h = a(saved) where `h` is given (saved is then the pre-activation); all (M, N).
+
+    Args:
+        dh: any strides, 0 included.
+        saved: contiguous.
+        dz: contiguous, written; may be dh itself. h likewise, or None.
 
     Returns what `layer_forward` does, as do all launchers here.
     """
@@ -72,14 +86,16 @@ def output_gradient(
     assert saved.shape == dz.shape == (M, N)
     assert saved.is_contiguous()
     assert dz.is_contiguous()
+    assert h is None or (h.shape == (M, N) and h.is_contiguous())
     tile = tile or configs.choose(configs.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), configs.device_of(dz))
     return launch(
         output_gradient_kernel,
         cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
         dz.device,
         tile,
-        (dh, saved, dz),
+        (dh, saved, dz, h),
         (M, N, *dh.stride()),
+        FORWARD=activation.forward,
         BACKWARD=activation.backward,
         PARAMETERS=activation.constants(dz.dtype),
         OFFSET=offset_type(dh, dz),

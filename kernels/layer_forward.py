@@ -1,4 +1,7 @@
-"""h = a(x Wᵀ + b): one layer forward, its bias and activation in the epilogue of one GEMM."""
+"""h = a(x Wᵀ + b): one layer forward, its bias and activation in the epilogue of one GEMM.
+
+h = a(z) alone, for a product that was done elsewhere, is `pointwise`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ from torch import Tensor
 
 from . import configs
 from .activations import Activation
-from .dot import activate, multiply, operand, result, round_to, split_columns, store_tile, tile_position
+from .dot import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 
-__all__ = ["layer_forward"]
+__all__ = ["layer_forward", "pointwise"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -123,4 +126,47 @@ def layer_forward(
         W_BY_K=by_columns(weight) if tile.descriptors else None,
         PARTS=tile.parts,
         WARP_SPECIALIZE=tile.warp_specialize,
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def pointwise_kernel(
+    z_ptr,  # (M, N), contiguous
+    h_ptr,  # (M, N), contiguous; may be z
+    M,
+    N,
+    FORWARD: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    DTYPE: tl.constexpr = tl.float64 if h_ptr.dtype.element_ty == tl.float64 else tl.float32
+    tile_m, tile_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, 1)
+    rows = tile_m.to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    offsets = rows[:, None] * N + cols[None, :]
+    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
+    store(h_ptr + offsets, activate(z, FORWARD, PARAMETERS), mask)
+
+
+def pointwise(z: Tensor, h: Tensor, activation: Activation, tile: configs.TileConfig | None = None) -> Launch | None:
+    """h = a(z), both (M, N), contiguous; h is written, and may be z itself."""
+    M, N = z.shape
+    assert h.shape == (M, N)
+    assert z.is_contiguous()
+    assert h.is_contiguous()
+    # The tile is that of the other pointwise kernel.
+    tile = tile or configs.choose(configs.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), configs.device_of(h))
+    return launch(
+        pointwise_kernel,
+        cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
+        h.device,
+        tile,
+        (z, h),
+        (M, N),
+        FORWARD=activation.forward,
+        PARAMETERS=activation.constants(h.dtype),
+        OFFSET=offset_type(h),
     )

@@ -26,7 +26,7 @@ from .activations import Activation
 from .configs import TileConfig, padded
 from .dot import activate, differentiate, dot, multiply, round_to, store
 from .language import tl, triton
-from .launch import cdiv, launch, offset_type
+from .launch import Launch, cdiv, launch, offset_type
 from .layer_backward import sum_partials
 
 __all__ = ["Gradients", "Network", "dgrad", "forward", "gradients_of", "network_of", "recompute", "wgrad"]
@@ -546,7 +546,7 @@ def forward(
     kept: Tensor | None = None,
     z: Tensor | None = None,
     h: Tensor | None = None,
-) -> None:
+) -> Launch | None:
     """y = H_L, and what is kept for backward where tensors for it are given.
 
     Args:
@@ -556,9 +556,11 @@ def forward(
         kept: M Σ d_l elements over the hidden layers: of each in turn (M, d_l).
         z: (M, d_L), the last pre-activation.
         h: as kept, every hidden layer's output, to compare with what a backward recomputes.
+
+    Returns what `launch` does.
     """
     rows = x.shape[0]
-    launch(
+    return launch(
         network_forward_kernel,
         tile.started(cdiv(rows, tile.block_m)),
         x.device,

@@ -1,4 +1,4 @@
-"""The command line: `mlp-fused train`, `mlp-fused env`; the same as `python -m mlp_fused`."""
+"""The command line: `mlp-fused train`, `mlp-fused tune`, `mlp-fused env`; the same as `python -m mlp_fused`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
-from . import ACTIVATIONS, __version__
+from . import ACTIVATIONS, __version__, tuning
 from .environment import describe
 from .plan import Backend
 from .training import LEARNING_RATES, MOMENTUM, Config, DtypeName, OptimizerName, UserError, train
+from .tuning import tune
 
 __all__ = ["main"]
 
@@ -27,12 +28,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of `mlp-fused train` are the fields of `Config`, which holds their defaults."""
+    """The flags of `mlp-fused train` are the fields of `Config`, which holds their defaults; `tune`'s of its own."""
     top = _Parser(
         prog="mlp-fused", description="The multi-layer perceptron as fused Triton kernels.", allow_abbrev=False
     )
     top.add_argument("--version", action="version", version=f"mlp-fused {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="train | env")
+    commands = top.add_subparsers(dest="command", required=True, metavar="train | tune | env")
     commands.add_parser(
         "env", help="print what a bug report needs: versions, GPU, driver, backend, switches", allow_abbrev=False
     )
@@ -99,17 +100,71 @@ def parser() -> argparse.ArgumentParser:
         "--workers may differ (default: begin anew)",
     )
     command.set_defaults(**dataclasses.asdict(Config()))
+    _add_tune(commands)
     return top
+
+
+def _add_tune(commands: Any) -> None:
+    """The flags of `mlp-fused tune` are the fields of `tuning.Config`, which holds their defaults."""
+    command = commands.add_parser(
+        "tune",
+        help="measure which tiles and paths are fastest on this GPU",
+        description="Measure torch's own kernels and these on this GPU, for each product of a network, and for narrow "
+        "networks as a whole; and write what is fastest into a table that every later process reads.",
+        allow_abbrev=False,
+    )
+    what = command.add_argument_group("what is measured")
+    what.add_argument(
+        "--dims",
+        type=int,
+        nargs="+",
+        action="append",
+        metavar="WIDTH",
+        help="a network, by its widths from the input to the output, such as 784 512 10; may be given several times "
+        "(default: the grid of the benches)",
+    )
+    batches, dtypes = (" ".join(map(str, values)) for values in (tuning.BATCHES, tuning.DTYPES))
+    what.add_argument(
+        "--batch", type=int, nargs="+", metavar="N", help=f"rows of a batch, with --dims (default: {batches})"
+    )
+    what.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=get_args(tuning.DtypeName),
+        help=f"what is computed in, with --dims; tf32 is fp32 where torch is allowed tf32 (default: {dtypes})",
+    )
+    what.add_argument(
+        "--activation",
+        metavar="NAME",
+        help=f"after every hidden layer, with --dims; train --help lists them (default: {tuning.ACTIVATION})",
+    )
+    command.add_argument(
+        "--minutes", type=float, metavar="T", help="how long it may take, about (default: %(default)s)"
+    )
+    command.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the table to write, or to add to (default: your own, ~/.cache/mlp_fused/<gpu>.json, which is read)",
+    )
+    command.set_defaults(**{**dataclasses.asdict(tuning.Config()), "dims": None})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, by default `sys.argv`'s; the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     arguments = vars(parser().parse_args(argv))
-    if arguments.pop("command") == "env":
+    command = arguments.pop("command")
+    if command == "env":
         print(describe())
         return 0
+
+    def report(text: str) -> None:
+        print(text, flush=True)
+
     try:
-        train(Config(**arguments), report=lambda text: print(text, flush=True))
+        if command == "tune":
+            tune(tuning.Config(**{**arguments, "dims": arguments["dims"] or ()}), report=report)
+        else:
+            train(Config(**arguments), report=report)
     except UserError as error:
         print(f"mlp-fused: {error}", file=sys.stderr)
         return USER_ERROR

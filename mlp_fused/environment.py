@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
-from . import FusedMLP, __version__, kernels
-from .kernels.configs import device_slug
+from . import FusedMLP, __version__
+from .kernels import tables
 
-__all__ = ["SWITCHES", "describe"]
+__all__ = ["SWITCHES", "describe", "versions"]
 
 SWITCHES = ("MLP_FUSED_BACKEND", "MLP_FUSED_DEBUG", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
-TUNED = Path(kernels.__path__[0]) / "tuned"
 
 
 def describe() -> str:
@@ -43,7 +42,7 @@ def _entries() -> Iterator[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         kind = f"compute capability {gpu.major}.{gpu.minor}" if torch.version.hip is None else gpu.gcnArchName
         yield f"GPU {index}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB"
-        yield f"tuned table {index}", _tuned_table(gpu.name)
+        yield f"tuned table {index}", _tuned_tables(gpu.name)
     if not gpus:
         yield "GPU", "none that torch can use"
         yield "tuned table", "none for this GPU: there is no GPU"
@@ -60,9 +59,24 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _tuned_table(gpu: str) -> str:
-    table = TUNED / f"{device_slug(gpu)}.json"
-    return str(table) if table.is_file() else "none for this GPU"
+def versions() -> dict[str, str]:
+    """What a measurement depends on besides the GPU: as a measured table has it."""
+    toolkit = {"hip": torch.version.hip} if torch.version.hip else {"cuda": torch.version.cuda or "none"}
+    found = {
+        "mlp_fused": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        **toolkit,
+        "driver": _driver(),
+    }
+    return {name: " ".join(version.split()) for name, version in found.items()}  # a line each
+
+
+def _tuned_tables(gpu: str) -> str:
+    """The user's and the package's, in the order in which they are asked."""
+    found = [str(path) for path in (tables.user_path(gpu), tables.packaged_path(gpu)) if os.path.isfile(path)]
+    return ", then ".join(found) or "none for this GPU"
 
 
 def _driver() -> str:

@@ -16,6 +16,7 @@ from .kernels.activations import Activation, resolve
 from .layers import LayerPath, layer_path, run_layers
 from .networks import run_network
 from .plan import (
+    DEFAULT_BACKEND,
     Backend,
     NetworkPlan,
     check_backend,
@@ -23,6 +24,7 @@ from .plan import (
     compute_dtype,
     float32_precision,
     network_path,
+    wants_gradients,
     why_reference,
 )
 
@@ -114,8 +116,8 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
     check_backend(backend)
     check_recompute(recompute)
     dtype = check_call(x, layers)
-    if why_reference(x, layers, dtype, backend) is None:
-        return run_kernels(x, layers, dtype, recompute)
+    if why_reference(x, layers, dtype, backend, recompute) is None:
+        return run_kernels(x, layers, dtype, recompute, backend)
     if recompute and can_checkpoint():
         return checkpoint(reference.mlp, x, *zip(*layers), use_reentrant=False)
     return reference.mlp(x, *zip(*layers))
@@ -176,7 +178,9 @@ def can_checkpoint() -> bool:
     return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
-def run_kernels(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None) -> Tensor:
+def run_kernels(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None, backend: Backend = "auto"
+) -> Tensor:
     """x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
     shape = x.shape
     if x.is_neg():  # a view that negates lazily; kernels read memory as it lies
@@ -184,7 +188,7 @@ def run_kernels(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recomput
     if len(shape) != 2:
         x = x.reshape(-1, shape[-1])
     weights, biases, _ = zip(*layers)
-    path = find_path(x, layers, dtype, recompute)
+    path = find_path(x, layers, dtype, recompute, backend)
     if recompute and isinstance(path, LayerPath) and can_checkpoint():
         y = checkpoint(run_path, x, weights, biases, path, use_reentrant=False)
     else:
@@ -261,21 +265,22 @@ def settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[objec
 
 
 def find_path(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None, backend: Backend = "auto"
 ) -> NetworkPlan | LayerPath:
     """The path that these layers take."""
     path = find_network(x, layers, dtype, recompute)
-    return path if isinstance(path, NetworkPlan) else find_layers(x, layers, dtype)
+    return path if isinstance(path, NetworkPlan) else find_layers(x, layers, dtype, backend)
 
 
-def find_layers(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype) -> LayerPath:
-    """The layer path for these layers."""
+def find_layers(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend = "auto") -> LayerPath:
+    """The layer path for these layers; with the backend "triton" no product of it is torch's."""
     return layer_path(
         (x.shape[1], *(weight.shape[0] for weight, _, _ in layers)),
         tuple(activation for _, _, activation in layers),
         tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, _ in layers),
         dtype,
         float32_precision() if dtype == torch.float32 else "ieee",
+        (DEFAULT_BACKEND if backend == "auto" else backend) != "triton",
     )
 
 
@@ -283,10 +288,7 @@ def find_network(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None
 ) -> NetworkPlan | str:
     """The network path for these layers, or the reason why they take the layer path."""
-    training = torch.is_grad_enabled() and (
-        x.requires_grad
-        or any(weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias, _ in layers)
-    )
+    training = wants_gradients(x, layers)
     strides = tuple((*weight.stride(), 0 if bias is None else bias.stride(0)) for weight, bias, _ in layers)
     widths = (x.shape[1], *(weight.shape[0] for weight, _, _ in layers))
     activations = tuple(activation for _, _, activation in layers)

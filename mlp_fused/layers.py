@@ -9,7 +9,7 @@ such a tensor.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 
 from .gradients import plain_gradient, through, wants_torch
-from .kernels import layer_backward, layer_forward
+from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation
+from .kernels.configs import Problem
+from .kernels.launch import Launches, describable
+from .kernels.layer_backward import dgrad, output_gradient, wgrad
+from .kernels.layer_forward import layer_forward
 from .plan import DEBUG
+from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 
 __all__ = ["IDENTITY", "LayerPath", "layer_path", "run_layers"]
 
 IDENTITY = ACTIVATIONS["identity"]
-MOST_LAUNCHES = 1024  # that a layer remembers; a batch size has up to four
 
 
 class LayerKernels:
@@ -38,6 +42,7 @@ class LayerKernels:
         dtype: what it computes in.
         precision: torch's setting for fp32.
         weight_dtype, bias_dtype: the parameters', which their gradients have; None without a bias.
+        torch_too: whether a product is left to torch where that was faster as measured.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class LayerKernels:
         precision: str,
         weight_dtype: torch.dtype,
         bias_dtype: torch.dtype | None,
+        torch_too: bool,
     ) -> None:
         self.layer = layer
         self.below = below
@@ -59,8 +65,9 @@ class LayerKernels:
         self.precision = precision
         self.weight_dtype = weight_dtype
         self.bias_dtype = bias_dtype
+        self.torch_too = torch_too
         self.has_below = below is not IDENTITY
-        self.launches: dict[tuple[Any, ...], Any] = {}
+        self.launches = Launches()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
         """h, and z where it is to be kept."""
@@ -68,9 +75,11 @@ class LayerKernels:
         z = torch.empty_like(h) if keep and self.activation.keeps_preactivation else None
         bias_stride = None if bias is None else bias.stride()
         key = ("forward", x.shape, x.stride(), weight.stride(), bias_stride, z is None, x.get_device())
-        if not self._again(key, x, weight, bias, h, z):
-            made = layer_forward.layer_forward(x, weight, bias, h, z, self.activation, self.precision)
-            self._remember(key, made)
+        if not self.launches.again(key, x, weight, bias, h, z):
+            (m, k), n = x.shape, weight.shape[0]
+            problem = Problem("forward", m, n, k, self.dtype, self.precision, describable(x, weight, h, z))
+            tensors = (x, weight, bias, h, z, self.activation)
+            self.launches.remember(key, self._make(problem, layer_forward, forward_by_torch, *tensors))
         if DEBUG:
             self._check_finite("forward", h=h)
         return h, z
@@ -79,8 +88,8 @@ class LayerKernels:
         """dz = dh ⊙ a'(own)."""
         dz = torch.empty_like(own)
         key = ("output_gradient", dh.shape, dh.stride(), own.stride(), dh.get_device())
-        if not self._again(key, dh, own, dz):
-            self._remember(key, layer_backward.output_gradient(dh, own, dz, self.activation))
+        if not self.launches.again(key, dh, own, dz):
+            self.launches.remember(key, output_gradient(dh, own, dz, self.activation))
         return dz
 
     def dgrad(self, dz: Tensor, weight: Tensor, saved: Tensor | None, rebuild: bool) -> tuple[Tensor, Tensor | None]:
@@ -89,8 +98,11 @@ class LayerKernels:
         h = torch.empty_like(dx) if rebuild else None
         saved_stride = None if saved is None else saved.stride()
         key = ("dgrad", dz.shape, dz.stride(), weight.stride(), saved_stride, rebuild, dz.get_device())
-        if not self._again(key, dz, weight, saved, dx, h):
-            self._remember(key, layer_backward.dgrad(dz, weight, saved, dx, h, self.below, self.precision))
+        if not self.launches.again(key, dz, weight, saved, dx, h):
+            (m, n), k = dz.shape, weight.shape[1]
+            problem = Problem("dgrad", m, k, n, self.dtype, self.precision, describable(dz, weight, saved, dx, h))
+            tensors = (dz, weight, saved, dx, h, self.below)
+            self.launches.remember(key, self._make(problem, dgrad, dgrad_by_torch, *tensors))
         return dx, h
 
     def wgrad(
@@ -104,19 +116,28 @@ class LayerKernels:
             h = None
         h_stride = None if h is None else h.stride()
         key = ("wgrad", dz.shape, dz.stride(), h_stride, needs_bias, dz.get_device())
-        if not self._again(key, dz, h, dw, db):
-            self._remember(key, layer_backward.wgrad(dz, h, dw, db, self.precision))
+        if not self.launches.again(key, dz, h, dw, db):
+            m, n, k = width_out, 1 if dw is None else width_in, dz.shape[0]
+            problem = Problem("wgrad", m, n, k, self.dtype, self.precision, describable(dz, h))
+            self.launches.remember(key, self._make(problem, wgrad, wgrad_by_torch, dz, h, dw, db))
         return dw, db
 
-    def _again(self, key: tuple[Any, ...], *tensors: Tensor | None) -> bool:
-        made = self.launches.get(key)
-        return made is not None and made(*tensors)
+    def _make(
+        self, problem: Problem, by_kernel: Callable[..., Any], by_torch: Callable[..., None], *arguments: Any
+    ) -> Callable[..., bool] | None:
+        """One product the first time, by a kernel or by torch; and what does it again."""
+        device = configs.device_of(arguments[0])
+        tile = tables.tile_for(problem, device)
+        if tile is None and self.torch_too:
+            by_torch(*arguments)
+            rest = [each for each in arguments if isinstance(each, Activation)]
 
-    def _remember(self, key: tuple[Any, ...], made: Any) -> None:
-        if len(self.launches) >= MOST_LAUNCHES:
-            self.launches.clear()
-        if made is not None:
-            self.launches[key] = made
+            def again(*tensors: Tensor | None) -> bool:
+                by_torch(*tensors, *rest)
+                return True
+
+            return again
+        return by_kernel(*arguments, self.precision, tile or configs.choose(problem, device))
 
     def _check_finite(self, direction: str, **tensors: Tensor | None) -> None:
         """Wait for the kernels, and name the layer if one of their results is not finite.
@@ -152,11 +173,12 @@ def layer_path(
     parameters: tuple[tuple[torch.dtype, torch.dtype | None], ...],
     dtype: torch.dtype,
     precision: str,
+    torch_too: bool,
 ) -> LayerPath:
     """The one path for such layers. `parameters` are the dtypes of each one's weight, and bias or None."""
     last = len(activations) - 1
     layers = [
-        LayerKernels(index, below, activation, index == last, dtype, precision, *dtypes)
+        LayerKernels(index, below, activation, index == last, dtype, precision, *dtypes, torch_too)
         for index, (below, activation, dtypes) in enumerate(zip((IDENTITY, *activations), activations, parameters))
     ]
     return LayerPath(tuple(layers), dtype)

@@ -102,7 +102,7 @@ class FusedLinear(_WithBackend, nn.Linear):
         dtype = check_call(input, layers)
         if plan.why_reference(input, layers, dtype, self._backend) is not None:
             return linear_act(input, *layers[0])
-        return run_kernels(input, layers, dtype)
+        return run_kernels(input, layers, dtype, backend=self._backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -258,13 +258,13 @@ class FusedMLP(_WithBackend, nn.Sequential):
                         return run_path(input, weights, biases, decision.path)
             layers = run.layers()
             dtype = check_call(input, layers)
-            if plan.why_reference(input, layers, dtype, self._backend) is None:
+            if plan.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
                 if repeats and Decision.can_hold(input, weights):
-                    path = find_path(input, layers, dtype, self._recompute)
+                    path = find_path(input, layers, dtype, self._recompute, self._backend)
                     if not (self._recompute and isinstance(path, LayerPath)):  # which torch's checkpoint runs
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
                         return run_path(input, weights, biases, path)
-                return run_kernels(input, layers, dtype, self._recompute)
+                return run_kernels(input, layers, dtype, self._recompute, self._backend)
         if run.linears and self._recompute and can_checkpoint():
             return checkpoint(run.call, input, use_reentrant=False)
         return run.call(input)
@@ -339,6 +339,10 @@ class FusedMLP(_WithBackend, nn.Sequential):
             input_size = dtype.itemsize if runs else max(dtype.itemsize, parameter.dtype.itemsize)
             flow, kept_by_torch = _kept_by_torch(run.children, flow)
             widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
+            training = any(trainable) or any(biased) or needs_input_grad
+            if layers and reason is None and gpu is not None and not self._wants_kernels():
+                activations = [layer.activation for layer in layers]
+                reason = plan.why_torch(widths, activations, dtype, precision, training, self._recompute, gpu)
             path: plan.NetworkPlan | str = ""
             if layers and reason is None:
                 assert gpu is not None
@@ -349,7 +353,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
                     dtype,
                     precision,
                     gpu,
-                    any(trainable) or any(biased) or needs_input_grad,
+                    training,
                     self._recompute,
                     input_size if input_size > dtype.itemsize else 0,
                 )

@@ -7,17 +7,18 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .kernels import configs
+from .kernels import configs, tables
 from .kernels.activations import Activation, resolve
 from .kernels.configs import TileConfig
 from .kernels.language import HAS_TRITON, INTERPRETER
+from .kernels.launch import Launches
 from .kernels.network import Gradients, Network, gradients_of, network_of
 
 if TYPE_CHECKING:
@@ -35,12 +36,16 @@ __all__ = [
     "check_recompute",
     "compute_dtype",
     "float32_precision",
+    "forget_tables",
+    "is_aligned",
     "kept_elements",
     "network_path",
     "plan_layers",
     "plan_network",
+    "wants_gradients",
     "why_not",
     "why_reference",
+    "why_torch",
     "work",
 ]
 
@@ -52,6 +57,7 @@ Formulation = Literal["recompute", "stored", "replay"]
 
 logger = logging.getLogger("mlp_fused")
 
+AS_MEASURED = "faster as measured on this device"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_CAPABILITY = 80  # compute capability 8.0, the oldest that the kernels are compiled and tested for
 
@@ -112,13 +118,16 @@ def _why_device_cannot(kind: str, index: int) -> str | None:
     return None
 
 
-def why_reference(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
+def why_reference(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend, recompute: bool | None = None
+) -> str | None:
     """Why these layers run as plain torch; None where the kernels take them.
 
     Args:
         x: the input, checked already.
         dtype: what the products are computed in (autocast's where it is on).
         backend: the user's wish; "auto" is MLP_FUSED_BACKEND's where that is set.
+        recompute: the user's wish.
 
     Raises:
         RuntimeError: the backend is "triton" and the kernels cannot run.
@@ -126,6 +135,11 @@ def why_reference(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backen
     if backend == "auto":
         backend = DEFAULT_BACKEND
     reason = 'the backend is "reference"' if backend == "reference" else _why_call_cannot(x, layers, dtype, backend)
+    if reason is None and backend == "auto" and _has_measured_networks(x.device.type, x.device.index or 0):
+        widths = (x.shape[-1], *(weight.shape[0] for weight, _, _ in layers))
+        precision = float32_precision() if dtype == torch.float32 else "ieee"
+        activations, training = [layer.activation for layer in layers], wants_gradients(x, layers)
+        reason = why_torch(widths, activations, dtype, precision, training, recompute, configs.device_of(x))
     if reason is not None:
         if backend == "triton":
             raise RuntimeError(f'backend is "triton", but {reason}; or use backend="auto"')
@@ -146,6 +160,65 @@ def why_not(
     if backend == "reference":
         return 'the backend is "reference"'
     return (None if planned else _why_device(device, backend)) or _why_layers(layers, dtype, device)
+
+
+def wants_gradients(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether anything is kept for a backward: gradients are recorded, and of the input or some parameter."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias, _ in layers)
+    )
+
+
+def why_torch(
+    widths: tuple[int, ...],
+    activations: Sequence[Activation],
+    dtype: torch.dtype,
+    precision: str,
+    training: bool,
+    recompute: bool | None,
+    device: configs.Device,
+) -> str | None:
+    """Why a network that kernels could take runs as plain torch all the same: it was measured; None where it was not.
+
+    What was measured holds where the user leaves both the backend and `recompute` open. It does not depend on the rows
+    of a batch (see `network_path`).
+    """
+    if recompute is not None:
+        return None
+    path = _measured_path(widths, activations, dtype, precision, training, device)
+    return f"torch is {AS_MEASURED}" if path == "torch" else None
+
+
+@functools.lru_cache(maxsize=64)
+def _has_measured_networks(kind: str, index: int) -> bool:
+    """Whether a device's tables have networks at all: where they have none, a call has no microseconds to spare."""
+    return any(table.networks for table in tables.measured(configs.describe(kind, index)))
+
+
+def _measured_path(
+    widths: tuple[int, ...],
+    activations: Sequence[Activation],
+    dtype: torch.dtype,
+    precision: str,
+    training: bool,
+    device: configs.Device,
+) -> str | None:
+    """What was fastest as measured. A row is of one activation after every hidden layer, whatever the output's."""
+    names = {activation.name for activation in activations[:-1] or activations}
+    if len(names) > 1:
+        return None
+    return tables.path_for(widths, None, dtype, precision, names.pop(), training, device)
+
+
+def forget_tables() -> None:
+    """Decide by the measured tables as they are on disk now: for after one was written.
+
+    A model that has run already goes on as it did, until something else about its calls changes.
+    """
+    tables.forget()
+    _has_measured_networks.cache_clear()
+    network_path.cache_clear()
 
 
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
@@ -209,6 +282,7 @@ class NetworkPlan:
     reason: str
     backward: TileConfig | None  # of the kernel that recomputes, or of the chain of dz
     wgrad: TileConfig
+    launches: Launches = field(default_factory=Launches, repr=False)  # of its forward
 
     def kept_elements(self, rows: int) -> int:
         """How many elements are kept for backward."""
@@ -247,7 +321,8 @@ def network_path(
 
     The rule for training: where one pass over a tile fits in registers (`configs.network_tile`), the backward
     recomputes, as storing moves five more tensors of each hidden layer (written; read for dz and for dW; dz written and
-    read). A measured table overrules it, and the user overrules both.
+    read). A measured table overrules it, and the user overrules both. The choice does not depend on the rows of a
+    batch, so that batches of every size take one path: it is that of the largest batch measured.
 
     Args:
         widths: of the input to the output.
@@ -267,15 +342,15 @@ def network_path(
     if isinstance(forward, str):
         return forward
     wgrad = configs.network_wgrad_tile(dtype, precision, device)
+    measured = None
+    if recompute is None:
+        measured = _measured_path(widths, activations, dtype, precision, training, device)
+    if measured == "layer":
+        return f"it is {AS_MEASURED}"
     if not training:
         return NetworkPlan(network, forward, None, "inference keeps nothing", None, wgrad)
 
     one_pass, chain = tile("recompute"), tile("dgrad")
-    measured = configs.measured_formulations(device.name).get(
-        (widths, str(dtype).removeprefix("torch."), activations[0].name)
-    )
-    if recompute is None and measured == "layer":
-        return "it is faster as measured on this device"
     size = dtype.itemsize
     ends = 2 * widths[0] + 2 * widths[-1]
     moved = f"{size * ends} bytes a row, storing {size * (ends + 5 * sum(widths[1:-1]))}"
@@ -289,7 +364,7 @@ def network_path(
     if recompute is False:
         reason = "the user asks for it"
     else:
-        reason = one_pass if isinstance(one_pass, str) else "it is faster as measured on this device"
+        reason = one_pass if isinstance(one_pass, str) else f"it is {AS_MEASURED}"
     return NetworkPlan(network, forward, "stored", reason, chain, wgrad)
 
 
@@ -323,6 +398,11 @@ class KernelPlan:
         return self.kind not in ("forward", "network forward")
 
 
+def is_aligned(width_in: int, width_out: int, dtype: torch.dtype) -> bool:
+    """Whether tensor descriptors can describe a layer's tensors, where they are contiguous: rows begin at 16 bytes."""
+    return width_in * dtype.itemsize % 16 == 0 and width_out * dtype.itemsize % 16 == 0
+
+
 def plan_layers(
     rows: int,
     shapes: Sequence[tuple[int, int]],
@@ -353,9 +433,16 @@ def plan_layers(
         weights = n * k + n * bias
 
         def plan(
-            kind: configs.Kind, flops: int, elements: int, m: int, n: int, k: int, layer: str = f"{index}: {k} -> {n}"
+            kind: configs.Kind,
+            flops: int,
+            elements: int,
+            m: int,
+            n: int,
+            k: int,
+            layer: str = f"{index}: {k} -> {n}",
+            aligned: bool = is_aligned(k, n, dtype),
         ) -> KernelPlan:
-            problem = configs.Problem(kind, m, n, k, dtype, precision)
+            problem = configs.Problem(kind, m, n, k, dtype, precision, aligned)
             return KernelPlan(layer, kind, Work(flops, elements * dtype.itemsize), problem)
 
         product = 2 * rows * n * k
@@ -555,7 +642,7 @@ class Plan:
         tile = "torch's own"
         if self.device is not None and run.path != "reference":
             if kernel.problem is not None:
-                tile = str(configs.choose(kernel.problem, self.device))
+                tile = str(tables.tile_for(kernel.problem, self.device) or tile)
             elif kernel.tile is not None:
                 tile = f"{kernel.tile.rows} rows, {kernel.tile.num_warps} warps, {kernel.tile.num_stages} stages"
         floor = self._floor(kernel.work)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -38,11 +38,13 @@ __all__ = [
     "build_model",
     "build_torch_model",
     "evaluate",
+    "first_line",
     "load_checkpoint",
     "load_data",
     "make_loader",
     "make_optimizer",
     "pick_device",
+    "progress",
     "save_checkpoint",
     "split",
     "to_features",
@@ -51,6 +53,7 @@ __all__ = [
     "train_epoch",
 ]
 
+Item = TypeVar("Item")
 Batches = Iterable[Sequence[Tensor]]
 Build = Callable[[int, int, "Config"], nn.Module]
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -156,7 +159,8 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's text, the first line of it, without a full stop."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .") if lines else type(error).__name__
 
@@ -218,7 +222,7 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
     except Exception:  # numpy answers a file of another kind with errors of every class
         raise UserError(f"{path} is not an npz file; numpy.savez(file, x=..., y=...) writes one") from None
     if not isinstance(file, np.lib.npyio.NpzFile):
@@ -234,7 +238,7 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
             x = file[(name := "x")]
             y = file[(name := "y")]
         except Exception as error:  # a damaged or a pickled member: zipfile's, zlib's and numpy's errors
-            raise UserError(f"cannot read array {name} of {path}: {_first_line(error)}") from None
+            raise UserError(f"cannot read array {name} of {path}: {first_line(error)}") from None
         return x, y
 
 
@@ -383,7 +387,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # AssertionError, RuntimeError, ImportError: it depends on the kind of device
-        raise UserError(f"--device {name} cannot be used here: {_first_line(error)}; cpu always can") from None
+        raise UserError(f"--device {name} cannot be used here: {first_line(error)}; cpu always can") from None
     return device
 
 
@@ -417,7 +421,7 @@ def build_model(features: int, classes: int, config: Config) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise UserError(str(error).replace("activation_layer is", "--activation is")) from None
     except RuntimeError as error:
-        raise UserError(f"--hidden {_shown(config.hidden)} makes no network here: {_first_line(error)}") from None
+        raise UserError(f"--hidden {_shown(config.hidden)} makes no network here: {first_line(error)}") from None
     del model[-1]  # the Dropout that torchvision's order puts after the last Linear: dropped logits would be zeros
     return model
 
@@ -552,7 +556,7 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
-            f"cannot write the checkpoint {path}: {_first_line(error)}; what was there before is as it was"
+            f"cannot write the checkpoint {path}: {first_line(error)}; what was there before is as it was"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -598,7 +602,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # a file of another kind: pickle's, zipfile's and torch's own errors
-        raise UserError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from None
+        raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(checkpoint, dict) or any(
         not isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items()
     ):
@@ -786,7 +790,7 @@ def train(config: Config, *, build: Build = build_model, report: Callable[[str],
                 if epoch == first + 1:
                     timer.reset()  # the first epoch compiled kernels, started workers, filled caches
                 began = time.perf_counter()
-                bar = _progress(training_batches, f"epoch {epoch}/{config.epochs}")
+                bar = progress(training_batches, f"epoch {epoch}/{config.epochs}")
                 steps = train_epoch(model, bar, loss_function, optimizer, scaler, device, config.dtype, timer)
                 loss, accuracy = evaluate(model, validation_batches, loss_function, device, config.dtype)
                 if not math.isfinite(loss):
@@ -819,13 +823,13 @@ def train(config: Config, *, build: Build = build_model, report: Callable[[str],
     return Result(model, scaling, state.history, losses, timer)
 
 
-def _progress(batches: DataLoader[tuple[Tensor, Tensor]], description: str) -> Batches:
-    """The batches, with a progress bar where there is a terminal to draw it on, and tqdm to draw it."""
+def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
+    """The items, with a progress bar where there is a terminal to draw it on, and tqdm to draw it."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return batches
-    return tqdm(batches, desc=description, leave=False, disable=None)  # None: where stderr is no terminal
+        return items
+    return tqdm(items, desc=description, leave=False, disable=None)  # None: where stderr is no terminal
 
 
 def _where_stopped(path: Path | None, saved: int) -> str:
@@ -881,4 +885,4 @@ class _State:
             self.order.set_state(checkpoint["random"]["order"])
             self.history = [Epoch(**epoch) for epoch in checkpoint["history"]]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit this network: {_first_line(error)}") from None
+            raise UserError(f"{path} does not fit this network: {first_line(error)}") from None

@@ -137,7 +137,8 @@ def compilations(full: bool) -> list[Compilation]:
                     for activation in ("relu", "gelu") if full else (("relu", "gelu")[turn % 2],):
                         found.append(Compilation(kind, target, str(dtype)[6:], precision, activation, tile))
         problem = Problem("output_gradient", 4096, 1024, 0, torch.bfloat16)
-        found.append(Compilation("output_gradient", target, "bfloat16", "ieee", "gelu", choose(problem, device)))
+        for kernel in ("output_gradient", "pointwise"):
+            found.append(Compilation(kernel, target, "bfloat16", "ieee", "gelu", choose(problem, device)))
         found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", SUM_PARTIALS))
     return list(dict.fromkeys(found))
 
@@ -253,7 +254,11 @@ def launch(row: Compilation) -> None:
     elif row.kernel == "dgrad":
         layer_backward.dgrad(dz, w, z, tensor(M, K), tensor(M, K) if keeps else None, activation, precision, tile)
     elif row.kernel == "output_gradient":
-        layer_backward.output_gradient(dz, tensor(M, N), tensor(M, N), activation, tile)
+        layer_backward.output_gradient(
+            dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None
+        )
+    elif row.kernel == "pointwise":
+        layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile)
     else:
         tile = tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
         split = 4 if row.kernel == "sum_partials" else 1

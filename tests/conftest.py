@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,31 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "layer":
         monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests are of the rules; neither what this machine's user measured nor what the package brings overrules them."""
+    from mlp_fused.kernels import tables
+
+    with pytest.MonkeyPatch.context() as patch:
+        empty = tmp_path_factory.mktemp("tables")
+        patch.setenv("XDG_CACHE_HOME", str(empty))
+        patch.setattr(tables, "PACKAGED", empty / "tuned")
+        yield
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder each for the user's and the packaged tables, both empty; what was read of them is forgotten after."""
+    from mlp_fused import plan
+    from mlp_fused.kernels import tables
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "PACKAGED", tmp_path / "tuned")
+    plan.forget_tables()
+    yield tmp_path
+    plan.forget_tables()
 
 
 @pytest.fixture(autouse=True)

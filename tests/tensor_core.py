@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 STEP = 16  # of the reduction, in one instruction
 BITS_BELOW = 2  # the last bit of fp32, which the alignment keeps
-SCALE = 2.0**8  # of one part to the next, so that those of small numbers do not underflow
+MIDDLE, LOW = 2.0**6, 2.0**13  # scales of the parts below the highest, as in kernels/dot.py
 
 
 def _exponent(value: Array) -> NDArray[np.int32]:
@@ -48,25 +48,24 @@ def dot(a: Array, b: Array, acc: Array) -> Array:
     return acc
 
 
-def parts(a: Array, nearest: bool) -> tuple[Array, Array, Array]:
-    """a = hi + mid / 2^8 + lo / 2^16, bf16 numbers; hi is rounded to nearest, or else truncated."""
-    hi = _shorten(a, 8, -133, np.rint if nearest else np.trunc)
-    rest = (a - hi) * SCALE
-    mid = _shorten(rest, 8, -133, np.rint)
-    lo = _shorten((rest - mid) * SCALE, 8, -133, np.rint)
-    return hi, mid, lo
+def parts(a: Array) -> tuple[Array, Array, Array]:
+    """a = high + middle / 2^6 + low / 2^13, bf16 numbers; high is truncated."""
+    high = _shorten(a, 8, -133, np.trunc)
+    rest = (a - high) * MIDDLE
+    middle = _shorten(rest, 8, -133, np.rint)
+    return high, middle, _shorten((rest - middle) * (LOW / MIDDLE), 8, -133, np.rint)
 
 
-def bf16x6(x: Array, w: Array, block: int = 32, nearest: bool = True) -> Array:
+def bf16x6(x: Array, w: Array, block: int = 32) -> Array:
     """x wᵀ for x (M, K) and w (N, K): six products of parts for a block of the reduction, blocks added in fp32."""
     acc = np.zeros((x.shape[0], w.shape[0]))
     for k in range(0, x.shape[1], block):
-        hi_a, mid_a, lo_a = parts(x[:, k : k + block], nearest)
-        hi_b, mid_b, lo_b = parts(w[:, k : k + block], nearest)
-        p = dot(mid_a, mid_b, np.zeros_like(acc))
-        p = to_fp32(dot(lo_a, hi_b, dot(hi_a, lo_b, p)) / SCALE)
-        p = to_fp32(dot(mid_a, hi_b, dot(hi_a, mid_b, p)) / SCALE)
-        acc = to_fp32(acc + dot(hi_a, hi_b, p))
+        high_a, middle_a, low_a = parts(x[:, k : k + block])
+        high_b, middle_b, low_b = parts(w[:, k : k + block])
+        small = dot(2 * middle_a, middle_b, np.zeros_like(acc))
+        small = to_fp32(dot(low_a, high_b, dot(high_a, low_b, small)) * (MIDDLE / LOW))
+        small = to_fp32(dot(middle_a, high_b, dot(high_a, middle_b, small)) / MIDDLE)
+        acc = to_fp32(acc + dot(high_a, high_b, small))
     return acc
 
 

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import mlp_fused
-from mlp_fused import ACTIVATIONS, environment, plan, training
+from mlp_fused import ACTIVATIONS, environment, plan, training, tuning
 from mlp_fused.__main__ import main
+from mlp_fused.kernels import tables
 from mlp_fused.training import Config, load_checkpoint
 
 TINY = ["--hidden", "8", "--epochs", "2", "--batch-size", "16"]
@@ -449,19 +450,76 @@ def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
     monkeypatch.setattr(torch.version, "hip", None)
-    (tmp_path / "nvidia_h200.json").write_text("{}")
-    monkeypatch.setattr(environment, "TUNED", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "PACKAGED", tmp_path / "tuned")
+    both = [tmp_path / "cache" / "mlp_fused" / "nvidia_h200.json", tmp_path / "tuned" / "nvidia_h200.json"]
+    for path in both:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
     monkeypatch.setattr(environment, "_path_taken", lambda device: f"asked about {device}")
     found = report(capsys)
     assert found["GPU 0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
-    assert found["tuned table 0"] == str(tmp_path / "nvidia_h200.json")
+    assert found["tuned table 0"] == f"{both[0]}, then {both[1]}"
     assert found["GPU 1"].startswith("NVIDIA A100-SXM4-80GB, ")
     assert found["tuned table 1"] == "none for this GPU"
     assert found["driver"] == "570.86.15"
     assert found['backend "auto"'] == "asked about cuda"
 
 
-def test_the_tuned_folder_is_the_kernels() -> None:
-    assert environment.TUNED.resolve() == Path(mlp_fused.__file__).resolve().parent / "kernels" / "tuned" or (
-        environment.TUNED.resolve() == Path(mlp_fused.__file__).resolve().parents[1] / "kernels" / "tuned"
-    )
+def test_every_flag_of_tune_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuning.Config] = []
+    monkeypatch.setattr("mlp_fused.__main__.tune", lambda config, report: seen.append(config))
+    assert call("tune") == 0
+    flags = "--dims 784 512 10 --dims 4 2 --batch 64 128 --dtype tf32 fp16 --activation gelu --minutes 2.5 --out t.json"
+    assert call("tune", *flags.split()) == 0
+    told = tuning.Config(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json")
+    assert seen == [tuning.Config(), told]
+    for field in dataclasses.fields(tuning.Config):
+        assert "--" + field.name in flags
+        assert getattr(told, field.name) != field.default
+
+
+def test_help_of_tune_states_every_flag_and_its_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    assert call("tune", "--help") == 0
+    entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
+    for field in dataclasses.fields(tuning.Config):
+        assert "default: " in entries["--" + field.name]
+    assert "(default: 64 1024)" in entries["--batch"]
+    assert "(default: fp32 bf16)" in entries["--dtype"]
+    assert "(default: 10.0)" in entries["--minutes"]
+
+
+TUNE_MISTAKES = {
+    "no GPU": ((), "tuning measures a GPU, and there is none that torch can use; mlp-fused env says what was found"),
+    "no GPU, a network": (("--dims", "4", "2"), "tuning measures a GPU, and there is none"),
+    "one width": (("--dims", "4"), "--dims is 4; it needs to be two widths or more"),
+    "no number": (("--dims", "4", "x"), "argument --dims: invalid int value: 'x'"),
+    "batch without dims": (("--batch", "4"), "--batch is of networks that --dims gives"),
+    "dtype": (("--dims", "4", "2", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
+    "minutes": (("--minutes", "-1"), "--minutes is -1.0; it needs to be a finite number above 0"),
+    "no such flag": (("--minute", "1"), "unrecognized arguments: --minute 1"),
+}
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(("flags", "sentence"), TUNE_MISTAKES.values(), ids=TUNE_MISTAKES)
+def test_a_mistake_in_tuning_is_one_sentence_and_exit_status_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], sentence: str
+) -> None:
+    assert call("tune", *flags) == 2
+    out, err = capsys.readouterr()
+    assert re.search(f"^mlp-fused( tune)?: .*{re.escape(sentence)}", err)
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_ctrl_c_while_tuning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(config: tuning.Config, report: object) -> None:
+        raise KeyboardInterrupt("stopped; 2 of 6 problems were measured, and are in t.json")
+
+    monkeypatch.setattr("mlp_fused.__main__.tune", interrupted)
+    assert call("tune") == 130
+    assert capsys.readouterr().err == "mlp-fused: stopped; 2 of 6 problems were measured, and are in t.json\n"

@@ -69,7 +69,7 @@ def all_networks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any
 def holds(row: Compilation, found: dict[str, Any]) -> None:
     assert found["shared"] <= found["shared_limit"], found
     assert found["spills"] <= SPILL_LIMIT, found
-    if row.kernel in ("output_gradient", "sum_partials"):
+    if row.kernel in ("output_gradient", "pointwise", "sum_partials"):
         return
     if row.target == "AMD MI300X":
         assert found["mfma"] > 0, found

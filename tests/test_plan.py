@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,9 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlp_fused import ACTIVATIONS, plan
-from mlp_fused.kernels import configs
+from mlp_fused import ACTIVATIONS, FusedMLP, plan
+from mlp_fused.functional import Layer
+from mlp_fused.kernels import configs, tables
 from mlp_fused.kernels.configs import DEVICES, OUTPUT_TILES, Device, Problem, TileConfig, choose, device_slug
+from mlp_fused.kernels.launch import count_launches
+from mlp_fused.layers import IDENTITY
 
 PROBLEMS = st.builds(
     Problem,
@@ -121,7 +123,7 @@ def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
     assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), plan.NetworkPlan)
 
 
-def test_the_user_overrules_the_rule_and_a_measured_table_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -> None:
     narrow, wide = (32,) * 5, (128,) * 5
     formulations = {}
     for recompute in (True, False):
@@ -134,32 +136,76 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(monkeypatch: pyte
         (narrow, True): "recompute", (narrow, False): "stored", (wide, True): "replay", (wide, False): "stored",
     }  # fmt: skip
 
-    table = {
-        "network": [
-            {"widths": [32] * 5, "dtype": "bfloat16", "activation": "relu", "formulation": "stored"},
-            {"widths": [16] * 5, "dtype": "bfloat16", "activation": "relu", "formulation": "layer"},
-        ]
-    }
-    (tmp_path / "tuned").mkdir()
-    (tmp_path / "tuned" / "nvidia_h200.json").write_text(json.dumps(table))
-    monkeypatch.setattr(configs, "__file__", str(tmp_path / "configs.py"))
-    for cache in (configs.measured_formulations, plan.network_path):
-        cache.cache_clear()
-    try:
-        stored = network(narrow)
-        assert isinstance(stored, plan.NetworkPlan)
-        assert (stored.formulation, stored.reason) == ("stored", "it is faster as measured on this device")
-        assert network((16,) * 5) == "it is faster as measured on this device"
-        asked = network((16,) * 5, recompute=True)
-        assert isinstance(asked, plan.NetworkPlan)
-        assert asked.formulation == "recompute"
-        other = network(narrow, device="NVIDIA H100")
+    def row(width: int, path: str, training: bool = True, rows: int = 4096) -> tables.Network:
+        return tables.Network((width,) * 5, rows, "bfloat16", "ieee", "relu", training, path, {path: 1.0})
+
+    rows = (
+        row(32, "recompute"), row(32, "stored", rows=8192), row(16, "layer"), row(16, "layer", training=False),
+        row(8, "torch"),
+    )  # fmt: skip
+    table = tables.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", VERSIONS, (), rows)
+    tables.write(tables.packaged_path("NVIDIA H200"), table)
+    plan.forget_tables()
+    stored = network(narrow)
+    assert isinstance(stored, plan.NetworkPlan)
+    assert (stored.formulation, stored.reason) == ("stored", "it is faster as measured on this device")
+    assert network((16,) * 5) == network((16,) * 5, training=False) == "it is faster as measured on this device"
+    asked = network((16,) * 5, recompute=True)
+    assert isinstance(asked, plan.NetworkPlan)
+    assert asked.formulation == "recompute"
+    for others in ({"device": "NVIDIA H100"}, {"activation": "tanh"}, {"dtype": torch.float16}):
+        other = network(narrow, **others)  # type: ignore[arg-type]
         assert isinstance(other, plan.NetworkPlan)
         assert other.formulation == "recompute"
-    finally:
-        monkeypatch.undo()
-        for cache in (configs.measured_formulations, plan.network_path):
-            cache.cache_clear()
+    with_triton = network((8,) * 5)  # where torch was faster and kernels are asked for: the rule
+    assert isinstance(with_triton, plan.NetworkPlan)
+    assert with_triton.formulation == "recompute"
+
+
+VERSIONS = {"mlp_fused": "0", "python": "3", "torch": "2", "triton": "3", "cuda": "13", "driver": "580"}
+
+
+def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the interpreter's device, as if it were what "auto" runs on."""
+    device = configs.INTERPRETED_DEVICE
+    networks = [
+        tables.Network((8, 8, 8), 64, "float32", "ieee", "relu", training, "torch", {"torch": 1.0, other: 2.0})
+        for training, other in ((True, "stored"), (False, "network"))
+    ]
+    gemms = [tables.Gemm("forward", 64, 300, 300, "float32", "ieee", None, 2.0, 1.0)]
+    table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, tuple(gemms), tuple(networks))
+    tables.write(tables.user_path(device.name), table)
+    plan.forget_tables()
+    monkeypatch.setattr(plan, "_why_device", lambda device, backend: None)
+    monkeypatch.setattr(configs, "describe", lambda kind, index=0: device)
+    x = torch.randn(5, 8)
+
+    def launched(model: FusedMLP) -> bool:
+        model._wants_kernels = lambda: True  # so that it asks for a plan on a CPU
+        with count_launches() as launches:
+            model(x).sum().backward()
+            with torch.no_grad():
+                model(x)
+        return bool(launches)
+
+    sentence = "torch is faster as measured on this device"
+    for recompute in (None, True, False):
+        assert launched(FusedMLP(8, [8, 8], recompute=recompute)) == (recompute is not None)
+    assert launched(FusedMLP(8, [8, 8], backend="triton"))
+    assert launched(FusedMLP(8, [8, 8], activation_layer="tanh"))
+    layers = [Layer(torch.randn(8, 8), None, ACTIVATIONS["relu"]), Layer(torch.randn(8, 8), None, IDENTITY)]
+    assert plan.why_reference(x, layers, torch.float32, "auto") == sentence
+    assert plan.why_reference(x, layers, torch.float32, "auto", True) is None
+
+    monkeypatch.setattr(configs, "DEVICES", {device.name: device})
+    explained = FusedMLP(8, [8, 8]).explain(5, device=device.name)
+    assert (explained.path, explained.reason) == ("reference", sentence)
+    assert FusedMLP(8, [8, 8], backend="triton").explain(5, device=device.name).path == "network"
+    rows = str(FusedMLP(300, [300, 20]).explain(64, device=device.name)).splitlines()
+    (first,) = [row for row in rows if "300 -> 300  forward" in row]
+    assert "torch's own" in first
+    (second,) = [row for row in rows if "300 -> 20 " in row and "forward" in row]
+    assert "warps" in second
 
 
 @given(

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mlp_fused.functional import IDENTITY
 from mlp_fused.kernels import configs
 from mlp_fused.kernels.configs import TileConfig
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
+from mlp_fused.layers import IDENTITY
 
 TILES = [TileConfig(64, 32, 32, 8, 4, 1, precision="bf16x6", descriptors=descriptors) for descriptors in (False, True)]
 LENGTHS = [configs.SHORTEST_SPLIT + more for more in (0, 1, 12, 32, 64, 200)]
@@ -54,23 +54,25 @@ def assert_no_worse(x: np.ndarray, w: np.ndarray, ours: np.ndarray, torchs: np.n
     assert (errors / magnitude).max() <= (limits / magnitude).max()
 
 
-@pytest.mark.parametrize("nearest", [True, False], ids="nearest={}".format)
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_six_products_on_a_tensor_core_err_no_more_than_fp32(inputs: str, nearest: bool) -> None:
+def test_six_products_on_a_tensor_core_err_no_more_than_fp32(inputs: str) -> None:
     for k, seed in itertools.product(LENGTHS, range(3)):
         x, w = draw(inputs, 32, 32, k, seed)
-        assert_no_worse(x, w, tensor_core.bf16x6(x, w, nearest=nearest), tensor_core.fma(x, w))
+        assert_no_worse(x, w, tensor_core.bf16x6(x, w), tensor_core.fma(x, w))
 
 
 def test_parts_add_up() -> None:
-    """To every finite number of either sign, denormal ones too, but for what overflows when it is rounded."""
+    """To every finite number of either sign; to denormal ones within 2^-147."""
     bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
-    edges = np.array([0, 1, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000, 0x7F7EFFFF, 0x7F7F7FFF], dtype=np.uint32)
+    edges = np.array([0, 1, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000, 0x7F7EFFFF, 0x7F7FFFFF], dtype=np.uint32)
     bits = np.concatenate([bits, bits & 0x807FFFFF, edges, edges | 0x80000000])
-    values = bits[bits & 0x7FFFFFFF < 0x7F7F8000].view(np.float32).astype(np.float64)
-    for nearest in (True, False):
-        hi, mid, lo = tensor_core.parts(values, nearest)
-        assert np.array_equal(hi + mid / tensor_core.SCALE + lo / tensor_core.SCALE**2, values)
+    values = bits[bits & 0x7FFFFFFF < 0x7F800000].view(np.float32).astype(np.float64)
+    high, middle, low = tensor_core.parts(values)
+    error = np.abs(high + middle / tensor_core.MIDDLE + low / tensor_core.LOW - values)
+    assert error.max() <= 2.0**-147
+    assert error[np.abs(values) >= 2.0**-120].max() == 0
+    for part in (middle, low):  # no product of parts overflows where that of the numbers does not
+        assert (np.abs(part) <= np.abs(values) / 2 + 2.0**-126).all()
 
 
 def by_forward(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
@@ -102,7 +104,7 @@ def check_entries(ours: Tensor, a: Tensor, b: Tensor) -> None:
     """Every entry of a bᵀ is NaN or infinite where torch's is, and otherwise within the bound of tests/cases.py.
 
     Left out is what hangs on the order of the sum: where its terms reach the overflow only together. Operands are as if
-    moved by their spacing where they are denormal.
+    moved by 2^-147, which is seen where they are denormal.
     """
     torchs = a @ b.t()
     wide_a, wide_b = a.double(), b.double()
@@ -121,7 +123,7 @@ def check_entries(ours: Tensor, a: Tensor, b: Tensor) -> None:
     roundings = 4 if a.device.type == "cpu" else 4 + length / 4  # tensor cores truncate every addend
     bound = 2 * (torchs.double() - true).abs() + 2**-24 * true.abs() + roundings * 2**-24 * magnitude
     moved = wide_a.abs().nan_to_num(0, 0).sum(1)[:, None] + wide_b.abs().nan_to_num(0, 0).sum(1)
-    bound += 2 * TINIEST * (moved + length)
+    bound += 4 * TINIEST * (moved + length)
     error = (ours.double() - true).abs()
     worst = (error / bound)[finite]
     assert ours[finite].isfinite().all()

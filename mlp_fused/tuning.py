@@ -1,0 +1,693 @@
+"""Measuring what is fastest on this GPU, for the tables that plan.py asks: what `mlp-fused tune` does.
+
+Of each layer of a network three products are measured, forward, dgrad and wgrad: torch's own, and the tiles that
+`configs.candidates` gives, the likeliest first. Of a network that fits in one kernel its paths are measured as a whole
+besides. A tile or path whose result is not torch's is left out, and said.
+
+Times are what the device works, without the host's part of a call: medians between events, operands taken in turn from
+more memory than L2 holds, random numbers in them, nothing compiled while the clock runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import itertools
+import math
+import statistics
+import tempfile
+import time as times
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import plan, reference
+from .environment import versions
+from .functional import Layer, find_layers, run_layers, run_network
+from .kernels import configs, tables
+from .kernels.activations import ACTIVATIONS, Activation, resolve
+from .kernels.layer_backward import dgrad, wgrad
+from .kernels.layer_forward import layer_forward
+from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
+from .training import UserError, first_line, progress
+
+__all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload", "tune"]
+
+DtypeName = Literal["fp32", "tf32", "bf16", "fp16"]
+ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+}
+# Norm-wise difference from torch's result up to which ours is right: of a product, of a network's gradients. Both sides
+# round; a wrong index or a lost block differs by far more. (How accurate the kernels are, the tests say.)
+BOUNDS = {"fp32": (2e-5, 5e-3), "tf32": (5e-3, 2e-2), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
+MOST_SETS = 1024  # of operands to take in turn
+
+BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
+DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
+ACTIVATION = "relu"
+
+Clock = Callable[[Callable[[], object]], float]  # seconds that one call takes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and its batch: widths of the input to the output; one activation after every hidden layer."""
+
+    widths: tuple[int, ...]
+    rows: int
+    dtype: DtypeName
+    activation: str = ACTIVATION
+
+
+@dataclass(frozen=True)
+class Family:
+    """Every combination of some networks, batches, dtypes and activations."""
+
+    widths: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+    dtypes: tuple[DtypeName, ...]
+    activations: tuple[str, ...] = (ACTIVATION,)
+
+    @property
+    def workloads(self) -> list[Workload]:
+        return [
+            Workload(widths, rows, dtype, activation)
+            for widths, rows, dtype, activation in itertools.product(
+                self.widths, self.rows, self.dtypes, self.activations
+            )
+        ]
+
+
+# What is measured where nothing is asked for: what the benches measure.
+GRID = (
+    Family(((784, 512, 512, 10),), (64, 256, 1024), ("fp32",)),
+    Family(tuple((width,) * 5 for width in (16, 32, 64, 128)), (2**14, 2**17, 2**20, 2**21), ("fp16", "bf16", "fp32")),
+    Family(((16, 64, 64, 16),), (2**21,), ("fp16", "bf16", "fp32")),
+    Family(((128, *(64,) * 5, 3), (128, *(128,) * 5, 3)), (2**14, 2**18, 2**21), ("fp16", "bf16", "fp32")),
+    Family(tuple((width,) * 5 for width in (256, 512, 1024)), (4096, 16384, 65536), ("bf16",), ("relu", "gelu")),
+    Family(((4096, 16384, 4096), (1024, 4096, 1024)), (1024, 8192, 32768), ("bf16", "fp32"), ("gelu",)),
+    Family(((33,) * 4, (100,) * 4, (1, 64, 64, 1)), (65537,), ("bf16", "fp32")),
+    Family(((480,) * 4,), (16385,), ("bf16", "fp32"), ("gelu",)),
+    Family(((1000,) * 4,), (4099,), ("bf16", "fp32")),
+    Family(((33, 100, 480, 1000, 1),), (4099,), ("bf16", "fp32"), ("silu",)),
+    Family(((256, 512, 256),), (16384,), ("bf16", "fp32"), ("gelu",)),
+)
+# What is measured first.
+ANCHORS = (
+    Workload((784, 512, 512, 10), 256, "fp32"),
+    Workload((64,) * 5, 2**20, "bf16"),
+    Workload((512,) * 5, 16384, "bf16", "gelu"),
+    Workload((4096, 16384, 4096), 8192, "bf16", "gelu"),
+    Workload((1000,) * 4, 4099, "bf16"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `mlp-fused tune` is told: one field for each of its flags.
+
+    Attributes:
+        dims: networks, each by its widths from the input to the output; none for the benches' grid.
+        batch: numbers of rows, for `dims`; None for 64 and 1024.
+        dtype: "fp32", "tf32", "bf16", "fp16", for `dims`; None for fp32 and bf16.
+        activation: after every hidden layer of `dims`, by name; None for relu.
+        minutes: how long it may take, about.
+        out: the file to write; None for the user's own table, which is the one that is read.
+
+    Raises:
+        UserError: a value that cannot be used.
+    """
+
+    dims: tuple[tuple[int, ...], ...] = ()
+    batch: tuple[int, ...] | None = None
+    dtype: tuple[DtypeName, ...] | None = None
+    activation: str | None = None
+    minutes: float = 10.0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", tuple(map(tuple, self.dims or ())))
+        for name in ("batch", "dtype"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("batch", "dtype", "activation"):
+            if getattr(self, name) is not None and not self.dims:
+                raise UserError(f"--{name} is of networks that --dims gives; without --dims the grid is measured")
+        for widths in self.dims:
+            if len(widths) < 2 or min(widths) < 1:
+                shown = " ".join(map(str, widths)) or "empty"
+                raise UserError(f"--dims is {shown}; it needs to be two widths or more, each 1 or more, such as 784 10")
+        if self.batch is not None and (not self.batch or min(self.batch) < 1):
+            raise UserError(f"--batch is {' '.join(map(str, self.batch)) or 'empty'}; it needs to be 1 or more")
+        for dtype in self.dtype or ():
+            if dtype not in get_args(DtypeName):
+                raise UserError(f"--dtype is {dtype}; it needs to be one of {', '.join(get_args(DtypeName))}")
+        if not 0 < self.minutes < math.inf:
+            raise UserError(f"--minutes is {self.minutes}; it needs to be a finite number above 0")
+        try:
+            resolve(self.activation, "--activation")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def workloads(self) -> list[Workload]:
+        """What is to be measured."""
+        if not self.dims:
+            return [*ANCHORS, *(workload for family in GRID for workload in family.workloads)]
+        asked = Family(self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,))
+        return asked.workloads
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a layer, with what its epilogue does: a row of a table to be."""
+
+    kind: configs.Kind
+    rows: int
+    width_out: int
+    width_in: int
+    dtype: DtypeName
+    activation: str  # forward: the layer's own; dgrad: that of the layer below
+    share: float = field(compare=False)  # of its network's FLOPs
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.width_in} -> {self.width_out}, {self.rows} rows, {self.dtype}"
+
+    @property
+    def precision(self) -> str:
+        """How fp32 is multiplied."""
+        return ARITHMETIC[self.dtype][1]
+
+    @property
+    def key(self) -> tuple[configs.Kind, int, int, int, str, str]:
+        dtype = _name(ARITHMETIC[self.dtype][0])
+        return self.kind, self.rows, self.width_out, self.width_in, dtype, self.precision
+
+    @property
+    def problem(self) -> configs.Problem:
+        """What a tile is chosen by."""
+        problem = tables.Gemm(*self.key, None, None, 1.0).problem
+        return replace(problem, aligned=plan.is_aligned(self.width_in, self.width_out, problem.dtype))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A network as a whole, in training (forward and backward) or in inference: a row of a table to be."""
+
+    workload: Workload
+    training: bool
+    share: float = field(compare=False, default=1.0)
+
+    def __str__(self) -> str:
+        work = self.workload
+        widths = "-".join(map(str, work.widths))
+        phase = "training" if self.training else "inference"
+        return f"{phase} {widths}, {work.activation}, {work.rows} rows, {work.dtype}"
+
+    @property
+    def precision(self) -> str:
+        """How fp32 is multiplied."""
+        return ARITHMETIC[self.workload.dtype][1]
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], int, str, str, str, bool]:
+        work = self.workload
+        dtype = _name(ARITHMETIC[work.dtype][0])
+        return work.widths, work.rows, dtype, self.precision, _activations(work)[0].name, self.training
+
+
+Task = Product | Whole
+Row = tables.Gemm | tables.Network
+
+
+def products(workload: Workload) -> list[Product]:
+    """The three products of each layer, each once."""
+    layers = list(itertools.pairwise(workload.widths))
+    total = 3 * sum(n * k for k, n in layers)
+    found: dict[tuple[Any, ...], Product] = {}
+    for index, (k, n) in enumerate(layers):
+        own = workload.activation if index + 1 < len(layers) else "identity"
+        below = workload.activation if index else "identity"
+        each: list[tuple[configs.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
+        for kind, activation in each:
+            product = Product(kind, workload.rows, n, k, workload.dtype, activation, n * k / total)
+            if known := found.get(product.key):
+                # Of layers alike, the one whose epilogue has something to do.
+                product = replace(
+                    product if known.activation == "identity" else known, share=known.share + product.share
+                )
+            found[product.key] = product
+    return list(found.values())
+
+
+def tasks(workloads: Iterable[Workload], gpu: configs.Device, known: Iterable[tuple[Any, ...]] = ()) -> list[Task]:
+    """What is to be measured, in order: what is not `known` yet, the anchors, what most of a network's FLOPs are in."""
+    found: dict[tuple[Any, ...], Task] = {}
+    anchors = set()
+    for workload in workloads:
+        each: list[Task] = [*products(workload)]
+        for training in (True, False):
+            if isinstance(_network_plan(workload, gpu, training, False), plan.NetworkPlan):
+                each.append(Whole(workload, training))
+        for task in each:
+            first = found.setdefault(task.key, task)
+            if task.share > first.share:
+                found[task.key] = replace(first, share=task.share)
+            if workload in ANCHORS:
+                anchors.add(task.key)
+    known = set(known)
+    return sorted(found.values(), key=lambda task: (task.key in known, task.key not in anchors, -task.share))
+
+
+def _network_plan(workload: Workload, gpu: configs.Device, training: bool, recompute: bool) -> plan.NetworkPlan | str:
+    """The network path, as if the user asked for it: no table is consulted."""
+    dtype, precision = ARITHMETIC[workload.dtype]
+    strides = tuple((k, 1, 1) for k in workload.widths[:-1])
+    activations = tuple(_activations(workload))
+    return plan.network_path(workload.widths, strides, activations, dtype, precision, gpu, training, recompute)
+
+
+def _activations(workload: Workload) -> list[Activation]:
+    return [ACTIVATIONS[workload.activation]] * (len(workload.widths) - 2) + [ACTIVATIONS["identity"]]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Tuner:
+    """Measures tasks on a device, one after the other, within a time.
+
+    Attributes:
+        rows: what was measured.
+        notes: what was left out and why, a sentence each.
+    """
+
+    def __init__(self, device: torch.device, time: Clock, now: Callable[[], float]) -> None:
+        self.gpu = configs.describe(device.type, device.index or 0)
+        self.device = device
+        self.time = time
+        self.now = now
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+
+    def measure(self, tasks: Sequence[Task], seconds: float) -> None:
+        """As many tasks as there is time for; each may take its part of what is left.
+
+        A task that is begun is measured at least with torch's product and one tile, a network with all of its paths.
+        """
+        deadline = self.now() + seconds
+        for index, task in enumerate(progress(tasks, "tuning")):
+            left = deadline - self.now()
+            if left <= 0:
+                self.notes.append(
+                    f"{len(tasks) - index} of {len(tasks)} problems were not reached, the first of them {task}; "
+                    "the same command again begins with them"
+                )
+                return
+            try:
+                with _float32_precision(task.precision):
+                    if isinstance(task, Product):
+                        self.rows.append(self._product(task, self.now() + left / (len(tasks) - index)))
+                    else:
+                        self.rows.append(self._network(task))
+            except torch.OutOfMemoryError:
+                self.notes.append(f"{task} was left out: it does not fit in the GPU's memory")
+
+    def _product(self, product: Product, limit: float) -> tables.Gemm:
+        operands = Operands(product, self.device)
+        torch_ms = self._milliseconds(operands.turns(operands.by_torch))
+        expected = [result.clone() for result in operands.written(operands.by_torch)]
+        # Sums of k products in fp32, added in another order, differ by about sqrt(k) roundings.
+        bound = BOUNDS[product.dtype][0] + math.sqrt(product.problem.k) * 2**-24
+        best: tuple[float, configs.TileConfig] | None = None
+        for index, tile in enumerate(configs.candidates(product.problem, self.gpu)):
+            if index and self.now() >= limit:
+                break
+            ours = functools.partial(operands.by_kernel, tile=tile)
+            run = functools.partial(operands.written, ours)
+            if self._is_right(f"{product}, {tile}", run, expected, bound):
+                ms = self._milliseconds(operands.turns(ours))
+                if best is None or ms < best[0]:
+                    best = ms, tile
+        ms_of_best, tile_of_best = best or (None, None)
+        faster = ms_of_best is not None and ms_of_best < torch_ms
+        return tables.Gemm(*product.key, tile_of_best if faster else None, ms_of_best, torch_ms)
+
+    def _network(self, whole: Whole) -> tables.Network:
+        work = whole.workload
+        passes = Passes(whole, self.device)
+        ms = {"torch": self._milliseconds(passes.turns(passes.by_torch))}
+        expected = passes(passes.by_torch, 0)
+        paths: dict[str, Callable[[Tensor], Tensor]] = {"layer": passes.by_layers}
+        for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
+            path = _network_plan(work, self.gpu, whole.training, recompute)
+            if isinstance(path, plan.NetworkPlan) and path.formulation in (name, None):
+                paths[name] = functools.partial(passes.by_network, path)
+        for name, run in paths.items():
+            if self._is_right(f"{whole}, {name}", functools.partial(passes, run, 0), expected, *BOUNDS[work.dtype]):
+                ms[name] = self._milliseconds(passes.turns(run))
+        return tables.Network(*whole.key, min(ms, key=lambda name: ms[name]), ms)
+
+    def _milliseconds(self, call: Callable[[], object]) -> float:
+        return max(1e3 * self.time(call), 1e-6)  # a nanosecond at the least: nothing at all is no time
+
+    def _is_right(
+        self, what: str, run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], *bounds: float
+    ) -> bool:
+        """Whether a kernel runs, and gives what torch gives: each result within its bound, the last one's the rest."""
+        try:
+            differences = [_difference(ours, torchs) for ours, torchs in zip(run(), expected)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of many classes: it does not compile, or it takes more than the GPU has
+            self.notes.append(f"{what} was left out: it fails: {type(error).__name__}: {first_line(error)}")
+            return False
+        for difference, bound in zip(differences, itertools.chain(bounds, itertools.repeat(bounds[-1]))):
+            if not difference <= bound:  # NaN is no right answer
+                self.notes.append(
+                    f"{what} was left out: its result is not torch's (relative difference {difference:.2g})"
+                )
+                return False
+        return True
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖."""
+    expected = expected.float()
+    difference = (found.float() - expected).norm().item()
+    return difference / (expected.norm().item() or 1.0) if difference else 0.0
+
+
+@contextlib.contextmanager
+def _float32_precision(precision: str) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _sets(device: torch.device, nbytes: int) -> int:
+    """How many sets of operands of `nbytes` it takes to fill L2 twice, so that each comes from memory."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(MOST_SETS, math.ceil(2 * cache / nbytes)))
+
+
+def _random(sets: int, *shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> list[Tensor]:
+    """As many tensors, of normal numbers; each begins at a multiple of 512 bytes, as torch allocates."""
+    size = math.prod(shape)
+    numbers = torch.randn(sets, -(-size // 256) * 256, dtype=dtype, device=device).mul_(scale)
+    return [each[:size].view(shape) for each in numbers]
+
+
+BY_TORCH: dict[str, Callable[..., None]] = {
+    "forward": forward_by_torch,
+    "dgrad": dgrad_by_torch,
+    "wgrad": wgrad_by_torch,
+}
+BY_KERNEL: dict[str, Callable[..., object]] = {"forward": layer_forward, "dgrad": dgrad, "wgrad": wgrad}
+
+
+class Operands:
+    """The tensors of a product, in several sets, and its two ways: by torch, by our kernel."""
+
+    def __init__(self, product: Product, device: torch.device) -> None:
+        self.kind = product.kind
+        M, N, K = product.rows, product.width_out, product.width_in
+        dtype, self.precision = ARITHMETIC[product.dtype]
+        activation = ACTIVATIONS[product.activation]
+        active, again = product.activation != "identity", activation.keeps_preactivation
+        self.epilogue = () if self.kind == "wgrad" else (activation,)
+        # Shape and scale of each operand: sums of about 1. None is not needed.
+        wanted: list[tuple[tuple[int, ...], float] | None]
+        if self.kind == "forward":  # x, W, b, h, z
+            wanted = [((M, K), 1.0), ((N, K), K**-0.5), ((N,), 1.0), ((M, N), 1.0), ((M, N), 1.0) if again else None]
+        elif self.kind == "dgrad":  # dz, W, saved, dx, h
+            side = ((M, K), 1.0)
+            wanted = [((M, N), 1.0), ((N, K), N**-0.5), side if active else None, side, side if again else None]
+        else:  # dz, h, dW, db
+            wanted = [((M, N), M**-0.5), ((M, K), 1.0), ((N, K), 1.0), ((N,), 1.0)]
+        nbytes = sum(math.prod(each[0]) for each in wanted if each) * dtype.itemsize
+        self.count = _sets(device, nbytes)
+        made = [
+            _random(self.count, *each[0], dtype=dtype, device=device, scale=each[1]) if each else [None] * self.count
+            for each in wanted
+        ]
+        self.sets: list[Any] = list(zip(*made))
+
+    def written(self, run: Callable[[int], object]) -> list[Tensor]:
+        """What a way writes, into the first set; what it leaves as it was is NaN."""
+        results = [tensor for tensor in self.sets[0][2 if self.kind == "wgrad" else 3 :] if tensor is not None]
+        for result in results:
+            result.fill_(torch.nan)
+        run(0)
+        return results
+
+    def by_torch(self, index: int) -> None:
+        BY_TORCH[self.kind](*self.sets[index], *self.epilogue)
+
+    def by_kernel(self, index: int, tile: configs.TileConfig) -> None:
+        BY_KERNEL[self.kind](*self.sets[index], *self.epilogue, self.precision, tile)
+
+    def turns(self, run: Callable[[int], object]) -> Callable[[], object]:
+        """A call that takes the sets in turn."""
+        indices = itertools.cycle(range(self.count))
+        return lambda: run(next(indices))
+
+
+class Passes:
+    """A network's tensors, the input in several sets, and a pass through it by one path or another."""
+
+    def __init__(self, whole: Whole, device: torch.device) -> None:
+        work = whole.workload
+        dtype, _ = ARITHMETIC[work.dtype]
+        make = functools.partial(_random, dtype=dtype, device=device)
+        self.dtype = dtype
+        self.training = whole.training
+        self.layers = [
+            Layer(make(1, n, k, scale=k**-0.5)[0], make(1, n)[0], activation)
+            for (k, n), activation in zip(itertools.pairwise(work.widths), _activations(work))
+        ]
+        self.weights, self.biases, self.activations = zip(*self.layers)
+        self.parameters = [*self.weights, *self.biases]
+        for parameter in self.parameters:
+            parameter.requires_grad_(self.training)
+        nbytes = work.rows * (work.widths[0] + work.widths[-1]) * dtype.itemsize
+        self.count = _sets(device, nbytes)
+        self.xs = make(self.count, work.rows, work.widths[0])
+        self.dys = make(self.count, work.rows, work.widths[-1], scale=work.rows**-0.5) if self.training else []
+
+    def by_torch(self, x: Tensor) -> Tensor:
+        return reference.mlp(x, self.weights, self.biases, self.activations)
+
+    def by_layers(self, x: Tensor) -> Tensor:
+        return run_layers(x, self.weights, self.biases, find_layers(x, self.layers, self.dtype))
+
+    def by_network(self, path: plan.NetworkPlan, x: Tensor) -> Tensor:
+        return run_network(x, self.weights, self.biases, path)
+
+    def __call__(self, path: Callable[[Tensor], Tensor], index: int) -> list[Tensor]:
+        """y, and in training the parameters' gradients."""
+        if not self.training:
+            with torch.no_grad():
+                return [path(self.xs[index])]
+        y = path(self.xs[index])
+        return [y.detach(), *torch.autograd.grad(y, self.parameters, self.dys[index])]
+
+    def turns(self, path: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        """A call that takes the inputs in turn."""
+        indices = itertools.cycle(range(self.count))
+        return lambda: self(path, next(indices))
+
+
+class EventClock:
+    """Seconds that a GPU works on a call: the median of some readings between two events.
+
+    The calls wait behind a kernel that spins for as long as the host takes to issue them, so that the host's part is
+    not in the reading.
+    """
+
+    SECONDS = 0.05  # for one number
+    MOST_CALLS = 20  # between two events, which would be a good part of one short call's reading
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        call()
+        torch.cuda.synchronize()
+        begun = times.perf_counter()
+        call()
+        issued = times.perf_counter() - begun
+        torch.cuda.synchronize()
+        once = times.perf_counter() - begun
+        calls = max(1, min(self.MOST_CALLS, math.ceil(200e-6 / once)))
+        rounds = max(5, min(50, math.ceil(self.SECONDS / (once * calls))))
+        spin = int((2 * issued * calls + 50e-6) * self._cycles_per_second)
+        readings = []
+        for _ in range(rounds):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(spin)
+            start.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            readings.append((start, end))
+        torch.cuda.synchronize()
+        return statistics.median(1e-3 * start.elapsed_time(end) / calls for start, end in readings)
+
+    @functools.cached_property
+    def _cycles_per_second(self) -> float:
+        """Clock of the spinning kernel."""
+        cycles = 10_000_000
+        torch.cuda._sleep(20 * cycles)  # a GPU that was idle takes a tenth of a second to reach its clock rate
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize()
+        return cycles / (1e-3 * start.elapsed_time(end))
+
+
+def tune(
+    config: Config,
+    *,
+    report: Callable[[str], None] = print,
+    device: torch.device | None = None,
+    time: Clock | None = None,
+    now: Callable[[], float] = times.monotonic,
+) -> tables.Table:
+    """Measure what is asked for, and write it into a table, whole or not at all, beside what that holds already.
+
+    Args:
+        config: what to do.
+        report: is given what a user wants to read, piece by piece.
+        device: what to measure on; the current GPU by default.
+        time: seconds of one call; the GPU's events by default.
+        now: seconds of a clock that the time limit goes by.
+
+    Raises:
+        UserError: there is no GPU for the kernels; the file cannot be written, or is no table of this device.
+        KeyboardInterrupt: Ctrl-C; its text says what was written.
+    """
+    device = device or _gpu()
+    tuner = Tuner(device, time or EventClock(), now)
+    path = Path(config.out) if config.out is not None else tables.user_path(tuner.gpu.name)
+    utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    empty = tables.Table(tuner.gpu.name, utc, versions())
+    old = _existing(path, empty, report)
+
+    known: list[tuple[Any, ...]] = [*(row.key for row in old.gemms), *(row.key for row in old.networks)]
+    asked = tasks(config.workloads, tuner.gpu, known)
+    report(f"{len(asked)} problems on {tuner.gpu.name}, {config.minutes:g} minutes at the most, into {path}")
+
+    def save() -> str:
+        """Write what was measured so far; says so."""
+        if not tuner.rows:
+            return f"nothing was measured; {path} is as it was"
+        gemms = tuple(row for row in tuner.rows if isinstance(row, tables.Gemm))
+        networks = tuple(row for row in tuner.rows if isinstance(row, tables.Network))
+        try:
+            tables.write(path, tables.merge(old, replace(empty, gemms=gemms, networks=networks)))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is as it was") from None
+        plan.forget_tables()
+        return f"{len(tuner.rows)} of {len(asked)} problems were measured, and are in {path}"
+
+    try:
+        tuner.measure(asked, 60 * config.minutes)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {save()}") from None
+    except RuntimeError as error:  # the GPU's; after one of its errors nothing else runs in this process
+        raise UserError(f"the GPU failed: {first_line(error)}; {save()}") from error
+    written = save()
+    for note in tuner.notes:
+        report(note)
+    if tuner.rows:
+        report(summary(tuner.rows))
+    report(written)
+    return tables.read(path) if tuner.rows else old
+
+
+def _gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise UserError(
+            "tuning measures a GPU, and there is none that torch can use; mlp-fused env says what was found"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = plan.why_not((), torch.float32, device, "triton", planned=False)
+    if reason is not None:
+        raise UserError(f"there are no kernels to tune: {reason}")
+    return device
+
+
+def _existing(path: Path, empty: tables.Table, report: Callable[[str], None]) -> tables.Table:
+    """What the file holds already and what still holds. Before minutes of measuring: whether it can be written."""
+    try:
+        old = tables.read(path)
+    except FileNotFoundError:
+        old = empty
+    except ValueError as error:
+        raise UserError(f"{error}, so it will not be overwritten; delete it, or name another with --out") from None
+    if old.device != empty.device:
+        raise UserError(f"{path} was measured on {old.device}, this is {empty.device}; name another file with --out")
+    try:
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write into {path.resolve().parent}: {error.strerror}") from None
+    if old.versions != empty.versions:
+        names = [
+            name for name in {**old.versions, **empty.versions} if old.versions.get(name) != empty.versions.get(name)
+        ]
+        then, today = (
+            ", ".join(f"{name} {table.versions.get(name, 'none')}" for name in names) for table in (old, empty)
+        )
+        dropped = len(old.gemms) + len(old.networks)
+        report(f"{path} was measured with {then}; this is {today}, so its {dropped} rows are dropped")
+        return empty
+    return old
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A table of what was measured, and how our kernels did against torch."""
+    header = ("problem", "torch ms", "ours ms", "ratio", "fastest")
+    body, ratios = [], []
+    for row in rows:
+        if isinstance(row, tables.Gemm):
+            problem = f"{row.kind} {row.width_in} -> {row.width_out}, {row.rows} rows"
+            ours, torchs = row.ms, row.torch_ms
+            fastest = str(row.tile or "torch's own")
+        else:
+            phase = "training" if row.training else "inference"
+            problem = f"{phase} {'-'.join(map(str, row.widths))}, {row.activation}, {row.rows} rows"
+            ours = min((ms for name, ms in row.ms.items() if name != "torch"), default=None)
+            torchs = row.ms["torch"]
+            fastest = "torch's own" if row.path == "torch" else row.path
+        problem += f", {row.dtype}{' (tf32)' if row.precision == 'tf32' else ''}"
+        if ours is not None:
+            ratios.append((torchs / ours, problem))
+        cells = ("-", "-") if ours is None else (f"{ours:.4f}", f"{torchs / ours:.2f}")
+        body.append((problem, f"{torchs:.4f}", *cells, fastest))
+    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(width) if i in (1, 2, 3) else cell.ljust(width) for i, (cell, width) in cells).rstrip()
+        for cells in (list(enumerate(zip(row, widths))) for row in [header, *body])
+    ]
+    won = sum(ratio > 1 for ratio, _ in ratios)
+    lines.append(f"ratio: torch's time over ours. Our kernels won {won} of {len(rows)}")
+    if ratios:
+        worst, problem = min(ratios)
+        lines[-1] += f"; the worst ratio is {worst:.2f}, of {problem}"
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""torch's own products in place of the layer kernels: the same table of cases, held to the same bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from cases import CASES, Case, Data, check, gradients, make, oracle
+from torch import Tensor
+
+from mlp_fused import ACTIVATIONS, layers, reference
+from mlp_fused.functional import Layer, find_layers
+from mlp_fused.kernels import tables
+from mlp_fused.kernels.activations import Activation
+from mlp_fused.kernels.launch import count_launches
+from mlp_fused.layers import run_layers
+from mlp_fused.products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The layer path, its three products torch's, as a table would have it."""
+    layers.layer_path.cache_clear()
+    monkeypatch.setattr(tables, "tile_for", lambda problem, device: None)
+    yield
+    layers.layer_path.cache_clear()
+
+
+def run(case: Case, data: Data) -> dict[str, Tensor]:
+    x = data.x.reshape(-1, data.x.shape[-1])
+    network = [Layer(*layer) for layer in zip(data.weights, data.biases, case.activations)]
+    y = run_layers(x, data.weights, data.biases, find_layers(x, network, case.dtype))
+    return gradients(data, y.view(*data.x.shape[:-1], y.shape[-1]))
+
+
+@pytest.mark.usefixtures("by_torch", "poisoned")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_forward_and_gradients(case: Case, device: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    data = make(case, device)
+    twin = data.to(case.dtype)
+    with count_launches() as launches:
+        ours = run(case, data)
+    assert not {"layer_forward_kernel", "dgrad_kernel", "wgrad_kernel"} & set(launches)
+    torchs = gradients(twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
+    check(case, oracle(case, data), ours, torchs)
+
+
+GELU, RELU, IDENTITY = (ACTIVATIONS[name] for name in ("gelu", "relu", "identity"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", [GELU, RELU, IDENTITY], ids=str)
+@pytest.mark.parametrize("bias", ["the same dtype", "fp32", "none"])
+def test_forward_with_and_without_z(activation: Activation, bias: str, dtype: torch.dtype, device: str) -> None:
+    x, weight = (torch.randn(*shape, device=device).to(dtype) for shape in ((9, 20), (7, 20)))
+    b = None if bias == "none" else torch.randn(7, device=device).to(torch.float32 if bias == "fp32" else dtype)
+    h, z, alone = (torch.full((9, 7), torch.nan, dtype=dtype, device=device) for _ in range(3))
+    forward_by_torch(x, weight, b, h, z, activation)
+    forward_by_torch(x, weight, b, alone, None, activation)
+    expected = torch.nn.functional.linear(x, weight, None if b is None else b.to(dtype))
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(h, activation(expected))
+    assert torch.equal(h, alone)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parameters"),
+    [
+        (torch.bfloat16, torch.float32),  # autocast over fp32 parameters
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [0, 33])
+def test_wgrad_into_another_dtype(rows: int, dtype: torch.dtype, parameters: torch.dtype, device: str) -> None:
+    dz, h = (torch.randn(rows, width, device=device).to(dtype) for width in (5, 8))
+    dw, db = (torch.full(shape, torch.nan, dtype=parameters, device=device) for shape in ((5, 8), (5,)))
+    wgrad_by_torch(dz, h, dw, db)
+    coarser = max(dtype, parameters, key=lambda each: torch.finfo(each).eps)
+    bound = partial(torch.testing.assert_close, rtol=2 * torch.finfo(coarser).eps, atol=20 * torch.finfo(coarser).eps)
+    bound(dw.double(), dz.double().t() @ h.double())
+    bound(db.double(), dz.double().sum(0))
+
+
+def test_only_what_is_wanted(device: str) -> None:
+    dz, h = torch.randn(6, 3, device=device), torch.randn(6, 4, device=device)
+    dw, db = torch.empty(3, 4, device=device), torch.empty(3, device=device)
+    wgrad_by_torch(dz, h, dw, None)
+    wgrad_by_torch(dz, None, None, db)
+    torch.testing.assert_close(dw, dz.t() @ h)
+    torch.testing.assert_close(db, dz.sum(0))
+    with count_launches() as launches:
+        dgrad_by_torch(dz, dw, None, torch.empty_like(h), None, IDENTITY)
+        forward_by_torch(h, dw, db, torch.empty_like(dz), None, IDENTITY)
+    assert launches == {}

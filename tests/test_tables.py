@@ -1,0 +1,402 @@
+"""Measured tables: what holds for which problem, and files that are whole, checked and never in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mlp_fused
+from mlp_fused import plan
+from mlp_fused.kernels import configs, tables
+from mlp_fused.kernels.configs import DEVICES, Problem, TileConfig
+from mlp_fused.kernels.tables import Gemm, Network, Table
+
+H200 = DEVICES["NVIDIA H200"]
+VERSIONS = {
+    "mlp_fused": "0.1.0",
+    "python": "3.12.1",
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+    "cuda": "13.0",
+    "driver": "5",
+}
+TILE = TileConfig(64, 32, 64, 8, 4, 3, programs=132, descriptors=True)
+OTHER = TileConfig(16, 32, 64, 8, 4, 2)
+FORWARD = Gemm("forward", 1024, 512, 256, "bfloat16", "ieee", TILE, 0.25, 0.5)
+NARROW = Network((64, 64, 64), 4096, "float16", "ieee", "relu", True, "stored", {"stored": 1.0, "torch": 2.0})
+
+
+def table(*rows: Gemm | Network, device: str = H200.name) -> Table:
+    gemms = tuple(row for row in rows if isinstance(row, Gemm))
+    networks = tuple(row for row in rows if isinstance(row, Network))
+    return Table(device, "2026-01-31T12:00:00+00:00", VERSIONS, gemms, networks)
+
+
+def install(user: Table | None = None, packaged: Table | None = None) -> None:
+    for path, written in ((tables.user_path, user), (tables.packaged_path, packaged)):
+        if written is not None:
+            tables.write(path(written.device), written)
+    plan.forget_tables()
+
+
+def problem(rows: int = 1024, **others: Any) -> Problem:
+    return dataclasses.replace(FORWARD.problem, m=rows, **others)
+
+
+MILLISECONDS = st.floats(1e-6, 1e6)
+WIDTH = st.integers(1, 2**20)
+POWERS = st.sampled_from([16, 32, 64, 128, 256])
+
+
+@st.composite
+def gemms(draw: st.DrawFn) -> Gemm:
+    kind = draw(st.sampled_from(tables.KINDS))
+    dtype = draw(st.sampled_from(tables.DTYPES))
+    precision = draw(st.sampled_from(["ieee", "tf32"])) if dtype == "float32" else "ieee"
+    tile = TileConfig(
+        draw(POWERS), draw(POWERS), draw(POWERS), draw(st.integers(1, 16)), draw(st.sampled_from([1, 2, 4, 8, 16])),
+        draw(st.integers(1, 6)), draw(st.integers(1, 200)) if kind == "wgrad" else 1, draw(st.integers(0, 500)),
+        "bf16x6" if (dtype, precision) == ("float32", "ieee") and draw(st.booleans()) else precision,
+        draw(st.booleans()), 1, kind == "dgrad" and draw(st.booleans()), draw(st.booleans()),
+    )  # fmt: skip
+    tile = draw(st.sampled_from([tile, None]))  # type: ignore[assignment]
+    ms = draw(MILLISECONDS) if tile else draw(st.none() | MILLISECONDS)
+    return Gemm(kind, draw(WIDTH), draw(WIDTH), draw(WIDTH), dtype, precision, tile, ms, draw(MILLISECONDS))
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    training = draw(st.booleans())
+    paths = tables.TRAINING_PATHS if training else tables.INFERENCE_PATHS
+    ms = draw(st.dictionaries(st.sampled_from(paths), MILLISECONDS, min_size=1))
+    dtype = draw(st.sampled_from(tables.DTYPES))
+    widths = tuple(draw(st.lists(WIDTH, min_size=2, max_size=6)))
+    return Network(widths, draw(WIDTH), dtype, "ieee", "gelu", training, draw(st.sampled_from(sorted(ms))), ms)
+
+
+TABLES = st.builds(
+    Table,
+    st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1),
+    st.just("2026-01-31T12:00:00+00:00"),
+    st.just(VERSIONS),
+    st.lists(gemms(), unique_by=lambda row: row.key, max_size=4).map(tuple),
+    st.lists(networks(), unique_by=lambda row: row.key, max_size=4).map(tuple),
+)
+
+
+@given(TABLES)
+def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, written: Table) -> None:
+    path = tmp_path_factory.mktemp("t") / "a" / "table.json"
+    tables.write(path, written)
+    assert tables.read(path) == written
+    assert [each.name for each in path.parent.iterdir()] == ["table.json"]
+
+
+def test_a_file_has_a_row_a_line_and_only_what_is_not_default(tmp_path: Path) -> None:
+    tables.write(tmp_path / "t.json", table(FORWARD, dataclasses.replace(FORWARD, rows=64, tile=None), NARROW))
+    lines = (tmp_path / "t.json").read_text().splitlines()
+    rows = [json.loads(line.strip().rstrip(",")) for line in lines if line.startswith("  {")]
+    assert len(rows) == 3
+    assert rows[0]["tile"] == {
+        "block_m": 64, "block_n": 32, "block_k": 64, "group_m": 8, "num_stages": 3, "programs": 132,
+        "descriptors": True,
+    }  # fmt: skip
+    assert rows[1]["tile"] is None
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.json"
+    tables.write(path, table(FORWARD))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        tables.write(path, table())
+    assert tables.read(path) == table(FORWARD)
+    assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    bad = dataclasses.replace(FORWARD, torch_ms=0.0)
+    with pytest.raises(ValueError, match=r"gemms\[0\]\.torch_ms is 0\.0; it needs to be milliseconds"):
+        tables.write(tmp_path / "t.json", table(bad))
+    assert not list(tmp_path.iterdir())
+
+
+# A change of a good file's content; the sentence after the file's name, a regular expression.
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "schema": (lambda t: t.update(schema=2), "schema is 2; it needs to be 1"),
+    "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be 1"),
+    "no gemms": (lambda t: t.pop("gemms"), "the whole has no gemms; it needs schema, device, "),
+    "unknown": (lambda t: t.update(note="x"), 'the whole has "note", which nothing reads; it knows schema, '),
+    "device": (lambda t: t.update(device="--"), "device is \"--\"; it needs to be a GPU's name"),
+    "two lines": (lambda t: t.update(device="a\nb"), r'device is "a\\nb"; it needs to be a text of one line'),
+    "date": (lambda t: t.update(date="yesterday"), 'date is "yesterday"; it needs to be ISO 8601 in UTC'),
+    "local time": (lambda t: t.update(date="2026-01-31T12:00:00"), "date is .*; it needs to be ISO 8601 in UTC"),
+    "versions": (lambda t: t["versions"].pop("torch"), "versions has no torch; it needs mlp_fused, python, torch"),
+    "two toolkits": (lambda t: t["versions"].update(hip="7"), 'versions has "hip", which nothing reads'),
+    "version": (lambda t: t["versions"].update(torch=2), r"versions\.torch is 2; it needs to be a text"),
+    "gemms": (lambda t: t.update(gemms={}), "gemms is {}; it needs to be a list"),
+    "row": (lambda t: t["gemms"].append(1), r"gemms\[1\] is 1; it needs to be an object with the names kind, rows,"),
+    "kind": (lambda t: gemm(t, kind="fgrad"), r'gemms\[0\]\.kind is "fgrad"; .* one of: forward, dgrad, wgrad'),
+    "rows": (lambda t: gemm(t, rows=0), r"gemms\[0\]\.rows is 0; it needs to be a whole number from 1 to"),
+    "rows true": (lambda t: gemm(t, rows=True), r"gemms\[0\]\.rows is true; .* a whole number"),
+    "rows as text": (lambda t: gemm(t, rows="1"), r'gemms\[0\]\.rows is "1"; .* a whole number'),
+    "dtype": (lambda t: gemm(t, dtype="bf16"), r'dtype is "bf16"; it needs to be one of: float16, bfloat16, float32'),
+    "tf32": (lambda t: gemm(t, precision="tf32"), r'precision is "tf32"; it needs to be one of: ieee$'),
+    "ms": (lambda t: gemm(t, ms=-1), r"gemms\[0\]\.ms is -1; it needs to be milliseconds, a number above 0"),
+    "no ms": (lambda t: gemm(t, ms=None), r"gemms\[0\]\.ms is null; it needs to be milliseconds"),
+    "NaN": (lambda t: gemm(t, torch_ms=float("nan")), r"gemms\[0\]\.torch_ms is NaN; .* milliseconds"),
+    "huge": (lambda t: gemm(t, torch_ms=10**400), r"gemms\[0\]\.torch_ms is 10+\.\.\.; .* milliseconds"),
+    "twice": (lambda t: t["gemms"].append(t["gemms"][0]), r"gemms\[1\] is about the same problem as gemms\[0\]"),
+    "tile": (lambda t: gemm(t, tile=[64]), r"gemms\[0\]\.tile is \[64\]; it needs to be an object"),
+    "field": (lambda t: tile(t, block_l=16), r'gemms\[0\]\.tile has "block_l", which nothing reads'),
+    "block": (lambda t: tile(t, block_m=48), r"tile\.block_m is 48; it needs to be a power of two from 16 to 256"),
+    "small block": (lambda t: tile(t, block_k=8), r"tile\.block_k is 8; it needs to be a power of two from 16"),
+    "no block": (lambda t: t["gemms"][0]["tile"].pop("block_n"), r"tile\.block_n is 0; .* a power of two"),
+    "group": (lambda t: tile(t, group_m=0), r"tile\.group_m is 0; it needs to be a whole number from 1"),
+    "warps": (lambda t: tile(t, num_warps=3), r"tile\.num_warps is 3; it needs to be a power of two"),
+    "stages": (lambda t: tile(t, num_stages=2.0), r"tile\.num_stages is 2\.0; .* a whole number"),
+    "split": (lambda t: tile(t, split=2), r"tile\.split is 2; it needs to be 1"),
+    "programs": (lambda t: tile(t, programs=-1), r"tile\.programs is -1; .* a whole number from 0"),
+    "tile precision": (lambda t: tile(t, precision="bf16x6"), r'tile\.precision is "bf16x6"; .* one of: ieee'),
+    "descriptors": (lambda t: tile(t, descriptors=1), r"tile\.descriptors is 1; it needs to be true or false"),
+    "early": (lambda t: tile(t, early=True), r"tile\.early is true; it needs to be false, but for dgrad"),
+    "parts": (lambda t: tile(t, parts=4), r"tile\.parts is 4; it needs to be so few that each part has 16 columns"),
+    "widths": (lambda t: net(t, widths=[64]), r"networks\[0\]\.widths is \[64\]; it needs to be two widths or more"),
+    "width": (lambda t: net(t, widths=[64, 0]), r"networks\[0\]\.widths is 0; .* a whole number from 1"),
+    "training": (lambda t: net(t, training=1), r"networks\[0\]\.training is 1; it needs to be true or false"),
+    "path": (lambda t: net(t, path="layer"), r'networks\[0\]\.path is "layer"; it needs to be one of: stored, torch'),
+    "other paths": (lambda t: net(t, training=False), r'networks\[0\]\.ms has "stored", .* it knows network, layer'),
+    "no paths": (lambda t: net(t, ms={}), r"networks\[0\]\.ms is {}; .* the milliseconds of one path or more"),
+    "activation": (lambda t: net(t, activation=""), r'networks\[0\]\.activation is ""; it needs to be a text'),
+}  # fmt: skip
+
+
+def gemm(content: dict[str, Any], **values: Any) -> None:
+    content["gemms"][0].update(values)
+
+
+def tile(content: dict[str, Any], **values: Any) -> None:
+    content["gemms"][0]["tile"].update(values)
+
+
+def net(content: dict[str, Any], **values: Any) -> None:
+    content["networks"][0].update(values)
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[dict[str, Any]], object], sentence: str) -> None:
+    path = tmp_path / "t.json"
+    tables.write(path, table(FORWARD, NARROW))
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no measured table: .*{sentence}") as raised:
+        tables.read(path)
+    assert "\n" not in str(raised.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.data())
+def test_any_damage_is_found_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Some value of a good file replaced by some other: a sentence, or a table that can be written again."""
+    path = tmp_path_factory.mktemp("t") / "t.json"
+    tables.write(path, table(FORWARD, NARROW))
+    content = json.loads(path.read_text())
+    place: Any = content
+    while True:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+        else:
+            break
+    place[key] = data.draw(JSON)
+    path.write_text(json.dumps(content))
+    try:
+        found = tables.read(path)
+    except ValueError as error:
+        sentence = str(error)
+    else:
+        tables.write(path, found)
+        assert tables.read(path) == found
+        return
+    assert sentence.startswith(f"{path} is no measured table: ")
+    assert "\n" not in sentence
+
+
+@given(st.binary(max_size=40) | st.text().map(str.encode) | st.integers(0, 400).map(lambda size: size))
+def test_any_other_file_is_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes | int) -> None:
+    path = tmp_path_factory.mktemp("t") / "t.json"
+    tables.write(path, table(FORWARD, NARROW))
+    path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    with pytest.raises(ValueError, match=r"is not JSON|is no measured table"):
+        tables.read(path)
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        tables.read(tmp_path / "t.json")
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        tables.read(tmp_path)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json is not JSON"):
+        tables.read(tmp_path / "deep.json")
+
+
+# --- What holds for which problem ---
+
+
+def test_precedence_user_packaged_rule(measured: Path) -> None:
+    rule = configs.choose(problem(), H200)
+    assert TILE not in (rule, OTHER)
+    assert tables.tile_for(problem(), H200) == rule
+    install(packaged=table(FORWARD))
+    assert tables.tile_for(problem(), H200) == TILE
+    install(user=table(dataclasses.replace(FORWARD, tile=OTHER, rows=2048)))
+    assert tables.tile_for(problem(), H200) == OTHER  # the user's, though the packaged one measured this very batch
+    assert tables.tile_for(problem(600), H200) == TILE  # farther than twice from the user's
+    install(user=table(dataclasses.replace(FORWARD, tile=None)))
+    assert tables.tile_for(problem(), H200) is None
+    assert tables.tile_for(problem(), DEVICES["NVIDIA H100"]) == configs.choose(problem(), DEVICES["NVIDIA H100"])
+    assert (measured / "cache" / "mlp_fused" / "nvidia_h200.json").is_file()
+    assert (measured / "tuned" / "nvidia_h200.json").is_file()
+
+
+def test_a_row_holds_for_its_problem_and_the_nearest_batch(measured: Path) -> None:
+    larger = dataclasses.replace(FORWARD, rows=4096, tile=OTHER)
+    install(table(FORWARD, larger))
+    for rows, expected in ((511, None), (512, TILE), (2000, TILE), (2100, OTHER), (8192, OTHER), (8193, None)):
+        assert tables.tile_for(problem(rows), H200) == (expected or configs.choose(problem(rows), H200)), rows
+    for others in ({"n": 513}, {"k": 255}, {"dtype": torch.float16}, {"kind": "dgrad"}):
+        other = problem(**others)
+        assert tables.tile_for(other, H200) == configs.choose(other, H200)
+    pointwise = Problem("output_gradient", 1024, 512, 0, torch.bfloat16)
+    assert tables.tile_for(pointwise, H200) == configs.choose(pointwise, H200)
+
+
+@pytest.mark.parametrize("kind", tables.KINDS)
+def test_a_row_is_found_by_its_own_problem(measured: Path, kind: str) -> None:
+    row = dataclasses.replace(FORWARD, kind=kind, tile=OTHER)
+    install(table(row))
+    assert (row.problem.rows, row.problem.widths) == (1024, (512, 256))
+    assert tables.tile_for(row.problem, H200) == OTHER
+
+
+def test_descriptors_only_where_they_can_describe(measured: Path) -> None:
+    install(table(FORWARD, dataclasses.replace(FORWARD, rows=1100, tile=OTHER)))
+    assert tables.tile_for(problem(1024), H200) == TILE
+    assert tables.tile_for(problem(1024, aligned=False), H200) == OTHER
+    install(table(FORWARD))
+    unaligned = problem(aligned=False)
+    assert tables.tile_for(unaligned, H200) == configs.choose(unaligned, H200)
+    install(table(dataclasses.replace(FORWARD, tile=None)))
+    assert tables.tile_for(unaligned, H200) is None
+
+
+def test_the_path_of_a_network(measured: Path) -> None:
+    larger = dataclasses.replace(NARROW, rows=2**20, path="torch")
+    install(user=table(NARROW), packaged=table(NARROW, larger))
+
+    def path(rows: int | None, training: bool = True, activation: str = "relu") -> str | None:
+        return tables.path_for((64, 64, 64), rows, torch.float16, "ieee", activation, training, H200)
+
+    assert [path(rows) for rows in (2047, 2048, 8192, 2**20)] == [None, "stored", "stored", "torch"]
+    assert path(None) == "stored"  # the user's largest
+    install(user=table(NARROW, larger))
+    assert path(None) == "torch"
+    assert path(None, training=False) is None
+    assert path(None, activation="gelu") is None
+
+
+def test_merging_keeps_what_was_not_measured_again() -> None:
+    again = dataclasses.replace(FORWARD, tile=None)
+    other = dataclasses.replace(FORWARD, rows=64)
+    old = table(FORWARD, other, NARROW)
+    new = dataclasses.replace(table(again), date="2027-01-01T00:00:00+00:00")
+    merged = tables.merge(old, new)
+    assert merged == dataclasses.replace(new, gemms=(again, other), networks=(NARROW,))
+    with pytest.raises(ValueError, match="measured on NVIDIA H200; it needs to be of NVIDIA H100"):
+        tables.merge(old, table(device="NVIDIA H100"))
+
+
+# --- Where the files lie, and when they are broken ---
+
+
+def test_where_the_tables_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for unset in (None, "", "relative"):
+        if unset is None:
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert tables.user_path("NVIDIA H200") == Path("/home/me/.cache/mlp_fused/nvidia_h200.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert tables.user_path("NVIDIA H200") == Path("/cache/mlp_fused/nvidia_h200.json")
+    here = Path(tables.__file__).resolve().parent
+    assert here in (Path(mlp_fused.__file__).resolve().parents[1] / "kernels", Path(mlp_fused.__path__[0]) / "kernels")
+    assert tables.packaged_path("NVIDIA H200").name == "nvidia_h200.json"
+
+
+def test_packaged_tables_are_good() -> None:
+    for path in (Path(tables.__file__).parent / "tuned").glob("*.json"):
+        assert path.name == tables.packaged_path(tables.read(path).device).name
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{", "is not JSON: .+"),
+        (b"{}", "is no measured table: the whole has no schema, .+"),
+        (table(FORWARD, device="NVIDIA H100"), "was measured on NVIDIA H100; it needs to be of NVIDIA H200"),
+        (
+            table(dataclasses.replace(FORWARD, tile=TileConfig(256, 256, 256, 8, 8, 3))),
+            r"gemms\[0\]\.tile takes \d+ bytes of shared memory; NVIDIA H200 has 232448",
+        ),
+    ],
+    ids=["not JSON", "no table", "another device", "too large"],
+)
+def test_a_broken_table_is_warned_of_once_and_not_used(
+    measured: Path, caplog: pytest.LogCaptureFixture, content: bytes | Table, sentence: str
+) -> None:
+    install(packaged=table(FORWARD))
+    path = tables.user_path(H200.name)
+    path.parent.mkdir(parents=True)
+    if isinstance(content, Table):
+        tables.write(path, content)
+    else:
+        path.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "mlp_fused"):
+        for rows in (1024, 1025):
+            assert tables.tile_for(problem(rows), H200) == TILE  # the packaged one's
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("mlp_fused", "WARNING")
+    mend = "it is not used; delete it, or let `mlp-fused tune` write a new one after that"
+    assert re.match(f"{re.escape(str(path))}:? {sentence}; {mend}$", record.getMessage())
+
+
+def test_reading_anew_takes_asking(measured: Path) -> None:
+    rule = tables.tile_for(problem(), H200)
+    tables.write(tables.user_path(H200.name), table(FORWARD))
+    assert tables.tile_for(problem(), H200) == rule
+    tables.forget()
+    assert tables.tile_for(problem(), H200) == TILE

@@ -126,7 +126,9 @@ class Device:
     fma_32: float | None = None
 
     def peak(self, dtype: torch.dtype, precision: str = "ieee") -> float | None:
-        """FLOP a second that the data sheet promises for products of this dtype."""
+        """FLOP a second that the data sheet promises for products of this dtype, multiplied so (see dot.py)."""
+        if precision == "bf16x6":
+            return self.tensor_16 / 6 if self.tensor_16 else None
         if dtype == torch.float32:
             return self.tensor_tf32 if precision == "tf32" else self.fma_32
         return self.tensor_16 if dtype in (torch.float16, torch.bfloat16) else None
@@ -276,7 +278,10 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
         return
     if splits and block_m * block_n > LARGEST_SPLIT[device.arch]:
         return
+    sides = block_m, block_n
     block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)
+    if max(sides) > LONGEST_SIDE and (block_m, block_n) != sides:
+        return  # what is left of it is one of the others
     longest = 64 if problem.dtype.itemsize == 2 else BLOCK_K[precision]
     wgmma_alone = descriptors and not splits  # operands come from shared memory: four warps hold larger products
     eight = block_m * block_n >= 128 * 128 and block_m > 64 if wgmma_alone else block_m * block_n > 64 * 64
@@ -314,7 +319,7 @@ def _depths(problem: Problem, device: Device, tile: TileConfig) -> Iterator[tupl
     parts = [count for count in (1, 2, 4) if count == 1 or (tile.descriptors and tile.block_n // count >= 32)]
     if problem.kind == "wgrad":
         parts = [1]
-    elif problem.kind == "dgrad" and max(tile.block_m, tile.block_n) > LONGEST_SIDE:
+    elif problem.kind == "dgrad" and tile.block_m * tile.block_n > LONGEST_SIDE**2:
         parts = [4]  # what was saved and h besides: two parts' would not fit in registers
     depths = [(stages, part) for stages in (4, 3) for part in parts] + [(2, part) for part in parts] + [(1, parts[-1])]
 
@@ -343,10 +348,10 @@ def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
         turned = {"forward": 0, "dgrad": tile.block_n, "wgrad": tile.block_m + tile.block_n}[problem.kind]
         used += 2 * turned * tile.block_k * problem.dtype.itemsize
     parts = 3 * operands * 2 if tile.precision == "bf16x6" else 0
-    outputs = 0
-    if tile.descriptors:
-        outputs = tile.block_m * tile.block_n // tile.parts * problem.dtype.itemsize * EPILOGUE_TILES[problem.kind]
-    return used + max(parts, outputs) + 4096
+    if not tile.descriptors:
+        return used + parts
+    outputs = tile.block_m * tile.block_n // tile.parts * problem.dtype.itemsize * EPILOGUE_TILES[problem.kind]
+    return used + max(parts, outputs) + 4096  # barriers, and what is turned on its way
 
 
 def _resident(problem: Problem, tile: TileConfig, device: Device) -> int:
@@ -379,9 +384,8 @@ def _seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
     wide = tile.block_m >= 64 or device.arch not in DESCRIPTOR_ARCHITECTURES
     kind = "tensor" if wide else "mma.sync"
     kind = "fma" if _on_fma_units(problem, tile.precision) else "bf16x6" if tile.precision == "bf16x6" else kind
-    dtype, products = (torch.bfloat16, 6) if kind == "bf16x6" else (problem.dtype, 1)
-    rate = _rate(device, dtype, tile.precision) * REACHED[kind]
-    compute = 2 * tile.block_m * tile.block_n * length * products / rate
+    rate = _rate(device, problem.dtype, tile.precision) * REACHED[kind]
+    compute = 2 * tile.block_m * tile.block_n * length / rate
     operands = (tile.block_m + tile.block_n) * length
     compute += operands / SPLIT_RATE if kind == "bf16x6" else 0
     traffic = operands * problem.dtype.itemsize / L2_RATE

@@ -50,7 +50,7 @@ def dot_split(a, b):
     """
     a_high, a_middle, a_low = split_operand(a)
     b_high, b_middle, b_low = split_operand(b)
-    # Of a low part the scale is 2^-13, as of two middle ones, one of them doubled; of a middle part beside a high, 2^-6.
+    # A low part's scale is 2^-13, as that of two middle parts, one of them doubled; a middle part's is 2^-6.
     small = dot(
         round_to(widen(a_middle) * 2.0, tl.bfloat16), b_middle, tl.zeros((a.shape[0], b.shape[1]), tl.float32), "ieee"
     )
@@ -167,8 +167,8 @@ def operand(
 
 @triton.jit
 def result(ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """What a contiguous (M, N) tensor, or none, is read and written through by tiles: a descriptor, or its pointer."""
-    if DESCRIPTORS and ptr is not None:
+    """What a contiguous (M, N) tensor is read and written through by tiles: a descriptor, or its pointer."""
+    if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     else:
         return ptr
@@ -246,7 +246,7 @@ def multiply(
     SUM_A: tl.constexpr,
     COMPUTE: tl.constexpr = None,  # the dtype that operands are rounded to; None: a's
     FORWARD: tl.constexpr = None,  # an activation that b is passed through
-    PARAMETERS: tl.constexpr = (),
+    PARAMETERS: tl.constexpr = None,  # (An empty tuple does not compile as a default on Triton 3.6.)
 ):
     """Σ_k a[m, k] b[n, k] over begin <= k < end, (BLOCK_M, BLOCK_N); and with SUM_A, Σ_k a[m, k], (BLOCK_M, 1).
 

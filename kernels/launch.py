@@ -113,9 +113,9 @@ class Launch:
         finally:
             _allocation._allocator.reset(token)
         if compiled is not None and _aligned(tensors):
-            names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
-            self.ordered = [self.constants[name] for name in names]
-            self.needs_scratch = compiled.metadata.global_scratch_size > 0
+            rest = self.kernel.params[len(tensors) + len(self.scalars) :]
+            self.ordered = [self.constants.get(each.name, each.default) for each in rest]
+            self.needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0) > 0  # AMD's has no such thing
             self.compiled, self.run = compiled, compiled.run
 
     def _is_here(self) -> bool:
@@ -174,7 +174,11 @@ def launch(
 
 def _hooked() -> bool:
     """Whether somebody, a profiler for example, wants to be told of each launch, which Triton's launcher does."""
-    hook = triton.knobs.runtime.launch_enter_hook
+    runtime = triton.knobs.runtime
+    return _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook)
+
+
+def _has_calls(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 

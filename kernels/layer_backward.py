@@ -136,9 +136,11 @@ def dgrad_kernel(
     PART_N: tl.constexpr = BLOCK_N // PARTS
     dz = operand(dz_ptr, M, N, stride_dm, stride_dn, BLOCK_M, BLOCK_K, DZ_BY_N)
     w = operand(w_ptr, K, N, stride_wk, stride_wn, BLOCK_N, BLOCK_K, W_BY_N)
-    kept = result(saved_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS and not EARLY)
     dxs = result(dx_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
-    hs = result(h_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
+    if saved_ptr is not None:
+        kept = result(saved_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS and not EARLY)
+    if h_ptr is not None:
+        hs = result(h_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
     # What waits is one tile's; flattened, the loop would hold it once for every stage.
     for tile in tl.range(
@@ -287,7 +289,7 @@ def sum_rows(
         store(db_ptr + start + rows, db, rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_partials_kernel(
     partial_ptr,  # (splits, size), contiguous
     sum_ptrs,  # contiguous tensors, whose elements one after the other are the columns of partial

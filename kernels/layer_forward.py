@@ -51,7 +51,8 @@ def layer_forward_kernel(
     x = operand(x_ptr, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, X_BY_K)
     w = operand(w_ptr, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, W_BY_K)
     hs = result(h_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
-    zs = result(z_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
+    if z_ptr is not None:
+        zs = result(z_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     # Flattened, a tile's first blocks are loaded while the one before it ends.
     for tile in tl.range(

@@ -271,7 +271,10 @@ def _latest(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 # --- Files ---
 
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(TileConfig)}
+# 0, "not used", for the one field that has none.
+DEFAULTS = {
+    field.name: 0 if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(TileConfig)
+}
 
 
 def write(path: Path, table: Table) -> None:
@@ -403,7 +406,7 @@ def _tile(place: str, value: Any, kind: str, dtype: str, precision: str) -> Tile
     """A tile whose every field is one that the kernels of such a product can be launched with."""
     value = {**DEFAULTS, **_object(place, value, tuple(DEFAULTS), optional=True)}
     multiplied = ("ieee", "bf16x6") if (dtype, precision) == ("float32", "ieee") else (precision,)
-    powers = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "num_warps": (1, 16), "parts": (1, 16)}
+    powers = {"block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 256), "num_warps": (1, 16), "parts": (1, 4)}
     counts = {"group_m": 64, "num_stages": 8, "split": 2**16 if kind == "wgrad" else 1}
     for name, found in value.items():
         at = f"{place}.{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import NoneType
@@ -295,6 +296,59 @@ class FusedMLP(_WithBackend, nn.Sequential):
             raise
         return output
 
+    def warmup(self, *batch_sizes: int, training: bool = True) -> float:
+        """Compile ahead what batches of these sizes need, so that the first of them does not wait; returns seconds.
+
+        Every run of layers is gone through once without gradients, and with `training` once forward and backward, on
+        zeros, in the dtype that a call would compute in (call it under autocast where the model runs under it). Norms
+        and Dropout are left out: no statistics change, no random number is drawn, no `.grad` is written. A batch of
+        about the same size needs nothing else; one of another order of magnitude may take other tiles.
+
+        Raises:
+            ValueError: no batch size, or one below 1.
+            RuntimeError: as a call does, where backend="triton" cannot run.
+        """
+        if not batch_sizes:
+            raise ValueError("batch_sizes is empty; it needs one number of rows or more")
+        for batch_size in batch_sizes:
+            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+                raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
+        begun = time.perf_counter()
+        devices = set()
+        below = False  # whether anything before a run needs gradients
+        for run in _runs(self):
+            trainable = below or any(
+                parameter.requires_grad for child in run.children for parameter in child.parameters()
+            )
+            if run.linears:
+                layers = [
+                    Layer(_twin(weight), None if bias is None else _twin(bias), activation)
+                    for weight, bias, activation in run.layers()
+                ]
+                first = layers[0].weight
+                devices.add(first.device)
+                for rows in batch_sizes:
+                    x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
+                    self._warm_up(x.requires_grad_(below), layers, training)
+            below = trainable
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    def _warm_up(self, x: Tensor, layers: list[Layer], training: bool) -> None:
+        """One run's kernels, launched for their own sake."""
+        for differentiable in (False, True)[: 1 + training]:
+            with torch.set_grad_enabled(differentiable):
+                dtype = check_call(x, layers)
+                if plan.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
+                    continue
+                y = run_kernels(x, layers, dtype, self._recompute, self._backend)
+                leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
+                wanted = [leaf for leaf in leaves if leaf.requires_grad]
+                if differentiable and wanted:
+                    torch.autograd.grad(y, wanted, torch.zeros_like(y))
+
     def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> plan.Plan:
         """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
 
@@ -382,6 +436,11 @@ class FusedMLP(_WithBackend, nn.Sequential):
                 kept += kept_by_torch
                 runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))
         return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept)
+
+
+def _twin(parameter: Tensor) -> Tensor:
+    """The same memory, as a leaf of its own."""
+    return parameter.detach().requires_grad_(parameter.requires_grad)
 
 
 def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .gradients import plain_gradient, through, wants_torch
 from .kernels import network
+from .kernels.launch import Launches
 from .plan import NetworkPlan
 
 __all__ = ["run_network"]
@@ -39,7 +40,7 @@ def _network_forward(
     if rows:
         dtypes = [None if parameter is None else parameter.dtype for parameter in (*weights, *biases)]
         key = (x.shape, x.stride(), x.dtype, x.get_device(), keep, *dtypes)
-        if net is not path.network or not path.launches.again(key, x, y, weights, biases, kept, z, None):
+        if not path.launches.again(key, x, y, weights, biases, kept, z, None):
             made = network.forward(x, weights, biases, y, net, path.forward, kept=kept, z=z)
             path.launches.remember(key, made)
     return (y, kept, z) if keep else y
@@ -124,7 +125,8 @@ def _network_backward(
         network.recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
         return dx, gradients
     if path.formulation == "replay":
-        y, kept, z = _network_forward(x, weights, biases, replace(path, network=net), keep=True)
+        again = path if net is path.network else replace(path, network=net, launches=Launches())
+        y, kept, z = _network_forward(x, weights, biases, again, keep=True)
         own = None if not net.activates_output else y if z is None else z
     dz = None if kept is None else torch.empty_like(kept)
     last = None if own is None else torch.empty_like(own)

@@ -612,12 +612,22 @@ class Plan:
     @property
     def floor(self) -> float | None:
         """The least seconds for all kernels one after another on this device; None where its peaks are not known."""
-        floors = [self._floor(kernel.work) for run in self.runs for kernel in run.kernels]
+        floors = [self._floor(run, kernel) for run in self.runs for kernel in run.kernels]
         return None if None in floors else sum(floor for floor in floors if floor is not None)
 
-    def _floor(self, work: Work) -> float | None:
-        peak = self.device and self.device.peak(self.dtype, self.precision)
-        return work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
+    def _tile(self, run: RunPlan, kernel: KernelPlan) -> TileConfig | None:
+        """What a kernel runs with; None where torch does the product."""
+        if self.device is None or run.path == "reference":
+            return None
+        return tables.tile_for(kernel.problem, self.device) if kernel.problem is not None else kernel.tile
+
+    def _floor(self, run: RunPlan, kernel: KernelPlan) -> float | None:
+        tile = self._tile(run, kernel)
+        precision = "bf16x6" if tile and tile.precision == "bf16x6" else self.precision
+        peak = self.device and self.device.peak(self.dtype, precision)
+        return (
+            kernel.work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
+        )
 
     def __str__(self) -> str:
         where = self.device.name if self.device else "no GPU"
@@ -639,17 +649,16 @@ class Plan:
         return "\n".join([*lines, f"{total}; kept for backward {self.kept_bytes / 1e6:.3f} MB"])
 
     def _row(self, run: RunPlan, kernel: KernelPlan) -> tuple[str, ...]:
-        tile = "torch's own"
-        if self.device is not None and run.path != "reference":
-            if kernel.problem is not None:
-                tile = str(tables.tile_for(kernel.problem, self.device) or tile)
-            elif kernel.tile is not None:
-                tile = f"{kernel.tile.rows} rows, {kernel.tile.num_warps} warps, {kernel.tile.num_stages} stages"
-        floor = self._floor(kernel.work)
+        tile = self._tile(run, kernel)
+        shown = "torch's own"
+        if tile is not None:
+            rows = f"{tile.rows} rows, {tile.num_warps} warps, {tile.num_stages} stages"
+            shown = str(tile) if kernel.problem is not None else rows
+        floor = self._floor(run, kernel)
         return (
             kernel.layer,
             kernel.kind,
-            tile,
+            shown,
             f"{kernel.work.flops / 1e9:.3f}",
             f"{kernel.work.bytes / 1e6:.3f}",
             _time(floor) if floor is not None else "-",

@@ -45,12 +45,12 @@ class Compilation:
     precision: str
     activation: str
     tile: TileConfig
+    aligned: bool = True  # whether the tensors' rows begin at 16 bytes
 
     @property
     def id(self) -> str:
-        return f"{self.kernel}-{self.target}-{self.dtype}-{self.precision}-{self.activation}-{self.tile}".replace(
-            " ", ""
-        )
+        words = [self.kernel, self.target, self.dtype, self.precision, self.activation, str(self.tile)]
+        return "-".join([*words, *(() if self.aligned else ("unaligned",))]).replace(" ", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,35 +125,66 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
 
 
 def compilations(full: bool) -> list[Compilation]:
-    """Every kernel on every tile that the rule gives; by default each kernel, tile and target at least once."""
+    """Every kernel by every tile worth measuring for it; by default a part of them, see `sample`.
+
+    fp16, whose instructions are bf16's, takes one tile a target; what is not aligned, one activation of two in turn.
+    """
     found: list[Compilation] = []
-    turn = 0
+    products = itertools.product(TARGETS.items(), FORMS, (True, False), GEMMS)
+    for turn, ((target, device), (dtype, precision), aligned, kind) in enumerate(products):
+        if dtype == torch.float16 and (not aligned or kind != "forward"):
+            continue
+        listed = tiles(kind, dtype, precision, aligned, device)
+        chosen = sample(listed, turn)
+        if dtype == torch.float16:
+            chosen = listed = chosen[-1:]
+        elif not aligned:
+            chosen = chosen[-1:] if kind == GEMMS[turn // 6 % 3] else []
+        for tile in listed if full else chosen:
+            in_turn = ("gelu", "relu")[(turn + listed.index(tile)) % 2]
+            activations = ("relu", "gelu") if full and aligned else (in_turn,)
+            for activation in ("identity",) if kind == "wgrad" else activations:
+                found.append(Compilation(kind, target, str(dtype)[6:], precision, activation, tile, aligned))
     for target, device in TARGETS.items():
-        for dtype, precision in FORMS:
-            for tile in tiles(dtype, precision, device):
-                kinds = GEMMS if full else (GEMMS[turn % 3],)
-                turn += 1
-                for kind in kinds:
-                    for activation in ("relu", "gelu") if full else (("relu", "gelu")[turn % 2],):
-                        found.append(Compilation(kind, target, str(dtype)[6:], precision, activation, tile))
-        problem = Problem("output_gradient", 4096, 1024, 0, torch.bfloat16)
+        tile = choose(Problem("output_gradient", 4096, 1024, 0, torch.bfloat16), device)
         for kernel in ("output_gradient", "pointwise"):
-            found.append(Compilation(kernel, target, "bfloat16", "ieee", "gelu", choose(problem, device)))
+            found.append(Compilation(kernel, target, "bfloat16", "ieee", "gelu", tile))
         found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", SUM_PARTIALS))
-    return list(dict.fromkeys(found))
+    return found
 
 
-def tiles(dtype: torch.dtype, precision: str, device: Device) -> list[TileConfig]:
-    """The distinct tiles that the rule gives for small to large problems."""
-    sizes = (1, 20, 33, 64, 512, 8192)
-    problems = (Problem("forward", m, n, 1024, dtype, precision) for m in sizes for n in (10, 64, 512, 4096))
-    return list(dict.fromkeys(choose(problem, device) for problem in problems))
+def sample(tiles: list[TileConfig], turn: int) -> list[TileConfig]:
+    """The largest tile by each precision, with each long side and with specialised warps; and one that has its turn."""
+
+    def sides(tile: TileConfig) -> tuple[int, int]:
+        return tile.block_m, tile.block_n
+
+    def manner(tile: TileConfig) -> tuple[Any, ...]:
+        return tile.precision, tile.warp_specialize, max(sides(tile)) > 128 and sides(tile)
+
+    largest = {manner(tile): tile for tile in reversed(tiles)}
+    shapes = list(dict.fromkeys(map(sides, tiles)))
+    turned = [tile for tile in tiles if sides(tile) == shapes[turn % len(shapes)]]
+    return list(dict.fromkeys([*largest.values(), turned[turn % len(turned)]]))
+
+
+def tiles(kind: configs.Kind, dtype: torch.dtype, precision: str, aligned: bool, device: Device) -> list[TileConfig]:
+    """The distinct tiles worth measuring for large problems and for small sides, the largest tiles first."""
+    sizes = [*itertools.product((16, 32, 8192), (16, 32, 64, 4096), (1024,)), (8192, 4096, 16)]
+    problems = [Problem(kind, m, n, k, dtype, precision, aligned) for m, n, k in sizes]
+    listed = (tile for problem in problems for tile in configs.candidates(problem, device))
+    distinct = dict.fromkeys(dataclasses.replace(tile, split=1, programs=0) for tile in listed)
+    return sorted(distinct, key=lambda tile: (tile.block_m * tile.block_n, tile.block_k), reverse=True)
 
 
 def compile_one(row: Compilation) -> dict[str, Any]:
     """Registers, spilled words, shared bytes and tensor-core instructions of one compilation."""
     device = TARGETS[row.target]
-    return {"id": row.id, **read(capture(lambda: launch(row), device)[-1], device)}
+    reading = {"id": row.id, **read(capture(lambda: launch(row), device)[-1], device)}
+    if row.kernel in GEMMS:
+        problem = Problem(row.kernel, 1, 1, 1, getattr(torch, row.dtype), row.precision)
+        reading["counted"] = configs.shared_memory(problem, row.tile, device)
+    return reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +273,8 @@ def source(launched: Launch) -> Any:
 def launch(row: Compilation) -> None:
     """Call the launcher with tensors that have shapes and nothing else: M rows, N wide out, K wide in."""
     dtype, activation = getattr(torch, row.dtype), ACTIVATIONS[row.activation]
-    M, N, K = 4096, 1024, 1024
+    M = 4096
+    N = K = 1024 if row.aligned else 1001
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -283,6 +315,9 @@ def read_cubin(compiled: Any) -> dict[str, int]:
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "setmaxnreg": len(re.findall(r"setmaxnreg", ptx)),
     }
 
 
@@ -303,7 +338,19 @@ def read_amdgcn(text: str) -> dict[str, int]:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Lines for people to read."""
-    columns = ("registers", "spills", "shared", "wgmma", "tcgen05", "mma", "mfma")
+    columns = (
+        "registers",
+        "spills",
+        "shared",
+        "counted",
+        "wgmma",
+        "tcgen05",
+        "mma",
+        "mfma",
+        "tma",
+        "cp_async",
+        "setmaxnreg",
+    )
     names = [f"{row['id']} {row.get('kernel', '')} {row.get('tile', '')}".strip() for row in rows]
     width = max(map(len, names))
     yield "compiled".ljust(width) + "".join(column.rjust(10) for column in columns)
@@ -326,9 +373,9 @@ def main() -> None:
     with ProcessPoolExecutor(2) as pool:
         rows: list[dict[str, Any]] = []
         if options.networks:
-            found = pool.map(compile_network, filter(chosen, networks(options.full)), chunksize=4)
+            found = pool.map(compile_network, filter(chosen, networks(options.full)), chunksize=1)
         else:
-            found = ([row] for row in pool.map(compile_one, filter(chosen, compilations(options.full)), chunksize=4))
+            found = ([row] for row in pool.map(compile_one, filter(chosen, compilations(options.full)), chunksize=1))
         for readings in found:
             rows += readings
             if options.json:

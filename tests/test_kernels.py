@@ -12,10 +12,10 @@ import torch
 from cases import CASES, Case, Data, check, gradients, make, oracle
 from torch import Tensor
 
-from mlp_fused import ACTIVATIONS, mlp, reference
+from mlp_fused import ACTIVATIONS, layers, mlp, reference
 from mlp_fused.functional import Layer, find_layers, find_network, run_kernels
-from mlp_fused.kernels import network
-from mlp_fused.kernels.configs import TileConfig
+from mlp_fused.kernels import network, tables
+from mlp_fused.kernels.configs import Problem, TileConfig
 from mlp_fused.kernels.launch import count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
@@ -35,9 +35,9 @@ def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor,
 
 def forward(case: Case, data: Data, path: str, recompute: bool | None = None) -> Tensor:
     """y through the kernels of a path."""
-    x, layers, network_path = find(case, data, recompute)
+    x, of_case, network_path = find(case, data, recompute)
     if path == "layer":
-        y = run_layers(x, data.weights, data.biases, find_layers(x, layers, case.dtype))
+        y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype))
     else:
         assert isinstance(network_path, NetworkPlan), network_path
         y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)
@@ -52,6 +52,11 @@ def paths(case: Case) -> list[str]:
     return ["layer", "network"] if narrow else ["layer"]
 
 
+def marked(path: str, case: Case) -> object:
+    """The rule's own tiles through layers are left to a GPU, and to `-m full`: here every kind of them is tested."""
+    return pytest.param(path, case, marks=pytest.mark.full if path == "layer" else ())
+
+
 def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
     """y and the gradients by torch in the case's own dtype."""
     twin = data.to(case.dtype)
@@ -62,7 +67,46 @@ def name(value: object) -> str:
     return value.id if isinstance(value, Case) else str(value)
 
 
-@pytest.mark.parametrize(("path", "case"), [(path, case) for case in CASES for path in paths(case)], ids=name)
+# Every kind of tile that the layer kernels have, small, so that most sizes of the table are more than one.
+KINDS = {
+    "pointers": TileConfig(32, 64, 32, group_m=2, parts=4),
+    "persistent": TileConfig(32, 32, 16, group_m=2, programs=3, split=2, descriptors=True, parts=2),
+    "early": TileConfig(64, 32, 32, group_m=1, programs=2, descriptors=True, early=True),
+    "bf16x6": TileConfig(32, 32, 32, group_m=4, programs=5, descriptors=True, precision="bf16x6"),
+}
+
+
+def of_kind(kind: str, problem: Problem) -> TileConfig:
+    """The tile of a kind for a problem: through pointers where descriptors cannot be, only what sums rows split."""
+    tile = KINDS[kind]
+    return replace(
+        tile,
+        precision=problem.precision if tile.precision == "ieee" else tile.precision,
+        descriptors=tile.descriptors and problem.aligned,
+        early=tile.early and problem.kind == "dgrad",
+        split=tile.split if problem.kind == "wgrad" else 1,
+    )
+
+
+def kinds(case: Case) -> list[str]:
+    """The kinds of tile that a case has: bf16x6 is of full fp32."""
+    return [kind for kind in KINDS if kind != "bf16x6" or (case.dtype == torch.float32 and not case.tf32)]
+
+
+@pytest.mark.parametrize(("kind", "case"), [(kind, case) for case in CASES for kind in kinds(case)], ids=name)
+def test_every_kind_of_tile_through_the_table(
+    kind: str, case: Case, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    layers.layer_path.cache_clear()  # what it remembers is of other tiles
+    monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind(kind, problem))
+    data = make(case, device)
+    ours = gradients(data, forward(case, data, "layer"))
+    layers.layer_path.cache_clear()
+    check(case, oracle(case, data), ours, by_torch(case, data))
+
+
+@pytest.mark.parametrize(("path", "case"), [marked(path, case) for case in CASES for path in paths(case)], ids=name)
 def test_forward_and_gradients(path: str, case: Case, device: str, poisoned: None) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     data = make(case, device)
@@ -337,6 +381,37 @@ def test_one_tensor_is_kept_a_layer(activation: str, needs: str, device: str) ->
         "first layer": x + sum(hidden), "last layer": hidden[-1],
     }[needs]  # fmt: skip
     assert kept == 64 * widths * 4
+
+
+@pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("silu", 0.58), ("relu", 1.0), ("tanh", 1.0)])
+def test_what_is_kept_beside_what_torch_keeps(activation: str, most: float, device: str) -> None:
+    """Of a network as the benches' middle one: four layers as wide as the input."""
+    case = Case(16, (32,) * 5, torch.bfloat16, activation, needs="parameters")
+    data, twin = make(case, device), make(case, device)
+    ours = kept_bytes(data, partial(forward, case, data, "layer"))
+    torchs = kept_bytes(twin, lambda: reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
+    assert 0 < ours <= most * torchs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("relu", 1.0)])
+def test_memory_held_between_forward_and_backward(activation: str, most: float, device: str) -> None:
+    """By the allocator's own count; the output is the user's, and counted on neither side."""
+    case = Case(4096, (512,) * 5, torch.bfloat16, activation, needs="parameters")
+    data = make(case, device)
+    held = []
+    for call in (
+        partial(forward, case, data, "layer"),
+        lambda: reference.mlp(data.x, data.weights, data.biases, case.activations),
+    ):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated() - data.x.nbytes  # the input is kept by both
+        y = call()
+        held.append(torch.cuda.memory_allocated() - before - y.nbytes)
+        peak = torch.cuda.max_memory_allocated()
+        assert peak >= torch.cuda.memory_allocated()
+        del y
+    assert held[0] <= most * held[1]
 
 
 @pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlp_fused import ACTIVATIONS, FusedMLP, plan
+from mlp_fused import ACTIVATIONS, FusedMLP, plan, tuning
 from mlp_fused.functional import Layer
 from mlp_fused.kernels import configs, tables
-from mlp_fused.kernels.configs import DEVICES, OUTPUT_TILES, Device, Problem, TileConfig, choose, device_slug
+from mlp_fused.kernels.configs import DEVICES, Device, Problem, candidates, choose, device_slug
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.layers import IDENTITY
+
+H200 = DEVICES["NVIDIA H200"]
 
 PROBLEMS = st.builds(
     Problem,
@@ -27,42 +30,73 @@ PROBLEMS = st.builds(
     st.integers(0, 2**22),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     st.sampled_from(["ieee", "tf32"]),
+    st.booleans(),
 )
 
 
 @given(PROBLEMS, st.sampled_from(list(DEVICES.values())))
-def test_a_tile_is_one_that_can_run(problem: Problem, device: Device) -> None:
-    tile = choose(problem, device)
-    sides = [tile.block_m, tile.block_n] + ([tile.block_k] if problem.kind != "output_gradient" else [])
-    for side in sides:
-        assert side >= 16
-        assert side & (side - 1) == 0
-    assert tile.shared_memory(problem.dtype.itemsize) <= device.shared_memory
-    assert tile.block_m * tile.block_n <= OUTPUT_TILES[0][0] * OUTPUT_TILES[0][1]
-    assert tile.split == 1 or problem.kind == "wgrad"
-    assert tile.split * tile.block_k <= max(tile.block_k, problem.k)
-    assert choose(problem, device) is tile
+def test_every_candidate_is_a_tile_that_can_run(problem: Problem, device: Device) -> None:
+    tiles = candidates(problem, device)
+    assert choose(problem, device) is tiles[0]
+    assert len(set(tiles)) == len(tiles)
+    for tile in tiles:
+        sides = [tile.block_m, tile.block_n // tile.parts] + ([tile.block_k] if tile.block_k else [])
+        for side in sides:
+            assert side >= 16
+            assert side & (side - 1) == 0
+        assert (tile.block_k > 0) == (problem.kind != "output_gradient")
+        assert tile.split == 1 or problem.kind == "wgrad"
+        assert tile.split * tile.block_k <= max(tile.block_k, problem.k)
+        if tile.block_k:
+            assert configs.shared_memory(problem, tile, device) <= device.shared_memory
+        # A persistent kernel fills the device once or twice over.
+        assert tile.programs in (0, device.multiprocessors, 2 * device.multiprocessors)
+        if tile.descriptors:
+            assert problem.aligned
+            assert device.arch in (90, 100)
+            assert tile.programs
+        if tile.precision == "bf16x6":
+            assert problem.dtype == torch.float32
+            assert problem.precision == "ieee"
+            assert problem.k >= configs.SHORTEST_SPLIT
 
 
-H200 = DEVICES["NVIDIA H200"]
+def test_the_rule_takes_what_the_device_is_good_at() -> None:
+    """Large tiles where they fill the device, smaller ones where they would not; rows split where tiles are few."""
+    large, small = (choose(Problem("forward", m, 4096, 4096, torch.bfloat16), H200) for m in (8192, 256))
+    assert large.block_m * large.block_n > small.block_m * small.block_n
+    tall = choose(Problem("wgrad", 512, 512, 2**20, torch.bfloat16), H200)
+    assert tall.split > 1
+    assert choose(Problem("wgrad", 8192, 8192, 2**20, torch.bfloat16), H200).split == 1
+    full, allowed = (choose(Problem("forward", 8192, 4096, 4096, torch.float32, p), H200) for p in ("ieee", "tf32"))
+    assert (full.precision, allowed.precision) == ("bf16x6", "tf32")
+    short = choose(Problem("forward", 8192, 4096, configs.SHORTEST_SPLIT - 1, torch.float32), H200)
+    assert short.precision == "ieee"
+    assert not choose(Problem("forward", 8192, 4096, 4096, torch.bfloat16, aligned=False), H200).descriptors
 
 
-@pytest.mark.parametrize(
-    ("problem", "expected"),
-    [
-        (Problem("forward", 8192, 4096, 4096, torch.bfloat16), TileConfig(128, 128, 64, 8, 8, 4)),
-        (Problem("forward", 1024, 512, 784, torch.bfloat16), TileConfig(64, 32, 64, 8, 4, 4)),
-        (Problem("forward", 3, 512, 784, torch.bfloat16), TileConfig(16, 32, 64, 8, 4, 4)),
-        (Problem("forward", 8192, 4096, 4096, torch.float32, "tf32"), TileConfig(128, 128, 32, 8, 8, 4)),
-        (Problem("dgrad", 8192, 4096, 4096, torch.float32), TileConfig(128, 128, 16, 8, 8, 4)),
-        (Problem("wgrad", 512, 512, 65536, torch.bfloat16), TileConfig(128, 128, 64, 8, 8, 4, split=8)),
-        (Problem("wgrad", 64, 64, 2**20, torch.bfloat16), TileConfig(64, 64, 64, 8, 4, 4, split=132)),
-        (Problem("output_gradient", 1024, 10, 0, torch.bfloat16), TileConfig(256, 16)),
-    ],
-    ids=lambda value: str(value) if isinstance(value, TileConfig) else f"{value.kind} {value.m}x{value.n}x{value.k}",
-)
-def test_the_rule_on_a_hopper(problem: Problem, expected: TileConfig) -> None:
-    assert choose(problem, H200) == expected
+def test_an_unknown_device_is_taken_for_one_of_its_architecture() -> None:
+    unknown = dataclasses.replace(H200, name="NVIDIA GH200", tensor_16=None, tensor_tf32=None, fma_32=None)
+    for problem in (Problem("forward", 8192, 4096, 4096, dtype) for dtype in (torch.bfloat16, torch.float32)):
+        assert choose(problem, unknown) == choose(problem, H200)
+
+
+def rule_for_the_grid() -> str:
+    """What the rule chooses for each product of the grid, narrow networks apart, which are one kernel; a line each."""
+    workloads = [w for family in tuning.GRID for w in family.workloads if max(w.widths) > 128]
+    products = dict.fromkeys(product for workload in workloads for product in tuning.products(workload))
+    problems = dict.fromkeys(product.problem for product in products)
+    lines = []
+    for device in {device.arch: device for device in DEVICES.values()}.values():  # one an architecture
+        for problem in problems:
+            size, dtype = f"{problem.m}x{problem.n}x{problem.k}", str(problem.dtype).removeprefix("torch.")
+            lines.append(f"{device.name}: {problem.kind} {size} {dtype}: {choose(problem, device)}\n")
+    return "".join(lines)
+
+
+def test_the_rule_for_the_grid_is_as_it_was() -> None:
+    """After a change that is meant: `python tests/test_plan.py > tests/rule.txt`, and read the difference."""
+    assert rule_for_the_grid() == Path(__file__).with_name("rule.txt").read_text()
 
 
 def network(
@@ -348,3 +382,7 @@ def test_without_triton_everything_works_on_the_reference_path_in_silence() -> N
         .startswith('RuntimeError: backend is "triton", but Triton is not installed')
     )
     assert "Warning" not in found.stderr
+
+
+if __name__ == "__main__":
+    print(rule_for_the_grid(), end="")

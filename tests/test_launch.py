@@ -1,0 +1,580 @@
+"""A launch that is made again: with the arguments that Triton would pass, by the right key, prepared and compiled once.
+
+What a compiled kernel is called with needs no GPU to be seen: under a stand-in for Triton's driver everything compiles
+for a real target, and nothing is launched. That is a process of its own, for which this file is the program, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlp_fused import ACTIVATIONS, FusedMLP, mlp, reference
+from mlp_fused.functional import Layer, find_layers, find_network
+from mlp_fused.kernels import configs, launch, layer_backward, network, tables
+from mlp_fused.kernels.layer_backward import dgrad, output_gradient, sum_partials, wgrad
+from mlp_fused.kernels.layer_forward import layer_forward
+from mlp_fused.layers import run_layers
+from mlp_fused.networks import run_network
+from mlp_fused.plan import NetworkPlan
+
+GELU, RELU, SILU, IDENTITY = (ACTIVATIONS[name] for name in ("gelu", "relu", "silu", "identity"))
+BF16 = torch.bfloat16
+
+
+# ---------------------------------------------------------------- the stand-in for a GPU, in a process of its own
+
+
+class StandIn:
+    """Triton's active driver: compiles for a target, and notes what reaches the launcher in place of launching it."""
+
+    def __init__(self, backend: str, arch: int | str, warp_size: int, device: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        if backend == "cuda":
+            import triton.backends.nvidia.driver as vendor
+        else:
+            import triton.backends.amd.driver as vendor
+        nothing = types.SimpleNamespace(launch=lambda *arguments: None)
+        for name, value in {  # what a real launcher asks of a compiler or of a GPU
+            "annotate_arguments": list,
+            "library_dirs": list,
+            "_get_path_to_hip_runtime_dylib": str,
+            "make_launcher": lambda *arguments: "",
+            "compile_module_from_src": lambda **arguments: nothing,
+        }.items():
+            if hasattr(vendor, name):
+                setattr(vendor, name, value)
+        self.device, self.calls, stand_in = device, [], self
+
+        class Launcher(vendor.CudaLauncher if backend == "cuda" else vendor.HIPLauncher):
+            def __call__(self, *arguments: Any) -> None:
+                stand_in.calls.append(
+                    {
+                        "grid": arguments[:3],
+                        "stream": arguments[3],
+                        "function": arguments[4],
+                        "metadata": plain(arguments[5]),
+                        "told": arguments[7] is not None,
+                        "arguments": plain(arguments[9:]),
+                    }
+                )
+                super().__call__(*arguments)
+
+        self.launcher_cls = Launcher
+        self.utils = types.SimpleNamespace(
+            load_binary=lambda name, kernel, shared, device: (object(), hash(kernel), 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+            build_signature_metadata=list,
+            launch=nothing.launch,
+        )
+        self.get_current_target = lambda: GPUTarget(backend, arch, warp_size)
+        self.get_current_device = lambda: self.device
+        self.get_current_stream = lambda device: 70 + device
+
+    @contextlib.contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """In place of torch.cuda.device."""
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    def noted(self, call: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
+        """The launches of a call."""
+        self.calls.clear()
+        assert call(*arguments) is not False
+        return list(self.calls)
+
+
+def plain(value: Any) -> Any:
+    """A launcher's argument for comparison: tensors as pointers, objects by identity."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, tuple | list):
+        return [plain(each) for each in value]
+    return value if value is None or isinstance(value, int | float | str) else f"{type(value).__name__} {id(value)}"
+
+
+def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32).to(dtype)
+
+
+def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]]:
+    """Of each kind of launch, what makes it of tensors, and such tensors."""
+    M, N, K = 500, 64, 48
+    hopper = configs.DEVICES["NVIDIA H100"]
+    tile = configs.choose(configs.Problem("wgrad", N, K, M, BF16), hopper)
+    whole, split = (dataclasses.replace(tile, split=parts) for parts in (1, 4))
+    widths, strides = (K, 32, 16), ((K, 1, 1), (32, 1, 0))
+    net = network.network_of(widths, strides, (RELU, IDENTITY), BF16, "ieee")
+    problem = configs.NetworkProblem("forward", net.pads, net.keeps_z, BF16)
+    net_tile = configs.network_tile(problem, hopper)
+    assert not isinstance(net_tile, str)
+    return {
+        "forward": (
+            lambda *tensors: layer_forward(*tensors, GELU, "ieee"),
+            lambda: (draw(M, K), draw(N, K), draw(N), draw(M, N), draw(M, N)),
+        ),
+        "forward of odd widths, without bias": (
+            lambda *tensors: layer_forward(*tensors, RELU, "ieee"),
+            lambda: (draw(M, 19), draw(N, 19), None, draw(M, N), None),
+        ),
+        "dgrad": (
+            lambda *tensors: dgrad(*tensors, GELU, "ieee"),
+            lambda: (draw(M, N), draw(N, K), draw(M, K), draw(M, K), draw(M, K)),
+        ),
+        "dgrad of the first layer": (
+            lambda *tensors: dgrad(*tensors, IDENTITY, "ieee"),
+            lambda: (draw(M, N), draw(N, K), None, draw(M, K), None),
+        ),
+        "wgrad": (
+            lambda *tensors: wgrad(*tensors, "ieee", whole),
+            lambda: (draw(M, N), draw(M, K), draw(N, K), draw(N, dtype=torch.float32)),
+        ),
+        "split wgrad": (
+            lambda *tensors: wgrad(*tensors, "ieee", split),
+            lambda: (draw(M, N), draw(M, K), draw(N, K), draw(N)),
+        ),
+        "split wgrad without bias": (
+            lambda *tensors: wgrad(*tensors, "ieee", split),
+            lambda: (draw(M, N), draw(M, K), draw(N, K), None),
+        ),
+        "split wgrad of the bias alone": (
+            lambda *tensors: wgrad(*tensors, "ieee", split),
+            lambda: (draw(M, N), None, None, draw(N)),
+        ),
+        "sum_partials": (
+            sum_partials,
+            lambda: (draw(7, 33, dtype=torch.float32), (draw(4, 8), draw(1))),
+        ),
+        "output_gradient": (
+            lambda dh, saved, dz, h: output_gradient(dh, saved, dz, GELU, None, h),
+            lambda: (draw(1, 1).expand(M, N), draw(M, N), draw(M, N), None),
+        ),
+        "network forward": (
+            lambda x, y, ws, bs, kept, z, h: network.forward(x, ws, bs, y, net, net_tile, kept=kept, z=z, h=h),
+            lambda: (
+                draw(M, K), draw(M, 16), (draw(32, K), draw(16, 32)), (draw(32), None), draw(M * 32), None, None,
+            ),
+        ),
+    }  # fmt: skip
+
+
+def on_stand_ins() -> dict[str, Any]:
+    """Everything that is looked at under stand-ins, for the tests to judge."""
+    from triton.runtime import JITFunction, _allocation
+    from triton.runtime.driver import driver
+
+    hopper = StandIn("cuda", 90, 32, 0)
+    driver.set_active(hopper)
+    torch.cuda.current_device = lambda: driver.active.device
+    torch.cuda.device = lambda device: driver.active.on(device)
+    configs.device_of = lambda tensor: dataclasses.replace(configs.DEVICES["NVIDIA H100"], name="a stand-in")
+    tables.PACKAGED = Path("none")
+    layer_backward._partial = functools.lru_cache(layer_backward._partial)  # the same memory both times
+    through = Counter()  # how often Triton was gone through, and compiled
+    scratch: list[int] = []
+
+    def wrap(owner: Any, name: str, after: Callable[..., None]) -> None:
+        inner = getattr(owner, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            result = inner(*arguments, **options)
+            after(*arguments)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    wrap(launch.Launch, "__init__", lambda self, *arguments: setattr(self, "index", driver.active.device))
+    wrap(launch.Launch, "_allocate", lambda self, size, *arguments: scratch.append(size))
+    wrap(JITFunction, "run", lambda self, *arguments: through.update(["launches"]))
+    wrap(JITFunction, "_do_compile", lambda self, *arguments: through.update([self.__name__]))
+    found: dict[str, Any] = {"launches": {}}
+
+    def users_own(size: int, alignment: int, stream: int | None) -> Tensor:
+        raise AssertionError("the user's own allocator was asked")
+
+    _allocation._allocator.set(users_own)
+    remembered: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for name, (call, tensors) in scenarios().items():
+        made, others = call(*tensors()), tensors()
+        by_triton, asked = hopper.noted(call, *others), scratch[:]
+        scratch.clear()
+        before = through["launches"]
+        again = hopper.noted(made, *others)
+        remembered[name] = made, others
+        found["launches"][name] = {
+            "by Triton": by_triton,
+            "again": again,
+            "through Triton": through["launches"] - before,
+            "scratch": (asked[len(asked) // 2 :], scratch[:]),  # the first half was for `made`
+        }
+        scratch.clear()
+    found["the user's allocator is back"] = _allocation._allocator.get() is users_own
+
+    made, tensors = remembered["forward"]
+    runtime = sys.modules["triton"].knobs.runtime
+    for when in ("enter", "exit"):
+        hook = getattr(runtime, f"launch_{when}_hook")
+        hook.add(print)
+        before = through["launches"]
+        hopper.noted(made, *tensors)
+        found[f"hooked at {when}"] = through["launches"] - before
+        hook.remove(print)
+    before = through["launches"]
+    hopper.noted(made, *tensors)
+    found["no longer hooked"] = through["launches"] - before
+    with hopper.on(1):
+        found["from another device"] = hopper.noted(made, *tensors), hopper.device
+
+    views = [draw(each.numel() + 1)[1:].view(each.shape) for each in tensors]
+    found["misaligned"] = [made(*tensors[:at], views[at], *tensors[at + 1 :]) for at in range(len(tensors))]
+
+    def in_a_thread(seed: int) -> bool:
+        own = scenarios()["forward"][1]()
+        return min(made(*own) for _ in range(50))
+
+    hopper.calls.clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(in_a_thread, range(4)))
+    found["threads"] = sorted(Counter(str(call["arguments"]) for call in hopper.calls).values())
+
+    found["steps"] = {path: steps(path, through) for path in ("layer", "network")}
+
+    amd = StandIn("hip", "gfx942", 64, 2)  # a device of its own, whose compiled kernels are kept apart
+    driver.set_active(amd)
+    call, tensors = scenarios()["sum_partials"]
+    made, others = call(*tensors()), tensors()
+    found["AMD"] = {"by Triton": amd.noted(call, *others), "again": amd.noted(made, *others)}
+    return found
+
+
+def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
+    """Training steps over numbers of rows of one order of magnitude: what each compiled, and took through Triton."""
+    widths = (64, 48, 32) if path == "layer" else (32, 16, 16)
+    weights = [draw(n, k).requires_grad_() for k, n in itertools.pairwise(widths)]
+    biases = [draw(n).requires_grad_() for n in widths[1:]]
+    layers = [Layer(*layer) for layer in zip(weights, biases, (GELU, SILU))]
+    found = []
+    for rows in (4000, 3999, 4001, 3993, 4000):
+        before = Counter(through)
+        x = draw(rows, widths[0])
+        if path == "layer":
+            y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
+        else:
+            network_path = find_network(x, layers, BF16)
+            assert isinstance(network_path, NetworkPlan)
+            y = run_network(x, tuple(weights), tuple(biases), network_path)
+        forward = through["launches"] - before["launches"]
+        y.backward(torch.ones_like(y))
+        compiled = through - before
+        launched = compiled.pop("launches", 0)
+        found.append({"rows": rows, "compiled": compiled, "forward": forward, "backward": launched - forward})
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(on_stand_ins(), sys.stdout)
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What a process with stand-ins found."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize("name", scenarios())
+def test_a_launch_made_again_passes_what_triton_would(name: str, found: dict[str, Any]) -> None:
+    launched = found["launches"][name]
+    assert launched["through Triton"] == 0
+    by_triton, again = launched["by Triton"], launched["again"]
+    assert len(by_triton) == len(again) == (2 if "split" in name else 1)
+    for ours, theirs in zip(again, by_triton):
+        assert not ours.pop("told")
+        theirs.pop("told")
+        assert ours == theirs
+        assert ours["stream"] == 70
+    by_triton, again = launched["scratch"]
+    assert by_triton == again
+    assert found["launches"]["forward"]["scratch"][1]  # of descriptors
+
+
+def test_the_users_allocator_of_scratch_memory_is_put_back(found: dict[str, Any]) -> None:
+    assert found["the user's allocator is back"]
+
+
+def test_whoever_hooks_into_launches_is_told_of_each(found: dict[str, Any]) -> None:
+    assert found["hooked at enter"] == found["hooked at exit"] == 1
+    assert found["no longer hooked"] == 0
+
+
+def test_a_launch_is_on_its_tensors_device(found: dict[str, Any]) -> None:
+    (launched,), device = found["from another device"]
+    assert launched["stream"] == 70
+    assert device == 1  # is current again
+
+
+def test_a_tensor_that_is_not_aligned_is_refused(found: dict[str, Any]) -> None:
+    assert found["misaligned"] == [False] * 5
+
+
+def test_threads_pass_their_own_pointers(found: dict[str, Any]) -> None:
+    assert found["threads"] == [50] * 4
+
+
+def test_a_launch_is_made_again_on_amd(found: dict[str, Any]) -> None:
+    (ours,), (theirs,) = found["AMD"]["again"], found["AMD"]["by Triton"]
+    assert {**ours, "told": True} == {**theirs, "told": True}
+
+
+@pytest.mark.parametrize("path", ["layer", "network"])
+def test_another_number_of_rows_compiles_nothing(path: str, found: dict[str, Any]) -> None:
+    first, *others, last = found["steps"][path]
+    assert len(first["compiled"]) >= 3
+    assert [step["compiled"] for step in others] == [{}] * len(others), others
+    assert all(step["forward"] for step in others)
+    assert last["forward"] == 0  # prepared before
+    assert path == "network" or last["backward"] == 0
+
+
+# ---------------------------------------------------------------- in the interpreter
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that launches are prepared of, as it happens."""
+    names: list[str] = []
+    inner = launch.Launch.__init__
+
+    def init(self: launch.Launch, kernel: Any, *arguments: Any) -> None:
+        names.append(kernel.__name__)
+        inner(self, kernel, *arguments)
+
+    monkeypatch.setattr(launch.Launch, "__init__", init)
+    return names
+
+
+def parameters(model: FusedMLP) -> tuple[list[Tensor], list[Tensor | None]]:
+    linears = [child for child in model if isinstance(child, torch.nn.Linear)]
+    return [linear.weight for linear in linears], [linear.bias for linear in linears]
+
+
+def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    if not y.requires_grad:
+        return []
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float32, device=y.device).view_as(y).to(y.dtype)
+    return list(torch.autograd.grad(y, leaves, dy))
+
+
+def check(y: Tensor, x: Tensor, weights: Any, biases: Any, *activations: Any) -> None:
+    """y = mlp(x), and its gradients, are those of plain torch."""
+    expected = reference.mlp(x, weights, biases, activations)
+    leaves = [each for each in (x, *weights, *biases) if each is not None and each.requires_grad]
+    close = {"rtol": 1e-4, "atol": 1e-4} if y.dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
+    torch.testing.assert_close(y, expected, **close)
+    for ours, theirs in zip(gradients(y, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=close["rtol"], atol=20 * close["atol"])
+
+
+def lie(x: Tensor) -> dict[str, Tensor]:
+    """The same shape, lying in memory in every way."""
+    return {
+        "contiguous": x,
+        "transposed": x.t().contiguous().t(),
+        "sliced": x.repeat(1, 2)[:, ::2],
+        "expanded": x[:1].expand_as(x),
+        "misaligned": torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
+        "trained": x.clone().requires_grad_(),
+    }
+
+
+def test_one_model_is_right_whatever_changes_between_calls(path: str, device: str, poisoned: None) -> None:
+    model = FusedMLP(12, [16, 8], activation_layer="gelu", output_activation="silu", backend="triton", device=device)
+    linear = model[0]
+
+    def calls(*layouts: str, rows: tuple[int, ...] = (5,), dtype: torch.dtype = torch.float32) -> None:
+        for number, layout in itertools.product(rows, layouts):
+            x = lie(torch.randn(number, 12, device=device).to(dtype))[layout]
+            check(model(x), x, *parameters(model), GELU, SILU)
+
+    calls("contiguous", "misaligned", rows=(5, 16, 5))
+    calls("transposed", "sliced", "expanded", "trained")
+    with torch.no_grad():
+        calls("contiguous", "trained")
+    linear.weight.requires_grad_(False)
+    calls("contiguous", "trained")
+    linear.weight.requires_grad_(True)
+    linear.bias.requires_grad_(False)
+    calls("contiguous")
+    bias, linear.bias = linear.bias, None
+    calls("contiguous")
+    linear.bias = bias
+    linear.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous().t())  # other strides
+    calls("contiguous")
+    model.to(BF16)
+    calls("contiguous", "trained", dtype=BF16)
+    model.float()
+    calls("contiguous")
+
+
+def test_models_of_the_same_shapes_share_no_launch_that_differs(path: str, device: str, poisoned: None) -> None:
+    """Of the same widths and the same dtype to compute in, with parameters of other dtypes, or without some."""
+    x = torch.randn(9, 12, device=device)
+    forms = [(torch.float32, torch.float32), (BF16, BF16), (torch.float32, BF16), (BF16, torch.float32), (BF16, None)]
+    for of_weights, of_biases in (*forms, *forms[:2]):
+        weights = [
+            (torch.randn(n, k, device=device) / 5).to(of_weights).requires_grad_() for k, n in ((12, 16), (16, 8))
+        ]
+        biases = [
+            None if of_biases is None else torch.randn(n, device=device).to(of_biases).requires_grad_() for n in (16, 8)
+        ]
+        with torch.autocast(device, BF16):
+            y = mlp(x.to(of_weights), weights, biases, "gelu", "silu", backend="triton")
+        assert y.dtype == BF16
+
+        def rounded(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(BF16)
+
+        expected = reference.mlp(x.to(BF16), [w.to(BF16) for w in weights], [rounded(b) for b in biases], [GELU, SILU])
+        leaves = [each for each in (*weights, *biases) if each is not None]
+        torch.testing.assert_close(y, expected, rtol=3e-2, atol=6e-2)
+        for ours, theirs in zip(gradients(y, leaves), gradients(expected, leaves), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=0.3)
+
+
+@pytest.mark.parametrize("first", ["aligned", "misaligned"])
+def test_offsets_that_are_not_aligned_come_before_and_after_ones_that_are(
+    first: str, path: str, device: str, poisoned: None
+) -> None:
+    rows = 11 if first == "aligned" else 12
+
+    def lay_out(aligned: bool, *shape: int) -> Tensor:
+        odd = 0 if aligned else 1
+        storage = torch.randn(torch.Size(shape).numel() + odd, device=device) / 5
+        return storage[odd:].view(shape).requires_grad_()
+
+    for aligned in (first == "aligned", first != "aligned", first == "aligned", True, False):
+        x, *layers = (lay_out(aligned, *shape) for shape in ((rows, 12), (16, 12), (8, 16), (16,), (8,)))
+        y = mlp(x, layers[:2], layers[2:], "relu", "gelu", backend="triton")
+        check(y, x, layers[:2], layers[2:], RELU, GELU)
+
+
+def test_a_call_that_repeats_prepares_nothing(path: str, device: str, prepared: list[str]) -> None:
+    model = FusedMLP(12, [16, 8], activation_layer="gelu", output_activation="silu", backend="triton", device=device)
+
+    def call(rows: int, train: bool) -> int:
+        prepared.clear()
+        x = torch.randn(rows, 12, device=device)
+        with torch.set_grad_enabled(train):
+            check(model(x), x, *parameters(model), GELU, SILU)
+        return sum(1 for name in prepared if not train or path == "layer" or name == "network_forward_kernel")
+
+    # A network's backward is prepared each time.
+    for train in (False, True):
+        assert call(14 + train, train) > 0
+        assert call(14 + train, train) == 0
+        assert call(12 + train, train) > 0
+        assert call(14 + train, train) == 0
+
+
+def test_what_is_remembered_is_bounded(
+    path: str, device: str, prepared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "MOST_LAUNCHES", 3)
+    memos: list[launch.Launches] = []
+    inner = launch.Launches.remember
+
+    def remember(self: launch.Launches, *arguments: Any) -> None:
+        inner(self, *arguments)
+        memos.append(self)
+
+    monkeypatch.setattr(launch.Launches, "remember", remember)
+    model = FusedMLP(12, [16, 8], backend="triton", device=device)
+    for rows in (10, 11, 12, 13, 10, 11, 11):
+        x = torch.randn(rows, 12, device=device)
+        check(model(x), x, *parameters(model), RELU, IDENTITY)
+    assert memos
+    assert max(len(memo._made) for memo in memos) <= 3
+
+
+def test_threads_share_a_model(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter itself runs one kernel at a time: its grid and its `tl` are global."""
+    monkeypatch.setattr(launch, "MOST_LAUNCHES", 3)
+    one_at_a_time, inner = Lock(), launch.Launch.through_triton
+
+    def through_triton(self: launch.Launch, tensors: Any) -> None:
+        with one_at_a_time:
+            inner(self, tensors)
+
+    if device == "cpu":
+        monkeypatch.setattr(launch.Launch, "through_triton", through_triton)
+    model = FusedMLP(12, [16, 7], activation_layer="gelu", backend="triton", device=device)
+    data = [torch.randn(rows, 12, device=device) for rows in (14, 5, 16)]
+
+    def train(turn: int) -> None:
+        for x in data[turn:] + data[:turn]:
+            x = x.clone().requires_grad_()
+            check(model(x), x, *parameters(model), GELU, IDENTITY)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(train, turn) for turn in range(4)]:
+            done.result()
+
+
+@pytest.mark.parametrize(("needs_x", "output"), [(False, None), (True, None), (True, "relu"), (False, "gelu")])
+def test_three_layers_take_nine_launches(needs_x: bool, output: str | None, device: str) -> None:
+    model = FusedMLP(12, [16, 24, 8], None, "gelu", output_activation=output, backend="triton", device=device)
+    x = torch.randn(33, 12, device=device, requires_grad=needs_x)
+    weights, biases = parameters(model)
+    activations = (GELU, GELU, ACTIVATIONS[output or "identity"])
+    layers = [Layer(*layer) for layer in zip(weights, biases, activations)]
+    for _ in range(2):
+        with launch.count_launches() as launches:
+            y = run_layers(x, weights, biases, find_layers(x, layers, torch.float32, "triton"))
+            check(y, x, weights, biases, *activations)
+        split = launches.pop("sum_partials_kernel", 0)
+        assert split <= 3
+        assert launches.pop("output_gradient_kernel", 0) == (output is not None)
+        assert launches == {"layer_forward_kernel": 3, "dgrad_kernel": 2 + needs_x, "wgrad_kernel": 3}
+
+
+def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: str) -> None:
+    """torch.autograd.graph.saved_tensors_hooks may lay a weight out anew between forward and backward."""
+    weights = [(torch.randn(n, k, device=device) / 4).requires_grad_() for k, n in ((20, 16), (16, 16))]
+    x = torch.randn(23, 20, device=device)
+    layers = [Layer(weight, None, activation) for weight, activation in zip(weights, (GELU, IDENTITY))]
+    path = find_network(x, layers, torch.float32)
+    assert isinstance(path, NetworkPlan)
+    path = dataclasses.replace(path, formulation="replay")
+    expected = gradients(reference.mlp(x, weights, [None] * 2, [GELU, IDENTITY]), weights)
+
+    def anew(tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape == x.shape else tensor.t().contiguous().t()
+
+    for unpack in (lambda tensor: tensor, anew):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            found = gradients(run_network(x, tuple(weights), (None, None), path), weights)
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlp_fused import FusedMLP, plan
 from mlp_fused.kernels import configs
 from mlp_fused.kernels.launch import Launch
+from mlp_fused.layers import layer_path
 
 
 def microseconds(call: Callable[[Tensor], Tensor], x: Tensor, calls: int) -> float:
@@ -56,9 +57,12 @@ class Nothing:
 
 
 @pytest.fixture
-def nothing(monkeypatch: pytest.MonkeyPatch) -> Nothing:
+def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
     """Calls take the kernels' paths on CPU tensors, with an H200's tiles, and launch a compiled kernel: this one."""
     instead = Nothing()
+    remembered = (layer_path, plan.network_path)
+    for cache in remembered:
+        cache.cache_clear()
 
     def compile_to_nothing(launch: Launch, tensors: Any) -> None:
         instead.launches += 1
@@ -68,7 +72,9 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Nothing:
     monkeypatch.setattr(Launch, "through_triton", compile_to_nothing)
     monkeypatch.setattr(plan, "_why_device", lambda device, backend: None)
     monkeypatch.setattr(configs, "describe", lambda kind, index=0: configs.DEVICES["NVIDIA H200"])
-    return instead
+    yield instead
+    for cache in remembered:
+        cache.cache_clear()
 
 
 class Empty(torch.autograd.Function):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .language import INTERPRETER
+from .language import INTERPRETER, TRITON_VERSION
 
 __all__ = [
     "DEVICES",
@@ -207,6 +207,7 @@ OUTPUT_TILES = (
     (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
 )  # fmt: skip
 LONGEST_SIDE = 128  # of all others
+LONGEST_UNALIGNED = 64
 BLACKWELL = (100, 103)
 # bf16x6 holds three 16-bit parts of each operand besides; on Blackwell, products beyond this overflow tensor memory.
 LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
@@ -251,7 +252,8 @@ def _specialized(problem: Problem, device: Device, tiles: Sequence[TileConfig]) 
     """Tiles to measure that the rule never chooses: with a warp that only loads, which Triton documents for Blackwell
     alone, and compiles as meant here on Hopper, with four warps.
     """
-    if device.arch != 90 or problem.kind not in ("forward", "dgrad") or problem.dtype.itemsize != 2:
+    wanted = problem.kind in ("forward", "dgrad") and problem.dtype.itemsize == 2
+    if device.arch != 90 or not wanted or TRITON_VERSION < (3, 7):  # whose compiler fails at them
         return []
     return [
         dataclasses.replace(tile, num_warps=4, num_stages=3, parts=2, early=False, warp_specialize=True)
@@ -280,9 +282,13 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
         return
     sides = block_m, block_n
     block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)
-    if max(sides) > LONGEST_SIDE and (block_m, block_n) != sides:
-        return  # what is left of it is one of the others
     longest = 64 if problem.dtype.itemsize == 2 else BLOCK_K[precision]
+    if max(sides) > LONGEST_SIDE and ((block_m, block_n) != sides or problem.k < longest):
+        return  # what is left of it is one of the others
+    if not problem.aligned and not on_fma_units:  # loads of single elements, each with a pointer of its own
+        longest //= 2
+        if max(block_m, block_n) > LONGEST_UNALIGNED:
+            return
     wgmma_alone = descriptors and not splits  # operands come from shared memory: four warps hold larger products
     eight = block_m * block_n >= 128 * 128 and block_m > 64 if wgmma_alone else block_m * block_n > 64 * 64
     tile = TileConfig(
@@ -348,8 +354,8 @@ def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
         turned = {"forward": 0, "dgrad": tile.block_n, "wgrad": tile.block_m + tile.block_n}[problem.kind]
         used += 2 * turned * tile.block_k * problem.dtype.itemsize
     parts = 3 * operands * 2 if tile.precision == "bf16x6" else 0
-    if not tile.descriptors:
-        return used + parts
+    if not tile.descriptors:  # the pipeline's memory is the epilogue's after it
+        return max(used + parts, tile.block_m * tile.block_n * problem.dtype.itemsize)
     outputs = tile.block_m * tile.block_n // tile.parts * problem.dtype.itemsize * EPILOGUE_TILES[problem.kind]
     return used + max(parts, outputs) + 4096  # barriers, and what is turned on its way
 

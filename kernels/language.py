@@ -8,15 +8,17 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "INTERPRETER", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "INTERPRETER", "TRITON_VERSION", "tl", "triton"]
 
 try:
     import triton
     import triton.language as tl
 
     HAS_TRITON = True
+    TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 except ImportError:
     HAS_TRITON = False
+    TRITON_VERSION = (0, 0)
 
     class _StandIn:
         """Answers every attribute with itself; as a decorator (`jit`) it returns what it decorates."""

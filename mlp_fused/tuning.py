@@ -28,11 +28,13 @@ from torch import Tensor
 
 from . import plan, reference
 from .environment import versions
-from .functional import Layer, find_layers, run_layers, run_network
+from .functional import Layer, find_layers
 from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation, resolve
 from .kernels.layer_backward import dgrad, wgrad
 from .kernels.layer_forward import layer_forward
+from .layers import layer_path, run_layers
+from .networks import run_network
 from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 from .training import UserError, first_line, progress
 
@@ -602,6 +604,7 @@ def tune(
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is as it was") from None
         plan.forget_tables()
+        layer_path.cache_clear()
         return f"{len(tuner.rows)} of {len(asked)} problems were measured, and are in {path}"
 
     try:

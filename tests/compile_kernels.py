@@ -353,9 +353,9 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     )
     names = [f"{row['id']} {row.get('kernel', '')} {row.get('tile', '')}".strip() for row in rows]
     width = max(map(len, names))
-    yield "compiled".ljust(width) + "".join(column.rjust(10) for column in columns)
+    yield "compiled".ljust(width) + "".join(column.rjust(12) for column in columns)
     for name, row in zip(names, rows):
-        readings = "".join(str(row.get(column, "-")).rjust(10) for column in columns)
+        readings = "".join(str(row.get(column, "-")).rjust(12) for column in columns)
         yield name.ljust(width) + (f"   {row['reason']}" if "reason" in row else readings)
 
 

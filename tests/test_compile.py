@@ -72,7 +72,7 @@ def holds(row: Compilation, found: dict[str, Any]) -> None:
     assert found["spills"] <= SPILL_LIMIT, found
     if row.kernel not in GEMMS:
         return
-    assert found["shared"] <= found["counted"], found
+    assert not row.tile.descriptors or found["shared"] <= found["counted"], found
     assert found["registers"] > 16, found  # where tensor memory overflows, the compiler emits an empty kernel
     if row.target == "AMD MI300X":
         assert found["mfma"] > 0, found

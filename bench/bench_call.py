@@ -47,8 +47,6 @@ def test_call_on_the_cpu(benchmark: Any) -> None:
 class Nothing:
     """In place of a compiled kernel: counts its launches."""
 
-    function = packed_metadata = None
-
     def __init__(self) -> None:
         self.launches = 0
 
@@ -66,8 +64,8 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
 
     def compile_to_nothing(launch: Launch, tensors: Any) -> None:
         instead.launches += 1
-        launch.ordered = list(launch.constants.values())
-        launch.compiled, launch.run, launch.needs_scratch = instead, instead.run, True
+        launch.rest = (*launch.scalars, *launch.constants.values())
+        launch.binary, launch.run, launch.needs_scratch = (None, None), instead.run, True
 
     monkeypatch.setattr(Launch, "through_triton", compile_to_nothing)
     monkeypatch.setattr(plan, "_why_device", lambda device, backend: None)

@@ -23,6 +23,8 @@ if HAS_TRITON:
     from triton.runtime import _allocation
     from triton.runtime.driver import driver
 
+    _hooks = triton.knobs.runtime
+
 Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
 
 _counters: list[dict[str, int]] = []
@@ -50,9 +52,9 @@ class Launch:
         self.scalars = scalars
         self.constants = {**constants, **tile.constants}
         # Of the compiled kernel, once there is one.
-        self.compiled: Any = None
         self.run: Any = None
-        self.ordered: list[Any] = []  # all constants, as its launcher takes them
+        self.binary: tuple[Any, ...] = ()
+        self.rest: tuple[Any, ...] = ()  # what follows the pointers: integers, and all constants
         self.needs_scratch = False
 
     def __call__(self, *tensors: Any) -> bool:
@@ -76,8 +78,8 @@ class Launch:
                 pointers.append(pointer)
         if bits & 15:
             return False
-        if self.run is None or _hooked():
-            self.through_triton(tensors)
+        if self.run is None or _has_calls(_hooks.launch_enter_hook) or _has_calls(_hooks.launch_exit_hook):
+            self.through_triton(tensors)  # which tells hooks, a profiler's for example, of the launch
             return True
         if _counters:
             self._count()
@@ -89,17 +91,15 @@ class Launch:
         return True
 
     def _run(self, pointers: list[Any]) -> None:
-        compiled = self.compiled
         stream = 0 if self.index is None else driver.active.get_current_stream(self.index)
-        token = _allocation._allocator.set(self._allocate) if self.needs_scratch else None
+        if not self.needs_scratch:
+            self.run(self.programs, 1, 1, stream, *self.binary, None, None, None, *pointers, *self.rest)
+            return
+        token = _allocation._allocator.set(self._allocate)
         try:
-            self.run(
-                self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *pointers, *self.scalars, *self.ordered,
-            )  # fmt: skip
+            self.run(self.programs, 1, 1, stream, *self.binary, None, None, None, *pointers, *self.rest)
         finally:
-            if token is not None:
-                _allocation._allocator.reset(token)
+            _allocation._allocator.reset(token)
 
     def through_triton(self, tensors: Tensors) -> None:
         """Launch it by Triton's launcher, which compiles it for these tensors' alignment if need be."""
@@ -113,10 +113,11 @@ class Launch:
         finally:
             _allocation._allocator.reset(token)
         if compiled is not None and _aligned(tensors):
-            rest = self.kernel.params[len(tensors) + len(self.scalars) :]
-            self.ordered = [self.constants.get(each.name, each.default) for each in rest]
+            constants = self.kernel.params[len(tensors) + len(self.scalars) :]
+            self.rest = (*self.scalars, *(self.constants.get(each.name, each.default) for each in constants))
             self.needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0) > 0  # AMD's has no such thing
-            self.compiled, self.run = compiled, compiled.run
+            self.binary = (compiled.function, compiled.packed_metadata)
+            self.run = compiled.run
 
     def _is_here(self) -> bool:
         """Whether the current device, on which Triton launches, is the tensors'."""
@@ -172,13 +173,8 @@ def launch(
     return made if _aligned(tensors) else None
 
 
-def _hooked() -> bool:
-    """Whether somebody, a profiler for example, wants to be told of each launch, which Triton's launcher does."""
-    runtime = triton.knobs.runtime
-    return _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook)
-
-
 def _has_calls(hook: Any) -> bool:
+    """Whether somebody wants to be told of each launch."""
     return hook is not None and bool(getattr(hook, "calls", True))
 
 

@@ -9,6 +9,7 @@ such a tensor.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class LayerKernels:
         last: whether its output goes to the user.
         dtype: what it computes in.
         precision: torch's setting for fp32.
+        width_in, width_out: how wide.
         weight_dtype, bias_dtype: the parameters', which their gradients have; None without a bias.
         torch_too: whether a product is left to torch where that was faster as measured.
     """
@@ -53,6 +55,8 @@ class LayerKernels:
         last: bool,
         dtype: torch.dtype,
         precision: str,
+        width_in: int,
+        width_out: int,
         weight_dtype: torch.dtype,
         bias_dtype: torch.dtype | None,
         torch_too: bool,
@@ -63,6 +67,8 @@ class LayerKernels:
         self.last = last
         self.dtype = dtype
         self.precision = precision
+        self.width_in = width_in
+        self.width_out = width_out
         self.weight_dtype = weight_dtype
         self.bias_dtype = bias_dtype
         self.torch_too = torch_too
@@ -71,7 +77,7 @@ class LayerKernels:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
         """h, and z where it is to be kept."""
-        h = torch.empty((x.shape[0], weight.shape[0]), dtype=self.dtype, device=x.device)
+        h = x.new_empty((x.shape[0], self.width_out))
         z = torch.empty_like(h) if keep and self.activation.keeps_preactivation else None
         bias_stride = None if bias is None else bias.stride()
         key = ("forward", x.shape, x.stride(), weight.stride(), bias_stride, z is None, x.get_device())
@@ -94,7 +100,7 @@ class LayerKernels:
 
     def dgrad(self, dz: Tensor, weight: Tensor, saved: Tensor | None, rebuild: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient of what is below, and with `rebuild` the layer below's output."""
-        dx = torch.empty((dz.shape[0], weight.shape[1]), dtype=self.dtype, device=dz.device)
+        dx = dz.new_empty((dz.shape[0], self.width_in))
         h = torch.empty_like(dx) if rebuild else None
         saved_stride = None if saved is None else saved.stride()
         key = ("dgrad", dz.shape, dz.stride(), weight.stride(), saved_stride, rebuild, dz.get_device())
@@ -106,18 +112,17 @@ class LayerKernels:
         return dx, h
 
     def wgrad(
-        self, dz: Tensor, h: Tensor | None, width_in: int, needs_weight: bool, needs_bias: bool
+        self, dz: Tensor, h: Tensor | None, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """dW and db, those that are needed."""
-        width_out, device = dz.shape[1], dz.device
-        dw = torch.empty((width_out, width_in), dtype=self.weight_dtype, device=device) if needs_weight else None
-        db = torch.empty((width_out,), dtype=self.bias_dtype, device=device) if needs_bias else None
+        dw = dz.new_empty((self.width_out, self.width_in), dtype=self.weight_dtype) if needs_weight else None
+        db = dz.new_empty((self.width_out,), dtype=self.bias_dtype) if needs_bias else None
         if dw is None:
             h = None
         h_stride = None if h is None else h.stride()
         key = ("wgrad", dz.shape, dz.stride(), h_stride, needs_bias, dz.get_device())
         if not self.launches.again(key, dz, h, dw, db):
-            m, n, k = width_out, 1 if dw is None else width_in, dz.shape[0]
+            m, n, k = self.width_out, 1 if dw is None else self.width_in, dz.shape[0]
             problem = Problem("wgrad", m, n, k, self.dtype, self.precision, describable(dz, h))
             self.launches.remember(key, self._make(problem, wgrad, wgrad_by_torch, dz, h, dw, db))
         return dw, db
@@ -178,8 +183,10 @@ def layer_path(
     """The one path for such layers. `parameters` are the dtypes of each one's weight, and bias or None."""
     last = len(activations) - 1
     layers = [
-        LayerKernels(index, below, activation, index == last, dtype, precision, *dtypes, torch_too)
-        for index, (below, activation, dtypes) in enumerate(zip((IDENTITY, *activations), activations, parameters))
+        LayerKernels(index, below, activation, index == last, dtype, precision, *sides, *dtypes, torch_too)
+        for index, (below, activation, sides, dtypes) in enumerate(
+            zip((IDENTITY, *activations), activations, itertools.pairwise(widths), parameters)
+        )
     ]
     return LayerPath(tuple(layers), dtype)
 
@@ -234,9 +241,8 @@ class _LayerFunction(torch.autograd.Function):
             own = h if z is None else z
         ctx.save_for_backward(kept, compute_weight if needs_edge else None, own)
         ctx.kernels = kernels
-        ctx.width_in = weight.shape[1]
-        # The weight as the user has it, for a gradient that is differentiated; saved above where it needs no cast.
-        ctx.master = weight if compute_weight is not weight else None
+        if compute_weight is not weight:  # as the user has it, for a gradient that is differentiated
+            ctx.master = weight
         if z is None:
             return h
         if not kernels.last:
@@ -277,7 +283,7 @@ def _backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
         d_edge, rebuilt = kernels.dgrad(dz, weight, saved, needs_weight and kernels.below.keeps_preactivation)
         h_below = h_below if rebuilt is None else rebuilt
     if needs_weight or needs_bias:
-        dw, db = kernels.wgrad(dz, h_below, ctx.width_in, needs_weight, needs_bias)
+        dw, db = kernels.wgrad(dz, h_below, needs_weight, needs_bias)
     if DEBUG:
         kernels._check_finite("backward", dz=d_edge, dW=dw, db=db)
     return d_edge, dw, db
@@ -288,7 +294,7 @@ def _differentiable_backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> 
     kernels: LayerKernels = ctx.kernels
     kept, weight, own = ctx.saved_tensors
     needs_edge, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    if ctx.master is not None and weight is not None:
+    if weight is not None and kernels.weight_dtype != kernels.dtype:
         weight = ctx.master.to(weight.dtype)
     if dh is not None:
         through_activation = through(kernels.activation, own, dh)

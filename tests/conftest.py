@@ -23,6 +23,36 @@ def _wants(config: pytest.Config, mark: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not _wants(config, "gpu"):
         os.environ["TRITON_INTERPRET"] = "1"
+        _patch_the_language_once_a_launch()
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """Triton's interpreter patches its language anew for every function that a kernel calls: a third of all its time.
+
+    Once for each module and launch is enough, as the patches stay until the launch ends.
+    """
+    try:
+        from triton.runtime import interpreter
+
+        launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    except (ImportError, AttributeError):  # no Triton, or another one, which is as right and slower
+        return
+    patched: set[str] = set()
+
+    def launch_afresh(executor, *arguments, **constants):
+        patched.clear()
+        try:
+            return launch(executor, *arguments, **constants)
+        finally:
+            patched.clear()
+
+    def patch_once(function):
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_afresh, patch_once
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -69,9 +69,8 @@ def name(value: object) -> str:
 
 # Every kind of tile that the layer kernels have, small, so that most sizes of the table are more than one.
 KINDS = {
-    "pointers": TileConfig(32, 64, 32, group_m=2, parts=4),
-    "persistent": TileConfig(32, 32, 16, group_m=2, programs=3, split=2, descriptors=True, parts=2),
-    "early": TileConfig(64, 32, 32, group_m=1, programs=2, descriptors=True, early=True),
+    "pointers": TileConfig(64, 64, 32, group_m=2, parts=4),
+    "persistent": TileConfig(32, 32, 32, group_m=1, programs=3, split=2, descriptors=True, parts=2, early=True),
     "bf16x6": TileConfig(32, 32, 32, group_m=4, programs=5, descriptors=True, precision="bf16x6"),
 }
 

@@ -94,12 +94,13 @@ def kinds(case: Case) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "case"), [(kind, case) for case in CASES for kind in kinds(case)], ids=name)
 def test_every_kind_of_tile_through_the_table(
-    kind: str, case: Case, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    kind: str, case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the interpreter alone: on a GPU compiling them all would take an hour; there the rule's own tiles are run."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     layers.layer_path.cache_clear()  # what it remembers is of other tiles
     monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind(kind, problem))
-    data = make(case, device)
+    data = make(case)
     ours = gradients(data, forward(case, data, "layer"))
     layers.layer_path.cache_clear()
     check(case, oracle(case, data), ours, by_torch(case, data))
@@ -459,6 +460,22 @@ def test_compiled_kernels_are_told_apart_by_what_they_keep() -> None:
         for activation in (sigmoid, replace(sigmoid, saves="preactivation"))
     ]
     assert networks[0].cache_key != networks[1].cache_key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(4096, (1024, 512, 784)), (200, (768, 3072, 768)), (16, (512, 256, 64))], ids=str)
+def test_the_rules_tiles_on_sizes_that_they_are_made_for(
+    sizes: tuple[int, tuple[int, ...]], dtype: torch.dtype, precision: str, device: str, poisoned: None
+) -> None:
+    case = Case(sizes[0], sizes[1], dtype, "gelu", tf32=precision == "tf32")
+    torch.backends.cuda.matmul.fp32_precision = precision
+    data = make(case, device)
+    check(case, oracle(case, data), gradients(data, forward(case, data, "layer")), by_torch(case, data))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "INTERPRETER", "TRITON_VERSION", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "INTERPRETER", "TRITON_VERSION", "allocation", "driver", "tl", "triton"]
 
 try:
     import triton
     import triton.language as tl
+    from triton.runtime import _allocation as allocation
+    from triton.runtime.driver import driver
 
     HAS_TRITON = True
     TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -32,7 +34,7 @@ except ImportError:
             return self if value is None else value
 
     if not TYPE_CHECKING:
-        triton = tl = _StandIn()
+        triton = tl = allocation = driver = _StandIn()
 
 # Triton reads the variable when a function is decorated, that is, when this package is imported.
 INTERPRETER: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -15,15 +15,11 @@ import torch
 from torch import Tensor
 
 from .configs import TileConfig
-from .language import HAS_TRITON, tl, triton
+from .language import allocation, driver, tl, triton
 
 __all__ = ["Launch", "Launches", "by_columns", "cdiv", "count_launches", "describable", "launch", "offset_type"]
 
-if HAS_TRITON:
-    from triton.runtime import _allocation
-    from triton.runtime.driver import driver
-
-    _hooks = triton.knobs.runtime
+_hooks = triton.knobs.runtime
 
 Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
 
@@ -95,23 +91,23 @@ class Launch:
         if not self.needs_scratch:
             self.run(self.programs, 1, 1, stream, *self.binary, None, None, None, *pointers, *self.rest)
             return
-        token = _allocation._allocator.set(self._allocate)
+        token = allocation._allocator.set(self._allocate)
         try:
             self.run(self.programs, 1, 1, stream, *self.binary, None, None, None, *pointers, *self.rest)
         finally:
-            _allocation._allocator.reset(token)
+            allocation._allocator.reset(token)
 
     def through_triton(self, tensors: Tensors) -> None:
         """Launch it by Triton's launcher, which compiles it for these tensors' alignment if need be."""
         if self.programs == 0:
             return
         self._count()
-        token = _allocation._allocator.set(self._allocate)
+        token = allocation._allocator.set(self._allocate)
         try:
             with contextlib.nullcontext() if self._is_here() else torch.cuda.device(self.index):
                 compiled = self.kernel[(self.programs,)](*tensors, *self.scalars, **self.constants)
         finally:
-            _allocation._allocator.reset(token)
+            allocation._allocator.reset(token)
         if compiled is not None and _aligned(tensors):
             constants = self.kernel.params[len(tensors) + len(self.scalars) :]
             self.rest = (*self.scalars, *(self.constants.get(each.name, each.default) for each in constants))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.activations import Activation
 
-__all__ = ["plain_gradient", "through", "wants_torch"]
+__all__ = ["differentiable_backward", "plain_gradient", "through", "wants_torch"]
 
 
 def plain_gradient(dy: Tensor) -> Tensor:
@@ -35,3 +38,38 @@ def through(activation: Activation, saved: Tensor, dh: Tensor) -> Tensor:
         return torch.autograd.grad(activation(saved), saved, dh, create_graph=True)[0]
     assert activation.reference_backward is not None
     return activation.reference_backward(dh, saved, *activation.values)
+
+
+def differentiable_backward(
+    activations: Sequence[Activation],
+    dtype: torch.dtype,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    dy: Tensor,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradients of W_1 …, b_1 …, in plain torch: for when they are to be differentiated themselves."""
+    layers = len(activations)
+    weights, biases = parameters[:layers], parameters[layers:]
+    hs, saved = [x.to(dtype)], []
+    for weight, bias, activation in zip(weights, biases, activations):
+        assert weight is not None
+        z = F.linear(hs[-1], weight.to(dtype), None if bias is None else bias.to(dtype))
+        hs.append(activation(z))
+        saved.append(z if activation.keeps_preactivation else hs[-1])
+    dh: Tensor | None = dy
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    for index in reversed(range(layers)):
+        weight, bias, activation = weights[index], biases[index], activations[index]
+        assert weight is not None
+        assert dh is not None
+        dz = dh if activation.name == "identity" else through(activation, saved[index], dh)
+        if needs[index]:
+            gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
+        if bias is not None and needs[layers + index]:
+            gradients[layers + index] = dz.sum(0).to(bias.dtype)
+        if not (needs_x or any(needs[:index]) or any(needs[layers : layers + index])):
+            return None, gradients
+        dh = dz @ weight.to(dtype)
+    return None if dh is None else dh.to(x.dtype), gradients

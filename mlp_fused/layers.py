@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import plain_gradient, through, wants_torch
+from .gradients import differentiable_backward, plain_gradient, through, wants_torch
 from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation
 from .kernels.configs import Problem
@@ -30,6 +31,7 @@ from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 __all__ = ["IDENTITY", "LayerPath", "layer_path", "run_layers"]
 
 IDENTITY = ACTIVATIONS["identity"]
+LAUNCH_BOUND = 2**31  # multiply-adds of a forward, below which the host's part of a call outweighs the device's
 
 
 class LayerKernels:
@@ -169,6 +171,8 @@ class LayerPath:
 
     layers: tuple[LayerKernels, ...]
     dtype: torch.dtype
+    activations: tuple[Activation, ...]
+    multiply_adds: int  # of a row
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,7 +192,7 @@ def layer_path(
             zip((IDENTITY, *activations), activations, itertools.pairwise(widths), parameters)
         )
     ]
-    return LayerPath(tuple(layers), dtype)
+    return LayerPath(tuple(layers), dtype, activations, sum(map(operator.mul, widths, widths[1:])))
 
 
 def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath) -> Tensor:
@@ -196,6 +200,8 @@ def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
     dtype = path.dtype
     h = x if x.dtype == dtype else x.to(dtype)
     differentiable = torch.is_grad_enabled()
+    if differentiable and x.shape[0] * path.multiply_adds <= LAUNCH_BOUND and not DEBUG:
+        return _RunFunction.call(h, path, *weights, *biases)
     needs_grad = differentiable and h.requires_grad
     edge = h
     for kernels, weight, bias in zip(path.layers, weights, biases):
@@ -213,6 +219,72 @@ def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+class _RunFunction(torch.autograd.Function):
+    """(x, W_1 …, b_1 …) -> y: small layers all at once, as each autograd.Function costs the host two launches' time.
+
+    Larger ones are a Function each (`_LayerFunction`), so that gradients are handed on as they come.
+    """
+
+    @classmethod
+    def call(cls, *arguments: Any) -> Any:
+        """As `_LayerFunction.call`."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: LayerPath, *parameters: Tensor | None) -> Tensor:
+        count = len(path.layers)
+        needs_x, _, *needs = ctx.needs_input_grad
+        h = edge = x
+        wanted = needs_x  # whether anything so far needs a gradient
+        kept: list[Tensor | None] = []
+        weights: list[Tensor | None] = []
+        for index, kernels in enumerate(path.layers):
+            weight, bias = parameters[index], parameters[count + index]
+            assert weight is not None
+            compute_weight = _cast(weight, path.dtype)
+            kept.append(edge if needs[index] or (wanted and kernels.has_below) else None)
+            weights.append(compute_weight if wanted else None)
+            wanted = wanted or needs[index] or needs[count + index]
+            h, z = kernels.forward(h, compute_weight, bias, keep=wanted)
+            edge = h if z is None else z
+        own = edge if wanted and path.activations[-1] is not IDENTITY else None
+        ctx.save_for_backward(own, *kept, *weights)
+        ctx.path = path
+        # As the user has them, for a gradient that is differentiated; saved above is what the kernels read.
+        ctx.input, ctx.parameters = x, parameters
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        path: LayerPath = ctx.path
+        count = len(path.layers)
+        needs_x, _, *needs = ctx.needs_input_grad
+        own, *saved = ctx.saved_tensors
+        dy = plain_gradient(dy)
+        if wants_torch(dy):
+            with torch.enable_grad():
+                dx, gradients = differentiable_backward(
+                    path.activations, path.dtype, ctx.input, ctx.parameters, dy, needs_x, needs
+                )
+            return dx, None, *gradients
+        dz = dy if own is None else path.layers[-1].output_gradient(dy, own)
+        gradients = [None] * (2 * count)
+        for index in reversed(range(count)):
+            kernels, h, weight = path.layers[index], saved[index], saved[count + index]
+            needs_weight, needs_bias = needs[index], needs[count + index]
+            below = None
+            if weight is not None:  # something below needs a gradient
+                kept = h if kernels.has_below else None
+                below, rebuilt = kernels.dgrad(dz, weight, kept, needs_weight and kernels.below.keeps_preactivation)
+                h = h if rebuilt is None else rebuilt
+            if needs_weight or needs_bias:
+                gradients[index], gradients[count + index] = kernels.wgrad(dz, h, needs_weight, needs_bias)
+            if below is None:
+                return None, None, *gradients
+            dz = below
+        return dz, None, *gradients
 
 
 class _LayerFunction(torch.autograd.Function):

@@ -8,10 +8,9 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .gradients import plain_gradient, through, wants_torch
+from .gradients import differentiable_backward, plain_gradient, wants_torch
 from .kernels import network
 from .kernels.launch import Launches
 from .plan import NetworkPlan
@@ -79,8 +78,9 @@ class _NetworkFunction(torch.autograd.Function):
         dy = plain_gradient(dy)
         if wants_torch(dy):
             with torch.enable_grad():
-                dx, gradients = _differentiable_network_backward(
-                    ctx.path.network, x, ctx.parameters, dy, needs_x, needs
+                net = ctx.path.network
+                dx, gradients = differentiable_backward(
+                    net.activations, net.dtype, x, ctx.parameters, dy, needs_x, needs
                 )
         else:
             parameters = [of_user if each is None else each for each, of_user in zip_longest(saved, ctx.parameters)]
@@ -135,37 +135,3 @@ def _network_backward(
     if sums:
         network.wgrad(x, dy if last is None else last, kept, dz, sums, net, wanted, path.wgrad)
     return dx, gradients
-
-
-def _differentiable_network_backward(
-    net: network.Network,
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    dy: Tensor,
-    needs_x: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The same gradients in plain torch, for when they are to be differentiated themselves."""
-    layers = net.layers
-    weights, biases = parameters[:layers], parameters[layers:]
-    hs, saved = [x.to(net.dtype)], []
-    for weight, bias, activation in zip(weights, biases, net.activations):
-        assert weight is not None
-        z = F.linear(hs[-1], weight.to(net.dtype), None if bias is None else bias.to(net.dtype))
-        hs.append(activation(z))
-        saved.append(z if activation.keeps_preactivation else hs[-1])
-    dh: Tensor | None = dy
-    gradients: list[Tensor | None] = [None] * len(parameters)
-    for index in reversed(range(layers)):
-        weight, bias, activation = weights[index], biases[index], net.activations[index]
-        assert weight is not None
-        assert dh is not None
-        dz = dh if activation.name == "identity" else through(activation, saved[index], dh)
-        if needs[index]:
-            gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
-        if bias is not None and needs[layers + index]:
-            gradients[layers + index] = dz.sum(0).to(bias.dtype)
-        if not (needs_x or any(needs[:index]) or any(needs[layers : layers + index])):
-            return None, gradients
-        dh = dz @ weight.to(net.dtype)
-    return None if dh is None else dh.to(x.dtype), gradients

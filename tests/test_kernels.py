@@ -23,7 +23,7 @@ from mlp_fused.layers import IDENTITY, run_layers
 from mlp_fused.networks import run_network
 from mlp_fused.plan import NetworkPlan
 
-PATHS = ("layer", "network")
+PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all layers, kernel by kernel; one kernel
 
 
 def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor, list[Layer], NetworkPlan | str]:
@@ -36,8 +36,11 @@ def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor,
 def forward(case: Case, data: Data, path: str, recompute: bool | None = None) -> Tensor:
     """y through the kernels of a path."""
     x, of_case, network_path = find(case, data, recompute)
-    if path == "layer":
-        y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype))
+    if path != "network":
+        with pytest.MonkeyPatch.context() as patch:
+            if path == "layer":
+                patch.setattr(layers, "LAUNCH_BOUND", -1)
+            y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype))
     else:
         assert isinstance(network_path, NetworkPlan), network_path
         y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)
@@ -101,7 +104,7 @@ def test_every_kind_of_tile_through_the_table(
     layers.layer_path.cache_clear()  # what it remembers is of other tiles
     monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind(kind, problem))
     data = make(case)
-    ours = gradients(data, forward(case, data, "layer"))
+    ours = gradients(data, forward(case, data, "run" if kind == "persistent" else "layer"))
     layers.layer_path.cache_clear()
     check(case, oracle(case, data), ours, by_torch(case, data))
 
@@ -199,7 +202,7 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same(path: str, activatio
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_gradcheck(name: str, path: str) -> None:
+def test_gradcheck(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(Case(3, (2, 3, 2), torch.float64, name, name if name != "exp" else "identity"), seed=3)
     activations = Case(activation=name, output_activation=name if name != "exp" else "identity").activations
     leaves = tuple(data.leaves.values())
@@ -210,7 +213,12 @@ def test_gradcheck(name: str, path: str) -> None:
     def through_torch(x: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
         return mlp(x, [w0, w1], [b0, b1], *activations, backend="reference")
 
-    for function in (through_kernels, through_torch):
+    def layer_by_layer(*leaves: Tensor) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(layers, "LAUNCH_BOUND", -1)
+            return through_kernels(*leaves)
+
+    for function in (through_kernels, through_torch, *([layer_by_layer] if path == "layer" else [])):
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
         if name == "hardsigmoid" and function is through_torch:
             with pytest.raises(RuntimeError, match="hardsigmoid_backward is not implemented"):  # torch's own limit
@@ -296,11 +304,12 @@ def test_offsets_beyond_32_bits(device: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("needs", ["input", "weights", "biases", "first layer", "last layer", "nothing"])
-def test_nothing_is_computed_that_is_not_wanted(needs: str, device: str) -> None:
+@pytest.mark.parametrize("path", ["layer", "run"])
+def test_nothing_is_computed_that_is_not_wanted(path: str, needs: str, device: str) -> None:
     case = Case(widths=(20, 33, 24, 17), activation="gelu", needs=needs)
     data = make(case, device)
     with count_launches() as launches:
-        gradients(data, forward(case, data, "layer"))
+        gradients(data, forward(case, data, path))
     dgrads = {"input": 3, "weights": 2, "biases": 2, "first layer": 2, "last layer": 0, "nothing": 0}[needs]
     wgrads = {"input": 0, "weights": 3, "biases": 3, "first layer": 1, "last layer": 1, "nothing": 0}[needs]
     assert launches["layer_forward_kernel"] == 3
@@ -371,10 +380,11 @@ def kept_bytes(data: Data, call: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("needs", ["everything", "parameters", "input", "first layer", "last layer"])
-def test_one_tensor_is_kept_a_layer(activation: str, needs: str, device: str) -> None:
+@pytest.mark.parametrize("path", ["layer", "run"])
+def test_one_tensor_is_kept_a_layer(activation: str, needs: str, path: str, device: str) -> None:
     case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
     data = make(case, device)
-    kept = kept_bytes(data, lambda: forward(case, data, "layer"))
+    kept = kept_bytes(data, lambda: forward(case, data, path))
     x, hidden = 32, [48, 16]
     widths = {
         "everything": x + sum(hidden), "parameters": x + sum(hidden), "input": sum(hidden),

@@ -107,6 +107,7 @@ ANCHORS = (
     Workload((784, 512, 512, 10), 256, "fp32"),
     Workload((64,) * 5, 2**20, "bf16"),
     Workload((512,) * 5, 16384, "bf16", "gelu"),
+    Workload((1024,) * 5, 16384, "bf16", "gelu"),
     Workload((4096, 16384, 4096), 8192, "bf16", "gelu"),
     Workload((1000,) * 4, 4099, "bf16"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from .kernels.activations import Activation
 
-__all__ = ["differentiable_backward", "plain_gradient", "through", "wants_torch"]
+__all__ = ["PlainFunction", "differentiable_backward", "plain_gradient", "through", "wants_torch"]
+
+
+class PlainFunction(torch.autograd.Function):
+    """An autograd.Function of plain tensors alone."""
+
+    @classmethod
+    def call(cls, *arguments: Any) -> Any:
+        """`apply` without its search for tensors of torch.func transforms, which never come here: 2 µs less."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
 def plain_gradient(dy: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import differentiable_backward, plain_gradient, through, wants_torch
+from .gradients import PlainFunction, differentiable_backward, plain_gradient, through, wants_torch
 from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation
 from .kernels.configs import Problem
@@ -221,16 +221,11 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype == dtype else weight.to(dtype)
 
 
-class _RunFunction(torch.autograd.Function):
+class _RunFunction(PlainFunction):
     """(x, W_1 …, b_1 …) -> y: small layers all at once, as each autograd.Function costs the host two launches' time.
 
     Larger ones are a Function each (`_LayerFunction`), so that gradients are handed on as they come.
     """
-
-    @classmethod
-    def call(cls, *arguments: Any) -> Any:
-        """As `_LayerFunction.call`."""
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, path: LayerPath, *parameters: Tensor | None) -> Tensor:
@@ -287,16 +282,11 @@ class _RunFunction(torch.autograd.Function):
         return dz, None, *gradients
 
 
-class _LayerFunction(torch.autograd.Function):
+class _LayerFunction(PlainFunction):
     """(z_below, W, b) -> z, with h = a(z) beside it; see the top of this module.
 
     The last layer of a run returns h to its user, whose gradient is dh; an inner one's edge brings dz.
     """
-
-    @classmethod
-    def call(cls, *arguments: Any) -> Any:
-        """`apply` without its search for tensors of torch.func transforms, which never come here: 2 µs less."""
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
     @staticmethod
     def forward(

@@ -290,8 +290,8 @@ def multiply(
         elif SUM_A:
             sums += a.to(DTYPE)
         if A_BY_K is None:
-            a_ptrs += BLOCK_K * stride_ak
-            b_ptrs += BLOCK_K * stride_bk
+            a_ptrs += tl.full((), BLOCK_K, OFFSET) * stride_ak
+            b_ptrs += tl.full((), BLOCK_K, OFFSET) * stride_bk
     if BY_DOT:  # its columns are all alike
         return acc, tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, sums, 0.0), axis=1)[:, None]
     else:

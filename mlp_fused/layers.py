@@ -31,7 +31,9 @@ from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 __all__ = ["IDENTITY", "LayerPath", "layer_path", "run_layers"]
 
 IDENTITY = ACTIVATIONS["identity"]
-LAUNCH_BOUND = 2**31  # multiply-adds of a forward, below which the host's part of a call outweighs the device's
+# Multiply-adds of a forward up to which all layers are one autograd.Function: off, until it holds its input, for
+# gradients that are differentiated, as saved tensors are held: checked for changes, and let go after backward.
+LAUNCH_BOUND = -1
 
 
 class LayerKernels:

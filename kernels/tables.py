@@ -43,6 +43,7 @@ import torch
 
 from . import configs
 from .configs import Device, Problem, TileConfig
+from .language import TRITON_VERSION
 
 __all__ = [
     "Gemm",
@@ -235,6 +236,8 @@ def check_fit(path: Path, table: Table, device: Device) -> None:
     if configs.device_slug(table.device) != configs.device_slug(device.name):
         raise ValueError(f"{path} was measured on {table.device}; it needs to be of {device.name}")
     for index, row in enumerate(table.gemms):
+        if row.tile and row.tile.warp_specialize and TRITON_VERSION < (3, 7):
+            raise ValueError(f"{path}: gemms[{index}].tile specialises warps; it needs Triton 3.7 or newer")
         if row.tile and (needed := configs.shared_memory(row.problem, row.tile, device)) > device.shared_memory:
             raise ValueError(
                 f"{path}: gemms[{index}].tile takes {needed} bytes of shared memory; {device.name} has "

@@ -8,6 +8,8 @@ kernel, with nothing but pointers to fill in.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,11 +19,16 @@ from torch import Tensor
 from .configs import TileConfig
 from .language import allocation, driver, tl, triton
 
-__all__ = ["Launch", "Launches", "by_columns", "cdiv", "count_launches", "describable", "launch", "offset_type"]
+__all__ = [
+    "Launch", "Launches", "Program", "Remembered", "by_columns", "cdiv", "count_launches", "describable", "launch",
+    "offset_type",
+]  # fmt: skip
 
 _hooks = triton.knobs.runtime
 
 Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
+
+Slots = Sequence["int | tuple[int, ...]"]
 
 _counters: list[dict[str, int]] = []
 
@@ -109,11 +116,15 @@ class Launch:
         finally:
             allocation._allocator.reset(token)
         if compiled is not None and _aligned(tensors):
-            constants = self.kernel.params[len(tensors) + len(self.scalars) :]
-            self.rest = (*self.scalars, *(self.constants.get(each.name, each.default) for each in constants))
-            self.needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0) > 0  # AMD's has no such thing
-            self.binary = (compiled.function, compiled.packed_metadata)
-            self.run = compiled.run
+            self.keep(compiled, len(tensors))
+
+    def keep(self, compiled: Any, tensors: int) -> None:
+        """Go straight to the compiled kernel from now on, of whose parameters so many are tensors."""
+        constants = self.kernel.params[tensors + len(self.scalars) :]
+        self.rest = (*self.scalars, *(self.constants.get(each.name, each.default) for each in constants))
+        self.needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0) > 0  # AMD's has no such thing
+        self.binary = (compiled.function, compiled.packed_metadata)
+        self.run = compiled.run
 
     def _is_here(self) -> bool:
         """Whether the current device, on which Triton launches, is the tensors'."""
@@ -128,24 +139,89 @@ class Launch:
             counter[self.kernel.__name__] = counter.get(self.kernel.__name__, 0) + 1
 
 
-MOST_LAUNCHES = 1024  # that are remembered in one place; beyond, it begins anew
+class Program:
+    """Launches one after the other on one device, which share a list of pointers: each is told which are its own.
+
+    What a launch alone looks after anew (the device, its stream, hooks), many look after once.
+    """
+
+    def __init__(self, steps: Sequence[tuple[Launch, Slots]]) -> None:
+        self.launches = [launch for launch, _ in steps]
+        self.index = self.launches[0].index
+        self.needs_scratch = any(launch.needs_scratch for launch in self.launches)
+        self.steps = [
+            (launch.run, launch.programs, launch.binary, _taker(slots), launch.rest) for launch, slots in steps
+        ]
+
+    @classmethod
+    def of(cls, steps: Sequence[tuple[Launch, Slots]]) -> Program | None:
+        """The program of launches that were made before, if they can all be made again.
+
+        A launch's slots are positions in the list of pointers, one for each of its tensors, a tuple for a tuple.
+        """
+        return cls(steps) if all(launch.run is not None for launch, _ in steps) else None
+
+    def __call__(self, pointers: Sequence[int | None]) -> bool:
+        """Launch them all; or do nothing and return False, where a pointer is not aligned or somebody is to be told."""
+        if functools.reduce(operator.or_, filter(None, pointers), 0) & 15:
+            return False
+        if _has_calls(_hooks.launch_enter_hook) or _has_calls(_hooks.launch_exit_hook):
+            return False
+        if _counters:
+            for launch in self.launches:
+                launch._count()
+        if self.index is None or self.index == torch.cuda.current_device():
+            self._run(pointers)
+        else:
+            with torch.cuda.device(self.index):
+                self._run(pointers)
+        return True
+
+    def _run(self, pointers: Sequence[int | None]) -> None:
+        stream = 0 if self.index is None else driver.active.get_current_stream(self.index)
+        token = allocation._allocator.set(self.launches[0]._allocate) if self.needs_scratch else None
+        try:
+            for run, programs, binary, take, rest in self.steps:
+                run(programs, 1, 1, stream, *binary, None, None, None, *take(pointers), *rest)
+        finally:
+            if token is not None:
+                allocation._allocator.reset(token)
+
+
+def _taker(slots: Slots) -> Callable[[Sequence[int | None]], tuple[Any, ...]]:
+    """From all pointers, a launch's."""
+    if any(isinstance(slot, tuple) for slot in slots):
+        takers = [operator.itemgetter(slot) if isinstance(slot, int) else _taker(slot) for slot in slots]
+        return lambda pointers: tuple([take(pointers) for take in takers])
+    take = operator.itemgetter(*slots)
+    return take if len(slots) > 1 else lambda pointers: (take(pointers),)
+
+
+MOST_REMEMBERED = 1024  # in one place; beyond, it begins anew
+
+
+class Remembered(dict[tuple[Any, ...], Any]):
+    """What was made for shapes, strides, dtypes and a device, by them."""
+
+    def __setitem__(self, key: tuple[Any, ...], made: Any) -> None:
+        if len(self) >= MOST_REMEMBERED:
+            self.clear()
+        super().__setitem__(key, made)
 
 
 class Launches:
-    """Launches remembered by what they were made for: shapes, strides, dtypes, the device."""
+    """Launches remembered by what they were made for."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[Any, ...], Callable[..., bool]] = {}
+        self._made = Remembered()
 
-    def again(self, key: tuple[Any, ...], *tensors: Any) -> bool:
-        """Launch what is remembered by the key; False, and nothing is done, where there is none or it does not hold."""
+    def again(self, key: tuple[Any, ...], *tensors: Any) -> Callable[..., bool] | None:
+        """Launch what is remembered by the key, and return it; None, and nothing is done, where nothing holds."""
         made = self._made.get(key)
-        return made is not None and made(*tensors)
+        return made if made is not None and made(*tensors) else None
 
     def remember(self, key: tuple[Any, ...], made: Callable[..., bool] | None) -> None:
         """Remember a launch, if there is one to be made again."""
-        if len(self._made) >= MOST_LAUNCHES:
-            self._made.clear()
         if made is not None:
             self._made[key] = made
 
@@ -208,12 +284,16 @@ def by_columns(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1
 
 
+MOST_STRIDE = 2**40  # bytes from a row to the next, exclusively: cuTensorMapEncodeTiled's globalStrides
+
+
 def describable(*tensors: Tensor | None) -> bool:
     """Whether tensor descriptors can describe these: 16-byte aligned, contiguous one way, whole 16 bytes the other."""
     for tensor in tensors:
         if tensor is None:
             continue
         far, near = tensor.stride() if by_columns(tensor) else tensor.stride()[::-1]
-        if near != 1 or far <= 0 or far * tensor.itemsize % 16 or tensor.data_ptr() % 16:
+        nbytes = far * tensor.itemsize
+        if near != 1 or not 0 < nbytes < MOST_STRIDE or nbytes % 16 or tensor.data_ptr() % 16:
             return False
     return True

@@ -252,7 +252,7 @@ def wgrad_kernel(
         tile_n, tile_k = tile_position(item % tiles, N, K, BLOCK_M, BLOCK_N, GROUP_M)
         split = (item // tiles).to(OFFSET)
         begin = split.to(tl.int32) * chunk
-        end = tl.minimum(begin + chunk, M)
+        end = begin + tl.minimum(chunk, M - begin)  # begin + chunk may be more than 32 bits hold
         start = split * stride_split
         # The first of a row of tiles sums db besides; the others are spared it.
         if db_ptr is not None and tile_k == 0:
@@ -292,8 +292,9 @@ def sum_rows(
 @triton.jit(do_not_specialize=["splits"])
 def sum_partials_kernel(
     partial_ptr,  # (splits, size), contiguous
-    sum_ptrs,  # contiguous tensors, whose elements one after the other are the columns of partial
-    starts,  # the column at which each begins, and the end
+    sum_ptrs,  # contiguous tensors, each some columns of partial
+    starts,  # the column at which each begins
+    sizes,  # how many each has
     splits,
     size,
     OFFSET: tl.constexpr,
@@ -309,28 +310,59 @@ def sum_partials_kernel(
         totals += tl.load(ptrs, mask=(first + rows < splits)[:, None] & inside[None, :], other=0.0)
     total = tl.sum(totals, axis=0)
     for i in tl.static_range(len(sum_ptrs)):
-        store(sum_ptrs[i] + (cols - starts[i]), total, (cols >= starts[i]) & (cols < starts[i + 1]))
+        at = cols - starts[i]
+        store(sum_ptrs[i] + at, total, (at >= 0) & (at < sizes[i]))
 
 
-def sum_partials(partial: Tensor, sums: Sequence[Tensor]) -> Launch | None:
+def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] | None = None) -> Launch | None:
     """[sums …] = Σ_s partial[s], always in one order: the same bits every run.
 
     Args:
-        partial: (splits, elements of all sums), contiguous.
+        partial: (splits, columns), contiguous.
         sums: contiguous, written, of any float dtype.
+        starts: the columns at which they begin; None: one after the other.
     """
     splits, size = partial.shape
-    starts = tuple(itertools.accumulate((total.numel() for total in sums), initial=0))
-    assert starts[-1] == size
+    sizes = tuple(total.numel() for total in sums)
+    starts = tuple(itertools.accumulate(sizes[:-1], initial=0) if starts is None else starts)
+    assert starts[-1] + sizes[-1] <= size
     return launch(
         sum_partials_kernel,
         cdiv(size, configs.SUM_PARTIALS.block_m),
         partial.device,
         configs.SUM_PARTIALS,
         (partial, tuple(sums)),
-        (starts, splits, size),
+        (starts, sizes, splits, size),
         OFFSET=offset_type(partial),
     )
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Memory for the partial sums of dW and db: (splits, columns), those of db from a column at 16 bytes on."""
+
+    splits: int
+    size_w: int
+    size_b: int
+    dtype: torch.dtype
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The column at which each wanted one begins."""
+        return ((0,) if self.size_w else ()) + ((self.start_b,) if self.size_b else ())
+
+    @property
+    def start_b(self) -> int:
+        return cdiv(self.size_w, 4) * 4
+
+    @property
+    def columns(self) -> int:
+        return self.start_b + self.size_b
+
+    def allocate(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """It as a whole, where dW's begin in it and where db's do."""
+        whole = torch.empty((self.splits, self.columns), dtype=self.dtype, device=device)
+        return whole, whole if self.size_w else None, whole[:, self.start_b :] if self.size_b else None
 
 
 @dataclass(frozen=True)
@@ -339,30 +371,19 @@ class WeightGradient:
 
     products: Launch
     total: Launch | None  # of a split's partial sums
-    splits: int
-    dtype: torch.dtype  # of partial sums
+    partial: Partial
 
     def __call__(self, dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor | None) -> bool:
         """dW and db; or nothing and False, where a tensor is not aligned to 16 bytes."""
         h = dz if h is None else h
         if self.total is None:
             return self.products(dz, h, dw, db)
-        partial, *sums = _partial(self.splits, self.dtype, dw, db)
-        return self.products(dz, h, *sums) and self.total(partial, _given(dw, db))
+        whole, *sums = self.partial.allocate(dz.device)
+        return self.products(dz, h, *sums) and self.total(whole, _given(dw, db))
 
 
 def _given(*sums: Tensor | None) -> tuple[Tensor, ...]:
     return tuple([total for total in sums if total is not None])
-
-
-def _partial(
-    splits: int, dtype: torch.dtype, dw: Tensor | None, db: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Memory for the partial sums, (splits, elements of dW and db), and where dW's and db's begin in it."""
-    size_w, size_b = (0 if total is None else total.numel() for total in (dw, db))
-    device = _given(dw, db)[0].device
-    partial = torch.empty((splits, size_w + size_b), dtype=dtype, device=device)
-    return partial, None if dw is None else partial, None if db is None else partial[:, size_w:]
 
 
 def wgrad(
@@ -395,23 +416,24 @@ def wgrad(
     chunk = max(1, cdiv(cdiv(M, tile.split), tile.block_k)) * tile.block_k
     splits = max(1, cdiv(M, chunk))
     accumulator = torch.float64 if dz.dtype == torch.float64 else torch.float32
-    sums_w, sums_b, stride_split = dw, db, 0
+    size_w, size_b = (0 if total is None else total.numel() for total in (dw, db))
+    partial = Partial(splits, size_w, size_b, accumulator)
+    sums_w, sums_b = dw, db
     if splits > 1:
-        partial, sums_w, sums_b = _partial(splits, accumulator, dw, db)
-        stride_split = partial.stride(0)
+        whole, sums_w, sums_b = partial.allocate(dz.device)
     products = launch(
         wgrad_kernel,
         tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * splits),
         dz.device,
         tile,
         (dz, h, sums_w, sums_b),
-        (M, N, K, *dz.stride(), *h.stride(), stride_split, chunk, splits),
+        (M, N, K, *dz.stride(), *h.stride(), partial.columns if splits > 1 else 0, chunk, splits),
         PRECISION=tile.precision,
         OFFSET=offset_type(dz, h, sums_w, sums_b),
         DZ_BY_M=not by_columns(dz) if tile.descriptors else None,
         H_BY_M=not by_columns(h) if tile.descriptors else None,
     )
-    total = sum_partials(partial, _given(dw, db)) if splits > 1 else None
+    total = sum_partials(whole, _given(dw, db), partial.starts) if splits > 1 else None
     if products is None or (splits > 1 and total is None):
         return None
-    return WeightGradient(products, total, splits, accumulator)
+    return WeightGradient(products, total, partial)

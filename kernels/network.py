@@ -27,7 +27,7 @@ from .configs import TileConfig, padded
 from .dot import activate, differentiate, dot, multiply, round_to, store
 from .language import tl, triton
 from .launch import Launch, cdiv, launch, offset_type
-from .layer_backward import sum_partials
+from .layer_backward import Partial, sum_partials
 
 __all__ = ["Gradients", "Network", "dgrad", "forward", "gradients_of", "network_of", "recompute", "wgrad"]
 
@@ -330,8 +330,8 @@ def network_recompute_kernel(
     dx_ptr,  # (M, d_0), contiguous; or None
     w_ptrs,
     b_ptrs,
-    partial_ptr,  # (programs, size), contiguous: every wanted dW and db, by GRADIENTS' starts
     h_ptr,  # as the forward's, for tests; or None
+    partial_ptr,  # (programs, size), contiguous: every wanted dW and db, by GRADIENTS' starts
     M,
     size,
     stride_xm,
@@ -584,7 +584,7 @@ def recompute(
     tile: TileConfig,
     *,
     h: Tensor | None = None,
-) -> None:
+) -> Summing | None:
     """dx, and every dW and db that `gradients` names, from x and dy alone.
 
     Args:
@@ -594,20 +594,20 @@ def recompute(
     """
     rows = x.shape[0]
     programs = tile.started(cdiv(rows, tile.block_m))
-    partial = _partial(programs, network, gradients, x)
-    launch(
+    partial = Partial(programs, gradients.starts[-1], 0, _accumulator(network))
+    whole, *_ = partial.allocate(x.device)
+    kernel = launch(
         network_recompute_kernel,
         programs,
         x.device,
         tile,
-        (x, dy, dx, weights, biases, partial, h),
-        (rows, partial.shape[1], *x.stride(), *dy.stride()),
+        (x, dy, dx, weights, biases, h, whole),
+        (rows, partial.columns, *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         OFFSET=_offset_type(network, rows, x, dy),
     )
-    if sums:
-        sum_partials(partial, sums)
+    return Summing.of(kernel, partial, whole, sums)
 
 
 def dgrad(
@@ -621,7 +621,7 @@ def dgrad(
     network: Network,
     gradients: Gradients,
     tile: TileConfig,
-) -> None:
+) -> Launch | None:
     """The chain of dz from dy down to the lowest layer that a gradient is wanted of, and dx.
 
     Args:
@@ -631,7 +631,7 @@ def dgrad(
         dx: (M, d_0), contiguous, written; or None.
     """
     rows = dy.shape[0]
-    launch(
+    return launch(
         network_dgrad_kernel,
         tile.started(cdiv(rows, tile.block_m)),
         dy.device,
@@ -653,7 +653,7 @@ def wgrad(
     network: Network,
     gradients: Gradients,
     tile: TileConfig,
-) -> None:
+) -> Summing | None:
     """Every dW and db that `gradients` names.
 
     Args:
@@ -666,24 +666,45 @@ def wgrad(
     most = max(1, tile.programs // tiles)
     chunk = cdiv(cdiv(rows, most), tile.block_k) * tile.block_k
     splits = cdiv(rows, chunk)
-    partial = _partial(splits, network, gradients, x)
-    launch(
+    partial = Partial(splits, gradients.starts[-1], 0, _accumulator(network))
+    whole, *_ = partial.allocate(x.device)
+    kernel = launch(
         network_wgrad_kernel,
         splits * tiles,
         x.device,
         tile,
-        (x, dy, kept, dz, partial),
-        (rows, chunk, partial.shape[1], *x.stride(), *dy.stride()),
+        (x, dy, kept, dz, whole),
+        (rows, chunk, partial.columns, *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         OFFSET=_offset_type(network, rows, x, dy),
     )
-    sum_partials(partial, sums)
+    return Summing.of(kernel, partial, whole, sums)
 
 
-def _partial(programs: int, network: Network, gradients: Gradients, like: Tensor) -> Tensor:
-    dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
-    return torch.empty((programs, gradients.starts[-1]), dtype=dtype, device=like.device)
+@dataclass(frozen=True)
+class Summing:
+    """A launch that ends in partial sums, and the one that adds them."""
+
+    kernel: Launch
+    total: Launch | None  # None where no sum is wanted
+    partial: Partial
+
+    @classmethod
+    def of(cls, kernel: Launch | None, partial: Partial, whole: Tensor, sums: Sequence[Tensor]) -> Summing | None:
+        """Add what a kernel wrote to `whole`; returns both, for doing so again, if they can be."""
+        total = sum_partials(whole, sums) if sums else None
+        return None if kernel is None or (sums and total is None) else cls(kernel, total, partial)
+
+    def __call__(self, *tensors: Any) -> bool:
+        """With the kernel's tensors but for the partial sums, and the tuple of sums after them."""
+        *of_kernel, sums = tensors
+        whole, *_ = self.partial.allocate(of_kernel[0].device)
+        return self.kernel(*of_kernel, whole) and (self.total is None or self.total(whole, sums))
+
+
+def _accumulator(network: Network) -> torch.dtype:
+    return torch.float64 if network.dtype == torch.float64 else torch.float32
 
 
 def _offset_type(network: Network, rows: int, *strided: Tensor) -> Any:

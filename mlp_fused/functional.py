@@ -11,9 +11,10 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
+from .chain import run_layers
 from .kernels import configs
 from .kernels.activations import Activation, resolve
-from .layers import LayerPath, layer_path, run_layers
+from .layers import LayerPath, layer_path
 from .networks import run_network
 from .plan import (
     DEFAULT_BACKEND,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels.activations import Activation
 
-__all__ = ["PlainFunction", "differentiable_backward", "plain_gradient", "through", "wants_torch"]
+__all__ = ["PlainFunction", "differentiable_backward", "plain_gradient", "through", "versions", "wants_torch"]
 
 
 class PlainFunction(torch.autograd.Function):
@@ -42,6 +42,11 @@ def wants_torch(gradient: Tensor | None) -> bool:
     )
 
 
+def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    """What tells whether tensors were changed in place, as torch tells it of those that it saves."""
+    return [None if each is None or each.is_inference() else each._version for each in tensors]
+
+
 def through(activation: Activation, saved: Tensor, dh: Tensor) -> Tensor:
     """dz = dh a'(z), differentiable in dh and in what was saved."""
     if activation.keeps_preactivation:
@@ -55,31 +60,43 @@ def differentiable_backward(
     dtype: torch.dtype,
     x: Tensor,
     parameters: Sequence[Tensor | None],
+    versions_before: Sequence[int | None],
     dy: Tensor,
     needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and the gradients of W_1 …, b_1 …, in plain torch: for when they are to be differentiated themselves."""
+    """dx, and the gradients of W_1 …, b_1 …, in plain torch: for when they are to be differentiated themselves.
+
+    Raises:
+        RuntimeError: a parameter is no longer what the forward computed with.
+    """
     layers = len(activations)
+    for index, (before, after) in enumerate(zip(versions_before, versions(parameters))):
+        if before != after:
+            raise RuntimeError(
+                f"{'weight' if index < layers else 'bias'} {index % layers} was changed in place since the forward; "
+                f"its gradient can only be differentiated before that; change it later, or a clone of it"
+            )
     weights, biases = parameters[:layers], parameters[layers:]
     hs, saved = [x.to(dtype)], []
-    for weight, bias, activation in zip(weights, biases, activations):
-        assert weight is not None
-        z = F.linear(hs[-1], weight.to(dtype), None if bias is None else bias.to(dtype))
-        hs.append(activation(z))
-        saved.append(z if activation.keeps_preactivation else hs[-1])
     dh: Tensor | None = dy
     gradients: list[Tensor | None] = [None] * len(parameters)
-    for index in reversed(range(layers)):
-        weight, bias, activation = weights[index], biases[index], activations[index]
-        assert weight is not None
-        assert dh is not None
-        dz = dh if activation.name == "identity" else through(activation, saved[index], dh)
-        if needs[index]:
-            gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
-        if bias is not None and needs[layers + index]:
-            gradients[layers + index] = dz.sum(0).to(bias.dtype)
-        if not (needs_x or any(needs[:index]) or any(needs[layers : layers + index])):
-            return None, gradients
-        dh = dz @ weight.to(dtype)
+    with torch.enable_grad():
+        for weight, bias, activation in zip(weights, biases, activations):
+            assert weight is not None
+            z = F.linear(hs[-1], weight.to(dtype), None if bias is None else bias.to(dtype))
+            hs.append(activation(z))
+            saved.append(z if activation.keeps_preactivation else hs[-1])
+        for index in reversed(range(layers)):
+            weight, bias, activation = weights[index], biases[index], activations[index]
+            assert weight is not None
+            assert dh is not None
+            dz = dh if activation.name == "identity" else through(activation, saved[index], dh)
+            if needs[index]:
+                gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
+            if bias is not None and needs[layers + index]:
+                gradients[layers + index] = dz.sum(0).to(bias.dtype)
+            if not (needs_x or any(needs[:index]) or any(needs[layers : layers + index])):
+                return None, gradients
+            dh = dz @ weight.to(dtype)
     return None if dh is None else dh.to(x.dtype), gradients

@@ -12,28 +12,27 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gradients import PlainFunction, differentiable_backward, plain_gradient, through, wants_torch
+from .gradients import PlainFunction, plain_gradient, through, wants_torch
 from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation
 from .kernels.configs import Problem
-from .kernels.launch import Launches, describable
+from .kernels.launch import Launches, Remembered, describable
 from .kernels.layer_backward import dgrad, output_gradient, wgrad
 from .kernels.layer_forward import layer_forward
 from .plan import DEBUG
 from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 
-__all__ = ["IDENTITY", "LayerPath", "layer_path", "run_layers"]
+__all__ = ["IDENTITY", "LayerPath", "layer_after_layer", "layer_path"]
 
 IDENTITY = ACTIVATIONS["identity"]
-# Multiply-adds of a forward up to which all layers are one autograd.Function: off, until it holds its input, for
-# gradients that are differentiated, as saved tensors are held: checked for changes, and let go after backward.
-LAUNCH_BOUND = -1
+
+Made = Callable[..., bool]  # a launch, or a product of torch's, for tensors like those that it was made of
 
 
 class LayerKernels:
@@ -83,37 +82,54 @@ class LayerKernels:
         """h, and z where it is to be kept."""
         h = x.new_empty((x.shape[0], self.width_out))
         z = torch.empty_like(h) if keep and self.activation.keeps_preactivation else None
-        bias_stride = None if bias is None else bias.stride()
-        key = ("forward", x.shape, x.stride(), weight.stride(), bias_stride, z is None, x.get_device())
-        if not self.launches.again(key, x, weight, bias, h, z):
-            (m, k), n = x.shape, weight.shape[0]
-            problem = Problem("forward", m, n, k, self.dtype, self.precision, describable(x, weight, h, z))
-            tensors = (x, weight, bias, h, z, self.activation)
-            self.launches.remember(key, self._make(problem, layer_forward, forward_by_torch, *tensors))
+        self.forward_into(x, weight, bias, h, z)
         if DEBUG:
             self._check_finite("forward", h=h)
         return h, z
 
+    def forward_into(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, z: Tensor | None) -> Made | None:
+        """h, and z where there is memory for it. All that end in "_into" return what does the same again."""
+        bias_stride = None if bias is None else bias.stride()
+        key = ("forward", x.shape, x.stride(), weight.stride(), bias_stride, z is None, x.get_device())
+        made = self.launches.again(key, x, weight, bias, h, z)
+        if made is None:
+            (m, k), n = x.shape, weight.shape[0]
+            problem = Problem("forward", m, n, k, self.dtype, self.precision, describable(x, weight, h, z))
+            made = self._make(problem, layer_forward, forward_by_torch, x, weight, bias, h, z, self.activation)
+            self.launches.remember(key, made)
+        return made
+
     def output_gradient(self, dh: Tensor, own: Tensor) -> Tensor:
         """dz = dh ⊙ a'(own)."""
         dz = torch.empty_like(own)
-        key = ("output_gradient", dh.shape, dh.stride(), own.stride(), dh.get_device())
-        if not self.launches.again(key, dh, own, dz, None):
-            self.launches.remember(key, output_gradient(dh, own, dz, self.activation))
+        self.output_gradient_into(dh, own, dz)
         return dz
+
+    def output_gradient_into(self, dh: Tensor, own: Tensor, dz: Tensor, h: Tensor | None = None) -> Made | None:
+        key = ("output_gradient", dh.shape, dh.stride(), own.stride(), h is None, dh.get_device())
+        made = self.launches.again(key, dh, own, dz, h)
+        if made is None:
+            made = output_gradient(dh, own, dz, self.activation, h=h)
+            self.launches.remember(key, made)
+        return made
 
     def dgrad(self, dz: Tensor, weight: Tensor, saved: Tensor | None, rebuild: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient of what is below, and with `rebuild` the layer below's output."""
         dx = dz.new_empty((dz.shape[0], self.width_in))
         h = torch.empty_like(dx) if rebuild else None
+        self.dgrad_into(dz, weight, saved, dx, h)
+        return dx, h
+
+    def dgrad_into(self, dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, h: Tensor | None) -> Made | None:
         saved_stride = None if saved is None else saved.stride()
-        key = ("dgrad", dz.shape, dz.stride(), weight.stride(), saved_stride, rebuild, dz.get_device())
-        if not self.launches.again(key, dz, weight, saved, dx, h):
+        key = ("dgrad", dz.shape, dz.stride(), weight.stride(), saved_stride, h is None, dz.get_device())
+        made = self.launches.again(key, dz, weight, saved, dx, h)
+        if made is None:
             (m, n), k = dz.shape, weight.shape[1]
             problem = Problem("dgrad", m, k, n, self.dtype, self.precision, describable(dz, weight, saved, dx, h))
-            tensors = (dz, weight, saved, dx, h, self.below)
-            self.launches.remember(key, self._make(problem, dgrad, dgrad_by_torch, *tensors))
-        return dx, h
+            made = self._make(problem, dgrad, dgrad_by_torch, dz, weight, saved, dx, h, self.below)
+            self.launches.remember(key, made)
+        return made
 
     def wgrad(
         self, dz: Tensor, h: Tensor | None, needs_weight: bool, needs_bias: bool
@@ -121,25 +137,30 @@ class LayerKernels:
         """dW and db, those that are needed."""
         dw = dz.new_empty((self.width_out, self.width_in), dtype=self.weight_dtype) if needs_weight else None
         db = dz.new_empty((self.width_out,), dtype=self.bias_dtype) if needs_bias else None
-        if dw is None:
-            h = None
-        h_stride = None if h is None else h.stride()
-        key = ("wgrad", dz.shape, dz.stride(), h_stride, needs_bias, dz.get_device())
-        if not self.launches.again(key, dz, h, dw, db):
-            m, n, k = self.width_out, 1 if dw is None else self.width_in, dz.shape[0]
-            problem = Problem("wgrad", m, n, k, self.dtype, self.precision, describable(dz, h))
-            self.launches.remember(key, self._make(problem, wgrad, wgrad_by_torch, dz, h, dw, db))
+        self.wgrad_into(dz, None if dw is None else h, dw, db)
         return dw, db
 
+    def wgrad_into(self, dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Made | None:
+        key = ("wgrad", dz.shape, dz.stride(), None if h is None else h.stride(), db is None, dz.get_device())
+        made = self.launches.again(key, dz, h, dw, db)
+        if made is None:
+            m, n, k = self.width_out, 1 if dw is None else self.width_in, dz.shape[0]
+            problem = Problem("wgrad", m, n, k, self.dtype, self.precision, describable(dz, h))
+            made = self._make(problem, wgrad, wgrad_by_torch, dz, h, dw, db)
+            self.launches.remember(key, made)
+        return made
+
     def _make(
-        self, problem: Problem, by_kernel: Callable[..., Any], by_torch: Callable[..., None], *arguments: Any
-    ) -> Callable[..., bool] | None:
+        self, problem: Problem, by_kernel: Callable[..., Any], by_torch: Callable[..., Any], *arguments: Any
+    ) -> Made | None:
         """One product the first time, by a kernel or by torch; and what does it again."""
         device = configs.device_of(arguments[0])
         tile = tables.tile_for(problem, device)
         if tile is None and self.torch_too:
-            by_torch(*arguments)
+            pointwise = by_torch(*arguments)
             rest = [each for each in arguments if isinstance(each, Activation)]
+            if rest:
+                rest.append(pointwise)
 
             def again(*tensors: Tensor | None) -> bool:
                 by_torch(*tensors, *rest)
@@ -175,6 +196,9 @@ class LayerPath:
     dtype: torch.dtype
     activations: tuple[Activation, ...]
     multiply_adds: int  # of a row
+    casts: bool  # whether a weight is of another dtype
+    keeps_output: bool  # whether the last activation's derivative is read off its output
+    chains: Remembered = field(default_factory=Remembered)  # launches of all layers, by shapes and strides
 
 
 @functools.lru_cache(maxsize=1024)
@@ -194,18 +218,22 @@ def layer_path(
             zip((IDENTITY, *activations), activations, itertools.pairwise(widths), parameters)
         )
     ]
-    return LayerPath(tuple(layers), dtype, activations, sum(map(operator.mul, widths, widths[1:])))
+    return LayerPath(
+        tuple(layers),
+        dtype,
+        activations,
+        multiply_adds=sum(map(operator.mul, widths, widths[1:])),
+        casts=any(weight != dtype for weight, _ in parameters),
+        keeps_output=activations[-1] is not IDENTITY and not activations[-1].keeps_preactivation,
+    )
 
 
-def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath) -> Tensor:
-    """x (M, d_0) -> y (M, d_L) through a path's kernels, with gradients wherever they are wanted."""
+def layer_after_layer(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath) -> Tensor:
+    """x (M, d_0) -> y (M, d_L), a layer that wants gradients an autograd.Function: they are handed on as they come."""
     dtype = path.dtype
-    h = x if x.dtype == dtype else x.to(dtype)
     differentiable = torch.is_grad_enabled()
-    if differentiable and x.shape[0] * path.multiply_adds <= LAUNCH_BOUND and not DEBUG:
-        return _RunFunction.call(h, path, *weights, *biases)
-    needs_grad = differentiable and h.requires_grad
-    edge = h
+    needs_grad = differentiable and x.requires_grad
+    h = edge = x
     for kernels, weight, bias in zip(path.layers, weights, biases):
         needs_grad = needs_grad or (
             differentiable and (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -221,67 +249,6 @@ def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype == dtype else weight.to(dtype)
-
-
-class _RunFunction(PlainFunction):
-    """(x, W_1 …, b_1 …) -> y: small layers all at once, as each autograd.Function costs the host two launches' time.
-
-    Larger ones are a Function each (`_LayerFunction`), so that gradients are handed on as they come.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, path: LayerPath, *parameters: Tensor | None) -> Tensor:
-        count = len(path.layers)
-        needs_x, _, *needs = ctx.needs_input_grad
-        h = edge = x
-        wanted = needs_x  # whether anything so far needs a gradient
-        kept: list[Tensor | None] = []
-        weights: list[Tensor | None] = []
-        for index, kernels in enumerate(path.layers):
-            weight, bias = parameters[index], parameters[count + index]
-            assert weight is not None
-            compute_weight = _cast(weight, path.dtype)
-            kept.append(edge if needs[index] or (wanted and kernels.has_below) else None)
-            weights.append(compute_weight if wanted else None)
-            wanted = wanted or needs[index] or needs[count + index]
-            h, z = kernels.forward(h, compute_weight, bias, keep=wanted)
-            edge = h if z is None else z
-        own = edge if wanted and path.activations[-1] is not IDENTITY else None
-        ctx.save_for_backward(own, *kept, *weights)
-        ctx.path = path
-        # As the user has them, for a gradient that is differentiated; saved above is what the kernels read.
-        ctx.input, ctx.parameters = x, parameters
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        path: LayerPath = ctx.path
-        count = len(path.layers)
-        needs_x, _, *needs = ctx.needs_input_grad
-        own, *saved = ctx.saved_tensors
-        dy = plain_gradient(dy)
-        if wants_torch(dy):
-            with torch.enable_grad():
-                dx, gradients = differentiable_backward(
-                    path.activations, path.dtype, ctx.input, ctx.parameters, dy, needs_x, needs
-                )
-            return dx, None, *gradients
-        dz = dy if own is None else path.layers[-1].output_gradient(dy, own)
-        gradients = [None] * (2 * count)
-        for index in reversed(range(count)):
-            kernels, h, weight = path.layers[index], saved[index], saved[count + index]
-            needs_weight, needs_bias = needs[index], needs[count + index]
-            below = None
-            if weight is not None:  # something below needs a gradient
-                kept = h if kernels.has_below else None
-                below, rebuilt = kernels.dgrad(dz, weight, kept, needs_weight and kernels.below.keeps_preactivation)
-                h = h if rebuilt is None else rebuilt
-            if needs_weight or needs_bias:
-                gradients[index], gradients[count + index] = kernels.wgrad(dz, h, needs_weight, needs_bias)
-            if below is None:
-                return None, None, *gradients
-            dz = below
-        return dz, None, *gradients
 
 
 class _LayerFunction(PlainFunction):

@@ -316,21 +316,22 @@ class FusedMLP(_WithBackend, nn.Sequential):
         begun = time.perf_counter()
         devices = set()
         below = False  # whether anything before a run needs gradients
-        for run in _runs(self):
-            trainable = below or any(
-                parameter.requires_grad for child in run.children for parameter in child.parameters()
-            )
-            if run.linears:
-                layers = [
-                    Layer(_twin(weight), None if bias is None else _twin(bias), activation)
-                    for weight, bias, activation in run.layers()
-                ]
-                first = layers[0].weight
-                devices.add(first.device)
-                for rows in batch_sizes:
-                    x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
-                    self._warm_up(x.requires_grad_(below), layers, training)
-            below = trainable
+        with torch.inference_mode(False):
+            for run in _runs(self):
+                trainable = below or any(
+                    parameter.requires_grad for child in run.children for parameter in child.parameters()
+                )
+                if run.linears:
+                    layers = [
+                        Layer(_twin(weight), None if bias is None else _twin(bias), activation)
+                        for weight, bias, activation in run.layers()
+                    ]
+                    first = layers[0].weight
+                    devices.add(first.device)
+                    for rows in batch_sizes:
+                        x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
+                        self._warm_up(x.requires_grad_(below), layers, training)
+                below = trainable
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -435,12 +436,12 @@ class FusedMLP(_WithBackend, nn.Sequential):
             else:
                 kept += kept_by_torch
                 runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))
-        return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept)
+        return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not self._wants_kernels())
 
 
 def _twin(parameter: Tensor) -> Tensor:
-    """The same memory, as a leaf of its own."""
-    return parameter.detach().requires_grad_(parameter.requires_grad)
+    """The same memory, as a leaf of its own; one made under torch.inference_mode takes no gradients."""
+    return parameter.detach().requires_grad_(parameter.requires_grad and not parameter.is_inference())
 
 
 def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
@@ -520,7 +521,7 @@ class _Segments:
 
     def _are_plain(self) -> bool:
         """Whether no child has a hook or a patched forward."""
-        return not (any(map(_is_hooked, self.dicts)) or _has_any_global_hook())
+        return not (_are_hooked(self.dicts) or _has_any_global_hook())
 
 
 def _runs(model: nn.Sequential) -> list[_Run]:
@@ -579,18 +580,21 @@ PLAIN = (bool, int, float, str, NoneType, Activation)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return _is_hooked(module.__dict__)
+    return _are_hooked([module.__dict__])
 
 
-def _is_hooked(attributes: dict[str, Any]) -> bool:
-    """Whether a module's own attributes show a hook, or a forward patched onto it."""
-    return bool(
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "forward" in attributes
-    )
+def _are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
+    """Whether the own attributes of modules show a hook, or a forward patched onto one."""
+    for attributes in modules:  # a call of its own for each would double the time
+        if (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or "forward" in attributes
+        ):
+            return True
+    return False
 
 
 def _is_inert(module: nn.Module) -> bool:

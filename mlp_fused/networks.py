@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gradients import PlainFunction, differentiable_backward, plain_gradient, wants_torch
+from .gradients import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
 from .kernels import network
 from .kernels.launch import Launches
 from .plan import NetworkPlan
@@ -52,33 +51,37 @@ class _NetworkFunction(PlainFunction):
     def forward(ctx: Any, x: Tensor, path: NetworkPlan, *parameters: Tensor | None) -> Tensor:
         ctx.path = path
         layers = len(parameters) // 2
-        # As the user has them, for a gradient that is differentiated; saved below is what the kernels read.
-        ctx.parameters = parameters
-        if path.formulation == "stored":
+        stored = path.formulation == "stored"
+        if stored:
             y, kept, z = _network_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
             own = None
             if path.network.activates_output:
                 own = y if z is None else z
-            first = parameters[0] if ctx.needs_input_grad[0] else None
-            ctx.save_for_backward(x, kept, own, first, *parameters[1:layers])
         else:
-            y = _network_forward(x, parameters[:layers], parameters[layers:], path)
-            ctx.save_for_backward(x, None, None, *parameters)
+            y, kept, own = _network_forward(x, parameters[:layers], parameters[layers:], path), None, None
+        # Saved is what the kernels read, and what has to be let go after backward; the rest may change before it.
+        read = range(0 if ctx.needs_input_grad[0] else 1, layers) if stored else range(2 * layers)
+        saved = [
+            each if index in read or (each is not None and not each.is_leaf) else None
+            for index, each in enumerate(parameters)
+        ]
+        ctx.save_for_backward(x, kept, own, *saved)
+        ctx.others = [each if of_saved is None else None for each, of_saved in zip(parameters, saved)]
+        ctx.versions = versions(parameters)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, _, *needs = ctx.needs_input_grad
         x, kept, own, *saved = ctx.saved_tensors
+        parameters = [other if each is None else each for each, other in zip(saved, ctx.others)]
         dy = plain_gradient(dy)
         if wants_torch(dy):
-            with torch.enable_grad():
-                net = ctx.path.network
-                dx, gradients = differentiable_backward(
-                    net.activations, net.dtype, x, ctx.parameters, dy, needs_x, needs
-                )
+            net = ctx.path.network
+            dx, gradients = differentiable_backward(
+                net.activations, net.dtype, x, parameters, ctx.versions, dy, needs_x, needs
+            )
         else:
-            parameters = [of_user if each is None else each for each, of_user in zip_longest(saved, ctx.parameters)]
             dx, gradients = _network_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
         return dx, None, *gradients
 
@@ -115,18 +118,28 @@ def _network_backward(
     if rows == 0:
         return dx, gradients
     by_layer = (gradient for pair in zip(gradients[:layers], gradients[layers:]) for gradient in pair)
-    sums = [gradient for gradient in by_layer if gradient is not None]
+    sums = tuple([gradient for gradient in by_layer if gradient is not None])
+    again = path if net is path.network else replace(path, network=net, launches=Launches())
+    launches = again.launches
+    dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
+    key = (x.shape, x.stride(), x.dtype, dy.stride(), x.get_device(), needs_x, *needs, *dtypes)
     if path.formulation == "recompute":
-        network.recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
+        if not launches.again(key, x, dy, dx, weights, biases, None, sums):
+            made = network.recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
+            launches.remember(key, made)
         return dx, gradients
     if path.formulation == "replay":
-        again = path if net is path.network else replace(path, network=net, launches=Launches())
         y, kept, z = _network_forward(x, weights, biases, again, keep=True)
         own = None if not net.activates_output else y if z is None else z
     dz = None if kept is None else torch.empty_like(kept)
     last = None if own is None else torch.empty_like(own)
     if last is not None or wanted.lowest + 1 < layers or needs_x:
-        network.dgrad(dy, weights, kept, own, dz, last, dx, net, wanted, path.backward)
+        of_chain = ("dgrad", *key)
+        if not launches.again(of_chain, dy, dx, weights, kept, own, dz, last):
+            launches.remember(of_chain, network.dgrad(dy, weights, kept, own, dz, last, dx, net, wanted, path.backward))
     if sums:
-        network.wgrad(x, dy if last is None else last, kept, dz, sums, net, wanted, path.wgrad)
+        dy = dy if last is None else last
+        of_sums = ("wgrad", *key)
+        if not launches.again(of_sums, x, dy, kept, dz, sums):
+            launches.remember(of_sums, network.wgrad(x, dy, kept, dz, sums, net, wanted, path.wgrad))
     return dx, gradients

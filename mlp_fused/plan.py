@@ -282,7 +282,7 @@ class NetworkPlan:
     reason: str
     backward: TileConfig | None  # of the kernel that recomputes, or of the chain of dz
     wgrad: TileConfig
-    launches: Launches = field(default_factory=Launches, repr=False)  # of its forward
+    launches: Launches = field(default_factory=Launches, repr=False)  # that were made
 
     def kept_elements(self, rows: int) -> int:
         """How many elements are kept for backward."""
@@ -593,6 +593,7 @@ class Plan:
     device: configs.Device | None  # None: not a GPU
     runs: tuple[RunPlan, ...]
     kept_bytes: int
+    torch_too: bool = True  # whether a product is left to torch where that was faster as measured
 
     @property
     def path(self) -> str:
@@ -619,7 +620,10 @@ class Plan:
         """What a kernel runs with; None where torch does the product."""
         if self.device is None or run.path == "reference":
             return None
-        return tables.tile_for(kernel.problem, self.device) if kernel.problem is not None else kernel.tile
+        if kernel.problem is None:
+            return kernel.tile
+        tile = tables.tile_for(kernel.problem, self.device)
+        return configs.choose(kernel.problem, self.device) if tile is None and not self.torch_too else tile
 
     def _floor(self, run: RunPlan, kernel: KernelPlan) -> float | None:
         tile = self._tile(run, kernel)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels.activations import Activation
+from .kernels.launch import Launch
 from .kernels.layer_backward import output_gradient
 from .kernels.layer_forward import pointwise
 
@@ -18,8 +19,14 @@ __all__ = ["dgrad_by_torch", "forward_by_torch", "wgrad_by_torch"]
 
 
 def forward_by_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, z: Tensor | None, activation: Activation
-) -> None:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    z: Tensor | None,
+    activation: Activation,
+    again: Launch | None = None,
+) -> Launch | None:
     """h = a(x Wᵀ + b), and z = x Wᵀ + b where `z` is given: a product with the bias, then a(·) as one pointwise kernel.
 
     relu and the identity are one call.
@@ -27,6 +34,7 @@ def forward_by_torch(
     Args:
         x: (M, K), any strides, as are weight (N, K), of the same dtype, and bias (N,), of any, or None.
         h: (M, N), contiguous, written; z likewise, or None.
+        again: what such a call returned before: the launch of its pointwise kernel.
     """
     product = h if z is None else z
     if bias is None:
@@ -35,27 +43,37 @@ def forward_by_torch(
         bias = bias if bias.dtype == x.dtype else bias.to(x.dtype)
         if z is None and activation.name == "relu" and x.is_cuda:
             torch._addmm_activation(bias, x, weight.t(), out=h)  # relu in the library's own epilogue
-            return
+            return None
         torch.addmm(bias, x, weight.t(), out=product)
     if activation.name != "identity":
-        pointwise(product, h, activation)
+        if again is None or not again(product, h):
+            return pointwise(product, h, activation)
     elif z is not None:
         h.copy_(z)
+    return again
 
 
 def dgrad_by_torch(
-    dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, h: Tensor | None, below: Activation
-) -> None:
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    dx: Tensor,
+    h: Tensor | None,
+    below: Activation,
+    again: Launch | None = None,
+) -> Launch | None:
     """dx = (dz W) ⊙ a'(saved), and h = a(saved) where `h` is given: a product, then one pointwise kernel.
 
     Args:
         dz: (M, N), any strides, as is weight (N, K), of the same dtype.
         saved: (M, K), contiguous, what the activation `below` kept; None for the identity.
         dx: (M, K), contiguous, written; h likewise, or None.
+        again: as in `forward_by_torch`.
     """
     torch.mm(dz, weight, out=dx)
-    if saved is not None:
-        output_gradient(dx, saved, dx, below, h=h)
+    if saved is not None and (again is None or not again(dx, saved, dx, h)):
+        return output_gradient(dx, saved, dx, below, h=h)
+    return again
 
 
 def wgrad_by_torch(dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:

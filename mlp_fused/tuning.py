@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from . import plan, reference
+from .chain import run_layers
 from .environment import versions
 from .functional import Layer, find_layers
 from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation, resolve
 from .kernels.layer_backward import dgrad, wgrad
 from .kernels.layer_forward import layer_forward
-from .layers import layer_path, run_layers
+from .layers import layer_path
 from .networks import run_network
 from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 from .training import UserError, first_line, progress

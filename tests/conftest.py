@@ -6,8 +6,9 @@ it is set here, before any test module is.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,48 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are only prepared the first time, and nothing is written; made again, they run, in the interpreter.
+
+    As on a GPU, they are told nothing then but pointers.
+    """
+    import torch
+
+    from mlp_fused.kernels.launch import Launch, _aligned
+
+    through_triton = Launch.through_triton
+
+    def at(pointer: object, dtype: object) -> object:
+        if isinstance(pointer, tuple):
+            return tuple(map(at, pointer, dtype))
+        if pointer is None:
+            return None
+        if pointer == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer((ctypes.c_byte * 16).from_address(pointer), dtype=dtype, count=1)
+
+    def dtypes(tensor: object) -> object:
+        if isinstance(tensor, tuple):
+            return tuple(map(dtypes, tensor))
+        return None if tensor is None else tensor.dtype
+
+    def prepare(launch: Launch, tensors: Sequence[object]) -> None:
+        if not _aligned(tensors):  # such a one is never made again
+            through_triton(launch, tensors)
+            return
+        of_tensors = tuple(map(dtypes, tensors))
+
+        def run(programs: int, *arguments: object) -> None:
+            pointers = arguments[8 : 8 + len(of_tensors)]  # after the grid, stream, kernel and what hooks are told
+            launch.kernel[(programs,)](*map(at, pointers, of_tensors), *launch.scalars, **launch.constants)
+
+        if launch.programs:
+            launch.run, launch.binary = run, (None, None)
+
+    monkeypatch.setattr(Launch, "through_triton", prepare)
 
 
 @pytest.fixture(params=["layer", "network"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,14 +13,15 @@ import torch
 from cases import CASES, Case, Data, check, gradients, make, oracle
 from torch import Tensor
 
-from mlp_fused import ACTIVATIONS, layers, mlp, reference
+from mlp_fused import ACTIVATIONS, chain, layers, mlp, reference
+from mlp_fused.chain import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network, run_kernels
 from mlp_fused.kernels import network, tables
 from mlp_fused.kernels.configs import Problem, TileConfig
 from mlp_fused.kernels.launch import count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
-from mlp_fused.layers import IDENTITY, run_layers
+from mlp_fused.layers import IDENTITY
 from mlp_fused.networks import run_network
 from mlp_fused.plan import NetworkPlan
 
@@ -39,7 +41,7 @@ def forward(case: Case, data: Data, path: str, recompute: bool | None = None) ->
     if path != "network":
         with pytest.MonkeyPatch.context() as patch:
             if path == "layer":
-                patch.setattr(layers, "LAUNCH_BOUND", -1)
+                patch.setattr(chain, "LAUNCH_BOUND", -1)
             y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype))
     else:
         assert isinstance(network_path, NetworkPlan), network_path
@@ -91,8 +93,8 @@ def of_kind(kind: str, problem: Problem) -> TileConfig:
 
 
 def kinds(case: Case) -> list[str]:
-    """The kinds of tile that a case has: bf16x6 is of full fp32."""
-    return [kind for kind in KINDS if kind != "bf16x6" or (case.dtype == torch.float32 and not case.tf32)]
+    """The kinds of tile that a case has, layer after layer: bf16x6 is of full fp32."""
+    return ["pointers", "bf16x6"] if case.dtype == torch.float32 and not case.tf32 else ["pointers"]
 
 
 @pytest.mark.parametrize(("kind", "case"), [(kind, case) for case in CASES for kind in kinds(case)], ids=name)
@@ -104,8 +106,37 @@ def test_every_kind_of_tile_through_the_table(
     layers.layer_path.cache_clear()  # what it remembers is of other tiles
     monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind(kind, problem))
     data = make(case)
-    ours = gradients(data, forward(case, data, "run" if kind == "persistent" else "layer"))
+    ours = gradients(data, forward(case, data, "layer"))
     layers.layer_path.cache_clear()
+    check(case, oracle(case, data), ours, by_torch(case, data))
+
+
+UNALIGNED = ("sliced", "strided parameters")  # layouts of tensors that do not begin at 16 bytes
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.layout not in UNALIGNED], ids=name)
+def test_all_layers_at_once_through_the_table(
+    case: Case, by_pointers: None, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Persistent tiles; a repeated call, whose launches are prepared and filled with pointers."""
+    all_layers_at_once(case, monkeypatch)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.layout in UNALIGNED], ids=name)
+def test_all_layers_at_once_without_alignment(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_layers_at_once(case, monkeypatch)
+
+
+def all_layers_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    layers.layer_path.cache_clear()
+    monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind("persistent", problem))
+    for _ in range(2):
+        data = make(case)
+        with count_launches() as launches:
+            ours = gradients(data, forward(case, data, "run"))
+    layers.layer_path.cache_clear()
+    assert launches or case.rows == 0
     check(case, oracle(case, data), ours, by_torch(case, data))
 
 
@@ -215,7 +246,7 @@ def test_gradcheck(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def layer_by_layer(*leaves: Tensor) -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr(layers, "LAUNCH_BOUND", -1)
+            patch.setattr(chain, "LAUNCH_BOUND", -1)
             return through_kernels(*leaves)
 
     for function in (through_kernels, through_torch, *([layer_by_layer] if path == "layer" else [])):
@@ -246,6 +277,48 @@ def test_a_differentiated_gradient_is_torchs(path: str, device: str) -> None:
             found.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
         for ours, torchs in zip(*found):
             torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["run", "network"])
+def test_a_differentiated_gradient_refuses_parameters_that_changed(path: str, device: str) -> None:
+    """These two compute again from x; the ordinary gradient reads no bias, and is as good as before."""
+    data = make(Case(), device)
+    y = forward(Case(), data, path)
+    with torch.no_grad():
+        data.biases[0].add_(1)
+    expected = torch.autograd.grad(y, data.weights, data.dy, retain_graph=True)
+    assert all(each.isfinite().all() for each in expected)
+    with pytest.raises(RuntimeError, match="bias 0 was changed in place since the forward"):
+        torch.autograd.grad(y, data.weights, data.dy, create_graph=True)
+
+
+@pytest.mark.parametrize("path", ["layer", "run"])
+def test_an_input_that_no_gradient_needs_may_change(path: str, device: str) -> None:
+    """As with torch.nn.Linear: where the first weight is frozen, and x takes no gradient, nothing is kept of x."""
+    case = Case(widths=(8, 8, 8), activation="tanh", needs="last layer")
+    data = make(case, device)
+    y = forward(case, data, path)
+    leaves = [leaf for leaf in data.leaves.values() if leaf.requires_grad]
+    expected = torch.autograd.grad(y, leaves, data.dy, retain_graph=True)
+    data.x.zero_()
+    found = torch.autograd.grad(y, leaves, data.dy, create_graph=True)
+    for ours, before in zip(found, expected):
+        torch.testing.assert_close(ours, before)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_after_backward_a_graph_holds_no_tensor(path: str, device: str) -> None:
+    """Parameters that are computed themselves, and x, are let go though y lives on."""
+    data = make(Case(), device)
+    computed = [tensor * 1 for tensor in (data.x, *data.weights, *data.biases)]
+    held = [weakref.ref(tensor) for tensor in computed]
+    of_case = replace(data, x=computed[0], weights=computed[1:3], biases=computed[3:])
+    y = forward(Case(), of_case, path)
+    y.backward(data.dy)
+    assert data.weights[0].grad is not None
+    del computed, of_case
+    assert [ref() for ref in held] == [None] * 5
+    assert y.grad_fn is not None
 
 
 TILES = [

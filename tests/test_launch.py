@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, FusedMLP, mlp, reference
+from mlp_fused.chain import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network
 from mlp_fused.kernels import configs, launch, layer_backward, network, tables
 from mlp_fused.kernels.layer_backward import dgrad, output_gradient, sum_partials, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
-from mlp_fused.layers import run_layers
+from mlp_fused.layers import layer_after_layer
 from mlp_fused.networks import run_network
 from mlp_fused.plan import NetworkPlan
 
@@ -188,7 +189,7 @@ def on_stand_ins() -> dict[str, Any]:
     torch.cuda.device = lambda device: driver.active.on(device)
     configs.device_of = lambda tensor: dataclasses.replace(configs.DEVICES["NVIDIA H100"], name="a stand-in")
     tables.PACKAGED = Path("none")
-    layer_backward._partial = functools.lru_cache(layer_backward._partial)  # the same memory both times
+    layer_backward.Partial.allocate = functools.lru_cache(layer_backward.Partial.allocate)  # the same memory both times
     through = Counter()  # how often Triton was gone through, and compiled
     scratch: list[int] = []
 
@@ -256,7 +257,8 @@ def on_stand_ins() -> dict[str, Any]:
         assert all(pool.map(in_a_thread, range(4)))
     found["threads"] = sorted(Counter(str(call["arguments"]) for call in hopper.calls).values())
 
-    found["steps"] = {path: steps(path, through) for path in ("layer", "network")}
+    found["steps"] = {path: steps(path, through) for path in ("layer", "chain", "network")}
+    found["chain"] = chained(hopper)
 
     amd = StandIn("hip", "gfx942", 64, 2)  # a device of its own, whose compiled kernels are kept apart
     driver.set_active(amd)
@@ -268,15 +270,18 @@ def on_stand_ins() -> dict[str, Any]:
 
 def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
     """Training steps over numbers of rows of one order of magnitude: what each compiled, and took through Triton."""
-    widths = (64, 48, 32) if path == "layer" else (32, 16, 16)
+    widths = (32, 16, 16) if path == "network" else (64, 48, 32)
     weights = [draw(n, k).requires_grad_() for k, n in itertools.pairwise(widths)]
     biases = [draw(n).requires_grad_() for n in widths[1:]]
-    layers = [Layer(*layer) for layer in zip(weights, biases, (GELU, SILU))]
+    activations = (SILU, GELU) if path == "chain" else (GELU, SILU)  # kernels that no other path has compiled
+    layers = [Layer(*layer) for layer in zip(weights, biases, activations)]
     found = []
     for rows in (4000, 3999, 4001, 3993, 4000):
         before = Counter(through)
         x = draw(rows, widths[0])
         if path == "layer":
+            y = layer_after_layer(x, weights, biases, find_layers(x, layers, BF16, "triton"))
+        elif path == "chain":
             y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
         else:
             network_path = find_network(x, layers, BF16)
@@ -288,6 +293,20 @@ def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
         launched = compiled.pop("launches", 0)
         found.append({"rows": rows, "compiled": compiled, "forward": forward, "backward": launched - forward})
     return found
+
+
+def chained(hopper: StandIn) -> list[list[dict[str, Any]]]:
+    """What reaches the launcher in a step of all layers at once: kernel by kernel, then as one program."""
+    weights = [draw(n, k).requires_grad_() for k, n in ((64, 49), (49, 32))]
+    biases = [draw(49).requires_grad_(), None]
+    layers = [Layer(*layer) for layer in zip(weights, biases, (GELU, SILU))]
+    x = draw(4000, 64).requires_grad_()
+
+    def step() -> None:
+        y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
+        y.backward(torch.ones_like(y))
+
+    return [hopper.noted(step), hopper.noted(step)]
 
 
 if __name__ == "__main__":
@@ -349,14 +368,30 @@ def test_a_launch_is_made_again_on_amd(found: dict[str, Any]) -> None:
     assert {**ours, "told": True} == {**theirs, "told": True}
 
 
-@pytest.mark.parametrize("path", ["layer", "network"])
+@pytest.mark.parametrize("path", ["layer", "chain", "network"])
 def test_another_number_of_rows_compiles_nothing(path: str, found: dict[str, Any]) -> None:
     first, *others, last = found["steps"][path]
     assert len(first["compiled"]) >= 3
     assert [step["compiled"] for step in others] == [{}] * len(others), others
     assert all(step["forward"] for step in others)
-    assert last["forward"] == 0  # prepared before
-    assert path == "network" or last["backward"] == 0
+    assert last["forward"] == last["backward"] == 0  # prepared before
+
+
+def test_a_program_passes_what_its_launches_would(found: dict[str, Any]) -> None:
+    """But for the pointers, as memory is allocated otherwise; those, the table of cases shows right."""
+
+    def but_for_pointers(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(but_for_pointers, value))
+        return "pointer" if isinstance(value, int) and value > 2**40 else value
+
+    one_by_one, as_program = found["chain"]
+    assert len(one_by_one) == len(as_program) >= 2 + 1 + 2 + 2 + 1  # a weight gradient at least is split
+    assert any(call["told"] for call in one_by_one)
+    for ours, theirs in zip(as_program, one_by_one):
+        assert not ours.pop("told")
+        theirs.pop("told")
+        assert but_for_pointers(list(ours.values())) == but_for_pointers(list(theirs.values()))
 
 
 # ---------------------------------------------------------------- in the interpreter
@@ -502,26 +537,26 @@ def test_a_call_that_repeats_prepares_nothing(path: str, device: str, prepared: 
 def test_what_is_remembered_is_bounded(
     path: str, device: str, prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "MOST_LAUNCHES", 3)
-    memos: list[launch.Launches] = []
-    inner = launch.Launches.remember
+    monkeypatch.setattr(launch, "MOST_REMEMBERED", 3)
+    memos: list[launch.Remembered] = []
+    inner = launch.Remembered.__setitem__
 
-    def remember(self: launch.Launches, *arguments: Any) -> None:
+    def remember(self: launch.Remembered, *arguments: Any) -> None:
         inner(self, *arguments)
         memos.append(self)
 
-    monkeypatch.setattr(launch.Launches, "remember", remember)
+    monkeypatch.setattr(launch.Remembered, "__setitem__", remember)
     model = FusedMLP(12, [16, 8], backend="triton", device=device)
     for rows in (10, 11, 12, 13, 10, 11, 11):
         x = torch.randn(rows, 12, device=device)
         check(model(x), x, *parameters(model), RELU, IDENTITY)
     assert memos
-    assert max(len(memo._made) for memo in memos) <= 3
+    assert max(map(len, memos)) <= 3
 
 
 def test_threads_share_a_model(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter itself runs one kernel at a time: its grid and its `tl` are global."""
-    monkeypatch.setattr(launch, "MOST_LAUNCHES", 3)
+    monkeypatch.setattr(launch, "MOST_REMEMBERED", 3)
     one_at_a_time, inner = Lock(), launch.Launch.through_triton
 
     def through_triton(self: launch.Launch, tensors: Any) -> None:

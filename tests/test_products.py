@@ -11,11 +11,11 @@ from cases import CASES, Case, Data, check, gradients, make, oracle
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, layers, reference
+from mlp_fused.chain import run_layers
 from mlp_fused.functional import Layer, find_layers
 from mlp_fused.kernels import tables
 from mlp_fused.kernels.activations import Activation
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.layers import run_layers
 from mlp_fused.products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 
 

@@ -1,0 +1,299 @@
+"""All layers at once: kernel after kernel, with memory for everything between them allocated in one piece.
+
+Of a small network the host's part is the whole time. Here a repeated call finds all its launches by one key and fills
+in pointers; what lies between two kernels is a place in memory and never a tensor. Inference of any size goes this way,
+training where the host could not keep up with a layer after the other (`LAUNCH_BOUND`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gradients import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
+from .kernels.launch import Launch, Program, Slots
+from .kernels.layer_backward import WeightGradient
+from .layers import IDENTITY, LayerPath, layer_after_layer
+from .plan import DEBUG
+
+__all__ = ["run_layers"]
+
+# Multiply-adds of a forward up to which all layers are one autograd.Function: 20 µs of an H200's bf16 forward and
+# backward, which the host can hardly launch faster.
+LAUNCH_BOUND = 2**31
+
+
+def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath) -> Tensor:
+    """x (M, d_0) -> y (M, d_L) through a path's kernels, with gradients wherever they are wanted."""
+    if x.dtype != path.dtype:
+        x = x.to(path.dtype)
+    if DEBUG:
+        return layer_after_layer(x, weights, biases, path)
+    if not (torch.is_grad_enabled() and any(map(_requires_grad, filter(_given, (*weights, x, *biases))))):
+        return _forward(x, _cast(weights, path), biases, path, keep=False)[0]
+    if (
+        weights[0].requires_grad  # and so keeps x
+        and 0 < x.shape[0] * path.multiply_adds <= LAUNCH_BOUND
+        and all(map(_is_leaf, filter(_given, (*weights, *biases))))  # others have to be let go after backward
+    ):
+        return _ChainFunction.call(x, path, *weights, *biases)
+    return layer_after_layer(x, weights, biases, path)
+
+
+_requires_grad, _is_leaf = operator.attrgetter("requires_grad"), operator.attrgetter("is_leaf")
+
+
+def _given(tensor: Tensor | None) -> bool:
+    return tensor is not None
+
+
+def _cast(weights: Sequence[Tensor], path: LayerPath) -> Sequence[Tensor]:
+    """As the kernels read them."""
+    return [weight.to(path.dtype) for weight in weights] if path.casts else weights
+
+
+class Chain:
+    """Kernels one after the other over places in some buffers: as tensors the first time, as pointers from then on."""
+
+    def __init__(self, rows: int, itemsize: int) -> None:
+        self.rows = rows
+        self.itemsize = itemsize
+        self.places: list[tuple[int, int]] = []  # the buffer, and where in it, in bytes
+        self.widths: list[int] = []  # of each place; 0: it is the buffer as it is
+        self.steps: list[tuple[Callable[..., Any], tuple[int, ...]]] = []
+        self.program: Program | None = None
+        self.partial = 0  # elements for the partial sums of weight gradients, and their dtype
+        self.partial_dtype = torch.float32
+
+    def place(self, buffer: int, start: int = 0, width: int = 0) -> int:
+        """The slot of a buffer; or of (rows, width) in it, `start` elements on."""
+        self.places.append((buffer, start * self.itemsize))
+        self.widths.append(width)
+        return len(self.places) - 1
+
+    def run(self, buffers: Sequence[Tensor | None]) -> None:
+        """Launch them all."""
+        if self.program is not None:
+            bases = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
+            if self.program([None if (base := bases[buffer]) is None else base + at for buffer, at in self.places]):
+                return
+        made = [into(*[self._tensor(buffers, slot) for slot in slots]) for into, slots in self.steps]
+        self.program = self._program(made, len(buffers) - 1)
+
+    def _tensor(self, buffers: Sequence[Tensor | None], slot: int) -> Tensor | None:
+        (buffer, at), width = self.places[slot], self.widths[slot]
+        whole = buffers[buffer]
+        if whole is None or width == 0:
+            return whole
+        start = at // self.itemsize
+        return whole[start : start + self.rows * width].view(self.rows, width)
+
+    def _program(self, made: Sequence[Any], partial: int) -> Program | None:
+        """Of what the steps have made; None where one is torch's, or not aligned. `partial` is that buffer."""
+        steps: list[tuple[Launch, Slots]] = []
+        for launch, (_, slots) in zip(made, self.steps):
+            if isinstance(launch, Launch):
+                steps.append((launch, slots))
+            elif isinstance(launch, WeightGradient):
+                steps += self._weight_gradient(launch, slots, partial)
+            else:
+                return None
+        return Program.of(steps)
+
+    def _weight_gradient(
+        self, launch: WeightGradient, slots: tuple[int, ...], buffer: int
+    ) -> list[tuple[Launch, Slots]]:
+        dz, h, dw, db = slots
+        partial = launch.partial
+        if not partial.size_w:  # h is not read then
+            h = dz
+        if launch.total is None:
+            return [(launch.products, (dz, h, dw, db))]
+        whole = self.place(buffer)
+        self.places.append((buffer, partial.start_b * partial.dtype.itemsize))
+        self.widths.append(0)
+        start_b = len(self.places) - 1
+        self.partial = max(self.partial, partial.splits * partial.columns)
+        self.partial_dtype = partial.dtype
+        into = (whole if partial.size_w else dw, start_b if partial.size_b else db)
+        sums = tuple(slot for slot, size in ((dw, partial.size_w), (db, partial.size_b)) if size)
+        return [(launch.products, (dz, h, *into)), (launch.total, (whole, sums))]
+
+
+def _room(rows: int, width: int) -> int:
+    """Elements for (rows, width), so that what follows is aligned as an allocation's beginning is."""
+    return -(-rows * width // 64) * 64
+
+
+class Forward:
+    """y, and what is kept for backward, for x and parameters of certain shapes and strides.
+
+    Attributes:
+        edges: of each layer, where in what is kept lies what backward reads of it: z, or h; None where y is that.
+    """
+
+    def __init__(self, path: LayerPath, rows: int, keep: bool) -> None:
+        count = len(path.layers)
+        self.chain = chain = Chain(rows, path.dtype.itemsize)
+        x, kept, spare, y, nothing = 0, 2 * count + 1, 2 * count + 2, 2 * count + 3, 2 * count + 4
+        places: list[tuple[Any, Any]] = []  # of h and z
+        self.kept = 0
+        turns = [0, 0]  # sizes of the two places that layers which are not kept take in turn
+        for index, kernels in enumerate(path.layers):
+            size = _room(rows, kernels.width_out)
+            h = z = None
+            if keep and kernels.activation.keeps_preactivation:
+                z = self.kept
+                self.kept += size
+            elif keep and not kernels.last:
+                h = self.kept
+                self.kept += size
+            if h is None and not kernels.last:
+                turns[index % 2] = max(turns[index % 2], size)
+            places.append((h, z))
+        self.spare = sum(turns)
+        self.edges = [h if z is None else z for h, z in places]
+        below, none = chain.place(x), chain.place(nothing)
+        for index, (kernels, (h, z)) in enumerate(zip(path.layers, places)):
+            width = kernels.width_out
+            at_z = none if z is None else chain.place(kept, z, width)
+            if kernels.last:
+                at_h = chain.place(y)
+            elif h is not None:
+                at_h = chain.place(kept, h, width)
+            else:
+                at_h = chain.place(spare, turns[0] * (index % 2), width)
+            parameters = chain.place(1 + index), chain.place(1 + count + index)
+            chain.steps.append((kernels.forward_into, (below, *parameters, at_h, at_z)))
+            below = at_h
+        self.width_out = path.layers[-1].width_out
+
+    def __call__(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """y and what is kept."""
+        y = x.new_empty((self.chain.rows, self.width_out))
+        kept = x.new_empty((self.kept,)) if self.kept else None
+        spare = x.new_empty((self.spare,)) if self.spare else None
+        self.chain.run((x, *weights, *biases, kept, spare, y, None))
+        return y, kept
+
+
+def _forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    strides = [None if each is None else each.stride() for each in (x, *weights, *biases)]
+    key = (keep, x.shape, x.get_device(), *strides)
+    forward = path.chains.get(key)
+    if forward is None:
+        forward = path.chains[key] = Forward(path, x.shape[0], keep)
+    return forward(x, weights, biases)
+
+
+class Backward:
+    """dx and the gradients of all parameters, those that are wanted, from what a `Forward` kept."""
+
+    def __init__(
+        self, path: LayerPath, rows: int, needs_x: bool, needs: Sequence[bool], parameters: Sequence[Tensor | None]
+    ) -> None:
+        count = len(path.layers)
+        layers = path.layers
+        self.shape_of_x = (rows, layers[0].width_in) if needs_x else None
+        # torch.empty_like is the faster, and right where a parameter is contiguous.
+        self.gradients = [
+            (index, None if parameter.is_contiguous() else parameter.shape, parameter.dtype)
+            for index, (parameter, need) in enumerate(zip(parameters, needs))
+            if need and parameter is not None
+        ]
+        edges = Forward(path, rows, keep=True).edges
+        self.chain = chain = Chain(rows, path.dtype.itemsize)
+        dy, y, x, kept, spare, dx, nothing = 0, 1, 2, count + 3, count + 4, count + 5, 3 * count + 6
+        none = chain.place(nothing)
+        at_edge = [
+            chain.place(y) if edge is None else chain.place(kept, edge, kernels.width_out)
+            for kernels, edge in zip(layers, edges)
+        ]
+        biggest = max(_room(rows, kernels.width_out) for kernels in layers)
+        # dz takes two places in turn; a third is for what is rebuilt of a layer's output.
+        at_dz = [chain.place(spare, biggest * (index % 2), kernels.width_out) for index, kernels in enumerate(layers)]
+        self.spare = 3 * biggest
+        dz = chain.place(dy)
+        if path.activations[-1] is not IDENTITY:
+            chain.steps.append((layers[-1].output_gradient_into, (dz, at_edge[-1], at_dz[-1], none)))
+            dz = at_dz[-1]
+        for index in reversed(range(count)):
+            kernels = layers[index]
+            needs_weight, needs_bias = needs[index], needs[count + index]
+            h = at_edge[index - 1] if index else chain.place(x)
+            below = none
+            if index or needs_x:
+                below = at_dz[index - 1] if index else chain.place(dx)
+                saved, rebuilt = h if kernels.has_below else none, none
+                if needs_weight and kernels.below.keeps_preactivation:
+                    h = rebuilt = chain.place(spare, 2 * biggest, kernels.width_in)
+                chain.steps.append((kernels.dgrad_into, (dz, chain.place(3 + index), saved, below, rebuilt)))
+            if needs_weight or needs_bias:
+                dw = chain.place(dx + 1 + index) if needs_weight else none
+                db = chain.place(dx + 1 + count + index) if needs_bias else none
+                chain.steps.append((kernels.wgrad_into, (dz, h if needs_weight else none, dw, db)))
+            dz = below
+
+    def __call__(
+        self,
+        dy: Tensor,
+        y: Tensor | None,
+        x: Tensor,
+        kept: Tensor | None,
+        weights: Sequence[Tensor | None],
+        parameters: Sequence[Tensor | None],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dx, and the gradients of W_1 …, b_1 …; `parameters` are as the user has them, `weights` as kernels read."""
+        dx = None if self.shape_of_x is None else x.new_empty(self.shape_of_x)
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        for index, shape, dtype in self.gradients:
+            parameter: Any = parameters[index]
+            gradients[index] = torch.empty_like(parameter) if shape is None else dy.new_empty(shape, dtype=dtype)
+        chain = self.chain
+        partial = dy.new_empty((chain.partial,), dtype=chain.partial_dtype) if chain.partial else None
+        chain.run((dy, y, x, *weights, kept, dy.new_empty((self.spare,)), dx, *gradients, None, partial))
+        return dx, gradients
+
+
+class _ChainFunction(PlainFunction):
+    """(x, W_1 …, b_1 …) -> y, of which the first weight at least wants a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: LayerPath, *parameters: Any) -> Tensor:
+        count = len(path.layers)
+        weights = _cast(parameters[:count], path)
+        y, kept = _forward(x, weights, parameters[count:], path, keep=True)
+        first = weights[0] if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, y if path.keeps_output else None, kept, first, *weights[1:])
+        ctx.path = path
+        # As the user has them, for a gradient that is differentiated; saved above is what the kernels read.
+        ctx.parameters, ctx.versions = parameters, versions(parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        path: LayerPath = ctx.path
+        needs_x, _, *needs = ctx.needs_input_grad
+        x, y, kept, *weights = ctx.saved_tensors
+        dy = plain_gradient(dy)
+        if wants_torch(dy):
+            dx, gradients = differentiable_backward(
+                path.activations, path.dtype, x, ctx.parameters, ctx.versions, dy, needs_x, needs
+            )
+        else:
+            # Saved weights may lie otherwise than the user's, whose gradients lie as they do.
+            strides = [None if each is None else each.stride() for each in (dy, y, x, *weights, *ctx.parameters)]
+            key = (x.shape, x.get_device(), *ctx.needs_input_grad, *strides)
+            backward = path.chains.get(key)
+            if backward is None:
+                backward = path.chains[key] = Backward(path, x.shape[0], needs_x, needs, ctx.parameters)
+            dx, gradients = backward(dy, y, x, kept, weights, ctx.parameters)
+        return dx, None, *gradients

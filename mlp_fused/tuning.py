@@ -417,7 +417,7 @@ def _random(sets: int, *shape: int, dtype: torch.dtype, device: torch.device, sc
     return [each[:size].view(shape) for each in numbers]
 
 
-BY_TORCH: dict[str, Callable[..., None]] = {
+BY_TORCH: dict[str, Callable[..., object]] = {
     "forward": forward_by_torch,
     "dgrad": dgrad_by_torch,
     "wgrad": wgrad_by_torch,

@@ -636,6 +636,17 @@ def test_warmup_prepares_every_launch_of_a_call_and_changes_nothing(device: str)
     assert sum(again.values()) == 2 * 3
 
 
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_warmup_under_inference_mode(made_inside: bool, device: str) -> None:
+    with torch.inference_mode(made_inside):
+        model = FusedMLP(300, [300, 5], backend="triton", device=device)
+    with torch.inference_mode(), count_launches() as launches:
+        model.warmup(8)
+        assert model(torch.zeros(8, 300, device=device)).shape == (8, 5)
+    assert launches["layer_forward_kernel"] == 2 * 3
+    assert launches.get("wgrad_kernel", 0) == (0 if made_inside else 2)
+
+
 def test_warmup_has_nothing_to_do_where_torch_runs() -> None:
     with count_launches() as launches:
         FusedMLP(4, [5, 3]).warmup(8)

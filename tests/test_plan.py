@@ -238,6 +238,7 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     rows = str(FusedMLP(300, [300, 20]).explain(64, device=device.name)).splitlines()
     (first,) = [row for row in rows if "300 -> 300  forward" in row]
     assert "torch's own" in first
+    assert "torch's own" not in str(FusedMLP(300, [300, 20], backend="triton").explain(64, device=device.name))
     (second,) = [row for row in rows if "300 -> 20 " in row and "forward" in row]
     assert "warps" in second
 

@@ -15,7 +15,7 @@ from mlp_fused.chain import run_layers
 from mlp_fused.functional import Layer, find_layers
 from mlp_fused.kernels import tables
 from mlp_fused.kernels.activations import Activation
-from mlp_fused.kernels.launch import count_launches
+from mlp_fused.kernels.launch import Launch, count_launches
 from mlp_fused.products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 
 
@@ -90,6 +90,35 @@ def test_wgrad_into_another_dtype(rows: int, dtype: torch.dtype, parameters: tor
     bound = partial(torch.testing.assert_close, rtol=2 * torch.finfo(coarser).eps, atol=20 * torch.finfo(coarser).eps)
     bound(dw.double(), dz.double().t() @ h.double())
     bound(db.double(), dz.double().sum(0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_nan_survives_the_librarys_relu(dtype: torch.dtype, device: str) -> None:
+    """torch.relu(NaN) is NaN; a maximum with 0 in a library's epilogue need not be."""
+    x, weight = torch.randn(64, 32, device=device, dtype=dtype), torch.randn(48, 32, device=device, dtype=dtype)
+    x[3, 5] = torch.nan
+    h = torch.empty(64, 48, device=device, dtype=dtype)
+    forward_by_torch(x, weight, torch.zeros(48, device=device, dtype=dtype), h, None, RELU)
+    assert h[3].isnan().all()
+
+
+def test_the_pointwise_kernel_is_launched_again(by_torch: None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a product of torch's is prepared once, for a repeated call."""
+    prepared: list[str] = []
+    inner = Launch.__init__
+
+    def init(self: Launch, kernel: object, *arguments: object) -> None:
+        prepared.append(kernel.__name__)
+        inner(self, kernel, *arguments)
+
+    monkeypatch.setattr(Launch, "__init__", init)
+    case = Case(activation="gelu", output_activation="gelu")
+    data = make(case, device)
+    run(case, data)
+    assert sorted(prepared) == ["output_gradient_kernel"] * 2 + ["pointwise_kernel"] * 2
+    run(case, data)
+    assert len(prepared) == 4
 
 
 def test_only_what_is_wanted(device: str) -> None:

@@ -138,6 +138,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
         f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: its result is not torch's (relative difference nan)" in said
     )
 
+    path().unlink()
     monkeypatch.setattr(configs, "candidates", lambda problem, device: (BROKEN,))
     table, said = run(clock)
     assert [(row.tile, row.ms) for row in table.gemms] == [(None, None)] * PRODUCTS

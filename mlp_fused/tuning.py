@@ -59,7 +59,7 @@ ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
 BOUNDS = {"fp32": (2e-5, 5e-3), "tf32": (5e-3, 2e-2), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
 MOST_SETS = 1024  # of operands to take in turn
 FEW = 4  # candidates of a product that every one should have measured
-ANCHOR_WEIGHT = 4  # of a reading of an anchor
+ANCHOR_WEIGHT = 16  # of a reading of an anchor
 
 BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
 DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
@@ -501,17 +501,22 @@ class Tuner:
         # Sums of k products in fp32, added in another order, differ by about sqrt(k) roundings.
         bound = BOUNDS[product.dtype][0] + math.sqrt(product.problem.k) * 2**-24
         best: tuple[float, configs.TileConfig] | None = None
-        for tile in self._candidates(product):
-            what = f"{product}, {tile}"
+        begun = self.now()
+        for index, tile in enumerate(self._candidates(product)):
+            what, asked = f"{product}, {tile}", self.now()
             try:
-                if best is not None and self.now() >= limit:
+                if best is not None and asked + (asked - begun) / index > limit:  # one more would not end in time
                     break
-                if not self._compiles(what, TileWork(product, tile), limit if best else self.deadline):
-                    continue
+                compiles = self._compiles(what, TileWork(product, tile), limit if best else self.deadline)
             except NotYetError:
                 if best is None:
                     raise
                 break
+            if best is None:  # what it had to wait for a first tile is no part of its time
+                waited = self.now() - asked
+                begun, limit = begun + waited, limit + waited
+            if not compiles:
+                continue
             ours = functools.partial(operands.by_kernel, tile=tile)
             if self._is_right(what, functools.partial(operands.written, ours), expected, bound):
                 ms = self._milliseconds(what, operands.turns(ours))

@@ -152,10 +152,12 @@ def work_on(what: Any) -> None:
 def started(monkeypatch: pytest.MonkeyPatch, workers: int = 1) -> Iterator[Compilers]:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     compilers = Compilers(work_on, H100, None, workers)
-    with compilers:
-        yield compilers
-    assert not any(process.is_alive() for process in compilers._processes)
-    assert not any(thread.is_alive() for thread in compilers._threads)
+    try:
+        with compilers:
+            yield compilers
+    finally:
+        assert not any(process.is_alive() for process in compilers._processes)
+        assert not any(thread.is_alive() for thread in compilers._threads)
 
 
 def test_what_fails_or_dies_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_what_fails_or_dies_is_said_and_the_rest_goes_on(monkeypatch: pytest.Mon
     assert len((tmp_path / "ran").read_text().splitlines()) == 1
 
 
-def test_what_is_waited_for_comes_first_and_each_key_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_waited_for_comes_first_and_each_key_once() -> None:
     compilers = Compilers(work_on, H100, None, 1)
     compilers._threads.clear()  # nobody works: the order is what is looked at
     compilers.ask({"a": 1, "b": 2})
@@ -196,17 +198,22 @@ def test_processes_that_do_not_start_leave_compiling_to_the_launch(
     assert not (tmp_path / "ran").exists()
 
 
-def test_ctrl_c_does_not_reach_the_processes_and_ends_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ctrl_c_does_not_reach_the_processes_and_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        with started(monkeypatch) as compilers:
+            compilers.ask({"first": 0.0, "long": 600.0})
+            assert compilers.wait("first", 60) is None
+            (process,) = compilers._processes
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGINT)  # as a terminal sends it to all of them
+            process.join(0.3)
+            assert process.is_alive()
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            compilers.wait("long", 600)
+
     begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), started(monkeypatch) as compilers:
-        compilers.ask({"first": 0.0, "long": 600.0})
-        assert compilers.wait("first", 60) is None
-        (process,) = compilers._processes
-        os.kill(process.pid, signal.SIGINT)  # as a terminal sends it to all of them
-        process.join(0.3)
-        assert process.is_alive()
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        compilers.wait("long", 600)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert time.monotonic() - begun < 60
 
 

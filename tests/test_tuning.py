@@ -415,7 +415,7 @@ def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path, monkeypa
 class FewCompilers(Compilers):
     """Compiles in no time, but for what it is told."""
 
-    def __init__(self, outcomes: dict[TileConfig | str, str | None | type[Exception]]) -> None:
+    def __init__(self, outcomes: dict[TileConfig | str, str | type[Exception] | None]) -> None:
         super().__init__(tuning.compile_ahead, INTERPRETED_DEVICE, None, 0)
         self.told = outcomes
         self.asked: dict[Any, Any] = {}
@@ -468,7 +468,8 @@ def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, meas
 class Model(Compilers):
     """Time as it passes on a machine with a GPU and 16 cores: compiling there, measuring here."""
 
-    BOOT, TILE, PATH = 8.0, 2.0, 8.0  # seconds until a process is there; of compiling a product's tile, a network's path
+    BOOT = 8.0  # seconds until a process is there
+    TILE, PATH = 2.0, 8.0  # of compiling a product by a tile, a network's path
     LAYER = 3.0  # of compiling what a path of layers needs beside its products' kernels
     READING = 0.12  # seconds of a reading, and of making and checking what is read
 
@@ -732,7 +733,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: at.update(host=max(at["host"], at["device"])))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: work(1e-6, cycles / 1e9))
     monkeypatch.setattr(time, "perf_counter", lambda: at["host"])
-    return at
+    tuning.cycles_per_second.cache_clear()
+    yield at
+    tuning.cycles_per_second.cache_clear()
 
 
 @pytest.mark.parametrize(("issue", "seconds"), [(50e-6, 2e-6), (10e-6, 3e-3), (5e-6, 5e-6)], ids=str)

@@ -73,7 +73,7 @@ def source_digest() -> str:
 
 
 def user_table_digest(gpu: str) -> str | None:
-    """Twelve hex digits over the user's own table of measured tiles, which comes before the package's; None: no table."""
+    """Twelve hex digits over the user's own table of measured tiles, which comes before the package's; or None."""
     path = tables.user_path(gpu)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
 

@@ -57,7 +57,7 @@ class Compilers:
         workers: how many; 0: nothing is compiled ahead, and nothing waited for.
 
     Attributes:
-        failure: why nothing is compiled ahead any more, if so.
+        failure: why something, or anything from then on, was not compiled ahead.
     """
 
     def __init__(self, compile: Callable[[Any], None], device: configs.Device, target: Any, workers: int) -> None:
@@ -101,7 +101,8 @@ class Compilers:
         """Until a piece of work is compiled, which now comes first.
 
         Returns:
-            None; or why it cannot be launched. What was not asked for is compiled where it is launched.
+            None; or why it is not to be launched: a compiler died of it. What failed to compile otherwise, or was not
+            asked for, is compiled where it is launched, and says there what is wrong with it.
 
         Raises:
             NotYetError: it takes longer than that.
@@ -124,10 +125,10 @@ class Compilers:
                     break
                 key = next(iter(self._waiting))
                 work = self._waiting.pop(key)
-            died = False
+            died, outcome = False, None
             try:
                 connection.send(work)
-                outcome = connection.recv()
+                self.failure = connection.recv() or self.failure
             except (EOFError, OSError):
                 died = True
                 process.join()
@@ -178,12 +179,12 @@ def _serve(connection: Connection, compile: Callable[[Any], None], device: confi
             work = connection.recv()
         except EOFError:
             return
+        failure = None
         try:
             compile(work)
-            outcome = None
         except Exception as error:  # of many classes
-            outcome = f"it does not compile: {type(error).__name__}: {first_line(error)}"
-        connection.send(outcome)
+            failure = f"{type(error).__name__}: {first_line(error)}"
+        connection.send(failure)
 
 
 def compile_only(device: configs.Device, target: Any) -> None:

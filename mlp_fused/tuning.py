@@ -437,6 +437,7 @@ class Tuner:
             rest = sum(weight for weight, later in zip(weights[index:], tasks[index:]) if later.known == task.known)
             if isinstance(task, Whole) and (index == 0 or isinstance(tasks[index - 1], Product)):
                 self._ask_paths(tasks[index:], self.table)
+            self.doing = str(task)
             try:
                 if left <= 0:
                     raise NotYetError
@@ -837,7 +838,7 @@ def tune(
         raise UserError(f"the GPU failed at {tuner.doing}: {first_line(error)}; {save()}") from error
     written = save()
     if compilers.failure:
-        tuner.notes.append(f"kernels were compiled where they were launched: {compilers.failure}")
+        tuner.notes.append(f"kernels were compiled where they were launched, as ahead it failed: {compilers.failure}")
     for note in tuner.notes:
         report(note)
     if tuner.rows:

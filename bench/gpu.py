@@ -2,15 +2,17 @@
 
 Runs the GPU tests, then the tuner, then the anchor cells, then the rest of the grid until the time is up, and says what
 all rows so far show of the goals (goals.py). Called again with the same DIR it carries on where it stopped: tests that
-were finished and rows that are there are not run again; the tuner is given its file again, and ends at once where it
-finds nothing left to measure. The rows are measured with the tiles that the package comes with, not with those just
-tuned: in kernels/tuned/ these are another state of the sources.
+were finished and rows that are there are not run again; the tuner is given its file again, and begins with what is not
+in it. With `--tests-share 0 --tune-share 0.75` it has 337 of 8 minutes' seconds, in which by a model of its time
+(tests/test_tuning.py) it measures every tile of the anchors, three or four of all other products, and every network.
+The rows are measured with the tiles that the package comes with, not with those just tuned: in kernels/tuned/ these are
+another state of the sources.
 
 DIR then holds tests.log, tune.log, worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is
 the device's name by `mlp_fused.kernels.configs.device_slug`. That file is written after every row, whole or not at all:
 
     schema      2
-    machine     see machine.py: GPU, driver, versions, CPU, digest of the sources
+    machine     see machine.py: GPU, driver, versions, CPU, digests of the sources and of the user's own table
     started, updated    UTC, ISO 8601
     tests       {"finished", "status", "summary", "seconds"} of `pytest -m gpu tests`, or null; the summary is the last
                 line of its output, the status null where its time was up
@@ -18,8 +20,8 @@ the device's name by `mlp_fused.kernels.configs.device_slug`. That file is writt
     ceilings    one entry a call: date, FLOP/s by dtype, bytes/s of a copy on the device
     rows        by id, in the order measured: measure.py's row and its "seconds_spent"; or {"id", "error", …}
 
-Where GPU, versions or sources are not those of a file already there, that file is put aside under its date and a new
-one is started: numbers of two machines do not mix.
+Where GPU, versions, sources or the user's own table are not those of a file already there, that file is put aside under
+its date and a new one is started: numbers of two machines do not mix.
 
 A worker process does the measuring. A row that fails, hangs or breaks the CUDA context is recorded with its error, the
 worker is started afresh where it has to be, and the next row runs. So does everything after a tuner that fails. Exit
@@ -68,7 +70,7 @@ TUNE_SHARE = 0.25
 TUNE_GRACE = 15.0  # seconds between the end that the tuner is told and the one that it is given
 
 # What must agree for rows to stand in one file.
-SAME = ("gpu", "driver", "cuda", "torch", "triton", "python", "mlp_fused", "source")
+SAME = ("gpu", "driver", "cuda", "torch", "triton", "python", "mlp_fused", "source", "user_table")
 
 
 class RowError(Exception):

@@ -1,4 +1,4 @@
-"""What a result was measured on: GPU, driver, versions, CPU, and a digest of the sources."""
+"""What a result was measured on: GPU, driver, versions, CPU, and digests of the sources and of a user's own tiles."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import mlp_fused
+from mlp_fused.kernels import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "mlp_fused": mlp_fused.__version__,
         "source": source_digest(),
+        "user_table": None,
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
@@ -37,6 +39,7 @@ def machine() -> dict[str, Any]:
         found |= {
             "gpu": device.name,
             "driver": _driver(),
+            "user_table": user_table_digest(device.name),
             "capability": f"{device.major}.{device.minor}",
             "gpu_memory_bytes": device.total_memory,
             "l2_bytes": device.L2_cache_size,
@@ -67,6 +70,12 @@ def source_digest() -> str:
     for path in paths:
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def user_table_digest(gpu: str) -> str | None:
+    """Twelve hex digits over the user's own table of measured tiles, which comes before the package's; or None."""
+    path = tables.user_path(gpu)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
 
 
 def _triton_version() -> str | None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from bench import fresh, gemm, goals, gpu, measure, timing
-from bench.machine import ROOT, distorted, machine
+from bench.machine import ROOT, distorted, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from bench.timing import Ceilings, Timed
 from mlp_fused import FusedMLP, tuning
@@ -222,11 +222,11 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    timing._cycles_per_second.cache_clear()
+    tuning.cycles_per_second.cache_clear()
     simulated = Device()
     simulated.install(monkeypatch)
     yield simulated
-    timing._cycles_per_second.cache_clear()
+    tuning.cycles_per_second.cache_clear()
 
 
 def test_a_call_bound_by_the_device_has_one_time(device: Device) -> None:
@@ -518,6 +518,20 @@ def test_machine_names_what_a_number_depends_on(monkeypatch: pytest.MonkeyPatch)
     assert "CUDA_LAUNCH_BLOCKING is set" in str(distorted())
 
 
+def test_a_users_own_table_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_table_digest("NVIDIA H200") is None
+    path = tmp_path / "mlp_fused" / "nvidia_h200.json"
+    path.parent.mkdir()
+    digests = set()
+    for text in ("{}", "{} "):
+        path.write_text(text)
+        digests.add(user_table_digest("NVIDIA H200"))
+    assert None not in digests
+    assert len(digests) == 2
+    assert user_table_digest("NVIDIA H100") is None
+
+
 def test_lecture_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "bench.fresh", "lecture", "--cpu", "--rows", "32"]
     assert set(measure._json_of(command)) == {"cpu_product", "cpu_product_2"}
@@ -681,7 +695,7 @@ def test_no_row_begins_with_too_little_time_left(tmp_path: Path) -> None:
     assert run(results_in(tmp_path), {}, limit=gpu.SHORTEST - 1)[0] == 0
 
 
-@pytest.mark.parametrize("change", [{"torch": "2.13.0"}, {"source": "def"}, {"driver": "580"}])
+@pytest.mark.parametrize("change", [{"torch": "2.13.0"}, {"source": "def"}, {"driver": "580"}, {"user_table": "0a"}])
 def test_another_machine_or_version_starts_a_new_file(tmp_path: Path, change: dict[str, str]) -> None:
     run(results_in(tmp_path), {})
     results = results_in(tmp_path, **change)

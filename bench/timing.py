@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlp_fused.tuning import between_events, cycles_per_second
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS = 0.1  # spent on one number
 MAX_SETS = 1024
@@ -119,7 +121,7 @@ def time_cuda(timed: Timed, seconds: float = SECONDS) -> Timing:
     first, median, third = quartiles(_between_events(timed, rounds, calls))
     kernel = median
     if issued > 0.5 * once:  # the host may be the slower one; otherwise the queue never runs dry and ms is device time
-        spin = int((2 * issued * calls + 1e-4) * _cycles_per_second())
+        spin = int((2 * issued * calls + 1e-4) * cycles_per_second())
         kernel = min(median, quartiles(_between_events(timed, min(rounds, 20), calls, spin))[1])
     return Timing(median, kernel, (first, third), rounds, calls)
 
@@ -143,32 +145,7 @@ def _warm_up(timed: Timed, seconds: float) -> tuple[float, float]:
 
 def _between_events(timed: Timed, rounds: int, calls: int, spin: int = 0) -> list[float]:
     """Milliseconds a call, one reading a round; with `spin`, the device first spins that many cycles."""
-    readings = []
-    for n in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        timed.prepare(n)
-        if spin:
-            torch.cuda._sleep(spin)
-        start.record()
-        for i in range(calls):
-            timed(n * calls + i)
-        end.record()
-        readings.append((start, end))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / calls for start, end in readings]
-
-
-@lru_cache(maxsize=1)
-def _cycles_per_second() -> float:
-    """Clock of the spinning kernel."""
-    cycles = 10_000_000
-    torch.cuda._sleep(cycles)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    torch.cuda.synchronize()
-    return cycles / (1e-3 * start.elapsed_time(end))
+    return [1e3 * seconds for seconds in between_events(timed, rounds, calls, spin, timed.prepare)]
 
 
 @lru_cache(maxsize=8)

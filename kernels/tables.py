@@ -22,11 +22,15 @@ path        what was fastest: "recompute", "stored", "layer" or "torch" in train
             inference; the milliseconds of each that was measured are in ms
 
 A row holds for its own widths, dtype and precision. A product's also holds for other numbers of rows, up to twice and
-down to half of those measured.
+down to half of those measured. Under another Triton (by its first two numbers) than `versions` has, what was faster is
+still the best guess, but a tile may spill or not compile: of the tiles then only those hold that `configs.candidates`
+gives here. The logger `mlp_fused` says so once: a warning for the user's own table, which `mlp-fused tune` measures
+anew, INFO for the packaged one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -34,7 +38,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +53,7 @@ __all__ = [
     "Gemm",
     "Network",
     "Table",
+    "asked_first",
     "forget",
     "measured",
     "merge",
@@ -150,6 +155,7 @@ def tile_for(problem: Problem, device: Device) -> TileConfig | None:
             for row in table.gemms
             if (row.kind, row.width_out, row.width_in, row.dtype, row.precision) == wanted
             and (problem.aligned or row.tile is None or not row.tile.descriptors)
+            and (row.tile is None or _is_of_this_triton(table) or row.tile in _known(row, problem.aligned, device))
         ]
         if row := _nearest(rows, problem.rows):
             return row.tile
@@ -197,6 +203,15 @@ def _nearest(measured: Iterable[Row], rows: int) -> Row | None:
     return min((row for row in measured if ratio(row) <= FARTHEST), key=ratio, default=None)
 
 
+def _is_of_this_triton(table: Table) -> bool:
+    return table.versions["triton"].split(".")[:2] == [str(number) for number in TRITON_VERSION]
+
+
+def _known(row: Gemm, aligned: bool, device: Device) -> tuple[TileConfig, ...]:
+    """The tiles that the rule here would measure for a row's product."""
+    return configs.candidates(dataclasses.replace(row.problem, aligned=aligned), device)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -217,8 +232,8 @@ def packaged_path(device: str) -> Path:
 @functools.lru_cache(maxsize=64)
 def measured(device: Device) -> tuple[Table, ...]:
     """The tables of a device, the user's before the packaged one. One that cannot be used is warned of and left out."""
-    tables = []
-    for path in (user_path(device.name), packaged_path(device.name)):
+    tables = [table for table in _first if table.device == device.name]
+    for path, level in ((user_path(device.name), logging.WARNING), (packaged_path(device.name), logging.INFO)):
         try:
             table = read(path)
             check_fit(path, table, device)
@@ -227,6 +242,16 @@ def measured(device: Device) -> tuple[Table, ...]:
         except ValueError as error:
             logger.warning("%s; it is not used; delete it, or let `mlp-fused tune` write a new one after that", error)
             continue
+        if not _is_of_this_triton(table):
+            then, today = table.versions["triton"], ".".join(map(str, TRITON_VERSION))
+            logger.log(
+                level,
+                "%s was measured with Triton %s, this is %s: of its tiles only those are used that the rule here "
+                "knows; `mlp-fused tune` measures anew",
+                path,
+                then,
+                today,
+            )
         tables.append(table)
     return tuple(tables)
 
@@ -243,6 +268,20 @@ def check_fit(path: Path, table: Table, device: Device) -> None:
                 f"{path}: gemms[{index}].tile takes {needed} bytes of shared memory; {device.name} has "
                 f"{device.shared_memory}"
             )
+
+
+_first: tuple[Table, ...] = ()  # before those on disk
+
+
+@contextlib.contextmanager
+def asked_first(table: Table) -> Iterator[None]:
+    """Within the block, `table` is asked before the others, as if it were on disk; see `forget` for both its ends."""
+    global _first
+    before, _first = _first, (table,)
+    try:
+        yield
+    finally:
+        _first = before
 
 
 def forget() -> None:

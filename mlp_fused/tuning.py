@@ -1,11 +1,16 @@
 """Measuring what is fastest on this GPU, for the tables that plan.py asks: what `mlp-fused tune` does.
 
 Of each layer of a network three products are measured, forward, dgrad and wgrad: torch's own, and the tiles that
-`configs.candidates` gives, the likeliest first. Of a network that fits in one kernel its paths are measured as a whole
-besides. A tile or path whose result is not torch's is left out, and said.
+`configs.candidates` gives, the likeliest first. Then, of networks that fit in one kernel, their paths as a whole: that
+of layers runs with the tiles that were just found. A tile or path whose result is not torch's is left out, and said.
 
 Times are what the device works, without the host's part of a call: medians between events, operands taken in turn from
-more memory than L2 holds, random numbers in them, nothing compiled while the clock runs.
+more memory than L2 holds, random numbers in them. The measuring process compiles nothing while its clock runs, and
+little otherwise: the kernels are compiled ahead by others (compiling.py).
+
+The time is shared by how many readings each problem should have: all of its candidates in an anchor, the first `FEW` of
+all others; what one leaves is for those after it. So there is time for candidates beyond those few where all of them
+have had theirs, and where time is short the anchors come first, by `ANCHOR_WEIGHT`.
 """
 
 from __future__ import annotations
@@ -28,10 +33,12 @@ from torch import Tensor
 
 from . import plan, reference
 from .chain import run_layers
+from .compiling import Compilers, NotYetError, count_workers
 from .environment import versions
 from .functional import Layer, find_layers
 from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation, resolve
+from .kernels.language import driver
 from .kernels.layer_backward import dgrad, wgrad
 from .kernels.layer_forward import layer_forward
 from .layers import layer_path
@@ -39,7 +46,7 @@ from .networks import run_network
 from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 from .training import UserError, first_line, progress
 
-__all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload", "tune"]
+__all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload", "between_events", "cycles_per_second", "tune"]
 
 DtypeName = Literal["fp32", "tf32", "bf16", "fp16"]
 ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
@@ -52,6 +59,8 @@ ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
 # round; a wrong index or a lost block differs by far more. (How accurate the kernels are, the tests say.)
 BOUNDS = {"fp32": (2e-5, 5e-3), "tf32": (5e-3, 2e-2), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
 MOST_SETS = 1024  # of operands to take in turn
+FEW = 4  # candidates of a product that every one should have measured
+ANCHOR_WEIGHT = 16  # of a reading of an anchor
 
 BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
 DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
@@ -181,6 +190,8 @@ class Product:
     dtype: DtypeName
     activation: str  # forward: the layer's own; dgrad: that of the layer below
     share: float = field(compare=False)  # of its network's FLOPs
+    anchor: bool = field(compare=False, default=False)
+    known: bool = field(compare=False, default=False)  # whether the table has it already
 
     def __str__(self) -> str:
         return f"{self.kind} {self.width_in} -> {self.width_out}, {self.rows} rows, {self.dtype}"
@@ -209,6 +220,8 @@ class Whole:
     workload: Workload
     training: bool
     share: float = field(compare=False, default=1.0)
+    anchor: bool = field(compare=False, default=False)
+    known: bool = field(compare=False, default=False)
 
     def __str__(self) -> str:
         work = self.workload
@@ -253,7 +266,10 @@ def products(workload: Workload) -> list[Product]:
 
 
 def tasks(workloads: Iterable[Workload], gpu: configs.Device, known: Iterable[tuple[Any, ...]] = ()) -> list[Task]:
-    """What is to be measured, in order: what is not `known` yet, the anchors, what most of a network's FLOPs are in."""
+    """What is to be measured, each once, in order.
+
+    What is not `known` yet; products, then networks; anchors; what most of a network's FLOPs are in.
+    """
     found: dict[tuple[Any, ...], Task] = {}
     anchors = set()
     for workload in workloads:
@@ -268,7 +284,83 @@ def tasks(workloads: Iterable[Workload], gpu: configs.Device, known: Iterable[tu
             if workload in ANCHORS:
                 anchors.add(task.key)
     known = set(known)
-    return sorted(found.values(), key=lambda task: (task.key in known, task.key not in anchors, -task.share))
+    ranked = [replace(task, anchor=key in anchors, known=key in known) for key, task in found.items()]
+    return sorted(ranked, key=lambda task: (task.known, isinstance(task, Whole), not task.anchor, -task.share))
+
+
+def network_paths(whole: Whole, gpu: configs.Device) -> dict[str, plan.NetworkPlan]:
+    """Of a network as a whole, the paths through its own kernels, by name."""
+    found = {}
+    for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
+        path = _network_plan(whole.workload, gpu, whole.training, recompute)
+        if isinstance(path, plan.NetworkPlan) and path.formulation in (name, None):
+            found[name] = path
+    return found
+
+
+@dataclass(frozen=True)
+class TileWork:
+    """A product's kernel by a tile, to be compiled."""
+
+    task: Product
+    tile: configs.TileConfig
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What those agree in that are one compiled kernel: of the sizes, what Triton and our launchers look at.
+
+        (Where two of one key are two kernels after all, the second is compiled where it is launched.)
+        """
+        each = (self.task.width_out, self.task.width_in)
+        widths = tuple((width == 1, width % 16 == 0, width % self.tile.block_k == 0) for width in each)
+        tile = replace(self.tile, programs=0, split=min(self.tile.split, 2))
+        return self.task.kind, self.task.dtype, self.task.activation, widths, self.task.rows * max(each) >= 2**31, tile
+
+
+@dataclass(frozen=True)
+class PathWork:
+    """A whole network's kernels on a path, to be compiled; on that of layers with the tiles that are in force."""
+
+    task: Whole
+    path: str
+    table: tables.Table | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """As above; a network's own kernels do not depend on the rows."""
+        work = self.task.workload if self.path == "layer" else replace(self.task.workload, rows=1)
+        return self.path, self.task.training, work
+
+
+def compile_ahead(work: TileWork | PathWork) -> None:
+    """Compile what measuring would launch, where `compiling.compile_only` holds."""
+    meta = torch.device("meta")
+    with _float32_precision(work.task.precision):
+        if isinstance(work, TileWork):
+            Operands(work.task, meta).by_kernel(0, work.tile)
+            return
+        passes = Passes(work.task, meta)
+        if work.table is None:
+            gpu = configs.device_of(passes.xs[0])
+            passes(functools.partial(passes.by_network, network_paths(work.task, gpu)[work.path]), 0)
+        else:
+            with _in_force(work.table):
+                passes(passes.by_layers, 0)
+
+
+@contextlib.contextmanager
+def _in_force(table: tables.Table) -> Iterator[None]:
+    """Within the block, decide by a table before those on disk."""
+    with tables.asked_first(table):
+        _forget_tables()
+        yield
+    _forget_tables()
+
+
+def _forget_tables() -> None:
+    """Decide anew: for after tables have changed."""
+    plan.forget_tables()
+    layer_path.cache_clear()
 
 
 def _network_plan(workload: Workload, gpu: configs.Device, training: bool, recompute: bool) -> plan.NetworkPlan | str:
@@ -290,56 +382,146 @@ def _name(dtype: torch.dtype) -> str:
 class Tuner:
     """Measures tasks on a device, one after the other, within a time.
 
+    Args:
+        time: seconds that one call takes on the device.
+        now: seconds of a clock that the time limit goes by.
+        compilers: what compiles ahead.
+        old: what was measured before.
+        new: a table without rows, for what is measured now.
+
     Attributes:
         rows: what was measured.
         notes: what was left out and why, a sentence each.
+        doing: what runs on the device, or ran last.
     """
 
-    def __init__(self, device: torch.device, time: Clock, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        time: Clock,
+        now: Callable[[], float],
+        compilers: Compilers,
+        old: tables.Table,
+        new: tables.Table,
+    ) -> None:
         self.gpu = configs.describe(device.type, device.index or 0)
         self.device = device
         self.time = time
         self.now = now
+        self.compilers = compilers
+        self.old = {row.key: row for row in old.gemms}
+        self.tables = old, new
         self.rows: list[Row] = []
         self.notes: list[str] = []
+        self.doing = ""
+        self.deadline = math.inf
+
+    @property
+    def table(self) -> tables.Table:
+        """All rows: what was measured now, and of what was there before the rest."""
+        old, new = self.tables
+        gemms = tuple(row for row in self.rows if isinstance(row, tables.Gemm))
+        networks = tuple(row for row in self.rows if isinstance(row, tables.Network))
+        return tables.merge(old, replace(new, gemms=gemms, networks=networks))
 
     def measure(self, tasks: Sequence[Task], seconds: float) -> None:
         """As many tasks as there is time for; each may take its part of what is left.
 
         A task that is begun is measured at least with torch's product and one tile, a network with all of its paths.
+        What is known already shares what the others leave.
         """
-        deadline = self.now() + seconds
+        self.deadline = self.now() + seconds
+        self._ask_ahead(tasks)
+        weights = [self._weight(task) for task in tasks]
         for index, task in enumerate(progress(tasks, "tuning")):
-            left = deadline - self.now()
-            if left <= 0:
+            left = self.deadline - self.now()
+            rest = sum(weight for weight, later in zip(weights[index:], tasks[index:]) if later.known == task.known)
+            if isinstance(task, Whole) and (index == 0 or isinstance(tasks[index - 1], Product)):
+                self._ask_paths(tasks[index:], self.table)
+            self.doing = str(task)
+            try:
+                if left <= 0:
+                    raise NotYetError
+                with _float32_precision(task.precision):
+                    if isinstance(task, Product):
+                        self.rows.append(self._product(task, self.now() + left * weights[index] / rest))
+                    else:
+                        self.rows.append(self._network(task))
+            except NotYetError:
                 self.notes.append(
                     f"{len(tasks) - index} of {len(tasks)} problems were not reached, the first of them {task}; "
                     "the same command again begins with them"
                 )
                 return
-            try:
-                with _float32_precision(task.precision):
-                    if isinstance(task, Product):
-                        self.rows.append(self._product(task, self.now() + left / (len(tasks) - index)))
-                    else:
-                        self.rows.append(self._network(task))
             except torch.OutOfMemoryError:
                 self.notes.append(f"{task} was left out: it does not fit in the GPU's memory")
 
+    def _weight(self, task: Task) -> int:
+        """Of its part of the time: how many readings it should have, torch's and those of our kernels."""
+        if isinstance(task, Product):
+            count = len(self._candidates(task))
+            readings = 1 + (count if task.anchor else min(FEW, count))
+        else:
+            readings = 2 + len(network_paths(task, self.gpu))
+        return readings * (ANCHOR_WEIGHT if task.anchor else 1)
+
+    def _candidates(self, product: Product) -> tuple[configs.TileConfig, ...]:
+        """What was the fastest before, then by the rule's estimate."""
+        before = self.old.get(product.key)
+        first = (before.tile,) if before and before.tile else ()
+        return tuple(dict.fromkeys((*first, *configs.candidates(product.problem, self.gpu))))
+
+    def _ask_ahead(self, tasks: Sequence[Task]) -> None:
+        """Have compiled, in order, what every task should have measured; then what there may be time for."""
+        works = [[TileWork(task, tile) for tile in self._candidates(task)] for task in tasks if type(task) is Product]
+        few = [work for each in works for work in (each if each[0].task.anchor else each[:FEW])]
+        self.compilers.ask({work.key: work for work in few})
+        self._ask_paths(tasks)
+        self.compilers.ask({work.key: work for each in works for work in each})
+
+    def _ask_paths(self, tasks: Sequence[Task], table: tables.Table | None = None) -> None:
+        """Have compiled the paths of the networks; once there is a table, that of layers too, and before all else."""
+        wholes = [task for task in tasks if isinstance(task, Whole)]
+        works = [
+            PathWork(task, path, table if path == "layer" else None)
+            for task in wholes
+            for path in (*(("layer",) if table else ()), *network_paths(task, self.gpu))
+        ]
+        self.compilers.ask({work.key: work for work in works}, first=table is not None)
+
+    def _compiles(self, what: str, work: TileWork | PathWork, limit: float) -> bool:
+        """Whether it does, as soon as it has; raises NotYetError at the limit."""
+        reason = self.compilers.wait(work.key, limit - self.now())
+        if reason is not None:
+            self.notes.append(f"{what} was left out: {reason}")
+        return reason is None
+
     def _product(self, product: Product, limit: float) -> tables.Gemm:
         operands = Operands(product, self.device)
-        torch_ms = self._milliseconds(operands.turns(operands.by_torch))
+        torch_ms = self._milliseconds(f"{product}, torch's own", operands.turns(operands.by_torch))
         expected = [result.clone() for result in operands.written(operands.by_torch)]
         # Sums of k products in fp32, added in another order, differ by about sqrt(k) roundings.
         bound = BOUNDS[product.dtype][0] + math.sqrt(product.problem.k) * 2**-24
         best: tuple[float, configs.TileConfig] | None = None
-        for index, tile in enumerate(configs.candidates(product.problem, self.gpu)):
-            if index and self.now() >= limit:
+        begun = self.now()
+        for index, tile in enumerate(self._candidates(product)):
+            what, asked = f"{product}, {tile}", self.now()
+            try:
+                if best is not None and asked + (asked - begun) / index > limit:  # one more would not end in time
+                    break
+                compiles = self._compiles(what, TileWork(product, tile), limit if best else self.deadline)
+            except NotYetError:
+                if best is None:
+                    raise
                 break
+            if best is None:  # what it had to wait for a first tile is no part of its time
+                waited = self.now() - asked
+                begun, limit = begun + waited, limit + waited
+            if not compiles:
+                continue
             ours = functools.partial(operands.by_kernel, tile=tile)
-            run = functools.partial(operands.written, ours)
-            if self._is_right(f"{product}, {tile}", run, expected, bound):
-                ms = self._milliseconds(operands.turns(ours))
+            if self._is_right(what, functools.partial(operands.written, ours), expected, bound):
+                ms = self._milliseconds(what, operands.turns(ours))
                 if best is None or ms < best[0]:
                     best = ms, tile
         ms_of_best, tile_of_best = best or (None, None)
@@ -347,32 +529,41 @@ class Tuner:
         return tables.Gemm(*product.key, tile_of_best if faster else None, ms_of_best, torch_ms)
 
     def _network(self, whole: Whole) -> tables.Network:
-        work = whole.workload
         passes = Passes(whole, self.device)
-        ms = {"torch": self._milliseconds(passes.turns(passes.by_torch))}
+        ms = {"torch": self._milliseconds(f"{whole}, torch's own", passes.turns(passes.by_torch))}
         expected = passes(passes.by_torch, 0)
         paths: dict[str, Callable[[Tensor], Tensor]] = {"layer": passes.by_layers}
-        for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
-            path = _network_plan(work, self.gpu, whole.training, recompute)
-            if isinstance(path, plan.NetworkPlan) and path.formulation in (name, None):
-                paths[name] = functools.partial(passes.by_network, path)
-        for name, run in paths.items():
-            if self._is_right(f"{whole}, {name}", functools.partial(passes, run, 0), expected, *BOUNDS[work.dtype]):
-                ms[name] = self._milliseconds(passes.turns(run))
+        for name, path in network_paths(whole, self.gpu).items():
+            paths[name] = functools.partial(passes.by_network, path)
+        with _in_force(self.table):
+            for name, run in paths.items():
+                what = f"{whole}, {name}"
+                right = functools.partial(passes, run, 0)
+                if self._compiles(what, PathWork(whole, name), self.deadline) and self._is_right(
+                    what, right, expected, *BOUNDS[whole.workload.dtype]
+                ):
+                    ms[name] = self._milliseconds(what, passes.turns(run))
         return tables.Network(*whole.key, min(ms, key=lambda name: ms[name]), ms)
 
-    def _milliseconds(self, call: Callable[[], object]) -> float:
+    def _milliseconds(self, what: str, call: Callable[[], object]) -> float:
+        self.doing = what
         return max(1e3 * self.time(call), 1e-6)  # a nanosecond at the least: nothing at all is no time
 
     def _is_right(
         self, what: str, run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], *bounds: float
     ) -> bool:
-        """Whether a kernel runs, and gives what torch gives: each result within its bound, the last one's the rest."""
+        """Whether a kernel runs, and gives what torch gives: each result within its bound, the last one's the rest.
+
+        Raises:
+            RuntimeError: it broke the GPU's context, in which nothing else runs from now on.
+        """
+        self.doing = what
         try:
             differences = [_difference(ours, torchs) for ours, torchs in zip(run(), expected)]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of many classes: it does not compile, or it takes more than the GPU has
+            _synchronize(self.device)
             self.notes.append(f"{what} was left out: it fails: {type(error).__name__}: {first_line(error)}")
             return False
         for difference, bound in zip(differences, itertools.chain(bounds, itertools.repeat(bounds[-1]))):
@@ -382,6 +573,12 @@ class Tuner:
                 )
                 return False
         return True
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for a GPU. Raises RuntimeError where its context is broken, as after an illegal memory access."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -537,30 +734,49 @@ class EventClock:
         once = times.perf_counter() - begun
         calls = max(1, min(self.MOST_CALLS, math.ceil(200e-6 / once)))
         rounds = max(5, min(50, math.ceil(self.SECONDS / (once * calls))))
-        spin = int((2 * issued * calls + 50e-6) * self._cycles_per_second)
-        readings = []
-        for _ in range(rounds):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(spin)
-            start.record()
-            for _ in range(calls):
-                call()
-            end.record()
-            readings.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(1e-3 * start.elapsed_time(end) / calls for start, end in readings)
+        spin = int((2 * issued * calls + 50e-6) * cycles_per_second())
+        return statistics.median(between_events(lambda _: call(), rounds, calls, spin))
 
-    @functools.cached_property
-    def _cycles_per_second(self) -> float:
-        """Clock of the spinning kernel."""
-        cycles = 10_000_000
-        torch.cuda._sleep(20 * cycles)  # a GPU that was idle takes a tenth of a second to reach its clock rate
+
+def between_events(
+    call: Callable[[int], object],
+    rounds: int,
+    calls: int,
+    spin: int = 0,
+    prepare: Callable[[int], object] = lambda index: None,
+) -> list[float]:
+    """Seconds that the device takes for a call, one reading a round of so many calls, which are told their number.
+
+    Args:
+        spin: cycles for which the device spins before each reading, while the host issues the calls.
+        prepare: what goes before each round, untimed, and is told its number.
+    """
+    readings = []
+    for index in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        prepare(index)
+        if spin:
+            torch.cuda._sleep(spin)
         start.record()
-        torch.cuda._sleep(cycles)
+        for number in range(calls):
+            call(index * calls + number)
         end.record()
-        torch.cuda.synchronize()
-        return cycles / (1e-3 * start.elapsed_time(end))
+        readings.append((start, end))
+    torch.cuda.synchronize()
+    return [1e-3 * start.elapsed_time(end) / calls for start, end in readings]
+
+
+@functools.lru_cache(maxsize=1)
+def cycles_per_second() -> float:
+    """Clock of the spinning kernel."""
+    cycles = 10_000_000
+    torch.cuda._sleep(20 * cycles)  # a GPU that was idle takes a tenth of a second to reach its clock rate
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    return cycles / (1e-3 * start.elapsed_time(end))
 
 
 def tune(
@@ -570,6 +786,7 @@ def tune(
     device: torch.device | None = None,
     time: Clock | None = None,
     now: Callable[[], float] = times.monotonic,
+    compilers: Compilers | None = None,
 ) -> tables.Table:
     """Measure what is asked for, and write it into a table, whole or not at all, beside what that holds already.
 
@@ -579,43 +796,50 @@ def tune(
         device: what to measure on; the current GPU by default.
         time: seconds of one call; the GPU's events by default.
         now: seconds of a clock that the time limit goes by.
+        compilers: what compiles ahead; by default as many processes as this machine has room for.
 
     Raises:
-        UserError: there is no GPU for the kernels; the file cannot be written, or is no table of this device.
+        UserError: there is no GPU for the kernels, or it failed; the file cannot be written, or is no table of this
+            device.
         KeyboardInterrupt: Ctrl-C; its text says what was written.
     """
     device = device or _gpu()
-    tuner = Tuner(device, time or EventClock(), now)
-    path = Path(config.out) if config.out is not None else tables.user_path(tuner.gpu.name)
+    gpu = configs.describe(device.type, device.index or 0)
+    path = Path(config.out) if config.out is not None else tables.user_path(gpu.name)
     utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    empty = tables.Table(tuner.gpu.name, utc, versions())
+    empty = tables.Table(gpu.name, utc, versions())
     old = _existing(path, empty, report)
+    if compilers is None:
+        on_gpu = device.type == "cuda"
+        target = driver.active.get_current_target() if on_gpu else None
+        compilers = Compilers(compile_ahead, gpu, target, count_workers() if on_gpu else 0)
+    tuner = Tuner(device, time or EventClock(), now, compilers, old, empty)
 
     known: list[tuple[Any, ...]] = [*(row.key for row in old.gemms), *(row.key for row in old.networks)]
-    asked = tasks(config.workloads, tuner.gpu, known)
-    report(f"{len(asked)} problems on {tuner.gpu.name}, {config.minutes:g} minutes at the most, into {path}")
+    asked = tasks(config.workloads, gpu, known)
+    report(f"{len(asked)} problems on {gpu.name}, {config.minutes:g} minutes at the most, into {path}")
 
     def save() -> str:
         """Write what was measured so far; says so."""
         if not tuner.rows:
             return f"nothing was measured; {path} is as it was"
-        gemms = tuple(row for row in tuner.rows if isinstance(row, tables.Gemm))
-        networks = tuple(row for row in tuner.rows if isinstance(row, tables.Network))
         try:
-            tables.write(path, tables.merge(old, replace(empty, gemms=gemms, networks=networks)))
+            tables.write(path, tuner.table)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is as it was") from None
-        plan.forget_tables()
-        layer_path.cache_clear()
+        _forget_tables()
         return f"{len(tuner.rows)} of {len(asked)} problems were measured, and are in {path}"
 
     try:
-        tuner.measure(asked, 60 * config.minutes)
+        with compilers:
+            tuner.measure(asked, 60 * config.minutes)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {save()}") from None
     except RuntimeError as error:  # the GPU's; after one of its errors nothing else runs in this process
-        raise UserError(f"the GPU failed: {first_line(error)}; {save()}") from error
+        raise UserError(f"the GPU failed at {tuner.doing}: {first_line(error)}; {save()}") from error
     written = save()
+    if compilers.failure:
+        tuner.notes.append(f"kernels were compiled where they were launched, as ahead it failed: {compilers.failure}")
     for note in tuner.notes:
         report(note)
     if tuner.rows:

@@ -27,7 +27,7 @@ VERSIONS = {
     "mlp_fused": "0.1.0",
     "python": "3.12.1",
     "torch": "2.13.0",
-    "triton": "3.7.1",
+    "triton": ".".join(map(str, tables.TRITON_VERSION)) + ".1",
     "cuda": "13.0",
     "driver": "5",
 }
@@ -392,6 +392,59 @@ def test_a_broken_table_is_warned_of_once_and_not_used(
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING")
     mend = "it is not used; delete it, or let `mlp-fused tune` write a new one after that"
     assert re.match(f"{re.escape(str(path))}:? {sentence}; {mend}$", record.getMessage())
+
+
+@pytest.mark.parametrize(("version", "is_used"), [((3, 6), False), ((3, 7), True), ((4, 0), True)])
+def test_specialised_warps_take_a_triton_that_compiles_them(
+    version: tuple[int, int], is_used: bool, measured: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(tables, "TRITON_VERSION", version)
+    tile = dataclasses.replace(TILE, warp_specialize=True)
+    mine = dataclasses.replace(table(dataclasses.replace(FORWARD, tile=tile)), versions=of_triton(*version))
+    install(mine)
+    assert (tables.tile_for(problem(), H200) == tile) == is_used
+    refused = f"{tables.user_path(H200.name)}: gemms[0].tile specialises warps; it needs Triton 3.7 or newer; it is not"
+    assert [record.getMessage().startswith(refused) for record in caplog.records] == [True] * (not is_used)
+
+
+def of_triton(*version: int) -> dict[str, str]:
+    return {**VERSIONS, "triton": ".".join(map(str, version)) + ".0"}
+
+
+@pytest.mark.parametrize("whose", ["user", "packaged"])
+def test_under_another_triton_tiles_hold_that_the_rule_knows(
+    whose: str, measured: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = configs.candidates(FORWARD.problem, H200)[-1]
+    assert TILE not in configs.candidates(FORWARD.problem, H200)
+    rows = [dataclasses.replace(FORWARD, rows=rows, tile=tile) for rows, tile in ((64, TILE), (1024, known))]
+    rows.append(dataclasses.replace(FORWARD, rows=2**14, tile=None))
+    another = dataclasses.replace(table(*rows, NARROW), versions=of_triton(3, 5))
+    install(**{whose: another})
+    with caplog.at_level(logging.INFO, "mlp_fused"):
+        assert tables.tile_for(problem(64), H200) == configs.choose(problem(64), H200)
+        assert tables.tile_for(problem(1024), H200) == known
+        assert tables.tile_for(problem(2**14), H200) is None
+        assert tables.path_for((64, 64, 64), 4096, torch.float16, "ieee", "relu", True, H200) == "stored"
+    (record,) = caplog.records  # once, not at each of these
+    path = tables.user_path(H200.name) if whose == "user" else tables.packaged_path(H200.name)
+    today = ".".join(map(str, tables.TRITON_VERSION))
+    assert record.getMessage() == (
+        f"{path} was measured with Triton 3.5.0, this is {today}: of its tiles only those are used that the rule here "
+        "knows; `mlp-fused tune` measures anew"
+    )
+    assert (record.name, record.levelname) == ("mlp_fused", "WARNING" if whose == "user" else "INFO")
+
+
+def test_a_table_can_be_asked_before_those_on_disk(measured: Path) -> None:
+    install(user=table(dataclasses.replace(FORWARD, tile=OTHER)))
+    with tables.asked_first(table(FORWARD)):
+        tables.forget()
+        assert tables.tile_for(problem(), H200) == TILE
+        another = DEVICES["NVIDIA H100"]
+        assert tables.tile_for(problem(), another) == configs.choose(problem(), another)
+    tables.forget()
+    assert tables.tile_for(problem(), H200) == OTHER
 
 
 def test_reading_anew_takes_asking(measured: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mlp_fused import environment, plan, tuning
+from mlp_fused.compiling import Compilers, NotYetError
 from mlp_fused.kernels import configs, tables
 from mlp_fused.kernels.configs import DEVICES, INTERPRETED_DEVICE, TileConfig
 from mlp_fused.training import UserError
@@ -138,6 +139,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
         f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: its result is not torch's (relative difference nan)" in said
     )
 
+    path().unlink()
     monkeypatch.setattr(configs, "candidates", lambda problem, device: (BROKEN,))
     table, said = run(clock)
     assert [(row.tile, row.ms) for row in table.gemms] == [(None, None)] * PRODUCTS
@@ -198,17 +200,41 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
     assert path().read_text() == text
 
 
-def test_a_gpu_that_fails_leaves_what_was_measured(clock: Clock, measured: Path) -> None:
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("at", ["a timed call", "a checked call"])
+def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
+    at: str, clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second product: the first call of its fast tile fails, or its slow one's timing."""
+    first, second = tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
+    broken = False
+
+    def by_kernel(*arguments: Any, original: Callable[..., None] = tuning.BY_KERNEL[second.kind]) -> None:
+        nonlocal broken
+        if at == "a checked call" and len(clock.timed) == 5 and arguments[-1] == FAST:
+            broken = True
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        original(*arguments)
+
+    def synchronize(device: torch.device) -> None:
+        if broken:
+            raise RuntimeError(f"{ILLEGAL}\nmore")
+
     def failing(call: Callable[[], object]) -> float:
-        if len(clock.timed) == 4:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        if at == "a timed call" and len(clock.timed) == 4:
+            raise RuntimeError(f"{ILLEGAL}\nmore")
         return clock(call)
 
-    with pytest.raises(
-        UserError, match="^the GPU failed: CUDA error: an illegal memory access was encountered; 1 of 6"
-    ):
+    monkeypatch.setitem(tuning.BY_KERNEL, second.kind, by_kernel)
+    monkeypatch.setattr(tuning, "_synchronize", synchronize)
+    tile = SLOW if at == "a timed call" else FAST
+    with pytest.raises(UserError) as raised:
         tune(DIMS, report=lambda text: None, device=CPU, time=failing, now=lambda: clock.now)
-    assert len(tables.read(path()).gemms) == 1
+    written = f"1 of 6 problems were measured, and are in {path()}"
+    assert str(raised.value) == f"the GPU failed at {second}, {tile}: {ILLEGAL}; {written}"
+    assert [row.key for row in tables.read(path()).gemms] == [first.key]
 
 
 def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +376,30 @@ def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.
 NETWORK_PLAN = tuning._network_plan
 
 
+def test_networks_are_measured_with_the_tiles_just_found(
+    clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file that they go to: what the path of layers runs with, and what holds after it."""
+    monkeypatch.setattr(tuning, "_network_plan", NETWORK_PLAN)
+    config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
+    by_layers, seen = tuning.Passes.by_layers, []
+
+    def watched(self: tuning.Passes, x: torch.Tensor) -> torch.Tensor:
+        seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in products_of(config))
+        return by_layers(self, x)
+
+    def products_of(config: Config) -> list[tables.Gemm]:
+        return [tables.Gemm(*each.key, None, None, 1.0) for each in products(config.workloads[0])]
+
+    monkeypatch.setattr(tuning.Passes, "by_layers", watched)
+    table, _ = run(clock, config)
+    assert [row.tile for row in table.gemms] == [FAST] * 3
+    assert len(table.networks) == 2
+    assert set(seen) == {FAST}
+    for row in products_of(config):
+        assert tables.tile_for(row.problem, INTERPRETED_DEVICE) == SLOW  # the rule's: the user's own has no rows
+
+
 def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_network_plan", NETWORK_PLAN)
     monkeypatch.setattr(tuning, "products", lambda workload: [])
@@ -357,6 +407,180 @@ def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path, monkeypa
     table, said = run(clock, Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",)))
     assert [set(row.ms) for row in table.networks] == [{"torch", "layer"}] * 2
     assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result is not torch's" in said
+
+
+# --- Compiled ahead ---
+
+
+class FewCompilers(Compilers):
+    """Compiles in no time, but for what it is told."""
+
+    def __init__(self, outcomes: dict[TileConfig | str, str | type[Exception] | None]) -> None:
+        super().__init__(tuning.compile_ahead, INTERPRETED_DEVICE, None, 0)
+        self.told = outcomes
+        self.asked: dict[Any, Any] = {}
+
+    def ask(self, work: Any, first: bool = False) -> None:
+        self.asked = {**work, **self.asked} if first else {**self.asked, **work}
+
+    def wait(self, key: Any, seconds: float) -> str | None:
+        work = self.asked[key]
+        outcome = self.told.get(work.tile if isinstance(work, tuning.TileWork) else work.path)
+        if outcome is NotYetError:
+            raise NotYetError
+        return outcome  # type: ignore[return-value]
+
+
+def test_what_does_not_compile_is_left_out(clock: Clock, measured: Path) -> None:
+    said: list[str] = []
+    compilers = FewCompilers({FAST: "the process that compiled it ended with status -6"})
+    table = tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers)
+    assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
+    assert sum(f"{FAST} was left out: the process that compiled it ended with status -6" in line for line in said) == 6
+    compilers = FewCompilers({})
+    compilers.failure = "they end with status 1"
+    tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers)
+    assert "kernels were compiled where they were launched, as ahead it failed: they end with status 1" in said
+
+
+def test_what_is_not_compiled_in_time_is_not_reached(clock: Clock, measured: Path) -> None:
+    said: list[str] = []
+
+    def tuned(outcomes: dict[Any, Any]) -> tables.Table:
+        compilers = FewCompilers(outcomes)
+        return tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers)
+
+    assert [row.tile for row in tuned({FAST: NotYetError}).gemms] == [SLOW] * PRODUCTS
+    path().unlink()
+    assert tuned({SLOW: NotYetError}).gemms == ()  # a row that says that torch is faster would be a guess
+    assert any(line.startswith("6 of 6 problems were not reached") for line in said)
+
+
+def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, measured: Path) -> None:
+    run(clock)
+    clock.each = 10.0
+    clock.timed.clear()
+    table, _ = run(clock, dataclasses.replace(DIMS, minutes=2.0))
+    assert clock.timed == ["torch", FAST] * PRODUCTS  # there was time for one tile each
+    assert [row.tile for row in table.gemms] == [FAST] * PRODUCTS
+
+
+class Model(Compilers):
+    """Time as it passes on a machine with a GPU and 16 cores: compiling there, measuring here."""
+
+    BOOT = 8.0  # seconds until a process is there
+    TILE, PATH = 2.0, 8.0  # of compiling a product by a tile, a network's path
+    LAYER = 3.0  # of compiling what a path of layers needs beside its products' kernels
+    READING = 0.12  # seconds of a reading, and of making and checking what is read
+
+    def __init__(self) -> None:
+        super().__init__(tuning.compile_ahead, DEVICES["NVIDIA H200"], None, 0)
+        self.now = 0.0
+        self.free = [self.BOOT] * 14
+        self.queue: dict[Any, Any] = {}
+        self.done: dict[Any, float] = {}
+
+    def ask(self, work: Any, first: bool = False) -> None:
+        self.work()
+        new = {key: each for key, each in work.items() if key not in self.done}
+        self.queue = {**new, **self.queue} if first else {**self.queue, **new}
+
+    def work(self) -> None:
+        """What the processes have begun by now."""
+        while self.queue and min(self.free) <= self.now:
+            self.begin(next(iter(self.queue)))
+
+    def begin(self, key: Any) -> None:
+        work = self.queue.pop(key)
+        seconds = self.TILE if isinstance(work, tuning.TileWork) else self.LAYER if work.table else self.PATH
+        self.free.sort()
+        self.done[key] = self.free[0] = max(self.free[0], self.now - seconds) + seconds
+
+    def wait(self, key: Any, seconds: float) -> str | None:
+        self.work()
+        if key in self.queue:
+            self.begin(key)
+        if self.done[key] > self.now + seconds:
+            self.now += max(0.0, seconds)
+            raise NotYetError
+        self.now = max(self.now, self.done[key])
+        return None
+
+    def read(self, call: Callable[[], object]) -> float:
+        self.now += self.READING
+        return 1e-3
+
+
+def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, float, float]]:
+    """Of each part of the grid: its problems, the part of them that was reached, and of their candidates, all or the
+    first few.
+    """
+    counts: dict[Any, int] = {}
+
+    class NoOperands:
+        def __init__(self, product: Product, device: torch.device) -> None:
+            self.key = product.key
+
+        def turns(self, run: Callable[..., object]) -> Callable[..., object]:
+            return run
+
+        def written(self, run: Callable[[int], object]) -> list[torch.Tensor]:
+            run(0)
+            return [torch.ones(1)]
+
+        def by_torch(self, index: int) -> None:
+            pass
+
+        def by_kernel(self, index: int, tile: TileConfig) -> None:
+            counts[self.key] = counts.get(self.key, 0) + 1
+
+    class NoPasses(NoOperands):
+        by_layers = by_network = NoOperands.by_torch
+
+        def __call__(self, path: Callable[..., Any], index: int) -> list[torch.Tensor]:
+            counts[self.key] = counts.get(self.key, 0) + 1
+            return [torch.ones(1)]
+
+    monkeypatch.setattr(tuning, "Operands", NoOperands)
+    monkeypatch.setattr(tuning, "Passes", NoPasses)
+    model, device = Model(), DEVICES["NVIDIA H200"]
+    monkeypatch.setattr(configs, "describe", lambda *_: device)
+    empty = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuning.versions())
+    tuner = tuning.Tuner(CPU, model.read, lambda: model.now, model, empty, empty)
+    asked = tasks(Config().workloads, device)
+    tuner.measure(asked, seconds)
+    assert model.now < seconds + Model.PATH
+    parts: dict[str, list[tuple[int, float]]] = {}
+    family = {workload: index for index, each in enumerate(GRID) for workload in each.workloads}
+    keys = {each.key: family[work] for work in family for each in products(work)}
+    for task in asked:
+        part = "networks" if isinstance(task, Whole) else f"family {keys[task.key]}"
+        part = "anchors" if task.anchor and isinstance(task, Product) else part
+        wanted = 1
+        if isinstance(task, Product):
+            candidates = len(configs.candidates(task.problem, device))
+            wanted = candidates if task.anchor else min(tuning.FEW, candidates)
+        count = counts.get(task.key, 0)
+        parts.setdefault(part, []).append((count > 0, min(1.0, count / wanted)))
+    return {
+        part: (len(each), *(sum(column) / len(each) for column in zip(*each)))  # type: ignore[misc]
+        for part, each in parts.items()
+    }
+
+
+def test_what_eight_minutes_of_a_gpu_are_spent_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three quarters of `bench/gpu.py --minutes 8` are 337 s, the quarter that the tuner has by default 102 s."""
+    families = {f"family {index}" for index in range(len(GRID))}
+    long = shares(337, monkeypatch)
+    assert set(long) == {"anchors", "networks", *families}
+    assert all(reached == 1 for _, reached, _ in long.values())
+    assert long["anchors"][2] == 1  # every candidate
+    assert long["networks"][2] == 1
+    assert {part: few for part, (_, _, few) in long.items() if few < 0.7} == {}  # three of the first four
+    short = shares(102, monkeypatch)
+    assert short["anchors"][1:] == (1, pytest.approx(1, abs=0.1))
+    hour = shares(3600, monkeypatch)
+    assert all(few == 1 for _, _, few in hour.values())
 
 
 # --- What is measured, and in which order ---
@@ -509,7 +733,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: at.update(host=max(at["host"], at["device"])))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: work(1e-6, cycles / 1e9))
     monkeypatch.setattr(time, "perf_counter", lambda: at["host"])
-    return at
+    tuning.cycles_per_second.cache_clear()
+    yield at
+    tuning.cycles_per_second.cache_clear()
 
 
 @pytest.mark.parametrize(("issue", "seconds"), [(50e-6, 2e-6), (10e-6, 3e-3), (5e-6, 5e-6)], ids=str)

@@ -1,0 +1,203 @@
+"""Kernels compiled ahead by processes of their own, into Triton's cache on disk, for another process to load.
+
+A compiling process has no GPU and makes no context on one: in place of Triton's driver stands the target to compile
+for, in place of each launch `kernel.warmup`, which compiles what a launch of the same arguments would run, under the
+same key. It is given work that ends in launches, on tensors of the device "meta", which have shapes and no memory.
+
+It runs beside the process that measures: device events time the device, and the calls that are timed wait behind a
+kernel that spins until the host has issued them. What must not happen is that issuing them is held up for longer than
+that: so two cores are left free, and the compiling processes stand behind all others (`NICENESS`). With one core there
+are none of them; each kernel is then compiled where it is first launched, before it is timed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import types
+from collections.abc import Callable, Hashable, Mapping
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from .kernels import configs
+from .kernels.language import driver
+from .kernels.launch import Launch
+from .training import first_line
+
+__all__ = ["Compilers", "NotYetError", "count_workers"]
+
+MOST_WORKERS = 16  # each holds a few hundred MB
+FREE_CORES = 2
+NICENESS = 10
+
+
+class NotYetError(Exception):
+    """Something is not compiled in time."""
+
+
+def count_workers() -> int:
+    """How many compiling processes this machine has room for; 0 where it has one core, or no POSIX."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    return 0 if cores == 1 else max(1, min(MOST_WORKERS, cores - FREE_CORES))
+
+
+class Compilers:
+    """Some processes that compile, in the order in which it was asked for; a `with` block ends them.
+
+    Args:
+        compile: called in them with each piece of work; a function at the top of a module.
+        device: what is compiled for, as our rules know it.
+        target: the same, as Triton knows it.
+        workers: how many; 0: nothing is compiled ahead, and nothing waited for.
+
+    Attributes:
+        failure: why something, or anything from then on, was not compiled ahead.
+    """
+
+    def __init__(self, compile: Callable[[Any], None], device: configs.Device, target: Any, workers: int) -> None:
+        self.failure: str | None = None
+        self._arguments = (compile, device, target)
+        self._waiting: dict[Hashable, Any] = {}
+        self._asked: set[Hashable] = set()
+        self._outcomes: dict[Hashable, str | None] = {}
+        self._changed = threading.Condition()
+        self._ended = False
+        self._working = workers
+        self._processes: list[BaseProcess] = []
+        self._threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(workers)]
+
+    def __enter__(self) -> Compilers:
+        if self._threads:
+            resource_tracker.ensure_running()  # which would unblock Ctrl-C in the thread that first needs it
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+            for process in self._processes:
+                process.kill()
+        for thread in self._threads:
+            thread.join()
+
+    def ask(self, work: Mapping[Hashable, Any], first: bool = False) -> None:
+        """Have these compiled, after or, with `first`, before all that still waits; each key once."""
+        with self._changed:
+            if self._working:
+                new = {key: each for key, each in work.items() if key in self._waiting or key not in self._asked}
+                self._asked |= work.keys()
+                self._waiting = {**new, **self._waiting} if first else {**self._waiting, **new}
+                self._changed.notify_all()
+
+    def wait(self, key: Hashable, seconds: float) -> str | None:
+        """Until a piece of work is compiled, which now comes first.
+
+        Returns:
+            None; or why it is not to be launched: a compiler died of it. What failed to compile otherwise, or was not
+            asked for, is compiled where it is launched, and says there what is wrong with it.
+
+        Raises:
+            NotYetError: it takes longer than that.
+        """
+        with self._changed:
+            if key in self._waiting:
+                self._waiting = {key: self._waiting.pop(key), **self._waiting}
+            if key in self._asked and not self._changed.wait_for(lambda: key in self._outcomes, max(0.0, seconds)):
+                raise NotYetError
+            return self._outcomes.get(key)
+
+    def _drive(self) -> None:
+        """One process's thread: hands it one piece of work at a time. A process that dies is followed by another."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is the measuring process's
+        process, connection = self._start()
+        while connection is not None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._ended)
+                if self._ended:
+                    break
+                key = next(iter(self._waiting))
+                work = self._waiting.pop(key)
+            died, outcome = False, None
+            try:
+                connection.send(work)
+                self.failure = connection.recv() or self.failure
+            except (EOFError, OSError):
+                died = True
+                process.join()
+                outcome = f"the process that compiled it ended with status {process.exitcode}"
+            with self._changed:
+                self._outcomes[key] = outcome
+                self._changed.notify_all()
+            if died:
+                process, connection = self._start()
+        process.join()
+        with self._changed:
+            self._working -= 1
+            if not self._working and not self._ended:
+                self.failure = f"the processes that compile do not start: they end with status {process.exitcode}"
+                self._outcomes |= dict.fromkeys(self._waiting)
+                self._waiting.clear()
+                self._changed.notify_all()
+
+    def _start(self) -> tuple[BaseProcess, Connection | None]:
+        """A new process, and the connection to it; None where it ends before it can do anything."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+        with self._changed:  # or `__exit__` might miss it
+            process.start()
+            self._processes.append(process)
+            if self._ended:
+                process.kill()
+        theirs.close()
+        try:
+            ours.recv()
+        except (EOFError, OSError):
+            process.join()
+            return process, None
+        return process, ours
+
+
+def _serve(connection: Connection, compile: Callable[[Any], None], device: configs.Device, target: Any) -> None:
+    """The compiling process: receives work, sends what came of it. It ends when the other side does."""
+    os.nice(NICENESS)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # of compilers, which would write into the progress bar
+        os.dup2(nowhere, stream)
+    compile_only(device, target)
+    connection.send(None)  # that it is there
+    while True:
+        try:
+            work = connection.recv()
+        except EOFError:
+            return
+        failure = None
+        try:
+            compile(work)
+        except Exception as error:  # of many classes
+            failure = f"{type(error).__name__}: {first_line(error)}"
+        connection.send(failure)
+
+
+def compile_only(device: configs.Device, target: Any) -> None:
+    """From now on this process has one device, which compiles and launches nothing."""
+    driver.set_active(
+        types.SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        )
+    )
+    configs.device_of = lambda tensor: device
+    Launch.through_triton = _compile  # type: ignore[method-assign]
+
+
+def _compile(self: Launch, tensors: Any) -> None:
+    """In place of `Launch.through_triton`."""
+    self.kernel.warmup(*tensors, *self.scalars, grid=(self.programs,), **self.constants)

@@ -1,0 +1,224 @@
+"""Compiling ahead: under the keys that launches have, in processes that may fail, die or be interrupted.
+
+Real kernels compile in processes without TRITON_INTERPRET, of which the first is this file as a program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlp_fused import compiling, tuning
+from mlp_fused.compiling import Compilers, NotYetError, count_workers
+from mlp_fused.kernels import configs, tables
+from mlp_fused.tuning import PathWork, TileWork, Whole, Workload
+
+H100 = configs.DEVICES["NVIDIA H100"]
+WORKLOADS = (Workload((64, 19), 96, "bf16", "gelu"), Workload((64, 128), 4096, "fp32"))
+NETWORK = Whole(Workload((16, 16, 16), 96, "bf16", "gelu"), training=True)
+
+
+def works() -> list[TileWork | PathWork]:
+    """Of each product a tile, of weight gradients one that splits; and every path of a network."""
+    found: list[TileWork | PathWork] = []
+    for product in (product for workload in WORKLOADS for product in tuning.products(workload)):
+        tiles = configs.candidates(product.problem, H100)
+        found.append(TileWork(product, next((tile for tile in tiles if tile.split > 1), tiles[0])))
+    table = tables.Table(H100.name, "2026-01-31T12:00:00+00:00", tuning.versions())
+    paths = tuning.network_paths(NETWORK, H100)
+    return [*found, *(PathWork(NETWORK, path) for path in paths), PathWork(NETWORK, "layer", table)]
+
+
+def launch(work: TileWork | PathWork, device: torch.device) -> None:
+    """What measuring launches."""
+    if isinstance(work, TileWork):
+        tuning.Operands(work.task, device).by_kernel(0, work.tile)
+        return
+    passes = tuning.Passes(work.task, device)
+    path = tuning.network_paths(work.task, H100).get(work.path)
+    passes(functools.partial(passes.by_network, path) if path else passes.by_layers, 0)
+
+
+def compile_then_launch() -> dict[str, Any]:
+    """What came of compiling ahead; and of each compilation that launching led to, whether it was in the cache."""
+    from test_launch import StandIn
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    asked = {work.key: work for work in works()}
+    with Compilers(tuning.compile_ahead, H100, GPUTarget("cuda", 90, 32), 2) as compilers:
+        compilers.ask(asked)
+        outcomes = [compilers.wait(key, 300) for key in asked]
+    driver.set_active(StandIn("cuda", 90, 32, 0))
+    torch.cuda.current_device = lambda: 0
+    configs.device_of = lambda tensor: H100
+    found: list[tuple[str, bool]] = []
+    knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
+    for work in asked.values():
+        launch(work, torch.device("cpu"))  # whose tensors have addresses, as a GPU's
+    knobs.compilation.listener = None
+    return {"outcomes": outcomes, "failure": compilers.failure, "launched": found, "keys": keys()}
+
+
+def keys() -> list[tuple[str, str]]:
+    """Of the grid's first candidates our key, and Triton's, of which nothing is compiled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction
+
+    triton_keys: list[str] = []
+    compiling.compile_only(H100, GPUTarget("cuda", 90, 32))
+    JITFunction._do_compile = lambda self, key, *_: triton_keys.append(f"{self.__name__} {key}")
+    found = []
+    for task in tuning.tasks(tuning.Config().workloads, H100)[::5]:
+        if isinstance(task, tuning.Product):
+            for tile in configs.candidates(task.problem, H100)[::4]:
+                triton_keys.clear()
+                tuning.compile_ahead(TileWork(task, tile))
+                if triton_keys:  # else the kernel was met before
+                    found.append((str(TileWork(task, tile).key), triton_keys[0]))
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(compile_then_launch(), sys.stdout)
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process found that compiles for a GPU, its cache empty."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1]), "TRITON_CACHE_DIR": cache}
+    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_a_launch_finds_what_was_compiled_ahead_in_the_cache(found: dict[str, Any]) -> None:
+    assert (found["outcomes"], found["failure"]) == ([None] * len(works()), None)
+    launched = {name for name, _ in found["launched"]}
+    assert launched >= {
+        "layer_forward_kernel", "dgrad_kernel", "wgrad_kernel", "sum_partials_kernel", "network_forward_kernel",
+        "network_recompute_kernel", "network_dgrad_kernel", "network_wgrad_kernel",
+    }  # fmt: skip
+    assert [name for name, hit in found["launched"] if not hit] == []
+
+
+def test_what_has_one_key_is_one_kernel(found: dict[str, Any]) -> None:
+    by_key: dict[str, set[str]] = {}
+    for key, triton_key in found["keys"]:
+        by_key.setdefault(key, set()).add(triton_key)
+    assert len(by_key) > 100
+    assert {len(triton_keys) for triton_keys in by_key.values()} == {1}
+
+
+# --- The processes, with work that needs no compiler ---
+
+
+def work_on(what: Any) -> None:
+    """In place of compiling."""
+    if what == "fails":
+        raise ValueError("no such layout.\nand more")
+    if what == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if isinstance(what, float):
+        time.sleep(what)
+    if isinstance(what, Path):
+        with what.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+@contextlib.contextmanager
+def started(monkeypatch: pytest.MonkeyPatch, workers: int = 1) -> Iterator[Compilers]:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    compilers = Compilers(work_on, H100, None, workers)
+    try:
+        with compilers:
+            yield compilers
+    finally:
+        assert not any(process.is_alive() for process in compilers._processes)
+        assert not any(thread.is_alive() for thread in compilers._threads)
+
+
+def test_what_fails_or_dies_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with started(monkeypatch) as compilers:
+        compilers.ask({"fails": "fails", "dies": "dies", "slow": 0.5, "last": tmp_path / "ran"})
+        with pytest.raises(NotYetError):
+            compilers.wait("slow", 0.0)
+        assert compilers.wait("fails", 60) is None  # the launch will say the same
+        assert compilers.failure == "ValueError: no such layout"
+        assert compilers.wait("dies", 60) == "the process that compiled it ended with status -9"
+        assert compilers.wait("last", 60) is None
+        assert compilers.wait("slow", 60) is None
+        assert compilers.wait("never asked for", 0) is None
+    assert len((tmp_path / "ran").read_text().splitlines()) == 1
+
+
+def test_what_is_waited_for_comes_first_and_each_key_once() -> None:
+    compilers = Compilers(work_on, H100, None, 1)
+    compilers._threads.clear()  # nobody works: the order is what is looked at
+    compilers.ask({"a": 1, "b": 2})
+    compilers.ask({"b": 2, "c": 4})
+    assert list(compilers._waiting.items()) == [("a", 1), ("b", 2), ("c", 4)]
+    compilers.ask({"d": 5, "c": 6}, first=True)
+    assert list(compilers._waiting) == ["d", "c", "a", "b"]
+    with pytest.raises(NotYetError):
+        compilers.wait("b", 0)
+    assert list(compilers._waiting) == ["b", "d", "c", "a"]
+
+
+def test_processes_that_do_not_start_leave_compiling_to_the_launch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compiling, "_serve", sys.exit)  # which takes no such arguments
+    with started(monkeypatch) as compilers:
+        compilers.ask({"a": tmp_path / "ran"})
+        assert compilers.wait("a", 60) is None
+        assert compilers.failure == "the processes that compile do not start: they end with status 1"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_ctrl_c_does_not_reach_the_processes_and_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        with started(monkeypatch) as compilers:
+            compilers.ask({"first": 0.0, "long": 600.0})
+            assert compilers.wait("first", 60) is None
+            (process,) = compilers._processes
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGINT)  # as a terminal sends it to all of them
+            process.join(0.3)
+            assert process.is_alive()
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            compilers.wait("long", 600)
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 1), (3, 1), (16, 14), (128, 16)])
+def test_cores_are_left_free(cores: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    assert count_workers() == workers
+
+
+def test_without_processes_nothing_is_waited_for() -> None:
+    with Compilers(work_on, H100, None, 0) as compilers:
+        compilers.ask({"a": "dies"})
+        assert compilers.wait("a", 0) is None

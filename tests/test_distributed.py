@@ -1,0 +1,336 @@
+"""DDP, FSDP2 and tensor parallelism: two processes compute what one does, through the kernels wherever they can.
+
+Processes are started once: all checks run in them one after another, and each is a test that reads its result. On the
+CPU there are two (gloo), under `-m gpu` one for each of up to two GPUs (NCCL).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from mlp_fused import FusedLinear, FusedMLP
+from mlp_fused.kernels.launch import count_launches
+
+Check = Callable[[DeviceMesh, str], None]
+CHECKS: dict[str, Check] = {}
+BACKENDS = ("reference", "triton")
+
+NARROW, WIDE = (12, 20, 24, 6), (12, 300, 6)  # one kernel as a whole; a kernel a product
+STEPS = 2
+ROWS = 8  # of a global batch
+
+
+def check(function: Check) -> Check:
+    """Run it in every process, once for each backend, and report it as a test."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def network(backend: str, mesh: DeviceMesh, widths: tuple[int, ...] = NARROW, **arguments: object) -> FusedMLP:
+    """The same one in every process."""
+    torch.manual_seed(1)
+    model = FusedMLP(widths[0], list(widths[1:]), activation_layer="gelu", backend=backend, **arguments)  # type: ignore[arg-type]
+    return model.to(mesh.device_type)
+
+
+def plain(model: FusedMLP) -> nn.Sequential:
+    """torch's own, with parameters of its own."""
+    return nn.Sequential(*copy.deepcopy(model))
+
+
+def batches(mesh: DeviceMesh, widths: tuple[int, ...] = NARROW) -> list[tuple[Tensor, Tensor]]:
+    """The global batches of a few steps."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        tuple(torch.randn(ROWS, width, generator=generator).to(mesh.device_type) for width in (widths[0], widths[-1]))
+        for _ in range(STEPS)
+    ]  # type: ignore[misc]
+
+
+def mine(mesh: DeviceMesh, rows: Tensor) -> Tensor:
+    """This process's part of a batch."""
+    return rows.chunk(mesh.size())[mesh.get_rank()]
+
+
+def learn(model: nn.Module, steps: list[tuple[Tensor, Tensor]], parameters: nn.Module | None = None) -> dict[str, int]:
+    """A step for each batch, by SGD with momentum; the kernels that were launched."""
+    optimizer = torch.optim.SGD((parameters or model).parameters(), lr=0.1, momentum=0.9)
+    with count_launches() as launches:
+        for x, y in steps:
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return dict(launches)
+
+
+def learn_apart(mesh: DeviceMesh, model: nn.Module, widths: tuple[int, ...] = NARROW) -> dict[str, int]:
+    """`learn`, each process its part of every batch."""
+    return learn(model, [(mine(mesh, x), mine(mesh, y)) for x, y in batches(mesh, widths)])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def assert_equal(model: nn.Module, expected: nn.Module) -> None:
+    """Every parameter is that of a single process, up to the order in which gradients are added."""
+    ours, theirs = dict(model.named_parameters()), dict(expected.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        error = (whole(parameter) - theirs[name].detach()).abs().max()
+        assert error <= 1e-6 + 1e-5 * theirs[name].detach().abs().max(), f"{name}: {error}"
+
+
+def kernels_ran(backend: str, launches: dict[str, int], path: str = "network") -> None:
+    """On a GPU and in the interpreter, forward and backward of each step were kernels of this path; else none was."""
+    if backend == "reference":
+        assert launches == {}
+        return
+    names = {"network": ("network_forward_kernel",), "layer": ("layer_forward_kernel", "wgrad_kernel")}[path]
+    assert all(sum(count for name, count in launches.items() if name == each) >= STEPS for each in names), launches
+    assert sum(launches.values()) >= 3 * STEPS, launches
+
+
+@check
+def ddp(mesh: DeviceMesh, backend: str) -> None:
+    for widths, path in ((NARROW, "network"), (WIDE, "layer")):
+        for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True, "bucket_cap_mb": 0.001}):
+            model = network(backend, mesh, widths)
+            expected = plain(model)
+            kernels_ran(backend, learn_apart(mesh, DistributedDataParallel(model, **options), widths), path)
+            learn(expected, batches(mesh, widths))
+            assert_equal(model, expected)
+
+
+@check
+def ddp_accumulates_without_synchronising(mesh: DeviceMesh, backend: str) -> None:
+    model = network(backend, mesh)
+    expected = plain(model)
+    parallel = DistributedDataParallel(model)
+    (x, y), (later_x, later_y) = batches(mesh)
+    with parallel.no_sync():
+        (parallel(mine(mesh, x)) - mine(mesh, y)).square().mean().backward()
+    (parallel(mine(mesh, later_x)) - mine(mesh, later_y)).square().mean().backward()
+    for inputs, targets in ((x, y), (later_x, later_y)):
+        (expected(inputs) - targets).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+@check
+def ddp_with_layers_that_are_frozen_or_unused(mesh: DeviceMesh, backend: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = network(backend, mesh), network(backend, mesh)
+            self.used[0].requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    two = Two()
+    expected = plain(two.used)
+    kernels_ran(backend, learn_apart(mesh, DistributedDataParallel(two, find_unused_parameters=True)))
+    learn(expected, batches(mesh))
+    assert_equal(two.used, expected)
+
+
+@check
+def fsdp_of_the_whole_network_is_fused(mesh: DeviceMesh, backend: str) -> None:
+    for widths, path in ((NARROW, "network"), (WIDE, "layer")):
+        for reshard in (True, False):
+            model = network(backend, mesh, widths)
+            expected = plain(model)
+            explained = str(model.explain(ROWS))
+            fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            with count_launches() as launches:
+                model.warmup(ROWS)
+            assert bool(launches) == (backend == "triton")
+            kernels_ran(backend, learn_apart(mesh, model, widths), path)
+            learn(expected, batches(mesh, widths))
+            assert_equal(model, expected)
+            assert str(model.explain(ROWS)) == explained
+
+
+@check
+def fsdp_of_what_holds_the_network_is_fused(mesh: DeviceMesh, backend: str) -> None:
+    model = nn.Sequential(nn.LayerNorm(12, device=mesh.device_type), network(backend, mesh))
+    expected = nn.Sequential(copy.deepcopy(model[0]), plain(model[1]))
+    fully_shard(model, mesh=mesh)
+    kernels_ran(backend, learn_apart(mesh, model))
+    learn(expected, batches(mesh))
+    assert_equal(model, expected)
+
+
+@check
+def fsdp_that_recomputes(mesh: DeviceMesh, backend: str) -> None:
+    for widths, path in ((NARROW, "network"), (WIDE, "layer")):
+        model = network(backend, mesh, widths, recompute=True)
+        expected = plain(model)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        kernels_ran(backend, learn_apart(mesh, model, widths), path)
+        learn(expected, batches(mesh, widths))
+        assert_equal(model, expected)
+
+
+@check
+def fsdp_in_mixed_precision(mesh: DeviceMesh, backend: str) -> None:
+    """No further from fp32 than twice what nn.Sequential is under the same policy."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for reshard in (True, False):
+        model = network(backend, mesh)
+        torchs, exact = plain(model), plain(model)
+        for each in (model, torchs):
+            fully_shard(each, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+        assert model(mine(mesh, batches(mesh)[0][0])).dtype == torch.bfloat16
+        model.reshard()  # which torch leaves to the backward that does not follow
+        kernels_ran(backend, learn_apart(mesh, model))
+        learn_apart(mesh, torchs)
+        learn(exact, batches(mesh))
+        for ours, theirs, true in zip(model.parameters(), torchs.parameters(), exact.parameters()):
+            assert ours.dtype == torch.float32
+            error, slack = (torch.linalg.vector_norm(whole(each) - true.detach()) for each in (ours, theirs))
+            assert error <= 2 * slack + 1e-4 * torch.linalg.vector_norm(true)
+
+
+@check
+def fsdp_of_each_layer_runs_its_children_as_modules(mesh: DeviceMesh, backend: str) -> None:
+    model = network(backend, mesh)
+    expected = plain(model)
+    model(batches(mesh)[0][0])  # what is remembered of a call before
+    for child in model:
+        if isinstance(child, nn.Linear):
+            fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert learn_apart(mesh, model) == {}
+    learn(expected, batches(mesh))
+    assert_equal(model, expected)
+    runs = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
+    assert len(runs) == 3
+    assert all(run.path == "reference" and "fully_shard was called on it" in run.reason for run in runs)
+
+
+@check
+def fsdp_of_one_layer_leaves_the_others_fused(mesh: DeviceMesh, backend: str) -> None:
+    model = network(backend, mesh)
+    expected = plain(model)
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    kernels_ran(backend, learn_apart(mesh, model))
+    learn(expected, batches(mesh))
+    assert_equal(model, expected)
+    first, *others = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
+    assert "fully_shard was called on it" in first.reason
+    assert all("fully_shard" not in run.reason for run in others)
+
+
+@check
+def fsdp_of_a_fused_linear(mesh: DeviceMesh, backend: str) -> None:
+    torch.manual_seed(1)
+    layer = FusedLinear(12, 6, activation="silu", backend=backend).to(mesh.device_type)
+    expected = nn.Sequential(nn.Linear(12, 6, device=mesh.device_type), nn.SiLU())
+    expected[0].load_state_dict(layer.state_dict())
+    fully_shard(layer, mesh=mesh)
+    launches = learn_apart(mesh, layer)
+    assert bool(launches) == (backend == "triton")
+    learn(expected, batches(mesh))
+    assert_equal(layer, expected[0])
+
+
+@check
+def checkpoints_of_fsdp_are_those_of_a_sequential(mesh: DeviceMesh, backend: str) -> None:
+    model = network(backend, mesh)
+    fully_shard(model, mesh=mesh)
+    learn_apart(mesh, model)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    expected = plain(network(backend, mesh))
+    expected.load_state_dict(state)
+    assert_equal(model, expected)
+    x = batches(mesh)[0][0]
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-6)
+    model.reshard()  # which torch leaves to the backward that does not follow
+    doubled = {name: 2 * value for name, value in expected.state_dict().items()}
+    set_model_state_dict(model, copy.deepcopy(doubled), options=StateDictOptions(full_state_dict=True))
+    expected.load_state_dict(doubled)
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-6)
+
+
+@check
+def tensor_parallel_layers_run_as_modules(mesh: DeviceMesh, backend: str) -> None:
+    model = network("auto", mesh)
+    model.backend = "auto" if backend == "triton" else backend
+    expected = plain(model)
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+    runs = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
+    assert [run.path for run in runs][:2] == ["reference"] * 2
+    assert all("the weight is a DTensor, split over processes" in run.reason for run in runs[:2])
+    learn(model, batches(mesh))  # every process has the whole batch
+    learn(expected, batches(mesh))
+    assert_equal(model, expected)
+    model.backend = "triton"
+    with pytest.raises(RuntimeError, match=r'backend is "triton", but of child 0, 3, the weight is a DTensor.*or use'):
+        model(batches(mesh)[0][0])
+
+
+def what_went_wrong(function: Check, mesh: DeviceMesh, backend: str) -> str:
+    try:
+        function(mesh, backend)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def run_checks(rank: int, count: int, device: str, port: int, folder: str) -> None:
+    """All checks in one of the processes; what went wrong in each is written to a file."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
+    mesh = init_device_mesh(device, (count,))
+    results = {
+        f"{name}-{backend}": what_went_wrong(function, mesh, backend)
+        for name, function in CHECKS.items()
+        for backend in BACKENDS
+    }
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(device: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Of each process, what went wrong by check."""
+    count = 2 if device == "cpu" else min(2, torch.cuda.device_count())
+    folder = tmp_path_factory.mktemp("results")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run_checks, (count, device, port, str(folder)), nprocs=count)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CHECKS)
+def test_processes(name: str, backend: str, results: list[dict[str, str]], device: str) -> None:
+    for rank, found in enumerate(results):
+        assert found[f"{name}-{backend}"] == "", f"process {rank}"

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from mlp_fused import FusedMLP, training
 from mlp_fused.kernels.launch import count_launches
+from mlp_fused.processes import Processes
 from mlp_fused.training import (
     ArrayDataset,
     Config,
@@ -46,6 +47,7 @@ from mlp_fused.training import (
 )
 
 CPU = torch.device("cpu")
+ALONE = Processes(CPU)
 TINY = Config(hidden=(8,), epochs=3, batch_size=16)
 
 
@@ -163,7 +165,7 @@ def numbered(rows: int = 50) -> ArrayDataset:
 def test_order_depends_on_the_seed_and_the_epoch_but_not_on_workers() -> None:
     def epochs(workers: int) -> list[list[int]]:
         config = dataclasses.replace(TINY, workers=workers)
-        loader = make_loader(numbered(), config, CPU, torch.Generator().manual_seed(3))
+        loader = make_loader(numbered(), config, ALONE, torch.Generator().manual_seed(3))
         return [rows_of(loader) for _ in range(3)]
 
     alone = epochs(0)
@@ -182,19 +184,21 @@ class InterruptsIgnored(ArrayDataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_only_the_main_process_answers_ctrl_c(workers: int) -> None:
     dataset = InterruptsIgnored(torch.zeros(4, 1), torch.zeros(4))
-    assert rows_of(make_loader(dataset, dataclasses.replace(TINY, workers=workers), CPU)) == [workers] * 4
+    assert rows_of(make_loader(dataset, dataclasses.replace(TINY, workers=workers), ALONE)) == [workers] * 4
 
 
 def test_without_an_order_rows_come_as_they_are() -> None:
-    assert rows_of(make_loader(numbered(), TINY, CPU)) == list(range(50))
+    assert rows_of(make_loader(numbered(), TINY, ALONE)) == list(range(50))
 
 
 def test_a_gpu_has_pinned_memory_and_lasting_workers() -> None:
-    on_gpu = make_loader(numbered(), TINY, torch.device("cuda"))
+    on_gpu = make_loader(numbered(), TINY, Processes(torch.device("cuda")))
     assert (on_gpu.pin_memory, on_gpu.num_workers, on_gpu.persistent_workers) == (True, 2, True)
-    on_cpu = make_loader(numbered(), TINY, CPU)
+    on_cpu = make_loader(numbered(), TINY, ALONE)
     assert (on_cpu.pin_memory, on_cpu.num_workers, on_cpu.persistent_workers) == (False, 0, False)
-    assert make_loader(numbered(), dataclasses.replace(TINY, workers=0), torch.device("cuda")).num_workers == 0
+    assert (
+        make_loader(numbered(), dataclasses.replace(TINY, workers=0), Processes(torch.device("cuda"))).num_workers == 0
+    )
 
 
 def test_the_model_is_fused_mlp_with_no_dropout_on_the_logits() -> None:
@@ -302,7 +306,7 @@ def test_the_loss_is_taken_in_float32() -> None:
     optimizer = make_optimizer(probe, TINY, CPU)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     train_epoch(probe, batches, loss_function, optimizer, scaler, CPU, "bf16", StepTimer(CPU))
-    evaluate(probe, batches, loss_function, CPU, "bf16")
+    evaluate(probe, batches, loss_function, ALONE, "bf16")
     assert [dtype for _, _, dtype in probe.calls] == [torch.bfloat16] * 2
 
 
@@ -319,7 +323,7 @@ def test_validation_rows_keep_their_order_and_training_rows_do_not(data: str) ->
 def test_evaluate_weighs_batches_by_their_rows() -> None:
     x, y = torch.randn(10, 3), torch.randint(0, 3, (10,))
     batches = [(x[:8], y[:8]), (x[8:], y[8:])]
-    loss, accuracy = evaluate(nn.Identity(), batches, nn.CrossEntropyLoss(), CPU, "fp32")
+    loss, accuracy = evaluate(nn.Identity(), batches, nn.CrossEntropyLoss(), ALONE, "fp32")
     assert loss == pytest.approx(nn.functional.cross_entropy(x, y).item())
     assert accuracy == (x.argmax(dim=1) == y).sum().item() / 10
 
@@ -390,7 +394,7 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(training, "pick_device", lambda name, local: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
@@ -520,7 +524,8 @@ def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(da
     assert checkpoint["config"]["hidden"] == [8]
     assert checkpoint["config"]["lr"] == 1e-3
     assert checkpoint["data"]["rows"] == 70
-    assert {"torch", "cuda", "order"} == checkpoint["random"].keys()
+    assert {"order", "processes"} == checkpoint["random"].keys()
+    assert [random.keys() for random in checkpoint["random"]["processes"]] == [{"torch", "cuda"}]
     assert sorted(tmp_path.iterdir()) == [tmp_path / "data.npz", path]
 
     network = FusedMLP(6, [8, 3], activation_layer="gelu")  # as a later user builds it
@@ -580,7 +585,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path, monkey
     checkpoint = load_checkpoint(path)
     for group in checkpoint["optimizer"]["param_groups"]:
         group["fused"] = True
-    checkpoint["random"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    checkpoint["random"]["processes"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
     save_checkpoint(path, checkpoint)
     monkeypatch.setattr(training, "make_optimizer", noted)
     resumed = run(TINY, data=data, checkpoint=str(path), resume=True)

@@ -7,18 +7,25 @@ CPU there are two (gloo), under `-m gpu` one for each of up to two GPUs (NCCL).
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import io
 import json
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import _patch_the_language_once_a_launch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -29,6 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlp_fused import FusedLinear, FusedMLP
 from mlp_fused.kernels.launch import count_launches
+from mlp_fused.processes import join
+from mlp_fused.training import Config, Result, build_model, load_checkpoint, pick_device, train
 
 Check = Callable[[DeviceMesh, str], None]
 CHECKS: dict[str, Check] = {}
@@ -112,13 +121,16 @@ def kernels_ran(backend: str, launches: dict[str, int], path: str = "network") -
 
 @check
 def ddp(mesh: DeviceMesh, backend: str) -> None:
-    for widths, path in ((NARROW, "network"), (WIDE, "layer")):
-        for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True, "bucket_cap_mb": 0.001}):
-            model = network(backend, mesh, widths)
-            expected = plain(model)
-            kernels_ran(backend, learn_apart(mesh, DistributedDataParallel(model, **options), widths), path)
-            learn(expected, batches(mesh, widths))
-            assert_equal(model, expected)
+    for widths, path, options in (
+        (NARROW, "network", {}),
+        (NARROW, "network", {"static_graph": True, "gradient_as_bucket_view": True}),
+        (WIDE, "layer", {"bucket_cap_mb": 0.001}),
+    ):
+        model = network(backend, mesh, widths)
+        expected = plain(model)
+        kernels_ran(backend, learn_apart(mesh, DistributedDataParallel(model, **options), widths), path)
+        learn(expected, batches(mesh, widths))
+        assert_equal(model, expected)
 
 
 @check
@@ -292,20 +304,145 @@ def tensor_parallel_layers_run_as_modules(mesh: DeviceMesh, backend: str) -> Non
         model(batches(mesh)[0][0])
 
 
-def what_went_wrong(function: Check, mesh: DeviceMesh, backend: str) -> str:
+SMALL = Config(hidden=(8,), epochs=3, batch_size=16, validation_fraction=0.3, lr=0.02)
+TRAININGS: dict[str, Callable[[Path, str], None]] = {}
+
+
+def training_check(function: Callable[[Path, str], None]) -> Callable[[Path, str], None]:
+    """As `check`, of the training loop, which joins the processes itself; in a folder with data.npz, 70 rows.
+
+    49 of them are trained on: a batch of 16 is 8 rows of each of two processes, and the last one is a single row.
+    """
+    TRAININGS[function.__name__] = function
+    return function
+
+
+def trained(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
+    config = dataclasses.replace(SMALL, data=str(folder / "data.npz"), backend=backend, device=folder.name, **changes)
+    return train(config, build=build, report=lambda text: None)
+
+
+def trained_alone(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
+    """The same by one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "1")
+        return trained(folder, backend, build, **changes)
+
+
+def assert_same_course(one: Result, other: Result) -> None:
+    assert one.losses == pytest.approx(other.losses, rel=1e-4, abs=1e-5)
+    assert [epoch.accuracy for epoch in one.history] == [epoch.accuracy for epoch in other.history]
+    ours, theirs = ([epoch.validation_loss for epoch in each.history] for each in (one, other))
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert one.model.state_dict().keys() == other.model.state_dict().keys()
+
+
+def normed(features: int, classes: int, config: Config) -> nn.Module:
+    """A network whose buffers depend on the rows that it sees."""
+    return FusedMLP(features, [8, classes], nn.LayerNorm, backend=config.backend).insert(0, nn.BatchNorm1d(features))
+
+
+@training_check
+def training_is_that_of_one_process(folder: Path, backend: str) -> None:
+    with count_launches() as launches:
+        together = trained(folder, backend)
+    assert bool(launches) == (backend == "triton" or folder.name == "cuda")
+    assert len(together.losses) == 3 * 4
+    assert_same_course(together, trained_alone(folder, backend))
+
+
+@training_check
+def each_optimizer_and_dtype_is_that_of_one_process(folder: Path, backend: str) -> None:
+    assert_same_course(trained(folder, backend, optimizer="sgd"), trained_alone(folder, backend, optimizer="sgd"))
+    together, alone = (each(folder, backend, dtype="bf16") for each in (trained, trained_alone))
+    assert together.losses == pytest.approx(alone.losses, rel=0.05, abs=0.02)
+
+
+@training_check
+def a_checkpoint_goes_on_with_any_number_of_processes(folder: Path, backend: str) -> None:
+    whole = trained_alone(folder, backend)
+    path = str(folder / f"{backend} together.pt")
+    trained(folder, backend, checkpoint=path, epochs=1)
+    assert load_checkpoint(path)["model"].keys() == whole.model.state_dict().keys()
+    mine = str(folder / f"{backend} {os.environ['RANK']}.pt")  # so that both may go on from it
+    Path(mine).write_bytes(Path(path).read_bytes())
+    assert_same_course_after(1, trained_alone(folder, backend, checkpoint=mine, resume=True), whole)
+    alone = str(folder / f"{backend} alone.pt")
+    if os.environ["RANK"] == "0":
+        trained_alone(folder, backend, checkpoint=alone, epochs=2)
+    trained(folder, backend, epochs=1)  # a meeting point
+    assert_same_course_after(2, trained(folder, backend, checkpoint=alone, resume=True), whole)
+
+
+def assert_same_course_after(epochs: int, resumed: Result, whole: Result) -> None:
+    assert_same_course(dataclasses.replace(resumed, losses=whole.losses[: 4 * epochs] + resumed.losses), whole)
+
+
+@training_check
+def a_resumed_run_is_the_uninterrupted_one(folder: Path, backend: str) -> None:
+    """Bit for bit, Dropout of every process included."""
+    whole = trained(folder, backend, dropout=0.5)
+    path = str(folder / f"{backend} resumed.pt")
+    first = trained(folder, backend, dropout=0.5, checkpoint=path, epochs=1)
+    torch.manual_seed(99)  # whatever happens between
+    resumed = trained(folder, backend, dropout=0.5, checkpoint=path, resume=True)
+    assert first.losses + resumed.losses == whole.losses
+    assert first.history == whole.history[:1]
+    assert resumed.history == whole.history
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+@training_check
+def every_process_ends_with_the_same_network(folder: Path, backend: str) -> None:
+    result = trained(folder, backend, normed, validation_fraction=0.2)  # BatchNorm takes two rows and more
+    state = {name: value.tolist() for name, value in result.model.state_dict().items()}
+    with join(functools.partial(pick_device, folder.name)) as processes:
+        assert processes.gather((state, result.losses, result.history)) == [(state, result.losses, result.history)] * (
+            processes.count
+        )
+
+
+@training_check
+def one_process_draws_and_reports(folder: Path, backend: str) -> None:
+    lines: list[str] = []
+    config = dataclasses.replace(SMALL, data=str(folder / "data.npz"), backend=backend, device=folder.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal := Terminal())
+        train(config, report=lines.append)
+    is_first = os.environ["RANK"] == "0"
+    assert bool(lines) == is_first
+    assert ("epoch 3/3" in terminal.getvalue()) == is_first
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def what_went_wrong(function: Callable[..., None], *arguments: Any) -> str:
     try:
-        function(mesh, backend)
+        function(*arguments)
     except Exception:
         return traceback.format_exc()
     return ""
 
 
-def run_checks(rank: int, count: int, device: str, port: int, folder: str) -> None:
+def run_checks(rank: int, count: int, device: str, ports: list[int], folder: Path) -> None:
     """All checks in one of the processes; what went wrong in each is written to a file."""
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(ports[0]),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+    )
     if device == "cuda":
         torch.cuda.set_device(rank)
+    else:
+        _patch_the_language_once_a_launch()
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
     mesh = init_device_mesh(device, (count,))
     results = {
@@ -313,8 +450,19 @@ def run_checks(rank: int, count: int, device: str, port: int, folder: str) -> No
         for name, function in CHECKS.items()
         for backend in BACKENDS
     }
-    Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(ports[1])
+    for name, training in TRAININGS.items():
+        results[f"{name}-auto"] = what_went_wrong(training, folder / device, "auto")
+    training = training_is_that_of_one_process
+    results[f"{training.__name__}-triton"] = what_went_wrong(training, folder / device, "triton")
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -322,15 +470,22 @@ def results(device: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     """Of each process, what went wrong by check."""
     count = 2 if device == "cpu" else min(2, torch.cuda.device_count())
     folder = tmp_path_factory.mktemp("results")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run_checks, (count, device, port, str(folder)), nprocs=count)
+    (folder / device).mkdir()
+    random = np.random.default_rng(0)
+    y = random.integers(0, 3, 70)
+    np.savez(folder / device / "data.npz", x=random.normal(size=(70, 6)) + y[:, None], y=y)
+    mp.spawn(run_checks, (count, device, [free_port(), free_port()], folder), nprocs=count)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHECKS)
-def test_processes(name: str, backend: str, results: list[dict[str, str]], device: str) -> None:
+def test_models(name: str, backend: str, results: list[dict[str, str]], device: str) -> None:
     for rank, found in enumerate(results):
         assert found[f"{name}-{backend}"] == "", f"process {rank}"
+
+
+@pytest.mark.parametrize("check", [*(f"{name}-auto" for name in TRAININGS), "training_is_that_of_one_process-triton"])
+def test_training(check: str, results: list[dict[str, str]], device: str) -> None:
+    for rank, found in enumerate(results):
+        assert found[check] == "", f"process {rank}"

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from mlp_fused import FusedMLP, training
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.processes import Processes
+from mlp_fused.processes import Part, Processes
 from mlp_fused.training import (
     ArrayDataset,
     Config,
@@ -172,6 +172,30 @@ def test_order_depends_on_the_seed_and_the_epoch_but_not_on_workers() -> None:
     assert alone == epochs(2)
     assert all(sorted(epoch) == list(range(50)) for epoch in alone)
     assert alone[0] != alone[1] != alone[2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [48, 50, 51, 5])
+def test_the_parts_of_all_processes_are_the_batches_of_one(rows: int, count: int) -> None:
+    config = dataclasses.replace(TINY, batch_size=24)
+
+    def epochs(processes: Processes) -> list[list[int]]:
+        loader = make_loader(numbered(rows), config, processes, torch.Generator().manual_seed(3))
+        return [labels.tolist() for _ in range(2) for _, labels in loader]
+
+    whole = epochs(ALONE)
+    parts = [epochs(Processes(CPU, rank, count)) for rank in range(count)]
+    samplers = [Part(BatchSampler(range(rows), 24, False), rank, count) for rank in range(count)]
+    weights = [sampler.weights * 2 for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(whole) / 2] * count
+    for step, batch in enumerate(whole):
+        mine = [part[step] for part, weight in zip(parts, weights) if weight[step]]
+        assert sorted(label for part in mine for label in part) == sorted(batch)
+        assert all(part[step] for part in parts)  # a network gets a row at the least
+        mean = sum(weight[step] * np.mean(part[step]) for part, weight in zip(parts, weights)) / count
+        assert mean == pytest.approx(np.mean(batch))
+        if len(batch) % count == 0:
+            assert {weight[step] for weight in weights} == {1.0}
 
 
 class InterruptsIgnored(ArrayDataset):
@@ -391,6 +415,28 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_device("auto") == torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == CPU
+
+
+def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(item=lambda: None))
+    assert [pick_device(name, 1) for name in ("auto", "cuda", "cpu")] == [torch.device("cuda:1")] * 2 + [CPU]
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="^--device cuda:1 is one GPU for several processes; --device cuda gives each"):
+        pick_device("cuda:1", 0)
+    with pytest.raises(UserError, match="--nproc-per-node starts more processes than this machine has GPUs, 2; each"):
+        pick_device("auto", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", 1) == CPU
+
+
+def test_a_batch_that_processes_cannot_share_evenly(data: str) -> None:
+    config = dataclasses.replace(TINY, data=data)
+    with pytest.raises(
+        UserError, match="^--batch-size is 16, for all 3 processes together; it needs to be a multiple of"
+    ):
+        training._train(config, Processes(CPU, 0, 3), build_model, quiet)
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ __all__ = ["Part", "Processes", "is_first", "is_first_to_fail", "join"]
 
 def _environment() -> tuple[int, int, int]:
     """This process's number, how many there are, and its number on this machine, as torchrun sets them."""
-    number, count, local = (int(os.environ.get(name, one)) for name, one in _ALONE.items())
-    return number, count, local
+    rank, count, local = (int(os.environ.get(name, alone)) for name, alone in _ALONE.items())
+    return rank, count, local
 
 
 _ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
@@ -29,7 +29,8 @@ _ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 def is_first() -> bool:
     """Whether this process is the one that speaks where all would say the same."""
-    return _environment()[0] == 0
+    rank, count, _ = _environment()
+    return rank == 0 or count == 1
 
 
 def is_first_to_fail() -> bool:

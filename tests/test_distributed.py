@@ -304,6 +304,25 @@ def tensor_parallel_layers_run_as_modules(mesh: DeviceMesh, backend: str) -> Non
         model(batches(mesh)[0][0])
 
 
+@check
+def tensor_parallel_fused_linear(mesh: DeviceMesh, backend: str) -> None:
+    torch.manual_seed(1)
+    layers = [FusedLinear(12, 20, activation="gelu"), FusedLinear(20, 6, activation="tanh")]
+    model = nn.Sequential(*layers).to(mesh.device_type)
+    expected = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 6), nn.Tanh()).to(mesh.device_type)
+    for ours, theirs in zip(model, (expected[0], expected[2])):
+        theirs.load_state_dict(ours.state_dict())
+        ours.backend = "auto" if backend == "triton" else backend
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    learn(model, batches(mesh))
+    learn(expected, batches(mesh))
+    for ours, theirs in zip(model, (expected[0], expected[2])):
+        assert_equal(ours, theirs)
+    model[0].backend = "triton"
+    with pytest.raises(RuntimeError, match=r'backend is "triton", but the input is of the subclass DTensor; or use'):
+        model(batches(mesh)[0][0])
+
+
 SMALL = Config(hidden=(8,), epochs=3, batch_size=16, validation_fraction=0.3, lr=0.02)
 TRAININGS: dict[str, Callable[[Path, str], None]] = {}
 

@@ -5,26 +5,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 from . import ACTIVATIONS, __version__, tuning
 from .environment import describe
 from .plan import Backend
+from .processes import is_first, is_first_to_fail
 from .training import LEARNING_RATES, MOMENTUM, Config, DtypeName, OptimizerName, UserError, train
 from .tuning import tune
 
 __all__ = ["main"]
 
 USER_ERROR = 2  # argparse's own exit status for a mistake on the command line
+FAILED = 1  # Python's own for an exception
 INTERRUPTED = 130  # a shell's for Ctrl-C: 128 + SIGINT
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
+    """Says what is wrong in one line, without the usage before it; of several processes, one alone says anything."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if is_first():
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: {message} ({self.prog} --help lists what there is)\n")
+        sys.exit(_end(USER_ERROR, f"{self.prog}: {message} ({self.prog} --help lists what there is)"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +61,12 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--validation-fraction", type=float, metavar="PART", help="rows kept for validation (default: %(default)s)"
     )
-    data.add_argument("--batch-size", type=int, metavar="N", help="rows per step (default: %(default)s)")
+    data.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="rows per step, of all processes together under torchrun (default: %(default)s)",
+    )
     data.add_argument(
         "--workers", type=int, metavar="N", help="processes that load batches (default: 2 with a GPU, 0 without)"
     )
@@ -149,6 +161,15 @@ def _add_tune(commands: Any) -> None:
     command.set_defaults(**{**dataclasses.asdict(tuning.Config()), "dims": None})
 
 
+def _end(status: int, message: str) -> int:
+    """The exit status, the message being printed, by one of several processes."""
+    if is_first_to_fail():
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(0.5)  # torchrun ends all processes when one has ended, and another one is about to print
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, by default `sys.argv`'s; the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     arguments = vars(parser().parse_args(argv))
@@ -166,11 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             train(Config(**arguments), report=report)
     except UserError as error:
-        print(f"mlp-fused: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _end(USER_ERROR, f"mlp-fused: {error}")
     except KeyboardInterrupt as interrupt:
-        print(f"mlp-fused: {str(interrupt) or 'stopped'}", file=sys.stderr)
-        return INTERRUPTED
+        return _end(INTERRUPTED, f"mlp-fused: {str(interrupt) or 'stopped'}")
+    except Exception:
+        if is_first_to_fail():
+            raise
+        return FAILED
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -242,6 +243,8 @@ class FusedMLP(_WithBackend, nn.Sequential):
         segments = self._segments
         if segments is None or not segments.hold(self):
             segments = self._segments = _Segments(self)
+            if self._wants_kernels():
+                segments.refuse_split(self)
         for run in segments.runs:
             input = self._run(run, input)
         return input
@@ -324,7 +327,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
                 if run.linears:
                     layers = [
                         Layer(_twin(weight), None if bias is None else _twin(bias), activation)
-                        for weight, bias, activation in run.layers()
+                        for weight, bias, activation in run.gathered_layers()
                     ]
                     first = layers[0].weight
                     devices.add(first.device)
@@ -384,7 +387,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
         flow = torch.empty((batch_size, first.in_features if first else 1), dtype=dtype, device="meta")
         for run in _runs(self):
             names = ", ".join(f"{name} {type(child).__name__}" for name, child in run.named_children(self))
-            layers = run.layers()
+            layers = run.gathered_layers("meta")
             reason = run.reason
             if layers:
                 reason = plan.why_not(layers, dtype, where, self._backend, planned=known is not None)
@@ -475,6 +478,19 @@ class _Run:
     def layers(self) -> tuple[Layer, ...]:
         return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears)))
 
+    def gathered_layers(self, device: str | None = None) -> tuple[Layer, ...]:
+        """The layers as a call finds them: FSDP gathers parameters before a forward, and shares them out after it.
+
+        Those are zeros here, on their own device or another one.
+        """
+        layers = []
+        for (linear, _), (weight, bias, activation) in zip(self.linears, self.layers()):
+            if getattr(linear, "_is_fsdp_managed_module", False):
+                where = device or weight.device
+                weight, bias = _stand_in(weight, where), None if bias is None else _stand_in(bias, where)
+            layers.append(Layer(weight, bias, activation))
+        return tuple(layers)
+
     def named_children(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         mine = {id(child) for child in self.children}
         return [(name, child) for name, child in model._modules.items() if child is not None and id(child) in mine]
@@ -518,6 +534,16 @@ class _Segments:
             and all(map(dict.__contains__, self.owned, itertools.repeat("bias")))
             and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
         )
+
+    def refuse_split(self, model: nn.Module) -> None:
+        """Refuse layers that no one process has. (Others with hooks run as themselves, whatever the backend.)
+
+        Raises:
+            RuntimeError: a Linear is split over processes.
+        """
+        names = [name for run in self.runs if run.reason == SPLIT for name, _ in run.named_children(model)]
+        if names:
+            raise RuntimeError(f'backend is "triton", but of child {", ".join(names)}, {SPLIT}; or use backend="auto"')
 
     def _are_plain(self) -> bool:
         """Whether no child has a hook or a patched forward."""
@@ -564,10 +590,14 @@ def _why_unfused(module: nn.Module) -> str | None:
     """Why a module is no plain Linear layer, one that kernels may take in place of a call; None where it is."""
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} has no kernel"
+    if _has_hooks(module):
+        if _is(module, "torch.distributed.fsdp", "FSDPModule"):
+            return (
+                "fully_shard was called on it, whose hooks gather its parameters; on the whole network it stays fused"
+            )
+        return SPLIT if _is_split(module._parameters.get("weight")) else "it has hooks, or a forward patched onto it"
     if type(module).forward is not nn.Linear.forward and type(module) is not FusedLinear:
         return f"{type(module).__name__} has a forward of its own"
-    if _has_hooks(module):
-        return "it has hooks, or a forward patched onto it"
     if "weight" not in module._parameters:
         return "its weight is parametrized"
     if "bias" not in module._parameters:
@@ -575,6 +605,7 @@ def _why_unfused(module: nn.Module) -> str | None:
     return None
 
 
+SPLIT = "the weight is a DTensor, split over processes, whose parts hooks bring together"
 UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes that no activation is by
 PLAIN = (bool, int, float, str, NoneType, Activation)
 
@@ -595,6 +626,31 @@ def _are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
         ):
             return True
     return False
+
+
+def _is(thing: object, module: str, name: str) -> bool:
+    """isinstance of a class that takes long to import: nothing is of it before that."""
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(thing, getattr(imported, name, ()))
+
+
+def _is_split(tensor: object) -> bool:
+    return _is(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def _stand_in(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros like a tensor; like the whole of a DTensor."""
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
+    return like.zero_().requires_grad_(tensor.requires_grad)
+
+
+def _unhooked(module: nn.Module) -> nn.Module:
+    """The same module without hooks."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(twin, hooks, OrderedDict())
+    return twin
 
 
 def _is_inert(module: nn.Module) -> bool:
@@ -649,11 +705,11 @@ def _kept_by_torch(children: Sequence[nn.Module], flow: Tensor) -> tuple[Tensor,
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for child in children:
             state = {
-                name: tensor.detach().to("meta", flow.dtype if tensor.is_floating_point() else None)
+                name: _stand_in(tensor, "meta", flow.dtype if tensor.is_floating_point() else None)
                 for name, tensor in (*child.named_parameters(), *child.named_buffers())
             }
-            for name, parameter in child.named_parameters():
-                state[name].requires_grad_(parameter.requires_grad)
+            if _is(child, "torch.distributed.fsdp", "FSDPModule") or any(map(_is_split, child.parameters())):
+                child = _unhooked(child)  # its hooks would wait for the other processes
             own.update(tensor.untyped_storage()._cdata for tensor in state.values())
             try:
                 flow = torch.func.functional_call(child, state, (flow,))

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 import signal
@@ -21,10 +22,11 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from . import plan
 from .module import FusedMLP
+from .processes import Part, Processes, join
 
 __all__ = [
     "ArrayDataset",
@@ -82,11 +84,12 @@ class Config:
         optimizer: "adam", or "sgd" with momentum 0.9.
         lr: learning rate; None for `LEARNING_RATES[optimizer]`.
         epochs: passes over the training rows, in all (those before a resumption included).
-        batch_size: rows per step.
+        batch_size: rows per step, of all processes together.
         dtype: "fp32"; or the 16-bit type of autocast, "bf16" or "fp16" (which scales the loss).
         validation_fraction: the part of the rows that is kept for validation.
         seed: of the split, the initial parameters, the shuffling and dropout.
-        device: a torch device; "auto" for a CUDA GPU where there is one, else the CPU.
+        device: a torch device; "auto" for a CUDA GPU where there is one, else the CPU. Of several processes on GPUs,
+            each has one of its own.
         workers: processes that load batches; None for 2 with a GPU and 0 (in this process) without.
         checkpoint: a file to write after each epoch; None for no file.
         resume: carry on from `checkpoint`.
@@ -348,20 +351,27 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 def make_loader(
-    dataset: ArrayDataset, config: Config, device: torch.device, order: torch.Generator | None = None
+    dataset: ArrayDataset, config: Config, processes: Processes, order: torch.Generator | None = None
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of `config.batch_size` rows, shuffled anew each epoch by `order`; in the dataset's order without it.
+
+    Shuffled, each process gets its part of the batches that a single one would have; in order, its dataset is its own.
 
     The order of the rows does not depend on the number of workers. A loader draws its workers' seed from its generator
     whenever they start, which is at each resumption too; so the shuffling has a generator of its own, whose state a
     checkpoint holds.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu = processes.device.type == "cuda"
     workers = config.workers if config.workers is not None else 2 * on_gpu
+    size = min(config.batch_size, max(1, len(dataset)))  # a batch of all rows may be asked for by any large number
+    if order is None:
+        part = Part(BatchSampler(SequentialSampler(dataset), -(-size // processes.count), False), 0, 1)
+    else:
+        batches = BatchSampler(RandomSampler(dataset, generator=order), size, False)
+        part = Part(batches, processes.rank, processes.count)
     return DataLoader(
         dataset,
-        batch_size=min(config.batch_size, len(dataset)),  # a batch of all rows may be asked for by any large number
-        sampler=SequentialSampler(dataset) if order is None else RandomSampler(dataset, generator=order),
+        batch_sampler=part,
         num_workers=workers,
         worker_init_fn=_ignore_interrupts,
         persistent_workers=workers > 0,
@@ -375,14 +385,28 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local: int | None = None) -> torch.device:
     """The torch device of that name; for "auto" a CUDA GPU where there is one, else the CPU.
+
+    `local`: this process's number on its machine, where it is one of several, each of which has a GPU of its own.
 
     Raises:
         UserError: there is none such.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if local is None or name == "cpu":
+            return torch.device(name)
+    if local is not None and name.startswith("cuda"):
+        gpus = torch.cuda.device_count()
+        if name != "cuda":
+            raise UserError(f"--device {name} is one GPU for several processes; --device cuda gives each its own")
+        if local >= gpus > 0:
+            raise UserError(
+                f"torchrun's --nproc-per-node starts more processes than this machine has GPUs, {gpus}; each needs one "
+                "of its own (or --device cpu)"
+            )
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -680,21 +704,23 @@ def train_epoch(
     device: torch.device,
     dtype: DtypeName,
     timer: StepTimer,
+    weights: Iterable[float] = itertools.repeat(1.0),
 ) -> list[float]:
-    """One step for each batch of x (M, features), y (M,). Returns the steps' losses.
+    """One step for each batch of x (M, features), y (M,). Returns the steps' losses, each times its weight.
 
     Losses stay on the device until the end: reading one would make the host wait for the device at each step.
     """
     model.train()
     losses = []
     timer.start()
-    for x, y in batches:
+    for (x, y), weight in zip(batches, weights):
         timer.mark("loading")
         x = x.to(device, non_blocking=True)
         y = y.to(device, non_blocking=True)
         timer.mark("copy")
         with _autocast(dtype, device):
             loss = loss_function(model(x).float(), y)  # in fp32, whatever the model computes in
+            loss = loss if weight == 1 else loss * weight
         timer.mark("forward")
         scaler.scale(loss).backward()
         timer.mark("backward")
@@ -708,13 +734,14 @@ def train_epoch(
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, loss_function: nn.Module, device: torch.device, dtype: DtypeName
+    model: nn.Module, batches: Batches, loss_function: nn.Module, processes: Processes, dtype: DtypeName
 ) -> tuple[float, float]:
-    """Mean loss, and accuracy from 0 to 1, over batches of x (M, features), y (M,).
+    """Mean loss, and accuracy from 0 to 1, over batches of x (M, features), y (M,), those of all processes.
 
     eval() turns dropout off; inference_mode keeps nothing for a backward pass. Neither does the other's work.
     """
     model.eval()
+    device = processes.device
     rows = 0
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -726,11 +753,15 @@ def evaluate(
             loss += loss_function(logits, y) * len(y)
             correct += (logits.argmax(dim=1) == y).sum()
             rows += len(y)
-    return loss.item() / rows, correct.item() / rows
+    loss_of_all, correct_of_all, rows_of_all = processes.sum([loss.item(), correct.item(), rows])
+    return loss_of_all / rows_of_all, correct_of_all / rows_of_all
 
 
 def train(config: Config, *, build: Build = build_model, report: Callable[[str], None] = print) -> Result:
-    """Train a classifier as configured.
+    """Train a classifier as configured; under torchrun, together with the other processes, each on a part of the data.
+
+    Every process reads the data, and the checkpoint that it carries on from; the first alone reports, and writes. None
+    is to be used further after an exception in one of them.
 
     Args:
         config: what to do.
@@ -741,32 +772,50 @@ def train(config: Config, *, build: Build = build_model, report: Callable[[str],
         UserError: a mistake that the user can mend; nothing that was there before is lost.
         KeyboardInterrupt: Ctrl-C; its text says where the last checkpoint is.
     """
-    device = pick_device(config.device)
+    with join(functools.partial(pick_device, config.device)) as processes:
+        return _train(config, processes, build, report if processes.rank == 0 else _say_nothing)
+
+
+def _say_nothing(text: str) -> None:
+    """The report of all processes but the first."""
+
+
+def _train(config: Config, processes: Processes, build: Build, report: Callable[[str], None]) -> Result:
+    device, is_first = processes.device, processes.rank == 0
     _check_dtype(config.dtype, device)
+    if config.batch_size % processes.count:
+        raise UserError(
+            f"--batch-size is {config.batch_size}, for all {processes.count} processes together; "
+            f"it needs to be a multiple of {processes.count}"
+        )
     path = None if config.checkpoint is None else Path(config.checkpoint)
     resumed = load_checkpoint(path) if path and config.resume else None
-    if path:
+    if path and is_first:
         _check_writable(path)
     data = load_data(config.data)
     if resumed:
         _check_same_run(resumed, config, data)
 
     training, validation = split(len(data.x), config.validation_fraction, config.seed)
+    validated = validation[processes.rank :: processes.count]
     scaling = Scaling(resumed["mean"], resumed["scale"]) if resumed else Scaling.fit(data.x[training])
     order = torch.Generator().manual_seed(config.seed)
     training_set = ArrayDataset(scaling(data.x[training]), data.y[training])
-    validation_set = ArrayDataset(scaling(data.x[validation]), data.y[validation])
-    training_batches = make_loader(training_set, config, device, order)
-    validation_batches = make_loader(validation_set, config, device)
+    validation_set = ArrayDataset(scaling(data.x[validated]), data.y[validated])
+    training_batches = make_loader(training_set, config, processes, order)
+    validation_batches = make_loader(validation_set, config, processes)
 
     torch.manual_seed(config.seed)
     model = build(data.x.shape[1], data.classes, config).to(device)
+    if not is_first:
+        torch.manual_seed(config.seed + processes.rank)  # Dropout drops otherwise in every process
     loss_function = nn.CrossEntropyLoss()
     optimizer = make_optimizer(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
-    state = _State(model, optimizer, scaler, order, device)
+    state = _State(model, optimizer, scaler, order, processes)
     timer = StepTimer(device)
-    path_taken = _path_taken(model, min(config.batch_size, len(training)), config, device)
+    rows = -(-min(config.batch_size, len(training)) // processes.count)
+    path_taken = _path_taken(model, rows, config, device)
 
     report(
         f"{data.name}: {data.x.shape[1]} features, {data.classes} classes, "
@@ -774,13 +823,17 @@ def train(config: Config, *, build: Build = build_model, report: Callable[[str],
     )
     report(str(model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report(f"{parameters:,} parameters on {device}, {path_taken}")
+    together = f", in each of {processes.count} processes" if processes.count > 1 else ""
+    report(f"{parameters:,} parameters on {device}{together}, {path_taken}")
     if resumed:
         state.restore(resumed, path)
         report(f"carrying on from {path}, after epoch {len(state.history)}")
     elif path and path.exists():
         report(f"{path} will be replaced after the first epoch; --resume would carry on from it")
 
+    parallel = processes.parallel(model)
+    part = training_batches.batch_sampler
+    assert isinstance(part, Part)
     losses: list[float] = []
     first = len(state.history) + 1
     saved = first - 1
@@ -790,9 +843,15 @@ def train(config: Config, *, build: Build = build_model, report: Callable[[str],
                 if epoch == first + 1:
                     timer.reset()  # the first epoch compiled kernels, started workers, filled caches
                 began = time.perf_counter()
-                bar = progress(training_batches, f"epoch {epoch}/{config.epochs}")
-                steps = train_epoch(model, bar, loss_function, optimizer, scaler, device, config.dtype, timer)
-                loss, accuracy = evaluate(model, validation_batches, loss_function, device, config.dtype)
+                batches: Batches = training_batches
+                if is_first:
+                    batches = progress(training_batches, f"epoch {epoch}/{config.epochs}")
+                mine = train_epoch(
+                    parallel, batches, loss_function, optimizer, scaler, device, config.dtype, timer, part.weights
+                )
+                steps = [total / processes.count for total in processes.sum(mine)]
+                processes.take_over(model.buffers())
+                loss, accuracy = evaluate(model, validation_batches, loss_function, processes, config.dtype)
                 if not math.isfinite(loss):
                     raise UserError(
                         f"training diverged in epoch {epoch}: the validation loss is {loss}; "
@@ -801,8 +860,11 @@ def train(config: Config, *, build: Build = build_model, report: Callable[[str],
                 losses += steps
                 state.history.append(Epoch(sum(steps) / len(steps), loss, accuracy))
                 if path:
-                    settings = {"config": _settings(config), "data": data.description}
-                    save_checkpoint(path, {**settings, **dataclasses.asdict(scaling), **state.checkpoint()})
+                    checkpoint = state.checkpoint()
+                    if is_first:
+                        settings = {"config": _settings(config), "data": data.description}
+                        save_checkpoint(path, {**settings, **dataclasses.asdict(scaling), **checkpoint})
+                    processes.wait()
                     saved = epoch
                 report(
                     f"epoch {epoch:>{len(str(config.epochs))}}/{config.epochs}  loss {state.history[-1].loss:.4f}  "
@@ -848,40 +910,42 @@ class _State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     order: torch.Generator
-    device: torch.device
+    processes: Processes
     history: list[Epoch] = field(default_factory=list)
 
     def checkpoint(self) -> dict[str, Any]:
-        on_gpu = self.device.type == "cuda"
+        device = self.processes.device
+        random = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": len(self.history),
-            "random": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
-                "order": self.order.get_state(),
-            },
+            "random": {"order": self.order.get_state(), "processes": self.processes.gather(random)},
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
         }
 
     def restore(self, checkpoint: dict[str, Any], path: Path | None) -> None:
-        """Put everything back as `checkpoint()` found it.
+        """Put everything back as `checkpoint()` found it; a process that was not there then keeps the seed it has.
 
         Raises:
             UserError: the checkpoint is of another network, or damaged.
         """
-        on_gpu = self.device.type == "cuda"
+        device = self.processes.device
+        on_gpu = device.type == "cuda"
         try:
             self.model.load_state_dict(checkpoint["model"])
             for group in checkpoint["optimizer"]["param_groups"]:
                 group["fused"] = on_gpu  # the device may be another one now
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
-            torch.set_rng_state(checkpoint["random"]["torch"])
-            if on_gpu and checkpoint["random"]["cuda"] is not None:
-                torch.cuda.set_rng_state(checkpoint["random"]["cuda"], self.device)
+            for random in checkpoint["random"]["processes"][self.processes.rank :][:1]:
+                torch.set_rng_state(random["torch"])
+                if on_gpu and random["cuda"] is not None:
+                    torch.cuda.set_rng_state(random["cuda"], device)
             self.order.set_state(checkpoint["random"]["order"])
             self.history = [Epoch(**epoch) for epoch in checkpoint["history"]]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

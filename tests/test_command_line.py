@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import mlp_fused
-from mlp_fused import ACTIVATIONS, environment, plan, training, tuning
+from mlp_fused import ACTIVATIONS, environment, plan, processes, training, tuning
 from mlp_fused.__main__ import main
 from mlp_fused.kernels import tables
 from mlp_fused.training import Config, load_checkpoint
@@ -369,6 +369,132 @@ def test_a_signal_to_every_process_leaves_the_last_checkpoint(folder: Path) -> N
         "the same command with --resume carries on\n"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "run.pt"]
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def torchrun(*arguments: str) -> subprocess.Popen[str]:
+    """Two processes of the command that those arguments are, on the CPU."""
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(Path(mlp_fused.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",  # torchrun warns where it has to set it
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
+    return subprocess.Popen([*TORCHRUN, *arguments], start_new_session=True, **pipes)  # type: ignore[call-overload]
+
+
+def messages(err: str) -> list[str]:
+    """Ours; torchrun reports that its processes failed besides."""
+    return [line for line in err.splitlines() if line.startswith("mlp-fused") or "[rank" in line]
+
+
+def test_torchrun_trains_as_one_process_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["train", "--data", "data.npz", *TINY, "--checkpoint"]
+    with torchrun("-m", "mlp_fused", *flags, "two.pt") as command:
+        two, err = command.communicate(timeout=120)
+    assert (command.returncode, err) == (0, "")
+    assert call(*flags, "one.pt") == 0
+    one = capsys.readouterr().out
+    assert "50 parameters on cpu, in each of 2 processes, the reference path" in two
+
+    def course(text: str) -> list[str]:
+        return re.findall(
+            r"^epoch .* accuracy \S+|^validation accuracy: .*|^FusedMLP.*|.* rows to train on.*", text, re.M
+        )
+
+    assert len(course(one)) == 5
+    assert course(two) == course(one)
+    assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "one.pt", "two.pt"]
+    assert call(*flags, "two.pt", "--epochs", "3", "--resume") == 0
+    assert load_checkpoint("two.pt")["epoch"] == 3
+    assert load_checkpoint("two.pt")["model"].keys() == load_checkpoint("one.pt")["model"].keys()
+
+
+def test_ctrl_c_under_torchrun_leaves_the_last_checkpoint(folder: Path) -> None:
+    flags = ["train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt"]
+    assert call(*flags) == 0
+    with torchrun("-m", "mlp_fused", *flags, "--epochs", "1000000", "--resume") as command:
+        assert command.stdout
+        for line in command.stdout:
+            if line.startswith("epoch "):
+                break
+        os.killpg(command.pid, signal.SIGINT)
+        out, err = command.communicate(timeout=120)
+    assert command.returncode != 0
+    assert "Traceback" not in out
+    epoch = load_checkpoint("run.pt")["epoch"]
+    assert epoch >= 3
+    carries_on = f"run.pt is the last checkpoint, after epoch {epoch}: the same command with --resume carries on"
+    assert messages(err) == [f"mlp-fused: stopped; {carries_on}"]
+    assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "run.pt"]
+
+
+FAILS_IN_ONE = """
+import os, sys
+from mlp_fused import training
+from mlp_fused.__main__ import main
+
+evaluate, calls = training.evaluate, []
+
+def broken(*arguments):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        raise training.UserError("broken in one process")
+    return evaluate(*arguments)
+
+training.evaluate = broken
+sys.exit(main())
+"""
+
+
+def test_a_failure_of_one_process_ends_all_with_one_message(folder: Path) -> None:
+    Path("fails.py").write_text(FAILS_IN_ONE)
+    with torchrun("fails.py", "train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") as command:
+        _, err = command.communicate(timeout=120)
+    assert command.returncode != 0
+    assert messages(err) == ["mlp-fused: broken in one process"]
+    assert load_checkpoint("run.pt")["epoch"] == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "fails.py", "run.pt"]
+
+
+@pytest.mark.parametrize("flags", [("--epochs", "0"), ("--epochs", "many"), ("--data", "none.npz")], ids=" ".join)
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_mistake_of_all_processes_is_said_once(
+    first: int,
+    flags: tuple[str, ...],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever comes first; the two are called here one after the other."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(processes, "_store", lambda *address: store)
+    monkeypatch.setattr("mlp_fused.__main__.train", lambda config, report: training.load_data(config.data))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    errors = []
+    for rank in (first, 1 - first):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call("train", *flags) == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[0].startswith("mlp-fused")
+    assert errors[0].count("\n") == 1
+    assert errors[1] == ""
+
+
+@pytest.mark.parametrize("flags", [("--version",), ("--help",), ("train", "--help")], ids=" ".join)
+def test_the_first_process_alone_answers(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call(*flags) == 0
+        assert bool(capsys.readouterr().out) == (rank == 0)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from mlp_fused import FusedMLP, training
 from mlp_fused.kernels.launch import count_launches
+from mlp_fused.processes import Part, Processes
 from mlp_fused.training import (
     ArrayDataset,
     Config,
@@ -46,6 +47,7 @@ from mlp_fused.training import (
 )
 
 CPU = torch.device("cpu")
+ALONE = Processes(CPU)
 TINY = Config(hidden=(8,), epochs=3, batch_size=16)
 
 
@@ -163,13 +165,37 @@ def numbered(rows: int = 50) -> ArrayDataset:
 def test_order_depends_on_the_seed_and_the_epoch_but_not_on_workers() -> None:
     def epochs(workers: int) -> list[list[int]]:
         config = dataclasses.replace(TINY, workers=workers)
-        loader = make_loader(numbered(), config, CPU, torch.Generator().manual_seed(3))
+        loader = make_loader(numbered(), config, ALONE, torch.Generator().manual_seed(3))
         return [rows_of(loader) for _ in range(3)]
 
     alone = epochs(0)
     assert alone == epochs(2)
     assert all(sorted(epoch) == list(range(50)) for epoch in alone)
     assert alone[0] != alone[1] != alone[2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [48, 50, 51, 5])
+def test_the_parts_of_all_processes_are_the_batches_of_one(rows: int, count: int) -> None:
+    config = dataclasses.replace(TINY, batch_size=24)
+
+    def epochs(processes: Processes) -> list[list[int]]:
+        loader = make_loader(numbered(rows), config, processes, torch.Generator().manual_seed(3))
+        return [labels.tolist() for _ in range(2) for _, labels in loader]
+
+    whole = epochs(ALONE)
+    parts = [epochs(Processes(CPU, rank, count)) for rank in range(count)]
+    samplers = [Part(BatchSampler(range(rows), 24, False), rank, count) for rank in range(count)]
+    weights = [sampler.weights * 2 for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(whole) / 2] * count
+    for step, batch in enumerate(whole):
+        mine = [part[step] for part, weight in zip(parts, weights) if weight[step]]
+        assert sorted(label for part in mine for label in part) == sorted(batch)
+        assert all(part[step] for part in parts)  # a network gets a row at the least
+        mean = sum(weight[step] * np.mean(part[step]) for part, weight in zip(parts, weights)) / count
+        assert mean == pytest.approx(np.mean(batch))
+        if len(batch) % count == 0:
+            assert {weight[step] for weight in weights} == {1.0}
 
 
 class InterruptsIgnored(ArrayDataset):
@@ -182,19 +208,21 @@ class InterruptsIgnored(ArrayDataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_only_the_main_process_answers_ctrl_c(workers: int) -> None:
     dataset = InterruptsIgnored(torch.zeros(4, 1), torch.zeros(4))
-    assert rows_of(make_loader(dataset, dataclasses.replace(TINY, workers=workers), CPU)) == [workers] * 4
+    assert rows_of(make_loader(dataset, dataclasses.replace(TINY, workers=workers), ALONE)) == [workers] * 4
 
 
 def test_without_an_order_rows_come_as_they_are() -> None:
-    assert rows_of(make_loader(numbered(), TINY, CPU)) == list(range(50))
+    assert rows_of(make_loader(numbered(), TINY, ALONE)) == list(range(50))
 
 
 def test_a_gpu_has_pinned_memory_and_lasting_workers() -> None:
-    on_gpu = make_loader(numbered(), TINY, torch.device("cuda"))
+    on_gpu = make_loader(numbered(), TINY, Processes(torch.device("cuda")))
     assert (on_gpu.pin_memory, on_gpu.num_workers, on_gpu.persistent_workers) == (True, 2, True)
-    on_cpu = make_loader(numbered(), TINY, CPU)
+    on_cpu = make_loader(numbered(), TINY, ALONE)
     assert (on_cpu.pin_memory, on_cpu.num_workers, on_cpu.persistent_workers) == (False, 0, False)
-    assert make_loader(numbered(), dataclasses.replace(TINY, workers=0), torch.device("cuda")).num_workers == 0
+    assert (
+        make_loader(numbered(), dataclasses.replace(TINY, workers=0), Processes(torch.device("cuda"))).num_workers == 0
+    )
 
 
 def test_the_model_is_fused_mlp_with_no_dropout_on_the_logits() -> None:
@@ -302,7 +330,7 @@ def test_the_loss_is_taken_in_float32() -> None:
     optimizer = make_optimizer(probe, TINY, CPU)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     train_epoch(probe, batches, loss_function, optimizer, scaler, CPU, "bf16", StepTimer(CPU))
-    evaluate(probe, batches, loss_function, CPU, "bf16")
+    evaluate(probe, batches, loss_function, ALONE, "bf16")
     assert [dtype for _, _, dtype in probe.calls] == [torch.bfloat16] * 2
 
 
@@ -319,7 +347,7 @@ def test_validation_rows_keep_their_order_and_training_rows_do_not(data: str) ->
 def test_evaluate_weighs_batches_by_their_rows() -> None:
     x, y = torch.randn(10, 3), torch.randint(0, 3, (10,))
     batches = [(x[:8], y[:8]), (x[8:], y[8:])]
-    loss, accuracy = evaluate(nn.Identity(), batches, nn.CrossEntropyLoss(), CPU, "fp32")
+    loss, accuracy = evaluate(nn.Identity(), batches, nn.CrossEntropyLoss(), ALONE, "fp32")
     assert loss == pytest.approx(nn.functional.cross_entropy(x, y).item())
     assert accuracy == (x.argmax(dim=1) == y).sum().item() / 10
 
@@ -389,8 +417,30 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_device("auto") == CPU
 
 
+def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(item=lambda: None))
+    assert [pick_device(name, 1) for name in ("auto", "cuda", "cpu")] == [torch.device("cuda:1")] * 2 + [CPU]
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="^--device cuda:1 is one GPU for several processes; --device cuda gives each"):
+        pick_device("cuda:1", 0)
+    with pytest.raises(UserError, match="--nproc-per-node starts more processes than this machine has GPUs, 2; each"):
+        pick_device("auto", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", 1) == CPU
+
+
+def test_a_batch_that_processes_cannot_share_evenly(data: str) -> None:
+    config = dataclasses.replace(TINY, data=data)
+    with pytest.raises(
+        UserError, match="^--batch-size is 16, for all 3 processes together; it needs to be a multiple of"
+    ):
+        training._train(config, Processes(CPU, 0, 3), build_model, quiet)
+
+
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(training, "pick_device", lambda name, local: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
@@ -520,7 +570,8 @@ def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(da
     assert checkpoint["config"]["hidden"] == [8]
     assert checkpoint["config"]["lr"] == 1e-3
     assert checkpoint["data"]["rows"] == 70
-    assert {"torch", "cuda", "order"} == checkpoint["random"].keys()
+    assert {"order", "processes"} == checkpoint["random"].keys()
+    assert [random.keys() for random in checkpoint["random"]["processes"]] == [{"torch", "cuda"}]
     assert sorted(tmp_path.iterdir()) == [tmp_path / "data.npz", path]
 
     network = FusedMLP(6, [8, 3], activation_layer="gelu")  # as a later user builds it
@@ -580,7 +631,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path, monkey
     checkpoint = load_checkpoint(path)
     for group in checkpoint["optimizer"]["param_groups"]:
         group["fused"] = True
-    checkpoint["random"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    checkpoint["random"]["processes"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
     save_checkpoint(path, checkpoint)
     monkeypatch.setattr(training, "make_optimizer", noted)
     resumed = run(TINY, data=data, checkpoint=str(path), resume=True)

@@ -1,0 +1,511 @@
+"""DDP, FSDP2 and tensor parallelism: two processes compute what one does, through the kernels wherever they can.
+
+Processes are started once: all checks run in them one after another, and each is a test that reads its result. On the
+CPU there are two (gloo), under `-m gpu` one for each of up to two GPUs (NCCL).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import io
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import _patch_the_language_once_a_launch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from mlp_fused import FusedLinear, FusedMLP
+from mlp_fused.kernels.launch import count_launches
+from mlp_fused.processes import join
+from mlp_fused.training import Config, Result, build_model, load_checkpoint, pick_device, train
+
+Check = Callable[[DeviceMesh, str], None]
+CHECKS: dict[str, Check] = {}
+BACKENDS = ("reference", "triton")
+
+NARROW, WIDE = (12, 20, 24, 6), (12, 300, 6)  # one kernel as a whole; a kernel a product
+STEPS = 2
+ROWS = 8  # of a global batch
+
+
+def check(function: Check) -> Check:
+    """Run it in every process, once for each backend, and report it as a test."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def network(backend: str, mesh: DeviceMesh, widths: tuple[int, ...] = NARROW, **arguments: object) -> FusedMLP:
+    """The same one in every process."""
+    torch.manual_seed(1)
+    model = FusedMLP(widths[0], list(widths[1:]), activation_layer="gelu", backend=backend, **arguments)  # type: ignore[arg-type]
+    return model.to(mesh.device_type)
+
+
+def plain(model: FusedMLP) -> nn.Sequential:
+    """torch's own, with parameters of its own."""
+    return nn.Sequential(*copy.deepcopy(model))
+
+
+def batches(mesh: DeviceMesh, widths: tuple[int, ...] = NARROW) -> list[tuple[Tensor, Tensor]]:
+    """The global batches of a few steps."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        tuple(torch.randn(ROWS, width, generator=generator).to(mesh.device_type) for width in (widths[0], widths[-1]))
+        for _ in range(STEPS)
+    ]  # type: ignore[misc]
+
+
+def mine(mesh: DeviceMesh, rows: Tensor) -> Tensor:
+    """This process's part of a batch."""
+    return rows.chunk(mesh.size())[mesh.get_rank()]
+
+
+def learn(model: nn.Module, steps: list[tuple[Tensor, Tensor]], parameters: nn.Module | None = None) -> dict[str, int]:
+    """A step for each batch, by SGD with momentum; the kernels that were launched."""
+    optimizer = torch.optim.SGD((parameters or model).parameters(), lr=0.1, momentum=0.9)
+    with count_launches() as launches:
+        for x, y in steps:
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return dict(launches)
+
+
+def learn_apart(mesh: DeviceMesh, model: nn.Module, widths: tuple[int, ...] = NARROW) -> dict[str, int]:
+    """`learn`, each process its part of every batch."""
+    return learn(model, [(mine(mesh, x), mine(mesh, y)) for x, y in batches(mesh, widths)])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def assert_equal(model: nn.Module, expected: nn.Module) -> None:
+    """Every parameter is that of a single process, up to the order in which gradients are added."""
+    ours, theirs = dict(model.named_parameters()), dict(expected.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        error = (whole(parameter) - theirs[name].detach()).abs().max()
+        assert error <= 1e-6 + 1e-5 * theirs[name].detach().abs().max(), f"{name}: {error}"
+
+
+def kernels_ran(backend: str, launches: dict[str, int], path: str = "network") -> None:
+    """On a GPU and in the interpreter, forward and backward of each step were kernels of this path; else none was."""
+    if backend == "reference":
+        assert launches == {}
+        return
+    names = {"network": ("network_forward_kernel",), "layer": ("layer_forward_kernel", "wgrad_kernel")}[path]
+    assert all(sum(count for name, count in launches.items() if name == each) >= STEPS for each in names), launches
+    assert sum(launches.values()) >= 3 * STEPS, launches
+
+
+@check
+def ddp(mesh: DeviceMesh, backend: str) -> None:
+    for widths, path, options in (
+        (NARROW, "network", {}),
+        (NARROW, "network", {"static_graph": True, "gradient_as_bucket_view": True}),
+        (WIDE, "layer", {"bucket_cap_mb": 0.001}),
+    ):
+        model = network(backend, mesh, widths)
+        expected = plain(model)
+        kernels_ran(backend, learn_apart(mesh, DistributedDataParallel(model, **options), widths), path)
+        learn(expected, batches(mesh, widths))
+        assert_equal(model, expected)
+
+
+@check
+def ddp_accumulates_without_synchronising(mesh: DeviceMesh, backend: str) -> None:
+    model = network(backend, mesh)
+    expected = plain(model)
+    parallel = DistributedDataParallel(model)
+    (x, y), (later_x, later_y) = batches(mesh)
+    with parallel.no_sync():
+        (parallel(mine(mesh, x)) - mine(mesh, y)).square().mean().backward()
+    (parallel(mine(mesh, later_x)) - mine(mesh, later_y)).square().mean().backward()
+    for inputs, targets in ((x, y), (later_x, later_y)):
+        (expected(inputs) - targets).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+@check
+def ddp_with_layers_that_are_frozen_or_unused(mesh: DeviceMesh, backend: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = network(backend, mesh), network(backend, mesh)
+            self.used[0].requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    two = Two()
+    expected = plain(two.used)
+    kernels_ran(backend, learn_apart(mesh, DistributedDataParallel(two, find_unused_parameters=True)))
+    learn(expected, batches(mesh))
+    assert_equal(two.used, expected)
+
+
+@check
+def fsdp_of_the_whole_network_is_fused(mesh: DeviceMesh, backend: str) -> None:
+    for widths, path in ((NARROW, "network"), (WIDE, "layer")):
+        for reshard in (True, False):
+            model = network(backend, mesh, widths)
+            expected = plain(model)
+            explained = str(model.explain(ROWS))
+            fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            with count_launches() as launches:
+                model.warmup(ROWS)
+            assert bool(launches) == (backend == "triton")
+            kernels_ran(backend, learn_apart(mesh, model, widths), path)
+            learn(expected, batches(mesh, widths))
+            assert_equal(model, expected)
+            assert str(model.explain(ROWS)) == explained
+
+
+@check
+def fsdp_of_what_holds_the_network_is_fused(mesh: DeviceMesh, backend: str) -> None:
+    model = nn.Sequential(nn.LayerNorm(12, device=mesh.device_type), network(backend, mesh))
+    expected = nn.Sequential(copy.deepcopy(model[0]), plain(model[1]))
+    fully_shard(model, mesh=mesh)
+    kernels_ran(backend, learn_apart(mesh, model))
+    learn(expected, batches(mesh))
+    assert_equal(model, expected)
+
+
+@check
+def fsdp_that_recomputes(mesh: DeviceMesh, backend: str) -> None:
+    for widths, path in ((NARROW, "network"), (WIDE, "layer")):
+        model = network(backend, mesh, widths, recompute=True)
+        expected = plain(model)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        kernels_ran(backend, learn_apart(mesh, model, widths), path)
+        learn(expected, batches(mesh, widths))
+        assert_equal(model, expected)
+
+
+@check
+def fsdp_in_mixed_precision(mesh: DeviceMesh, backend: str) -> None:
+    """No further from fp32 than twice what nn.Sequential is under the same policy."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for reshard in (True, False):
+        model = network(backend, mesh)
+        torchs, exact = plain(model), plain(model)
+        for each in (model, torchs):
+            fully_shard(each, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+        assert model(mine(mesh, batches(mesh)[0][0])).dtype == torch.bfloat16
+        model.reshard()  # which torch leaves to the backward that does not follow
+        kernels_ran(backend, learn_apart(mesh, model))
+        learn_apart(mesh, torchs)
+        learn(exact, batches(mesh))
+        for ours, theirs, true in zip(model.parameters(), torchs.parameters(), exact.parameters()):
+            assert ours.dtype == torch.float32
+            error, slack = (torch.linalg.vector_norm(whole(each) - true.detach()) for each in (ours, theirs))
+            assert error <= 2 * slack + 1e-4 * torch.linalg.vector_norm(true)
+
+
+@check
+def fsdp_of_each_layer_runs_its_children_as_modules(mesh: DeviceMesh, backend: str) -> None:
+    model = network(backend, mesh)
+    expected = plain(model)
+    model(batches(mesh)[0][0])  # what is remembered of a call before
+    for child in model:
+        if isinstance(child, nn.Linear):
+            fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert learn_apart(mesh, model) == {}
+    learn(expected, batches(mesh))
+    assert_equal(model, expected)
+    runs = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
+    assert len(runs) == 3
+    assert all(run.path == "reference" and "fully_shard was called on it" in run.reason for run in runs)
+
+
+@check
+def fsdp_of_one_layer_leaves_the_others_fused(mesh: DeviceMesh, backend: str) -> None:
+    model = network(backend, mesh)
+    expected = plain(model)
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    kernels_ran(backend, learn_apart(mesh, model))
+    learn(expected, batches(mesh))
+    assert_equal(model, expected)
+    first, *others = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
+    assert "fully_shard was called on it" in first.reason
+    assert all("fully_shard" not in run.reason for run in others)
+
+
+@check
+def fsdp_of_a_fused_linear(mesh: DeviceMesh, backend: str) -> None:
+    torch.manual_seed(1)
+    layer = FusedLinear(12, 6, activation="silu", backend=backend).to(mesh.device_type)
+    expected = nn.Sequential(nn.Linear(12, 6, device=mesh.device_type), nn.SiLU())
+    expected[0].load_state_dict(layer.state_dict())
+    fully_shard(layer, mesh=mesh)
+    launches = learn_apart(mesh, layer)
+    assert bool(launches) == (backend == "triton")
+    learn(expected, batches(mesh))
+    assert_equal(layer, expected[0])
+
+
+@check
+def checkpoints_of_fsdp_are_those_of_a_sequential(mesh: DeviceMesh, backend: str) -> None:
+    model = network(backend, mesh)
+    fully_shard(model, mesh=mesh)
+    learn_apart(mesh, model)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    expected = plain(network(backend, mesh))
+    expected.load_state_dict(state)
+    assert_equal(model, expected)
+    x = batches(mesh)[0][0]
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-6)
+    model.reshard()  # which torch leaves to the backward that does not follow
+    doubled = {name: 2 * value for name, value in expected.state_dict().items()}
+    set_model_state_dict(model, copy.deepcopy(doubled), options=StateDictOptions(full_state_dict=True))
+    expected.load_state_dict(doubled)
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-6)
+
+
+@check
+def tensor_parallel_layers_run_as_modules(mesh: DeviceMesh, backend: str) -> None:
+    model = network("auto", mesh)
+    model.backend = "auto" if backend == "triton" else backend
+    expected = plain(model)
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+    runs = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
+    assert [run.path for run in runs][:2] == ["reference"] * 2
+    assert all("the weight is a DTensor, split over processes" in run.reason for run in runs[:2])
+    learn(model, batches(mesh))  # every process has the whole batch
+    learn(expected, batches(mesh))
+    assert_equal(model, expected)
+    model.backend = "triton"
+    with pytest.raises(RuntimeError, match=r'backend is "triton", but of child 0, 3, the weight is a DTensor.*or use'):
+        model(batches(mesh)[0][0])
+
+
+@check
+def tensor_parallel_fused_linear(mesh: DeviceMesh, backend: str) -> None:
+    torch.manual_seed(1)
+    layers = [FusedLinear(12, 20, activation="gelu"), FusedLinear(20, 6, activation="tanh")]
+    model = nn.Sequential(*layers).to(mesh.device_type)
+    expected = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 6), nn.Tanh()).to(mesh.device_type)
+    for ours, theirs in zip(model, (expected[0], expected[2])):
+        theirs.load_state_dict(ours.state_dict())
+        ours.backend = "auto" if backend == "triton" else backend
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    learn(model, batches(mesh))
+    learn(expected, batches(mesh))
+    for ours, theirs in zip(model, (expected[0], expected[2])):
+        assert_equal(ours, theirs)
+    model[0].backend = "triton"
+    with pytest.raises(RuntimeError, match=r'backend is "triton", but the input is of the subclass DTensor; or use'):
+        model(batches(mesh)[0][0])
+
+
+SMALL = Config(hidden=(8,), epochs=3, batch_size=16, validation_fraction=0.27, lr=0.02)
+TRAININGS: dict[str, Callable[[Path, str], None]] = {}
+
+
+def training_check(function: Callable[[Path, str], None]) -> Callable[[Path, str], None]:
+    """As `check`, of the training loop, which joins the processes itself; in a folder with data.npz, 70 rows.
+
+    51 of them are trained on: a batch of 16 is 8 rows of each of two processes, and the last one is two rows and one.
+    """
+    TRAININGS[function.__name__] = function
+    return function
+
+
+def trained(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
+    config = dataclasses.replace(SMALL, data=str(folder / "data.npz"), backend=backend, device=folder.name, **changes)
+    return train(config, build=build, report=lambda text: None)
+
+
+def trained_alone(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
+    """The same by one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "1")
+        return trained(folder, backend, build, **changes)
+
+
+def assert_same_course(one: Result, other: Result) -> None:
+    assert one.losses == pytest.approx(other.losses, rel=1e-4, abs=1e-5)
+    assert [epoch.accuracy for epoch in one.history] == [epoch.accuracy for epoch in other.history]
+    ours, theirs = ([epoch.validation_loss for epoch in each.history] for each in (one, other))
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert one.model.state_dict().keys() == other.model.state_dict().keys()
+
+
+def normed(features: int, classes: int, config: Config) -> nn.Module:
+    """A network whose buffers depend on the rows that it sees."""
+    return FusedMLP(features, [8, classes], nn.LayerNorm, backend=config.backend).insert(0, nn.BatchNorm1d(features))
+
+
+@training_check
+def training_is_that_of_one_process(folder: Path, backend: str) -> None:
+    with count_launches() as launches:
+        together = trained(folder, backend)
+    assert bool(launches) == (backend == "triton" or folder.name == "cuda")
+    assert len(together.losses) == 3 * 4
+    assert_same_course(together, trained_alone(folder, backend))
+
+
+@training_check
+def each_optimizer_and_dtype_is_that_of_one_process(folder: Path, backend: str) -> None:
+    changes = {"optimizer": "sgd", "validation_fraction": 0.3}  # whose last batch is a single row
+    assert_same_course(trained(folder, backend, **changes), trained_alone(folder, backend, **changes))
+    together, alone = (each(folder, backend, dtype="bf16") for each in (trained, trained_alone))
+    assert together.losses == pytest.approx(alone.losses, rel=0.05, abs=0.02)
+
+
+@training_check
+def a_checkpoint_goes_on_with_any_number_of_processes(folder: Path, backend: str) -> None:
+    whole = trained_alone(folder, backend)
+    path = str(folder / f"{backend} together.pt")
+    trained(folder, backend, checkpoint=path, epochs=1)
+    assert load_checkpoint(path)["model"].keys() == whole.model.state_dict().keys()
+    mine = str(folder / f"{backend} {os.environ['RANK']}.pt")  # so that both may go on from it
+    Path(mine).write_bytes(Path(path).read_bytes())
+    assert_same_course_after(1, trained_alone(folder, backend, checkpoint=mine, resume=True), whole)
+    alone = str(folder / f"{backend} alone.pt")
+    if os.environ["RANK"] == "0":
+        trained_alone(folder, backend, checkpoint=alone, epochs=2)
+    trained(folder, backend, epochs=1)  # a meeting point
+    assert_same_course_after(2, trained(folder, backend, checkpoint=alone, resume=True), whole)
+
+
+def assert_same_course_after(epochs: int, resumed: Result, whole: Result) -> None:
+    assert_same_course(dataclasses.replace(resumed, losses=whole.losses[: 4 * epochs] + resumed.losses), whole)
+
+
+@training_check
+def a_resumed_run_is_the_uninterrupted_one(folder: Path, backend: str) -> None:
+    """Bit for bit, Dropout of every process included."""
+    whole = trained(folder, backend, dropout=0.5)
+    path = str(folder / f"{backend} resumed.pt")
+    first = trained(folder, backend, dropout=0.5, checkpoint=path, epochs=1)
+    torch.manual_seed(99)  # whatever happens between
+    resumed = trained(folder, backend, dropout=0.5, checkpoint=path, resume=True)
+    assert first.losses + resumed.losses == whole.losses
+    assert first.history == whole.history[:1]
+    assert resumed.history == whole.history
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+@training_check
+def every_process_ends_with_the_same_network(folder: Path, backend: str) -> None:
+    result = trained(folder, backend, normed, validation_fraction=0.2)  # BatchNorm takes two rows and more
+    state = {name: value.tolist() for name, value in result.model.state_dict().items()}
+    with join(functools.partial(pick_device, folder.name)) as processes:
+        assert processes.gather((state, result.losses, result.history)) == [(state, result.losses, result.history)] * (
+            processes.count
+        )
+
+
+@training_check
+def one_process_draws_and_reports(folder: Path, backend: str) -> None:
+    lines: list[str] = []
+    config = dataclasses.replace(SMALL, data=str(folder / "data.npz"), backend=backend, device=folder.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal := Terminal())
+        train(config, report=lines.append)
+    is_first = os.environ["RANK"] == "0"
+    assert bool(lines) == is_first
+    assert ("epoch 3/3" in terminal.getvalue()) == is_first
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def what_went_wrong(function: Callable[..., None], *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def run_checks(rank: int, count: int, device: str, ports: list[int], folder: Path) -> None:
+    """All checks in one of the processes; what went wrong in each is written to a file."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(ports[0]),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+    )
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        _patch_the_language_once_a_launch()
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
+    mesh = init_device_mesh(device, (count,))
+    results = {
+        f"{name}-{backend}": what_went_wrong(function, mesh, backend)
+        for name, function in CHECKS.items()
+        for backend in BACKENDS
+    }
+    dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(ports[1])
+    for name, training in TRAININGS.items():
+        results[f"{name}-auto"] = what_went_wrong(training, folder / device, "auto")
+    training = training_is_that_of_one_process
+    results[f"{training.__name__}-triton"] = what_went_wrong(training, folder / device, "triton")
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def results(device: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Of each process, what went wrong by check."""
+    count = 2 if device == "cpu" else min(2, torch.cuda.device_count())
+    folder = tmp_path_factory.mktemp("results")
+    (folder / device).mkdir()
+    random = np.random.default_rng(0)
+    y = random.integers(0, 3, 70)
+    np.savez(folder / device / "data.npz", x=random.normal(size=(70, 6)) + y[:, None], y=y)
+    mp.spawn(run_checks, (count, device, [free_port(), free_port()], folder), nprocs=count)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CHECKS)
+def test_models(name: str, backend: str, results: list[dict[str, str]], device: str) -> None:
+    for rank, found in enumerate(results):
+        assert found[f"{name}-{backend}"] == "", f"process {rank}"
+
+
+@pytest.mark.parametrize("check", [*(f"{name}-auto" for name in TRAININGS), "training_is_that_of_one_process-triton"])
+def test_training(check: str, results: list[dict[str, str]], device: str) -> None:
+    for rank, found in enumerate(results):
+        assert found[check] == "", f"process {rank}"

@@ -84,7 +84,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
         launch.keep(instead, len(tensors))
 
     monkeypatch.setattr(Launch, "through_triton", compile_to_nothing)
-    monkeypatch.setattr(plan, "_why_device", lambda device, backend: None)
+    monkeypatch.setattr(plan, "why_device", lambda device, backend: None)
     monkeypatch.setattr(configs, "describe", lambda kind, index=0: configs.DEVICES["NVIDIA H200"])
     yield instead
     for cache in remembered:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .language import HAS_TRITON, tl, triton
 
-__all__ = ["ACTIVATIONS", "Activation", "register_activation", "resolve"]
+__all__ = ["ACTIVATIONS", "Activation", "parse", "register_activation", "resolve"]
 
 Kept = Literal["output", "preactivation"]
 
@@ -96,6 +96,11 @@ class Activation:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.name, tuple(self.parameters.items()))  # by name: functions are not for pickling
 
+    @property
+    def spec(self) -> str:
+        """Name and parameter values, exactly, as `parse` reads them."""
+        return ":".join([self.name, *(f"{name}={value!r}" for name, value in self.parameters.items())])
+
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
         return f"{self.name}({arguments})" if arguments else self.name
@@ -118,6 +123,18 @@ def _restore(name: str, parameters: tuple[tuple[str, float], ...]) -> Activation
 
 
 ACTIVATIONS: dict[str, Activation] = {}
+
+
+@functools.lru_cache(maxsize=1024)
+def parse(spec: str) -> Activation:
+    """The activation of which that is the `spec`.
+
+    Raises:
+        KeyError: it is not registered.
+    """
+    name, *values = spec.split(":")
+    pairs = (value.split("=") for value in values)
+    return ACTIVATIONS[name].bind(**{parameter: float(value) for parameter, value in pairs})
 
 
 def register_activation(
@@ -172,13 +189,21 @@ def register_activation(
         kinks=kinks,
         rounds_parameters=rounds_parameters,
     )
-    _by_module.cache_clear()
+    _BY_MODULE.clear()
     return ACTIVATIONS[name]
 
 
-@functools.lru_cache(maxsize=256)
+_BY_MODULE: dict[Any, tuple[Activation, ...]] = {}
+
+
 def _by_module(kind: Any) -> tuple[Activation, ...]:
-    return tuple(activation for activation in ACTIVATIONS.values() if activation.module is kind)
+    """Remembered in a plain dict, which torch.compile sees through."""
+    found = _BY_MODULE.get(kind)
+    if found is None:
+        found = tuple(activation for activation in ACTIVATIONS.values() if activation.module is kind)
+        if not torch.compiler.is_compiling():
+            _BY_MODULE[kind] = found
+    return found
 
 
 def find(module: nn.Module) -> Activation | None:

@@ -4,6 +4,7 @@ from mlp_fused import FusedMLP
 model = FusedMLP(784, [512, 512, 10])
 """
 
+from . import ops as ops
 from .functional import linear_act, mlp
 from .kernels.activations import ACTIVATIONS, Activation, register_activation
 from .module import FusedLinear, FusedMLP, Pointwise

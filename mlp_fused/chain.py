@@ -17,10 +17,10 @@ from torch import Tensor
 from .gradients import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
 from .kernels.launch import Launch, Program, Slots
 from .kernels.layer_backward import WeightGradient
-from .layers import IDENTITY, LayerPath, layer_after_layer
+from .layers import IDENTITY, LayerPath, layer_after_layer, profiler_enabled
 from .plan import DEBUG
 
-__all__ = ["run_layers"]
+__all__ = ["cast", "chained_backward", "chained_forward", "kept_shapes", "run_layers"]
 
 # Multiply-adds of a forward up to which all layers are one autograd.Function: 20 µs of an H200's bf16 forward and
 # backward, which the host can hardly launch faster.
@@ -34,10 +34,10 @@ def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
     if DEBUG:
         return layer_after_layer(x, weights, biases, path)
     if not (torch.is_grad_enabled() and any(map(_requires_grad, filter(_given, (*weights, x, *biases))))):
-        return _forward(x, _cast(weights, path), biases, path, keep=False)[0]
+        return chained_forward(x, cast(weights, path), biases, path, keep=False)[0]
     if (
         weights[0].requires_grad  # and so keeps x
-        and 0 < x.shape[0] * path.multiply_adds <= LAUNCH_BOUND
+        and x.shape[0] * path.multiply_adds <= LAUNCH_BOUND
         and all(map(_is_leaf, filter(_given, (*weights, *biases))))  # others have to be let go after backward
     ):
         return _ChainFunction.call(x, path, *weights, *biases)
@@ -51,7 +51,7 @@ def _given(tensor: Tensor | None) -> bool:
     return tensor is not None
 
 
-def _cast(weights: Sequence[Tensor], path: LayerPath) -> Sequence[Tensor]:
+def cast(weights: Sequence[Tensor], path: LayerPath) -> Sequence[Tensor]:
     """As the kernels read them."""
     return [weight.to(path.dtype) for weight in weights] if path.casts else weights
 
@@ -77,7 +77,7 @@ class Chain:
 
     def run(self, buffers: Sequence[Tensor | None]) -> None:
         """Launch them all."""
-        if self.program is not None:
+        if self.program is not None and not profiler_enabled():
             bases = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
             if self.program([None if (base := bases[buffer]) is None else base + at for buffer, at in self.places]):
                 return
@@ -141,6 +141,7 @@ class Forward:
         self.chain = chain = Chain(rows, path.dtype.itemsize)
         x, kept, spare, y, nothing = 0, 2 * count + 1, 2 * count + 2, 2 * count + 3, 2 * count + 4
         places: list[tuple[Any, Any]] = []  # of h and z
+        self.keeps = keep and bool(_kept_widths(path))
         self.kept = 0
         turns = [0, 0]  # sizes of the two places that layers which are not kept take in turn
         for index, kernels in enumerate(path.layers):
@@ -177,15 +178,27 @@ class Forward:
     ) -> tuple[Tensor, Tensor | None]:
         """y and what is kept."""
         y = x.new_empty((self.chain.rows, self.width_out))
-        kept = x.new_empty((self.kept,)) if self.kept else None
+        kept = x.new_empty((self.kept,)) if self.keeps else None
         spare = x.new_empty((self.spare,)) if self.spare else None
         self.chain.run((x, *weights, *biases, kept, spare, y, None))
         return y, kept
 
 
-def _forward(
+def _kept_widths(path: LayerPath) -> list[int]:
+    """Of the tensors that a forward keeps, one after the other."""
+    return [each.width_out for each in path.layers if each.activation.keeps_preactivation or not each.last]
+
+
+def kept_shapes(path: LayerPath, rows: int) -> list[tuple[int, ...]]:
+    """Of what a forward keeps besides x, y and the weights: one tensor, or nothing."""
+    widths = _kept_widths(path)
+    return [(sum(_room(rows, width) for width in widths),)] if widths else []
+
+
+def chained_forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """y and, with `keep`, what is kept of the layers between; x and weights are of the path's dtype."""
     strides = [None if each is None else each.stride() for each in (x, *weights, *biases)]
     key = (keep, x.shape, x.get_device(), *strides)
     forward = path.chains.get(key)
@@ -263,14 +276,41 @@ class Backward:
         return dx, gradients
 
 
+def chained_backward(
+    path: LayerPath,
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    kept: Tensor | None,
+    weights: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx and the gradients of W_1 …, b_1 …, those that are needed.
+
+    Args:
+        y: the output, where the last activation's derivative is read off it.
+        kept: as `chained_forward` gave it.
+        weights: of the path's dtype; the first may be None where dx is not needed.
+        parameters: all of them as the user has them, of which the gradients take dtype and layout.
+    """
+    strides = [None if each is None else each.stride() for each in (dy, y, x, *weights, *parameters)]
+    key = (x.shape, x.get_device(), needs_x, *needs, *strides)
+    backward = path.chains.get(key)
+    if backward is None:
+        backward = path.chains[key] = Backward(path, x.shape[0], needs_x, needs, parameters)
+    return backward(dy, y, x, kept, weights, parameters)
+
+
 class _ChainFunction(PlainFunction):
     """(x, W_1 …, b_1 …) -> y, of which the first weight at least wants a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, path: LayerPath, *parameters: Any) -> Tensor:
         count = len(path.layers)
-        weights = _cast(parameters[:count], path)
-        y, kept = _forward(x, weights, parameters[count:], path, keep=True)
+        weights = cast(parameters[:count], path)
+        y, kept = chained_forward(x, weights, parameters[count:], path, keep=True)
         first = weights[0] if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, y if path.keeps_output else None, kept, first, *weights[1:])
         ctx.path = path
@@ -289,11 +329,5 @@ class _ChainFunction(PlainFunction):
                 path.activations, path.dtype, x, ctx.parameters, ctx.versions, dy, needs_x, needs
             )
         else:
-            # Saved weights may lie otherwise than the user's, whose gradients lie as they do.
-            strides = [None if each is None else each.stride() for each in (dy, y, x, *weights, *ctx.parameters)]
-            key = (x.shape, x.get_device(), *ctx.needs_input_grad, *strides)
-            backward = path.chains.get(key)
-            if backward is None:
-                backward = path.chains[key] = Backward(path, x.shape[0], needs_x, needs, ctx.parameters)
-            dx, gradients = backward(dy, y, x, kept, weights, ctx.parameters)
+            dx, gradients = chained_backward(path, dy, y, x, kept, weights, ctx.parameters, needs_x, needs)
         return dx, None, *gradients

@@ -24,6 +24,7 @@ from .plan import (
     check_recompute,
     compute_dtype,
     float32_precision,
+    is_watched,
     network_path,
     wants_gradients,
     why_reference,
@@ -183,6 +184,8 @@ def run_kernels(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
+    if is_watched():
+        return run_operator(x, layers, dtype, recompute, backend)
     shape = x.shape
     if x.is_neg():  # a view that negates lazily; kernels read memory as it lies
         x = x.resolve_neg()
@@ -195,6 +198,25 @@ def run_kernels(
     else:
         y = run_path(x, weights, biases, path)
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
+
+
+def run_operator(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
+) -> Tensor:
+    """The same by a registered operator (ops.py), which is what a compiler or a dispatch mode sees."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y, _ = torch.ops.mlp_fused.mlp(
+        rows,
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [layer.activation.spec for layer in layers],
+        dtype,
+        precision_of(dtype),
+        recompute,
+        backend,
+        wants_gradients(x, layers),
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def run_path(
@@ -262,38 +284,66 @@ def settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[objec
         torch._C._are_functorch_transforms_active(),
         forward_ad._current_level,
         torch._C._get_tracing_state(),
+        torch._C._len_torch_dispatch_stack(),
     )
 
 
 def find_path(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None, backend: Backend = "auto"
+    x: Tensor,
+    layers: Sequence[Layer],
+    dtype: torch.dtype,
+    recompute: bool | None = None,
+    backend: Backend = "auto",
+    precision: str | None = None,
+    training: bool | None = None,
 ) -> NetworkPlan | LayerPath:
-    """The path that these layers take."""
-    path = find_network(x, layers, dtype, recompute)
-    return path if isinstance(path, NetworkPlan) else find_layers(x, layers, dtype, backend)
+    """The path that these layers take; `precision` and `training` are torch's setting and state unless given."""
+    path = find_network(x, layers, dtype, recompute, precision, training)
+    return path if isinstance(path, NetworkPlan) else find_layers(x, layers, dtype, backend, precision)
 
 
-def find_layers(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend = "auto") -> LayerPath:
+def find_layers(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend = "auto", precision: str | None = None
+) -> LayerPath:
     """The layer path for these layers; with the backend "triton" no product of it is torch's."""
     return layer_path(
-        (x.shape[1], *(weight.shape[0] for weight, _, _ in layers)),
+        _widths(x, layers),
         tuple(activation for _, _, activation in layers),
         tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, _ in layers),
         dtype,
-        float32_precision() if dtype == torch.float32 else "ieee",
+        precision or precision_of(dtype),
         (DEFAULT_BACKEND if backend == "auto" else backend) != "triton",
     )
 
 
 def find_network(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None
+    x: Tensor,
+    layers: Sequence[Layer],
+    dtype: torch.dtype,
+    recompute: bool | None = None,
+    precision: str | None = None,
+    training: bool | None = None,
 ) -> NetworkPlan | str:
     """The network path for these layers, or the reason why they take the layer path."""
-    training = wants_gradients(x, layers)
-    strides = tuple((*weight.stride(), 0 if bias is None else bias.stride(0)) for weight, bias, _ in layers)
-    widths = (x.shape[1], *(weight.shape[0] for weight, _, _ in layers))
+    if training is None:
+        training = wants_gradients(x, layers)
+    strides = tuple(
+        (*map(int, weight.stride()), 0 if bias is None else int(bias.stride(0))) for weight, bias, _ in layers
+    )
+    widths = _widths(x, layers)
     activations = tuple(activation for _, _, activation in layers)
-    precision = float32_precision() if dtype == torch.float32 else "ieee"
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
     device = configs.device_of(x)
-    return network_path(widths, strides, activations, dtype, precision, device, training, recompute, wide)
+    return network_path(
+        widths, strides, activations, dtype, precision or precision_of(dtype), device, training, recompute, wide
+    )
+
+
+def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
+    """Of the input to the output; never symbolic, as the path depends on them."""
+    return (int(x.shape[1]), *(int(weight.shape[0]) for weight, _, _ in layers))
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products in a dtype are multiplied: torch's setting, which is of fp32 alone."""
+    return float32_precision() if dtype == torch.float32 else "ieee"

@@ -28,11 +28,26 @@ from .kernels.layer_forward import layer_forward
 from .plan import DEBUG
 from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 
-__all__ = ["IDENTITY", "LayerPath", "layer_after_layer", "layer_path"]
+__all__ = ["IDENTITY", "LayerPath", "layer_after_layer", "layer_path", "profiler_enabled"]
 
 IDENTITY = ACTIVATIONS["identity"]
 
+profiler_enabled = torch._C._autograd._profiler_enabled
 Made = Callable[..., bool]  # a launch, or a product of torch's, for tensors like those that it was made of
+
+
+def _ranged(launch: Callable[..., Made | None]) -> Callable[..., Made | None]:
+    """A profiler shows what a layer launches under a range of the layer's name."""
+    kind = launch.__name__.removesuffix("_into")
+
+    @functools.wraps(launch)
+    def in_range(self: LayerKernels, *tensors: Tensor | None) -> Made | None:
+        if not profiler_enabled():
+            return launch(self, *tensors)
+        with torch.profiler.record_function(f"layer {self.layer} ({self.activation}): {kind}"):
+            return launch(self, *tensors)
+
+    return in_range
 
 
 class LayerKernels:
@@ -87,6 +102,7 @@ class LayerKernels:
             self._check_finite("forward", h=h)
         return h, z
 
+    @_ranged
     def forward_into(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, z: Tensor | None) -> Made | None:
         """h, and z where there is memory for it. All that end in "_into" return what does the same again."""
         bias_stride = None if bias is None else bias.stride()
@@ -105,6 +121,7 @@ class LayerKernels:
         self.output_gradient_into(dh, own, dz)
         return dz
 
+    @_ranged
     def output_gradient_into(self, dh: Tensor, own: Tensor, dz: Tensor, h: Tensor | None = None) -> Made | None:
         key = ("output_gradient", dh.shape, dh.stride(), own.stride(), h is None, dh.get_device())
         made = self.launches.again(key, dh, own, dz, h)
@@ -120,6 +137,7 @@ class LayerKernels:
         self.dgrad_into(dz, weight, saved, dx, h)
         return dx, h
 
+    @_ranged
     def dgrad_into(self, dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, h: Tensor | None) -> Made | None:
         saved_stride = None if saved is None else saved.stride()
         key = ("dgrad", dz.shape, dz.stride(), weight.stride(), saved_stride, h is None, dz.get_device())
@@ -140,6 +158,7 @@ class LayerKernels:
         self.wgrad_into(dz, None if dw is None else h, dw, db)
         return dw, db
 
+    @_ranged
     def wgrad_into(self, dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Made | None:
         key = ("wgrad", dz.shape, dz.stride(), None if h is None else h.stride(), db is None, dz.get_device())
         made = self.launches.again(key, dz, h, dw, db)

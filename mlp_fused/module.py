@@ -235,11 +235,13 @@ class FusedMLP(_WithBackend, nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._wants_kernels():
-            if torch.compiler.is_compiling():
-                return self._forward_as_modules(input)
             on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"
             if on_cpu and not (self._recompute and can_checkpoint()):
                 return self._forward_as_modules(input)
+        if torch.compiler.is_compiling():
+            for run in _runs(self):
+                input = self._run(run, input)
+            return input
         segments = self._segments
         if segments is None or not segments.hold(self):
             segments = self._segments = _Segments(self)
@@ -263,7 +265,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
             layers = run.layers()
             dtype = check_call(input, layers)
             if plan.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
-                if repeats and Decision.can_hold(input, weights):
+                if repeats and not plan.is_watched() and Decision.can_hold(input, weights):
                     path = find_path(input, layers, dtype, self._recompute, self._backend)
                     if not (self._recompute and isinstance(path, LayerPath)):  # which torch's checkpoint runs
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +13,34 @@ from torch import Tensor
 from .gradients import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
 from .kernels import network
 from .kernels.launch import Launches
+from .layers import profiler_enabled
 from .plan import NetworkPlan
 
-__all__ = ["run_network"]
+__all__ = ["network_backward", "network_forward", "run_network"]
 
 
 def run_network(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], path: NetworkPlan) -> Tensor:
     """The network path: x (M, d_0) -> y (M, d_L)."""
     if path.formulation is None:
-        return _network_forward(x, weights, biases, path)
+        return network_forward(x, weights, biases, path)
     return _NetworkFunction.call(x, path, *weights, *biases)
 
 
-def _network_forward(
+def _ranged(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A profiler shows what a network launches under a range of its name."""
+
+    @functools.wraps(run)
+    def in_range(*arguments: Any, **keywords: Any) -> Any:
+        if not profiler_enabled():
+            return run(*arguments, **keywords)
+        with torch.profiler.record_function(run.__name__.replace("_", " ")):
+            return run(*arguments, **keywords)
+
+    return in_range
+
+
+@_ranged
+def network_forward(
     x: Tensor, weights: tuple[Any, ...], biases: tuple[Any, ...], path: NetworkPlan, keep: bool = False
 ) -> Any:
     """y; with `keep`, (y, what is kept of the hidden layers, the last pre-activation where that one is needed)."""
@@ -53,12 +69,12 @@ class _NetworkFunction(PlainFunction):
         layers = len(parameters) // 2
         stored = path.formulation == "stored"
         if stored:
-            y, kept, z = _network_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
+            y, kept, z = network_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
             own = None
             if path.network.activates_output:
                 own = y if z is None else z
         else:
-            y, kept, own = _network_forward(x, parameters[:layers], parameters[layers:], path), None, None
+            y, kept, own = network_forward(x, parameters[:layers], parameters[layers:], path), None, None
         # Saved is what the kernels read, and what has to be let go after backward; the rest may change before it.
         read = range(0 if ctx.needs_input_grad[0] else 1, layers) if stored else range(2 * layers)
         saved = [
@@ -82,11 +98,12 @@ class _NetworkFunction(PlainFunction):
                 net.activations, net.dtype, x, parameters, ctx.versions, dy, needs_x, needs
             )
         else:
-            dx, gradients = _network_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
+            dx, gradients = network_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
         return dx, None, *gradients
 
 
-def _network_backward(
+@_ranged
+def network_backward(
     path: NetworkPlan,
     x: Tensor,
     kept: Tensor | None,
@@ -129,7 +146,7 @@ def _network_backward(
             launches.remember(key, made)
         return dx, gradients
     if path.formulation == "replay":
-        y, kept, z = _network_forward(x, weights, biases, again, keep=True)
+        y, kept, z = network_forward(x, weights, biases, again, keep=True)
         own = None if not net.activates_output else y if z is None else z
     dz = None if kept is None else torch.empty_like(kept)
     last = None if own is None else torch.empty_like(own)

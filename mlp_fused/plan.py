@@ -8,14 +8,14 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .kernels import configs, tables
-from .kernels.activations import Activation, resolve
+from .kernels.activations import Activation, parse, resolve
 from .kernels.configs import TileConfig
 from .kernels.language import HAS_TRITON, INTERPRETER
 from .kernels.launch import Launches
@@ -38,11 +38,13 @@ __all__ = [
     "float32_precision",
     "forget_tables",
     "is_aligned",
+    "is_watched",
     "kept_elements",
     "network_path",
     "plan_layers",
     "plan_network",
     "wants_gradients",
+    "why_device",
     "why_not",
     "why_reference",
     "why_torch",
@@ -104,6 +106,14 @@ def float32_precision() -> str:
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
 
 
+def _constant_to_compilers(function: Any) -> None:
+    """What `torch.compiler.assume_constant_result` does, without importing the compiler."""
+    function._dynamo_marked_constant = True
+
+
+_constant_to_compilers(float32_precision)  # they compile anew where the setting is another
+
+
 @functools.lru_cache(maxsize=64)
 def _why_device_cannot(kind: str, index: int) -> str | None:
     if not HAS_TRITON:
@@ -116,6 +126,9 @@ def _why_device_cannot(kind: str, index: int) -> str | None:
     if isinstance(device.arch, int) and device.arch < OLDEST_CAPABILITY:
         return f"{device.name} has compute capability {device.arch / 10}; the kernels need 8.0"
     return None
+
+
+_constant_to_compilers(_why_device_cannot)
 
 
 def why_reference(
@@ -135,11 +148,16 @@ def why_reference(
     if backend == "auto":
         backend = DEFAULT_BACKEND
     reason = 'the backend is "reference"' if backend == "reference" else _why_call_cannot(x, layers, dtype, backend)
-    if reason is None and backend == "auto" and _has_measured_networks(x.device.type, x.device.index or 0):
-        widths = (x.shape[-1], *(weight.shape[0] for weight, _, _ in layers))
-        precision = float32_precision() if dtype == torch.float32 else "ieee"
-        activations, training = [layer.activation for layer in layers], wants_gradients(x, layers)
-        reason = why_torch(widths, activations, dtype, precision, training, recompute, configs.device_of(x))
+    if reason is None and backend == "auto" and recompute is None:
+        reason = _why_torch_here(
+            x.device.type,
+            x.device.index or 0,
+            (x.shape[-1], *(weight.shape[0] for weight, _, _ in layers)),
+            tuple(layer.activation.spec for layer in layers),
+            dtype,
+            float32_precision() if dtype == torch.float32 else "ieee",
+            wants_gradients(x, layers),
+        )
     if reason is not None:
         if backend == "triton":
             raise RuntimeError(f'backend is "triton", but {reason}; or use backend="auto"')
@@ -159,7 +177,7 @@ def why_not(
         backend = DEFAULT_BACKEND
     if backend == "reference":
         return 'the backend is "reference"'
-    return (None if planned else _why_device(device, backend)) or _why_layers(layers, dtype, device)
+    return (None if planned else why_device(device, backend)) or _why_layers(layers, dtype, device)
 
 
 def wants_gradients(x: Tensor, layers: Sequence[Layer]) -> bool:
@@ -188,6 +206,25 @@ def why_torch(
         return None
     path = _measured_path(widths, activations, dtype, precision, training, device)
     return f"torch is {AS_MEASURED}" if path == "torch" else None
+
+
+def _why_torch_here(
+    kind: str,
+    index: int,
+    widths: tuple[int, ...],
+    activations: tuple[str, ...],
+    dtype: torch.dtype,
+    precision: str,
+    training: bool,
+) -> str | None:
+    """`why_torch` of a device of torch's, by values that a compiler takes as constants."""
+    if not _has_measured_networks(kind, index):
+        return None
+    of_specs = tuple(map(parse, activations))
+    return why_torch(widths, of_specs, dtype, precision, training, None, configs.describe(kind, index))
+
+
+_constant_to_compilers(_why_torch_here)
 
 
 @functools.lru_cache(maxsize=64)
@@ -221,10 +258,15 @@ def forget_tables() -> None:
     network_path.cache_clear()
 
 
+def is_watched() -> bool:
+    """Whether a call is traced by a compiler, or seen by a dispatch mode: it is one of registered operators then."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "the call is being traced"
-    reason = _why_device(x.device, backend)
+    if torch.jit.is_tracing():
+        return "the call is being traced by torch.jit"
+    reason = why_device(x.device, backend)
     if reason is not None:
         return reason
     if torch._C._are_functorch_transforms_active():
@@ -233,12 +275,22 @@ def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, bac
         return "forward-mode differentiation is active"
     if x.layout != torch.strided:
         return f"the input's layout is {x.layout}; the kernels need a dense tensor (x.to_dense())"
-    if type(x) not in (Tensor, nn.Parameter):
+    if not _is_plain(x):
         return f"the input is of the subclass {type(x).__name__}"
     return _why_layers(layers, dtype, x.device)
 
 
-def _why_device(device: torch.device, backend: Backend) -> str | None:
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's own; while a compiler or a mode watches, one of those that stand in for them."""
+    kind = type(tensor)
+    return kind in (Tensor, nn.Parameter) or (is_watched() and kind.__name__ in STAND_INS)
+
+
+STAND_INS = ("FakeTensor", "FunctionalTensor")
+
+
+def why_device(device: torch.device, backend: Backend) -> str | None:
+    """Why no kernel runs there."""
     if device.type != "cpu":
         return _why_device_cannot(device.type, device.index or 0)
     if backend != "triton":
@@ -258,10 +310,12 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
     if dtype not in KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
         return f"the dtype is {dtype}; the kernels compute in float16, bfloat16 and float32"
     for weight, bias, _ in layers:
-        if type(weight) not in (Tensor, nn.Parameter):
+        if not _is_plain(weight):
             return f"a weight is of the subclass {type(weight).__name__}"
         if 0 in weight.shape:
             return "a width is zero"
+        if torch.compiler.is_compiling():
+            continue  # the operator makes tensors plain itself
         if weight.is_neg() or (bias is not None and bias.is_neg()):
             return "a parameter is negated lazily (resolve_neg() makes it plain)"
     return None
@@ -292,6 +346,14 @@ class NetworkPlan:
         if self.formulation != "stored":
             return rows * net.widths[0]
         return rows * (net.widths[0] + net.starts[-1] + net.activates_output * net.widths[-1])
+
+    def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
+        """Of what a forward stores besides x and y, all of the network's dtype."""
+        net = self.network
+        if self.formulation != "stored":
+            return []
+        hidden = [(rows * net.starts[-1],)] if net.layers > 1 else []
+        return hidden + ([(rows, net.widths[-1])] if net.keeps_z[-1] else [])
 
     @property
     def explanation(self) -> str:

@@ -210,7 +210,7 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, tuple(gemms), tuple(networks))
     tables.write(tables.user_path(device.name), table)
     plan.forget_tables()
-    monkeypatch.setattr(plan, "_why_device", lambda device, backend: None)
+    monkeypatch.setattr(plan, "why_device", lambda device, backend: None)
     monkeypatch.setattr(configs, "describe", lambda kind, index=0: device)
     x = torch.randn(5, 8)
 

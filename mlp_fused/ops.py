@@ -1,0 +1,228 @@
+"""The layers as registered operators: for torch.compile, torch.export, and whatever watches torch's dispatcher.
+
+    mlp_fused::mlp           x, weights, biases -> y, and what is kept for backward
+    mlp_fused::mlp_backward  dy, x, y, what is kept, weights, biases -> the gradients that are needed
+
+`functional.run_operator` calls them. Eager calls do not come here, as the dispatcher would cost each of them
+microseconds. By which path an operator runs, and what it keeps, depends on everything but the number of rows, which may
+be symbolic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+from .chain import cast, chained_backward, chained_forward, kept_shapes
+from .functional import Layer, find_path
+from .gradients import plain_gradient
+from .kernels.activations import parse
+from .layers import LayerPath
+from .networks import network_backward, network_forward
+from .plan import NetworkPlan, why_device
+
+_OF_LAYERS = "Tensor[] weights, Tensor?[] biases, str[] activations"
+_SETTINGS = "ScalarType dtype, str precision, bool? recompute, str backend"
+_library = torch.library.Library("mlp_fused", "DEF")
+_library.define(f"mlp(Tensor x, {_OF_LAYERS}, {_SETTINGS}, bool keep) -> (Tensor, Tensor[])")
+_library.define(
+    f"mlp_backward(Tensor dy, Tensor x, Tensor y, Tensor[] kept, {_OF_LAYERS}, {_SETTINGS}, bool[] needs) -> Tensor[]"
+)
+
+
+def _find_path(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    dtype: torch.dtype,
+    precision: str,
+    recompute: bool | None,
+    backend: Any,
+    keep: bool,
+) -> NetworkPlan | LayerPath:
+    layers = tuple(map(Layer, weights, biases, map(parse, activations)))
+    return find_path(x, layers, dtype, recompute, backend, precision, keep)
+
+
+def _mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    dtype: torch.dtype,
+    precision: str,
+    recompute: bool | None,
+    backend: Any,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    reason = why_device(x.device, backend)
+    if reason is not None and not keep:  # exported on a GPU, and loaded where there is none
+        of_dtype = [None if each is None else each.to(dtype) for each in biases]
+        weights = [each.to(dtype) for each in weights]
+        return reference.mlp(x.to(dtype), weights, of_dtype, list(map(parse, activations))), []
+    if reason is not None:
+        raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
+    path = _find_path(x, weights, biases, activations, dtype, precision, recompute, backend, keep)
+    x, weights, biases = x.resolve_neg(), _plain(weights), _plain(biases)
+    if isinstance(path, NetworkPlan):
+        if path.formulation != "stored":
+            return network_forward(x, tuple(weights), tuple(biases), path), []
+        y, *stored = network_forward(x, tuple(weights), tuple(biases), path, keep=True)
+        return y, [each for each in stored if each is not None]
+    keep = keep and not recompute
+    weights_read = cast(weights, path)
+    y, kept = chained_forward(x.to(dtype), weights_read, biases, path, keep)
+    if not keep:
+        return y, []
+    converted = [read for read, weight in zip(weights_read, weights) if read is not weight]
+    return y, [each for each in (kept, *converted) if each is not None]
+
+
+def _plain(tensors: Sequence[Any]) -> list[Any]:
+    """Without lazy negation: kernels read memory as it lies."""
+    return [each if each is None else each.resolve_neg() for each in tensors]
+
+
+def _mlp_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    dtype: torch.dtype,
+    precision: str,
+    recompute: bool | None,
+    backend: Any,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    rows = x.shape[0]
+    y = x.new_empty((rows, weights[-1].shape[0]), dtype=dtype)
+    if not keep:
+        return y, []
+    path = _find_path(x, weights, biases, activations, dtype, precision, recompute, backend, keep)
+    if isinstance(path, NetworkPlan):
+        return y, [x.new_empty(shape, dtype=dtype) for shape in path.kept_shapes(rows)]
+    if recompute:
+        return y, []
+    kept = [x.new_empty(shape, dtype=dtype) for shape in kept_shapes(path, rows)]
+    return y, kept + [weight.to(dtype) for weight in weights if weight.dtype != dtype]
+
+
+def _mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kept: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    dtype: torch.dtype,
+    precision: str,
+    recompute: bool | None,
+    backend: Any,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    path = _find_path(x, weights, biases, activations, dtype, precision, recompute, backend, True)
+    needs_x, *needs_parameters = needs
+    weights, biases = _plain(weights), _plain(biases)
+    parameters = [*weights, *biases]
+    dy, x, x_dtype = plain_gradient(dy), x.resolve_neg(), x.dtype
+    left = iter(kept)
+    if isinstance(path, NetworkPlan):
+        hidden = own = None
+        if path.formulation == "stored":
+            net = path.network
+            hidden = next(left) if net.layers > 1 else None
+            own = None if not net.activates_output else next(left) if net.keeps_z[-1] else y
+        dx, gradients = network_backward(path, x, hidden, own, parameters, dy, needs_x, needs_parameters)
+    else:
+        x = x.to(dtype)
+        if recompute:
+            weights_read = cast(weights, path)
+            y, hidden = chained_forward(x, weights_read, biases, path, keep=True)
+        else:
+            hidden = next(left) if kept_shapes(path, x.shape[0]) else None
+            weights_read = [weight if weight.dtype == dtype else next(left) for weight in weights]
+        of_output = y if path.keeps_output else None
+        dx, gradients = chained_backward(
+            path, dy, of_output, x, hidden, weights_read, parameters, needs_x, needs_parameters
+        )
+    return [each for each in (None if dx is None else dx.to(x_dtype), *gradients) if each is not None]
+
+
+def _mlp_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kept: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *settings: Any,
+) -> list[Tensor]:
+    *_, needs = settings
+    wanted = zip((x, *weights, *biases), needs)
+    return [each.new_empty(each.shape) for each, need in wanted if need and each is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    x, weights, biases, *ctx.settings, _ = inputs
+    y, kept = output
+    ctx.save_for_backward(x, y, *kept, *weights, *biases)
+    ctx.layers = len(weights)
+    ctx.needs = [each is not None and each.requires_grad for each in (x, *weights, *biases)]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    x, y, *saved = ctx.saved_tensors
+    layers, rest = ctx.layers, (None,) * (len(ctx.settings) + 1)
+    if dy is None:
+        return None, [None] * layers, [None] * layers, *rest
+    kept, parameters = saved[: -2 * layers], saved[-2 * layers :]
+    found = iter(
+        torch.ops.mlp_fused.mlp_backward(
+            dy, x, y, kept, parameters[:layers], parameters[layers:], *ctx.settings, ctx.needs
+        )
+    )
+    dx, *gradients = [next(found) if need else None for need in ctx.needs]
+    return dx, gradients[:layers], gradients[layers:], *rest
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(
+        "the gradient of mlp_fused's operators cannot be differentiated again; run the network outside torch.compile "
+        'and of dispatch modes, or with backend="reference"'
+    )
+
+
+_library.impl("mlp", _mlp, "CompositeExplicitAutograd")
+_library.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("mlp_fused::mlp", _mlp_fake, lib=_library)
+torch.library.register_fake("mlp_fused::mlp_backward", _mlp_backward_fake, lib=_library)
+torch.library.register_autograd("mlp_fused::mlp", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("mlp_fused::mlp_backward", _refuse, lib=_library)
+
+
+@register_flop_formula(torch.ops.mlp_fused.mlp)
+def _mlp_flops(x: tuple[int, ...], weights: list[tuple[int, ...]], *settings: Any, out_val: Any = None) -> int:
+    """2 M N K a layer, as torch counts a Linear."""
+    return sum(2 * x[0] * n * k for n, k in weights)
+
+
+@register_flop_formula(torch.ops.mlp_fused.mlp_backward)
+def _mlp_backward_flops(
+    dy: tuple[int, ...], x: Any, y: Any, kept: Any, weights: list[tuple[int, ...]], *settings: Any, out_val: Any = None
+) -> int:
+    """2 M N K for each weight's gradient, and for each layer through which one goes further down."""
+    *_, needs = settings
+    layers = len(weights)
+    flops = 0
+    for index, (n, k) in enumerate(weights):
+        below = any(needs[: 1 + index]) or any(needs[1 + layers : 1 + layers + index])
+        flops += 2 * dy[0] * n * k * (needs[1 + index] + below)
+    return flops

@@ -50,14 +50,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import timing
 from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
-from bench.timing import DTYPES, Ceilings, Timed
-from mlp_fused import FusedMLP
+from mlp_fused import FusedMLP, timing
 from mlp_fused.kernels import configs
 from mlp_fused.plan import Work, float32_precision, work
+from mlp_fused.timing import Ceilings, Timed
+from mlp_fused.training import DTYPES
+from mlp_fused.transfer import copy_calls
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -240,7 +241,7 @@ class Bench:
 
     @cached_property
     def copies(self) -> dict[str, dict[str, float]]:
-        return timing.copies(self.inputs[0])
+        return copies(self.inputs[0])
 
     @cached_property
     def gradients(self) -> list[Tensor]:
@@ -352,6 +353,28 @@ def release(device: str) -> None:
 def bench_for(problem: Problem, device: str) -> Bench:
     """The one Bench that is kept: cells of one problem stand side by side in the grid."""
     return Bench(problem, device)
+
+
+def copies(x: Tensor) -> dict[str, dict[str, float]]:
+    """Copies of as many bytes as x has from the host to the device, into memory that is already there.
+
+    For each of pageable, pinned, and pinned + non_blocking on a side stream: `ms` between device events around the
+    copy, `host_ms` for which the host was held up, and `gbps` (1e9 bytes a second).
+    """
+    calls = copy_calls([x.cpu()], x.device)
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    found = {}
+    for kind, call, stream in (
+        ("pageable", "pageable", here),
+        ("pinned", "pinned", here),
+        ("pinned_side_stream", "non_blocking", side),
+    ):
+        with torch.cuda.stream(stream):
+            measured = timing.time_apart(calls[call])
+        ms = measured.device.ms
+        gbps = 1e-6 * x.numel() * x.element_size() / ms
+        found[kind] = {"ms": ms, "host_ms": measured.returned.ms, "gbps": gbps}
+    return found
 
 
 def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:

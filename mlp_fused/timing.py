@@ -334,19 +334,20 @@ def ceilings(device: str, dtype: str) -> Ceilings:
     return Ceilings(2 * n**3 / (1e-3 * product.ms), memory_ceiling(device))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def memory_ceiling(device: str) -> float:
-    """Bytes a second that memory reads plus writes in a large copy within it, measured once a process."""
-    source = torch.rand(2**28 if device == "cuda" else 2**25, device=device)  # 1 GiB or 128 MiB
+    """Bytes a second that a device's memory reads plus writes in a large copy within it, measured once a process."""
+    kind = torch.device(device).type
+    source = torch.rand(2**28 if kind == "cuda" else 2**25, device=device)  # 1 GiB or 128 MiB
     target = torch.empty_like(source)
-    copied = time_call(Timed(lambda _: target.copy_(source)), device, 0.2)
+    copied = time_call(Timed(lambda _: target.copy_(source)), kind, 0.2)
     return 2 * source.nbytes / (1e-3 * copied.ms)
 
 
-@lru_cache(maxsize=1)
-def link() -> Link:
-    """The current GPU's link, by copies of 256 MiB of pinned memory, measured once a process."""
-    there = torch.rand(2**26, device="cuda")
+@lru_cache(maxsize=16)
+def link(device: str) -> Link:
+    """A GPU's link, which is the current one, by copies of 256 MiB of pinned memory; measured once a process."""
+    there = torch.rand(2**26, device=device)
     here = torch.empty_like(there, device="cpu", pin_memory=True)
 
     def rate(target: torch.Tensor, source: torch.Tensor) -> float:

@@ -531,10 +531,10 @@ class Gpu:
         return torch.cuda.get_device_name(self.device)
 
     def link(self) -> Link:
-        return timing.link()
+        return timing.link(str(self.device))
 
     def memory(self) -> float:
-        return timing.memory_ceiling("cuda")
+        return timing.memory_ceiling(str(self.device))
 
     def first_touch(self, model: nn.Module, batch: Sequence[Tensor]) -> FirstTouch:
         return in_fresh_processes(copy.deepcopy(model).cpu(), batch, self.device)

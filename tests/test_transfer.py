@@ -237,13 +237,13 @@ class Network(nn.Module):
 
     def __init__(self, clock: Clock, row: float) -> None:
         super().__init__()
-        self.inner = nn.Linear(1000, 10)
+        self.inner = nn.Linear(10, 10)
         self.clock = clock
         self.row = row
 
     def forward(self, x: Tensor) -> Tensor:
         self.clock.host += self.row * len(x)
-        return self.inner(x)
+        return self.inner(x[:, :10])
 
 
 class SimulatedGpu(transfer.Gpu):
@@ -499,6 +499,31 @@ def test_a_distorted_gpu_is_not_measured(switch: str, monkeypatch: pytest.Monkey
         measure(nn.Linear(2, 2), torch.ones(2, 2))
 
 
+def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but CUDA: each call does what it is named for, on the batch that it was given."""
+    copied = []
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 4096)
+    monkeypatch.setattr(Tensor, "copy_", lambda target, source, **_: copied.append(source))
+    model, x = nn.Linear(4, 2), torch.randn(8, 4)
+    seen: list[Tensor] = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    gpu = transfer.Gpu(torch.device("cpu"))
+    for training in (True, False):
+        calls = gpu.calls(model, [x], training)
+        both_ways = {field.name for field in dataclasses.fields(OnGpu)}
+        assert set(calls) == (both_ways if training else both_ways - {"backward"})
+        assert calls["forward"].sets == 2 * 4096 // x.nbytes
+        for name, timed in calls.items():
+            copied.clear(), seen.clear()
+            timed.prepare(3)
+            timed(3)
+            assert bool(copied) is (name in ("pageable", "pinned", "non_blocking", "staging"))
+            assert len(seen) == (name in ("forward", "backward", "resident", "step", "prefetched"))
+            assert all(torch.equal(each, x) for each in (*copied, *seen))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 # First touch
 
 
@@ -619,7 +644,7 @@ def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_pinned_copies_reach_the_links_ceiling() -> None:
     """At least 0.9 of it, for 64 MiB."""
-    link, x = timing.link(), torch.randn(1 << 24)
+    link, x = timing.link("cuda:0"), torch.randn(1 << 24)
     copied = timing.time_apart(transfer.copy_calls([x], torch.device("cuda"))["non_blocking"])
     assert x.nbytes / (1e-3 * copied.device.ms) >= 0.9 * link.to_device
 

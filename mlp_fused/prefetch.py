@@ -40,7 +40,8 @@ class DevicePrefetcher(Generic[Batch]):
         ...
 
     Length, re-iteration, exceptions (in their place, after the batches before them), the end of a worker, Ctrl-C and
-    leaving early are the loader's own. On the CPU its batches pass through as they are.
+    leaving early are the loader's own. On the CPU its batches pass through as they are; on a device without streams, as
+    mps is, each is moved when its turn comes.
 
     Tensors are found in tuples, namedtuples, lists, mappings, other sequences, dataclasses, PackedSequence, and sparse
     tensors; what is no tensor passes through. They come as `tensor.to(device)` makes them, strides included. A tensor
@@ -55,7 +56,7 @@ class DevicePrefetcher(Generic[Batch]):
 
     Args:
         loader: any iterable of batches.
-        device: the CPU, or a device with streams, such as "cuda" (the current one) or "cuda:1".
+        device: such as "cuda" (the current one), "cuda:1" or "cpu".
         depth: how many batches are taken from the loader ahead of the one being computed on; 1 or more. So many more
             batches lie in the device's memory.
         dtype: what floating-point tensors are cast to; None for no cast.
@@ -103,27 +104,37 @@ class DevicePrefetcher(Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
-        if self.device.type == "cpu" and self._streams is None:
-            return batches if self.dtype is None else map(self._cast_on_the_host, batches)
-        if self._streams is None:
+        if self._streams is None and _has_streams(self.device):
             self._streams = _Streams(self.device)
+        if self._streams is None:
+            passes = self.device.type == "cpu" and self.dtype is None
+            return batches if passes else map(self._move, batches)
         return _Prefetched(batches, self._streams, self.depth, self.dtype, self.cast, self.timer)
 
-    def _cast_on_the_host(self, batch: Batch) -> Batch:
-        return map_leaves(batch, lambda leaf: leaf.to(_target(leaf, self.dtype)) if isinstance(leaf, Tensor) else leaf)
+    def _move(self, batch: Batch) -> Batch:
+        """Without streams: by each leaf's own `to`."""
+
+        def move(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.to(self.device, _target(leaf, self.dtype))
+            return leaf if self.device.type == "cpu" else leaf.to(self.device)
+
+        return map_leaves(batch, move)
+
+
+def _has_streams(device: torch.device) -> bool:
+    return device.type != "cpu" and hasattr(getattr(torch, device.type, None), "Stream")
 
 
 def _checked(name: torch.device | str | int) -> torch.device:
-    """The device, with its index. ValueError where it has no streams or is not there."""
+    """The device, with its index where it has streams. ValueError where it is not there."""
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device is {name!r}; it needs to be one that torch has here, such as cpu or cuda") from None
-    if device.type == "cpu":
+    if not _has_streams(device):
         return device
-    module: Any = getattr(torch, device.type, None)
-    if not hasattr(module, "Stream"):
-        raise ValueError(f"device is {device}; it needs to be cpu, or a device with streams, such as cuda")
+    module: Any = torch.get_device_module(device)
     if not module.is_available():
         raise ValueError(f"device is {device}, and torch {torch.__version__} can use none here; cpu always can be used")
     index = module.current_device() if device.index is None else device.index
@@ -163,8 +174,9 @@ class CopyTimer:
 
     def read(self) -> None:
         """Add up what was timed so far, waiting for the device to reach it."""
+        if self._pending:
+            self._pending[-1][-1].synchronize()  # behind the others of its stream, and behind every copy waited for
         for begun, copied, asked, given in self._pending:
-            given.synchronize()  # after `copied`, which its stream waited for
             self._copied += begun.elapsed_time(copied)
             self._waited += asked.elapsed_time(given)
             self.batches += 1

@@ -480,6 +480,15 @@ def test_a_cast_is_of_floating_point_alone(streams: Streams | None, cast: Any) -
     assert equal(found["z"][0], batch["z"][0])
 
 
+def test_a_device_without_streams() -> None:
+    batch = [torch.rand(3), torch.arange(2), Moves(log := []), "name"]
+    (found,) = DevicePrefetcher([batch], "meta", dtype=torch.bfloat16)
+    assert [leaf.device.type for leaf in found[:2]] == ["meta", "meta"]
+    assert [leaf.dtype for leaf in found[:2]] == [torch.bfloat16, torch.int64]
+    assert log == ["to meta"]
+    assert found[3] == "name"
+
+
 def test_fewer_bytes_are_staged_where_the_cast_comes_before() -> None:
     staged = {}
     for cast in ("before", "after"):
@@ -780,10 +789,9 @@ def test_what_the_device_did_not_wait_for_was_hidden(waited: float, hidden: floa
         (([], "cpu"), {"dtype": "bf16"}, TypeError, "dtype is 'bf16'; it needs to be a torch.dtype"),
         (([], "cpu"), {"dtype": torch.int8}, ValueError, "dtype is torch.int8; it needs to be of floating point"),
         (([], "cpu"), {"cast": "never"}, ValueError, "cast is 'never'; it needs to be one of 'before', 'after'"),
-        (([], "meta"), {}, ValueError, "device is meta; it needs to be cpu, or a device with streams, such as cuda"),
         (([], "gpu"), {}, ValueError, "device is 'gpu'; it needs to be one that torch has here"),
     ],
-    ids=["loader", "depth", "depth's type", "dtype's type", "dtype", "cast", "no streams", "no device"],
+    ids=["loader", "depth", "depth's type", "dtype's type", "dtype", "cast", "no device"],
 )
 def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):

@@ -21,7 +21,9 @@ A row is a dict of plain values:
                             `peak_ratio`, ours over eager's
 
 `copy` is None on a CPU. A copy row has `copy`, and under `phases` what it needs of the above for the forward, the
-backward and the step; `first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
+backward and the step; `link`, what the link reaches with pinned memory, bytes/s; and `prefetch`, a forward and backward
+on batches that DevicePrefetcher brings from pinned memory: `ms`, `compute_ms` on a batch that is there, `copy_ms`, and
+`share`, max(copy, compute) over ms. `first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
 
 A gemm row is one kernel's, and has instead of path, reason, copy and first_call_s:
 
@@ -33,6 +35,7 @@ A gemm row is one kernel's, and has instead of path, reason, copy and first_call
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -53,7 +56,7 @@ from torch import Tensor, nn
 from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
-from mlp_fused import FusedMLP, timing
+from mlp_fused import DevicePrefetcher, FusedMLP, timing
 from mlp_fused.kernels import configs
 from mlp_fused.plan import Work, float32_precision, work
 from mlp_fused.timing import Ceilings, Timed
@@ -377,6 +380,20 @@ def copies(x: Tensor) -> dict[str, dict[str, float]]:
     return found
 
 
+def prefetched(bench: Bench) -> dict[str, float]:
+    """A copy row's `prefetch` (see the top of this file)."""
+    model, parameters, dy = bench.model, bench.parameters, bench.gradients[0]
+    batches = iter(DevicePrefetcher(itertools.repeat(bench.inputs[0].cpu().pin_memory()), bench.device))
+
+    def compute(x: Tensor) -> None:
+        torch.autograd.grad(model(x), parameters, dy)
+
+    step = timing.time_loop(Timed(lambda _: compute(next(batches)))).ms
+    there = timing.time_loop(Timed(lambda i: compute(bench.inputs[i]), sets=len(bench.inputs))).ms
+    copied = bench.copies["pinned_side_stream"]["ms"]
+    return {"ms": step, "compute_ms": there, "copy_ms": copied, "share": max(copied, there) / step}
+
+
 def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:
     """Hidden layers by torch's own fused epilogue. On CUDA its gelu is the tanh form, whatever the model's is."""
     layers = [child for child in bench.eager if isinstance(child, nn.Linear)]
@@ -509,6 +526,9 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
     try:
         if cell.phase == "copy":
             row["copy"] = bench.copies
+            row["link"] = asdict(timing.link(f"cuda:{torch.cuda.current_device()}"))
+            row["prefetch"] = prefetched(bench)
+            report(row)
             row["phases"] = {}
             for phase in COPIED_PHASES:
                 row["phases"][phase] = _measure_model(bench, phase)[0]

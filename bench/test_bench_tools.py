@@ -383,6 +383,20 @@ def test_a_baseline_that_fails_is_a_text() -> None:
     assert row == {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"}
 
 
+@pytest.mark.parametrize(
+    ("ms", "gbps", "of_link", "of_the_slower"), [(2.0, 45.0, 0.9, 0.8), (1.0, 45.0, None, 0.8), (0.1, 45.0, None, None)]
+)
+def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, of_the_slower: float | None) -> None:
+    row = {
+        "copy": {"pinned_side_stream": {"ms": ms, "gbps": gbps, "host_ms": 0.01}},
+        "link": {"to_device": 50e9, "to_host": 50e9},
+        "prefetch": {"ms": ms, "share": 0.8},
+    }
+    assert goals.of_link(row) == (of_link and pytest.approx(of_link))
+    assert goals.of_the_slower(row) == of_the_slower
+    assert goals.of_link({}) is goals.of_the_slower({}) is None
+
+
 def test_baselines_of_a_cell() -> None:
     def names(pattern: str, device: str = "cuda") -> list[str]:
         (cell,) = select(pattern)

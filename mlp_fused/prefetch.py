@@ -486,7 +486,7 @@ class _Prefetched(Iterator[Batch]):
         timing = self._timer is not None
         ahead = _Ahead(event=streams.event(timing=timing))
         # Normal tensors, whatever the consumer's loop computes under: pinned memory is written again outside of it.
-        with torch.inference_mode(False), torch.no_grad(), streams.on_side():
+        with torch.inference_mode(False), streams.on_side():
             if timing:
                 ahead.begun = streams.event(timing=True)
                 streams.record(ahead.begun, streams.side)

@@ -353,7 +353,10 @@ def _lines(found: Transfer) -> Iterator[str]:
         )
         yield from _columns([(name, _time(ms), note) for name, ms, note in steps], "<><")
     yield ""
-    yield f"every time after that, {_rows(found.rows)} (median, with its quartiles)"
+    yield (
+        f"every time after that, {_rows(found.rows)}, {point.bytes_in:,} bytes in, {point.bytes_out:,} out "
+        "(medians, with their quartiles)"
+    )
     if point.gpu is not None:
         yield from _columns(list(_gpu_rows(found, point, point.gpu)), "<>>>>>")
         yield "device: between events; host: from the call until the device is done; returned: until it comes back"

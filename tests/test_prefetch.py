@@ -808,6 +808,7 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_every_byte_arrives_on_a_real_gpu(depth: int, pinned: bool) -> None:
@@ -833,6 +834,7 @@ def test_every_byte_arrives_on_a_real_gpu(depth: int, pinned: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("device")
 def test_nested_batches_on_a_real_gpu() -> None:
     packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
     sparse = torch.eye(5).to_sparse()
@@ -850,6 +852,7 @@ def test_nested_batches_on_a_real_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
 @pytest.mark.parametrize("share", [0.5, 2.0], ids=["compute-bound", "copy-bound"])
 def test_copies_hide_behind_compute(share: float, pinned: bool) -> None:

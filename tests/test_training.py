@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -376,7 +377,8 @@ def test_on_a_gpu(device: str, tmp_path: Path, dtype: Any, optimizer: Any) -> No
     result = run(config, epochs=10)
     assert result.accuracy >= 0.95
     assert sum(result.timer.percent.values()) == pytest.approx(100)
-    assert min(result.timer.milliseconds.values()) > 0
+    assert min(ms for phase, ms in result.timer.milliseconds.items() if phase != "copy") > 0
+    assert re.search(r"^a batch's copy takes \S+ ms .*: \d+% of it were hidden$", str(result.timer), re.M)
     assert len(run(config, epochs=11, resume=True).history) == 11
     on_cpu = run(config, device="cpu", dtype="fp32", checkpoint=None)
     assert result.accuracy == pytest.approx(on_cpu.accuracy, abs=0.03)

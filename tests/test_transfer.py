@@ -624,6 +624,7 @@ def test_a_plot_that_fails_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("training", [True, False])
 def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(FusedMLP(784, [512, 512, 10]), torch.randn(256, 784), sizes=[16, 4096], training=training)
@@ -642,6 +643,7 @@ def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("device")
 def test_pinned_copies_reach_the_links_ceiling() -> None:
     """At least 0.9 of it, for 64 MiB."""
     link, x = timing.link("cuda:0"), torch.randn(1 << 24)
@@ -650,6 +652,7 @@ def test_pinned_copies_reach_the_links_ceiling() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("device")
 def test_the_prefetchers_batches_are_the_steps() -> None:
     """What `prefetched` times computes on the batch, and not on what lay there before."""
     x = torch.randn(64, 8)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import sys
 from collections import deque
@@ -105,7 +106,7 @@ class DevicePrefetcher(Generic[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         if self._streams is None and _has_streams(self.device):
-            self._streams = _Streams(self.device)
+            self._streams = _streams(self.device)
         if self._streams is None:
             passes = self.device.type == "cpu" and self.dtype is None
             return batches if passes else map(self._move, batches)
@@ -351,6 +352,12 @@ class _Streams:
 
     def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(dtype)
+
+
+@functools.cache
+def _streams(device: torch.device) -> _Streams:
+    """The one of a device: memory is kept by stream, so that a stream for each pass would keep a pool for each."""
+    return _Streams(device)
 
 
 class _Slot:

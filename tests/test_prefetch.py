@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from mlp_fused import DevicePrefetcher
+from mlp_fused import prefetch as module_of_ours
 from mlp_fused.prefetch import CopyTimer, map_leaves
 
 HERE = Path(__file__).parent
@@ -302,9 +303,7 @@ def test_pinned_memory_that_is_used_again_too_early_would_be_found() -> None:
 
 
 def test_sources_that_are_not_held_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlp_fused import prefetch as module
-
-    original = module._Slot.__init__
+    original = module_of_ours._Slot.__init__
 
     def forgetful(slot: Any, streams: Any) -> None:
         original(slot, streams)
@@ -321,7 +320,7 @@ def test_sources_that_are_not_held_would_be_found(monkeypatch: pytest.MonkeyPatc
         return streams.wrong
 
     assert consume(Streams(LATE["both late"])) == []
-    monkeypatch.setattr(module._Slot, "__init__", forgetful)
+    monkeypatch.setattr(module_of_ours._Slot, "__init__", forgetful)
     assert consume(Streams(LATE["both late"]))
 
 
@@ -692,6 +691,38 @@ def test_a_loader_that_is_left_early_is_closed_at_once() -> None:
         gc.enable()
 
 
+@given(batches=st.lists(st.integers(0, 9), max_size=8), depth=st.integers(1, 4), taken=st.integers(0, 9))
+@settings(deadline=None)
+def test_leaving_early_is_as_with_the_loader_and_the_next_pass_is_whole(
+    batches: list[int], depth: int, taken: int
+) -> None:
+    class Loader:
+        opened = closed = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.opened += 1
+            try:
+                yield from (torch.full((2,), n) for n in batches)
+            finally:
+                self.closed += 1
+
+    def walk(passes: Any, loader: Loader, streams: Streams) -> list[Any]:
+        seen: list[Any] = []
+        for count, batch in enumerate(passes):
+            if count == taken:
+                break
+            streams.drain("consumer")
+            seen.append(batch.tolist())
+        return [*seen, loader.opened, loader.closed]
+
+    streams, ours, plain = Streams(LATE["late copies"]), Loader(), Loader()
+    prefetcher = prefetch(ours, streams, depth)
+    for _ in range(2):
+        assert walk(prefetcher, ours, streams) == walk(plain, plain, streams)
+    streams.drain("side")
+    assert len(list(prefetcher)) == len(batches)
+
+
 def test_the_pass_begins_when_it_is_asked_for() -> None:
     class Broken:
         def __iter__(self) -> Iterator[Any]:
@@ -796,6 +827,21 @@ def test_what_the_device_did_not_wait_for_was_hidden(waited: float, hidden: floa
 def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         DevicePrefetcher(*arguments, **options)
+
+
+def test_passes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.SimpleNamespace(
+        Stream=lambda device: object(), is_available=lambda: True, current_device=lambda: 1, device_count=lambda: 2
+    )
+    monkeypatch.setattr(torch, "cuda", module)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    module_of_ours._streams.cache_clear()
+    passes = [iter(DevicePrefetcher([], "cuda")) for _ in range(2)]
+    module_of_ours._streams.cache_clear()
+    assert passes[0]._streams is passes[1]._streams  # type: ignore[attr-defined]
+    assert passes[0]._streams.device == torch.device("cuda:1")  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="device is cuda:2; there are 2, counted from 0"):
+        DevicePrefetcher([], "cuda:2")
 
 
 def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

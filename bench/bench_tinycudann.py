@@ -33,13 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import measure, timing
+from bench import measure
 from bench.measure import Bench, relative_error, release, synchronize
 from bench.shapes import Cell, Problem, cases
-from bench.timing import Timed
-from mlp_fused import FusedMLP
+from mlp_fused import FusedMLP, timing
 from mlp_fused.kernels import configs
 from mlp_fused.plan import work
+from mlp_fused.timing import Timed
 
 WIDTHS = (16, 32, 64, 128)  # of the hidden layers
 ALIGNMENT = 16  # elements: input and output widths are padded to a multiple

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from bench import goals, measure, timing
-from bench.machine import distorted, machine
+from bench import goals, measure
+from bench.machine import machine
 from bench.shapes import FRESH_PHASES, GRID, Cell
+from mlp_fused import timing
 
 Row = Callable[[Cell, str], None]
 ROWS = pytest.StashKey[list[goals.Row]]()
@@ -28,7 +29,7 @@ def _measures(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not _measures(config):
         config.option.benchmark_disable = True
-    elif reason := distorted():
+    elif reason := timing.distorted():
         raise pytest.UsageError(reason)
 
 

@@ -10,24 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.shapes import FRESH_PHASES, Problem
-from bench.timing import DTYPES
-
-
-def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Host seconds until `function` is done, the device included, and what it returned."""
-    begun = time.perf_counter()
-    result = function()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun, result
+from mlp_fused import first_touch as steps
+from mlp_fused.first_touch import seconds
+from mlp_fused.training import DTYPES
 
 
 def warmup(problem: Problem, device: str = "cuda") -> dict[str, float]:
@@ -49,35 +40,17 @@ def warmup(problem: Problem, device: str = "cuda") -> dict[str, float]:
 
 
 def first_touch(problem: Problem) -> dict[str, float]:
-    """The steps from a bare process to a network's output, in order: context, allocation, copy, launch, forward.
-
-    `forward` is FusedMLP's first call, its kernels compiled or loaded from Triton's cache.
-    """
+    """The steps from a bare process to a network's output, FusedMLP's (see `mlp_fused.first_touch`)."""
     from mlp_fused import FusedMLP
 
     dtype = DTYPES[problem.dtype]
     first, *rest = problem.widths
     model = FusedMLP(first, rest, activation_layer=problem.activation, dtype=dtype)
     x = torch.randn(problem.rows, first, dtype=dtype)
-    found: dict[str, float] = {}
-
-    def context() -> None:
-        torch.cuda.init()
-        torch.cuda.synchronize()
-
-    found["context"], _ = seconds(context)
-    for again in ("", "_2"):
-        found["allocation" + again], there = seconds(partial(torch.empty_like, x, device="cuda"))
-        found["copy" + again], _ = seconds(partial(there.copy_, x))
-        found["launch" + again], _ = seconds(partial(there.add_, 1))
-        del there
-        torch.cuda.empty_cache()  # or the second allocation would be a look into torch's own cache
-    x, model = x.cuda(), model.cuda()
+    found = steps.first_touch(model, [x])
     with torch.no_grad():
-        for again in ("", "_2"):
-            found["forward" + again], y = seconds(partial(model, x))
         children = nn.Sequential(*model)  # torch's own modules, one after the other
-        check(y, children(x), 1e-4 if dtype == torch.float32 else 5e-2)
+        check(model(x.cuda()), children(x.cuda()), 1e-4 if dtype == torch.float32 else 5e-2)
     return found
 
 

@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import timing
 from bench.shapes import Problem
-from bench.timing import DTYPES, Timed
+from mlp_fused import timing
 from mlp_fused.kernels import configs, tables
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.plan import KernelPlan, float32_precision, plan_layers
+from mlp_fused.timing import Timed
+from mlp_fused.training import DTYPES
 
 FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "gelu": F.gelu}
 # dz from dh and what was kept: the output of a relu, the pre-activation of a gelu.

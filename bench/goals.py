@@ -80,6 +80,21 @@ def call_us(row: Row) -> float | None:
     return row.get("us")
 
 
+def of_link(row: Row) -> float | None:
+    """A pinned copy's rate over what the link reaches, of inputs of 64 MiB and more: what is smaller is latency."""
+    if "link" not in row:
+        return None
+    copied = row["copy"]["pinned_side_stream"]
+    nbytes = 1e6 * copied["gbps"] * copied["ms"]
+    return 1e9 * copied["gbps"] / row["link"]["to_device"] if nbytes >= 2**26 else None
+
+
+def of_the_slower(row: Row) -> float | None:
+    """max(copy, compute) over a step with DevicePrefetcher, of steps of 1 ms and more: what is shorter is launches."""
+    found = row.get("prefetch")
+    return found["share"] if found is not None and found["ms"] >= 1 else None
+
+
 NETWORKS = ("seed-*", "narrow-*", "middle-*", "large-*", "odd-*")
 COMPILED = "torch.compile(max-autotune)'s forward + backward over ours"
 
@@ -123,6 +138,8 @@ GOALS = (
         kept_ratio,
         at_most=True,
     ),
+    Goal("pinned copies over the link's ceiling, from 64 MiB on", 0.9, ("copy-*-copy",), of_link),
+    Goal("max(copy, compute) over a step with DevicePrefetcher, from 1 ms on", 0.95, ("copy-*-copy",), of_the_slower),
     # Rows of bench_call.py, which pytest alone measures.
     Goal("µs of the layer path's forward without its kernels", 40, ("call-layer-*-forward",), call_us, at_most=True),
     Goal(

@@ -51,11 +51,12 @@ if __name__ in ("__main__", "__mp_main__"):
 import torch
 
 from bench import goals
-from bench.machine import ROOT, distorted, machine
+from bench.machine import ROOT, machine
 from bench.measure import describe, measure, why_not
 from bench.shapes import GRID, Cell, select
-from bench.timing import DTYPES, ceilings
 from mlp_fused.kernels.configs import device_slug
+from mlp_fused.timing import ceilings, distorted
+from mlp_fused.training import DTYPES
 
 Row = dict[str, Any]
 Measure = Callable[[Cell, str, Callable[[Row], None]], Row]

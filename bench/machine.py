@@ -49,23 +49,11 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def distorted() -> str | None:
-    """Why timings of this process would mean nothing, or None."""
-    for name, effect in (
-        ("CUDA_LAUNCH_BLOCKING", "makes every launch wait for its kernel"),
-        ("MLP_FUSED_DEBUG", "synchronises after each kernel"),
-        ("TRITON_INTERPRET", "runs the kernels in an interpreter"),
-    ):
-        if os.environ.get(name, "0") not in ("", "0"):
-            return f"{name} is set, which {effect}: unset it to measure"
-    return None
-
-
 def source_digest() -> str:
     """Twelve hex digits over the sources that decide a timing: package, kernels, tuned tiles, what measures."""
     patterns = ("mlp_fused/*.py", "kernels/*.py", "kernels/tuned/*.json")
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-    paths += [ROOT / "bench" / name for name in ("shapes.py", "timing.py", "gemm.py", "measure.py", "fresh.py")]
+    paths += [ROOT / "bench" / name for name in ("shapes.py", "gemm.py", "measure.py", "fresh.py")]
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -21,7 +21,9 @@ A row is a dict of plain values:
                             `peak_ratio`, ours over eager's
 
 `copy` is None on a CPU. A copy row has `copy`, and under `phases` what it needs of the above for the forward, the
-backward and the step; `first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
+backward and the step; `link`, what the link reaches with pinned memory, bytes/s; and `prefetch`, a forward and backward
+on batches that DevicePrefetcher brings from pinned memory: `ms`, `compute_ms` on a batch that is there, `copy_ms`, and
+`share`, max(copy, compute) over ms. `first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
 
 A gemm row is one kernel's, and has instead of path, reason, copy and first_call_s:
 
@@ -33,6 +35,7 @@ A gemm row is one kernel's, and has instead of path, reason, copy and first_call
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -50,14 +53,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import timing
 from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
-from bench.timing import DTYPES, Ceilings, Timed
-from mlp_fused import FusedMLP
+from mlp_fused import DevicePrefetcher, FusedMLP, timing
 from mlp_fused.kernels import configs
 from mlp_fused.plan import Work, float32_precision, work
+from mlp_fused.timing import Ceilings, Timed
+from mlp_fused.training import DTYPES
+from mlp_fused.transfer import copy_calls
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -240,7 +244,7 @@ class Bench:
 
     @cached_property
     def copies(self) -> dict[str, dict[str, float]]:
-        return timing.copies(self.inputs[0])
+        return copies(self.inputs[0])
 
     @cached_property
     def gradients(self) -> list[Tensor]:
@@ -352,6 +356,42 @@ def release(device: str) -> None:
 def bench_for(problem: Problem, device: str) -> Bench:
     """The one Bench that is kept: cells of one problem stand side by side in the grid."""
     return Bench(problem, device)
+
+
+def copies(x: Tensor) -> dict[str, dict[str, float]]:
+    """Copies of as many bytes as x has from the host to the device, into memory that is already there.
+
+    For each of pageable, pinned, and pinned + non_blocking on a side stream: `ms` between device events around the
+    copy, `host_ms` for which the host was held up, and `gbps` (1e9 bytes a second).
+    """
+    calls = copy_calls([x.cpu()], x.device)
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    found = {}
+    for kind, call, stream in (
+        ("pageable", "pageable", here),
+        ("pinned", "pinned", here),
+        ("pinned_side_stream", "non_blocking", side),
+    ):
+        with torch.cuda.stream(stream):
+            measured = timing.time_apart(calls[call])
+        ms = measured.device.ms
+        gbps = 1e-6 * x.numel() * x.element_size() / ms
+        found[kind] = {"ms": ms, "host_ms": measured.returned.ms, "gbps": gbps}
+    return found
+
+
+def prefetched(bench: Bench) -> dict[str, float]:
+    """A copy row's `prefetch` (see the top of this file)."""
+    model, parameters, dy = bench.model, bench.parameters, bench.gradients[0]
+    batches = iter(DevicePrefetcher(itertools.repeat(bench.inputs[0].cpu().pin_memory()), bench.device))
+
+    def compute(x: Tensor) -> None:
+        torch.autograd.grad(model(x), parameters, dy)
+
+    step = timing.time_loop(Timed(lambda _: compute(next(batches)))).ms
+    there = timing.time_loop(Timed(lambda i: compute(bench.inputs[i]), sets=len(bench.inputs))).ms
+    copied = bench.copies["pinned_side_stream"]["ms"]
+    return {"ms": step, "compute_ms": there, "copy_ms": copied, "share": max(copied, there) / step}
 
 
 def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:
@@ -486,6 +526,9 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
     try:
         if cell.phase == "copy":
             row["copy"] = bench.copies
+            row["link"] = asdict(timing.link(f"cuda:{torch.cuda.current_device()}"))
+            row["prefetch"] = prefetched(bench)
+            report(row)
             row["phases"] = {}
             for phase in COPIED_PHASES:
                 row["phases"][phase] = _measure_model(bench, phase)[0]

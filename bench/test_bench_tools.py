@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import fresh, gemm, goals, gpu, measure, timing
-from bench.machine import ROOT, distorted, machine, user_table_digest
+from bench import fresh, gemm, goals, gpu, measure
+from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
-from bench.timing import Ceilings, Timed
 from mlp_fused import FusedMLP, tuning
 from mlp_fused.plan import Work, work
+from mlp_fused.timing import Ceilings, Timed, distorted
 
 SMALL = Problem((5, 7, 3), 4)
 CELLS = [Cell("odd", SMALL, phase) for phase in ("forward", "backward", "training", "step")]
@@ -159,19 +159,6 @@ def test_against_floor() -> None:
     assert measure.against_floor(Work(1, 500_000), Ceilings(1e12, 1e12), ms=1.0)["bound"] == "memory"
 
 
-@pytest.mark.parametrize(
-    ("nbytes", "cache", "sets"),
-    [(100, 0, 1), (100, 1000, 20), (2000, 1000, 1), (1999, 1000, 2), (1, 10**9, timing.MAX_SETS)],
-)
-def test_rotation_fills_the_cache_twice(nbytes: int, cache: int, sets: int) -> None:
-    assert timing.rotation(nbytes, cache) == sets
-
-
-def test_quartiles() -> None:
-    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
-
-
 def test_relative_error() -> None:
     ones = torch.ones(4)
     assert measure.relative_error(ones, ones) == 0.0
@@ -179,94 +166,6 @@ def test_relative_error() -> None:
     assert measure.relative_error(torch.ones(3), ones) == math.inf
     assert not measure.relative_error(ones * math.nan, ones) <= 1.0
     assert measure.relative_error(ones, 0 * ones) == pytest.approx(2.0)
-
-
-# Clocks, on a simulated device
-
-
-class Device:
-    """A host that issues and a device that works, in seconds; stands in for torch.cuda and the host's clock."""
-
-    def __init__(self) -> None:
-        self.host = 0.0
-        self.free = 0.0  # when the device has done all it was given
-
-    def launch(self, issue: float, duration: float) -> None:
-        self.host += issue
-        self.free = max(self.free, self.host) + duration
-
-    def synchronize(self) -> None:
-        self.host = max(self.host, self.free)
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        device = self
-
-        class Event:
-            at = math.nan
-
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                self.at = max(device.host, device.free)
-
-            def elapsed_time(self, end: Event) -> float:
-                assert device.host >= end.at, "read before the device was waited for"
-                return 1e3 * (end.at - self.at)
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(1e-6, cycles / 1e9))
-        monkeypatch.setattr(time, "perf_counter", lambda: self.host)
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    tuning.cycles_per_second.cache_clear()
-    simulated = Device()
-    simulated.install(monkeypatch)
-    yield simulated
-    tuning.cycles_per_second.cache_clear()
-
-
-def test_a_call_bound_by_the_device_has_one_time(device: Device) -> None:
-    found = timing.time_cuda(Timed(lambda _: device.launch(10e-6, 500e-6)))
-    assert found.ms == found.kernel_ms == pytest.approx(0.5, rel=0.03)
-
-
-def test_a_call_bound_by_launches_has_two(device: Device) -> None:
-    def call(_: int) -> None:
-        for _ in range(4):
-            device.launch(10e-6, 2e-6)
-
-    found = timing.time_cuda(Timed(call))
-    assert found.ms == pytest.approx(0.040, rel=0.1)
-    assert found.kernel_ms == pytest.approx(0.008, rel=0.01)
-    assert found.calls > 1
-
-
-def test_the_setup_is_not_timed(device: Device) -> None:
-    timed = Timed(lambda _: device.launch(10e-6, 300e-6), setup=lambda _: device.launch(10e-6, 900e-6))
-    found = timing.time_cuda(timed)
-    assert found.ms == found.kernel_ms == pytest.approx(0.3)
-    assert found.calls == 1
-
-
-def test_a_slow_call_is_read_three_times_only(device: Device) -> None:
-    assert timing.time_cuda(Timed(lambda _: device.launch(1e-3, 2.0))).rounds == 3
-
-
-@pytest.mark.parametrize("where", ["cpu", "cuda"])
-def test_inputs_are_rotated(device: Device, where: str) -> None:
-    used: Counter[int] = Counter()
-
-    def call(i: int) -> None:
-        used[i] += 1
-        device.launch(10e-6, 50e-6)
-
-    timing.time_call(Timed(call, sets=3), where)
-    assert set(used) == {0, 1, 2}
-    assert max(used.values()) < 1.2 * min(used.values())
 
 
 def test_graphs_are_captured_and_replayed_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,6 +381,20 @@ def test_a_baseline_that_fails_is_a_text() -> None:
     bench = measure.Bench(SMALL, "cpu")
     row = measure._measure_baseline(bench, measure.Baseline("large", build), "forward", {"ms": 1.0, "kernel_ms": 1.0})
     assert row == {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"}
+
+
+@pytest.mark.parametrize(
+    ("ms", "gbps", "of_link", "of_the_slower"), [(2.0, 45.0, 0.9, 0.8), (1.0, 45.0, None, 0.8), (0.1, 45.0, None, None)]
+)
+def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, of_the_slower: float | None) -> None:
+    row = {
+        "copy": {"pinned_side_stream": {"ms": ms, "gbps": gbps, "host_ms": 0.01}},
+        "link": {"to_device": 50e9, "to_host": 50e9},
+        "prefetch": {"ms": ms, "share": 0.8},
+    }
+    assert goals.of_link(row) == (of_link and pytest.approx(of_link))
+    assert goals.of_the_slower(row) == of_the_slower
+    assert goals.of_link({}) is goals.of_the_slower({}) is None
 
 
 def test_baselines_of_a_cell() -> None:

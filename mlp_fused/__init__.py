@@ -8,12 +8,14 @@ from . import ops as ops
 from .functional import linear_act, mlp
 from .kernels.activations import ACTIVATIONS, Activation, register_activation
 from .module import FusedLinear, FusedMLP, Pointwise
+from .prefetch import DevicePrefetcher
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "DevicePrefetcher",
     "FusedLinear",
     "FusedMLP",
     "Pointwise",

@@ -1,4 +1,4 @@
-"""The command line: `mlp-fused train`, `mlp-fused tune`, `mlp-fused env`; the same as `python -m mlp_fused`."""
+"""The command line: `mlp-fused train | tune | transfer | env`; the same as `python -m mlp_fused`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
-from . import ACTIVATIONS, __version__, tuning
+from . import ACTIVATIONS, __version__, transfer, tuning
 from .environment import describe
 from .plan import Backend
 from .processes import is_first, is_first_to_fail
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         prog="mlp-fused", description="The multi-layer perceptron as fused Triton kernels.", allow_abbrev=False
     )
     top.add_argument("--version", action="version", version=f"mlp-fused {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="train | tune | env")
+    commands = top.add_subparsers(dest="command", required=True, metavar="train | tune | transfer | env")
     commands.add_parser(
         "env", help="print what a bug report needs: versions, GPU, driver, backend, switches", allow_abbrev=False
     )
@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(**dataclasses.asdict(Config()))
     _add_tune(commands)
+    _add_transfer(commands)
     return top
 
 
@@ -161,6 +162,57 @@ def _add_tune(commands: Any) -> None:
     command.set_defaults(**{**dataclasses.asdict(tuning.Config()), "dims": None})
 
 
+def _add_transfer(commands: Any) -> None:
+    """The flags of `mlp-fused transfer` are the fields of `transfer.Config`, which holds their defaults."""
+    command = commands.add_parser(
+        "transfer",
+        help="take a network's time apart: first touch, copies, launches, kernels; and the CPU's beside it",
+        description="Measure where a network's time goes on this GPU and on this CPU: what only the first call costs, "
+        "copies, launches, kernels; which part bounds a step, from which batch size on the GPU wins, and what to do.",
+        allow_abbrev=False,
+    )
+    network = command.add_argument_group("network")
+    dims, batch = (" ".join(map(str, values)) for values in (transfer.DIMS, transfer.BATCH))
+    network.add_argument(
+        "--dims",
+        type=int,
+        nargs="+",
+        metavar="WIDTH",
+        help=f"its widths from the input to the output (default: {dims})",
+    )
+    network.add_argument(
+        "--checkpoint", metavar="FILE", help="that of a checkpoint of mlp-fused train instead (default: that of --dims)"
+    )
+    network.add_argument(
+        "--activation",
+        metavar="NAME",
+        help=f"after every hidden layer of --dims; train --help lists them (default: {transfer.ACTIVATION})",
+    )
+    what = command.add_argument_group("what is measured")
+    what.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"batch sizes, rows; the largest is the one that is taken apart (default: {batch})",
+    )
+    what.add_argument("--dtype", choices=get_args(DtypeName), help="of parameters and inputs (default: %(default)s)")
+    what.add_argument(
+        "--inference",
+        action="store_true",
+        help="forward and the output copied back (default: forward and backward)",
+    )
+    what.add_argument("--device", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s, a GPU where there is one)")
+    output = command.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print JSON (default: a table)")
+    output.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw time against batch size, into FILE.png or FILE.svg; needs matplotlib (default: none is drawn)",
+    )
+    command.set_defaults(**dataclasses.asdict(transfer.Config()))
+
+
 def _end(status: int, message: str) -> int:
     """The exit status, the message being printed, by one of several processes."""
     if is_first_to_fail():
@@ -184,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "tune":
             tune(tuning.Config(**{**arguments, "dims": arguments["dims"] or ()}), report=report)
+        elif command == "transfer":
+            transfer.run(transfer.Config(**arguments), report=report)
         else:
             train(Config(**arguments), report=report)
     except UserError as error:

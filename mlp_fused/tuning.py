@@ -44,9 +44,10 @@ from .kernels.layer_forward import layer_forward
 from .layers import layer_path
 from .networks import run_network
 from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
+from .timing import Timed, between_events
 from .training import UserError, first_line, progress
 
-__all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload", "between_events", "cycles_per_second", "tune"]
+__all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload", "tune"]
 
 DtypeName = Literal["fp32", "tf32", "bf16", "fp16"]
 ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
@@ -734,49 +735,8 @@ class EventClock:
         once = times.perf_counter() - begun
         calls = max(1, min(self.MOST_CALLS, math.ceil(200e-6 / once)))
         rounds = max(5, min(50, math.ceil(self.SECONDS / (once * calls))))
-        spin = int((2 * issued * calls + 50e-6) * cycles_per_second())
-        return statistics.median(between_events(lambda _: call(), rounds, calls, spin))
-
-
-def between_events(
-    call: Callable[[int], object],
-    rounds: int,
-    calls: int,
-    spin: int = 0,
-    prepare: Callable[[int], object] = lambda index: None,
-) -> list[float]:
-    """Seconds that the device takes for a call, one reading a round of so many calls, which are told their number.
-
-    Args:
-        spin: cycles for which the device spins before each reading, while the host issues the calls.
-        prepare: what goes before each round, untimed, and is told its number.
-    """
-    readings = []
-    for index in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        prepare(index)
-        if spin:
-            torch.cuda._sleep(spin)
-        start.record()
-        for number in range(calls):
-            call(index * calls + number)
-        end.record()
-        readings.append((start, end))
-    torch.cuda.synchronize()
-    return [1e-3 * start.elapsed_time(end) / calls for start, end in readings]
-
-
-@functools.lru_cache(maxsize=1)
-def cycles_per_second() -> float:
-    """Clock of the spinning kernel."""
-    cycles = 10_000_000
-    torch.cuda._sleep(20 * cycles)  # a GPU that was idle takes a tenth of a second to reach its clock rate
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    torch.cuda.synchronize()
-    return cycles / (1e-3 * start.elapsed_time(end))
+        spin = 2 * issued * calls + 50e-6
+        return 1e-3 * statistics.median(between_events(Timed(lambda _: call()), rounds, calls, spin))
 
 
 def tune(

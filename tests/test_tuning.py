@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlp_fused import environment, plan, tuning
+from mlp_fused import environment, plan, timing, tuning
 from mlp_fused.compiling import Compilers, NotYetError
 from mlp_fused.kernels import configs, tables
 from mlp_fused.kernels.configs import DEVICES, INTERPRETED_DEVICE, TileConfig
@@ -733,9 +733,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: at.update(host=max(at["host"], at["device"])))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: work(1e-6, cycles / 1e9))
     monkeypatch.setattr(time, "perf_counter", lambda: at["host"])
-    tuning.cycles_per_second.cache_clear()
+    timing.cycles_per_second.cache_clear()
     yield at
-    tuning.cycles_per_second.cache_clear()
+    timing.cycles_per_second.cache_clear()
 
 
 @pytest.mark.parametrize(("issue", "seconds"), [(50e-6, 2e-6), (10e-6, 3e-3), (5e-6, 5e-6)], ids=str)

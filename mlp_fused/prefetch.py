@@ -1,0 +1,566 @@
+"""DevicePrefetcher: the next batches are copied to the GPU while it computes on the last one.
+
+Batch n goes through slot n mod depth, which owns pinned memory and an event:
+
+    host        wait for the slot's event; ask the loader; copy pageable tensors into the slot's pinned memory
+    side        copy from pinned memory to new device memory; record the slot's event
+    consumer    wait for the event; compute
+
+The host's wait is what makes overwriting the slot's memory safe, the consumer's wait what makes reading the batch safe.
+Device memory belongs to the side stream's pool; `record_stream` keeps it from being given out again, once the batch is
+dropped, before the consumer's stream is done with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["CopyTimer", "DevicePrefetcher", "map_leaves"]
+
+Batch = TypeVar("Batch")
+Cast = Literal["before", "after"]
+
+
+class DevicePrefetcher(Generic[Batch]):
+    """`loader`'s batches on `device`, in its order, up to `depth` of them copied ahead on a stream of their own.
+
+    for x, y in DevicePrefetcher(loader, "cuda"):
+        ...
+
+    Length, re-iteration, exceptions (in their place, after the batches before them), the end of a worker, Ctrl-C and
+    leaving early are the loader's own. On the CPU its batches pass through as they are; on a device without streams, as
+    mps is, each is moved when its turn comes.
+
+    Tensors are found in tuples, namedtuples, lists, mappings, other sequences, dataclasses, PackedSequence, and sparse
+    tensors; what is no tensor passes through. They come as `tensor.to(device)` makes them, strides included. A tensor
+    that requires a gradient, one of a subclass, and any other object with a `to` is moved by its own `to` when its turn
+    comes; an object with `pin_memory` and `record_stream` besides is copied ahead as the tensors are.
+
+    Pageable tensors go through pinned memory that is used again. There is no thread: the calling thread copies them
+    there, at the speed of the host's memory, while the device works on what it was given (a step that waits for the
+    device, as `loss.item()` does, adds that to its own time). A loader that pins, such as DataLoader with
+    `pin_memory=True`, does it in a thread of its own; pinned tensors are copied from where they are. A loader that uses
+    its memory again may overwrite a pageable batch at once, and pinned batch n when it is asked for batch n + depth.
+
+    Args:
+        loader: any iterable of batches.
+        device: such as "cuda" (the current one), "cuda:1" or "cpu".
+        depth: how many batches are taken from the loader ahead of the one being computed on; 1 or more. So many more
+            batches lie in the device's memory.
+        dtype: what floating-point tensors are cast to; None for no cast.
+        cast: "before" the copy, by the host, so that fewer bytes are copied where dtype is the smaller one; or "after"
+            it, by the device.
+        timer: told how long the copies took and how long the device waited for them.
+
+    Raises:
+        TypeError: loader is not iterable; depth is not an integer; dtype is not a torch.dtype.
+        ValueError: depth is below 1; dtype is not of floating point; cast is neither; there is no such device.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Batch],
+        device: torch.device | str | int,
+        depth: int = 2,
+        *,
+        dtype: torch.dtype | None = None,
+        cast: Cast = "before",
+        timer: CopyTimer | None = None,
+    ) -> None:
+        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+            raise TypeError(f"loader is of type {type(loader).__name__}; it needs to be an iterable of batches")
+        if not isinstance(depth, int) or isinstance(depth, bool):
+            raise TypeError(f"depth is {depth!r}; it needs to be an integer, 1 or more")
+        if depth < 1:
+            raise ValueError(f"depth is {depth}; it needs to be 1 or more")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype is {dtype!r}; it needs to be a torch.dtype, such as torch.bfloat16")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; it needs to be of floating point, as the tensors are that it casts")
+        if cast not in get_args(Cast):
+            raise ValueError(f"cast is {cast!r}; it needs to be one of {', '.join(map(repr, get_args(Cast)))}")
+        self.loader = loader
+        self.device = _checked(device)
+        self.depth = depth
+        self.dtype = dtype
+        self.cast = cast
+        self.timer = timer
+        self._streams: _Streams | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]  # the loader's own TypeError where it has none
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        if self._streams is None and _has_streams(self.device):
+            self._streams = _streams(self.device)
+        if self._streams is None:
+            passes = self.device.type == "cpu" and self.dtype is None
+            return batches if passes else map(self._move, batches)
+        return _Prefetched(batches, self._streams, self.depth, self.dtype, self.cast, self.timer)
+
+    def _move(self, batch: Batch) -> Batch:
+        """Without streams: by each leaf's own `to`."""
+
+        def move(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.to(self.device, _target(leaf, self.dtype))
+            return leaf if self.device.type == "cpu" else leaf.to(self.device)
+
+        return map_leaves(batch, move)
+
+
+def _has_streams(device: torch.device) -> bool:
+    return device.type != "cpu" and hasattr(getattr(torch, device.type, None), "Stream")
+
+
+def _checked(name: torch.device | str | int) -> torch.device:
+    """The device, with its index where it has streams. ValueError where it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; it needs to be one that torch has here, such as cpu or cuda") from None
+    if not _has_streams(device):
+        return device
+    module: Any = torch.get_device_module(device)
+    if not module.is_available():
+        raise ValueError(f"device is {device}, and torch {torch.__version__} can use none here; cpu always can be used")
+    index = module.current_device() if device.index is None else device.index
+    if index >= module.device_count():
+        raise ValueError(f"device is {device}; there are {module.device_count()}, counted from 0")
+    return torch.device(device.type, index)
+
+
+def _target(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor is cast to: `dtype` where it is of floating point, otherwise nothing else than it is."""
+    return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+
+
+class CopyTimer:
+    """How long the copies of a DevicePrefetcher took, and how long the device's own work waited for them.
+
+    Events in the two streams, which the host does not wait for before `read()`.
+    """
+
+    MOST_PENDING = 10_000  # batches; beyond, they are read at once
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Any, Any, Any, Any]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was timed."""
+        self._pending.clear()
+        self.batches = 0
+        self._copied = self._waited = 0.0
+
+    def add(self, begun: Any, copied: Any, asked: Any, given: Any) -> None:
+        """A batch's events: around its copy in the side stream, around the wait for it in the consumer's."""
+        self._pending.append((begun, copied, asked, given))
+        if len(self._pending) >= self.MOST_PENDING:
+            self.read()
+
+    def read(self) -> None:
+        """Add up what was timed so far, waiting for the device to reach it."""
+        if self._pending:
+            self._pending[-1][-1].synchronize()  # behind the others of its stream, and behind every copy waited for
+        for begun, copied, asked, given in self._pending:
+            self._copied += begun.elapsed_time(copied)
+            self._waited += asked.elapsed_time(given)
+            self.batches += 1
+        self._pending.clear()
+
+    @property
+    def copy_ms(self) -> float:
+        """Mean milliseconds that a batch's copy took."""
+        return self._copied / max(1, self.batches)
+
+    @property
+    def waited_ms(self) -> float:
+        """Mean milliseconds for which the device's own work waited for a batch's copy."""
+        return self._waited / max(1, self.batches)
+
+    @property
+    def hidden(self) -> float:
+        """The part of the copies' time that other work of the device hid; 0 to 1."""
+        return max(0.0, 1 - self._waited / self._copied) if self._copied else 0.0
+
+
+def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` of each tensor of a batch, and of each object that moves itself, in containers of the same kind.
+
+    A container in which nothing changed is the same object; containers are never changed in place.
+    """
+    if isinstance(batch, Tensor):
+        return _map_sparse(batch, function)
+    if isinstance(batch, str | bytes | bytearray | memoryview | range | type):
+        return batch
+    if isinstance(batch, PackedSequence):  # batch_sizes stay on the host
+        return PackedSequence(
+            function(batch.data),
+            batch.batch_sizes,
+            None if batch.sorted_indices is None else function(batch.sorted_indices),
+            None if batch.unsorted_indices is None else function(batch.unsorted_indices),
+        )
+    moves_itself = callable(getattr(batch, "to", None))
+    if moves_itself and callable(getattr(batch, "pin_memory", None)):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: map_leaves(value, function) for key, value in batch.items()}
+        return batch if all(mapped[key] is value for key, value in batch.items()) else _like(batch, mapped)
+    if isinstance(batch, Sequence):
+        items = [map_leaves(item, function) for item in batch]
+        return batch if all(new is old for new, old in zip(items, batch)) else _sequence_like(batch, items)
+    if moves_itself:
+        return function(batch)
+    if dataclasses.is_dataclass(batch):
+        names = [each.name for each in dataclasses.fields(batch) if hasattr(batch, each.name)]
+        values = {name: map_leaves(getattr(batch, name), function) for name in names}
+        if all(value is getattr(batch, name) for name, value in values.items()):
+            return batch
+        clone = copy.copy(batch)
+        for name, value in values.items():
+            object.__setattr__(clone, name, value)  # frozen ones too, and without __post_init__
+        return clone
+    return batch
+
+
+def _map_sparse(tensor: Tensor, function: Callable[[Any], Any]) -> Tensor:
+    """A sparse tensor is a container of its indices and values."""
+    if tensor.layout is torch.strided or not _is_on_the_host(tensor):
+        return function(tensor)
+    if tensor.layout is torch.sparse_coo:
+        indices, values = function(tensor._indices()), function(tensor._values())
+        return torch.sparse_coo_tensor(
+            indices, values, tensor.shape, is_coalesced=tensor.is_coalesced(), check_invariants=False
+        )
+    parts = {
+        torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices),
+        torch.sparse_bsr: (Tensor.crow_indices, Tensor.col_indices),
+        torch.sparse_csc: (Tensor.ccol_indices, Tensor.row_indices),
+        torch.sparse_bsc: (Tensor.ccol_indices, Tensor.row_indices),
+    }.get(tensor.layout)
+    if parts is None:
+        return function(tensor)
+    outer, inner = (function(part(tensor)) for part in parts)
+    return torch.sparse_compressed_tensor(
+        outer, inner, function(tensor.values()), tensor.shape, layout=tensor.layout, check_invariants=False
+    )
+
+
+def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
+    """`mapped` in a mapping of the same kind, other state of it kept; a dict where it cannot be made."""
+    if type(batch) is dict:
+        return mapped
+    try:
+        if isinstance(batch, MutableMapping):
+            before = dict(batch)
+            clone = copy.copy(batch)
+            clone.update(mapped)
+            if all(batch[key] is value for key, value in before.items()):
+                return clone
+            batch.update(before)  # the copy shares what holds the items
+        return type(batch)(mapped)  # type: ignore[call-arg]
+    except TypeError:
+        return mapped
+
+
+def _sequence_like(batch: Sequence[Any], items: list[Any]) -> Any:
+    """`items` in a sequence of the same kind, other state of it kept; a list where it cannot be made."""
+    if type(batch) is list:
+        return items
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*items)
+    try:
+        if isinstance(batch, MutableSequence):
+            before = list(batch)
+            clone = copy.copy(batch)
+            _assign(clone, items)
+            if all(now is then for now, then in zip(batch, before)):
+                return clone
+            _assign(batch, before)  # the copy shares what holds the items
+        return type(batch)(items)  # type: ignore[call-arg]
+    except TypeError:
+        return items
+
+
+def _assign(sequence: MutableSequence[Any], items: Iterable[Any]) -> None:
+    for index, item in enumerate(items):
+        sequence[index] = item
+
+
+class _Streams:
+    """Streams, events and memory of one device. Tests have one that is made up and finds out data races."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module: Any = torch.get_device_module(device)
+        self.side = self._module.Stream(device)
+
+    def current(self) -> Any:
+        return self._module.current_stream(self.device)
+
+    def on_side(self) -> contextlib.AbstractContextManager[Any]:
+        """What is done within is done in the side stream, and what is allocated is allocated from its pool."""
+        return self._module.stream(self.side)
+
+    def event(self, *, timing: bool = False) -> Any:
+        return self._module.Event(enable_timing=timing)
+
+    def record(self, event: Any, stream: Any) -> None:
+        event.record(stream)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """The stream waits, the host does not."""
+        stream.wait_event(event)
+
+    def synchronize(self, event: Any) -> None:
+        """The host waits."""
+        event.synchronize()
+
+    def keep(self, moved: Any, stream: Any) -> None:
+        """Not to be given out again, once it is dropped, before the stream has done what it was given until then."""
+        moved.record_stream(stream)
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.is_pinned()
+
+    def is_here(self, tensor: Tensor) -> bool:
+        return tensor.device == self.device
+
+    def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to(dtype)
+
+
+@functools.cache
+def _streams(device: torch.device) -> _Streams:
+    """The one of a device: memory is kept by stream, so that a stream for each pass would keep a pool for each."""
+    return _Streams(device)
+
+
+class _Slot:
+    """Pinned memory for one batch, and the event behind the copies out of it. `event` is None while it is free."""
+
+    def __init__(self, streams: _Streams) -> None:
+        self._streams = streams
+        self._memory: list[Tensor] = []  # bytes, one for each tensor of a batch, as large as the largest so far
+        self._views: list[tuple[Any, Tensor]] = []  # of it, as the last batch had them
+        self._used = 0
+        self.event: Any = None
+        self.sources: list[Any] = []  # pinned by others, and copied from where they are
+
+    def wait(self) -> None:
+        """Until nothing copies from it any more."""
+        if self.event is not None:
+            self._streams.synchronize(self.event)
+            self.event = None
+        self.sources.clear()
+        self._used = 0
+
+    def stage(self, tensor: Tensor, stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The tensor in pinned memory, cast to `dtype`."""
+        index, self._used = self._used, self._used + 1
+        layout = (tensor.shape, stride, dtype)
+        if index == len(self._memory):
+            self._memory.append(torch.empty(0, dtype=torch.uint8, device="cpu"))
+            self._views.append((None, self._memory[index]))
+        if self._views[index][0] != layout:
+            nbytes = tensor.numel() * dtype.itemsize
+            if self._memory[index].numel() < nbytes:
+                self._memory[index] = self._streams.pinned(nbytes)
+            view = self._memory[index][:nbytes].view(dtype).as_strided(tensor.shape, stride)
+            self._views[index] = (layout, view)
+        return self._views[index][1].copy_(tensor)
+
+
+class _Later:
+    """What is moved by its own `to`, in the consumer's stream, when its turn comes."""
+
+    def __init__(self, value: Any, *dtype: torch.dtype) -> None:
+        self._value = value
+        self._dtype = dtype
+
+    def to(self, device: torch.device) -> Any:
+        return self._value.to(device, *self._dtype)
+
+
+@dataclass
+class _Ahead:
+    """A batch on its way: what it will be, what of it the side stream allocated, and the event behind the copies."""
+
+    batch: Any = None
+    moved: list[Any] = field(default_factory=list)
+    later: bool = False
+    event: Any = None
+    begun: Any = None  # where the copies are timed
+
+
+@dataclass
+class _Failed:
+    """In the place of a batch: what the loader raised instead of it."""
+
+    error: Exception
+
+
+class _Prefetched(Iterator[Batch]):
+    """One pass over the loader."""
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        streams: _Streams,
+        depth: int,
+        dtype: torch.dtype | None,
+        cast: Cast,
+        timer: CopyTimer | None,
+    ) -> None:
+        self._batches = batches
+        self._streams = streams
+        self._dtype = dtype
+        self._cast = cast
+        self._timer = timer
+        self._slots = [_Slot(streams) for _ in range(depth)]
+        self._turns = itertools.cycle(self._slots)
+        self._slot = next(self._turns)
+        self._ahead: deque[_Ahead | _Failed] = deque()
+        self._ended = False
+
+    def __next__(self) -> Batch:
+        self._fill()
+        if not self._ahead:
+            raise StopIteration
+        first = self._ahead.popleft()
+        if isinstance(first, _Failed):
+            raise first.error
+        try:
+            batch = self._hand_over(first)
+            self._fill()
+        except BaseException:  # Ctrl-C while the loader worked on a later batch: this one is still to come
+            self._ahead.appendleft(first)
+            raise
+        return batch
+
+    def __del__(self) -> None:
+        """What is copied from must outlive the copy, however the loop was left."""
+        if not sys.is_finalizing():
+            for slot in getattr(self, "_slots", ()):
+                slot.wait()
+
+    def _fill(self) -> None:
+        """Take batches from the loader until `depth` are ahead. Past a failure that nobody has seen yet, none is."""
+        while len(self._ahead) < len(self._slots) and not self._ended:
+            if self._ahead and isinstance(self._ahead[-1], _Failed):
+                return
+            try:
+                self._slot.wait()
+                try:
+                    batch = next(self._batches)
+                except StopIteration:
+                    self._ended = True
+                    return
+                ahead = self._send(batch)
+            except Exception as error:
+                self._ahead.append(_Failed(error))
+                return
+            self._ahead.append(ahead)
+            self._slot = next(self._turns)
+
+    def _send(self, batch: Batch) -> _Ahead:
+        """Give the side stream a batch's copies."""
+        streams, slot = self._streams, self._slot
+        timing = self._timer is not None
+        ahead = _Ahead(event=streams.event(timing=timing))
+        # Normal tensors, whatever the consumer's loop computes under: pinned memory is written again outside of it.
+        with torch.inference_mode(False), streams.on_side():
+            if timing:
+                ahead.begun = streams.event(timing=True)
+                streams.record(ahead.begun, streams.side)
+            try:
+                ahead.batch = map_leaves(batch, lambda leaf: self._start(leaf, ahead))
+            finally:  # also after a failure among the copies: those before it are under way
+                streams.record(ahead.event, streams.side)
+                slot.event = ahead.event
+        return ahead
+
+    def _start(self, leaf: Any, ahead: _Ahead) -> Any:
+        """One leaf's copy."""
+        streams, slot = self._streams, self._slot
+        if not isinstance(leaf, Tensor):
+            if not (hasattr(leaf, "pin_memory") and hasattr(leaf, "record_stream")):
+                ahead.later = True
+                return _Later(leaf)
+            pinned = leaf.pin_memory()
+            slot.sources.append(pinned)
+            ahead.moved.append(pinned.to(streams.device, non_blocking=True))
+            return ahead.moved[-1]
+        dtype = _target(leaf, self._dtype)
+        here = streams.is_here(leaf)
+        if here and dtype is leaf.dtype:
+            return leaf
+        if here or leaf.layout is not torch.strided or not _is_on_the_host(leaf):
+            ahead.later = True
+            return _Later(leaf, dtype)
+        stride = leaf.stride() if leaf.is_contiguous() else torch.empty_like(leaf, device="meta").stride()
+        sent = dtype if self._cast == "before" else leaf.dtype
+        target = streams.empty(leaf.shape, stride, sent)
+        if leaf.numel():
+            if sent is leaf.dtype and stride == leaf.stride() and streams.is_pinned(leaf):
+                source = leaf
+                slot.sources.append(leaf)
+            else:
+                source = slot.stage(leaf, stride, sent)
+            streams.copy(target, source)
+        if sent is not dtype:
+            target = streams.cast(target, dtype)
+        ahead.moved.append(target)
+        return target
+
+    def _hand_over(self, ahead: _Ahead) -> Batch:
+        """The batch, for the consumer's stream."""
+        streams = self._streams
+        current = streams.current()
+        if self._timer is not None:
+            asked, given = (streams.event(timing=True) for _ in range(2))
+            streams.record(asked, current)
+            streams.wait(current, ahead.event)
+            streams.record(given, current)
+            self._timer.add(ahead.begun, ahead.event, asked, given)
+        else:
+            streams.wait(current, ahead.event)
+        for moved in ahead.moved:
+            streams.keep(moved, current)
+        batch = ahead.batch
+        if ahead.later:
+            batch = map_leaves(batch, lambda leaf: leaf.to(streams.device) if isinstance(leaf, _Later) else leaf)
+        return batch
+
+
+def _is_on_the_host(tensor: Tensor) -> bool:
+    """Numbers in the host's memory, in torch's own kind of tensor, and nothing else to it."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not (tensor.requires_grad or tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )

@@ -1,0 +1,359 @@
+"""Clocks: how long a call takes, and how fast this machine can be at all.
+
+On a GPU a call is timed by device events. Two numbers come out, both medians, in milliseconds:
+
+    ms          what a call costs in a loop: calls issued one after the other without waiting, launch gaps included
+    kernel_ms   what the device works: the same calls queued up behind a spinning kernel, so that the host is out of it
+
+They agree where the device is the slower of the two. Inputs are rotated (`rotation`) so that they come from memory and
+not from the L2 that the last call left them in. On a CPU the host clock times whole calls, and the two are one number.
+
+`time_apart` reads one call by both clocks at once: the device's events inside, the host's clock outside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .training import DTYPES
+
+__all__ = [
+    "MAX_SETS",
+    "SECONDS",
+    "Ceilings",
+    "Clock",
+    "Link",
+    "Measured",
+    "Spread",
+    "Timed",
+    "Timing",
+    "between_events",
+    "cache_bytes",
+    "ceilings",
+    "clamp",
+    "cycles_per_second",
+    "distorted",
+    "link",
+    "memory_ceiling",
+    "quartiles",
+    "rotation",
+    "time_apart",
+    "time_call",
+    "time_host",
+    "time_loop",
+]
+
+SECONDS = 0.1  # spent on one number
+MAX_SETS = 1024
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A function to be timed: `call(i)` on input set i of `sets`, after an untimed `setup(i)` where there is one.
+
+    One that `waits` returns when the device is done, as a copy of pageable memory does: nothing can be queued up behind
+    it.
+    """
+
+    call: Callable[[int], Any]
+    setup: Callable[[int], Any] | None = None
+    sets: int = 1
+    waits: bool = False
+
+    def prepare(self, i: int) -> None:
+        if self.setup is not None:
+            self.setup(i % self.sets)
+
+    def __call__(self, i: int) -> Any:
+        return self.call(i % self.sets)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in milliseconds; `quartiles` are those of `ms`, over `rounds` readings of `calls` calls each."""
+
+    ms: float
+    kernel_ms: float
+    quartiles: tuple[float, float]
+    rounds: int
+    calls: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A time in milliseconds: the median of some readings, and their quartiles `low` and `high`."""
+
+    ms: float
+    low: float
+    high: float
+    readings: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of readings in milliseconds, at least one."""
+        values = list(values)
+        low, median, high = quartiles(values)
+        return cls(median, low, high, len(values))
+
+    def __add__(self, other: Spread) -> Spread:
+        """One after the other; the quartiles as if both were late at once, which is the widest that they can be."""
+        readings = min(self.readings, other.readings)
+        return Spread(self.ms + other.ms, self.low + other.low, self.high + other.high, readings)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One call by three clocks, milliseconds.
+
+    Attributes:
+        device: what the device works, between events around the call.
+        host: the host's clock, from calling until the device is done; the device stood idle before.
+        returned: the host's clock until it has the call back, which is all that a clock without a wait sees.
+    """
+
+    device: Spread
+    host: Spread
+    returned: Spread
+
+
+@dataclass(frozen=True)
+class Link:
+    """What the link between host and device reaches with pinned memory: bytes/s."""
+
+    to_device: float
+    to_host: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches: a large product (FLOP/s) and a large copy (bytes/s, read plus written)."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+
+def distorted() -> str | None:
+    """Why timings of this process would mean nothing, or None."""
+    for name, effect in (
+        ("CUDA_LAUNCH_BLOCKING", "makes every launch wait for its kernel"),
+        ("MLP_FUSED_DEBUG", "synchronises after each kernel"),
+        ("TRITON_INTERPRET", "runs the kernels in an interpreter"),
+    ):
+        if os.environ.get(name, "0") not in ("", "0"):
+            return f"{name} is set, which {effect}: unset it to measure"
+    return None
+
+
+def clamp(value: float, low: int, high: int) -> int:
+    return max(low, min(high, math.ceil(value)))
+
+
+def rotation(nbytes: int, cache_bytes: int) -> int:
+    """How many input sets of `nbytes` it takes to fill the cache twice, at least one and at most MAX_SETS."""
+    return clamp(2 * cache_bytes / max(nbytes, 1), 1, MAX_SETS)
+
+
+def cache_bytes(device: str) -> int:
+    """Bytes of L2; 0 on a CPU, whose batch has just been made by the loader and lies in its cache in real use too."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+class Clock:
+    """The host's clock, and the events of the current CUDA or ROCm GPU. Tests have one that is made up."""
+
+    def now(self) -> float:
+        """The host's clock, in seconds."""
+        return time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Wait for all that the device was given."""
+        torch.cuda.synchronize()
+
+    def event(self) -> Any:
+        """An event, recorded now in the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Milliseconds between two events that have passed."""
+        return start.elapsed_time(end)
+
+    def spin(self, seconds: float) -> None:
+        """Keep the device busy for so long."""
+        torch.cuda._sleep(int(seconds * cycles_per_second()))
+
+
+@lru_cache(maxsize=1)
+def cycles_per_second() -> float:
+    """Clock of the spinning kernel."""
+    cycles = 10_000_000
+    torch.cuda._sleep(20 * cycles)  # a GPU that was idle takes a tenth of a second to reach its clock rate
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    return cycles / (1e-3 * start.elapsed_time(end))
+
+
+CLOCK = Clock()
+
+
+def time_call(timed: Timed, device: str, seconds: float = SECONDS, clock: Clock = CLOCK) -> Timing:
+    """Warm up, then read about `seconds` worth of calls, at least five (three where one takes a second or more)."""
+    return time_cuda(timed, seconds, clock) if device == "cuda" else time_cpu(timed, seconds, clock)
+
+
+def time_cpu(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Timing:
+    found = time_host(timed, seconds, clock)
+    return Timing(found.ms, found.ms, (found.low, found.high), found.readings, 1)
+
+
+def time_host(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Spread:
+    """Whole calls by the host's clock: for what the host does itself."""
+    readings: list[float] = []
+    begun = clock.now()
+    for count in itertools.count():
+        spent = clock.now() - begun
+        if len(readings) >= 1000 or (len(readings) >= (3 if spent > 5 else 5) and spent > 2 * seconds):
+            return Spread.of(readings)
+        timed.prepare(count)
+        start = clock.now()
+        timed(count)
+        stop = clock.now()
+        if count > 0:  # the first call is the warm-up
+            readings.append(1e3 * (stop - start))
+    raise AssertionError  # a count has no end
+
+
+def time_cuda(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Timing:
+    issued, once = map(min, _one_by_one(timed, seconds / 2, clock))
+    rounds, calls = _enough(timed, once, seconds)
+    first, median, third = quartiles(between_events(timed, rounds, calls, clock=clock))
+    kernel = median
+    if issued > 0.5 * once:  # the host may be the slower one; otherwise the queue never runs dry and ms is device time
+        spun = between_events(timed, min(rounds, 20), calls, _cover(issued, calls), clock)
+        kernel = min(median, quartiles(spun)[1])
+    return Timing(median, kernel, (first, third), rounds, calls)
+
+
+def time_apart(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Measured:
+    """Device and host, each by its own clock; about `seconds`, at least five readings of each."""
+    returned, done = _one_by_one(timed, seconds / 2, clock, at_least=6)
+    issued, once = statistics.median(returned[1:]), statistics.median(done[1:])  # the first call is the warm-up
+    rounds, calls = _enough(timed, once, seconds / 2)
+    spin = 0.0 if timed.waits else _cover(issued, calls)
+    inside = between_events(timed, min(rounds, 20), 1 if timed.waits else calls, spin, clock)
+    return Measured(
+        Spread.of(inside),
+        Spread.of(1e3 * reading for reading in done[1:]),
+        Spread.of(1e3 * reading for reading in returned[1:]),
+    )
+
+
+def time_loop(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Spread:
+    """What a call costs in a loop, as `Timing.ms`, with its spread."""
+    _, once = map(min, _one_by_one(timed, seconds / 2, clock))
+    return Spread.of(between_events(timed, *_enough(timed, once, seconds), clock=clock))
+
+
+def _enough(timed: Timed, once: float, seconds: float) -> tuple[int, int]:
+    """How many readings to take of how many calls each, where a call takes `once` seconds.
+
+    Several short calls between two events, or the events themselves would be a good part of the reading.
+    """
+    calls = 1 if timed.setup is not None else clamp(200e-6 / once, 1, 20)
+    return clamp(seconds / (once * calls), 3 if once > 1 else 5, 100), calls
+
+
+def _cover(issued: float, calls: int) -> float:
+    """Seconds for which the device has to spin while the host issues so many calls."""
+    return 2 * issued * calls + 1e-4
+
+
+def _one_by_one(timed: Timed, seconds: float, clock: Clock, at_least: int = 2) -> tuple[list[float], list[float]]:
+    """Seconds until the host has a call back, and until the call is done; the device idle before each."""
+    returned: list[float] = []
+    done: list[float] = []
+    begun = clock.now()
+    while len(done) < at_least or (len(done) < 1000 and clock.now() - begun < seconds):
+        timed.prepare(len(done))
+        clock.synchronize()
+        start = clock.now()
+        timed(len(done))
+        returned.append(clock.now() - start)
+        clock.synchronize()
+        done.append(clock.now() - start)
+    return returned, done
+
+
+def between_events(timed: Timed, rounds: int, calls: int, spin: float = 0.0, clock: Clock = CLOCK) -> list[float]:
+    """Milliseconds a call, one reading a round; with `spin`, the device first spins for so many seconds."""
+    readings = []
+    for n in range(rounds):
+        timed.prepare(n)
+        if spin:
+            clock.spin(spin)
+        start = clock.event()
+        for i in range(calls):
+            timed(n * calls + i)
+        readings.append((start, clock.event()))
+    clock.synchronize()
+    return [clock.elapsed_ms(start, end) / calls for start, end in readings]
+
+
+@lru_cache(maxsize=8)
+def ceilings(device: str, dtype: str) -> Ceilings:
+    """Both ceilings, measured once a process: an n x n product of random numbers through torch, and a copy.
+
+    n is 8192 on a GPU; on a CPU 1024, and 256 in 16 bits, which CPUs without 16-bit units multiply very slowly.
+    """
+    n = 8192 if device == "cuda" else 1024 if dtype == "fp32" else 256
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    product = time_call(Timed(lambda _: a @ b), device, 0.2)
+    return Ceilings(2 * n**3 / (1e-3 * product.ms), memory_ceiling(device))
+
+
+@lru_cache(maxsize=16)
+def memory_ceiling(device: str) -> float:
+    """Bytes a second that a device's memory reads plus writes in a large copy within it, measured once a process."""
+    kind = torch.device(device).type
+    source = torch.rand(2**28 if kind == "cuda" else 2**25, device=device)  # 1 GiB or 128 MiB
+    target = torch.empty_like(source)
+    copied = time_call(Timed(lambda _: target.copy_(source)), kind, 0.2)
+    return 2 * source.nbytes / (1e-3 * copied.ms)
+
+
+@lru_cache(maxsize=16)
+def link(device: str) -> Link:
+    """A GPU's link, which is the current one, by copies of 256 MiB of pinned memory; measured once a process."""
+    there = torch.rand(2**26, device=device)
+    here = torch.empty_like(there, device="cpu", pin_memory=True)
+
+    def rate(target: torch.Tensor, source: torch.Tensor) -> float:
+        copied = time_apart(Timed(lambda _: target.copy_(source, non_blocking=True)), 0.2)
+        return source.nbytes / (1e-3 * copied.device.ms)
+
+    return Link(rate(there, here), rate(here, there))

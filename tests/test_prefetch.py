@@ -1,0 +1,940 @@
+"""DevicePrefetcher: against a plain loader, and on simulated streams that find out every missing wait."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import gc
+import os
+import random
+import subprocess
+import sys
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from mlp_fused import DevicePrefetcher
+from mlp_fused import prefetch as module_of_ours
+from mlp_fused.prefetch import CopyTimer, map_leaves
+
+HERE = Path(__file__).parent
+
+# Simulated streams
+
+
+@dataclass
+class Event:
+    """Passed by a stream or not; one that was never recorded is passed, as in CUDA."""
+
+    pending: bool = False
+    at: int = -1
+
+    def synchronize(self) -> None:
+        assert not self.pending
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+@dataclass
+class Block:
+    """Device memory."""
+
+    memory: Tensor
+    keepers: set[str] = field(default_factory=set)
+
+
+class Streams:
+    """Streams in which nothing happens before it must, or until a random number says so: the worst a GPU may do.
+
+    Device memory is given out again as soon as it may be, and whatever lies in it is overwritten then.
+    """
+
+    device = torch.device("cpu")
+    side = "side"
+
+    def __init__(self, eager: Sequence[str] = (), seed: int | None = None) -> None:
+        self.queues: dict[str, collections.deque[Callable[[], bool]]] = {
+            "side": collections.deque(),
+            "consumer": collections.deque(),
+        }
+        self.eager = eager  # streams that do at once whatever they can
+        self.random = None if seed is None else random.Random(seed)
+        self.free: list[Block] = []
+        self.blocks: dict[int, Block] = {}  # by address
+        self.pinned_at: set[int] = set()
+        self.pinned_bytes = 0
+        self.now = 0
+        self.wrong: list[str] = []
+
+    def give(self, stream: str, work: Callable[[], object]) -> None:
+        """Enqueue work; it returns False while it has to wait."""
+        self.queues[stream].append(lambda: work() is not False)
+        self.happen()
+
+    def happen(self) -> None:
+        """What streams do while the host does something else."""
+        for stream in self.eager:
+            while self.step(stream):
+                pass
+        while self.random and self.random.random() < 0.5:
+            self.step(self.random.choice(("side", "consumer")))
+
+    def step(self, stream: str) -> bool:
+        queue = self.queues[stream]
+        if not queue:
+            return False
+        self.now += 1
+        work = queue.popleft()  # first, as it may enqueue: dropping memory does
+        if not work():
+            queue.appendleft(work)
+            return False
+        return True
+
+    def drain(self, stream: str) -> None:
+        """Do all that the stream was given; the other one does as much as it takes."""
+        other = "side" if stream == "consumer" else "consumer"
+        while self.queues[stream]:
+            if not self.step(stream):
+                assert self.step(other), "both streams wait for each other"
+
+    # What DevicePrefetcher asks for
+
+    def current(self) -> str:
+        return "consumer"
+
+    def on_side(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def event(self, *, timing: bool = False) -> Event:
+        return Event()
+
+    def record(self, event: Event, stream: str) -> None:
+        event.pending = True
+
+        def passed() -> None:
+            event.pending, event.at = False, self.now
+
+        self.give(stream, passed)
+
+    def wait(self, stream: str, event: Event) -> None:
+        self.give(stream, lambda: not event.pending)
+
+    def synchronize(self, event: Event) -> None:
+        while event.pending:
+            assert self.step("side")
+        self.happen()
+
+    def keep(self, moved: Tensor, stream: str) -> None:
+        self.blocks[moved.untyped_storage().data_ptr()].keepers.add(stream)
+
+    def pinned(self, nbytes: int) -> Tensor:
+        self.pinned_bytes += nbytes
+        return self.pin(torch.full((nbytes,), 0xAA, dtype=torch.uint8))
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        self.pinned_at.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.pinned_at
+
+    def is_here(self, tensor: Tensor) -> bool:
+        return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in self.blocks
+
+    def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self.happen()
+        nbytes = int(np.prod(size)) * dtype.itemsize
+        if self.free:
+            block = self.free.pop()
+        else:
+            block = Block(torch.empty(4096, dtype=torch.uint8))
+            self.blocks[block.memory.data_ptr()] = block
+        block.keepers.clear()
+        tensor = block.memory[:nbytes].view(dtype).as_strided(size, stride)
+        weakref.finalize(tensor, self.dropped, block).atexit = False
+        return tensor
+
+    def dropped(self, block: Block) -> None:
+        """Free once the streams that it was recorded for have done what they have been given until now."""
+        waiting = set(block.keepers)
+
+        def done(stream: str) -> None:
+            waiting.discard(stream)
+            if not waiting:
+                self.free.append(block)
+
+        if not waiting:
+            self.free.append(block)
+        for stream in tuple(waiting):
+            self.queues[stream].append(lambda stream=stream: done(stream) is None)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target, held, source = target.detach(), weakref.ref(source), source.detach()
+
+        def work() -> None:
+            if held() is None:
+                self.wrong.append("a copy's source was let go before it was read")
+            target.copy_(source)
+
+        self.give("side", work)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        target = self.empty(tensor.shape, tensor.stride(), dtype)
+        into, source = target.detach(), tensor.detach()
+        self.give("side", lambda: bool(into.copy_(source) is into))
+        return target
+
+    # What a consumer does
+
+    def use(self, batch: Any, expected: Any) -> None:
+        """Kernels that read a batch: enqueued now, run when the stream comes to them. They hold no memory."""
+        for number, (tensor, wanted) in enumerate(zip(leaves(batch), leaves(expected), strict=True)):
+            here, there = tensor.detach(), wanted.detach().clone()
+
+            def kernel(here: Tensor = here, there: Tensor = there, number: int = number) -> None:
+                if not equal(here, there):
+                    self.wrong.append(f"tensor {number} is {here.flatten()[:4]}, not {there.flatten()[:4]}")
+
+            self.give("consumer", kernel)
+
+
+def leaves(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_leaves(batch, lambda leaf: found.append(leaf) or leaf if isinstance(leaf, Tensor) else leaf)
+    return found
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def prefetch(loader: Any, streams: Any, depth: int = 2, **options: Any) -> DevicePrefetcher[Any]:
+    prefetcher: DevicePrefetcher[Any] = DevicePrefetcher(loader, "cpu", depth, **options)
+    prefetcher._streams = streams
+    return prefetcher
+
+
+LATE = {"late copies": ("consumer",), "late compute": ("side",), "both late": ()}
+
+
+class Overwriting:
+    """Batches in `memory` that is used again: pageable memory at once, pinned memory as late as was promised."""
+
+    def __init__(self, memory: Sequence[Tensor], count: int = 12) -> None:
+        self.memory = memory
+        self.count = count
+        self.expected: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for n in range(self.count):
+            memory = self.memory[n % len(self.memory)]
+            rows = len(memory) - n % 3  # batches of several sizes
+            memory.fill_(torch.nan)
+            memory[:rows] = torch.randn(memory[:rows].shape)
+            self.expected.append(memory[:rows].clone())
+            yield memory[:rows], n
+
+
+def races(streams: Streams, memory: Sequence[Tensor], depth: int, **options: Any) -> list[str]:
+    """What a consumer that drops each batch as soon as it has launched its kernels finds wrong."""
+    loader = Overwriting(memory)
+    for batch, n in prefetch(loader, streams, depth, **options):
+        expected = loader.expected[n]
+        streams.use(batch, expected.to(options.get("dtype", expected.dtype)))
+        del batch
+    streams.drain("consumer")
+    return streams.wrong
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+@pytest.mark.parametrize("options", [{}, {"cast": "before"}, {"cast": "after"}], ids=["plain", "before", "after"])
+def test_memory_that_is_overwritten_as_early_as_allowed(
+    late: Sequence[str], depth: int, pinned: bool, options: dict[str, Any]
+) -> None:
+    streams = Streams(late)
+    memory = [torch.empty(7, 3) for _ in range(depth if pinned else 1)]
+    if pinned:
+        memory = [streams.pin(tensor) for tensor in memory]
+    if options:
+        options = {**options, "dtype": torch.bfloat16}
+    assert races(streams, memory, depth, **options) == []
+
+
+@given(seed=st.integers(0, 2**32), depth=st.integers(1, 4), pinned=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_no_order_of_events_is_a_race(seed: int, depth: int, pinned: bool) -> None:
+    streams = Streams(seed=seed)
+    memory = [torch.empty(5, 2) for _ in range(depth)]
+    if pinned:
+        memory = [streams.pin(tensor) for tensor in memory]
+    assert races(streams, memory, depth) == []
+
+
+class Forgetful(list[Any]):
+    def append(self, item: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("forgotten", ["wait", "synchronize", "keep"])
+def test_a_forgotten_wait_would_be_found(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Streams, forgotten, lambda *_: None)
+    assert any(races(Streams(late), [torch.empty(7, 3)], 2) for late in LATE.values())
+
+
+def test_pinned_memory_that_is_used_again_too_early_would_be_found() -> None:
+    streams = Streams(LATE["late copies"])
+    assert races(streams, [streams.pin(torch.empty(7, 3))], 2)
+
+
+def test_sources_that_are_not_held_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = module_of_ours._Slot.__init__
+
+    def forgetful(slot: Any, streams: Any) -> None:
+        original(slot, streams)
+        slot.sources = Forgetful()
+
+    def fresh(streams: Streams) -> Iterator[Tensor]:
+        for _ in range(4):
+            yield streams.pin(torch.ones(3))
+
+    def consume(streams: Streams) -> list[str]:
+        for batch in prefetch(fresh(streams), streams):
+            streams.use(batch, torch.ones(3))
+        streams.drain("consumer")
+        return streams.wrong
+
+    assert consume(Streams(LATE["both late"])) == []
+    monkeypatch.setattr(module_of_ours._Slot, "__init__", forgetful)
+    assert consume(Streams(LATE["both late"]))
+
+
+def test_pinned_memory_is_used_again() -> None:
+    streams = Streams(LATE["late copies"])
+    prefetcher = prefetch([torch.randn(8, 4) for _ in range(50)], streams)
+    assert len(list(prefetcher)) == 50
+    assert streams.pinned_bytes == 2 * 8 * 4 * 4
+
+
+def test_what_is_copied_outlives_the_copy_when_the_loop_is_left() -> None:
+    streams = Streams(LATE["both late"])
+    source = streams.pin(torch.ones(3))
+    for _ in prefetch([source, torch.ones(3)], streams):
+        break
+    assert not streams.queues["side"]
+
+
+# What comes out
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+@dataclass(frozen=True)
+class Record:
+    x: Any
+    note: str = ""
+    rest: Any = field(default=None, init=False)
+
+
+class Bag(collections.abc.MutableMapping[Any, Any]):
+    """Whose shallow copy shares what holds the items."""
+
+    def __init__(self, items: Any = ()) -> None:
+        self.items_ = dict(items)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.items_[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items_[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self.items_[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+class Row(collections.UserList[Any]):
+    pass
+
+
+def tensors() -> st.SearchStrategy[Tensor]:
+    def make(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        whole = torch.randint(0, 100, (rows, columns), generator=generator).to(dtype)
+        return {
+            "contiguous": lambda: whole,
+            "transposed": whole.t,
+            "sliced": lambda: whole[:, ::2],
+            "a view": lambda: whole[1:],
+            "expanded": lambda: whole.new_ones(1, columns).expand(3, columns),
+            "a number": lambda: whole.sum().to(dtype),
+            "channels last": lambda: whole[None, None].to(memory_format=torch.channels_last),
+        }[kind]()
+
+    kinds = ("contiguous", "transposed", "sliced", "a view", "expanded", "a number", "channels last")
+    dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
+    return st.builds(
+        make,
+        st.sampled_from(kinds),
+        st.integers(0, 4),
+        st.integers(0, 4),
+        st.sampled_from(dtypes),
+        st.integers(0, 2**20),
+    )
+
+
+def batches() -> st.SearchStrategy[Any]:
+    other = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.just(range(3)), st.just(b"x"))
+
+    def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        lists = st.lists(inner, max_size=3)
+        dicts = st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+        return st.one_of(
+            lists,
+            lists.map(tuple),
+            lists.map(Row),
+            lists.map(collections.deque),
+            st.builds(Pair, inner, inner),
+            st.builds(Record, inner),
+            dicts,
+            dicts.map(collections.OrderedDict),
+            dicts.map(collections.UserDict),
+            dicts.map(Bag),
+            dicts.map(types.MappingProxyType),
+        )
+
+    return st.recursive(st.one_of(tensors(), other), containers, max_leaves=8)
+
+
+def same(found: Any, wanted: Any) -> bool:
+    """Types, keys, values, and how tensors lie in memory."""
+    if isinstance(wanted, Tensor):
+        strides = found.stride() == torch.empty_like(wanted).stride()
+        return type(found) is type(wanted) and equal(found, wanted) and strides
+    if type(found) is not type(wanted):
+        return False
+    if isinstance(wanted, collections.abc.Mapping):
+        return list(found) == list(wanted) and all(same(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, Record):
+        return same(found.x, wanted.x) and found.note == wanted.note and found.rest is None
+    if isinstance(wanted, collections.abc.Sequence) and not isinstance(wanted, str | bytes):
+        return len(found) == len(wanted) and all(map(same, found, wanted))
+    return bool(found == wanted)
+
+
+@given(st.lists(batches(), max_size=5), st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_batches_come_as_the_loader_made_them(loader: list[Any], depth: int) -> None:
+    streams = Streams(LATE["late copies"])
+    prefetcher = prefetch(loader, streams, depth)
+    for _ in range(2):
+        count = 0
+        for found, wanted in zip(prefetcher, loader, strict=True):
+            streams.drain("consumer")
+            assert same(found, wanted)
+            assert all(streams.is_here(leaf) for leaf in leaves(found))
+            assert not any(streams.is_here(leaf) for leaf in leaves(wanted)), "the loader's own batch was changed"
+            count += 1
+        assert count == len(loader) == len(prefetcher)
+
+
+def test_the_cpu_passes_batches_through() -> None:
+    loader = [(torch.ones(2), "a"), {"x": torch.zeros(1)}]
+    assert all(found is made for found, made in zip(DevicePrefetcher(loader, "cpu"), loader, strict=True))
+
+
+@pytest.mark.parametrize("streams", [None, Streams(LATE["late copies"])], ids=["cpu", "streams"])
+@pytest.mark.parametrize("cast", ["before", "after"])
+def test_a_cast_is_of_floating_point_alone(streams: Streams | None, cast: Any) -> None:
+    batch = {"x": torch.rand(3, 2, dtype=torch.float64).t(), "y": torch.arange(3), "z": [torch.ones(2).bfloat16()]}
+    (found,) = prefetch([batch], streams, dtype=torch.bfloat16, cast=cast)
+    if streams:
+        streams.drain("side")
+    assert equal(found["x"], batch["x"].bfloat16())
+    assert found["x"].stride() == (1, 2)
+    assert equal(found["y"], batch["y"])
+    assert equal(found["z"][0], batch["z"][0])
+
+
+def test_a_device_without_streams() -> None:
+    batch = [torch.rand(3), torch.arange(2), Moves(log := []), "name"]
+    (found,) = DevicePrefetcher([batch], "meta", dtype=torch.bfloat16)
+    assert [leaf.device.type for leaf in found[:2]] == ["meta", "meta"]
+    assert [leaf.dtype for leaf in found[:2]] == [torch.bfloat16, torch.int64]
+    assert log == ["to meta"]
+    assert found[3] == "name"
+
+
+def test_fewer_bytes_are_staged_where_the_cast_comes_before() -> None:
+    staged = {}
+    for cast in ("before", "after"):
+        streams = Streams(LATE["late copies"])
+        list(prefetch([torch.rand(8)], streams, dtype=torch.float16, cast=cast))
+        staged[cast] = streams.pinned_bytes
+    assert staged == {"before": 16, "after": 32}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc", "bsr"])
+def test_sparse_tensors(layout: str) -> None:
+    streams = Streams(LATE["late copies"])
+    dense = torch.tensor([[0.0, 2, 0, 1], [3, 0, 0, 0]])
+    block = {"blocksize": (1, 2)} if layout == "bsr" else {}
+    sparse = dense.to_sparse(layout=getattr(torch, f"sparse_{layout}"), **block)
+    (found,) = prefetch([[sparse]], streams)
+    streams.drain("side")
+    assert found[0].layout is sparse.layout
+    assert torch.equal(found[0].to_dense(), dense)
+    parts = [found[0]._indices(), found[0]._values()] if layout == "coo" else [found[0].values()]
+    assert all(streams.is_here(part) for part in parts)
+
+
+def test_a_packed_sequence_keeps_its_batch_sizes_on_the_host() -> None:
+    streams = Streams(LATE["late copies"])
+    packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([2, 4]), enforce_sorted=False)
+    (found,) = prefetch([packed], streams)
+    streams.drain("side")
+    assert found.batch_sizes is packed.batch_sizes
+    assert streams.is_here(found.data)
+    assert torch.equal(found.data, packed.data)
+    assert torch.equal(found.unsorted_indices, packed.unsorted_indices)
+
+
+class Moves:
+    """As graph libraries have it."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Moves:
+        self.log.append(f"to {device}{', non_blocking' * non_blocking}")
+        return self
+
+
+class MovesAhead(Moves):
+    def pin_memory(self) -> MovesAhead:
+        self.log.append("pin_memory")
+        return self
+
+    def record_stream(self, stream: Any) -> None:
+        self.log.append("record_stream")
+
+
+def test_objects_that_move_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Streams, "keep", lambda _, moved, stream: moved.record_stream(stream))
+    streams = Streams(LATE["late copies"])
+    log: list[str] = []
+    found = iter(prefetch([[Moves(log)], [MovesAhead(log)]], streams))
+    assert isinstance(next(found)[0], Moves)
+    assert log == ["pin_memory", "to cpu, non_blocking", "to cpu"]  # the later one is copied ahead
+    log.clear()
+    assert isinstance(next(found)[0], MovesAhead)
+    assert log == ["record_stream"]
+
+
+class Marked(Tensor):
+    pass
+
+
+def test_what_is_more_than_its_numbers_is_moved_by_its_own_to() -> None:
+    streams = Streams(LATE["late copies"])
+    leaf = torch.ones(2, requires_grad=True)
+    batch = [leaf * 2, nn.Parameter(torch.ones(2), requires_grad=False), torch.ones(2).as_subclass(Marked)]
+    (found,) = prefetch([batch], streams)
+    streams.drain("side")
+    found[0].sum().backward()
+    assert torch.equal(leaf.grad, torch.full((2,), 2.0))
+    assert type(found[1]) is Tensor
+    assert streams.is_here(found[1])
+    assert type(found[2]) is Marked
+
+
+def test_a_batch_on_the_device_is_left_there() -> None:
+    streams = Streams(LATE["late copies"])
+    there = streams.empty((3,), (1,), torch.float32)
+    (found,) = prefetch([(there, 1)], streams)
+    assert found[0] is there
+    assert streams.pinned_bytes == 0
+
+
+def test_pinned_memory_is_made_outside_of_inference_mode() -> None:
+    streams = Streams(LATE["late copies"])
+    batches = iter(prefetch([torch.ones(2), torch.ones(2), torch.ones(2)], streams, 1))
+    with torch.inference_mode():
+        assert not next(batches).is_inference()
+    assert len(list(batches)) == 2
+
+
+# As the loader behaves
+
+
+class Scripted:
+    """Batches, and errors in their place; goes on after an error as DataLoader does, or is done with as a generator."""
+
+    def __init__(self, script: Sequence[int | type[BaseException]], goes_on: bool) -> None:
+        self.script = iter(script)
+        self.goes_on = goes_on
+        self.given = 0
+
+    def __iter__(self) -> Scripted:
+        return self
+
+    def __next__(self) -> Tensor:
+        item = next(self.script)
+        if isinstance(item, type):
+            if not self.goes_on:
+                self.script = iter(())
+            raise item(f"in the place of batch {self.given}")
+        self.given += 1
+        return torch.full((2,), float(item))
+
+
+def outcomes(batches: Iterator[Any], streams: Streams, calls: int) -> list[Any]:
+    def outcome() -> Any:
+        try:
+            batch = next(batches)
+            streams.drain("consumer")
+            return batch.tolist()
+        except (Exception, KeyboardInterrupt) as error:
+            return type(error), str(error)
+
+    return [outcome() for _ in range(calls)]
+
+
+SCRIPTS = st.lists(st.one_of(st.integers(0, 9), st.sampled_from([ValueError, OSError])), max_size=8)
+
+
+@given(SCRIPTS, st.booleans(), st.integers(1, 4))
+@settings(deadline=None)
+def test_errors_come_in_the_place_of_their_batch(script: list[Any], goes_on: bool, depth: int) -> None:
+    streams = Streams(LATE["late copies"])
+    found = outcomes(iter(prefetch(Scripted(script, goes_on), streams, depth)), streams, 12)
+    assert found == outcomes(Scripted(script, goes_on), streams, 12)
+
+
+@given(st.integers(0, 6), st.integers(1, 4))
+@settings(deadline=None)
+def test_ctrl_c_comes_at_once_and_no_batch_is_lost(place: int, depth: int) -> None:
+    streams = Streams(LATE["late copies"])
+    script = [*range(place), KeyboardInterrupt, *range(place, 6)]
+    loader = Scripted(script, goes_on=True)
+    found = outcomes(iter(prefetch(loader, streams, depth)), streams, 8)
+    (interrupted,) = (n for n, outcome in enumerate(found) if outcome[0] is KeyboardInterrupt)
+    assert interrupted == max(0, place - depth)
+    del found[interrupted]
+    assert found[:6] == [[float(n)] * 2 for n in range(6)]
+
+
+@given(st.integers(1, 4), st.integers(0, 6))
+@settings(deadline=None)
+def test_never_more_than_depth_batches_ahead(depth: int, taken: int) -> None:
+    streams = Streams(LATE["late copies"])
+    loader = Scripted(range(10), goes_on=True)
+    batches = iter(prefetch(loader, streams, depth))
+    assert loader.given == 0
+    for n in range(1, taken + 1):
+        next(batches)
+        assert loader.given == min(n + depth, 10)
+
+
+def test_an_error_keeps_its_traceback() -> None:
+    def loader() -> Iterator[Tensor]:
+        yield torch.ones(1)
+        raise ValueError("bad row")
+
+    batches = iter(prefetch(loader(), Streams(LATE["late copies"])))
+    next(batches)
+    with pytest.raises(ValueError, match="bad row") as caught:
+        next(batches)
+    assert caught.traceback[-1].name == "loader"
+
+
+def test_a_loader_that_is_left_early_is_closed_at_once() -> None:
+    closed = []
+
+    def loader() -> Iterator[Tensor]:
+        try:
+            for _ in range(10):
+                yield torch.ones(1)
+        finally:
+            closed.append(True)
+
+    gc.disable()  # by reference counts alone, as in a plain loop
+    try:
+        for _ in prefetch(loader(), Streams(LATE["late copies"])):
+            break
+        assert closed
+    finally:
+        gc.enable()
+
+
+@given(batches=st.lists(st.integers(0, 9), max_size=8), depth=st.integers(1, 4), taken=st.integers(0, 9))
+@settings(deadline=None)
+def test_leaving_early_is_as_with_the_loader_and_the_next_pass_is_whole(
+    batches: list[int], depth: int, taken: int
+) -> None:
+    class Loader:
+        opened = closed = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.opened += 1
+            try:
+                yield from (torch.full((2,), n) for n in batches)
+            finally:
+                self.closed += 1
+
+    def walk(passes: Any, loader: Loader, streams: Streams) -> list[Any]:
+        seen: list[Any] = []
+        for count, batch in enumerate(passes):
+            if count == taken:
+                break
+            streams.drain("consumer")
+            seen.append(batch.tolist())
+        return [*seen, loader.opened, loader.closed]
+
+    streams, ours, plain = Streams(LATE["late copies"]), Loader(), Loader()
+    prefetcher = prefetch(ours, streams, depth)
+    for _ in range(2):
+        assert walk(prefetcher, ours, streams) == walk(plain, plain, streams)
+    streams.drain("side")
+    assert len(list(prefetcher)) == len(batches)
+
+
+def test_the_pass_begins_when_it_is_asked_for() -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[Any]:
+            raise OSError("no such folder")
+
+    with pytest.raises(OSError, match="no such folder"):
+        iter(prefetch(Broken(), Streams()))
+
+
+def test_two_passes_at_once() -> None:
+    streams = Streams(LATE["late copies"])
+    prefetcher = prefetch([torch.full((2,), float(n)) for n in range(6)], streams)
+    pairs = []
+    for a, b in zip(prefetcher, prefetcher, strict=True):
+        streams.drain("consumer")
+        pairs.append((a[0].item(), b[0].item()))
+    assert pairs == [(float(n), float(n)) for n in range(6)]
+
+
+def test_length_is_the_loaders() -> None:
+    assert len(DevicePrefetcher([1, 2, 3], "cpu")) == 3
+    generator = (n for n in range(3))
+    with pytest.raises(TypeError) as plain:
+        len(generator)  # type: ignore[arg-type]
+    with pytest.raises(TypeError) as ours:
+        len(DevicePrefetcher(generator, "cpu"))
+    assert str(ours.value) == str(plain.value)
+    assert list(DevicePrefetcher(generator, "cpu")) == [0, 1, 2]
+    assert list(DevicePrefetcher(generator, "cpu")) == []
+
+
+class Dying(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 20:
+            time.sleep(0.5)  # the batches before it are handed over, their memory through a connection to this process
+            os._exit(1)
+        return torch.full((2,), float(index))
+
+
+def watch_a_worker_die(wrap: Callable[..., Any]) -> None:
+    """Prints the first number of each batch, and what was raised instead of the others."""
+    streams = Streams(LATE["late copies"])
+    try:
+        for batch in wrap(DataLoader(Dying(), batch_size=4, num_workers=1), streams):
+            streams.drain("consumer")
+            print(int(batch[0, 0]))
+    except RuntimeError as error:
+        print(error, flush=True)
+        os._exit(0)  # the signal handler may raise again while the process ends
+
+
+@pytest.mark.parametrize("wrap", ["lambda loader, streams: loader", "tests.prefetch"], ids=["plain", "prefetched"])
+def test_a_worker_that_dies(wrap: str) -> None:
+    """In a process of its own: DataLoader's signal handler raises wherever the process is, in pytest too."""
+    script = f"import test_prefetch as tests; tests.watch_a_worker_die({wrap})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    child = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    *seen, error = child.stdout.splitlines()
+    assert "exited unexpectedly" in error
+    assert seen == [str(4 * n) for n in range(len(seen))]
+
+
+def test_timing_of_the_copies() -> None:
+    timer, streams = CopyTimer(), Streams(LATE["both late"])
+    for batch in prefetch([torch.ones(2)] * 5, streams, timer=timer):
+        streams.use(batch, torch.ones(2))
+    streams.drain("consumer")
+    timer.read()
+    assert timer.batches == 5
+    assert timer.copy_ms > 0
+    assert 0 <= timer.hidden <= 1
+    timer.reset()
+    assert (timer.batches, timer.copy_ms, timer.hidden) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("waited", "hidden"), [(0.0, 1.0), (1.0, 0.75), (4.0, 0.0), (9.0, 0.0)])
+def test_what_the_device_did_not_wait_for_was_hidden(waited: float, hidden: float) -> None:
+    timer = CopyTimer()
+    timer.add(Event(at=10), Event(at=14), Event(at=20), Event(at=20 + waited))  # type: ignore[arg-type]
+    timer.read()
+    assert (timer.copy_ms, timer.waited_ms, timer.hidden) == (4.0, waited, hidden)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "sentence"),
+    [
+        ((3, "cpu"), {}, TypeError, "loader is of type int; it needs to be an iterable of batches"),
+        (([], "cpu", 0), {}, ValueError, "depth is 0; it needs to be 1 or more"),
+        (([], "cpu", 1.5), {}, TypeError, "depth is 1.5; it needs to be an integer, 1 or more"),
+        (([], "cpu"), {"dtype": "bf16"}, TypeError, "dtype is 'bf16'; it needs to be a torch.dtype"),
+        (([], "cpu"), {"dtype": torch.int8}, ValueError, "dtype is torch.int8; it needs to be of floating point"),
+        (([], "cpu"), {"cast": "never"}, ValueError, "cast is 'never'; it needs to be one of 'before', 'after'"),
+        (([], "gpu"), {}, ValueError, "device is 'gpu'; it needs to be one that torch has here"),
+    ],
+    ids=["loader", "depth", "depth's type", "dtype's type", "dtype", "cast", "no device"],
+)
+def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        DevicePrefetcher(*arguments, **options)
+
+
+def test_passes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.SimpleNamespace(
+        Stream=lambda device: object(), is_available=lambda: True, current_device=lambda: 1, device_count=lambda: 2
+    )
+    monkeypatch.setattr(torch, "cuda", module)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    module_of_ours._streams.cache_clear()
+    passes = [iter(DevicePrefetcher([], "cuda")) for _ in range(2)]
+    module_of_ours._streams.cache_clear()
+    assert passes[0]._streams is passes[1]._streams  # type: ignore[attr-defined]
+    assert passes[0]._streams.device == torch.device("cuda:1")  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="device is cuda:2; there are 2, counted from 0"):
+        DevicePrefetcher([], "cuda:2")
+
+
+def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is cuda, and torch .* can use none here; cpu always can be used"):
+        DevicePrefetcher([], "cuda")
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_every_byte_arrives_on_a_real_gpu(depth: int, pinned: bool) -> None:
+    """Memory is overwritten as early as allowed, the device is kept late, and every batch is dropped at once."""
+    count, shape = 60, (1 << 20) + 7
+    made = [torch.randint(0, 255, (shape - n % 5,), dtype=torch.uint8) for n in range(count)]
+    memory = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(depth if pinned else 1)]
+
+    def loader() -> Iterator[tuple[Tensor, int]]:
+        for n, values in enumerate(made):
+            target = memory[n % len(memory)]
+            target.fill_(0xAA)
+            target[: len(values)] = values
+            yield target[: len(values)], n
+
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    expected = [values.cuda() for values in made]
+    for batch, n in DevicePrefetcher(loader(), "cuda", depth):
+        torch.cuda._sleep(2_000_000)
+        wrong += (batch != expected[n]).sum()
+        del batch
+    assert wrong.item() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+def test_nested_batches_on_a_real_gpu() -> None:
+    packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
+    sparse = torch.eye(5).to_sparse()
+    batch = Record(x=[torch.randn(3, 4).t(), {"y": torch.arange(5), "empty": torch.ones(0, 3)}, packed, sparse, "name"])
+    (found,) = DevicePrefetcher([batch], "cuda")
+    x, named, moved, eye, name = found.x
+    assert x.is_cuda
+    assert x.stride() == batch.x[0].stride()
+    assert torch.equal(x.cpu(), batch.x[0])
+    assert torch.equal(named["y"].cpu(), torch.arange(5))
+    assert named["empty"].shape == (0, 3)
+    assert torch.equal(moved.data.cpu(), packed.data)
+    assert torch.equal(eye.to_dense().cpu(), torch.eye(5))
+    assert name == "name"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
+@pytest.mark.parametrize("share", [0.5, 2.0], ids=["compute-bound", "copy-bound"])
+def test_copies_hide_behind_compute(share: float, pinned: bool) -> None:
+    """End to end at least 0.95 of what the slower of copy and compute allows, from pinned batches; from pageable ones
+    at least 0.95 of the slowest of copy, compute and the host's own copy into pinned memory.
+    """
+    nbytes, steps = 64 << 20, 40
+    batches = [torch.randint(0, 255, (nbytes,), dtype=torch.uint8) for _ in range(4)]
+    if pinned:
+        batches = [batch.pin_memory() for batch in batches]
+    target, staging = torch.empty(nbytes, dtype=torch.uint8, device="cuda"), torch.empty_like(batches[0]).pin_memory()
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def clock(call: Callable[[], object], rounds: int = 20) -> float:
+        call()
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(rounds):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begun) / rounds
+
+    copied = clock(lambda: target.copy_(staging, non_blocking=True))
+    staged = 0.0 if pinned else clock(lambda: staging.copy_(batches[0]))
+    products = max(1, round(copied / share / clock(lambda: a @ a)))
+
+    def compute() -> None:
+        for _ in range(products):
+            a @ a
+
+    computed = clock(compute)
+    for _ in range(2):  # the first pass makes its memory
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in DevicePrefetcher((batches[n % 4] for n in range(steps)), "cuda"):
+            compute()
+        torch.cuda.synchronize()
+        took = (time.perf_counter() - begun) / steps
+    assert max(copied, computed, staged) / took >= 0.95

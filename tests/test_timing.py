@@ -1,0 +1,144 @@
+"""Clocks on a simulated device: what a call costs, what the device works, what the host sees of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from mlp_fused import timing
+from mlp_fused.timing import Spread, Timed
+
+
+class SimulatedClock(timing.Clock):
+    """A host that issues and a device that works, in seconds, in the place of the real ones."""
+
+    def __init__(self) -> None:
+        self.host = 0.0
+        self.free = 0.0  # when the device has done all it was given
+
+    def launch(self, issue: float, duration: float, *, waits: bool = False) -> None:
+        """Work that takes the host `issue` to hand over and the device `duration` to do."""
+        self.host += issue
+        self.free = max(self.free, self.host) + duration
+        if waits:
+            self.synchronize()
+
+    def now(self) -> float:
+        return self.host
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.free)
+
+    def event(self) -> float:
+        return max(self.host, self.free)
+
+    def elapsed_ms(self, start: float, end: float) -> float:
+        assert self.host >= end, "read before the device was waited for"
+        return 1e3 * (end - start)
+
+    def spin(self, seconds: float) -> None:
+        self.launch(1e-6, seconds)
+
+
+@pytest.fixture
+def clock() -> SimulatedClock:
+    return SimulatedClock()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "cache", "sets"),
+    [(100, 0, 1), (100, 1000, 20), (2000, 1000, 1), (1999, 1000, 2), (1, 10**9, timing.MAX_SETS)],
+)
+def test_rotation_fills_the_cache_twice(nbytes: int, cache: int, sets: int) -> None:
+    assert timing.rotation(nbytes, cache) == sets
+
+
+def test_quartiles() -> None:
+    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
+
+
+def test_a_spread_is_the_median_with_its_quartiles() -> None:
+    assert Spread.of(iter([5.0, 1.0, 2.0, 4.0, 3.0])) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread(3.0, 2.0, 4.0, 5) + Spread(1.0, 0.5, 3.0, 7) == Spread(4.0, 2.5, 7.0, 5)
+
+
+def test_a_call_bound_by_the_device_has_one_time(clock: SimulatedClock) -> None:
+    found = timing.time_cuda(Timed(lambda _: clock.launch(10e-6, 500e-6)), clock=clock)
+    assert found.ms == found.kernel_ms == pytest.approx(0.5, rel=0.03)
+
+
+def test_a_call_bound_by_launches_has_two(clock: SimulatedClock) -> None:
+    def call(_: int) -> None:
+        for _ in range(4):
+            clock.launch(10e-6, 2e-6)
+
+    found = timing.time_cuda(Timed(call), clock=clock)
+    assert found.ms == pytest.approx(0.040, rel=0.1)
+    assert found.kernel_ms == pytest.approx(0.008, rel=0.01)
+    assert found.calls > 1
+
+
+def test_the_setup_is_not_timed(clock: SimulatedClock) -> None:
+    timed = Timed(lambda _: clock.launch(10e-6, 300e-6), setup=lambda _: clock.launch(10e-6, 900e-6))
+    found = timing.time_cuda(timed, clock=clock)
+    assert found.ms == found.kernel_ms == pytest.approx(0.3)
+    assert found.calls == 1
+    assert timing.time_apart(timed, clock=clock).device.ms == pytest.approx(0.3)
+
+
+def test_a_slow_call_is_read_three_times_only(clock: SimulatedClock) -> None:
+    assert timing.time_cuda(Timed(lambda _: clock.launch(1e-3, 2.0)), clock=clock).rounds == 3
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_inputs_are_rotated(clock: SimulatedClock, where: str) -> None:
+    used: Counter[int] = Counter()
+
+    def call(i: int) -> None:
+        used[i] += 1
+        clock.launch(10e-6, 50e-6)
+
+    timing.time_call(Timed(call, sets=3), where, clock=clock)
+    assert set(used) == {0, 1, 2}
+    assert max(used.values()) < 1.2 * min(used.values())
+
+
+@pytest.mark.parametrize("kernels", [1, 20])
+def test_device_host_and_the_clock_that_does_not_wait(clock: SimulatedClock, kernels: int) -> None:
+    def call(_: int) -> None:
+        for _ in range(kernels):
+            clock.launch(10e-6, 4e-6)
+
+    found = timing.time_apart(Timed(call), clock=clock)
+    assert found.device.ms == pytest.approx(0.004 * kernels)
+    assert found.returned.ms == pytest.approx(0.010 * kernels)
+    assert found.host.ms == pytest.approx(0.010 * kernels + 0.004)
+    assert min(found.device.readings, found.host.readings) >= 5
+
+
+def test_a_call_that_waits_is_not_queued_behind_a_spin(clock: SimulatedClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "spin", None)
+    found = timing.time_apart(Timed(lambda _: clock.launch(10e-6, 90e-6, waits=True), waits=True), clock=clock)
+    assert found.returned.ms == found.host.ms == pytest.approx(0.1)
+    assert found.device.ms == pytest.approx(0.1)  # the device waits for the host to hand the copy over
+
+
+def test_the_first_call_is_the_warm_up(clock: SimulatedClock) -> None:
+    calls = iter(range(10**9))
+    found = timing.time_apart(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 1e-6)), clock=clock)
+    assert found.returned.high == pytest.approx(0.010)
+    calls = iter(range(10**9))
+    found = timing.time_host(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 0)), clock=clock)
+    assert found.high == pytest.approx(0.010)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("device")
+def test_a_real_product_takes_the_device_longer_than_the_host_to_hand_over() -> None:
+    a = torch.randn(4096, 4096, device="cuda")
+    found = timing.time_apart(Timed(lambda _: a @ a))
+    assert found.returned.ms < 0.5 * found.device.ms
+    assert found.device.ms <= 1.05 * found.host.ms

@@ -60,11 +60,18 @@ class Activation:
     values: tuple[float, ...] = field(init=False, repr=False)  # the parameters' values, in order
     keeps: Kept = field(init=False, repr=False)  # which tensor backward reads with these parameters
     keeps_preactivation: bool = field(init=False, repr=False)
+    spec: str = field(init=False, repr=False)  # name and parameter values, exactly, as `parse` reads them
 
     def __post_init__(self) -> None:
         values = tuple(self.parameters.values())
         keeps = self.saves(*values) if callable(self.saves) else self.saves
-        for name, value in (("values", values), ("keeps", keeps), ("keeps_preactivation", keeps == "preactivation")):
+        derived = {
+            "values": values,
+            "keeps": keeps,
+            "keeps_preactivation": keeps == "preactivation",
+            "spec": ":".join([self.name, *(f"{name}={value!r}" for name, value in self.parameters.items())]),
+        }
+        for name, value in derived.items():
             object.__setattr__(self, name, value)
 
     def constants(self, dtype: torch.dtype) -> tuple[float, ...]:
@@ -96,21 +103,20 @@ class Activation:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.name, tuple(self.parameters.items()))  # by name: functions are not for pickling
 
-    @property
-    def spec(self) -> str:
-        """Name and parameter values, exactly, as `parse` reads them."""
-        return ":".join([self.name, *(f"{name}={value!r}" for name, value in self.parameters.items())])
-
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
         return f"{self.name}({arguments})" if arguments else self.name
 
 
-@functools.lru_cache(maxsize=1024)
+_BOUND: dict[tuple[str, tuple[tuple[str, float], ...]], Activation] = {}
+
+
 def _bound(declared: Activation, parameters: tuple[tuple[str, float], ...]) -> Activation:
     """One object per activation and parameter values, so that caches may key on identity."""
     values = dict(parameters)
-    return declared if values == declared.parameters else replace(declared, parameters=values)
+    if values == declared.parameters:
+        return declared
+    return _BOUND.setdefault((declared.name, parameters), replace(declared, parameters=values))
 
 
 @functools.lru_cache(maxsize=256)

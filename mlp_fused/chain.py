@@ -157,6 +157,7 @@ class Forward:
                 turns[index % 2] = max(turns[index % 2], size)
             places.append((h, z))
         self.spare = sum(turns)
+        self.spares = any(h is None for h, _ in places[:-1])
         self.edges = [h if z is None else z for h, z in places]
         below, none = chain.place(x), chain.place(nothing)
         for index, (kernels, (h, z)) in enumerate(zip(path.layers, places)):
@@ -179,7 +180,7 @@ class Forward:
         """y and what is kept."""
         y = x.new_empty((self.chain.rows, self.width_out))
         kept = x.new_empty((self.kept,)) if self.keeps else None
-        spare = x.new_empty((self.spare,)) if self.spare else None
+        spare = x.new_empty((self.spare,)) if self.spares else None
         self.chain.run((x, *weights, *biases, kept, spare, y, None))
         return y, kept
 

@@ -208,7 +208,8 @@ def run_operator(
     y, _ = torch.ops.mlp_fused.mlp(
         rows,
         [layer.weight for layer in layers],
-        [layer.bias for layer in layers],
+        [layer.bias for layer in layers if layer.bias is not None],
+        [layer.bias is not None for layer in layers],
         [layer.activation.spec for layer in layers],
         dtype,
         precision_of(dtype),

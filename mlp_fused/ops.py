@@ -10,6 +10,7 @@ be symbolic.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from .layers import LayerPath
 from .networks import network_backward, network_forward
 from .plan import NetworkPlan, why_device
 
-_OF_LAYERS = "Tensor[] weights, Tensor?[] biases, str[] activations"
+_OF_LAYERS = "Tensor[] weights, Tensor[] biases, bool[] biased, str[] activations"
 _SETTINGS = "ScalarType dtype, str precision, bool? recompute, str backend"
 _library = torch.library.Library("mlp_fused", "DEF")
 _library.define(f"mlp(Tensor x, {_OF_LAYERS}, {_SETTINGS}, bool keep) -> (Tensor, Tensor[])")
@@ -50,10 +51,17 @@ def _find_path(
     return find_path(x, layers, dtype, recompute, backend, precision, keep)
 
 
+def _of_all(biases: Sequence[Tensor], biased: Sequence[bool]) -> list[Tensor | None]:
+    """One for each layer, None where it has no bias. (In a list with None, torch gives no tensor a gradient.)"""
+    given = iter(biases)
+    return [next(given) if each else None for each in biased]
+
+
 def _mlp(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
+    biased: Sequence[bool],
     activations: Sequence[str],
     dtype: torch.dtype,
     precision: str,
@@ -61,27 +69,34 @@ def _mlp(
     backend: Any,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
+    all_biases = _of_all(biases, biased)
     reason = why_device(x.device, backend)
     if reason is not None and not keep:  # exported on a GPU, and loaded where there is none
-        of_dtype = [None if each is None else each.to(dtype) for each in biases]
+        of_dtype = [None if each is None else each.to(dtype) for each in all_biases]
         weights = [each.to(dtype) for each in weights]
         return reference.mlp(x.to(dtype), weights, of_dtype, list(map(parse, activations))), []
     if reason is not None:
         raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
-    path = _find_path(x, weights, biases, activations, dtype, precision, recompute, backend, keep)
-    x, weights, biases = x.resolve_neg(), _plain(weights), _plain(biases)
+    path = _find_path(x, weights, all_biases, activations, dtype, precision, recompute, backend, keep)
+    x, weights, all_biases = x.resolve_neg(), _plain(weights), _plain(all_biases)
     if isinstance(path, NetworkPlan):
         if path.formulation != "stored":
-            return network_forward(x, tuple(weights), tuple(biases), path), []
-        y, *stored = network_forward(x, tuple(weights), tuple(biases), path, keep=True)
+            return network_forward(x, tuple(weights), tuple(all_biases), path), []
+        y, *stored = network_forward(x, tuple(weights), tuple(all_biases), path, keep=True)
         return y, [each for each in stored if each is not None]
     keep = keep and not recompute
     weights_read = cast(weights, path)
-    y, kept = chained_forward(x.to(dtype), weights_read, biases, path, keep)
+    y, kept = chained_forward(x.to(dtype), weights_read, all_biases, path, keep)
     if not keep:
         return y, []
     converted = [read for read, weight in zip(weights_read, weights) if read is not weight]
     return y, [each for each in (kept, *converted) if each is not None]
+
+
+def _of_all_needs(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:
+    """Of x, every weight and every layer's bias, where `needs` has only biases that there are."""
+    of_biases = iter(needs[1 + len(biased) :])
+    return [*needs[: 1 + len(biased)], *(each and next(of_biases) for each in biased)]
 
 
 def _plain(tensors: Sequence[Any]) -> list[Any]:
@@ -92,7 +107,8 @@ def _plain(tensors: Sequence[Any]) -> list[Any]:
 def _mlp_fake(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
+    biased: Sequence[bool],
     activations: Sequence[str],
     dtype: torch.dtype,
     precision: str,
@@ -104,7 +120,8 @@ def _mlp_fake(
     y = x.new_empty((rows, weights[-1].shape[0]), dtype=dtype)
     if not keep:
         return y, []
-    path = _find_path(x, weights, biases, activations, dtype, precision, recompute, backend, keep)
+    all_biases = _of_all(biases, biased)
+    path = _find_path(x, weights, all_biases, activations, dtype, precision, recompute, backend, keep)
     if isinstance(path, NetworkPlan):
         return y, [x.new_empty(shape, dtype=dtype) for shape in path.kept_shapes(rows)]
     if recompute:
@@ -119,7 +136,8 @@ def _mlp_backward(
     y: Tensor,
     kept: Sequence[Tensor],
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
+    biased: Sequence[bool],
     activations: Sequence[str],
     dtype: torch.dtype,
     precision: str,
@@ -127,10 +145,10 @@ def _mlp_backward(
     backend: Any,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    path = _find_path(x, weights, biases, activations, dtype, precision, recompute, backend, True)
-    needs_x, *needs_parameters = needs
-    weights, biases = _plain(weights), _plain(biases)
-    parameters = [*weights, *biases]
+    weights, all_biases = _plain(weights), _plain(_of_all(biases, biased))
+    path = _find_path(x, weights, all_biases, activations, dtype, precision, recompute, backend, True)
+    needs_x, *needs_parameters = _of_all_needs(needs, biased)
+    parameters = [*weights, *all_biases]
     dy, x, x_dtype = plain_gradient(dy), x.resolve_neg(), x.dtype
     left = iter(kept)
     if isinstance(path, NetworkPlan):
@@ -144,7 +162,7 @@ def _mlp_backward(
         x = x.to(dtype)
         if recompute:
             weights_read = cast(weights, path)
-            y, hidden = chained_forward(x, weights_read, biases, path, keep=True)
+            y, hidden = chained_forward(x, weights_read, all_biases, path, keep=True)
         else:
             hidden = next(left) if kept_shapes(path, x.shape[0]) else None
             weights_read = [weight if weight.dtype == dtype else next(left) for weight in weights]
@@ -161,36 +179,40 @@ def _mlp_backward_fake(
     y: Tensor,
     kept: Sequence[Tensor],
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
     *settings: Any,
 ) -> list[Tensor]:
     *_, needs = settings
     wanted = zip((x, *weights, *biases), needs)
-    return [each.new_empty(each.shape) for each, need in wanted if need and each is not None]
+    return [each.new_empty(each.shape) for each, need in wanted if need]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    x, weights, biases, *ctx.settings, _ = inputs
+    x, weights, biases, *ctx.settings, ctx.keep = inputs
     y, kept = output
     ctx.save_for_backward(x, y, *kept, *weights, *biases)
-    ctx.layers = len(weights)
-    ctx.needs = [each is not None and each.requires_grad for each in (x, *weights, *biases)]
+    ctx.sizes = len(kept), len(weights), len(biases)
+    ctx.needs = [each.requires_grad for each in (x, *weights, *biases)]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if not ctx.keep:
+        raise RuntimeError("mlp_fused::mlp was called with keep=False, and kept nothing for a backward")
     x, y, *saved = ctx.saved_tensors
-    layers, rest = ctx.layers, (None,) * (len(ctx.settings) + 1)
+    kept, weights, biases = _parted(saved, ctx.sizes)
+    rest = (None,) * (len(ctx.settings) + 1)
     if dy is None:
-        return None, [None] * layers, [None] * layers, *rest
-    kept, parameters = saved[: -2 * layers], saved[-2 * layers :]
-    found = iter(
-        torch.ops.mlp_fused.mlp_backward(
-            dy, x, y, kept, parameters[:layers], parameters[layers:], *ctx.settings, ctx.needs
-        )
-    )
+        return None, [None] * len(weights), [None] * len(biases), *rest
+    found = iter(torch.ops.mlp_fused.mlp_backward(dy, x, y, kept, weights, biases, *ctx.settings, ctx.needs))
     dx, *gradients = [next(found) if need else None for need in ctx.needs]
-    return dx, gradients[:layers], gradients[layers:], *rest
+    return dx, *_parted(gradients, ctx.sizes[1:]), *rest
+
+
+def _parted(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Lists of those sizes, one after the other."""
+    left = iter(items)
+    return [list(itertools.islice(left, size)) for size in sizes]
 
 
 def _refuse(ctx: Any, *gradients: Any) -> None:
@@ -209,18 +231,18 @@ torch.library.register_autograd("mlp_fused::mlp_backward", _refuse, lib=_library
 
 
 @register_flop_formula(torch.ops.mlp_fused.mlp)
-def _mlp_flops(x: tuple[int, ...], weights: list[tuple[int, ...]], *settings: Any, out_val: Any = None) -> int:
+def _mlp_flops(x: tuple[int, ...], weights: list[tuple[int, ...]], *settings: Any, **_: Any) -> int:
     """2 M N K a layer, as torch counts a Linear."""
     return sum(2 * x[0] * n * k for n, k in weights)
 
 
 @register_flop_formula(torch.ops.mlp_fused.mlp_backward)
 def _mlp_backward_flops(
-    dy: tuple[int, ...], x: Any, y: Any, kept: Any, weights: list[tuple[int, ...]], *settings: Any, out_val: Any = None
+    dy: tuple[int, ...], x: Any, y: Any, kept: Any, weights: list[tuple[int, ...]], *settings: Any, **_: Any
 ) -> int:
     """2 M N K for each weight's gradient, and for each layer through which one goes further down."""
-    *_, needs = settings
-    layers = len(weights)
+    _, biased, *_, needs = settings
+    layers, needs = len(weights), _of_all_needs(needs, biased)
     flops = 0
     for index, (n, k) in enumerate(weights):
         below = any(needs[: 1 + index]) or any(needs[1 + layers : 1 + layers + index])

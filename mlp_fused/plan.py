@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def why_reference(
         reason = _why_torch_here(
             x.device.type,
             x.device.index or 0,
-            (x.shape[-1], *(weight.shape[0] for weight, _, _ in layers)),
+            tuple(map(operator.index, (x.shape[-1], *(weight.shape[0] for weight, _, _ in layers)))),  # no symbols
             tuple(layer.activation.spec for layer in layers),
             dtype,
             float32_precision() if dtype == torch.float32 else "ieee",

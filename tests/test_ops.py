@@ -1,0 +1,420 @@
+"""The registered operators: under torch.compile, torch.export, fake tensors and dispatch modes, as eager calls are.
+
+Kernels run in the interpreter, or on a GPU under `-m gpu`. (On the CPU without them, compilers see torch's modules.)
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlp_fused import FusedLinear, FusedMLP, linear_act, mlp, ops, plan
+from mlp_fused.kernels.activations import ACTIVATIONS, parse
+from mlp_fused.kernels.launch import count_launches
+
+BF16 = torch.bfloat16
+WIDE, NARROW = (24, 300, 16, 9), (20, 31, 17)  # through layers, and in one kernel
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """How many graphs torch.compile has made."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def make_model(widths: tuple[int, ...], device: str, activation: Any = "gelu", **options: Any) -> FusedMLP:
+    width, *others = widths
+    return FusedMLP(width, others, activation_layer=activation, backend="triton", device=device, **options)
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """y, and all gradients."""
+    y = model(x)
+    leaves = [each for each in (x, *model.parameters()) if each.requires_grad]
+    for leaf in leaves:
+        leaf.grad = None
+    y.float().square().mean().backward()
+    return [y, *(leaf.grad for leaf in leaves)]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """The same kernels ran: bit for bit, and laid out and typed alike."""
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)
+
+
+# ---------------------------------------------------------------- the operators themselves
+
+# What is kept of 4 rows has no gaps between layers then, whose memory nobody writes.
+EVEN = (32, 320, 16, 32)
+SAMPLES = {
+    "layers": (EVEN, "gelu", "sigmoid", torch.float32, torch.float32, None),
+    "layers, output kept": (EVEN, "relu", "identity", torch.float32, torch.float32, None),
+    "layers of fp32 in bf16": (EVEN, "leaky_relu", "silu", BF16, torch.float32, None),
+    "layers again": (EVEN, "tanh", "tanh", torch.float32, torch.float32, True),
+    "one layer": ((16, 320), "identity", "identity", torch.float32, torch.float32, None),
+    "network": (NARROW, "gelu", "silu", torch.float32, torch.float32, None),
+    "network, stored": (NARROW, "gelu", "silu", torch.float32, torch.float32, False),
+    "network of fp32 in bf16": (NARROW, "relu", "identity", BF16, torch.float32, False),
+}
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(sample: str, rows: int, device: str) -> None:
+    widths, hidden, last, dtype, of_parameters, recompute = SAMPLES[sample]
+    weights = [torch.randn(n, k, device=device, dtype=of_parameters) / k**0.5 for k, n in itertools.pairwise(widths)]
+    weights[0] = weights[0].t().contiguous().t()  # gradients are contiguous all the same
+    biases = [torch.randn(n, device=device, dtype=of_parameters) for n in widths[1:-1]]
+    for parameter in (*weights, *biases):
+        parameter.requires_grad_()
+    names = [hidden] * (len(widths) - 2) + [last]
+    biased = [True] * len(biases) + [False]
+    settings = (biased, [ACTIVATIONS[name].spec for name in names], dtype, "ieee", recompute, "triton")
+    x = torch.randn(rows, widths[0], device=device)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if rows:
+        tests = (*tests, "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.mlp_fused.mlp.default, (x, weights, biases, *settings, True), test_utils=tests)
+    with torch.no_grad():
+        arguments = (x, [each.detach() for each in weights], [each.detach() for each in biases], *settings, False)
+        torch.library.opcheck(torch.ops.mlp_fused.mlp.default, arguments, test_utils=tests)
+        y, kept = torch.ops.mlp_fused.mlp(x, weights, biases, *settings, True)
+        needs = [False] + [True] * (len(weights) + len(biases))
+        for needs[0] in (False, True):
+            arguments = (torch.randn_like(y), x, y, kept, weights, biases, *settings, needs)
+            torch.library.opcheck(torch.ops.mlp_fused.mlp_backward.default, arguments, test_utils=tests[::2])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_travel_by_name(name: str) -> None:
+    activation = ACTIVATIONS[name]
+    other = activation.bind(**{each: value + 1 / 3 for each, value in activation.parameters.items()})
+    assert parse(activation.spec) is activation
+    assert parse(other.spec) is other
+
+
+def test_an_operator_runs_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a network is loaded that was exported on a GPU; what trains was not."""
+    model = FusedMLP(*NARROW[:1], [*NARROW[1:]], activation_layer="gelu")
+    x = torch.randn(7, NARROW[0])
+    linears = [child for child in model if isinstance(child, nn.Linear)]
+    arguments = (
+        x,
+        [linear.weight for linear in linears],
+        [linear.bias for linear in linears],
+        [True, True],
+        ["gelu", "identity"],
+        torch.float32,
+        "ieee",
+        None,
+        "auto",
+    )
+    with torch.no_grad(), count_launches() as launches:
+        y, kept = torch.ops.mlp_fused.mlp(*arguments, False)
+    assert torch.equal(y, model(x))
+    assert kept == []
+    assert launches == {}
+    with pytest.raises(RuntimeError, match="is to keep what its backward kernels need, but the input is on the CPU"):
+        torch.ops.mlp_fused.mlp(*arguments, True)
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_whole_for_batches_of_any_size(widths: tuple[int, ...], backend: str, device: str) -> None:
+    model = make_model(widths, device)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    before = graphs()
+    for rows in (9, 12, 13, 30, 5):
+        x = torch.randn(rows, widths[0], device=device, requires_grad=True)
+        with count_launches() as ours:
+            found = step(compiled, x)
+        with count_launches() as eager:
+            expected = step(model, x)
+        assert_same(found, expected)
+        assert ours == eager
+        assert ours
+    assert graphs() - before == 2  # for the first batch, then for all
+
+
+def test_compiled_within_a_model(device: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(24, device=device)
+            self.mlp = make_model((24, 96, 24), device, "silu")
+            self.head = FusedLinear(24, 5, activation="sigmoid", backend="triton", device=device)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.mlp(self.norm(x)))
+
+    block = Block()
+    x = torch.randn(2, 7, 24, device=device, requires_grad=True)  # (batch, tokens, features)
+    with count_launches() as launches:
+        found = step(torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True), x)
+    assert launches
+    for ours, theirs in zip(found, step(block, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_functional_forms_compile(device: str) -> None:
+    weights = [(torch.randn(n, k, device=device) / 5).requires_grad_() for k, n in ((24, 40), (40, 6))]
+    bias = torch.randn(6, device=device, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        h = mlp(x, weights[:1], None, output_activation=nn.LeakyReLU(0.2), backend="triton")
+        return linear_act(h, weights[1], bias, "tanh", backend="triton")
+
+    x = torch.randn(9, 24, device=device)
+    leaves = [*weights, bias]
+    found, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    dy = torch.randn_like(expected)
+    assert_same(
+        [found, *torch.autograd.grad(found, leaves, dy)], [expected, *torch.autograd.grad(expected, leaves, dy)]
+    )
+
+
+@pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
+def test_compiled_under_autocast(widths: tuple[int, ...], device: str) -> None:
+    model = make_model(widths, device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(9, widths[0], device=device, requires_grad=True)
+    with torch.autocast(device, BF16):
+        found, expected = step(compiled, x), step(model, x)
+    assert found[0].dtype == BF16
+    assert_same(found, expected)  # and so in the parameters' dtype
+
+
+def test_what_changes_after_compiling_is_seen(device: str) -> None:
+    model = make_model(NARROW, device, dropout=0.5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(9, NARROW[0], device=device)
+    model.eval()
+    assert torch.equal(compiled(x), model(x))
+    model.train()
+    assert not torch.equal(compiled(x), compiled(x))  # Dropout drops
+    model.eval()
+    model[0].weight.requires_grad_(False)
+    found = torch.autograd.grad(compiled(x).sum(), model[0].bias)
+    assert torch.equal(found[0], torch.autograd.grad(model(x).sum(), model[0].bias)[0])
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        assert torch.equal(compiled(x), model(x))
+    model.backend = "reference"
+    with count_launches() as launches:
+        compiled(x)
+    assert launches == {}
+    model.backend = "triton"
+
+
+def test_a_hooked_child_runs_as_itself(device: str) -> None:
+    """Hooked before it is compiled: torch.compile sees no hook that comes later, in nn.Sequential neither."""
+    model = make_model(NARROW, device)
+    model[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    x = torch.randn(9, NARROW[0], device=device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), nn.Sequential.forward(model, x))
+
+
+def test_torchs_precision_may_change_after_compiling(device: str) -> None:
+    used: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        (node,) = (node for node in module.graph.nodes if "mlp_fused.mlp" in str(node.target))
+        used.append(node.args[6])
+        return module
+
+    model = make_model(NARROW, device)
+    x = torch.randn(9, NARROW[0], device=device)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for precision in ("ieee", "tf32", "tf32", "ieee"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert torch.equal(compiled(x), model(x))
+    assert used == ["ieee", "tf32"]
+
+
+def test_a_table_that_prefers_torch_is_followed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="auto" on what passes for a GPU: decided as the graph is made, whatever the batch."""
+    for module in (plan, ops):
+        monkeypatch.setattr(module, "why_device", lambda device, backend: None)
+    asked: list[tuple[int, ...]] = []
+
+    def measured(widths: tuple[int, ...], *arguments: Any) -> str | None:
+        asked.append(widths)
+        return "torch is faster" if widths[-1] == 17 else None
+
+    monkeypatch.setattr(plan, "_has_measured_networks", lambda *where: True)
+    monkeypatch.setattr(plan, "why_torch", measured)
+    for widths in (NARROW, (20, 31, 16)):
+        weights = [torch.randn(n, k, device=device) / 5 for k, n in itertools.pairwise(widths)]
+        compiled = torch.compile(lambda x, weights=weights: mlp(x, weights, None), fullgraph=True, backend="aot_eager")
+        with count_launches() as launches:
+            compiled(torch.randn(9, 20, device=device))
+        assert bool(launches) == (widths[-1] == 16)
+    assert asked == [NARROW, (20, 31, 16)]
+
+
+def test_where_kernels_cannot_run_it_says_so(device: str) -> None:
+    model = make_model(NARROW, device).to(torch.complex64)
+    x = torch.randn(9, NARROW[0], device=device, dtype=torch.complex64)
+    with pytest.raises(Exception, match="complex64; it needs to be a real floating-point dtype"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+
+
+class Watching(TorchDispatchMode):
+    """Sees every operator, and changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_differentiated_gradient_is_refused(device: str) -> None:
+    model = make_model(NARROW, device)
+    x = torch.randn(9, NARROW[0], device=device, requires_grad=True)
+    with Watching():
+        (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match='cannot be differentiated again; .* with backend="reference"'):
+            dx.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
+def test_compiled_into_cuda_graphs(widths: tuple[int, ...], mode: str, device: str) -> None:
+    model = make_model(widths, device)
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(4):  # warm-up, recording, replay
+        x = torch.randn(64, widths[0], device=device, requires_grad=True)
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [each.clone() for each in step(compiled, x)]
+        assert_same(found, step(model, x))
+
+
+# ---------------------------------------------------------------- torch.export
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
+def test_exported_saved_and_loaded(widths: tuple[int, ...], strict: bool, device: str) -> None:
+    model = make_model(widths, device).eval()
+    rows = torch.export.Dim("rows", min=1, max=4096)
+    x = torch.randn(9, widths[0], device=device)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},), strict=strict)
+    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert targets.count(torch.ops.mlp_fused.mlp.default) == 1
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch in (x, torch.randn(33, widths[0], device=device)):
+        with torch.no_grad():
+            assert torch.equal(loaded(batch), model(batch))
+
+
+@pytest.mark.full
+def test_compiled_ahead_of_time(device: str, tmp_path: Any) -> None:
+    """A package that C++ calls finds the operator in the dispatcher, where importing mlp_fused puts it."""
+    model = make_model(WIDE, device).eval()
+    x = torch.randn(9, WIDE[0], device=device)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2, max=64)},))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        for batch in (x, torch.randn(21, WIDE[0], device=device)):
+            assert torch.equal(loaded(batch), model(batch))
+
+
+# ---------------------------------------------------------------- modes that watch the dispatcher
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)], ids=str)
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
+def test_flops_are_counted_as_torch_counts(
+    widths: tuple[int, ...], needs_x: bool, frozen: tuple[int, ...], device: str
+) -> None:
+    """By our formulas in the functional form; of a module, torch's counter hooks every child, which runs as itself."""
+    model = make_model(widths, device)
+    linears = [child for child in model if isinstance(child, nn.Linear)]
+    for index in frozen:
+        linears[index].requires_grad_(False)
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    x = torch.randn(9, widths[0], device=device, requires_grad=needs_x)
+    counted = []
+    for run in (lambda x: mlp(x, weights, biases, "gelu", backend="triton"), model, nn.Sequential(*model.children())):
+        with FlopCounterMode(display=False) as forward:
+            y = run(x)
+        with FlopCounterMode(display=False) as backward:
+            y.backward(torch.ones_like(y))
+        counted.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counted[0] == counted[1] == counted[2]
+    assert min(counted[0]) > 0
+
+
+@pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
+def test_a_mode_sees_one_operator_each_way_and_changes_nothing(widths: tuple[int, ...], device: str) -> None:
+    model = make_model(widths, device)
+    x = torch.randn(9, widths[0], device=device, requires_grad=True)
+    with Watching() as mode, count_launches() as watched:
+        found = step(model, x)
+    assert [name for name in mode.seen if "mlp_fused" in name] == [
+        "mlp_fused.mlp.default",
+        "mlp_fused.mlp_backward.default",
+    ]
+    with count_launches() as alone:
+        assert_same(found, step(model, x))
+    assert watched == alone
+
+
+def test_fake_tensors_go_through(device: str) -> None:
+    model = make_model(WIDE, device)
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, count_launches() as launches:
+        x = mode.from_tensor(torch.randn(9, WIDE[0], device=device))
+        y = model(x)
+        y.sum().backward()
+    assert y.shape == (9, WIDE[-1])
+    assert y.device.type == device
+    assert launches == {}
+
+
+def test_a_profiler_shows_layers_by_name(device: str) -> None:
+    model = make_model(WIDE, device)
+    narrow = make_model(NARROW, device)
+    x, thin = torch.randn(9, WIDE[0], device=device), torch.randn(9, NARROW[0], device=device)
+    for _ in range(2):  # launches made, and made again
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step(model, x)
+            step(narrow, thin)
+    names = {event.key for event in profiler.key_averages()}
+    for layer, activation in enumerate(("gelu", "gelu", "identity")):
+        assert f"layer {layer} ({activation}): forward" in names
+        assert f"layer {layer} ({activation}): wgrad" in names
+    assert "layer 2 (identity): dgrad" in names
+    assert "layer 0 (gelu): dgrad" not in names
+    assert {"network forward", "network backward"} <= names

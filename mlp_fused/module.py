@@ -54,7 +54,7 @@ class Pointwise(nn.Module):
         return str(self.activation)
 
 
-class _WithBackend:
+class WithBackend:
     """A module with the user's choice of what computes it."""
 
     _backend: plan.Backend = "auto"
@@ -69,7 +69,7 @@ class _WithBackend:
         self._backend = plan.check_backend(backend)
 
 
-class FusedLinear(_WithBackend, nn.Linear):
+class FusedLinear(WithBackend, nn.Linear):
     """h = a(x Wᵀ + b): `nn.Linear` with its activation, a fused kernel on a GPU, plain torch elsewhere.
 
     Args:
@@ -110,7 +110,7 @@ class FusedLinear(_WithBackend, nn.Linear):
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-class Chain(_WithBackend, nn.Module):
+class Chain(WithBackend, nn.Module):
     """What calls modules one after the other, and runs those of them that kernels can take as kernels."""
 
     _recompute: bool | None = None
@@ -187,12 +187,12 @@ class Chain(_WithBackend, nn.Module):
         output = input
         try:
             for child in self._links():
-                if type(child) is nn.Dropout and child.p == 0 and not _has_hooks(child):
+                if type(child) is nn.Dropout and child.p == 0 and not has_hooks(child):
                     continue  # it does nothing, at the price of two calls
                 output = child(output)
         except (RuntimeError, TypeError):
             first = self._links()[0]
-            if _why_unfused(first) is None:
+            if why_unfused(first) is None:
                 _raise_if_wrong(input, first)
             raise
         return output
@@ -217,7 +217,7 @@ class Chain(_WithBackend, nn.Module):
         begun = time.perf_counter()
         devices = set()
         below = False  # whether anything before a run needs gradients
-        for run in _runs(self._links()):
+        for run in runs_of(self._links()):
             trainable = below or any(
                 parameter.requires_grad
                 for child in run.children
@@ -284,12 +284,12 @@ class Chain(_WithBackend, nn.Module):
         runs: list[plan.RunPlan] = []
         kept = 0
         links = self._links()
-        first = next((child for child in links if _is_linear(child)), None)
+        first = next((child for child in links if is_linear(child)), None)
         width = 1 if first is None else _weight(first).shape[1]
         flow = torch.empty((batch_size, width), dtype=dtype, device="meta")
-        names_of = dict(zip(map(id, links), self._link_names()))
-        for run in _runs(links):
-            names = ", ".join(f"{names_of[id(child)]} {name_of(child)}" for child in run.children)
+        link_names = iter(self._link_names())
+        for run in runs_of(links):
+            names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, link_names))
             layers = run.layers()
             reason = run.reason
             if layers:
@@ -503,7 +503,7 @@ class _Segments:
 
     def __init__(self, model: Chain) -> None:
         self.children = model._links()
-        self.runs = _runs(self.children)
+        self.runs = runs_of(self.children)
         self.types = tuple(map(type, self.children))
         self.dicts = [child.__dict__ for child in self.children if isinstance(child, nn.Module)]
         self.owned = [owned for run in self.runs for owned in run.owned]
@@ -542,14 +542,14 @@ class _Segments:
         return not (any(map(_is_hooked, self.dicts)) or _has_any_global_hook())
 
 
-def _runs(children: Iterable[Any]) -> list[_Run]:
+def runs_of(children: Iterable[Any]) -> list[_Run]:
     """The children of a network, parted into runs."""
     runs: list[_Run] = []
     run: _Run | None = None
     takes_activation = False  # whether the run's last Linear is still without one
     everything_hooked = _has_any_global_hook()
     for child in children:
-        why = "a global module hook is registered" if everything_hooked else _why_unfused(child)
+        why = "a global module hook is registered" if everything_hooked else why_unfused(child)
         if why is None:
             activation = child.activation if type(child) is FusedLinear else IDENTITY
             if run is None:
@@ -560,13 +560,13 @@ def _runs(children: Iterable[Any]) -> list[_Run]:
             run.transposed.append(_is_transposed(child))
             run.any_transposed = any(run.transposed)
             takes_activation = activation is IDENTITY
-        elif run is not None and not everything_hooked and not _has_hooks(child) and _is_inert(child):
+        elif run is not None and not everything_hooked and not has_hooks(child) and _is_inert(child):
             pass
         elif (
             run is not None
             and takes_activation
             and not everything_hooked
-            and not _has_hooks(child)
+            and not has_hooks(child)
             and (found := find(child))
         ):
             run.linears[-1] = (run.linears[-1][0], found)
@@ -588,7 +588,7 @@ def _is_transposed(module: Any) -> bool:
     return path_of(type(module)) in TRANSPOSED
 
 
-def _is_linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
     """Whether a module is a Linear layer of any kind."""
     return isinstance(module, nn.Linear) or _is_transposed(module)
 
@@ -603,13 +603,13 @@ def name_of(child: Any) -> str:
     return type(child).__name__ if isinstance(child, nn.Module) else getattr(child, "__name__", type(child).__name__)
 
 
-def _why_unfused(module: Any) -> str | None:
+def why_unfused(module: Any) -> str | None:
     """Why a module is no plain Linear layer, one that kernels may take in place of a call; None where it is."""
-    if not _is_linear(module):
+    if not is_linear(module):
         return f"{name_of(module)} has no kernel"
     if not (type(module).forward is nn.Linear.forward or type(module) is FusedLinear or _is_transposed(module)):
         return f"{name_of(module)} has a forward of its own"
-    if _has_hooks(module):
+    if has_hooks(module):
         return "it has hooks, or a forward patched onto it"
     if "weight" not in module._parameters:
         return "its weight is parametrized"
@@ -622,7 +622,7 @@ UNREAD = ("training", "inplace", "in_features", "out_features")  # public attrib
 PLAIN = (bool, int, float, str, NoneType, Activation, BuiltinFunctionType, MethodType, functools.partial)
 
 
-def _has_hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
     return isinstance(module, nn.Module) and _is_hooked(module.__dict__)
 
 

@@ -133,7 +133,7 @@ register_pattern(
 )
 register_pattern("transformers.models.gpt2.modeling_gpt2.GPT2MLP", ["c_fc", "act", "c_proj", "dropout"])
 register_pattern("transformers.models.vit.modeling_vit.ViTMLP", ["fc1", "activation_fn", "fc2"])
-# Before transformers 5, where ViTLayer's own forward calls ViTOutput: its Linear is out of reach.
+# Before transformers 5.9, where ViTLayer's own forward calls ViTOutput: its Linear is out of reach.
 register_pattern("transformers.models.vit.modeling_vit.ViTIntermediate", ["dense", "intermediate_act_fn"])
 
 # Children of an MLP whose activation is multiplied by another Linear's output.
@@ -470,11 +470,16 @@ def _remake(kind: Any, *arguments: Any) -> nn.Module:
     return made
 
 
-@functools.cache
 def _fused_class(kind: Any) -> Any:
-    """The class that replaces `kind`; its own methods come first, the chain's after them."""
+    """The class that replaces `kind`."""
     shape = _shape_of(kind)
     assert shape is not None
+    return _derive(kind, "" if shape.pattern is None else shape.pattern.target)
+
+
+@functools.cache
+def _derive(kind: Any, target: str) -> Any:
+    """A class of `kind`'s own methods and, after them, FusedMLP's; or the chain's of the pattern of that name."""
     members: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -482,11 +487,12 @@ def _fused_class(kind: Any) -> Any:
         "_unfused": kind,
     }
     bases: tuple[type, ...]
-    if shape.pattern is None:
-        bases = (_Fused, FusedMLP) if kind is nn.Sequential else (_Fused, kind, FusedMLP)
-    else:
+    if target:
+        pattern = PATTERNS[target]
         bases = (_Fused, kind, Chain)
-        members.update(_methods(shape.pattern, getattr(kind, shape.pattern.method)))
+        members.update(_methods(pattern, getattr(kind, pattern.method)))
+    else:
+        bases = (_Fused, FusedMLP) if kind is nn.Sequential else (_Fused, kind, FusedMLP)
     return type(kind)(kind.__name__, bases, members)
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import io
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,11 +229,12 @@ def oracle(network: nn.Module, inputs: tuple[Tensor, ...]) -> Truth:
     return Truth(values, {name: magnitudes.get(name, value.abs()) for name, value in values.items()})
 
 
+@pytest.mark.parametrize("recompute", [None, True])
 @every_model
-def test_the_reference_path_is_bit_identical(model: Model) -> None:
+def test_the_reference_path_is_bit_identical(model: Model, recompute: bool | None) -> None:
     network, inputs = made(model)
     before = called(network, inputs)
-    report = fuse(network, backend="reference")
+    report = fuse(network, backend="reference", recompute=recompute)
     assert tuple(entry.name for entry in report.replaced) == model.replaced
     after = called(network, inputs)
     assert before.keys() == after.keys()
@@ -519,7 +520,7 @@ def test_timms_mlp_of_convolutions_is_left_and_named() -> None:
     assert "fc1 is called as itself: conv.Conv2d has no kernel" in str(report)
 
 
-def test_vits_intermediate_before_transformers_5(device: str) -> None:
+def test_vits_intermediate_of_older_transformers(device: str) -> None:
     class ViTIntermediate(nn.Module):
         """The attributes that it had."""
 
@@ -848,48 +849,64 @@ def add_input(block: Block, output: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def patterns(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in list(PATTERNS):
-        monkeypatch.setitem(PATTERNS, key, PATTERNS[key])
-    monkeypatch.delitem(PATTERNS, path_of(Block), raising=False)
+def _own_patterns() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    before = dict(PATTERNS)
+    yield
+    PATTERNS.clear()
+    PATTERNS.update(before)
 
 
-def test_users_add_a_pattern(patterns: None, device: str) -> None:
+@pytest.mark.usefixtures("_own_patterns")
+def test_users_add_a_pattern(device: str) -> None:
     model = nn.ModuleDict({"block": Block()}).to(device)
     assert fuse(model).replaced == ()
     register_pattern(Block, ["up", "act", "down"], finish=add_input)
-    try:
-        x = torch.randn(5, 8, device=device)
-        expected = model.block(x)
-        assert [entry.name for entry in fuse(model, backend="triton").replaced] == ["block"]
-        with count_launches() as launches:
-            torch.testing.assert_close(model.block(x), expected, rtol=1e-5, atol=1e-5)
-        assert launches == {"network_forward_kernel": 1}
-        with pytest.raises(TypeError, match="positional argument"):
-            model.block(x, x)
-        pickled = pickle.dumps(model)
-    finally:
-        del PATTERNS[path_of(Block)]
+    x = torch.randn(5, 8, device=device)
+    expected = model.block(x)
+    assert [entry.name for entry in fuse(model, backend="triton").replaced] == ["block"]
+    with count_launches() as launches:
+        torch.testing.assert_close(model.block(x), expected, rtol=1e-5, atol=1e-5)
+    assert launches == {"network_forward_kernel": 1}
+    with pytest.raises(TypeError, match="positional argument"):
+        model.block(x, x)
+    pickled = pickle.dumps(model)
+    del PATTERNS[path_of(Block)]
     with pytest.raises(RuntimeError, match=r"Block was fused by a pattern that is not registered here"):
         pickle.loads(pickled)
 
 
-def test_a_class_that_is_no_longer_what_the_pattern_says_is_left(patterns: None) -> None:
+@pytest.mark.usefixtures("_own_patterns")
+def test_a_class_that_is_no_longer_what_the_pattern_says_is_left() -> None:
     register_pattern(path_of(Block), ["up", "act", "down"])
-    try:
-        more, fewer = Block(), Block()
-        more.scale = nn.Linear(1, 1)
-        del fewer.act
-        for block, reason in (
-            (more, "it has a scale (Linear), which the pattern does not know"),
-            (fewer, "no attribute 'act'"),
-        ):
-            report = fuse(block)
-            assert report.replaced == ()
-            assert reason in str(report)
-            assert "this version of test_convert is not the one that the pattern is of" in str(report)
-    finally:
-        del PATTERNS[path_of(Block)]
+    more, fewer = Block(), Block()
+    more.scale = nn.Linear(1, 1)
+    del fewer.act
+    for block, reason in (
+        (more, "it has a scale (Linear), which the pattern does not know"),
+        (fewer, "'Block' object has no attribute 'act'"),
+    ):
+        report = fuse(block)
+        assert report.replaced == ()
+        assert reason in str(report)
+        assert "this version of test_convert is not the one that the pattern is of" in str(report)
+
+
+@pytest.mark.usefixtures("_own_patterns")
+def test_a_pattern_goes_before_nn_sequential(device: str) -> None:
+    class Residual(nn.Sequential):
+        pass
+
+    x = torch.randn(5, 8, device=device)
+    model = Residual(nn.Linear(8, 8), nn.ReLU()).to(device)
+    expected = model(x)
+    for replaced in ("0 + relu", "0 + relu"):
+        assert replaced in str(fuse(model, backend="triton"))
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        unfuse(model)
+        if path_of(Residual) not in PATTERNS:
+            register_pattern(Residual, ["0", "1"], finish=add_input)
+            expected = expected + x
 
 
 @pytest.mark.parametrize(

@@ -303,16 +303,17 @@ class _Shape:
         drifted = f"this version of {library} is not the one that the pattern is of"
         if not hasattr(kind, method):
             return f"{kind.__name__} has no {method}; {drifted}"
+        try:
+            self.chain(module)
+            within = {name: _follow(module, name.split(".")) for name in self.pattern.within}
+        except AttributeError as error:
+            return f"{error}; {drifted}"
         for name, target in self.pattern.within.items():
-            inner = getattr(module, name, None)
+            inner = within[name]
             if path_of(type(inner)) != target:
                 return f"its {name} is {name_of(inner)}, not {target.rsplit('.', 1)[1]}"
             if has_hooks(inner):
                 return f"its {name} has hooks, or a forward patched onto it"
-        try:
-            self.chain(module)
-        except AttributeError as error:
-            return f"{error}; {drifted}"
         if method == "forward" and self.pattern.finish is None:
             tops = {path.split(".")[0] for path in self.pattern.chain}
             for name, child in module.named_children():

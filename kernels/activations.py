@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal
 
 import torch
@@ -212,8 +213,69 @@ def _by_module(kind: Any) -> tuple[Activation, ...]:
     return found
 
 
-def find(module: nn.Module) -> Activation | None:
-    """The activation that `module` is, its parameters read off the instance; None where it is none of the table's."""
+# The same functions as other libraries' modules: by path, as none of these need be installed.
+CLASSES: dict[str, str] = {
+    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.LinearActivation": "identity",
+    "transformers.activations.MishActivation": "mish",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.PytorchGELUTanh": "gelu_tanh",  # GELUTanh's name before transformers 5
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.ReLUSquaredActivation": "squared_relu",
+    "transformers.activations.SiLUActivation": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.HardSigmoid": "hardsigmoid",
+    "timm.layers.activations.HardSwish": "hardswish",
+    "timm.layers.activations.Mish": "mish",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.Tanh": "tanh",
+}
+
+# The same functions as torch's own.
+FUNCTIONS: dict[Callable[..., Tensor], str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.leaky_relu: "leaky_relu",
+    F.hardtanh: "hardtanh",
+    F.relu6: "relu6",
+    F.elu: "elu",
+    F.celu: "celu",
+    F.selu: "selu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+    F.mish: "mish",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    F.softplus: "softplus",
+    F.logsigmoid: "logsigmoid",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    F.tanhshrink: "tanhshrink",
+    F.softsign: "softsign",
+    F.softshrink: "softshrink",
+    F.hardshrink: "hardshrink",
+    F.hardsigmoid: "hardsigmoid",
+    F.hardswish: "hardswish",
+    torch.exp: "exp",
+    torch.sin: "sine",
+}
+
+
+def path_of(kind: type) -> str:
+    """A class by its full name, such as "torch.nn.modules.activation.GELU"."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def find(module: Callable[..., Any]) -> Activation | None:
+    """The activation that a module or function is, its parameters read off it; None where it is none of the table's."""
+    if not isinstance(module, nn.Module):
+        return _find_function(module)
     own = getattr(module, "activation", None)  # a module that carries its activation
     if isinstance(own, Activation):
         return own
@@ -223,7 +285,28 @@ def find(module: nn.Module) -> Activation | None:
             if not activation.parameters:
                 return activation
             return _bound(activation, tuple((name, float(getattr(module, name))) for name in activation.parameters))
-    return None
+    name = CLASSES.get(path_of(kind))
+    if name is None:
+        return None
+    inner = getattr(module, "act", None)  # the function that some of them call, torch's or a method of their own
+    known = inner is None or getattr(inner, "__self__", None) is module or find(inner) is ACTIVATIONS[name]
+    return ACTIVATIONS[name] if known else None
+
+
+def _find_function(function: Callable[..., Any]) -> Activation | None:
+    """The activation that a function of torch's is, or a `functools.partial` of one with its parameters."""
+    keywords: dict[str, Any] = {}
+    if isinstance(function, functools.partial):
+        if function.args:
+            return None
+        keywords, function = dict(function.keywords), function.func
+    if not isinstance(function, FunctionType | BuiltinFunctionType) or function not in FUNCTIONS:
+        return None
+    activation = ACTIVATIONS[FUNCTIONS[function]]
+    keywords.pop("inplace", None)
+    if function is F.gelu and keywords.pop("approximate", "none") == "tanh":
+        activation = ACTIVATIONS["gelu_tanh"]
+    return activation.bind(**keywords) if keywords.keys() <= activation.parameters.keys() else None
 
 
 def resolve(

@@ -5,6 +5,7 @@ model = FusedMLP(784, [512, 512, 10])
 """
 
 from . import ops as ops
+from .convert import PATTERNS, FuseReport, Pattern, fuse, register_pattern, unfuse
 from .functional import linear_act, mlp
 from .kernels.activations import ACTIVATIONS, Activation, register_activation
 from .module import FusedLinear, FusedMLP, Pointwise
@@ -14,13 +15,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACTIVATIONS",
+    "PATTERNS",
     "Activation",
     "DevicePrefetcher",
+    "FuseReport",
     "FusedLinear",
     "FusedMLP",
+    "Pattern",
     "Pointwise",
     "__version__",
+    "fuse",
     "linear_act",
     "mlp",
     "register_activation",
+    "register_pattern",
+    "unfuse",
 ]

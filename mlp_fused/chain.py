@@ -56,7 +56,7 @@ def cast(weights: Sequence[Tensor], path: LayerPath) -> Sequence[Tensor]:
     return [weight.to(path.dtype) for weight in weights] if path.casts else weights
 
 
-class Chain:
+class Schedule:
     """Kernels one after the other over places in some buffers: as tensors the first time, as pointers from then on."""
 
     def __init__(self, rows: int, itemsize: int) -> None:
@@ -138,7 +138,7 @@ class Forward:
 
     def __init__(self, path: LayerPath, rows: int, keep: bool) -> None:
         count = len(path.layers)
-        self.chain = chain = Chain(rows, path.dtype.itemsize)
+        self.schedule = schedule = Schedule(rows, path.dtype.itemsize)
         x, kept, spare, y, nothing = 0, 2 * count + 1, 2 * count + 2, 2 * count + 3, 2 * count + 4
         places: list[tuple[Any, Any]] = []  # of h and z
         self.keeps = keep and bool(_kept_widths(path))
@@ -159,18 +159,18 @@ class Forward:
         self.spare = sum(turns)
         self.spares = any(h is None for h, _ in places[:-1])
         self.edges = [h if z is None else z for h, z in places]
-        below, none = chain.place(x), chain.place(nothing)
+        below, none = schedule.place(x), schedule.place(nothing)
         for index, (kernels, (h, z)) in enumerate(zip(path.layers, places)):
             width = kernels.width_out
-            at_z = none if z is None else chain.place(kept, z, width)
+            at_z = none if z is None else schedule.place(kept, z, width)
             if kernels.last:
-                at_h = chain.place(y)
+                at_h = schedule.place(y)
             elif h is not None:
-                at_h = chain.place(kept, h, width)
+                at_h = schedule.place(kept, h, width)
             else:
-                at_h = chain.place(spare, turns[0] * (index % 2), width)
-            parameters = chain.place(1 + index), chain.place(1 + count + index)
-            chain.steps.append((kernels.forward_into, (below, *parameters, at_h, at_z)))
+                at_h = schedule.place(spare, turns[0] * (index % 2), width)
+            parameters = schedule.place(1 + index), schedule.place(1 + count + index)
+            schedule.steps.append((kernels.forward_into, (below, *parameters, at_h, at_z)))
             below = at_h
         self.width_out = path.layers[-1].width_out
 
@@ -178,10 +178,10 @@ class Forward:
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
         """y and what is kept."""
-        y = x.new_empty((self.chain.rows, self.width_out))
+        y = x.new_empty((self.schedule.rows, self.width_out))
         kept = x.new_empty((self.kept,)) if self.keeps else None
         spare = x.new_empty((self.spare,)) if self.spares else None
-        self.chain.run((x, *weights, *biases, kept, spare, y, None))
+        self.schedule.run((x, *weights, *biases, kept, spare, y, None))
         return y, kept
 
 
@@ -224,36 +224,38 @@ class Backward:
             if need and parameter is not None
         ]
         edges = Forward(path, rows, keep=True).edges
-        self.chain = chain = Chain(rows, path.dtype.itemsize)
+        self.schedule = schedule = Schedule(rows, path.dtype.itemsize)
         dy, y, x, kept, spare, dx, nothing = 0, 1, 2, count + 3, count + 4, count + 5, 3 * count + 6
-        none = chain.place(nothing)
+        none = schedule.place(nothing)
         at_edge = [
-            chain.place(y) if edge is None else chain.place(kept, edge, kernels.width_out)
+            schedule.place(y) if edge is None else schedule.place(kept, edge, kernels.width_out)
             for kernels, edge in zip(layers, edges)
         ]
         biggest = max(_room(rows, kernels.width_out) for kernels in layers)
         # dz takes two places in turn; a third is for what is rebuilt of a layer's output.
-        at_dz = [chain.place(spare, biggest * (index % 2), kernels.width_out) for index, kernels in enumerate(layers)]
+        at_dz = [
+            schedule.place(spare, biggest * (index % 2), kernels.width_out) for index, kernels in enumerate(layers)
+        ]
         self.spare = 3 * biggest
-        dz = chain.place(dy)
+        dz = schedule.place(dy)
         if path.activations[-1] is not IDENTITY:
-            chain.steps.append((layers[-1].output_gradient_into, (dz, at_edge[-1], at_dz[-1], none)))
+            schedule.steps.append((layers[-1].output_gradient_into, (dz, at_edge[-1], at_dz[-1], none)))
             dz = at_dz[-1]
         for index in reversed(range(count)):
             kernels = layers[index]
             needs_weight, needs_bias = needs[index], needs[count + index]
-            h = at_edge[index - 1] if index else chain.place(x)
+            h = at_edge[index - 1] if index else schedule.place(x)
             below = none
             if index or needs_x:
-                below = at_dz[index - 1] if index else chain.place(dx)
+                below = at_dz[index - 1] if index else schedule.place(dx)
                 saved, rebuilt = h if kernels.has_below else none, none
                 if needs_weight and kernels.below.keeps_preactivation:
-                    h = rebuilt = chain.place(spare, 2 * biggest, kernels.width_in)
-                chain.steps.append((kernels.dgrad_into, (dz, chain.place(3 + index), saved, below, rebuilt)))
+                    h = rebuilt = schedule.place(spare, 2 * biggest, kernels.width_in)
+                schedule.steps.append((kernels.dgrad_into, (dz, schedule.place(3 + index), saved, below, rebuilt)))
             if needs_weight or needs_bias:
-                dw = chain.place(dx + 1 + index) if needs_weight else none
-                db = chain.place(dx + 1 + count + index) if needs_bias else none
-                chain.steps.append((kernels.wgrad_into, (dz, h if needs_weight else none, dw, db)))
+                dw = schedule.place(dx + 1 + index) if needs_weight else none
+                db = schedule.place(dx + 1 + count + index) if needs_bias else none
+                schedule.steps.append((kernels.wgrad_into, (dz, h if needs_weight else none, dw, db)))
             dz = below
 
     def __call__(
@@ -271,9 +273,9 @@ class Backward:
         for index, shape, dtype in self.gradients:
             parameter: Any = parameters[index]
             gradients[index] = torch.empty_like(parameter) if shape is None else dy.new_empty(shape, dtype=dtype)
-        chain = self.chain
-        partial = dy.new_empty((chain.partial,), dtype=chain.partial_dtype) if chain.partial else None
-        chain.run((dy, y, x, *weights, kept, dy.new_empty((self.spare,)), dx, *gradients, None, partial))
+        schedule = self.schedule
+        partial = dy.new_empty((schedule.partial,), dtype=schedule.partial_dtype) if schedule.partial else None
+        schedule.run((dy, y, x, *weights, kept, dy.new_empty((self.spare,)), dx, *gradients, None, partial))
         return dx, gradients
 
 

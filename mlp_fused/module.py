@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from types import NoneType
+from types import BuiltinFunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from .functional import (
     settings,
 )
 from .kernels import configs
-from .kernels.activations import Activation, find, resolve
+from .kernels.activations import Activation, find, path_of, resolve
 from .layers import IDENTITY, LayerPath
 from .reference import linear_act
 
@@ -54,7 +55,7 @@ class Pointwise(nn.Module):
         return str(self.activation)
 
 
-class _WithBackend:
+class WithBackend:
     """A module with the user's choice of what computes it."""
 
     _backend: plan.Backend = "auto"
@@ -69,7 +70,7 @@ class _WithBackend:
         self._backend = plan.check_backend(backend)
 
 
-class FusedLinear(_WithBackend, nn.Linear):
+class FusedLinear(WithBackend, nn.Linear):
     """h = a(x Wᵀ + b): `nn.Linear` with its activation, a fused kernel on a GPU, plain torch elsewhere.
 
     Args:
@@ -110,7 +111,247 @@ class FusedLinear(_WithBackend, nn.Linear):
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-class FusedMLP(_WithBackend, nn.Sequential):
+class Chain(WithBackend, nn.Module):
+    """What calls modules one after the other, and runs those of them that kernels can take as kernels."""
+
+    _recompute: bool | None = None
+    _segments: _Segments | None = None  # remembered between calls
+
+    def _links(self) -> tuple[Any, ...]:
+        """What is called, in order: modules, and functions of a tensor."""
+        return tuple(self._modules.values())
+
+    def _link_names(self) -> tuple[str, ...]:
+        """By what names they are found."""
+        return tuple(self._modules)
+
+    @property
+    def recompute(self) -> bool | None:
+        """True, False, or None for whatever is faster; may be assigned."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: bool | None) -> None:
+        self._recompute = plan.check_recompute(recompute)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        if not self._wants_kernels():
+            on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"
+            if on_cpu and not (self._recompute and can_checkpoint()):
+                return self._forward_as_modules(input)
+        if torch.compiler.is_compiling():
+            for run in runs_of(self._links()):
+                input = self._run(run, input)
+            return input
+        segments = self._segments
+        if segments is None or not segments.hold(self):
+            segments = self._segments = _Segments(self)
+            if self._wants_kernels():
+                segments.refuse_split(self)
+        for run in segments.runs:
+            input = self._run(run, input)
+        return input
+
+    def _run(self, run: _Run, input: Tensor) -> Tensor:
+        """One run: as the last call took it where nothing has changed since, or decided anew."""
+        if run.linears:
+            kind = input.device.type if isinstance(input, Tensor) and input.dim() == 2 else ""
+            repeats = kind in ("cuda", "cpu") and not torch.compiler.is_compiling()
+            if repeats:
+                weights, biases = run.parameters()
+                now = settings(kind, self._backend, self._recompute)
+                for decision in run.decisions:
+                    if decision.holds(input, weights, biases, now):
+                        return run_path(input, weights, biases, decision.path)
+            layers = run.layers()
+            dtype = check_call(input, layers)
+            if plan.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
+                if repeats and not plan.is_watched() and Decision.can_hold(input, weights):
+                    path = find_path(input, layers, dtype, self._recompute, self._backend)
+                    if not (self._recompute and isinstance(path, LayerPath)):  # which torch's checkpoint runs
+                        run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
+                        return run_path(input, weights, biases, path)
+                return run_kernels(input, layers, dtype, self._recompute, self._backend)
+        if run.linears and self._recompute and can_checkpoint():
+            return checkpoint(run.call, input, use_reentrant=False)
+        return run.call(input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is only remembered between calls: kernels are not for pickling."""
+        return {**self.__dict__, "_segments": None}
+
+    def _wants_kernels(self) -> bool:
+        """Whether the user asked for kernels even on a CPU, which is where the interpreter runs them."""
+        return (plan.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
+
+    def _forward_as_modules(self, input: Tensor) -> Tensor:
+        """The modules called as they are, on a CPU and under torch.compile.
+
+        A mistake in the input is explained after the fact: nothing was launched by then.
+        """
+        output = input
+        try:
+            for child in self._links():
+                if type(child) is nn.Dropout and child.p == 0 and not has_hooks(child):
+                    continue  # it does nothing, at the price of two calls
+                output = child(output)
+        except (RuntimeError, TypeError):
+            first = self._links()[0]
+            if why_unfused(first) is None:
+                _raise_if_wrong(input, first)
+            raise
+        return output
+
+    def warmup(self, *batch_sizes: int, training: bool = True) -> float:
+        """Compile ahead what batches of these sizes need, so that the first of them does not wait; returns seconds.
+
+        Every run of layers is gone through once without gradients, and with `training` once forward and backward, on
+        zeros, in the dtype that a call would compute in (call it under autocast where the model runs under it). Norms
+        and Dropout are left out: no statistics change, no random number is drawn, no `.grad` is written. A batch of
+        about the same size needs nothing else; one of another order of magnitude may take other tiles.
+
+        Raises:
+            ValueError: no batch size, or one below 1.
+            RuntimeError: as a call does, where backend="triton" cannot run.
+        """
+        if not batch_sizes:
+            raise ValueError("batch_sizes is empty; it needs one number of rows or more")
+        for batch_size in batch_sizes:
+            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+                raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
+        begun = time.perf_counter()
+        devices = set()
+        below = False  # whether anything before a run needs gradients
+        with torch.inference_mode(False):
+            for run in runs_of(self._links()):
+                trainable = below or any(
+                    parameter.requires_grad
+                    for child in run.children
+                    if isinstance(child, nn.Module)
+                    for parameter in child.parameters()
+                )
+                if run.linears:
+                    layers = [
+                        Layer(_twin(weight), None if bias is None else _twin(bias), activation)
+                        for weight, bias, activation in run.gathered_layers()
+                    ]
+                    first = layers[0].weight
+                    devices.add(first.device)
+                    for rows in batch_sizes:
+                        x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
+                        self._warm_up(x.requires_grad_(below), layers, training)
+                below = trainable
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    def _warm_up(self, x: Tensor, layers: list[Layer], training: bool) -> None:
+        """One run's kernels, launched for their own sake."""
+        for differentiable in (False, True)[: 1 + training]:
+            with torch.set_grad_enabled(differentiable):
+                dtype = check_call(x, layers)
+                if plan.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
+                    continue
+                y = run_kernels(x, layers, dtype, self._recompute, self._backend)
+                leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
+                wanted = [leaf for leaf in leaves if leaf.requires_grad]
+                if differentiable and wanted:
+                    torch.autograd.grad(y, wanted, torch.zeros_like(y))
+
+    def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> plan.Plan:
+        """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
+
+        Args:
+            batch_size: rows of the input.
+            dtype: what the products are computed in; by default autocast's where it is on, else the parameters'.
+            device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200",
+                to ask about a GPU that is not there.
+
+        Returns:
+            A record whose `str` is a table. Its numbers are for a training step in which the input needs no gradient.
+
+        Raises:
+            ValueError: a negative batch size, a network without parameters, or not over rows of features.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 0 or more")
+        parameter = next(self.parameters(), None)
+        if parameter is None:
+            raise ValueError("the network has no parameters; there is nothing to explain")
+        known = configs.DEVICES.get(device) if isinstance(device, str) else None
+        where = torch.device("meta") if known else torch.device(device or parameter.device)
+        dtype = dtype or plan.compute_dtype(parameter.dtype, where.type)
+        precision = plan.float32_precision() if dtype == torch.float32 else "ieee"
+        gpu = known
+        if known is None and (where.type == "cuda" or self._wants_kernels()):
+            gpu = configs.describe(where.type, where.index or 0)
+
+        runs: list[plan.RunPlan] = []
+        kept = 0
+        links = self._links()
+        first = next((child for child in links if is_linear(child)), None)
+        width = 1 if first is None else _weight(first).shape[1]
+        flow = torch.empty((batch_size, width), dtype=dtype, device="meta")
+        link_names = iter(self._link_names())
+        for run in runs_of(links):
+            names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, link_names))
+            layers = run.gathered_layers("meta")
+            reason = run.reason
+            if layers:
+                reason = plan.why_not(layers, dtype, where, self._backend, planned=known is not None)
+            trainable = [layer.weight.requires_grad for layer in layers]
+            biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
+            needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
+            input_size = dtype.itemsize if runs else max(dtype.itemsize, parameter.dtype.itemsize)
+            flow, kept_by_torch = _kept_by_torch(run.children, flow)
+            widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
+            training = any(trainable) or any(biased) or needs_input_grad
+            if layers and reason is None and gpu is not None and not self._wants_kernels():
+                activations = [layer.activation for layer in layers]
+                reason = plan.why_torch(widths, activations, dtype, precision, training, self._recompute, gpu)
+            path: plan.NetworkPlan | str = ""
+            if layers and reason is None:
+                assert gpu is not None
+                path = plan.network_path(
+                    widths,
+                    tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, _ in layers),
+                    tuple(layer.activation for layer in layers),
+                    dtype,
+                    precision,
+                    gpu,
+                    training,
+                    self._recompute,
+                    input_size if input_size > dtype.itemsize else 0,
+                )
+            if isinstance(path, plan.NetworkPlan):
+                gradients = plan.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
+                kernels = plan.plan_network(batch_size, path, biases, gradients, needs_input_grad)
+                kept += path.kept_elements(batch_size) * dtype.itemsize
+                if path.formulation is not None:  # the input is kept as it is given
+                    kept += batch_size * widths[0] * (input_size - dtype.itemsize)
+                runs.append(plan.RunPlan(names, "network", path.explanation, tuple(kernels)))
+                continue
+            kernels = plan.plan_layers(  # of the reference too: the least that the work takes
+                batch_size,
+                list(itertools.pairwise(widths)),
+                [layer.activation for layer in layers],
+                dtype,
+                biases=biases,
+                trainable=[weight or bias for weight, bias in zip(trainable, biased)],
+                needs_input_grad=needs_input_grad,
+                precision=precision,
+            )
+            if reason is None:
+                kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
+                runs.append(plan.RunPlan(names, "layer", str(path), tuple(kernels)))
+            else:
+                kept += kept_by_torch
+                runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))
+        return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not self._wants_kernels())
+
+
+class FusedMLP(Chain, nn.Sequential):
     """H_l = a(H_{l-1} W_lᵀ + b_l): `torchvision.ops.MLP`'s arguments, children and keys; fused kernels on a GPU.
 
     Its children are the real `nn.Linear`, norm, activation and `nn.Dropout` modules: every hidden layer is Linear,
@@ -134,9 +375,6 @@ class FusedMLP(_WithBackend, nn.Sequential):
         ValueError: a width below 1, no layer at all, a probability outside [0, 1], an unknown activation or backend.
         TypeError: a width that is not an integer, `hidden_channels` that is not a sequence.
     """
-
-    _recompute: bool | None = None
-    _segments: _Segments | None = None  # remembered between calls
 
     def __init__(
         self,
@@ -218,230 +456,13 @@ class FusedMLP(_WithBackend, nn.Sequential):
         model.recompute = recompute
         return model
 
-    @property
-    def recompute(self) -> bool | None:
-        """True, False, or None for whatever is faster; may be assigned."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, recompute: bool | None) -> None:
-        self._recompute = plan.check_recompute(recompute)
+    forward = Chain._forward
 
     def __getitem__(self, index: slice | int) -> Any:
         """One child; or, for a slice, an nn.Sequential of the same modules."""
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self._wants_kernels():
-            on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"
-            if on_cpu and not (self._recompute and can_checkpoint()):
-                return self._forward_as_modules(input)
-        if torch.compiler.is_compiling():
-            for run in _runs(self):
-                input = self._run(run, input)
-            return input
-        segments = self._segments
-        if segments is None or not segments.hold(self):
-            segments = self._segments = _Segments(self)
-            if self._wants_kernels():
-                segments.refuse_split(self)
-        for run in segments.runs:
-            input = self._run(run, input)
-        return input
-
-    def _run(self, run: _Run, input: Tensor) -> Tensor:
-        """One run: as the last call took it where nothing has changed since, or decided anew."""
-        if run.linears:
-            kind = input.device.type if isinstance(input, Tensor) and input.dim() == 2 else ""
-            repeats = kind in ("cuda", "cpu") and not torch.compiler.is_compiling()
-            if repeats:
-                weights, biases = run.parameters()
-                now = settings(kind, self._backend, self._recompute)
-                for decision in run.decisions:
-                    if decision.holds(input, weights, biases, now):
-                        return run_path(input, weights, biases, decision.path)
-            layers = run.layers()
-            dtype = check_call(input, layers)
-            if plan.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
-                if repeats and not plan.is_watched() and Decision.can_hold(input, weights):
-                    path = find_path(input, layers, dtype, self._recompute, self._backend)
-                    if not (self._recompute and isinstance(path, LayerPath)):  # which torch's checkpoint runs
-                        run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
-                        return run_path(input, weights, biases, path)
-                return run_kernels(input, layers, dtype, self._recompute, self._backend)
-        if run.linears and self._recompute and can_checkpoint():
-            return checkpoint(run.call, input, use_reentrant=False)
-        return run.call(input)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is only remembered between calls: kernels are not for pickling."""
-        return {**self.__dict__, "_segments": None}
-
-    def _wants_kernels(self) -> bool:
-        """Whether the user asked for kernels even on a CPU, which is where the interpreter runs them."""
-        return (plan.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
-
-    def _forward_as_modules(self, input: Tensor) -> Tensor:
-        """nn.Sequential's forward, on a CPU and under torch.compile.
-
-        A mistake in the input is explained after the fact: nothing was launched by then.
-        """
-        output = input
-        try:
-            for child in self._modules.values():
-                if type(child) is nn.Dropout and child.p == 0 and not _has_hooks(child):
-                    continue  # it does nothing, at the price of two calls
-                output = child(output)
-        except (RuntimeError, TypeError):
-            first = next(iter(self._modules.values()))
-            if isinstance(first, nn.Linear) and _why_unfused(first) is None:
-                _raise_if_wrong(input, first)
-            raise
-        return output
-
-    def warmup(self, *batch_sizes: int, training: bool = True) -> float:
-        """Compile ahead what batches of these sizes need, so that the first of them does not wait; returns seconds.
-
-        Every run of layers is gone through once without gradients, and with `training` once forward and backward, on
-        zeros, in the dtype that a call would compute in (call it under autocast where the model runs under it). Norms
-        and Dropout are left out: no statistics change, no random number is drawn, no `.grad` is written. A batch of
-        about the same size needs nothing else; one of another order of magnitude may take other tiles.
-
-        Raises:
-            ValueError: no batch size, or one below 1.
-            RuntimeError: as a call does, where backend="triton" cannot run.
-        """
-        if not batch_sizes:
-            raise ValueError("batch_sizes is empty; it needs one number of rows or more")
-        for batch_size in batch_sizes:
-            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-                raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
-        begun = time.perf_counter()
-        devices = set()
-        below = False  # whether anything before a run needs gradients
-        with torch.inference_mode(False):
-            for run in _runs(self):
-                trainable = below or any(
-                    parameter.requires_grad for child in run.children for parameter in child.parameters()
-                )
-                if run.linears:
-                    layers = [
-                        Layer(_twin(weight), None if bias is None else _twin(bias), activation)
-                        for weight, bias, activation in run.gathered_layers()
-                    ]
-                    first = layers[0].weight
-                    devices.add(first.device)
-                    for rows in batch_sizes:
-                        x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
-                        self._warm_up(x.requires_grad_(below), layers, training)
-                below = trainable
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
-
-    def _warm_up(self, x: Tensor, layers: list[Layer], training: bool) -> None:
-        """One run's kernels, launched for their own sake."""
-        for differentiable in (False, True)[: 1 + training]:
-            with torch.set_grad_enabled(differentiable):
-                dtype = check_call(x, layers)
-                if plan.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
-                    continue
-                y = run_kernels(x, layers, dtype, self._recompute, self._backend)
-                leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
-                wanted = [leaf for leaf in leaves if leaf.requires_grad]
-                if differentiable and wanted:
-                    torch.autograd.grad(y, wanted, torch.zeros_like(y))
-
-    def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> plan.Plan:
-        """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
-
-        Args:
-            batch_size: rows of the input.
-            dtype: what the products are computed in; by default autocast's where it is on, else the parameters'.
-            device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200",
-                to ask about a GPU that is not there.
-
-        Returns:
-            A record whose `str` is a table. Its numbers are for a training step in which the input needs no gradient.
-
-        Raises:
-            ValueError: a negative batch size, a network without parameters, or not over rows of features.
-        """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
-            raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 0 or more")
-        parameter = next(self.parameters(), None)
-        if parameter is None:
-            raise ValueError("the network has no parameters; there is nothing to explain")
-        known = configs.DEVICES.get(device) if isinstance(device, str) else None
-        where = torch.device("meta") if known else torch.device(device or parameter.device)
-        dtype = dtype or plan.compute_dtype(parameter.dtype, where.type)
-        precision = plan.float32_precision() if dtype == torch.float32 else "ieee"
-        gpu = known
-        if known is None and (where.type == "cuda" or self._wants_kernels()):
-            gpu = configs.describe(where.type, where.index or 0)
-
-        runs: list[plan.RunPlan] = []
-        kept = 0
-        first = next((child for child in self if isinstance(child, nn.Linear)), None)
-        flow = torch.empty((batch_size, first.in_features if first else 1), dtype=dtype, device="meta")
-        for run in _runs(self):
-            names = ", ".join(f"{name} {type(child).__name__}" for name, child in run.named_children(self))
-            layers = run.gathered_layers("meta")
-            reason = run.reason
-            if layers:
-                reason = plan.why_not(layers, dtype, where, self._backend, planned=known is not None)
-            trainable = [layer.weight.requires_grad for layer in layers]
-            biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
-            needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
-            input_size = dtype.itemsize if runs else max(dtype.itemsize, parameter.dtype.itemsize)
-            flow, kept_by_torch = _kept_by_torch(run.children, flow)
-            widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
-            training = any(trainable) or any(biased) or needs_input_grad
-            if layers and reason is None and gpu is not None and not self._wants_kernels():
-                activations = [layer.activation for layer in layers]
-                reason = plan.why_torch(widths, activations, dtype, precision, training, self._recompute, gpu)
-            path: plan.NetworkPlan | str = ""
-            if layers and reason is None:
-                assert gpu is not None
-                path = plan.network_path(
-                    widths,
-                    tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, _ in layers),
-                    tuple(layer.activation for layer in layers),
-                    dtype,
-                    precision,
-                    gpu,
-                    training,
-                    self._recompute,
-                    input_size if input_size > dtype.itemsize else 0,
-                )
-            if isinstance(path, plan.NetworkPlan):
-                gradients = plan.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
-                kernels = plan.plan_network(batch_size, path, biases, gradients, needs_input_grad)
-                kept += path.kept_elements(batch_size) * dtype.itemsize
-                if path.formulation is not None:  # the input is kept as it is given
-                    kept += batch_size * widths[0] * (input_size - dtype.itemsize)
-                runs.append(plan.RunPlan(names, "network", path.explanation, tuple(kernels)))
-                continue
-            kernels = plan.plan_layers(  # of the reference too: the least that the work takes
-                batch_size,
-                list(itertools.pairwise(widths)),
-                [layer.activation for layer in layers],
-                dtype,
-                biases=biases,
-                trainable=[weight or bias for weight, bias in zip(trainable, biased)],
-                needs_input_grad=needs_input_grad,
-                precision=precision,
-            )
-            if reason is None:
-                kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
-                runs.append(plan.RunPlan(names, "layer", str(path), tuple(kernels)))
-            else:
-                kept += kept_by_torch
-                runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))
-        return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not self._wants_kernels())
 
 
 def _twin(parameter: Tensor) -> Tensor:
@@ -457,10 +478,12 @@ def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
 class _Run:
     """Neighbouring children: Linear layers with activations, which kernels can take; or one that runs as itself."""
 
-    def __init__(self, children: list[nn.Module], reason: str | None = None) -> None:
+    def __init__(self, children: list[Any], reason: str | None = None) -> None:
         self.children = children
-        self.linears: list[tuple[nn.Linear, Activation]] = []
+        self.linears: list[tuple[nn.Module, Activation]] = []
         self.owned: list[dict[str, Any]] = []  # the linears' dicts of parameters
+        self.transposed: list[bool] = []  # which of the linears' weights are (in, out)
+        self.any_transposed = False
         self.reason = reason  # why it runs as itself
         self.decisions: list[Decision] = []  # the last two paths: training and evaluation alternate
 
@@ -471,11 +494,11 @@ class _Run:
         return input
 
     def parameters(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Weights and biases."""
-        return (
-            tuple([owned["weight"] for owned in self.owned]),
-            tuple([owned["bias"] for owned in self.owned]),
-        )
+        """Weights (out, in) and biases."""
+        weights = tuple([owned["weight"] for owned in self.owned])
+        if self.any_transposed:
+            weights = tuple([each.t() if across else each for each, across in zip(weights, self.transposed)])
+        return weights, tuple([owned["bias"] for owned in self.owned])
 
     def layers(self) -> tuple[Layer, ...]:
         return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears)))
@@ -493,19 +516,15 @@ class _Run:
             layers.append(Layer(weight, bias, activation))
         return tuple(layers)
 
-    def named_children(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        mine = {id(child) for child in self.children}
-        return [(name, child) for name, child in model._modules.items() if child is not None and id(child) in mine]
-
 
 class _Segments:
     """The runs of a network, and what tells whether they still are: looked at on every call, as children may change."""
 
-    def __init__(self, model: nn.Sequential) -> None:
-        self.runs = _runs(model)
-        self.children = tuple(model._modules.values())
+    def __init__(self, model: Chain) -> None:
+        self.children = model._links()
+        self.runs = runs_of(self.children)
         self.types = tuple(map(type, self.children))
-        self.dicts = [child.__dict__ for child in self.children if child is not None]
+        self.dicts = [child.__dict__ for child in self.children if isinstance(child, nn.Module)]
         self.owned = [owned for run in self.runs for owned in run.owned]
         self.plain = self._are_plain()
         # What an activation is by, and whether Dropout drops.
@@ -513,7 +532,7 @@ class _Segments:
         for child in (child for run in self.runs if run.linears for child in run.children):
             if type(child) is nn.Dropout:
                 names = ["p", "training"] if child.p else ["p"]
-            elif type(child) is nn.Linear:
+            elif type(child) is nn.Linear or not isinstance(child, nn.Module) or _is_transposed(child):
                 continue
             else:
                 names = [name for name in child.__dict__ if not name.startswith("_") and name not in UNREAD]
@@ -525,11 +544,11 @@ class _Segments:
                 self.plain &= all(isinstance(child.__dict__[name], PLAIN) for name in names)
             self.settings += [(child.__dict__, name, child.__dict__[name]) for name in names]
 
-    def hold(self, model: nn.Sequential) -> bool:
+    def hold(self, model: Chain) -> bool:
         """Whether the children are the same, of the same kind and settings, without hooks or patches."""
         return (
             self.plain
-            and tuple(model._modules.values()) == self.children
+            and model._links() == self.children
             and tuple(map(type, self.children)) == self.types
             and self._are_plain()
             and all(map(dict.__contains__, self.owned, itertools.repeat("weight")))
@@ -537,13 +556,16 @@ class _Segments:
             and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
         )
 
-    def refuse_split(self, model: nn.Module) -> None:
+    def refuse_split(self, model: Chain) -> None:
         """Refuse layers that no one process has. (Others with hooks run as themselves, whatever the backend.)
 
         Raises:
             RuntimeError: a Linear is split over processes.
         """
-        names = [name for run in self.runs if run.reason == SPLIT for name, _ in run.named_children(model)]
+        split = [child for run in self.runs if run.reason == SPLIT for child in run.children]
+        names = [
+            name for name, child in zip(model._link_names(), self.children) if any(child is each for each in split)
+        ]
         if names:
             raise RuntimeError(f'backend is "triton", but of child {", ".join(names)}, {SPLIT}; or use backend="auto"')
 
@@ -552,30 +574,31 @@ class _Segments:
         return not (_are_hooked(self.dicts) or _has_any_global_hook())
 
 
-def _runs(model: nn.Sequential) -> list[_Run]:
+def runs_of(children: Iterable[Any]) -> list[_Run]:
     """The children of a network, parted into runs."""
     runs: list[_Run] = []
     run: _Run | None = None
     takes_activation = False  # whether the run's last Linear is still without one
     everything_hooked = _has_any_global_hook()
-    for child in model._modules.values():
-        why = "a global module hook is registered" if everything_hooked else _why_unfused(child)
+    for child in children:
+        why = "a global module hook is registered" if everything_hooked else why_unfused(child)
         if why is None:
             activation = child.activation if type(child) is FusedLinear else IDENTITY
             if run is None:
                 run = _Run([])
                 runs.append(run)
-            assert isinstance(child, nn.Linear)
             run.linears.append((child, activation))
             run.owned.append(child._parameters)
+            run.transposed.append(_is_transposed(child))
+            run.any_transposed = any(run.transposed)
             takes_activation = activation is IDENTITY
-        elif run is not None and not everything_hooked and not _has_hooks(child) and _is_inert(child):
+        elif run is not None and not everything_hooked and not has_hooks(child) and _is_inert(child):
             pass
         elif (
             run is not None
             and takes_activation
             and not everything_hooked
-            and not _has_hooks(child)
+            and not has_hooks(child)
             and (found := find(child))
         ):
             run.linears[-1] = (run.linears[-1][0], found)
@@ -588,18 +611,42 @@ def _runs(model: nn.Sequential) -> list[_Run]:
     return runs
 
 
-def _why_unfused(module: nn.Module) -> str | None:
+# Linear layers whose weight is (in, out), by path as none of these need be installed.
+TRANSPOSED = ("transformers.pytorch_utils.Conv1D",)
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether a module is a Linear layer with its weight the other way round."""
+    return path_of(type(module)) in TRANSPOSED
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a Linear layer of any kind."""
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _weight(linear: Any) -> Tensor:
+    """The weight of a Linear layer as (out, in)."""
+    return linear.weight.t() if _is_transposed(linear) else linear.weight
+
+
+def name_of(child: Any) -> str:
+    """What a module or function is called in sentences."""
+    return type(child).__name__ if isinstance(child, nn.Module) else getattr(child, "__name__", type(child).__name__)
+
+
+def why_unfused(module: Any) -> str | None:
     """Why a module is no plain Linear layer, one that kernels may take in place of a call; None where it is."""
-    if not isinstance(module, nn.Linear):
-        return f"{type(module).__name__} has no kernel"
-    if _has_hooks(module):
+    if not is_linear(module):
+        return f"{name_of(module)} has no kernel"
+    if has_hooks(module):
         if _is(module, "torch.distributed.fsdp", "FSDPModule"):
             return (
                 "fully_shard was called on it, whose hooks gather its parameters; on the whole network it stays fused"
             )
         return SPLIT if _is_split(module._parameters.get("weight")) else "it has hooks, or a forward patched onto it"
-    if type(module).forward is not nn.Linear.forward and type(module) is not FusedLinear:
-        return f"{type(module).__name__} has a forward of its own"
+    if not (type(module).forward is nn.Linear.forward or type(module) is FusedLinear or _is_transposed(module)):
+        return f"{name_of(module)} has a forward of its own"
     if "weight" not in module._parameters:
         return "its weight is parametrized"
     if "bias" not in module._parameters:
@@ -609,11 +656,11 @@ def _why_unfused(module: nn.Module) -> str | None:
 
 SPLIT = "the weight is a DTensor, split over processes, whose parts hooks bring together"
 UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes that no activation is by
-PLAIN = (bool, int, float, str, NoneType, Activation)
+PLAIN = (bool, int, float, str, NoneType, Activation, BuiltinFunctionType, MethodType, functools.partial)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return _are_hooked([module.__dict__])
+def has_hooks(module: Any) -> bool:
+    return isinstance(module, nn.Module) and _are_hooked([module.__dict__])
 
 
 def _are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
@@ -655,15 +702,15 @@ def _unhooked(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _is_inert(module: nn.Module) -> bool:
-    """Whether a module is Dropout that drops nothing."""
-    return type(module) is nn.Dropout and (module.p == 0 or not module.training)
+def _is_inert(module: Any) -> bool:
+    """Whether a module is the identity, or Dropout that drops nothing."""
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and (module.p == 0 or not module.training))
 
 
-def _raise_if_wrong(input: Tensor, linear: nn.Linear) -> None:
+def _raise_if_wrong(input: Tensor, linear: Any) -> None:
     """Raise `check_call`'s sentence, in place of torch's, where the input does not fit the layer."""
     try:
-        check_call(input, (Layer(linear.weight, linear.bias, IDENTITY),))
+        check_call(input, (Layer(_weight(linear), linear.bias, IDENTITY),))
     except (RuntimeError, TypeError) as sentence:
         raise sentence from None
 
@@ -692,7 +739,7 @@ def _activation_maker(
     return lambda: activation(**in_place)
 
 
-def _kept_by_torch(children: Sequence[nn.Module], flow: Tensor) -> tuple[Tensor, int]:
+def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
     """What plain torch keeps for backward, bytes: read off a run of the children on meta tensors, parameters apart."""
     kept: dict[int, Tensor] = {}
     own: set[int] = set()
@@ -706,6 +753,9 @@ def _kept_by_torch(children: Sequence[nn.Module], flow: Tensor) -> tuple[Tensor,
     flow = flow.detach().requires_grad_(flow.requires_grad)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for child in children:
+            if not isinstance(child, nn.Module):
+                flow = child(flow)
+                continue
             state = {
                 name: _stand_in(tensor, "meta", flow.dtype if tensor.is_floating_point() else None)
                 for name, tensor in (*child.named_parameters(), *child.named_buffers())

@@ -231,14 +231,14 @@ torch.library.register_autograd("mlp_fused::mlp_backward", _refuse, lib=_library
 
 
 @register_flop_formula(torch.ops.mlp_fused.mlp)
-def _mlp_flops(x: tuple[int, ...], weights: list[tuple[int, ...]], *settings: Any, **_: Any) -> int:
+def _mlp_flops(x: tuple[int, ...], weights: list[tuple[int, ...]], *settings: Any, **others: Any) -> int:
     """2 M N K a layer, as torch counts a Linear."""
     return sum(2 * x[0] * n * k for n, k in weights)
 
 
 @register_flop_formula(torch.ops.mlp_fused.mlp_backward)
 def _mlp_backward_flops(
-    dy: tuple[int, ...], x: Any, y: Any, kept: Any, weights: list[tuple[int, ...]], *settings: Any, **_: Any
+    dy: tuple[int, ...], x: Any, y: Any, kept: Any, weights: list[tuple[int, ...]], *settings: Any, **others: Any
 ) -> int:
     """2 M N K for each weight's gradient, and for each layer through which one goes further down."""
     _, biased, *_, needs = settings

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, register_activation
-from mlp_fused.kernels.activations import Activation, find, resolve
+from mlp_fused.kernels.activations import FUNCTIONS, Activation, find, resolve
 
 EXTREMES = [0.0, 1e4, -1e4, torch.inf, -torch.inf, torch.nan, 1e-30, -1e-30, 1e-4, -1e-4, 100.0, -100.0]
 
@@ -107,6 +110,41 @@ def test_a_module_with_state_or_that_is_not_pointwise_is_not_found(module: nn.Mo
     assert find(module) is None
     with pytest.raises(ValueError, match=rf"activation is {type(module).__name__}.*one of: identity, relu"):
         resolve(module)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_function_of_torchs_is_found(function: Callable[..., Tensor]) -> None:
+    found = find(function)
+    assert found is ACTIVATIONS[FUNCTIONS[function]]
+    z = torch.randn(100) * 5
+    assert torch.equal(found(z), function(z.clone()))
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "parameters"),
+    [
+        (partial(F.gelu, approximate="tanh"), "gelu_tanh", {}),
+        (partial(F.gelu, approximate="none"), "gelu", {}),
+        (partial(F.leaky_relu, negative_slope=0.2, inplace=True), "leaky_relu", {"negative_slope": 0.2}),
+    ],
+    ids=str,
+)
+def test_a_partial_function_is_found_with_its_parameters(
+    function: Callable[..., Tensor], name: str, parameters: dict[str, float]
+) -> None:
+    found = find(function)
+    assert found is resolve(name).bind(**parameters)
+    z = torch.randn(100) * 5
+    assert torch.equal(found(z), function(z.clone()))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.cos, lambda z: z, partial(F.relu, torch.ones(1)), partial(F.softmax, dim=-1), F.threshold],
+    ids=str,
+)
+def test_another_function_is_not_found(function: Callable[..., Tensor]) -> None:
+    assert find(function) is None
 
 
 def test_resolve_takes_names_classes_instances_and_none() -> None:

@@ -1,0 +1,525 @@
+"""fuse(model): networks that exist, in place; unfuse(model) undoes it.
+
+A module that is replaced stays the object that it is, with its parameters, children, hooks and keys; what changes is
+its class, to one derived from its own that goes by the same name. Which modules: `nn.Sequential`, and the shapes of
+the table `PATTERNS`.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import plan
+from .kernels.activations import find, path_of
+from .layers import IDENTITY
+from .module import (
+    Chain,
+    FusedLinear,
+    FusedMLP,
+    WithBackend,
+    has_hooks,
+    is_linear,
+    name_of,
+    runs_of,
+    why_unfused,
+)
+
+__all__ = ["PATTERNS", "FuseReport", "Pattern", "fuse", "register_pattern", "unfuse"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """y = finish(module, (link_n ∘ … ∘ link_1)(x), x): what one method of a known class computes.
+
+    Attributes:
+        target: the class's full name, such as "timm.layers.mlp.Mlp"; a subclass counts where it keeps the method.
+        chain: what the method calls, in order: paths of attributes, modules or functions of one tensor.
+        method: its name; it takes the tensor, and nothing else.
+        within: modules whose own call is left out, as the chain goes into them: their paths, with their classes' full
+            names.
+        finish: what the method does after the chain, with the module, the chain's output and the input.
+        note: what a user should know, for the report.
+    """
+
+    target: str
+    chain: tuple[str, ...]
+    method: str = "forward"
+    within: Mapping[str, str] = field(default_factory=dict)
+    finish: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    note: str = ""
+
+
+PATTERNS: dict[str, Pattern] = {}
+
+
+def register_pattern(
+    target: str | type[nn.Module],
+    chain: Sequence[str],
+    *,
+    method: str = "forward",
+    within: Mapping[str, str | type[nn.Module]] | None = None,
+    finish: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
+    note: str = "",
+) -> Pattern:
+    """Add a known shape to the table that `fuse` goes by; see `Pattern` for what each argument is.
+
+    A class may be given itself or by its full name, so that its library need not be imported.
+
+    Raises:
+        ValueError: the class has a pattern already, the chain is empty, or the class has no such method.
+        TypeError: an argument of another kind.
+    """
+    path = _path(target, "target")
+    if path in PATTERNS:
+        raise ValueError(f"target {path} has a pattern already")
+    if isinstance(chain, str) or not isinstance(chain, Iterable) or not all(isinstance(each, str) for each in chain):
+        raise TypeError(
+            f'chain is {chain!r}; it needs to be names of attributes in order, such as ["fc1", "act", "fc2"]'
+        )
+    if not chain:
+        raise ValueError("chain is empty; it needs the names of what the method calls, in order")
+    if not isinstance(method, str):
+        raise TypeError(f"method is {method!r}; it needs to be a method's name")
+    if isinstance(target, type) and not callable(getattr(target, method, None)):
+        raise ValueError(f"method is {method!r}, which {target.__name__} has not")
+    if finish is not None and not callable(finish):
+        raise TypeError(f"finish is {finish!r}; it needs to be a function (module, output, input) -> output")
+    inner = {name: _path(kind, f"within[{name!r}]") for name, kind in (within or {}).items()}
+    PATTERNS[path] = Pattern(path, tuple(chain), method, inner, finish, note)
+    return PATTERNS[path]
+
+
+def _path(kind: object, argument: str) -> str:
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return path_of(kind)
+    if not isinstance(kind, str) or "." not in kind:
+        raise TypeError(f'{argument} is {kind!r}; it needs to be an nn.Module class or its full name, "package.Class"')
+    return kind
+
+
+def _bert_finish(layer: Any, output: Tensor, input: Tensor) -> Tensor:
+    return layer.output.LayerNorm(output + input)
+
+
+register_pattern(
+    nn.TransformerEncoderLayer,
+    ["linear1", "activation", "dropout", "linear2", "dropout2"],
+    method="_ff_block",
+    note="in inference torch runs the whole layer as one operator of its own wherever it can, and still does; "
+    "torch.backends.mha.set_fastpath_enabled(False) turns that off",
+)
+register_pattern(
+    nn.TransformerDecoderLayer,
+    ["linear1", "activation", "dropout", "linear2", "dropout3"],
+    method="_ff_block",
+)
+register_pattern("timm.layers.mlp.Mlp", ["fc1", "act", "drop1", "norm", "fc2", "drop2"])
+register_pattern(
+    "transformers.models.bert.modeling_bert.BertLayer",
+    ["intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", "output.dropout"],
+    method="feed_forward_chunk",
+    within={
+        "intermediate": "transformers.models.bert.modeling_bert.BertIntermediate",
+        "output": "transformers.models.bert.modeling_bert.BertOutput",
+    },
+    finish=_bert_finish,
+)
+register_pattern("transformers.models.gpt2.modeling_gpt2.GPT2MLP", ["c_fc", "act", "c_proj", "dropout"])
+register_pattern("transformers.models.vit.modeling_vit.ViTMLP", ["fc1", "activation_fn", "fc2"])
+# Before transformers 5.9, where ViTLayer's own forward calls ViTOutput: its Linear is out of reach.
+register_pattern("transformers.models.vit.modeling_vit.ViTIntermediate", ["dense", "intermediate_act_fn"])
+
+# Children of an MLP whose activation is multiplied by another Linear's output.
+GATED = ({"gate_proj", "up_proj"}, {"fc1_g", "fc1_x"})
+# Such MLPs whose children do not show it.
+GATED_CLASSES = ("timm.layers.mlp.GluMlp",)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A module in a report: its name in the model, its class's name, and what was done or why not."""
+
+    name: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` replaced, and what it did not, and why; its `str` is for reading."""
+
+    replaced: tuple[Entry, ...]
+    left: tuple[Entry, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for title, entries in (("replaced", self.replaced), ("left as they are", self.left)):
+            lines.append(f"{title}: {len(entries) or 'nothing'}")
+            alike: dict[tuple[str, str], list[str]] = {}
+            for entry in entries:
+                alike.setdefault((entry.kind, entry.text), []).append(entry.name or "the model itself")
+            for (kind, text), names in alike.items():
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                lines.append(f"  {shown} ({kind}): {text}")
+        return "\n".join(lines)
+
+
+def fuse(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    backend: plan.Backend = "auto",
+    recompute: bool | None = None,
+) -> FuseReport:
+    """Run the MLPs inside a model on fused kernels, in place; parameters, state_dict keys and hooks stay.
+
+    Replaced are, at any depth: `nn.Sequential` (and subclasses that keep its forward, such as `torchvision.ops.MLP`)
+    where a Linear is followed by an activation, and the known shapes of `PATTERNS`. A replaced module is the same
+    object, an instance of its old class and printed as before; it gains `FusedMLP`'s `explain`, `warmup`, `backend` and
+    `recompute`. A child with hooks, a parametrization or a forward of its own (LoRA, quantised) is called as itself,
+    also where it gets them later; a module whose weights are shared or quantised is left alone. Call it before
+    `fully_shard` and `torch.compile`.
+
+    Args:
+        model: any module.
+        filter_fn: called with each module that would be replaced and its name in the model ("" for the model itself),
+            in torchao's order; False leaves that module alone, not those inside it.
+        backend, recompute: as in `FusedMLP`, for every module that is replaced.
+
+    Returns:
+        What was replaced, what was not, and why; `print` it.
+
+    Raises:
+        TypeError: `model` is no module, `filter_fn` no function or its answer not True or False, another `recompute`.
+        ValueError: an unknown backend.
+        Nothing is changed then.
+    """
+    _check_model(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn is {filter_fn!r}; it needs to be a function (module, name) -> bool, or None")
+    backend = plan.check_backend(backend)
+    recompute = plan.check_recompute(recompute)
+
+    shared = _shared_parameters(model)
+    chosen: list[Any] = []
+    replaced: list[Entry] = []
+    left: list[Entry] = []
+    links: set[int] = set()  # of what is replaced, or was looked at and left for a reason of its own
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, Chain):
+            left.append(Entry(name, kind, "it is fused already"))
+            links.update(map(id, module._links()))
+            continue
+        shape = _shape_of(type(module))
+        if shape is None or (shape.pattern is None and not any(map(is_linear, module.children()))):
+            continue
+        reason = shape.why_not(module)
+        if reason is None:
+            chain = shape.chain(module)
+            fused, apart = _what_runs(chain)
+            reason = _why_left_alone(chain, shared, name)
+            if reason is None and not fused:
+                reason = "; ".join(["no Linear in it is followed by an activation that has a kernel", *apart])
+            links.update(map(id, chain.values()))
+        else:
+            links.update(id(each) for each in module.children() if is_linear(each))
+        if reason is None and filter_fn is not None:
+            answer = filter_fn(module, name)
+            if not isinstance(answer, bool):
+                raise TypeError(f"filter_fn gave {answer!r} for {name!r}; it needs to give True or False")
+            reason = None if answer else "filter_fn said no"
+        if reason is not None:
+            left.append(Entry(name, kind, reason))
+            continue
+        note = shape.pattern.note if shape.pattern is not None else ""
+        replaced.append(Entry(name, kind, "; ".join([*fused, *apart, *([note] if note else [])])))
+        chosen.append(module)
+    left += _other_linears(model, links)
+
+    classes: list[Any] = list(map(type, chosen))
+    for module, fused_class in zip(chosen, list(map(_fused_class, classes))):
+        module.__class__ = fused_class
+        module.__dict__.update(_backend=backend, _recompute=recompute)
+    return FuseReport(tuple(replaced), tuple(left))
+
+
+def unfuse(model: nn.Module) -> tuple[str, ...]:
+    """Undo `fuse`: every module that it replaced is what it was. Returns their names; none is no mistake.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: the class of one of them was changed again after `fuse`; nothing is changed then.
+    """
+    _check_model(model)
+    found: list[tuple[str, Any]] = [each for each in model.named_modules() if isinstance(each[1], _Fused)]
+    for name, module in found:
+        if "_unfused" not in vars(type(module)):
+            raise RuntimeError(
+                f"{name or 'the model'} became {type(module).__name__} after fuse, as by fully_shard; "
+                "call unfuse before that"
+            )
+    for _, module in found:
+        module.__class__ = module._unfused
+        for remembered in ("_backend", "_recompute", "_segments"):
+            module.__dict__.pop(remembered, None)
+    return tuple(name for name, _ in found)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; it needs to be an nn.Module")
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a class is replaced: as nn.Sequential, or by a pattern of `known`, which is it or what it derives from."""
+
+    pattern: Pattern | None
+    known: type[nn.Module]
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Why a module's code is not what the shape says; None where it is."""
+        kind = type(module)
+        method = "forward" if self.pattern is None else self.pattern.method
+        for each in dict.fromkeys(("forward", method)):
+            if getattr(kind, each, None) is not getattr(self.known, each, None):
+                return f"{kind.__name__} has a {each} of its own, in which an activation cannot be seen; {MEND}"
+        if method in module.__dict__:
+            return f"a {method} is patched onto it"
+        for reserved in RESERVED:
+            if hasattr(module, reserved):
+                return f"it has an attribute {reserved!r} of its own"
+        if self.pattern is None:
+            return None
+        library = self.known.__module__.split(".")[0]
+        drifted = f"this version of {library} is not the one that the pattern is of"
+        if not hasattr(kind, method):
+            return f"{kind.__name__} has no {method}; {drifted}"
+        try:
+            self.chain(module)
+            within = {name: _follow(module, name.split(".")) for name in self.pattern.within}
+        except AttributeError as error:
+            return f"{error}; {drifted}"
+        for name, target in self.pattern.within.items():
+            inner = within[name]
+            if path_of(type(inner)) != target:
+                return f"its {name} is {name_of(inner)}, not {target.rsplit('.', 1)[1]}"
+            if has_hooks(inner):
+                return f"its {name} has hooks, or a forward patched onto it"
+        if method == "forward" and self.pattern.finish is None:
+            tops = {path.split(".")[0] for path in self.pattern.chain}
+            for name, child in module.named_children():
+                if name not in tops:
+                    return f"it has a {name} ({name_of(child)}), which the pattern does not know; {drifted}"
+        return None
+
+    def chain(self, module: nn.Module) -> dict[str, Any]:
+        """What is called, in order, by its path."""
+        if self.pattern is None:
+            return dict(module._modules)
+        return {path: _follow(module, path.split(".")) for path in self.pattern.chain}
+
+
+MEND = "where one follows, FusedLinear(…, activation=…) in the Linear's place is the mend"
+
+# What a replaced module gains, and must not have had.
+RESERVED = tuple(name for kind in (Chain, WithBackend) for name in vars(kind) if not name.startswith("__"))
+
+
+def _shape_of(kind: type[nn.Module]) -> _Shape | None:
+    """How a class is replaced; None where nothing is known of it."""
+    for known in kind.__mro__:
+        if pattern := PATTERNS.get(path_of(known)):
+            return _Shape(pattern, known)
+    return _Shape(None, nn.Sequential) if issubclass(kind, nn.Sequential) else None
+
+
+def _follow(module: Any, path: Iterable[str]) -> Any:
+    for name in path:
+        found = module._modules.get(name)  # nn.Module's own look-up takes six times as long
+        module = getattr(module, name) if found is None else found
+    return module
+
+
+def _what_runs(chain: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """In words: the runs of Linear layers with activations, and what is called as itself between them and why."""
+    # Dropout is taken as one that drops nothing: what is replaced does not depend on the mode that the model is in.
+    steady = {
+        name: nn.Identity() if type(link) is nn.Dropout and not has_hooks(link) else link
+        for name, link in chain.items()
+    }
+    names = iter(steady)
+    fused, apart = [], []
+    for run in runs_of(steady.values()):
+        named = list(zip(run.children, names))
+        if run.linears:
+            paths = (name for link, name in named if is_linear(link))
+            layers = [
+                path + ("" if activation is IDENTITY else f" + {activation}")
+                for path, (_, activation) in zip(paths, run.linears)
+            ]
+            if any(activation is not IDENTITY for _, activation in run.linears):
+                fused.append(", ".join(layers))
+        else:
+            ((link, name),) = named
+            if type(link) is not nn.Identity or has_hooks(link):
+                apart.append(f"{name} is called as itself: {_why_itself(link, run.reason)}")
+    return fused, apart
+
+
+def _why_itself(link: Any, reason: str | None) -> str:
+    if has_hooks(link):
+        return "it has hooks, or a forward patched onto it"
+    if not is_linear(link) and find(link) is not None:
+        return "it does not follow a Linear that runs in a kernel"
+    if is_linear(link):
+        return reason or ""
+    name = path_of(type(link)).removeprefix("torch.nn.modules.") if isinstance(link, nn.Module) else name_of(link)
+    return f"{name} has no kernel"
+
+
+def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter that has several, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: each for key, each in names.items() if len(each) > 1}
+
+
+def _why_left_alone(chain: Mapping[str, Any], shared: Mapping[int, list[str]], name: str) -> str | None:
+    """Why a chain is left as it is for its parameters' sake."""
+    for path, link in chain.items():
+        if why_unfused(link) is not None:
+            continue
+        for key, parameter in link._parameters.items():
+            if parameter is None:
+                continue
+            full = ".".join(filter(None, (name, path, key)))
+            others = [each for each in shared.get(id(parameter), ()) if each != full]
+            if others:
+                return f"its {path}.{key} is shared with {others[0]}"
+            if type(parameter) not in (Tensor, nn.Parameter):
+                return f"its {path}.{key} is {type(parameter).__name__}, no plain tensor (quantised, or sharded)"
+            if not parameter.is_floating_point():
+                return f"its {path}.{key} is {parameter.dtype}"
+    return None
+
+
+def _other_linears(model: nn.Module, links: set[int]) -> list[Entry]:
+    """Linear layers in no chain, each with who calls it."""
+    entries: dict[int, Entry] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if not is_linear(module) or id(module) in links or id(module) in entries:
+            continue
+        kind = name_of(module)
+        if isinstance(module, FusedLinear):
+            entries[id(module)] = Entry(name, kind, "it is fused already")
+            continue
+        if not name:
+            entries[id(module)] = Entry(name, kind, f"an activation after it cannot be seen; {MEND}")
+            continue
+        caller = name.rpartition(".")[0]
+        while caller and isinstance(modules[caller], nn.ModuleList | nn.ModuleDict):
+            caller = caller.rpartition(".")[0]
+        by = modules[caller]
+        if _is_gated(by):
+            entries[id(by)] = Entry(caller, name_of(by), "it is gated: its activation is multiplied by another product")
+            continue
+        called = f"called in {name_of(by)}'s own forward, where an activation cannot be seen; {MEND}"
+        entries[id(module)] = Entry(name, kind, why_unfused(module) or called)
+    return list(entries.values())
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return path_of(type(module)) in GATED_CLASSES or any(names <= module._modules.keys() for names in GATED)
+
+
+NEW: Any = vars(copyreg)["__newobj__"]  # how pickle makes an object without calling its constructor
+
+
+class _Fused:
+    """A module that `fuse` replaced: its class is made for its old one, under whose name it is pickled."""
+
+    _unfused: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        function, arguments, *rest = reduced
+        if function is NEW:
+            function, arguments = _remake, (self._unfused, *arguments[1:])
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: value for name, value in rest[0].items() if name != "_segments"}
+        return function, arguments, *rest
+
+
+def _remake(kind: Any, *arguments: Any) -> nn.Module:
+    """A replaced module without its state, for pickle and copy."""
+    if _shape_of(kind) is None:
+        raise RuntimeError(
+            f"{path_of(kind)} was fused by a pattern that is not registered here; call register_pattern before loading"
+        )
+    made: nn.Module = NEW(_fused_class(kind), *arguments)
+    return made
+
+
+def _fused_class(kind: Any) -> Any:
+    """The class that replaces `kind`."""
+    shape = _shape_of(kind)
+    assert shape is not None
+    return _derive(kind, "" if shape.pattern is None else shape.pattern.target)
+
+
+@functools.cache
+def _derive(kind: Any, target: str) -> Any:
+    """A class of `kind`'s own methods and, after them, FusedMLP's; or the chain's of the pattern of that name."""
+    members: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "_unfused": kind,
+    }
+    bases: tuple[type, ...]
+    if target:
+        pattern = PATTERNS[target]
+        bases = (_Fused, kind, Chain)
+        members.update(_methods(pattern, getattr(kind, pattern.method)))
+    else:
+        bases = (_Fused, FusedMLP) if kind is nn.Sequential else (_Fused, kind, FusedMLP)
+    return type(kind)(kind.__name__, bases, members)
+
+
+def _methods(pattern: Pattern, original: Callable[..., Tensor]) -> dict[str, Any]:
+    """What a class has of a pattern: its chain, and the method that runs it."""
+    paths = tuple(tuple(path.split(".")) for path in pattern.chain)
+    within = tuple((tuple(path.split(".")), target) for path, target in pattern.within.items())
+    finish = pattern.finish
+    parameter = list(inspect.signature(original).parameters)[1]
+
+    def links(self: Any) -> tuple[Any, ...]:
+        return tuple([_follow(self, path) for path in paths])
+
+    @functools.wraps(original)
+    def method(self: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        if len(arguments) == 1 and not keywords:
+            (input,) = arguments
+        elif not arguments and keywords.keys() == {parameter}:
+            input = keywords[parameter]
+        else:
+            return original(self, *arguments, **keywords)
+        for path, target in within:
+            inner = _follow(self, path)
+            if has_hooks(inner) or path_of(type(inner)) != target:
+                return original(self, input)
+        output = self._forward(input)
+        return output if finish is None else finish(self, output, input)
+
+    return {"_links": links, "_link_names": lambda self: pattern.chain, pattern.method: method}

@@ -1,0 +1,951 @@
+"""fuse and unfuse: the same numbers on the models that people have, and nothing else of a model changed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Case, Truth, check
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from mlp_fused import PATTERNS, FusedLinear, FusedMLP, fuse, register_pattern, unfuse
+from mlp_fused.kernels.activations import ACTIVATIONS, CLASSES, find, path_of
+from mlp_fused.kernels.launch import count_launches
+from mlp_fused.module import is_linear
+
+INSTALLED = {name for name in ("timm", "torchvision", "transformers") if importlib.util.find_spec(name)}
+
+
+def declare_torchvisions_operators() -> None:
+    """torchvision's wheel for CUDA beside a CPU build of torch: its operators do not load, and for the want of two of
+    them its Python, which timm and transformers import too, does not either. Declared, they suffice."""
+    package = Path(importlib.util.find_spec("torchvision").origin).parent
+    if torch.version.cuda is None and "+cu" in (package / "version.py").read_text():
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+
+
+if "torchvision" in INSTALLED:
+    declare_torchvisions_operators()
+
+
+def needs(library: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(library not in INSTALLED, reason=f"{library} is not installed (the extra test-models)")
+
+
+# --- The models, small and with random weights. ---
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SPREAD = {"initializer_range": 32**-0.5}  # at the default, made for wide models, attention's gradients are all rounding
+
+
+def tokens() -> tuple[Tensor, ...]:
+    return (torch.randint(50, (2, 7)),)
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **SIZES, **SPREAD))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    widths = {"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 48}
+    config = GPT2Config(vocab_size=50, bos_token_id=0, eos_token_id=0, **widths, **SPREAD)
+    return GPT2LMHeadModel(config)
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SIZES, **SPREAD))
+
+
+def timm_vit() -> nn.Module:
+    import timm
+
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 1.5}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **arguments)
+
+
+def torchvision_mlp() -> nn.Module:
+    from torchvision.ops import MLP
+
+    return MLP(20, [32, 16, 3], activation_layer=nn.GELU)
+
+
+def torchvision_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(16, 8, 2, 2, 32, 48, num_classes=5)
+
+
+class Encoder(nn.Module):
+    """Both of torch's layers, with a function and with a module as activation."""
+
+    def __init__(self, activation: Any = "gelu") -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True, activation=activation)
+        self.decoder = nn.TransformerDecoderLayer(32, 2, 48, batch_first=True, activation=nn.SiLU(), norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x, self.encoder(x))
+
+
+class Deep(nn.Module):
+    """nn.Sequential at several depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Dropout(0.1)), nn.Identity()])
+        inner = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Identity(), nn.Linear(16, 12))
+        self.tail = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.LayerNorm(16), inner, nn.Linear(12, 3), nn.ELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.body[0](x))
+
+
+def rows() -> tuple[Tensor, ...]:
+    return (torch.randn(9, 20),)
+
+
+def images() -> tuple[Tensor, ...]:
+    return (torch.randn(2, 3, 16, 16),)
+
+
+def sequences() -> tuple[Tensor, ...]:
+    return (torch.randn(2, 5, 32),)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, what goes into it, what of it is replaced, and how many Linear layers those have."""
+
+    id: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    replaced: tuple[str, ...]
+    linears: int
+    inner: str  # a Linear of the first that is replaced
+    library: str = "torch"
+
+
+MODELS = [
+    Model("bert", bert, tokens, ("bert.encoder.layer.0", "bert.encoder.layer.1"), 4,
+          "bert.encoder.layer.0.intermediate.dense", "transformers"),
+    Model("gpt2", gpt2, tokens, ("transformer.h.0.mlp", "transformer.h.1.mlp"), 4,
+          "transformer.h.0.mlp.c_fc", "transformers"),
+    Model("vit", vit, images, ("vit.layers.0.mlp", "vit.layers.1.mlp"), 4, "vit.layers.0.mlp.fc2", "transformers"),
+    Model("timm_vit", timm_vit, images, ("blocks.0.mlp", "blocks.1.mlp"), 4, "blocks.0.mlp.fc1", "timm"),
+    Model("torchvision_mlp", torchvision_mlp, rows, ("",), 3, "3", "torchvision"),
+    Model("torchvision_vit", torchvision_vit, images,
+          ("encoder.layers.encoder_layer_0.mlp", "encoder.layers.encoder_layer_1.mlp"), 4,
+          "encoder.layers.encoder_layer_0.mlp.0", "torchvision"),
+    Model("torch_transformer", Encoder, sequences, ("encoder", "decoder"), 4, "encoder.linear1"),
+    Model("sequential", Deep, rows, ("body.0", "tail", "tail.3"), 5, "tail.3.3"),
+]  # fmt: skip
+
+
+def of_models(*names: str) -> pytest.MarkDecorator:
+    chosen = [model for model in MODELS if model.id in names]
+    assert len(chosen) == len(names)
+    marks = [() if model.library == "torch" else needs(model.library) for model in chosen]
+    return pytest.mark.parametrize(
+        "model", [pytest.param(model, id=model.id, marks=mark) for model, mark in zip(chosen, marks)]
+    )
+
+
+every_model = of_models(*(model.id for model in MODELS))
+
+
+def made(model: Model, device: str = "cpu", seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(seed)
+    network = model.make().eval()
+    for parameter in network.parameters():
+        if not parameter.any():  # a head or a bias that begins at zero would hide what is before it
+            nn.init.normal_(parameter, std=0.1)
+    return network.to(device), tuple(each.to(device) for each in model.inputs())
+
+
+def logits(network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    output = network(*inputs)
+    return (output if isinstance(output, Tensor) else output.logits).detach()
+
+
+def called(network: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The logits, and the gradient of every parameter and of the input."""
+    inputs = tuple(each.detach().to(dtype) if each.is_floating_point() and dtype else each.detach() for each in inputs)
+    inputs = tuple(each.requires_grad_(each.is_floating_point()) for each in inputs)
+    network.zero_grad()
+    output = network(*inputs)
+    y = output if isinstance(output, Tensor) else output.logits
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view_as(y).cos()
+    (y * weights.to(y.dtype)).sum().backward()
+    found = {"y": y.detach()}
+    for name, leaf in [*network.named_parameters(), *((f"x{i}", each) for i, each in enumerate(inputs))]:
+        if leaf.grad is not None:
+            found[name] = leaf.grad.clone()
+    return found
+
+
+def oracle(network: nn.Module, inputs: tuple[Tensor, ...]) -> Truth:
+    """The same in float64, with |dz|ᵀ|x| and Σ|dz| of every Linear, which the rounding of their sums is relative to.
+
+    (The gradient of attention's key bias, for one, is 0: nothing but rounding.) Elsewhere the value stands for them.
+    """
+    magnitudes: dict[str, Tensor] = {}
+
+    def hook(name: str, across: bool, x: Tensor) -> Callable[[Tensor], None]:
+        def keep(dz: Tensor) -> None:
+            dz, rows = dz.detach().abs().flatten(0, -2), x.detach().abs().flatten(0, -2)
+            magnitudes[f"{name}.weight"] = rows.t() @ dz if across else dz.t() @ rows
+            magnitudes[f"{name}.bias"] = dz.sum(0)
+
+        return keep
+
+    network = copy.deepcopy(network).double()
+    for name, module in network.named_modules():
+        if is_linear(module):
+            module.register_forward_hook(
+                lambda module, arguments, z, name=name: (
+                    z.register_hook(hook(name, not isinstance(module, nn.Linear), arguments[0])) and None
+                )
+            )
+    values = called(network, inputs, torch.float64)
+    return Truth(values, {name: magnitudes.get(name, value.abs()) for name, value in values.items()})
+
+
+@pytest.mark.parametrize("recompute", [None, True])
+@every_model
+def test_the_reference_path_is_bit_identical(model: Model, recompute: bool | None) -> None:
+    network, inputs = made(model)
+    before = called(network, inputs)
+    report = fuse(network, backend="reference", recompute=recompute)
+    assert tuple(entry.name for entry in report.replaced) == model.replaced
+    after = called(network, inputs)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [("network", torch.float32), ("layer", torch.float32), ("layer", torch.bfloat16)],
+    indirect=["path"],
+    ids=["network-fp32", "layer-fp32", "layer-bf16"],
+)
+@every_model
+def test_logits_and_gradients_on_the_kernels(model: Model, dtype: torch.dtype, path: str, device: str) -> None:
+    network, inputs = made(model, device)
+    network.to(dtype)
+    truth = oracle(network, inputs)
+    theirs = called(network, inputs, dtype)
+    fuse(network, backend="triton")
+    with count_launches() as launches:
+        ours = called(network, inputs, dtype)
+    if path == "layer":
+        assert launches["layer_forward_kernel"] == model.linears
+        assert launches["wgrad_kernel"] == model.linears
+    else:
+        assert launches["network_forward_kernel"] >= len(model.replaced)
+        assert not any(name.startswith("layer") for name in launches)
+    check(Case(dtype=dtype), truth, ours, theirs)
+
+
+@every_model
+def test_training_with_active_dropout(model: Model, device: str) -> None:
+    network, inputs = made(model, device)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    fuse(network, backend="triton")
+    quiet = logits(network, inputs)
+    network.train()
+    with count_launches() as launches:
+        torch.manual_seed(3)
+        first = logits(network, inputs)
+        torch.manual_seed(3)
+        second = logits(network, inputs)
+    assert launches
+    assert not torch.equal(first, quiet)
+    assert torch.equal(first, second)
+    assert torch.equal(logits(network.eval(), inputs), quiet)
+
+
+@every_model
+def test_nothing_else_of_a_model_changes_and_unfuse_undoes_it(model: Model) -> None:
+    network, _ = made(model)
+    modules, printed = dict(network.named_modules()), repr(network)
+    types = {name: type(module) for name, module in modules.items()}
+    attributes = {name: dict(module.__dict__) for name, module in modules.items()}
+    state = network.state_dict()
+    parameters = dict(network.named_parameters())
+    fuse(network)
+    assert repr(network) == printed
+    assert dict(network.named_modules()) == modules
+    assert all(isinstance(module, types[name]) for name, module in modules.items())
+    assert all(str(type(module)) == str(types[name]) for name, module in modules.items())
+    assert list(network.state_dict()) == list(state)
+    for name, parameter in network.named_parameters():
+        assert parameter is parameters[name]
+    assert unfuse(network) == model.replaced
+    assert {name: type(module) for name, module in network.named_modules()} == types
+    assert {name: module.__dict__ for name, module in network.named_modules()} == attributes
+    assert repr(network) == printed
+    assert unfuse(network) == ()
+
+
+@every_model
+def test_state_dicts_go_both_ways(model: Model) -> None:
+    plain, inputs = made(model)
+    fused, _ = made(model, seed=1)
+    fuse(fused)
+    fused.load_state_dict(plain.state_dict(), strict=True)
+    expected = logits(plain, inputs)
+    assert torch.equal(logits(fused, inputs), expected)
+    other, _ = made(model, seed=2)
+    other.load_state_dict(fused.state_dict(), strict=True)
+    assert torch.equal(logits(other, inputs), expected)
+
+
+def saved(network: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(network, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network)), saved],
+    ids=["deepcopy", "pickle", "save"],
+)
+@every_model
+def test_a_fused_model_can_be_copied_pickled_and_saved(model: Model, copied: Callable[..., nn.Module]) -> None:
+    network, inputs = made(model)
+    fuse(network, backend="triton")
+    expected = logits(network, inputs)  # which also remembers kernels
+    twin = copied(network)
+    assert not {id(each) for each in twin.parameters()} & {id(each) for each in network.parameters()}
+    with count_launches() as launches:
+        assert torch.equal(logits(twin, inputs), expected)
+    assert launches
+    assert unfuse(twin) == model.replaced
+    assert len(fuse(network).replaced) == 0, "the original is as it was"
+
+
+@every_model
+def test_hooks_on_an_inner_linear_after_fuse_are_honoured(model: Model) -> None:
+    network, inputs = made(model)
+    fuse(network, backend="triton")
+    expected = logits(network, inputs)
+    linear = network.get_submodule(model.inner)
+    seen: list[str] = []
+    handles = [
+        linear.register_forward_hook(lambda *arguments: seen.append("forward")),
+        linear.register_full_backward_hook(lambda *arguments: seen.append("backward")),
+    ]
+    hooked = called(network, inputs)["y"]
+    assert seen == ["forward", "backward"]
+    torch.testing.assert_close(hooked, expected, rtol=1e-4, atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(logits(network, inputs), expected)
+    assert seen == ["forward", "backward"]
+
+
+@every_model
+def test_fusing_twice_is_once(model: Model) -> None:
+    network, inputs = made(model)
+    fuse(network)
+    expected = logits(network, inputs)
+    report = fuse(network, backend="triton")
+    assert report.replaced == ()
+    already = [entry.name for entry in report.left if entry.text == "it is fused already"]
+    assert tuple(already) == model.replaced
+    with count_launches() as launches:
+        assert torch.equal(logits(network, inputs), expected)
+    assert not launches, "the backend is the first call's"
+
+
+@of_models("gpt2", "timm_vit", "torchvision_mlp", "torch_transformer", "sequential")
+def test_torch_compile_traces_a_fused_model_whole(model: Model) -> None:
+    network, inputs = made(model)
+    expected = logits(network, inputs)
+    fuse(network)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- Single models. ---
+
+
+@needs("transformers")
+def test_gpt2s_weights_are_used_by_strides(device: str) -> None:
+    network, inputs = made(MODELS[1], device)
+    fuse(network, backend="triton")
+    tied = network.transformer.wte.weight
+    called(network, inputs)
+    mlp = network.transformer.h[0].mlp
+    (run,) = mlp._segments.runs
+    for layer, conv in zip(run.layers(), (mlp.c_fc, mlp.c_proj)):
+        assert layer.weight.data_ptr() == conv.weight.data_ptr()
+        assert layer.weight.shape == conv.weight.shape[::-1]
+        assert layer.weight.stride() == conv.weight.stride()[::-1]
+    assert mlp.c_fc.weight.grad.stride() == mlp.c_fc.weight.stride()
+    assert network.lm_head.weight is tied is network.transformer.wte.weight
+
+
+@needs("transformers")
+def test_berts_inner_modules_are_called_where_they_are_hooked(device: str) -> None:
+    network, inputs = made(MODELS[0], device)
+    fuse(network, backend="triton")
+    expected = logits(network, inputs)
+    layer = network.bert.encoder.layer[0]
+    seen: list[str] = []
+    for name in ("intermediate", "output"):
+        layer.get_submodule(name).register_forward_hook(lambda *arguments, name=name: seen.append(name))
+    with count_launches() as launches:
+        torch.testing.assert_close(logits(network, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert seen == ["intermediate", "output"]
+    assert launches["network_forward_kernel"] == 1, "the other layer's"
+
+
+@needs("transformers")
+def test_berts_chunks_and_hidden_states() -> None:
+    network, inputs = made(MODELS[0])
+    for layer in network.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 1
+    expected = network(*inputs, output_hidden_states=True).hidden_states
+    report = fuse(network)  # the hooks that transformers leaves on a layer see what they saw
+    assert len(report.replaced) == 2
+    for mine, other in zip(network(*inputs, output_hidden_states=True).hidden_states, expected):
+        assert torch.equal(mine, other)
+
+
+@needs("transformers")
+def test_every_activation_of_transformers_is_known_or_named(device: str) -> None:
+    from transformers.activations import ACT2CLS, ACT2FN
+
+    unknown = set()
+    z = torch.randn(200, dtype=torch.float64) * 3
+    for name in ACT2CLS:
+        activation = find(ACT2FN[name])
+        if activation is None:
+            unknown.add(name)
+        else:
+            torch.testing.assert_close(activation(z), ACT2FN[name](z), rtol=1e-8, atol=1e-8)
+    assert unknown == {"gelu_10", "laplace", "prelu", "sqrtsoftplus", "xielu"}
+    network, _ = made(MODELS[2])
+    for layer in network.vit.layers:
+        layer.mlp.activation_fn = ACT2FN["gelu_10"]
+    report = fuse(network)
+    assert report.replaced == ()
+    assert "activation_fn is called as itself: transformers.activations.ClippedGELUActivation has no kernel" in str(
+        report
+    )
+
+
+@needs("timm")
+@pytest.mark.parametrize("path", [path for path in CLASSES if path.startswith("timm.")])
+def test_timms_activations_are_torchs(path: str) -> None:
+    module, _, name = path.rpartition(".")
+    activation = getattr(importlib.import_module(module), name)()
+    z = torch.randn(200, dtype=torch.float64) * 3
+    found = find(activation)
+    assert found is ACTIVATIONS[CLASSES[path]]
+    torch.testing.assert_close(found(z), activation(z.clone()), rtol=1e-8, atol=1e-8)
+
+
+def test_an_activation_whose_function_was_changed_is_not_the_tables() -> None:
+    class GELUActivation(nn.Module):
+        act = staticmethod(F.gelu)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.act(input)
+
+    GELUActivation.__module__, GELUActivation.__qualname__ = "transformers.activations", "GELUActivation"
+    module = GELUActivation()
+    assert find(module) is ACTIVATIONS["gelu"]
+    module.act = torch.tanh
+    assert find(module) is None
+
+
+@needs("timm")
+def test_timms_mlp_with_a_norm_has_its_runs_fused(device: str) -> None:
+    from timm.layers import Mlp
+
+    mlp = Mlp(16, 24, norm_layer=nn.LayerNorm).to(device)
+    x = torch.randn(5, 16, device=device)
+    expected = mlp(x)
+    report = fuse(mlp, backend="triton")
+    assert "fc1 + gelu; norm is called as itself: normalization.LayerNorm has no kernel" in str(report)
+    with count_launches() as launches:
+        torch.testing.assert_close(mlp(x=x), expected, rtol=1e-5, atol=1e-5)
+    assert launches == {"network_forward_kernel": 2}
+
+
+@needs("timm")
+@pytest.mark.parametrize("name", ["GluMlp", "SwiGLU"])
+def test_timms_gated_mlps_are_left_and_named(name: str) -> None:
+    import timm.layers
+
+    model = nn.ModuleDict({"mlp": getattr(timm.layers, name)(16, 32)})
+    report = fuse(model)
+    assert report.replaced == ()
+    assert f"mlp ({name}): it is gated" in str(report)
+
+
+@needs("timm")
+def test_timms_mlp_of_convolutions_is_left_and_named() -> None:
+    from timm.layers import Mlp
+
+    report = fuse(Mlp(16, 24, use_conv=True))
+    assert "the model itself (Mlp): no Linear in it is followed by an activation" in str(report)
+    assert "fc1 is called as itself: conv.Conv2d has no kernel" in str(report)
+
+
+def test_vits_intermediate_of_older_transformers(device: str) -> None:
+    class ViTIntermediate(nn.Module):
+        """The attributes that it had."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(16, 24)
+            self.intermediate_act_fn = nn.GELU()
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return self.intermediate_act_fn(self.dense(hidden_states))
+
+    ViTIntermediate.__module__, ViTIntermediate.__qualname__ = "transformers.models.vit.modeling_vit", "ViTIntermediate"
+    module, x = ViTIntermediate().to(device), torch.randn(3, 16, device=device)
+    expected = module(x)
+    assert len(fuse(module, backend="triton").replaced) == 1
+    with count_launches() as launches:
+        torch.testing.assert_close(module(hidden_states=x), expected, rtol=1e-5, atol=1e-5)
+    assert launches == {"network_forward_kernel": 1}
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        ("relu", "relu"),
+        (nn.Mish(), "mish"),
+        (functools.partial(F.gelu, approximate="tanh"), "gelu_tanh"),
+        (torch.tanh, "tanh"),
+    ],
+    ids=str,
+)
+def test_a_transformer_layers_activation_may_be_a_function(activation: Any, name: str, device: str) -> None:
+    layer, x = Encoder(activation).to(device), sequences()[0].to(device)
+    layer.eval()
+    expected = layer(x)
+    assert f"linear1 + {name}, linear2" in str(fuse(layer, backend="triton"))
+    with count_launches() as launches:
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert launches == {"network_forward_kernel": 2}
+    del layer.encoder.activation
+    layer.encoder.activation = torch.sin  # seen by the next call
+    changed = layer(x)
+    unfuse(layer)
+    torch.testing.assert_close(layer(x), changed, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_function_is_named() -> None:
+    def wave(z: Tensor) -> Tensor:
+        return torch.sin(3 * z)
+
+    report = fuse(Encoder(wave))
+    assert [entry.name for entry in report.replaced] == ["decoder"]
+    assert "activation is called as itself: wave has no kernel" in str(report)
+
+
+def test_the_encoders_inference_operator_stays_torchs(device: str) -> None:
+    layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True).to(device).eval()
+    x = sequences()[0].to(device)
+    with torch.no_grad():
+        expected = layer(x)
+        assert "torch.backends.mha.set_fastpath_enabled(False)" in str(fuse(layer, backend="triton"))
+        with count_launches() as launches:
+            assert torch.equal(layer(x), expected)
+        assert launches == {}
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with count_launches() as launches:
+                torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert launches == {"network_forward_kernel": 1}
+
+
+# --- What is left alone, and named. ---
+
+
+def test_a_child_with_hooks_is_called_as_itself_and_named(device: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh()).to(device)
+    seen: list[int] = []
+    model[0].register_forward_pre_hook(lambda *arguments: seen.append(1))
+    report = fuse(model, backend="triton")
+    assert "2 + tanh; 0 is called as itself: it has hooks" in str(report)
+    with count_launches() as launches:
+        model(torch.randn(3, 8, device=device))
+    assert launches == {"network_forward_kernel": 1}
+    assert seen == [1]
+
+
+def test_hooks_on_the_replaced_module_stay(device: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).to(device)
+    model.register_forward_hook(lambda module, inputs, output: output + 1)
+    x = torch.randn(3, 8, device=device)
+    expected = model(x)
+    assert len(fuse(model, backend="triton").replaced) == 1
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def parametrized() -> nn.Module:
+    return parametrizations.weight_norm(nn.Linear(8, 8))
+
+
+class Adapted(nn.Linear):
+    """A LoRA layer: a Linear with a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.up(self.down(input))
+
+
+class Wrapped(nn.Module):
+    """A LoRA layer of the other kind: a module around a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(8, 8)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.base_layer(input)
+
+
+def patched() -> nn.Module:
+    linear = nn.Linear(8, 8)
+    linear.forward = lambda input: F.linear(input, linear.weight)  # type: ignore[method-assign]
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (parametrized, "0 is called as itself: its weight is parametrized"),
+        (Adapted, "0 is called as itself: Adapted has a forward of its own"),
+        (Wrapped, "0.base_layer (Linear): called in Wrapped's own forward"),
+        (patched, "0 is called as itself: it has hooks, or a forward patched onto it"),
+    ],
+    ids=["parametrized", "LoRA", "LoRA around", "patched"],
+)
+def test_such_a_linear_is_called_as_itself_and_named(make: Callable[[], nn.Module], reason: str, device: str) -> None:
+    for rest in ([], [nn.Linear(8, 8), nn.GELU()]):
+        model = nn.Sequential(make(), nn.ReLU(), *rest).to(device)
+        x = torch.randn(3, 8, device=device)
+        expected = model(x)
+        report = fuse(model, backend="triton")
+        assert len(report.replaced) == bool(rest)
+        assert reason in str(report)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Quantised(Tensor):
+    """A weight as quantisers put it in a Linear's place: a tensor subclass."""
+
+
+def test_quantised_weights_are_left_and_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Quantised))
+    report = fuse(model)
+    assert report.replaced == ()
+    assert "its 0.weight is Quantised, no plain tensor" in str(report)
+
+
+def test_shared_weights_are_left_and_named() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            one = nn.Linear(8, 8)
+            self.twice = nn.Sequential(one, nn.ReLU(), one, nn.ReLU())
+            self.a = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+            self.b = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+            self.b[0].weight = self.a[0].weight
+            self.free = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    report = fuse(Shared())
+    assert [entry.name for entry in report.replaced] == ["free"]
+    assert {entry.name: entry.text for entry in report.left} == {
+        "twice": "its 0.weight is shared with twice.2.weight",
+        "a": "its 0.weight is shared with b.0.weight",
+        "b": "its 0.weight is shared with a.0.weight",
+    }
+
+
+class Own(nn.Module):
+    """What everyone writes first: the activation is called in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+def test_an_activation_in_somebodys_own_forward_is_said_to_be_unseen() -> None:
+    report = fuse(nn.Sequential(Own(), nn.ModuleList([nn.Linear(2, 2)])))
+    assert report.replaced == ()
+    text = str(report)
+    assert "0.fc1, 0.fc2 (Linear): called in Own's own forward, where an activation cannot be seen" in text
+    assert "FusedLinear(…, activation=…) in the Linear's place is the mend" in text
+    mended = Own()
+    mended.fc1 = FusedLinear(8, 8, activation="relu")
+    assert [entry.text for entry in fuse(mended).left if entry.name == "fc1"] == ["it is fused already"]
+    assert "the model itself (Linear)" in str(fuse(nn.Linear(2, 2)))
+
+
+def test_subclasses_count_where_they_keep_the_code() -> None:
+    class Kept(nn.Sequential):
+        pass
+
+    class Changed(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1
+
+    class Layer(nn.TransformerEncoderLayer):
+        def _ff_block(self, x: Tensor) -> Tensor:
+            return x
+
+    class Backed(nn.Sequential):
+        backend = "mine"
+
+    parts = (nn.Linear(8, 8), nn.ReLU())
+    model = nn.ModuleList(
+        [kind(*copy.deepcopy(parts)) for kind in (Kept, Changed, Backed)]
+        + [Layer(8, 2, 8), nn.Sequential(nn.Linear(8, 8))]
+    )
+    model.append(copy.deepcopy(model[0]))
+    model[5].forward = lambda input: input
+    report = fuse(model)
+    assert [entry.name for entry in report.replaced] == ["0"]
+    assert isinstance(model[0], Kept)
+    assert isinstance(model[0], FusedMLP)
+    reasons = {entry.name: entry.text for entry in report.left}
+    assert reasons["1"].startswith("Changed has a forward of its own")
+    assert reasons["2"] == "it has an attribute 'backend' of its own"
+    assert reasons["3"].startswith("Layer has a _ff_block of its own")
+    assert reasons["4"].startswith("no Linear in it is followed by an activation")
+    assert reasons["5"] == "a forward is patched onto it"
+
+
+def test_a_user_s_fused_mlp_is_not_unfused() -> None:
+    model = nn.Sequential(FusedMLP(4, [4, 2]))
+    assert "0 (FusedMLP): it is fused already" in str(fuse(model))
+    assert unfuse(model) == ()
+    assert type(model[0]) is FusedMLP
+
+
+def test_unfuse_says_where_it_cannot() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    fuse(model)
+    model[1].__class__ = type("FSDPSequential", (type(model[1]),), {})
+    with pytest.raises(RuntimeError, match="1 became FSDPSequential after fuse.*call unfuse before that"):
+        unfuse(model)
+    assert isinstance(model[0], FusedMLP)
+
+
+# --- Arguments. ---
+
+
+def test_filter_fn_is_asked_as_torchao_asks() -> None:
+    model = Deep()
+    asked: list[tuple[str, str]] = []
+
+    def choose(module: nn.Module, name: str) -> bool:
+        asked.append((type(module).__name__, name))
+        return name != "tail"
+
+    report = fuse(model, choose)
+    assert asked == [("Sequential", "body.0"), ("Sequential", "tail"), ("Sequential", "tail.3")]
+    assert [entry.name for entry in report.replaced] == ["body.0", "tail.3"]
+    assert [entry.name for entry in report.left if entry.text == "filter_fn said no"] == ["tail"]
+    assert type(model.tail) is nn.Sequential
+
+
+def fail(module: nn.Module, name: str) -> bool:
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"model": [nn.Linear(1, 1)]}, TypeError, "model is list; it needs to be an nn.Module"),
+        ({"filter_fn": "tail"}, TypeError, "filter_fn is 'tail'; it needs to be a function"),
+        ({"filter_fn": lambda module, name: name}, TypeError, "filter_fn gave 'body.0' for 'body.0'"),
+        ({"filter_fn": lambda module, name: None if name == "tail.3" else True}, TypeError, "gave None for 'tail.3'"),
+        ({"filter_fn": fail}, KeyError, "body.0"),
+        ({"backend": "cuda"}, ValueError, "backend is 'cuda'; it needs to be one of"),
+        ({"recompute": 1}, TypeError, "recompute is 1; it needs to be True, False or None"),
+    ],
+    ids=["model", "filter", "answer", "late answer", "raises", "backend", "recompute"],
+)
+def test_a_mistake_is_one_sentence_and_changes_nothing(arguments: Any, error: Any, sentence: str) -> None:
+    model = Deep()
+    with pytest.raises(error, match=re.escape(sentence)):
+        fuse(**{"model": model, **arguments})
+    assert unfuse(model) == ()
+    with pytest.raises(TypeError, match="model is int"):
+        unfuse(3)  # type: ignore[arg-type]
+
+
+def test_what_a_replaced_module_gains(device: str) -> None:
+    layer = nn.TransformerDecoderLayer(32, 2, 48).to(device)
+    fuse(layer, backend="triton", recompute=True)
+    assert (layer.backend, layer.recompute) == ("triton", True)
+    plan = str(layer.explain(64))
+    assert "linear1 Linear, activation relu" in plan
+    assert layer.warmup(4) > 0
+    layer.backend = "reference"
+    x = sequences()[0].to(device)
+    with count_launches() as launches:
+        layer(x, x)
+    assert launches == {}
+
+
+class Block(nn.Module):
+    """y = x + down(gelu(up(x))): somebody's own block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(x)))
+
+
+def add_input(block: Block, output: Tensor, x: Tensor) -> Tensor:
+    return x + output
+
+
+@pytest.fixture
+def _own_patterns() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    before = dict(PATTERNS)
+    yield
+    PATTERNS.clear()
+    PATTERNS.update(before)
+
+
+@pytest.mark.usefixtures("_own_patterns")
+def test_users_add_a_pattern(device: str) -> None:
+    model = nn.ModuleDict({"block": Block()}).to(device)
+    assert fuse(model).replaced == ()
+    register_pattern(Block, ["up", "act", "down"], finish=add_input)
+    x = torch.randn(5, 8, device=device)
+    expected = model.block(x)
+    assert [entry.name for entry in fuse(model, backend="triton").replaced] == ["block"]
+    with count_launches() as launches:
+        torch.testing.assert_close(model.block(x), expected, rtol=1e-5, atol=1e-5)
+    assert launches == {"network_forward_kernel": 1}
+    with pytest.raises(TypeError, match="positional argument"):
+        model.block(x, x)
+    pickled = pickle.dumps(model)
+    del PATTERNS[path_of(Block)]
+    with pytest.raises(RuntimeError, match=r"Block was fused by a pattern that is not registered here"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.usefixtures("_own_patterns")
+def test_a_class_that_is_no_longer_what_the_pattern_says_is_left() -> None:
+    register_pattern(path_of(Block), ["up", "act", "down"])
+    more, fewer = Block(), Block()
+    more.scale = nn.Linear(1, 1)
+    del fewer.act
+    for block, reason in (
+        (more, "it has a scale (Linear), which the pattern does not know"),
+        (fewer, "'Block' object has no attribute 'act'"),
+    ):
+        report = fuse(block)
+        assert report.replaced == ()
+        assert reason in str(report)
+        assert "this version of test_convert is not the one that the pattern is of" in str(report)
+
+
+@pytest.mark.usefixtures("_own_patterns")
+def test_a_pattern_goes_before_nn_sequential(device: str) -> None:
+    class Residual(nn.Sequential):
+        pass
+
+    x = torch.randn(5, 8, device=device)
+    model = Residual(nn.Linear(8, 8), nn.ReLU()).to(device)
+    expected = model(x)
+    for replaced in ("0 + relu", "0 + relu"):
+        assert replaced in str(fuse(model, backend="triton"))
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        unfuse(model)
+        if path_of(Residual) not in PATTERNS:
+            register_pattern(Residual, ["0", "1"], finish=add_input)
+            expected = expected + x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        (("Block", ["up"]), TypeError, "target is 'Block'; it needs to be an nn.Module class or its full name"),
+        ((3, ["up"]), TypeError, "target is 3"),
+        (("timm.layers.mlp.Mlp", ["fc1"]), ValueError, "target timm.layers.mlp.Mlp has a pattern already"),
+        ((Block, "up"), TypeError, "chain is 'up'; it needs to be names of attributes"),
+        ((Block, [3]), TypeError, "chain is [3]"),
+        ((Block, []), ValueError, "chain is empty"),
+        ((Block, ["up"], {"method": "ff"}), ValueError, "method is 'ff', which Block has not"),
+        ((Block, ["up"], {"method": 1}), TypeError, "method is 1"),
+        ((Block, ["up"], {"finish": 1}), TypeError, "finish is 1; it needs to be a function"),
+        ((Block, ["up"], {"within": {"up": 1}}), TypeError, "within['up'] is 1"),
+    ],
+    ids=["name", "target", "taken", "string", "numbers", "empty", "no method", "method", "finish", "within"],
+)
+def test_a_bad_pattern_is_one_sentence(arguments: Any, error: Any, sentence: str) -> None:
+    target, chain, *keywords = arguments
+    before = dict(PATTERNS)
+    with pytest.raises(error, match=re.escape(sentence)):
+        register_pattern(target, chain, **(keywords[0] if keywords else {}))
+    assert before == PATTERNS
+
+
+def test_the_readmes_table_points_at_tests_that_are_here() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    listed = re.search(r"<!-- fuse -->\n(.*?)<!-- /fuse -->", readme, re.DOTALL)
+    assert listed
+    lines = [line for line in listed[1].strip().splitlines() if line.startswith("|")][2:]
+    known = {each.id for each in MODELS}
+    for line in lines:
+        names = re.findall(r"`(test_\w+)(?:\[(\w+)\])?`", line)
+        assert names, line
+        for name, model in names:
+            assert name in globals(), line
+            assert not model or model in known, line
+    covered = {model for line in lines for _, model in re.findall(r"`(test_\w+)\[(\w+)\]`", line)}
+    assert covered == known, "each model of the table is in the README's"
+    for path in PATTERNS:
+        assert path.rsplit(".", 1)[1] in listed[1], path

@@ -501,7 +501,7 @@ def test_functional_transforms_and_forward_mode_take_the_reference() -> None:
         torch.func.vmap(lambda x: mlp(x, [model[0].weight], None, backend="triton"))(x)
 
 
-def test_torch_compile_and_export_take_the_reference(device: str) -> None:
+def test_torch_compile_and_export_see_torchs_modules_without_kernels(device: str) -> None:
     model = FusedMLP(4, [6, 3], activation_layer="gelu").to(device)
     x = torch.randn(5, 4, device=device)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

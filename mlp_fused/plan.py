@@ -115,8 +115,15 @@ def _constant_to_compilers(function: Any) -> None:
 _constant_to_compilers(float32_precision)  # they compile anew where the setting is another
 
 
-@functools.lru_cache(maxsize=64)
 def _why_device_cannot(kind: str, index: int) -> str | None:
+    return _why_device_of_index_cannot(kind, index)
+
+
+_constant_to_compilers(_why_device_cannot)  # they would look through a cache, and into the driver
+
+
+@functools.lru_cache(maxsize=64)
+def _why_device_of_index_cannot(kind: str, index: int) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
     if kind != "cuda":
@@ -127,9 +134,6 @@ def _why_device_cannot(kind: str, index: int) -> str | None:
     if isinstance(device.arch, int) and device.arch < OLDEST_CAPABILITY:
         return f"{device.name} has compute capability {device.arch / 10}; the kernels need 8.0"
     return None
-
-
-_constant_to_compilers(_why_device_cannot)
 
 
 def why_reference(

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlp_fused import FusedLinear, FusedMLP, linear_act, mlp, ops, plan
+from mlp_fused.kernels import configs
 from mlp_fused.kernels.activations import ACTIVATIONS, parse
 from mlp_fused.kernels.launch import count_launches
 
@@ -270,6 +271,26 @@ def test_a_table_that_prefers_torch_is_followed(device: str, monkeypatch: pytest
             compiled(torch.randn(9, 20, device=device))
         assert bool(launches) == (widths[-1] == 16)
     assert asked == [NARROW, (20, 31, 16)]
+
+
+def test_a_device_is_asked_about_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU can do is told by caches and a driver, which a compiler must not look into."""
+    monkeypatch.setattr(plan, "INTERPRETER", False)
+    asked: list[str] = []
+
+    def describe(kind: str, index: int) -> configs.Device:
+        asked.append(kind)
+        return configs.DEVICES["NVIDIA H200"]
+
+    monkeypatch.setattr(configs, "describe", describe)
+    plan._why_device_of_index_cannot.cache_clear()
+
+    def run(x: Tensor) -> Tensor:
+        return x + (plan.why_device(torch.device("cuda", 1), "auto") is None)
+
+    assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+    assert asked == ["cuda"]
+    plan._why_device_of_index_cannot.cache_clear()
 
 
 def test_where_kernels_cannot_run_it_says_so(device: str) -> None:

@@ -80,9 +80,17 @@ class _CudaGraph:
 
     def capture(self, function: Callable[[], Any]) -> Any:
         """Record it; what it returns is written by every replay."""
+        try:
+            return self._record(self.graph, self.stream, function)
+        except BaseException:
+            # For torch's random number generator a capture that broke is over when another one has ended well.
+            memory = torch.empty(1, device=self.device)
+            self._record(torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device), memory.zero_)
+            raise
+
+    def _record(self, graph: Any, stream: Any, function: Callable[[], Any]) -> Any:
         # The stream stands here as well because torch.cuda.graph leaves it current where a capture fails.
-        on_stream = torch.cuda.stream(self.stream)
-        with torch.cuda.device(self.device), on_stream, torch.cuda.graph(self.graph, stream=self.stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
             return function()
 
     def replay(self) -> None:

@@ -26,7 +26,10 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class StandIn:
-    """A graph that records the function, in place of what it does on a device."""
+    """A graph that records the function, in place of what it does on a device.
+
+    As a graph, it knows the optimizer's state by its memory, whatever the optimizer has in its place by then.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.warmed_up = 0
@@ -38,10 +41,17 @@ class StandIn:
     def capture(self, function: Callable[[], Any]) -> Any:
         self.function = function
         self.loss, self.grads = function()
+        self.state = {parameter: dict(of) for parameter, of in function.__self__.optimizer.state.items()}
         return self.loss, self.grads
 
     def replay(self) -> None:
+        state = self.function.__self__.optimizer.state
+        given = dict(state)
+        state.clear()
+        state.update(self.state)
         loss, grads = self.function()
+        state.clear()
+        state.update(given)
         for memory, value in zip((self.loss, *self.grads), (loss, *grads)):
             if memory is not None:
                 memory.copy_(value)

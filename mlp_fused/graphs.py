@@ -104,7 +104,8 @@ class CapturedStep:
     An optimizer that has made no step yet makes its state in the first call, which runs as it is; later ones replay.
 
     Attributes:
-        loss: of the last step, a tensor without dimensions. The next step writes the same memory; `loss.clone()` stays.
+        loss: of the last step. The next step writes the same memory; `loss.clone()` stays.
+        output: the model's in that step, likewise, for a training accuracy; None where it is not one tensor.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class CapturedStep:
             _check_state(optimizer, before, x.device)
             outside = sys.exc_info()[1]
             try:
-                self.loss, self._grads = graph.capture(self._step)
+                self.loss, self.output, *self._grads = graph.capture(self._step)
             except Exception as error:
                 raise RuntimeError(f"the step cannot be captured: {_cause(error, outside)}") from error
             self._check_unchanged("in the step itself", "a graph cannot follow that; change it in place")
@@ -179,15 +180,16 @@ class CapturedStep:
             parameter.grad = grad
         return self.loss
 
-    def _step(self) -> tuple[Tensor, list[Tensor | None]]:
-        """The training step itself; returns the loss, and every parameter's gradient."""
+    def _step(self) -> list[Any]:
+        """The training step itself; returns the loss, the output, and every parameter's gradient."""
         for parameter in self._parameters:
             parameter.grad = None
         enabled, dtype = self._autocast
         # Autocast keeps the weights it casts until its outermost context ends, and would keep the graph's own.
         torch.clear_autocast_cache()
         with torch.enable_grad(), torch.autocast(self._kind, dtype, enabled):
-            loss = self.loss_fn(self.model(self._x), self._y)
+            output = self.model(self._x)
+            loss = self.loss_fn(output, self._y)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn returned {type(loss).__name__}; it needs to return the loss, a tensor")
         with torch.autocast(self._kind, enabled=False), contextlib.ExitStack() as rates:
@@ -196,15 +198,14 @@ class CapturedStep:
                 rates.enter_context(rate.instead())
             self.optimizer.step()
         torch.clear_autocast_cache()
-        return loss.detach(), [parameter.grad for parameter in self._parameters]
+        output = output.detach() if isinstance(output, Tensor) else None
+        return [loss.detach(), output, *(parameter.grad for parameter in self._parameters)]
 
     def _step_as_it_is(self) -> None:
         """The step without the graph, in which the optimizer makes its state; it is moved to where the graph has it."""
-        loss, grads = self._step()
-        self.loss.copy_(loss)
-        for memory, grad in zip(self._grads, grads):
-            if memory is not None and grad is not None:
-                memory.copy_(grad)
+        for memory, value in zip((self.loss, self.output, *self._grads), self._step()):
+            if memory is not None and value is not None:
+                memory.copy_(value)
         for path, (holder, key, value) in dict(_leaves(self.optimizer.state)).items():
             if path in self._missing:
                 memory = self._missing.pop(path)

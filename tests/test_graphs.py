@@ -40,19 +40,19 @@ class StandIn:
 
     def capture(self, function: Callable[[], Any]) -> Any:
         self.function = function
-        self.loss, self.grads = function()
+        self.results = function()
         self.state = {parameter: dict(of) for parameter, of in function.__self__.optimizer.state.items()}
-        return self.loss, self.grads
+        return self.results
 
     def replay(self) -> None:
         state = self.function.__self__.optimizer.state
         given = dict(state)
         state.clear()
         state.update(self.state)
-        loss, grads = self.function()
+        values = self.function()
         state.clear()
         state.update(given)
-        for memory, value in zip((self.loss, *self.grads), (loss, *grads)):
+        for memory, value in zip(self.results, values):
             if memory is not None:
                 memory.copy_(value)
 
@@ -334,6 +334,25 @@ def test_a_learning_rate_that_the_graph_cannot_be_told_of_is_refused(stand_in: N
     ):
         step(*second)
     capture_step(model, cross_entropy, optimizer, *second)(*second)
+
+
+def test_the_models_output_of_each_step(stand_in: None) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["SGD with momentum"](model.parameters())
+    step = capture_step(model, cross_entropy, optimizer, *next(batches(1)))
+    for x, y in batches(3):
+        loss = step(x, y)
+        assert loss is step.loss
+        torch.testing.assert_close(cross_entropy(step.output, y), loss)
+
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x
+
+    two = Two(12, 5)
+    step = capture_step(two, lambda outputs, y: cross_entropy(outputs[0], y), adam(two), *next(batches(1)))
+    step(*next(batches(1)))
+    assert step.output is None
 
 
 def test_a_loss_with_parameters_of_its_own(stand_in: None) -> None:

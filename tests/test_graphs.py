@@ -231,14 +231,14 @@ def failing_loss(calls: int) -> Callable[[Tensor, Tensor], Any]:
     return loss
 
 
-FAILURES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.optim.Optimizer], Any, type[Exception], str]] = {  # noqa: E501
-    "the capture": (network, adam, Fails, RuntimeError, "^the step cannot be captured: RuntimeError: operation not permitted when stream is capturing$"),  # noqa: E501
-    "the loss, warming up": (network, adam, failing_loss(2), KeyError, "no such label"),
-    "the loss, capturing": (network, adam, failing_loss(4), RuntimeError, "the step cannot be captured: KeyError: 'no such label'"),  # noqa: E501
-    "no loss": (network, adam, lambda output, y: 0.5, TypeError, "loss_fn returned float; it needs to return the loss, a tensor"),  # noqa: E501
-    "counted in Python": (network, lambda model: Counts(model.parameters(), 0.1), cross_entropy, RuntimeError, "Counts replaces its 'count' in every step, which a graph cannot"),  # noqa: E501
-    "a buffer replaced": (Replaces, adam, cross_entropy, RuntimeError, "the model's mean was replaced, moved or converted in the step itself; .* change it in place"),  # noqa: E501
-    "a buffer made in the first step": (Lazy, adam, cross_entropy, RuntimeError, "the model's scale was replaced, moved or converted in the first step; train one step as it is, then capture"),  # noqa: E501
+FAILURES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.optim.Optimizer], Any, type[Exception], str]] = {
+    "the capture": (network, adam, lambda: cross_entropy, RuntimeError, "^the step cannot be captured: RuntimeError: operation not permitted when stream is capturing$"),
+    "the loss, warming up": (network, adam, lambda: failing_loss(2), KeyError, "no such label"),
+    "the loss, capturing": (network, adam, lambda: failing_loss(4), RuntimeError, "the step cannot be captured: KeyError: 'no such label'"),
+    "no loss": (network, adam, lambda: lambda output, y: 0.5, TypeError, "loss_fn returned float; it needs to return the loss, a tensor"),
+    "counted in Python": (network, lambda model: Counts(model.parameters(), 0.1), lambda: cross_entropy, RuntimeError, "Counts replaces its 'count' in every step, which a graph cannot"),
+    "a buffer replaced": (Replaces, adam, lambda: cross_entropy, RuntimeError, "the model's mean was replaced, moved or converted in the step itself; .* change it in place"),
+    "a buffer made in the first step": (Lazy, adam, lambda: cross_entropy, RuntimeError, "the model's scale was replaced, moved or converted in the first step; train one step as it is, then capture"),
 }  # fmt: skip
 
 
@@ -247,41 +247,34 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.o
 def test_where_it_fails_everything_is_as_it_was(
     name: str, before: int, stand_in: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_model, make_optimizer, loss_fn, kind, sentence = FAILURES[name]
-    if loss_fn is Fails:
+    make_model, make_optimizer, make_loss, kind, sentence = FAILURES[name]
+    if name == "the capture":
         monkeypatch.setattr(graphs, "_CudaGraph", Fails)
-        loss_fn = cross_entropy
-    if name.startswith("the loss,"):
-        loss_fn = failing_loss(2 if "warming" in name else 4)
     model = make_model()
     optimizer = make_optimizer(model)
     if before and not isinstance(model, Lazy):
         plain_step(model, optimizer)(*next(batches(1)))
     state = everything(model, optimizer)
     with pytest.raises(kind, match=sentence) as raised:
-        capture_step(model, loss_fn, optimizer, *next(batches(1)))
+        capture_step(model, make_loss(), optimizer, *next(batches(1)))
     assert "\n" not in str(raised.value)
     same(everything(model, optimizer), state)
 
 
-def _meta(name: str) -> Callable[..., None]:
-    return lambda step, model, optimizer, batch: batch.__setitem__(name, batch[name].to("meta"))
-
-
 # What may happen between two steps, and what the second one says of it.
 CHANGES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
-    "another batch size": (lambda model, optimizer, batch: batch.update(x=batch["x"][:5]), RuntimeError, r"x is \(5, 12\), torch.float32, on cpu; the step was captured for \(9, 12\), torch.float32, on cpu"),  # noqa: E501
-    "another dtype": (lambda model, optimizer, batch: batch.update(y=batch["y"].int()), RuntimeError, r"y is \(9,\), torch.int32, on cpu; the step was captured for \(9,\), torch.int64"),  # noqa: E501
-    "another device": (lambda model, optimizer, batch: batch.update(x=batch["x"].to("meta")), RuntimeError, "x is .* on meta; the step was captured for .* on cpu"),  # noqa: E501
-    "no tensor": (lambda model, optimizer, batch: batch.update(y=[1] * 9), TypeError, "y is list; it needs to be a torch.Tensor"),  # noqa: E501
-    "evaluation": (lambda model, optimizer, batch: model.eval(), RuntimeError, r"the step was captured after model.train\(\); call that"),  # noqa: E501
-    "another dtype of the model": (lambda model, optimizer, batch: model.double(), RuntimeError, "the model's weight was replaced, moved or converted since the capture; capture the step again"),  # noqa: E501
-    "another parameter": (lambda model, optimizer, batch: setattr(model[0], "weight", nn.Parameter(torch.zeros(16, 12))), RuntimeError, "the model's weight was replaced"),  # noqa: E501
-    "another buffer": (lambda model, optimizer, batch: setattr(model[1], "running_mean", torch.zeros(16)), RuntimeError, "the model's running_mean was replaced"),  # noqa: E501
-    "frozen": (lambda model, optimizer, batch: model[0].bias.requires_grad_(False), RuntimeError, "requires_grad of the model's bias was changed since the capture"),  # noqa: E501
-    "a loaded optimizer": (lambda model, optimizer, batch: optimizer.load_state_dict(optimizer.state_dict()), RuntimeError, "the optimizer's state was loaded since the capture; capture the step again"),  # noqa: E501
-    "another group": (lambda model, optimizer, batch: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}), RuntimeError, "a parameter group was added"),  # noqa: E501
-    "weight decay": (lambda model, optimizer, batch: optimizer.param_groups[0].update(weight_decay=0.1), RuntimeError, "the optimizer's weight_decay was changed from 0 to 0.1 since the capture"),  # noqa: E501
+    "another batch size": (lambda model, optimizer, batch: batch.update(x=batch["x"][:5]), RuntimeError, r"x is \(5, 12\), torch.float32, on cpu; the step was captured for \(9, 12\), torch.float32, on cpu"),
+    "another dtype": (lambda model, optimizer, batch: batch.update(y=batch["y"].int()), RuntimeError, r"y is \(9,\), torch.int32, on cpu; the step was captured for \(9,\), torch.int64"),
+    "another device": (lambda model, optimizer, batch: batch.update(x=batch["x"].to("meta")), RuntimeError, "x is .* on meta; the step was captured for .* on cpu"),
+    "no tensor": (lambda model, optimizer, batch: batch.update(y=[1] * 9), TypeError, "y is list; it needs to be a torch.Tensor"),
+    "evaluation": (lambda model, optimizer, batch: model.eval(), RuntimeError, r"the step was captured after model.train\(\); call that"),
+    "another dtype of the model": (lambda model, optimizer, batch: model.double(), RuntimeError, "the model's weight was replaced, moved or converted since the capture; capture the step again"),
+    "another parameter": (lambda model, optimizer, batch: setattr(model[0], "weight", nn.Parameter(torch.zeros(16, 12))), RuntimeError, "the model's weight was replaced"),
+    "another buffer": (lambda model, optimizer, batch: setattr(model[1], "running_mean", torch.zeros(16)), RuntimeError, "the model's running_mean was replaced"),
+    "frozen": (lambda model, optimizer, batch: model[0].bias.requires_grad_(False), RuntimeError, "requires_grad of the model's bias was changed since the capture"),
+    "a loaded optimizer": (lambda model, optimizer, batch: optimizer.load_state_dict(optimizer.state_dict()), RuntimeError, "the optimizer's state was loaded since the capture; capture the step again"),
+    "another group": (lambda model, optimizer, batch: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}), RuntimeError, "a parameter group was added"),
+    "weight decay": (lambda model, optimizer, batch: optimizer.param_groups[0].update(weight_decay=0.1), RuntimeError, "the optimizer's weight_decay was changed from 0 to 0.1 since the capture"),
 }  # fmt: skip
 
 
@@ -427,16 +420,16 @@ MODEL = network()
 GOOD = next(batches(1))
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no GPU": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD), RuntimeError, "capture_step needs a CUDA device; x and the model are on cpu; "),  # noqa: E501
-    "model": (lambda: capture_step(cross_entropy, cross_entropy, adam(MODEL), *GOOD), TypeError, "model is function; it needs to be an nn.Module"),  # noqa: E501
-    "loss": (lambda: capture_step(MODEL, 3, adam(MODEL), *GOOD), TypeError, "loss_fn is int; it needs to be called with the output and y"),  # noqa: E501
-    "optimizer": (lambda: capture_step(MODEL, cross_entropy, None, *GOOD), TypeError, "optimizer is NoneType; it needs to be a torch.optim.Optimizer"),  # noqa: E501
-    "x": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), [1], GOOD[1]), TypeError, "x is list; it needs to be a torch.Tensor"),  # noqa: E501
-    "y elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), GOOD[0], GOOD[1].to("meta")), RuntimeError, r"y is on meta, x on cpu; move it with y.to\('cpu'\)"),  # noqa: E501
-    "the model elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *(each.to("meta") for each in GOOD)), RuntimeError, "x is on meta, the model's parameters on cpu"),  # noqa: E501
-    "closure": (lambda: capture_step(MODEL, cross_entropy, torch.optim.LBFGS(MODEL.parameters()), *GOOD), RuntimeError, "the step of LBFGS needs a closure"),  # noqa: E501
+    "no GPU": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD), RuntimeError, "capture_step needs a CUDA device; x and the model are on cpu; "),
+    "model": (lambda: capture_step(cross_entropy, cross_entropy, adam(MODEL), *GOOD), TypeError, "model is function; it needs to be an nn.Module"),
+    "loss": (lambda: capture_step(MODEL, 3, adam(MODEL), *GOOD), TypeError, "loss_fn is int; it needs to be called with the output and y"),
+    "optimizer": (lambda: capture_step(MODEL, cross_entropy, None, *GOOD), TypeError, "optimizer is NoneType; it needs to be a torch.optim.Optimizer"),
+    "x": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), [1], GOOD[1]), TypeError, "x is list; it needs to be a torch.Tensor"),
+    "y elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), GOOD[0], GOOD[1].to("meta")), RuntimeError, r"y is on meta, x on cpu; move it with y.to\('cpu'\)"),
+    "the model elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *(each.to("meta") for each in GOOD)), RuntimeError, "x is on meta, the model's parameters on cpu"),
+    "closure": (lambda: capture_step(MODEL, cross_entropy, torch.optim.LBFGS(MODEL.parameters()), *GOOD), RuntimeError, "the step of LBFGS needs a closure"),
     "no warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0), ValueError, "warmup is 0"),
-    "half a warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0.5), TypeError, "warmup is 0.5"),  # noqa: E501
+    "half a warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0.5), TypeError, "warmup is 0.5"),
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def near(found: Tensor, expected: Tensor, dtype: torch.dtype, steps: float = 16)
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_autocast_is_that_of_sequential(dtype: torch.dtype, make: Make, device: str) -> None:
-    """The output in 16 bits, gradients in the parameters' and the input's dtype; nested, switched off inside, nothing left."""  # noqa: E501
+    """The output in 16 bits, gradients in the parameters' and the input's dtype; nested, and switched off inside."""
     model = make()
     twin = copy.deepcopy(nn.Sequential(*model))
     x = torch.randn(9, 20, device=device)
@@ -170,7 +170,7 @@ CONVERSIONS: dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype]] = {
     "float": (lambda model: model.half().float(), torch.float32),
     "to(dtype)": (lambda model: model.to(torch.bfloat16), torch.bfloat16),
     "to(memory_format)": (lambda model: model.to(memory_format=torch.channels_last), torch.float32),
-    "to(dtype, memory_format)": (lambda model: model.to(dtype=torch.float16, memory_format=torch.preserve_format), torch.float16),  # noqa: E501
+    "to(both)": (lambda model: model.to(dtype=HALVES[0], memory_format=torch.channels_last), HALVES[0]),
 }  # fmt: skip
 
 

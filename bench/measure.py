@@ -56,7 +56,7 @@ from torch import Tensor, nn
 from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
-from mlp_fused import DevicePrefetcher, FusedMLP, timing
+from mlp_fused import DevicePrefetcher, FusedMLP, capture_step, timing
 from mlp_fused.kernels import configs
 from mlp_fused.plan import Work, float32_precision, work
 from mlp_fused.timing import Ceilings, Timed
@@ -291,11 +291,14 @@ class Bench:
             return Timed(backward, setup, len(inputs))
         raise ValueError(f"phase is {phase!r}, which is not a phase of a network")
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        """capturable for all, so that a graphed step runs the same optimizer as the others."""
+        on_gpu = self.device == "cuda"
+        return torch.optim.Adam(self.parameters, lr=LEARNING_RATE, fused=on_gpu, capturable=on_gpu)
+
     def _step(self, module: Callable[[Tensor], Tensor]) -> Callable[[int], tuple[Tensor, ...]]:
         inputs, targets, parameters = self.inputs, self.targets, self.parameters
-        on_gpu = self.device == "cuda"
-        # capturable for all, so that the graphed step runs the same optimizer as the others
-        optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=on_gpu, capturable=on_gpu)
+        optimizer = self.optimizer()
         cross_entropy = self.problem.cross_entropy
 
         def step(i: int) -> tuple[Tensor, ...]:
@@ -458,6 +461,28 @@ def compiled(mode: str | None) -> Callable[[Bench, str], Timed]:
     return build
 
 
+def captured(model_of: Callable[[Bench], nn.Module]) -> Callable[[Bench, str], Timed]:
+    """capture_step of a network: each call copies its batch in, and is one launch."""
+
+    def build(bench: Bench, phase: str) -> Timed:
+        inputs, targets, parameters = bench.inputs, bench.targets, bench.parameters
+        step = capture_step(model_of(bench), F.cross_entropy, bench.optimizer(), inputs[0], targets[0])
+        step(inputs[0], targets[0])  # the first makes Adam's state, and is no replay
+
+        def call(i: int) -> tuple[Any, ...]:
+            step(inputs[i], targets[i])
+            return step.output, *(p.grad for p in parameters)
+
+        return Timed(call, sets=len(inputs))
+
+    return build
+
+
+def can_capture(cell: Cell, device: str) -> bool:
+    """Where launches are all there is: steps with a loss of their own."""
+    return device == "cuda" and cell.phase == "step" and cell.problem.cross_entropy
+
+
 BASELINES = (
     Baseline("eager", lambda bench, phase: bench.timed(bench.eager, phase), lambda cell, device: True),
     Baseline(
@@ -469,6 +494,8 @@ BASELINES = (
         tanh_gelu,
     ),
     Baseline("cuda_graph", lambda bench, phase: graphed(bench.timed(bench.eager, phase), bench.parameters)),
+    Baseline("captured", captured(lambda bench: bench.model), can_capture),
+    Baseline("captured_eager", captured(lambda bench: bench.eager), can_capture),
     Baseline("compile", compiled(None)),
     Baseline(
         "compile_max_autotune",

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 from bench import fresh, gemm, goals, gpu, measure
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
-from mlp_fused import FusedMLP, tuning
+from mlp_fused import FusedMLP, graphs, tuning
 from mlp_fused.plan import Work, work
 from mlp_fused.timing import Ceilings, Timed, distorted
 
@@ -403,10 +404,41 @@ def test_baselines_of_a_cell() -> None:
         return [baseline.name for baseline in measure.BASELINES if baseline.applies(cell, device)]
 
     common = ["eager", "cuda_graph", "compile"]
-    assert names(ANCHORS[0]) == [*common, "compile_max_autotune"]
+    steps = ["eager", "cuda_graph", "captured", "captured_eager", "compile"]
+    assert names(ANCHORS[0]) == [*steps, "compile_max_autotune"]
+    assert names("seed-*-m64-step") == steps
     assert names("middle-256*-relu-*-m4096-forward") == ["eager", "addmm_activation", "cuda_graph", "compile"]
     assert names("middle-256*-relu-*-m4096-backward") == common
     assert names("seed-*-m64-step", "cpu") == ["eager"]
+
+
+@pytest.mark.parametrize("name", ["captured", "captured_eager"])
+def test_a_captured_step_is_verified_as_any_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a graph that runs the step anew, and into the same memory, where a GPU would replay it."""
+
+    class Graph:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def warm_up(self, function: Callable[[], Any]) -> None:
+            function()
+
+        def capture(self, function: Callable[[], Any]) -> Any:
+            self.function, self.results = function, function()
+            return self.results
+
+        def replay(self) -> None:
+            for memory, value in zip(self.results, self.function(), strict=True):
+                memory.copy_(value)
+
+    monkeypatch.setattr(graphs, "_CudaGraph", Graph)
+    monkeypatch.setattr(graphs, "_check_device", lambda optimizer, x: None)
+    (baseline,) = [each for each in measure.BASELINES if each.name == name]
+    bench = measure.Bench(replace(SMALL, cross_entropy=True), "cpu")
+    timed = baseline.build(bench, "step")
+    assert bench.verify(timed, "step")["verified"]["gradients"] is not None
+    model = bench.model if name == "captured" else bench.eager
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_addmm_activation_computes_the_model() -> None:

@@ -7,6 +7,7 @@ model = FusedMLP(784, [512, 512, 10])
 from . import ops as ops
 from .convert import PATTERNS, FuseReport, Pattern, fuse, register_pattern, unfuse
 from .functional import linear_act, mlp
+from .graphs import CapturedStep, capture_step
 from .kernels.activations import ACTIVATIONS, Activation, register_activation
 from .module import FusedLinear, FusedMLP, Pointwise
 from .prefetch import DevicePrefetcher
@@ -17,6 +18,7 @@ __all__ = [
     "ACTIVATIONS",
     "PATTERNS",
     "Activation",
+    "CapturedStep",
     "DevicePrefetcher",
     "FuseReport",
     "FusedLinear",
@@ -24,6 +26,7 @@ __all__ = [
     "Pattern",
     "Pointwise",
     "__version__",
+    "capture_step",
     "fuse",
     "linear_act",
     "mlp",

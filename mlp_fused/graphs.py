@@ -1,0 +1,437 @@
+"""capture_step: a whole training step, forward, backward and optimizer, recorded once as a CUDA graph.
+
+Of a small network the host's launches are the whole time; a replay is one launch. The recipe is torch's for capturing a
+whole network (https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture): warm up on a side stream,
+drop the gradients, capture. Around it stands what keeps everything else as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .plan import DEBUG
+
+__all__ = ["CapturedStep", "capture_step"]
+
+# Those that take a learning rate in the device's memory without reading it back; of SGD, the fused form.
+RATE_IN_MEMORY = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
+
+Path = tuple[Any, ...]
+
+
+def capture_step(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    *,
+    warmup: int = 3,
+) -> CapturedStep:
+    """Record `loss_fn(model(x), y).backward(); optimizer.step()` as a CUDA graph: `loss = step(x, y)` replays it.
+
+    For any module. Nothing is trained by it: parameters, buffers, gradients, the optimizer's state and the random
+    number generators are afterwards as they were, also where it fails. What holds for every CUDA graph holds here:
+    Python runs while capturing and never again, so shapes, training or evaluation mode, autocast (the context around
+    this call; it covers model and loss) and TF32 are those of the capture, and nothing may wait for a result
+    (`.item()`, printing a tensor, `torch.nonzero`). Gradients are clipped, for example, by a hook of
+    `optimizer.register_step_pre_hook`, which is captured too. A `GradScaler` is not supported; bfloat16 needs none.
+
+    Args:
+        model, loss_fn: the loss is `loss_fn(model(x), y)`, one element.
+        optimizer: its step is the last of the graph. One that takes `capturable` needs it to be True. The learning rate
+            may change between steps: Adam, AdamW, Adamax, NAdam, RAdam and SGD(fused=True) are told of it, whether it
+            is a number or a tensor; others have to be captured again.
+        x, y: a batch, as all later ones will be: shape, dtype and device.
+        warmup: how many steps are run (and undone) before the capture; DistributedDataParallel takes 11.
+
+    Raises:
+        RuntimeError: no CUDA device, something is on another one, the optimizer cannot be captured, the step cannot.
+        TypeError: an argument of another kind.
+        ValueError: `warmup` is below 1.
+    """
+    _check_arguments(model, loss_fn, optimizer, x, y, warmup)
+    _check_device(optimizer, x)
+    return CapturedStep(model, loss_fn, optimizer, x, y, _CudaGraph(x.device), warmup)
+
+
+class _CudaGraph:
+    """What a device does in a function, recorded to be done again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.graph = torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream(device)
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        """Run it where it will be captured: kernels, libraries' handles and their workspaces are made before that."""
+        with torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        """Record it; what it returns is written by every replay."""
+        try:
+            return self._record(self.graph, self.stream, function)
+        except BaseException:
+            # For torch's random number generator a capture that broke is over when another one has ended well.
+            memory = torch.empty(1, device=self.device)
+            self._record(torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device), memory.zero_)
+            raise
+
+    def _record(self, graph: Any, stream: Any, function: Callable[[], Any]) -> Any:
+        # The stream stands here as well because torch.cuda.graph leaves it current where a capture fails.
+        with torch.cuda.device(self.device), torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            return function()
+
+    def replay(self) -> None:
+        """Do on the current stream what was recorded."""
+        self.graph.replay()
+
+
+class CapturedStep:
+    """A training step that is replayed; made by `capture_step`.
+
+    An optimizer that has made no step yet makes its state in the first call, which runs as it is; later ones replay.
+
+    Attributes:
+        loss: of the last step. The next step writes the same memory; `loss.clone()` stays.
+        output: the model's in that step, likewise, for a training accuracy; None where it is not one tensor.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        x: Tensor,
+        y: Tensor,
+        graph: Any,
+        warmup: int,
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.optimizer = optimizer
+        self._graph = graph
+        self._x, self._y = x.detach().clone(), y.detach().clone()
+        self._kind = x.device.type
+        self._autocast = torch.is_autocast_enabled(self._kind), torch.get_autocast_dtype(self._kind)
+        self._training = model.training
+        modules = [module for each in (model, loss_fn) if isinstance(each, nn.Module) for module in each.modules()]
+        own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
+        optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._parameters = list({id(parameter): parameter for parameter in (*own, *optimized)}.values())
+        self._rates = [
+            _Rate(group, x.device) for group in optimizer.param_groups if _takes_rate_in_memory(optimizer, group)
+        ]
+        snapshot = _Snapshot(modules, self._parameters, optimizer, x.device)
+        try:
+            for _ in range(warmup):
+                graph.warm_up(self._step)
+            self._remember(modules)
+            before = dict(_leaves(optimizer.state))
+            _check_state(optimizer, before, x.device)
+            outside = sys.exc_info()[1]
+            try:
+                self.loss, self.output, *self._grads = graph.capture(self._step)
+            except Exception as error:
+                raise RuntimeError(f"the step cannot be captured: {_cause(error, outside)}") from error
+            self._check_unchanged("in the step itself", "a graph cannot follow that; change it in place")
+            _check_same(optimizer, before, dict(_leaves(optimizer.state)))
+        finally:
+            self._missing = snapshot.restore()
+        self._check_unchanged("in the first step", "train one step as it is, then capture")
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Train on one batch, and return its loss, which the next call overwrites.
+
+        Raises:
+            TypeError: x or y is not a tensor.
+            RuntimeError: another shape, dtype or device than captured; the model or the optimizer was changed since in
+                a way that the graph cannot see.
+        """
+        for name, found, captured in (("x", x, self._x), ("y", y, self._y)):
+            if not isinstance(found, Tensor):
+                raise TypeError(f"{name} is {type(found).__name__}; it needs to be a torch.Tensor")
+            if found.shape != captured.shape or found.dtype != captured.dtype or found.device != captured.device:
+                raise RuntimeError(
+                    f"{name} is {_described(found)}; the step was captured for {_described(captured)}: "
+                    "take such a batch, or capture another step for this kind"
+                )
+        self._check_unchanged("since the capture", "capture the step again")
+        self._x.copy_(x.detach())
+        self._y.copy_(y.detach())
+        for rate in self._rates:
+            rate.follow()
+        if self._missing:
+            self._step_as_it_is()
+        else:
+            self._graph.replay()
+        for parameter, grad in zip(self._parameters, self._grads):
+            parameter.grad = grad
+        return self.loss
+
+    def _step(self) -> list[Any]:
+        """The training step itself; returns the loss, the output, and every parameter's gradient."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        enabled, dtype = self._autocast
+        # Autocast keeps the weights it casts until its outermost context ends, and would keep the graph's own.
+        torch.clear_autocast_cache()
+        with torch.enable_grad(), torch.autocast(self._kind, dtype, enabled):
+            output = self.model(self._x)
+            loss = self.loss_fn(output, self._y)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn returned {type(loss).__name__}; it needs to return the loss, a tensor")
+        with torch.autocast(self._kind, enabled=False), contextlib.ExitStack() as rates:
+            loss.backward()
+            for rate in self._rates:
+                rates.enter_context(rate.instead())
+            self.optimizer.step()
+        torch.clear_autocast_cache()
+        output = output.detach() if isinstance(output, Tensor) else None
+        return [loss.detach(), output, *(parameter.grad for parameter in self._parameters)]
+
+    def _step_as_it_is(self) -> None:
+        """The step without the graph, in which the optimizer makes its state; it is moved to where the graph has it."""
+        for memory, value in zip((self.loss, self.output, *self._grads), self._step()):
+            if memory is not None and value is not None:
+                memory.copy_(value)
+        for path, (holder, key, value) in dict(_leaves(self.optimizer.state)).items():
+            if path in self._missing:
+                memory = self._missing.pop(path)
+                memory.copy_(value)
+                holder[key] = memory
+
+    def _remember(self, modules: list[nn.Module]) -> None:
+        """All that the graph will take for granted."""
+        self._owned = [
+            (owned, name, tensor, tensor.data_ptr(), tensor.requires_grad)
+            for module in modules
+            for owned in (module._parameters, module._buffers)
+            for name, tensor in owned.items()
+            if tensor is not None
+        ]
+        self._state, self._groups = self.optimizer.state, self.optimizer.param_groups
+        rated = [rate.group for rate in self._rates]
+        self._hyperparameters = [
+            (group, name, value)
+            for group in self._groups
+            for name, value in group.items()
+            if name != "params" and not (name == "lr" and any(group is each for each in rated))
+        ]
+        self._count = len(self._groups)
+
+    def _check_unchanged(self, when: str, mend: str) -> None:
+        """Raise where something that the graph takes for granted is no longer so."""
+
+        def refuse(what: str) -> NoReturn:
+            raise RuntimeError(f"{what} {when}; {mend}")
+
+        for owned, name, tensor, pointer, requires_grad in self._owned:
+            if owned.get(name) is not tensor or tensor.data_ptr() != pointer:
+                refuse(f"the model's {name} was replaced, moved or converted")
+            if tensor.requires_grad != requires_grad:
+                refuse(f"requires_grad of the model's {name} was changed")
+        if self.model.training != self._training:
+            mode = "train" if self._training else "eval"
+            raise RuntimeError(f"the step was captured after model.{mode}(); call that, or capture another step")
+        optimizer = self.optimizer
+        if optimizer.state is not self._state or optimizer.param_groups is not self._groups:
+            refuse("the optimizer's state was loaded")
+        if len(self._groups) != self._count:
+            refuse("a parameter group was added")
+        for group, name, value in self._hyperparameters:
+            found = group.get(name)
+            if found is not value and (isinstance(found, Tensor) or isinstance(value, Tensor) or found != value):
+                refuse(f"the optimizer's {name} was changed from {value} to {found}")
+
+
+def _takes_rate_in_memory(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether a group's learning rate is one that the graph can be told of; one on the device it sees by itself."""
+    rate = group.get("lr")
+    if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
+        return False
+    return type(optimizer) in RATE_IN_MEMORY or (type(optimizer) is torch.optim.SGD and bool(group.get("fused")))
+
+
+class _Rate:
+    """A parameter group's learning rate in memory, from where a graph reads it."""
+
+    def __init__(self, group: dict[str, Any], device: torch.device) -> None:
+        self.group = group
+        self.value = float(group["lr"])
+        self.memory = torch.tensor(self.value, device=device)
+
+    def follow(self) -> None:
+        """Write what the group says, if that is something else by now."""
+        value = float(self.group["lr"])
+        if value != self.value:
+            self.memory.fill_(value)
+            self.value = value
+
+    @contextlib.contextmanager
+    def instead(self) -> Iterator[None]:
+        """Within the block, the optimizer reads it from memory too."""
+        given = self.group["lr"]
+        self.group["lr"] = self.memory
+        try:
+            yield
+        finally:
+            self.group["lr"] = given
+
+
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any, Any]]]:
+    """Everything in nested dicts and lists: how it is reached (a parameter by its id), and holder, key and value."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        there = (*path, id(key) if isinstance(key, Tensor) else key)
+        if isinstance(inner, dict | list):
+            yield from _leaves(inner, there)
+        else:
+            yield there, (value, key, inner)
+
+
+class _Snapshot:
+    """What a training step changes, and how it is all put back in place."""
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+    ) -> None:
+        self.optimizer = optimizer
+        self.device = device
+        self.buffers = [(module._buffers, dict(module._buffers)) for module in modules]
+        self.grads = [(parameter, parameter.grad) for parameter in parameters]
+        self.state = dict(_leaves(optimizer.state))
+        self.known = set(optimizer.state)
+        tensors = [*parameters, *(each for _, owned in self.buffers for each in owned.values())]
+        tensors += [value for _, _, value in self.state.values()]
+        self.values = [(each, each.detach().clone()) for each in tensors if isinstance(each, Tensor)]
+        self.random = torch.get_rng_state()
+        self.random_of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> dict[Path, Tensor]:
+        """Put everything back; returns what the optimizer's state has gained meanwhile, and loses here."""
+        gained = {
+            path: value
+            for path, (_, _, value) in _leaves(self.optimizer.state)
+            if path not in self.state and isinstance(value, Tensor)
+        }
+        for parameter in list(self.optimizer.state):
+            if parameter not in self.known:
+                del self.optimizer.state[parameter]
+        for path, (holder, key, _) in reversed(list(_leaves(self.optimizer.state))):
+            if path not in self.state:
+                del holder[key]
+        for holder, key, value in self.state.values():
+            holder[key] = value
+        for owned, before in self.buffers:
+            owned.clear()
+            owned.update(before)
+        for parameter, grad in self.grads:
+            parameter.grad = grad
+        with torch.no_grad():
+            for tensor, value in self.values:
+                tensor.copy_(value)
+        torch.set_rng_state(self.random)
+        if self.random_of_device is not None:
+            torch.cuda.set_rng_state(self.random_of_device, self.device)
+        return gained
+
+
+def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any, warmup: Any) -> None:
+    """What can be said before anything runs, and without a GPU."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; it needs to be an nn.Module")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is {type(loss_fn).__name__}; it needs to be called with the output and y")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is {type(optimizer).__name__}; it needs to be a torch.optim.Optimizer")
+    for name, tensor in (("x", x), ("y", y)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; it needs to be a torch.Tensor")
+    if isinstance(warmup, bool) or not isinstance(warmup, int):
+        raise TypeError(f"warmup is {warmup!r}; it needs to be a number of steps, 1 or more")
+    if warmup < 1:
+        raise ValueError(f"warmup is {warmup}; it needs to be a number of steps, 1 or more")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise RuntimeError(
+            f"the step of {type(optimizer).__name__} needs a closure, which it calls as often as the numbers ask for; "
+            "that cannot be captured; use an optimizer whose step needs none"
+        )
+    if y.device != x.device:
+        raise RuntimeError(f"y is on {y.device}, x on {x.device}; move it with y.to({str(x.device)!r})")
+    modules = [each for each in (model, loss_fn) if isinstance(each, nn.Module)]
+    of_optimizer = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for tensor in (*(each for module in modules for each in (*module.parameters(), *module.buffers())), *of_optimizer):
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"x is on {x.device}, the model's parameters on {tensor.device}; "
+                f"move it with x.to({str(tensor.device)!r}), or the model before its optimizer is made"
+            )
+
+
+def _check_device(optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    """Whether there is a device that has graphs, and an optimizer that runs in one."""
+    if not x.is_cuda:
+        raise RuntimeError(
+            f"capture_step needs a CUDA device; x and the model are on {x.device}; "
+            + ("move both with .to('cuda')" if torch.cuda.is_available() else "torch finds no CUDA device here")
+        )
+    if any(group.get("capturable") is False for group in optimizer.param_groups):
+        name = type(optimizer).__name__
+        raise RuntimeError(f"{name} has capturable=False; a graph needs {name}(..., capturable=True)")
+    if DEBUG:
+        raise RuntimeError("MLP_FUSED_DEBUG=1 waits for every kernel, which cannot be captured; unset it")
+
+
+def _check_state(
+    optimizer: torch.optim.Optimizer, state: dict[Path, tuple[Any, Any, Any]], device: torch.device
+) -> None:
+    """Whether all of the optimizer's state is where a graph can write it."""
+    for _, key, value in state.values():
+        if isinstance(value, Tensor) and value.device != device:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} keeps {key!r} on {value.device}, where a graph cannot advance it; "
+                "use an optimizer that has the flag capturable, such as Adam(..., capturable=True)"
+            )
+
+
+def _check_same(
+    optimizer: torch.optim.Optimizer,
+    before: dict[Path, tuple[Any, Any, Any]],
+    after: dict[Path, tuple[Any, Any, Any]],
+) -> None:
+    """Whether a step writes the optimizer's state in place; numbers that Python counts would stand still."""
+    for path in {**before, **after}:
+        (_, key, old), (_, _, new) = before.get(path, (None, path[-1], None)), after.get(path, (None, None, None))
+        if old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} replaces its {key!r} in every step, which a graph cannot; "
+                "use an optimizer that has the flag capturable, such as Adam(..., capturable=True)"
+            )
+
+
+def _cause(error: BaseException, outside: BaseException | None) -> str:
+    """What came first: torch reports a broken capture once more when it ends. `outside` was there before."""
+    while error.__context__ is not None and error.__context__ is not outside:
+        error = error.__context__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"

@@ -1,0 +1,402 @@
+"""torch.autograd and torch.func around FusedMLP: whatever works on an nn.Sequential of the same modules works on it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from mlp_fused import FusedMLP, chain, linear_act, mlp
+from mlp_fused import functional as ours_functional
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+Pair = Callable[..., tuple[FusedMLP, nn.Sequential]]
+
+
+@pytest.fixture(params=["reference", "layer", "layer by layer", "network"])
+def pair(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """A maker of a network and its twin in torch's modules, with parameters of its own; on each path."""
+    if request.param == "layer by layer":
+        monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
+    if request.param.startswith("layer"):
+        monkeypatch.setattr(ours_functional, "find_network", lambda *arguments: "the other path is tested")
+    backend = "reference" if request.param == "reference" else "triton"
+
+    def make(*widths: int, activation: str = "gelu", **keywords: Any) -> tuple[FusedMLP, nn.Sequential]:
+        first, *rest = widths or (20, 16, 4)
+        model = FusedMLP(first, rest, activation_layer=activation, backend=backend, device=device, **keywords)
+        return model, copy.deepcopy(nn.Sequential(*model))
+
+    return make
+
+
+def draw(device: str, *shape: int) -> Tensor:
+    return torch.randn(*(shape or (9, 20)), device=device)
+
+
+def same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None), name
+        if mine.grad is not None and other.grad is not None:
+            torch.testing.assert_close(mine.grad, other.grad, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids="reentrant={}".format)
+def test_torchs_checkpoint_of_both_kinds(use_reentrant: bool, pair: Pair, device: str) -> None:
+    model, twin = pair()
+    x, dy = draw(device).requires_grad_(), draw(device, 9, 4)
+    found = []
+    for each, wrapped in ((model, True), (model, False), (twin, True)):
+        each.zero_grad()
+        x.grad = None
+        y = checkpoint(each, x, use_reentrant=use_reentrant) if wrapped else each(x)
+        y.backward(dy)
+        found.append([y.detach(), x.grad, *(parameter.grad for parameter in each.parameters())])
+    kept, plain, theirs = found
+    assert all(map(torch.equal, kept, plain))
+    for mine, other in zip(kept, theirs, strict=True):
+        torch.testing.assert_close(mine, other, **CLOSE)
+
+
+def test_checkpoint_draws_dropout_again(pair: Pair, device: str) -> None:
+    model, twin = pair(dropout=0.5)
+    x = draw(device).requires_grad_()
+    for each in (model, twin):
+        torch.manual_seed(3)
+        checkpoint(each, x, use_reentrant=False).square().sum().backward()
+    same_gradients(model, twin)
+
+
+def test_a_graph_is_gone_through_twice_only_where_it_is_retained(pair: Pair, device: str) -> None:
+    model, twin = pair()
+    x = draw(device)
+    for each in (model, twin):
+        y = each(x).square().sum()
+        y.backward(retain_graph=True)
+        y.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            y.backward()
+    same_gradients(model, twin)
+
+
+def test_gradients_accumulate(pair: Pair, device: str) -> None:
+    model, twin = pair()
+    parts = [draw(device) for _ in range(3)]
+    single = []
+    for part in parts:
+        model(part).square().sum().backward()
+        single.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    for each in (model, twin):
+        for part in parts:
+            each(part).square().sum().backward()
+    same_gradients(model, twin)
+    for parameter, *grads in zip(model.parameters(), *single):
+        assert torch.equal(parameter.grad, grads[0] + grads[1] + grads[2])
+    model.zero_grad()
+    twin.zero_grad()
+    for each in (model, twin):  # all forwards first, one backward
+        sum(each(part).square().sum() for part in parts).backward()
+    same_gradients(model, twin)
+
+
+TRAINABLE = ((True,) * 3, (False, True, True), (False, False, True), (True, False, False), (False,) * 3)
+
+
+def test_requires_grad_changes_between_calls(pair: Pair, device: str) -> None:
+    model, twin = pair(20, 16, 8, 4)
+    x = draw(device)
+    linears = [index for index, child in enumerate(model) if isinstance(child, nn.Linear)]
+    for wanted, of_x in itertools.product(TRAINABLE, (False, True)):
+        inputs = []
+        for each in (model, twin):
+            each.zero_grad()
+            for index, want in zip(linears, wanted):
+                each[index].requires_grad_(want)
+            mine = x.clone().requires_grad_(of_x)
+            inputs.append(mine)
+            y = each(mine)
+            assert y.requires_grad == (any(wanted) or of_x)
+            if y.requires_grad:
+                y.square().sum().backward()
+        same_gradients(model, twin)
+        assert (inputs[0].grad is None) == (inputs[1].grad is None) == (not of_x)
+        if of_x:
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **CLOSE)
+
+
+def test_no_grad_and_inference_mode(pair: Pair, device: str) -> None:
+    model, twin = pair()
+    x = draw(device)
+    with torch.no_grad():
+        y = model(x)
+        with torch.enable_grad():
+            assert model(x).requires_grad
+    assert not y.requires_grad
+    with torch.inference_mode():
+        inside = model(x)
+        made_inside = x + 0
+        assert inside.is_inference()
+        assert torch.equal(inside, model(made_inside))
+    torch.testing.assert_close(inside.clone(), twin(x).detach(), **CLOSE)
+    for each in (model, twin):  # what was made inside is not kept for a backward
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            each(made_inside)
+        each(made_inside.clone()).sum().backward()
+    same_gradients(model, twin)
+
+
+def refused(y: Tensor) -> type[Exception] | None:
+    """The error that a backward raises because something was changed in place; None where it does not."""
+    try:
+        y.backward()
+    except Exception as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return type(error)
+    return None
+
+
+def _later_weight(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
+    model[3].weight.mul_(2)
+
+
+def _step(model: nn.Sequential, x: Tensor, y: Tensor) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+IN_PLACE: dict[str, Callable[[nn.Sequential, Tensor, Tensor], None]] = {
+    "the input": lambda model, x, y: x.mul_(2),
+    "a later layer's weight": _later_weight,
+    "every parameter, by an optimizer": _step,
+    "a later layer's bias": lambda model, x, y: model[3].bias.mul_(2),
+    "a weight's .data": lambda model, x, y: model[3].weight.data.mul_(1),  # which neither notices
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_in_place_changes_of_what_is_saved_are_detected_as_torch_does(change: str, pair: Pair, device: str) -> None:
+    raised = []
+    for each in pair():
+        x = draw(device)
+        y = each(x).square().sum()
+        with torch.no_grad():
+            IN_PLACE[change](each, x, y)
+        raised.append(refused(y))
+    assert raised[0] == raised[1]
+    assert (raised[0] is None) == ("bias" in change or ".data" in change)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "sigmoid", "gelu", "silu"], ids=str)
+def test_the_output_may_be_changed_in_place_where_torch_lets_it(
+    activation: str | None, pair: Pair, device: str
+) -> None:
+    model, twin = pair(output_activation=activation)
+    x = draw(device)
+    raised = []
+    for each in (model, twin):
+        y = each(x)
+        y.mul_(3)
+        raised.append(refused(y.square().sum()))
+    assert raised[0] == raised[1]
+    assert (raised[0] is not None) == (activation in ("relu", "sigmoid"))
+    same_gradients(model, twin)
+
+
+def test_saved_tensor_hooks_see_and_give_back_what_is_kept(pair: Pair, device: str) -> None:
+    model, _ = pair(20, 16, 8, 4)
+    x = draw(device)
+    plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.detach().clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index]):
+        y = model(x).square().sum()
+    assert packed
+    assert all(map(torch.equal, torch.autograd.grad(y, list(model.parameters())), plain))
+    with torch.autograd.graph.save_on_cpu():
+        y = model(x).square().sum()
+    assert all(map(torch.equal, torch.autograd.grad(y, list(model.parameters())), plain))
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+        with pytest.raises(RuntimeError, match="no hooks here"), torch.autograd.graph.save_on_cpu():
+            pass
+        y = model(x).square().sum()
+    assert all(map(torch.equal, torch.autograd.grad(y, list(model.parameters())), plain))
+
+
+def _events_of(model: nn.Module, x: Tensor) -> tuple[list[Any], Tensor]:
+    """What hooks on a module, its output, input and parameters are told, in order; tensors as they come."""
+    told: list[Any] = []
+    handles = [
+        model.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: told.append(("pre", args[0].shape)), with_kwargs=True
+        ),
+        model.register_forward_hook(lambda module, args, output: output + 1),
+        model.register_forward_hook(lambda module, args, output: told.append(("forward", output.detach()))),
+        model.register_full_backward_pre_hook(lambda module, grads: (grads[0] * 3,)),
+        model.register_full_backward_hook(lambda module, dx, dy: told.append(("backward", dx[0], dy[0]))),
+    ]
+    for name, parameter in model.named_parameters():
+        handles.append(
+            parameter.register_hook(lambda grad, name=name: told.append((f"grad of {name}", grad)) or grad / 2)
+        )
+        handles.append(
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: told.append((f"has {name}", p.grad.clone()))
+            )
+        )
+    x = x.clone().requires_grad_()
+    x.register_hook(lambda grad: told.append(("input", grad)))
+    y = model(x)
+    y.register_hook(lambda grad: grad + 1)
+    y.square().sum().backward()
+    for handle in handles:
+        handle.remove()
+    return told, x.grad
+
+
+def test_hooks_on_the_module_its_output_input_and_parameters(pair: Pair, device: str) -> None:
+    model, twin = pair()
+    x = draw(device)
+    model(x)  # which is remembered
+    (ours, dx), (theirs, dx_torch) = _events_of(model, x), _events_of(twin, x)
+    torch.testing.assert_close(dx, dx_torch, **CLOSE)
+    assert len(ours) == len(theirs)
+    # Every one once; the parameters' in whatever order their gradients are ready.
+    for mine, other in zip(sorted(ours, key=lambda told: told[0]), sorted(theirs, key=lambda told: told[0])):
+        assert mine[0] == other[0]
+        torch.testing.assert_close(list(mine[1:]), list(other[1:]), **CLOSE)
+    assert [told[0] for told in ours][:2] == [told[0] for told in theirs][:2] == ["pre", "forward"]
+    same_gradients(model, twin)
+    (_, again), (_, again_torch) = _events_of(model, x), _events_of(twin, x)
+    torch.testing.assert_close(again, again_torch, **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x), **CLOSE)
+
+
+def test_functional_call_with_weights_that_are_no_leaves(pair: Pair, device: str) -> None:
+    """A hypernetwork: the parameters are computed, and it is what they are computed from that takes the gradient."""
+    model, twin = pair()
+    x = draw(device)
+    found = []
+    for each in (model, twin):
+        scale = torch.full((), 1.5, device=device, requires_grad=True)
+        computed = {name: parameter.detach() * scale for name, parameter in each.named_parameters()}
+        y = torch.func.functional_call(each, computed, (x,))
+        y.square().sum().backward()
+        found.append((y, scale.grad))
+        assert all(parameter.grad is None for parameter in each.parameters())
+    for mine, other in zip(*found):
+        torch.testing.assert_close(mine, other, **CLOSE)
+    torch.testing.assert_close(model(x), twin(x), **CLOSE)  # its own are back
+
+
+def test_the_functional_forms_with_weights_that_are_no_leaves(pair: Pair, device: str) -> None:
+    backend = pair()[0].backend
+    x = draw(device)
+    base = [draw(device, *shape).requires_grad_() for shape in ((16, 6), (6, 20), (16,), (4, 16))]
+    found = []
+    for each in (backend, "reference"):
+        left, right, bias, last = base
+        h = mlp(x, [left @ right / 5, last.tanh()], [bias * 2, None], "silu", backend=each)
+        y = linear_act(h, last[:, :4].t() * 0.5, None, "tanh", backend=each)
+        found.append(torch.autograd.grad(y.square().sum(), base))
+    for mine, other in zip(*found):
+        torch.testing.assert_close(mine, other, **CLOSE)
+
+
+def transforms(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Each of torch.func's transforms, and forward mode, over a module."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    def forward_mode() -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    two = {name: torch.stack([parameter, parameter * 2]) for name, parameter in parameters.items()}
+    tangents = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
+    return {
+        "grad": lambda: torch.func.grad(loss)(parameters, x),
+        "per-sample gradients": lambda: torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x),
+        "vmap": lambda: torch.func.vmap(model)(x.unsqueeze(1)),
+        "ensemble": lambda: torch.func.vmap(loss, (0, None))(two, x),
+        "vjp": lambda: torch.func.vjp(model, x)[1](torch.ones_like(model(x))),
+        "jvp": lambda: torch.func.jvp(model, (x,), (torch.ones_like(x),)),
+        "jvp of the parameters": lambda: torch.func.jvp(lambda p: loss(p, x), (parameters,), (tangents,)),
+        "jacrev": lambda: torch.func.jacrev(model)(x[:2]),
+        "jacfwd": lambda: torch.func.jacfwd(model)(x[:2]),
+        "hessian": lambda: torch.func.hessian(lambda x: model(x).square().sum())(x[0]),
+        "forward mode": forward_mode,
+    }  # fmt: skip
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [each for part in (result.values() if isinstance(result, dict) else result) for each in _tensors(part)]
+
+
+@pytest.mark.parametrize("name", transforms(nn.Linear(1, 1), torch.empty(0)))
+def test_transforms_take_plain_torch(name: str, device: str) -> None:
+    model = FusedMLP(6, [5, 3], activation_layer="tanh", output_activation="softplus", device=device)
+    twin = copy.deepcopy(nn.Sequential(*model))
+    x = draw(device, 4, 6)
+    model(x)
+    found, expected = (_tensors(transforms(each, x)[name]()) for each in (model, twin))
+    assert len(found) == len(expected) > 0
+    for mine, other in zip(found, expected):
+        torch.testing.assert_close(mine, other, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["grad", "per-sample gradients", "jvp", "forward mode", "hessian"])
+def test_kernels_that_were_asked_for_say_what_keeps_them_from_a_transform(name: str, device: str) -> None:
+    model = FusedMLP(6, [5, 3], activation_layer="tanh", backend="triton", device=device)
+    x = draw(device, 4, 6)
+    model(x)
+    with pytest.raises(RuntimeError, match="a torch.func transform is active|forward-mode differentiation is active"):
+        transforms(model, x)[name]()
+    assert model(x).shape == (4, 3)
+
+
+def test_second_derivatives_through_the_module(pair: Pair, device: str) -> None:
+    """A gradient penalty, as in WGAN-GP, and a Hessian-vector product."""
+    model, twin = pair(activation="tanh")
+    x, v = draw(device), draw(device)
+    products = []
+    for each in (model, twin):
+        mine = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(each(mine).square().sum(), mine, create_graph=True)
+        products.append(torch.autograd.grad(dx, mine, v, retain_graph=True)[0])
+        (dx.norm(dim=1) - 1).square().mean().backward()
+    torch.testing.assert_close(*products, **CLOSE)
+    same_gradients(model, twin)
+
+
+def test_gradgradcheck_of_the_module(device: str) -> None:
+    """In float64, which the kernels compute in where they are interpreted."""
+    for backend in ("triton" if device == "cpu" else "auto", "reference"):
+        model = FusedMLP(3, [4, 2], activation_layer="silu", backend=backend, device=device, dtype=torch.float64)
+        x = torch.randn(2, 3, dtype=torch.float64, device=device, requires_grad=True)
+        names = [name for name, _ in model.named_parameters()]
+
+        def call(x: Tensor, *values: Tensor, model: nn.Module = model, names: list[str] = names) -> Tensor:
+            return torch.func.functional_call(model, dict(zip(names, values)), (x,))
+
+        assert torch.autograd.gradcheck(call, (x, *model.parameters()), fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, (x, *model.parameters()), fast_mode=True)

@@ -1,0 +1,645 @@
+"""CUDA graphs: what a capture asks of the kernels' path, and `capture_step`.
+
+The capture itself needs a GPU. All around it is checked without one, by a stand-in for the graph: it takes a step as a
+graph does, runs it while it "captures" (which is worse, as a graph only records), and again in every replay, into the
+same memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlp_fused import FusedMLP, capture_step, graphs
+from mlp_fused.kernels.launch import count_launches
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class StandIn:
+    """A graph that records the function, in place of what it does on a device.
+
+    As a graph, it knows the optimizer's state by its memory, whatever the optimizer has in its place by then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.warmed_up = 0
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        function()
+        self.warmed_up += 1
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        self.function = function
+        self.results = function()
+        self.state = {parameter: dict(of) for parameter, of in function.__self__.optimizer.state.items()}
+        return self.results
+
+    def replay(self) -> None:
+        state = self.function.__self__.optimizer.state
+        given = dict(state)
+        state.clear()
+        state.update(self.state)
+        values = self.function()
+        state.clear()
+        state.update(given)
+        for memory, value in zip(self.results, values):
+            if memory is not None:
+                memory.copy_(value)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_CudaGraph", StandIn)
+    monkeypatch.setattr(graphs, "_check_device", lambda optimizer, x: None)
+
+
+def network(device: str = "cpu", backend: str = "auto") -> FusedMLP:
+    """With statistics and random numbers, which a step changes too."""
+    torch.manual_seed(1)
+    return FusedMLP(12, [16, 8, 5], nn.BatchNorm1d, nn.GELU, dropout=0.3, backend=backend, device=device)
+
+
+def batches(count: int, device: str = "cpu", rows: int = 9) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(count):
+        x = torch.randn(rows, 12, generator=generator)
+        yield x.to(device), torch.randint(5, (rows,), generator=generator).to(device)
+
+
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that training changes, copied."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "random": torch.get_rng_state(),
+        "random of the device": torch.cuda.get_rng_state() if next(model.parameters()).is_cuda else None,
+    }
+    return copy.deepcopy(state)
+
+
+def same(found: Any, expected: Any, where: str = "") -> None:
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(expected, Tensor):
+        assert isinstance(found, Tensor), where
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            same(found[key], value, f"{where}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            same(found[index], value, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, 2**-4),
+    # Whose first step is not as later ones: the buffer begins as the gradient.
+    "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, 2**-4, momentum=0.9, dampening=0.5),
+    "fused SGD": lambda parameters: torch.optim.SGD(parameters, 2**-4, momentum=0.9, nesterov=True, fused=True),
+    "fused Adam": lambda parameters: torch.optim.Adam(parameters, 2**-7, fused=True),
+    "amsgrad": lambda parameters: torch.optim.AdamW(parameters, 2**-7, amsgrad=True, fused=True),
+}
+FOLLOWS = ("fused SGD", "fused Adam", "amsgrad")  # the learning rate
+
+
+@pytest.mark.parametrize("before", [0, 2], ids="after {} steps".format)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_replays_train_as_a_plain_loop_does(name: str, before: int, stand_in: None) -> None:
+    results = []
+    for captured in (True, False):
+        model = network()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        step = plain_step(model, optimizer)
+        torch.manual_seed(3)
+        (first, *_), rest = list(batches(before + 1)), list(batches(before + 5))
+        for x, y in rest[:before]:
+            step(x, y)
+        if captured:
+            step = capture_step(model, cross_entropy, optimizer, *first)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) if name in FOLLOWS else None
+        losses = []
+        for x, y in rest[before:]:
+            losses.append(step(x, y).clone())
+            if scheduler is not None:
+                scheduler.step()
+        results.append((losses, everything(model, optimizer)))
+    same(*results)
+
+
+def test_a_capture_changes_nothing(stand_in: None) -> None:
+    for before in (0, 1):
+        model = network()
+        optimizer = OPTIMIZERS["fused Adam"](model.parameters())
+        (x, y), *_ = batches(1)
+        for _ in range(before):
+            plain_step(model, optimizer)(x, y)
+        model[0].bias.grad = given = torch.ones(16)
+        state, known = everything(model, optimizer), optimizer.state
+        tensors = [*model.parameters(), *model.buffers(), *(t for of in optimizer.state.values() for t in of.values())]
+        step = capture_step(model, cross_entropy, optimizer, x, y, warmup=4)
+        assert step._graph.warmed_up == 4
+        same(everything(model, optimizer), state)
+        assert model[0].bias.grad is given
+        assert optimizer.state is known
+        now = [*model.parameters(), *model.buffers(), *(t for of in optimizer.state.values() for t in of.values())]
+        assert list(map(id, now)) == list(map(id, tensors))
+
+
+class Counts(torch.optim.SGD):
+    """A step that Python counts."""
+
+    def step(self, closure: None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["count"] = self.state[parameter].get("count", 0) + 1
+        super().step()
+
+
+class Replaces(nn.Linear):
+    """A running mean that is a new tensor in every step."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 5)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return y
+
+
+class Lazy(nn.Linear):
+    """A buffer that the first forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 5)
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = torch.ones(5)
+        return super().forward(x) * self.scale
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), 2**-7, fused=True)
+
+
+class Fails(StandIn):
+    def capture(self, function: Callable[[], Any]) -> Any:
+        super().capture(function)
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def failing_loss(calls: int) -> Callable[[Tensor, Tensor], Any]:
+    """A loss that fails in that call."""
+    left = [calls]
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyError("no such label")
+        return cross_entropy(output, y)
+
+    return loss
+
+
+FAILURES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.optim.Optimizer], Any, type[Exception], str]] = {
+    "the capture": (network, adam, lambda: cross_entropy, RuntimeError, "^the step cannot be captured: RuntimeError: operation not permitted when stream is capturing$"),
+    "the loss, warming up": (network, adam, lambda: failing_loss(2), KeyError, "no such label"),
+    "the loss, capturing": (network, adam, lambda: failing_loss(4), RuntimeError, "the step cannot be captured: KeyError: 'no such label'"),
+    "no loss": (network, adam, lambda: lambda output, y: 0.5, TypeError, "loss_fn returned float; it needs to return the loss, a tensor"),
+    "counted in Python": (network, lambda model: Counts(model.parameters(), 0.1), lambda: cross_entropy, RuntimeError, "Counts replaces its 'count' in every step, which a graph cannot"),
+    "a buffer replaced": (Replaces, adam, lambda: cross_entropy, RuntimeError, "the model's mean was replaced, moved or converted in the step itself; .* change it in place"),
+    "a buffer made in the first step": (Lazy, adam, lambda: cross_entropy, RuntimeError, "the model's scale was replaced, moved or converted in the first step; train one step as it is, then capture"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [0, 1], ids="after {} steps".format)
+@pytest.mark.parametrize("name", FAILURES)
+def test_where_it_fails_everything_is_as_it_was(
+    name: str, before: int, stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model, make_optimizer, make_loss, kind, sentence = FAILURES[name]
+    if name == "the capture":
+        monkeypatch.setattr(graphs, "_CudaGraph", Fails)
+    model = make_model()
+    optimizer = make_optimizer(model)
+    if before and not isinstance(model, Lazy):
+        plain_step(model, optimizer)(*next(batches(1)))
+    state = everything(model, optimizer)
+    with pytest.raises(kind, match=sentence) as raised:
+        capture_step(model, make_loss(), optimizer, *next(batches(1)))
+    assert "\n" not in str(raised.value)
+    same(everything(model, optimizer), state)
+
+
+# What may happen between two steps, and what the second one says of it.
+CHANGES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
+    "another batch size": (lambda model, optimizer, batch: batch.update(x=batch["x"][:5]), RuntimeError, r"x is \(5, 12\), torch.float32, on cpu; the step was captured for \(9, 12\), torch.float32, on cpu"),
+    "another dtype": (lambda model, optimizer, batch: batch.update(y=batch["y"].int()), RuntimeError, r"y is \(9,\), torch.int32, on cpu; the step was captured for \(9,\), torch.int64"),
+    "another device": (lambda model, optimizer, batch: batch.update(x=batch["x"].to("meta")), RuntimeError, "x is .* on meta; the step was captured for .* on cpu"),
+    "no tensor": (lambda model, optimizer, batch: batch.update(y=[1] * 9), TypeError, "y is list; it needs to be a torch.Tensor"),
+    "evaluation": (lambda model, optimizer, batch: model.eval(), RuntimeError, r"the step was captured after model.train\(\); call that"),
+    "another dtype of the model": (lambda model, optimizer, batch: model.double(), RuntimeError, "the model's weight was replaced, moved or converted since the capture; capture the step again"),
+    "another parameter": (lambda model, optimizer, batch: setattr(model[0], "weight", nn.Parameter(torch.zeros(16, 12))), RuntimeError, "the model's weight was replaced"),
+    "another buffer": (lambda model, optimizer, batch: setattr(model[1], "running_mean", torch.zeros(16)), RuntimeError, "the model's running_mean was replaced"),
+    "frozen": (lambda model, optimizer, batch: model[0].bias.requires_grad_(False), RuntimeError, "requires_grad of the model's bias was changed since the capture"),
+    "a loaded optimizer": (lambda model, optimizer, batch: optimizer.load_state_dict(optimizer.state_dict()), RuntimeError, "the optimizer's state was loaded since the capture; capture the step again"),
+    "another group": (lambda model, optimizer, batch: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}), RuntimeError, "a parameter group was added"),
+    "weight decay": (lambda model, optimizer, batch: optimizer.param_groups[0].update(weight_decay=0.1), RuntimeError, "the optimizer's weight_decay was changed from 0 to 0.1 since the capture"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_replay_cannot_see_is_refused(name: str, stand_in: None) -> None:
+    change, kind, sentence = CHANGES[name]
+    model = network()
+    optimizer = adam(model)
+    first, second = batches(2)
+    step = capture_step(model, cross_entropy, optimizer, *first)
+    step(*first)
+    batch = dict(zip("xy", second))
+    change(model, optimizer, batch)
+    state = everything(model, optimizer)
+    with pytest.raises(kind, match=sentence):
+        step(**batch)
+    same(everything(model, optimizer), state)
+
+
+def test_values_that_change_in_place_are_seen(stand_in: None) -> None:
+    """load_state_dict of the model, and a learning rate that is a tensor."""
+    results = []
+    for captured in (True, False):
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters(), torch.tensor(2.0**-7), fused=True)
+        first, second, third = batches(3)
+        torch.manual_seed(2)
+        plain = plain_step(model, optimizer)
+        step = capture_step(model, cross_entropy, optimizer, *first) if captured else plain
+        step(*first)
+        model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+        step(*second)
+        optimizer.param_groups[0]["lr"].mul_(4)
+        plain(*third)  # a step without the graph in between
+        losses = [step(*second).clone(), step(*third).clone()]
+        results.append((losses, everything(model, optimizer)))
+    same(*results)
+
+
+def test_a_learning_rate_that_the_graph_cannot_be_told_of_is_refused(stand_in: None) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    first, second = batches(2)
+    step = capture_step(model, cross_entropy, optimizer, *first)
+    step(*first)
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(
+        RuntimeError,
+        match="the optimizer's lr was changed from 0.0625 to 0.5 since the capture; capture the step again",
+    ):
+        step(*second)
+    capture_step(model, cross_entropy, optimizer, *second)(*second)
+
+
+def test_the_models_output_of_each_step(stand_in: None) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["SGD with momentum"](model.parameters())
+    step = capture_step(model, cross_entropy, optimizer, *next(batches(1)))
+    for x, y in batches(3):
+        loss = step(x, y)
+        assert loss is step.loss
+        torch.testing.assert_close(cross_entropy(step.output, y), loss)
+
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x
+
+    two = Two(12, 5)
+    step = capture_step(two, lambda outputs, y: cross_entropy(outputs[0], y), adam(two), *next(batches(1)))
+    step(*next(batches(1)))
+    assert step.output is None
+
+
+def test_a_loss_with_parameters_of_its_own(stand_in: None) -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(5))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, output: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            return cross_entropy(output * self.weight, y)
+
+    model, loss = network(), Weighted()
+    optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], 2**-7, fused=True)
+    step = capture_step(model, loss, optimizer, *next(batches(1)))
+    assert loss.calls == 0
+    assert torch.equal(loss.weight, torch.ones(5))
+    for batch in batches(3):
+        step(*batch)
+    assert loss.calls == 3
+    assert not torch.equal(loss.weight, torch.ones(5))
+
+
+def test_autocast_around_the_capture_is_that_of_every_step(stand_in: None) -> None:
+    results = []
+    for captured in (True, False):
+        model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        optimizer = OPTIMIZERS["SGD with momentum"](model.parameters())
+        dtypes = set()
+
+        def loss_fn(output: Tensor, y: Tensor, dtypes: set[torch.dtype] = dtypes) -> Tensor:
+            dtypes.add(output.dtype)
+            return cross_entropy(output.float(), y)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            step = capture_step(model, loss_fn, optimizer, *next(batches(1)))
+        losses = []
+        for x, y in batches(4):
+            if captured:
+                losses.append(step(x, y).clone())
+            else:
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = loss_fn(model(x), y)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+        assert dtypes == {torch.bfloat16}
+        results.append((losses, everything(model, optimizer)))
+    same(results[0][0], results[1][0])
+    same(results[0][1]["model"], results[1][1]["model"])
+
+
+def test_steps_all_under_one_autocast_see_the_weights_change(stand_in: None) -> None:
+    """Autocast keeps what it casts until its outermost context ends; a step in it is not to train on old weights."""
+    model = nn.Linear(12, 5)
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    batch = next(batches(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        step = capture_step(model, cross_entropy, optimizer, *batch)
+        losses = [step(*batch).item() for _ in range(5)]
+        assert cross_entropy(model(batch[0]), batch[1]).item() < losses[-1]
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 5
+
+
+MODEL = network()
+GOOD = next(batches(1))
+
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no GPU": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD), RuntimeError, "capture_step needs a CUDA device; x and the model are on cpu; "),
+    "model": (lambda: capture_step(cross_entropy, cross_entropy, adam(MODEL), *GOOD), TypeError, "model is function; it needs to be an nn.Module"),
+    "loss": (lambda: capture_step(MODEL, 3, adam(MODEL), *GOOD), TypeError, "loss_fn is int; it needs to be called with the output and y"),
+    "optimizer": (lambda: capture_step(MODEL, cross_entropy, None, *GOOD), TypeError, "optimizer is NoneType; it needs to be a torch.optim.Optimizer"),
+    "x": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), [1], GOOD[1]), TypeError, "x is list; it needs to be a torch.Tensor"),
+    "y elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), GOOD[0], GOOD[1].to("meta")), RuntimeError, r"y is on meta, x on cpu; move it with y.to\('cpu'\)"),
+    "the model elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *(each.to("meta") for each in GOOD)), RuntimeError, "x is on meta, the model's parameters on cpu"),
+    "closure": (lambda: capture_step(MODEL, cross_entropy, torch.optim.LBFGS(MODEL.parameters()), *GOOD), RuntimeError, "the step of LBFGS needs a closure"),
+    "no warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0), ValueError, "warmup is 0"),
+    "half a warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0.5), TypeError, "warmup is 0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_before_anything_runs(name: str) -> None:
+    call, kind, sentence = MISTAKES[name]
+    before = copy.deepcopy(MODEL.state_dict())
+    with pytest.raises(kind, match=sentence) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+    same(MODEL.state_dict(), before)
+
+
+def test_a_flag_that_the_optimizer_lacks_is_named() -> None:
+    class OnGpu:
+        is_cuda = True
+
+    with pytest.raises(RuntimeError, match=r"Adam has capturable=False; a graph needs Adam\(..., capturable=True\)"):
+        graphs._check_device(torch.optim.Adam(MODEL.parameters()), OnGpu())
+    graphs._check_device(torch.optim.SGD(MODEL.parameters(), 0.1), OnGpu())
+
+
+def test_state_that_a_graph_cannot_advance_is_refused() -> None:
+    """As Adagrad's count of steps on the CPU, of a model on a GPU: here the model is on another device than thought."""
+    optimizer = torch.optim.Adagrad(MODEL.parameters())
+    state = dict(graphs._leaves(optimizer.state))
+    graphs._check_state(optimizer, state, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="Adagrad keeps 'step' on cpu, where a graph cannot advance it"):
+        graphs._check_state(optimizer, state, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("name", [kind.__name__ for kind in graphs.RATE_IN_MEMORY])
+def test_learning_rates_in_memory_are_not_read_back(name: str) -> None:
+    """On fake tensors of a GPU, a read of their values is an error."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for foreach in (False, None):
+            parameter = nn.Parameter(torch.empty(3, 4, device="cuda"))
+            optimizer = getattr(torch.optim, name)(
+                [parameter], 0.01, capturable=True, foreach=foreach, weight_decay=0.1
+            )
+            optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda")
+            for _ in range(2):
+                parameter.grad = torch.empty(3, 4, device="cuda")
+                optimizer.step()
+
+
+class HostReads(TorchDispatchMode):
+    """Operations that bring values of tensors to the host, which a capture forbids."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name.startswith(self.READS):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_through_the_kernels_reads_nothing_on_the_host(dtype: torch.dtype, device: str, path: str) -> None:
+    model = FusedMLP(12, [16, 8, 5], activation_layer="gelu", backend="triton", device=device)
+    x, y = next(batches(1, device))
+    with HostReads() as reads:
+        torch.ones(1).item()
+    assert reads.found  # such a thing is seen
+    for _ in range(2):  # made, and made again
+        with HostReads() as reads, torch.autocast(device, dtype, dtype != torch.float32), count_launches() as launches:
+            cross_entropy(model(x), y).backward()
+        assert launches
+        assert reads.found == []
+
+
+# On a GPU.
+
+
+def trainable(device: str, **keywords: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = network(device, **keywords)
+    return model, torch.optim.Adam(model.parameters(), torch.tensor(1e-3, device=device), capturable=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(12, 16, 5), (12, 300, 300, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_forward_and_backward(dtype: torch.dtype, widths: tuple[int, ...], device: str, path: str) -> None:
+    """By torch's own means, after `warmup`; all that the capture allocates is the pool's."""
+    model = FusedMLP(widths[0], list(widths[1:]), activation_layer="gelu", backend="triton", device=device, dtype=dtype)
+    static = torch.randn(9, 12, device=device, dtype=dtype)
+    dy = torch.randn(9, 5, device=device, dtype=dtype)
+    model.warmup(9)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(static).backward(dy)
+            with torch.no_grad():
+                model(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    inference, training = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(inference, stream=stream), torch.no_grad():
+        evaluated = model(static)
+    before = {segment["address"] for segment in torch.cuda.memory_snapshot()}
+    with torch.cuda.graph(training, stream=stream):
+        y = model(static)
+        y.backward(dy)
+    added = [segment for segment in torch.cuda.memory_snapshot() if segment["address"] not in before]
+    assert all(tuple(segment["segment_pool_id"]) == tuple(training.pool()) for segment in added)
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    for _ in range(2):
+        x = torch.randn_like(static)
+        static.copy_(x)
+        inference.replay()
+        training.replay()
+        twin.zero_grad()
+        expected = twin(x)
+        expected.backward(dy)
+        assert torch.equal(y, expected)
+        with torch.no_grad():
+            assert torch.equal(evaluated, twin(x))
+        for mine, other in zip(model.parameters(), twin.parameters()):
+            assert torch.equal(mine.grad, other.grad)
+
+
+@pytest.mark.gpu
+def test_torchs_graphed_callables(device: str, path: str) -> None:
+    model = FusedMLP(12, [16, 5], backend="triton", device=device)
+    twin = copy.deepcopy(model)
+    (x, y), (other, _) = batches(2, device)
+    graphed = torch.cuda.make_graphed_callables(model, (x.clone(),))
+    for each in (graphed, twin):
+        cross_entropy(each(other), y).backward()
+    for mine, expected in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(mine.grad, expected.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("before", [0, 2], ids="after {} steps".format)
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("autocast", [False, True], ids="autocast={}".format)
+def test_captured_steps_train_as_a_plain_loop_does(autocast: bool, backend: str, before: int, device: str) -> None:
+    results = []
+    for captured in (True, False):
+        model, optimizer = trainable(device, backend=backend)
+        step = plain_step(model, optimizer)
+        torch.manual_seed(3)
+        cast = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
+
+        def run(x: Tensor, y: Tensor, model=model, optimizer=optimizer, cast=cast) -> Tensor:
+            optimizer.zero_grad()
+            with cast:
+                loss = cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        step = run
+        data = list(batches(before + 5, device))
+        for x, y in data[:before]:
+            step(x, y)
+        if captured:
+            state = everything(model, optimizer)
+            with cast:
+                step = capture_step(model, cross_entropy, optimizer, *data[0])
+            same(everything(model, optimizer), state)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        losses = []
+        for x, y in data[before:]:
+            losses.append(step(x, y).clone())
+            scheduler.step()
+        results.append((losses, everything(model, optimizer)))
+    same(*results)
+
+
+@pytest.mark.gpu
+def test_the_seed_network_replays_a_step_in_which_nothing_is_launched_by_the_host(device: str) -> None:
+    model = FusedMLP(784, [512, 512, 10], device=device)
+    optimizer = torch.optim.Adam(model.parameters(), capturable=True, fused=True)
+    x, y = torch.randn(64, 784, device=device), torch.randint(10, (64,), device=device)
+    step = capture_step(model, cross_entropy, optimizer, x, y)
+    first = step(x, y).item()
+    allocated = torch.cuda.memory_allocated()
+    with count_launches() as launches:
+        for _ in range(50):
+            loss = step(x, y)
+    assert launches == {}
+    assert torch.cuda.memory_allocated() == allocated
+    assert loss.item() < first / 2
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_a_result_cannot_be_captured_and_changes_nothing(device: str) -> None:
+    model, optimizer = trainable(device)
+    batch = next(batches(1, device))
+
+    def waits(output: Tensor, y: Tensor) -> Tensor:
+        loss = cross_entropy(output, y)
+        return loss * 2 if loss.item() > 0 else loss
+
+    state = everything(model, optimizer)
+    with pytest.raises(RuntimeError, match="the step cannot be captured"):
+        capture_step(model, waits, optimizer, *batch)
+    same(everything(model, optimizer), state)
+    step = capture_step(model, cross_entropy, optimizer, *batch)
+    assert torch.isfinite(step(*batch))

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
+from .gradients import (
+    PlainFunction,
+    differentiable_backward,
+    dropout_factors,
+    plain_gradient,
+    versions,
+    wants_torch,
+)
+from .kernels.dropout import draw_seed
 from .kernels.launch import Launch, Program, Slots
 from .kernels.layer_backward import WeightGradient
 from .layers import IDENTITY, LayerPath, layer_after_layer
@@ -34,7 +42,7 @@ def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
     if DEBUG:
         return layer_after_layer(x, weights, biases, path)
     if not (torch.is_grad_enabled() and any(map(_requires_grad, filter(_given, (*weights, x, *biases))))):
-        return _forward(x, _cast(weights, path), biases, path, keep=False)[0]
+        return _forward(x, _cast(weights, path), biases, path, False, draw_seed(x.device) if path.drops else None)[0]
     if (
         weights[0].requires_grad  # and so keeps x
         and 0 < x.shape[0] * path.multiply_adds <= LAUNCH_BOUND
@@ -130,7 +138,7 @@ def _room(rows: int, width: int) -> int:
 
 
 class Forward:
-    """y, and what is kept for backward, for x and parameters of certain shapes and strides.
+    """y, and what is kept for backward, for x, parameters of certain shapes and strides, and a seed where layers drop.
 
     Attributes:
         edges: of each layer, where in what is kept lies what backward reads of it: z, or h; None where y is that.
@@ -139,14 +147,14 @@ class Forward:
     def __init__(self, path: LayerPath, rows: int, keep: bool) -> None:
         count = len(path.layers)
         self.chain = chain = Chain(rows, path.dtype.itemsize)
-        x, kept, spare, y, nothing = 0, 2 * count + 1, 2 * count + 2, 2 * count + 3, 2 * count + 4
+        x, kept, spare, y, seed, nothing = 0, *range(2 * count + 1, 2 * count + 6)
         places: list[tuple[Any, Any]] = []  # of h and z
         self.kept = 0
         turns = [0, 0]  # sizes of the two places that layers which are not kept take in turn
         for index, kernels in enumerate(path.layers):
             size = _room(rows, kernels.width_out)
             h = z = None
-            if keep and kernels.activation.keeps_preactivation:
+            if keep and kernels.keeps_z:
                 z = self.kept
                 self.kept += size
             elif keep and not kernels.last:
@@ -157,7 +165,7 @@ class Forward:
             places.append((h, z))
         self.spare = sum(turns)
         self.edges = [h if z is None else z for h, z in places]
-        below, none = chain.place(x), chain.place(nothing)
+        below, none, at_seed = chain.place(x), chain.place(nothing), chain.place(seed)
         for index, (kernels, (h, z)) in enumerate(zip(path.layers, places)):
             width = kernels.width_out
             at_z = none if z is None else chain.place(kept, z, width)
@@ -168,30 +176,36 @@ class Forward:
             else:
                 at_h = chain.place(spare, turns[0] * (index % 2), width)
             parameters = chain.place(1 + index), chain.place(1 + count + index)
-            chain.steps.append((kernels.forward_into, (below, *parameters, at_h, at_z)))
+            dropping = () if kernels.dropout is None else (at_seed,)
+            chain.steps.append((kernels.forward_into, (below, *parameters, at_h, at_z, *dropping)))
             below = at_h
         self.width_out = path.layers[-1].width_out
 
     def __call__(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], seed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """y and what is kept."""
         y = x.new_empty((self.chain.rows, self.width_out))
         kept = x.new_empty((self.kept,)) if self.kept else None
         spare = x.new_empty((self.spare,)) if self.spare else None
-        self.chain.run((x, *weights, *biases, kept, spare, y, None))
+        self.chain.run((x, *weights, *biases, kept, spare, y, seed, None))
         return y, kept
 
 
 def _forward(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath, keep: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    path: LayerPath,
+    keep: bool,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     strides = [None if each is None else each.stride() for each in (x, *weights, *biases)]
     key = (keep, x.shape, x.get_device(), *strides)
     forward = path.chains.get(key)
     if forward is None:
         forward = path.chains[key] = Forward(path, x.shape[0], keep)
-    return forward(x, weights, biases)
+    return forward(x, weights, biases, seed)
 
 
 class Backward:
@@ -211,8 +225,9 @@ class Backward:
         ]
         edges = Forward(path, rows, keep=True).edges
         self.chain = chain = Chain(rows, path.dtype.itemsize)
-        dy, y, x, kept, spare, dx, nothing = 0, 1, 2, count + 3, count + 4, count + 5, 3 * count + 6
-        none = chain.place(nothing)
+        dy, y, x = 0, 1, 2
+        kept, spare, seed, dx, nothing = count + 3, count + 4, count + 5, count + 6, 3 * count + 7
+        none, at_seed = chain.place(nothing), chain.place(seed)
         at_edge = [
             chain.place(y) if edge is None else chain.place(kept, edge, kernels.width_out)
             for kernels, edge in zip(layers, edges)
@@ -222,8 +237,10 @@ class Backward:
         at_dz = [chain.place(spare, biggest * (index % 2), kernels.width_out) for index, kernels in enumerate(layers)]
         self.spare = 3 * biggest
         dz = chain.place(dy)
-        if path.activations[-1] is not IDENTITY:
-            chain.steps.append((layers[-1].output_gradient_into, (dz, at_edge[-1], at_dz[-1], none)))
+        activates, drops = path.activations[-1] is not IDENTITY, layers[-1].dropout is not None
+        if activates or drops:
+            slots = (dz, at_edge[-1] if activates else none, at_dz[-1], none, *((at_seed,) if drops else ()))
+            chain.steps.append((layers[-1].output_gradient_into, slots))
             dz = at_dz[-1]
         for index in reversed(range(count)):
             kernels = layers[index]
@@ -233,9 +250,11 @@ class Backward:
             if index or needs_x:
                 below = at_dz[index - 1] if index else chain.place(dx)
                 saved, rebuilt = h if kernels.has_below else none, none
-                if needs_weight and kernels.below.keeps_preactivation:
+                if needs_weight and kernels.below_keeps_z:
                     h = rebuilt = chain.place(spare, 2 * biggest, kernels.width_in)
-                chain.steps.append((kernels.dgrad_into, (dz, chain.place(3 + index), saved, below, rebuilt)))
+                slots = (dz, chain.place(3 + index), saved, below, rebuilt)
+                dropping = () if kernels.dropout_below is None else (at_seed,)
+                chain.steps.append((kernels.dgrad_into, (*slots, *dropping)))
             if needs_weight or needs_bias:
                 dw = chain.place(dx + 1 + index) if needs_weight else none
                 db = chain.place(dx + 1 + count + index) if needs_bias else none
@@ -250,6 +269,7 @@ class Backward:
         kept: Tensor | None,
         weights: Sequence[Tensor | None],
         parameters: Sequence[Tensor | None],
+        seed: Tensor | None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """dx, and the gradients of W_1 …, b_1 …; `parameters` are as the user has them, `weights` as kernels read."""
         dx = None if self.shape_of_x is None else x.new_empty(self.shape_of_x)
@@ -259,7 +279,7 @@ class Backward:
             gradients[index] = torch.empty_like(parameter) if shape is None else dy.new_empty(shape, dtype=dtype)
         chain = self.chain
         partial = dy.new_empty((chain.partial,), dtype=chain.partial_dtype) if chain.partial else None
-        chain.run((dy, y, x, *weights, kept, dy.new_empty((self.spare,)), dx, *gradients, None, partial))
+        chain.run((dy, y, x, *weights, kept, dy.new_empty((self.spare,)), seed, dx, *gradients, None, partial))
         return dx, gradients
 
 
@@ -270,9 +290,10 @@ class _ChainFunction(PlainFunction):
     def forward(ctx: Any, x: Tensor, path: LayerPath, *parameters: Any) -> Tensor:
         count = len(path.layers)
         weights = _cast(parameters[:count], path)
-        y, kept = _forward(x, weights, parameters[count:], path, keep=True)
+        seed = draw_seed(x.device) if path.drops else None
+        y, kept = _forward(x, weights, parameters[count:], path, True, seed)
         first = weights[0] if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, y if path.keeps_output else None, kept, first, *weights[1:])
+        ctx.save_for_backward(x, y if path.keeps_output else None, kept, seed, first, *weights[1:])
         ctx.path = path
         # As the user has them, for a gradient that is differentiated; saved above is what the kernels read.
         ctx.parameters, ctx.versions = parameters, versions(parameters)
@@ -282,11 +303,15 @@ class _ChainFunction(PlainFunction):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         path: LayerPath = ctx.path
         needs_x, _, *needs = ctx.needs_input_grad
-        x, y, kept, *weights = ctx.saved_tensors
+        x, y, kept, seed, *weights = ctx.saved_tensors
         dy = plain_gradient(dy)
         if wants_torch(dy):
+            factors = [
+                dropout_factors(seed, kernels.dropout, x.shape[0], kernels.width_out, path.dtype)
+                for kernels in path.layers
+            ]
             dx, gradients = differentiable_backward(
-                path.activations, path.dtype, x, ctx.parameters, ctx.versions, dy, needs_x, needs
+                path.activations, path.dtype, x, ctx.parameters, ctx.versions, dy, needs_x, needs, factors
             )
         else:
             # Saved weights may lie otherwise than the user's, whose gradients lie as they do.
@@ -295,5 +320,5 @@ class _ChainFunction(PlainFunction):
             backward = path.chains.get(key)
             if backward is None:
                 backward = path.chains[key] = Backward(path, x.shape[0], needs_x, needs, ctx.parameters)
-            dx, gradients = backward(dy, y, x, kept, weights, ctx.parameters)
+            dx, gradients = backward(dy, y, x, kept, weights, ctx.parameters, seed)
         return dx, None, *gradients

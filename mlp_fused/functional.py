@@ -42,11 +42,12 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class Layer(NamedTuple):
-    """h = a(x Wᵀ + b): weight (N, K), bias (N,) or None."""
+    """h = a(x Wᵀ + b): weight (N, K), bias (N,) or None; then Dropout, by its probability."""
 
     weight: Tensor
     bias: Tensor | None
     activation: Activation
+    dropout: float = 0.0
 
 
 def linear_act(
@@ -119,9 +120,10 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
     dtype = check_call(x, layers)
     if why_reference(x, layers, dtype, backend, recompute) is None:
         return run_kernels(x, layers, dtype, recompute, backend)
+    weights, biases, activations, _ = zip(*layers)
     if recompute and can_checkpoint():
-        return checkpoint(reference.mlp, x, *zip(*layers), use_reentrant=False)
-    return reference.mlp(x, *zip(*layers))
+        return checkpoint(reference.mlp, x, weights, biases, activations, use_reentrant=False)
+    return reference.mlp(x, weights, biases, activations)
 
 
 def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
@@ -138,7 +140,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
     # Autocast brings floating-point dtypes together; it shows in the dtype, or in x being of autocast's already.
     mixed = dtype != x.dtype or (dtype in HALVES and torch.is_autocast_enabled(device.type))
     width = x.shape[-1] if x.dim() else None
-    for index, (weight, bias, _) in enumerate(layers):
+    for index, (weight, bias, *_) in enumerate(layers):
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is None and name == "bias":
                 continue
@@ -188,7 +190,7 @@ def run_kernels(
         x = x.resolve_neg()
     if len(shape) != 2:
         x = x.reshape(-1, shape[-1])
-    weights, biases, _ = zip(*layers)
+    weights, biases, *_ = zip(*layers)
     path = find_path(x, layers, dtype, recompute, backend)
     if recompute and isinstance(path, LayerPath) and can_checkpoint():
         y = checkpoint(run_path, x, weights, biases, path, use_reentrant=False)
@@ -276,12 +278,13 @@ def find_path(
 def find_layers(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend = "auto") -> LayerPath:
     """The layer path for these layers; with the backend "triton" no product of it is torch's."""
     return layer_path(
-        (x.shape[1], *(weight.shape[0] for weight, _, _ in layers)),
-        tuple(activation for _, _, activation in layers),
-        tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, _ in layers),
+        (x.shape[1], *(layer.weight.shape[0] for layer in layers)),
+        tuple(layer.activation for layer in layers),
+        tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, *_ in layers),
         dtype,
         float32_precision() if dtype == torch.float32 else "ieee",
         (DEFAULT_BACKEND if backend == "auto" else backend) != "triton",
+        tuple(layer.dropout for layer in layers),
     )
 
 
@@ -290,10 +293,11 @@ def find_network(
 ) -> NetworkPlan | str:
     """The network path for these layers, or the reason why they take the layer path."""
     training = wants_gradients(x, layers)
-    strides = tuple((*weight.stride(), 0 if bias is None else bias.stride(0)) for weight, bias, _ in layers)
-    widths = (x.shape[1], *(weight.shape[0] for weight, _, _ in layers))
-    activations = tuple(activation for _, _, activation in layers)
+    strides = tuple((*weight.stride(), 0 if bias is None else bias.stride(0)) for weight, bias, *_ in layers)
+    widths = (x.shape[1], *(layer.weight.shape[0] for layer in layers))
+    activations = tuple(layer.activation for layer in layers)
     precision = float32_precision() if dtype == torch.float32 else "ieee"
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
     device = configs.device_of(x)
-    return network_path(widths, strides, activations, dtype, precision, device, training, recompute, wide)
+    drops = any(layer.dropout for layer in layers)
+    return network_path(widths, strides, activations, dtype, precision, device, training, recompute, wide, drops)

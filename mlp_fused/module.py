@@ -102,7 +102,7 @@ class FusedLinear(_WithBackend, nn.Linear):
         layers = (Layer(self.weight, self.bias, self.activation),)
         dtype = check_call(input, layers)
         if plan.why_reference(input, layers, dtype, self._backend) is not None:
-            return linear_act(input, *layers[0])
+            return linear_act(input, self.weight, self.bias, self.activation)
         return run_kernels(input, layers, dtype, backend=self._backend)
 
     def extra_repr(self) -> str:
@@ -113,7 +113,8 @@ class FusedMLP(_WithBackend, nn.Sequential):
     """H_l = a(H_{l-1} W_lᵀ + b_l): `torchvision.ops.MLP`'s arguments, children and keys; fused kernels on a GPU.
 
     Its children are the real `nn.Linear`, norm, activation and `nn.Dropout` modules: every hidden layer is Linear,
-    norm, activation, Dropout; then the last Linear, the output activation, and Dropout. On a CPU they run as they are.
+    norm, activation, Dropout; then the last Linear, the output activation, and Dropout. On a CPU they run as they are;
+    on kernels Dropout draws other random numbers than nn.Dropout, from the same generator.
 
     Args:
         in_channels: width of the input.
@@ -124,8 +125,8 @@ class FusedMLP(_WithBackend, nn.Sequential):
         bias: whether the Linear layers have one.
         dropout: the probability of Dropout.
         output_activation: after the last Linear, as `activation_layer`.
-        recompute: what is kept for backward. True: the input alone (of each run of layers, where norms or Dropout stand
-            between them), hidden layers are computed again. False: one tensor of each layer. None: whatever is faster.
+        recompute: what is kept for backward. True: the input alone (of each run of layers, where norms stand between
+            them), hidden layers are computed again. False: one tensor of each layer. None: whatever is faster.
         backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
         device, dtype: of the parameters.
 
@@ -301,8 +302,9 @@ class FusedMLP(_WithBackend, nn.Sequential):
 
         Every run of layers is gone through once without gradients, and with `training` once forward and backward, on
         zeros, in the dtype that a call would compute in (call it under autocast where the model runs under it). Norms
-        and Dropout are left out: no statistics change, no random number is drawn, no `.grad` is written. A batch of
-        about the same size needs nothing else; one of another order of magnitude may take other tiles.
+        are left out, Dropout drops where gradients are recorded, and torch's generators are put back: no statistics
+        change, no random number is used up, no `.grad` is written. A batch of about the same size needs nothing else;
+        one of another order of magnitude may take other tiles.
 
         Raises:
             ValueError: no batch size, or one below 1.
@@ -314,41 +316,39 @@ class FusedMLP(_WithBackend, nn.Sequential):
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
                 raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
         begun = time.perf_counter()
-        devices = set()
-        below = False  # whether anything before a run needs gradients
-        with torch.inference_mode(False):
-            for run in _runs(self):
-                trainable = below or any(
-                    parameter.requires_grad for child in run.children for parameter in child.parameters()
-                )
-                if run.linears:
-                    layers = [
-                        Layer(_twin(weight), None if bias is None else _twin(bias), activation)
-                        for weight, bias, activation in run.layers()
-                    ]
-                    first = layers[0].weight
-                    devices.add(first.device)
-                    for rows in batch_sizes:
-                        x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
-                        self._warm_up(x.requires_grad_(below), layers, training)
-                below = trainable
+        devices = {parameter.device for parameter in self.parameters() if parameter.is_cuda}
+        with torch.inference_mode(False), torch.random.fork_rng([device.index for device in devices]):
+            for differentiable in (False, True)[: 1 + training]:
+                below = False  # whether anything before a run needs gradients
+                for run in _runs(self, differentiable):
+                    trainable = below or any(
+                        parameter.requires_grad for child in run.children for parameter in child.parameters()
+                    )
+                    if run.linears:
+                        layers = [
+                            Layer(_twin(weight), None if bias is None else _twin(bias), *rest)
+                            for weight, bias, *rest in run.layers()
+                        ]
+                        first = layers[0].weight
+                        for rows in batch_sizes:
+                            x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
+                            self._warm_up(x.requires_grad_(below), layers, differentiable)
+                    below = trainable
         for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)
         return time.perf_counter() - begun
 
-    def _warm_up(self, x: Tensor, layers: list[Layer], training: bool) -> None:
+    def _warm_up(self, x: Tensor, layers: list[Layer], differentiable: bool) -> None:
         """One run's kernels, launched for their own sake."""
-        for differentiable in (False, True)[: 1 + training]:
-            with torch.set_grad_enabled(differentiable):
-                dtype = check_call(x, layers)
-                if plan.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
-                    continue
-                y = run_kernels(x, layers, dtype, self._recompute, self._backend)
-                leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
-                wanted = [leaf for leaf in leaves if leaf.requires_grad]
-                if differentiable and wanted:
-                    torch.autograd.grad(y, wanted, torch.zeros_like(y))
+        with torch.set_grad_enabled(differentiable):
+            dtype = check_call(x, layers)
+            if plan.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
+                return
+            y = run_kernels(x, layers, dtype, self._recompute, self._backend)
+            leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            if differentiable and wanted:
+                torch.autograd.grad(y, wanted, torch.zeros_like(y))
 
     def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> plan.Plan:
         """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
@@ -403,7 +403,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
                 assert gpu is not None
                 path = plan.network_path(
                     widths,
-                    tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, _ in layers),
+                    tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, *_ in layers),
                     tuple(layer.activation for layer in layers),
                     dtype,
                     precision,
@@ -411,6 +411,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
                     training,
                     self._recompute,
                     input_size if input_size > dtype.itemsize else 0,
+                    drops=any(run.dropouts),
                 )
             if isinstance(path, plan.NetworkPlan):
                 gradients = plan.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
@@ -429,9 +430,11 @@ class FusedMLP(_WithBackend, nn.Sequential):
                 trainable=[weight or bias for weight, bias in zip(trainable, biased)],
                 needs_input_grad=needs_input_grad,
                 precision=precision,
+                dropouts=run.dropouts,
             )
             if reason is None:
                 kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
+                kept += plan.SEED_BYTES if training and any(run.dropouts) else 0
                 runs.append(plan.RunPlan(names, "layer", str(path), tuple(kernels)))
             else:
                 kept += kept_by_torch
@@ -455,6 +458,7 @@ class _Run:
     def __init__(self, children: list[nn.Module], reason: str | None = None) -> None:
         self.children = children
         self.linears: list[tuple[nn.Linear, Activation]] = []
+        self.dropouts: list[float] = []  # after each of them, 0 where nothing is dropped
         self.owned: list[dict[str, Any]] = []  # the linears' dicts of parameters
         self.reason = reason  # why it runs as itself
         self.decisions: list[Decision] = []  # the last two paths: training and evaluation alternate
@@ -473,7 +477,7 @@ class _Run:
         )
 
     def layers(self) -> tuple[Layer, ...]:
-        return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears)))
+        return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears), self.dropouts))
 
     def named_children(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         mine = {id(child) for child in self.children}
@@ -524,11 +528,11 @@ class _Segments:
         return not (_are_hooked(self.dicts) or _has_any_global_hook())
 
 
-def _runs(model: nn.Sequential) -> list[_Run]:
-    """The children of a network, parted into runs."""
+def _runs(model: nn.Sequential, training: bool | None = None) -> list[_Run]:
+    """The children of a network, parted into runs; `training`: as if in that mode, instead of each child's own."""
     runs: list[_Run] = []
     run: _Run | None = None
-    takes_activation = False  # whether the run's last Linear is still without one
+    takes_activation = False  # whether the run's last Linear is still without one, and nothing dropped from it
     everything_hooked = _has_any_global_hook()
     for child in model._modules.values():
         why = "a global module hook is registered" if everything_hooked else _why_unfused(child)
@@ -539,10 +543,19 @@ def _runs(model: nn.Sequential) -> list[_Run]:
                 runs.append(run)
             assert isinstance(child, nn.Linear)
             run.linears.append((child, activation))
+            run.dropouts.append(0.0)
             run.owned.append(child._parameters)
             takes_activation = activation is IDENTITY
-        elif run is not None and not everything_hooked and not _has_hooks(child) and _is_inert(child):
-            pass
+        elif (
+            run is not None
+            and not everything_hooked
+            and not _has_hooks(child)
+            and (p := _dropout(child, training)) is not None
+            and not (p and run.dropouts[-1])  # a second one has a mask of its own
+        ):
+            if p:
+                run.dropouts[-1] = p
+                takes_activation = False
         elif (
             run is not None
             and takes_activation
@@ -597,9 +610,11 @@ def _are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
     return False
 
 
-def _is_inert(module: nn.Module) -> bool:
-    """Whether a module is Dropout that drops nothing."""
-    return type(module) is nn.Dropout and (module.p == 0 or not module.training)
+def _dropout(module: nn.Module, training: bool | None) -> float | None:
+    """The probability with which a module drops, 0 where it is idle; None: no nn.Dropout, or one that torch refuses."""
+    if type(module) is not nn.Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
+        return None
+    return float(module.p) if (module.training if training is None else training) else 0.0
 
 
 def _raise_if_wrong(input: Tensor, linear: nn.Linear) -> None:

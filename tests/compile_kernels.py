@@ -252,10 +252,13 @@ def source(launched: Launch) -> Any:
             return tuple(describe(element, (*path, index), free) for index, element in enumerate(value))
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            return "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
+            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64"}
+            return "*" + short[str(value.dtype)[6:]]
         if value is None or (value == 1 and not free):
             constexprs[path] = value
             return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
         if value % 16 == 0 and not free:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32"

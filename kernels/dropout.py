@@ -1,8 +1,8 @@
 """Dropout in an epilogue: h = m ⊙ a(z) / (1 - p), m ~ Bernoulli(1 - p), never stored.
 
-m is a function of a seed, the layer, the row and the column: counter-based random numbers, Philox 4x32 (Salmon, Moraes,
-Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The backward computes it again, by whatever tile.
-As in torch, what is dropped is multiplied by 0: NaN and infinities do not vanish.
+m is a function of a seed, the layer, the row and the column by counter-based random numbers: Philox 4x32 (Salmon,
+Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So the backward makes it again, by
+whatever tile. As in torch, what is dropped is multiplied by 0: NaN and infinities do not vanish.
 """
 
 from __future__ import annotations

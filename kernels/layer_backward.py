@@ -4,7 +4,7 @@ dz = dh ⊙ a'(saved)                           output_gradient (and h again, li
 dz_below = (dz W) ⊙ a_below'(saved_below)     dgrad (and h_below again, where it was not kept)
 dW = dzᵀ h_below,  db = Σ_rows dz             wgrad
 
-Where Dropout follows an activation, the gradient is dropped from as the output was, and so is what is built again of it.
+Where Dropout follows an activation, the gradient is dropped from as the output was, and so is an output built again.
 """
 
 from __future__ import annotations

@@ -272,9 +272,14 @@ def layer_path(
     last = len(activations) - 1
     drops = [Dropout(1.0 - p, index) if p else None for index, p in enumerate(dropouts)]
     layers = [
-        LayerKernels(index, below, activation, index == last, dtype, precision, *sides, *dtypes, torch_too, *dropping)
-        for index, (below, activation, sides, dtypes, *dropping) in enumerate(
-            zip((IDENTITY, *activations), activations, itertools.pairwise(widths), parameters, drops, (None, *drops))
+        LayerKernels(index, *activates, index == last, dtype, precision, *sides, *dtypes, torch_too, *dropping)
+        for index, (activates, sides, dtypes, dropping) in enumerate(
+            zip(
+                zip((IDENTITY, *activations), activations),
+                itertools.pairwise(widths),
+                parameters,
+                zip(drops, (None, *drops)),
+            )
         )
     ]
     return LayerPath(
@@ -394,9 +399,8 @@ def _differentiable_backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> 
     needs_edge, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     if weight is not None and kernels.weight_dtype != kernels.dtype:
         weight = ctx.master.to(weight.dtype)
-    rows = dz.shape[-2] if dh is None else dh.shape[-2]
     if dh is not None:
-        dh = dropped(dh, dropout_factors(seed, kernels.dropout, rows, kernels.width_out, kernels.dtype))
+        dh = dropped(dh, dropout_factors(seed, kernels.dropout, dh.shape[0], kernels.width_out, kernels.dtype))
         through_activation = dh if own is None else through(kernels.activation, own, dh, kernels.keeps_z)
         dz = through_activation if dz is None else through_activation + dz
     assert dz is not None
@@ -404,7 +408,7 @@ def _differentiable_backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> 
     h_below = kept
     if needs_edge:
         d_edge = dz @ weight
-        left = dropout_factors(seed, kernels.dropout_below, rows, kernels.width_in, kernels.dtype)
+        left = dropout_factors(seed, kernels.dropout_below, dz.shape[0], kernels.width_in, kernels.dtype)
         if kept is None or not (kernels.has_below or kernels.dropout_below):
             d_edge = dropped(d_edge, left)
         else:

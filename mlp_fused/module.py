@@ -326,8 +326,10 @@ class FusedMLP(_WithBackend, nn.Sequential):
                     )
                     if run.linears:
                         layers = [
-                            Layer(_twin(weight), None if bias is None else _twin(bias), *rest)
-                            for weight, bias, *rest in run.layers()
+                            layer._replace(
+                                weight=_twin(layer.weight), bias=None if layer.bias is None else _twin(layer.bias)
+                            )
+                            for layer in run.layers()
                         ]
                         first = layers[0].weight
                         for rows in batch_sizes:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .activations import Activation
+from .configs import TileConfig
 from .language import tl, triton
 
-__all__ = ["SEED_BYTES", "Dropout", "draw_seed", "factors", "keeps_preactivation", "of_launch"]
+__all__ = ["SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "keeps_preactivation", "of_launch"]
 
 ROUNDS = tl.constexpr(7)  # the fewest with which Philox 4x32 passes BigCrush (there, table 2)
 
@@ -54,6 +55,12 @@ def of_launch(
     """
     assert (seed is None) == (dropout is None)
     return (tensors, (None, None, None)) if dropout is None else ((*tensors, seed), dropout)
+
+
+def epilogue_parts(tile: TileConfig, dropout: Dropout | None) -> int:
+    """In how many parts a tile's epilogue is done: with Dropout in twice as many, as random numbers take registers."""
+    more = min(4, 2 * tile.parts)
+    return tile.parts if dropout is None or tile.block_n < 16 * more else more
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from .dot import (
     store_tile,
     tile_position,
 )
-from .dropout import Dropout, factors, keeps_preactivation, of_launch
+from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 
@@ -255,7 +255,7 @@ def dgrad(
         EVEN_N=N % tile.block_k == 0,
         DZ_BY_N=by_columns(dz) if tile.descriptors else None,
         W_BY_N=not by_columns(weight) if tile.descriptors else None,
-        PARTS=tile.parts,
+        PARTS=epilogue_parts(tile, dropout),
         EARLY=tile.early,
         WARP_SPECIALIZE=tile.warp_specialize,
     )

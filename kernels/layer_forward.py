@@ -10,7 +10,7 @@ from torch import Tensor
 from . import configs
 from .activations import Activation
 from .dot import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
-from .dropout import Dropout, factors, keeps_preactivation, of_launch
+from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 
@@ -139,7 +139,7 @@ def layer_forward(
         EVEN_K=K % tile.block_k == 0,
         X_BY_K=by_columns(x) if tile.descriptors else None,
         W_BY_K=by_columns(weight) if tile.descriptors else None,
-        PARTS=tile.parts,
+        PARTS=epilogue_parts(tile, dropout),
         WARP_SPECIALIZE=tile.warp_specialize,
     )
 

@@ -43,6 +43,7 @@ class Activation:
         matches: which instances of `module`, where not all of them.
         kinks: the points where the derivative jumps.
         rounds_parameters: whether parameters act as values of the tensor's dtype (bounds to compare an output with).
+        scales: whether the derivative may be read off any positive multiple of the output, as Dropout leaves it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Activation:
     matches: Callable[[nn.Module], bool] = lambda module: True
     kinks: Callable[..., tuple[float, ...]] = lambda *parameters: ()
     rounds_parameters: bool = False
+    scales: bool = False
 
     # Derived once: they are read on the path of every call.
     values: tuple[float, ...] = field(init=False, repr=False)  # the parameters' values, in order
@@ -157,6 +159,7 @@ def register_activation(
     matches: Callable[[nn.Module], bool] = lambda module: True,
     kinks: Callable[..., tuple[float, ...]] = lambda *parameters: (),
     rounds_parameters: bool = False,
+    scales: bool = False,
 ) -> Activation:
     """h = forward(z), dz = backward(dh, saved): add an activation to the table, under a new name.
 
@@ -195,6 +198,7 @@ def register_activation(
         matches=matches,
         kinks=kinks,
         rounds_parameters=rounds_parameters,
+        scales=scales,
     )
     _BY_MODULE.clear()
     return ACTIVATIONS[name]
@@ -422,6 +426,7 @@ register_activation(
     reference=lambda z: z,
     reference_backward=lambda dh, h: dh,
     module=nn.Identity,
+    scales=True,
 )
 
 
@@ -444,6 +449,7 @@ register_activation(
     reference_backward=lambda dh, h: dh.masked_fill(h <= 0, 0),
     module=nn.ReLU,
     kinks=lambda: (0.0,),
+    scales=True,
 )
 
 
@@ -467,6 +473,7 @@ register_activation(
     parameters={"negative_slope": 0.01},
     module=nn.LeakyReLU,
     kinks=lambda negative_slope: (0.0,),
+    scales=True,
 )
 
 
@@ -902,6 +909,7 @@ register_activation(
     parameters={"lambd": 0.5},
     module=nn.Softshrink,
     kinks=lambda lambd: (-lambd, lambd),
+    scales=True,
 )
 
 

@@ -3,6 +3,8 @@
 dz = dh ⊙ a'(saved)                           output_gradient (and h again, likewise)
 dz_below = (dz W) ⊙ a_below'(saved_below)     dgrad (and h_below again, where it was not kept)
 dW = dzᵀ h_below,  db = Σ_rows dz             wgrad
+
+Where Dropout follows an activation, the gradient is dropped from as the output was, and so is an output built again.
 """
 
 from __future__ import annotations
@@ -23,23 +25,28 @@ from .dot import (
     multiply,
     operand,
     result,
+    round_to,
     split_columns,
     store,
     store_tile,
     tile_position,
 )
+from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 
 __all__ = ["dgrad", "output_gradient", "sum_partials", "wgrad"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "layer"])
 def output_gradient_kernel(
     dh_ptr,  # (M, N)
-    saved_ptr,  # (M, N), contiguous
+    saved_ptr,  # (M, N), contiguous; None where there is no activation
     dz_ptr,  # (M, N), contiguous; may be dh
     h_ptr,  # (M, N), contiguous: the output, rebuilt from its pre-activation; or None
+    seed_ptr,  # (1,), of Dropout; or None where nothing is dropped, and so the next two
+    keep,
+    layer,
     M,
     N,
     stride_dm,
@@ -47,6 +54,7 @@ def output_gradient_kernel(
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
     PARAMETERS: tl.constexpr,
+    READS_OUTPUT: tl.constexpr,  # whether z was saved, and BACKWARD is of the output
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,56 +67,73 @@ def output_gradient_kernel(
     offsets = rows[:, None] * N + cols[None, :]
     dh_offsets = rows[:, None] * stride_dm + cols.to(OFFSET)[None, :] * stride_dn
     dh = tl.load(dh_ptr + dh_offsets, mask=mask, other=0.0).to(DTYPE)
-    saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
-    if h_ptr is not None:
-        store(h_ptr + offsets, activate(saved, FORWARD, PARAMETERS), mask)
-    store(dz_ptr + offsets, differentiate(dh, saved, BACKWARD, PARAMETERS), mask)
+    if seed_ptr is not None:
+        left = factors(tl.load(seed_ptr), keep, layer, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, BLOCK_N)
+        dh *= left
+    if saved_ptr is not None:
+        saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
+        if h_ptr is not None:
+            h = activate(saved, FORWARD, PARAMETERS)
+            if seed_ptr is not None:
+                h *= left
+            store(h_ptr + offsets, h, mask)
+        if READS_OUTPUT:
+            saved = round_to(activate(saved, FORWARD, PARAMETERS), dz_ptr.dtype.element_ty).to(DTYPE)
+        dh = differentiate(dh, saved, BACKWARD, PARAMETERS)
+    store(dz_ptr + offsets, dh, mask)
 
 
 def output_gradient(
     dh: Tensor,
-    saved: Tensor,
+    saved: Tensor | None,
     dz: Tensor,
     activation: Activation,
     tile: configs.TileConfig | None = None,
     h: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Launch | None:
     """dz = dh ⊙ a'(saved), and h = a(saved) where `h` is given (saved is then the pre-activation); all (M, N).
 
     Args:
-        dh: any strides, 0 included.
-        saved: contiguous.
+        dh: any strides, 0 included; of what `dropout` left.
+        saved: contiguous; None for the identity.
         dz: contiguous, written; may be dh itself. h likewise, or None.
 
     Returns what `layer_forward` does, as do all launchers here.
     """
     M, N = dh.shape
-    assert saved.shape == dz.shape == (M, N)
-    assert saved.is_contiguous()
+    assert dz.shape == (M, N)
     assert dz.is_contiguous()
+    assert saved is None or (saved.shape == (M, N) and saved.is_contiguous())
     assert h is None or (h.shape == (M, N) and h.is_contiguous())
     tile = tile or configs.choose(configs.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), configs.device_of(dz))
+    tensors, dropping = of_launch((dh, saved, dz, h), seed, dropout)
     return launch(
         output_gradient_kernel,
         cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
         dz.device,
         tile,
-        (dh, saved, dz, h),
-        (M, N, *dh.stride()),
+        tensors,
+        (*dropping, M, N, *dh.stride()),
         FORWARD=activation.forward,
         BACKWARD=activation.backward,
         PARAMETERS=activation.constants(dz.dtype),
+        READS_OUTPUT=_reads_output(activation, dropout),
         OFFSET=offset_type(dh, dz),
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "layer"])
 def dgrad_kernel(
     dz_ptr,  # (M, N)
     w_ptr,  # (N, K)
     saved_ptr,  # (M, K), contiguous: what the layer below kept; None where it has no activation
     dx_ptr,  # (M, K), contiguous
     h_ptr,  # (M, K), contiguous: the layer below's output, rebuilt from its pre-activation; or None
+    seed_ptr,  # as in `output_gradient_kernel`, of the layer below
+    keep,
+    layer,
     M,
     N,
     K,
@@ -119,6 +144,7 @@ def dgrad_kernel(
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
     PARAMETERS: tl.constexpr,
+    READS_OUTPUT: tl.constexpr,
     PRECISION: tl.constexpr,
     OFFSET: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -141,6 +167,8 @@ def dgrad_kernel(
         kept = result(saved_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS and not EARLY)
     if h_ptr is not None:
         hs = result(h_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
     # What waits is one tile's; flattened, the loop would hold it once for every stage.
     for tile in tl.range(
@@ -160,13 +188,21 @@ def dgrad_kernel(
         for part in tl.static_range(PARTS):
             dx = parts[part]
             n = tile_n * BLOCK_N + part * PART_N
+            if seed_ptr is not None:
+                left = factors(seed, keep, layer, m, n, BLOCK_M, PART_N)
+                dx *= left
             if saved_ptr is not None:
                 if EARLY:
                     saved = waiting[part].to(dx.dtype)
                 else:
                     saved = load_tile(kept, m, n, M, K, BLOCK_M, PART_N, OFFSET, DESCRIPTORS).to(dx.dtype)
                 if h_ptr is not None:
-                    store_tile(hs, activate(saved, FORWARD, PARAMETERS), m, n, M, K, OFFSET, DESCRIPTORS)
+                    h = activate(saved, FORWARD, PARAMETERS)
+                    if seed_ptr is not None:
+                        h *= left
+                    store_tile(hs, h, m, n, M, K, OFFSET, DESCRIPTORS)
+                if READS_OUTPUT:
+                    saved = round_to(activate(saved, FORWARD, PARAMETERS), dx_ptr.dtype.element_ty).to(dx.dtype)
                 dx = differentiate(dx, saved, BACKWARD, PARAMETERS)
             store_tile(dxs, dx, m, n, M, K, OFFSET, DESCRIPTORS)
 
@@ -180,6 +216,8 @@ def dgrad(
     below: Activation,
     precision: str,
     tile: configs.TileConfig | None = None,
+    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Launch | None:
     """dx = (dz W) ⊙ a'(saved), and h = a(saved) where `h` is given (saved is then the pre-activation).
 
@@ -187,6 +225,7 @@ def dgrad(
         dz: (M, N), any strides, as is weight (N, K); M, N, K at least 1.
         saved: (M, K), contiguous, what the activation `below` kept; None for the identity.
         dx: (M, K), contiguous, written; h likewise, or None.
+        dropout: of the layer below.
     """
     (M, N), K = dz.shape, weight.shape[1]
     assert weight.shape == (N, K)
@@ -199,25 +238,32 @@ def dgrad(
         configs.Problem("dgrad", M, K, N, dz.dtype, precision, aligned), configs.device_of(dz)
     )
     assert aligned or not tile.descriptors
+    tensors, dropping = of_launch((dz, weight, saved, dx, h), seed, dropout)
     return launch(
         dgrad_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(K, tile.block_n)),
         dz.device,
         tile,
-        (dz, weight, saved, dx, h),
-        (M, N, K, *dz.stride(), *weight.stride()),
+        tensors,
+        (*dropping, M, N, K, *dz.stride(), *weight.stride()),
         FORWARD=below.forward,
         BACKWARD=below.backward,
         PARAMETERS=below.constants(dz.dtype),
+        READS_OUTPUT=_reads_output(below, dropout),
         PRECISION=tile.precision,
         OFFSET=offset_type(dz, weight, dx),
         EVEN_N=N % tile.block_k == 0,
         DZ_BY_N=by_columns(dz) if tile.descriptors else None,
         W_BY_N=not by_columns(weight) if tile.descriptors else None,
-        PARTS=tile.parts,
+        PARTS=epilogue_parts(tile, dropout),
         EARLY=tile.early,
         WARP_SPECIALIZE=tile.warp_specialize,
     )
+
+
+def _reads_output(activation: Activation, dropout: Dropout | None) -> bool:
+    """Whether what is saved is the pre-activation for Dropout's sake alone."""
+    return keeps_preactivation(activation, dropout) and not activation.keeps_preactivation
 
 
 @triton.jit(do_not_specialize=["M", "chunk", "splits"])

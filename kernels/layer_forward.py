@@ -1,4 +1,4 @@
-"""h = a(x Wᵀ + b): one layer forward, its bias and activation in the epilogue of one GEMM.
+"""h = a(x Wᵀ + b): one layer forward, its bias, activation and dropout in the epilogue of one GEMM.
 
 h = a(z) alone, for a product that was done elsewhere, is `pointwise`.
 """
@@ -10,19 +10,23 @@ from torch import Tensor
 from . import configs
 from .activations import Activation
 from .dot import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
+from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 
 __all__ = ["layer_forward", "pointwise"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "layer"])
 def layer_forward_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K)
     b_ptr,  # (N,), or None
     h_ptr,  # (M, N), contiguous
     z_ptr,  # (M, N), contiguous, or None where the pre-activation is not kept
+    seed_ptr,  # (1,), of Dropout; or None where nothing is dropped, and so the next two
+    keep,
+    layer,
     M,
     N,
     K,
@@ -53,6 +57,8 @@ def layer_forward_kernel(
     hs = result(h_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
     if z_ptr is not None:
         zs = result(z_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     # Flattened, a tile's first blocks are loaded while the one before it ends.
     for tile in tl.range(
@@ -76,7 +82,10 @@ def layer_forward_kernel(
                 z = round_to(z, h_ptr.dtype.element_ty).to(z.dtype)
             if z_ptr is not None:
                 store_tile(zs, z, m, n, M, N, OFFSET, DESCRIPTORS)
-            store_tile(hs, activate(z, FORWARD, PARAMETERS), m, n, M, N, OFFSET, DESCRIPTORS)
+            h = activate(z, FORWARD, PARAMETERS)
+            if seed_ptr is not None:
+                h *= factors(seed, keep, layer, m, n, BLOCK_M, PART_N)
+            store_tile(hs, h, m, n, M, N, OFFSET, DESCRIPTORS)
 
 
 def layer_forward(
@@ -88,17 +97,21 @@ def layer_forward(
     activation: Activation,
     precision: str,
     tile: configs.TileConfig | None = None,
+    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Launch | None:
-    """h = a(x Wᵀ + b), and z = x Wᵀ + b where `z` is given.
+    """h = a(x Wᵀ + b), and z = x Wᵀ + b where `z` is given; with `dropout`, h is what it leaves of that.
 
     Args:
         x: (M, K), any strides, as are weight (N, K) and bias (N,) or None; M, N, K at least 1.
         h: (M, N), contiguous, written; z likewise, or None.
         precision: torch's setting for fp32, "ieee" or "tf32".
         tile: instead of the one `configs.choose` gives.
+        seed: (1,), int64, given with `dropout`, as in all launchers.
 
     Returns:
-        The launch, for doing the same with other tensors of these shapes, strides and dtypes; see `launch`.
+        The launch, for doing the same with other tensors of these shapes, strides and dtypes, a seed the last; see
+        `launch`.
     """
     (M, K), N = x.shape, weight.shape[0]
     assert weight.shape == (N, K)
@@ -110,30 +123,34 @@ def layer_forward(
         configs.Problem("forward", M, N, K, x.dtype, precision, aligned), configs.device_of(x)
     )
     assert aligned or not tile.descriptors
+    tensors, dropping = of_launch((x, weight, bias, h, z), seed, dropout)
     return launch(
         layer_forward_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
         x.device,
         tile,
-        (x, weight, bias, h, z),
-        (M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
+        tensors,
+        (*dropping, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(x.dtype),
-        ROUND_Z=activation.keeps_preactivation,
+        ROUND_Z=keeps_preactivation(activation, dropout),
         PRECISION=tile.precision,
         OFFSET=offset_type(x, weight, bias, h),
         EVEN_K=K % tile.block_k == 0,
         X_BY_K=by_columns(x) if tile.descriptors else None,
         W_BY_K=by_columns(weight) if tile.descriptors else None,
-        PARTS=tile.parts,
+        PARTS=epilogue_parts(tile, dropout),
         WARP_SPECIALIZE=tile.warp_specialize,
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "layer"])
 def pointwise_kernel(
     z_ptr,  # (M, N), contiguous
     h_ptr,  # (M, N), contiguous; may be z
+    seed_ptr,  # as in `layer_forward_kernel`
+    keep,
+    layer,
     M,
     N,
     FORWARD: tl.constexpr,
@@ -149,24 +166,35 @@ def pointwise_kernel(
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     offsets = rows[:, None] * N + cols[None, :]
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
-    store(h_ptr + offsets, activate(z, FORWARD, PARAMETERS), mask)
+    h = activate(z, FORWARD, PARAMETERS)
+    if seed_ptr is not None:
+        h *= factors(tl.load(seed_ptr), keep, layer, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, BLOCK_N)
+    store(h_ptr + offsets, h, mask)
 
 
-def pointwise(z: Tensor, h: Tensor, activation: Activation, tile: configs.TileConfig | None = None) -> Launch | None:
-    """h = a(z), both (M, N), contiguous; h is written, and may be z itself."""
+def pointwise(
+    z: Tensor,
+    h: Tensor,
+    activation: Activation,
+    tile: configs.TileConfig | None = None,
+    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Launch | None:
+    """h = a(z), or what `dropout` leaves of it, both (M, N), contiguous; h is written, and may be z itself."""
     M, N = z.shape
     assert h.shape == (M, N)
     assert z.is_contiguous()
     assert h.is_contiguous()
     # The tile is that of the other pointwise kernel.
     tile = tile or configs.choose(configs.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), configs.device_of(h))
+    tensors, dropping = of_launch((z, h), seed, dropout)
     return launch(
         pointwise_kernel,
         cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
         h.device,
         tile,
-        (z, h),
-        (M, N),
+        tensors,
+        (*dropping, M, N),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(h.dtype),
         OFFSET=offset_type(h),

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
+from .gradients import (
+    PlainFunction,
+    differentiable_backward,
+    dropout_factors,
+    plain_gradient,
+    versions,
+    wants_torch,
+)
+from .kernels.dropout import draw_seed
 from .kernels.launch import Launch, Program, Slots
 from .kernels.layer_backward import WeightGradient
 from .layers import IDENTITY, LayerPath, layer_after_layer, profiler_enabled
@@ -34,7 +42,8 @@ def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | N
     if DEBUG:
         return layer_after_layer(x, weights, biases, path)
     if not (torch.is_grad_enabled() and any(map(_requires_grad, filter(_given, (*weights, x, *biases))))):
-        return chained_forward(x, cast(weights, path), biases, path, keep=False)[0]
+        seed = draw_seed(x.device) if path.drops else None
+        return chained_forward(x, cast(weights, path), biases, path, False, seed)[0]
     if (
         weights[0].requires_grad  # and so keeps x
         and x.shape[0] * path.multiply_adds <= LAUNCH_BOUND
@@ -130,7 +139,7 @@ def _room(rows: int, width: int) -> int:
 
 
 class Forward:
-    """y, and what is kept for backward, for x and parameters of certain shapes and strides.
+    """y, and what is kept for backward, for x, parameters of certain shapes and strides, and a seed where layers drop.
 
     Attributes:
         edges: of each layer, where in what is kept lies what backward reads of it: z, or h; None where y is that.
@@ -139,7 +148,7 @@ class Forward:
     def __init__(self, path: LayerPath, rows: int, keep: bool) -> None:
         count = len(path.layers)
         self.schedule = schedule = Schedule(rows, path.dtype.itemsize)
-        x, kept, spare, y, nothing = 0, 2 * count + 1, 2 * count + 2, 2 * count + 3, 2 * count + 4
+        x, kept, spare, y, seed, nothing = 0, *range(2 * count + 1, 2 * count + 6)
         places: list[tuple[Any, Any]] = []  # of h and z
         self.keeps = keep and bool(_kept_widths(path))
         self.kept = 0
@@ -147,7 +156,7 @@ class Forward:
         for index, kernels in enumerate(path.layers):
             size = _room(rows, kernels.width_out)
             h = z = None
-            if keep and kernels.activation.keeps_preactivation:
+            if keep and kernels.keeps_z:
                 z = self.kept
                 self.kept += size
             elif keep and not kernels.last:
@@ -159,7 +168,7 @@ class Forward:
         self.spare = sum(turns)
         self.spares = any(h is None for h, _ in places[:-1])
         self.edges = [h if z is None else z for h, z in places]
-        below, none = schedule.place(x), schedule.place(nothing)
+        below, none, at_seed = schedule.place(x), schedule.place(nothing), schedule.place(seed)
         for index, (kernels, (h, z)) in enumerate(zip(path.layers, places)):
             width = kernels.width_out
             at_z = none if z is None else schedule.place(kept, z, width)
@@ -170,24 +179,25 @@ class Forward:
             else:
                 at_h = schedule.place(spare, turns[0] * (index % 2), width)
             parameters = schedule.place(1 + index), schedule.place(1 + count + index)
-            schedule.steps.append((kernels.forward_into, (below, *parameters, at_h, at_z)))
+            dropping = () if kernels.dropout is None else (at_seed,)
+            schedule.steps.append((kernels.forward_into, (below, *parameters, at_h, at_z, *dropping)))
             below = at_h
         self.width_out = path.layers[-1].width_out
 
     def __call__(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], seed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """y and what is kept."""
         y = x.new_empty((self.schedule.rows, self.width_out))
         kept = x.new_empty((self.kept,)) if self.keeps else None
         spare = x.new_empty((self.spare,)) if self.spares else None
-        self.schedule.run((x, *weights, *biases, kept, spare, y, None))
+        self.schedule.run((x, *weights, *biases, kept, spare, y, seed, None))
         return y, kept
 
 
 def _kept_widths(path: LayerPath) -> list[int]:
     """Of the tensors that a forward keeps, one after the other."""
-    return [each.width_out for each in path.layers if each.activation.keeps_preactivation or not each.last]
+    return [each.width_out for each in path.layers if each.keeps_z or not each.last]
 
 
 def kept_shapes(path: LayerPath, rows: int) -> list[tuple[int, ...]]:
@@ -197,15 +207,23 @@ def kept_shapes(path: LayerPath, rows: int) -> list[tuple[int, ...]]:
 
 
 def chained_forward(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath, keep: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    path: LayerPath,
+    keep: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, with `keep`, what is kept of the layers between; x and weights are of the path's dtype."""
+    """y and, with `keep`, what is kept of the layers between; x and weights are of the path's dtype.
+
+    `seed` is that of the path's Dropout, where it drops.
+    """
     strides = [None if each is None else each.stride() for each in (x, *weights, *biases)]
     key = (keep, x.shape, x.get_device(), *strides)
     forward = path.chains.get(key)
     if forward is None:
         forward = path.chains[key] = Forward(path, x.shape[0], keep)
-    return forward(x, weights, biases)
+    return forward(x, weights, biases, seed)
 
 
 class Backward:
@@ -225,8 +243,9 @@ class Backward:
         ]
         edges = Forward(path, rows, keep=True).edges
         self.schedule = schedule = Schedule(rows, path.dtype.itemsize)
-        dy, y, x, kept, spare, dx, nothing = 0, 1, 2, count + 3, count + 4, count + 5, 3 * count + 6
-        none = schedule.place(nothing)
+        dy, y, x = 0, 1, 2
+        kept, spare, seed, dx, nothing = count + 3, count + 4, count + 5, count + 6, 3 * count + 7
+        none, at_seed = schedule.place(nothing), schedule.place(seed)
         at_edge = [
             schedule.place(y) if edge is None else schedule.place(kept, edge, kernels.width_out)
             for kernels, edge in zip(layers, edges)
@@ -238,8 +257,10 @@ class Backward:
         ]
         self.spare = 3 * biggest
         dz = schedule.place(dy)
-        if path.activations[-1] is not IDENTITY:
-            schedule.steps.append((layers[-1].output_gradient_into, (dz, at_edge[-1], at_dz[-1], none)))
+        activates, drops = path.activations[-1] is not IDENTITY, layers[-1].dropout is not None
+        if activates or drops:
+            slots = (dz, at_edge[-1] if activates else none, at_dz[-1], none, *((at_seed,) if drops else ()))
+            schedule.steps.append((layers[-1].output_gradient_into, slots))
             dz = at_dz[-1]
         for index in reversed(range(count)):
             kernels = layers[index]
@@ -249,9 +270,11 @@ class Backward:
             if index or needs_x:
                 below = at_dz[index - 1] if index else schedule.place(dx)
                 saved, rebuilt = h if kernels.has_below else none, none
-                if needs_weight and kernels.below.keeps_preactivation:
+                if needs_weight and kernels.below_keeps_z:
                     h = rebuilt = schedule.place(spare, 2 * biggest, kernels.width_in)
-                schedule.steps.append((kernels.dgrad_into, (dz, schedule.place(3 + index), saved, below, rebuilt)))
+                slots = (dz, schedule.place(3 + index), saved, below, rebuilt)
+                dropping = () if kernels.dropout_below is None else (at_seed,)
+                schedule.steps.append((kernels.dgrad_into, (*slots, *dropping)))
             if needs_weight or needs_bias:
                 dw = schedule.place(dx + 1 + index) if needs_weight else none
                 db = schedule.place(dx + 1 + count + index) if needs_bias else none
@@ -266,6 +289,7 @@ class Backward:
         kept: Tensor | None,
         weights: Sequence[Tensor | None],
         parameters: Sequence[Tensor | None],
+        seed: Tensor | None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """dx, and the gradients of W_1 …, b_1 …; `parameters` are as the user has them, `weights` as kernels read."""
         dx = None if self.shape_of_x is None else x.new_empty(self.shape_of_x)
@@ -275,7 +299,7 @@ class Backward:
             gradients[index] = torch.empty_like(parameter) if shape is None else dy.new_empty(shape, dtype=dtype)
         schedule = self.schedule
         partial = dy.new_empty((schedule.partial,), dtype=schedule.partial_dtype) if schedule.partial else None
-        schedule.run((dy, y, x, *weights, kept, dy.new_empty((self.spare,)), dx, *gradients, None, partial))
+        schedule.run((dy, y, x, *weights, kept, dy.new_empty((self.spare,)), seed, dx, *gradients, None, partial))
         return dx, gradients
 
 
@@ -289,12 +313,13 @@ def chained_backward(
     parameters: Sequence[Tensor | None],
     needs_x: bool,
     needs: Sequence[bool],
+    seed: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx and the gradients of W_1 …, b_1 …, those that are needed.
 
     Args:
         y: the output, where the last activation's derivative is read off it.
-        kept: as `chained_forward` gave it.
+        kept, seed: as of `chained_forward`.
         weights: of the path's dtype; the first may be None where dx is not needed.
         parameters: all of them as the user has them, of which the gradients take dtype and layout.
     """
@@ -303,7 +328,7 @@ def chained_backward(
     backward = path.chains.get(key)
     if backward is None:
         backward = path.chains[key] = Backward(path, x.shape[0], needs_x, needs, parameters)
-    return backward(dy, y, x, kept, weights, parameters)
+    return backward(dy, y, x, kept, weights, parameters, seed)
 
 
 class _ChainFunction(PlainFunction):
@@ -313,9 +338,10 @@ class _ChainFunction(PlainFunction):
     def forward(ctx: Any, x: Tensor, path: LayerPath, *parameters: Any) -> Tensor:
         count = len(path.layers)
         weights = cast(parameters[:count], path)
-        y, kept = chained_forward(x, weights, parameters[count:], path, keep=True)
+        seed = draw_seed(x.device) if path.drops else None
+        y, kept = chained_forward(x, weights, parameters[count:], path, True, seed)
         first = weights[0] if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, y if path.keeps_output else None, kept, first, *weights[1:])
+        ctx.save_for_backward(x, y if path.keeps_output else None, kept, seed, first, *weights[1:])
         ctx.path = path
         # As the user has them, for a gradient that is differentiated; saved above is what the kernels read.
         ctx.parameters, ctx.versions = parameters, versions(parameters)
@@ -325,12 +351,16 @@ class _ChainFunction(PlainFunction):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         path: LayerPath = ctx.path
         needs_x, _, *needs = ctx.needs_input_grad
-        x, y, kept, *weights = ctx.saved_tensors
+        x, y, kept, seed, *weights = ctx.saved_tensors
         dy = plain_gradient(dy)
         if wants_torch(dy):
+            factors = [
+                dropout_factors(seed, kernels.dropout, x.shape[0], kernels.width_out, path.dtype)
+                for kernels in path.layers
+            ]
             dx, gradients = differentiable_backward(
-                path.activations, path.dtype, x, ctx.parameters, ctx.versions, dy, needs_x, needs
+                path.activations, path.dtype, x, ctx.parameters, ctx.versions, dy, needs_x, needs, factors
             )
         else:
-            dx, gradients = chained_backward(path, dy, y, x, kept, weights, ctx.parameters, needs_x, needs)
+            dx, gradients = chained_backward(path, dy, y, x, kept, weights, ctx.parameters, needs_x, needs, seed)
         return dx, None, *gradients

@@ -43,11 +43,12 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class Layer(NamedTuple):
-    """h = a(x Wᵀ + b): weight (N, K), bias (N,) or None."""
+    """h = a(x Wᵀ + b): weight (N, K), bias (N,) or None; then Dropout, by its probability."""
 
     weight: Tensor
     bias: Tensor | None
     activation: Activation
+    dropout: float = 0.0
 
 
 def linear_act(
@@ -120,9 +121,10 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
     dtype = check_call(x, layers)
     if why_reference(x, layers, dtype, backend, recompute) is None:
         return run_kernels(x, layers, dtype, recompute, backend)
+    weights, biases, activations, _ = zip(*layers)
     if recompute and can_checkpoint():
-        return checkpoint(reference.mlp, x, *zip(*layers), use_reentrant=False)
-    return reference.mlp(x, *zip(*layers))
+        return checkpoint(reference.mlp, x, weights, biases, activations, use_reentrant=False)
+    return reference.mlp(x, weights, biases, activations)
 
 
 def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
@@ -139,7 +141,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
     # Autocast brings floating-point dtypes together; it shows in the dtype, or in x being of autocast's already.
     mixed = dtype != x.dtype or (dtype in HALVES and torch.is_autocast_enabled(device.type))
     width = x.shape[-1] if x.dim() else None
-    for index, (weight, bias, _) in enumerate(layers):
+    for index, (weight, bias, *_) in enumerate(layers):
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is None and name == "bias":
                 continue
@@ -191,7 +193,7 @@ def run_kernels(
         x = x.resolve_neg()
     if len(shape) != 2:
         x = x.reshape(-1, shape[-1])
-    weights, biases, _ = zip(*layers)
+    weights, biases, *_ = zip(*layers)
     path = find_path(x, layers, dtype, recompute, backend)
     if recompute and isinstance(path, LayerPath) and can_checkpoint():
         y = checkpoint(run_path, x, weights, biases, path, use_reentrant=False)
@@ -309,11 +311,12 @@ def find_layers(
     """The layer path for these layers; with the backend "triton" no product of it is torch's."""
     return layer_path(
         _widths(x, layers),
-        tuple(activation for _, _, activation in layers),
-        tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, _ in layers),
+        tuple(layer.activation for layer in layers),
+        tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, *_ in layers),
         dtype,
         precision or precision_of(dtype),
         (DEFAULT_BACKEND if backend == "auto" else backend) != "triton",
+        tuple(layer.dropout for layer in layers),
     )
 
 
@@ -329,20 +332,20 @@ def find_network(
     if training is None:
         training = wants_gradients(x, layers)
     strides = tuple(
-        (*map(int, weight.stride()), 0 if bias is None else int(bias.stride(0))) for weight, bias, _ in layers
+        (*map(int, weight.stride()), 0 if bias is None else int(bias.stride(0))) for weight, bias, *_ in layers
     )
     widths = _widths(x, layers)
-    activations = tuple(activation for _, _, activation in layers)
+    activations = tuple(layer.activation for layer in layers)
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
     device = configs.device_of(x)
-    return network_path(
-        widths, strides, activations, dtype, precision or precision_of(dtype), device, training, recompute, wide
-    )
+    precision = precision or precision_of(dtype)
+    drops = any(layer.dropout for layer in layers)
+    return network_path(widths, strides, activations, dtype, precision, device, training, recompute, wide, drops)
 
 
 def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
     """Of the input to the output; never symbolic, as the path depends on them."""
-    return (int(x.shape[1]), *(int(weight.shape[0]) for weight, _, _ in layers))
+    return (int(x.shape[1]), *(int(weight.shape[0]) for weight, *_ in layers))
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.activations import Activation
+from .kernels.activations import ACTIVATIONS, Activation
+from .kernels.dropout import Dropout
+from .kernels.layer_forward import pointwise
 
-__all__ = ["PlainFunction", "differentiable_backward", "plain_gradient", "through", "versions", "wants_torch"]
+__all__ = [
+    "PlainFunction", "differentiable_backward", "dropout_factors", "dropped", "plain_gradient", "through", "versions",
+    "wants_torch",
+]  # fmt: skip
 
 
 class PlainFunction(torch.autograd.Function):
@@ -47,12 +52,28 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
     return [None if each is None or each.is_inference() else each._version for each in tensors]
 
 
-def through(activation: Activation, saved: Tensor, dh: Tensor) -> Tensor:
-    """dz = dh a'(z), differentiable in dh and in what was saved."""
-    if activation.keeps_preactivation:
+def through(activation: Activation, saved: Tensor, dh: Tensor, keeps_z: bool) -> Tensor:
+    """dz = dh a'(z), differentiable in dh and in what was saved: z, or the output."""
+    if keeps_z:
         return torch.autograd.grad(activation(saved), saved, dh, create_graph=True)[0]
     assert activation.reference_backward is not None
     return activation.reference_backward(dh, saved, *activation.values)
+
+
+def dropout_factors(
+    seed: Tensor | None, dropout: Dropout | None, rows: int, width: int, dtype: torch.dtype
+) -> Tensor | None:
+    """What a layer's Dropout multiplied by, (rows, width), in float32 at least: made again; None where it has none."""
+    if seed is None or dropout is None:
+        return None
+    ones = seed.new_ones((rows, width), dtype=torch.promote_types(dtype, torch.float32))
+    pointwise(ones, ones, ACTIVATIONS["identity"], seed=seed, dropout=dropout)
+    return ones
+
+
+def dropped(h: Tensor, factors: Tensor | None) -> Tensor:
+    """h as Dropout leaves it."""
+    return h if factors is None else (h * factors).to(h.dtype)
 
 
 def differentiable_backward(
@@ -64,13 +85,17 @@ def differentiable_backward(
     dy: Tensor,
     needs_x: bool,
     needs: Sequence[bool],
+    factors: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and the gradients of W_1 …, b_1 …, in plain torch: for when they are to be differentiated themselves.
+
+    `factors` are what each layer's Dropout multiplied by, or None.
 
     Raises:
         RuntimeError: a parameter is no longer what the forward computed with.
     """
     layers = len(activations)
+    factors = [None] * layers if factors is None else factors
     for index, (before, after) in enumerate(zip(versions_before, versions(parameters))):
         if before != after:
             raise RuntimeError(
@@ -82,16 +107,19 @@ def differentiable_backward(
     dh: Tensor | None = dy
     gradients: list[Tensor | None] = [None] * len(parameters)
     with torch.enable_grad():
-        for weight, bias, activation in zip(weights, biases, activations):
+        for weight, bias, activation, left in zip(weights, biases, activations, factors):
             assert weight is not None
             z = F.linear(hs[-1], weight.to(dtype), None if bias is None else bias.to(dtype))
-            hs.append(activation(z))
-            saved.append(z if activation.keeps_preactivation else hs[-1])
+            h = activation(z)
+            hs.append(dropped(h, left))
+            saved.append(z if activation.keeps_preactivation else h)
         for index in reversed(range(layers)):
             weight, bias, activation = weights[index], biases[index], activations[index]
             assert weight is not None
             assert dh is not None
-            dz = dh if activation.name == "identity" else through(activation, saved[index], dh)
+            dz = dropped(dh, factors[index])
+            if activation.name != "identity":
+                dz = through(activation, saved[index], dz, activation.keeps_preactivation)
             if needs[index]:
                 gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
             if bias is not None and needs[layers + index]:

@@ -3,7 +3,8 @@
 z_l = a_{l-1}(z_{l-1}) W_lᵀ + b_l. The edge between two of them carries dz, so that a layer's dgrad ends in the
 derivative of the layer below. What travels on the edge is the one tensor that is kept: z itself, or, where the
 derivative can be read off the output, h in its place, whose gradient by agreement is dz all the same. Users never see
-such a tensor.
+such a tensor. Where Dropout follows an activation, h is what it left, and the mask is made anew from a seed that all
+layers of a call share.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import PlainFunction, plain_gradient, through, wants_torch
+from .gradients import PlainFunction, dropout_factors, dropped, plain_gradient, through, wants_torch
 from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation
 from .kernels.configs import Problem
+from .kernels.dropout import Dropout, draw_seed, keeps_preactivation
 from .kernels.launch import Launches, Remembered, describable
 from .kernels.layer_backward import dgrad, output_gradient, wgrad
 from .kernels.layer_forward import layer_forward
@@ -63,6 +65,9 @@ class LayerKernels:
         width_in, width_out: how wide.
         weight_dtype, bias_dtype: the parameters', which their gradients have; None without a bias.
         torch_too: whether a product is left to torch where that was faster as measured.
+        dropout: of its output; None where nothing is dropped.
+        dropout_below: of the layer below's.
+        keeps_z: whether the pre-activation is kept for backward; below_keeps_z: the layer below's.
     """
 
     def __init__(
@@ -78,6 +83,8 @@ class LayerKernels:
         weight_dtype: torch.dtype,
         bias_dtype: torch.dtype | None,
         torch_too: bool,
+        dropout: Dropout | None,
+        dropout_below: Dropout | None,
     ) -> None:
         self.layer = layer
         self.below = below
@@ -90,62 +97,95 @@ class LayerKernels:
         self.weight_dtype = weight_dtype
         self.bias_dtype = bias_dtype
         self.torch_too = torch_too
+        self.dropout = dropout
+        self.dropout_below = dropout_below
         self.has_below = below is not IDENTITY
+        self.keeps_z = keeps_preactivation(activation, dropout)
+        self.below_keeps_z = keeps_preactivation(below, dropout_below)
         self.launches = Launches()
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """h, and z where it is to be kept."""
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """h, and z where it is to be kept. A seed is of all layers; those that drop nothing leave it aside."""
         h = x.new_empty((x.shape[0], self.width_out))
-        z = torch.empty_like(h) if keep and self.activation.keeps_preactivation else None
-        self.forward_into(x, weight, bias, h, z)
+        z = torch.empty_like(h) if keep and self.keeps_z else None
+        if self.dropout is None:
+            self.forward_into(x, weight, bias, h, z)
+        else:
+            self.forward_into(x, weight, bias, h, z, seed)
         if DEBUG:
             self._check_finite("forward", h=h)
         return h, z
 
     @_ranged
-    def forward_into(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, z: Tensor | None) -> Made | None:
-        """h, and z where there is memory for it. All that end in "_into" return what does the same again."""
+    def forward_into(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, z: Tensor | None, *seed: Tensor | None
+    ) -> Made | None:
+        """h, and z where there is memory for it. All that end in "_into" return what does the same again.
+
+        Those that drop are given the seed after all other tensors.
+        """
         bias_stride = None if bias is None else bias.stride()
         key = ("forward", x.shape, x.stride(), weight.stride(), bias_stride, z is None, x.get_device())
-        made = self.launches.again(key, x, weight, bias, h, z)
+        made = self.launches.again(key, x, weight, bias, h, z, *seed)
         if made is None:
             (m, k), n = x.shape, weight.shape[0]
             problem = Problem("forward", m, n, k, self.dtype, self.precision, describable(x, weight, h, z))
-            made = self._make(problem, layer_forward, forward_by_torch, x, weight, bias, h, z, self.activation)
+            tensors = (x, weight, bias, h, z)
+            made = self._make(
+                problem, layer_forward, forward_by_torch, *tensors, self.activation, **_dropping(seed, self.dropout)
+            )
             self.launches.remember(key, made)
         return made
 
-    def output_gradient(self, dh: Tensor, own: Tensor) -> Tensor:
+    def output_gradient(self, dh: Tensor, own: Tensor | None, seed: Tensor | None) -> Tensor:
         """dz = dh ⊙ a'(own)."""
-        dz = torch.empty_like(own)
-        self.output_gradient_into(dh, own, dz)
+        dz = dh.new_empty(dh.shape)
+        if self.dropout is None:
+            self.output_gradient_into(dh, own, dz, None)
+        else:
+            self.output_gradient_into(dh, own, dz, None, seed)
         return dz
 
     @_ranged
-    def output_gradient_into(self, dh: Tensor, own: Tensor, dz: Tensor, h: Tensor | None = None) -> Made | None:
-        key = ("output_gradient", dh.shape, dh.stride(), own.stride(), h is None, dh.get_device())
-        made = self.launches.again(key, dh, own, dz, h)
+    def output_gradient_into(
+        self, dh: Tensor, own: Tensor | None, dz: Tensor, h: Tensor | None, *seed: Tensor | None
+    ) -> Made | None:
+        own_stride = None if own is None else own.stride()
+        key = ("output_gradient", dh.shape, dh.stride(), own_stride, h is None, dh.get_device())
+        made = self.launches.again(key, dh, own, dz, h, *seed)
         if made is None:
-            made = output_gradient(dh, own, dz, self.activation, h=h)
+            made = output_gradient(dh, own, dz, self.activation, h=h, **_dropping(seed, self.dropout))
             self.launches.remember(key, made)
         return made
 
-    def dgrad(self, dz: Tensor, weight: Tensor, saved: Tensor | None, rebuild: bool) -> tuple[Tensor, Tensor | None]:
+    def dgrad(
+        self, dz: Tensor, weight: Tensor, saved: Tensor | None, rebuild: bool, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The gradient of what is below, and with `rebuild` the layer below's output."""
         dx = dz.new_empty((dz.shape[0], self.width_in))
         h = torch.empty_like(dx) if rebuild else None
-        self.dgrad_into(dz, weight, saved, dx, h)
+        if self.dropout_below is None:
+            self.dgrad_into(dz, weight, saved, dx, h)
+        else:
+            self.dgrad_into(dz, weight, saved, dx, h, seed)
         return dx, h
 
     @_ranged
-    def dgrad_into(self, dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, h: Tensor | None) -> Made | None:
+    def dgrad_into(
+        self, dz: Tensor, weight: Tensor, saved: Tensor | None, dx: Tensor, h: Tensor | None, *seed: Tensor | None
+    ) -> Made | None:
         saved_stride = None if saved is None else saved.stride()
         key = ("dgrad", dz.shape, dz.stride(), weight.stride(), saved_stride, h is None, dz.get_device())
-        made = self.launches.again(key, dz, weight, saved, dx, h)
+        made = self.launches.again(key, dz, weight, saved, dx, h, *seed)
         if made is None:
             (m, n), k = dz.shape, weight.shape[1]
             problem = Problem("dgrad", m, k, n, self.dtype, self.precision, describable(dz, weight, saved, dx, h))
-            made = self._make(problem, dgrad, dgrad_by_torch, dz, weight, saved, dx, h, self.below)
+            tensors = (dz, weight, saved, dx, h)
+            made = self._make(
+                problem, dgrad, dgrad_by_torch, *tensors, self.below, **_dropping(seed, self.dropout_below)
+            )
             self.launches.remember(key, made)
         return made
 
@@ -170,13 +210,18 @@ class LayerKernels:
         return made
 
     def _make(
-        self, problem: Problem, by_kernel: Callable[..., Any], by_torch: Callable[..., Any], *arguments: Any
+        self,
+        problem: Problem,
+        by_kernel: Callable[..., Any],
+        by_torch: Callable[..., Any],
+        *arguments: Any,
+        **dropping: Any,
     ) -> Made | None:
         """One product the first time, by a kernel or by torch; and what does it again."""
         device = configs.device_of(arguments[0])
         tile = tables.tile_for(problem, device)
         if tile is None and self.torch_too:
-            pointwise = by_torch(*arguments)
+            pointwise = by_torch(*arguments, **dropping)
             rest = [each for each in arguments if isinstance(each, Activation)]
             if rest:
                 rest.append(pointwise)
@@ -185,8 +230,12 @@ class LayerKernels:
                 by_torch(*tensors, *rest)
                 return True
 
-            return again
-        return by_kernel(*arguments, self.precision, tile or configs.choose(problem, device))
+            def again_with_seed(*tensors: Tensor | None) -> bool:
+                by_torch(*tensors[:-1], *rest, seed=tensors[-1], dropout=dropping["dropout"])
+                return True
+
+            return again_with_seed if dropping else again
+        return by_kernel(*arguments, self.precision, tile or configs.choose(problem, device), **dropping)
 
     def _check_finite(self, direction: str, **tensors: Tensor | None) -> None:
         """Wait for the kernels, and name the layer if one of their results is not finite.
@@ -207,6 +256,11 @@ class LayerKernels:
                 )
 
 
+def _dropping(seed: tuple[Tensor | None, ...], dropout: Dropout | None) -> dict[str, Any]:
+    """What a launcher is told besides, where a seed is given."""
+    return {"seed": seed[0], "dropout": dropout} if seed else {}
+
+
 @dataclass(frozen=True, eq=False)
 class LayerPath:
     """The layer path for some layers: their kernels, and the dtype they compute in."""
@@ -217,6 +271,7 @@ class LayerPath:
     multiply_adds: int  # of a row
     casts: bool  # whether a weight is of another dtype
     keeps_output: bool  # whether the last activation's derivative is read off its output
+    drops: bool  # whether any layer drops
     chains: Remembered = field(default_factory=Remembered)  # launches of all layers, by shapes and strides
 
 
@@ -228,13 +283,22 @@ def layer_path(
     dtype: torch.dtype,
     precision: str,
     torch_too: bool,
+    dropouts: tuple[float, ...],
 ) -> LayerPath:
-    """The one path for such layers. `parameters` are the dtypes of each one's weight, and bias or None."""
+    """The one path for such layers. `parameters` are the dtypes of each one's weight, and bias or None; `dropouts` the
+    probabilities of each one's Dropout, 0 where it has none.
+    """
     last = len(activations) - 1
+    drops = [Dropout(1.0 - p, index) if p else None for index, p in enumerate(dropouts)]
     layers = [
-        LayerKernels(index, below, activation, index == last, dtype, precision, *sides, *dtypes, torch_too)
-        for index, (below, activation, sides, dtypes) in enumerate(
-            zip((IDENTITY, *activations), activations, itertools.pairwise(widths), parameters)
+        LayerKernels(index, *activates, index == last, dtype, precision, *sides, *dtypes, torch_too, *dropping)
+        for index, (activates, sides, dtypes, dropping) in enumerate(
+            zip(
+                zip((IDENTITY, *activations), activations),
+                itertools.pairwise(widths),
+                parameters,
+                zip(drops, (None, *drops)),
+            )
         )
     ]
     return LayerPath(
@@ -243,7 +307,8 @@ def layer_path(
         activations,
         multiply_adds=sum(map(operator.mul, widths, widths[1:])),
         casts=any(weight != dtype for weight, _ in parameters),
-        keeps_output=activations[-1] is not IDENTITY and not activations[-1].keeps_preactivation,
+        keeps_output=activations[-1] is not IDENTITY and not layers[-1].keeps_z,
+        drops=any(drops),
     )
 
 
@@ -252,16 +317,17 @@ def layer_after_layer(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     dtype = path.dtype
     differentiable = torch.is_grad_enabled()
     needs_grad = differentiable and x.requires_grad
+    seed = draw_seed(x.device) if path.drops else None
     h = edge = x
     for kernels, weight, bias in zip(path.layers, weights, biases):
         needs_grad = needs_grad or (
             differentiable and (weight.requires_grad or (bias is not None and bias.requires_grad))
         )
         if needs_grad:
-            outputs = _LayerFunction.call(edge, h, weight, bias, kernels)
+            outputs = _LayerFunction.call(edge, h, weight, bias, kernels, seed)
             h, edge = outputs if type(outputs) is tuple else (outputs, outputs)
         else:
-            h, _ = kernels.forward(h, _cast(weight, dtype), bias, keep=False)
+            h, _ = kernels.forward(h, _cast(weight, dtype), bias, False, seed)
             edge = h
     return h
 
@@ -278,18 +344,24 @@ class _LayerFunction(PlainFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, edge: Tensor, h_below: Tensor, weight: Tensor, bias: Tensor | None, kernels: LayerKernels
+        ctx: Any,
+        edge: Tensor,
+        h_below: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kernels: LayerKernels,
+        seed: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        needs_edge, _, needs_weight, _, _ = ctx.needs_input_grad
+        needs_edge, _, needs_weight, *_ = ctx.needs_input_grad
         compute_weight = _cast(weight, kernels.dtype)
-        h, z = kernels.forward(h_below, compute_weight, bias, keep=True)
+        h, z = kernels.forward(h_below, compute_weight, bias, True, seed)
         # One tensor serves dW and the derivative below. Where nothing below needs a gradient, the edge is h_below.
         kept = edge if needs_weight or (needs_edge and kernels.has_below) else None
         own = None
         if kernels.last and kernels.activation is not IDENTITY:
             own = h if z is None else z
-        ctx.save_for_backward(kept, compute_weight if needs_edge else None, own)
+        ctx.save_for_backward(kept, compute_weight if needs_edge else None, own, seed)
         ctx.kernels = kernels
         if compute_weight is not weight:  # as the user has it, for a gradient that is differentiated
             ctx.master = weight
@@ -305,32 +377,32 @@ class _LayerFunction(PlainFunction):
         dh, dz = None, grads[-1]
         if kernels.last:
             dh, dz = (None if each is None else plain_gradient(each) for each in (*grads, None)[:2])
-            if kernels.activation is IDENTITY:
+            if kernels.activation is IDENTITY and kernels.dropout is None:
                 dh, dz = None, dh
         if dh is None and dz is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         if wants_torch(dz if dh is None else dh):
             with torch.enable_grad():
                 d_edge, dw, db = _differentiable_backward(ctx, dh, dz)
         else:
             d_edge, dw, db = _backward(ctx, dh, dz)
-        return d_edge, None, dw, db, None
+        return d_edge, None, dw, db, None, None
 
 
 def _backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of (edge, W, b) through the kernels, only those that are wanted."""
     kernels: LayerKernels = ctx.kernels
-    kept, weight, own = ctx.saved_tensors
-    needs_edge, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    kept, weight, own, seed = ctx.saved_tensors
+    needs_edge, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     if dh is not None:
-        through_activation = kernels.output_gradient(dh, own)
+        through_activation = kernels.output_gradient(dh, own, seed)
         dz = through_activation if dz is None else through_activation + dz
     assert dz is not None
     d_edge = dw = db = None
     h_below = kept
     if needs_edge:
         saved = kept if kernels.has_below else None
-        d_edge, rebuilt = kernels.dgrad(dz, weight, saved, needs_weight and kernels.below.keeps_preactivation)
+        d_edge, rebuilt = kernels.dgrad(dz, weight, saved, needs_weight and kernels.below_keeps_z, seed)
         h_below = h_below if rebuilt is None else rebuilt
     if needs_weight or needs_bias:
         dw, db = kernels.wgrad(dz, h_below, needs_weight, needs_bias)
@@ -342,23 +414,28 @@ def _backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
 def _differentiable_backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     """The same gradients in plain torch, for when they are to be differentiated themselves."""
     kernels: LayerKernels = ctx.kernels
-    kept, weight, own = ctx.saved_tensors
-    needs_edge, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    kept, weight, own, seed = ctx.saved_tensors
+    needs_edge, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     if weight is not None and kernels.weight_dtype != kernels.dtype:
         weight = ctx.master.to(weight.dtype)
     if dh is not None:
-        through_activation = through(kernels.activation, own, dh)
+        dh = dropped(dh, dropout_factors(seed, kernels.dropout, dh.shape[0], kernels.width_out, kernels.dtype))
+        through_activation = dh if own is None else through(kernels.activation, own, dh, kernels.keeps_z)
         dz = through_activation if dz is None else through_activation + dz
     assert dz is not None
     d_edge = dw = db = None
     h_below = kept
-    if needs_edge and kernels.has_below:
-        # kept stands on the edge, for z: its own, or as the output that z gave.
-        keeps_preactivation = kernels.below.keeps_preactivation
-        h_below = kernels.below(kept) if keeps_preactivation else _OutputOf.apply(kept, kernels.below)
     if needs_edge:
         d_edge = dz @ weight
-        if kernels.has_below:
+        left = dropout_factors(seed, kernels.dropout_below, dz.shape[0], kernels.width_in, kernels.dtype)
+        if kept is None or not (kernels.has_below or kernels.dropout_below):
+            d_edge = dropped(d_edge, left)
+        else:
+            # kept stands on the edge, for z: its own, or as the output that z gave.
+            if kernels.below_keeps_z:
+                h_below = dropped(kernels.below(kept), left)
+            else:
+                h_below = _OutputOf.apply(kept, kernels.below, left)
             (d_edge,) = torch.autograd.grad(h_below, kept, d_edge, create_graph=True)
     if needs_weight:
         dw = (dz.t() @ h_below).to(kernels.weight_dtype)
@@ -368,16 +445,19 @@ def _differentiable_backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> 
 
 
 class _OutputOf(torch.autograd.Function):
-    """h as a function of z, evaluated at an edge on which h stands for z: h -> h, with derivative a'(z) read off h."""
+    """h as a function of z, evaluated at an edge on which h stands for z: h -> h, with derivative a'(z) read off h.
+
+    `left` is what Dropout has multiplied h by, or None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, activation: Activation) -> Tensor:
+    def forward(ctx: Any, h: Tensor, activation: Activation, left: Tensor | None) -> Tensor:
         output = h.clone()
-        ctx.save_for_backward(output)
+        ctx.save_for_backward(output, left)
         ctx.activation = activation
         return output
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
-        (h,) = ctx.saved_tensors
-        return ctx.activation.reference_backward(dh, h, *ctx.activation.values), None
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None]:
+        h, left = ctx.saved_tensors
+        return ctx.activation.reference_backward(dropped(dh, left), h, *ctx.activation.values), None, None

@@ -104,7 +104,7 @@ class FusedLinear(WithBackend, nn.Linear):
         layers = (Layer(self.weight, self.bias, self.activation),)
         dtype = check_call(input, layers)
         if plan.why_reference(input, layers, dtype, self._backend) is not None:
-            return linear_act(input, *layers[0])
+            return linear_act(input, self.weight, self.bias, self.activation)
         return run_kernels(input, layers, dtype, backend=self._backend)
 
     def extra_repr(self) -> str:
@@ -140,7 +140,7 @@ class Chain(WithBackend, nn.Module):
             if on_cpu and not (self._recompute and can_checkpoint()):
                 return self._forward_as_modules(input)
         if torch.compiler.is_compiling():
-            for run in runs_of(self._links()):
+            for run in runs_of(self._links(), drops=False):  # a compiler draws random numbers itself
                 input = self._run(run, input)
             return input
         segments = self._segments
@@ -163,6 +163,8 @@ class Chain(WithBackend, nn.Module):
                 for decision in run.decisions:
                     if decision.holds(input, weights, biases, now):
                         return run_path(input, weights, biases, decision.path)
+            if any(run.dropouts) and plan.is_watched():
+                return run.call(input)  # no operator draws random numbers
             layers = run.layers()
             dtype = check_call(input, layers)
             if plan.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
@@ -207,8 +209,9 @@ class Chain(WithBackend, nn.Module):
 
         Every run of layers is gone through once without gradients, and with `training` once forward and backward, on
         zeros, in the dtype that a call would compute in (call it under autocast where the model runs under it). Norms
-        and Dropout are left out: no statistics change, no random number is drawn, no `.grad` is written. A batch of
-        about the same size needs nothing else; one of another order of magnitude may take other tiles.
+        are left out, Dropout drops where gradients are recorded, and torch's generators are put back: no statistics
+        change, no random number is used up, no `.grad` is written. A batch of about the same size needs nothing else;
+        one of another order of magnitude may take other tiles.
 
         Raises:
             ValueError: no batch size, or one below 1.
@@ -220,44 +223,44 @@ class Chain(WithBackend, nn.Module):
             if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
                 raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
         begun = time.perf_counter()
-        devices = set()
-        below = False  # whether anything before a run needs gradients
-        with torch.inference_mode(False):
-            for run in runs_of(self._links()):
-                trainable = below or any(
-                    parameter.requires_grad
-                    for child in run.children
-                    if isinstance(child, nn.Module)
-                    for parameter in child.parameters()
-                )
-                if run.linears:
-                    layers = [
-                        Layer(_twin(weight), None if bias is None else _twin(bias), activation)
-                        for weight, bias, activation in run.gathered_layers()
-                    ]
-                    first = layers[0].weight
-                    devices.add(first.device)
-                    for rows in batch_sizes:
-                        x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
-                        self._warm_up(x.requires_grad_(below), layers, training)
-                below = trainable
+        devices = {parameter.device for parameter in self.parameters() if parameter.is_cuda}
+        with torch.inference_mode(False), torch.random.fork_rng([device.index for device in devices]):
+            for differentiable in (False, True)[: 1 + training]:
+                below = False  # whether anything before a run needs gradients
+                for run in runs_of(self._links(), differentiable):
+                    trainable = below or any(
+                        parameter.requires_grad
+                        for child in run.children
+                        if isinstance(child, nn.Module)
+                        for parameter in child.parameters()
+                    )
+                    if run.linears:
+                        layers = [
+                            layer._replace(
+                                weight=_twin(layer.weight), bias=None if layer.bias is None else _twin(layer.bias)
+                            )
+                            for layer in run.gathered_layers()
+                        ]
+                        first = layers[0].weight
+                        for rows in batch_sizes:
+                            x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
+                            self._warm_up(x.requires_grad_(below), layers, differentiable)
+                    below = trainable
         for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)
         return time.perf_counter() - begun
 
-    def _warm_up(self, x: Tensor, layers: list[Layer], training: bool) -> None:
+    def _warm_up(self, x: Tensor, layers: list[Layer], differentiable: bool) -> None:
         """One run's kernels, launched for their own sake."""
-        for differentiable in (False, True)[: 1 + training]:
-            with torch.set_grad_enabled(differentiable):
-                dtype = check_call(x, layers)
-                if plan.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
-                    continue
-                y = run_kernels(x, layers, dtype, self._recompute, self._backend)
-                leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
-                wanted = [leaf for leaf in leaves if leaf.requires_grad]
-                if differentiable and wanted:
-                    torch.autograd.grad(y, wanted, torch.zeros_like(y))
+        with torch.set_grad_enabled(differentiable):
+            dtype = check_call(x, layers)
+            if plan.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
+                return
+            y = run_kernels(x, layers, dtype, self._recompute, self._backend)
+            leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            if differentiable and wanted:
+                torch.autograd.grad(y, wanted, torch.zeros_like(y))
 
     def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> plan.Plan:
         """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
@@ -315,7 +318,7 @@ class Chain(WithBackend, nn.Module):
                 assert gpu is not None
                 path = plan.network_path(
                     widths,
-                    tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, _ in layers),
+                    tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, *_ in layers),
                     tuple(layer.activation for layer in layers),
                     dtype,
                     precision,
@@ -323,6 +326,7 @@ class Chain(WithBackend, nn.Module):
                     training,
                     self._recompute,
                     input_size if input_size > dtype.itemsize else 0,
+                    drops=any(run.dropouts),
                 )
             if isinstance(path, plan.NetworkPlan):
                 gradients = plan.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
@@ -341,9 +345,11 @@ class Chain(WithBackend, nn.Module):
                 trainable=[weight or bias for weight, bias in zip(trainable, biased)],
                 needs_input_grad=needs_input_grad,
                 precision=precision,
+                dropouts=run.dropouts,
             )
             if reason is None:
                 kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
+                kept += plan.SEED_BYTES if training and any(run.dropouts) else 0
                 runs.append(plan.RunPlan(names, "layer", str(path), tuple(kernels)))
             else:
                 kept += kept_by_torch
@@ -355,7 +361,8 @@ class FusedMLP(Chain, nn.Sequential):
     """H_l = a(H_{l-1} W_lᵀ + b_l): `torchvision.ops.MLP`'s arguments, children and keys; fused kernels on a GPU.
 
     Its children are the real `nn.Linear`, norm, activation and `nn.Dropout` modules: every hidden layer is Linear,
-    norm, activation, Dropout; then the last Linear, the output activation, and Dropout. On a CPU they run as they are.
+    norm, activation, Dropout; then the last Linear, the output activation, and Dropout. On a CPU they run as they are;
+    on kernels Dropout draws other random numbers than nn.Dropout, from the same generator.
 
     Args:
         in_channels: width of the input.
@@ -366,8 +373,8 @@ class FusedMLP(Chain, nn.Sequential):
         bias: whether the Linear layers have one.
         dropout: the probability of Dropout.
         output_activation: after the last Linear, as `activation_layer`.
-        recompute: what is kept for backward. True: the input alone (of each run of layers, where norms or Dropout stand
-            between them), hidden layers are computed again. False: one tensor of each layer. None: whatever is faster.
+        recompute: what is kept for backward. True: the input alone (of each run of layers, where norms stand between
+            them), hidden layers are computed again. False: one tensor of each layer. None: whatever is faster.
         backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
         device, dtype: of the parameters.
 
@@ -481,6 +488,7 @@ class _Run:
     def __init__(self, children: list[Any], reason: str | None = None) -> None:
         self.children = children
         self.linears: list[tuple[nn.Module, Activation]] = []
+        self.dropouts: list[float] = []  # after each of them, 0 where nothing is dropped
         self.owned: list[dict[str, Any]] = []  # the linears' dicts of parameters
         self.transposed: list[bool] = []  # which of the linears' weights are (in, out)
         self.any_transposed = False
@@ -501,7 +509,7 @@ class _Run:
         return weights, tuple([owned["bias"] for owned in self.owned])
 
     def layers(self) -> tuple[Layer, ...]:
-        return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears)))
+        return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears), self.dropouts))
 
     def gathered_layers(self, device: str | None = None) -> tuple[Layer, ...]:
         """The layers as a call finds them: FSDP gathers parameters before a forward, and shares them out after it.
@@ -509,11 +517,12 @@ class _Run:
         Those are zeros here, on their own device or another one.
         """
         layers = []
-        for (linear, _), (weight, bias, activation) in zip(self.linears, self.layers()):
+        for (linear, _), layer in zip(self.linears, self.layers()):
             if getattr(linear, "_is_fsdp_managed_module", False):
-                where = device or weight.device
-                weight, bias = _stand_in(weight, where), None if bias is None else _stand_in(bias, where)
-            layers.append(Layer(weight, bias, activation))
+                where = device or layer.weight.device
+                bias = None if layer.bias is None else _stand_in(layer.bias, where)
+                layer = layer._replace(weight=_stand_in(layer.weight, where), bias=bias)
+            layers.append(layer)
         return tuple(layers)
 
 
@@ -574,11 +583,16 @@ class _Segments:
         return not (_are_hooked(self.dicts) or _has_any_global_hook())
 
 
-def runs_of(children: Iterable[Any]) -> list[_Run]:
-    """The children of a network, parted into runs."""
+def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool = True) -> list[_Run]:
+    """The children of a network, parted into runs.
+
+    Args:
+        training: as if in that mode, instead of each child's own.
+        drops: whether a run may drop; otherwise Dropout that does runs as itself.
+    """
     runs: list[_Run] = []
     run: _Run | None = None
-    takes_activation = False  # whether the run's last Linear is still without one
+    takes_activation = False  # whether the run's last Linear is still without one, and nothing dropped from it
     everything_hooked = _has_any_global_hook()
     for child in children:
         why = "a global module hook is registered" if everything_hooked else why_unfused(child)
@@ -588,12 +602,21 @@ def runs_of(children: Iterable[Any]) -> list[_Run]:
                 run = _Run([])
                 runs.append(run)
             run.linears.append((child, activation))
+            run.dropouts.append(0.0)
             run.owned.append(child._parameters)
             run.transposed.append(_is_transposed(child))
             run.any_transposed = any(run.transposed)
             takes_activation = activation is IDENTITY
-        elif run is not None and not everything_hooked and not has_hooks(child) and _is_inert(child):
-            pass
+        elif (
+            run is not None
+            and not everything_hooked
+            and not has_hooks(child)
+            and (p := _dropout(child, training)) is not None
+            and not (p and (run.dropouts[-1] or not drops))  # a second one has a mask of its own
+        ):
+            if p:
+                run.dropouts[-1] = p
+                takes_activation = False
         elif (
             run is not None
             and takes_activation
@@ -702,9 +725,13 @@ def _unhooked(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _is_inert(module: Any) -> bool:
-    """Whether a module is the identity, or Dropout that drops nothing."""
-    return type(module) is nn.Identity or (type(module) is nn.Dropout and (module.p == 0 or not module.training))
+def _dropout(module: Any, training: bool | None) -> float | None:
+    """The probability with which a module drops, 0 where it is idle or the identity; None: it is neither."""
+    if type(module) is nn.Identity:
+        return 0.0
+    if type(module) is not nn.Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
+        return None  # or Dropout that torch refuses
+    return float(module.p) if (module.training if training is None else training) else 0.0
 
 
 def _raise_if_wrong(input: Tensor, linear: Any) -> None:

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from .kernels import configs, tables
 from .kernels.activations import Activation, parse, resolve
 from .kernels.configs import TileConfig
+from .kernels.dropout import SEED_BYTES, keeps_preactivation
 from .kernels.language import HAS_TRITON, INTERPRETER
 from .kernels.launch import Launches
 from .kernels.network import Gradients, Network, gradients_of, network_of
@@ -157,7 +158,7 @@ def why_reference(
         reason = _why_torch_here(
             x.device.type,
             x.device.index or 0,
-            tuple(map(operator.index, (x.shape[-1], *(weight.shape[0] for weight, _, _ in layers)))),  # no symbols
+            tuple(map(operator.index, (x.shape[-1], *(weight.shape[0] for weight, *_ in layers)))),  # no symbols
             tuple(layer.activation.spec for layer in layers),
             dtype,
             float32_precision() if dtype == torch.float32 else "ieee",
@@ -189,7 +190,7 @@ def wants_gradients(x: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether anything is kept for a backward: gradients are recorded, and of the input or some parameter."""
     return torch.is_grad_enabled() and (
         x.requires_grad
-        or any(weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias, _ in layers)
+        or any(weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias, *_ in layers)
     )
 
 
@@ -314,7 +315,7 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
     interpreted = device.type == "cpu"  # the interpreter computes in float64 as well
     if dtype not in KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
         return f"the dtype is {dtype}; the kernels compute in float16, bfloat16 and float32"
-    for weight, bias, _ in layers:
+    for weight, bias, *_ in layers:
         if not _is_plain(weight):
             return f"a weight is of the subclass {type(weight).__name__}"
         if 0 in weight.shape:
@@ -383,6 +384,7 @@ def network_path(
     training: bool,
     recompute: bool | None = None,
     input_size: int = 0,
+    drops: bool = False,
 ) -> NetworkPlan | str:
     """The network path for these layers, or the reason why they take the layer path.
 
@@ -396,9 +398,12 @@ def network_path(
         strides: of each layer: the weight's two and the bias's.
         recompute: the user's wish: True keeps x alone, False keeps a tensor of each hidden layer, None leaves it open.
         input_size: bytes of an element of the input, where it is wider than `dtype`'s (under autocast).
+        drops: whether Dropout that drops follows a layer.
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
+    if drops:
+        return "Dropout is fused layer by layer"
     network = network_of(widths, strides, activations, dtype, precision)
 
     def tile(kind: configs.NetworkKind) -> TileConfig | str:
@@ -462,7 +467,7 @@ class KernelPlan:
 
     @property
     def is_backward(self) -> bool:
-        return self.kind not in ("forward", "network forward")
+        return self.kind not in ("seed", "forward", "network forward")
 
 
 def is_aligned(width_in: int, width_out: int, dtype: torch.dtype) -> bool:
@@ -480,6 +485,7 @@ def plan_layers(
     trainable: Sequence[bool] | None = None,
     needs_input_grad: bool = False,
     precision: str = "ieee",
+    dropouts: Sequence[float] | None = None,
 ) -> list[KernelPlan]:
     """The launches of the layer path, forward and backward, in their order, each with its FLOPs and bytes.
 
@@ -490,12 +496,18 @@ def plan_layers(
         shapes: (width in, width out) of each layer.
         biases: whether each layer has one.
         trainable: whether each layer's parameters need gradients, all by default; none at all for inference.
+        dropouts: the probability of the Dropout after each layer, all 0 by default.
     """
+    dropouts = [0.0] * len(shapes) if dropouts is None else dropouts
+    # Whether the pre-activation is kept of each layer, and of the input, which has none.
+    keeps_z = [*(keeps_preactivation(*pair) for pair in zip(activations, dropouts)), False]
     trainable = [True] * len(shapes) if trainable is None else trainable
     # Whether anything below a layer needs a gradient, from the input to the output.
     below_needs = [needs_input_grad or any(trainable[:index]) for index in range(len(shapes) + 1)]
     forward: list[KernelPlan] = []
     backward: list[list[KernelPlan]] = []
+    if any(dropouts):
+        forward.append(KernelPlan("all", "seed", Work(0, SEED_BYTES)))
     for index, ((k, n), activation, bias) in enumerate(zip(shapes, activations, biases)):
         weights = n * k + n * bias
 
@@ -513,15 +525,16 @@ def plan_layers(
             return KernelPlan(layer, kind, Work(flops, elements * dtype.itemsize), problem)
 
         product = 2 * rows * n * k
-        outputs = 1 + (below_needs[index + 1] and activation.keeps_preactivation)  # h; z
+        outputs = 1 + (below_needs[index + 1] and keeps_z[index])  # h; z
         forward.append(plan("forward", product, rows * k + weights + outputs * rows * n, rows, n, k))
         steps = []
-        if index + 1 == len(shapes) and activation.name != "identity" and below_needs[index + 1]:
-            steps.append(plan("output_gradient", 0, 3 * rows * n, rows, n, 0))
+        activates = activation.name != "identity"
+        if index + 1 == len(shapes) and (activates or dropouts[index]) and below_needs[index + 1]:
+            steps.append(plan("output_gradient", 0, (2 + activates) * rows * n, rows, n, 0))  # dy, dz; what was saved
         if below_needs[index]:
             below = activations[index - 1] if index else resolve("identity")
             # dx; what was saved; h again
-            tensors = 1 + (below.name != "identity") + (trainable[index] and below.keeps_preactivation)
+            tensors = 1 + (below.name != "identity") + (trainable[index] and keeps_z[index - 1])
             steps.append(plan("dgrad", product, rows * n + n * k + tensors * rows * k, rows, k, n))
         if trainable[index]:
             steps.append(plan("wgrad", product, rows * n + rows * k + weights, n, k, rows))
@@ -582,7 +595,7 @@ def plan_network(
 def kept_elements(rows: int, layers: Sequence[Layer], trainable: Sequence[bool], needs_input_grad: bool = False) -> int:
     """How many elements the layer path keeps for backward: one tensor a layer whose gradients need it."""
     kept = 0
-    for index, (weight, _, activation) in enumerate(layers):
+    for index, (weight, _, activation, _) in enumerate(layers):
         below_needs = needs_input_grad or any(trainable[:index])
         has_below = index > 0 and layers[index - 1].activation.name != "identity"
         if trainable[index] or (below_needs and has_below):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels.activations import Activation
+from .kernels.dropout import Dropout
 from .kernels.launch import Launch
 from .kernels.layer_backward import output_gradient
 from .kernels.layer_forward import pointwise
@@ -26,6 +27,8 @@ def forward_by_torch(
     z: Tensor | None,
     activation: Activation,
     again: Launch | None = None,
+    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Launch | None:
     """h = a(x Wᵀ + b), and z = x Wᵀ + b where `z` is given: a product with the bias, then a(·) as one pointwise kernel.
 
@@ -35,19 +38,21 @@ def forward_by_torch(
         x: (M, K), any strides, as are weight (N, K), of the same dtype, and bias (N,), of any, or None.
         h: (M, N), contiguous, written; z likewise, or None.
         again: what such a call returned before: the launch of its pointwise kernel.
+        seed, dropout: as for the kernel; it is the pointwise one that drops.
     """
+    dropping = () if seed is None else (seed,)
     product = h if z is None else z
     if bias is None:
         torch.mm(x, weight.t(), out=product)
     else:
         bias = bias if bias.dtype == x.dtype else bias.to(x.dtype)
-        if z is None and activation.name == "relu" and x.is_cuda:
+        if z is None and activation.name == "relu" and dropout is None and x.is_cuda:
             torch._addmm_activation(bias, x, weight.t(), out=h)  # relu in the library's own epilogue
             return None
         torch.addmm(bias, x, weight.t(), out=product)
-    if activation.name != "identity":
-        if again is None or not again(product, h):
-            return pointwise(product, h, activation)
+    if activation.name != "identity" or dropout is not None:
+        if again is None or not again(product, h, *dropping):
+            return pointwise(product, h, activation, seed=seed, dropout=dropout)
     elif z is not None:
         h.copy_(z)
     return again
@@ -61,6 +66,8 @@ def dgrad_by_torch(
     h: Tensor | None,
     below: Activation,
     again: Launch | None = None,
+    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Launch | None:
     """dx = (dz W) ⊙ a'(saved), and h = a(saved) where `h` is given: a product, then one pointwise kernel.
 
@@ -69,10 +76,14 @@ def dgrad_by_torch(
         saved: (M, K), contiguous, what the activation `below` kept; None for the identity.
         dx: (M, K), contiguous, written; h likewise, or None.
         again: as in `forward_by_torch`.
+        seed, dropout: of the layer below.
     """
     torch.mm(dz, weight, out=dx)
-    if saved is not None and (again is None or not again(dx, saved, dx, h)):
-        return output_gradient(dx, saved, dx, below, h=h)
+    if saved is None and dropout is None:
+        return None
+    dropping = () if seed is None else (seed,)
+    if again is None or not again(dx, saved, dx, h, *dropping):
+        return output_gradient(dx, saved, dx, below, h=h, seed=seed, dropout=dropout)
     return again
 
 

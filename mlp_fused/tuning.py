@@ -683,7 +683,7 @@ class Passes:
             Layer(make(1, n, k, scale=k**-0.5)[0], make(1, n)[0], activation)
             for (k, n), activation in zip(itertools.pairwise(work.widths), _activations(work))
         ]
-        self.weights, self.biases, self.activations = zip(*self.layers)
+        self.weights, self.biases, self.activations, _ = zip(*self.layers)
         self.parameters = [*self.weights, *self.biases]
         for parameter in self.parameters:
             parameter.requires_grad_(self.training)

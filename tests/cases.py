@@ -1,6 +1,7 @@
 """CASES: the one table of problems that every test of the numbers runs through, and the bound that it is held to.
 
-A case is a network: rows, widths, dtype, activations, bias, how its tensors lie in memory, and what needs gradients.
+A case is a network: rows, widths, dtype, activations, bias, how its tensors lie in memory, what needs gradients, and
+Dropout.
 Its oracle is plain torch in float64; its bound is torch's own error in the same dtype, twice that at most.
 """
 
@@ -11,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlp_fused.kernels.activations import ACTIVATIONS, Activation
+from mlp_fused.kernels.dropout import draw_seed
 
 Layout = Literal[
     "contiguous", "transposed", "sliced", "expanded", "strided parameters", "expanded gradient", "transposed gradient",
@@ -38,6 +41,7 @@ class Case:
     layout: Layout = "contiguous"
     needs: Needs = "everything"
     tf32: bool = False
+    dropout: float = 0.0  # after every layer
 
     @property
     def id(self) -> str:
@@ -64,6 +68,8 @@ class Case:
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
+
+SEED = 7  # of torch's generator, where a case has Dropout
 
 _VARIANTS: dict[
     str, list[dict[str, float]]
@@ -114,6 +120,23 @@ def _cases() -> list[Case]:
         cases.append(Case(widths=(20, 200, 10), dtype=dtype, activation="gelu"))
         cases.append(Case(rows=2100, widths=(5, 16, 7), dtype=dtype, activation="gelu"))
     cases.append(Case(rows=1100, widths=(300, 24, 33, 10), dtype=torch.bfloat16, output_activation="silu"))
+    # Dropout after every layer: where the output is kept, or z, or z for Dropout's sake alone.
+    for name in ("identity", "relu", "gelu", "tanh"):
+        for dtype in (torch.float32, torch.bfloat16):
+            cases.append(Case(activation=name, output_activation=name, dtype=dtype, dropout=0.3))
+    cases.append(Case(activation="relu6", output_activation="relu6", dtype=torch.float16, dropout=0.3))
+    wide = Case(activation="tanh", widths=(20, 31, 24, 17), output_activation="relu", dropout=0.3)
+    for layout in ("transposed", "sliced", "expanded gradient", "3-d"):
+        cases.append(replace(wide, layout=layout))
+    for needs in Needs.__args__:
+        cases.append(replace(wide, needs=needs))
+    for needs in ("parameters", "input", "first layer"):
+        cases.append(replace(wide, needs=needs, activation="relu", output_activation="identity"))
+    for rows in (0, 1, 130):
+        cases.append(Case(rows=rows, activation="silu", dtype=torch.bfloat16, dropout=0.9))
+    for widths in ((1, 1), (3, 130, 70, 2)):
+        cases.append(Case(widths=widths, dropout=0.5))
+        cases.append(Case(widths=widths, dropout=1.0))
     return list(dict.fromkeys(cases))
 
 
@@ -150,6 +173,57 @@ class Data:
         )
 
 
+def philox(seed: int, counter: Sequence[numpy.ndarray], rounds: int) -> list[numpy.ndarray]:
+    """Philox 4x32: four random numbers of 32 bits for a counter of four, by a key of 64 bits.
+
+    Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
+    """
+    c = [numpy.asarray(each, numpy.uint64) for each in counter]
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(rounds):
+        first, second = c[0] * numpy.uint64(0xD2511F53), c[2] * numpy.uint64(0xCD9E8D57)
+        high = [second >> numpy.uint64(32), first >> numpy.uint64(32)]
+        low = [second & numpy.uint64(0xFFFFFFFF), first & numpy.uint64(0xFFFFFFFF)]
+        c = [high[0] ^ c[1] ^ numpy.uint64(keys[0]), low[0], high[1] ^ c[3] ^ numpy.uint64(keys[1]), low[1]]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def factors(seed: int, layer: int, rows: int, width: int, p: float) -> Tensor:
+    """What Dropout multiplies by, in float64, (rows, width): 1 / (1 - p) where an element is kept, else 0."""
+    row, column = numpy.meshgrid(numpy.arange(rows), numpy.arange(width), indexing="ij")
+    four = column // 16 * 4 + column // 2 % 4
+    bits = numpy.stack(philox(seed, [four, row, numpy.full_like(row, layer), numpy.zeros_like(row)], 7))
+    which = column // 8 % 2 * 2 + column % 2
+    uniform = numpy.take_along_axis(bits, which[None], 0)[0] // 2**8 / 2**24
+    return torch.from_numpy((uniform < numpy.float32(1 - p)) / (1 - p or 1.0))
+
+
+def factors_of(case: Case, device: torch.device | str) -> list[Tensor]:
+    """Of each layer of a case, when kernels draw from torch's generator at SEED."""
+    torch.manual_seed(SEED)
+    seed = int(draw_seed(torch.device(device)))
+    return [
+        factors(seed, layer, case.rows, width, case.dropout).to(device)
+        if case.dropout
+        else torch.ones((), dtype=torch.float64, device=device)
+        for layer, width in enumerate(case.widths[1:])
+    ]
+
+
+def through_torch(case: Case, data: Data) -> Tensor:
+    """y in plain torch, in data's dtype. As torch's, Dropout multiplies the rounded output, and is rounded."""
+    h = data.x.reshape(-1, data.x.shape[-1])
+    for weight, bias, activation, left in zip(
+        data.weights, data.biases, case.activations, factors_of(case, data.x.device)
+    ):
+        h = activation(F.linear(h, weight, bias))
+        if case.dropout:
+            wide = torch.promote_types(h.dtype, torch.float32)
+            h = (h.to(wide) * left.to(wide)).to(h.dtype)
+    return h.view(*data.x.shape[:-1], h.shape[-1])
+
+
 def make(case: Case, device: str = "cpu", seed: int = 0) -> Data:
     """Random tensors for a case; rows whose pre-activations lie next to a kink are drawn again."""
     generator = torch.Generator().manual_seed(seed)
@@ -161,8 +235,9 @@ def make(case: Case, device: str = "cpu", seed: int = 0) -> Data:
     biases: list[Tensor | None] = [draw(n) / 2 if case.bias else None for n in case.widths[1:]]
     distinct = min(case.rows, 1) if case.layout == "expanded" else 1 if case.layout == "one row" else case.rows
     x = draw(distinct, case.widths[0])
+    left = [each.cpu() for each in factors_of(case, device)]
     for _ in range(1000):
-        near = _near_kink(case, x, weights, biases)
+        near = _near_kink(case, x, weights, biases, left)
         if not near.any():
             break
         x[near] = draw(int(near.sum()), case.widths[0])
@@ -232,17 +307,19 @@ def _lay_out(layout: Layout, x: Tensor, dy: Tensor, rows: int) -> tuple[Tensor, 
     return x, dy
 
 
-def _near_kink(case: Case, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+def _near_kink(
+    case: Case, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], left: Sequence[Tensor]
+) -> Tensor:
     """Which rows have a pre-activation so near to a kink that rounding decides on which side it falls."""
     h = x.double()
     near = torch.zeros(h.shape[0], dtype=torch.bool)
-    for weight, bias, activation in zip(weights, biases, case.activations):
+    for weight, bias, activation, factor in zip(weights, biases, case.activations, left):
         wide, shift = weight.double(), 0 if bias is None else bias.double()
         z = h @ wide.t() + shift
         scale = (h.square() @ wide.t().square() + (shift * shift)).sqrt()
         for kink in activation.kinks(*activation.values):
             near |= ((z - kink).abs() <= 4 * case.unit_roundoff * (scale + abs(kink))).any(1)
-        h = activation(z)
+        h = activation(z) * factor
     return near
 
 
@@ -259,13 +336,15 @@ def oracle(case: Case, data: Data) -> Truth:
     wide = data.to(torch.float64)
     inputs, zs = [], []
     h = wide.x.reshape(-1, wide.x.shape[-1])
-    for weight, bias, activation in zip(wide.weights, wide.biases, case.activations):
+    for weight, bias, activation, left in zip(
+        wide.weights, wide.biases, case.activations, factors_of(case, wide.x.device)
+    ):
         inputs.append(h)
         z = F.linear(h, weight, bias)
         if z.requires_grad:
             z.retain_grad()
         zs.append(z)
-        h = activation(z)
+        h = activation(z) * left
     y = h.view(*wide.x.shape[:-1], h.shape[-1])
     if y.requires_grad:
         y.backward(wide.dy)

@@ -25,6 +25,7 @@ import torch
 from mlp_fused import ACTIVATIONS
 from mlp_fused.kernels import configs, layer_backward, layer_forward, network
 from mlp_fused.kernels.configs import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig, choose
+from mlp_fused.kernels.dropout import Dropout
 from mlp_fused.networks import run_network
 from mlp_fused.plan import network_path
 
@@ -46,11 +47,13 @@ class Compilation:
     activation: str
     tile: TileConfig
     aligned: bool = True  # whether the tensors' rows begin at 16 bytes
+    dropout: bool = False
 
     @property
     def id(self) -> str:
         words = [self.kernel, self.target, self.dtype, self.precision, self.activation, str(self.tile)]
-        return "-".join([*words, *(() if self.aligned else ("unaligned",))]).replace(" ", "")
+        words += [word for word, holds in (("unaligned", not self.aligned), ("dropout", self.dropout)) if holds]
+        return "-".join(words).replace(" ", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +151,14 @@ def compilations(full: bool) -> list[Compilation]:
     for target, device in TARGETS.items():
         tile = choose(Problem("output_gradient", 4096, 1024, 0, torch.bfloat16), device)
         for kernel in ("output_gradient", "pointwise"):
-            found.append(Compilation(kernel, target, "bfloat16", "ieee", "gelu", tile))
+            for dropout in (False, True):
+                found.append(Compilation(kernel, target, "bfloat16", "ieee", "gelu", tile, dropout=dropout))
+        for kind in ("forward", "dgrad"):
+            listed = tiles(kind, torch.bfloat16, "ieee", True, device)
+            largest = {tile.warp_specialize: tile for tile in reversed(listed)}.values()
+            for tile in listed if full else largest:
+                for activation in ("relu", "gelu") if full else ("gelu",):
+                    found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, dropout=True))
         found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", SUM_PARTIALS))
     return found
 
@@ -252,10 +262,13 @@ def source(launched: Launch) -> Any:
             return tuple(describe(element, (*path, index), free) for index, element in enumerate(value))
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            return "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
+            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64"}
+            return "*" + short[str(value.dtype)[6:]]
         if value is None or (value == 1 and not free):
             constexprs[path] = value
             return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
         if value % 16 == 0 and not free:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32"
@@ -281,16 +294,21 @@ def launch(row: Compilation) -> None:
 
     x, w, b, dz, z = tensor(M, K), tensor(N, K), tensor(N), tensor(M, N), tensor(M, K)
     keeps, precision, tile = activation.keeps_preactivation, row.precision, row.tile
+    dropping: dict[str, Any] = {}
+    if row.dropout:
+        dropping = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "dropout": Dropout(0.9, 1)}
     if row.kernel == "forward":
-        layer_forward.layer_forward(x, w, b, tensor(M, N), tensor(M, N) if keeps else None, activation, precision, tile)
+        z = tensor(M, N) if keeps else None
+        layer_forward.layer_forward(x, w, b, tensor(M, N), z, activation, precision, tile, **dropping)
     elif row.kernel == "dgrad":
-        layer_backward.dgrad(dz, w, z, tensor(M, K), tensor(M, K) if keeps else None, activation, precision, tile)
+        h = tensor(M, K) if keeps else None
+        layer_backward.dgrad(dz, w, z, tensor(M, K), h, activation, precision, tile, **dropping)
     elif row.kernel == "output_gradient":
         layer_backward.output_gradient(
-            dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None
+            dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None, **dropping
         )
     elif row.kernel == "pointwise":
-        layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile)
+        layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile, **dropping)
     else:
         tile = tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
         split = 4 if row.kernel == "sum_partials" else 1

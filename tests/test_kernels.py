@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, Case, Data, check, gradients, make, oracle
+from cases import CASES, SEED, Case, Data, check, gradients, make, oracle, through_torch
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, chain, layers, mlp, reference
@@ -30,7 +30,7 @@ PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all
 
 def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor, list[Layer], NetworkPlan | str]:
     """x as rows, the layers, and the network path for them."""
-    layers = [Layer(*layer) for layer in zip(data.weights, data.biases, case.activations)]
+    layers = [Layer(*layer, case.dropout) for layer in zip(data.weights, data.biases, case.activations)]
     x = data.x.reshape(-1, data.x.shape[-1])
     return x, layers, find_network(x, layers, case.dtype, recompute)
 
@@ -38,6 +38,7 @@ def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor,
 def forward(case: Case, data: Data, path: str, recompute: bool | None = None) -> Tensor:
     """y through the kernels of a path."""
     x, of_case, network_path = find(case, data, recompute)
+    torch.manual_seed(SEED)
     if path != "network":
         with pytest.MonkeyPatch.context() as patch:
             if path == "layer":
@@ -65,7 +66,7 @@ def marked(path: str, case: Case) -> object:
 def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
     """y and the gradients by torch in the case's own dtype."""
     twin = data.to(case.dtype)
-    return gradients(twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
+    return gradients(twin, through_torch(case, twin))
 
 
 def name(value: object) -> str:
@@ -207,7 +208,7 @@ def test_the_network_recomputes_the_very_bits_of_its_forward(
     assert isinstance(path, NetworkPlan)
     assert path.formulation == "recompute"
     assert path.backward is not None
-    weights, biases, _ = zip(*layers)
+    weights, biases, *_ = zip(*layers)
     net = path.network
     y, dy = torch.empty_like(data.dy), data.dy
     hidden, again = (torch.empty(case.rows * net.starts[-1], dtype=dtype, device=device) for _ in range(2))

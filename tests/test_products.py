@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, Case, Data, check, gradients, make, oracle
+from cases import CASES, SEED, Case, Data, check, gradients, make, oracle, through_torch
 from torch import Tensor
 
-from mlp_fused import ACTIVATIONS, layers, reference
+from mlp_fused import ACTIVATIONS, layers
 from mlp_fused.chain import run_layers
 from mlp_fused.functional import Layer, find_layers
 from mlp_fused.kernels import tables
@@ -30,7 +30,8 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def run(case: Case, data: Data) -> dict[str, Tensor]:
     x = data.x.reshape(-1, data.x.shape[-1])
-    network = [Layer(*layer) for layer in zip(data.weights, data.biases, case.activations)]
+    network = [Layer(*layer, case.dropout) for layer in zip(data.weights, data.biases, case.activations)]
+    torch.manual_seed(SEED)
     y = run_layers(x, data.weights, data.biases, find_layers(x, network, case.dtype))
     return gradients(data, y.view(*data.x.shape[:-1], y.shape[-1]))
 
@@ -48,8 +49,7 @@ def test_forward_and_gradients(case: Case, device: str) -> None:
     with count_launches() as launches:
         ours = run(case, data)
     assert not {"layer_forward_kernel", "dgrad_kernel", "wgrad_kernel"} & set(launches)
-    torchs = gradients(twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
-    check(case, oracle(case, data), ours, torchs)
+    check(case, oracle(case, data), ours, gradients(twin, through_torch(case, twin)))
 
 
 GELU, RELU, IDENTITY = (ACTIVATIONS[name] for name in ("gelu", "relu", "identity"))

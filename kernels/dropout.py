@@ -1,0 +1,87 @@
+"""Dropout in an epilogue: h = m ⊙ a(z) / (1 - p), m ~ Bernoulli(1 - p), never stored.
+
+m is a function of a seed, the layer, the row and the column by counter-based random numbers: Philox 4x32 (Salmon,
+Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So the backward makes it again, by
+whatever tile. As in torch, what is dropped is multiplied by 0: NaN and infinities do not vanish.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import Activation
+from .configs import TileConfig
+from .language import tl, triton
+
+__all__ = ["SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "keeps_preactivation", "of_launch"]
+
+ROUNDS = tl.constexpr(7)  # the fewest with which Philox 4x32 passes BigCrush (there, table 2)
+
+
+SEED_BYTES = 8  # kept for backward, of all layers together
+
+
+class Dropout(NamedTuple):
+    """Of a layer's output.
+
+    Attributes:
+        keep: 1 - p, the probability with which an element is kept; 0 drops them all.
+        layer: which layer; with one seed, each has random numbers of its own.
+    """
+
+    keep: float
+    layer: int
+
+
+def keeps_preactivation(activation: Activation, drops: object) -> bool:
+    """Whether the pre-activation is kept for backward: also where the derivative is lost on what Dropout leaves."""
+    return activation.keeps_preactivation or (bool(drops) and not activation.scales)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """From torch's generator of the device: by the device itself, so that a replayed CUDA graph draws anew."""
+    return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def of_launch(
+    tensors: tuple[Tensor | None, ...], seed: Tensor | None, dropout: Dropout | None
+) -> tuple[tuple[Tensor | None, ...], tuple[float | None, ...]]:
+    """A launch's tensors, and the first of its scalars, of a kernel with `seed_ptr`, `keep` and `layer` between them.
+
+    Without dropout these three are constants: the kernel is compiled, and launched, as if it had no such thing.
+    """
+    assert (seed is None) == (dropout is None)
+    return (tensors, (None, None, None)) if dropout is None else ((*tensors, seed), dropout)
+
+
+def epilogue_parts(tile: TileConfig, dropout: Dropout | None) -> int:
+    """In how many parts a tile's epilogue is done: with Dropout in twice as many, as random numbers take registers."""
+    more = min(4, 2 * tile.parts)
+    return tile.parts if dropout is None or tile.block_n < 16 * more else more
+
+
+@triton.jit
+def factors(seed, keep, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """1 / keep where an element is kept, else 0: (BLOCK_M, BLOCK_N), from row m and column n on, a multiple of 16."""
+    scale = 1.0 / tl.where(keep > 0, keep, 1.0)
+    return tl.where(uniforms(seed, layer, m, n, BLOCK_M, BLOCK_N) < keep, scale, 0.0)
+
+
+@triton.jit
+def uniforms(seed, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Multiples of 2^-24 in [0, 1), (BLOCK_M, BLOCK_N).
+
+    Philox gives four numbers at a time. They go to the columns that differ in bits 0 and 3, which the accumulators of
+    tensor cores hold in one thread: so none has to change it.
+    """
+    rows = (m + tl.arange(0, BLOCK_M)).to(tl.uint32)
+    fours = (n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
+    zeros = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.uint32)
+    a, b, c, d = tl.philox(seed, fours[None, :] + zeros, rows[:, None] + zeros, zeros + layer, zeros, ROUNDS)
+    bits = tl.join(tl.join(a, c), tl.join(b, d))  # by bit 3, then by bit 0
+    bits = tl.reshape(bits, (BLOCK_M, BLOCK_N // 16, 4, 2, 2))
+    bits = tl.reshape(tl.permute(bits, (0, 1, 3, 2, 4)), (BLOCK_M, BLOCK_N))
+    return (bits >> 8).to(tl.float32) * 2.0**-24

@@ -1,0 +1,567 @@
+"""Dropout in the kernels: its random numbers, its mask again in every backward, and which modules it stands for.
+
+That the numbers are right with a mask is in the table of cases (`tests/cases.py`), whose masks are numpy's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy
+import pytest
+import torch
+from cases import factors, philox
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mlp_fused import ACTIVATIONS, FusedMLP, chain, layers, reference
+from mlp_fused.chain import run_layers
+from mlp_fused.functional import Layer, find_layers
+from mlp_fused.kernels import tables
+from mlp_fused.kernels.configs import TileConfig
+from mlp_fused.kernels.dropout import Dropout, draw_seed
+from mlp_fused.kernels.launch import Launch, count_launches
+from mlp_fused.kernels.layer_backward import dgrad, output_gradient
+from mlp_fused.kernels.layer_forward import layer_forward, pointwise
+from mlp_fused.layers import IDENTITY
+from mlp_fused.plan import Backend
+
+
+@pytest.fixture(params=["layer", "run"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An autograd.Function a layer; or one for all layers."""
+    if request.param == "layer":
+        monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
+    return request.param
+
+
+def seed_of(seed: int, device: str) -> int:
+    """What a call draws after torch.manual_seed(seed)."""
+    torch.manual_seed(seed)
+    return int(draw_seed(torch.device(device)))
+
+
+def eyes(width: int, p: float, device: str, count: int = 1) -> FusedMLP:
+    """Layers that change nothing but for Dropout."""
+    model = FusedMLP(width, [width] * count, activation_layer=None, bias=False, dropout=p, backend="triton")
+    for linear in model:
+        if isinstance(linear, nn.Linear):
+            nn.init.eye_(linear.weight)
+    return model.to(device)
+
+
+# From the known answers that come with the paper's code (Random123, tests/kat_vectors).
+ANSWERS = [
+    (7, (0, 0, 0, 0), 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    (10, (0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+]
+
+
+@pytest.mark.parametrize(("rounds", "counter", "key", "answer"), ANSWERS)
+def test_the_philox_of_these_tests_is_the_papers(
+    rounds: int, counter: tuple[int, ...], key: int, answer: tuple[int, ...]
+) -> None:
+    found = philox(key, [numpy.array([each]) for each in counter], rounds)
+    assert tuple(int(each[0]) for each in found) == answer
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
+def test_a_network_of_eyes_shows_the_mask(p: float, path: str, device: str) -> None:
+    """Forward and backward, of the last layer and of one below."""
+    rows, width = 70, 49
+    seed = seed_of(3, device)
+    model = eyes(width, p, device, count=2)
+    x = torch.ones(rows, width, device=device, requires_grad=True)
+    torch.manual_seed(3)
+    y = model(x)
+    y.backward(torch.ones_like(y))
+    below, last = (factors(seed, layer, rows, width, p).to(device) for layer in (0, 1))
+    both = (below * last).float()
+    torch.testing.assert_close(y, both, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad, both, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model[0].weight.grad, both.sum(0)[:, None].expand(width, width), rtol=1e-5, atol=0)
+    torch.testing.assert_close(model[3].weight.grad, (last.t() @ below).float(), rtol=1e-5, atol=1e-5)
+
+
+TILES = [
+    TileConfig(16, 16, 16, group_m=1),
+    TileConfig(32, 64, 16, group_m=2, parts=2),
+    TileConfig(64, 32, 16, group_m=1, programs=3, descriptors=True, parts=2),
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_tile_makes_the_same_mask(tile: TileConfig, device: str, poisoned: None) -> None:
+    rows, width, dropout = 70, 48, Dropout(0.75, 5)
+    seed = torch.tensor([0x0123456789ABCDEF], device=device)
+    expected = factors(int(seed), 5, rows, width, 0.25).float().to(device)
+    ones, eye = torch.ones(rows, width, device=device), torch.eye(width, device=device)
+    made = [torch.empty_like(ones) for _ in range(6)]
+    layer_forward(ones, eye, None, made[0], made[1], ACTIVATIONS["gelu"], "ieee", tile, seed, dropout)
+    dgrad(ones, eye, made[1], made[2], made[3], ACTIVATIONS["gelu"], "ieee", tile, seed, dropout)
+    pointwise(ones, made[4], IDENTITY, TileConfig(tile.block_m, tile.block_n, 0), seed, dropout)
+    small = TileConfig(tile.block_m, tile.block_n, 0)
+    output_gradient(ones, None, made[5], IDENTITY, small, seed=seed, dropout=dropout)
+    z = torch.ones_like(ones).requires_grad_()
+    h = ACTIVATIONS["gelu"](z)
+    (slope,) = torch.autograd.grad(h.sum(), z)
+    for found, true in zip(
+        made, (h.detach() * expected, ones, slope * expected, h.detach() * expected, expected, expected)
+    ):
+        torch.testing.assert_close(found, true, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.9])
+def test_the_rate_the_scale_and_the_mean(p: float, device: str) -> None:
+    rows, width = 512, 256
+    y = eyes(width, p, device)(torch.ones(rows, width, device=device)).detach()
+    kept = y != 0  # of ones, nothing else is 0
+    sigma = (p * (1 - p) / y.numel()) ** 0.5
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * sigma
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)), rtol=1e-6, atol=0)
+    # No row, and no column, is far from the rest.
+    for axis, count in ((0, rows), (1, width)):
+        assert (kept.double().mean(axis) - (1 - p)).abs().max() < 6 * (p * (1 - p) / count) ** 0.5
+
+
+def masks(count: int, device: str, rows: int = 256, width: int = 128) -> list[Tensor]:
+    """Of the layers of one call, +-1, p = 0.5."""
+    seed = draw_seed(torch.device(device))
+    made = [torch.ones(rows, width, device=device) for _ in range(count)]
+    for layer, each in enumerate(made):
+        pointwise(each, each, IDENTITY, seed=seed, dropout=Dropout(0.5, layer))
+    return [each - 1 for each in made]
+
+
+def test_layers_calls_rows_and_columns_are_independent(device: str) -> None:
+    """By their correlations, which for n pairs are about 1 / sqrt(n)."""
+    first, second = masks(3, device), masks(3, device)
+    assert set(first[0].unique().tolist()) == {-1.0, 1.0}
+    for a, b in itertools.combinations([*first, *second], 2):
+        assert (a * b).mean().abs() < 5 / a.numel() ** 0.5
+    for mask in first:
+        for along, shift in itertools.product((0, 1), (1, 2, 4, 8, 16, 32, 64)):
+            pairs = mask * mask.roll(shift, along)
+            assert pairs.mean().abs() < 5 / mask.numel() ** 0.5, (along, shift)
+        assert mask.unique(dim=0).shape == mask.shape
+        assert mask.unique(dim=1).shape == mask.shape
+        # No linear pattern: rows are as independent as normal numbers, so no singular value stands out.
+        m, n = mask.shape
+        assert torch.linalg.matrix_norm(mask, 2) < m**0.5 + n**0.5 + 5
+
+
+def test_torchs_seed_makes_it_reproducible_and_every_call_differs(path: str, device: str) -> None:
+    model = FusedMLP(20, [31, 17], activation_layer="gelu", dropout=0.4, backend="triton").to(device)
+    x = torch.randn(33, 20, device=device)
+
+    def call() -> list[Tensor]:
+        y = model(x)
+        return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+
+    torch.manual_seed(11)
+    first, second = call(), call()
+    torch.manual_seed(11)
+    assert all(map(torch.equal, first, call()))
+    assert not torch.equal(first[0], second[0])
+    assert all(map(torch.equal, second, call()))
+    with torch.no_grad():  # which drops as well, with the same numbers
+        torch.manual_seed(11)
+        assert torch.equal(model(x), first[0])
+
+
+def test_runs_of_one_network_and_networks_draw_apart(device: str) -> None:
+    parts = [eyes(32, 0.5, device) for _ in range(2)]
+    model = FusedMLP.from_sequential(nn.Sequential(*parts[0], nn.Tanh(), *parts[1]), backend="triton")
+    x = torch.ones(40, 32, device=device)
+    with count_launches() as launches:
+        model(x)
+    assert launches == {"layer_forward_kernel": 2}
+    first, second = (part(x) != 0 for part in parts)
+    assert not torch.equal(first, second)
+
+
+def test_idle_dropout_costs_nothing(device: str) -> None:
+    """Not a launch, not a random number, not an argument more."""
+    model = FusedMLP(16, [16, 320], dropout=0.5, backend="triton").to(device)
+    plain = FusedMLP.from_sequential(nn.Sequential(*(c for c in model if type(c) is not nn.Dropout)), backend="triton")
+    x = torch.randn(9, 16, device=device)
+    for idle in (lambda: model.eval(), lambda: model.train().apply(never_drop)):
+        idle()
+        before = torch.get_rng_state()
+        with count_launches() as launches:
+            y = model(x)
+        with count_launches() as plain_launches:
+            assert torch.equal(y, plain(x))
+        assert launches == plain_launches == {"layer_forward_kernel": 2}
+        assert torch.equal(torch.get_rng_state(), before)
+        y.sum().backward()
+
+
+def never_drop(module: nn.Module) -> None:
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "sigmoid", "hardtanh"])
+def test_p_of_one_gives_zeros_and_no_nan(activation: str, path: str, device: str) -> None:
+    model = FusedMLP(20, [31, 17], activation_layer=activation, dropout=1.0, backend="triton").to(device)
+    x = (1e3 * torch.randn(33, 20, device=device)).requires_grad_()
+    y = model(x)
+    assert torch.equal(y, torch.zeros_like(y))
+    y.backward(torch.randn_like(y))
+    for each in (x, *model.parameters()):
+        assert torch.equal(each.grad, torch.zeros_like(each))
+
+
+def test_what_is_not_finite_stays_so_where_it_is_dropped(device: str) -> None:
+    """As in torch, where dropping is a product with 0."""
+    x = torch.tensor([[torch.nan, torch.inf, 1.0]], device=device)
+    y = torch.empty_like(x)
+    pointwise(x, y, IDENTITY, seed=draw_seed(y.device), dropout=Dropout(0.0, 0))
+    assert torch.equal(y.isnan().cpu(), nn.functional.dropout(x.cpu(), 1.0).isnan())
+    assert y[0, 2] == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "gelu"])
+def test_a_checkpoint_makes_the_same_mask_again(use_reentrant: bool, activation: str, path: str, device: str) -> None:
+    model = FusedMLP(20, [31, 17], activation_layer=activation, dropout=0.4, backend="triton").to(device)
+    x = torch.randn(33, 20, device=device, requires_grad=True)
+
+    def gradients(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(2)
+        y = call(x)
+        torch.rand(3, device=device)  # what others draw between forward and backward
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()], retain_graph=False)]
+
+    def with_checkpoint() -> list[Tensor]:
+        torch.manual_seed(2)
+        for leaf in (x, *model.parameters()):
+            leaf.grad = None
+        y = checkpoint(model, x, use_reentrant=use_reentrant)
+        torch.rand(3, device=device)
+        y.square().sum().backward()  # the only way that the reentrant kind has
+        return [y, x.grad, *(parameter.grad for parameter in model.parameters())]
+
+    expected = gradients(model)
+    assert all(map(torch.equal, expected, with_checkpoint()))
+    model.recompute = True
+    assert all(map(torch.equal, expected, gradients(model)))
+
+
+def test_a_second_backward_over_a_kept_graph(path: str, device: str) -> None:
+    model = FusedMLP(20, [31, 17], activation_layer="gelu", dropout=0.4, backend="triton").to(device)
+    y = model(torch.randn(33, 20, device=device))
+    leaves = list(model.parameters())
+    first = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    model(torch.randn(33, 20, device=device)).sum().backward()  # another call, another seed
+    assert all(map(torch.equal, first, torch.autograd.grad(y.sum(), leaves)))
+
+
+NAMES = ("identity", "relu", "gelu", "tanh", "hardtanh", "sigmoid")
+
+
+def leaves_of(dtype: torch.dtype, device: str, rows: int = 3) -> list[Tensor]:
+    """x, W_0, b_0, W_1, b_1."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((rows, 4), (5, 4), (5,), (3, 5), (3,))
+    return [torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def run(leaves: list[Tensor], name: str, backend: Backend = "triton") -> Tensor:
+    x, w0, b0, w1, b1 = leaves
+    of = [Layer(w0, b0, ACTIVATIONS[name], 0.4), Layer(w1, b1, ACTIVATIONS[name], 0.4)]
+    torch.manual_seed(4)
+    return run_layers(x, [w0, w1], [b0, b1], find_layers(x, of, x.dtype, backend))
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "tanh"])
+def test_gradcheck(name: str, path: str) -> None:
+    leaves = leaves_of(torch.float64, "cpu")
+    assert torch.autograd.gradcheck(lambda *each: run(list(each), name), leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *each: run(list(each), name), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "gelu", "tanh"])
+def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: str, path: str, device: str) -> None:
+    leaves = leaves_of(torch.float32, device, rows=33)
+    dy = torch.randn(2, 33, 3, device=device)
+    y = run(leaves, name)
+    plain = torch.autograd.grad(y, leaves, dy[1], retain_graph=True)
+    differentiable = torch.autograd.grad(y, leaves, dy[1], retain_graph=True, create_graph=True)
+    batched = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
+    for ours, other, several in zip(plain, differentiable, batched):
+        torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(several[1], ours, rtol=1e-4, atol=1e-5)
+    # And again, against torch on that mask.
+    seed = seed_of(4, device)
+    twins = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    h = twins[0]
+    for layer in (0, 1):
+        h = reference.linear_act(h, *twins[1 + 2 * layer : 3 + 2 * layer], ACTIVATIONS[name])
+        h = h * factors(seed, layer, *h.shape, 0.4).float().to(device)
+    expected = torch.autograd.grad(h, twins, dy[1], create_graph=True)
+    penalties = [sum(each.square().sum() for each in grads) for grads in (differentiable, expected)]
+    found, true = (
+        torch.autograd.grad(penalty, each, allow_unused=True, materialize_grads=True)
+        for penalty, each in zip(penalties, (leaves, twins))
+    )
+    for ours, torchs in zip(found, true):
+        torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-3)
+
+
+def kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
+    """What a call saves for backward, bytes, parameters apart."""
+    own = {each.untyped_storage().data_ptr() for each in parameters}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call()
+    del y
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_nothing_is_kept_besides_but_the_seed(activation: str, path: str, device: str) -> None:
+    """Of every activation: no mask, and still one tensor a layer; torch keeps a byte an element more."""
+    sizes = {}
+    for p in (0.0, 0.5):
+        # 320 wide, so that both are on the layer path; 64 rows, so that memory is not padded.
+        model = FusedMLP(16, [16, 320], activation_layer=activation, dropout=p, backend="triton").to(device)
+        x = torch.randn(64, 16, device=device)
+        sizes[p] = kept(lambda model=model, x=x: model(x), list(model.parameters()))
+        assert model.explain(64).kept_bytes == sizes[p]
+    assert sizes[0.5] == sizes[0.0] + 8
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "sigmoid"])
+def test_no_launch_is_added_but_the_seeds_and_explain_says_so(activation: str, path: str, device: str) -> None:
+    counted = {}
+    for p in (0.0, 0.5):
+        model = FusedMLP(
+            16, [16, 320], activation_layer=activation, output_activation=activation, dropout=p, backend="triton"
+        ).to(device)
+        plan = model.explain(9)
+        with count_launches() as launches:
+            model(torch.randn(9, 16, device=device)).sum().backward()
+        counted[p] = dict(launches)
+        counted[p].pop("sum_partials_kernel", None)
+        kinds = [kernel.kind for run in plan.runs for kernel in run.kernels]
+        assert kinds.count("seed") == (p > 0)
+        assert sum(counted[p].values()) == len(kinds) - (p > 0)
+        assert plan.path == "layer"
+    assert counted[0.5] == counted[0.0]
+
+
+def test_explain_says_why_a_narrow_network_goes_layer_by_layer() -> None:
+    model = FusedMLP(64, [64, 64], dropout=0.1, dtype=torch.bfloat16)
+    training, evaluation = (model.train(mode).explain(4096, device="NVIDIA H200") for mode in (True, False))
+    assert (training.path, training.reason) == ("layer", "Dropout is fused layer by layer")
+    assert len(training.runs) == 1
+    assert evaluation.path == "network"
+
+
+def test_explain_counts_what_dropout_moves() -> None:
+    """gelu, which keeps z in any case, moves the same; tanh writes z and its output, and builds the latter again."""
+    M, d = 4096, 512
+
+    def moved(activation: str, p: float) -> int:
+        model = FusedMLP(d, [d, d], activation_layer=activation, dropout=p, dtype=torch.bfloat16)
+        model[-1].p = 0.0
+        return model.explain(M, device="NVIDIA H200").work.bytes
+
+    assert moved("gelu", 0.1) == moved("gelu", 0.0) + 8
+    assert moved("relu", 0.1) == moved("relu", 0.0) + 8
+    assert moved("tanh", 0.1) == moved("tanh", 0.0) + 8 + 2 * (2 * M * d)
+
+
+class Mine(nn.Dropout):
+    """A subclass may do anything."""
+
+
+def hooked() -> nn.Dropout:
+    module = nn.Dropout(0.5)
+    module.register_forward_hook(lambda module, args, output: output)
+    return module
+
+
+SEQUENCES: dict[str, tuple[list[Callable[[], nn.Module]], int]] = {  # what follows Linear; how many runs there are
+    "Dropout": ([lambda: nn.Dropout(0.5)], 1),
+    "in place": ([nn.ReLU, lambda: nn.Dropout(0.5, inplace=True)], 1),
+    "activation, Dropout, Linear": ([nn.GELU, lambda: nn.Dropout(0.5), lambda: nn.Linear(32, 32)], 1),
+    "Dropout, then an activation": ([lambda: nn.Dropout(0.5), nn.Tanh], 2),
+    "Dropout twice": ([lambda: nn.Dropout(0.5), lambda: nn.Dropout(0.5)], 2),
+    "Dropout and an idle one": ([lambda: nn.Dropout(0.5), lambda: nn.Dropout(0.0)], 1),
+    "a hook": ([hooked], 2),
+    "a subclass": ([lambda: Mine(0.5)], 2),
+    "Dropout1d": ([lambda: nn.Dropout1d(0.5)], 2),
+    "AlphaDropout": ([lambda: nn.AlphaDropout(0.5)], 2),
+    "a norm between": ([lambda: nn.LayerNorm(32), lambda: nn.Dropout(0.5)], 3),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_which_modules_the_kernels_take(name: str, device: str) -> None:
+    makers, runs = SEQUENCES[name]
+    sequential = nn.Sequential(nn.Linear(32, 32), *(make() for make in makers)).to(device)
+    model = FusedMLP.from_sequential(sequential, backend="triton")
+    assert len(model.explain(5).runs) == runs
+    x = torch.randn(200, 32, device=device)
+    y = model(x)
+    model.eval()
+    torch.testing.assert_close(model(x), sequential(x), rtol=1e-4, atol=1e-4)
+    if name not in ("AlphaDropout", "Dropout1d"):
+        share = (y == 0).double().mean().item()
+        relu = 0.5 if "place" in name else 0.0
+        linears = sum(type(child) is nn.Linear for child in sequential)
+        if linears == 1:
+            dropped = 0.75 if name == "Dropout twice" else 0.5
+            assert abs(share - (1 - (1 - dropped) * (1 - relu))) < 0.05
+
+
+def test_dropout_before_any_linear_is_torchs(device: str) -> None:
+    model = FusedMLP.from_sequential(nn.Sequential(nn.Dropout(0.5), nn.Linear(300, 5)), backend="triton").to(device)
+    x = torch.randn(9, 300, device=device)
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, nn.Sequential(*model)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_changed_probability_is_seen_and_a_wrong_one_is_torchs_to_refuse(device: str) -> None:
+    model = eyes(64, 0.5, device)
+    x = torch.ones(100, 64, device=device)
+    for p in (0.5, 0.9, 0.1, 1, 0):
+        model[-1].p = p
+        assert abs((model(x) != 0).double().mean().item() - (1 - p)) < 0.05
+    model[-1].p = 1.5
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+        model(x)
+
+
+def test_annealing_the_probability_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a number that kernels are given, as the layer is, and none of their constants."""
+    made = []
+    monkeypatch.setattr(Launch, "through_triton", lambda launch, tensors: made.append(launch))
+    x, weight = torch.randn(9, 300), torch.randn(300, 300)
+    for p in (0.1, 0.25):
+        of = [Layer(weight, None, ACTIVATIONS["gelu"], p)] * 2
+        run_layers(x, [weight] * 2, [None] * 2, find_layers(x, of, x.dtype))
+    assert len(made) == 4
+    assert all(launch.constants == made[0].constants for launch in made)
+    assert [launch.scalars[:2] for launch in made] == [(0.9, 0), (0.9, 1), (0.75, 0), (0.75, 1)]
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "gelu", "tanh"])
+def test_products_that_are_torchs_drop_as_the_kernels_do(
+    name: str, path: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "tile_for", lambda problem, device: None)
+    leaves = leaves_of(torch.float32, device, rows=33)
+    found = []
+    for backend in ("triton", "auto", "auto"):  # by torch the first time, and again
+        with count_launches() as launches:
+            y = run(leaves, name, backend)
+            gradients = torch.autograd.grad(y.square().sum(), leaves)
+        assert ("layer_forward_kernel" in launches) == (backend == "triton")
+        found.append([y, *gradients])
+    layers.layer_path.cache_clear()
+    for ours, *torchs in zip(*found):
+        for other in torchs:
+            torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast(dtype: torch.dtype, device: str) -> None:
+    model = eyes(48, 0.5, device, count=2)
+    x = torch.ones(33, 48, device=device)
+    seed = seed_of(6, device)
+    torch.manual_seed(6)
+    with torch.autocast(device, dtype):
+        y = model(x)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    expected = factors(seed, 0, 33, 48, 0.5) * factors(seed, 1, 33, 48, 0.5)
+    assert torch.equal(y.double().cpu(), expected)
+    assert model[0].weight.grad.dtype == torch.float32
+
+
+def test_warmup_compiles_for_dropout_and_draws_nothing(device: str) -> None:
+    model = FusedMLP(300, [300, 24], dropout=0.5, backend="triton").to(device).eval()
+    before = torch.get_rng_state()
+    seen: list[object] = []
+    find = layers.LayerKernels._make
+
+    def make(self: layers.LayerKernels, *arguments: object, **dropping: object) -> object:
+        seen.append(self.dropout)
+        return find(self, *arguments, **dropping)
+
+    layers.layer_path.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers.LayerKernels, "_make", make)
+        model.warmup(8)
+    layers.layer_path.cache_clear()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert None in seen
+    assert Dropout(0.5, 0) in seen
+
+
+def test_a_cpu_drops_as_torch_does() -> None:
+    """Without the kernels the children run as they are: nn.Sequential's numbers, bit for bit."""
+    model = FusedMLP(20, [31, 17], activation_layer="gelu", dropout=0.4)
+    x = torch.randn(33, 20)
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, nn.Sequential(*model)(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+def test_a_replayed_cuda_graph_draws_anew(activation: str, device: str) -> None:
+    model = FusedMLP(512, [512, 512], activation_layer=activation, dropout=0.5, backend="triton").to(device)
+    x = torch.randn(256, 512, device=device)
+    leaves = list(model.parameters())
+
+    def step() -> list[Tensor]:
+        y = model(x)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append([each.clone() for each in captured])
+    for one, other in itertools.combinations(seen, 2):
+        assert not torch.equal(one[0] != 0, other[0] != 0)
+    for y, *_ in seen:
+        assert abs((y != 0).double().mean().item() - 0.5) < 0.02
+        assert all(each.isfinite().all() for each in seen[0])
+
+
+@pytest.mark.gpu
+def test_rows_far_beyond_32_bits_of_elements_are_dropped_from_apart(device: str) -> None:
+    rows, width = 2**21 + 64, 1024
+    x = torch.ones(rows, 16, device=device, dtype=torch.bfloat16)
+    weight = torch.full((width, 16), 1 / 16, device=device, dtype=torch.bfloat16)
+    seed = seed_of(9, device)
+    torch.manual_seed(9)
+    y = run_layers(x, [weight], [None], find_layers(x, [Layer(weight, None, IDENTITY, 0.5)], torch.bfloat16))
+    assert y.numel() > 2**31
+    expected = factors(seed, 0, rows, 16, 0.5)[-64:]
+    assert torch.equal(y[-64:, :16].double().cpu(), expected)

@@ -432,7 +432,7 @@ class FusedMLP(_WithBackend, nn.Sequential):
                 trainable=[weight or bias for weight, bias in zip(trainable, biased)],
                 needs_input_grad=needs_input_grad,
                 precision=precision,
-                dropouts=run.dropouts,
+                dropouts=run.dropouts if reason is None else None,
             )
             if reason is None:
                 kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize

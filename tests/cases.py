@@ -189,9 +189,12 @@ def philox(seed: int, counter: Sequence[numpy.ndarray], rounds: int) -> list[num
     return c
 
 
-def factors(seed: int, layer: int, rows: int, width: int, p: float) -> Tensor:
-    """What Dropout multiplies by, in float64, (rows, width): 1 / (1 - p) where an element is kept, else 0."""
-    row, column = numpy.meshgrid(numpy.arange(rows), numpy.arange(width), indexing="ij")
+def factors(seed: int, layer: int, rows: int, width: int, p: float, first: int = 0) -> Tensor:
+    """What Dropout multiplies by, in float64, (rows, width): 1 / (1 - p) where an element is kept, else 0.
+
+    `first` is the first of the rows.
+    """
+    row, column = numpy.meshgrid(numpy.arange(first, first + rows), numpy.arange(width), indexing="ij")
     four = column // 16 * 4 + column // 2 % 4
     bits = numpy.stack(philox(seed, [four, row, numpy.full_like(row, layer), numpy.zeros_like(row)], 7))
     which = column // 8 % 2 * 2 + column % 2

@@ -42,6 +42,10 @@ def seed_of(seed: int, device: str) -> int:
     return int(draw_seed(torch.device(device)))
 
 
+def generator_state(device: str) -> Tensor:
+    return torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+
+
 def eyes(width: int, p: float, device: str, count: int = 1) -> FusedMLP:
     """Layers that change nothing but for Dropout."""
     model = FusedMLP(width, [width] * count, activation_layer=None, bias=False, dropout=p, backend="triton")
@@ -52,9 +56,12 @@ def eyes(width: int, p: float, device: str, count: int = 1) -> FusedMLP:
 
 
 # From the known answers that come with the paper's code (Random123, tests/kat_vectors).
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 ANSWERS = [
     (7, (0, 0, 0, 0), 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
     (10, (0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (7, PI, 0x299F31D0A4093822, (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+    (10, PI, 0x299F31D0A4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 
 
@@ -188,19 +195,35 @@ def test_idle_dropout_costs_nothing(device: str) -> None:
     x = torch.randn(9, 16, device=device)
     for idle in (lambda: model.eval(), lambda: model.train().apply(never_drop)):
         idle()
-        before = torch.get_rng_state()
+        before = generator_state(device)
         with count_launches() as launches:
             y = model(x)
         with count_launches() as plain_launches:
             assert torch.equal(y, plain(x))
         assert launches == plain_launches == {"layer_forward_kernel": 2}
-        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(generator_state(device), before)
         y.sum().backward()
 
 
 def never_drop(module: nn.Module) -> None:
     if isinstance(module, nn.Dropout):
         module.p = 0.0
+
+
+def test_a_kernel_without_dropout_is_compiled_as_if_there_were_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seed, and the two numbers with it, are constants: None; and no tensor stands for them."""
+    made: list[tuple[Launch, int]] = []
+    monkeypatch.setattr(Launch, "through_triton", lambda launch, tensors: made.append((launch, len(tensors))))
+    leaves = leaves_of(torch.float32, "cpu")
+    of = [Layer(*leaves[1:3], ACTIVATIONS["gelu"]), Layer(*leaves[3:], ACTIVATIONS["gelu"])]
+    y = run_layers(leaves[0], leaves[1::2], leaves[2::2], find_layers(leaves[0], of, torch.float32))
+    y.sum().backward()
+    counted = {launch.kernel.__name__: tensors for launch, tensors in made if "wgrad" not in launch.kernel.__name__}
+    assert counted == {"layer_forward_kernel": 5, "output_gradient_kernel": 4, "dgrad_kernel": 5}
+    for launch, tensors in made:
+        if launch.kernel.__name__ in counted:
+            assert launch.kernel.arg_names[tensors : tensors + 3] == ["seed_ptr", "keep", "layer"]
+            assert launch.scalars[:3] == (None, None, None)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "sigmoid", "hardtanh"])
@@ -495,7 +518,7 @@ def test_under_autocast(dtype: torch.dtype, device: str) -> None:
 
 def test_warmup_compiles_for_dropout_and_draws_nothing(device: str) -> None:
     model = FusedMLP(300, [300, 24], dropout=0.5, backend="triton").to(device).eval()
-    before = torch.get_rng_state()
+    before = generator_state(device)
     seen: list[object] = []
     find = layers.LayerKernels._make
 
@@ -508,7 +531,7 @@ def test_warmup_compiles_for_dropout_and_draws_nothing(device: str) -> None:
         patch.setattr(layers.LayerKernels, "_make", make)
         model.warmup(8)
     layers.layer_path.cache_clear()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(generator_state(device), before)
     assert None in seen
     assert Dropout(0.5, 0) in seen
 
@@ -563,5 +586,5 @@ def test_rows_far_beyond_32_bits_of_elements_are_dropped_from_apart(device: str)
     torch.manual_seed(9)
     y = run_layers(x, [weight], [None], find_layers(x, [Layer(weight, None, IDENTITY, 0.5)], torch.bfloat16))
     assert y.numel() > 2**31
-    expected = factors(seed, 0, rows, 16, 0.5)[-64:]
+    expected = factors(seed, 0, 64, 16, 0.5, first=rows - 64)
     assert torch.equal(y[-64:, :16].double().cpu(), expected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,18 +66,31 @@ def cast(weights: Sequence[Tensor], path: LayerPath) -> Sequence[Tensor]:
     return [weight.to(path.dtype) for weight in weights] if path.casts else weights
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A schedule's launches as one program."""
+
+    program: Program
+    places: tuple[tuple[int, int], ...]  # of which its list of pointers is: the buffer, and where in it, in bytes
+    partial: int  # elements that the last buffer holds, for partial sums of weight gradients
+    partial_dtype: torch.dtype
+
+    def run(self, buffers: Sequence[Tensor | None]) -> bool:
+        """Launch them all; or do nothing and return False, as `Program` does."""
+        bases = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
+        return self.program([None if (base := bases[buffer]) is None else base + at for buffer, at in self.places])
+
+
 class Schedule:
     """Kernels one after the other over places in some buffers: as tensors the first time, as pointers from then on."""
 
     def __init__(self, rows: int, itemsize: int) -> None:
         self.rows = rows
         self.itemsize = itemsize
-        self.places: list[tuple[int, int]] = []  # the buffer, and where in it, in bytes
+        self.places: list[tuple[int, int]] = []  # as of `Prepared`
         self.widths: list[int] = []  # of each place; 0: it is the buffer as it is
         self.steps: list[tuple[Callable[..., Any], tuple[int, ...]]] = []
-        self.program: Program | None = None
-        self.partial = 0  # elements for the partial sums of weight gradients, and their dtype
-        self.partial_dtype = torch.float32
+        self.prepared: Prepared | None = None
 
     def place(self, buffer: int, start: int = 0, width: int = 0) -> int:
         """The slot of a buffer; or of (rows, width) in it, `start` elements on."""
@@ -84,14 +98,13 @@ class Schedule:
         self.widths.append(width)
         return len(self.places) - 1
 
-    def run(self, buffers: Sequence[Tensor | None]) -> None:
-        """Launch them all."""
-        if self.program is not None and not profiler_enabled():
-            bases = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
-            if self.program([None if (base := bases[buffer]) is None else base + at for buffer, at in self.places]):
-                return
+    def run(self, buffers: Sequence[Tensor | None], prepared: Prepared | None) -> None:
+        """Launch them all. `prepared` is as the caller has read it: another thread may be preparing meanwhile."""
+        if prepared is not None and not profiler_enabled() and prepared.run(buffers):
+            return
         made = [into(*[self._tensor(buffers, slot) for slot in slots]) for into, slots in self.steps]
-        self.program = self._program(made, len(buffers) - 1)
+        if prepared is None:
+            self.prepared = self._prepare(made, len(buffers) - 1)
 
     def _tensor(self, buffers: Sequence[Tensor | None], slot: int) -> Tensor | None:
         (buffer, at), width = self.places[slot], self.widths[slot]
@@ -101,36 +114,31 @@ class Schedule:
         start = at // self.itemsize
         return whole[start : start + self.rows * width].view(self.rows, width)
 
-    def _program(self, made: Sequence[Any], partial: int) -> Program | None:
-        """Of what the steps have made; None where one is torch's, or not aligned. `partial` is that buffer."""
+    def _prepare(self, made: Sequence[Any], buffer: int) -> Prepared | None:
+        """Of what the steps have made; None where one is torch's, or not aligned. `buffer` is that of partial sums."""
         steps: list[tuple[Launch, Slots]] = []
+        places = list(self.places)
+        partial, partial_dtype = 0, torch.float32
         for launch, (_, slots) in zip(made, self.steps):
             if isinstance(launch, Launch):
                 steps.append((launch, slots))
-            elif isinstance(launch, WeightGradient):
-                steps += self._weight_gradient(launch, slots, partial)
-            else:
+                continue
+            if not isinstance(launch, WeightGradient):
                 return None
-        return Program.of(steps)
-
-    def _weight_gradient(
-        self, launch: WeightGradient, slots: tuple[int, ...], buffer: int
-    ) -> list[tuple[Launch, Slots]]:
-        dz, h, dw, db = slots
-        partial = launch.partial
-        if not partial.size_w:  # h is not read then
-            h = dz
-        if launch.total is None:
-            return [(launch.products, (dz, h, dw, db))]
-        whole = self.place(buffer)
-        self.places.append((buffer, partial.start_b * partial.dtype.itemsize))
-        self.widths.append(0)
-        start_b = len(self.places) - 1
-        self.partial = max(self.partial, partial.splits * partial.columns)
-        self.partial_dtype = partial.dtype
-        into = (whole if partial.size_w else dw, start_b if partial.size_b else db)
-        sums = tuple(slot for slot, size in ((dw, partial.size_w), (db, partial.size_b)) if size)
-        return [(launch.products, (dz, h, *into)), (launch.total, (whole, sums))]
+            (dz, h, dw, db), sums = slots, launch.partial
+            if not sums.size_w:  # h is not read then
+                h = dz
+            if launch.total is None:
+                steps.append((launch.products, (dz, h, dw, db)))
+                continue
+            whole, start_b = len(places), len(places) + 1
+            places += [(buffer, 0), (buffer, sums.start_b * sums.dtype.itemsize)]
+            partial, partial_dtype = max(partial, sums.splits * sums.columns), sums.dtype
+            into = (whole if sums.size_w else dw, start_b if sums.size_b else db)
+            totals = tuple(slot for slot, size in ((dw, sums.size_w), (db, sums.size_b)) if size)
+            steps += [(launch.products, (dz, h, *into)), (launch.total, (whole, totals))]
+        program = Program.of(steps)
+        return None if program is None else Prepared(program, tuple(places), partial, partial_dtype)
 
 
 def _room(rows: int, width: int) -> int:
@@ -191,7 +199,7 @@ class Forward:
         y = x.new_empty((self.schedule.rows, self.width_out))
         kept = x.new_empty((self.kept,)) if self.keeps else None
         spare = x.new_empty((self.spare,)) if self.spares else None
-        self.schedule.run((x, *weights, *biases, kept, spare, y, seed, None))
+        self.schedule.run((x, *weights, *biases, kept, spare, y, seed, None), self.schedule.prepared)
         return y, kept
 
 
@@ -297,9 +305,11 @@ class Backward:
         for index, shape, dtype in self.gradients:
             parameter: Any = parameters[index]
             gradients[index] = torch.empty_like(parameter) if shape is None else dy.new_empty(shape, dtype=dtype)
-        schedule = self.schedule
-        partial = dy.new_empty((schedule.partial,), dtype=schedule.partial_dtype) if schedule.partial else None
-        schedule.run((dy, y, x, *weights, kept, dy.new_empty((self.spare,)), seed, dx, *gradients, None, partial))
+        spare, partial, prepared = dy.new_empty((self.spare,)), None, self.schedule.prepared
+        if prepared is not None and prepared.partial:
+            partial = dy.new_empty((prepared.partial,), dtype=prepared.partial_dtype)
+        buffers = (dy, y, x, *weights, kept, spare, seed, dx, *gradients, None, partial)
+        self.schedule.run(buffers, prepared)
         return dx, gradients
 
 

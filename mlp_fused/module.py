@@ -345,7 +345,7 @@ class Chain(WithBackend, nn.Module):
                 trainable=[weight or bias for weight, bias in zip(trainable, biased)],
                 needs_input_grad=needs_input_grad,
                 precision=precision,
-                dropouts=run.dropouts,
+                dropouts=run.dropouts if reason is None else None,
             )
             if reason is None:
                 kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize

@@ -21,9 +21,15 @@ A row is a dict of plain values:
                             `peak_ratio`, ours over eager's
 
 `copy` is None on a CPU. A copy row has `copy`, and under `phases` what it needs of the above for the forward, the
-backward and the step; `link`, what the link reaches with pinned memory, bytes/s; and `prefetch`, a forward and backward
-on batches that DevicePrefetcher brings from pinned memory: `ms`, `compute_ms` on a batch that is there, `copy_ms`, and
-`share`, max(copy, compute) over ms. `first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
+backward and the step; `link`, what the link reaches with pinned memory, bytes/s; and `throughput`, a forward and
+backward in a loop on batches that come from the host (see `ways`):
+
+    ways                    by name: `ms` a batch with its quartiles `low` and `high`, `examples_per_s`, rows over ms,
+                            and, but for `resident`, `of_bound`, bound_ms over ms
+    copy_ms, compute_ms     the pinned copy by itself; the loop on batches that are on the device, `resident`
+    bound_ms                the larger of the two: what a loop takes that hides all of one behind the other
+
+`first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
 
 A gemm row is one kernel's, and has instead of path, reason, copy and first_call_s:
 
@@ -79,6 +85,7 @@ CPU_TRIAL_BYTES = 0.5e9
 
 GRAPHED_SETS = 8  # a CUDA graph is tied to its input's address: one capture for each input rotated
 FRESH_SECONDS = 300  # for a child process; the lecture takes one on two cores
+COPY_SECONDS = 0.02  # spent on one number of a copy row, of which there are a hundred with ten numbers each
 LEARNING_RATE = 1e-5  # thousands of timed steps must not carry the parameters to infinity
 
 
@@ -358,7 +365,7 @@ def bench_for(problem: Problem, device: str) -> Bench:
     return Bench(problem, device)
 
 
-def copies(x: Tensor) -> dict[str, dict[str, float]]:
+def copies(x: Tensor, seconds: float = timing.SECONDS) -> dict[str, dict[str, float]]:
     """Copies of as many bytes as x has from the host to the device, into memory that is already there.
 
     For each of pageable, pinned, and pinned + non_blocking on a side stream: `ms` between device events around the
@@ -373,25 +380,56 @@ def copies(x: Tensor) -> dict[str, dict[str, float]]:
         ("pinned_side_stream", "non_blocking", side),
     ):
         with torch.cuda.stream(stream):
-            measured = timing.time_apart(calls[call])
+            measured = timing.time_apart(calls[call], seconds)
         ms = measured.device.ms
         gbps = 1e-6 * x.numel() * x.element_size() / ms
         found[kind] = {"ms": ms, "host_ms": measured.returned.ms, "gbps": gbps}
     return found
 
 
-def prefetched(bench: Bench) -> dict[str, float]:
-    """A copy row's `prefetch` (see the top of this file)."""
-    model, parameters, dy = bench.model, bench.parameters, bench.gradients[0]
-    batches = iter(DevicePrefetcher(itertools.repeat(bench.inputs[0].cpu().pin_memory()), bench.device))
+def ways(bench: Bench) -> dict[str, Timed]:
+    """A forward and backward on a batch of the host, by the ways in which it comes to the device.
 
-    def compute(x: Tensor) -> None:
-        torch.autograd.grad(model(x), parameters, dy)
+    to_device       `x.to(device)` of pageable memory, as it is usually written
+    non_blocking    `x.to(device, non_blocking=True)` of pinned memory, in the stream that computes
+    prefetched      DevicePrefetcher, from pinned memory
+    resident        no copy: the data lie on the device
 
-    step = timing.time_loop(Timed(lambda _: compute(next(batches)))).ms
-    there = timing.time_loop(Timed(lambda i: compute(bench.inputs[i]), sets=len(bench.inputs))).ms
-    copied = bench.copies["pinned_side_stream"]["ms"]
-    return {"ms": step, "compute_ms": there, "copy_ms": copied, "share": max(copied, there) / step}
+    Each is verified against eager. Raises AssertionError as `compare` does.
+    """
+    model, parameters, device = bench.model, bench.parameters, bench.device
+    inputs, gradients = bench.inputs, bench.gradients
+    host = inputs[0].cpu()
+    pinned = host.pin_memory()
+    batches = iter(DevicePrefetcher(itertools.repeat(pinned), device))
+
+    def compute(x: Tensor, dy: Tensor = gradients[0]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(x), parameters, dy)
+
+    found = {
+        "to_device": Timed(lambda _: compute(host.to(device))),
+        "non_blocking": Timed(lambda _: compute(pinned.to(device, non_blocking=True))),
+        "prefetched": Timed(lambda _: compute(next(batches))),
+        "resident": Timed(lambda i: compute(inputs[i], gradients[i]), sets=len(inputs)),
+    }
+    expected = torch.autograd.grad(bench.eager(inputs[0]), parameters, gradients[0])
+    for timed in found.values():
+        compare(timed(0), expected, bench.problem.dtype, 0)
+    return found
+
+
+def throughput(ways: dict[str, Timed], rows: int, copy_ms: float, clock: timing.Clock = timing.CLOCK) -> dict[str, Any]:
+    """A copy row's `throughput` (see the top of this file) of `ways` on batches of so many rows."""
+    found = {name: timing.time_loop(timed, COPY_SECONDS, clock) for name, timed in ways.items()}
+    compute_ms = found["resident"].ms
+    bound_ms = max(copy_ms, compute_ms)
+    readings: dict[str, dict[str, float]] = {}
+    for name, spread in found.items():
+        readings[name] = {"ms": spread.ms, "low": spread.low, "high": spread.high}
+        readings[name]["examples_per_s"] = 1e3 * rows / spread.ms
+        if name != "resident":
+            readings[name]["of_bound"] = bound_ms / spread.ms
+    return {"ways": readings, "copy_ms": copy_ms, "compute_ms": compute_ms, "bound_ms": bound_ms}
 
 
 def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:
@@ -525,13 +563,13 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
     bench = bench_for(problem, device)
     try:
         if cell.phase == "copy":
-            row["copy"] = bench.copies
+            row["copy"] = bench.copies = copies(bench.inputs[0], COPY_SECONDS)
             row["link"] = asdict(timing.link(f"cuda:{torch.cuda.current_device()}"))
-            row["prefetch"] = prefetched(bench)
+            row["throughput"] = throughput(ways(bench), problem.rows, row["copy"]["pinned_side_stream"]["ms"])
             report(row)
             row["phases"] = {}
             for phase in COPIED_PHASES:
-                row["phases"][phase] = _measure_model(bench, phase)[0]
+                row["phases"][phase] = _measure_model(bench, phase, COPY_SECONDS)[0]
                 report(row)
             return row
         ours, timed = _measure_model(bench, cell.phase)
@@ -550,14 +588,14 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
             parameter.grad = None
 
 
-def _measure_model(bench: Bench, phase: str) -> tuple[dict[str, Any], Timed]:
+def _measure_model(bench: Bench, phase: str, seconds: float = timing.SECONDS) -> tuple[dict[str, Any], Timed]:
     """Our own part of a row, and what was timed."""
     problem, device = bench.problem, bench.device
     plan = bench.model.explain(problem.rows, bench.dtype)
     timed = bench.timed(bench.model, phase)
     row = {"path": plan.path, "reason": plan.reason, "precision": plan.precision, "sets": timed.sets}
     row |= bench.verify(timed, phase)
-    measured = timing.time_call(timed, device)
+    measured = timing.time_call(timed, device, seconds)
     row |= measured.as_dict()
     row |= against_floor(work_of(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms)
     row["copy"] = None

@@ -22,7 +22,7 @@ from torch import nn
 from bench import fresh, gemm, goals, gpu, measure
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
-from mlp_fused import FusedMLP, tuning
+from mlp_fused import FusedMLP, timing, tuning
 from mlp_fused.plan import Work, work
 from mlp_fused.timing import Ceilings, Timed, distorted
 
@@ -348,6 +348,87 @@ def test_memory_of_a_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
+class HostAndDevice(timing.Clock):
+    """A host that issues, a device that computes and a link that copies, in seconds, in the place of the real ones."""
+
+    def __init__(self) -> None:
+        self.host = self.device = self.link = 0.0
+
+    def copy(self, seconds: float, *, waits: bool = False, aside: bool = False) -> None:
+        """In the stream that computes, or `aside`; the host issues it in 5 µs, and with `waits` waits for it."""
+        self.host += 5e-6
+        begun = max(self.host, self.link, 0.0 if aside else self.device)
+        self.link = begun + seconds
+        if not aside:
+            self.device = self.link
+        if waits:
+            self.synchronize()
+
+    def compute(self, seconds: float, issue: float = 2e-4) -> None:
+        self.host += issue
+        self.device = max(self.device, self.host) + seconds
+
+    def now(self) -> float:
+        return self.host
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device, self.link)
+
+    def event(self) -> float:
+        return max(self.host, self.device)
+
+    def elapsed_ms(self, start: float, end: float) -> float:
+        return 1e3 * (end - start)
+
+    def spin(self, seconds: float) -> None:
+        self.compute(seconds, 1e-6)
+
+
+@pytest.mark.parametrize(("copy", "work"), [(1e-3, 2e-3), (2e-3, 1e-3), (5e-6, 5e-6)], ids=["work", "copy", "launches"])
+def test_throughput_of_each_way_against_the_slower_of_copy_and_compute(copy: float, work: float) -> None:
+    clock = HostAndDevice()
+
+    def to_device(_: int) -> None:
+        clock.copy(5 * copy, waits=True)
+        clock.compute(work)
+
+    def non_blocking(_: int) -> None:
+        clock.copy(copy)
+        clock.compute(work)
+
+    def prefetched(_: int) -> None:
+        clock.device = max(clock.device, clock.link)
+        clock.copy(copy, aside=True)
+        clock.compute(work)
+
+    simulated = {"to_device": to_device, "non_blocking": non_blocking, "prefetched": prefetched}
+    calls = {name: Timed(call) for name, call in simulated.items()} | {"resident": Timed(lambda _: clock.compute(work))}
+    found = measure.throughput(calls, rows=1000, copy_ms=1e3 * copy, clock=clock)
+    ways = found["ways"]
+    assert found["compute_ms"] == ways["resident"]["ms"] == pytest.approx(1e3 * max(work, 2e-4), rel=0.05)
+    assert found["bound_ms"] == max(found["copy_ms"], found["compute_ms"])
+    for name, way in ways.items():
+        assert way["examples_per_s"] == pytest.approx(1e6 / way["ms"])
+        assert name == "resident" or way["of_bound"] == pytest.approx(found["bound_ms"] / way["ms"])
+    if work > 2e-4:  # else all but the launches is hidden anyway
+        assert ways["to_device"]["ms"] == pytest.approx(1e3 * (5 * copy + work), rel=0.15)
+        assert ways["non_blocking"]["ms"] == pytest.approx(1e3 * (copy + work), rel=0.15)
+    assert ways["prefetched"]["of_bound"] > 0.9
+    assert "of_bound" not in ways["resident"]
+
+
+def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    bench = measure.Bench(SMALL, "cpu")
+    found = measure.ways(bench)
+    assert list(found) == ["to_device", "non_blocking", "prefetched", "resident"]
+    for timed in found.values():
+        assert len(timed(0)) == len(bench.parameters)
+    monkeypatch.setattr(measure, "DevicePrefetcher", lambda batches, device: (2 * x for x in batches))
+    with pytest.raises(AssertionError, match="wrong against eager"):
+        measure.ways(bench)
+
+
 def test_warmup_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(FusedMLP, "warmup", lambda self, batch_size: asked.append(batch_size), raising=False)
@@ -390,7 +471,7 @@ def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, of
     row = {
         "copy": {"pinned_side_stream": {"ms": ms, "gbps": gbps, "host_ms": 0.01}},
         "link": {"to_device": 50e9, "to_host": 50e9},
-        "prefetch": {"ms": ms, "share": 0.8},
+        "throughput": {"ways": {"prefetched": {"ms": ms, "of_bound": 0.8}}},
     }
     assert goals.of_link(row) == (of_link and pytest.approx(of_link))
     assert goals.of_the_slower(row) == of_the_slower

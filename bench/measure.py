@@ -40,6 +40,7 @@ A gemm row is one kernel's, and has instead of path, reason, copy and first_call
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -63,7 +64,11 @@ from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, timing
+from mlp_fused.compiling import Compilers, NotYetError, count_workers
+from mlp_fused.functional import Layer, run_kernels
 from mlp_fused.kernels import configs
+from mlp_fused.kernels.activations import resolve
+from mlp_fused.kernels.language import driver
 from mlp_fused.plan import Work, float32_precision, work
 from mlp_fused.timing import Ceilings, Timed
 from mlp_fused.training import DTYPES
@@ -84,8 +89,9 @@ CPU_FLOPS = {"fp32": 20e9, "fp16": 0.2e9, "bf16": 0.2e9}
 CPU_TRIAL_BYTES = 0.5e9
 
 GRAPHED_SETS = 8  # a CUDA graph is tied to its input's address: one capture for each input rotated
+COMPILE_SECONDS = 60
 FRESH_SECONDS = 300  # for a child process; the lecture takes one on two cores
-COPY_SECONDS = 0.02  # spent on one number of a copy row, of which there are a hundred with ten numbers each
+COPY_SECONDS = 0.01  # spent on one number of a copy row, of which there are a hundred with ten numbers each
 LEARNING_RATE = 1e-5  # thousands of timed steps must not carry the parameters to infinity
 
 
@@ -94,6 +100,8 @@ def why_not(cell: Cell, device: str, *, full: bool = True) -> str | None:
     if device == "cuda":
         return None if torch.cuda.is_available() else f"no CUDA device (torch {torch.__version__})"
     if cell.phase == "lecture":
+        if torch.cuda.is_available():
+            return "the row on the GPU has the product on the CPU beside it"
         return None if full else "takes half a minute on a CPU: runs with --benchmark only"
     limit, needed = CPU_FLOPS[cell.problem.dtype], work_of(cell.problem, cell.phase, device)
     if needed.flops > limit:
@@ -250,8 +258,18 @@ class Bench:
         return [torch.randn(rows, width, device=self.device, dtype=self.dtype) for _ in self.inputs]
 
     @cached_property
+    def host(self) -> Tensor:
+        """The first input in pageable memory of the host."""
+        return self.inputs[0].cpu()
+
+    @cached_property
+    def pinned(self) -> Tensor:
+        """The same in pinned memory."""
+        return self.host.pin_memory()
+
+    @cached_property
     def copies(self) -> dict[str, dict[str, float]]:
-        return copies(self.inputs[0])
+        return copies(self.host, self.inputs[0].device)
 
     @cached_property
     def gradients(self) -> list[Tensor]:
@@ -365,13 +383,13 @@ def bench_for(problem: Problem, device: str) -> Bench:
     return Bench(problem, device)
 
 
-def copies(x: Tensor, seconds: float = timing.SECONDS) -> dict[str, dict[str, float]]:
-    """Copies of as many bytes as x has from the host to the device, into memory that is already there.
+def copies(host: Tensor, device: torch.device, seconds: float = timing.SECONDS) -> dict[str, dict[str, float]]:
+    """Copies of a tensor of pageable memory to the device, into memory that is already there.
 
     For each of pageable, pinned, and pinned + non_blocking on a side stream: `ms` between device events around the
     copy, `host_ms` for which the host was held up, and `gbps` (1e9 bytes a second).
     """
-    calls = copy_calls([x.cpu()], x.device)
+    calls = copy_calls([host], device)
     here, side = torch.cuda.current_stream(), torch.cuda.Stream()
     found = {}
     for kind, call, stream in (
@@ -382,7 +400,7 @@ def copies(x: Tensor, seconds: float = timing.SECONDS) -> dict[str, dict[str, fl
         with torch.cuda.stream(stream):
             measured = timing.time_apart(calls[call], seconds)
         ms = measured.device.ms
-        gbps = 1e-6 * x.numel() * x.element_size() / ms
+        gbps = 1e-6 * host.numel() * host.element_size() / ms
         found[kind] = {"ms": ms, "host_ms": measured.returned.ms, "gbps": gbps}
     return found
 
@@ -398,9 +416,7 @@ def ways(bench: Bench) -> dict[str, Timed]:
     Each is verified against eager. Raises AssertionError as `compare` does.
     """
     model, parameters, device = bench.model, bench.parameters, bench.device
-    inputs, gradients = bench.inputs, bench.gradients
-    host = inputs[0].cpu()
-    pinned = host.pin_memory()
+    inputs, gradients, host, pinned = bench.inputs, bench.gradients, bench.host, bench.pinned
     batches = iter(DevicePrefetcher(itertools.repeat(pinned), device))
 
     def compute(x: Tensor, dy: Tensor = gradients[0]) -> tuple[Tensor, ...]:
@@ -516,6 +532,44 @@ BASELINES = (
 )
 
 
+def compile_ahead(problems: Sequence[Problem]) -> None:
+    """Compile what FusedMLP launches for these on the current GPU, on all cores but two, before anything is timed.
+
+    One after the other, where they are first launched, the kernels of the copy rows would take longer to compile than
+    their rows to measure. What is not compiled here, for whatever reason, is compiled there.
+    """
+    target = driver.active.get_current_target()
+    with Compilers(_compile, configs.describe("cuda"), target, count_workers()) as compilers:
+        # Those that differ in rows alone are often the same kernels: they are not to be compiled side by side.
+        compilers.ask({problem: problem for problem in sorted(problems, key=lambda problem: problem.rows)})
+        deadline = time.monotonic() + COMPILE_SECONDS
+        with contextlib.suppress(NotYetError):
+            for problem in problems:
+                compilers.wait(problem, deadline - time.monotonic())
+
+
+def _compile(problem: Problem) -> None:
+    """In a process where `compiling.compile_only` holds: the path of a call, in inference and in training."""
+    dtype, widths = DTYPES[problem.dtype], problem.widths
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    activations = [problem.activation] * (len(widths) - 2) + ["identity"]
+    layers = [
+        Layer(make(n, k).requires_grad_(), make(n).requires_grad_(), resolve(activation))
+        for (k, n), activation in zip(pairwise(widths), activations, strict=True)
+    ]
+    parameters = [parameter for layer in layers for parameter in layer[:2] if parameter is not None]
+    x = make(problem.rows, widths[0])
+    device = configs.device_of(x)
+    configs.describe = lambda kind, index=0: device  # type: ignore[assignment]
+    with torch.no_grad():
+        run_kernels(x, layers, dtype)
+    y = run_kernels(x, layers, dtype)
+    torch.autograd.grad(y, parameters, torch.empty_like(y))
+
+
 def prepare(cell: Cell, device: str) -> Timed:
     """The function that a row times, verified: FusedMLP's phase, a kernel, or for a copy row the pinned copy.
 
@@ -527,7 +581,7 @@ def prepare(cell: Cell, device: str) -> Timed:
         return gemm.timed("ours")
     bench = bench_for(cell.problem, device)
     if cell.phase == "copy":
-        pinned, target = bench.inputs[0].cpu().pin_memory(), torch.empty_like(bench.inputs[0])
+        pinned, target = bench.pinned, torch.empty_like(bench.inputs[0])
         assert torch.equal(target.copy_(pinned), bench.inputs[0])
         return Timed(lambda _: target.copy_(pinned))
     timed = bench.timed(bench.model, cell.phase)
@@ -563,7 +617,7 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
     bench = bench_for(problem, device)
     try:
         if cell.phase == "copy":
-            row["copy"] = bench.copies = copies(bench.inputs[0], COPY_SECONDS)
+            row["copy"] = bench.copies = copies(bench.host, bench.inputs[0].device, COPY_SECONDS)
             row["link"] = asdict(timing.link(f"cuda:{torch.cuda.current_device()}"))
             row["throughput"] = throughput(ways(bench), problem.rows, row["copy"]["pinned_side_stream"]["ms"])
             report(row)

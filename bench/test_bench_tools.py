@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +122,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(pattern: str, device: str, **options: bool) -> str | None:
         return measure.why_not(select(pattern)[0], device, **options)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert reason("seed-*-m64-step", "cpu") is None
     assert reason("narrow-128x128x128x128x128-relu-fp32-m1048576-forward", "cpu") == (
         "more than 20 GFLOP in fp32: not on a CPU"
@@ -130,10 +132,10 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--benchmark only" in str(reason("narrow-16x*-fp32-m2097152-forward", "cpu", full=False))
     assert reason("narrow-16x*-fp32-m2097152-forward", "cpu") is None
     assert reason("*-lecture", "cpu") is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in str(reason("seed-*", "cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert reason("large-*-m32768-step", "cuda") is None
+    assert reason("*-lecture", "cpu") == "the row on the GPU has the product on the CPU beside it"
 
 
 # Arithmetic
@@ -415,6 +417,123 @@ def test_throughput_of_each_way_against_the_slower_of_copy_and_compute(copy: flo
         assert ways["non_blocking"]["ms"] == pytest.approx(1e3 * (copy + work), rel=0.15)
     assert ways["prefetched"]["of_bound"] > 0.9
     assert "of_bound" not in ways["resident"]
+
+
+# What the model of the copy rows' time takes for granted; bytes/s, FLOP/s, seconds.
+LINK, PAGEABLE = 40e9, 8e9
+FRESH = 2e9  # into the host's memory that is touched for the first time; pinned memory is used again
+MEMORY, FLOPS = 2e12, {"fp32": 50e12, "bf16": 500e12}  # of kernels, and of eager, which verifies them
+ROW = 0.25  # building the model, collecting garbage, pytest's own
+KERNELS, KERNEL, CORES = 199, 1.3, 14  # those of the copy rows on an H100, compiled by so many processes
+PROCESS = 8  # a process that imports torch, makes a context and compiles one network's kernels
+CPU_FLOPS = 0.5e12
+
+
+def seconds_of_a_copy_row(problem: Problem) -> float:
+    """Of a simulated host, device and link, by the code that measures."""
+    clock = HostAndDevice()
+    nbytes = problem.rows * problem.widths[0] * (4 if problem.dtype == "fp32" else 2)
+
+    def work(phase: str) -> float:
+        return measure.work_of(problem, phase, "cpu").floor(FLOPS[problem.dtype], MEMORY)
+
+    def with_copy(seconds: float, **how: bool) -> Timed:
+        def call(_: int) -> None:
+            clock.copy(seconds, **how)
+            clock.compute(work("training"))
+
+        return Timed(call)
+
+    def copy_alone(seconds: float, waits: bool) -> Timed:
+        return Timed(lambda _: clock.copy(seconds, waits=waits), waits=waits)
+
+    def compute(phase: str) -> Callable[[int], None]:
+        return lambda _: clock.compute(work(phase))
+
+    clock.host += ROW + nbytes / FRESH + 2 * nbytes / PAGEABLE  # to the host, and twice into pinned memory
+    for phase in (
+        *2 * ["forward"],
+        *9 * ["training"],
+    ):  # verified: the three phases and eager's, the four ways and eager
+        clock.compute(work(phase))
+    for rate, waits in ((PAGEABLE, True), (LINK, True), (LINK, False)):
+        timing.time_apart(copy_alone(nbytes / rate, waits), measure.COPY_SECONDS, clock)
+    ways = {
+        "to_device": with_copy(nbytes / PAGEABLE, waits=True),
+        "non_blocking": with_copy(nbytes / LINK),
+        "prefetched": with_copy(nbytes / LINK, aside=True),
+        "resident": Timed(compute("training")),
+    }
+    measure.throughput(ways, problem.rows, 1e3 * nbytes / LINK, clock)
+    for timed in (
+        Timed(compute("forward")),
+        Timed(compute("backward"), setup=compute("forward")),
+        Timed(compute("step")),
+    ):
+        timing.time_cuda(timed, measure.COPY_SECONDS, clock)
+    clock.synchronize()
+    return clock.now() + max(measure.COPY_SECONDS, 3 * nbytes / LINK)  # and what pytest-benchmark shows
+
+
+def test_the_copy_rows_take_less_than_three_minutes_of_a_gpu() -> None:
+    cells = [cell for cell, device in cases("copy") if device == "cuda"]
+    rows = sum(seconds_of_a_copy_row(cell.problem) for cell in cells if cell.phase == "copy")
+    (lecture,) = (cell.problem for cell in cells if cell.phase == "lecture")
+    on_the_cpu = 2 * 2 * lecture.rows**3 / CPU_FLOPS
+    compiling = PROCESS + KERNELS * KERNEL / CORES
+    assert compiling < measure.COMPILE_SECONDS
+    processes = 3 * PROCESS  # of the lecture, and of the first touch with Triton's cache empty and filled
+    assert 30 < rows < 120
+    assert rows + compiling + processes + on_the_cpu < 180
+
+
+def test_kernels_of_copy_rows_are_compiled_ahead_the_smallest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Problem] = []
+
+    class Compilers(contextlib.nullcontext[Any]):
+        def __init__(self, compile: object, gpu: object, target: object, workers: int) -> None:
+            super().__init__(self)
+            assert (compile, gpu, target) == (measure._compile, "gpu", "target")
+
+        def ask(self, work: dict[Problem, Problem]) -> None:
+            asked.extend(work)
+
+        def wait(self, key: Problem, seconds: float) -> None:
+            assert key in asked
+            assert 0 < seconds <= measure.COMPILE_SECONDS
+            raise measure.NotYetError
+
+    monkeypatch.setattr(measure, "Compilers", Compilers)
+    monkeypatch.setattr(measure.configs, "describe", lambda kind: "gpu")
+    active = SimpleNamespace(get_current_target=lambda: "target")
+    monkeypatch.setattr(measure, "driver", SimpleNamespace(active=active))
+    problems = [Problem((5, 3), rows) for rows in (8, 2, 4)]
+    measure.compile_ahead(problems)
+    assert [problem.rows for problem in asked] == [2, 4, 8]
+
+
+def test_what_a_call_launches_is_compiled() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = """
+from bench import measure
+from bench.shapes import Problem
+from mlp_fused.compiling import compile_only
+from mlp_fused.kernels.configs import DEVICES
+from mlp_fused.kernels.launch import Launch
+
+compile_only(DEVICES["NVIDIA H100"], None)
+Launch.through_triton = lambda launch, tensors: print(launch.kernel.__name__)
+for problem in (Problem((64, 64, 64), 2**20, "bf16"), Problem((784, 512, 10), 64)):
+    measure._compile(problem)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    launched = child.stdout.split()
+    assert launched.count("network_forward_kernel") >= 1
+    assert launched.count("layer_forward_kernel") == 2 * 2  # in inference, in training
+    assert launched.count("dgrad_kernel") == 1
+    assert launched.count("wgrad_kernel") == 2
 
 
 def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:

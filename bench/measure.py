@@ -22,7 +22,7 @@ A row is a dict of plain values:
 
 `copy` is None on a CPU. A copy row has `copy`, and under `phases` what it needs of the above for the forward, the
 backward and the step; `link`, what the link reaches with pinned memory, bytes/s; and `throughput`, a forward and
-backward in a loop on batches that come from the host (see `ways`):
+backward in a loop on batches that come from the host (see WAYS):
 
     ways                    by name: `ms` a batch with its quartiles `low` and `high`, `examples_per_s`, rows over ms,
                             and, but for `resident`, `of_bound`, bound_ms over ms
@@ -405,13 +405,17 @@ def copies(host: Tensor, device: torch.device, seconds: float = timing.SECONDS) 
     return found
 
 
-def ways(bench: Bench) -> dict[str, Timed]:
-    """A forward and backward on a batch of the host, by the ways in which it comes to the device.
+# By which ways a batch comes to the device, as they are told.
+WAYS = {
+    "to_device": "x.to(device)",  # of pageable memory, as it is usually written
+    "non_blocking": "pinned, non_blocking",  # in the stream that computes
+    "prefetched": "DevicePrefetcher",  # from pinned memory
+    "resident": "data on the GPU",
+}
 
-    to_device       `x.to(device)` of pageable memory, as it is usually written
-    non_blocking    `x.to(device, non_blocking=True)` of pinned memory, in the stream that computes
-    prefetched      DevicePrefetcher, from pinned memory
-    resident        no copy: the data lie on the device
+
+def ways(bench: Bench) -> dict[str, Timed]:
+    """A forward and backward on a batch of the host by each of WAYS.
 
     Each is verified against eager. Raises AssertionError as `compare` does.
     """
@@ -530,6 +534,7 @@ BASELINES = (
         lambda cell, device: device == "cuda" and cell.anchor,
     ),
 )
+GEMM_BASELINES = ("matmul", "eager")  # of a kernel by itself (see gemm.py)
 
 
 def compile_ahead(problems: Sequence[Problem]) -> None:
@@ -669,7 +674,7 @@ def _measure_gemm(row: dict[str, Any], gemm: Gemm, report: Report) -> dict[str, 
     ceilings = timing.ceilings(gemm.device, gemm.problem.dtype)
     row |= measured.as_dict() | against_floor(gemm.plan.work, ceilings, measured.kernel_ms)
     row["baselines"] = {}
-    for name in ("matmul", "eager"):
+    for name in GEMM_BASELINES:
         row["baselines"][name] = _beside(row, timing.time_call(gemm.timed(name), gemm.device))
         report(row)
     row["repeat_ms"] = timing.time_call(timed, gemm.device).ms

@@ -434,22 +434,23 @@ def _fresh(results: Results) -> Iterator[str]:
                 yield f"Triton's cache {'empty' if state == 'cold' else 'filled'}:"
                 yield ""
             names = [name for name in each if not name.endswith("_2")]
+            told = LECTURE if cell.phase == "lecture" else {}
             lines = (
-                (SECONDS.get(name, name), f"{each[name]:.4f}", f"{each[again]:.4f}" if again in each else "")
+                (told.get(name, name), digits(1e3 * each[name]), digits(1e3 * each[again]) if again in each else "")
                 for name, again in ((name, f"{name}_2") for name in names)
             )
-            yield from table(("", "first time, s", "second time, s"), lines)
+            yield from table(("", "first time, ms", "second time, ms"), lines)
         if cell.phase == "lecture":
             yield from _famous(seconds)
 
 
-# What a clock reads in fresh.py.
-SECONDS = {
+# What the clocks of fresh.py's lecture read.
+LECTURE = {
     "cpu_product": "product on the CPU",
     "copy": "both operands to the GPU",
-    "product_returned": "product on the GPU, read without waiting",
-    "product_device": "the same between events on the device",
-    "product": "the same, waited for",
+    "product_returned": "product on the GPU, the host's clock, not waiting",
+    "product": "product on the GPU, the host's clock, waiting",
+    "product_device": "product on the GPU, between events on the device",
 }
 
 
@@ -458,10 +459,12 @@ def _famous(seconds: dict[str, float]) -> Iterator[str]:
     if "product_returned_2" in seconds:
         read, done = seconds["product_returned_2"], seconds["product_2"]
         yield (
-            f"The {read:.2f} s that a clock without a wait reads is the launch: {1e6 * read:,.0f} µs until the host "
-            f"has the call back, while the device works until {done:.4f} s. Waited for, the product takes "
-            f"{digits(done / read)} times as long as it seems to."
+            f"The second time, a clock that does not wait reads {read:.2f} s: after {1e6 * read:,.0f} µs the host has "
+            f"the call back. The product is there after {done:.4f} s, {digits(done / read)} times as long."
         )
+        if "cpu_product_2" in seconds:
+            moved = seconds["copy_2"] + done
+            yield f"The CPU takes {seconds['cpu_product_2']:.4f} s; copies and product on the GPU take {moved:.4f} s."
         yield ""
 
 
@@ -550,8 +553,10 @@ def plots_of(results: Results) -> dict[str, Plot]:
     found: dict[str, Plot | None] = {
         "copy": _copy_plot(results),
         "throughput": _throughput_plot(results),
-        "speed": _speed_plot(results, NETWORKS, "time of the baseline over ours"),
-        "products": _speed_plot(results, ("gemm",), "device time of torch's over ours"),
+        "speed": _speed_plot(results, NETWORKS, "Speed against each baseline", "time of the baseline over ours"),
+        "products": _speed_plot(
+            results, ("gemm",), "A kernel by itself against torch", "device time of torch's over ours"
+        ),
         "floor": _floor_plot(results),
         "memory": _memory_plot(results),
     }
@@ -610,7 +615,7 @@ def _throughput_plot(results: Results) -> Plot | None:
     )
 
 
-def _speed_plot(results: Results, families: Sequence[str], label: str) -> Plot | None:
+def _speed_plot(results: Results, families: Sequence[str], title: str, label: str) -> Plot | None:
     strips: Strips = {}
     for (family, phase), cells in groups(families).items():
         each: dict[str, list[float]] = {}
@@ -620,7 +625,7 @@ def _speed_plot(results: Results, families: Sequence[str], label: str) -> Plot |
                     each.setdefault(name, []).append(value)
         if each:
             strips[f"{family} {phase.replace('_', ' ')}"] = each
-    title = f"Speed against each baseline; a point is a cell, a bar the median\n{results.name}"
+    title = f"{title}; a point is a cell, a bar the median\n{results.name}"
     return _strip_plot(strips, SERIES, f"{label} (times; above 1 we are faster)", title)
 
 
@@ -651,12 +656,10 @@ def _memory_plot(results: Results) -> Plot | None:
 def _strip_plot(strips: Strips, series: dict[str, Series], label: str, title: str, log: bool = True) -> Plot | None:
     if not strips:
         return None
-    told = "; ".join(
-        f"{group}: " + ", ".join(f"{series[name].label} {digits(statistics.median(each[name]))}" for name in each)
-        for group, each in strips.items()
-    )
+    all_of = {name: [value for each in strips.values() for value in each.get(name, [])] for name in series}
+    told = ", ".join(f"{series[name].label} {digits(statistics.median(each))}" for name, each in all_of.items() if each)
     what = label.partition(" (")[0]
-    alt = f"{what[0].upper()}{what[1:]}, medians: {told}"
+    alt = f"{what[0].upper()}{what[1:]}, by {', '.join(strips)}; medians of all: {told}"
     return Plot(alt, lambda theme: strip(theme, strips, series, label, title, log))
 
 
@@ -704,7 +707,7 @@ def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, t
             (each[name], place + shift) for place, each in enumerate(strips.values()) if len(each.get(name, ())) > 2
         ]
         middle = [(statistics.median(values), y) for values, y in several]
-        axes.plot([x for x, _ in middle], [y for _, y in middle], ls="", marker="|", ms=11, mew=2, color=theme.ink)
+        axes.plot([x for x, _ in middle], [y for _, y in middle], ls="", marker="|", ms=9, mew=2, color=theme.ink)
     axes.set_yticks(range(len(strips)), list(strips))
     axes.set_ylim(len(strips) - 0.5, -0.5)
     axes.set(xlabel=label, xscale="log" if log else "linear")

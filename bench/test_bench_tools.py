@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import fresh, gemm, goals, gpu, measure
+from bench import fresh, gemm, goals, gpu, measure, report
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from mlp_fused import FusedMLP, timing, tuning
@@ -660,6 +660,7 @@ def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stdout
     content = json.loads(path.read_text())
     assert content["machine_info"]["torch"] == torch.__version__
+    report.markdown(report.read(path), {}, "slug")  # raises where the report cannot read it
     row = next(b["extra_info"] for b in content["benchmarks"] if b["extra_info"]["device"] == "cpu")
     assert row["flops"] == 2 * 64 * (784 * 512 + 512 * 512 + 512 * 10)
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """What moving the input costs beside computing on it; what only the first call costs; the lecture's product.
 
 `pytest bench --benchmark -k copy` takes less than three minutes of a GPU with 16 cores beside it, by the model of its
-time in test_bench_tools.py: of 98 rows ten numbers each at `COPY_SECONDS`, or five calls where these take longer; their
+time in test_bench_tools.py: of 98 rows ten numbers each at `COPY_SECONDS`, or three to six calls where these take longer; their
 kernels compiled ahead; and the processes of the rows in which a process begins.
 """
 

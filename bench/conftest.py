@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from bench import goals, measure
 from bench.machine import machine
-from bench.shapes import FRESH_PHASES, GRID, Cell
+from bench.shapes import FRESH_PHASES, GRID, Cell, Problem
 from mlp_fused import timing
 
 Row = Callable[[Cell, str], None]
@@ -78,11 +78,15 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest) -> None:
     """The kernels of all rows that ask for this, compiled before the first of them is measured; on a GPU."""
-    if not measures(request.config) or not torch.cuda.is_available():
-        return
-    items = [item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
-    cells = [item.callspec.params["cell"] for item in items]  # type: ignore[attr-defined]
-    measure.compile_ahead(list(dict.fromkeys(cell.problem for cell in cells if cell.phase not in FRESH_PHASES)))
+    if measures(request.config) and torch.cuda.is_available():
+        measure.compile_ahead(problems_of(request.session.items))
+
+
+def problems_of(items: Iterable[pytest.Item]) -> list[Problem]:
+    """Each problem once whose row asks for `compiled`; not of rows that are measured in a process of their own."""
+    asking = [item for item in items if "compiled" in getattr(item, "fixturenames", ())]
+    cells = [item.callspec.params["cell"] for item in asking]  # type: ignore[attr-defined]
+    return list(dict.fromkeys(cell.problem for cell in cells if cell.phase not in FRESH_PHASES))
 
 
 @pytest.fixture

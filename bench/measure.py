@@ -420,7 +420,8 @@ def ways(bench: Bench) -> dict[str, Timed]:
     Each is verified against eager. Raises AssertionError as `compare` does.
     """
     model, parameters, device = bench.model, bench.parameters, bench.device
-    inputs, gradients, host, pinned = bench.inputs, bench.gradients, bench.host, bench.pinned
+    inputs = [x.clone() for x in bench.inputs]  # a copy arrives dense, whatever the layout was
+    gradients, host, pinned = bench.gradients, bench.host, bench.pinned
     batches = iter(DevicePrefetcher(itertools.repeat(pinned), device))
 
     def compute(x: Tensor, dy: Tensor = gradients[0]) -> tuple[Tensor, ...]:

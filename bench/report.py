@@ -12,6 +12,7 @@ pages. They are written when all of them are there.
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import math
 import statistics
@@ -190,7 +191,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
     yield f"| {' | '.join(header)} |"
     yield f"|---|{'---:|' * (len(header) - 1)}"
     for row in rows:
-        yield f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |"
+        yield f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in row)} |"
     yield ""
 
 
@@ -211,7 +212,7 @@ def markdown(results: Results, shown: dict[str, Plot], slug: str) -> str:
             light, dark = (file_name(slug, name, theme) for theme in (plots.LIGHT, plots.DARK))
             yield (
                 f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-                f'<img src="{light}" alt="{shown[name].alt}"></picture>'
+                f'<img src="{light}" alt="{html.escape(shown[name].alt)}"></picture>'
             )
             yield ""
 

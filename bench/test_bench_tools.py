@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import fresh, gemm, goals, gpu, measure, report
+from bench import bench_copy, fresh, gemm, goals, gpu, measure, report
+from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from mlp_fused import FusedMLP, timing, tuning
@@ -510,6 +511,16 @@ def test_kernels_of_copy_rows_are_compiled_ahead_the_smallest_first(monkeypatch:
     problems = [Problem((5, 3), rows) for rows in (8, 2, 4)]
     measure.compile_ahead(problems)
     assert [problem.rows for problem in asked] == [2, 4, 8]
+
+
+def test_rows_ask_for_what_is_to_be_compiled() -> None:
+    def item(cell: Cell, *names: str) -> Any:
+        return SimpleNamespace(fixturenames=names, callspec=SimpleNamespace(params={"cell": cell}))
+
+    asking = [item(cell, "row", "compiled") for cell in GRID if cell.family == "copy"]
+    problems = problems_of([SimpleNamespace(), item(GRID[0], "row"), *asking, *asking])  # type: ignore[list-item]
+    assert problems == [cell.problem for cell in GRID if cell.phase == "copy"]
+    assert {mark.args for mark in bench_copy.test_copy.pytestmark if mark.name == "usefixtures"} == {("compiled",)}
 
 
 def test_what_a_call_launches_is_compiled() -> None:

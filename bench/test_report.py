@@ -245,12 +245,12 @@ def test_a_missing_row_is_not_measured_and_a_failed_one_says_why(tmp_path: Path,
     broken = copy.deepcopy(rows[str(lacking)])
     broken["baselines"]["compile"] = {"error": "out of memory"}
     del broken["baselines"]["cuda_graph"]
-    made = {**rows, str(failed): {"id": str(failed), "device": "cuda", "error": "AssertionError: wrong"}}
+    made = {**rows, str(failed): {"id": str(failed), "device": "cuda", "error": "AssertionError: |<wrong>"}}
     made[str(lacking)] = broken
     kept = [row for name, row in made.items() if name != str(missing) and not name.startswith(("large", "warmup"))]
     text = markdown_of(file_in(tmp_path, kept))
     assert set(line_of(text, missing)) == {report.NOT_MEASURED}
-    assert line_of(text, failed)[0] == "failed: AssertionError: wrong"
+    assert line_of(text, failed)[0] == "failed: AssertionError: &#124;&lt;wrong>"
     header = next(line for line in text.splitlines() if "path or tile" in line)
     names = [each.strip() for each in header.strip("|").split("|")][1:]
     line = dict(zip(names, line_of(text, lacking), strict=True))

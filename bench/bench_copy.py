@@ -1,8 +1,8 @@
 """What moving the input costs beside computing on it; what only the first call costs; the lecture's product.
 
-`pytest bench --benchmark -k copy` takes less than three minutes of a GPU with 16 cores beside it, by the model of its
-time in test_bench_tools.py: of 98 rows ten numbers each at `COPY_SECONDS`, or three to six calls where these take longer; their
-kernels compiled ahead; and the processes of the rows in which a process begins.
+`pytest bench --benchmark -k copy` takes less than three minutes of an H100 with 16 cores beside it, by the model of its
+time in test_bench_tools.py: 98 rows, of each ten numbers that take `COPY_SECONDS` or a few calls; their kernels,
+compiled ahead; and the processes of the rows that begin with one.
 """
 
 from __future__ import annotations

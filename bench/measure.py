@@ -417,25 +417,29 @@ WAYS = {
 def ways(bench: Bench) -> dict[str, Timed]:
     """A forward and backward on a batch of the host by each of WAYS.
 
-    Each is verified against eager. Raises AssertionError as `compare` does.
+    That each brings the batch is verified, and forward and backward against eager. Raises AssertionError as `compare`
+    does.
     """
     model, parameters, device = bench.model, bench.parameters, bench.device
-    inputs = [x.clone() for x in bench.inputs]  # a copy arrives dense, whatever the layout was
-    gradients, host, pinned = bench.gradients, bench.host, bench.pinned
+    there = [x.clone() for x in bench.inputs]  # a copy arrives dense, whatever the layout was
+    host, pinned = bench.host, bench.pinned
     batches = iter(DevicePrefetcher(itertools.repeat(pinned), device))
-
-    def compute(x: Tensor, dy: Tensor = gradients[0]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(model(x), parameters, dy)
-
-    found = {
-        "to_device": Timed(lambda _: compute(host.to(device))),
-        "non_blocking": Timed(lambda _: compute(pinned.to(device, non_blocking=True))),
-        "prefetched": Timed(lambda _: compute(next(batches))),
-        "resident": Timed(lambda i: compute(inputs[i], gradients[i]), sets=len(inputs)),
+    arrive: dict[str, Callable[[int], Tensor]] = {
+        "to_device": lambda i: host.to(device),
+        "non_blocking": lambda i: pinned.to(device, non_blocking=True),
+        "prefetched": lambda i: next(batches),
+        "resident": lambda i: there[i],
     }
-    expected = torch.autograd.grad(bench.eager(inputs[0]), parameters, gradients[0])
-    for timed in found.values():
-        compare(timed(0), expected, bench.problem.dtype, 0)
+    for name, batch in arrive.items():
+        assert torch.equal(batch(0), bench.inputs[0]), f"{name} brings another batch"
+
+    def training(name: str) -> Timed:
+        batch, sets = arrive[name], len(there) if name == "resident" else 1
+        return Timed(lambda i: torch.autograd.grad(model(batch(i)), parameters, bench.gradients[i]), sets=sets)
+
+    found = {name: training(name) for name in WAYS}
+    expected = torch.autograd.grad(bench.eager(there[0]), parameters, bench.gradients[0])
+    compare(found["resident"](0), expected, bench.problem.dtype, 0)
     return found
 
 

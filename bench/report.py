@@ -521,7 +521,7 @@ class Series:
 # Baselines by name, in the order in which they are told.
 SERIES = {
     "eager": Series("torch, eager", "vermilion", "s"),
-    "matmul": Series("cuBLAS's bare product", "ink", "o"),
+    "matmul": Series("torch's bare product", "ink", "o"),
     "addmm_activation": Series("torch._addmm_activation", "purple", "v"),
     "cuda_graph": Series("CUDA graph of eager", "blue", "^"),
     "compile": Series("torch.compile", "green", "P"),

@@ -428,6 +428,7 @@ ROW = 0.25  # building the model, collecting garbage, pytest's own
 KERNELS, KERNEL, CORES = 199, 1.3, 14  # those of the copy rows on an H100, compiled by so many processes
 PROCESS = 8  # a process that imports torch, makes a context and compiles one network's kernels
 CPU_FLOPS = 0.5e12
+STARTING = 8  # pytest, torch and its compiler imported, the ceilings and the link measured
 
 
 def seconds_of_a_copy_row(problem: Problem) -> float:
@@ -483,7 +484,7 @@ def test_the_copy_rows_take_less_than_three_minutes_of_a_gpu() -> None:
     assert compiling < measure.COMPILE_SECONDS
     processes = 3 * PROCESS  # of the lecture, and of the first touch with Triton's cache empty and filled
     assert 30 < rows < 120
-    assert rows + compiling + processes + on_the_cpu < 180
+    assert STARTING + rows + compiling + processes + on_the_cpu < 180
 
 
 def test_kernels_of_copy_rows_are_compiled_ahead_the_smallest_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,6 +346,16 @@ def test_plots_are_labelled_and_told_apart_by_markers_and_colours(
     assert points == cells[name]
 
 
+@pytest.mark.parametrize("values", [[0.98, 1.02], [0.9, 1.3], [0.5, 4.0], [0.01, 90.0]], ids=str)
+def test_an_axis_has_numbers_whatever_its_range(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "file_of", lambda figure, kind: figures.append(figure))
+    report.strip(plots.LIGHT, {"seed step": {"eager": values}}, report.SERIES, "label", "title", log=True)
+    (axes,) = figures[0].axes
+    low, high = axes.get_xlim()
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 12
+
+
 def test_every_baseline_has_a_look_of_its_own() -> None:
     names = {baseline.name for baseline in measure.BASELINES} | set(measure.GEMM_BASELINES)
     assert set(report.SERIES) == names

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import measure, timing
-from mlp_fused import FusedMLP
+from bench import measure
+from mlp_fused import FusedMLP, timing
 from mlp_fused.gradients import dropout_factors, dropped
 from mlp_fused.kernels.dropout import Dropout, draw_seed
 

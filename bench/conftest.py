@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import torch
 
 from bench import goals, measure
 from bench.machine import machine
-from bench.shapes import FRESH_PHASES, GRID, Cell
+from bench.shapes import FRESH_PHASES, GRID, Cell, Problem
 from mlp_fused import timing
 
 Row = Callable[[Cell, str], None]
@@ -21,13 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="measure each row instead of running it once")
 
 
-def _measures(config: pytest.Config) -> bool:
+def measures(config: pytest.Config) -> bool:
     return config.option.benchmark or config.option.benchmark_enable or config.option.benchmark_only
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if not _measures(config):
+    if not measures(config):
         config.option.benchmark_disable = True
     elif reason := timing.distorted():
         raise pytest.UsageError(reason)
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         order[item] = place[cell]
         if device == "cuda":
             item.add_marker(pytest.mark.gpu)
-        if reason := measure.why_not(cell, device, full=_measures(config)):
+        if reason := measure.why_not(cell, device, full=measures(config)):
             item.add_marker(pytest.mark.skip(reason=reason))
     items.sort(key=lambda item: order.get(item, -1))  # rows after tests, in the grid's order: anchors first
 
@@ -63,7 +64,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     reasons = Counter(report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple))
     for reason, count in reasons.items():
         terminalreporter.write_line(f"{count} rows skipped: {reason.removeprefix('Skipped: ')}")
-    if _measures(config) and (rows := config.stash.get(ROWS, [])):
+    if measures(config) and (rows := config.stash.get(ROWS, [])):
         terminalreporter.section("goals")
         for line in goals.report(rows):
             terminalreporter.write_line(line)
@@ -72,6 +73,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.update(machine())
+
+
+@pytest.fixture(scope="session")
+def compiled(request: pytest.FixtureRequest) -> None:
+    """The kernels of all rows that ask for this, compiled before the first of them is measured; on a GPU."""
+    if measures(request.config) and torch.cuda.is_available():
+        measure.compile_ahead(problems_of(request.session.items))
+
+
+def problems_of(items: Iterable[pytest.Item]) -> list[Problem]:
+    """Each problem once whose row asks for `compiled`; not of rows that are measured in a process of their own."""
+    asking = [item for item in items if "compiled" in getattr(item, "fixturenames", ())]
+    cells = [item.callspec.params["cell"] for item in asking]  # type: ignore[attr-defined]
+    return list(dict.fromkeys(cell.problem for cell in cells if cell.phase not in FRESH_PHASES))
 
 
 @pytest.fixture
@@ -89,7 +104,10 @@ def row(benchmark: Any) -> Row:
             benchmark.pedantic(measure.prepare, (cell, device))
             return
         benchmark.extra_info.update(measure.measure(cell, device))
-        rounds = timing.clamp(1e3 * timing.SECONDS / benchmark.extra_info.get("ms", 1), 3, 100)
+        once, seconds = benchmark.extra_info, timing.SECONDS
+        if cell.phase == "copy":
+            once, seconds = once["copy"]["pinned"], measure.COPY_SECONDS
+        rounds = timing.clamp(1e3 * seconds / once["ms"], 3, 100)
         timed = measure.prepare(cell, device)
         calls = iter(range(rounds))
 

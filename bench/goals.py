@@ -91,8 +91,10 @@ def of_link(row: Row) -> float | None:
 
 def of_the_slower(row: Row) -> float | None:
     """max(copy, compute) over a step with DevicePrefetcher, of steps of 1 ms and more: what is shorter is launches."""
-    found = row.get("prefetch")
-    return found["share"] if found is not None and found["ms"] >= 1 else None
+    if "throughput" not in row:
+        return None
+    found = row["throughput"]["ways"]["prefetched"]
+    return found["of_bound"] if found["ms"] >= 1 else None
 
 
 NETWORKS = ("seed-*", "narrow-*", "middle-*", "large-*", "odd-*")

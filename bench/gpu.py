@@ -338,7 +338,9 @@ def summary(row: Row) -> str:
         return f"{how}, {row['ms']:.4g} ms, {row['floor_ratio']:.2f} of the floor, {', '.join(speeds)}"
     if "copy" in row:
         ratios = (f"{p['copy']['pinned']['to_kernel']:.2f} {phase}" for phase, p in row["phases"].items())
-        return f"pinned {row['copy']['pinned']['ms']:.4g} ms = {', '.join(ratios)}"
+        ahead = row["throughput"]["ways"]["prefetched"]
+        moved = f"prefetched {ahead['examples_per_s']:.3g} examples/s, {ahead['of_bound']:.2f} of the bound"
+        return f"pinned {row['copy']['pinned']['ms']:.4g} ms = {', '.join(ratios)} of the kernels; {moved}"
     return json.dumps(row.get("seconds"))
 
 

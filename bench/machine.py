@@ -13,6 +13,7 @@ import torch
 
 import mlp_fused
 from mlp_fused.kernels import tables
+from mlp_fused.timing import distorted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,7 @@ def machine() -> dict[str, Any]:
         "mlp_fused": mlp_fused.__version__,
         "source": source_digest(),
         "user_table": None,
+        "distorted": distorted(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),

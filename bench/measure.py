@@ -21,9 +21,15 @@ A row is a dict of plain values:
                             `peak_ratio`, ours over eager's
 
 `copy` is None on a CPU. A copy row has `copy`, and under `phases` what it needs of the above for the forward, the
-backward and the step; `link`, what the link reaches with pinned memory, bytes/s; and `prefetch`, a forward and backward
-on batches that DevicePrefetcher brings from pinned memory: `ms`, `compute_ms` on a batch that is there, `copy_ms`, and
-`share`, max(copy, compute) over ms. `first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
+backward and the step; `link`, what the link reaches with pinned memory, bytes/s; and `throughput`, a forward and
+backward in a loop on batches that come from the host (see WAYS):
+
+    ways                    by name: `ms` a batch with its quartiles `low` and `high`, `examples_per_s`, rows over ms,
+                            and, but for `resident`, `of_bound`, bound_ms over ms
+    copy_ms, compute_ms     the pinned copy by itself; the loop on batches that are on the device, `resident`
+    bound_ms                the larger of the two: what a loop takes that hides all of one behind the other
+
+`first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
 
 A gemm row is one kernel's, and has instead of path, reason, copy and first_call_s:
 
@@ -34,6 +40,7 @@ A gemm row is one kernel's, and has instead of path, reason, copy and first_call
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -57,7 +64,11 @@ from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, capture_step, timing
+from mlp_fused.compiling import Compilers, NotYetError, count_workers
+from mlp_fused.functional import Layer, run_kernels
 from mlp_fused.kernels import configs
+from mlp_fused.kernels.activations import resolve
+from mlp_fused.kernels.language import driver
 from mlp_fused.plan import Work, float32_precision, work
 from mlp_fused.timing import Ceilings, Timed
 from mlp_fused.training import DTYPES
@@ -78,7 +89,9 @@ CPU_FLOPS = {"fp32": 20e9, "fp16": 0.2e9, "bf16": 0.2e9}
 CPU_TRIAL_BYTES = 0.5e9
 
 GRAPHED_SETS = 8  # a CUDA graph is tied to its input's address: one capture for each input rotated
+COMPILE_SECONDS = 60
 FRESH_SECONDS = 300  # for a child process; the lecture takes one on two cores
+COPY_SECONDS = 0.01  # spent on one number of a copy row, of which there are a hundred with ten numbers each
 LEARNING_RATE = 1e-5  # thousands of timed steps must not carry the parameters to infinity
 
 
@@ -87,6 +100,8 @@ def why_not(cell: Cell, device: str, *, full: bool = True) -> str | None:
     if device == "cuda":
         return None if torch.cuda.is_available() else f"no CUDA device (torch {torch.__version__})"
     if cell.phase == "lecture":
+        if torch.cuda.is_available():
+            return "the row on the GPU has the product on the CPU beside it"
         return None if full else "takes half a minute on a CPU: runs with --benchmark only"
     limit, needed = CPU_FLOPS[cell.problem.dtype], work_of(cell.problem, cell.phase, device)
     if needed.flops > limit:
@@ -243,8 +258,18 @@ class Bench:
         return [torch.randn(rows, width, device=self.device, dtype=self.dtype) for _ in self.inputs]
 
     @cached_property
+    def host(self) -> Tensor:
+        """The first input in pageable memory of the host."""
+        return self.inputs[0].cpu()
+
+    @cached_property
+    def pinned(self) -> Tensor:
+        """The same in pinned memory."""
+        return self.host.pin_memory()
+
+    @cached_property
     def copies(self) -> dict[str, dict[str, float]]:
-        return copies(self.inputs[0])
+        return copies(self.host, self.inputs[0].device)
 
     @cached_property
     def gradients(self) -> list[Tensor]:
@@ -361,13 +386,13 @@ def bench_for(problem: Problem, device: str) -> Bench:
     return Bench(problem, device)
 
 
-def copies(x: Tensor) -> dict[str, dict[str, float]]:
-    """Copies of as many bytes as x has from the host to the device, into memory that is already there.
+def copies(host: Tensor, device: torch.device, seconds: float = timing.SECONDS) -> dict[str, dict[str, float]]:
+    """Copies of a tensor of pageable memory to the device, into memory that is already there.
 
     For each of pageable, pinned, and pinned + non_blocking on a side stream: `ms` between device events around the
     copy, `host_ms` for which the host was held up, and `gbps` (1e9 bytes a second).
     """
-    calls = copy_calls([x.cpu()], x.device)
+    calls = copy_calls([host], device)
     here, side = torch.cuda.current_stream(), torch.cuda.Stream()
     found = {}
     for kind, call, stream in (
@@ -376,25 +401,63 @@ def copies(x: Tensor) -> dict[str, dict[str, float]]:
         ("pinned_side_stream", "non_blocking", side),
     ):
         with torch.cuda.stream(stream):
-            measured = timing.time_apart(calls[call])
+            measured = timing.time_apart(calls[call], seconds)
         ms = measured.device.ms
-        gbps = 1e-6 * x.numel() * x.element_size() / ms
+        gbps = 1e-6 * host.numel() * host.element_size() / ms
         found[kind] = {"ms": ms, "host_ms": measured.returned.ms, "gbps": gbps}
     return found
 
 
-def prefetched(bench: Bench) -> dict[str, float]:
-    """A copy row's `prefetch` (see the top of this file)."""
-    model, parameters, dy = bench.model, bench.parameters, bench.gradients[0]
-    batches = iter(DevicePrefetcher(itertools.repeat(bench.inputs[0].cpu().pin_memory()), bench.device))
+# By which ways a batch comes to the device, as they are told.
+WAYS = {
+    "to_device": "x.to(device)",  # of pageable memory, as it is usually written
+    "non_blocking": "pinned, non_blocking",  # in the stream that computes
+    "prefetched": "DevicePrefetcher",  # from pinned memory
+    "resident": "data on the GPU",
+}
 
-    def compute(x: Tensor) -> None:
-        torch.autograd.grad(model(x), parameters, dy)
 
-    step = timing.time_loop(Timed(lambda _: compute(next(batches)))).ms
-    there = timing.time_loop(Timed(lambda i: compute(bench.inputs[i]), sets=len(bench.inputs))).ms
-    copied = bench.copies["pinned_side_stream"]["ms"]
-    return {"ms": step, "compute_ms": there, "copy_ms": copied, "share": max(copied, there) / step}
+def ways(bench: Bench) -> dict[str, Timed]:
+    """A forward and backward on a batch of the host by each of WAYS.
+
+    That each brings the batch is verified, and forward and backward against eager. Raises AssertionError as `compare`
+    does.
+    """
+    model, parameters, device = bench.model, bench.parameters, bench.device
+    there = [x.clone() for x in bench.inputs]  # a copy arrives dense, whatever the layout was
+    host, pinned = bench.host, bench.pinned
+    batches = iter(DevicePrefetcher(itertools.repeat(pinned), device))
+    arrive: dict[str, Callable[[int], Tensor]] = {
+        "to_device": lambda i: host.to(device),
+        "non_blocking": lambda i: pinned.to(device, non_blocking=True),
+        "prefetched": lambda i: next(batches),
+        "resident": lambda i: there[i],
+    }
+    for name, batch in arrive.items():
+        assert torch.equal(batch(0), bench.inputs[0]), f"{name} brings another batch"
+
+    def training(name: str) -> Timed:
+        batch, sets = arrive[name], len(there) if name == "resident" else 1
+        return Timed(lambda i: torch.autograd.grad(model(batch(i)), parameters, bench.gradients[i]), sets=sets)
+
+    found = {name: training(name) for name in WAYS}
+    expected = torch.autograd.grad(bench.eager(there[0]), parameters, bench.gradients[0])
+    compare(found["resident"](0), expected, bench.problem.dtype, 0)
+    return found
+
+
+def throughput(ways: dict[str, Timed], rows: int, copy_ms: float, clock: timing.Clock = timing.CLOCK) -> dict[str, Any]:
+    """A copy row's `throughput` (see the top of this file) of `ways` on batches of so many rows."""
+    found = {name: timing.time_loop(timed, COPY_SECONDS, clock) for name, timed in ways.items()}
+    compute_ms = found["resident"].ms
+    bound_ms = max(copy_ms, compute_ms)
+    readings: dict[str, dict[str, float]] = {}
+    for name, spread in found.items():
+        readings[name] = {"ms": spread.ms, "low": spread.low, "high": spread.high}
+        readings[name]["examples_per_s"] = 1e3 * rows / spread.ms
+        if name != "resident":
+            readings[name]["of_bound"] = bound_ms / spread.ms
+    return {"ways": readings, "copy_ms": copy_ms, "compute_ms": compute_ms, "bound_ms": bound_ms}
 
 
 def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:
@@ -503,6 +566,45 @@ BASELINES = (
         lambda cell, device: device == "cuda" and cell.anchor,
     ),
 )
+GEMM_BASELINES = ("matmul", "eager")  # of a kernel by itself (see gemm.py)
+
+
+def compile_ahead(problems: Sequence[Problem]) -> None:
+    """Compile what FusedMLP launches for these on the current GPU, on all cores but two, before anything is timed.
+
+    One after the other, where they are first launched, the kernels of the copy rows would take longer to compile than
+    their rows to measure. What is not compiled here, for whatever reason, is compiled there.
+    """
+    target = driver.active.get_current_target()
+    with Compilers(_compile, configs.describe("cuda"), target, count_workers()) as compilers:
+        # Those that differ in rows alone are often the same kernels: they are not to be compiled side by side.
+        compilers.ask({problem: problem for problem in sorted(problems, key=lambda problem: problem.rows)})
+        deadline = time.monotonic() + COMPILE_SECONDS
+        with contextlib.suppress(NotYetError):
+            for problem in problems:
+                compilers.wait(problem, deadline - time.monotonic())
+
+
+def _compile(problem: Problem) -> None:
+    """In a process where `compiling.compile_only` holds: the path of a call, in inference and in training."""
+    dtype, widths = DTYPES[problem.dtype], problem.widths
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    activations = [problem.activation] * (len(widths) - 2) + ["identity"]
+    layers = [
+        Layer(make(n, k).requires_grad_(), make(n).requires_grad_(), resolve(activation))
+        for (k, n), activation in zip(pairwise(widths), activations, strict=True)
+    ]
+    parameters = [parameter for layer in layers for parameter in layer[:2] if parameter is not None]
+    x = make(problem.rows, widths[0])
+    device = configs.device_of(x)
+    configs.describe = lambda kind, index=0: device  # type: ignore[assignment]
+    with torch.no_grad():
+        run_kernels(x, layers, dtype)
+    y = run_kernels(x, layers, dtype)
+    torch.autograd.grad(y, parameters, torch.empty_like(y))
 
 
 def prepare(cell: Cell, device: str) -> Timed:
@@ -516,7 +618,7 @@ def prepare(cell: Cell, device: str) -> Timed:
         return gemm.timed("ours")
     bench = bench_for(cell.problem, device)
     if cell.phase == "copy":
-        pinned, target = bench.inputs[0].cpu().pin_memory(), torch.empty_like(bench.inputs[0])
+        pinned, target = bench.pinned, torch.empty_like(bench.inputs[0])
         assert torch.equal(target.copy_(pinned), bench.inputs[0])
         return Timed(lambda _: target.copy_(pinned))
     timed = bench.timed(bench.model, cell.phase)
@@ -552,13 +654,13 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
     bench = bench_for(problem, device)
     try:
         if cell.phase == "copy":
-            row["copy"] = bench.copies
+            row["copy"] = bench.copies = copies(bench.host, bench.inputs[0].device, COPY_SECONDS)
             row["link"] = asdict(timing.link(f"cuda:{torch.cuda.current_device()}"))
-            row["prefetch"] = prefetched(bench)
+            row["throughput"] = throughput(ways(bench), problem.rows, row["copy"]["pinned_side_stream"]["ms"])
             report(row)
             row["phases"] = {}
             for phase in COPIED_PHASES:
-                row["phases"][phase] = _measure_model(bench, phase)[0]
+                row["phases"][phase] = _measure_model(bench, phase, COPY_SECONDS)[0]
                 report(row)
             return row
         ours, timed = _measure_model(bench, cell.phase)
@@ -577,14 +679,14 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
             parameter.grad = None
 
 
-def _measure_model(bench: Bench, phase: str) -> tuple[dict[str, Any], Timed]:
+def _measure_model(bench: Bench, phase: str, seconds: float = timing.SECONDS) -> tuple[dict[str, Any], Timed]:
     """Our own part of a row, and what was timed."""
     problem, device = bench.problem, bench.device
     plan = bench.model.explain(problem.rows, bench.dtype)
     timed = bench.timed(bench.model, phase)
     row = {"path": plan.path, "reason": plan.reason, "precision": plan.precision, "sets": timed.sets}
     row |= bench.verify(timed, phase)
-    measured = timing.time_call(timed, device)
+    measured = timing.time_call(timed, device, seconds)
     row |= measured.as_dict()
     row |= against_floor(work_of(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms)
     row["copy"] = None
@@ -604,7 +706,7 @@ def _measure_gemm(row: dict[str, Any], gemm: Gemm, report: Report) -> dict[str, 
     ceilings = timing.ceilings(gemm.device, gemm.problem.dtype)
     row |= measured.as_dict() | against_floor(gemm.plan.work, ceilings, measured.kernel_ms)
     row["baselines"] = {}
-    for name in ("matmul", "eager"):
+    for name in GEMM_BASELINES:
         row["baselines"][name] = _beside(row, timing.time_call(gemm.timed(name), gemm.device))
         report(row)
     row["repeat_ms"] = timing.time_call(timed, gemm.device).ms

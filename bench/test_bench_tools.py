@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bench import fresh, gemm, goals, gpu, measure
+from bench import bench_copy, fresh, gemm, goals, gpu, measure, report
+from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
-from mlp_fused import FusedMLP, graphs, tuning
+from mlp_fused import FusedMLP, graphs, timing, tuning
 from mlp_fused.plan import Work, work
 from mlp_fused.timing import Ceilings, Timed, distorted
 
@@ -122,6 +124,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(pattern: str, device: str, **options: bool) -> str | None:
         return measure.why_not(select(pattern)[0], device, **options)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert reason("seed-*-m64-step", "cpu") is None
     assert reason("narrow-128x128x128x128x128-relu-fp32-m1048576-forward", "cpu") == (
         "more than 20 GFLOP in fp32: not on a CPU"
@@ -131,10 +134,10 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--benchmark only" in str(reason("narrow-16x*-fp32-m2097152-forward", "cpu", full=False))
     assert reason("narrow-16x*-fp32-m2097152-forward", "cpu") is None
     assert reason("*-lecture", "cpu") is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in str(reason("seed-*", "cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert reason("large-*-m32768-step", "cuda") is None
+    assert reason("*-lecture", "cpu") == "the row on the GPU has the product on the CPU beside it"
 
 
 # Arithmetic
@@ -349,6 +352,220 @@ def test_memory_of_a_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
+class HostAndDevice(timing.Clock):
+    """A host that issues, a device that computes and a link that copies, in seconds, in the place of the real ones."""
+
+    def __init__(self) -> None:
+        self.host = self.device = self.link = 0.0
+
+    def copy(self, seconds: float, *, waits: bool = False, aside: bool = False) -> None:
+        """In the stream that computes, or `aside`; the host issues it in 5 µs, and with `waits` waits for it."""
+        self.host += 5e-6
+        begun = max(self.host, self.link, 0.0 if aside else self.device)
+        self.link = begun + seconds
+        if not aside:
+            self.device = self.link
+        if waits:
+            self.synchronize()
+
+    def compute(self, seconds: float, issue: float = 2e-4) -> None:
+        self.host += issue
+        self.device = max(self.device, self.host) + seconds
+
+    def now(self) -> float:
+        return self.host
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device, self.link)
+
+    def event(self) -> float:
+        return max(self.host, self.device)
+
+    def elapsed_ms(self, start: float, end: float) -> float:
+        return 1e3 * (end - start)
+
+    def spin(self, seconds: float) -> None:
+        self.compute(seconds, 1e-6)
+
+
+@pytest.mark.parametrize(("copy", "work"), [(1e-3, 2e-3), (2e-3, 1e-3), (5e-6, 5e-6)], ids=["work", "copy", "launches"])
+def test_throughput_of_each_way_against_the_slower_of_copy_and_compute(copy: float, work: float) -> None:
+    clock = HostAndDevice()
+
+    def to_device(_: int) -> None:
+        clock.copy(5 * copy, waits=True)
+        clock.compute(work)
+
+    def non_blocking(_: int) -> None:
+        clock.copy(copy)
+        clock.compute(work)
+
+    def prefetched(_: int) -> None:
+        clock.device = max(clock.device, clock.link)
+        clock.copy(copy, aside=True)
+        clock.compute(work)
+
+    simulated = {"to_device": to_device, "non_blocking": non_blocking, "prefetched": prefetched}
+    calls = {name: Timed(call) for name, call in simulated.items()} | {"resident": Timed(lambda _: clock.compute(work))}
+    found = measure.throughput(calls, rows=1000, copy_ms=1e3 * copy, clock=clock)
+    ways = found["ways"]
+    assert found["compute_ms"] == ways["resident"]["ms"] == pytest.approx(1e3 * max(work, 2e-4), rel=0.05)
+    assert found["bound_ms"] == max(found["copy_ms"], found["compute_ms"])
+    for name, way in ways.items():
+        assert way["examples_per_s"] == pytest.approx(1e6 / way["ms"])
+        assert name == "resident" or way["of_bound"] == pytest.approx(found["bound_ms"] / way["ms"])
+    if work > 2e-4:  # else all but the launches is hidden anyway
+        assert ways["to_device"]["ms"] == pytest.approx(1e3 * (5 * copy + work), rel=0.15)
+        assert ways["non_blocking"]["ms"] == pytest.approx(1e3 * (copy + work), rel=0.15)
+    assert ways["prefetched"]["of_bound"] > 0.9
+    assert "of_bound" not in ways["resident"]
+
+
+# What the model of the copy rows' time takes for granted; bytes/s, FLOP/s, seconds.
+LINK, PAGEABLE = 40e9, 8e9
+FRESH = 2e9  # into the host's memory that is touched for the first time; pinned memory is used again
+MEMORY, FLOPS = 2e12, {"fp32": 50e12, "bf16": 500e12}  # of kernels, and of eager, which verifies them
+ROW = 0.25  # building the model, collecting garbage, pytest's own
+KERNELS, KERNEL, CORES = 199, 1.3, 14  # those of the copy rows on an H100, compiled by so many processes
+PROCESS = 8  # a process that imports torch, makes a context and compiles one network's kernels
+CPU_FLOPS = 0.5e12
+STARTING = 8  # pytest, torch and its compiler imported, the ceilings and the link measured
+
+
+def seconds_of_a_copy_row(problem: Problem) -> float:
+    """Of a simulated host, device and link, by the code that measures."""
+    clock = HostAndDevice()
+    nbytes = problem.rows * problem.widths[0] * (4 if problem.dtype == "fp32" else 2)
+
+    def work(phase: str) -> float:
+        return measure.work_of(problem, phase, "cpu").floor(FLOPS[problem.dtype], MEMORY)
+
+    def with_copy(seconds: float, **how: bool) -> Timed:
+        def call(_: int) -> None:
+            clock.copy(seconds, **how)
+            clock.compute(work("training"))
+
+        return Timed(call)
+
+    def copy_alone(seconds: float, waits: bool) -> Timed:
+        return Timed(lambda _: clock.copy(seconds, waits=waits), waits=waits)
+
+    def compute(phase: str) -> Callable[[int], None]:
+        return lambda _: clock.compute(work(phase))
+
+    clock.host += ROW + nbytes / FRESH + 2 * nbytes / PAGEABLE  # to the host, and twice into pinned memory
+    # Verified: three phases and the resident way, and eager's.
+    for phase in (*2 * ["forward"], *6 * ["training"]):
+        clock.compute(work(phase))
+    for rate, waits in ((PAGEABLE, True), (LINK, True), (LINK, False)):
+        timing.time_apart(copy_alone(nbytes / rate, waits), measure.COPY_SECONDS, clock)
+    ways = {
+        "to_device": with_copy(nbytes / PAGEABLE, waits=True),
+        "non_blocking": with_copy(nbytes / LINK),
+        "prefetched": with_copy(nbytes / LINK, aside=True),
+        "resident": Timed(compute("training")),
+    }
+    measure.throughput(ways, problem.rows, 1e3 * nbytes / LINK, clock)
+    for timed in (
+        Timed(compute("forward")),
+        Timed(compute("backward"), setup=compute("forward")),
+        Timed(compute("step")),
+    ):
+        timing.time_cuda(timed, measure.COPY_SECONDS, clock)
+    clock.synchronize()
+    return clock.now() + max(measure.COPY_SECONDS, 3 * nbytes / LINK)  # and what pytest-benchmark shows
+
+
+def test_the_copy_rows_take_less_than_three_minutes_of_a_gpu() -> None:
+    cells = [cell for cell, device in cases("copy") if device == "cuda"]
+    rows = sum(seconds_of_a_copy_row(cell.problem) for cell in cells if cell.phase == "copy")
+    (lecture,) = (cell.problem for cell in cells if cell.phase == "lecture")
+    on_the_cpu = 2 * 2 * lecture.rows**3 / CPU_FLOPS
+    compiling = PROCESS + KERNELS * KERNEL / CORES
+    assert compiling < measure.COMPILE_SECONDS
+    processes = 3 * PROCESS  # of the lecture, and of the first touch with Triton's cache empty and filled
+    assert 30 < rows < 120
+    assert STARTING + rows + compiling + processes + on_the_cpu < 180
+
+
+def test_kernels_of_copy_rows_are_compiled_ahead_the_smallest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Problem] = []
+
+    class Compilers(contextlib.nullcontext[Any]):
+        def __init__(self, compile: object, gpu: object, target: object, workers: int) -> None:
+            super().__init__(self)
+            assert (compile, gpu, target) == (measure._compile, "gpu", "target")
+
+        def ask(self, work: dict[Problem, Problem]) -> None:
+            asked.extend(work)
+
+        def wait(self, key: Problem, seconds: float) -> None:
+            assert key in asked
+            assert 0 < seconds <= measure.COMPILE_SECONDS
+            raise measure.NotYetError
+
+    monkeypatch.setattr(measure, "Compilers", Compilers)
+    monkeypatch.setattr(measure.configs, "describe", lambda kind: "gpu")
+    active = SimpleNamespace(get_current_target=lambda: "target")
+    monkeypatch.setattr(measure, "driver", SimpleNamespace(active=active))
+    problems = [Problem((5, 3), rows) for rows in (8, 2, 4)]
+    measure.compile_ahead(problems)
+    assert [problem.rows for problem in asked] == [2, 4, 8]
+
+
+def test_rows_ask_for_what_is_to_be_compiled() -> None:
+    def item(cell: Cell, *names: str) -> Any:
+        return SimpleNamespace(fixturenames=names, callspec=SimpleNamespace(params={"cell": cell}))
+
+    asking = [item(cell, "row", "compiled") for cell in GRID if cell.family == "copy"]
+    problems = problems_of([SimpleNamespace(), item(GRID[0], "row"), *asking, *asking])  # type: ignore[list-item]
+    assert problems == [cell.problem for cell in GRID if cell.phase == "copy"]
+    assert {mark.args for mark in vars(bench_copy.test_copy)["pytestmark"] if mark.name == "usefixtures"} == {
+        ("compiled",)
+    }
+
+
+def test_what_a_call_launches_is_compiled() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = """
+from bench import measure
+from bench.shapes import Problem
+from mlp_fused.compiling import compile_only
+from mlp_fused.kernels.configs import DEVICES
+from mlp_fused.kernels.launch import Launch
+
+compile_only(DEVICES["NVIDIA H100"], None)
+Launch.through_triton = lambda launch, tensors: print(launch.kernel.__name__)
+for problem in (Problem((64, 64, 64), 2**20, "bf16"), Problem((784, 512, 10), 64)):
+    measure._compile(problem)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    launched = child.stdout.split()
+    assert launched.count("network_forward_kernel") >= 1
+    assert launched.count("layer_forward_kernel") == 2 * 2  # in inference, in training
+    assert launched.count("dgrad_kernel") == 1
+    assert launched.count("wgrad_kernel") == 2
+
+
+def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    bench = measure.Bench(SMALL, "cpu")
+    found = measure.ways(bench)
+    assert list(found) == ["to_device", "non_blocking", "prefetched", "resident"]
+    for timed in found.values():
+        assert len(timed(0)) == len(bench.parameters)
+    monkeypatch.setattr(measure, "DevicePrefetcher", lambda batches, device: (2 * x for x in batches))
+    with pytest.raises(AssertionError, match="prefetched brings another batch"):
+        measure.ways(bench)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    bench.model.register_forward_hook(lambda model, x, y: 2 * y)
+    with pytest.raises(AssertionError, match="wrong against eager"):
+        measure.ways(bench)
+
+
 def test_warmup_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(FusedMLP, "warmup", lambda self, batch_size: asked.append(batch_size), raising=False)
@@ -391,7 +608,7 @@ def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, of
     row = {
         "copy": {"pinned_side_stream": {"ms": ms, "gbps": gbps, "host_ms": 0.01}},
         "link": {"to_device": 50e9, "to_host": 50e9},
-        "prefetch": {"ms": ms, "share": 0.8},
+        "throughput": {"ways": {"prefetched": {"ms": ms, "of_bound": 0.8}}},
     }
     assert goals.of_link(row) == (of_link and pytest.approx(of_link))
     assert goals.of_the_slower(row) == of_the_slower
@@ -492,6 +709,7 @@ def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stdout
     content = json.loads(path.read_text())
     assert content["machine_info"]["torch"] == torch.__version__
+    report.markdown(report.read(path), {}, "slug")  # raises where the report cannot read it
     row = next(b["extra_info"] for b in content["benchmarks"] if b["extra_info"]["device"] == "cpu")
     assert row["flops"] == 2 * 64 * (784 * 512 + 512 * 512 + 512 * 10)
     if not torch.cuda.is_available():

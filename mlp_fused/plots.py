@@ -1,19 +1,92 @@
-"""What `mlp-fused transfer --plot` draws, by matplotlib."""
+"""What `mlp-fused transfer --plot` draws, by matplotlib; and how all plots of this project look."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .timing import Spread
 from .transfer import Transfer
 
-__all__ = ["draw"]
+__all__ = ["DARK", "LIGHT", "Theme", "blank", "draw", "file_of", "finish", "write"]
 
 # Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/), with markers and dashes
 # besides.
 BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE = "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7"
+SKY = "#56B4E9"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The page that a plot stands on."""
+
+    name: str
+    background: str
+    ink: str
+    grid: str
+    blue: str  # the one that shows on this background
+    orange: str = ORANGE
+    green: str = GREEN
+    vermilion: str = VERMILION
+    purple: str = PURPLE
+
+
+LIGHT = Theme("light", "#FFFFFF", BLACK, "#DDDDDD", BLUE)
+DARK = Theme("dark", "#0D1117", "#E6EDF3", "#30363D", SKY)  # GitHub's
+
+
+def blank(theme: Theme, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches, 150 dots each, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, facecolor=theme.background, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot(facecolor=theme.background)
+
+
+def finish(axes: Any, theme: Theme, **legend: Any) -> None:
+    """The grid and the legend, which may stand outside the axes, and all lettering in the theme's ink."""
+    axes.grid(True, which="major", color=theme.grid, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=theme.ink)
+    for spine in axes.spines.values():
+        spine.set_color(theme.ink)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(theme.ink)
+    owner = axes.figure if str(legend.get("loc")).startswith("outside") else axes
+    shown = owner.legend(frameon=True, facecolor=theme.background, edgecolor=theme.grid, framealpha=0.9, **legend)
+    for text in shown.get_texts():
+        text.set_color(theme.ink)
+
+
+def file_of(figure: Any, kind: str) -> bytes:
+    """The contents of a file of `kind`, "png" or "svg"; of equal figures, equal ones."""
+    from matplotlib import rc_context
+
+    written = io.BytesIO()
+    with rc_context({"svg.hashsalt": "mlp_fused"}):
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(written, format=kind, facecolor=figure.get_facecolor(), metadata=metadata)
+    return written.getvalue()
+
+
+def write(files: Mapping[Path, bytes]) -> None:
+    """Write these files, whole or not at all, and none before all have found room."""
+    temporaries = {path.resolve(): path.resolve().with_name(f".{path.name}.{os.getpid()}") for path in files}
+    try:
+        for temporary, content in zip(temporaries.values(), files.values()):
+            temporary.write_bytes(content)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def draw(found: Transfer, path: Path) -> None:
@@ -21,13 +94,9 @@ def draw(found: Transfer, path: Path) -> None:
 
     The file, .png or .svg, is written whole or not at all. Its background is white, on dark pages too.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(8, 5.2), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = blank(LIGHT, 8, 5.2)
     sizes = [point.rows for point in found.points]
 
     def line(label: str, spreads: list[Spread], color: str, marker: str, dashes: str, width: float = 1.8) -> None:
@@ -48,8 +117,6 @@ def draw(found: Transfer, path: Path) -> None:
     axes.xaxis.set_minor_formatter("")
     axes.set_xticks(sizes)
     axes.minorticks_off()
-    axes.grid(True, which="major", color="#DDDDDD", lw=0.6)
-    axes.set_axisbelow(True)
     crossing = found.crossings.get("step")
     if crossing is not None and 0 < crossing.rows < math.inf:
         low = max(crossing.low, sizes[0])
@@ -70,11 +137,5 @@ def draw(found: Transfer, path: Path) -> None:
     what = "training: forward and backward" if found.training else "inference"
     network = found.network.partition(", input")[0]
     axes.set_title(f"{network}; {what}\n{found.gpu or 'no GPU'}; CPU: {found.cpu}", fontsize=10)
-    axes.legend(fontsize=8, frameon=True, facecolor="white", framealpha=0.9, loc="lower right")
-
-    temporary = path.resolve().with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
-        os.replace(temporary, path.resolve())
-    finally:
-        temporary.unlink(missing_ok=True)
+    finish(axes, LIGHT, fontsize=8, loc="lower right")
+    write({path: file_of(figure, path.suffix[1:])})

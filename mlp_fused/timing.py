@@ -222,7 +222,7 @@ CLOCK = Clock()
 
 
 def time_call(timed: Timed, device: str, seconds: float = SECONDS, clock: Clock = CLOCK) -> Timing:
-    """Warm up, then read about `seconds` worth of calls, at least five (three where one takes a second or more)."""
+    """Warm up, then read about `seconds` worth of calls, at least five (three where one takes ten times that)."""
     return time_cuda(timed, seconds, clock) if device == "cuda" else time_cpu(timed, seconds, clock)
 
 
@@ -285,7 +285,7 @@ def _enough(timed: Timed, once: float, seconds: float) -> tuple[int, int]:
     Several short calls between two events, or the events themselves would be a good part of the reading.
     """
     calls = 1 if timed.setup is not None else clamp(200e-6 / once, 1, 20)
-    return clamp(seconds / (once * calls), 3 if once > 1 else 5, 100), calls
+    return clamp(seconds / (once * calls), 3 if once > 10 * seconds else 5, 100), calls
 
 
 def _cover(issued: float, calls: int) -> float:

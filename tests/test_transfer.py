@@ -584,7 +584,7 @@ def test_the_plot_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
     from mlp_fused.plots import draw
 
     figures: list[Any] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (figures.append(figure), path.write_text("")))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: figures.append(figure))
     found = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
     draw(found, tmp_path / "plot.png")
     (axes,) = figures[0].axes
@@ -605,16 +605,14 @@ def test_the_plot_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @matplotlib
 def test_a_plot_that_fails_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from matplotlib.figure import Figure
-
     from mlp_fused.plots import draw
 
-    def fail(figure: Figure, path: Path, **_: object) -> None:
+    def fail(path: Path, content: bytes) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
     (tmp_path / "plot.png").write_text("old")
-    monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space"):
         draw(simulate(Simulated()), tmp_path / "plot.png")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

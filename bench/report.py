@@ -1,0 +1,808 @@
+"""From results to the tables and plots of a README: `python -m bench.report RESULTS.json [MORE.json ...] --out DIR`.
+
+RESULTS.json is what `pytest bench --benchmark --benchmark-json=FILE` or gpu.py wrote. Several files of one machine, one
+set of versions and one user's table are merged, by their dates: of two rows of the same thing the later one counts, and
+the report says how many were replaced. Files that do not belong together, or whose times a debugging switch distorts,
+are refused in one sentence.
+
+DIR then holds <gpu>.md, every cell of the grid in it, measured or not, and its plots, each for light and for dark
+pages. They are written when all of them are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import goals
+from bench.gpu import SAME, SCHEMA
+from bench.measure import BASELINES, GEMM_BASELINES, WAYS
+from bench.shapes import COPIED_PHASES, FAMILIES, FRESH_PHASES, GEMM_PHASES, GRID, PHASES, Cell
+from mlp_fused import plots
+from mlp_fused.kernels.configs import device_slug
+from mlp_fused.plots import Theme
+
+Row = dict[str, Any]
+
+ONE_MACHINE = (*SAME, "cpu")
+NOT_MEASURED = "not measured"
+NOT_MEANT = "-"  # a baseline that a cell is not compared with
+NETWORKS = tuple(family for family in FAMILIES if family not in ("gemm", "warmup", "copy"))
+
+
+class UnfitError(ValueError):
+    """Files of which no report can be made; its text says why, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one or more files of one machine hold.
+
+    Attributes:
+        machine: as machine.py has it.
+        dates: when each file was written, ISO 8601.
+        names: the files', in the order of their dates.
+        rows: by id and device, as measure.py has them.
+        replaced: how many rows of each file a later file has again.
+    """
+
+    machine: dict[str, Any]
+    dates: tuple[str, ...]
+    names: tuple[str, ...]
+    rows: dict[tuple[str, str], Row]
+    replaced: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """What the report is about: "cuda" where there is a GPU."""
+        return "cpu" if self.machine["gpu"] is None else "cuda"
+
+    @property
+    def name(self) -> str:
+        return self.machine["gpu"] or self.machine["cpu"]
+
+    def row(self, cell: Cell) -> Row | None:
+        return self.rows.get((str(cell), self.device))
+
+    def measured(self, cells: Iterable[Cell]) -> list[tuple[Cell, Row]]:
+        """Those of the cells that have a row which did not fail, with it."""
+        found = [(cell, self.row(cell)) for cell in cells]
+        return [(cell, row) for cell, row in found if row is not None and "error" not in row]
+
+
+# Reading
+
+
+def read(path: Path) -> Results:
+    """The results in a file.
+
+    Raises:
+        UnfitError: it cannot be read, is none of ours, holds no row, or is distorted.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UnfitError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UnfitError(f"{path} is not JSON; it needs to be what --benchmark-json or bench/gpu.py wrote") from None
+    try:
+        if "benchmarks" in content:
+            machine, date = content["machine_info"], content["datetime"]
+            rows = [each["extra_info"] for each in content["benchmarks"]]
+        else:
+            machine, date, rows = content["machine"], content["updated"], list(content["rows"].values())
+            if content["schema"] != SCHEMA:
+                raise UnfitError(f"{path} is of schema {content['schema']}; this report reads {SCHEMA}: measure anew")
+        rows = [row for row in rows if "id" in row]
+        missing = [name for name in (*ONE_MACHINE, "distorted") if name not in machine]
+    except (KeyError, TypeError, AttributeError):
+        raise UnfitError(f"{path} holds no results of --benchmark-json or bench/gpu.py") from None
+    if missing:
+        raise UnfitError(f"{path} does not say what it was measured on ({', '.join(missing)}): measure anew")
+    if machine["distorted"] is not None:
+        raise UnfitError(f"{path} was measured in vain: {machine['distorted']}")
+    if not rows:
+        raise UnfitError(f"{path} holds no row that was measured")
+    return Results(machine, (date,), (path.name,), {(row["id"], row.get("device", "cuda")): row for row in rows})
+
+
+def merge(several: Sequence[Results]) -> Results:
+    """The rows of some files, those of a later one in place of an earlier one's.
+
+    Raises:
+        UnfitError: they are of more than one machine, set of versions or user's table.
+    """
+    first, *others = sorted(several, key=lambda results: results.dates)
+    rows = dict(first.rows)
+    replaced: dict[str, int] = {}
+    owner = dict.fromkeys(rows, first.names[0])
+    for other in others:
+        differs = [name for name in ONE_MACHINE if other.machine[name] != first.machine[name]]
+        if differs:
+            values = (f"{name} {other.machine[name]} instead of {first.machine[name]}" for name in differs)
+            raise UnfitError(
+                f"{other.names[0]} and {first.names[0]} do not mix ({'; '.join(values)}): make a report of each"
+            )
+        for key, row in other.rows.items():
+            if key in rows:
+                replaced[owner[key]] = replaced.get(owner[key], 0) + 1
+            rows[key], owner[key] = row, other.names[0]
+    dates = tuple(date for results in (first, *others) for date in results.dates)
+    names = tuple(name for results in (first, *others) for name in results.names)
+    return Results(first.machine, dates, names, rows, replaced)
+
+
+# Numbers
+
+
+def digits(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def is_meant(name: str, cell: Cell, device: str) -> bool:
+    """Whether a cell is compared with a baseline."""
+    if cell.phase in GEMM_PHASES:
+        return name in GEMM_BASELINES
+    return any(each.name == name and each.applies(cell, device) for each in BASELINES)
+
+
+def ratio(cell: Cell) -> str:
+    """Which of a baseline's figures is told: of a kernel by itself the device's time, else that of a call."""
+    return "kernel_speedup" if cell.phase in GEMM_PHASES else "speedup"
+
+
+def speed(row: Row, cell: Cell, name: str, device: str) -> str:
+    """A baseline's time over ours, or why there is none."""
+    found = row["baselines"].get(name)
+    if found is None:
+        return NOT_MEASURED if is_meant(name, cell, device) else NOT_MEANT
+    return "failed" if "error" in found else f"{digits(found[ratio(cell)])}x"
+
+
+def noise(row: Row) -> str:
+    return f"{abs(row['repeat_ms'] - row['ms']) / row['ms']:.0%}"
+
+
+def spread(values: Sequence[float], unit: str = "x") -> str:
+    """The median, and the smallest to the largest."""
+    if not values:
+        return NOT_MEASURED
+    middle = f"{digits(statistics.median(values))}{unit}"
+    return middle if len(values) == 1 else f"{middle} ({digits(min(values))} to {digits(max(values))})"
+
+
+# The Markdown
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The first column to the left, the others to the right."""
+    yield f"| {' | '.join(header)} |"
+    yield f"|---|{'---:|' * (len(header) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in row)} |"
+    yield ""
+
+
+def folded(title: str, lines: Iterable[str]) -> Iterator[str]:
+    """What a page shows when asked for."""
+    yield f"<details><summary>{title}</summary>"
+    yield ""
+    yield from lines
+    yield "</details>"
+    yield ""
+
+
+def markdown(results: Results, shown: dict[str, Plot], slug: str) -> str:
+    """The report; `shown` are its plots by name, whose files begin with `slug`."""
+
+    def picture(name: str) -> Iterator[str]:
+        if name in shown:
+            light, dark = (file_name(slug, name, theme) for theme in (plots.LIGHT, plots.DARK))
+            yield (
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+                f'<img src="{light}" alt="{html.escape(shown[name].alt)}"></picture>'
+            )
+            yield ""
+
+    lines = [f"# Measured on {results.name}", ""]
+    lines += _provenance(results)
+    lines += ["## Summary", "", *_summary(results)]
+    lines += ["```text", *goals.report(results.rows.values()), "```", ""]
+    lines += ["## Copy against kernel", "", *picture("copy"), *_copies(results), *picture("throughput")]
+    lines += [*_throughput(results), *_fresh(results)]
+    lines += ["## Speed against each baseline", ""]
+    lines += ["A baseline's time over ours: above 1 we are faster.", "", *picture("speed"), *picture("products")]
+    for family in (*NETWORKS, "gemm"):
+        lines += _speeds(results, family)
+    lines += [*_tinycudann(results), *_calls(results)]
+    lines += ["## Distance from the floor", ""]
+    lines += ["The device's time over max(FLOPs / peak, bytes / bandwidth), both measured in the same process.", ""]
+    lines += [*picture("floor"), *_floors(results)]
+    lines += ["## Memory kept for backward", "", *picture("memory"), *_memory(results)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _provenance(results: Results) -> Iterator[str]:
+    machine = results.machine
+    first, last = (date[:10] for date in (results.dates[0], results.dates[-1]))
+    yield from table(
+        ("", ""),
+        (
+            ("GPU", machine["gpu"] or "none"),
+            ("driver", machine["driver"] or "none"),
+            ("CUDA", machine["cuda"] or "none"),
+            ("torch", machine["torch"]),
+            ("Triton", machine["triton"] or "none"),
+            ("Python", machine["python"]),
+            ("mlp_fused", f"{machine['mlp_fused']}, sources {machine['source']}"),
+            ("measured tiles of the user's own", machine["user_table"] or "none"),
+            ("CPU", machine["cpu"]),
+            ("date", first if first == last else f"{first} to {last}"),
+            ("made of", ", ".join(results.names)),
+        ),
+    )
+    for name, count in results.replaced.items():
+        yield f"{count} row{'s' * (count > 1)} of {name} {'were' if count > 1 else 'was'} measured again later."
+        yield ""
+
+
+def _summary(results: Results) -> Iterator[str]:
+    """A line for each family and phase: medians, and the smallest to the largest."""
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for (family, phase), cells in groups((*NETWORKS, "gemm")).items():
+            good = results.measured(cells)
+            failed = sum(results.row(cell) is not None for cell in cells) - len(good)
+            yield (
+                f"{family} {phase}",
+                f"{len(good)} of {len(cells)}" + f", {failed} failed" * bool(failed),
+                *(_speed_spread(good, name, cells, results.device) for name in LABELS),
+                spread([row["floor_ratio"] for _, row in good]),
+            )
+
+    yield from table(("", "measured", *LABELS.values(), "time over the floor"), lines())
+
+
+def _speed_spread(good: Sequence[tuple[Cell, Row]], name: str, cells: Sequence[Cell], device: str) -> str:
+    if not any(is_meant(name, cell, device) for cell in cells):
+        return NOT_MEANT
+    return spread([value for cell, row in good if (value := speedup(row, cell, name)) is not None])
+
+
+def speedup(row: Row, cell: Cell, name: str) -> float | None:
+    return row["baselines"].get(name, {}).get(ratio(cell))
+
+
+def groups(families: Sequence[str]) -> dict[tuple[str, str], list[Cell]]:
+    """The grid's cells by family and phase, in the order of both."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in GRID:
+        if cell.family in families:
+            found.setdefault((cell.family, cell.phase), []).append(cell)
+    return dict(sorted(found.items(), key=lambda each: (FAMILIES.index(each[0][0]), PHASES.index(each[0][1]))))
+
+
+def _cells(
+    results: Results,
+    cells: Sequence[Cell],
+    title: str,
+    header: Sequence[str],
+    figures: Callable[[Cell, Row], list[str]],
+) -> Iterator[str]:
+    """A folded table with a line for each cell; one sentence where none was measured."""
+    if all(results.row(cell) is None for cell in cells):
+        yield f"{title}: {NOT_MEASURED} ({len(cells)} rows)."
+        yield ""
+        return
+
+    def lines() -> Iterator[Sequence[str]]:
+        for cell in cells:
+            row = results.row(cell)
+            name = f"`{str(cell).removeprefix(f'{cell.family}-')}`"
+            if row is None:
+                yield name, *[NOT_MEASURED] * len(header)
+            elif "error" in row:
+                yield name, f"failed: {row['error']}", *[""] * (len(header) - 1)
+            else:
+                yield name, *figures(cell, row)
+
+    yield from folded(title, table(("", *header), lines()))
+
+
+def _speeds(results: Results, family: str) -> Iterator[str]:
+    cells = [cell for cell in GRID if cell.family == family]
+    names = [name for name in LABELS if any(is_meant(name, cell, results.device) for cell in cells)]
+
+    def figures(cell: Cell, row: Row) -> list[str]:
+        return [
+            row.get("path") or row["tile"],
+            digits(row["ms"]),
+            digits(row["kernel_ms"]),
+            *(speed(row, cell, name, results.device) for name in names),
+            noise(row),
+        ]
+
+    header = ("path or tile", "ms", "of it device", *(LABELS[name] for name in names), "noise")
+    yield from _cells(results, cells, family, header, figures)
+
+
+def _floors(results: Results) -> Iterator[str]:
+    def figures(cell: Cell, row: Row) -> list[str]:
+        return [
+            digits(1e3 * row["floor_s"]),
+            digits(row["kernel_ms"]),
+            f"{digits(row['floor_ratio'])}x",
+            row["bound"],
+            digits(row["tflops"]),
+            digits(row["gbps"]),
+        ]
+
+    header = ("floor, ms", "device, ms", "over the floor", "bound by", "TFLOP/s", "GB/s")
+    for family in (*NETWORKS, "gemm"):
+        yield from _cells(results, [cell for cell in GRID if cell.family == family], family, header, figures)
+
+
+def _memory(results: Results) -> Iterator[str]:
+    def figures(cell: Cell, row: Row) -> list[str]:
+        found = row.get("memory")
+        if found is None:
+            return [NOT_MEASURED] * len(header)
+        kept = (found[whose]["kept_bytes"] / 2**20 for whose in ("ours", "eager"))
+        return [*map(digits, kept), f"{found['kept_ratio']:.2f}", f"{found['peak_ratio']:.2f}"]
+
+    header = ("ours kept, MiB", "eager's kept, MiB", "kept, ours over eager's", "peak, ours over eager's")
+    yield "Between forward and backward, the output included; the peak is that of both."
+    yield ""
+    for family in NETWORKS:
+        if cells := [cell for cell in GRID if cell.family == family and cell.phase == "training"]:
+            yield from _cells(results, cells, family, header, figures)
+
+
+COPIES = [cell for cell in GRID if cell.phase == "copy"]
+
+
+def _copies(results: Results) -> Iterator[str]:
+    def figures(cell: Cell, row: Row) -> list[str]:
+        copied = (row["copy"][kind] for kind in ("pageable", "pinned", "pinned_side_stream"))
+        pinned = row["copy"]["pinned_side_stream"]
+        return [
+            digits(1e-6 * nbytes(pinned)),
+            *(f"{digits(each['ms'])} ({digits(each['gbps'])})" for each in copied),
+            f"{1e9 * pinned['gbps'] / row['link']['to_device']:.0%}",
+            *(f"{digits(pinned['ms'] / row['phases'][phase]['kernel_ms'])}x" for phase in COPIED_PHASES),
+        ]
+
+    header = ["MB", "pageable, ms (GB/s)", "pinned", "pinned, side stream", "of the link"]
+    header += [f"over the {phase}'s kernels" for phase in COPIED_PHASES]
+    yield from _cells(results, COPIES, "Each input's copy, and its time over the kernels'", header, figures)
+
+
+def nbytes(copied: Row) -> float:
+    """How many bytes a copy of a row moved."""
+    return 1e6 * copied["gbps"] * copied["ms"]
+
+
+def _throughput(results: Results) -> Iterator[str]:
+    def figures(cell: Cell, row: Row) -> list[str]:
+        found = row["throughput"]
+        rates = [f"{digits(found['ways'][way]['examples_per_s'])}" for way in WAYS]
+        shares = [f"{found['ways'][way]['of_bound']:.0%}" for way in COPYING]
+        return [*rates, digits(found["copy_ms"]), digits(found["compute_ms"]), *shares]
+
+    header = [f"{label}, examples/s" for label in WAYS.values()] + ["copy, ms", "compute, ms"]
+    header += [f"{WAYS[way]}, of the bound" for way in COPYING]
+    title = "Forward and backward on batches of the host; the bound is max(copy, compute)"
+    yield from _cells(results, COPIES, title, header, figures)
+
+
+def _fresh(results: Results) -> Iterator[str]:
+    """First touch, lecture and warm-up: seconds by name, for the first and for the second time."""
+    for cell in GRID:
+        if cell.phase not in FRESH_PHASES:
+            continue
+        found = {device: results.rows.get((str(cell), device)) for device in cell.devices}
+        good = {device: row for device, row in found.items() if row is not None and "error" not in row}
+        title = {
+            "lecture": f"The lecture's product, {cell.problem.rows} x {cell.problem.rows}",
+            "first_touch": f"First touch, `{cell.problem}`",
+            "warmup": f"`model.warmup`, `{cell.problem}`",
+        }[cell.phase]
+        if not good:
+            failed = any(row is not None for row in found.values())
+            yield f"{title}: {'failed' if failed else NOT_MEASURED}."
+            yield ""
+            continue
+        seconds: dict[str, float] = {}
+        for row in reversed(good.values()):  # on the GPU last, which has the CPU's product beside it
+            seconds = {**row["seconds"], **seconds} if cell.phase == "lecture" else row["seconds"]
+        yield f"### {title}"
+        yield ""
+        parts: dict[str, Any] = {"": seconds} if cell.phase == "lecture" else seconds
+        for state, each in parts.items():
+            if state:
+                yield f"Triton's cache {'empty' if state == 'cold' else 'filled'}:"
+                yield ""
+            names = [name for name in each if not name.endswith("_2")]
+            told = LECTURE if cell.phase == "lecture" else {}
+            lines = (
+                (told.get(name, name), digits(1e3 * each[name]), digits(1e3 * each[again]) if again in each else "")
+                for name, again in ((name, f"{name}_2") for name in names)
+            )
+            yield from table(("", "first time, ms", "second time, ms"), lines)
+        if cell.phase == "lecture":
+            yield from _famous(seconds)
+
+
+# What the clocks of fresh.py's lecture read.
+LECTURE = {
+    "cpu_product": "product on the CPU",
+    "copy": "both operands to the GPU",
+    "product_returned": "product on the GPU, the host's clock, not waiting",
+    "product": "product on the GPU, the host's clock, waiting",
+    "product_device": "product on the GPU, between events on the device",
+}
+
+
+def _famous(seconds: dict[str, float]) -> Iterator[str]:
+    """Why a clock that does not wait reads 0.00 s."""
+    if "product_returned_2" in seconds:
+        read, done = seconds["product_returned_2"], seconds["product_2"]
+        yield (
+            f"The second time, a clock that does not wait reads {read:.2f} s: after {1e6 * read:,.0f} µs the host has "
+            f"the call back. The product is there after {done:.4f} s, {digits(done / read)} times as long."
+        )
+        if "cpu_product_2" in seconds:
+            moved = seconds["copy_2"] + done
+            yield f"The CPU takes {seconds['cpu_product_2']:.4f} s; copies and product on the GPU take {moved:.4f} s."
+        yield ""
+
+
+def _tinycudann(results: Results) -> Iterator[str]:
+    rows = [row for row in results.rows.values() if row["id"].startswith("tinycudann-")]
+    if not rows:
+        yield f"tiny-cuda-nn: {NOT_MEASURED}."
+        yield ""
+        return
+    lines = (
+        (
+            f"`{row['id'].removeprefix('tinycudann-')}`",
+            *(digits(row[whose][name]) for whose in ("ours", "tinycudann") for name in ("ms", "kernel_ms")),
+            f"{digits(row['speedup'])}x",
+            f"{digits(row['kernel_speedup'])}x",
+        )
+        for row in rows
+    )
+    header = ("", "ours, ms", "of it device", "tiny-cuda-nn, ms", "of it device", "its time over ours", "device's")
+    yield from folded("tiny-cuda-nn", table(header, lines))
+
+
+def _calls(results: Results) -> Iterator[str]:
+    rows = [row for row in results.rows.values() if row["id"].startswith("call-")]
+    if not rows:
+        yield f"The Python of a call: {NOT_MEASURED}."
+        yield ""
+        return
+    lines = ((f"`{row['id'].removeprefix('call-')}`", digits(row["us"]), digits(row["sequential_us"])) for row in rows)
+    yield from folded("The Python of a call", table(("", "ours, µs", "nn.Sequential's, µs"), lines))
+
+
+# The plots
+
+
+@dataclass(frozen=True)
+class Plot:
+    """`alt` says in words what `draw` shows."""
+
+    alt: str
+    draw: Callable[[Theme], bytes]
+
+
+@dataclass(frozen=True)
+class Series:
+    """How some points look: a colour by its name in the theme, and a marker."""
+
+    label: str
+    color: str
+    marker: str
+
+
+# Baselines by name, in the order in which they are told.
+SERIES = {
+    "eager": Series("torch, eager", "vermilion", "s"),
+    "matmul": Series("torch's bare product", "ink", "o"),
+    "addmm_activation": Series("torch._addmm_activation", "purple", "v"),
+    "cuda_graph": Series("CUDA graph of eager", "blue", "^"),
+    "compile": Series("torch.compile", "green", "P"),
+    "compile_max_autotune": Series("torch.compile, max-autotune", "orange", "D"),
+}
+LABELS = {name: series.label for name, series in SERIES.items()}
+DTYPES = {
+    "fp32": Series("fp32", "vermilion", "s"),
+    "bf16": Series("bf16", "blue", "^"),
+    "fp16": Series("fp16", "green", "P"),
+}
+COPYING = [way for way in WAYS if way != "resident"]
+WAY_SERIES = {
+    "to_device": Series(WAYS["to_device"], "vermilion", "s"),
+    "non_blocking": Series(WAYS["non_blocking"], "blue", "^"),
+    "prefetched": Series(WAYS["prefetched"], "orange", "D"),
+}
+PHASE_SERIES = {
+    "forward": Series("forward", "blue", "^"),
+    "backward": Series("backward", "green", "P"),
+    "step": Series("step", "vermilion", "s"),
+}
+KEPT = {"kept": Series("kept between forward and backward", "blue", "^"), "peak": Series("peak", "orange", "D")}
+
+Strips = dict[str, dict[str, list[float]]]
+
+
+def plots_of(results: Results) -> dict[str, Plot]:
+    """The plots for which there are rows, by name."""
+    found: dict[str, Plot | None] = {
+        "copy": _copy_plot(results),
+        "throughput": _throughput_plot(results),
+        "speed": _speed_plot(results, NETWORKS, "Speed against each baseline", "time of the baseline over ours"),
+        "products": _speed_plot(
+            results, ("gemm",), "A kernel by itself against torch", "device time of torch's over ours"
+        ),
+        "floor": _floor_plot(results),
+        "memory": _memory_plot(results),
+    }
+    return {name: plot for name, plot in found.items() if plot is not None}
+
+
+def _copy_plot(results: Results) -> Plot | None:
+    rows = [row for _, row in results.measured(COPIES)]
+    points: dict[str, list[tuple[float, float]]] = {
+        phase: [
+            (1e-6 * nbytes(pinned), pinned["ms"] / row["phases"][phase]["kernel_ms"])
+            for row in rows
+            for pinned in (row["copy"]["pinned_side_stream"],)
+        ]
+        for phase in COPIED_PHASES
+    }
+    if not rows:
+        return None
+    medians = {phase: statistics.median(y for _, y in each) for phase, each in points.items()}
+    told = ", ".join(f"{digits(median)} times the {phase}'s kernels" for phase, median in medians.items())
+    alt = f"Time of an input's copy from pinned memory over its kernels', against its size: in the median {told}"
+    return Plot(
+        alt,
+        lambda theme: scatter(
+            theme,
+            points,
+            PHASE_SERIES,
+            "input (MB)",
+            "copy over kernels (times; above 1 it takes longer)",
+            f"Copying the input from pinned memory against computing on it\n{results.name}",
+        ),
+    )
+
+
+def _throughput_plot(results: Results) -> Plot | None:
+    rows = [row["throughput"] for _, row in results.measured(COPIES)]
+    points = {
+        way: [(found["compute_ms"] / found["copy_ms"], found["ways"][way]["of_bound"]) for found in rows]
+        for way in COPYING
+    }
+    if not rows:
+        return None
+    told = ", ".join(f"{statistics.median(y for _, y in each):.0%} {WAYS[way]}" for way, each in points.items())
+    alt = f"Speed of a training loop fed from the host, as a part of what max(copy, compute) allows: medians {told}"
+    return Plot(
+        alt,
+        lambda theme: scatter(
+            theme,
+            points,
+            WAY_SERIES,
+            "compute over copy (times)",
+            "bound over time (1: all that could be is hidden)",
+            f"A training loop fed from the host; the bound is max(copy, compute)\n{results.name}",
+            log_y=False,
+        ),
+    )
+
+
+def _speed_plot(results: Results, families: Sequence[str], title: str, label: str) -> Plot | None:
+    strips: Strips = {}
+    for (family, phase), cells in groups(families).items():
+        each: dict[str, list[float]] = {}
+        for cell, row in results.measured(cells):
+            for name in SERIES:
+                if (value := speedup(row, cell, name)) is not None:
+                    each.setdefault(name, []).append(value)
+        if each:
+            strips[f"{family} {phase.replace('_', ' ')}"] = each
+    title = f"{title}; a point is a cell, a bar the median\n{results.name}"
+    return _strip_plot(strips, SERIES, f"{label} (times; above 1 we are faster)", title)
+
+
+def _floor_plot(results: Results) -> Plot | None:
+    strips: Strips = {}
+    for (family, phase), cells in groups((*NETWORKS, "gemm")).items():
+        each: dict[str, list[float]] = {}
+        for cell, row in results.measured(cells):
+            each.setdefault(cell.problem.dtype, []).append(row["floor_ratio"])
+        if each:
+            strips[f"{family} {phase.replace('_', ' ')}"] = each
+    title = f"Distance from the floor; a point is a cell, a bar the median\n{results.name}"
+    return _strip_plot(strips, DTYPES, "device time over the floor (times; 1 is the floor)", title)
+
+
+def _memory_plot(results: Results) -> Plot | None:
+    strips: Strips = {}
+    cells = sorted((cell for cell in GRID if cell.family in NETWORKS), key=lambda cell: NETWORKS.index(cell.family))
+    for cell, row in results.measured(cells):
+        if "memory" in row:
+            each = strips.setdefault(f"{cell.family} {cell.problem.activation}", {})
+            for name in KEPT:
+                each.setdefault(name, []).append(row["memory"][f"{name}_ratio"])
+    title = f"Memory of a forward and backward, over eager's; a point is a cell, a bar the median\n{results.name}"
+    return _strip_plot(strips, KEPT, "ours over eager's (times; below 1 we keep less)", title, log=False)
+
+
+def _strip_plot(strips: Strips, series: dict[str, Series], label: str, title: str, log: bool = True) -> Plot | None:
+    if not strips:
+        return None
+    all_of = {name: [value for each in strips.values() for value in each.get(name, [])] for name in series}
+    told = ", ".join(f"{series[name].label} {digits(statistics.median(each))}" for name, each in all_of.items() if each)
+    what = label.partition(" (")[0]
+    alt = f"{what[0].upper()}{what[1:]}, by {', '.join(strips)}; medians of all: {told}"
+    return Plot(alt, lambda theme: strip(theme, strips, series, label, title, log))
+
+
+WIDTH = 8  # inches; a README is about as many wide, so that letters are as large as drawn
+LEGEND = {"fontsize": 9, "loc": "outside lower center", "ncols": 3}
+
+
+def scatter(
+    theme: Theme,
+    points: dict[str, list[tuple[float, float]]],
+    series: dict[str, Series],
+    x: str,
+    y: str,
+    title: str,
+    log_y: bool = True,
+) -> bytes:
+    """A png of points on log axes, with a line at 1."""
+    figure, axes = plots.blank(theme, WIDTH, 4.6)
+    for name, each in points.items():
+        look = series[name]
+        axes.plot(*zip(*each), **_look(theme, look), label=look.label)
+    axes.set(xscale="log", yscale="log" if log_y else "linear", xlabel=x, ylabel=y)
+    axes.axhline(1, color=theme.ink, lw=1, ls="--")
+    _plain(axes.xaxis)
+    if log_y:
+        _plain(axes.yaxis)
+    else:
+        axes.set_ylim(0, max(1.1, *(1.05 * y for each in points.values() for _, y in each)))
+    axes.set_title(title, fontsize=10)
+    plots.finish(axes, theme, **LEGEND)
+    return plots.file_of(figure, "png")
+
+
+def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, title: str, log: bool) -> bytes:
+    """A png with a strip a group: in it a line of points for each series, and a bar at their median."""
+    present = [name for name in series if any(name in each for each in strips.values())]
+    lanes = max(2, len(present))
+    figure, axes = plots.blank(theme, WIDTH, 1.6 + 0.09 * (lanes + 1) * len(strips))
+    for name in present:
+        look = series[name]
+        shift = (present.index(name) - (len(present) - 1) / 2) / (lanes + 1)
+        xs = [(x, place + shift) for place, each in enumerate(strips.values()) for x in each.get(name, [])]
+        axes.plot(*zip(*xs), **_look(theme, look), label=look.label)
+        several = [
+            (each[name], place + shift) for place, each in enumerate(strips.values()) if len(each.get(name, ())) > 2
+        ]
+        middle = [(statistics.median(values), y) for values, y in several]
+        axes.plot([x for x, _ in middle], [y for _, y in middle], ls="", marker="|", ms=9, mew=2, color=theme.ink)
+    axes.set_yticks(range(len(strips)), list(strips))
+    axes.set_ylim(len(strips) - 0.5, -0.5)
+    axes.set(xlabel=label, xscale="log" if log else "linear")
+    axes.axvline(1, color=theme.ink, lw=1, ls="--")
+    if log:
+        _plain(axes.xaxis)
+    else:
+        axes.set_xlim(left=0)
+    for edge in range(1, len(strips)):
+        axes.axhline(edge - 0.5, color=theme.grid, lw=0.6)
+    axes.set_title(title, fontsize=10)
+    plots.finish(axes, theme, **LEGEND)
+    axes.grid(False, axis="y")
+    return plots.file_of(figure, "png")
+
+
+def _look(theme: Theme, series: Series) -> dict[str, Any]:
+    color = getattr(theme, series.color)
+    return {
+        "ls": "",
+        "marker": series.marker,
+        "ms": 5,
+        "color": color,
+        "alpha": 0.9,
+        "mec": theme.background,
+        "mew": 0.3,
+    }
+
+
+def _plain(axis: Any) -> None:
+    """On a log axis, numbers as people write them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (1, 1.5, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
+    axis.set_major_locator(MaxNLocator(6) if decades < 0.5 else LogLocator(subs=subs, numticks=100))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+# Writing
+
+
+def file_name(slug: str, name: str, theme: Theme) -> str:
+    return f"{slug}-{name}-{theme.name}.png"
+
+
+def files_of(results: Results) -> dict[str, bytes]:
+    """Contents by name."""
+    slug = device_slug(results.name)
+    shown = plots_of(results)
+    files = {
+        file_name(slug, name, theme): plot.draw(theme)
+        for name, plot in shown.items()
+        for theme in (plots.LIGHT, plots.DARK)
+    }
+    return {**files, f"{slug}.md": markdown(results, shown, slug).encode()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="tables and plots of measured results")
+    parser.add_argument(
+        "results", type=Path, nargs="+", metavar="RESULTS.json", help="of one machine and one set of versions"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report and its plots go")
+    options = parser.parse_args(arguments)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return refuse('plots need matplotlib, which is not installed: pip install "mlp_fused[plot]"')
+    try:
+        results = merge([read(path) for path in options.results])
+    except UnfitError as error:
+        return refuse(str(error))
+    try:
+        files = files_of(results)
+    except KeyError as error:
+        return refuse(f"a row has no {error}: it is of another state of bench/measure.py than this one; measure anew")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        plots.write({options.out / name: content for name, content in files.items()})
+    except OSError as error:
+        return refuse(f"{options.out} cannot be written into: {error.strerror}")
+    for name, count in results.replaced.items():
+        print(f"{count} rows of {name} were replaced by later ones")
+    print(f"{len(results.rows)} rows, {len(files) - 1} plots: {options.out / list(files)[-1]}")
+    return 0
+
+
+def refuse(reason: str) -> int:
+    print(f"nothing was written: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,469 @@
+"""The report: on rows as the code that measures makes them, with made-up times of a made-up GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+import re
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import fresh, gemm, measure, report
+from bench.machine import machine
+from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, GRID, Cell, Problem
+from mlp_fused import plots, timing
+from mlp_fused.timing import Ceilings, Link
+
+to_rgba = pytest.importorskip("matplotlib.colors", reason="matplotlib is not installed").to_rgba
+
+Row = dict[str, Any]
+
+
+# Rows of every kind, measured on a CPU that passes for a GPU
+
+
+class Event:
+    def __init__(self, **_: object) -> None: ...
+
+    def record(self) -> None: ...
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
+
+def stand_ins(patch: pytest.MonkeyPatch) -> None:
+    """In the place of torch's and our own ways to a GPU."""
+    bytes_now = iter(range(1, 10**6))
+    for owner, name, stand_in in (
+        (torch.cuda, "Event", Event),
+        (torch.cuda, "Stream", SimpleNamespace),
+        (torch.cuda, "current_stream", SimpleNamespace),
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "synchronize", lambda: None),
+        (torch.cuda, "reset_peak_memory_stats", lambda: None),
+        (torch.cuda, "memory_allocated", lambda: next(bytes_now)),
+        (torch.cuda, "max_memory_allocated", lambda: next(bytes_now)),
+        (torch.Tensor, "cuda", lambda self: self),
+        (torch.Tensor, "pin_memory", lambda self: self),
+        (timing, "ceilings", lambda device, dtype: Ceilings(1e12, 1e12)),
+        (timing, "link", lambda device: Link(50e9, 50e9)),
+        (timing.CLOCK, "synchronize", lambda: None),
+        (timing.CLOCK, "event", timing.CLOCK.now),
+        (timing.CLOCK, "elapsed_ms", lambda start, end: 1e3 * (end - start)),
+        (timing.CLOCK, "spin", lambda seconds: None),
+        (gemm, "layer_forward", lambda x, weight, bias, h, z, *_: None),
+        (measure, "verify_gemm", lambda found: {"verified": {}}),
+    ):
+        patch.setattr(owner, name, stand_in)
+
+
+def template(phase: str) -> Row:
+    """A small row of a phase by `measure.measure` itself."""
+    small = Problem((5, 7, 3), 4)
+    if phase == "lecture":
+        return {"seconds": fresh.lecture(8, cpu=True, gpu=True)}
+    if phase == "warmup":
+        return {"seconds": dict.fromkeys(("cold", "warm"), fresh.warmup(small, "cpu"))}
+    if phase in GEMM_PHASES:
+        return measure.measure(Cell("gemm", Problem((5, 7), 4), "layer_forward"), "cpu")
+    row = measure.measure(Cell("odd", small, phase), "cpu")
+    if phase == "training":
+        row["memory"] = measure.memory(measure.Bench(small, "cpu"))
+    return row
+
+
+@pytest.fixture(scope="module")
+def templates() -> dict[str, Row]:
+    with pytest.MonkeyPatch.context() as patch:
+        stand_ins(patch)
+        rows = {
+            phase: template(phase) for phase in ("forward", "training", "copy", "layer_forward", "lecture", "warmup")
+        }
+    seconds = {"context": 0.3, "copy": 0.1, "copy_2": 0.001}
+    rows["first_touch"] = {"seconds": {"cold": seconds, "warm": seconds}}
+    return rows
+
+
+# A file of made-up times
+
+
+def put(row: Row, **values: Any) -> None:
+    """Values in the place of those that the row has; none besides."""
+    assert set(values) <= set(row), f"no row has {set(values) - set(row)}"
+    row.update(values)
+
+
+def made_up(cell: Cell, templates: dict[str, Row], chance: random.Random) -> Row:
+    """A cell's row with times that a GPU might take."""
+    kind = "training" if cell.phase in ("backward", "step") else cell.phase
+    row = copy.deepcopy(templates["layer_forward" if kind in GEMM_PHASES else kind])
+    row |= {"id": str(cell), "family": cell.family, "phase": cell.phase, "device": "cuda"}
+    if cell.phase in FRESH_PHASES:
+        return row
+    if cell.phase == "copy":
+        nbytes = cell.problem.rows * cell.problem.widths[0] * (4 if cell.problem.dtype == "fp32" else 2)
+        for how, gbps in (("pageable", 8.0), ("pinned", 48.0), ("pinned_side_stream", 50.0)):
+            ms = 0.01 + 1e-6 * nbytes / gbps
+            put(row["copy"][how], ms=ms, gbps=1e-6 * nbytes / ms)
+        for phase, part in row["phases"].items():
+            put(part, kernel_ms=made_up_ms(cell.problem, phase, chance))
+        copied, compute = row["copy"]["pinned_side_stream"]["ms"], max(0.15, row["phases"]["step"]["kernel_ms"])
+        bound = max(copied, compute)
+        put(row["throughput"], copy_ms=copied, compute_ms=compute, bound_ms=bound)
+        taken = {
+            "to_device": row["copy"]["pageable"]["ms"] + compute,
+            "non_blocking": copied + compute,
+            "prefetched": bound * chance.uniform(1.0, 1.06),
+            "resident": compute,
+        }
+        for way, each in row["throughput"]["ways"].items():
+            put(each, ms=taken[way], examples_per_s=1e3 * cell.problem.rows / taken[way])
+            if way != "resident":
+                put(each, of_bound=bound / taken[way])
+        return row
+    floor = 1e-3 * made_up_ms(cell.problem, cell.phase, None)
+    kernel = 1e3 * floor * chance.lognormvariate(0.4, 0.25)
+    ms = max(kernel, 0.02) * chance.uniform(1, 1.02)
+    put(row, ms=ms, kernel_ms=kernel, floor_s=floor, floor_ratio=1e-3 * kernel / floor, repeat_ms=ms * 1.01)
+    (each,) = (each for name, each in row["baselines"].items() if name == "eager")
+    names = [name for name in report.SERIES if report.is_meant(name, cell, "cuda")]
+    row["baselines"] = {name: copy.deepcopy(each) for name in names}
+    for name in names:
+        times = {"eager": 1.8, "matmul": 0.97, "compile_max_autotune": 1.2}.get(name, 1.4)
+        value = times * chance.lognormvariate(0, 0.2)
+        put(row["baselines"][name], speedup=value, kernel_speedup=value)
+    if "path" in row:
+        put(row, path="layer")
+    if cell.phase in GEMM_PHASES:
+        put(row, errors={whose: {"norm": 1e-7, "entry": 1e-6} for whose in row["errors"]})
+    if cell.phase != "training":
+        row.pop("memory", None)
+    else:
+        ratio = 0.55 if cell.problem.activation == "gelu" else 1.0
+        put(row["memory"], kept_ratio=ratio * chance.uniform(0.95, 1), peak_ratio=ratio * chance.uniform(0.8, 1))
+    return row
+
+
+def made_up_ms(problem: Problem, phase: str, chance: random.Random | None) -> float:
+    """Of 2·rows·parameters FLOPs at 400 TFLOP/s, and 2 µs a kernel; with some luck."""
+    parameters = sum(k * n for k, n in pairwise(problem.widths))
+    rate = 50e12 if problem.dtype == "fp32" else 400e12
+    ms = 1e3 * (2 if phase == "forward" else 6) * problem.rows * parameters / rate + 2e-3 * len(problem.widths)
+    return ms * (1 if chance is None else chance.lognormvariate(0.3, 0.2))
+
+
+MACHINE = machine() | {
+    "gpu": "NVIDIA H200",
+    "driver": "580.65",
+    "cuda": "13.0",
+    "cpu": "A CPU",
+    "user_table": None,
+    "distorted": None,
+}
+
+
+def file_in(
+    folder: Path, rows: list[Row], name: str = "results.json", date: str = "2026-03-01", **changes: Any
+) -> Path:
+    """As pytest-benchmark writes it."""
+    path = folder / name
+    benchmarks = [{"name": "test", "extra_info": row} for row in rows]
+    content = {"machine_info": MACHINE | changes, "datetime": f"{date}T12:00:00+00:00", "benchmarks": benchmarks}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(templates: dict[str, Row]) -> dict[str, Row]:
+    chance = random.Random(0)
+    return {str(cell): made_up(cell, templates, chance) for cell in GRID}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, Row]) -> Path:
+    """The whole report, written once."""
+    folder = tmp_path_factory.mktemp("report")
+    path = file_in(folder, list(rows.values()))
+    assert report.main([str(path), "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def markdown_of(path: Path) -> str:
+    results = report.merge([report.read(path)])
+    return report.markdown(results, {}, "slug")
+
+
+def line_of(text: str, cell: Cell) -> list[str]:
+    """The cells of the first table's line about a cell of the grid."""
+    name = f"| `{str(cell).removeprefix(f'{cell.family}-')}` |"
+    (line, *_) = (line for line in text.splitlines() if line.startswith(name))
+    return [each.strip() for each in line.removeprefix(name).strip("|").split("|")]
+
+
+# The tables
+
+
+def test_the_report_names_what_it_was_measured_on(written: Path) -> None:
+    text = (written / "nvidia_h200.md").read_text()
+    assert text.startswith("# Measured on NVIDIA H200\n")
+    for name, value in (
+        ("driver", "580.65"),
+        ("CUDA", "13.0"),
+        ("torch", torch.__version__),
+        ("Triton", str(MACHINE["triton"] or "none")),
+        ("mlp_fused", f"{MACHINE['mlp_fused']}, sources {MACHINE['source']}"),
+        ("date", "2026-03-01"),
+        ("made of", "results.json"),
+    ):
+        assert f"| {name} | {value} |" in text
+
+
+def test_every_cell_of_the_grid_is_in_the_report(written: Path, rows: dict[str, Row]) -> None:
+    text = (written / "nvidia_h200.md").read_text()
+    for cell in GRID:
+        if cell.phase in FRESH_PHASES:
+            assert f"`{cell.problem}`" in text or cell.phase == "lecture"
+        else:
+            assert report.NOT_MEASURED not in line_of(text, cell)
+    cell = GRID[0]
+    row, line = rows[str(cell)], line_of(text, cell)
+    assert line[0] == row["path"]
+    assert line[1] == report.digits(row["ms"])
+    assert line[3] == f"{report.digits(row['baselines']['eager']['speedup'])}x"
+
+
+def test_a_missing_row_is_not_measured_and_a_failed_one_says_why(tmp_path: Path, rows: dict[str, Row]) -> None:
+    missing, failed, lacking, *_ = (cell for cell in GRID if cell.family == "seed" and cell.phase == "forward")
+    broken = copy.deepcopy(rows[str(lacking)])
+    broken["baselines"]["compile"] = {"error": "out of memory"}
+    del broken["baselines"]["cuda_graph"]
+    made = {**rows, str(failed): {"id": str(failed), "device": "cuda", "error": "AssertionError: |<wrong>"}}
+    made[str(lacking)] = broken
+    kept = [row for name, row in made.items() if name != str(missing) and not name.startswith(("large", "warmup"))]
+    text = markdown_of(file_in(tmp_path, kept))
+    assert set(line_of(text, missing)) == {report.NOT_MEASURED}
+    assert line_of(text, failed)[0] == "failed: AssertionError: &#124;&lt;wrong>"
+    header = next(line for line in text.splitlines() if "path or tile" in line)
+    names = [each.strip() for each in header.strip("|").split("|")][1:]
+    line = dict(zip(names, line_of(text, lacking), strict=True))
+    assert line[report.LABELS["compile"]] == "failed"
+    assert line[report.LABELS["cuda_graph"]] == report.NOT_MEASURED
+    assert line[report.LABELS["compile_max_autotune"]] == report.NOT_MEANT
+    assert "large: not measured (48 rows)." in text
+    assert "`model.warmup`, `784x512x512x10-relu-fp32-m64`: not measured." in text
+    assert "| seed forward | 1 of 3, 1 failed |" in text
+    assert "| large forward | 0 of 12 | not measured |" in text
+    assert "tiny-cuda-nn: not measured." in text
+
+
+def test_the_lecture_is_explained(tmp_path: Path, rows: dict[str, Row]) -> None:
+    name = next(name for name in rows if name.endswith("-lecture"))
+    row = copy.deepcopy(rows[name])
+    assert set(report.LECTURE) == {each for each in row["seconds"] if not each.endswith("_2")}
+    put(row["seconds"], product_returned_2=20e-6, product_2=0.04, cpu_product_2=2.0, copy_2=0.1, product_returned=1.5)
+    text = markdown_of(file_in(tmp_path, [row]))
+    assert "a clock that does not wait reads 0.00 s: after 20 µs the host has the call back" in text
+    assert "The product is there after 0.0400 s, 2,000 times as long." in text
+    assert "The CPU takes 2.0000 s; copies and product on the GPU take 0.1400 s." in text
+    assert f"| {report.LECTURE['product_returned']} | 1,500 | 0.02 |" in text
+
+
+def test_a_file_of_a_machine_without_a_gpu(tmp_path: Path, rows: dict[str, Row]) -> None:
+    on_cpu = [row | {"device": "cpu"} for name, row in rows.items() if name.startswith("seed")]
+    text = markdown_of(file_in(tmp_path, on_cpu, gpu=None, driver=None))
+    assert text.startswith("# Measured on A CPU\n")
+    assert "| GPU | none |" in text
+    assert "| seed step | 3 of 3 |" in text
+    assert "Each input's copy, and its time over the kernels': not measured (98 rows)." in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.001234, "0.00123"), (0.9996, "1"), (12.34, "12.3"), (999.6, "1,000"), (12345.6, "12,346")]
+)
+def test_digits(value: float, text: str) -> None:
+    assert report.digits(value) == text
+
+
+# The plots
+
+
+def test_each_plot_is_there_for_light_and_dark_pages_with_words_for_it(written: Path) -> None:
+    text = (written / "nvidia_h200.md").read_text()
+    pictures = re.findall(
+        r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(.*?)"><img src="(.*?)" alt="(.*?)">', text
+    )
+    named = {name for dark, light, _ in pictures for name in (dark, light)}
+    assert named == {path.name for path in written.glob("*.png")}
+    assert len(pictures) == 6
+    for dark, light, alt in pictures:
+        assert dark.replace("-dark", "-light") == light
+        assert re.search(r"median.*\d", alt)
+        assert len({(written / name).read_bytes()[:4] for name in (dark, light)} | {b"\x89PNG"}) == 1
+    assert {path.suffix for path in written.iterdir()} == {".png", ".md"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, Row]) -> report.Results:
+    return report.read(file_in(tmp_path_factory.mktemp("rows"), list(rows.values())))
+
+
+@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=lambda theme: theme.name)
+@pytest.mark.parametrize("name", ["copy", "throughput", "speed", "products", "floor", "memory"])
+def test_plots_are_labelled_and_told_apart_by_markers_and_colours(
+    name: str, theme: plots.Theme, results: report.Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "file_of", lambda figure, kind: figures.append(figure))
+    report.plots_of(results)[name].draw(theme)
+    (figure,) = figures
+    (axes,) = figure.axes
+    assert re.search(r"\((MB|times.*)\)$", axes.get_xlabel())
+    assert re.search(r"\(.+\)$", axes.get_ylabel()) or all(label.get_text() for label in axes.get_yticklabels())
+    assert "NVIDIA H200" in axes.get_title()
+    (legend,) = figure.legends
+    series = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert [text.get_text() for text in legend.get_texts()] == [line.get_label() for line in series]
+    assert len({line.get_marker() for line in series}) == len({line.get_color() for line in series}) == len(series)
+    lettering = [*legend.get_texts(), *axes.get_xticklabels(), *axes.get_yticklabels(), axes.title, axes.xaxis.label]
+    assert {text.get_color() for text in lettering} == {theme.ink}
+    assert figure.get_facecolor() == axes.get_facecolor() == to_rgba(theme.background)
+    points = sum(len(line.get_xdata()) for line in series)
+    cells = {"copy": 3 * 98, "throughput": 3 * 98, "memory": 2 * sum("memory" in row for row in results.rows.values())}
+    compared = {"speed": report.NETWORKS, "products": ("gemm",)}.get(name, ())
+    cells[name] = cells.get(name) or sum(
+        len(row["baselines"]) if compared else 1
+        for row in results.rows.values()
+        if row["family"] in (compared or (*report.NETWORKS, "gemm"))
+    )
+    assert points == cells[name]
+
+
+@pytest.mark.parametrize("values", [[0.98, 1.02], [0.9, 1.3], [0.5, 4.0], [0.01, 90.0]], ids=str)
+def test_an_axis_has_numbers_whatever_its_range(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "file_of", lambda figure, kind: figures.append(figure))
+    report.strip(plots.LIGHT, {"seed step": {"eager": values}}, report.SERIES, "label", "title", log=True)
+    (axes,) = figures[0].axes
+    low, high = axes.get_xlim()
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 12
+
+
+def test_every_baseline_has_a_look_of_its_own() -> None:
+    names = {baseline.name for baseline in measure.BASELINES} | set(measure.GEMM_BASELINES)
+    assert set(report.SERIES) == names
+    assert set(report.WAY_SERIES) == {way for way in measure.WAYS if way != "resident"}
+    assert set(report.PHASE_SERIES) == set(COPIED_PHASES)
+
+
+# What does not belong together
+
+
+def test_a_later_row_counts_whatever_the_order_of_the_files(tmp_path: Path, rows: dict[str, Row]) -> None:
+    cell = GRID[0]
+    old, new = (rows[str(cell)] | {"path": path} for path in ("reference", "network"))
+    other = rows[str(GRID[1])]
+    first = report.read(file_in(tmp_path, [old, other], "first.json", "2026-03-01"))
+    second = report.read(file_in(tmp_path, [new], "second.json", "2026-03-05"))
+    for files in ([first, second], [second, first]):
+        found = report.merge(files)
+        text = report.markdown(found, {}, "slug")
+        assert line_of(text, cell)[0] == "network"
+        assert "1 row of first.json was measured again later." in text
+        assert "| date | 2026-03-01 to 2026-03-05 |" in text
+        assert "| made of | first.json, second.json |" in text
+        assert len(found.rows) == 2
+
+
+def test_a_file_of_gpu_py_reads_the_same(tmp_path: Path, rows: dict[str, Row]) -> None:
+    path = tmp_path / "nvidia_h200.json"
+    content = {"schema": report.SCHEMA, "machine": MACHINE, "updated": "2026-03-01T12:00:00+00:00", "rows": rows}
+    path.write_text(json.dumps(content))
+    other = file_in(tmp_path, list(rows.values()), "results.json")
+    assert markdown_of(path) == markdown_of(other).replace("results.json", "nvidia_h200.json")
+    path.write_text(json.dumps(content | {"schema": 1}))
+    with pytest.raises(report.UnfitError, match="is of schema 1; this report reads 2"):
+        report.read(path)
+
+
+def refused(paths: list[Path], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence; nothing is written."""
+    assert report.main([*map(str, paths), "--out", str(folder / "out")]) == 2
+    assert not (folder / "out").exists()
+    said = capsys.readouterr()
+    assert not said.out
+    (line,) = said.err.splitlines()
+    return line.removeprefix("nothing was written: ")
+
+
+@pytest.mark.parametrize("name", report.ONE_MACHINE)
+def test_machines_versions_and_tables_do_not_mix(
+    name: str, tmp_path: Path, rows: dict[str, Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = [rows[str(GRID[0])]]
+    paths = [file_in(tmp_path, row, "a.json"), file_in(tmp_path, row, "b.json", "2026-03-02", **{name: "another"})]
+    assert refused(paths, tmp_path, capsys) == (
+        f"b.json and a.json do not mix ({name} another instead of {MACHINE[name]}): make a report of each"
+    )
+
+
+def test_files_that_are_no_results_are_refused(
+    tmp_path: Path, rows: dict[str, Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = rows[str(GRID[0])]
+    path = tmp_path / "results.json"
+
+    def of_content(text: str) -> str:
+        path.write_text(text)
+        return refused([path], tmp_path, capsys)
+
+    assert of_content("{").startswith(f"{path} is not JSON")
+    assert of_content("[1]").startswith(f"{path} holds no results")
+    assert of_content('{"a": 1}').startswith(f"{path} holds no results")
+    assert "cannot be read: No such file" in refused([tmp_path / "none.json"], tmp_path, capsys)
+    assert "holds no row" in refused([file_in(tmp_path, [{"slower_by_us": 1.0}])], tmp_path, capsys)
+    switched = "CUDA_LAUNCH_BLOCKING is set, which makes every launch wait for its kernel: unset it to measure"
+    path = file_in(tmp_path, [row], distorted=switched)
+    assert refused([path], tmp_path, capsys) == f"{path} was measured in vain: {switched}"
+    content = json.loads(file_in(tmp_path, [row]).read_text())
+    del content["machine_info"]["distorted"]
+    assert "does not say what it was measured on (distorted)" in of_content(json.dumps(content))
+    older = {name: value for name, value in row.items() if name != "kernel_ms"}
+    assert "a row has no 'kernel_ms'" in refused([file_in(tmp_path, [older])], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["CUDA_LAUNCH_BLOCKING", "MLP_FUSED_DEBUG", "TRITON_INTERPRET"])
+def test_the_machine_says_which_switch_distorts_its_times(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    for other in {"CUDA_LAUNCH_BLOCKING", "MLP_FUSED_DEBUG", "TRITON_INTERPRET"} - {name}:
+        monkeypatch.delenv(other, raising=False)
+    assert str(machine()["distorted"]).startswith(f"{name} is set")
+
+
+def test_a_write_that_fails_leaves_everything_as_it_was(
+    tmp_path: Path, rows: dict[str, Row], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file_in(tmp_path, [rows[str(GRID[0])]])
+    out = tmp_path / "out"
+    assert report.main([str(path), "--out", str(out)]) == 0
+    before = {each.name: each.read_bytes() for each in out.iterdir()}
+    write_bytes, written = Path.write_bytes, list[Path]()
+
+    def fill(path: Path, content: bytes) -> int:
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    file_in(tmp_path, [rows[str(GRID[0])] | {"path": "network"}])
+    assert report.main([str(path), "--out", str(out)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert {each.name: each.read_bytes() for each in out.iterdir()} == before

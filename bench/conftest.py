@@ -12,6 +12,7 @@ from bench import goals, measure
 from bench.machine import machine
 from bench.shapes import FRESH_PHASES, GRID, Cell
 from mlp_fused import timing
+from mlp_fused.environment import distorted
 
 Row = Callable[[Cell, str], None]
 ROWS = pytest.StashKey[list[goals.Row]]()
@@ -29,7 +30,7 @@ def _measures(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not _measures(config):
         config.option.benchmark_disable = True
-    elif reason := timing.distorted():
+    elif reason := distorted():
         raise pytest.UsageError(reason)
 
 

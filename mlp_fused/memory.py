@@ -142,7 +142,7 @@ def explain(
     try:
         found = need(model, rows, state)
         wide = plan.compute_dtype(next(model.parameters()).dtype, found.device.type).itemsize > 2
-    except (RuntimeError, ValueError):
+    except Exception:  # anybody's modules may stand in a network; what explains an error must not hide it
         return
     error.args = (str(error).partition(OURS)[0],)
     add(error, f"{OURS.strip()} {found} Less is taken by {', '.join(mends or _mends(model, found.kept > 0, wide))}.")

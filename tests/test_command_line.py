@@ -579,7 +579,7 @@ def test_env_lists_the_processes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda package: package)
     for torchs, ours in (
         (
-            "GPU:0\nprocess       1234 uses      512.000 MB GPU memory\nprocess          7 uses        1.000 MB GPU memory",
+            "GPU:0\nprocess     1234 uses   512.000 MB GPU memory\nprocess        7 uses     1.000 MB GPU memory",
             "process 1234 uses 512.000 MB GPU memory; process 7 uses 1.000 MB GPU memory",
         ),
         ("GPU:0\nno processes are running", "no processes are running"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mlp_fused import FusedMLP, fuse, layers, memory, training
 from mlp_fused.__main__ import main
+from mlp_fused.environment import SWITCHES
 from mlp_fused.memory import Need, Room
 from mlp_fused.training import Config, build_model, load_checkpoint, train
 
@@ -376,3 +377,41 @@ def test_a_model_holds_no_tensor_of_its_calls(backend: Any, device: str) -> None
     del x, y, inferred
     gc.collect()
     assert [tensor() for tensor in held] == [None] * 3
+
+
+# --- The README's page on errors ---
+
+
+def readme(part: str) -> str:
+    found = re.search(f"<!-- {part} -->\n(.*?)<!-- /{part} -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found
+    return found[1]
+
+
+def test_the_readmes_example_of_debugging(tmp_path: Path) -> None:
+    """Its command, its program and what it says comes out."""
+    program, sentence = re.findall(r"^```(?:python)?\n(.*?)^```", readme("debug"), re.MULTILINE | re.DOTALL)
+    command = re.search(r"`(MLP_FUSED_DEBUG=1 .*) python nan.py`", readme("debug"))
+    assert command
+    (tmp_path / "nan.py").write_text(program)
+    switches = dict(switch.split("=") for switch in command[1].split())
+    clean = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    found = subprocess.run(
+        [sys.executable, "nan.py"],
+        cwd=tmp_path,
+        env={**clean, **switches, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stderr.strip().splitlines()[-1] == sentence.strip()
+
+
+def test_the_readmes_example_of_running_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an H100, as `explain` plans for it."""
+    model = FusedMLP(784, [4096, 4096, 10], activation_layer="gelu")
+    planned = model.explain(10**6, torch.float32, "NVIDIA H100")
+    monkeypatch.setattr(model, "explain", lambda rows: planned)
+    monkeypatch.setattr(memory, "room", lambda device: Room(79 * 2**30, 34 * 2**30))
+    error = torch.OutOfMemoryError(TORCHS)
+    memory.explain(error, model, 10**6)
+    assert readme("memory").strip("`\n").split() == str(error).splitlines()[1].replace("cpu", "cuda:0").split()

@@ -435,7 +435,7 @@ def test_ctrl_c_under_torchrun_leaves_the_last_checkpoint(folder: Path) -> None:
 
 
 FAILS_IN_ONE = """
-import os, sys
+import os, sys, torch
 from mlp_fused import training
 from mlp_fused.__main__ import main
 
@@ -444,7 +444,7 @@ evaluate, calls = training.evaluate, []
 def broken(*arguments):
     calls.append(1)
     if len(calls) == 2 and os.environ["RANK"] == "1":
-        raise training.UserError("broken in one process")
+        raise eval(os.environ["FAILURE"])
     return evaluate(*arguments)
 
 training.evaluate = broken
@@ -452,12 +452,27 @@ sys.exit(main())
 """
 
 
-def test_a_failure_of_one_process_ends_all_with_one_message(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("failure", "where"),
+    [
+        ("training.UserError('broken in one process')", ""),
+        (
+            "torch.OutOfMemoryError('broken in one process')",
+            "\nstopped; run.pt is the last checkpoint, after epoch 1: the same command with --resume carries on\n",
+        ),
+    ],
+    ids=["mistake", "out of memory"],
+)
+def test_a_failure_of_one_process_ends_all_with_one_message(
+    failure: str, where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILURE", failure)
     Path("fails.py").write_text(FAILS_IN_ONE)
     with torchrun("fails.py", "train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") as command:
         _, err = command.communicate(timeout=120)
     assert command.returncode != 0
     assert messages(err) == ["mlp-fused: broken in one process"]
+    assert where in err
     assert load_checkpoint("run.pt")["epoch"] == 1
     assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "fails.py", "run.pt"]
 

@@ -83,7 +83,9 @@ class Need:
         if self.room is not None:
             limit, allocated = gib(self.room.limit), gib(self.room.allocated)
             lines.append(f"Of {self.device} this process can have {limit}; its tensors take {allocated}.")
-        if self.fits is not None and self.fits < self.rows:
+        if self.fits == 0:
+            lines.append("Not even one row would fit.")
+        elif self.fits is not None and self.fits < self.rows:
             lines.append(f"About {_counted(self.fits, 'row')} would fit.")
         elif self.fits is not None:
             lines.append("By this count the batch fits: what is free may be in pieces.")
@@ -96,7 +98,7 @@ def gib(nbytes: int) -> str:
 
 
 def _counted(number: int, noun: str = "tensor") -> str:
-    return f"{number or 'no'} {noun}{'s' * (number != 1)}"
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def need(model: Chain, rows: int, state: int = ADAM) -> Need:

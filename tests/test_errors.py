@@ -132,7 +132,11 @@ FITS: dict[str, tuple[dict[str, Any], int | None]] = {
 @pytest.mark.parametrize(("changes", "fits"), FITS.values(), ids=FITS)
 def test_which_batch_fits(changes: dict[str, Any], fits: int | None) -> None:
     step = {"rows": 1024, "kept": 2**30, "working": 2**30, "fixed": 0, "device": CPU, "room": Room(2**30, 0)}
-    assert Need(**{**step, **changes}).fits == fits
+    need = Need(**{**step, **changes})
+    assert need.fits == fits
+    ends = {0: "Not even one row would fit.", 2: "About 2 rows would fit.", 512: "About 512 rows would fit."}
+    assert ("would fit" in str(need)) == (fits is not None)
+    assert str(need).endswith(ends.get(fits, ".") if fits is not None else ".")
 
 
 def test_the_room_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from bench import goals, measure
 from bench.machine import machine
 from bench.shapes import FRESH_PHASES, GRID, Cell, Problem
 from mlp_fused import timing
+from mlp_fused.environment import distorted
 
 Row = Callable[[Cell, str], None]
 ROWS = pytest.StashKey[list[goals.Row]]()
@@ -30,7 +31,7 @@ def measures(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not measures(config):
         config.option.benchmark_disable = True
-    elif reason := timing.distorted():
+    elif reason := distorted():
         raise pytest.UsageError(reason)
 
 

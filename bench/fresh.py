@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bench.shapes import FRESH_PHASES, Problem
 from mlp_fused import first_touch as steps
+from mlp_fused.environment import distorted
 from mlp_fused.first_touch import seconds
 from mlp_fused.training import DTYPES
 
@@ -96,6 +97,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--activation", default="relu")
     options = parser.parse_args()
+    on_gpu = options.gpu or options.what != "lecture"
+    if on_gpu and (reason := distorted()) is not None:
+        parser.error(reason)
     if options.what in ("first_touch", "warmup"):
         function = first_touch if options.what == "first_touch" else warmup
         found = function(Problem(tuple(options.widths), options.rows, options.dtype, options.activation))

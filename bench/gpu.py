@@ -54,8 +54,9 @@ from bench import goals
 from bench.machine import ROOT, machine
 from bench.measure import describe, measure, why_not
 from bench.shapes import GRID, Cell, select
+from mlp_fused.environment import distorted
 from mlp_fused.kernels.configs import device_slug
-from mlp_fused.timing import ceilings, distorted
+from mlp_fused.timing import ceilings
 from mlp_fused.training import DTYPES
 
 Row = dict[str, Any]

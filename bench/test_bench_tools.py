@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,8 +27,9 @@ from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from mlp_fused import FusedMLP, graphs, timing, tuning
+from mlp_fused.environment import DISTORTING, distorted
 from mlp_fused.plan import Work, work
-from mlp_fused.timing import Ceilings, Timed, distorted
+from mlp_fused.timing import Ceilings, Timed
 
 SMALL = Problem((5, 7, 3), 4)
 CELLS = [Cell("odd", SMALL, phase) for phase in ("forward", "backward", "training", "step")]
@@ -673,11 +675,29 @@ def test_layouts(layout: str) -> None:
 
 def test_machine_names_what_a_number_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(gpu.SAME) <= set(machine())
-    for name in ("CUDA_LAUNCH_BLOCKING", "MLP_FUSED_DEBUG", "TRITON_INTERPRET"):
+
+
+@pytest.mark.parametrize("switch", DISTORTING)
+def test_nothing_is_measured_under_a_switch_that_distorts(
+    switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in DISTORTING:
         monkeypatch.delenv(name, raising=False)
     assert distorted() is None
-    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    assert "CUDA_LAUNCH_BLOCKING is set" in str(distorted())
+    monkeypatch.setenv(switch, "1")
+    refused = f"{switch} is set, which .*: unset it to measure"
+    assert re.match(f"{refused}$", str(distorted()))
+    monkeypatch.setattr(gpu, "why_not", lambda *_: None)
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert re.search(refused, capsys.readouterr().err)
+    monkeypatch.setattr(sys, "argv", ["fresh", "warmup"])
+    with pytest.raises(SystemExit):
+        fresh.main()
+    assert re.search(refused, capsys.readouterr().err)
+    command = [sys.executable, "-m", "pytest", "-q", "bench/bench_seed.py", "--benchmark", "--collect-only"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4  # pytest's own, for a mistake in the command
+    assert re.search(refused, done.stderr)
 
 
 def test_a_users_own_table_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

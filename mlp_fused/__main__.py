@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
+import torch
+
 from . import ACTIVATIONS, __version__, transfer, tuning
 from .environment import describe
 from .plan import Backend
@@ -223,7 +225,10 @@ def _end(status: int, message: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, by default `sys.argv`'s; the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run a command, by default `sys.argv`'s.
+
+    The exit status: 0; 2 after a user's mistake, or out of memory; 130 after Ctrl-C.
+    """
     arguments = vars(parser().parse_args(argv))
     command = arguments.pop("command")
     if command == "env":
@@ -240,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             transfer.run(transfer.Config(**arguments), report=report)
         else:
             train(Config(**arguments), report=report)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         return _end(USER_ERROR, f"mlp-fused: {error}")
     except KeyboardInterrupt as interrupt:
         return _end(INTERRUPTED, f"mlp-fused: {str(interrupt) or 'stopped'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,9 +16,27 @@ import torch
 from . import FusedMLP, __version__
 from .kernels import tables
 
-__all__ = ["SWITCHES", "describe", "versions"]
+__all__ = ["DISTORTING", "SWITCHES", "describe", "distorted", "versions"]
 
-SWITCHES = ("MLP_FUSED_BACKEND", "MLP_FUSED_DEBUG", "TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
+# Switches under which times mean nothing, and what they do.
+DISTORTING = {
+    "CUDA_LAUNCH_BLOCKING": "makes every launch wait for its kernel",
+    "MLP_FUSED_DEBUG": "waits for each kernel and checks its results",
+    "TRITON_INTERPRET": "runs the kernels in an interpreter",
+}
+SWITCHES = ("MLP_FUSED_BACKEND", *DISTORTING)
+
+
+def distorted() -> str | None:
+    """Why timings of this process would mean nothing, or None."""
+    for name, effect in DISTORTING.items():
+        if _is_on(name):
+            return f"{name} is set, which {effect}: unset it to measure"
+    return None
+
+
+def _is_on(switch: str) -> bool:
+    return os.environ.get(switch, "0") not in ("", "0")
 
 
 def describe() -> str:
@@ -42,6 +61,8 @@ def _entries() -> Iterator[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         kind = f"compute capability {gpu.major}.{gpu.minor}" if torch.version.hip is None else gpu.gcnArchName
         yield f"GPU {index}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB"
+        yield f"memory {index}", _memory(index)
+        yield f"processes {index}", _processes(index)
         yield f"tuned table {index}", _tuned_tables(gpu.name)
     if not gpus:
         yield "GPU", "none that torch can use"
@@ -49,7 +70,8 @@ def _entries() -> Iterator[tuple[str, str]]:
     yield "driver", _driver()
     yield 'backend "auto"', _path_taken("cuda" if gpus else "cpu")
     for switch in SWITCHES:
-        yield switch, os.environ.get(switch, "not set")
+        effect = f" ({DISTORTING[switch]})" if switch in DISTORTING and _is_on(switch) else ""
+        yield switch, os.environ.get(switch, "not set") + effect
 
 
 def _version(package: str) -> str:
@@ -71,6 +93,28 @@ def versions() -> dict[str, str]:
         "driver": _driver(),
     }
     return {name: " ".join(version.split()) for name, version in found.items()}  # a line each
+
+
+def _memory(gpu: int) -> str:
+    """What is free, whoever holds the rest."""
+    try:
+        free, total = torch.cuda.mem_get_info(gpu)
+    except RuntimeError as error:  # a GPU that is full, or broken, gives no context to ask it from
+        return f"unknown: {str(error).splitlines()[0]}"
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def _processes(gpu: int) -> str:
+    """Which hold memory on it, as torch lists them where it can."""
+    tool, package = ("nvidia-smi", "pynvml") if torch.version.hip is None else ("amd-smi process", "amdsmi")
+    if importlib.util.find_spec(package) is None:
+        of_pip = "nvidia-ml-py" if package == "pynvml" else package
+        return f"{tool} lists those that hold memory (this report does with pip install {of_pip})"
+    try:
+        _, *lines = torch.cuda.list_gpu_processes(gpu).splitlines()
+    except Exception as error:  # the driver's library has errors of its own
+        return f"unknown: {type(error).__name__}: {error}; {tool} may list them"
+    return "; ".join(" ".join(line.split()) for line in lines) or f"unknown; {tool} may list them"
 
 
 def _tuned_tables(gpu: str) -> str:

@@ -10,6 +10,7 @@ layers of a call share.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -41,6 +42,8 @@ Made = Callable[..., bool]  # a launch, or a product of torch's, for tensors lik
 def _ranged(launch: Callable[..., Made | None]) -> Callable[..., Made | None]:
     """A profiler shows what a layer launches under a range of the layer's name."""
     kind = launch.__name__.removesuffix("_into")
+    if DEBUG:
+        launch = _checked(launch, kind)
 
     @functools.wraps(launch)
     def in_range(self: LayerKernels, *tensors: Tensor | None) -> Made | None:
@@ -50,6 +53,43 @@ def _ranged(launch: Callable[..., Made | None]) -> Callable[..., Made | None]:
             return launch(self, *tensors)
 
     return in_range
+
+
+# What the kernels write that is looked at under MLP_FUSED_DEBUG, by the names of their arguments.
+RESULTS = {"forward": ("h",), "output_gradient": ("dz",), "dgrad": ("dx",), "wgrad": ("dw", "db")}
+
+
+def _checked(launch: Callable[..., Made | None], kind: str) -> Callable[..., Made | None]:
+    """The launch, waited for, and the layer named where it failed or one of its results is not finite.
+
+    Raises:
+        FloatingPointError: a NaN or an infinity.
+    """
+    places = {name: place for place, name in enumerate(inspect.signature(launch).parameters) if name in RESULTS[kind]}
+
+    @functools.wraps(launch)
+    def checked(self: LayerKernels, *tensors: Tensor | None) -> Made | None:
+        where = f"layer {self.layer} ({self.activation}), {kind}"
+        _wait(tensors[0])  # an error of what was launched before is not this layer's
+        try:
+            made = launch(self, *tensors)
+            _wait(tensors[0])
+        except RuntimeError as error:
+            error.args = (f"{where}: {error}",)
+            raise
+        for name, place in places.items():
+            tensor = tensors[place - 1] if place <= len(tensors) else None  # self is no tensor
+            if tensor is not None and (bad := int(tensor.numel() - tensor.isfinite().sum())):
+                raise FloatingPointError(f"{where}: {bad} of {tensor.numel()} elements of {name} are NaN or infinite")
+        return made
+
+    return checked
+
+
+def _wait(tensor: Tensor | None) -> None:
+    """For what was launched on a tensor's device; its errors are raised here."""
+    if tensor is not None and tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 class LayerKernels:
@@ -114,8 +154,6 @@ class LayerKernels:
             self.forward_into(x, weight, bias, h, z)
         else:
             self.forward_into(x, weight, bias, h, z, seed)
-        if DEBUG:
-            self._check_finite("forward", h=h)
         return h, z
 
     @_ranged
@@ -236,24 +274,6 @@ class LayerKernels:
 
             return again_with_seed if dropping else again
         return by_kernel(*arguments, self.precision, tile or configs.choose(problem, device), **dropping)
-
-    def _check_finite(self, direction: str, **tensors: Tensor | None) -> None:
-        """Wait for the kernels, and name the layer if one of their results is not finite.
-
-        Raises:
-            FloatingPointError: a NaN or an infinity.
-        """
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            if tensor.is_cuda:
-                torch.cuda.synchronize(tensor.device)
-            bad = int(tensor.numel() - tensor.isfinite().sum())
-            if bad:
-                raise FloatingPointError(
-                    f"layer {self.layer} ({self.activation}), {direction}: {bad} of {tensor.numel()} elements of "
-                    f"{name} are NaN or infinite"
-                )
 
 
 def _dropping(seed: tuple[Tensor | None, ...], dropout: Dropout | None) -> dict[str, Any]:
@@ -406,8 +426,6 @@ def _backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
         h_below = h_below if rebuilt is None else rebuilt
     if needs_weight or needs_bias:
         dw, db = kernels.wgrad(dz, h_below, needs_weight, needs_bias)
-    if DEBUG:
-        kernels._check_finite("backward", dz=d_edge, dW=dw, db=db)
     return d_edge, dw, db
 
 

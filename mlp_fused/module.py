@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from . import plan
+from . import memory, plan
 from .functional import (
     Decision,
     Layer,
@@ -148,8 +148,12 @@ class Chain(WithBackend, nn.Module):
             segments = self._segments = _Segments(self)
             if self._wants_kernels():
                 segments.refuse_split(self)
-        for run in segments.runs:
-            input = self._run(run, input)
+        try:
+            for run in segments.runs:
+                input = self._run(run, input)
+        except torch.OutOfMemoryError as error:
+            memory.explain(error, self, input.shape[:-1].numel())
+            raise
         return input
 
     def _run(self, run: _Run, input: Tensor) -> Tensor:

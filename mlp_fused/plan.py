@@ -299,7 +299,7 @@ def why_device(device: torch.device, backend: Backend) -> str | None:
     """Why no kernel runs there."""
     if device.type != "cpu":
         return _why_device_cannot(device.type, device.index or 0)
-    if backend != "triton":
+    if (DEFAULT_BACKEND if backend == "auto" else backend) != "triton":
         return "the input is on the CPU"
     if not HAS_TRITON:
         return "Triton is not installed"

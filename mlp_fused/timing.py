@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -42,7 +41,6 @@ __all__ = [
     "ceilings",
     "clamp",
     "cycles_per_second",
-    "distorted",
     "link",
     "memory_ceiling",
     "quartiles",
@@ -143,18 +141,6 @@ class Ceilings:
 
     flops_per_second: float
     bytes_per_second: float
-
-
-def distorted() -> str | None:
-    """Why timings of this process would mean nothing, or None."""
-    for name, effect in (
-        ("CUDA_LAUNCH_BLOCKING", "makes every launch wait for its kernel"),
-        ("MLP_FUSED_DEBUG", "synchronises after each kernel"),
-        ("TRITON_INTERPRET", "runs the kernels in an interpreter"),
-    ):
-        if os.environ.get(name, "0") not in ("", "0"):
-            return f"{name} is set, which {effect}: unset it to measure"
-    return None
 
 
 def clamp(value: float, low: int, high: int) -> int:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from . import plan
+from . import memory, plan
+from .environment import distorted
 from .module import FusedMLP
 from .prefetch import CopyTimer, DevicePrefetcher
 from .processes import Part, Processes, join
@@ -38,6 +39,7 @@ __all__ = [
     "Scaling",
     "StepTimer",
     "UserError",
+    "about_times",
     "build_model",
     "build_torch_model",
     "evaluate",
@@ -65,6 +67,7 @@ OptimizerName = Literal["adam", "sgd"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEARNING_RATES: dict[str, float] = {"adam": 1e-3, "sgd": 0.05}
 MOMENTUM = 0.9  # SGD's
+STATE: dict[str, int] = {"adam": 2, "sgd": 1}  # tensors that an optimizer keeps of each parameter
 MOST_CLASSES = 2**16  # of data with fewer rows than that; a label beyond is no class but an id, and a network too large
 
 
@@ -787,6 +790,7 @@ def train(config: Config, *, build: Build = build_model, report: Callable[[str],
     Raises:
         UserError: a mistake that the user can mend; nothing that was there before is lost.
         KeyboardInterrupt: Ctrl-C; its text says where the last checkpoint is.
+        torch.OutOfMemoryError: a GPU is full; its text says that too, and what takes less.
     """
     with join(functools.partial(pick_device, config.device)) as processes:
         return _train(config, processes, build, report if processes.rank == 0 else _say_nothing)
@@ -888,10 +892,18 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
                 )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_where_stopped(path, saved)) from None
+        except torch.OutOfMemoryError as error:
+            if isinstance(model, FusedMLP):
+                with _autocast(config.dtype, device):
+                    memory.explain(error, model, rows, STATE[config.optimizer], _mends(config, saved > 0))
+            memory.add(error, _where_stopped(path, saved))
+            raise
 
     if timer.steps:
         about = "the first epoch, which warms up, left out" if config.epochs > first else "warming up included"
         report(f"\nwhere a step's time went (mean of {_count(timer.steps, 'step')}, {about}):\n{timer}\n")
+        if marked := about_times(device):
+            report(marked)
     else:
         report(f"nothing left to train: {path} has {_count(saved, 'epoch')} behind it, --epochs is {config.epochs}")
     report(f"validation accuracy: {state.history[-1].accuracy:.4f}")
@@ -908,6 +920,19 @@ def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
     except ImportError:
         return items
     return tqdm(items, desc=description, leave=False, disable=None)  # None: where stderr is no terminal
+
+
+def about_times(device: torch.device) -> str | None:
+    """What to say of a GPU's times that were taken under a switch that distorts them."""
+    reason = distorted() if device.type == "cuda" else None
+    return reason and f"these times mean little: {reason}\n"
+
+
+def _mends(config: Config, saved: bool) -> list[str]:
+    """What takes less memory, by flags."""
+    anew = " (begins anew)" if saved else ""
+    mends = [f"a smaller --batch-size{anew}", "more GPUs, each a part of a batch (torchrun)"]
+    return mends + [f"--dtype bf16{anew}"] * (config.dtype == "fp32")
 
 
 def _where_stopped(path: Path | None, saved: int) -> str:

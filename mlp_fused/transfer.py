@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import timing
+from .environment import distorted
 from .first_touch import FirstTouch, in_fresh_processes
 from .kernels.activations import resolve
 from .module import FusedMLP
@@ -618,7 +619,7 @@ def measure(
         return measure_on(None, model, batch, sizes, training, first_touch, seconds, notes)
     if not torch.cuda.is_available():
         raise ValueError(f"device is {chosen}, and torch {torch.__version__} can use none here; cpu always can be used")
-    if (reason := timing.distorted()) is not None:
+    if (reason := distorted()) is not None:
         raise ValueError(reason)
     gpu = Gpu(torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index))
     with torch.cuda.device(gpu.device):

@@ -34,7 +34,7 @@ from torch import Tensor
 from . import plan, reference
 from .chain import run_layers
 from .compiling import Compilers, NotYetError, count_workers
-from .environment import versions
+from .environment import distorted, versions
 from .functional import Layer, find_layers
 from .kernels import configs, tables
 from .kernels.activations import ACTIVATIONS, Activation, resolve
@@ -817,6 +817,8 @@ def _gpu() -> torch.device:
     reason = plan.why_not((), torch.float32, device, "triton", planned=False)
     if reason is not None:
         raise UserError(f"there are no kernels to tune: {reason}")
+    if (reason := distorted()) is not None:
+        raise UserError(reason)
     return device
 
 

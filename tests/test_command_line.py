@@ -435,7 +435,7 @@ def test_ctrl_c_under_torchrun_leaves_the_last_checkpoint(folder: Path) -> None:
 
 
 FAILS_IN_ONE = """
-import os, sys
+import os, sys, torch
 from mlp_fused import training
 from mlp_fused.__main__ import main
 
@@ -444,7 +444,7 @@ evaluate, calls = training.evaluate, []
 def broken(*arguments):
     calls.append(1)
     if len(calls) == 2 and os.environ["RANK"] == "1":
-        raise training.UserError("broken in one process")
+        raise eval(os.environ["FAILURE"])
     return evaluate(*arguments)
 
 training.evaluate = broken
@@ -452,17 +452,34 @@ sys.exit(main())
 """
 
 
-def test_a_failure_of_one_process_ends_all_with_one_message(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("failure", "where"),
+    [
+        ("training.UserError('broken in one process')", ""),
+        (
+            "torch.OutOfMemoryError('broken in one process')",
+            "\nstopped; run.pt is the last checkpoint, after epoch 1: the same command with --resume carries on\n",
+        ),
+    ],
+    ids=["mistake", "out of memory"],
+)
+def test_a_failure_of_one_process_ends_all_with_one_message(
+    failure: str, where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILURE", failure)
     Path("fails.py").write_text(FAILS_IN_ONE)
     with torchrun("fails.py", "train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") as command:
         _, err = command.communicate(timeout=120)
     assert command.returncode != 0
     assert messages(err) == ["mlp-fused: broken in one process"]
+    assert where in err
     assert load_checkpoint("run.pt")["epoch"] == 1
     assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "fails.py", "run.pt"]
 
 
-@pytest.mark.parametrize("flags", [("--epochs", "0"), ("--epochs", "many"), ("--data", "none.npz")], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [("--epochs", "0"), ("--epochs", "many"), ("--data", "none.npz"), ("--data", "labels.npz")], ids=" ".join
+)
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_mistake_of_all_processes_is_said_once(
     first: int,
@@ -472,6 +489,7 @@ def test_a_mistake_of_all_processes_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whichever comes first; the two are called here one after the other."""
+    np.savez("labels.npz", x=X, y=Y - 1)  # a label below 0: out of range on every process's host, and on no GPU
     store = torch.distributed.HashStore()
     monkeypatch.setattr(processes, "_store", lambda *address: store)
     monkeypatch.setattr("mlp_fused.__main__.train", lambda config, report: training.load_data(config.data))
@@ -534,8 +552,8 @@ def test_env_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert found["driver"]
     assert found['backend "auto"'] == "the reference path: the input is on the CPU"
     assert found["MLP_FUSED_DEBUG"] == "not set"
-    assert found["CUDA_LAUNCH_BLOCKING"] == "1"
-    assert found["TRITON_INTERPRET"] == os.environ.get("TRITON_INTERPRET", "not set")
+    assert found["CUDA_LAUNCH_BLOCKING"] == "1 (makes every launch wait for its kernel)"
+    assert found["TRITON_INTERPRET"].startswith(os.environ.get("TRITON_INTERPRET", "not set"))
     assert "MLP_FUSED_BACKEND" in found
 
 
@@ -563,6 +581,37 @@ def fail_to_find(package: str) -> str:
     raise environment.metadata.PackageNotFoundError(package)
 
 
+def memory_of(gpu: int) -> tuple[int, int]:
+    if gpu:
+        raise RuntimeError(
+            "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+        )
+    return 7 * 2**29, 1398 * 2**30 // 10
+
+
+def test_env_lists_the_processes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does, where it has the package to ask with."""
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda package: package)
+    for torchs, ours in (
+        (
+            "GPU:0\nprocess     1234 uses   512.000 MB GPU memory\nprocess        7 uses     1.000 MB GPU memory",
+            "process 1234 uses 512.000 MB GPU memory; process 7 uses 1.000 MB GPU memory",
+        ),
+        ("GPU:0\nno processes are running", "no processes are running"),
+        ("cuda driver can't be loaded, is cuda enabled?", "unknown; nvidia-smi may list them"),
+    ):
+        monkeypatch.setattr(torch.cuda, "list_gpu_processes", lambda gpu, torchs=torchs: torchs)
+        assert environment._processes(0) == ours
+
+    def broken(gpu: int) -> str:
+        raise ValueError("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "list_gpu_processes", broken)
+    assert environment._processes(0) == "unknown: ValueError: Not Supported; nvidia-smi may list them"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert environment._processes(0).endswith("amd-smi process may list them")
+
+
 def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Properties:
         major, minor, gcnArchName, total_memory = 9, 0, "gfx942", 141 * 2**30  # noqa: N815 (torch's name)
@@ -577,6 +626,8 @@ def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory_of)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda package: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "PACKAGED", tmp_path / "tuned")
@@ -588,6 +639,11 @@ def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     found = report(capsys)
     assert found["GPU 0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
     assert found["tuned table 0"] == f"{both[0]}, then {both[1]}"
+    assert found["memory 0"] == "3.5 of 139.8 GiB free"
+    assert found["memory 1"] == "unknown: CUDA error: out of memory"
+    assert found["processes 0"] == (
+        "nvidia-smi lists those that hold memory (this report does with pip install nvidia-ml-py)"
+    )
     assert found["GPU 1"].startswith("NVIDIA A100-SXM4-80GB, ")
     assert found["tuned table 1"] == "none for this GPU"
     assert found["driver"] == "570.86.15"

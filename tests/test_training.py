@@ -718,6 +718,21 @@ def test_other_values_of_the_same_sizes(data: str, tmp_path: Path) -> None:
         run(config, epochs=2, resume=True)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_labels_of_other_classes_than_a_checkpoints(data: str, tmp_path: Path, classes: int) -> None:
+    """More or fewer: refused on the host, before any network is built."""
+    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
+    run(config)
+    before = (tmp_path / "run.pt").read_bytes()
+    arrays = dict(np.load(data))
+    np.savez(data, x=arrays["x"], y=np.arange(len(arrays["y"])) % classes)
+    built: list[object] = []
+    with pytest.raises(UserError, match=f"--data has 70 rows, 6 features, {classes} classes, it needs .* 3 classes$"):
+        train(dataclasses.replace(config, epochs=2, resume=True), build=lambda *_: built.append(1), report=quiet)
+    assert built == []
+    assert (tmp_path / "run.pt").read_bytes() == before
+
+
 def test_the_data_may_have_moved_and_workers_may_differ(data: str, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, data=data, checkpoint=str(tmp_path / "run.pt"))
     whole = run(TINY, data=data)

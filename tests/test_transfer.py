@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mlp_fused import DevicePrefetcher, FusedMLP, first_touch, timing, transfer
+from mlp_fused.environment import DISTORTING
 from mlp_fused.first_touch import FirstTouch
 from mlp_fused.timing import Link, Measured, Spread, Timed
 from mlp_fused.transfer import Crossing, OnCpu, OnGpu, Point, Transfer, crossing, hidden, measure, measure_on
@@ -489,9 +490,9 @@ def test_mistakes(call: Callable[[], object], error: type[Exception], sentence: 
         call()
 
 
-@pytest.mark.parametrize("switch", ["CUDA_LAUNCH_BLOCKING", "MLP_FUSED_DEBUG", "TRITON_INTERPRET"])
+@pytest.mark.parametrize("switch", DISTORTING)
 def test_a_distorted_gpu_is_not_measured(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CUDA_LAUNCH_BLOCKING", "MLP_FUSED_DEBUG", "TRITON_INTERPRET"):
+    for name in DISTORTING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(switch, "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

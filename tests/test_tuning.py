@@ -16,6 +16,7 @@ import torch
 
 from mlp_fused import environment, plan, timing, tuning
 from mlp_fused.compiling import Compilers, NotYetError
+from mlp_fused.environment import DISTORTING
 from mlp_fused.kernels import configs, tables
 from mlp_fused.kernels.configs import DEVICES, INTERPRETED_DEVICE, TileConfig
 from mlp_fused.training import UserError
@@ -316,6 +317,20 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with pytest.raises(UserError, match="^there are no kernels to tune: TRITON_INTERPRET=1 is set"):
         tune(DIMS)
+
+
+@pytest.mark.parametrize("switch", DISTORTING)
+def test_a_distorted_gpu_is_not_measured(switch: str, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in DISTORTING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning.plan, "why_not", lambda *_, **__: None)
+    assert tuning._gpu() == torch.device("cuda", 0)
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(UserError, match=f"^{switch} is set, which .*: unset it to measure$"):
+        tune(DIMS)
+    assert not path().exists()
 
 
 # --- Real candidates and paths, in the interpreter ---

@@ -20,7 +20,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 Pair = Callable[..., tuple[FusedMLP, nn.Sequential]]
 
 
-@pytest.fixture(params=["reference", "layer", "layer by layer", "network"])
+@pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
 def pair(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """A maker of a network and its twin in torch's modules, with parameters of its own; on each path."""
     if request.param == "layer by layer":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -110,7 +111,7 @@ def test_specialised_warps_are_not_ignored(sample: dict[str, list[dict[str, Any]
 def traits(row: Compilation) -> set[tuple[Any, ...]]:
     """What a row stands for: each of its fields and of its tile's, and what belongs together."""
     tile = row.tile
-    fields = [*vars(row).items(), *vars(tile).items()]
+    fields = [(field.name, getattr(each, field.name)) for each in (row, tile) for field in dataclasses.fields(each)]
     return {(name, value) for name, value in fields if name != "tile"} | {
         ("sides", tile.block_m, tile.block_n),
         ("products", row.kernel, row.target, row.dtype, tile.precision),

@@ -28,7 +28,7 @@ from mlp_fused.layers import IDENTITY
 from mlp_fused.plan import Backend
 
 
-@pytest.fixture(params=["layer", "run"])
+@pytest.fixture(params=[pytest.param("layer", marks=pytest.mark.full), "run"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An autograd.Function a layer; or one for all layers."""
     if request.param == "layer":

@@ -139,7 +139,7 @@ def test_an_operator_runs_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compiled_whole_for_batches_of_any_size(widths: tuple[int, ...], backend: str, device: str) -> None:
     model = make_model(widths, device)
     compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -21,7 +21,7 @@ HALVES = (torch.float16, torch.bfloat16)
 Make = Callable[..., FusedMLP]
 
 
-@pytest.fixture(params=["reference", "layer", "layer by layer", "network"])
+@pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
 def make(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A maker of networks that take one of the paths."""
     if request.param == "layer by layer":

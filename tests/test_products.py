@@ -39,7 +39,7 @@ def run(case: Case, data: Data) -> dict[str, Tensor]:
 @pytest.mark.usefixtures("by_torch", "poisoned")
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=() if i % 4 == 0 else pytest.mark.full) for i, case in enumerate(CASES)],
+    [pytest.param(case, marks=() if i % 8 == 0 else pytest.mark.full) for i, case in enumerate(CASES)],
     ids=lambda case: case.id,
 )
 def test_forward_and_gradients(case: Case, device: str) -> None:

@@ -352,7 +352,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """An illegal access shows when the kernel is waited for; one of an earlier kernel is not this layer's."""
     kernels = layers.layer_path(
-        (4, 3), (layers.IDENTITY,), ((torch.float32, None),), torch.float32, "ieee", torch_too=False
+        (4, 3), (layers.IDENTITY,), ((torch.float32, None),), torch.float32, "ieee", torch_too=False, dropouts=(0.0,)
     ).layers[0]
     x, weight, h = torch.randn(2, 4), torch.randn(3, 4), torch.empty(2, 3)
     launch = layers._checked(layers.LayerKernels.forward_into, "forward")

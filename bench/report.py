@@ -524,8 +524,8 @@ SERIES = {
     "matmul": Series("torch's bare product", "ink", "o"),
     "addmm_activation": Series("torch._addmm_activation", "purple", "v"),
     "cuda_graph": Series("CUDA graph of eager", "blue", "^"),
-    "captured": Series("ours, captured", "purple", "<"),
-    "captured_eager": Series("torch, captured", "blue", ">"),
+    "captured": Series("ours, captured", "ink", "<"),
+    "captured_eager": Series("torch, captured", "pale", ">"),
     "compile": Series("torch.compile", "green", "P"),
     "compile_max_autotune": Series("torch.compile, max-autotune", "orange", "D"),
 }

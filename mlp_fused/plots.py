@@ -18,7 +18,7 @@ __all__ = ["DARK", "LIGHT", "Theme", "blank", "draw", "file_of", "finish", "writ
 # Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/), with markers and dashes
 # besides.
 BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE = "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7"
-SKY = "#56B4E9"
+SKY, YELLOW = "#56B4E9", "#F0E442"
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,15 @@ class Theme:
     ink: str
     grid: str
     blue: str  # the one that shows on this background
+    pale: str  # another that does
     orange: str = ORANGE
     green: str = GREEN
     vermilion: str = VERMILION
     purple: str = PURPLE
 
 
-LIGHT = Theme("light", "#FFFFFF", BLACK, "#DDDDDD", BLUE)
-DARK = Theme("dark", "#0D1117", "#E6EDF3", "#30363D", SKY)  # GitHub's
+LIGHT = Theme("light", "#FFFFFF", BLACK, "#DDDDDD", BLUE, SKY)
+DARK = Theme("dark", "#0D1117", "#E6EDF3", "#30363D", SKY, YELLOW)  # GitHub's
 
 
 def blank(theme: Theme, width: float, height: float) -> tuple[Any, Any]:

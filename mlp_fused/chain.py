@@ -171,6 +171,8 @@ class Forward:
             if h is None and not kernels.last:
                 turns[index % 2] = max(turns[index % 2], size)
             places.append((h, z))
+        if self.keeps:
+            ((self.kept,),) = kept_shapes(path, rows)  # nothing follows the last, which ends where it ends
         self.spare = sum(turns)
         self.spares = any(h is None for h, _ in places[:-1])
         self.edges = [h if z is None else z for h, z in places]
@@ -209,7 +211,7 @@ def _kept_widths(path: LayerPath) -> list[int]:
 def kept_shapes(path: LayerPath, rows: int) -> list[tuple[int, ...]]:
     """Of what a forward keeps besides x, y and the weights: one tensor, or nothing."""
     widths = _kept_widths(path)
-    return [(sum(_room(rows, width) for width in widths),)] if widths else []
+    return [(sum(_room(rows, width) for width in widths[:-1]) + rows * widths[-1],)] if widths else []
 
 
 def chained_forward(

@@ -156,23 +156,22 @@ class Forward:
         self.schedule = schedule = Schedule(rows, path.dtype.itemsize)
         x, kept, spare, y, seed, nothing = 0, *range(2 * count + 1, 2 * count + 6)
         places: list[tuple[Any, Any]] = []  # of h and z
-        self.keeps = keep and bool(_kept_widths(path))
-        self.kept = 0
+        # The shape of what is kept, where anything is; and how much of it has its place.
+        self.kept = next(iter(kept_shapes(path, rows)), None) if keep else None
+        placed = 0
         turns = [0, 0]  # sizes of the two places that layers which are not kept take in turn
         for index, kernels in enumerate(path.layers):
             size = _room(rows, kernels.width_out)
             h = z = None
             if keep and kernels.keeps_z:
-                z = self.kept
-                self.kept += size
+                z = placed
+                placed += size
             elif keep and not kernels.last:
-                h = self.kept
-                self.kept += size
+                h = placed
+                placed += size
             if h is None and not kernels.last:
                 turns[index % 2] = max(turns[index % 2], size)
             places.append((h, z))
-        if self.keeps:
-            ((self.kept,),) = kept_shapes(path, rows)  # nothing follows the last, which ends where it ends
         self.spare = sum(turns)
         self.spares = any(h is None for h, _ in places[:-1])
         self.edges = [h if z is None else z for h, z in places]
@@ -197,20 +196,15 @@ class Forward:
     ) -> tuple[Tensor, Tensor | None]:
         """y and what is kept."""
         y = x.new_empty((self.schedule.rows, self.width_out))
-        kept = x.new_empty((self.kept,)) if self.keeps else None
+        kept = None if self.kept is None else x.new_empty(self.kept)
         spare = x.new_empty((self.spare,)) if self.spares else None
         self.schedule.run((x, *weights, *biases, kept, spare, y, seed, None), self.schedule.prepared)
         return y, kept
 
 
-def _kept_widths(path: LayerPath) -> list[int]:
-    """Of the tensors that a forward keeps, one after the other."""
-    return [each.width_out for each in path.layers if each.keeps_z or not each.last]
-
-
 def kept_shapes(path: LayerPath, rows: int) -> list[tuple[int, ...]]:
-    """Of what a forward keeps besides x, y and the weights: one tensor, or nothing."""
-    widths = _kept_widths(path)
+    """Of what a forward keeps besides x, y and the weights: one tensor, without a gap at its end; or nothing."""
+    widths = [each.width_out for each in path.layers if each.keeps_z or not each.last]
     return [(sum(_room(rows, width) for width in widths[:-1]) + rows * widths[-1],)] if widths else []
 
 

@@ -342,6 +342,9 @@ def summary(row: Row) -> str:
         ahead = row["throughput"]["ways"]["prefetched"]
         moved = f"prefetched {ahead['examples_per_s']:.3g} examples/s, {ahead['of_bound']:.2f} of the bound"
         return f"pinned {row['copy']['pinned']['ms']:.4g} ms = {', '.join(ratios)} of the kernels; {moved}"
+    if "kinds" in row:
+        speeds = (f"{each['speedup']:.2f}x of {kind}" for kind, each in row["kinds"].items())
+        return f"read where it lies {', '.join(speeds)}"
     return json.dumps(row.get("seconds"))
 
 

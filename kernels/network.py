@@ -550,7 +550,7 @@ def forward(
     """y = H_L, and what is kept for backward where tensors for it are given.
 
     Args:
-        x: (M, d_0), any strides and float dtype; M at least 1.
+        x: (M, d_0), any strides and real dtype; M at least 1. It may lie in pinned memory of the host.
         weights, biases: of each layer (d_l, d_{l-1}) and (d_l,), by the network's strides, of any float dtype.
         y: (M, d_L), contiguous, written, as are all that follow.
         kept: M Σ d_l elements over the hidden layers: of each in turn (M, d_l).
@@ -563,7 +563,7 @@ def forward(
     return launch(
         network_forward_kernel,
         tile.started(cdiv(rows, tile.block_m)),
-        x.device,
+        y.device,
         tile,
         (x, y, weights, biases, kept, z, h),
         (rows, *x.stride()),

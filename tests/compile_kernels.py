@@ -65,15 +65,16 @@ class NetworkCompilation:
     precision: str
     activation: str
     widths: tuple[int, ...]
+    input: str = ""  # of another dtype than the network, and then of the forward in inference alone
 
     @property
     def id(self) -> str:
-        widths = "x".join(map(str, self.widths))
-        return f"network-{widths}-{self.target}-{self.dtype}-{self.precision}-{self.activation}".replace(" ", "")
+        words = ["network", "x".join(map(str, self.widths)), self.target, self.dtype, self.precision, self.activation]
+        return "-".join([*words, *([f"of_{self.input}"] if self.input else [])]).replace(" ", "")
 
 
 def networks(full: bool) -> list[NetworkCompilation]:
-    """Widths 16 to 128 with 1, 3 and 5 hidden layers, wide inputs, narrow ends.
+    """Widths 16 to 128 with 1, 3 and 5 hidden layers, wide inputs, narrow ends; of inputs that are cast.
 
     By default every other one in bf16, some in fp32; `full` is the product, fp32 with up to 3 layers.
     """
@@ -90,6 +91,9 @@ def networks(full: bool) -> list[NetworkCompilation]:
                 has_its_turn = (turn + list(TARGETS).index(target)) % 2 == 0
                 if full or (wanted and has_its_turn and activation == ("relu", "gelu")[turn // 2 % 2]):
                     found.append(NetworkCompilation(target, name, precision, activation, widths))
+        for widths, of_input in itertools.product(((64,) * 5, (784, 64, 64, 10)), ("uint8", "float16")):
+            if dtype == torch.bfloat16 and (full or (target, len(widths)) == ("NVIDIA H100", 5)):
+                found.append(NetworkCompilation(target, name, precision, "relu", widths, of_input))
     return found
 
 
@@ -115,8 +119,12 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
         y = run_network(x, weights, biases, path)
         torch.autograd.grad(y, [x, *weights, *biases], dy)
 
+    def infer() -> None:
+        of_input = torch.empty_like(x, dtype=getattr(torch, row.input))
+        network.forward(of_input, weights, biases, dy.detach(), path.network, path.forward)
+
     readings = []
-    for launched in capture(train, device):
+    for launched in capture(infer if row.input else train, device):
         kind = launched.kernel.__name__.removeprefix("network_").removesuffix("_kernel")
         reading = read(launched, device)
         tile = launched.tile
@@ -263,7 +271,7 @@ def source(launched: Launch) -> Any:
             return tuple(describe(element, (*path, index), free) for index, element in enumerate(value))
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64"}
+            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "uint8": "u8"}
             return "*" + short[str(value.dtype)[6:]]
         if value is None or (value == 1 and not free):
             constexprs[path] = value

@@ -248,6 +248,33 @@ def test_the_network_recomputes_the_very_bits_of_its_forward(
     assert torch.equal(hidden, again)
 
 
+@pytest.mark.parametrize("of_input", [torch.uint8, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [20, 300], ids=["held", "streamed"])
+def test_a_network_casts_its_input_as_it_loads_it(
+    width: int, dtype: torch.dtype, of_input: torch.dtype, device: str, poisoned: None
+) -> None:
+    """As torch casts it ahead; and on a GPU also from where it lies in the host's memory."""
+    case = Case(100, (width, 32, 17), dtype)
+    data = make(case, device)
+    _, layers, path = find(case, data)
+    assert isinstance(path, NetworkPlan)
+    assert (path.forward.block_k > 0) == (width == 300)
+    weights, biases, *_ = zip(*layers)
+    random = torch.randn(case.rows, width, dtype=torch.float64)
+    x = random.abs().mul(80).clamp(max=255).to(of_input) if of_input == torch.uint8 else random.to(of_input)
+
+    def through(x: Tensor) -> Tensor:
+        y = torch.empty_like(data.dy)
+        network.forward(x, weights, biases, y, path.network, path.forward)
+        return y
+
+    expected = through(x.to(device, dtype))
+    assert expected.isfinite().all()
+    for each in (x.to(device), x.pin_memory()) if device == "cuda" else (x,):
+        torch.testing.assert_close(through(each), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_second_backward_over_a_kept_graph_gives_the_same(path: str, activation: str, device: str) -> None:

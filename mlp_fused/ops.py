@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,64 +27,56 @@ from .layers import LayerPath
 from .networks import network_backward, network_forward
 from .plan import NetworkPlan, why_device
 
-_OF_LAYERS = "Tensor[] weights, Tensor[] biases, bool[] biased, str[] activations"
-_SETTINGS = "ScalarType dtype, str precision, bool? recompute, str backend"
+_SETTINGS = "bool[] biased, str[] activations, ScalarType dtype, str precision, bool? recompute, str backend"
 _library = torch.library.Library("mlp_fused", "DEF")
-_library.define(f"mlp(Tensor x, {_OF_LAYERS}, {_SETTINGS}, bool keep) -> (Tensor, Tensor[])")
+_library.define(f"mlp(Tensor x, Tensor[] weights, Tensor[] biases, {_SETTINGS}, bool keep) -> (Tensor, Tensor[])")
 _library.define(
-    f"mlp_backward(Tensor dy, Tensor x, Tensor y, Tensor[] kept, {_OF_LAYERS}, {_SETTINGS}, bool[] needs) -> Tensor[]"
+    "mlp_backward(Tensor dy, Tensor x, Tensor y, Tensor[] kept, Tensor[] weights, Tensor[] biases, "
+    f"{_SETTINGS}, bool[] needs) -> Tensor[]"
 )
 
 
-def _find_path(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[str],
-    dtype: torch.dtype,
-    precision: str,
-    recompute: bool | None,
-    backend: Any,
-    keep: bool,
-) -> NetworkPlan | LayerPath:
-    layers = tuple(map(Layer, weights, biases, map(parse, activations)))
-    return find_path(x, layers, dtype, recompute, backend, precision, keep)
+class _Settings(NamedTuple):
+    """What both operators take after their tensors, as in `_SETTINGS`."""
+
+    biased: Sequence[bool]  # of each layer: whether it has a bias; only these are given
+    activations: Sequence[str]
+    dtype: torch.dtype
+    precision: str
+    recompute: bool | None
+    backend: Any
+
+    def path(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], keep: bool
+    ) -> NetworkPlan | LayerPath:
+        layers = tuple(map(Layer, weights, biases, map(parse, self.activations)))
+        return find_path(x, layers, self.dtype, self.recompute, self.backend, self.precision, keep)
+
+    def of_all(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
+        """One for each layer, None where it has no bias. (In a list with None, torch gives no tensor a gradient.)"""
+        given = iter(biases)
+        return [next(given) if each else None for each in self.biased]
 
 
-def _of_all(biases: Sequence[Tensor], biased: Sequence[bool]) -> list[Tensor | None]:
-    """One for each layer, None where it has no bias. (In a list with None, torch gives no tensor a gradient.)"""
-    given = iter(biases)
-    return [next(given) if each else None for each in biased]
-
-
-def _mlp(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    biased: Sequence[bool],
-    activations: Sequence[str],
-    dtype: torch.dtype,
-    precision: str,
-    recompute: bool | None,
-    backend: Any,
-    keep: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    all_biases = _of_all(biases, biased)
-    reason = why_device(x.device, backend)
+def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any) -> tuple[Tensor, list[Tensor]]:
+    *of_both, keep = settings
+    call = _Settings(*of_both)
+    dtype, all_biases = call.dtype, call.of_all(biases)
+    reason = why_device(x.device, call.backend)
     if reason is not None and not keep:  # exported on a GPU, and loaded where there is none
         of_dtype = [None if each is None else each.to(dtype) for each in all_biases]
         weights = [each.to(dtype) for each in weights]
-        return reference.mlp(x.to(dtype), weights, of_dtype, list(map(parse, activations))), []
+        return reference.mlp(x.to(dtype), weights, of_dtype, list(map(parse, call.activations))), []
     if reason is not None:
         raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
-    path = _find_path(x, weights, all_biases, activations, dtype, precision, recompute, backend, keep)
+    path = call.path(x, weights, all_biases, keep)
     x, weights, all_biases = x.resolve_neg(), _plain(weights), _plain(all_biases)
     if isinstance(path, NetworkPlan):
         if path.formulation != "stored":
             return network_forward(x, tuple(weights), tuple(all_biases), path), []
         y, *stored = network_forward(x, tuple(weights), tuple(all_biases), path, keep=True)
         return y, [each for each in stored if each is not None]
-    keep = keep and not recompute
+    keep = keep and not call.recompute
     weights_read = cast(weights, path)
     y, kept = chained_forward(x.to(dtype), weights_read, all_biases, path, keep)
     if not keep:
@@ -105,26 +97,19 @@ def _plain(tensors: Sequence[Any]) -> list[Any]:
 
 
 def _mlp_fake(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    biased: Sequence[bool],
-    activations: Sequence[str],
-    dtype: torch.dtype,
-    precision: str,
-    recompute: bool | None,
-    backend: Any,
-    keep: bool,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
+    *of_both, keep = settings
+    call = _Settings(*of_both)
+    dtype = call.dtype
     rows = x.shape[0]
     y = x.new_empty((rows, weights[-1].shape[0]), dtype=dtype)
     if not keep:
         return y, []
-    all_biases = _of_all(biases, biased)
-    path = _find_path(x, weights, all_biases, activations, dtype, precision, recompute, backend, keep)
+    path = call.path(x, weights, call.of_all(biases), keep)
     if isinstance(path, NetworkPlan):
         return y, [x.new_empty(shape, dtype=dtype) for shape in path.kept_shapes(rows)]
-    if recompute:
+    if call.recompute:
         return y, []
     kept = [x.new_empty(shape, dtype=dtype) for shape in kept_shapes(path, rows)]
     return y, kept + [weight.to(dtype) for weight in weights if weight.dtype != dtype]
@@ -137,17 +122,13 @@ def _mlp_backward(
     kept: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    biased: Sequence[bool],
-    activations: Sequence[str],
-    dtype: torch.dtype,
-    precision: str,
-    recompute: bool | None,
-    backend: Any,
-    needs: Sequence[bool],
+    *settings: Any,
 ) -> list[Tensor]:
-    weights, all_biases = _plain(weights), _plain(_of_all(biases, biased))
-    path = _find_path(x, weights, all_biases, activations, dtype, precision, recompute, backend, True)
-    needs_x, *needs_parameters = _of_all_needs(needs, biased)
+    *of_both, needs = settings
+    call = _Settings(*of_both)
+    weights, all_biases, dtype = _plain(weights), _plain(call.of_all(biases)), call.dtype
+    path = call.path(x, weights, all_biases, True)
+    needs_x, *needs_parameters = _of_all_needs(needs, call.biased)
     parameters = [*weights, *all_biases]
     dy, x, x_dtype = plain_gradient(dy), x.resolve_neg(), x.dtype
     left = iter(kept)
@@ -160,7 +141,7 @@ def _mlp_backward(
         dx, gradients = network_backward(path, x, hidden, own, parameters, dy, needs_x, needs_parameters)
     else:
         x = x.to(dtype)
-        if recompute:
+        if call.recompute:
             weights_read = cast(weights, path)
             y, hidden = chained_forward(x, weights_read, all_biases, path, keep=True)
         else:

@@ -231,12 +231,11 @@ def packaged_path(device: str) -> Path:
 
 @functools.lru_cache(maxsize=64)
 def measured(device: Device) -> tuple[Table, ...]:
-    """The tables of a device, the user's before the packaged one. One that cannot be used is warned of and left out."""
+    """The tables of a device, the user's before the packaged one; what cannot be used is warned of and left out."""
     tables = [table for table in _first if table.device == device.name]
     for path, level in ((user_path(device.name), logging.WARNING), (packaged_path(device.name), logging.INFO)):
         try:
-            table = read(path)
-            check_fit(path, table, device)
+            table = _fitting(path, read(path), device)
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -256,18 +255,28 @@ def measured(device: Device) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def check_fit(path: Path, table: Table, device: Device) -> None:
-    """Raises ValueError where a table is of another device, or has a tile that this one cannot run."""
+def _fitting(path: Path, table: Table, device: Device) -> Table:
+    """The table without the tiles that the device cannot run. Raises ValueError where it is another device's."""
     if configs.device_slug(table.device) != configs.device_slug(device.name):
         raise ValueError(f"{path} was measured on {table.device}; it needs to be of {device.name}")
-    for index, row in enumerate(table.gemms):
-        if row.tile and row.tile.warp_specialize and TRITON_VERSION < (3, 7):
-            raise ValueError(f"{path}: gemms[{index}].tile specialises warps; it needs Triton 3.7 or newer")
-        if row.tile and (needed := configs.shared_memory(row.problem, row.tile, device)) > device.shared_memory:
-            raise ValueError(
-                f"{path}: gemms[{index}].tile takes {needed} bytes of shared memory; {device.name} has "
-                f"{device.shared_memory}"
-            )
+    whys = [_why_unfit(row, device) for row in table.gemms]
+    unfit = [f"gemms[{index}].tile {why}" for index, why in enumerate(whys) if why is not None]
+    if unfit:
+        rows = "this row is not used" if len(unfit) == 1 else f"this and {len(unfit) - 1} more rows are not used"
+        logger.warning("%s: %s; %s; `mlp-fused tune` measures anew", path, unfit[0], rows)
+    return dataclasses.replace(table, gemms=tuple(row for row, why in zip(table.gemms, whys) if why is None))
+
+
+def _why_unfit(row: Gemm, device: Device) -> str | None:
+    """Why a row's tile does not run on a device; None where it does."""
+    if row.tile is None:
+        return None
+    if row.tile.warp_specialize and TRITON_VERSION < (3, 7):
+        return "specialises warps; it needs Triton 3.7 or newer"
+    needed = configs.shared_memory(row.problem, row.tile, device)
+    if needed > device.shared_memory:
+        return f"takes {needed} bytes of shared memory; {device.name} has {device.shared_memory}"
+    return None
 
 
 _first: tuple[Table, ...] = ()  # before those on disk

@@ -231,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = vars(parser().parse_args(argv))
     command = arguments.pop("command")
+    if command != "train" and not is_first():  # of several processes, one is enough
+        return 0
     if command == "env":
         print(describe())
         return 0

@@ -631,6 +631,8 @@ def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool =
             run.linears[-1] = (run.linears[-1][0], found)
             takes_activation = found is IDENTITY
         else:
+            if why and not everything_hooked and not is_linear(child) and not has_hooks(child) and find(child):
+                why = "it follows no Linear layer that it could be fused with"
             runs.append(_Run([child], why))
             run = None
             continue
@@ -796,7 +798,7 @@ def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
             own.update(tensor.untyped_storage()._cdata for tensor in state.values())
             try:
                 flow = torch.func.functional_call(child, state, (flow,))
-            except RuntimeError as error:
+            except (RuntimeError, TypeError) as error:
                 raise ValueError(
                     f"{type(child).__name__} does not take an input of shape {tuple(flow.shape)} ({error}); "
                     "explain knows networks over rows of features"

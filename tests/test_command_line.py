@@ -506,7 +506,7 @@ def test_a_mistake_of_all_processes_is_said_once(
     assert errors[1] == ""
 
 
-@pytest.mark.parametrize("flags", [("--version",), ("--help",), ("train", "--help")], ids=" ".join)
+@pytest.mark.parametrize("flags", [("--version",), ("--help",), ("train", "--help"), ("env",)], ids=" ".join)
 def test_the_first_process_alone_answers(
     flags: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -548,6 +548,10 @@ def test_explain_names_what_runs_as_itself_and_why() -> None:
     assert "2 PReLU: reference, because PReLU has no kernel" in text
     model[0].register_forward_hook(lambda *_: None)
     assert "0 Linear: reference, because it has hooks" in str(model.explain(16, device="NVIDIA H100"))
+    hooked = FusedMLP(32, [48, 8])
+    hooked[0].register_forward_hook(lambda *_: None)
+    text = str(hooked.explain(16, device="NVIDIA H100"))
+    assert "1 ReLU: reference, because it follows no Linear layer that it could be fused with" in text
     double = FusedMLP(4, [3]).double().explain(16, device="NVIDIA H100")
     assert double.path == "reference"
     assert "float64" in double.reason
@@ -557,6 +561,9 @@ def test_explain_names_what_runs_as_itself_and_why() -> None:
 
 def test_explain_refuses_a_network_over_images() -> None:
     convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    bilinear = FusedMLP.from_sequential(nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2)))
+    with pytest.raises(ValueError, match="Bilinear does not take an input of shape"):
+        bilinear.explain(16)
     with pytest.raises(ValueError, match="Conv2d does not take an input of shape"):
         FusedMLP.from_sequential(convolutional).explain(4)
 

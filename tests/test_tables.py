@@ -368,12 +368,8 @@ def test_packaged_tables_are_good() -> None:
         (b"{", "is not JSON: .+"),
         (b"{}", "is no measured table: the whole has no schema, .+"),
         (table(FORWARD, device="NVIDIA H100"), "was measured on NVIDIA H100; it needs to be of NVIDIA H200"),
-        (
-            table(dataclasses.replace(FORWARD, tile=TileConfig(256, 256, 256, 8, 8, 3))),
-            r"gemms\[0\]\.tile takes \d+ bytes of shared memory; NVIDIA H200 has 232448",
-        ),
     ],
-    ids=["not JSON", "no table", "another device", "too large"],
+    ids=["not JSON", "no table", "another device"],
 )
 def test_a_broken_table_is_warned_of_once_and_not_used(
     measured: Path, caplog: pytest.LogCaptureFixture, content: bytes | Table, sentence: str
@@ -394,6 +390,21 @@ def test_a_broken_table_is_warned_of_once_and_not_used(
     assert re.match(f"{re.escape(str(path))}:? {sentence}; {mend}$", record.getMessage())
 
 
+@pytest.mark.parametrize(("count", "told"), [(1, "this row is"), (3, "this and 2 more rows are")])
+def test_of_a_table_only_tiles_that_do_not_fit_are_left_out(
+    measured: Path, caplog: pytest.LogCaptureFixture, count: int, told: str
+) -> None:
+    large = [dataclasses.replace(FORWARD, rows=2**i, tile=TileConfig(256, 256, 256, 8, 8, 3)) for i in range(count)]
+    install(table(*large, dataclasses.replace(FORWARD, rows=2**13)))
+    with caplog.at_level(logging.WARNING, "mlp_fused"):
+        assert tables.tile_for(problem(1), H200) == configs.choose(problem(1), H200)
+        assert tables.tile_for(problem(2**13), H200) == TILE
+    (record,) = caplog.records
+    sentence = r"gemms\[0\]\.tile takes \d+ bytes of shared memory; NVIDIA H200 has 232448"
+    said = f"{re.escape(str(tables.user_path(H200.name)))}: {sentence}; {told} not used; `mlp-fused tune` measures anew"
+    assert re.fullmatch(said, record.getMessage())
+
+
 @pytest.mark.parametrize(("version", "is_used"), [((3, 6), False), ((3, 7), True), ((4, 0), True)])
 def test_specialised_warps_take_a_triton_that_compiles_them(
     version: tuple[int, int], is_used: bool, measured: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
@@ -403,7 +414,7 @@ def test_specialised_warps_take_a_triton_that_compiles_them(
     mine = dataclasses.replace(table(dataclasses.replace(FORWARD, tile=tile)), versions=of_triton(*version))
     install(mine)
     assert (tables.tile_for(problem(), H200) == tile) == is_used
-    refused = f"{tables.user_path(H200.name)}: gemms[0].tile specialises warps; it needs Triton 3.7 or newer; it is not"
+    refused = f"{tables.user_path(H200.name)}: gemms[0].tile specialises warps; it needs Triton 3.7 or newer; this row"
     assert [record.getMessage().startswith(refused) for record in caplog.records] == [True] * (not is_used)
 
 

@@ -243,7 +243,7 @@ class Chain(WithBackend, nn.Module):
                             layer._replace(
                                 weight=_twin(layer.weight), bias=None if layer.bias is None else _twin(layer.bias)
                             )
-                            for layer in run.gathered_layers()
+                            for layer in run.gathered_layers(dtype=_policy_dtype(self))
                         ]
                         first = layers[0].weight
                         for rows in batch_sizes:
@@ -271,7 +271,8 @@ class Chain(WithBackend, nn.Module):
 
         Args:
             batch_size: rows of the input.
-            dtype: what the products are computed in; by default autocast's where it is on, else the parameters'.
+            dtype: what the products are computed in; by default autocast's where it is on, else the parameters', or
+                that of fully_shard's policy for mixed precision.
             device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200",
                 to ask about a GPU that is not there.
 
@@ -288,7 +289,8 @@ class Chain(WithBackend, nn.Module):
             raise ValueError("the network has no parameters; there is nothing to explain")
         known = configs.DEVICES.get(device) if isinstance(device, str) else None
         where = torch.device("meta") if known else torch.device(device or parameter.device)
-        dtype = dtype or plan.compute_dtype(parameter.dtype, where.type)
+        given = _policy_dtype(self) or parameter.dtype  # to a call
+        dtype = dtype or plan.compute_dtype(given, where.type)
         precision = plan.float32_precision() if dtype == torch.float32 else "ieee"
         gpu = known
         if known is None and (where.type == "cuda" or self._wants_kernels()):
@@ -303,14 +305,14 @@ class Chain(WithBackend, nn.Module):
         link_names = iter(self._link_names())
         for run in runs_of(links):
             names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, link_names))
-            layers = run.gathered_layers("meta")
+            layers = run.gathered_layers("meta", _policy_dtype(self))
             reason = run.reason
             if layers:
                 reason = plan.why_not(layers, dtype, where, self._backend, planned=known is not None)
             trainable = [layer.weight.requires_grad for layer in layers]
             biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
             needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
-            input_size = dtype.itemsize if runs else max(dtype.itemsize, parameter.dtype.itemsize)
+            input_size = dtype.itemsize if runs else max(dtype.itemsize, given.itemsize)
             flow, kept_by_torch = _kept_by_torch(run.children, flow)
             widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
             training = any(trainable) or any(biased) or needs_input_grad
@@ -515,17 +517,17 @@ class _Run:
     def layers(self) -> tuple[Layer, ...]:
         return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears), self.dropouts))
 
-    def gathered_layers(self, device: str | None = None) -> tuple[Layer, ...]:
+    def gathered_layers(self, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Layer, ...]:
         """The layers as a call finds them: FSDP gathers parameters before a forward, and shares them out after it.
 
-        Those are zeros here, on their own device or another one.
+        Those are zeros here, on their own device and of their own dtype, or others.
         """
         layers = []
         for (linear, _), layer in zip(self.linears, self.layers()):
             if getattr(linear, "_is_fsdp_managed_module", False):
                 where = device or layer.weight.device
-                bias = None if layer.bias is None else _stand_in(layer.bias, where)
-                layer = layer._replace(weight=_stand_in(layer.weight, where), bias=bias)
+                bias = None if layer.bias is None else _stand_in(layer.bias, where, dtype)
+                layer = layer._replace(weight=_stand_in(layer.weight, where, dtype), bias=bias)
             layers.append(layer)
         return tuple(layers)
 
@@ -710,6 +712,14 @@ def _is(thing: object, module: str, name: str) -> bool:
     """isinstance of a class that takes long to import: nothing is of it before that."""
     imported = sys.modules.get(module)
     return imported is not None and isinstance(thing, getattr(imported, name, ()))
+
+
+def _policy_dtype(network: nn.Module) -> torch.dtype | None:
+    """What fully_shard casts a network's parameters to for a call; None where they stay what they are."""
+    if not _is(network, "torch.distributed.fsdp", "FSDPModule"):
+        return None
+    sharded: Any = network
+    return sharded._get_fsdp_state()._mp_policy.param_dtype
 
 
 def _is_split(tensor: object) -> bool:

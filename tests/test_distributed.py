@@ -19,6 +19,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from mlp_fused import FusedLinear, FusedMLP
+from mlp_fused import FusedLinear, FusedMLP, module
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.processes import join
 from mlp_fused.training import Config, Result, build_model, load_checkpoint, pick_device, train
@@ -214,6 +215,13 @@ def fsdp_in_mixed_precision(mesh: DeviceMesh, backend: str) -> None:
         torchs, exact = plain(model), plain(model)
         for each in (model, torchs):
             fully_shard(each, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+        assert model.explain(ROWS).dtype == torch.bfloat16
+        with pytest.MonkeyPatch.context() as patch:
+            warmed = MagicMock(wraps=module.run_kernels)
+            patch.setattr(module, "run_kernels", warmed)
+            model.warmup(ROWS)
+        assert bool(warmed.call_args_list) == (backend == "triton" or mesh.device_type == "cuda")
+        assert {call.args[2] for call in warmed.call_args_list} <= {torch.bfloat16}
         assert model(mine(mesh, batches(mesh)[0][0])).dtype == torch.bfloat16
         model.reshard()  # which torch leaves to the backward that does not follow
         kernels_ran(backend, learn_apart(mesh, model))

@@ -322,11 +322,12 @@ def _depths(problem: Problem, device: Device, tile: TileConfig) -> Iterator[tupl
     if device.backend == "hip":  # that pipeline takes two
         yield 2, 1
         return
-    parts = [count for count in (1, 2, 4) if count == 1 or (tile.descriptors and tile.block_n // count >= 32)]
-    if problem.kind == "wgrad":
-        parts = [1]
-    elif problem.kind == "dgrad" and tile.block_m * tile.block_n > LONGEST_SIDE**2:
-        parts = [4]  # what was saved and h besides: two parts' would not fit in registers
+    parts = [1]
+    if problem.kind != "wgrad" and tile.descriptors:
+        # Beside many sums of a thread, or what was saved, only so many elements go through an activation at a time.
+        sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
+        least = sums // 32 if sums > 64 or problem.kind == "dgrad" else 1
+        parts = [count for count in (1, 2, 4) if least <= count <= tile.block_n // 32] or [1]
     depths = [(stages, part) for stages in (4, 3) for part in parts] + [(2, part) for part in parts] + [(1, parts[-1])]
 
     def fits(depth: tuple[int, int], room: int) -> bool:

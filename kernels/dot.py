@@ -206,19 +206,13 @@ def store_tile(target, value, m, n, M, N, OFFSET: tl.constexpr, DESCRIPTORS: tl.
 
 @triton.jit
 def split_columns(value, PARTS: tl.constexpr):
-    """The left, …, right parts of a tile's columns: 1, 2 or 4 of them."""
+    """The left, …, right parts of a tile's columns, a power of two of them."""
     if PARTS == 1:
         return (value,)
     else:
         halves = tl.reshape(value, (value.shape[0], 2, value.shape[1] // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        if PARTS == 2:
-            return (left, right)
-        else:
-            tl.static_assert(PARTS == 4, "an epilogue has 1, 2 or 4 parts")
-            first, second = split_columns(left, 2)
-            third, fourth = split_columns(right, 2)
-            return (first, second, third, fourth)
+        return split_columns(left, PARTS // 2) + split_columns(right, PARTS // 2)
 
 
 @triton.jit

@@ -58,13 +58,15 @@ def of_launch(
 
 def epilogue_parts(tile: TileConfig, dropout: Dropout | None) -> int:
     """In how many parts a tile's epilogue is done: with Dropout in twice as many, as random numbers take registers."""
-    more = min(4, 2 * tile.parts)
+    more = 2 * tile.parts
     return tile.parts if dropout is None or tile.block_n < 16 * more else more
 
 
 @triton.jit
-def factors(seed, keep, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def factors(seed_ptr, keep, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """1 / keep where an element is kept, else 0: (BLOCK_M, BLOCK_N), from row m and column n on, a multiple of 16."""
+    # Volatile, so that the random numbers of an epilogue's later parts are not made, and held, before they are needed.
+    seed = tl.load(seed_ptr, volatile=True)
     scale = 1.0 / tl.where(keep > 0, keep, 1.0)
     limit = tl.ceil(keep * 2.0**24).to(tl.int32)
     return tl.where(random_bits(seed, layer, m, n, BLOCK_M, BLOCK_N) < limit, scale, 0.0)

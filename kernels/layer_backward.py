@@ -68,7 +68,7 @@ def output_gradient_kernel(
     dh_offsets = rows[:, None] * stride_dm + cols.to(OFFSET)[None, :] * stride_dn
     dh = tl.load(dh_ptr + dh_offsets, mask=mask, other=0.0).to(DTYPE)
     if seed_ptr is not None:
-        left = factors(tl.load(seed_ptr), keep, layer, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, BLOCK_N)
+        left = factors(seed_ptr, keep, layer, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, BLOCK_N)
         dh *= left
     if saved_ptr is not None:
         saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
@@ -167,8 +167,6 @@ def dgrad_kernel(
         kept = result(saved_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS and not EARLY)
     if h_ptr is not None:
         hs = result(h_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
     # What waits is one tile's; flattened, the loop would hold it once for every stage.
     for tile in tl.range(
@@ -189,7 +187,7 @@ def dgrad_kernel(
             dx = parts[part]
             n = tile_n * BLOCK_N + part * PART_N
             if seed_ptr is not None:
-                left = factors(seed, keep, layer, m, n, BLOCK_M, PART_N)
+                left = factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
                 dx *= left
             if saved_ptr is not None:
                 if EARLY:

@@ -57,8 +57,6 @@ def layer_forward_kernel(
     hs = result(h_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
     if z_ptr is not None:
         zs = result(z_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     # Flattened, a tile's first blocks are loaded while the one before it ends.
     for tile in tl.range(
@@ -84,7 +82,7 @@ def layer_forward_kernel(
                 store_tile(zs, z, m, n, M, N, OFFSET, DESCRIPTORS)
             h = activate(z, FORWARD, PARAMETERS)
             if seed_ptr is not None:
-                h *= factors(seed, keep, layer, m, n, BLOCK_M, PART_N)
+                h *= factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
             store_tile(hs, h, m, n, M, N, OFFSET, DESCRIPTORS)
 
 
@@ -168,7 +166,7 @@ def pointwise_kernel(
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
     h = activate(z, FORWARD, PARAMETERS)
     if seed_ptr is not None:
-        h *= factors(tl.load(seed_ptr), keep, layer, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, BLOCK_N)
+        h *= factors(seed_ptr, keep, layer, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, BLOCK_N)
     store(h_ptr + offsets, h, mask)
 
 

@@ -256,7 +256,7 @@ def _specialized(problem: Problem, device: Device, tiles: Sequence[TileConfig]) 
     if device.arch != 90 or not wanted or TRITON_VERSION < (3, 7):  # whose compiler fails at them
         return []
     return [
-        dataclasses.replace(tile, num_warps=4, num_stages=3, parts=2, early=False, warp_specialize=True)
+        dataclasses.replace(tile, num_warps=4, num_stages=3, parts=4, early=False, warp_specialize=True)
         for tile in tiles
         if tile.descriptors and tile.block_m == tile.block_n == 128
     ]

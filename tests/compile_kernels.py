@@ -33,6 +33,7 @@ from mlp_fused.plan import network_path
 TARGETS = {name: DEVICES[name] for name in ("NVIDIA A100", "NVIDIA H100", "NVIDIA B200", "AMD MI300X")}
 GEMMS = ("forward", "dgrad", "wgrad")
 FORMS = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+REGISTERS = {"forward": "selu", "dgrad": "mish"}  # activations that take many
 SPILL_LIMIT = 16  # words a thread may spill, kept for the largest tile's epilogue
 
 
@@ -168,8 +169,11 @@ def compilations(full: bool) -> list[Compilation]:
             for tile in listed if full else largest:
                 for activation in ("relu", "gelu") if full else ("gelu",):
                     found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, dropout=True))
+            most = max(listed, key=lambda tile: (tile.block_m * tile.block_n // tile.num_warps, -tile.num_warps))
+            for tile in listed if full else [most]:
+                found.append(Compilation(kind, target, "bfloat16", "ieee", REGISTERS[kind], tile))
         found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", SUM_PARTIALS))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def sample(tiles: list[TileConfig], turn: int) -> list[TileConfig]:

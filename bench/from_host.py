@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 
 import torch
@@ -30,6 +31,7 @@ from mlp_fused.kernels import network
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.launch import Launches
 from mlp_fused.plan import NetworkPlan
+from mlp_fused.prefetch import use_up
 from mlp_fused.timing import Timed
 from mlp_fused.training import DTYPES
 
@@ -110,7 +112,8 @@ class FromHost:
         if pinned[0].dtype == self.dtype:
             del calls["widened"]  # it is "copied"
         expected = nn.Sequential(*self.model)(there[0].to(self.dtype))
-        return {name: Timed(call, sets=len(pinned)) for name, call in calls.items()}, expected
+        ways = {name: Timed(call, sets=len(pinned)) for name, call in calls.items()}
+        return {**ways, "prefetched": replace(ways["prefetched"], drain=partial(use_up, ahead))}, expected
 
 
 @lru_cache(maxsize=1)

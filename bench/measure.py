@@ -59,7 +59,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -78,6 +78,7 @@ from mlp_fused.kernels import configs
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.language import driver
 from mlp_fused.plan import Work, float32_precision, work
+from mlp_fused.prefetch import use_up
 from mlp_fused.timing import Ceilings, Timed
 from mlp_fused.training import DTYPES
 from mlp_fused.transfer import copy_calls
@@ -445,8 +446,13 @@ def ways(bench: Bench) -> dict[str, Timed]:
         assert torch.equal(batch(0), bench.inputs[0]), f"{name} brings another batch"
 
     def training(name: str) -> Timed:
-        batch, sets = arrive[name], len(there) if name == "resident" else 1
-        return Timed(lambda i: torch.autograd.grad(model(batch(i)), parameters, bench.gradients[i]), sets=sets)
+        batch = arrive[name]
+
+        def step(i: int) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(model(batch(i)), parameters, bench.gradients[i])
+
+        sets = len(there) if name == "resident" else 1
+        return Timed(step, sets=sets, drain=partial(use_up, batches) if name == "prefetched" else None)
 
     found = {name: training(name) for name in WAYS}
     expected = torch.autograd.grad(bench.eager(there[0]), parameters, bench.gradients[0])

@@ -348,6 +348,8 @@ def test_an_in_place_row_is_complete_and_plain(in_place: Cell) -> None:
         assert set(found["verified"]) == set(found["ways"])
         assert found["speedup"] == 1
     assert len(reported) == 3
+    ways, _ = from_host.FromHost(SMALL, "cpu").ways("uint8")
+    assert [name for name, timed in ways.items() if timed.drain is not None] == ["prefetched"]
     assert gpu.summary(row) == "read where it lies 1.00x of uint8, 1.00x of fp16, 1.00x of fp32"
 
 
@@ -612,8 +614,9 @@ def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> N
     bench = measure.Bench(SMALL, "cpu")
     found = measure.ways(bench)
     assert list(found) == ["to_device", "non_blocking", "prefetched", "resident"]
-    for timed in found.values():
+    for name, timed in found.items():
         assert len(timed(0)) == len(bench.parameters)
+        assert (timed.drain is not None) == (name == "prefetched")
     monkeypatch.setattr(measure, "DevicePrefetcher", lambda batches, device: (2 * x for x in batches))
     with pytest.raises(AssertionError, match="prefetched brings another batch"):
         measure.ways(bench)

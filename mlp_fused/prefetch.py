@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["CopyTimer", "DevicePrefetcher", "map_leaves"]
+__all__ = ["CopyTimer", "DevicePrefetcher", "map_leaves", "use_up"]
 
 Batch = TypeVar("Batch")
 Cast = Literal["before", "after"]
@@ -414,7 +414,8 @@ class _Ahead:
     moved: list[Any] = field(default_factory=list)
     later: bool = False
     event: Any = None
-    begun: Any = None  # where the copies are timed
+    begun: Any = None  # before the first copy, where they are timed
+    has_begun: bool = False
 
 
 @dataclass
@@ -496,13 +497,19 @@ class _Prefetched(Iterator[Batch]):
         with torch.inference_mode(False), streams.on_side():
             if timing:
                 ahead.begun = streams.event(timing=True)
-                streams.record(ahead.begun, streams.side)
             try:
                 ahead.batch = map_leaves(batch, lambda leaf: self._start(leaf, ahead))
             finally:  # also after a failure among the copies: those before it are under way
+                self._begin(ahead)
                 streams.record(ahead.event, streams.side)
                 slot.event = ahead.event
         return ahead
+
+    def _begin(self, ahead: _Ahead) -> None:
+        """Note when the side stream comes to a batch's first copy: after what the host has to stage before it."""
+        if ahead.begun is not None and not ahead.has_begun:
+            self._streams.record(ahead.begun, self._streams.side)
+            ahead.has_begun = True
 
     def _start(self, leaf: Any, ahead: _Ahead) -> Any:
         """One leaf's copy."""
@@ -513,6 +520,7 @@ class _Prefetched(Iterator[Batch]):
                 return _Later(leaf)
             pinned = leaf.pin_memory()
             slot.sources.append(pinned)
+            self._begin(ahead)
             ahead.moved.append(pinned.to(streams.device, non_blocking=True))
             return ahead.moved[-1]
         dtype = _target(leaf, self._dtype)
@@ -531,6 +539,7 @@ class _Prefetched(Iterator[Batch]):
                 slot.sources.append(leaf)
             else:
                 source = slot.stage(leaf, stride, sent)
+            self._begin(ahead)
             streams.copy(target, source)
         if sent is not dtype:
             target = streams.cast(target, dtype)
@@ -555,6 +564,12 @@ class _Prefetched(Iterator[Batch]):
         if ahead.later:
             batch = map_leaves(batch, lambda leaf: leaf.to(streams.device) if isinstance(leaf, _Later) else leaf)
         return batch
+
+
+def use_up(batches: Iterator[Any], count: int = 3) -> None:
+    """Take batches that were copied while the device was idle, `depth` and one: a loop's later ones are not ahead."""
+    for _ in range(count):
+        next(batches)
 
 
 def _is_on_the_host(tensor: Tensor) -> bool:

@@ -60,13 +60,14 @@ class Timed:
     """A function to be timed: `call(i)` on input set i of `sets`, after an untimed `setup(i)` where there is one.
 
     One that `waits` returns when the device is done, as a copy of pageable memory does: nothing can be queued up behind
-    it.
+    it. Before a loop is read, `drain` takes what was done ahead of it while the device was idle, as a prefetcher does.
     """
 
     call: Callable[[int], Any]
     setup: Callable[[int], Any] | None = None
     sets: int = 1
     waits: bool = False
+    drain: Callable[[], Any] | None = None
 
     def prepare(self, i: int) -> None:
         if self.setup is not None:
@@ -262,6 +263,8 @@ def time_apart(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> 
 def time_loop(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Spread:
     """What a call costs in a loop, as `Timing.ms`, with its spread."""
     _, once = map(min, _one_by_one(timed, seconds / 2, clock))
+    if timed.drain is not None:
+        timed.drain()
     return Spread.of(between_events(timed, *_enough(timed, once, seconds), clock=clock))
 
 

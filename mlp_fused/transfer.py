@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +29,7 @@ from .environment import distorted
 from .first_touch import FirstTouch, in_fresh_processes
 from .kernels.activations import resolve
 from .module import FusedMLP
-from .prefetch import DevicePrefetcher
+from .prefetch import DevicePrefetcher, use_up
 from .timing import Link, Measured, Spread, Timed
 from .training import DTYPES, DtypeName, UserError, build_model, first_line, load_checkpoint, pick_device
 from .training import Config as Training
@@ -576,7 +577,7 @@ class Gpu:
             "launch": Timed(lambda _: one.fill_(1)),
             **work.calls(there),
             "step": Timed(lambda _: step([tensor.to(self.device) for tensor in batch])),
-            "prefetched": Timed(lambda _: step(next(batches))),
+            "prefetched": Timed(lambda _: step(next(batches)), drain=partial(use_up, batches)),
         }
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from mlp_fused import timing
+from mlp_fused import DevicePrefetcher, timing
+from mlp_fused.prefetch import use_up
 from mlp_fused.timing import Spread, Timed
 
 
@@ -124,6 +130,71 @@ def test_a_call_that_waits_is_not_queued_behind_a_spin(clock: SimulatedClock, mo
     found = timing.time_apart(Timed(lambda _: clock.launch(10e-6, 90e-6, waits=True), waits=True), clock=clock)
     assert found.returned.ms == found.host.ms == pytest.approx(0.1)
     assert found.device.ms == pytest.approx(0.1)  # the device waits for the host to hand the copy over
+
+
+class SimulatedLink(SimulatedClock):
+    """And a link on which DevicePrefetcher, as the streams that it asks for, copies a batch in `copy` seconds."""
+
+    device, side = torch.device("cpu"), "side"
+
+    def __init__(self, copy: float) -> None:
+        super().__init__()
+        self.seconds = copy
+        self.linked = 0.0  # when the link has done all it was given
+
+    def synchronize(self, event: Any = None) -> None:
+        self.host = max(self.host, *([self.free, self.linked] if event is None else [event.at]))
+
+    def event(self, **timing: Any) -> Any:
+        return SimpleNamespace(at=0.0) if timing else super().event()
+
+    def record(self, event: Any, stream: str) -> None:
+        event.at = max(self.host, self.linked if stream == "side" else self.free)
+
+    def wait(self, stream: str, event: Any) -> None:
+        self.free = max(self.free, event.at)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.linked = max(self.host, self.linked) + self.seconds
+
+    def current(self) -> str:
+        return "consumer"
+
+    def on_side(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def is_here(self, tensor: torch.Tensor) -> bool:
+        return False
+
+    def empty(self, *layout: Any) -> torch.Tensor:
+        return torch.empty(0)
+
+    def keep(self, *moved: Any) -> None: ...
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.1])
+@pytest.mark.parametrize(
+    ("copy", "compute"),
+    [(1e-3, 5e-4), (2.4e-3, 3e-4), (2.4e-3, 1.2e-3), (4.8e-3, 4e-3), (2e-2, 1e-2), (1e-3, 3e-3), (1e-5, 1e-5)],
+)
+def test_a_loop_that_prefetches_is_read_without_what_was_copied_before_it(
+    copy: float, compute: float, seconds: float
+) -> None:
+    """Where the device was idle, the first batches are there already: they are not to pass for the others."""
+    link = SimulatedLink(copy)
+    prefetcher = DevicePrefetcher(itertools.repeat(torch.ones(1)), "cpu")
+    prefetcher._streams = link  # type: ignore[assignment]
+    batches = iter(prefetcher)
+
+    def step(_: int) -> None:
+        next(batches)
+        link.launch(3e-5, compute)
+
+    found = timing.time_loop(Timed(step, drain=partial(use_up, batches)), seconds, link)
+    assert found.ms == pytest.approx(1e3 * max(copy, compute, 3e-5), rel=0.03)
 
 
 def test_the_first_call_is_the_warm_up(clock: SimulatedClock) -> None:

@@ -515,6 +515,7 @@ def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.Monkey
         both_ways = {field.name for field in dataclasses.fields(OnGpu)}
         assert set(calls) == (both_ways if training else both_ways - {"backward"})
         assert calls["forward"].sets == 2 * 4096 // x.nbytes
+        assert [name for name, timed in calls.items() if timed.drain is not None] == ["prefetched"]
         for name, timed in calls.items():
             copied.clear(), seen.clear()
             timed.prepare(3)

@@ -96,6 +96,12 @@ def in_fresh_processes(model: nn.Module, batch: Sequence[Tensor], device: torch.
     Raises:
         RuntimeError: the model cannot be pickled, or a process failed; says why.
     """
+    own = next((type(module) for module in model.modules() if type(module).__module__ == "__main__"), None)
+    if own is not None:
+        raise RuntimeError(
+            f"{own.__name__} is defined in the script that runs, which a fresh process cannot import; define it in a "
+            "module of its own"
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.pt")
         try:

@@ -90,6 +90,16 @@ def write(files: Mapping[Path, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _apart(sizes: list[int]) -> list[int]:
+    """Those of ascending sizes whose numbers do not run into each other on a log axis: the largest, and on down."""
+    least = (sizes[-1] / sizes[0]) ** (1 / 12)
+    shown: list[int] = []
+    for size in reversed(sizes):
+        if not shown or shown[-1] / size >= least:
+            shown.append(size)
+    return shown[::-1]
+
+
 def draw(found: Transfer, path: Path) -> None:
     """Milliseconds against batch size on log axes: the CPU's step, the GPU's, its parts, and where the two cross.
 
@@ -116,7 +126,7 @@ def draw(found: Transfer, path: Path) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda rows, _: f"{rows:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     axes.xaxis.set_minor_formatter("")
-    axes.set_xticks(sizes)
+    axes.set_xticks(_apart(sizes))
     axes.minorticks_off()
     crossing = found.crossings.get("step")
     if crossing is not None and 0 < crossing.rows < math.inf:
@@ -138,5 +148,5 @@ def draw(found: Transfer, path: Path) -> None:
     what = "training: forward and backward" if found.training else "inference"
     network = found.network.partition(", input")[0]
     axes.set_title(f"{network}; {what}\n{found.gpu or 'no GPU'}; CPU: {found.cpu}", fontsize=10)
-    finish(axes, LIGHT, fontsize=8, loc="lower right")
+    finish(axes, LIGHT, fontsize=9, loc="outside lower center", ncols=3)
     write({path: file_of(figure, path.suffix[1:])})

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,6 +81,9 @@ class OnGpu:
         step: a step in a loop as it is usually written: `x.to(device)`, forward, backward; for inference the copy of
             the output back instead of the backward.
         prefetched: the same through DevicePrefetcher, from a loader that pins (without, the host has `staging` to do).
+        non_waiting: the same from pinned memory, copied in the stream that computes; the host does not wait.
+        narrowed: as `prefetched`, of a batch that lies in pinned memory in 16 bits, and is widened on the device; None
+            where it has no wider numbers.
     """
 
     pageable: Measured
@@ -94,6 +97,8 @@ class OnGpu:
     resident: Spread
     step: Spread
     prefetched: Spread
+    non_waiting: Spread
+    narrowed: Spread | None
 
     @property
     def kernels(self) -> Spread:
@@ -152,9 +157,11 @@ class Crossing:
 
     def __str__(self) -> str:
         if self.rows == 0:
-            return f"at every batch size measured, from {_rows(self.measured[0])} on"
+            perhaps = "" if self.high == 0 else f" (by the spread perhaps only {_from(self.high)})"
+            return f"at every batch size measured, from {_rows(self.measured[0])} on{perhaps}"
         if self.rows == math.inf:
-            return f"at no batch size measured, up to {_rows(self.measured[1])}"
+            perhaps = "" if self.low == math.inf else f" (by the spread perhaps {_from(self.low)})"
+            return f"at no batch size measured, up to {_rows(self.measured[1])}{perhaps}"
         ends = [
             "below the smallest" if end == 0 else "above the largest" if end == math.inf else f"{end:,.0f}"
             for end in (self.low, self.high)
@@ -187,6 +194,19 @@ def crossing(sizes: Sequence[int], cpu: Sequence[Spread], gpu: Sequence[Spread])
     )
 
 
+def _from(rows: float) -> str:
+    """One end of a crossing's range."""
+    if rows == 0:
+        return "at every one"
+    return "at none" if rows == math.inf else f"from {rows:,.0f} on"
+
+
+def fastest(ms: Mapping[str, float]) -> str:
+    """The name of the least of some times; of those that are within GAIN of it, the one that stands first."""
+    least = min(ms.values())
+    return next(name for name, each in ms.items() if each <= (1 + GAIN) * least)
+
+
 def hidden(copied: float, computed: float, together: float) -> float:
     """The part, 0 to 1, of what two things that take so long each could hide of each other, and did in one step."""
     possible = min(copied, computed)
@@ -206,7 +226,6 @@ class Transfer:
         memory: what the GPU's memory reaches in a large copy, bytes/s read plus written.
         first_touch: what only the first call costs, in a process of its own.
         points: one for each batch size, ascending.
-        narrowable: whether 16-bit inputs would be fewer bytes.
         notes: what is missing, and why.
     """
 
@@ -219,7 +238,6 @@ class Transfer:
     memory: float | None
     first_touch: FirstTouch | None
     points: tuple[Point, ...]
-    narrowable: bool
     notes: tuple[str, ...]
 
     @property
@@ -263,7 +281,20 @@ class Transfer:
             "kernel": "the device, which computes",
         }
         parts = ", ".join(f"{name} {_time(part.ms)}" for name, part in gpu.parts.items())
-        return f"a step of {_rows(self.rows)} is bound by {what[gpu.bound]}: {parts}"
+        copied = gpu.pageable.host.ms
+        return (
+            f"of a step of {_rows(self.rows)} as usually written, {_time(gpu.step.ms)}, the copy is {_time(copied)} "
+            f"({min(1.0, copied / gpu.step.ms):.0%}); prefetched it is bound by {what[gpu.bound]}: {parts}"
+        )
+
+    @property
+    def choice(self) -> str:
+        """The fastest way to do a step with data of the host: "cpu", or one of WAYS. Without a GPU, "cpu"."""
+        point = self.at_rows
+        times = {"cpu": point.cpu.step.ms}
+        if point.gpu is not None:
+            times |= {name: getattr(point.gpu, name).ms for name in WAYS}
+        return fastest(times)
 
     @property
     def advice(self) -> list[str]:
@@ -274,10 +305,11 @@ class Transfer:
             return []
         advice = []
         usual, ahead, resident = gpu.step.ms, gpu.prefetched.ms, gpu.resident.ms
-        if cpu.ms <= min(usual, ahead):
+        choice, best = self.choice, min(getattr(gpu, name).ms for name in WAYS)
+        if choice == "cpu":
             advice.append(
-                f"stay on the CPU at {_rows(self.rows)}: a step takes {_time(cpu.ms)} there and "
-                f"{_time(min(usual, ahead))} on the GPU, which wins {self.crossings['prefetched']}"
+                f"stay on the CPU at {_rows(self.rows)}: a step takes {_time(cpu.ms)} there and {_time(best)} on the "
+                f"GPU, which wins {self.crossings['prefetched']}"
             )
         if gpu.bound == "launch":
             sizes, on_gpu = zip(*((each.rows, each.gpu) for each in self.points if each.gpu is not None))
@@ -286,25 +318,25 @@ class Transfer:
                 f"take a larger batch: the device works {_time(gpu.kernels.ms)} of the {_time(gpu.issued.ms)} that the "
                 f"host takes to launch it; it has more work than that {filled}"
             )
-        if (saved := gpu.pageable.host.ms - gpu.pinned.host.ms) > GAIN * usual:
+        if choice == "prefetched":
             advice.append(
-                f"pin the batch in the loader (DataLoader's pin_memory=True): its copy takes "
-                f"{_time(gpu.pinned.host.ms)} instead of {_time(gpu.pageable.host.ms)}, {saved / usual:.0%} of a step"
+                f"prefetch (mlp_fused.DevicePrefetcher) from a loader that pins (DataLoader's pin_memory=True): a step "
+                f"takes {_time(ahead)}, not {_time(usual)}; {gpu.hidden:.0%} of what could be hidden is"
             )
-        if usual - ahead > GAIN * usual:
+        elif usual - gpu.non_waiting.ms > GAIN * usual:
             advice.append(
-                f"prefetch (mlp_fused.DevicePrefetcher) from a loader that pins: a step takes {_time(ahead)}, not "
-                f"{_time(usual)}; {gpu.hidden:.0%} of what could be hidden is"
+                f"pin the batch in the loader (DataLoader's pin_memory=True), and copy it with non_blocking=True: a "
+                f"step takes {_time(gpu.non_waiting.ms)}, not {_time(usual)}"
             )
-        if gpu.bound == "copy" and self.narrowable:
+        if gpu.narrowed is not None and best - gpu.narrowed.ms > GAIN * best:
             advice.append(
-                f"send 16-bit inputs (DevicePrefetcher's dtype=torch.bfloat16): half the bytes, about "
-                f"{_time(gpu.non_blocking.device.ms / 2)} instead of {_time(gpu.non_blocking.device.ms)} a copy"
+                f"keep the loader's data in 16 bits, prefetch them, and widen them on the GPU or compute under "
+                f"torch.autocast: half the bytes, {_time(gpu.narrowed.ms)} instead of {_time(best)} a step"
             )
-        if min(usual, ahead) - resident > GAIN * min(usual, ahead):
+        if best - resident > GAIN * best:
             advice.append(
                 f"keep the data on the GPU where they fit: a step on data that are there takes {_time(resident)} "
-                f"instead of {_time(min(usual, ahead))}"
+                f"instead of {_time(best)}"
             )
         return advice or [f"nothing: all but {1 - resident / usual:.0%} of a step is the network's own work"]
 
@@ -320,6 +352,10 @@ class Transfer:
             **dataclasses.asdict(self),
             "bound": None if gpu is None else gpu.bound,
             "hidden": None if gpu is None else gpu.hidden,
+            "choice": self.choice,
+            "bounds": self.bounds,
+            "explanation": self.explanation,
+            "rates": None if gpu is None else {name: list(each) for name, each in _rates(self)},  # GB/s, of ceiling
             "crossings": {name: ends(found) for name, found in self.crossings.items()},
             "advice": self.advice,
         }
@@ -360,7 +396,7 @@ def _lines(found: Transfer) -> Iterator[str]:
         "(medians, with their quartiles)"
     )
     if point.gpu is not None:
-        yield from _columns(list(_gpu_rows(found, point, point.gpu)), "<>>>>>")
+        yield from _columns(list(_gpu_rows(found, point.gpu)), "<>>>>>")
         yield "device: between events; host: from the call until the device is done; returned: until it comes back"
         yield found.explanation
         yield ""
@@ -380,25 +416,49 @@ def _lines(found: Transfer) -> Iterator[str]:
         yield f"not measured: {note}"
 
 
-def _gpu_rows(found: Transfer, point: Point, gpu: OnGpu) -> Iterator[tuple[str, ...]]:
-    assert found.link is not None
-    assert found.memory is not None
+def _moved(found: Transfer) -> dict[str, tuple[Measured, int, float]]:
+    """What moves bytes on the GPU: as measured, how many bytes it moves at least, and what is the most a second."""
+    point, link, memory = found.at_rows, found.link, found.memory
+    assert point.gpu is not None
+    assert link is not None
+    assert memory is not None
+    gpu = point.gpu
+    moved = {
+        "pageable": (gpu.pageable, point.bytes_in, link.to_device),
+        "pinned": (gpu.pinned, point.bytes_in, link.to_device),
+        "non_blocking": (gpu.non_blocking, point.bytes_in, link.to_device),
+        "to_host": (gpu.to_host, point.bytes_out, link.to_host),
+        "forward": (gpu.forward, point.least[0], memory),
+    }
+    return moved if gpu.backward is None else {**moved, "backward": (gpu.backward, point.least[1], memory)}
+
+
+def _rates(found: Transfer) -> Iterator[tuple[str, tuple[float, float]]]:
+    """GB/s, and the part of the ceiling that they are, by the names of `_moved`; of what takes no time, none."""
+    for name, (measured, nbytes, ceiling) in _moved(found).items():
+        if measured.device.ms and nbytes:
+            rate = nbytes / (1e-3 * measured.device.ms)
+            yield name, (1e-9 * rate, rate / ceiling)
+
+
+PARTS = {
+    "pageable": "copy to the device, pageable",
+    "pinned": "  pinned",
+    "non_blocking": "  pinned, non_blocking",
+    "to_host": "copy of the output to the host",
+    "launch": "launch of a kernel",
+    "forward": "forward, its kernels",
+    "backward": "backward, its kernels",
+}
+
+
+def _gpu_rows(found: Transfer, gpu: OnGpu) -> Iterator[tuple[str, ...]]:
     yield "", "device", "host", "returned", "GB/s", "of ceiling"
-    down, up, memory = found.link.to_device, found.link.to_host, found.memory
-    rows: list[tuple[str, Measured | None, int, float]] = [
-        ("copy to the device, pageable", gpu.pageable, point.bytes_in, down),
-        ("  pinned", gpu.pinned, point.bytes_in, down),
-        ("  pinned, non_blocking", gpu.non_blocking, point.bytes_in, down),
-        ("copy of the output to the host", gpu.to_host, point.bytes_out, up),
-        ("launch of a kernel", gpu.launch, 0, 0.0),
-        ("forward, its kernels", gpu.forward, point.least[0], memory),
-        ("backward, its kernels", gpu.backward, point.least[1], memory),
-    ]
-    for name, measured, nbytes, ceiling in rows:
-        if measured is not None:
-            rate = nbytes / (1e-3 * measured.device.ms) if measured.device.ms else 0.0
-            share = (f"{1e-9 * rate:.1f}", f"{rate / ceiling:.0%}") if nbytes and ceiling else ("", "")
-            yield name, *map(_spread, (measured.device, measured.host, measured.returned)), *share
+    rates = dict(_rates(found))
+    for name, told in PARTS.items():
+        if (measured := getattr(gpu, name)) is not None:
+            rate = (f"{rates[name][0]:.1f}", f"{rates[name][1]:.0%}") if name in rates else ("", "")
+            yield told, *map(_spread, (measured.device, measured.host, measured.returned)), *rate
     yield "into pinned memory, by the host", "", _spread(gpu.staging), "", "", ""
 
 
@@ -415,7 +475,7 @@ def _size_rows(found: Transfer) -> Iterator[tuple[str, ...]]:
         for point in found.points:
             yield f"{point.rows:,}", f"{point.bytes_in:,}", _time(point.cpu.step.ms)
         return
-    yield "rows", "bytes in", "CPU", "GPU", "prefetched", "data there", "copy", "launch", "kernel"
+    yield "rows", "bytes in", "CPU", "GPU", "prefetched", "data there", "pinned copy", "launch", "kernel"
     for point in found.points:
         assert point.gpu is not None
         steps = (point.cpu.step, point.gpu.step, point.gpu.prefetched, point.gpu.resident)
@@ -456,7 +516,8 @@ def _rows(rows: float) -> str:
 
 # Measuring
 
-LOOPS = ("resident", "step", "prefetched")
+LOOPS = ("resident", "step", "prefetched", "non_waiting", "narrowed")
+WAYS = ("step", "non_waiting", "prefetched")  # of OnGpu, by which data of the host as they are come to a step
 
 
 def copy_calls(host: Sequence[Tensor], device: torch.device) -> dict[str, Timed]:
@@ -556,6 +617,8 @@ class Gpu:
         pinned, loaded = ([tensor.pin_memory() for tensor in batch] for _ in range(2))
         one = torch.zeros(1, device=self.device)
         batches = iter(DevicePrefetcher(itertools.repeat(loaded), self.device))
+        narrow = [tensor.bfloat16().pin_memory() if _is_wide(tensor) else tensor for tensor in loaded]
+        narrowed = iter(DevicePrefetcher(itertools.repeat(narrow), self.device))
 
         def back(tensors: Iterable[Tensor]) -> None:
             for tensor in tensors:
@@ -570,7 +633,10 @@ class Gpu:
             if not training:
                 back(made)
 
-        return {
+        def widened(x: Sequence[Tensor]) -> list[Tensor]:
+            return [tensor.to(given.dtype) for tensor, given in zip(x, batch)]
+
+        calls = {
             **copy_calls(batch, self.device),
             "to_host": Timed(lambda _: back(outputs), waits=True),
             "staging": Timed(stage),
@@ -578,7 +644,11 @@ class Gpu:
             **work.calls(there),
             "step": Timed(lambda _: step([tensor.to(self.device) for tensor in batch])),
             "prefetched": Timed(lambda _: step(next(batches)), drain=partial(use_up, batches)),
+            "non_waiting": Timed(lambda _: step([tensor.to(self.device, non_blocking=True) for tensor in loaded])),
         }
+        if any(map(_is_wide, batch)):
+            calls["narrowed"] = Timed(lambda _: step(widened(next(narrowed))), drain=partial(use_up, narrowed))
+        return calls
 
 
 def measure(
@@ -660,7 +730,14 @@ def measure_on(
                 first = gpu.first_touch(model, given)
             except RuntimeError as error:
                 notes.append(f"first touch: {first_line(error)}")
-    points = tuple(_point(gpu, model, _take(given, size), training, seconds, clock) for size in sorted(wanted | {rows}))
+    points: list[Point] = []
+    try:
+        for size in sorted(wanted | {rows}):
+            points.append(_point(gpu, model, _take(given, size), training, seconds, clock))
+    except torch.OutOfMemoryError as error:
+        if not points or points[-1].rows < rows:  # what was asked about
+            raise
+        notes.append(f"{_rows(size)} and more: {first_line(error)}")
     return Transfer(
         network=_describe(model, given),
         rows=rows,
@@ -670,8 +747,7 @@ def measure_on(
         link=link,
         memory=memory,
         first_touch=first,
-        points=points,
-        narrowable=any(tensor.is_floating_point() and tensor.itemsize > 2 for tensor in given),
+        points=tuple(points),
         notes=tuple(notes),
     )
 
@@ -681,6 +757,11 @@ def _take(batch: Sequence[Tensor], size: int) -> list[Tensor]:
     rows = len(batch[0])
     order = torch.arange(size) % rows
     return [tensor[order] if tensor.dim() and len(tensor) == rows else tensor for tensor in batch]
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    """Whether 16 bits would be fewer bytes."""
+    return tensor.is_floating_point() and tensor.itemsize > 2
 
 
 def _describe(model: nn.Module, batch: Sequence[Tensor]) -> str:
@@ -703,7 +784,7 @@ def _point(
         for name, timed in gpu.calls(model, batch, training).items():
             reader = timing.time_host if name == "staging" else timing.time_loop if name in LOOPS else timing.time_apart
             read[name] = reader(timed, seconds, gpu.clock)
-        on_gpu = OnGpu(**{"backward": None, **read})
+        on_gpu = OnGpu(**{"backward": None, "narrowed": None, **read})
     return Point(
         rows=len(batch[0]),
         bytes_in=bytes_in,
@@ -784,9 +865,9 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Transfer:
     device = pick_device(config.device)
     model = _network(config)
     width = next(model.parameters()).shape[1]
-    batch = torch.randn(max(config.batch), width, dtype=DTYPES[config.dtype])
     asked = None if config.device == "auto" and device.type == "cpu" else device
     try:
+        batch = torch.randn(max(config.batch), width, dtype=DTYPES[config.dtype])
         found = measure(model, batch, sizes=config.batch, training=not config.inference, device=asked)
     except (ValueError, RuntimeError) as error:  # of torch: out of memory, a kind of device that is not measured
         raise UserError(first_line(error)) from None

@@ -3,9 +3,10 @@
 Triton's interpreter multiplies bf16 operands wrongly and truncates when it rounds to bf16; `dot` and `round_to` are the
 places where this is put right, so kernels load, go through these, and store through `store`.
 
-How operands are multiplied (PRECISION): "ieee", 16-bit operands as they are, fp32 on FMA units; "tf32", fp32 rounded to
-tf32 on tensor cores; "bf16x6", full fp32 accuracy on tensor cores: each operand is split into three bf16 parts, and six
-of their nine products are summed.
+How operands are multiplied (PRECISION): "ieee", 16-bit operands as they are, fp32 on FMA units; "tf32", fp32 on
+tensor cores, which read the first 10 bits of a mantissa and no others (simulated, a product errs 2.6 times as much as
+one of operands that are rounded to nearest); "bf16x6", full fp32 accuracy on tensor cores: each operand is split into
+three bf16 parts, and six of their nine products are summed.
 """
 
 from __future__ import annotations

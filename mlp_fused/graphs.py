@@ -50,7 +50,8 @@ def capture_step(
             may change between steps: Adam, AdamW, Adamax, NAdam, RAdam and SGD(fused=True) are told of it, whether it
             is a number or a tensor; others have to be captured again.
         x, y: a batch, as all later ones will be: shape, dtype and device.
-        warmup: how many steps are run (and undone) before the capture; DistributedDataParallel takes 11.
+        warmup: how many steps are run (and undone) before the capture; DistributedDataParallel takes 11, and has to be
+            made under a stream that is not the default one: `with torch.cuda.stream(torch.cuda.Stream()): ...`.
 
     Raises:
         RuntimeError: no CUDA device, something is on another one, the optimizer cannot be captured, the step cannot.
@@ -90,7 +91,9 @@ class _CudaGraph:
 
     def _record(self, graph: Any, stream: Any, function: Callable[[], Any]) -> Any:
         # The stream stands here as well because torch.cuda.graph leaves it current where a capture fails.
-        with torch.cuda.device(self.device), torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        # What other threads do meanwhile is no part of it: a DataLoader's, for one, allocates the memory that it pins.
+        recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), torch.cuda.stream(stream), recording:
             return function()
 
     def replay(self) -> None:
@@ -144,7 +147,12 @@ class CapturedStep:
             try:
                 self.loss, self.output, *self._grads = graph.capture(self._step)
             except Exception as error:
-                raise RuntimeError(f"the step cannot be captured: {_cause(error, outside)}") from error
+                cause = _cause(error, outside)
+                # A held graph keeps what accumulates the parameters' gradients, on the stream that it was made under.
+                held = "; where a loss or an output of an earlier step is still held, del it first" * (
+                    "captur" in cause
+                )
+                raise RuntimeError(f"the step cannot be captured: {cause}{held}") from error
             self._check_unchanged("in the step itself", "a graph cannot follow that; change it in place")
             _check_same(optimizer, before, dict(_leaves(optimizer.state)))
         finally:

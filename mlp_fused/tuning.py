@@ -425,8 +425,8 @@ class Tuner:
         networks = tuple(row for row in self.rows if isinstance(row, tables.Network))
         return tables.merge(old, replace(new, gemms=gemms, networks=networks))
 
-    def measure(self, tasks: Sequence[Task], seconds: float) -> None:
-        """As many tasks as there is time for; each may take its part of what is left.
+    def measure(self, tasks: Sequence[Task], seconds: float, keep: Callable[[], object] = lambda: None) -> None:
+        """As many tasks as there is time for; each may take its part of what is left, and is followed by `keep`.
 
         A task that is begun is measured at least with torch's product and one tile, a network with all of its paths.
         What is known already shares what the others leave.
@@ -448,6 +448,7 @@ class Tuner:
                         self.rows.append(self._product(task, self.now() + left * weights[index] / rest))
                     else:
                         self.rows.append(self._network(task))
+                keep()
             except NotYetError:
                 self.notes.append(
                     f"{len(tasks) - index} of {len(tasks)} problems were not reached, the first of them {task}; "
@@ -790,9 +791,14 @@ def tune(
         _forget_tables()
         return f"{len(tuner.rows)} of {len(asked)} problems were measured, and are in {path}"
 
+    def keep() -> None:
+        """The same without a word: a kernel that hangs leaves a process no other end than being killed."""
+        with contextlib.suppress(OSError):  # which `save` will tell of
+            tables.write(path, tuner.table)
+
     try:
         with compilers:
-            tuner.measure(asked, 60 * config.minutes)
+            tuner.measure(asked, 60 * config.minutes, keep)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {save()}") from None
     except RuntimeError as error:  # the GPU's; after one of its errors nothing else runs in this process

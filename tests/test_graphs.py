@@ -8,6 +8,8 @@ same memory.
 from __future__ import annotations
 
 import copy
+import itertools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -232,9 +234,9 @@ def failing_loss(calls: int) -> Callable[[Tensor, Tensor], Any]:
 
 
 FAILURES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.optim.Optimizer], Any, type[Exception], str]] = {
-    "the capture": (network, adam, lambda: cross_entropy, RuntimeError, "^the step cannot be captured: RuntimeError: operation not permitted when stream is capturing$"),
+    "the capture": (network, adam, lambda: cross_entropy, RuntimeError, "^the step cannot be captured: RuntimeError: operation not permitted when stream is capturing; where a loss or an output of an earlier step is still held, del it first$"),
     "the loss, warming up": (network, adam, lambda: failing_loss(2), KeyError, "no such label"),
-    "the loss, capturing": (network, adam, lambda: failing_loss(4), RuntimeError, "the step cannot be captured: KeyError: 'no such label'"),
+    "the loss, capturing": (network, adam, lambda: failing_loss(4), RuntimeError, "the step cannot be captured: KeyError: 'no such label'$"),
     "no loss": (network, adam, lambda: lambda output, y: 0.5, TypeError, "loss_fn returned float; it needs to return the loss, a tensor"),
     "counted in Python": (network, lambda model: Counts(model.parameters(), 0.1), lambda: cross_entropy, RuntimeError, "Counts replaces its 'count' in every step, which a graph cannot"),
     "a buffer replaced": (Replaces, adam, lambda: cross_entropy, RuntimeError, "the model's mean was replaced, moved or converted in the step itself; .* change it in place"),
@@ -626,6 +628,47 @@ def test_the_seed_network_replays_a_step_in_which_nothing_is_launched_by_the_hos
     assert launches == {}
     assert torch.cuda.memory_allocated() == allocated
     assert loss.item() < first / 2
+
+
+@pytest.mark.gpu
+def test_an_earlier_loss_that_is_still_held_is_in_no_graphs_way_or_the_error_names_it(device: str) -> None:
+    model, optimizer = trainable(device)
+    x, y = next(batches(1, device))
+    loss = cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.zero_grad()
+    try:
+        capture_step(model, cross_entropy, optimizer, x, y)
+    except RuntimeError as error:
+        assert str(error).endswith("where a loss or an output of an earlier step is still held, del it first")  # noqa: PT017
+    del loss
+    assert capture_step(model, cross_entropy, optimizer, x, y)(x, y).isfinite()
+
+
+@pytest.mark.gpu
+def test_memory_may_be_pinned_by_another_thread_during_the_capture(device: str) -> None:
+    model, optimizer = trainable(device)
+    x, y = next(batches(1, device))
+    failed: list[BaseException] = []
+    sizes = itertools.count(1)
+
+    def pinned() -> Tensor:
+        return torch.empty(next(sizes) << 20, pin_memory=True)  # of a size that is in no cache: allocated anew
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        def allocate() -> None:
+            try:
+                pinned()
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=allocate)
+        thread.start()
+        thread.join()
+        return cross_entropy(output, y)
+
+    assert capture_step(model, loss, optimizer, x, y)(x, y).isfinite()
+    assert failed == []
 
 
 @pytest.mark.gpu

@@ -201,6 +201,20 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
     assert path().read_text() == text
 
 
+def test_what_was_measured_outlives_a_process_that_is_killed(clock: Clock, measured: Path) -> None:
+    class KilledError(BaseException):
+        """What nothing has a chance to handle."""
+
+    def killed(call: Callable[[], object]) -> float:
+        if len(clock.timed) == 7:
+            raise KilledError
+        return clock(call)
+
+    with pytest.raises(KilledError):
+        tune(DIMS, report=lambda text: None, device=CPU, time=killed, now=lambda: clock.now)
+    assert len(tables.read(path()).gemms) == 2
+
+
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 
 

@@ -28,6 +28,9 @@ backward in a loop on batches that come from the host (see WAYS):
                             and, but for `resident`, `of_bound`, bound_ms over ms
     copy_ms, compute_ms     the pinned copy by itself; the loop on batches that are on the device, `resident`
     bound_ms                the larger of the two: what a loop takes that hides all of one behind the other
+    cpu_ms                  a forward and backward on this CPU; None where it would take too long to be the fastest
+    advised                 of the ways and the CPU, by `transfer.fastest`, as `mlp-fused transfer` advises
+    over_fastest            the time of that one over the fastest's; of steps up to LONG_MS in a reading of its own
 
 An `in_place` row has by kind of batch under `kinds`, and `link` as a copy row:
 
@@ -48,6 +51,7 @@ A gemm row is one kernel's, and has instead of path, reason, copy and first_call
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import json
@@ -81,7 +85,7 @@ from mlp_fused.plan import Work, float32_precision, work
 from mlp_fused.prefetch import use_up
 from mlp_fused.timing import Ceilings, Timed
 from mlp_fused.training import DTYPES
-from mlp_fused.transfer import copy_calls
+from mlp_fused.transfer import copy_calls, fastest
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -101,6 +105,8 @@ GRAPHED_SETS = 8  # a CUDA graph is tied to its input's address: one capture for
 COMPILE_SECONDS = 60
 FRESH_SECONDS = 300  # for a child process; the lecture takes one on two cores
 COPY_SECONDS = 0.01  # spent on one number of a copy row, of which there are a hundred with ten numbers each
+COPIED_CPU_FLOPS = 0.1e9  # of a copy row's forward and backward, up to which the CPU's time stands beside the GPU's
+LONG_MS = 3  # a step of which nobody has to read twice
 LEARNING_RATE = 1e-5  # thousands of timed steps must not carry the parameters to infinity
 
 
@@ -460,9 +466,33 @@ def ways(bench: Bench) -> dict[str, Timed]:
     return found
 
 
-def throughput(ways: dict[str, Timed], rows: int, copy_ms: float, clock: timing.Clock = timing.CLOCK) -> dict[str, Any]:
+def on_the_cpu(bench: Bench) -> Timed | None:
+    """The same on this CPU, in fp32; None where it takes so long there that nobody would ask."""
+    if bench.dtype != torch.float32 or work_of(bench.problem, "training", "cpu").flops > COPIED_CPU_FLOPS:
+        return None
+    model, host, gradient = copy.deepcopy(bench.eager).cpu(), bench.host, bench.gradients[0].cpu()
+    parameters = list(model.parameters())
+    return Timed(lambda _: torch.autograd.grad(model(host), parameters, gradient))
+
+
+def throughput(
+    ways: dict[str, Timed],
+    rows: int,
+    copy_ms: float,
+    cpu: Timed | None = None,
+    clock: timing.Clock = timing.CLOCK,
+) -> dict[str, Any]:
     """A copy row's `throughput` (see the top of this file) of `ways` on batches of so many rows."""
-    found = {name: timing.time_loop(timed, COPY_SECONDS, clock) for name, timed in ways.items()}
+
+    def read(seconds: float) -> tuple[dict[str, timing.Spread], dict[str, float]]:
+        found = {name: timing.time_loop(timed, seconds, clock) for name, timed in ways.items()}
+        ms = {name: spread.ms for name, spread in found.items() if name != "resident"}
+        return found, ms if cpu is None else {"cpu": timing.time_host(cpu, seconds / 2, clock).ms, **ms}
+
+    found, ms = read(COPY_SECONDS)
+    advised = fastest(ms)
+    # Judged by another reading where chance has a part in one.
+    again = ms if max(ms.values()) > LONG_MS else read(COPY_SECONDS / 4)[1]
     compute_ms = found["resident"].ms
     bound_ms = max(copy_ms, compute_ms)
     readings: dict[str, dict[str, float]] = {}
@@ -471,7 +501,15 @@ def throughput(ways: dict[str, Timed], rows: int, copy_ms: float, clock: timing.
         readings[name]["examples_per_s"] = 1e3 * rows / spread.ms
         if name != "resident":
             readings[name]["of_bound"] = bound_ms / spread.ms
-    return {"ways": readings, "copy_ms": copy_ms, "compute_ms": compute_ms, "bound_ms": bound_ms}
+    return {
+        "ways": readings,
+        "copy_ms": copy_ms,
+        "compute_ms": compute_ms,
+        "bound_ms": bound_ms,
+        "cpu_ms": ms.get("cpu"),
+        "advised": advised,
+        "over_fastest": again[advised] / min(again.values()),
+    }
 
 
 def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:
@@ -675,7 +713,8 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
         if cell.phase == "copy":
             row["copy"] = bench.copies = copies(bench.host, bench.inputs[0].device, COPY_SECONDS)
             row["link"] = asdict(timing.link(f"cuda:{torch.cuda.current_device()}"))
-            row["throughput"] = throughput(ways(bench), problem.rows, row["copy"]["pinned_side_stream"]["ms"])
+            copied = row["copy"]["pinned_side_stream"]["ms"]
+            row["throughput"] = throughput(ways(bench), problem.rows, copied, on_the_cpu(bench))
             report(row)
             row["phases"] = {}
             for phase in COPIED_PHASES:

@@ -401,10 +401,14 @@ def _throughput(results: Results) -> Iterator[str]:
         found = row["throughput"]
         rates = [f"{digits(found['ways'][way]['examples_per_s'])}" for way in WAYS]
         shares = [f"{found['ways'][way]['of_bound']:.0%}" for way in COPYING]
-        return [*rates, digits(found["copy_ms"]), digits(found["compute_ms"]), *shares]
+        cpu = NOT_MEANT if found["cpu_ms"] is None else digits(found["cpu_ms"])
+        advised = {"cpu": "the CPU", **WAYS}[found["advised"]]
+        parts = [digits(found["copy_ms"]), digits(found["compute_ms"]), *shares, cpu]
+        return [*rates, *parts, advised, f"{digits(found['over_fastest'])}x"]
 
     header = [f"{label}, examples/s" for label in WAYS.values()] + ["copy, ms", "compute, ms"]
     header += [f"{WAYS[way]}, of the bound" for way in COPYING]
+    header += ["on the CPU, ms", "advised", "its time over the fastest's"]
     title = "Forward and backward on batches of the host; the bound is max(copy, compute)"
     yield from _cells(results, COPIES, title, header, figures)
 
@@ -484,7 +488,7 @@ def _from_host(results: Results) -> Iterator[str]:
 # What the clocks of fresh.py's lecture read.
 LECTURE = {
     "cpu_product": "product on the CPU",
-    "copy": "both operands to the GPU",
+    "copy": "both operands to the GPU, the first time with the context's creation",
     "product_returned": "product on the GPU, the host's clock, not waiting",
     "product": "product on the GPU, the host's clock, waiting",
     "product_device": "product on the GPU, between events on the device",

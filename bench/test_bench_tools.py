@@ -468,6 +468,9 @@ def test_throughput_of_each_way_against_the_slower_of_copy_and_compute(copy: flo
     simulated = {"to_device": to_device, "non_blocking": non_blocking, "prefetched": prefetched}
     calls = {name: Timed(call) for name, call in simulated.items()} | {"resident": Timed(lambda _: clock.compute(work))}
     found = measure.throughput(calls, rows=1000, copy_ms=1e3 * copy, clock=clock)
+    assert found["cpu_ms"] is None
+    assert found["over_fastest"] <= 1.05 + 1e-9
+    assert found["advised"] == ("prefetched" if work > 2e-4 else found["advised"])
     ways = found["ways"]
     assert found["compute_ms"] == ways["resident"]["ms"] == pytest.approx(1e3 * max(work, 2e-4), rel=0.05)
     assert found["bound_ms"] == max(found["copy_ms"], found["compute_ms"])
@@ -525,7 +528,15 @@ def seconds_of_a_copy_row(problem: Problem) -> float:
         "prefetched": with_copy(nbytes / LINK, aside=True),
         "resident": Timed(compute("training")),
     }
-    measure.throughput(ways, problem.rows, 1e3 * nbytes / LINK, clock)
+    flops = measure.work_of(problem, "training", "cpu").flops
+    cpu = None
+    if flops <= measure.COPIED_CPU_FLOPS and problem.dtype == "fp32":
+
+        def on_the_cpu(_: int) -> None:
+            clock.host += flops / CPU_FLOPS + 3e-4
+
+        cpu = Timed(on_the_cpu)
+    measure.throughput(ways, problem.rows, 1e3 * nbytes / LINK, cpu, clock)
     for timed in (
         Timed(compute("forward")),
         Timed(compute("backward"), setup=compute("forward")),
@@ -627,6 +638,42 @@ def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> N
         measure.ways(bench)
 
 
+@pytest.mark.parametrize(("cpu", "advised"), [(1e-4, "cpu"), (2e-3, "to_device")])
+def test_the_advised_way_is_judged_by_a_reading_of_its_own(cpu: float, advised: str) -> None:
+    """The ways are as fast as each other at first, later all but the simplest are twice as fast: it was bad advice."""
+    clock = HostAndDevice()
+    calls = Counter[str]()
+
+    def timed(name: str) -> Timed:
+        def call(_: int) -> None:
+            calls[name] += 1
+            late = calls["resident"] > 0 and name != "to_device"
+            clock.compute(5e-4 if late else 1e-3)
+
+        return Timed(call)
+
+    def on_the_cpu(_: int) -> None:
+        clock.host += cpu
+
+    ways = {name: timed(name) for name in measure.WAYS}
+    found = measure.throughput(ways, 1000, 1.0, Timed(on_the_cpu), clock)
+    assert found["advised"] == advised
+    assert found["cpu_ms"] == pytest.approx(1e3 * cpu)
+    assert found["over_fastest"] == pytest.approx(1 if advised == "cpu" else 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("problem", "is_read"), [(SMALL, True), (replace(SMALL, dtype="bf16"), False), (replace(SMALL, rows=10**7), False)]
+)
+def test_the_cpu_stands_beside_small_steps_in_fp32(problem: Problem, is_read: bool) -> None:
+    bench = measure.Bench(problem, "cpu") if is_read else measure.Bench(problem, "meta")
+    timed = measure.on_the_cpu(bench)
+    assert (timed is not None) == is_read
+    if timed is not None:
+        expected = torch.autograd.grad(bench.eager(bench.host), bench.parameters, bench.gradients[0])
+        assert all(map(torch.equal, timed(0), expected))
+
+
 def test_warmup_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(FusedMLP, "warmup", lambda self, batch_size: asked.append(batch_size), raising=False)
@@ -663,17 +710,28 @@ def test_a_baseline_that_fails_is_a_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ms", "gbps", "of_link", "of_the_slower"), [(2.0, 45.0, 0.9, 0.8), (1.0, 45.0, None, 0.8), (0.1, 45.0, None, None)]
+    ("ms", "gbps", "of_link", "from_1_ms"), [(2.0, 45.0, 0.9, 0.8), (1.0, 45.0, None, 0.8), (0.1, 45.0, None, None)]
 )
-def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, of_the_slower: float | None) -> None:
+def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, from_1_ms: float | None) -> None:
     row = {
         "copy": {"pinned_side_stream": {"ms": ms, "gbps": gbps, "host_ms": 0.01}},
         "link": {"to_device": 50e9, "to_host": 50e9},
-        "throughput": {"ways": {"prefetched": {"ms": ms, "of_bound": 0.8}}},
+        "throughput": {"ways": {"prefetched": {"ms": ms, "of_bound": 0.8}}, "over_fastest": 1.02},
     }
     assert goals.of_link(row) == (of_link and pytest.approx(of_link))
-    assert goals.of_the_slower(row) == of_the_slower
-    assert goals.of_link({}) is goals.of_the_slower({}) is None
+    assert goals.of_the_slower(row) == 0.8
+    assert goals.of_the_slower_from_a_millisecond(row) == from_1_ms
+    assert goals.over_the_fastest(row) == 1.02
+    figures = (goals.of_link, goals.of_the_slower, goals.of_the_slower_from_a_millisecond, goals.over_the_fastest)
+    assert [figure({}) for figure in figures] == [None] * 4
+
+
+def test_the_prefetcher_is_judged_by_the_seed_at_1024_rows_and_by_narrow_networks_at_a_million() -> None:
+    (goal,) = (each for each in goals.GOALS if "of seed at 1024 rows" in each.text)
+    concerned = [str(cell) for cell in GRID if goal.concerns({"id": str(cell)})]
+    assert "copy-784x512x512x10-relu-fp32-m1024-copy" in concerned
+    assert sum("m1048576" in name for name in concerned) == 8  # four widths in 32 and 16 bits
+    assert len(concerned) == 10
 
 
 def test_baselines_of_a_cell() -> None:

@@ -119,7 +119,7 @@ def made_up(cell: Cell, templates: dict[str, Row], chance: random.Random) -> Row
             put(part, kernel_ms=made_up_ms(cell.problem, phase, chance))
         copied, compute = row["copy"]["pinned_side_stream"]["ms"], max(0.15, row["phases"]["step"]["kernel_ms"])
         bound = max(copied, compute)
-        put(row["throughput"], copy_ms=copied, compute_ms=compute, bound_ms=bound)
+        put(row["throughput"], copy_ms=copied, compute_ms=compute, bound_ms=bound, over_fastest=chance.uniform(1, 1.09))
         taken = {
             "to_device": row["copy"]["pageable"]["ms"] + compute,
             "non_blocking": copied + compute,

@@ -27,8 +27,10 @@ DISTORTING = {
 SWITCHES = ("MLP_FUSED_BACKEND", *DISTORTING)
 
 
-def distorted() -> str | None:
-    """Why timings of this process would mean nothing, or None."""
+def distorted(kind: str = "cuda") -> str | None:
+    """Why timings of this process on a kind of device would mean nothing, or None: on a CPU, only those of kernels."""
+    if kind == "cpu" and os.environ.get("MLP_FUSED_BACKEND") != "triton":
+        return None
     for name, effect in DISTORTING.items():
         if _is_on(name):
             return f"{name} is set, which {effect}: unset it to measure"

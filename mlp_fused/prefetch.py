@@ -131,7 +131,7 @@ def _checked(name: torch.device | str | int) -> torch.device:
     """The device, with its index where it has streams. ValueError where it is not there."""
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device is {name!r}; it needs to be one that torch has here, such as cpu or cuda") from None
     if not _has_streams(device):
         return device

@@ -415,7 +415,9 @@ def pick_device(name: str, local: int | None = None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # AssertionError, RuntimeError, ImportError: it depends on the kind of device
-        raise UserError(f"--device {name} cannot be used here: {first_line(error)}; cpu always can") from None
+        raise UserError(
+            f"--device {name} cannot be used here: {first_line(error).partition('. ')[0]}; cpu always can"
+        ) from None
     return device
 
 
@@ -923,8 +925,8 @@ def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
 
 
 def about_times(device: torch.device) -> str | None:
-    """What to say of a GPU's times that were taken under a switch that distorts them."""
-    reason = distorted() if device.type == "cuda" else None
+    """What to say of times that were taken under a switch that distorts them."""
+    reason = distorted(device.type)
     return reason and f"these times mean little: {reason}\n"
 
 

@@ -687,6 +687,8 @@ def measure(
     if chosen.type == "cpu":
         why = "as asked for" if device is not None else f"no GPU that torch {torch.__version__} can use"
         notes.append(f"the GPU's part, which is copies, launches, kernels and first touch ({why})")
+        if (reason := distorted("cpu")) is not None:
+            notes.append(f"times that mean something ({reason})")
         return measure_on(None, model, batch, sizes, training, first_touch, seconds, notes)
     if not torch.cuda.is_available():
         raise ValueError(f"device is {chosen}, and torch {torch.__version__} can use none here; cpu always can be used")

@@ -566,6 +566,16 @@ def test_a_distorted_gpu_is_not_measured(switch: str, monkeypatch: pytest.Monkey
         measure(nn.Linear(2, 2), torch.ones(2, 2))
 
 
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(("backend", "count"), [("triton", 2), ("auto", 1)])
+def test_distorted_times_of_a_cpu_are_marked(backend: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLP_FUSED_BACKEND", backend)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=[2], seconds=0.001)
+    assert len(found.notes) == count
+    assert ("not measured: times that mean something (" in str(found)) is (count == 2)
+
+
 def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but CUDA: each call does what it is named for, on the batch that it was given."""
     copied = []

@@ -415,9 +415,8 @@ def pick_device(name: str, local: int | None = None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # AssertionError, RuntimeError, ImportError: it depends on the kind of device
-        raise UserError(
-            f"--device {name} cannot be used here: {first_line(error).partition('. ')[0]}; cpu always can"
-        ) from None
+        why = first_line(error).partition(". ")[0]  # torch goes on with all that it could run on
+        raise UserError(f"--device {name} cannot be used here: {why}; cpu always can") from None
     return device
 
 

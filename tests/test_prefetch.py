@@ -849,8 +849,9 @@ def test_what_the_device_did_not_wait_for_was_hidden(waited: float, hidden: floa
         (([], "cpu"), {"dtype": torch.int8}, ValueError, "dtype is torch.int8; it needs to be of floating point"),
         (([], "cpu"), {"cast": "never"}, ValueError, "cast is 'never'; it needs to be one of 'before', 'after'"),
         (([], "gpu"), {}, ValueError, "device is 'gpu'; it needs to be one that torch has here"),
+        (([], None), {}, ValueError, "device is None; it needs to be one that torch has here"),
     ],
-    ids=["loader", "depth", "depth's type", "dtype's type", "dtype", "cast", "no device"],
+    ids=["loader", "depth", "depth's type", "dtype's type", "dtype", "cast", "no device", "None"],
 )
 def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):

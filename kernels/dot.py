@@ -3,10 +3,9 @@
 Triton's interpreter multiplies bf16 operands wrongly and truncates when it rounds to bf16; `dot` and `round_to` are the
 places where this is put right, so kernels load, go through these, and store through `store`.
 
-How operands are multiplied (PRECISION): "ieee", 16-bit operands as they are, fp32 on FMA units; "tf32", fp32 on
-tensor cores, which read the first 10 bits of a mantissa and no others (simulated, a product errs 2.6 times as much as
-one of operands that are rounded to nearest); "bf16x6", full fp32 accuracy on tensor cores: each operand is split into
-three bf16 parts, and six of their nine products are summed.
+How operands are multiplied (PRECISION): "ieee", 16-bit operands as they are, fp32 on FMA units; "tf32", fp32 rounded to
+tf32 on tensor cores; "bf16x6", full fp32 accuracy on tensor cores: each operand is split into three bf16 parts, and six
+of their nine products are summed.
 """
 
 from __future__ import annotations
@@ -40,7 +39,22 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         if INTERPRETED:
             a = widen(a).to(acc.dtype)
             b = widen(b).to(acc.dtype)
+        elif PRECISION == "tf32" and a.dtype == tl.float32:
+            a = round_to_tf32(a)
+            b = round_to_tf32(b)
         return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def round_to_tf32(value):
+    """fp32 rounded to the 10 bits of a mantissa that tensor cores read, to nearest with ties away from zero, as cuBLAS.
+
+    They cut the others off, with 2.6 times the error in a product. What is not finite stays as it is.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    infinite: tl.constexpr = 0x7F800000
+    bits = tl.where((bits & infinite) == infinite, bits, (bits + 0x1000) & 0xFFFFE000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

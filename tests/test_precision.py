@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mlp_fused.kernels import configs
 from mlp_fused.kernels.configs import TileConfig
+from mlp_fused.kernels.dot import round_to_tf32
+from mlp_fused.kernels.language import tl, triton
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.layers import IDENTITY
@@ -219,3 +221,49 @@ def test_kernels_err_no_more_than_torchs_fp32(inputs: str, tile: TileConfig, pro
         a, b = (torch.from_numpy(operand).float().to(device) for operand in (x, w))
         ours, torchs = (found.double().cpu().numpy() for found in (product(a, b, tile), a @ b.t()))
         assert_no_worse(x, w, ours, torchs)
+
+
+# tf32
+
+
+@triton.jit
+def rounding_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    places = tl.arange(0, N)
+    tl.store(y_ptr + places, round_to_tf32(tl.load(x_ptr + places)))
+
+
+def to_tf32(x: np.ndarray) -> np.ndarray:
+    """The nearest number of 10 bits of mantissa, of two the one farther from zero; by the definition, in fp64."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        _, exponent = np.frexp(x.astype(np.float64))
+        exponent = np.maximum(exponent, -125)  # below, the smallest step is that of denormals
+        scaled = x * 2.0 ** (11.0 - exponent)
+        return np.where(np.isfinite(x), np.copysign(np.floor(np.abs(scaled) + 0.5), x) * 2.0 ** (exponent - 11.0), x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fp32_is_rounded_to_the_nearest_tf32(seed: int, device: str) -> None:
+    """Any bits: normal numbers, denormals, ties, infinities, NaN, among them NVIDIA's own, whose bits are all set."""
+    generator = np.random.default_rng(seed)
+    bits = generator.integers(0, 2**32, 1024, dtype=np.uint32)
+    special = [
+        0x7F800000,
+        0xFF800000,
+        0x7FFFFFFF,
+        0x7FC00000,
+        0x44801000,
+        0x44800FFF,
+        0xC4803000,
+        0x7F7FEFFF,
+        0,
+        1,
+        2**31,
+    ]
+    bits[: len(special)] = special
+    x = torch.from_numpy(bits.view(np.float32)).to(device)
+    y = torch.full_like(x, 3.0)
+    rounding_kernel[(1,)](x, y, 1024)
+    expected = to_tf32(bits.view(np.float32)).astype(np.float32)
+    np.testing.assert_array_equal(y.cpu().numpy(), expected)
+    assert not (y.cpu().view(torch.int32)[y.cpu().isfinite()] & 0x1FFF).any()
+    assert y[4] == 1025  # the tie 1024.5, as torch.matmul on an RTX 3090 has it (pytorch issue 53635)

@@ -49,11 +49,13 @@ class Compilation:
     tile: TileConfig
     aligned: bool = True  # whether the tensors' rows begin at 16 bytes
     dropout: bool = False
+    shape: tuple[int, ...] = ()  # widths out and in, where a compiler treats them as constants: of 1
 
     @property
     def id(self) -> str:
         words = [self.kernel, self.target, self.dtype, self.precision, self.activation, str(self.tile)]
         words += [word for word, holds in (("unaligned", not self.aligned), ("dropout", self.dropout)) if holds]
+        words += ["x".join(map(str, self.shape))] if self.shape else []
         return "-".join(words).replace(" ", "")
 
 
@@ -172,6 +174,14 @@ def compilations(full: bool) -> list[Compilation]:
             most = max(listed, key=lambda tile: (tile.block_m * tile.block_n // tile.num_warps, -tile.num_warps))
             for tile in listed if full else [most]:
                 found.append(Compilation(kind, target, "bfloat16", "ieee", REGISTERS[kind], tile))
+        for kind, (N, K) in itertools.product(GEMMS, ((1, 1024), (1024, 1), (1, 1))):
+            if full or target == "NVIDIA H100":
+                m, n, k = {"forward": (4096, N, K), "dgrad": (4096, K, N), "wgrad": (N, K, 4096)}[kind]
+                tile = dataclasses.replace(
+                    choose(Problem(kind, m, n, k, torch.bfloat16, aligned=False), device), split=1
+                )
+                activation = "identity" if kind == "wgrad" else "gelu"
+                found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(N, K)))
         found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", SUM_PARTIALS))
     return list(dict.fromkeys(found))
 
@@ -300,7 +310,7 @@ def launch(row: Compilation) -> None:
     """Call the launcher with tensors that have shapes and nothing else: M rows, N wide out, K wide in."""
     dtype, activation = getattr(torch, row.dtype), ACTIVATIONS[row.activation]
     M = 4096
-    N = K = 1024 if row.aligned else 1001
+    N, K = row.shape or ((1024, 1024) if row.aligned else (1001, 1001))
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

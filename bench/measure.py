@@ -467,7 +467,7 @@ def ways(bench: Bench) -> dict[str, Timed]:
 
 
 def on_the_cpu(bench: Bench) -> Timed | None:
-    """The same on this CPU, in fp32; None where it takes so long there that nobody would ask."""
+    """A forward and backward on this CPU, in fp32; None where it takes so long there that nobody would ask."""
     if bench.dtype != torch.float32 or work_of(bench.problem, "training", "cpu").flops > COPIED_CPU_FLOPS:
         return None
     model, host, gradient = copy.deepcopy(bench.eager).cpu(), bench.host, bench.gradients[0].cpu()
@@ -786,15 +786,13 @@ def verified_ways(host: FromHost, kind: str) -> tuple[dict[str, Timed], dict[str
     return ways, errors
 
 
-def _measure_in_place(
-    row: dict[str, Any], host: FromHost, report: Report, clock: timing.Clock = timing.CLOCK
-) -> dict[str, Any]:
+def _measure_in_place(row: dict[str, Any], host: FromHost, report: Report) -> dict[str, Any]:
     """The row of a network reading its batch where it lies, beside copies."""
     release(host.device.type)
     row |= {"link": asdict(timing.link(f"cuda:{torch.cuda.current_device()}")), "kinds": {}}
     for kind in kinds(host.problem):
         ways, verified = verified_ways(host, kind)
-        found = {name: timing.time_loop(timed, COPY_SECONDS, clock) for name, timed in ways.items()}
+        found = {name: timing.time_loop(timed, COPY_SECONDS) for name, timed in ways.items()}
         copying = [spread.ms for name, spread in found.items() if name not in ("in_place", "resident")]
         row["kinds"][kind] = {
             "nbytes": host.nbytes(kind),

@@ -47,9 +47,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def round_to_tf32(value):
-    """fp32 rounded to the 10 bits of a mantissa that tensor cores read, to nearest with ties away from zero, as cuBLAS.
+    """fp32 rounded to the 10 bits of a mantissa that tensor cores read, to nearest with ties away from zero.
 
-    They cut the others off, with 2.6 times the error in a product. What is not finite stays as it is.
+    So cuBLAS does (pytorch issue 53635). Tensor cores cut the others off, with 2.6 times the error in a simulated
+    product. What is not finite stays as it is.
     """
     bits = value.to(tl.uint32, bitcast=True)
     infinite: tl.constexpr = 0x7F800000

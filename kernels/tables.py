@@ -235,7 +235,7 @@ def measured(device: Device) -> tuple[Table, ...]:
     tables = [table for table in _first if table.device == device.name]
     for path, level in ((user_path(device.name), logging.WARNING), (packaged_path(device.name), logging.INFO)):
         try:
-            table = _fitting(path, read(path), device)
+            table = _fitting(path, read(path), device, level)
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -255,7 +255,7 @@ def measured(device: Device) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def _fitting(path: Path, table: Table, device: Device) -> Table:
+def _fitting(path: Path, table: Table, device: Device, level: int) -> Table:
     """The table without the tiles that the device cannot run. Raises ValueError where it is another device's."""
     if configs.device_slug(table.device) != configs.device_slug(device.name):
         raise ValueError(f"{path} was measured on {table.device}; it needs to be of {device.name}")
@@ -263,7 +263,7 @@ def _fitting(path: Path, table: Table, device: Device) -> Table:
     unfit = [f"gemms[{index}].tile {why}" for index, why in enumerate(whys) if why is not None]
     if unfit:
         rows = "this row is not used" if len(unfit) == 1 else f"this and {len(unfit) - 1} more rows are not used"
-        logger.warning("%s: %s; %s; `mlp-fused tune` measures anew", path, unfit[0], rows)
+        logger.log(level, "%s: %s; %s; `mlp-fused tune` measures anew", path, unfit[0], rows)
     return dataclasses.replace(table, gemms=tuple(row for row, why in zip(table.gemms, whys) if why is None))
 
 

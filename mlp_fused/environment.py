@@ -28,8 +28,8 @@ SWITCHES = ("MLP_FUSED_BACKEND", *DISTORTING)
 
 
 def distorted(kind: str = "cuda") -> str | None:
-    """Why timings of this process on a kind of device would mean nothing, or None: on a CPU, only those of kernels."""
-    if kind == "cpu" and os.environ.get("MLP_FUSED_BACKEND") != "triton":
+    """Why timings on a kind of device would mean nothing, or None: on any but a GPU, only those of kernels may."""
+    if kind != "cuda" and os.environ.get("MLP_FUSED_BACKEND") != "triton":
         return None
     for name, effect in DISTORTING.items():
         if _is_on(name):

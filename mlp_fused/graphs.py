@@ -149,10 +149,9 @@ class CapturedStep:
             except Exception as error:
                 cause = _cause(error, outside)
                 # A held graph keeps what accumulates the parameters' gradients, on the stream that it was made under.
-                held = "; where a loss or an output of an earlier step is still held, del it first" * (
-                    "captur" in cause
-                )
-                raise RuntimeError(f"the step cannot be captured: {cause}{held}") from error
+                if "captur" in cause:
+                    cause += "; where a loss or an output of an earlier step is still held, del it first"
+                raise RuntimeError(f"the step cannot be captured: {cause}") from error
             self._check_unchanged("in the step itself", "a graph cannot follow that; change it in place")
             _check_same(optimizer, before, dict(_leaves(optimizer.state)))
         finally:

@@ -305,8 +305,9 @@ class Transfer:
             return []
         advice = []
         usual, ahead, resident = gpu.step.ms, gpu.prefetched.ms, gpu.resident.ms
-        choice, best = self.choice, min(getattr(gpu, name).ms for name in WAYS)
-        if choice == "cpu":
+        ways = {name: getattr(gpu, name).ms for name in WAYS}
+        way, best = fastest(ways), min(ways.values())
+        if self.choice == "cpu":
             advice.append(
                 f"stay on the CPU at {_rows(self.rows)}: a step takes {_time(cpu.ms)} there and {_time(best)} on the "
                 f"GPU, which wins {self.crossings['prefetched']}"
@@ -318,12 +319,12 @@ class Transfer:
                 f"take a larger batch: the device works {_time(gpu.kernels.ms)} of the {_time(gpu.issued.ms)} that the "
                 f"host takes to launch it; it has more work than that {filled}"
             )
-        if choice == "prefetched":
+        if way == "prefetched":
             advice.append(
                 f"prefetch (mlp_fused.DevicePrefetcher) from a loader that pins (DataLoader's pin_memory=True): a step "
                 f"takes {_time(ahead)}, not {_time(usual)}; {gpu.hidden:.0%} of what could be hidden is"
             )
-        elif usual - gpu.non_waiting.ms > GAIN * usual:
+        elif way == "non_waiting":
             advice.append(
                 f"pin the batch in the loader (DataLoader's pin_memory=True), and copy it with non_blocking=True: a "
                 f"step takes {_time(gpu.non_waiting.ms)}, not {_time(usual)}"

@@ -88,6 +88,18 @@ def device(request: pytest.FixtureRequest) -> str:
     return "cuda"
 
 
+@pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
+def backend_of_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path in turn; returns the backend with which networks that fit in one kernel take it."""
+    from mlp_fused import chain, functional
+
+    if request.param == "layer by layer":
+        monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
+    if request.param.startswith("layer"):
+        monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
+    return "reference" if request.param == "reference" else "triton"
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and its like give NaN, so that an element that no kernel wrote shows."""

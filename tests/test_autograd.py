@@ -13,25 +13,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from mlp_fused import FusedMLP, chain, linear_act, mlp
-from mlp_fused import functional as ours_functional
+from mlp_fused import FusedMLP, linear_act, mlp
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 Pair = Callable[..., tuple[FusedMLP, nn.Sequential]]
 
 
-@pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
-def pair(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
+@pytest.fixture
+def pair(backend_of_path: str, device: str) -> Pair:
     """A maker of a network and its twin in torch's modules, with parameters of its own; on each path."""
-    if request.param == "layer by layer":
-        monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
-    if request.param.startswith("layer"):
-        monkeypatch.setattr(ours_functional, "find_network", lambda *arguments: "the other path is tested")
-    backend = "reference" if request.param == "reference" else "triton"
 
     def make(*widths: int, activation: str = "gelu", **keywords: Any) -> tuple[FusedMLP, nn.Sequential]:
         first, *rest = widths or (20, 16, 4)
-        model = FusedMLP(first, rest, activation_layer=activation, backend=backend, device=device, **keywords)
+        model = FusedMLP(first, rest, activation_layer=activation, backend=backend_of_path, device=device, **keywords)
         return model, copy.deepcopy(nn.Sequential(*model))
 
     return make

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlp_fused import FusedMLP, chain, functional, module, plan
+from mlp_fused import FusedMLP, module, plan
 from mlp_fused.functional import run_path
 from mlp_fused.layers import LayerPath
 
@@ -21,18 +21,13 @@ HALVES = (torch.float16, torch.bfloat16)
 Make = Callable[..., FusedMLP]
 
 
-@pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
-def make(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Make:
+@pytest.fixture
+def make(backend_of_path: str, device: str) -> Make:
     """A maker of networks that take one of the paths."""
-    if request.param == "layer by layer":
-        monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
-    if request.param.startswith("layer"):
-        monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
-    backend = "reference" if request.param == "reference" else "triton"
 
     def make(*widths: int, activation: str = "gelu", **keywords: Any) -> FusedMLP:
         first, *rest = widths or (20, 16, 8, 4)
-        return FusedMLP(first, rest, activation_layer=activation, backend=backend, device=device, **keywords)
+        return FusedMLP(first, rest, activation_layer=activation, backend=backend_of_path, device=device, **keywords)
 
     return make
 

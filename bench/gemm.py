@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.shapes import Problem
 from mlp_fused import timing
-from mlp_fused.kernels import configs, tables
+from mlp_fused.kernels import configs, layer_tiles, tables
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
@@ -93,7 +93,7 @@ class Gemm:
         tensors = [t for t in (*self.operands[0], *self.outputs) if t is not None and t.dim() == 2]
         aligned = all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
         problem, device = replace(self.plan.problem, aligned=aligned), configs.device_of(tensors[0])
-        return tables.tile_for(problem, device) or configs.choose(problem, device)
+        return tables.tile_for(problem, device) or layer_tiles.choose(problem, device)
 
     @cached_property
     def operands(self) -> list[Operands]:

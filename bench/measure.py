@@ -654,8 +654,8 @@ def _compile(problem: Problem) -> None:
     device = configs.device_of(x)
     configs.describe = lambda kind, index=0: device  # type: ignore[assignment]
     with torch.no_grad():
-        run_kernels(x, layers, dtype)
-    y = run_kernels(x, layers, dtype)
+        run_kernels(x, layers, dtype, None, "auto")
+    y = run_kernels(x, layers, dtype, None, "auto")
     torch.autograd.grad(y, parameters, torch.empty_like(y))
 
 

@@ -44,6 +44,8 @@ class Activation:
         kinks: the points where the derivative jumps.
         rounds_parameters: whether parameters act as values of the tensor's dtype (bounds to compare an output with).
         scales: whether the derivative may be read off any positive multiple of the output, as Dropout leaves it.
+        piecewise: whether forward and backward are piecewise polynomials, a few instructions an element; the estimated
+            time of a kernel depends on it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Activation:
     kinks: Callable[..., tuple[float, ...]] = lambda *parameters: ()
     rounds_parameters: bool = False
     scales: bool = False
+    piecewise: bool = False
 
     # Derived once: they are read on the path of every call.
     values: tuple[float, ...] = field(init=False, repr=False)  # the parameters' values, in order
@@ -160,6 +163,7 @@ def register_activation(
     kinks: Callable[..., tuple[float, ...]] = lambda *parameters: (),
     rounds_parameters: bool = False,
     scales: bool = False,
+    piecewise: bool = False,
 ) -> Activation:
     """h = forward(z), dz = backward(dh, saved): add an activation to the table, under a new name.
 
@@ -199,6 +203,7 @@ def register_activation(
         kinks=kinks,
         rounds_parameters=rounds_parameters,
         scales=scales,
+        piecewise=piecewise,
     )
     _BY_MODULE.clear()
     return ACTIVATIONS[name]
@@ -427,6 +432,7 @@ register_activation(
     reference_backward=lambda dh, h: dh,
     module=nn.Identity,
     scales=True,
+    piecewise=True,
 )
 
 
@@ -450,6 +456,7 @@ register_activation(
     module=nn.ReLU,
     kinks=lambda: (0.0,),
     scales=True,
+    piecewise=True,
 )
 
 
@@ -474,6 +481,7 @@ register_activation(
     module=nn.LeakyReLU,
     kinks=lambda negative_slope: (0.0,),
     scales=True,
+    piecewise=True,
 )
 
 
@@ -502,6 +510,7 @@ register_activation(
     module=nn.Hardtanh,
     kinks=lambda min_val, max_val: (min_val, max_val),
     rounds_parameters=True,  # an output that was clamped equals the rounded bound
+    piecewise=True,
 )
 
 
@@ -524,6 +533,7 @@ register_activation(
     reference_backward=lambda dh, h: _hardtanh_reference_backward(dh, h, 0.0, 6.0),
     module=nn.ReLU6,
     kinks=lambda: (0.0, 6.0),
+    piecewise=True,
 )
 
 
@@ -543,6 +553,7 @@ register_activation(
     squared_relu_forward,
     squared_relu_backward,
     reference=lambda z: F.relu(z).square(),
+    piecewise=True,
 )
 
 
@@ -564,6 +575,7 @@ register_activation(
     parameters={"threshold": 0.0, "value": 0.0},
     module=nn.Threshold,
     kinks=lambda threshold, value: (threshold,),
+    piecewise=True,
 )
 
 
@@ -910,6 +922,7 @@ register_activation(
     module=nn.Softshrink,
     kinks=lambda lambd: (-lambd, lambd),
     scales=True,
+    piecewise=True,
 )
 
 
@@ -933,6 +946,7 @@ register_activation(
     parameters={"lambd": 0.5},
     module=nn.Hardshrink,
     kinks=lambda lambd: (-lambd, lambd),
+    piecewise=True,
 )
 
 
@@ -955,6 +969,7 @@ register_activation(
     reference_backward=lambda dh, h: (dh / 6).masked_fill((h <= 0) | (h >= 1), 0),
     module=nn.Hardsigmoid,
     kinks=lambda: (-3.0, 3.0),
+    piecewise=True,
 )
 
 
@@ -975,6 +990,7 @@ register_activation(
     reference=F.hardswish,
     module=nn.Hardswish,
     kinks=lambda: (-3.0, 3.0),
+    piecewise=True,
 )
 
 
@@ -1029,4 +1045,5 @@ register_activation(
     reference=lambda z: z.masked_fill(z >= 0, 1).masked_fill(z < 0, 0),
     reference_backward=lambda dh, h: dh.masked_fill(h == h, 0),
     kinks=lambda: (0.0,),
+    piecewise=True,
 )

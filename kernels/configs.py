@@ -1,18 +1,16 @@
-"""Which tile a kernel runs with: a pure function of the problem and the device."""
+"""Problems, tiles and devices; and the tiles of the network kernels, chosen from the problem and the device alone."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .language import INTERPRETER, TRITON_VERSION
+from .language import INTERPRETER
 
 __all__ = [
     "DEVICES",
@@ -21,13 +19,15 @@ __all__ = [
     "NetworkProblem",
     "Problem",
     "TileConfig",
-    "candidates",
-    "choose",
+    "count_tiles",
     "device_of",
     "device_slug",
+    "is_aligned",
     "network_tile",
     "network_wgrad_tile",
+    "on_fma_units",
     "padded",
+    "resident",
     "shared_memory",
 ]
 
@@ -49,10 +49,12 @@ class Problem:
     dtype: torch.dtype
     precision: str = "ieee"  # torch's setting for fp32: "ieee" (full fp32 accuracy) or "tf32"
     aligned: bool = True  # whether tensor descriptors can describe every tensor: rows that begin at 16 bytes
+    # The activation in the epilogue, by name. forward: the layer's own; dgrad: the one below; wgrad has none.
+    activation: str = "identity"
 
     @property
     def rows(self) -> int:
-        """Of the batch."""
+        """The batch size."""
         return self.k if self.kind == "wgrad" else self.m
 
     @property
@@ -194,156 +196,20 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _power_of_two(size: int, least: int, most: int) -> int:
-    """The next power of two, at least `least` (a tensor core's side is 16) and at most `most`."""
-    return max(least, min(most, 1 << max(0, size - 1).bit_length()))
+def is_aligned(width_in: int, width_out: int, dtype: torch.dtype) -> bool:
+    """Whether tensor descriptors can describe a layer's tensors where these are contiguous: rows begin at 16 bytes."""
+    return width_in * dtype.itemsize % 16 == 0 and width_out * dtype.itemsize % 16 == 0
 
 
-# --- Tiles of the layer kernels. What is left out is what spills (tests/compile_kernels.py). ---
+# --- A tile of the layer kernels on a device ---
 
-# Output tiles, the larger ones first; those with a side of 256 only through descriptors.
-OUTPUT_TILES = (
-    (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32),
-    (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
-)  # fmt: skip
-LONGEST_SIDE = 128  # of all others
-LONGEST_UNALIGNED = 64
 BLACKWELL = (100, 103)
-# bf16x6 holds three 16-bit parts of each operand besides; on Blackwell, products beyond this overflow tensor memory.
-LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
 DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
-WAITING_WORDS = 32  # what a thread may hold of a saved tile over dgrad's products
-# The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_precision.py).
-SHORTEST_SPLIT = 64
-BLOCK_K = {"bf16x6": 32, "tf32": 32, "ieee": 16}  # of fp32; 16-bit operands: 64
 EPILOGUE_TILES = {"forward": 1, "dgrad": 2, "wgrad": 0}  # of an output tile's size, in shared memory at a time
 
-# The estimate behind the rule: rates of one multiprocessor. What no data sheet tells is set by experience, unmeasured.
-L2_RATE = 70e9  # bytes a second that operands arrive at
-REACHED = {"tensor": 0.8, "mma.sync": 0.5, "bf16x6": 0.6, "fma": 0.7}  # part of the peak that products reach
-SPLIT_RATE = 21e9  # operands a second that are split into parts
-EPILOGUE_SECONDS = 2e-6  # filling the pipeline and ending a tile, where nothing else runs meanwhile
-SPLIT_SECONDS = 4e-6  # of launching the sum over partials
 
-
-@functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, device: Device) -> TileConfig:
-    """The tile for a problem on a device, from these two alone: the one with the least estimated time."""
-    return candidates(problem, device)[0]
-
-
-@functools.lru_cache(maxsize=4096)
-def candidates(problem: Problem, device: Device) -> tuple[TileConfig, ...]:
-    """The tiles that run a problem, by estimated time, the least first: what is worth measuring."""
-    if problem.kind == "output_gradient":
-        block_n = _power_of_two(problem.n, 16, 128)
-        return (TileConfig(4096 // block_n, block_n),)
-    found = [
-        tile
-        for precision in _precisions(problem, device)
-        for sides in OUTPUT_TILES
-        for tile in _tiles(problem, device, precision, *sides)
-    ]
-    found.sort(key=lambda tile: _seconds(problem, tile, device))
-    return tuple(dict.fromkeys([*found, *_specialized(problem, device, found)]))
-
-
-def _specialized(problem: Problem, device: Device, tiles: Sequence[TileConfig]) -> list[TileConfig]:
-    """Tiles to measure that the rule never chooses: with a warp that only loads, which Triton documents for Blackwell
-    alone, and compiles as meant here on Hopper, with four warps.
-    """
-    wanted = problem.kind in ("forward", "dgrad") and problem.dtype.itemsize == 2
-    if device.arch != 90 or not wanted or TRITON_VERSION < (3, 7):  # whose compiler fails at them
-        return []
-    return [
-        dataclasses.replace(tile, num_warps=4, num_stages=3, parts=4, early=False, warp_specialize=True)
-        for tile in tiles
-        if tile.descriptors and tile.block_m == tile.block_n == 128
-    ]
-
-
-def _precisions(problem: Problem, device: Device) -> tuple[str, ...]:
-    if problem.dtype != torch.float32 or problem.precision == "tf32":
-        return (problem.precision,) if problem.dtype == torch.float32 else ("ieee",)
-    splits = device.arch in LARGEST_SPLIT and problem.k >= SHORTEST_SPLIT
-    return ("bf16x6", "ieee") if splits else ("ieee",)
-
-
-def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block_n: int) -> Iterator[TileConfig]:
-    """The tiles with such an output, if they fit."""
-    on_fma_units = _on_fma_units(problem, precision)
-    descriptors = problem.aligned and device.arch in DESCRIPTOR_ARCHITECTURES and not on_fma_units
-    splits = precision == "bf16x6"
-    # Of the tiles with a long side, Blackwell's take 16-bit operands, and no fewer than 128 rows.
-    spills = device.arch in BLACKWELL and (problem.dtype.itemsize > 2 or block_m == 64)
-    if max(block_m, block_n) > LONGEST_SIDE and (splits or not descriptors or spills):
-        return
-    if splits and block_m * block_n > LARGEST_SPLIT[device.arch]:
-        return
-    sides = block_m, block_n
-    block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)
-    longest = 64 if problem.dtype.itemsize == 2 else BLOCK_K[precision]
-    if max(sides) > LONGEST_SIDE and ((block_m, block_n) != sides or problem.k < longest):
-        return  # what is left of it is one of the others
-    if not problem.aligned and not on_fma_units:  # loads of single elements, each with a pointer of its own
-        longest //= 2
-        if max(block_m, block_n) > LONGEST_UNALIGNED:
-            return
-    wgmma_alone = descriptors and not splits  # operands come from shared memory: four warps hold larger products
-    eight = block_m * block_n >= 128 * 128 and block_m > 64 if wgmma_alone else block_m * block_n > 64 * 64
-    tile = TileConfig(
-        block_m,
-        block_n,
-        _power_of_two(problem.k, 16, longest),
-        group_m=8,
-        num_warps=8 if eight else 4,
-        precision=precision,
-        descriptors=descriptors,
-    )
-    for stages, parts in _depths(problem, device, tile):
-        deep = dataclasses.replace(tile, num_stages=stages, parts=parts)
-        if descriptors:
-            waiting = block_m * block_n * problem.dtype.itemsize // (4 * 32 * tile.num_warps)
-            early = problem.kind == "dgrad" and device.arch == 90 and not splits and waiting <= WAITING_WORDS
-            deep = dataclasses.replace(deep, early=early)
-            programs = device.multiprocessors * _resident(problem, deep, device)
-            deep = dataclasses.replace(deep, programs=programs)
-        yield deep
-        if problem.kind == "wgrad":
-            # A split of fewer than 8 blocks of rows costs more to add up than it gains.
-            room = device.multiprocessors * _resident(problem, deep, device) // _count_tiles(problem, deep)
-            split = min(room, problem.k // (8 * deep.block_k))
-            if split > 1:
-                yield dataclasses.replace(deep, split=split)
-
-
-def _depths(problem: Problem, device: Device, tile: TileConfig) -> Iterator[tuple[int, int]]:
-    """(stages, parts): the deepest pipeline that fits; and the one with which two programs fit beside each other."""
-    if device.backend == "hip":  # that pipeline takes two
-        yield 2, 1
-        return
-    parts = [1]
-    if problem.kind != "wgrad" and tile.descriptors:
-        # Beside many sums of a thread, or what was saved, only so many elements go through an activation at a time.
-        sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
-        least = sums // 32 if sums > 64 or problem.kind == "dgrad" else 1
-        parts = [count for count in (1, 2, 4) if least <= count <= tile.block_n // 32] or [1]
-    depths = [(stages, part) for stages in (4, 3) for part in parts] + [(2, part) for part in parts] + [(1, parts[-1])]
-
-    def fits(depth: tuple[int, int], room: int) -> bool:
-        stages, part = depth
-        return shared_memory(problem, dataclasses.replace(tile, num_stages=stages, parts=part), device) <= room
-
-    deepest = next((depth for depth in depths if fits(depth, device.shared_memory)), None)
-    if deepest is not None:
-        yield deepest
-    if tile.block_m == tile.block_n == 128 and problem.kind != "dgrad" and tile.precision != "bf16x6":
-        twice = next((depth for depth in depths if fits(depth, device.shared_memory // 2)), None)
-        if twice not in (None, deepest):
-            yield twice
-
-
-def _on_fma_units(problem: Problem, precision: str) -> bool:
+def on_fma_units(problem: Problem, precision: str) -> bool:
+    """Whether products are computed on FMA units instead of tensor cores."""
     return problem.dtype.itemsize >= 4 and precision == "ieee"
 
 
@@ -361,8 +227,8 @@ def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
     return used + max(parts, outputs) + 4096  # barriers, and what is turned on its way
 
 
-def _resident(problem: Problem, tile: TileConfig, device: Device) -> int:
-    """How many programs a multiprocessor runs at a time, 2 at the most: by shared memory, and sums in registers.
+def resident(problem: Problem, tile: TileConfig, device: Device) -> int:
+    """The programs that a multiprocessor runs at a time, at most 2: by shared memory, and by the sums in registers.
 
     Beside 64 sums a thread there is room for an epilogue, but not for a derivative's.
     """
@@ -371,38 +237,9 @@ def _resident(problem: Problem, tile: TileConfig, device: Device) -> int:
     return 2 if fits and 2 * shared_memory(problem, tile, device) <= device.shared_memory else 1
 
 
-def _count_tiles(problem: Problem, tile: TileConfig) -> int:
+def count_tiles(problem: Problem, tile: TileConfig) -> int:
+    """The number of output tiles."""
     return -(-problem.m // tile.block_m) * -(-problem.n // tile.block_n)
-
-
-def _rate(device: Device, dtype: torch.dtype, precision: str) -> float:
-    """FLOP a second of one multiprocessor at its peak; of an unknown device as of one of its architecture."""
-    for known in (device, *DEVICES.values()):
-        peak = known.peak(dtype, precision)
-        if peak and known.arch == device.arch:
-            return peak / known.multiprocessors
-    return 1e12
-
-
-def _seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
-    """Estimated time: the multiprocessor with most tiles, each by its products or its operands' way from L2."""
-    items = _count_tiles(problem, tile) * tile.split
-    length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
-    wide = tile.block_m >= 64 or device.arch not in DESCRIPTOR_ARCHITECTURES
-    kind = "tensor" if wide else "mma.sync"
-    kind = "fma" if _on_fma_units(problem, tile.precision) else "bf16x6" if tile.precision == "bf16x6" else kind
-    rate = _rate(device, problem.dtype, tile.precision) * REACHED[kind]
-    compute = 2 * tile.block_m * tile.block_n * length / rate
-    operands = (tile.block_m + tile.block_n) * length
-    compute += operands / SPLIT_RATE if kind == "bf16x6" else 0
-    traffic = operands * problem.dtype.itemsize / L2_RATE
-    deepest = -(-items // device.multiprocessors)
-    turns = -(-deepest // _resident(problem, tile, device))  # programs side by side hide each other's epilogues
-    seconds = deepest * max(compute, traffic) + turns * EPILOGUE_SECONDS
-    if tile.split > 1:
-        moved = 2 * 4 * tile.split * problem.m * problem.n
-        seconds += SPLIT_SECONDS + moved / (device.bandwidth or 1e12)
-    return seconds
 
 
 # --- Tiles of the network kernels. The numbers are what compiles without spilling, for sm_80 to sm_100 and gfx942. ---

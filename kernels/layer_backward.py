@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import configs
+from . import configs, layer_tiles
 from .activations import Activation
 from .dot import (
     activate,
@@ -107,7 +107,9 @@ def output_gradient(
     assert dz.is_contiguous()
     assert saved is None or (saved.shape == (M, N) and saved.is_contiguous())
     assert h is None or (h.shape == (M, N) and h.is_contiguous())
-    tile = tile or configs.choose(configs.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), configs.device_of(dz))
+    tile = tile or layer_tiles.choose(
+        configs.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), configs.device_of(dz)
+    )
     tensors, dropping = of_launch((dh, saved, dz, h), seed, dropout)
     return launch(
         output_gradient_kernel,
@@ -232,8 +234,8 @@ def dgrad(
     assert saved is None or (saved.shape == dx.shape and saved.is_contiguous())
     assert h is None or (saved is not None and h.shape == dx.shape and h.is_contiguous())
     aligned = describable(dz, weight, saved, dx, h)
-    tile = tile or configs.choose(
-        configs.Problem("dgrad", M, K, N, dz.dtype, precision, aligned), configs.device_of(dz)
+    tile = tile or layer_tiles.choose(
+        configs.Problem("dgrad", M, K, N, dz.dtype, precision, aligned, below.name), configs.device_of(dz)
     )
     assert aligned or not tile.descriptors
     tensors, dropping = of_launch((dz, weight, saved, dx, h), seed, dropout)
@@ -455,7 +457,7 @@ def wgrad(
     h = dz if h is None else h  # not read where dw is None
     aligned = describable(dz, h)
     problem = configs.Problem("wgrad", N, K, M, dz.dtype, precision, aligned)
-    tile = tile or configs.choose(problem, configs.device_of(dz))
+    tile = tile or layer_tiles.choose(problem, configs.device_of(dz))
     assert aligned or not tile.descriptors
     chunk = max(1, cdiv(cdiv(M, tile.split), tile.block_k)) * tile.block_k
     splits = max(1, cdiv(M, chunk))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import configs
+from . import configs, layer_tiles
 from .activations import Activation
 from .dot import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
 from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
@@ -104,7 +104,7 @@ def layer_forward(
         x: (M, K), any strides, as are weight (N, K) and bias (N,) or None; M, N, K at least 1.
         h: (M, N), contiguous, written; z likewise, or None.
         precision: torch's setting for fp32, "ieee" or "tf32".
-        tile: instead of the one `configs.choose` gives.
+        tile: instead of the one that `layer_tiles.choose` gives.
         seed: (1,), int64, given with `dropout`, as in all launchers.
 
     Returns:
@@ -117,8 +117,8 @@ def layer_forward(
     assert h.is_contiguous()
     assert z is None or (z.shape == h.shape and z.is_contiguous())
     aligned = describable(x, weight, h, z)
-    tile = tile or configs.choose(
-        configs.Problem("forward", M, N, K, x.dtype, precision, aligned), configs.device_of(x)
+    tile = tile or layer_tiles.choose(
+        configs.Problem("forward", M, N, K, x.dtype, precision, aligned, activation.name), configs.device_of(x)
     )
     assert aligned or not tile.descriptors
     tensors, dropping = of_launch((x, weight, bias, h, z), seed, dropout)
@@ -184,7 +184,9 @@ def pointwise(
     assert z.is_contiguous()
     assert h.is_contiguous()
     # The tile is that of the other pointwise kernel.
-    tile = tile or configs.choose(configs.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), configs.device_of(h))
+    tile = tile or layer_tiles.choose(
+        configs.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), configs.device_of(h)
+    )
     tensors, dropping = of_launch((z, h), seed, dropout)
     return launch(
         pointwise_kernel,

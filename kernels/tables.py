@@ -1,19 +1,22 @@
 """Measured tables: which tile, and which path, was fastest on a device.
 
-Three places are asked, in this order: the user's own table, `$XDG_CACHE_HOME/mlp_fused/<gpu>.json` (by default under
-~/.cache), which `mlp-fused tune` writes; the packaged one, kernels/tuned/<gpu>.json; the rule in configs.py. <gpu> is
+A choice comes from the first of these that knows the problem: the user's own table,
+`$XDG_CACHE_HOME/mlp_fused/<gpu>.json` (by default under ~/.cache), which `mlp-fused tune` writes; the packaged table,
+kernels/tuned/<gpu>.json; the packaged table of a related GPU; the estimate (layer_tiles.py). <gpu> is
 `configs.device_slug` of the device's name. A file is one JSON object, one row a line:
 
-    {"schema": 1, "device": "NVIDIA H200", "date": "2026-01-31T12:00:00+00:00",
+    {"schema": 2, "device": "NVIDIA H200", "arch": 90, "multiprocessors": 132, "date": "2026-01-31T12:00:00+00:00",
      "versions": {"mlp_fused", "python", "torch", "triton", "cuda" or "hip", "driver": each a text},
      "gemms": [
       {"kind": "forward", "rows": 8192, "width_out": 4096, "width_in": 1024, "dtype": "bfloat16", "precision": "ieee",
-       "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13}, …],
+       "activation": "gelu", "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13}, …],
      "networks": [
       {"widths": [64, 64, 64], "rows": 1048576, "dtype": "float16", "precision": "ieee", "activation": "relu",
        "training": true, "path": "recompute", "ms": {"recompute": 1.1, "stored": 1.4, "layer": 2.0, "torch": 3.0}}, …]}
 
+arch        as in `Device`: 90, "gfx942"
 kind        "forward", "dgrad" or "wgrad"
+activation  the one in the epilogue, by name: forward: the layer's own; dgrad: the one below; wgrad: "identity"
 dtype       "float16", "bfloat16" or "float32"
 precision   how fp32 is multiplied: "ieee" or, for float32 alone, "tf32"
 tile        the fields of `TileConfig` that are not at their defaults; null where torch's own product is faster
@@ -21,11 +24,18 @@ ms          milliseconds of our fastest tile, null where none ran; torch_ms torc
 path        what was fastest: "recompute", "stored", "layer" or "torch" in training, "network", "layer" or "torch" in
             inference; the milliseconds of each that was measured are in ms
 
-A row holds for its own widths, dtype and precision. A product's also holds for other numbers of rows, up to twice and
-down to half of those measured. Under another Triton (by its first two numbers) than `versions` has, what was faster is
-still the best guess, but a tile may spill or not compile: of the tiles then only those hold that `configs.candidates`
-gives here. The logger `mlp_fused` says so once: a warning for the user's own table, which `mlp-fused tune` measures
-anew, INFO for the packaged one.
+A row holds for its own widths, dtype, precision and activation, and for batches of half to twice the measured size. A
+file of schema 1 has no arch, no multiprocessors and no activations: its forward and dgrad rows (null here) hold for
+every activation that no other row names.
+
+A related GPU has the same architecture and as many multiprocessors (H100 and H200; no MIG slices): its tiles hold, and
+where a product has more than `COMPUTE_BOUND` FLOPs a byte so does its choice between torch and a tile. Below, bandwidth
+decides, and the estimate knows this GPU's. Milliseconds are never carried from one GPU to another.
+
+Under another Triton (by its first two numbers) than `versions` has, what was faster is still the best guess, but a tile
+may spill or not compile: of the tiles only those hold that are among `layer_tiles.candidates` here. The logger
+`mlp_fused` says so once: a warning for the user's own table, which `mlp-fused tune` measures again, INFO for the
+packaged one.
 """
 
 from __future__ import annotations
@@ -45,21 +55,24 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import configs
+from . import configs, layer_tiles
 from .configs import Device, Problem, TileConfig
 from .language import TRITON_VERSION
 
 __all__ = [
+    "Choice",
     "Gemm",
     "Network",
     "Table",
     "asked_first",
+    "choice_for",
     "forget",
     "measured",
     "merge",
     "packaged_path",
     "path_for",
     "read",
+    "related",
     "tile_for",
     "user_path",
     "write",
@@ -67,20 +80,25 @@ __all__ = [
 
 logger = logging.getLogger("mlp_fused")
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
 PACKAGED = Path(__file__).parent / "tuned"
 KINDS = ("forward", "dgrad", "wgrad")
 DTYPES = ("float16", "bfloat16", "float32")
 TRAINING_PATHS = ("recompute", "stored", "layer", "torch")
 INFERENCE_PATHS = ("network", "layer", "torch")
 FARTHEST = 2  # a row holds for so many times its rows, and for so small a part of them
+COMPUTE_BOUND = 200  # FLOPs a byte of a product from which a related GPU's choice holds
 TOOLKITS = ("cuda", "hip")
 VERSIONS = ("mlp_fused", "python", "torch", "triton", "driver")  # and one of the toolkits
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """One product, measured. `tile` None: torch's own is faster; `ms` None: no tile of ours ran."""
+    """One product, measured. `tile` None: torch's own is faster; `ms` None: no tile of ours ran.
+
+    `activation` None: a row of schema 1, which does not name it.
+    """
 
     kind: str
     rows: int
@@ -88,6 +106,7 @@ class Gemm:
     width_in: int
     dtype: str
     precision: str
+    activation: str | None
     tile: TileConfig | None
     ms: float | None
     torch_ms: float
@@ -95,7 +114,7 @@ class Gemm:
     @property
     def key(self) -> tuple[Any, ...]:
         """What two rows about the same product agree in."""
-        return self.kind, self.rows, self.width_out, self.width_in, self.dtype, self.precision
+        return self.kind, self.rows, self.width_out, self.width_in, self.dtype, self.precision, self.activation
 
     @property
     def problem(self) -> Problem:
@@ -105,7 +124,9 @@ class Gemm:
             "dgrad": (self.rows, self.width_in, self.width_out),
             "wgrad": (self.width_out, self.width_in, self.rows),
         }[self.kind]
-        return Problem(self.kind, m, n, k, getattr(torch, self.dtype), self.precision)  # type: ignore[arg-type]
+        dtype, activation = getattr(torch, self.dtype), self.activation or "identity"
+        aligned = configs.is_aligned(self.width_in, self.width_out, dtype)
+        return Problem(self.kind, m, n, k, dtype, self.precision, aligned, activation)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -136,30 +157,71 @@ class Table:
     versions: Mapping[str, str]
     gemms: tuple[Gemm, ...] = ()
     networks: tuple[Network, ...] = ()
+    arch: int | str | None = None  # None: of schema 1
+    multiprocessors: int | None = None
+
+    def is_related(self, device: Device) -> bool:
+        """Whether the tiles of this table hold for another device of the same architecture and size."""
+        is_other = configs.device_slug(self.device) != configs.device_slug(device.name)
+        same = (self.arch, self.multiprocessors) == (device.arch, device.multiprocessors)
+        return is_other and same and "MIG" not in self.device + device.name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile for a product, or torch's own product where `tile` is None; and where the choice comes from."""
+
+    tile: TileConfig | None
+    source: str
 
 
 Row = TypeVar("Row", Gemm, Network)
 
 
-@functools.lru_cache(maxsize=4096)
 def tile_for(problem: Problem, device: Device) -> TileConfig | None:
-    """The tile for a problem: as measured, else the rule's; None where torch's own product was faster.
+    """The tile for a problem; None where torch's own product is taken."""
+    return choice_for(problem, device).tile
+
+
+@functools.lru_cache(maxsize=4096)
+def choice_for(problem: Problem, device: Device) -> Choice:
+    """The tile for a problem, or torch: as measured on this device, as on a related one, or as estimated.
 
     A measured tile that goes through tensor descriptors does not hold for tensors that they cannot describe.
     """
+    for table in measured(device):
+        if row := _row_for(problem, table, device):
+            return Choice(row.tile, f"measured on {table.device}")
+    reason = layer_tiles.why_torch(problem, device)
+    for table in related(device):
+        if row := _row_for(problem, table, device):
+            if _flops_a_byte(problem) > COMPUTE_BOUND:
+                return Choice(row.tile, f"measured on {table.device}")
+            if reason is None and row.tile is not None:
+                return Choice(row.tile, f"tile measured on {table.device}")
+            break
+    return Choice(None if reason else layer_tiles.choose(problem, device), reason or "estimated")
+
+
+def _row_for(problem: Problem, table: Table, device: Device) -> Gemm | None:
+    """The row of a table that holds for a problem: of its activation, else of one that is not named."""
     width_out, width_in = problem.widths
     wanted = (problem.kind, width_out, width_in, _name(problem.dtype), problem.precision)
-    for table in measured(device):
-        rows = [
-            row
-            for row in table.gemms
-            if (row.kind, row.width_out, row.width_in, row.dtype, row.precision) == wanted
-            and (problem.aligned or row.tile is None or not row.tile.descriptors)
-            and (row.tile is None or _is_of_this_triton(table) or row.tile in _known(row, problem.aligned, device))
-        ]
-        if row := _nearest(rows, problem.rows):
-            return row.tile
-    return configs.choose(problem, device)
+    rows = [
+        row
+        for row in table.gemms
+        if (row.kind, row.width_out, row.width_in, row.dtype, row.precision) == wanted
+        and (problem.aligned or row.tile is None or not row.tile.descriptors)
+        and (row.tile is None or _is_of_this_triton(table) or row.tile in _known(row, problem.aligned, device))
+    ]
+    named = [row for row in rows if row.activation == problem.activation]
+    unnamed = [row for row in rows if row.activation is None]
+    return _nearest(named, problem.rows) or _nearest(unnamed, problem.rows)
+
+
+def _flops_a_byte(problem: Problem) -> float:
+    m, n, k = problem.m, problem.n, problem.k
+    return 2 * m * n * k / ((m * k + n * k + m * n) * problem.dtype.itemsize)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -209,7 +271,7 @@ def _is_of_this_triton(table: Table) -> bool:
 
 def _known(row: Gemm, aligned: bool, device: Device) -> tuple[TileConfig, ...]:
     """The tiles that the rule here would measure for a row's product."""
-    return configs.candidates(dataclasses.replace(row.problem, aligned=aligned), device)
+    return layer_tiles.candidates(dataclasses.replace(row.problem, aligned=aligned), device)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -227,6 +289,20 @@ def user_path(device: str) -> Path:
 def packaged_path(device: str) -> Path:
     """Where the table of a device lies that came with the package."""
     return PACKAGED / f"{configs.device_slug(device)}.json"
+
+
+@functools.lru_cache(maxsize=64)
+def related(device: Device) -> tuple[Table, ...]:
+    """The packaged tables of related GPUs."""
+    tables = []
+    for path in sorted(PACKAGED.glob("*.json")):
+        try:
+            table = read(path)
+        except ValueError:  # of which `measured` warns on its own GPU
+            continue
+        if table.is_related(device):
+            tables.append(table)
+    return tuple(tables)
 
 
 @functools.lru_cache(maxsize=64)
@@ -295,7 +371,7 @@ def asked_first(table: Table) -> Iterator[None]:
 
 def forget() -> None:
     """Read the tables anew from now on: for after one was written."""
-    for cache in (measured, tile_for, path_for):
+    for cache in (measured, related, choice_for, path_for):
         cache.cache_clear()
 
 
@@ -355,7 +431,8 @@ def write(path: Path, table: Table) -> None:
 
 
 def _text(table: Table) -> str:
-    head = {"schema": SCHEMA, "device": table.device, "date": table.date, "versions": dict(table.versions)}
+    head = {"schema": SCHEMA, "device": table.device, "arch": table.arch, "multiprocessors": table.multiprocessors}
+    head |= {"date": table.date, "versions": dict(table.versions)}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     for name, rows in (("gemms", table.gemms), ("networks", table.networks)):
         body = ",\n".join("  " + json.dumps(_plain(row)) for row in rows)
@@ -404,12 +481,13 @@ def _wrong(place: str, found: Any, need: str) -> _WrongError:
 
 
 def _table(content: Any) -> Table:
-    names = ("schema", "device", "date", "versions", "gemms", "networks")
-    if isinstance(content, dict) and content.get("schema", SCHEMA) != SCHEMA:
-        raise _wrong("schema", content["schema"], str(SCHEMA))
+    names = ("schema", "device", "arch", "multiprocessors", "date", "versions", "gemms", "networks")
+    schema = content.get("schema", SCHEMA) if isinstance(content, dict) else SCHEMA
+    if type(schema) is not int or schema not in READABLE:
+        raise _wrong("schema", schema, " or ".join(map(str, READABLE)))
+    if schema == 1:
+        content = _of_schema_1(content)
     content = _object("the whole", content, names)
-    if type(content["schema"]) is not int:
-        raise _wrong("schema", content["schema"], str(SCHEMA))
     device = _text_at("device", content["device"])
     if not configs.device_slug(device):
         raise _wrong("device", device, "a GPU's name")
@@ -422,7 +500,28 @@ def _table(content: Any) -> Table:
                 raise _WrongError(
                     f"{name}[{index}] is about the same problem as {name}[{seen[key]}]; one row has to go"
                 )
-    return Table(device, _date(content["date"]), _versions(content["versions"]), tuple(gemms), tuple(networks))
+    date, found = _date(content["date"]), _versions(content["versions"])
+    return Table(device, date, found, tuple(gemms), tuple(networks), *_size(content))
+
+
+def _of_schema_1(content: dict[str, Any]) -> dict[str, Any]:
+    """The same table as schema 2 has it, as far as it is one."""
+    rows = content.get("gemms")
+    if isinstance(rows, list):
+        rows = [
+            {**row, "activation": "identity" if row.get("kind") == "wgrad" else None} if isinstance(row, dict) else row
+            for row in rows
+        ]
+        content = {**content, "gemms": rows}
+    return {**content, "arch": None, "multiprocessors": None}
+
+
+def _size(content: dict[str, Any]) -> tuple[int | str | None, int | None]:
+    """Architecture and multiprocessors."""
+    arch, count = content["arch"], content["multiprocessors"]
+    if arch is not None and type(arch) is not int:
+        arch = _text_at("arch", arch)
+    return arch, None if count is None else _count("multiprocessors", count)
 
 
 def _versions(value: Any) -> dict[str, str]:
@@ -447,10 +546,11 @@ def _gemm(place: str, value: Any) -> Gemm:
     kind = _one_of(f"{place}.kind", value["kind"], KINDS)
     rows, width_out, width_in = (_count(f"{place}.{name}", value[name]) for name in ("rows", "width_out", "width_in"))
     dtype, precision = _arithmetic(place, value)
+    activation = None if value["activation"] is None else _text_at(f"{place}.activation", value["activation"])
     tile = None if value["tile"] is None else _tile(f"{place}.tile", value["tile"], kind, dtype, precision)
     ms = None if tile is None and value["ms"] is None else _milliseconds(f"{place}.ms", value["ms"])
     torch_ms = _milliseconds(f"{place}.torch_ms", value["torch_ms"])
-    return Gemm(kind, rows, width_out, width_in, dtype, precision, tile, ms, torch_ms)
+    return Gemm(kind, rows, width_out, width_in, dtype, precision, activation, tile, ms, torch_ms)
 
 
 def _tile(place: str, value: Any, kind: str, dtype: str, precision: str) -> TileConfig:

@@ -183,7 +183,7 @@ def can_checkpoint() -> bool:
 
 
 def run_kernels(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None = None, backend: Backend = "auto"
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
 ) -> Tensor:
     """x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
     if is_watched():
@@ -295,18 +295,18 @@ def find_path(
     x: Tensor,
     layers: Sequence[Layer],
     dtype: torch.dtype,
-    recompute: bool | None = None,
-    backend: Backend = "auto",
+    recompute: bool | None,
+    backend: Backend,
     precision: str | None = None,
     training: bool | None = None,
 ) -> NetworkPlan | LayerPath:
     """The path that these layers take; `precision` and `training` are torch's setting and state unless given."""
-    path = find_network(x, layers, dtype, recompute, precision, training)
+    path = find_network(x, layers, dtype, recompute, precision, training, leaves_to_torch(backend))
     return path if isinstance(path, NetworkPlan) else find_layers(x, layers, dtype, backend, precision)
 
 
 def find_layers(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend = "auto", precision: str | None = None
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend, precision: str | None = None
 ) -> LayerPath:
     """The layer path for these layers; with the backend "triton" no product of it is torch's."""
     return layer_path(
@@ -315,9 +315,14 @@ def find_layers(
         tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, *_ in layers),
         dtype,
         precision or precision_of(dtype),
-        (DEFAULT_BACKEND if backend == "auto" else backend) != "triton",
+        leaves_to_torch(backend),
         tuple(layer.dropout for layer in layers),
     )
+
+
+def leaves_to_torch(backend: Backend) -> bool:
+    """Whether torch runs what it is expected to do faster than the kernels: unless kernels are asked for."""
+    return (DEFAULT_BACKEND if backend == "auto" else backend) != "triton"
 
 
 def find_network(
@@ -327,8 +332,12 @@ def find_network(
     recompute: bool | None = None,
     precision: str | None = None,
     training: bool | None = None,
+    torch_too: bool = False,
 ) -> NetworkPlan | str:
-    """The network path for these layers, or the reason why they take the layer path."""
+    """The network path for these layers, or the reason why they take the layer path.
+
+    With `torch_too`, they take it only where it is expected to be faster than torch.
+    """
     if training is None:
         training = wants_gradients(x, layers)
     strides = tuple(
@@ -340,7 +349,9 @@ def find_network(
     device = configs.device_of(x)
     precision = precision or precision_of(dtype)
     drops = any(layer.dropout for layer in layers)
-    return network_path(widths, strides, activations, dtype, precision, device, training, recompute, wide, drops)
+    return network_path(
+        widths, strides, activations, dtype, precision, device, training, recompute, wide, drops, torch_too
+    )
 
 
 def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .gradients import PlainFunction, dropout_factors, dropped, plain_gradient, through, wants_torch
-from .kernels import configs, tables
+from .kernels import configs, layer_tiles, tables
 from .kernels.activations import ACTIVATIONS, Activation
 from .kernels.configs import Problem
 from .kernels.dropout import Dropout, draw_seed, keeps_preactivation
@@ -169,7 +169,8 @@ class LayerKernels:
         made = self.launches.again(key, x, weight, bias, h, z, *seed)
         if made is None:
             (m, k), n = x.shape, weight.shape[0]
-            problem = Problem("forward", m, n, k, self.dtype, self.precision, describable(x, weight, h, z))
+            aligned, activation = describable(x, weight, h, z), self.activation.name
+            problem = Problem("forward", m, n, k, self.dtype, self.precision, aligned, activation)
             tensors = (x, weight, bias, h, z)
             made = self._make(
                 problem, layer_forward, forward_by_torch, *tensors, self.activation, **_dropping(seed, self.dropout)
@@ -219,7 +220,8 @@ class LayerKernels:
         made = self.launches.again(key, dz, weight, saved, dx, h, *seed)
         if made is None:
             (m, n), k = dz.shape, weight.shape[1]
-            problem = Problem("dgrad", m, k, n, self.dtype, self.precision, describable(dz, weight, saved, dx, h))
+            aligned, activation = describable(dz, weight, saved, dx, h), self.below.name
+            problem = Problem("dgrad", m, k, n, self.dtype, self.precision, aligned, activation)
             tensors = (dz, weight, saved, dx, h)
             made = self._make(
                 problem, dgrad, dgrad_by_torch, *tensors, self.below, **_dropping(seed, self.dropout_below)
@@ -273,7 +275,7 @@ class LayerKernels:
                 return True
 
             return again_with_seed if dropping else again
-        return by_kernel(*arguments, self.precision, tile or configs.choose(problem, device), **dropping)
+        return by_kernel(*arguments, self.precision, tile or layer_tiles.choose(problem, device), **dropping)
 
 
 def _dropping(seed: tuple[Tensor | None, ...], dropout: Dropout | None) -> dict[str, Any]:

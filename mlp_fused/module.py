@@ -105,7 +105,7 @@ class FusedLinear(WithBackend, nn.Linear):
         dtype = check_call(input, layers)
         if plan.why_reference(input, layers, dtype, self._backend) is not None:
             return linear_act(input, self.weight, self.bias, self.activation)
-        return run_kernels(input, layers, dtype, backend=self._backend)
+        return run_kernels(input, layers, dtype, None, self._backend)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -333,6 +333,7 @@ class Chain(WithBackend, nn.Module):
                     self._recompute,
                     input_size if input_size > dtype.itemsize else 0,
                     drops=any(run.dropouts),
+                    torch_too=not self._wants_kernels(),
                 )
             if isinstance(path, plan.NetworkPlan):
                 gradients = plan.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)

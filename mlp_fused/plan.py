@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .kernels import configs, tables
-from .kernels.activations import Activation, parse, resolve
+from .kernels import configs, layer_tiles, tables
+from .kernels.activations import ACTIVATIONS, Activation, parse, resolve
 from .kernels.configs import TileConfig
 from .kernels.dropout import SEED_BYTES, keeps_preactivation
 from .kernels.language import HAS_TRITON, INTERPRETER
@@ -39,7 +39,6 @@ __all__ = [
     "compute_dtype",
     "float32_precision",
     "forget_tables",
-    "is_aligned",
     "is_watched",
     "kept_elements",
     "network_path",
@@ -61,7 +60,9 @@ Formulation = Literal["recompute", "stored", "replay"]
 
 logger = logging.getLogger("mlp_fused")
 
+IDENTITY = ACTIVATIONS["identity"]
 AS_MEASURED = "faster as measured on this device"
+SLOW_NETWORK = "one kernel for a float32 network was slower than torch where measured"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_CAPABILITY = 80  # compute capability 8.0, the oldest that the kernels are compiled and tested for
 
@@ -385,6 +386,7 @@ def network_path(
     recompute: bool | None = None,
     input_size: int = 0,
     drops: bool = False,
+    torch_too: bool = False,
 ) -> NetworkPlan | str:
     """The network path for these layers, or the reason why they take the layer path.
 
@@ -399,6 +401,7 @@ def network_path(
         recompute: the user's wish: True keeps x alone, False keeps a tensor of each hidden layer, None leaves it open.
         input_size: bytes of an element of the input, where it is wider than `dtype`'s (under autocast).
         drops: whether Dropout that drops follows a layer.
+        torch_too: whether the network is left to the layer path, which may run torch's products, where that is faster.
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
@@ -419,6 +422,8 @@ def network_path(
         measured = _measured_path(widths, activations, dtype, precision, training, device)
     if measured == "layer":
         return f"it is {AS_MEASURED}"
+    if torch_too and recompute is None and measured is None and dtype == torch.float32:
+        return SLOW_NETWORK
     if not training:
         return NetworkPlan(network, forward, None, "inference keeps nothing", None, wgrad)
 
@@ -470,11 +475,6 @@ class KernelPlan:
         return self.kind not in ("seed", "forward", "network forward")
 
 
-def is_aligned(width_in: int, width_out: int, dtype: torch.dtype) -> bool:
-    """Whether tensor descriptors can describe a layer's tensors, where they are contiguous: rows begin at 16 bytes."""
-    return width_in * dtype.itemsize % 16 == 0 and width_out * dtype.itemsize % 16 == 0
-
-
 def plan_layers(
     rows: int,
     shapes: Sequence[tuple[int, int]],
@@ -518,24 +518,25 @@ def plan_layers(
             m: int,
             n: int,
             k: int,
+            epilogue: Activation = IDENTITY,
             layer: str = f"{index}: {k} -> {n}",
-            aligned: bool = is_aligned(k, n, dtype),
+            aligned: bool = configs.is_aligned(k, n, dtype),
         ) -> KernelPlan:
-            problem = configs.Problem(kind, m, n, k, dtype, precision, aligned)
+            problem = configs.Problem(kind, m, n, k, dtype, precision, aligned, epilogue.name)
             return KernelPlan(layer, kind, Work(flops, elements * dtype.itemsize), problem)
 
         product = 2 * rows * n * k
         outputs = 1 + (below_needs[index + 1] and keeps_z[index])  # h; z
-        forward.append(plan("forward", product, rows * k + weights + outputs * rows * n, rows, n, k))
+        forward.append(plan("forward", product, rows * k + weights + outputs * rows * n, rows, n, k, activation))
         steps = []
         activates = activation.name != "identity"
         if index + 1 == len(shapes) and (activates or dropouts[index]) and below_needs[index + 1]:
             steps.append(plan("output_gradient", 0, (2 + activates) * rows * n, rows, n, 0))  # dy, dz; what was saved
         if below_needs[index]:
-            below = activations[index - 1] if index else resolve("identity")
+            below = activations[index - 1] if index else IDENTITY
             # dx; what was saved; h again
             tensors = 1 + (below.name != "identity") + (trainable[index] and keeps_z[index - 1])
-            steps.append(plan("dgrad", product, rows * n + n * k + tensors * rows * k, rows, k, n))
+            steps.append(plan("dgrad", product, rows * n + n * k + tensors * rows * k, rows, k, n, below))
         if trainable[index]:
             steps.append(plan("wgrad", product, rows * n + rows * k + weights, n, k, rows))
         backward.append(steps)
@@ -629,7 +630,9 @@ def work(
         path = None
         if device is not None:
             strides = tuple((k, 1, int(bias)) for k, _ in shapes)
-            path = network_path(tuple(widths), strides, tuple(activations), dtype, precision, device, training)
+            path = network_path(
+                tuple(widths), strides, tuple(activations), dtype, precision, device, training, torch_too=True
+            )
         if isinstance(path, NetworkPlan):
             wanted = (training,) * len(shapes)
             biased = (training and bias,) * len(shapes)
@@ -696,17 +699,21 @@ class Plan:
         floors = [self._floor(run, kernel) for run in self.runs for kernel in run.kernels]
         return None if None in floors else sum(floor for floor in floors if floor is not None)
 
-    def _tile(self, run: RunPlan, kernel: KernelPlan) -> TileConfig | None:
-        """What a kernel runs with; None where torch does the product."""
+    def choice(self, run: RunPlan, kernel: KernelPlan) -> tables.Choice:
+        """The tile that a kernel runs with, or torch's product where there is none; and where that comes from."""
         if self.device is None or run.path == "reference":
-            return None
+            return tables.Choice(None, "")
         if kernel.problem is None:
-            return kernel.tile
-        tile = tables.tile_for(kernel.problem, self.device)
-        return configs.choose(kernel.problem, self.device) if tile is None and not self.torch_too else tile
+            return tables.Choice(kernel.tile, "")
+        if kernel.problem.kind == "output_gradient":
+            return tables.Choice(layer_tiles.choose(kernel.problem, self.device), "")
+        choice = tables.choice_for(kernel.problem, self.device)
+        if choice.tile is None and not self.torch_too:
+            return tables.Choice(layer_tiles.choose(kernel.problem, self.device), "asked for")
+        return choice
 
     def _floor(self, run: RunPlan, kernel: KernelPlan) -> float | None:
-        tile = self._tile(run, kernel)
+        tile = self.choice(run, kernel).tile
         precision = "bf16x6" if tile and tile.precision == "bf16x6" else self.precision
         peak = self.device and self.device.peak(self.dtype, precision)
         return (
@@ -717,14 +724,17 @@ class Plan:
         where = self.device.name if self.device else "no GPU"
         how = f" ({self.precision})" if self.dtype == torch.float32 else ""
         lines = [f"{self.rows} rows, {str(self.dtype).removeprefix('torch.')}{how}, {where}"]
-        header = ("layer", "kernel", "tile", "GFLOP", "MB", "floor")
+        header = ("layer", "kernel", "tile", "GFLOP", "MB", "floor", "chosen as")
         for run in self.runs:
             lines.append(f"{run.children}: {run.path}, because {run.reason}")
             if run.kernels:
                 body = [self._row(run, kernel) for kernel in run.kernels]
                 widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
                 lines += [
-                    "  " + "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in row)
+                    "  "
+                    + "  ".join(
+                        cell.rjust(width) if 3 <= i < 6 else cell.ljust(width) for i, (cell, width) in row
+                    ).rstrip()
                     for row in (list(enumerate(zip(row, widths))) for row in [header, *body])
                 ]
         total = f"total {self.work.flops / 1e9:.3f} GFLOP, {self.work.bytes / 1e6:.3f} MB"
@@ -733,8 +743,8 @@ class Plan:
         return "\n".join([*lines, f"{total}; kept for backward {self.kept_bytes / 1e6:.3f} MB"])
 
     def _row(self, run: RunPlan, kernel: KernelPlan) -> tuple[str, ...]:
-        tile = self._tile(run, kernel)
-        shown = "torch's own"
+        choice = self.choice(run, kernel)
+        tile, shown = choice.tile, "torch's own"
         if tile is not None:
             rows = f"{tile.rows} rows, {tile.num_warps} warps, {tile.num_stages} stages"
             shown = str(tile) if kernel.problem is not None else rows
@@ -746,6 +756,7 @@ class Plan:
             f"{kernel.work.flops / 1e9:.3f}",
             f"{kernel.work.bytes / 1e6:.3f}",
             _time(floor) if floor is not None else "-",
+            choice.source,
         )
 
 

@@ -1,7 +1,7 @@
 """Measuring what is fastest on this GPU, for the tables that plan.py asks: what `mlp-fused tune` does.
 
-Of each layer of a network three products are measured, forward, dgrad and wgrad: torch's own, and the tiles that
-`configs.candidates` gives, the likeliest first. Then, of networks that fit in one kernel, their paths as a whole: that
+Of each layer of a network three products are measured, forward, dgrad and wgrad: torch's own, and the tiles of
+`layer_tiles.candidates`, the likeliest first. Then, of networks that fit in one kernel, their paths as a whole: that
 of layers runs with the tiles that were just found. A tile or path whose result is not torch's is left out, and said.
 
 Times are what the device works, without the host's part of a call: medians between events, operands taken in turn from
@@ -36,7 +36,7 @@ from .chain import run_layers
 from .compiling import Compilers, NotYetError, count_workers
 from .environment import distorted, versions
 from .functional import Layer, find_layers
-from .kernels import configs, tables
+from .kernels import configs, layer_tiles, tables
 from .kernels.activations import ACTIVATIONS, Activation, resolve
 from .kernels.language import driver
 from .kernels.layer_backward import dgrad, wgrad
@@ -195,7 +195,8 @@ class Product:
     known: bool = field(compare=False, default=False)  # whether the table has it already
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.width_in} -> {self.width_out}, {self.rows} rows, {self.dtype}"
+        activation = "" if self.activation == "identity" else f", {self.activation}"
+        return f"{self.kind} {self.width_in} -> {self.width_out}{activation}, {self.rows} rows, {self.dtype}"
 
     @property
     def precision(self) -> str:
@@ -203,15 +204,14 @@ class Product:
         return ARITHMETIC[self.dtype][1]
 
     @property
-    def key(self) -> tuple[configs.Kind, int, int, int, str, str]:
+    def key(self) -> tuple[configs.Kind, int, int, int, str, str, str]:
         dtype = _name(ARITHMETIC[self.dtype][0])
-        return self.kind, self.rows, self.width_out, self.width_in, dtype, self.precision
+        return self.kind, self.rows, self.width_out, self.width_in, dtype, self.precision, self.activation
 
     @property
     def problem(self) -> configs.Problem:
         """What a tile is chosen by."""
-        problem = tables.Gemm(*self.key, None, None, 1.0).problem
-        return replace(problem, aligned=plan.is_aligned(self.width_in, self.width_out, problem.dtype))
+        return tables.Gemm(*self.key, None, None, 1.0).problem
 
 
 @dataclass(frozen=True)
@@ -257,12 +257,13 @@ def products(workload: Workload) -> list[Product]:
         each: list[tuple[configs.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
         for kind, activation in each:
             product = Product(kind, workload.rows, n, k, workload.dtype, activation, n * k / total)
-            if known := found.get(product.key):
-                # Of layers alike, the one whose epilogue has something to do.
+            alike = product.key[:-1]
+            if known := found.get(alike):
+                # Of layers alike, the one whose epilogue has something to do; the estimate decides the other.
                 product = replace(
                     product if known.activation == "identity" else known, share=known.share + product.share
                 )
-            found[product.key] = product
+            found[alike] = product
     return list(found.values())
 
 
@@ -471,7 +472,7 @@ class Tuner:
         """What was the fastest before, then by the rule's estimate."""
         before = self.old.get(product.key)
         first = (before.tile,) if before and before.tile else ()
-        return tuple(dict.fromkeys((*first, *configs.candidates(product.problem, self.gpu))))
+        return tuple(dict.fromkeys((*first, *layer_tiles.candidates(product.problem, self.gpu))))
 
     def _ask_ahead(self, tasks: Sequence[Task]) -> None:
         """Have compiled, in order, what every task should have measured; then what there may be time for."""
@@ -697,7 +698,7 @@ class Passes:
         return reference.mlp(x, self.weights, self.biases, self.activations)
 
     def by_layers(self, x: Tensor) -> Tensor:
-        return run_layers(x, self.weights, self.biases, find_layers(x, self.layers, self.dtype))
+        return run_layers(x, self.weights, self.biases, find_layers(x, self.layers, self.dtype, "auto"))
 
     def by_network(self, path: plan.NetworkPlan, x: Tensor) -> Tensor:
         return run_network(x, self.weights, self.biases, path)
@@ -768,7 +769,7 @@ def tune(
     gpu = configs.describe(device.type, device.index or 0)
     path = Path(config.out) if config.out is not None else tables.user_path(gpu.name)
     utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    empty = tables.Table(gpu.name, utc, versions())
+    empty = tables.Table(gpu.name, utc, versions(), arch=gpu.arch, multiprocessors=gpu.multiprocessors)
     old = _existing(path, empty, report)
     if compilers is None:
         on_gpu = device.type == "cuda"
@@ -863,7 +864,8 @@ def summary(rows: Sequence[Row]) -> str:
     body, ratios = [], []
     for row in rows:
         if isinstance(row, tables.Gemm):
-            problem = f"{row.kind} {row.width_in} -> {row.width_out}, {row.rows} rows"
+            named = row.activation if row.activation not in (None, "identity") else ""
+            problem = f"{row.kind} {row.width_in} -> {row.width_out}{named and f', {named}'}, {row.rows} rows"
             ours, torchs = row.ms, row.torch_ms
             fastest = str(row.tile or "torch's own")
         else:

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from mlp_fused import ACTIVATIONS
-from mlp_fused.kernels import configs, layer_backward, layer_forward, network
-from mlp_fused.kernels.configs import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig, choose
+from mlp_fused.kernels import configs, layer_backward, layer_forward, layer_tiles, network
+from mlp_fused.kernels.configs import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig
 from mlp_fused.kernels.dropout import Dropout
+from mlp_fused.kernels.layer_tiles import choose
 from mlp_fused.networks import run_network
 from mlp_fused.plan import network_path
 
@@ -202,7 +203,7 @@ def tiles(kind: configs.Kind, dtype: torch.dtype, precision: str, aligned: bool,
     """The distinct tiles worth measuring for large problems and for small sides, the largest tiles first."""
     sizes = [*itertools.product((16, 32, 8192), (16, 32, 64, 4096), (1024,)), (8192, 4096, 16)]
     problems = [Problem(kind, m, n, k, dtype, precision, aligned) for m, n, k in sizes]
-    listed = (tile for problem in problems for tile in configs.candidates(problem, device))
+    listed = (tile for problem in problems for tile in layer_tiles.candidates(problem, device))
     distinct = dict.fromkeys(dataclasses.replace(tile, split=1, programs=0) for tile in listed)
     return sorted(distinct, key=lambda tile: (tile.block_m * tile.block_n, tile.block_k), reverse=True)
 

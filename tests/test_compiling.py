@@ -23,7 +23,7 @@ import torch
 
 from mlp_fused import compiling, tuning
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
-from mlp_fused.kernels import configs, tables
+from mlp_fused.kernels import configs, layer_tiles, tables
 from mlp_fused.tuning import PathWork, TileWork, Whole, Workload
 
 H100 = configs.DEVICES["NVIDIA H100"]
@@ -35,7 +35,7 @@ def works() -> list[TileWork | PathWork]:
     """Of each product a tile, of weight gradients one that splits; and every path of a network."""
     found: list[TileWork | PathWork] = []
     for product in (product for workload in WORKLOADS for product in tuning.products(workload)):
-        tiles = configs.candidates(product.problem, H100)
+        tiles = layer_tiles.candidates(product.problem, H100)
         found.append(TileWork(product, next((tile for tile in tiles if tile.split > 1), tiles[0])))
     table = tables.Table(H100.name, "2026-01-31T12:00:00+00:00", tuning.versions())
     paths = tuning.network_paths(NETWORK, H100)
@@ -85,7 +85,7 @@ def keys() -> list[tuple[str, str]]:
     found = []
     for task in tuning.tasks(tuning.Config().workloads, H100)[::5]:
         if isinstance(task, tuning.Product):
-            for tile in configs.candidates(task.problem, H100)[::4]:
+            for tile in layer_tiles.candidates(task.problem, H100)[::4]:
                 triton_keys.clear()
                 tuning.compile_ahead(TileWork(task, tile))
                 if triton_keys:  # else the kernel was met before

@@ -216,7 +216,7 @@ def test_a_kernel_without_dropout_is_compiled_as_if_there_were_none(monkeypatch:
     monkeypatch.setattr(Launch, "through_triton", lambda launch, tensors: made.append((launch, len(tensors))))
     leaves = leaves_of(torch.float32, "cpu")
     of = [Layer(*leaves[1:3], ACTIVATIONS["gelu"]), Layer(*leaves[3:], ACTIVATIONS["gelu"])]
-    y = run_layers(leaves[0], leaves[1::2], leaves[2::2], find_layers(leaves[0], of, torch.float32))
+    y = run_layers(leaves[0], leaves[1::2], leaves[2::2], find_layers(leaves[0], of, torch.float32, "triton"))
     y.sum().backward()
     counted = {launch.kernel.__name__: tensors for launch, tensors in made if "wgrad" not in launch.kernel.__name__}
     assert counted == {"layer_forward_kernel": 5, "output_gradient_kernel": 4, "dgrad_kernel": 5}
@@ -476,7 +476,7 @@ def test_annealing_the_probability_compiles_nothing(monkeypatch: pytest.MonkeyPa
     x, weight = torch.randn(9, 300), torch.randn(300, 300)
     for p in (0.1, 0.25):
         of = [Layer(weight, None, ACTIVATIONS["gelu"], p)] * 2
-        run_layers(x, [weight] * 2, [None] * 2, find_layers(x, of, x.dtype))
+        run_layers(x, [weight] * 2, [None] * 2, find_layers(x, of, x.dtype, "auto"))
     assert len(made) == 4
     assert all(launch.constants == made[0].constants for launch in made)
     assert [launch.scalars[:2] for launch in made] == [(0.9, 0), (0.9, 1), (0.75, 0), (0.75, 1)]
@@ -584,7 +584,7 @@ def test_rows_far_beyond_32_bits_of_elements_are_dropped_from_apart(device: str)
     weight = torch.full((width, 16), 1 / 16, device=device, dtype=torch.bfloat16)
     seed = seed_of(9, device)
     torch.manual_seed(9)
-    y = run_layers(x, [weight], [None], find_layers(x, [Layer(weight, None, IDENTITY, 0.5)], torch.bfloat16))
+    y = run_layers(x, [weight], [None], find_layers(x, [Layer(weight, None, IDENTITY, 0.5)], torch.bfloat16, "triton"))
     assert y.numel() > 2**31
     expected = factors(seed, 0, 64, 16, 0.5, first=rows - 64)
     assert torch.equal(y[-64:, :16].double().cpu(), expected)

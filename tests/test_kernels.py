@@ -43,7 +43,7 @@ def forward(case: Case, data: Data, path: str, recompute: bool | None = None) ->
         with pytest.MonkeyPatch.context() as patch:
             if path == "layer":
                 patch.setattr(chain, "LAUNCH_BOUND", -1)
-            y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype))
+            y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype, "triton"))
     else:
         assert isinstance(network_path, NetworkPlan), network_path
         y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)
@@ -631,8 +631,8 @@ def test_a_lazily_negated_input(device: str, path: str) -> None:
     negative = torch.complex(data.x, data.x).conj().imag
     assert negative.is_neg()
     layers = [Layer(data.weights[0], data.biases[0], IDENTITY)]
-    y = run_kernels(negative, layers, torch.float32)
-    torch.testing.assert_close(y, run_kernels(-data.x, layers, torch.float32))
+    y = run_kernels(negative, layers, torch.float32, None, "triton")
+    torch.testing.assert_close(y, run_kernels(-data.x, layers, torch.float32, None, "triton"))
 
 
 @pytest.mark.gpu

@@ -29,7 +29,7 @@ from torch import Tensor
 from mlp_fused import ACTIVATIONS, FusedMLP, mlp, reference
 from mlp_fused.chain import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network
-from mlp_fused.kernels import configs, launch, layer_backward, network, tables
+from mlp_fused.kernels import configs, launch, layer_backward, layer_tiles, network, tables
 from mlp_fused.kernels.layer_backward import dgrad, output_gradient, sum_partials, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.layers import layer_after_layer
@@ -121,7 +121,7 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
     """Of each kind of launch, what makes it of tensors, and such tensors."""
     M, N, K = 500, 64, 48
     hopper = configs.DEVICES["NVIDIA H100"]
-    tile = configs.choose(configs.Problem("wgrad", N, K, M, BF16), hopper)
+    tile = layer_tiles.choose(configs.Problem("wgrad", N, K, M, BF16), hopper)
     whole, split = (dataclasses.replace(tile, split=parts) for parts in (1, 4))
     widths, strides = (K, 32, 16), ((K, 1, 1), (32, 1, 0))
     net = network.network_of(widths, strides, (RELU, IDENTITY), BF16, "ieee")

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from mlp_fused import ACTIVATIONS, FusedMLP, plan, tuning
 from mlp_fused.functional import Layer
-from mlp_fused.kernels import configs, tables
-from mlp_fused.kernels.configs import DEVICES, Device, Problem, candidates, choose, device_slug
+from mlp_fused.kernels import configs, layer_tiles, tables
+from mlp_fused.kernels.configs import DEVICES, Device, Problem, device_slug
 from mlp_fused.kernels.launch import count_launches
+from mlp_fused.kernels.layer_tiles import candidates, choose, why_torch
 from mlp_fused.layers import IDENTITY
 
 H200 = DEVICES["NVIDIA H200"]
@@ -58,7 +59,7 @@ def test_every_candidate_is_a_tile_that_can_run(problem: Problem, device: Device
         if tile.precision == "bf16x6":
             assert problem.dtype == torch.float32
             assert problem.precision == "ieee"
-            assert problem.k >= configs.SHORTEST_SPLIT
+            assert problem.k >= layer_tiles.SHORTEST_SPLIT
 
 
 def test_the_rule_takes_what_the_device_is_good_at() -> None:
@@ -70,7 +71,7 @@ def test_the_rule_takes_what_the_device_is_good_at() -> None:
     assert choose(Problem("wgrad", 8192, 8192, 2**20, torch.bfloat16), H200).split == 1
     full, allowed = (choose(Problem("forward", 8192, 4096, 4096, torch.float32, p), H200) for p in ("ieee", "tf32"))
     assert (full.precision, allowed.precision) == ("bf16x6", "tf32")
-    short = choose(Problem("forward", 8192, 4096, configs.SHORTEST_SPLIT - 1, torch.float32), H200)
+    short = choose(Problem("forward", 8192, 4096, layer_tiles.SHORTEST_SPLIT - 1, torch.float32), H200)
     assert short.precision == "ieee"
     assert not choose(Problem("forward", 8192, 4096, 4096, torch.bfloat16, aligned=False), H200).descriptors
 
@@ -82,7 +83,10 @@ def test_an_unknown_device_is_taken_for_one_of_its_architecture() -> None:
 
 
 def rule_for_the_grid() -> str:
-    """What the rule chooses for each product of the grid, narrow networks apart, which are one kernel; a line each."""
+    """A line for each product of the grid on each device: the rule's tile, and whether torch is expected to be faster.
+
+    Narrow networks are left out: they are one kernel.
+    """
     workloads = [w for family in tuning.GRID for w in family.workloads if max(w.widths) > 128]
     products = dict.fromkeys(product for workload in workloads for product in tuning.products(workload))
     problems = dict.fromkeys(product.problem for product in products)
@@ -90,7 +94,10 @@ def rule_for_the_grid() -> str:
     for device in {device.arch: device for device in DEVICES.values()}.values():  # one an architecture
         for problem in problems:
             size, dtype = f"{problem.m}x{problem.n}x{problem.k}", str(problem.dtype).removeprefix("torch.")
-            lines.append(f"{device.name}: {problem.kind} {size} {dtype}: {choose(problem, device)}\n")
+            by = "torch, else " if why_torch(problem, device) else ""
+            lines.append(
+                f"{device.name}: {problem.kind} {size} {dtype} {problem.activation}: {by}{choose(problem, device)}\n"
+            )
     return "".join(lines)
 
 
@@ -206,7 +213,11 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
         tables.Network((8, 8, 8), 64, "float32", "ieee", "relu", training, "torch", {"torch": 1.0, other: 2.0})
         for training, other in ((True, "stored"), (False, "network"))
     ]
-    gemms = [tables.Gemm("forward", 64, 300, 300, "float32", "ieee", None, 2.0, 1.0)]
+    tile = choose(Problem("forward", 64, 20, 300, torch.float32), device)
+    gemms = [
+        tables.Gemm("forward", 64, 300, 300, "float32", "ieee", "relu", None, 2.0, 1.0),
+        tables.Gemm("forward", 64, 20, 300, "float32", "ieee", "identity", tile, 1.0, 2.0),
+    ]
     table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, tuple(gemms), tuple(networks))
     tables.write(tables.user_path(device.name), table)
     plan.forget_tables()
@@ -238,9 +249,13 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     rows = str(FusedMLP(300, [300, 20]).explain(64, device=device.name)).splitlines()
     (first,) = [row for row in rows if "300 -> 300  forward" in row]
     assert "torch's own" in first
+    assert first.endswith(f"measured on {device.name}")
     assert "torch's own" not in str(FusedMLP(300, [300, 20], backend="triton").explain(64, device=device.name))
     (second,) = [row for row in rows if "300 -> 20 " in row and "forward" in row]
-    assert "warps" in second
+    assert str(tile) in second
+    assert second.endswith(f"measured on {device.name}")
+    (third,) = [row for row in rows if "300 -> 20 " in row and "wgrad" in row]
+    assert third.endswith("estimated")
 
 
 @given(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mlp_fused.kernels import configs
+from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.configs import TileConfig
 from mlp_fused.kernels.dot import round_to_tf32
 from mlp_fused.kernels.language import tl, triton
@@ -22,7 +22,7 @@ from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.layers import IDENTITY
 
 TILES = [TileConfig(64, 32, 32, 8, 4, 1, precision="bf16x6", descriptors=descriptors) for descriptors in (False, True)]
-LENGTHS = [configs.SHORTEST_SPLIT + more for more in (0, 1, 12, 32, 64, 200)]
+LENGTHS = [layer_tiles.SHORTEST_SPLIT + more for more in (0, 1, 12, 32, 64, 200)]
 LARGEST = torch.finfo(torch.float32).max
 TINIEST = 2.0**-149
 
@@ -216,7 +216,7 @@ def test_special_numbers_anywhere(
 @every_tile
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_kernels_err_no_more_than_torchs_fp32(inputs: str, tile: TileConfig, product: Callable, device: str) -> None:
-    for k in (configs.SHORTEST_SPLIT, configs.SHORTEST_SPLIT + 12, 256):
+    for k in (layer_tiles.SHORTEST_SPLIT, layer_tiles.SHORTEST_SPLIT + 12, 256):
         x, w = draw(inputs, 64, 32, k, 0)
         a, b = (torch.from_numpy(operand).float().to(device) for operand in (x, w))
         ours, torchs = (found.double().cpu().numpy() for found in (product(a, b, tile), a @ b.t()))

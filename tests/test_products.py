@@ -32,7 +32,7 @@ def run(case: Case, data: Data) -> dict[str, Tensor]:
     x = data.x.reshape(-1, data.x.shape[-1])
     network = [Layer(*layer, case.dropout) for layer in zip(data.weights, data.biases, case.activations)]
     torch.manual_seed(SEED)
-    y = run_layers(x, data.weights, data.biases, find_layers(x, network, case.dtype))
+    y = run_layers(x, data.weights, data.biases, find_layers(x, network, case.dtype, "auto"))
     return gradients(data, y.view(*data.x.shape[:-1], y.shape[-1]))
 
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 import mlp_fused
 from mlp_fused import plan
-from mlp_fused.kernels import configs, tables
-from mlp_fused.kernels.configs import DEVICES, Problem, TileConfig
+from mlp_fused.kernels import layer_tiles, tables
+from mlp_fused.kernels.configs import DEVICES, Device, Problem, TileConfig
 from mlp_fused.kernels.tables import Gemm, Network, Table
 
 H200 = DEVICES["NVIDIA H200"]
+DATA = Path(__file__).with_name("data") / "h100"
 VERSIONS = {
     "mlp_fused": "0.1.0",
     "python": "3.12.1",
@@ -33,7 +34,7 @@ VERSIONS = {
 }
 TILE = TileConfig(64, 32, 64, 8, 4, 3, programs=132, descriptors=True)
 OTHER = TileConfig(16, 32, 64, 8, 4, 2)
-FORWARD = Gemm("forward", 1024, 512, 256, "bfloat16", "ieee", TILE, 0.25, 0.5)
+FORWARD = Gemm("forward", 1024, 512, 256, "bfloat16", "ieee", "relu", TILE, 0.25, 0.5)
 NARROW = Network((64, 64, 64), 4096, "float16", "ieee", "relu", True, "stored", {"stored": 1.0, "torch": 2.0})
 
 
@@ -54,6 +55,11 @@ def problem(rows: int = 1024, **others: Any) -> Problem:
     return dataclasses.replace(FORWARD.problem, m=rows, **others)
 
 
+def estimated(problem: Problem, device: Device = H200) -> TileConfig | None:
+    """The choice for a product that was not measured: a tile, or None for torch's product."""
+    return None if layer_tiles.why_torch(problem, device) else layer_tiles.choose(problem, device)
+
+
 MILLISECONDS = st.floats(1e-6, 1e6)
 WIDTH = st.integers(1, 2**20)
 POWERS = st.sampled_from([16, 32, 64, 128, 256])
@@ -72,7 +78,8 @@ def gemms(draw: st.DrawFn) -> Gemm:
     )  # fmt: skip
     tile = draw(st.sampled_from([tile, None]))  # type: ignore[assignment]
     ms = draw(MILLISECONDS) if tile else draw(st.none() | MILLISECONDS)
-    return Gemm(kind, draw(WIDTH), draw(WIDTH), draw(WIDTH), dtype, precision, tile, ms, draw(MILLISECONDS))
+    activation = draw(st.sampled_from([None, "identity", "relu", "gelu"]))
+    return Gemm(kind, draw(WIDTH), draw(WIDTH), draw(WIDTH), dtype, precision, activation, tile, ms, draw(MILLISECONDS))
 
 
 @st.composite
@@ -138,9 +145,13 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
 
 # A change of a good file's content; the sentence after the file's name, a regular expression.
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "schema": (lambda t: t.update(schema=2), "schema is 2; it needs to be 1"),
-    "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be 1"),
+    "schema": (lambda t: t.update(schema=3), "schema is 3; it needs to be 1 or 2"),
+    "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be 1 or 2"),
     "no gemms": (lambda t: t.pop("gemms"), "the whole has no gemms; it needs schema, device, "),
+    "arch": (lambda t: t.update(arch=9.0), r"arch is 9\.0; it needs to be a text of one line"),
+    "multiprocessors": (lambda t: t.update(multiprocessors=0), "multiprocessors is 0; .* a whole number from 1"),
+    "product's activation": (lambda t: gemm(t, activation=1), r"gemms\[0\]\.activation is 1; it needs to be a text"),
+    "no activation": (lambda t: t["gemms"][0].pop("activation"), r"gemms\[0\] has no activation; it needs kind, rows"),
     "unknown": (lambda t: t.update(note="x"), 'the whole has "note", which nothing reads; it knows schema, '),
     "device": (lambda t: t.update(device="--"), "device is \"--\"; it needs to be a GPU's name"),
     "two lines": (lambda t: t.update(device="a\nb"), r'device is "a\\nb"; it needs to be a text of one line'),
@@ -267,9 +278,8 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_precedence_user_packaged_rule(measured: Path) -> None:
-    rule = configs.choose(problem(), H200)
-    assert TILE not in (rule, OTHER)
-    assert tables.tile_for(problem(), H200) == rule
+    assert estimated(problem()) not in (TILE, OTHER)
+    assert tables.tile_for(problem(), H200) == estimated(problem())
     install(packaged=table(FORWARD))
     assert tables.tile_for(problem(), H200) == TILE
     install(user=table(dataclasses.replace(FORWARD, tile=OTHER, rows=2048)))
@@ -277,7 +287,7 @@ def test_precedence_user_packaged_rule(measured: Path) -> None:
     assert tables.tile_for(problem(600), H200) == TILE  # farther than twice from the user's
     install(user=table(dataclasses.replace(FORWARD, tile=None)))
     assert tables.tile_for(problem(), H200) is None
-    assert tables.tile_for(problem(), DEVICES["NVIDIA H100"]) == configs.choose(problem(), DEVICES["NVIDIA H100"])
+    assert tables.tile_for(problem(), DEVICES["NVIDIA H100"]) == estimated(problem(), DEVICES["NVIDIA H100"])
     assert (measured / "cache" / "mlp_fused" / "nvidia_h200.json").is_file()
     assert (measured / "tuned" / "nvidia_h200.json").is_file()
 
@@ -285,13 +295,15 @@ def test_precedence_user_packaged_rule(measured: Path) -> None:
 def test_a_row_holds_for_its_problem_and_the_nearest_batch(measured: Path) -> None:
     larger = dataclasses.replace(FORWARD, rows=4096, tile=OTHER)
     install(table(FORWARD, larger))
-    for rows, expected in ((511, None), (512, TILE), (2000, TILE), (2100, OTHER), (8192, OTHER), (8193, None)):
-        assert tables.tile_for(problem(rows), H200) == (expected or configs.choose(problem(rows), H200)), rows
-    for others in ({"n": 513}, {"k": 255}, {"dtype": torch.float16}, {"kind": "dgrad"}):
+    for rows, expected in ((512, TILE), (2000, TILE), (2100, OTHER), (8192, OTHER)):
+        assert tables.tile_for(problem(rows), H200) == expected, rows
+    for rows in (511, 8193):
+        assert tables.tile_for(problem(rows), H200) == estimated(problem(rows)), rows
+    for others in ({"n": 513}, {"k": 255}, {"dtype": torch.float16}, {"kind": "dgrad"}, {"activation": "gelu"}):
         other = problem(**others)
-        assert tables.tile_for(other, H200) == configs.choose(other, H200)
+        assert tables.tile_for(other, H200) == estimated(other)
     pointwise = Problem("output_gradient", 1024, 512, 0, torch.bfloat16)
-    assert tables.tile_for(pointwise, H200) == configs.choose(pointwise, H200)
+    assert tables.tile_for(pointwise, H200) == estimated(pointwise)
 
 
 @pytest.mark.parametrize("kind", tables.KINDS)
@@ -308,9 +320,79 @@ def test_descriptors_only_where_they_can_describe(measured: Path) -> None:
     assert tables.tile_for(problem(1024, aligned=False), H200) == OTHER
     install(table(FORWARD))
     unaligned = problem(aligned=False)
-    assert tables.tile_for(unaligned, H200) == configs.choose(unaligned, H200)
+    assert tables.tile_for(unaligned, H200) == estimated(unaligned)
     install(table(dataclasses.replace(FORWARD, tile=None)))
     assert tables.tile_for(unaligned, H200) is None
+
+
+def test_a_row_holds_for_its_own_activation(measured: Path) -> None:
+    """dgrad of 512 columns: torch was faster with gelu, our kernel with relu."""
+    gelu = dataclasses.replace(FORWARD, kind="dgrad", activation="gelu", tile=None)
+    relu = dataclasses.replace(gelu, activation="relu", tile=OTHER)
+    install(table(gelu, relu))
+    assert tables.choice_for(gelu.problem, H200) == tables.Choice(None, f"measured on {H200.name}")
+    assert tables.choice_for(relu.problem, H200) == tables.Choice(OTHER, f"measured on {H200.name}")
+    tanh = dataclasses.replace(gelu.problem, activation="tanh")
+    assert tables.choice_for(tanh, H200) == tables.Choice(estimated(tanh), "estimated")
+
+
+def test_rows_of_schema_1_hold_for_every_activation_that_no_other_row_names(measured: Path) -> None:
+    written = json.loads((DATA / "tuned.json").read_text())
+    assert written["schema"] == 1
+    old = tables.read(DATA / "tuned.json")
+    assert len(old.gemms) == len(written["gemms"]) == 465
+    assert (old.arch, old.multiprocessors) == (None, None)
+    assert {row.activation for row in old.gemms if row.kind == "wgrad"} == {"identity"}
+    assert {row.activation for row in old.gemms if row.kind != "wgrad"} == {None}
+    unnamed = dataclasses.replace(FORWARD, activation=None, tile=OTHER)
+    install(table(FORWARD, unnamed))
+    assert tables.tile_for(problem(), H200) == TILE
+    assert tables.tile_for(problem(activation="gelu"), H200) == OTHER
+    tables.write(measured / "new.json", old)  # as schema 2, which says that it does not know them
+    assert tables.read(measured / "new.json") == old
+
+
+def test_a_related_gpu_shares_tiles_and_choices_that_bandwidth_does_not_decide(measured: Path) -> None:
+    wide = Gemm("forward", 8192, 4096, 4096, "bfloat16", "ieee", "relu", TILE, 1.0, 2.0)
+    torchs = dataclasses.replace(wide, activation="gelu", tile=None)
+    thin = Gemm("wgrad", 2**20, 64, 64, "bfloat16", "ieee", "identity", OTHER, 1.0, 2.0)
+    slow = dataclasses.replace(thin, width_out=32, tile=None)
+    known = layer_tiles.candidates(wide.problem, H200)[-1]
+    wide, thin = dataclasses.replace(wide, tile=known), dataclasses.replace(thin, tile=OTHER)
+    size = {"arch": H200.arch, "multiprocessors": H200.multiprocessors}
+    install(packaged=dataclasses.replace(table(wide, torchs, thin, slow, device="NVIDIA H100 80GB HBM3"), **size))
+    measured_there = "measured on NVIDIA H100 80GB HBM3"
+    assert tables.choice_for(wide.problem, H200) == tables.Choice(known, measured_there)
+    assert tables.choice_for(torchs.problem, H200) == tables.Choice(None, measured_there)
+    # Memory-bound: the estimate for this GPU says whether, the other's reading with which tile.
+    assert layer_tiles.why_torch(thin.problem, H200) is layer_tiles.why_torch(slow.problem, H200) is None
+    assert tables.choice_for(thin.problem, H200) == tables.Choice(OTHER, f"tile {measured_there}")
+    assert tables.choice_for(slow.problem, H200) == tables.Choice(estimated(slow.problem), "estimated")
+    for other in (
+        dataclasses.replace(H200, multiprocessors=114),  # an H100 for PCIe
+        dataclasses.replace(H200, name="NVIDIA H100 80GB HBM3 MIG 7g.80gb"),
+        dataclasses.replace(H200, arch=100),
+    ):
+        assert tables.related(other) == ()
+        assert "measured" not in tables.choice_for(thin.problem, other).source
+
+
+def test_the_packaged_tables_hold(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is of the device that its file names, and each of its choices is taken there and explained."""
+    monkeypatch.setattr(tables, "PACKAGED", Path(tables.__file__).parent / "tuned")
+    plan.forget_tables()
+    paths = list(tables.PACKAGED.glob("*.json"))
+    assert paths
+    for path in paths:
+        packaged = tables.read(path)
+        assert path == tables.packaged_path(packaged.device)
+        assert packaged.arch is not None
+        like = next(each for each in DEVICES.values() if each.name in packaged.device)
+        device = dataclasses.replace(like, name=packaged.device)
+        for row in packaged.gemms:
+            same_triton = packaged.versions["triton"].startswith(".".join(map(str, tables.TRITON_VERSION)))
+            if row.tile is None or same_triton or row.tile in layer_tiles.candidates(row.problem, device):
+                assert tables.choice_for(row.problem, device) == tables.Choice(row.tile, f"measured on {device.name}")
 
 
 def test_the_path_of_a_network(measured: Path) -> None:
@@ -397,7 +479,7 @@ def test_of_a_table_only_tiles_that_do_not_fit_are_left_out(
     large = [dataclasses.replace(FORWARD, rows=2**i, tile=TileConfig(256, 256, 256, 8, 8, 3)) for i in range(count)]
     install(table(*large, dataclasses.replace(FORWARD, rows=2**13)))
     with caplog.at_level(logging.WARNING, "mlp_fused"):
-        assert tables.tile_for(problem(1), H200) == configs.choose(problem(1), H200)
+        assert tables.tile_for(problem(1), H200) == estimated(problem(1))
         assert tables.tile_for(problem(2**13), H200) == TILE
     (record,) = caplog.records
     sentence = r"gemms\[0\]\.tile takes \d+ bytes of shared memory; NVIDIA H200 has 232448"
@@ -426,14 +508,14 @@ def of_triton(*version: int) -> dict[str, str]:
 def test_under_another_triton_tiles_hold_that_the_rule_knows(
     whose: str, measured: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    known = configs.candidates(FORWARD.problem, H200)[-1]
-    assert TILE not in configs.candidates(FORWARD.problem, H200)
+    known = layer_tiles.candidates(FORWARD.problem, H200)[-1]
+    assert TILE not in layer_tiles.candidates(FORWARD.problem, H200)
     rows = [dataclasses.replace(FORWARD, rows=rows, tile=tile) for rows, tile in ((64, TILE), (1024, known))]
     rows.append(dataclasses.replace(FORWARD, rows=2**14, tile=None))
     another = dataclasses.replace(table(*rows, NARROW), versions=of_triton(3, 5))
     install(**{whose: another})
     with caplog.at_level(logging.INFO, "mlp_fused"):
-        assert tables.tile_for(problem(64), H200) == configs.choose(problem(64), H200)
+        assert tables.tile_for(problem(64), H200) == estimated(problem(64))
         assert tables.tile_for(problem(1024), H200) == known
         assert tables.tile_for(problem(2**14), H200) is None
         assert tables.path_for((64, 64, 64), 4096, torch.float16, "ieee", "relu", True, H200) == "stored"
@@ -453,7 +535,7 @@ def test_a_table_can_be_asked_before_those_on_disk(measured: Path) -> None:
         tables.forget()
         assert tables.tile_for(problem(), H200) == TILE
         another = DEVICES["NVIDIA H100"]
-        assert tables.tile_for(problem(), another) == configs.choose(problem(), another)
+        assert tables.tile_for(problem(), another) == estimated(problem(), another)
     tables.forget()
     assert tables.tile_for(problem(), H200) == OTHER
 

@@ -17,7 +17,7 @@ import torch
 from mlp_fused import environment, plan, timing, tuning
 from mlp_fused.compiling import Compilers, NotYetError
 from mlp_fused.environment import DISTORTING
-from mlp_fused.kernels import configs, tables
+from mlp_fused.kernels import configs, layer_tiles, tables
 from mlp_fused.kernels.configs import DEVICES, INTERPRETED_DEVICE, TileConfig
 from mlp_fused.training import UserError
 from mlp_fused.tuning import ANCHORS, GRID, Config, Product, Whole, Workload, products, tasks, tune
@@ -71,7 +71,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         return by_network(self, path, x)
 
     monkeypatch.setattr(tuning.Passes, "by_network", watched)
-    monkeypatch.setattr(configs, "candidates", lambda problem, device: (SLOW, FAST))
+    monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (SLOW, FAST))
     monkeypatch.setattr(tuning, "_network_plan", lambda *arguments: "only products are tested")
     return clock
 
@@ -99,7 +99,7 @@ def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> Non
     assert tables.read(path()) == table
     assert table.device == INTERPRETED_DEVICE.name
     assert set(table.versions) == {"mlp_fused", "python", "torch", "triton", "cuda", "driver"}
-    assert "forward 6 -> 5, 8 rows, float32    3.0000   1.0000   3.00  16x16x16, 2 warps, 1 stages" in said
+    assert "forward 6 -> 5, relu, 8 rows, float32    3.0000   1.0000   3.00  16x16x16, 2 warps, 1 stages" in said
     assert "Our kernels won 6 of 6; the worst ratio is 3.00, of " in said
     assert said.endswith(f"6 of 6 problems were measured, and are in {path()}")
 
@@ -118,7 +118,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
-    monkeypatch.setattr(configs, "candidates", lambda problem, device: (BROKEN, WRONG, SLOW))
+    monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (BROKEN, WRONG, SLOW))
     for kind in tables.KINDS:
 
         def by_kernel(*arguments: Any, original: Callable[..., None] = tuning.BY_KERNEL[kind]) -> None:
@@ -133,7 +133,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     assert BROKEN not in clock.timed
     assert WRONG not in clock.timed
     assert (
-        f"forward 6 -> 5, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: shared memory\n"
+        f"forward 6 -> 5, relu, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: shared memory\n"
         in said
     )
     assert (
@@ -141,7 +141,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     )
 
     path().unlink()
-    monkeypatch.setattr(configs, "candidates", lambda problem, device: (BROKEN,))
+    monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (BROKEN,))
     table, said = run(clock)
     assert [(row.tile, row.ms) for row in table.gemms] == [(None, None)] * PRODUCTS
     assert said.count("-      -  torch's own") == PRODUCTS
@@ -426,7 +426,7 @@ def test_networks_are_measured_with_the_tiles_just_found(
     assert len(table.networks) == 2
     assert set(seen) == {FAST}
     for row in products_of(config):
-        assert tables.tile_for(row.problem, INTERPRETED_DEVICE) == SLOW  # the rule's: the user's own has no rows
+        assert tables.choice_for(row.problem, INTERPRETED_DEVICE).source != "measured"  # the user's own has no rows
 
 
 def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,7 +587,7 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
         part = "anchors" if task.anchor and isinstance(task, Product) else part
         wanted = 1
         if isinstance(task, Product):
-            candidates = len(configs.candidates(task.problem, device))
+            candidates = len(layer_tiles.candidates(task.problem, device))
             wanted = candidates if task.anchor else min(tuning.FEW, candidates)
         count = counts.get(task.key, 0)
         parts.setdefault(part, []).append((count > 0, min(1.0, count / wanted)))
@@ -674,9 +674,9 @@ def test_every_candidate_of_the_grid_can_stand_in_a_table(tmp_path: Path) -> Non
     for device in DEVICES.values():
         rows = {}
         for product in dict.fromkeys(product for workload in grid for product in products(workload)):
-            for index, tile in enumerate(configs.candidates(product.problem, device)):
-                *key, _, _, _ = dataclasses.astuple(tables.Gemm(*product.key, None, None, 1.0))
-                row = tables.Gemm(key[0], 2 * index + 1, *key[2:], tile, 1.0, 1.0)
+            for index, tile in enumerate(layer_tiles.candidates(product.problem, device)):
+                kind, _, *rest = product.key
+                row = tables.Gemm(kind, 2 * index + 1, *rest, tile, 1.0, 1.0)
                 rows[row.key] = row
         table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuning.versions(), tuple(rows.values()))
         tables.write(tmp_path / "t.json", table)

@@ -1,0 +1,197 @@
+"""Estimated seconds of a product, by one of our tiles and by torch with its pointwise passes.
+
+    seconds = Σ rate · term
+
+A term is the time of one part of the work at the rates of the GPU's data sheet: bytes over bandwidth, FLOPs over peak,
+launches. Its rate is how many times as long that part takes, fitted to readings (rates.json, written by
+`python -m bench.fit`). So readings of one GPU serve others through their data sheets. Rates are of 16-bit or of 32-bit
+products; names with a kind in front are of that kind alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .activations import ACTIVATIONS
+from .configs import (
+    DESCRIPTOR_ARCHITECTURES,
+    DEVICES,
+    Device,
+    Problem,
+    TileConfig,
+    count_tiles,
+    on_fma_units,
+    resident,
+)
+
+__all__ = ["RATES", "RATES_FILE", "Rates", "bits_of", "kernel_seconds", "kernel_terms", "torch_seconds", "torch_terms"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rates:
+    """Rates by the bits of a product's operands, "16" or "32", then by the term's name."""
+
+    kernel: Mapping[str, Mapping[str, float]]
+    torch: Mapping[str, Mapping[str, float]]
+
+
+RATES_FILE = Path(__file__).parent / "rates.json"
+RATES = Rates(**json.loads(RATES_FILE.read_text())["rates"])
+
+# The units that terms without a rate on the data sheet are counted in.
+LAUNCH = 5e-6  # seconds of a launch
+SUM_LAUNCH = 4e-6  # of the sum over partials, behind its products
+BLOCK = 1e-7  # of waiting for one block of a reduction
+TILE = 1e-6  # of filling the pipeline for a tile and ending it
+STEP = 1e-9  # of one step of a reduction in torch's product
+SPLIT = 1 / 21e9  # of splitting one operand into three parts
+FUNCTION_FLOPS = 100  # of an activation of one element
+TILE_SIDE = 128  # of the tiles that torch's library is taken to have
+MOST_IDLE = 30.0  # times the busy multiprocessors that may be idle in a product of few tiles
+THIN = 16  # columns of an output up to which torch's product is slower than its bytes
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """The rates of a data sheet, of the whole device."""
+
+    bandwidth: float
+    fma: float
+    tensor_16: float
+    tensor_tf32: float
+
+    def peak(self, problem: Problem) -> float:
+        if problem.dtype.itemsize == 2:
+            return self.tensor_16
+        return self.tensor_tf32 if problem.precision == "tf32" else self.fma
+
+
+@functools.lru_cache(maxsize=64)
+def _sheet_of(device: Device) -> _Sheet:
+    """The device's own rates; unknown ones are those of a device of its architecture, by multiprocessors."""
+    alike = next((known for known in DEVICES.values() if known.arch == device.arch), DEVICES["NVIDIA H100"])
+    share = device.multiprocessors / alike.multiprocessors
+
+    def rate(name: str) -> float:
+        own, other = getattr(device, name), getattr(alike, name)
+        return float(own or other * share)
+
+    return _Sheet(rate("bandwidth"), rate("fma_32"), rate("tensor_16"), rate("tensor_tf32"))
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """Elements of a product's tensors."""
+
+    operands: int
+    output: int
+    saved: int  # read by the derivative, or written as the pre-activation or as h again
+    pointwise: int  # read and written by torch's passes after the bare product
+
+
+def _tensors(problem: Problem) -> _Tensors:
+    activation = ACTIVATIONS.get(problem.activation, ACTIVATIONS["identity"])
+    active, keeps_z = activation.name != "identity", activation.keeps_preactivation
+    output = problem.m * problem.n
+    if problem.kind == "forward":
+        saved = output * (active and keeps_z)  # z
+        pointwise = 2 * output * (active and activation.name != "relu")  # relu is in torch's own epilogue
+    elif problem.kind == "dgrad":
+        saved = output * (active + (active and keeps_z))  # what was saved; h again
+        pointwise = output * (3 * active + (active and keeps_z))
+    else:
+        saved, pointwise = 0, problem.m * problem.k  # the sum over dz's rows
+    return _Tensors((problem.m + problem.n) * problem.k, output, saved, pointwise)
+
+
+def bits_of(problem: Problem) -> str:
+    """The name under which the rates of such products stand."""
+    return "16" if problem.dtype.itemsize == 2 else "32"
+
+
+def kernel_terms(problem: Problem, tile: TileConfig, device: Device) -> dict[str, float]:
+    """Seconds at the data sheet's rates of each part of a kernel's work: its busiest multiprocessor's, or all."""
+    sheet, tensors, size = _sheet_of(device), _tensors(problem), problem.dtype.itemsize
+    share = 1 / device.multiprocessors
+    length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
+    tiles = -(-count_tiles(problem, tile) * tile.split // device.multiprocessors)  # of the busiest multiprocessor
+    turns = -(-tiles // resident(problem, tile, device))  # programs side by side hide each other's epilogues
+    elements = tiles * tile.block_m * tile.block_n
+    operands = tiles * (tile.block_m + tile.block_n) * length
+    unit, peak = _unit(problem, tile, device, sheet)
+    kind = problem.kind
+    terms = {
+        f"{kind} launch": LAUNCH,
+        f"{kind} memory": (tensors.operands + tensors.output + tensors.saved) * size / sheet.bandwidth,
+        "L2": operands * size / (sheet.bandwidth * share),
+        "block": turns * (length // tile.block_k) * BLOCK,
+        "tile": turns * TILE,
+        unit: 2 * elements * length / (peak * share),
+    }
+    if tile.precision == "bf16x6":
+        terms["splitting"] = operands * SPLIT
+    if problem.activation != "identity":
+        activation = ACTIVATIONS.get(problem.activation)
+        cheap = activation is not None and activation.piecewise
+        terms[f"{kind} {'piecewise' if cheap else 'transcendental'}"] = elements * FUNCTION_FLOPS / (sheet.fma * share)
+    if not problem.aligned:
+        terms[f"{kind} unaligned"] = operands * size / (sheet.bandwidth * share)
+    if tile.split > 1:
+        terms["sum launch"] = SUM_LAUNCH
+        terms["partial sums"] = 2 * 4 * tile.split * tensors.output / sheet.bandwidth
+    return terms
+
+
+def _unit(problem: Problem, tile: TileConfig, device: Device, sheet: _Sheet) -> tuple[str, float]:
+    """What multiplies, by its name, and its peak."""
+    if on_fma_units(problem, tile.precision):
+        return "FMA", sheet.fma
+    if tile.precision == "bf16x6":
+        return "bf16x6", sheet.tensor_16 / 6
+    wide = tile.block_m >= 64 or device.arch not in DESCRIPTOR_ARCHITECTURES
+    return "tensor cores" if wide else "mma.sync", sheet.peak(problem)
+
+
+def torch_terms(problem: Problem, device: Device) -> dict[str, float]:
+    """Seconds at the data sheet's rates of each part of torch's product and of the pointwise passes around it."""
+    sheet, tensors, size = _sheet_of(device), _tensors(problem), problem.dtype.itemsize
+    kind = problem.kind
+    product = 2 * problem.m * problem.n * problem.k / sheet.peak(problem)
+    memory = (tensors.operands + tensors.output) * size / sheet.bandwidth
+    tiles = -(-problem.m // TILE_SIDE) * -(-problem.n // TILE_SIDE)
+    idle = -(-tiles // device.multiprocessors) * device.multiprocessors / tiles - 1
+    terms = {
+        f"{kind} launch": LAUNCH,
+        "product": product,
+        "idle": product * min(idle, MOST_IDLE),
+        "memory": memory,
+    }
+    if kind != "wgrad":  # whose library splits long reductions
+        terms[f"{kind} length"] = problem.k * STEP
+    if tensors.pointwise:
+        terms[f"{kind} pointwise"] = tensors.pointwise * size / sheet.bandwidth
+        if kind != "wgrad":
+            terms["pointwise launch"] = LAUNCH
+    if not problem.aligned:
+        terms["unaligned memory"], terms["unaligned product"] = memory, product
+    if min(problem.n, problem.m if kind == "wgrad" else problem.n) <= THIN:
+        terms["thin"] = memory
+    return terms
+
+
+def kernel_seconds(problem: Problem, tile: TileConfig, device: Device, rates: Rates = RATES) -> float:
+    """Estimated seconds of a product and its epilogue in our kernel, by a tile."""
+    return _weighted(kernel_terms(problem, tile, device), rates.kernel[bits_of(problem)])
+
+
+def torch_seconds(problem: Problem, device: Device, rates: Rates = RATES) -> float:
+    """Estimated seconds of the same by torch: the product, then pointwise passes."""
+    return _weighted(torch_terms(problem, device), rates.torch[bits_of(problem)])
+
+
+def _weighted(terms: Mapping[str, float], rates: Mapping[str, float]) -> float:
+    return sum(rates[name] * term for name, term in terms.items())

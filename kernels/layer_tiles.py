@@ -1,0 +1,182 @@
+"""Tiles of the layer kernels, from the problem and the device alone: the candidates, by their estimated time.
+
+What is left out is what spills (tests/compile_kernels.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from .configs import (
+    BLACKWELL,
+    DESCRIPTOR_ARCHITECTURES,
+    Device,
+    Problem,
+    TileConfig,
+    count_tiles,
+    on_fma_units,
+    resident,
+    shared_memory,
+)
+from .estimate import RATES, Rates, kernel_seconds, torch_seconds
+from .language import TRITON_VERSION
+
+__all__ = ["SHORTEST_SPLIT", "candidates", "choose", "why_torch"]
+
+# Output tiles, the larger ones first; those with a side of 256 only through descriptors.
+OUTPUT_TILES = (
+    (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32),
+    (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
+)  # fmt: skip
+LONGEST_SIDE = 128  # of all others
+LONGEST_UNALIGNED = 64
+# bf16x6 holds three 16-bit parts of each operand besides; on Blackwell, products beyond this overflow tensor memory.
+LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
+WAITING_WORDS = 32  # what a thread may hold of a saved tile over dgrad's products
+# The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_precision.py).
+SHORTEST_SPLIT = 64
+# An estimate is wrong by a fifth at times: torch runs unless our kernel is expected to take this much less.
+MARGIN = 1.08
+FEW_ROWS = 16
+BLOCK_K = {"bf16x6": 32, "tf32": 32, "ieee": 16}  # of fp32; 16-bit operands: 64
+
+
+def _power_of_two(size: int, least: int, most: int) -> int:
+    """The next power of two, at least `least` (a tensor core's side is 16) and at most `most`."""
+    return max(least, min(most, 1 << max(0, size - 1).bit_length()))
+
+
+def choose(problem: Problem, device: Device, rates: Rates = RATES) -> TileConfig:
+    """The tile with the least estimated time."""
+    return candidates(problem, device, rates)[0]
+
+
+def candidates(problem: Problem, device: Device, rates: Rates = RATES) -> tuple[TileConfig, ...]:
+    """The tiles that run a problem, sorted by estimated time, the least first: the ones worth measuring."""
+    return _candidates(problem, device, rates)
+
+
+@functools.lru_cache(maxsize=4096)
+def _candidates(problem: Problem, device: Device, rates: Rates) -> tuple[TileConfig, ...]:
+    if problem.kind == "output_gradient":
+        block_n = _power_of_two(problem.n, 16, 128)
+        return (TileConfig(4096 // block_n, block_n),)
+    tiles = [
+        tile
+        for precision in _precisions(problem, device)
+        for sides in OUTPUT_TILES
+        for tile in _tiles(problem, device, precision, *sides)
+    ]
+    tiles.sort(key=lambda tile: kernel_seconds(problem, tile, device, rates))
+    return tuple(dict.fromkeys([*tiles, *_specialized(problem, device, tiles)]))
+
+
+def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | None:
+    """The reason to leave a product to torch that was not measured; None where our kernel is expected to be faster."""
+    if problem.kind == "output_gradient":
+        return None
+    if problem.precision == "tf32" and problem.dtype == torch.float32:
+        return "tf32 kernels were slower than torch where measured"
+    if problem.rows <= FEW_ROWS:
+        return f"kernels of up to {FEW_ROWS} rows were slower than torch where measured"
+    ours = kernel_seconds(problem, choose(problem, device, rates), device, rates)
+    return "estimated" if MARGIN * ours > torch_seconds(problem, device, rates) else None
+
+
+def _specialized(problem: Problem, device: Device, tiles: Sequence[TileConfig]) -> list[TileConfig]:
+    """Tiles to measure that the rule never chooses: with a warp that only loads, which Triton documents for Blackwell
+    alone, and compiles as meant here on Hopper, with four warps.
+    """
+    wanted = problem.kind in ("forward", "dgrad") and problem.dtype.itemsize == 2
+    if device.arch != 90 or not wanted or TRITON_VERSION < (3, 7):  # whose compiler fails at them
+        return []
+    return [
+        dataclasses.replace(tile, num_warps=4, num_stages=3, parts=4, early=False, warp_specialize=True)
+        for tile in tiles
+        if tile.descriptors and tile.block_m == tile.block_n == 128
+    ]
+
+
+def _precisions(problem: Problem, device: Device) -> tuple[str, ...]:
+    if problem.dtype != torch.float32 or problem.precision == "tf32":
+        return (problem.precision,) if problem.dtype == torch.float32 else ("ieee",)
+    splits = device.arch in LARGEST_SPLIT and problem.k >= SHORTEST_SPLIT
+    return ("bf16x6", "ieee") if splits else ("ieee",)
+
+
+def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block_n: int) -> Iterator[TileConfig]:
+    """The tiles with such an output, if they fit."""
+    fma = on_fma_units(problem, precision)
+    descriptors = problem.aligned and device.arch in DESCRIPTOR_ARCHITECTURES and not fma
+    splits = precision == "bf16x6"
+    # Of the tiles with a long side, Blackwell's take 16-bit operands, and no fewer than 128 rows.
+    spills = device.arch in BLACKWELL and (problem.dtype.itemsize > 2 or block_m == 64)
+    if max(block_m, block_n) > LONGEST_SIDE and (splits or not descriptors or spills):
+        return
+    if splits and block_m * block_n > LARGEST_SPLIT[device.arch]:
+        return
+    sides = block_m, block_n
+    block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)
+    longest = 64 if problem.dtype.itemsize == 2 else BLOCK_K[precision]
+    if max(sides) > LONGEST_SIDE and ((block_m, block_n) != sides or problem.k < longest):
+        return  # what is left of it is one of the others
+    if not problem.aligned and not fma:  # loads of single elements, each with a pointer of its own
+        longest //= 2
+        if max(block_m, block_n) > LONGEST_UNALIGNED:
+            return
+    wgmma_alone = descriptors and not splits  # operands come from shared memory: four warps hold larger products
+    eight = block_m * block_n >= 128 * 128 and block_m > 64 if wgmma_alone else block_m * block_n > 64 * 64
+    tile = TileConfig(
+        block_m,
+        block_n,
+        _power_of_two(problem.k, 16, longest),
+        group_m=8,
+        num_warps=8 if eight else 4,
+        precision=precision,
+        descriptors=descriptors,
+    )
+    for stages, parts in _depths(problem, device, tile):
+        deep = dataclasses.replace(tile, num_stages=stages, parts=parts)
+        if descriptors:
+            waiting = block_m * block_n * problem.dtype.itemsize // (4 * 32 * tile.num_warps)
+            early = problem.kind == "dgrad" and device.arch == 90 and not splits and waiting <= WAITING_WORDS
+            deep = dataclasses.replace(deep, early=early)
+            programs = device.multiprocessors * resident(problem, deep, device)
+            deep = dataclasses.replace(deep, programs=programs)
+        yield deep
+        if problem.kind == "wgrad":
+            # A split of fewer than 8 blocks of rows costs more to add up than it gains.
+            room = device.multiprocessors * resident(problem, deep, device) // count_tiles(problem, deep)
+            split = min(room, problem.k // (8 * deep.block_k))
+            if split > 1:
+                yield dataclasses.replace(deep, split=split)
+
+
+def _depths(problem: Problem, device: Device, tile: TileConfig) -> Iterator[tuple[int, int]]:
+    """(stages, parts): the deepest pipeline that fits; and the one with which two programs fit beside each other."""
+    if device.backend == "hip":  # that pipeline takes two
+        yield 2, 1
+        return
+    parts = [1]
+    if problem.kind != "wgrad" and tile.descriptors:
+        # Beside many sums of a thread, or what was saved, only so many elements go through an activation at a time.
+        sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
+        least = sums // 32 if sums > 64 or problem.kind == "dgrad" else 1
+        parts = [count for count in (1, 2, 4) if least <= count <= tile.block_n // 32] or [1]
+    depths = [(stages, part) for stages in (4, 3) for part in parts] + [(2, part) for part in parts] + [(1, parts[-1])]
+
+    def fits(depth: tuple[int, int], room: int) -> bool:
+        stages, part = depth
+        return shared_memory(problem, dataclasses.replace(tile, num_stages=stages, parts=part), device) <= room
+
+    deepest = next((depth for depth in depths if fits(depth, device.shared_memory)), None)
+    if deepest is not None:
+        yield deepest
+    if tile.block_m == tile.block_n == 128 and problem.kind != "dgrad" and tile.precision != "bf16x6":
+        twice = next((depth for depth in depths if fits(depth, device.shared_memory // 2)), None)
+        if twice not in (None, deepest):
+            yield twice

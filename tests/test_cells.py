@@ -1,0 +1,197 @@
+"""Never slower than torch: what runs in each network that was measured on an H100, and its expected time.
+
+The expected time of a network is the sum of its steps. A step takes the time of its product's reading, for the measured
+batch or one of half to twice the size, or else the estimated time. One kernel for a whole network takes what it was
+measured to take, and where every product is torch's, the network takes what torch was measured to take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlp_fused import ACTIVATIONS, plan
+from mlp_fused.kernels import configs, estimate, tables
+
+DATA = Path(__file__).with_name("data") / "h100"
+H100 = dataclasses.replace(configs.DEVICES["NVIDIA H100"], name="NVIDIA H100 80GB HBM3")
+BOUND = 1.05  # of torch's device time
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A network that was measured, with biases, and "relu" or "gelu" after each hidden layer."""
+
+    widths: tuple[int, ...]
+    rows: int
+    dtype: torch.dtype = torch.bfloat16
+    activation: str = "relu"
+    precision: str = "ieee"
+
+
+HALF, FULL = torch.float16, torch.float32
+CELLS = {
+    "seed": Cell((784, 512, 512, 10), 256, FULL),
+    "narrow64": Cell((64,) * 5, 2**20),
+    "middle512": Cell((512,) * 5, 16384, activation="gelu"),
+    "large4096": Cell((4096, 16384, 4096), 8192, activation="gelu"),
+    "fp32-1024": Cell((1024, 4096, 1024), 8192, FULL, "gelu"),
+    "middle1024": Cell((1024,) * 5, 16384, activation="gelu"),
+    "narrow32": Cell((32,) * 5, 2**20),
+    "narrow128": Cell((128,) * 5, 2**20),
+    "narrow16-64-64-16": Cell((16, 64, 64, 16), 2**21, HALF),
+    "narrow64-gelu": Cell((64,) * 5, 2**20, activation="gelu"),
+    "large1024": Cell((1024, 4096, 1024), 8192, activation="gelu"),
+    "middle256": Cell((256,) * 5, 16384, activation="gelu"),
+    "middle512relu": Cell((512,) * 5, 16384),
+    "tf32-1024": Cell((1024, 4096, 1024), 8192, FULL, "gelu", "tf32"),
+    "narrow64-fp32": Cell((64,) * 5, 2**20, FULL),
+    "wide-in": Cell((784, 128, 128, 10), 2**16),
+    "latency1": Cell((784, 512, 512, 10), 1, FULL),
+    "latency-n64": Cell((64,) * 5, 64),
+    "narrow128x5": Cell((128, *(128,) * 5, 3), 2**18),
+    "odd1000": Cell((1000,) * 4, 4099),
+    "large4096-1k": Cell((4096, 16384, 4096), 1024, activation="gelu"),
+    "fp32-4096": Cell((4096, 16384, 4096), 2048, FULL, "gelu"),
+}
+# Those that are expected to take more than BOUND, and why.
+EXCEPTIONS = {
+    ("middle512", "fwd"): "products were read writing z too, from cold memory; as a network they took 1.046 of torch",
+}
+
+
+READINGS = {cell["cell"]: cell for cell in map(json.loads, (DATA / "cells.jsonl").read_text().splitlines())}
+PRODUCTS = tables.read(DATA / "products.json").gemms
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What runs in a cell's phase, and its expected milliseconds on the device beside torch's."""
+
+    path: str
+    ms: float
+    torch_ms: float
+    steps: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        return self.ms / self.torch_ms
+
+
+def reading_of(problem: configs.Problem) -> tables.Gemm | None:
+    """The reading of a product with the nearest batch, half to twice the size."""
+    same = [row for row in PRODUCTS if dataclasses.replace(row.problem, m=0, n=0, k=0) == _kind(problem)]
+    near = [
+        row
+        for row in same
+        if row.problem.widths == problem.widths and 0.5 <= row.rows / problem.rows <= tables.FARTHEST
+    ]
+    return min(near, key=lambda row: max(row.rows / problem.rows, problem.rows / row.rows), default=None)
+
+
+def _kind(problem: configs.Problem) -> configs.Problem:
+    return dataclasses.replace(problem, m=0, n=0, k=0)
+
+
+def step(problem: configs.Problem) -> tuple[float, bool, str]:
+    """A product's milliseconds, whether torch runs it, and one line that says where both come from."""
+    choice = tables.choice_for(problem, H100)
+    row = reading_of(problem)
+    if row is not None:
+        measured = row.torch_ms if choice.tile is None else row.ms
+        assert measured is not None
+        ms, source = measured * problem.rows / row.rows, "reading"
+    elif choice.tile is None:
+        ms, source = 1e3 * estimate.torch_seconds(problem, H100), "estimate"
+    else:
+        ms, source = 1e3 * estimate.kernel_seconds(problem, choice.tile, H100), "estimate"
+    k, n = reversed(problem.widths)
+    runs = choice.tile or "torch"
+    return ms, choice.tile is None, f"{problem.kind} {k} -> {n}: {ms:.4f} ms by {source}; {runs}, {choice.source}"
+
+
+def expected(name: str, phase: str) -> Expected:
+    """What is expected of a cell in a phase: "fwd" (inference), "train" (forward and backward) or "step" (and Adam)."""
+    cell, reading = CELLS[name], READINGS[name]
+    training = phase != "fwd"
+    ours, torchs = reading["dev"][f"{phase} ours"], reading["dev"][f"{phase} eager"]
+    shapes = list(pairwise(cell.widths))
+    activations = (*(ACTIVATIONS[cell.activation] for _ in shapes[1:]), ACTIVATIONS["identity"])
+    strides = tuple((k, 1, 1) for k, _ in shapes)
+    path = plan.network_path(
+        cell.widths, strides, activations, cell.dtype, cell.precision, H100, training, torch_too=True
+    )
+    if isinstance(path, plan.NetworkPlan):
+        return Expected("network", ours, torchs, ("reading of the network",))
+    kernels = plan.plan_layers(
+        cell.rows,
+        shapes,
+        activations,
+        cell.dtype,
+        biases=[True] * len(shapes),
+        trainable=[training] * len(shapes),
+        precision=cell.precision,
+    )
+    steps = [step(kernel.problem) for kernel in kernels if kernel.problem is not None]
+    lines = tuple(line for _, _, line in steps)
+    if all(by_torch for _, by_torch, _ in steps):
+        return Expected("layer, all of it torch's", torchs, torchs, lines)
+    rest = [ms for kernel, (ms, _) in reading["kernels"][f"{phase} ours"] if "at::" in kernel or "anonymous" in kernel]
+    return Expected("layer", sum(ms for ms, _, _ in steps) + sum(rest), torchs, lines)
+
+
+def phases(name: str) -> list[str]:
+    return [phase for phase in ("fwd", "train", "step") if f"{phase} ours" in READINGS[name]["dev"]]
+
+
+def lines() -> Iterator[str]:
+    """One line for each cell and phase, and one for each of its steps."""
+    for name in CELLS:
+        for phase in phases(name):
+            found = expected(name, phase)
+            yield f"{name} {phase}: {found.path}, {found.ms:.4f} ms, torch {found.torch_ms:.4f}, {found.ratio:.2f}"
+            yield from (f"    {line}" for line in found.steps)
+
+
+@pytest.fixture(autouse=True)
+def _packaged_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The table that the package brings, which tests of the rules leave out."""
+    monkeypatch.setattr(tables, "PACKAGED", Path(tables.__file__).parent / "tuned")
+    plan.forget_tables()
+    yield
+    plan.forget_tables()
+
+
+def test_every_measured_cell_is_here() -> None:
+    assert CELLS.keys() == READINGS.keys()
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_no_network_is_expected_to_be_slower_than_torch(name: str) -> None:
+    for phase in phases(name):
+        if (name, phase) not in EXCEPTIONS:
+            found = expected(name, phase)
+            assert found.ratio <= BOUND, "\n".join((f"{found.ratio:.3f}", *found.steps))
+
+
+def test_exceptions_are_few_and_needed() -> None:
+    assert len(EXCEPTIONS) <= 3
+    for (name, phase), reason in EXCEPTIONS.items():
+        assert reason
+        assert expected(name, phase).ratio > BOUND
+
+
+def test_choices_are_as_listed() -> None:
+    """After an intended change: `python tests/test_cells.py > tests/data/h100/choices.txt`, and read the difference."""
+    assert "".join(f"{line}\n" for line in lines()) == (DATA / "choices.txt").read_text()
+
+
+if __name__ == "__main__":
+    print(*lines(), sep="\n")

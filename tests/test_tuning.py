@@ -133,7 +133,8 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     assert BROKEN not in clock.timed
     assert WRONG not in clock.timed
     assert (
-        f"forward 6 -> 5, relu, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: shared memory\n"
+        f"forward 6 -> 5, relu, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: "
+        "shared memory\n"
         in said
     )
     assert (

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import html
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -726,10 +725,7 @@ def scatter(
         axes.plot(*zip(*each), **_look(theme, look), label=look.label)
     axes.set(xscale="log", yscale="log" if log_y else "linear", xlabel=x, ylabel=y)
     axes.axhline(1, color=theme.ink, lw=1, ls="--")
-    _plain(axes.xaxis)
-    if log_y:
-        _plain(axes.yaxis)
-    else:
+    if not log_y:
         axes.set_ylim(0, max(1.1, *(1.05 * y for each in points.values() for _, y in each)))
     axes.set_title(title, fontsize=10)
     plots.finish(axes, theme, **LEGEND)
@@ -755,9 +751,7 @@ def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, t
     axes.set_ylim(len(strips) - 0.5, -0.5)
     axes.set(xlabel=label, xscale="log" if log else "linear")
     axes.axvline(1, color=theme.ink, lw=1, ls="--")
-    if log:
-        _plain(axes.xaxis)
-    else:
+    if not log:
         axes.set_xlim(left=0)
     for edge in range(1, len(strips)):
         axes.axhline(edge - 0.5, color=theme.grid, lw=0.6)
@@ -778,18 +772,6 @@ def _look(theme: Theme, series: Series) -> dict[str, Any]:
         "mec": theme.background,
         "mew": 0.3,
     }
-
-
-def _plain(axis: Any) -> None:
-    """On a log axis, numbers as people write them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    subs = (1, 1.5, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
-    axis.set_major_locator(MaxNLocator(6) if decades < 0.5 else LogLocator(subs=subs, numticks=100))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 # Writing

@@ -12,7 +12,6 @@ pages. They are written when all of them are there.
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import statistics
 import sys
@@ -25,14 +24,15 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import goals
+from bench.figures import Plot, Series, Strips, drawn, file_name, scatter, strip
 from bench.from_host import KINDS, kinds
 from bench.from_host import WAYS as HOST_WAYS
 from bench.gpu import SAME, SCHEMA
+from bench.markdown import digits, folded, picture, table
 from bench.measure import BASELINES, GEMM_BASELINES, WAYS
 from bench.shapes import COPIED_PHASES, FAMILIES, FRESH_PHASES, GEMM_PHASES, GRID, PHASES, Cell
 from mlp_fused import plots
 from mlp_fused.kernels.configs import device_slug
-from mlp_fused.plots import Theme
 
 Row = dict[str, Any]
 
@@ -147,11 +147,6 @@ def merge(several: Sequence[Results]) -> Results:
 # Numbers
 
 
-def digits(value: float) -> str:
-    """Three digits, or all that stand before the point."""
-    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
-
-
 def is_meant(name: str, cell: Cell, device: str) -> bool:
     """Whether a cell is compared with a baseline."""
     if cell.phase in GEMM_PHASES:
@@ -187,51 +182,30 @@ def spread(values: Sequence[float], unit: str = "x") -> str:
 # The Markdown
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The first column to the left, the others to the right."""
-    yield f"| {' | '.join(header)} |"
-    yield f"|---|{'---:|' * (len(header) - 1)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in row)} |"
-    yield ""
-
-
-def folded(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """What a page shows when asked for."""
-    yield f"<details><summary>{title}</summary>"
-    yield ""
-    yield from lines
-    yield "</details>"
-    yield ""
-
-
 def markdown(results: Results, shown: dict[str, Plot], slug: str) -> str:
     """The report; `shown` are its plots by name, whose files begin with `slug`."""
 
-    def picture(name: str) -> Iterator[str]:
+    def plot(name: str) -> Iterator[str]:
         if name in shown:
             light, dark = (file_name(slug, name, theme) for theme in (plots.LIGHT, plots.DARK))
-            yield (
-                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-                f'<img src="{light}" alt="{html.escape(shown[name].alt)}"></picture>'
-            )
+            yield picture(light, dark, shown[name].alt)
             yield ""
 
     lines = [f"# Measured on {results.name}", ""]
     lines += _provenance(results)
     lines += ["## Summary", "", *_summary(results)]
     lines += ["```text", *goals.report(results.rows.values()), "```", ""]
-    lines += ["## Copy against kernel", "", *picture("copy"), *_copies(results), *picture("throughput")]
+    lines += ["## Copy against kernel", "", *plot("copy"), *_copies(results), *plot("throughput")]
     lines += [*_throughput(results), *_fresh(results), *_from_host(results)]
     lines += ["## Speed against each baseline", ""]
-    lines += ["A baseline's time over ours: above 1 we are faster.", "", *picture("speed"), *picture("products")]
+    lines += ["A baseline's time over ours: above 1 we are faster.", "", *plot("speed"), *plot("products")]
     for family in (*NETWORKS, "gemm"):
         lines += _speeds(results, family)
     lines += [*_tinycudann(results), *_calls(results)]
     lines += ["## Distance from the floor", ""]
     lines += ["The device's time over max(FLOPs / peak, bytes / bandwidth), both measured in the same process.", ""]
-    lines += [*picture("floor"), *_floors(results)]
-    lines += ["## Memory kept for backward", "", *picture("memory"), *_memory(results)]
+    lines += [*plot("floor"), *_floors(results)]
+    lines += ["## Memory kept for backward", "", *plot("memory"), *_memory(results)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -540,23 +514,6 @@ def _calls(results: Results) -> Iterator[str]:
 # The plots
 
 
-@dataclass(frozen=True)
-class Plot:
-    """`alt` says in words what `draw` shows."""
-
-    alt: str
-    draw: Callable[[Theme], bytes]
-
-
-@dataclass(frozen=True)
-class Series:
-    """How some points look: a colour by its name in the theme, and a marker."""
-
-    label: str
-    color: str
-    marker: str
-
-
 # Baselines by name, in the order in which they are told.
 SERIES = {
     "eager": Series("torch, eager", "vermilion", "s"),
@@ -586,8 +543,6 @@ PHASE_SERIES = {
     "step": Series("step", "vermilion", "s"),
 }
 KEPT = {"kept": Series("kept between forward and backward", "blue", "^"), "peak": Series("peak", "orange", "D")}
-
-Strips = dict[str, dict[str, list[float]]]
 
 
 def plots_of(results: Results) -> dict[str, Plot]:
@@ -705,92 +660,14 @@ def _strip_plot(strips: Strips, series: dict[str, Series], label: str, title: st
     return Plot(alt, lambda theme: strip(theme, strips, series, label, title, log))
 
 
-WIDTH = 8  # inches; a README is about as many wide, so that letters are as large as drawn
-LEGEND = {"fontsize": 9, "loc": "outside lower center", "ncols": 3}
-
-
-def scatter(
-    theme: Theme,
-    points: dict[str, list[tuple[float, float]]],
-    series: dict[str, Series],
-    x: str,
-    y: str,
-    title: str,
-    log_y: bool = True,
-) -> bytes:
-    """A png of points on log axes, with a line at 1."""
-    figure, axes = plots.blank(theme, WIDTH, 4.6)
-    for name, each in points.items():
-        look = series[name]
-        axes.plot(*zip(*each), **_look(theme, look), label=look.label)
-    axes.set(xscale="log", yscale="log" if log_y else "linear", xlabel=x, ylabel=y)
-    axes.axhline(1, color=theme.ink, lw=1, ls="--")
-    if not log_y:
-        axes.set_ylim(0, max(1.1, *(1.05 * y for each in points.values() for _, y in each)))
-    axes.set_title(title, fontsize=10)
-    plots.finish(axes, theme, **LEGEND)
-    return plots.file_of(figure, "png")
-
-
-def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, title: str, log: bool) -> bytes:
-    """A png with a strip a group: in it a line of points for each series, and a bar at their median."""
-    present = [name for name in series if any(name in each for each in strips.values())]
-    lanes = max(2, len(present))
-    figure, axes = plots.blank(theme, WIDTH, 1.6 + 0.09 * (lanes + 1) * len(strips))
-    for name in present:
-        look = series[name]
-        shift = (present.index(name) - (len(present) - 1) / 2) / (lanes + 1)
-        xs = [(x, place + shift) for place, each in enumerate(strips.values()) for x in each.get(name, [])]
-        axes.plot(*zip(*xs), **_look(theme, look), label=look.label)
-        several = [
-            (each[name], place + shift) for place, each in enumerate(strips.values()) if len(each.get(name, ())) > 2
-        ]
-        middle = [(statistics.median(values), y) for values, y in several]
-        axes.plot([x for x, _ in middle], [y for _, y in middle], ls="", marker="|", ms=9, mew=2, color=theme.ink)
-    axes.set_yticks(range(len(strips)), list(strips))
-    axes.set_ylim(len(strips) - 0.5, -0.5)
-    axes.set(xlabel=label, xscale="log" if log else "linear")
-    axes.axvline(1, color=theme.ink, lw=1, ls="--")
-    if not log:
-        axes.set_xlim(left=0)
-    for edge in range(1, len(strips)):
-        axes.axhline(edge - 0.5, color=theme.grid, lw=0.6)
-    axes.set_title(title, fontsize=10)
-    plots.finish(axes, theme, **LEGEND)
-    axes.grid(False, axis="y")
-    return plots.file_of(figure, "png")
-
-
-def _look(theme: Theme, series: Series) -> dict[str, Any]:
-    color = getattr(theme, series.color)
-    return {
-        "ls": "",
-        "marker": series.marker,
-        "ms": 5,
-        "color": color,
-        "alpha": 0.9,
-        "mec": theme.background,
-        "mew": 0.3,
-    }
-
-
 # Writing
-
-
-def file_name(slug: str, name: str, theme: Theme) -> str:
-    return f"{slug}-{name}-{theme.name}.png"
 
 
 def files_of(results: Results) -> dict[str, bytes]:
     """Contents by name."""
     slug = device_slug(results.name)
     shown = plots_of(results)
-    files = {
-        file_name(slug, name, theme): plot.draw(theme)
-        for name, plot in shown.items()
-        for theme in (plots.LIGHT, plots.DARK)
-    }
-    return {**files, f"{slug}.md": markdown(results, shown, slug).encode()}
+    return {**drawn(shown, slug), f"{slug}.md": markdown(results, shown, slug).encode()}
 
 
 def main(arguments: list[str] | None = None) -> int:

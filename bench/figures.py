@@ -15,10 +15,17 @@ Strips = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Plot:
-    """`alt` says in words what `draw` shows."""
+    """A figure for light and for dark pages.
+
+    Attributes:
+        alt: what it shows, in words.
+        draw: returns the contents of its file for a theme.
+        kind: of the file, "png" or "svg".
+    """
 
     alt: str
     draw: Callable[[Theme], bytes]
+    kind: str = "png"
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,14 @@ def look(theme: Theme, series: Series) -> dict[str, Any]:
     }
 
 
-def file_name(slug: str, name: str, theme: Theme) -> str:
-    return f"{slug}-{name}-{theme.name}.png"
+def file_name(slug: str, name: str, theme: Theme, plot: Plot) -> str:
+    return f"{slug}-{name}-{theme.name}.{plot.kind}"
 
 
 def drawn(shown: Mapping[str, Plot], slug: str) -> dict[str, bytes]:
     """The plots' files by name, for light and for dark pages."""
     return {
-        file_name(slug, name, theme): plot.draw(theme)
+        file_name(slug, name, theme, plot): plot.draw(theme)
         for name, plot in shown.items()
         for theme in (plots.LIGHT, plots.DARK)
     }

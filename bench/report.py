@@ -7,6 +7,9 @@ are refused in one sentence.
 
 DIR then holds <gpu>.md, every cell of the grid in it, measured or not, and its plots, each for light and for dark
 pages. They are written when all of them are there.
+
+The report of a file of published readings (see readings.py) is made by published.py, by the same command. In the place
+of `--out DIR`, `--table` prints the README's block of such a file.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import goals
+from bench import goals, published
 from bench.figures import Plot, Series, Strips, drawn, file_name, scatter, strip
 from bench.from_host import KINDS, kinds
 from bench.from_host import WAYS as HOST_WAYS
@@ -85,18 +88,27 @@ class Results:
 # Reading
 
 
+def load(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UnfitError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UnfitError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UnfitError(f"{path} is not JSON; it needs to be what --benchmark-json or bench/gpu.py wrote") from None
+
+
 def read(path: Path) -> Results:
     """The results in a file.
 
     Raises:
         UnfitError: it cannot be read, is none of ours, holds no row, or is distorted.
     """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UnfitError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UnfitError(f"{path} is not JSON; it needs to be what --benchmark-json or bench/gpu.py wrote") from None
+    content = load(path)
     try:
         if "benchmarks" in content:
             machine, date = content["machine_info"], content["datetime"]
@@ -187,7 +199,7 @@ def markdown(results: Results, shown: dict[str, Plot], slug: str) -> str:
 
     def plot(name: str) -> Iterator[str]:
         if name in shown:
-            light, dark = (file_name(slug, name, theme) for theme in (plots.LIGHT, plots.DARK))
+            light, dark = (file_name(slug, name, theme, shown[name]) for theme in (plots.LIGHT, plots.DARK))
             yield picture(light, dark, shown[name].alt)
             yield ""
 
@@ -670,39 +682,75 @@ def files_of(results: Results) -> dict[str, bytes]:
     return {**drawn(shown, slug), f"{slug}.md": markdown(results, shown, slug).encode()}
 
 
+def readings_in(paths: Sequence[Path]) -> dict[str, Any] | None:
+    """The content of a file of published readings; None where the files are of the other kind.
+
+    Raises:
+        UnfitError: one of several files holds published readings, or one cannot be read.
+    """
+    for path in paths:
+        content = load(path)
+        if published.is_published(content):
+            if len(paths) > 1:
+                raise UnfitError(
+                    f"{path} holds published readings, which do not mix with others: make a report of each"
+                )
+            return content
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="tables and plots of measured results")
     parser.add_argument(
         "results", type=Path, nargs="+", metavar="RESULTS.json", help="of one machine and one set of versions"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report and its plots go")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--out", type=Path, metavar="DIR", help="where the report and its plots go")
+    wanted.add_argument("--table", action="store_true", help="print the README's block of a file of published readings")
     options = parser.parse_args(arguments)
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return refuse('plots need matplotlib, which is not installed: pip install "mlp_fused[plot]"')
-    try:
-        results = merge([read(path) for path in options.results])
+        readings = readings_in(options.results)
+        if not options.table:
+            write_report(options.results, readings, options.out)
+        elif readings is not None:
+            print(published.readme(readings), end="")
+        else:
+            raise UnfitError(f"{options.results[0]} holds no published readings, of which the README's block is made")
     except UnfitError as error:
-        return refuse(str(error))
-    try:
-        files = files_of(results)
-    except KeyError as error:
-        return refuse(f"a row has no {error}: it is of another state of bench/measure.py than this one; measure anew")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        plots.write({options.out / name: content for name, content in files.items()})
-    except OSError as error:
-        return refuse(f"{options.out} cannot be written into: {error.strerror}")
-    for name, count in results.replaced.items():
-        print(f"{count} rows of {name} were replaced by later ones")
-    print(f"{len(results.rows)} rows, {len(files) - 1} plots: {options.out / list(files)[-1]}")
+        print(f"nothing was written: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-def refuse(reason: str) -> int:
-    print(f"nothing was written: {reason}", file=sys.stderr)
-    return 2
+def write_report(paths: Sequence[Path], readings: dict[str, Any] | None, folder: Path) -> None:
+    """Write the report of published readings, or of the results in some files, into a folder.
+
+    Raises:
+        UnfitError: the results do not fit, matplotlib is missing, or the folder cannot be written into.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UnfitError('plots need matplotlib, which is not installed: pip install "mlp_fused[plot]"') from None
+    if readings is not None:
+        files, told = published.files_of(readings), [f"{len(readings['networks'])} networks"]
+    else:
+        results = merge([read(path) for path in paths])
+        try:
+            files = files_of(results)
+        except KeyError as error:
+            raise UnfitError(
+                f"a row has no {error}: it is of another state of bench/measure.py than this one; measure anew"
+            ) from None
+        told = [f"{count} rows of {name} were replaced by later ones" for name, count in results.replaced.items()]
+        told.append(f"{len(results.rows)} rows")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots.write({folder / name: content for name, content in files.items()})
+    except OSError as error:
+        raise UnfitError(f"{folder} cannot be written into: {error.strerror}") from None
+    told[-1] += f", {len(files) - 1} plots: {folder / list(files)[-1]}"
+    print("\n".join(told))
 
 
 if __name__ == "__main__":

@@ -103,13 +103,18 @@ def finish(axes: Any, theme: Theme, **legend: Any) -> None:
         text.set_color(theme.ink)
 
 
-def file_of(figure: Any, kind: str) -> bytes:
-    """The contents of a file of `kind`, "png" or "svg"; of equal figures, equal ones."""
+def file_of(figure: Any, kind: str, description: str | None = None) -> bytes:
+    """Return the contents of a file of `kind`, "png" or "svg", with a description in its metadata.
+
+    Equal figures give equal contents.
+    """
     from matplotlib import rc_context
 
     written = io.BytesIO()
+    metadata: dict[str, str | None] = {"Date": None} if kind == "svg" else {}
+    if description is not None:
+        metadata["Description"] = description
     with rc_context({"svg.hashsalt": "mlp_fused"}):
-        metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(written, format=kind, facecolor=figure.get_facecolor(), metadata=metadata)
     return written.getvalue()
 

@@ -7,14 +7,15 @@ are refused in one sentence.
 
 DIR then holds <gpu>.md, every cell of the grid in it, measured or not, and its plots, each for light and for dark
 pages. They are written when all of them are there.
+
+The report of a file of published readings (see readings.py) is made by published.py, by the same command. In the place
+of `--out DIR`, `--table` prints the README's block of such a file.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,15 +26,16 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import goals
+from bench import goals, published
+from bench.figures import Plot, Series, Strips, drawn, file_name, scatter, strip
 from bench.from_host import KINDS, kinds
 from bench.from_host import WAYS as HOST_WAYS
 from bench.gpu import SAME, SCHEMA
+from bench.markdown import digits, folded, picture, table
 from bench.measure import BASELINES, GEMM_BASELINES, WAYS
 from bench.shapes import COPIED_PHASES, FAMILIES, FRESH_PHASES, GEMM_PHASES, GRID, PHASES, Cell
 from mlp_fused import plots
 from mlp_fused.kernels.configs import device_slug
-from mlp_fused.plots import Theme
 
 Row = dict[str, Any]
 
@@ -86,18 +88,27 @@ class Results:
 # Reading
 
 
+def load(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UnfitError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UnfitError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UnfitError(f"{path} is not JSON; it needs to be what --benchmark-json or bench/gpu.py wrote") from None
+
+
 def read(path: Path) -> Results:
     """The results in a file.
 
     Raises:
         UnfitError: it cannot be read, is none of ours, holds no row, or is distorted.
     """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UnfitError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UnfitError(f"{path} is not JSON; it needs to be what --benchmark-json or bench/gpu.py wrote") from None
+    content = load(path)
     try:
         if "benchmarks" in content:
             machine, date = content["machine_info"], content["datetime"]
@@ -148,11 +159,6 @@ def merge(several: Sequence[Results]) -> Results:
 # Numbers
 
 
-def digits(value: float) -> str:
-    """Three digits, or all that stand before the point."""
-    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
-
-
 def is_meant(name: str, cell: Cell, device: str) -> bool:
     """Whether a cell is compared with a baseline."""
     if cell.phase in GEMM_PHASES:
@@ -188,51 +194,30 @@ def spread(values: Sequence[float], unit: str = "x") -> str:
 # The Markdown
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The first column to the left, the others to the right."""
-    yield f"| {' | '.join(header)} |"
-    yield f"|---|{'---:|' * (len(header) - 1)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in row)} |"
-    yield ""
-
-
-def folded(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """What a page shows when asked for."""
-    yield f"<details><summary>{title}</summary>"
-    yield ""
-    yield from lines
-    yield "</details>"
-    yield ""
-
-
 def markdown(results: Results, shown: dict[str, Plot], slug: str) -> str:
     """The report; `shown` are its plots by name, whose files begin with `slug`."""
 
-    def picture(name: str) -> Iterator[str]:
+    def plot(name: str) -> Iterator[str]:
         if name in shown:
-            light, dark = (file_name(slug, name, theme) for theme in (plots.LIGHT, plots.DARK))
-            yield (
-                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-                f'<img src="{light}" alt="{html.escape(shown[name].alt)}"></picture>'
-            )
+            light, dark = (file_name(slug, name, theme, shown[name]) for theme in (plots.LIGHT, plots.DARK))
+            yield picture(light, dark, shown[name].alt)
             yield ""
 
     lines = [f"# Measured on {results.name}", ""]
     lines += _provenance(results)
     lines += ["## Summary", "", *_summary(results)]
     lines += ["```text", *goals.report(results.rows.values()), "```", ""]
-    lines += ["## Copy against kernel", "", *picture("copy"), *_copies(results), *picture("throughput")]
+    lines += ["## Copy against kernel", "", *plot("copy"), *_copies(results), *plot("throughput")]
     lines += [*_throughput(results), *_fresh(results), *_from_host(results)]
     lines += ["## Speed against each baseline", ""]
-    lines += ["A baseline's time over ours: above 1 we are faster.", "", *picture("speed"), *picture("products")]
+    lines += ["A baseline's time over ours: above 1 we are faster.", "", *plot("speed"), *plot("products")]
     for family in (*NETWORKS, "gemm"):
         lines += _speeds(results, family)
     lines += [*_tinycudann(results), *_calls(results)]
     lines += ["## Distance from the floor", ""]
     lines += ["The device's time over max(FLOPs / peak, bytes / bandwidth), both measured in the same process.", ""]
-    lines += [*picture("floor"), *_floors(results)]
-    lines += ["## Memory kept for backward", "", *picture("memory"), *_memory(results)]
+    lines += [*plot("floor"), *_floors(results)]
+    lines += ["## Memory kept for backward", "", *plot("memory"), *_memory(results)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -541,23 +526,6 @@ def _calls(results: Results) -> Iterator[str]:
 # The plots
 
 
-@dataclass(frozen=True)
-class Plot:
-    """`alt` says in words what `draw` shows."""
-
-    alt: str
-    draw: Callable[[Theme], bytes]
-
-
-@dataclass(frozen=True)
-class Series:
-    """How some points look: a colour by its name in the theme, and a marker."""
-
-    label: str
-    color: str
-    marker: str
-
-
 # Baselines by name, in the order in which they are told.
 SERIES = {
     "eager": Series("torch, eager", "vermilion", "s"),
@@ -587,8 +555,6 @@ PHASE_SERIES = {
     "step": Series("step", "vermilion", "s"),
 }
 KEPT = {"kept": Series("kept between forward and backward", "blue", "^"), "peak": Series("peak", "orange", "D")}
-
-Strips = dict[str, dict[str, list[float]]]
 
 
 def plots_of(results: Results) -> dict[str, Plot]:
@@ -706,109 +672,31 @@ def _strip_plot(strips: Strips, series: dict[str, Series], label: str, title: st
     return Plot(alt, lambda theme: strip(theme, strips, series, label, title, log))
 
 
-WIDTH = 8  # inches; a README is about as many wide, so that letters are as large as drawn
-LEGEND = {"fontsize": 9, "loc": "outside lower center", "ncols": 3}
-
-
-def scatter(
-    theme: Theme,
-    points: dict[str, list[tuple[float, float]]],
-    series: dict[str, Series],
-    x: str,
-    y: str,
-    title: str,
-    log_y: bool = True,
-) -> bytes:
-    """A png of points on log axes, with a line at 1."""
-    figure, axes = plots.blank(theme, WIDTH, 4.6)
-    for name, each in points.items():
-        look = series[name]
-        axes.plot(*zip(*each), **_look(theme, look), label=look.label)
-    axes.set(xscale="log", yscale="log" if log_y else "linear", xlabel=x, ylabel=y)
-    axes.axhline(1, color=theme.ink, lw=1, ls="--")
-    _plain(axes.xaxis)
-    if log_y:
-        _plain(axes.yaxis)
-    else:
-        axes.set_ylim(0, max(1.1, *(1.05 * y for each in points.values() for _, y in each)))
-    axes.set_title(title, fontsize=10)
-    plots.finish(axes, theme, **LEGEND)
-    return plots.file_of(figure, "png")
-
-
-def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, title: str, log: bool) -> bytes:
-    """A png with a strip a group: in it a line of points for each series, and a bar at their median."""
-    present = [name for name in series if any(name in each for each in strips.values())]
-    lanes = max(2, len(present))
-    figure, axes = plots.blank(theme, WIDTH, 1.6 + 0.09 * (lanes + 1) * len(strips))
-    for name in present:
-        look = series[name]
-        shift = (present.index(name) - (len(present) - 1) / 2) / (lanes + 1)
-        xs = [(x, place + shift) for place, each in enumerate(strips.values()) for x in each.get(name, [])]
-        axes.plot(*zip(*xs), **_look(theme, look), label=look.label)
-        several = [
-            (each[name], place + shift) for place, each in enumerate(strips.values()) if len(each.get(name, ())) > 2
-        ]
-        middle = [(statistics.median(values), y) for values, y in several]
-        axes.plot([x for x, _ in middle], [y for _, y in middle], ls="", marker="|", ms=9, mew=2, color=theme.ink)
-    axes.set_yticks(range(len(strips)), list(strips))
-    axes.set_ylim(len(strips) - 0.5, -0.5)
-    axes.set(xlabel=label, xscale="log" if log else "linear")
-    axes.axvline(1, color=theme.ink, lw=1, ls="--")
-    if log:
-        _plain(axes.xaxis)
-    else:
-        axes.set_xlim(left=0)
-    for edge in range(1, len(strips)):
-        axes.axhline(edge - 0.5, color=theme.grid, lw=0.6)
-    axes.set_title(title, fontsize=10)
-    plots.finish(axes, theme, **LEGEND)
-    axes.grid(False, axis="y")
-    return plots.file_of(figure, "png")
-
-
-def _look(theme: Theme, series: Series) -> dict[str, Any]:
-    color = getattr(theme, series.color)
-    return {
-        "ls": "",
-        "marker": series.marker,
-        "ms": 5,
-        "color": color,
-        "alpha": 0.9,
-        "mec": theme.background,
-        "mew": 0.3,
-    }
-
-
-def _plain(axis: Any) -> None:
-    """On a log axis, numbers as people write them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    subs = (1, 1.5, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
-    axis.set_major_locator(MaxNLocator(6) if decades < 0.5 else LogLocator(subs=subs, numticks=100))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-
-
 # Writing
-
-
-def file_name(slug: str, name: str, theme: Theme) -> str:
-    return f"{slug}-{name}-{theme.name}.png"
 
 
 def files_of(results: Results) -> dict[str, bytes]:
     """Contents by name."""
     slug = device_slug(results.name)
     shown = plots_of(results)
-    files = {
-        file_name(slug, name, theme): plot.draw(theme)
-        for name, plot in shown.items()
-        for theme in (plots.LIGHT, plots.DARK)
-    }
-    return {**files, f"{slug}.md": markdown(results, shown, slug).encode()}
+    return {**drawn(shown, slug), f"{slug}.md": markdown(results, shown, slug).encode()}
+
+
+def readings_in(paths: Sequence[Path]) -> dict[str, Any] | None:
+    """The content of a file of published readings; None where the files are of the other kind.
+
+    Raises:
+        UnfitError: one of several files holds published readings, or one cannot be read.
+    """
+    for path in paths:
+        content = load(path)
+        if published.is_published(content):
+            if len(paths) > 1:
+                raise UnfitError(
+                    f"{path} holds published readings, which do not mix with others: make a report of each"
+                )
+            return content
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -816,34 +704,53 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "results", type=Path, nargs="+", metavar="RESULTS.json", help="of one machine and one set of versions"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report and its plots go")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--out", type=Path, metavar="DIR", help="where the report and its plots go")
+    wanted.add_argument("--table", action="store_true", help="print the README's block of a file of published readings")
     options = parser.parse_args(arguments)
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return refuse('plots need matplotlib, which is not installed: pip install "mlp_fused[plot]"')
-    try:
-        results = merge([read(path) for path in options.results])
+        readings = readings_in(options.results)
+        if not options.table:
+            write_report(options.results, readings, options.out)
+        elif readings is not None:
+            print(published.readme(readings), end="")
+        else:
+            raise UnfitError(f"{options.results[0]} holds no published readings, of which the README's block is made")
     except UnfitError as error:
-        return refuse(str(error))
-    try:
-        files = files_of(results)
-    except KeyError as error:
-        return refuse(f"a row has no {error}: it is of another state of bench/measure.py than this one; measure anew")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        plots.write({options.out / name: content for name, content in files.items()})
-    except OSError as error:
-        return refuse(f"{options.out} cannot be written into: {error.strerror}")
-    for name, count in results.replaced.items():
-        print(f"{count} rows of {name} were replaced by later ones")
-    print(f"{len(results.rows)} rows, {len(files) - 1} plots: {options.out / list(files)[-1]}")
+        print(f"nothing was written: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-def refuse(reason: str) -> int:
-    print(f"nothing was written: {reason}", file=sys.stderr)
-    return 2
+def write_report(paths: Sequence[Path], readings: dict[str, Any] | None, folder: Path) -> None:
+    """Write the report of published readings, or of the results in some files, into a folder.
+
+    Raises:
+        UnfitError: the results do not fit, matplotlib is missing, or the folder cannot be written into.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UnfitError('plots need matplotlib, which is not installed: pip install "mlp_fused[plot]"') from None
+    if readings is not None:
+        files, told = published.files_of(readings), [f"{len(readings['networks'])} networks"]
+    else:
+        results = merge([read(path) for path in paths])
+        try:
+            files = files_of(results)
+        except KeyError as error:
+            raise UnfitError(
+                f"a row has no {error}: it is of another state of bench/measure.py than this one; measure anew"
+            ) from None
+        told = [f"{count} rows of {name} were replaced by later ones" for name, count in results.replaced.items()]
+        told.append(f"{len(results.rows)} rows")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots.write({folder / name: content for name, content in files.items()})
+    except OSError as error:
+        raise UnfitError(f"{folder} cannot be written into: {error.strerror}") from None
+    told[-1] += f", {len(files) - 1} plots: {folder / list(files)[-1]}"
+    print("\n".join(told))
 
 
 if __name__ == "__main__":

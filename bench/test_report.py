@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from bench import fresh, from_host, gemm, measure, report
+from bench.figures import strip
 from bench.machine import machine
+from bench.markdown import digits
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, GRID, Cell, Problem
 from mlp_fused import plots, timing
 from mlp_fused.timing import Ceilings, Link
@@ -253,8 +255,8 @@ def test_every_cell_of_the_grid_is_in_the_report(written: Path, rows: dict[str, 
     cell = GRID[0]
     row, line = rows[str(cell)], line_of(text, cell)
     assert line[0] == row["path"]
-    assert line[1] == report.digits(row["ms"])
-    assert line[3] == f"{report.digits(row['baselines']['eager']['speedup'])}x"
+    assert line[1] == digits(row["ms"])
+    assert line[3] == f"{digits(row['baselines']['eager']['speedup'])}x"
 
 
 def test_the_report_says_how_the_experiment_went(written: Path, rows: dict[str, Row]) -> None:
@@ -268,10 +270,10 @@ def test_the_report_says_how_the_experiment_went(written: Path, rows: dict[str, 
     first = text[text.index(title) :].splitlines()[4]
     cell = next(cell for cell in GRID if cell.phase == "in_place" and cell.problem.dtype == "fp32")
     found = rows[str(cell)]["kinds"]["fp16"]
-    figures = [report.digits(found["ways"][way]["ms"]) for way in from_host.WAYS]
+    figures = [digits(found["ways"][way]["ms"]) for way in from_host.WAYS]
     name = str(cell).removeprefix("from_host-")
-    assert first.startswith(f"| `{name}` | {report.digits(1e-6 * found['nbytes'])} | {' | '.join(figures)} |")
-    assert first.endswith(f"| {report.digits(found['speedup'])}x |")
+    assert first.startswith(f"| `{name}` | {digits(1e-6 * found['nbytes'])} | {' | '.join(figures)} |")
+    assert first.endswith(f"| {digits(found['speedup'])}x |")
 
 
 def test_a_missing_row_is_not_measured_and_a_failed_one_says_why(tmp_path: Path, rows: dict[str, Row]) -> None:
@@ -323,7 +325,7 @@ def test_a_file_of_a_machine_without_a_gpu(tmp_path: Path, rows: dict[str, Row])
     ("value", "text"), [(0.001234, "0.00123"), (0.9996, "1"), (12.34, "12.3"), (999.6, "1,000"), (12345.6, "12,346")]
 )
 def test_digits(value: float, text: str) -> None:
-    assert report.digits(value) == text
+    assert digits(value) == text
 
 
 # The plots
@@ -384,7 +386,7 @@ def test_plots_are_labelled_and_told_apart_by_markers_and_colours(
 def test_an_axis_has_numbers_whatever_its_range(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
     monkeypatch.setattr(plots, "file_of", lambda figure, kind: figures.append(figure))
-    report.strip(plots.LIGHT, {"seed step": {"eager": values}}, report.SERIES, "label", "title", log=True)
+    strip(plots.LIGHT, {"seed step": {"eager": values}}, report.SERIES, "label", "title", log=True)
     (axes,) = figures[0].axes
     low, high = axes.get_xlim()
     assert 3 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 12

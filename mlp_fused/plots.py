@@ -13,7 +13,7 @@ from typing import Any
 from .timing import Spread
 from .transfer import Transfer
 
-__all__ = ["DARK", "LIGHT", "Theme", "blank", "draw", "file_of", "finish", "write"]
+__all__ = ["DARK", "LIGHT", "Theme", "blank", "draw", "file_of", "finish", "number", "step_figure", "write"]
 
 # Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/), with markers and dashes
 # besides.
@@ -51,8 +51,45 @@ def blank(theme: Theme, width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot(facecolor=theme.background)
 
 
+def number(value: float) -> str:
+    """A number as people write it: 0.15, 64, 1,048,576."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+# Steps of ticks on a log axis, the coarsest first: every how many decades, and at which multiples of a decade.
+STEPS = ((3, (1,)), (2, (1,)), (1, (1,)), (1, (1, 3)), (1, (1, 2, 5)), (1, (1, 1.5, 2, 3, 5, 7)))
+ENOUGH_TICKS = 4
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between low and high: the coarsest of STEPS with enough of them, else even steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    choices = [[multiple * 10.0**d for d in decades if d % every == 0 for multiple in at] for every, at in STEPS]
+    choices.append(list(MaxNLocator(6, min_n_ticks=ENOUGH_TICKS).tick_values(low, high)))
+    shown = [[tick for tick in ticks if low <= tick <= high] for ticks in choices]
+    return next((ticks for ticks in shown if len(ticks) >= ENOUGH_TICKS), shown[-1])
+
+
+def _label_log_axis(axis: Any) -> None:
+    """Set the ticks of a log axis, so that it has three labels or more. Three or more that the caller fixed stay."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = sorted(axis.get_view_interval())
+    locator = axis.get_major_locator()
+    fixed = locator() if isinstance(locator, FixedLocator) else ()
+    if sum(low <= tick <= high for tick in fixed) < 3:
+        axis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
 def finish(axes: Any, theme: Theme, **legend: Any) -> None:
-    """The grid and the legend, which may stand outside the axes, and all lettering in the theme's ink."""
+    """Draw the grid, the ticks of log axes and the legend, which may stand outside; letter in the theme's ink."""
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            _label_log_axis(axis)
     axes.grid(True, which="major", color=theme.grid, lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", colors=theme.ink)
@@ -66,13 +103,18 @@ def finish(axes: Any, theme: Theme, **legend: Any) -> None:
         text.set_color(theme.ink)
 
 
-def file_of(figure: Any, kind: str) -> bytes:
-    """The contents of a file of `kind`, "png" or "svg"; of equal figures, equal ones."""
+def file_of(figure: Any, kind: str, description: str | None = None) -> bytes:
+    """Return the contents of a file of `kind`, "png" or "svg", with a description in its metadata.
+
+    Equal figures give equal contents.
+    """
     from matplotlib import rc_context
 
     written = io.BytesIO()
+    metadata: dict[str, str | None] = {"Date": None} if kind == "svg" else {}
+    if description is not None:
+        metadata["Description"] = description
     with rc_context({"svg.hashsalt": "mlp_fused"}):
-        metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(written, format=kind, facecolor=figure.get_facecolor(), metadata=metadata)
     return written.getvalue()
 
@@ -101,12 +143,15 @@ def _apart(sizes: list[int]) -> list[int]:
 
 
 def draw(found: Transfer, path: Path) -> None:
+    """Write the figure of a step's parts to a file, .png or .svg, whole or not at all."""
+    write({path: file_of(step_figure(found), path.suffix[1:])})
+
+
+def step_figure(found: Transfer) -> Any:
     """Milliseconds against batch size on log axes: the CPU's step, the GPU's, its parts, and where the two cross.
 
-    The file, .png or .svg, is written whole or not at all. Its background is white, on dark pages too.
+    Its background is white, on dark pages too.
     """
-    from matplotlib.ticker import FuncFormatter
-
     figure, axes = blank(LIGHT, 8, 5.2)
     sizes = [point.rows for point in found.points]
 
@@ -123,11 +168,7 @@ def draw(found: Transfer, path: Path) -> None:
         line("of it: copy, pinned", [each.non_blocking.device for each in gpu], BLUE, "^", "--")
         line("of it: kernels", [each.kernels for each in gpu], GREEN, "P", "--")
     axes.set(xscale="log", yscale="log", xlabel="batch size (rows)", ylabel="time of a step (milliseconds)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda rows, _: f"{rows:,.0f}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
-    axes.xaxis.set_minor_formatter("")
     axes.set_xticks(_apart(sizes))
-    axes.minorticks_off()
     crossing = found.crossings.get("step")
     if crossing is not None and 0 < crossing.rows < math.inf:
         low = max(crossing.low, sizes[0])
@@ -149,4 +190,4 @@ def draw(found: Transfer, path: Path) -> None:
     network = found.network.partition(", input")[0]
     axes.set_title(f"{network}; {what}\n{found.gpu or 'no GPU'}; CPU: {found.cpu}", fontsize=10)
     finish(axes, LIGHT, fontsize=9, loc="outside lower center", ncols=3)
-    write({path: file_of(figure, path.suffix[1:])})
+    return figure

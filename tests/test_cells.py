@@ -15,52 +15,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 
+from bench.readings import CELLS, TF32
 from mlp_fused import ACTIVATIONS, plan
 from mlp_fused.kernels import configs, estimate, tables
+from mlp_fused.training import DTYPES
 
 DATA = Path(__file__).with_name("data") / "h100"
 H100 = dataclasses.replace(configs.DEVICES["NVIDIA H100"], name="NVIDIA H100 80GB HBM3")
 BOUND = 1.05  # of torch's device time
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A network that was measured, with biases, and "relu" or "gelu" after each hidden layer."""
-
-    widths: tuple[int, ...]
-    rows: int
-    dtype: torch.dtype = torch.bfloat16
-    activation: str = "relu"
-    precision: str = "ieee"
-
-
-HALF, FULL = torch.float16, torch.float32
-CELLS = {
-    "seed": Cell((784, 512, 512, 10), 256, FULL),
-    "narrow64": Cell((64,) * 5, 2**20),
-    "middle512": Cell((512,) * 5, 16384, activation="gelu"),
-    "large4096": Cell((4096, 16384, 4096), 8192, activation="gelu"),
-    "fp32-1024": Cell((1024, 4096, 1024), 8192, FULL, "gelu"),
-    "middle1024": Cell((1024,) * 5, 16384, activation="gelu"),
-    "narrow32": Cell((32,) * 5, 2**20),
-    "narrow128": Cell((128,) * 5, 2**20),
-    "narrow16-64-64-16": Cell((16, 64, 64, 16), 2**21, HALF),
-    "narrow64-gelu": Cell((64,) * 5, 2**20, activation="gelu"),
-    "large1024": Cell((1024, 4096, 1024), 8192, activation="gelu"),
-    "middle256": Cell((256,) * 5, 16384, activation="gelu"),
-    "middle512relu": Cell((512,) * 5, 16384),
-    "tf32-1024": Cell((1024, 4096, 1024), 8192, FULL, "gelu", "tf32"),
-    "narrow64-fp32": Cell((64,) * 5, 2**20, FULL),
-    "wide-in": Cell((784, 128, 128, 10), 2**16),
-    "latency1": Cell((784, 512, 512, 10), 1, FULL),
-    "latency-n64": Cell((64,) * 5, 64),
-    "narrow128x5": Cell((128, *(128,) * 5, 3), 2**18),
-    "odd1000": Cell((1000,) * 4, 4099),
-    "large4096-1k": Cell((4096, 16384, 4096), 1024, activation="gelu"),
-    "fp32-4096": Cell((4096, 16384, 4096), 2048, FULL, "gelu"),
-}
 # Those that are expected to take more than BOUND, and why.
 EXCEPTIONS = {
     ("middle512", "fwd"): "products were read writing z too, from cold memory; as a network they took 1.046 of torch",
@@ -120,24 +85,23 @@ def step(problem: configs.Problem) -> tuple[float, bool, str]:
 def expected(name: str, phase: str) -> Expected:
     """What is expected of a cell in a phase: "fwd" (inference), "train" (forward and backward) or "step" (and Adam)."""
     cell, reading = CELLS[name], READINGS[name]
+    dtype, precision = DTYPES[cell.dtype], "tf32" if name in TF32 else "ieee"
     training = phase != "fwd"
     ours, torchs = reading["dev"][f"{phase} ours"], reading["dev"][f"{phase} eager"]
     shapes = list(pairwise(cell.widths))
     activations = (*(ACTIVATIONS[cell.activation] for _ in shapes[1:]), ACTIVATIONS["identity"])
     strides = tuple((k, 1, 1) for k, _ in shapes)
-    path = plan.network_path(
-        cell.widths, strides, activations, cell.dtype, cell.precision, H100, training, torch_too=True
-    )
+    path = plan.network_path(cell.widths, strides, activations, dtype, precision, H100, training, torch_too=True)
     if isinstance(path, plan.NetworkPlan):
         return Expected("network", ours, torchs, ("reading of the network",))
     kernels = plan.plan_layers(
         cell.rows,
         shapes,
         activations,
-        cell.dtype,
+        dtype,
         biases=[True] * len(shapes),
         trainable=[training] * len(shapes),
-        precision=cell.precision,
+        precision=precision,
     )
     steps = [step(kernel.problem) for kernel in kernels if kernel.problem is not None]
     lines = tuple(line for _, _, line in steps)

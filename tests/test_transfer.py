@@ -690,6 +690,22 @@ def test_the_plot_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @matplotlib
+@pytest.mark.parametrize("points", [slice(1, 4), slice(1, 3), slice(3, 4)], ids=["64-to-1024", "64-to-256", "1024"])
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_both_axes_of_the_plot_have_three_labels_or_more(points: slice, gpu: bool) -> None:
+    from mlp_fused.plots import step_figure
+
+    found = simulate(Simulated(), gpu=gpu)
+    figure = step_figure(dataclasses.replace(found, points=found.points[points]))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        shown = [t for t in axis.get_major_ticks() if low <= t.get_loc() <= high and t.label1.get_text()]
+        assert len(shown) >= 3
+
+
+@matplotlib
 def test_a_plot_that_fails_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mlp_fused.plots import draw
 

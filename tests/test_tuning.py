@@ -134,8 +134,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     assert WRONG not in clock.timed
     assert (
         f"forward 6 -> 5, relu, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: "
-        "shared memory\n"
-        in said
+        "shared memory\n" in said
     )
     assert (
         f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: its result is not torch's (relative difference nan)" in said

@@ -1,0 +1,486 @@
+"""Tables and figures of a file of published readings, which readings.py makes: for bench/results and the README.
+
+The data of each figure is a function of the file: throughput, step_parts, speeds. `page` is the report beside the file
+and `readme` the README's block of measured numbers. `python -m bench.report FILE --out DIR` writes the page and the
+figures, `python -m bench.report FILE --table` prints the block.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.figures import LEGEND, WIDTH, Plot, Series, drawn, file_name, look
+from bench.markdown import folded, picture, table
+from bench.readings import FORMAT, SYSTEMS, Record
+from mlp_fused import plots
+from mlp_fused.kernels.configs import device_slug
+from mlp_fused.plots import Theme
+
+NOT_MEASURED = "-"
+ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+def is_published(content: Any) -> bool:
+    """Whether the content of a JSON file is that of published readings."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def slug(content: Record) -> str:
+    """The name of the file and of everything made of it: the GPU and the date."""
+    return f"{device_slug(content['origin']['gpu'])}-{content['origin']['date']}"
+
+
+def files_of(content: Record) -> dict[str, bytes]:
+    """The page and the figures, by file name."""
+    shown, name = figures(content), slug(content)
+    return {**drawn(shown, name), f"{name}.md": page(content, shown, name).encode()}
+
+
+def figures(content: Record) -> dict[str, Plot]:
+    """The figures by name."""
+    return {"throughput": throughput_plot(content), "step": step_plot(content), "speed": speed_plot(content)}
+
+
+# Names and numbers of a network
+
+
+def shape(network: Record) -> str:
+    """The layers in words: "64 wide, 4 layers", or the widths where they differ."""
+    widths = network["widths"]
+    if len(set(widths)) == 1:
+        return f"{widths[0]} wide, {len(widths) - 1} layers"
+    return "→".join(map(str, widths))
+
+
+def rows(network: Record) -> str:
+    return f"{network['rows']:,} row{'s' * (network['rows'] > 1)}"
+
+
+def label(network: Record) -> str:
+    """A network with its activation, dtype and rows; "tf32" is fp32 with tf32 allowed."""
+    dtype = "tf32" if network["precision"] == "tf32" else network["dtype"]
+    return f"{shape(network)}, {network['activation']}, {dtype}, {rows(network)}"
+
+
+def milliseconds(network: Record, system: str, clock: str) -> float | None:
+    """The time of a system by a clock, "loop" or "device"; None where it was not measured."""
+    reading = network["systems"][system]
+    return None if reading is None else reading[f"{clock}_ms"]
+
+
+def ratio(network: Record, clock: str) -> float | None:
+    """Eager's time over ours; None where one of them was not measured."""
+    ours, eager = (milliseconds(network, system, clock) for system in ("ours", "eager"))
+    return None if ours is None or eager is None else eager / ours
+
+
+def number(value: float | None) -> str:
+    """Three digits, or all that stand before the point."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".removesuffix(".")
+
+
+def times(value: float | None) -> str:
+    """A ratio: two digits after the point below 2, one from there on."""
+    return NOT_MEASURED if value is None else f"{value:.2f}x" if value < 1.995 else f"{value:.1f}x"
+
+
+def beside_eager(content: Record) -> dict[str, dict[str, Record]]:
+    """The networks whose kernels were timed beside eager's: name -> phase -> record."""
+    found: dict[str, dict[str, Record]] = {}
+    for network in content["networks"]:
+        if ratio(network, "device") is not None:
+            name = network["id"].removesuffix(f"-{network['phase']}")
+            found.setdefault(name, {})[network["phase"]] = network
+    return found
+
+
+# Rows a second of narrow networks
+
+THEIRS = tuple(system for system in SYSTEMS if system.startswith("tinycudann"))
+FLOOR = (
+    "the bytes of a row over the rate of a large copy in the GPU's memory. Inference reads x and writes y; training "
+    "reads x twice, writes y and reads its gradient"
+)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Rows a second of one network in one phase.
+
+    Attributes:
+        network: its record without the gradient of x.
+        rates: by system, "ours", "eager" or "tinycudann", with " dx" behind it where the gradient of x is computed too.
+        floor: as many as the memory allows.
+    """
+
+    network: Record
+    rates: Mapping[str, float]
+    floor: float
+
+    @property
+    def over_eager(self) -> float:
+        return self.rates["ours"] / self.rates["eager"]
+
+    @property
+    def over_tinycudann(self) -> float:
+        dx = " dx" if "tinycudann dx" in self.rates else ""
+        return self.rates[f"ours{dx}"] / self.rates[f"tinycudann{dx}"]
+
+
+def throughput(content: Record) -> list[Throughput]:
+    """The networks that tiny-cuda-nn ran too, by loop, with tiny-cuda-nn in its fastest mode.
+
+    Inference comes before training, many rows before few, narrow before wide.
+    """
+    found: dict[tuple[str, int, tuple[int, ...]], list[Record]] = {}
+    for network in beside_tinycudann(content):
+        found.setdefault((network["phase"], -network["rows"], tuple(network["widths"])), []).append(network)
+    return [
+        Throughput(records[0], _rates(records), 1e3 * records[0]["rows"] / floor_ms(records[0], content))
+        for _, records in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def beside_tinycudann(content: Record) -> list[Record]:
+    return [network for network in content["networks"] if network["id"].startswith("tinycudann-")]
+
+
+def _rates(networks: Iterable[Record]) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for network in networks:
+        dx = " dx" if network["input_gradient"] else ""
+        for name, systems in {"ours": ("ours",), "eager": ("eager",), "tinycudann": THEIRS}.items():
+            taken = [took for system in systems if (took := milliseconds(network, system, "loop")) is not None]
+            if taken:
+                rates[f"{name}{dx}"] = 1e3 * network["rows"] / min(taken)
+    return rates
+
+
+def floor_ms(network: Record, content: Record) -> float:
+    """The milliseconds that the memory takes for what FLOOR says, and for writing the gradient of x if computed."""
+    first, last = network["widths"][0], network["widths"][-1]
+    elements = first + last if network["phase"] == "inference" else 2 * (first + last)
+    elements += first * bool(network["input_gradient"])
+    return network["rows"] * elements * ITEMSIZE[network["dtype"]] / (1e6 * content["ceilings"]["memory_gbps"])
+
+
+SYSTEM_SERIES = {
+    "ours": Series("mlp_fused", "blue", "o"),
+    "eager": Series("torch, eager", "vermilion", "s"),
+    "tinycudann": Series("tiny-cuda-nn, its fastest mode", "orange", "D"),
+}
+
+
+def throughput_plot(content: Record) -> Plot:
+    """Rows a second of narrow networks beside eager and tiny-cuda-nn, and the memory floor."""
+    shown, gpu = throughput(content), content["origin"]["gpu"]
+
+    def told(phase: str) -> str:
+        return "; ".join(
+            f"{shape(each.network)}, {rows(each.network)}: {number(1e-9 * each.rates['ours'])} of at most "
+            f"{number(1e-9 * each.floor)}, {times(each.over_eager)} eager, {times(each.over_tinycudann)} tiny-cuda-nn"
+            for each in shown
+            if each.network["phase"] == phase
+        )
+
+    alt = f"Billions of rows a second of narrow fp16 networks on {gpu}, and how many the memory allows."
+    alt = f"{alt} Inference: {told('inference')}. Training: {told('training')}."
+    return Plot(alt, lambda theme: plots.file_of(throughput_figure(theme, shown, gpu), "svg", alt), "svg")
+
+
+def throughput_figure(theme: Theme, shown: list[Throughput], gpu: str) -> Any:
+    """A strip a network, with a lane a system, the floor, and the ratios beside it."""
+    figure, axes = plots.blank(theme, WIDTH, 4.6)
+    for lane, (name, series) in enumerate(SYSTEM_SERIES.items()):
+        for dx in ("", " dx"):
+            points = [
+                (1e-9 * each.rates[name + dx], y + 0.25 * (lane - 1))
+                for y, each in enumerate(shown)
+                if name + dx in each.rates
+            ]
+            style = look(theme, series) | {"ms": 7}
+            if dx:
+                style |= {"mfc": "none", "mec": style["color"], "mew": 1.4}
+            if points:
+                axes.plot(*zip(*points), **style, label=None if dx else series.label)
+    hollow = {"ls": "", "marker": "o", "mfc": "none", "mec": theme.ink, "mew": 1.4, "ms": 7}
+    axes.plot([], [], **hollow, label="hollow: with the gradient of x")
+    for y, each in enumerate(shown):
+        floor = None if y else "memory floor, as rows a second"
+        axes.plot([1e-9 * each.floor] * 2, [y - 0.4, y + 0.4], color=theme.ink, lw=2, label=floor)
+        told = f"{times(each.over_eager)} eager\n{times(each.over_tinycudann)} tiny-cuda-nn"
+        axes.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=theme.ink)
+    for y in range(1, len(shown)):
+        same = shown[y].network["phase"] == shown[y - 1].network["phase"]
+        axes.axhline(y - 0.5, color=theme.grid if same else theme.ink, lw=0.6 if same else 1.2)
+    names = [f"{each.network['phase']}, {rows(each.network)}\n{shape(each.network)}" for each in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize=8)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set(xscale="log", xlabel="billion rows a second (further right is faster)")
+    axes.set_title(f"Narrow networks, fp16, relu, no bias, as a caller waits for them\n{gpu}", fontsize=10)
+    plots.finish(axes, theme, **LEGEND)
+    axes.grid(False, axis="y")
+    return figure
+
+
+# One step taken apart
+
+WHOLE = {
+    "cpu_ms": Series("whole step on the CPU", "ink", "o"),
+    "usual_ms": Series("whole step, as usually written", "vermilion", "s"),
+    "prefetched_ms": Series("whole step, prefetched", "orange", "D"),
+}
+PARTS = {
+    "copy_ms": Series("copy, from pinned memory", "blue", "^"),
+    "launch_ms": Series("launches, by the host", "purple", "v"),
+    "kernels_ms": Series("kernels", "green", "P"),
+}
+STEP_SERIES = {**WHOLE, **PARTS}
+
+
+def step_parts(content: Record) -> dict[str, list[tuple[int, float]]]:
+    """Milliseconds of whole steps and of a step's parts, by batch size."""
+    return {name: [(step["rows"], step[name]) for step in content["transfer"]["steps"]] for name in STEP_SERIES}
+
+
+def step_plot(content: Record) -> Plot:
+    """One training step taken apart by batch size: copy, launches, kernels."""
+    lines, gpu = step_parts(content), content["origin"]["gpu"]
+    told = "; ".join(
+        f"{step['rows']:,} rows: copy {number(step['copy_ms'])}, launches {number(step['launch_ms'])}, kernels "
+        f"{number(step['kernels_ms'])}, the whole as usually written {number(step['usual_ms'])}, prefetched "
+        f"{number(step['prefetched_ms'])}, on the CPU {number(step['cpu_ms'])}"
+        for step in content["transfer"]["steps"]
+    )
+    alt = f"Milliseconds of one training step taken apart, by batch size, on {gpu}. {told}."
+    title = f"One training step taken apart: {content['transfer']['network'].partition(', input')[0]}, fp32\n{gpu}"
+    return Plot(alt, lambda theme: plots.file_of(step_figure(theme, lines, title), "svg", alt), "svg")
+
+
+def step_figure(theme: Theme, lines: Mapping[str, list[tuple[int, float]]], title: str) -> Any:
+    """Milliseconds against batch size: parts as full lines, whole steps as dotted ones."""
+    figure, axes = plots.blank(theme, WIDTH, 4.8)
+    for name, points in lines.items():
+        drawn_as = {"ls": "-", "lw": 2.2} if name in PARTS else {"ls": ":", "lw": 1.6}
+        style = look(theme, STEP_SERIES[name]) | {"ms": 7} | drawn_as
+        axes.plot(*zip(*points), **style, label=STEP_SERIES[name].label)
+    axes.set(xscale="log", yscale="log", xlabel="batch size (rows)", ylabel="time (milliseconds)")
+    axes.set_xticks([batch for batch, _ in lines["copy_ms"]])
+    axes.set_title(title, fontsize=10)
+    plots.finish(axes, theme, **LEGEND)
+    return figure
+
+
+# Speed over eager
+
+PHASE_SERIES = {"inference": Series("inference", "blue", "o"), "training": Series("training", "vermilion", "s")}
+
+
+def speeds(content: Record) -> list[tuple[str, dict[str, float]]]:
+    """Each network's ratios by phase, of the kernels' times. The order is that of the slower phase, fastest first."""
+    found: list[tuple[str, dict[str, float]]] = []
+    for phases in beside_eager(content).values():
+        ratios = {
+            "training" if phase == "step" else phase: value
+            for phase, network in phases.items()
+            if (value := ratio(network, "device")) is not None
+        }
+        name = label(next(iter(phases.values())))
+        found.append((f"{name}, a step with Adam" if "step" in phases else name, ratios))
+    return sorted(found, key=lambda item: -min(item[1].values()))
+
+
+def speed_plot(content: Record) -> Plot:
+    """Eager's kernels' time over ours, a line a network."""
+    shown, gpu = speeds(content), content["origin"]["gpu"]
+    slower = sum(min(ratios.values()) < 1 for _, ratios in shown)
+    ends = {"fastest": shown[0], "slowest": shown[-1]}
+    told = "; ".join(
+        f"{end}: {name}, {', '.join(f'{phase} {times(value)}' for phase, value in ratios.items())}"
+        for end, (name, ratios) in ends.items()
+    )
+    alt = (
+        f"Time of eager's kernels over ours for {len(shown)} networks on {gpu}, sorted by the slower of inference and "
+        f"training: {len(shown) - slower} are faster than eager in both, {slower} slower in at least one; {told}."
+    )
+    return Plot(alt, lambda theme: plots.file_of(speed_figure(theme, shown, gpu), "svg", alt), "svg")
+
+
+def speed_figure(theme: Theme, shown: list[tuple[str, dict[str, float]]], gpu: str) -> Any:
+    """A line a network: its ratio in inference and in training, with 1 marked."""
+    figure, axes = plots.blank(theme, WIDTH, 1.7 + 0.21 * len(shown))
+    for y, (_, ratios) in enumerate(shown):
+        axes.plot([min(ratios.values()), max(ratios.values())], [y, y], color=theme.grid, lw=2)
+    for phase, series in PHASE_SERIES.items():
+        points = [(ratios[phase], y) for y, (_, ratios) in enumerate(shown) if phase in ratios]
+        axes.plot(*zip(*points), **look(theme, series) | {"ms": 6}, label=series.label)
+    axes.axvline(1, color=theme.ink, lw=1.2, ls="--", label="1: as fast as eager")
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set(xscale="log", xlabel="time of eager's kernels over ours (times)")
+    axes.set_title(f"Our kernels beside eager's: above 1 ours are faster\n{gpu}", fontsize=10)
+    plots.finish(axes, theme, **LEGEND)
+    return figure
+
+
+# The page beside the file
+
+
+def page(content: Record, shown: Mapping[str, Plot], slug: str) -> str:
+    """All readings as tables, with the figures, whose files begin with `slug`."""
+
+    def plot(name: str) -> Iterator[str]:
+        light, dark = (file_name(slug, name, theme, shown[name]) for theme in (plots.LIGHT, plots.DARK))
+        yield picture(light, dark, shown[name].alt)
+        yield ""
+
+    lines = [f"# Measured on {content['origin']['gpu']}", "", *_provenance(content)]
+    lines += ["## Narrow networks", "", *plot("throughput"), *_tinycudann(content)]
+    lines += ["## One step taken apart", "", *plot("step"), *_transfer(content)]
+    lines += ["## Beside eager PyTorch", "", *plot("speed"), *_eager(content), *_quack(content)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _provenance(content: Record) -> Iterator[str]:
+    origin, ceilings = content["origin"], content["ceilings"]
+    links = f"{ceilings['to_device_gbps']}, {ceilings['to_host_gbps']} GB/s"
+    yield from table(
+        ("", ""),
+        (
+            *((name, origin[name]) for name in ("date", "commit", "driver")),
+            *origin["versions"].items(),
+            ("a large copy in the GPU's memory, read and written", f"{ceilings['memory_gbps']:,} GB/s"),
+            ("large pinned copies to the device, to the host", links),
+        ),
+    )
+    yield from (f"- {name}: {how}." for name, how in (*origin["timed"].items(), *origin["scripts"].items()))
+    yield ""
+    yield f"All times are milliseconds; {NOT_MEASURED}: not measured. Training is forward and backward."
+    yield ""
+
+
+def _tinycudann(content: Record) -> Iterator[str]:
+    yield f"fp16, relu, no bias, by loop. The memory floor: {FLOOR}, and writes that of x where it is computed."
+    yield ""
+    systems = ("ours", "eager", *THEIRS)
+    lines = (
+        (
+            f"{shape(network)}, {rows(network)}, {network['phase']}" + " with dx" * network["input_gradient"],
+            number(floor_ms(network, content)),
+            *_times_of(network, systems, "loop"),
+        )
+        for network in beside_tinycudann(content)
+    )
+    yield from table(("", "floor", *_headers(systems)), lines)
+
+
+def _headers(systems: Iterable[str], clock: str = "") -> list[str]:
+    return [f"{system.replace('tinycudann', 'tiny-cuda-nn').replace('_', ' ')}{clock}" for system in systems]
+
+
+def _times_of(network: Record, systems: Iterable[str], clock: str) -> list[str]:
+    return [number(milliseconds(network, system, clock)) for system in systems]
+
+
+def _transfer(content: Record) -> Iterator[str]:
+    found = content["transfer"]
+    yield f"{found['network']}."
+    yield ""
+    header = ("rows", *(series.label for series in STEP_SERIES.values()), "whole step, data on the GPU")
+    columns = (*STEP_SERIES, "resident_ms")
+    lines = ((f"{step['rows']:,}", *(number(step[name]) for name in columns)) for step in found["steps"])
+    yield from table(header, lines)
+    clocks = ("device_ms", "host_ms", "returned_ms", "gbps")
+    lines = ((each["name"], *(number(each[clock]) for clock in clocks)) for each in found["each_time"])
+    yield from folded("Each part at the largest batch", table(("", "device", "host", "returned", "GB/s"), lines))
+    first = ((name, number(value)) for name, value in found["first_touch_ms"].items())
+    yield from folded("First touch, in a process of its own", table(("", "ms"), first))
+
+
+def _eager(content: Record) -> Iterator[str]:
+    both, loops = ("ours", "eager"), ("ours", "eager", "compile", "captured", "captured_eager")
+    lines = (
+        (
+            f"{label(network)}, {phase}",
+            network["path"],
+            *_times_of(network, both, "device"),
+            times(ratio(network, "device")),
+            *_times_of(network, loops, "loop"),
+            times(ratio(network, "loop")),
+        )
+        for phases in beside_eager(content).values()
+        for phase, network in phases.items()
+    )
+    header = ("", "path", *_headers(both, ", device"), "eager over ours", *_headers(loops, ", loop"), "eager over ours")
+    yield from table(header, lines)
+
+
+def _quack(content: Record) -> Iterator[str]:
+    yield f"Beside quack {content['origin']['versions']['quack']}: gelu_tanh, no bias, by loop, in two runs."
+    yield ""
+    systems = ("ours", "eager", "quack", "quack_tuned")
+    lines = (
+        (f"{shape(network)}, {rows(network)}, {network['phase']}", *_times_of(network, systems, "loop"))
+        for network in content["networks"]
+        if network["id"].startswith("quack")
+    )
+    yield from table(("", *_headers(systems)), lines)
+
+
+# The README's block
+
+FOLDER = "bench/results"
+TABLE = (
+    *("narrow64", "narrow64-gelu", "narrow128", "narrow16-64-64-16", "middle512relu"),
+    *("middle512", "large4096", "tf32-1024", "narrow64-fp32", "latency1"),
+)
+
+
+def readme_picture(content: Record, name: str) -> str:
+    """A figure as it stands in the README."""
+    plot = figures(content)[name]
+    light, dark = (f"{FOLDER}/{file_name(slug(content), name, theme, plot)}" for theme in (plots.LIGHT, plots.DARK))
+    return picture(light, dark, plot.alt)
+
+
+def readme(content: Record) -> str:
+    """The README's block of measured numbers: a figure, ten networks, and what they were measured with."""
+    origin, networks, page_file = content["origin"], beside_eager(content), f"{FOLDER}/{slug(content)}.md"
+    versions, small = origin["versions"], networks["latency-n64"]["training"]
+    tools = f"torch {versions['torch']}, Triton {versions['triton']}, Python {versions['python']}"
+    measured_with = (
+        f"One {origin['gpu']} (driver {origin['driver']}, {tools}, tiny-cuda-nn {versions['tinycudann']}), "
+        f"{origin['date']}, mlp_fused at {origin['commit']}. The memory floor: {FLOOR}; the copy reaches "
+        f"{content['ceilings']['memory_gbps'] / 1e3:.2f} TB/s. In training, tiny-cuda-nn is compared with the gradient "
+        f"of x, eager without it. All readings, and how they were taken: [{FOLDER}]({page_file})."
+    )
+    loop, kernels, eager = (
+        number(milliseconds(small, *which)) for which in (("ours", "loop"), ("ours", "device"), ("eager", "loop"))
+    )
+    explained = (
+        "Milliseconds of the GPU's kernels; training is forward and backward; speed is eager's time over ours. Below 1 "
+        'the kernels that were measured are slower: there `backend="auto"` takes torch\'s own, wherever a reading says '
+        f"that torch is faster. A caller also waits for Python: training {label(small)}, takes {loop} ms a call in a "
+        f"loop, {kernels} ms of it in kernels; eager takes {eager} ms."
+    )
+    header = ("network", "inference: ours", "eager", "speed", "training: ours", "eager", "speed")
+    lines = [readme_picture(content, "throughput"), "", *textwrap.wrap(measured_with, 120, break_on_hyphens=False), ""]
+    lines += [*table(header, (_readme_row(networks[cell]) for cell in TABLE))]
+    lines += textwrap.wrap(explained, 120, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def _readme_row(phases: Mapping[str, Record]) -> list[str]:
+    row = [label(phases["inference"])]
+    for phase in ("inference", "training"):
+        network = phases.get(phase)
+        if network is None:
+            row += [NOT_MEASURED] * 3
+        else:
+            row += [*_times_of(network, ("ours", "eager"), "device"), times(ratio(network, "device"))]
+    return row

@@ -1,0 +1,323 @@
+"""One file for bench/results, from the raw logs of a run: `python -m bench.readings tests/data/h100 --out FILE`.
+
+The folder holds origin.json (GPU, date, commit, versions, how it was timed) and what was measured: cells.jsonl
+(networks beside nn.Sequential), tinycudann.log, quack.log and transfer.log. bench/results/README.md says what the file
+holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.shapes import Problem
+from mlp_fused import plots
+
+FORMAT = "readings"  # tells the file from those of bench/gpu.py, which hold a "schema"
+
+# Whoever computes a network: ours; nn.Sequential as it is, compiled, and either's step captured; tiny-cuda-nn by its
+# PyTorch module or by the functions under it ("direct"), each also with its JIT fusion; quack as it is and autotuned.
+SYSTEMS = (
+    *("ours", "eager", "compile", "captured", "captured_eager"),
+    *("tinycudann", "tinycudann_direct", "tinycudann_jit", "tinycudann_jit_direct", "quack", "quack_tuned"),
+)
+
+# The networks that cells.jsonl has by name.
+CELLS = {
+    "seed": Problem((784, 512, 512, 10), 256, cross_entropy=True),
+    "narrow32": Problem((32,) * 5, 2**20, "bf16"),
+    "narrow64": Problem((64,) * 5, 2**20, "bf16"),
+    "narrow64-gelu": Problem((64,) * 5, 2**20, "bf16", "gelu"),
+    "narrow64-fp32": Problem((64,) * 5, 2**20),
+    "narrow128": Problem((128,) * 5, 2**20, "bf16"),
+    "narrow128x5": Problem((*(128,) * 6, 3), 2**18, "bf16"),
+    "narrow16-64-64-16": Problem((16, 64, 64, 16), 2**21, "fp16"),
+    "wide-in": Problem((784, 128, 128, 10), 2**16, "bf16"),
+    "middle256": Problem((256,) * 5, 16384, "bf16", "gelu"),
+    "middle512": Problem((512,) * 5, 16384, "bf16", "gelu"),
+    "middle512relu": Problem((512,) * 5, 16384, "bf16"),
+    "middle1024": Problem((1024,) * 5, 16384, "bf16", "gelu"),
+    "large1024": Problem((1024, 4096, 1024), 8192, "bf16", "gelu"),
+    "large4096": Problem((4096, 16384, 4096), 8192, "bf16", "gelu"),
+    "large4096-1k": Problem((4096, 16384, 4096), 1024, "bf16", "gelu"),
+    "fp32-1024": Problem((1024, 4096, 1024), 8192, activation="gelu"),
+    "fp32-4096": Problem((4096, 16384, 4096), 2048, activation="gelu"),
+    "tf32-1024": Problem((1024, 4096, 1024), 8192, activation="gelu"),
+    "odd1000": Problem((1000,) * 4, 4099, "bf16"),
+    "latency1": Problem((784, 512, 512, 10), 1),
+    "latency-n64": Problem((64,) * 5, 64, "bf16"),
+}
+TF32 = ("tf32-1024",)  # the cells that ran with tf32 allowed
+
+# The names that cells.jsonl has for phases and for systems.
+PHASES = {"fwd": "inference", "train": "training", "step": "step"}
+CELL_SYSTEMS = {
+    **{name: name for name in ("ours", "eager", "compile")},
+    "captured ours": "captured",
+    "captured eager": "captured_eager",
+}
+
+Record = dict[str, Any]
+
+
+def network(
+    name: str,
+    problem: Problem,
+    phase: str,
+    systems: Mapping[str, Record],
+    *,
+    precision: str | None = None,
+    bias: bool = True,
+    input_gradient: bool | None = False,
+    path: str | None = None,
+    difference: float | None = None,
+    error_float64: Mapping[str, float] | None = None,
+) -> Record:
+    """One network in one phase; None stands for what was not measured or not recorded."""
+    if unknown := set(systems) - set(SYSTEMS):
+        raise ValueError(f"{name} was computed by {', '.join(sorted(unknown))}, which SYSTEMS does not name")
+    return {
+        "id": f"{name}-{phase}" + "-dx" * bool(input_gradient),
+        "widths": list(problem.widths),
+        "rows": problem.rows,
+        "dtype": problem.dtype,
+        "precision": precision,
+        "activation": problem.activation,
+        "bias": bias,
+        "phase": phase,
+        "input_gradient": input_gradient,
+        "path": path,
+        "systems": {system: systems.get(system) for system in SYSTEMS},
+        "difference": difference,
+        "error_float64": error_float64,
+    }
+
+
+def reading(loop_ms: float, spread: tuple[float, float] | None = None, device: Record | None = None) -> Record:
+    """The milliseconds of one system; `device` has those of its kernels."""
+    low, high = spread or (None, None)
+    rest = device or {"device_ms": None, "kernels": None}
+    return {"loop_ms": loop_ms, "loop_low_ms": low, "loop_high_ms": high, **rest}
+
+
+# cells.jsonl
+
+
+def cells(text: str) -> Iterator[Record]:
+    """The networks of cells.jsonl, one line a cell."""
+    for line in text.splitlines():
+        cell = json.loads(line)
+        problem = CELLS[cell["cell"]]
+        precision = None if problem.dtype != "fp32" else "tf32" if cell["cell"] in TF32 else "ieee"
+        for short, phase in PHASES.items():
+            timed = {name.removeprefix(f"{short} "): name for name in cell["ms"] if name.startswith(f"{short} ")}
+            if not timed:
+                continue
+            errors = cell.get("err64", {}).get(short)
+            yield network(
+                cell["cell"],
+                problem,
+                phase,
+                {CELL_SYSTEMS[system]: _cell_reading(cell, name) for system, name in timed.items()},
+                precision=precision,
+                path=cell["path"],
+                difference=cell.get("rel", {}).get(short),
+                error_float64=None if errors is None else dict(zip(("ours", "eager"), errors, strict=True)),
+            )
+
+
+def _cell_reading(cell: Record, name: str) -> Record:
+    median, low, high = cell["ms"][name]
+    if name not in cell["dev"]:
+        return reading(median, (low, high))
+    kernels = [{"name": kernel, "ms": ms, "launches": count} for kernel, (ms, count) in cell["kernels"][name]]
+    return reading(median, (low, high), {"device_ms": cell["dev"][name], "kernels": kernels})
+
+
+# tinycudann.log and quack.log
+
+
+def tinycudann(text: str) -> Iterator[Record]:
+    """The networks of tinycudann.log: fp16, relu, no bias.
+
+    tiny-cuda-nn computes the gradient of x in every backward; eager's backward here does not.
+    """
+    for title, body in re.findall(r"^(W\d+ hidden .*)\n((?:  .*\n)+)", text, re.MULTILINE):
+        width, hidden, first, last, rows = map(int, re.findall(r"\d+", title))
+        problem = Problem((first, *(width,) * hidden, last), rows, "fp16")
+        found = {who: ast.literal_eval(numbers) for who, numbers in re.findall(r"^  (\D+) (\{.*\})$", body, re.M)}
+        ours = found["ours"]
+        theirs = {"tinycudann": found["tcnn"], "tinycudann_jit": found.get("tcnn jit")}
+
+        def of_theirs(name: str, theirs: Mapping[str, Record | None] = theirs) -> dict[str, Record]:
+            return {
+                f"{system}{suffix}": reading(numbers[f"{name}_{how}"])
+                for system, numbers in theirs.items()
+                if numbers is not None
+                for how, suffix in (("user", ""), ("raw", "_direct"))
+            }
+
+        phases: tuple[tuple[str, bool, dict[str, Record]], ...] = (
+            ("inference", False, _of_ours(ours, "inference", "eager_inference") | of_theirs("inference")),
+            ("training", False, _of_ours(ours, "fwd_bwd", "eager_fwd_bwd")),
+            ("training", True, _of_ours(ours, "fwd_bwd_dx") | of_theirs("fwd_bwd")),
+        )
+        for phase, input_gradient, systems in phases:
+            name = f"tinycudann-{problem}"
+            yield network(name, problem, phase, systems, bias=False, input_gradient=input_gradient, path=ours["path"])
+
+
+def _of_ours(ours: Mapping[str, float], name: str, eager: str | None = None) -> dict[str, Record]:
+    return {"ours": reading(ours[name])} | ({} if eager is None else {"eager": reading(ours[eager])})
+
+
+def quack(text: str) -> Iterator[Record]:
+    """The network of quack.log, without and with quack's autotuning: gelu-tanh, no bias.
+
+    The log tells neither the dtype nor whether the backward computed the gradient of x.
+    """
+    for line in text.splitlines():
+        if not (found := re.match(r"(\d+)x([\d>-]+) tuned=(\w+) .*?: (\{.*?\});", line)):
+            continue
+        rows, widths, tuned, numbers = found.groups()
+        problem = Problem(tuple(map(int, widths.split("->"))), int(rows), activation="gelu_tanh")
+        names = {"ours": "ours", "eager": "eager", "quack": "quack_tuned" if tuned == "True" else "quack"}
+        times = {names[who]: both for who, both in ast.literal_eval(numbers).items()}
+        for i, phase in enumerate(("inference", "training")):
+            systems = {system: reading(both[i]) for system, both in times.items()}
+            input_gradient = None if phase == "training" else False
+            record = network(names["quack"], problem, phase, systems, bias=False, input_gradient=input_gradient)
+            yield {**record, "dtype": None}
+
+
+# transfer.log
+
+DURATION = re.compile(r"([\d.e+]+) (s|ms|µs)")
+UNITS = {"s": 1e3, "ms": 1.0, "µs": 1e-3}
+
+
+def durations(text: str) -> list[float]:
+    """All the durations in a text, in milliseconds."""
+    return [float(f"{float(value) * UNITS[unit]:.6g}") for value, unit in DURATION.findall(text)]
+
+
+def transfer(text: str) -> Record:
+    """The output of `mlp-fused transfer` for one network, part by part."""
+    parts = dict(re.findall(r"^(\S.*)\n((?:  .+\n|\n(?=  ))+)", text, re.MULTILINE))
+    by_title = {title.split(",")[0].split(" (")[0]: body for title, body in parts.items()}
+    (described,) = re.findall(r"^(.+ parameters, input .+)$", text, re.MULTILINE)
+    return {
+        "network": described,
+        "first_touch_ms": _first_touch(by_title["first touch"]),
+        "each_time": [*_each_time(by_title["every time after that"])],
+        "on_cpu_ms": {
+            name: durations(took)[0] for name, took in re.findall(r"^  (\w+) (?:on the CPU) +(.*)$", text, re.MULTILINE)
+        },
+        "steps": [*_steps(by_title["a step by batch size"])],
+    }
+
+
+def _first_touch(body: str) -> dict[str, float]:
+    """Milliseconds of what only the first call costs; the forward's compiled and loaded kernels apart."""
+    found: dict[str, float] = {}
+    for name, took, note in re.findall(
+        r"^  (\w+(?: \w+)?)? {2,}([\d.e+]+ (?:s|ms|µs))(?:  (.*))?$", body, re.MULTILINE
+    ):
+        found[f"first forward, {note}" if note else name] = durations(took)[0]
+    return found
+
+
+def _each_time(body: str) -> Iterator[Record]:
+    """The copies, the launch and the kernels at the largest batch, by three clocks."""
+    for line in body.splitlines():
+        if not (took := durations(line)):
+            continue
+        device, host, returned = took if len(took) == 3 else (None, took[0], None)
+        rate = re.search(r"([\d.]+) +(\d+)%$", line) if len(took) == 3 else None
+        yield {
+            "name": re.split(r" {2,}", line.strip())[0],
+            "device_ms": device,
+            "host_ms": host,
+            "returned_ms": returned,
+            "gbps": float(rate[1]) if rate else None,
+            "of_ceiling": int(rate[2]) / 100 if rate else None,
+        }
+
+
+STEP_COLUMNS = ("cpu_ms", "usual_ms", "prefetched_ms", "resident_ms", "copy_ms", "launch_ms", "kernels_ms")
+
+
+def _steps(body: str) -> Iterator[Record]:
+    """A step by batch size: on the CPU, three ways on the GPU, its parts, and the part that bounds it."""
+    for rows, nbytes, rest in re.findall(r"^ +([\d,]+) +([\d,]+)  (.+)$", body, re.MULTILINE):
+        yield {
+            "rows": int(rows.replace(",", "")),
+            "bytes": int(nbytes.replace(",", "")),
+            **dict(zip(STEP_COLUMNS, durations(rest), strict=True)),
+            "bound": next(part for part, took in zip(STEP_COLUMNS, re.split(r"  +", rest.strip())) if took[0] == "*"),
+        }
+
+
+def ceilings(text: str) -> dict[str, float]:
+    """What large copies reach, by the line of transfer.log; the GPU's memory counts what is read and written."""
+    (line,) = re.findall(r"^ceilings: (.*)$", text, re.MULTILINE)
+    to_device, to_host, memory = (float(value) for value in re.findall(r"([\d.]+) GB/s", line))
+    return {"memory_gbps": memory, "to_device_gbps": to_device, "to_host_gbps": to_host}
+
+
+# The file
+
+
+def published(folder: Path) -> Record:
+    """What the file for bench/results holds, from a folder of raw logs."""
+
+    def text(name: str) -> str:
+        return (folder / name).read_text()
+
+    return {
+        "format": FORMAT,
+        "origin": json.loads(text("origin.json")),
+        "ceilings": ceilings(text("transfer.log")),
+        "networks": [*cells(text("cells.jsonl")), *tinycudann(text("tinycudann.log")), *quack(text("quack.log"))],
+        "transfer": transfer(text("transfer.log")),
+    }
+
+
+def written(content: Record) -> str:
+    """JSON with a network a line, in six digits."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: rounded(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [rounded(each) for each in value]
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    content = rounded(content)
+    lines = ",\n".join(f"  {json.dumps(each, ensure_ascii=False)}" for each in content["networks"])
+    rest = json.dumps({**content, "networks": ["here"]}, indent=1, ensure_ascii=False)
+    return rest.replace('[\n  "here"\n ]', f"[\n{lines}\n ]") + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="the raw logs of one run as one file for bench/results")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="origin.json and the logs, as in tests/data/h100")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    options = parser.parse_args(arguments)
+    content = published(options.folder)
+    plots.write({options.out: written(content).encode()})
+    print(f"{len(content['networks'])} readings: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""The figures' data, the tables and the README against the raw logs, which are read here by other means."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import published, report
+from mlp_fused import plots
+from mlp_fused.plots import Theme
+
+ROOT = Path(__file__).parent.parent
+RAW = ROOT / "tests" / "data" / "h100"
+RESULTS = ROOT / "bench" / "results"
+FILE = RESULTS / "nvidia_h100_80gb_hbm3-2026-11-26.json"
+COPY_RATE = 3009.4e9  # bytes/s, by transfer.log
+
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def content() -> Record:
+    return report.load(FILE)
+
+
+def raw_cells() -> dict[str, Record]:
+    return {cell["cell"]: cell for cell in map(json.loads, (RAW / "cells.jsonl").read_text().splitlines())}
+
+
+def raw_tinycudann() -> dict[str, dict[str, Record]]:
+    """The log's numbers: network -> "ours", "tcnn" or "tcnn jit" -> name -> milliseconds."""
+    found: dict[str, dict[str, Record]] = {}
+    for line in (RAW / "tinycudann.log").read_text().splitlines():
+        if line.startswith("W"):
+            network = found.setdefault(line, {})
+        elif (start := line.find("{")) >= 0:
+            network[line[:start].strip()] = ast.literal_eval(line[start:])
+    return found
+
+
+# The data of the figures
+
+
+def test_rows_a_second_are_those_of_the_log(content: Record) -> None:
+    shown = {
+        (each.network["phase"], each.network["widths"][0], each.network["rows"]): each
+        for each in published.throughput(content)
+    }
+    logged = raw_tinycudann()
+    assert len(shown) == 2 * len(logged) == 8
+    for title, numbers in logged.items():
+        width, rows = int(title[1:].split()[0]), int(title.split()[-1])
+        ours, theirs = numbers["ours"], [numbers[who] for who in ("tcnn", "tcnn jit") if who in numbers]
+        fastest = {
+            name: min(each[f"{name}_{how}"] for each in theirs for how in ("user", "raw"))
+            for name in ("inference", "fwd_bwd")
+        }
+        expected = {
+            "inference": {
+                "ours": ours["inference"],
+                "eager": ours["eager_inference"],
+                "tinycudann": fastest["inference"],
+            },
+            "training": {
+                "ours": ours["fwd_bwd"],
+                "eager": ours["eager_fwd_bwd"],
+                "ours dx": ours["fwd_bwd_dx"],
+                "tinycudann dx": fastest["fwd_bwd"],
+            },
+        }
+        for phase, milliseconds in expected.items():
+            found = shown[phase, width, rows]
+            assert found.rates == pytest.approx({name: 1e3 * rows / ms for name, ms in milliseconds.items()})
+
+
+@pytest.mark.parametrize(
+    ("phase", "width", "rows", "bytes_per_row"),
+    [
+        ("inference", 64, 2**20, 2 * (64 + 64)),
+        ("inference", 64, 2**18, 2 * (64 + 16)),
+        ("training", 128, 2**20, 2 * (2 * 128 + 128 + 128)),
+        ("training", 64, 2**18, 2 * (2 * 64 + 16 + 16)),
+    ],
+)
+def test_the_memory_floor_is_bytes_over_the_measured_copy_rate(
+    phase: str, width: int, rows: int, bytes_per_row: int, content: Record
+) -> None:
+    (found,) = (
+        each
+        for each in published.throughput(content)
+        if (each.network["phase"], each.network["widths"][0], each.network["rows"]) == (phase, width, rows)
+    )
+    assert found.floor == pytest.approx(COPY_RATE / bytes_per_row)
+    assert all(rate < found.floor for rate in found.rates.values())
+
+
+def test_ratios_beside_the_figure_compare_the_same_work(content: Record) -> None:
+    """Eager without the gradient of x, tiny-cuda-nn with it. The slower one of ours is among them."""
+    found = [(each.over_eager, each.over_tinycudann) for each in published.throughput(content)]
+    expected = [
+        *((0.3669 / 0.0692, 0.3574 / 0.0692), (0.6684 / 0.1141, 0.6405 / 0.1141), (1.3268 / 0.331, 1.4087 / 0.331)),
+        *((0.1613 / 0.0559, 0.1116 / 0.0559), (0.9684 / 0.4724, 1.1241 / 0.3161), (1.7636 / 0.946, 1.9375 / 0.9919)),
+        *((3.5628 / 2.2608, 4.1727 / 2.2745), (0.7206 / 0.4056, 0.4904 / 0.6204)),
+    ]
+    assert found == [pytest.approx(pair) for pair in expected]
+    assert min(theirs for _, theirs in found) < 1
+
+
+def test_the_parts_of_a_step_are_those_of_the_log(content: Record) -> None:
+    found = published.step_parts(content)
+    assert {name: [ms for _, ms in points] for name, points in found.items()} == {
+        "cpu_ms": [1.16, 6, 70.8],
+        "usual_ms": [0.4, 0.996, 8.92],
+        "prefetched_ms": [0.506, 0.865, 1.52],
+        "copy_ms": [0.00677, 0.14, 0.938],
+        "launch_ms": [0.411, 0.552, 0.681],
+        "kernels_ms": [0.0998, 0.21, 1.3],
+    }
+    assert {tuple(rows for rows, _ in points) for points in found.values()} == {(64, 1024, 16384)}
+
+
+def test_speed_over_eager_has_every_cell_sorted_with_the_slower_ones(content: Record) -> None:
+    shown = published.speeds(content)
+    ratios = sorted(value for _, phases in shown for value in phases.values())
+    cells = raw_cells().values()
+    expected = [
+        cell["dev"][f"{phase} eager"] / cell["dev"][f"{phase} ours"]
+        for cell in cells
+        for phase in ("fwd", "train", "step")
+        if f"{phase} ours" in cell["dev"]
+    ]
+    assert ratios == pytest.approx(sorted(expected), rel=1e-4)
+    assert len(shown) == len(cells)
+    slowest = [min(phases.values()) for _, phases in shown]
+    assert slowest == sorted(slowest, reverse=True)
+    assert slowest[-1] == pytest.approx(0.0115272 / 0.0609542)
+    assert sum(value < 1 for value in slowest) == 13
+
+
+# The figures
+
+
+def points_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
+    """The drawn points by colour and marker, left to right."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in axes.lines:
+        if line.get_marker() != "None":
+            found.setdefault(line.get_marker(), []).extend(zip(line.get_xdata(), line.get_ydata()))
+    return {marker: sorted(points) for marker, points in found.items()}
+
+
+@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=lambda theme: theme.name)
+def test_the_figures_show_their_data(theme: Theme, content: Record) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    shown = published.throughput(content)
+    (axes,) = published.throughput_figure(theme, shown, "a GPU").axes
+    drawn = points_of(axes)
+    for marker, name in (("o", "ours"), ("s", "eager"), ("D", "tinycudann")):
+        rates = [1e-9 * rate for each in shown for system, rate in each.rates.items() if system.startswith(name)]
+        assert [x for x, _ in drawn[marker]] == pytest.approx(sorted(rates))
+    floors = [line.get_xdata()[0] for line in axes.lines if line.get_linewidth() == 2 and line.get_marker() == "None"]
+    assert floors == pytest.approx([1e-9 * each.floor for each in shown])
+
+    lines = published.step_parts(content)
+    (axes,) = published.step_figure(theme, lines, "title").axes
+    assert points_of(axes) == {published.STEP_SERIES[name].marker: points for name, points in lines.items()}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "1,024", "16,384"]
+
+    speeds = published.speeds(content)
+    (axes,) = published.speed_figure(theme, speeds, "a GPU").axes
+    drawn = points_of(axes)
+    for marker, phase in (("o", "inference"), ("s", "training")):
+        assert [x for x, _ in drawn[marker]] == sorted(ratios[phase] for _, ratios in speeds if phase in ratios)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [name for name, _ in speeds]
+    assert any(list(line.get_xdata()) == [1, 1] for line in axes.lines)
+
+
+def test_the_committed_page_and_figures_are_made_of_the_file(content: Record) -> None:
+    shown, slug = published.figures(content), published.slug(content)
+    assert (RESULTS / f"{slug}.md").read_text() == published.page(content, shown, slug)
+    for name, plot in shown.items():
+        for theme in ("light", "dark"):
+            drawn = (RESULTS / f"{slug}-{name}-{theme}.svg").read_text()
+            described = re.search("<dc:description>(.*?)</dc:description>", drawn, re.DOTALL)
+            assert described, name
+            assert described[1] == plot.alt.replace(">", "&gt;"), "draw it again: python -m bench.report"
+            assert len(drawn) < 150_000
+
+
+# The README
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def block(name: str = "measured") -> str:
+    found = re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
+    assert found
+    return found[1]
+
+
+def test_the_readme_s_measured_block_is_made_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(FILE), "--table"]) == 0
+    assert block() == capsys.readouterr().out, "python -m bench.report FILE --table prints the block"
+
+
+def test_every_number_of_the_readme_s_table_is_a_reading() -> None:
+    """Read off the raw log, cell by cell: milliseconds of ours and of eager's, and their ratio."""
+    readings: set[tuple[str, ...]] = {("-", "-", "-")}
+    for cell in raw_cells().values():
+        for phase in ("fwd", "train"):
+            if f"{phase} ours" in cell["dev"]:
+                ours, eager = (cell["dev"][f"{phase} {system}"] for system in ("ours", "eager"))
+                speed = eager / ours
+                readings.add((f"{ours:#.3g}", f"{eager:#.3g}", f"{speed:.2f}x" if speed < 1.995 else f"{speed:.1f}x"))
+    rows = [[each.strip() for each in line.strip("|").split("|")] for line in block().splitlines() if line[:1] == "|"]
+    header, _, *rows = rows
+    assert len(header) == 7
+    assert 1 <= len(rows) <= 10
+    for row in rows:
+        assert {tuple(row[1:4]), tuple(row[4:7])} <= readings, row
+    assert any(float(row[6].strip("x")) < 0.85 for row in rows if row[6] != "-"), "the slower networks are shown too"
+
+
+def test_the_readme_s_output_of_transfer_is_the_log_s_shortened() -> None:
+    log = (RAW / "transfer.log").read_text().splitlines()
+    _, *shown, _ = block("transfer").splitlines()
+    shown = [line for line in shown if line and line != "…"]
+    places = [log.index(line) for line in shown]
+    assert places == sorted(places)
+    assert len(shown) > 15
+
+
+def test_the_readme_s_output_of_tune_has_the_readings_of_the_products() -> None:
+    table = json.loads((RAW / "tuned.json").read_text())
+    readings = {
+        (product["kind"], product["width_in"], product["width_out"], product["rows"], product["dtype"]): product
+        for product in table["gemms"]
+    }
+    text = block("tune")
+    rows = re.findall(
+        r"^(\w+) (\d+) -> (\d+), (\d+) rows, (\w+) +([\d.]+) +([\d.]+) +([\d.]+)  (.*)$", text, re.MULTILINE
+    )
+    assert len(rows) >= 5
+    for kind, width_in, width_out, count, dtype, torchs, ours, ratio, fastest in rows:
+        product = readings[kind, int(width_in), int(width_out), int(count), dtype]
+        assert (torchs, ours) == (f"{product['torch_ms']:.4f}", f"{product['ms']:.4f}")
+        assert ratio == f"{product['torch_ms'] / product['ms']:.2f}"
+        assert (fastest == "torch's own") == (product["tile"] is None)
+    won = sum(product["tile"] is not None for product in table["gemms"])
+    assert f"Our kernels won {won} of {len(table['gemms'])};" in text
+    assert table["device"] in text
+
+
+def test_what_the_readme_says_of_tests_and_train_is_in_the_file(content: Record) -> None:
+    origin = content["origin"]
+    assert f"{origin['tests']['passed']} of {origin['tests']['gpu_tests']} GPU tests passed" in README
+    assert f"accuracy is {origin['train']['accuracy']} after {origin['train']['epochs']} epochs" in README
+
+
+def test_the_readme_s_pictures_and_links_exist(content: Record) -> None:
+    linked = re.findall(r'(?:srcset|src)="([^"]+)"', README) + re.findall(r"\]\(([^)#]+?)\)", README)
+    local = [link for link in linked if not link.startswith("http")]
+    assert len(local) > 4
+    for link in local:
+        assert (ROOT / link).is_file(), link
+    pictures = re.findall("^<picture>.*</picture>$", README, re.MULTILINE)
+    assert pictures == [published.readme_picture(content, name) for name in ("throughput", "step")]
+
+
+# The command
+
+
+def test_files_of_both_kinds_go_through_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert report.main([str(FILE), "--out", str(tmp_path / "out")]) == 0
+    assert f"58 networks, 6 plots: {tmp_path / 'out' / FILE.stem}.md" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in RESULTS.iterdir() if path.name.startswith(FILE.stem) and path != FILE
+    }
+    other = tmp_path / "other.json"
+    other.write_text('{"schema": 2}')
+    assert report.main([str(other), str(FILE), "--out", str(tmp_path / "none")]) == 2
+    assert "holds published readings, which do not mix with others" in capsys.readouterr().err
+    assert report.main([str(other), "--table"]) == 2
+    assert f"{other} holds no published readings" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0034174, "0.00342"), (0.66, "0.660"), (2.5, "2.50"), (26.73, "26.7"), (3090.0, "3,090")]
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert published.number(value) == text
+    assert published.number(None) == published.NOT_MEASURED
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.8168, "0.82x"), (1.994, "1.99x"), (1.996, "2.0x"), (5.09, "5.1x")])
+def test_ratios_have_two_digits(value: float, text: str) -> None:
+    assert published.times(value) == text

@@ -1,0 +1,154 @@
+"""The published file is what the raw logs say, reading by reading; the logs are read here by other means."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import readings
+from bench.readings import CELLS, TF32
+from mlp_fused.kernels.configs import device_slug
+
+ROOT = Path(__file__).parent.parent
+RAW = ROOT / "tests" / "data" / "h100"
+RESULTS = ROOT / "bench" / "results" / "nvidia_h100_80gb_hbm3-2026-11-26.json"
+
+Record = dict[str, Any]
+
+
+def raw_cells() -> dict[str, Record]:
+    return {cell["cell"]: cell for cell in map(json.loads, (RAW / "cells.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def content() -> Record:
+    return readings.published(RAW)
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers in nested lists and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [number for each in value for number in numbers(each)]
+    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+# The file
+
+
+def test_the_committed_file_is_made_of_the_raw_readings(content: Record, tmp_path: Path) -> None:
+    made = tmp_path / "made.json"
+    assert readings.main([str(RAW), "--out", str(made)]) == 0
+    assert made.read_text() == RESULTS.read_text()
+    origin = content["origin"]
+    assert RESULTS.stem == f"{device_slug(origin['gpu'])}-{origin['date']}"
+
+
+def test_ids_are_unique_and_every_network_names_every_system(content: Record) -> None:
+    networks = content["networks"]
+    assert len({network["id"] for network in networks}) == len(networks)
+    assert {tuple(network["systems"]) for network in networks} == {readings.SYSTEMS}
+    with pytest.raises(ValueError, match=r"^narrow64 was computed by jax, which SYSTEMS does not name$"):
+        readings.network("narrow64", CELLS["narrow64"], "inference", {"jax": readings.reading(1.0)})
+
+
+def test_no_reading_of_a_cell_is_lost_or_changed(content: Record) -> None:
+    by_id = {network["id"]: network for network in content["networks"]}
+    names = {"captured ours": "captured", "captured eager": "captured_eager"}
+    count = 0
+    for name, cell in raw_cells().items():
+        for label, (median, low, high) in cell["ms"].items():
+            short, system = label.split(" ", 1)
+            found = by_id[f"{name}-{readings.PHASES[short]}"]["systems"][names.get(system, system)]
+            assert (found["loop_ms"], found["loop_low_ms"], found["loop_high_ms"]) == (median, low, high)
+            assert found["device_ms"] == cell["dev"].get(label)
+            kernels = cell["kernels"].get(label)
+            assert numbers(found["kernels"]) == numbers(None if kernels is None else [k[1] for k in kernels])
+            count += 1
+    assert count == sum(
+        reading is not None
+        for name in CELLS
+        for phase in readings.PHASES.values()
+        for reading in by_id.get(f"{name}-{phase}", {"systems": {}})["systems"].values()
+    )
+
+
+@pytest.mark.parametrize("log", ["tinycudann.log", "quack.log"])
+def test_every_time_of_a_log_is_published(log: str, content: Record) -> None:
+    """But tiny-cuda-nn's forward that keeps what a backward reads, which stands beside nothing of ours."""
+    text = re.sub(r"'(forward_raw|rel_err)': [\d.]+", "", (RAW / log).read_text())
+    said = sorted(float(number) for number in re.findall(r"\d+\.\d{3,4}\b", text))
+    prefix = log.removesuffix(".log")
+    networks = [network for network in content["networks"] if network["id"].startswith(prefix)]
+    shown = [reading["loop_ms"] for network in networks for reading in network["systems"].values() if reading]
+    assert said == sorted(shown)
+    assert not any(network["bias"] for network in networks)
+
+
+def test_every_duration_of_the_transfer_log_is_published(content: Record) -> None:
+    text = (RAW / "transfer.log").read_text()
+    measured, _ = text.split("\nof a step of 16,384 rows")  # what follows repeats the tables
+    measured = re.sub(r"of the forward's.*", "", measured)
+    milliseconds = {"s": 1e3, "ms": 1.0, "µs": 1e-3}
+    said = [float(value) * milliseconds[unit] for value, unit in re.findall(r"(\d[\d.e+]*) (s|ms|µs)", measured)]
+    found = content["transfer"]
+    shown = [
+        *numbers(found["first_touch_ms"]),
+        *(each[clock] for each in found["each_time"] for clock in ("device_ms", "host_ms", "returned_ms")),
+        *numbers(found["on_cpu_ms"]),
+        *(each[column] for each in found["steps"] for column in readings.STEP_COLUMNS),
+    ]
+    assert sorted(value for value in shown if value is not None) == pytest.approx(sorted(said))
+    assert [each["bound"] for each in found["steps"]] == ["launch_ms", "launch_ms", "kernels_ms"]
+    assert [each["rows"] for each in found["steps"]] == [64, 1024, 16384]
+    assert content["ceilings"] == {"memory_gbps": 3009.4, "to_device_gbps": 55.1, "to_host_gbps": 54.9}
+
+
+# The networks behind the cells' names
+
+
+def test_every_cell_has_a_network() -> None:
+    assert set(CELLS) == set(raw_cells())
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cells_kernels_are_those_of_its_network(name: str) -> None:
+    """Layers by the launches, dtype and activation by the names of torch's kernels."""
+    cell, problem = raw_cells()[name], CELLS[name]
+    layers = len(problem.widths) - 1
+    kernels = cell["kernels"].get("fwd ours") or cell["kernels"]["step ours"]
+    launches = {kernel: count for kernel, (_, count) in kernels}
+    assert (
+        launches["network_forward_kernel"] == 1
+        if cell["path"] == "network"
+        else launches["layer_forward_kernel"] == layers
+    )
+    torchs = cell["kernels"].get("fwd eager") or cell["kernels"]["step eager"]
+    names = " ".join(kernel for kernel, _ in torchs)
+    products = sum(count for kernel, (_, count) in torchs if re.search("gemm|gemv|nvjet|cutlass", kernel))
+    assert products == (layers if "fwd eager" in cell["kernels"] else 3 * layers - 1)  # a step: no gradient of x
+    assert ("Gelu" in names) == (problem.activation == "gelu")
+    sign = {"fp16": "_hsh_", "bf16": "_tst_", "fp32": "tf32f32" if name in TF32 else "f32f32_f32f32|gemvx"}
+    assert re.search(sign[problem.dtype], names)
+
+
+@pytest.mark.parametrize("name", [name for name in CELLS if name not in ("seed", "latency1", "latency-n64")])
+def test_a_cells_time_is_that_of_its_rows(name: str) -> None:
+    """Eager's kernels reach 70 % of what this GPU's products and copies allow: half or twice the rows would show."""
+    cell, problem = raw_cells()[name], CELLS[name]
+    nbytes = 4 if problem.dtype == "fp32" else 2
+    flops_per_s = 400e12 if name in TF32 else 50e12 if problem.dtype == "fp32" else 731e12
+    bytes_per_s = 3.0094e12
+    seconds = 0.0
+    for k, n in pairwise(problem.widths):
+        moved = nbytes * (problem.rows * (k + n) + k * n)
+        seconds += max(2 * problem.rows * k * n / flops_per_s, moved / bytes_per_s)
+    hidden = sum(problem.widths[1:-1])
+    seconds += 2 * nbytes * problem.rows * hidden / bytes_per_s  # the activations, read and written
+    assert 0.7 <= 1e3 * seconds / cell["dev"]["fwd eager"] <= 1.05

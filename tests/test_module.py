@@ -519,11 +519,10 @@ def test_torch_compile_and_export_see_torchs_modules_without_kernels(device: str
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_explain_counts_what_is_kept(activation: str) -> None:
-    model = FusedMLP(32, [48, 16, 8], activation_layer=activation)
-    plan = model.explain(64, device="NVIDIA H200")
+    plan = FusedMLP(32, [48, 16, 8], activation_layer=activation, backend="triton").explain(64, device="NVIDIA H200")
     assert plan.path == "network"
     assert plan.kept_bytes == 64 * (32 + 48 + 16) * 4
-    by_torch = model.explain(64)
+    by_torch = FusedMLP(32, [48, 16, 8], activation_layer=activation).explain(64)
     assert by_torch.path == "reference"
     assert by_torch.reason == "the input is on the CPU"
     pre_activations = 64 * (48 + 16) * 4 if activation == "gelu" else 0
@@ -539,6 +538,15 @@ def test_explain_counts_what_is_kept(activation: str) -> None:
     ):
         assert expected in text
     assert plan.work.flops == 2 * 64 * (32 * 48 * 2 + 48 * 16 * 3 + 16 * 8 * 3)
+
+
+def test_explain_says_why_a_float32_network_is_not_one_kernel() -> None:
+    """Unless the user asks for kernels, or for what is kept."""
+    plan = FusedMLP(32, [48, 16, 8]).explain(64, device="NVIDIA H200")
+    reason = "one kernel for a float32 network was slower than torch where measured"
+    assert (plan.path, plan.reason) == ("layer", reason)
+    assert FusedMLP(32, [48, 16, 8]).explain(64, torch.bfloat16, "NVIDIA H200").path == "network"
+    assert FusedMLP(32, [48, 16, 8], recompute=True).explain(64, device="NVIDIA H200").path == "network"
 
 
 def test_explain_names_what_runs_as_itself_and_why() -> None:

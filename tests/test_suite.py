@@ -158,14 +158,25 @@ def suite(tmp_path: Path) -> Path:
     return tmp_path
 
 
+# In place of the fixtures that import torch for every test.
+QUICK = """
+import pytest
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tables(): pass
+
+@pytest.fixture(autouse=True)
+def _fresh_settings(): pass
+"""
+
+
 def pytest_run(suite: Path, test: str, *arguments: str) -> subprocess.Popen[str]:
-    (suite / "test_small.py").write_text(test)
+    (suite / "test_small.py").write_text(QUICK + test)
     return start("-m", "pytest", "-p", "no:cacheprovider", *arguments, cwd=suite)
 
 
 IN_WORKERS = """
 import os
-import pytest
 
 ON_GPU = {on_gpu}
 
@@ -235,7 +246,6 @@ def test_every_failure_is_appended_whatever_fails(suite: Path) -> None:
     (suite / "failures.txt").write_text("of an earlier run\n")
     (suite / "test_broken.py").write_text("import nothing_of_that_name")
     test = (
-        "import pytest\n"
         "@pytest.fixture\ndef broken():\n    yield\n    raise ValueError('in teardown')\n"
         "def test_passes(broken): pass\n"
         "def test_skips(): pytest.skip('no')\n"

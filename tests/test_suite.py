@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import CASES
 from conftest import asks_for
 
 HERE = Path(__file__).parent
@@ -144,6 +145,13 @@ def test_the_two_commands_for_a_gpu_run_each_of_its_tests_once(collected: dict[s
 )
 def test_a_mark_expression_asks_for_marks(expression: str, asked: str) -> None:
     assert [mark for mark in ("gpu", "full", "alone") if asks_for(expression, mark)] == asked.split()
+
+
+def test_dropout_leaves_enough_elements_for_a_norm() -> None:
+    """The bound is twice torch's error in a norm, which over two elements may be next to nothing by chance."""
+    dropping = [case for case in CASES if case.rows and 0 < case.dropout < 1]
+    assert dropping
+    assert [case.id for case in dropping if case.rows * case.widths[-1] * (1 - case.dropout) < 8] == []
 
 
 # --- Runs of pytest on a small suite with this suite's conftest.py ---

@@ -31,6 +31,8 @@ def measures(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not measures(config):
         config.option.benchmark_disable = True
+    elif config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
+        raise pytest.UsageError("rows measured side by side would disturb each other: --benchmark goes without -n")
     elif reason := distorted():
         raise pytest.UsageError(reason)
 

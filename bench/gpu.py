@@ -1,24 +1,37 @@
-"""Everything a GPU is needed for, in one command: `python bench/gpu.py --minutes 8 --out DIR`.
+"""Everything a GPU is needed for, in one command: `python bench/gpu.py --minutes 10 --out DIR`.
 
 Runs the GPU tests, then the tuner, then the anchor cells, then the rest of the grid until the time is up, and says what
 all rows so far show of the goals (goals.py). Called again with the same DIR it carries on where it stopped: tests that
 were finished and rows that are there are not run again; the tuner is given its file again, and begins with what is not
-in it. With `--tests-share 0 --tune-share 0.75` it has 337 of 8 minutes' seconds, in which by a model of its time
-(tests/test_tuning.py) it measures every tile of the anchors, three or four of all other products, and every network.
-The rows are measured with the tiles that the package comes with, not with those just tuned: in kernels/tuned/ these are
-another state of the sources.
+in it. The rows are measured with the tiles that the package comes with, not with those just tuned: in kernels/tuned/
+these are another state of the sources.
 
-DIR then holds tests.log, tune.log, worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is
-the device's name by `mlp_fused.kernels.configs.device_slug`. That file is written after every row, whole or not at all:
+The plan reserves ANCHOR_RESERVE seconds for every anchor that is still to be measured, so that the anchors have rows
+however long tests and tuner take. Ten minutes leave 300 seconds beside them: up to 240 for the tests, then half of what
+those leave for the tuner. An anchor gets an equal part of the time left for the anchors still to come. One that takes
+longer is kept as far as it was measured, and measured again before the rest of the grid. Once the anchors have rows,
+nothing is reserved: with `--minutes 8 --tests-share 0 --tune-share 0.75` the tuner then has 337 seconds, in which by a
+model of its time (tests/test_tuning.py) it measures every tile of the anchors, three or four of all other products, and
+every network.
+
+The tests run in two commands, `pytest -m 'gpu and not alone' -n auto` and `pytest -m 'gpu and alone'`. Tests and tuner
+that run out of time get SIGINT, so that they say what they found, and a few seconds later SIGKILL. Before rows are
+timed, their kernels are compiled on all cores but two.
+
+DIR then holds tests.log, tests_alone.log, failures.txt (every failed test, written the moment that it fails), tune.log,
+worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is the device's name by
+`mlp_fused.kernels.configs.device_slug`. That file is written after every row, whole or not at all:
 
     schema      2
     machine     see machine.py: GPU, driver, versions, CPU, digests of the sources and of the user's own table
     started, updated    UTC, ISO 8601
-    tests       {"finished", "status", "summary", "seconds"} of `pytest -m gpu tests`, or null; the summary is the last
-                line of its output, the status null where its time was up
+    tests       {"finished", "status", "summary", "seconds"} of both test commands, or null; the summary is the last
+                line of each one's output, the status the larger of the two, null where their time was up
     tune        the same of `python -m mlp_fused tune`, the last time that it ran, and its "file"; or null
     ceilings    one entry a call: date, FLOP/s by dtype, bytes/s of a copy on the device
-    rows        by id, in the order measured: measure.py's row and its "seconds_spent"; or {"id", "error", …}
+    rows        by id, in the order measured: measure.py's row and its "seconds_spent"; or {"id", "error", …} and what
+                was measured before the error; with "unfinished", the seconds that it was given, where it needs more and
+                is measured again
 
 Where GPU, versions, sources or the user's own table are not those of a file already there, that file is put aside under
 its date and a new one is started: numbers of two machines do not mix.
@@ -39,21 +52,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 if __name__ in ("__main__", "__mp_main__"):
+    BEGUN = time.monotonic()  # importing torch takes seconds of the user's time
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from bench import goals
 from bench.machine import ROOT, machine
-from bench.measure import describe, measure, why_not
-from bench.shapes import GRID, Cell, select
+from bench.measure import compile_ahead, describe, measure, why_not
+from bench.shapes import FRESH_PHASES, GRID, Cell, Problem, select
 from mlp_fused.environment import distorted
 from mlp_fused.kernels.configs import device_slug
 from mlp_fused.timing import ceilings
@@ -61,15 +76,26 @@ from mlp_fused.training import DTYPES
 
 Row = dict[str, Any]
 Measure = Callable[[Cell, str, Callable[[Row], None]], Row]
+CompileAhead = Callable[[list[Problem]], None]
+Job = Cell | list[Problem] | None  # measure a row, compile ahead, measure the ceilings
+Run = Callable[[list[str], Path, Path, float, float], Row]
 
 SCHEMA = 2
 RESERVE = 10.0  # seconds kept for ending: the last write, the worker's end
 SHORTEST = 10.0  # with less than this left, no row is begun
 ROW_SECONDS = 90.0
 ANCHOR_SECONDS = 240.0  # max-autotune times many tiles for each product
-TESTS_SHARE = 0.35
-TUNE_SHARE = 0.25
+ANCHOR_RESERVE = 29.0  # for each anchor: enough for ours, eager and a graph of it
+TESTS_SHARE = 0.8  # of what is not reserved: 240 seconds of ten minutes
+TUNE_SHARE = 0.5  # of what is not reserved and the tests leave
+GRACE = 20.0  # seconds from SIGINT to SIGKILL; pytest-xdist gives its workers 10 before it prints the failures
 TUNE_GRACE = 15.0  # seconds between the end that the tuner is told and the one that it is given
+TUNE_STOP = 5.0  # of those, from SIGINT to SIGKILL
+PREPARE_SHARE = 0.2  # of the time left for rows, at most, for the ceilings, and for compiling kernels ahead
+USUAL_ROW = 10.0  # seconds, by which is estimated how many rows will be reached
+
+# What `pytest` is told, by the log that its output goes to.
+TESTS = {"tests.log": ["-m", "gpu and not alone", "-n", "auto"], "tests_alone.log": ["-m", "gpu and alone"]}
 
 # What must agree for rows to stand in one file.
 SAME = ("gpu", "driver", "cuda", "torch", "triton", "python", "mlp_fused", "source", "user_table")
@@ -83,9 +109,21 @@ class RowError(Exception):
         self.partial = partial or {}
 
 
+class CutOffError(RowError):
+    """A row took longer than it was given."""
+
+
 class Measurer(Protocol):
+    """What measures: each method raises CutOffError after `seconds`, RowError where it fails."""
+
     def measure(self, cell: Cell, seconds: float) -> Row:
-        """The row of a cell. Raises TimeoutError or RowError."""
+        """The row of a cell."""
+
+    def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
+        """Compile what the rows of these problems launch."""
+
+    def ceilings(self, seconds: float) -> Row:
+        """The machine's ceilings."""
 
 
 class Results:
@@ -129,9 +167,17 @@ class Results:
     def rows(self) -> dict[str, Row]:
         return self.content["rows"]
 
+    def unfinished(self, cell: Cell) -> float:
+        """The seconds that a cell was given and that were too few; 0 for any other."""
+        return self.rows.get(str(cell), {}).get("unfinished", 0.0)
+
     def todo(self, cells: Iterable[Cell], *, retry: bool = False) -> list[Cell]:
-        """The cells that have no row yet; with `retry`, those too whose row is an error."""
-        return [c for c in cells if str(c) not in self.rows or (retry and "error" in self.rows[str(c)])]
+        """The cells that have no row yet, or an unfinished one; with `retry`, also those whose row is an error."""
+        return [
+            cell
+            for cell in cells
+            if str(cell) not in self.rows or self.unfinished(cell) or (retry and "error" in self.rows[str(cell)])
+        ]
 
     def save(self) -> None:
         self.content["updated"] = now()
@@ -147,8 +193,8 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def serve(connection: Connection, function: Measure, device: str, log: Path) -> None:
-    """The worker: receives cells, sends ("partial" | "row" | "error", dict). Ends when the other side does.
+def serve(connection: Connection, function: Measure, ahead: CompileAhead, device: str, log: Path) -> None:
+    """The worker: receives jobs, sends ("partial" | "row" | "error", dict). Ends when the other side does.
 
     An error is sent with `broken`: whether the CUDA context is lost, so that nothing else can run in this process.
     """
@@ -159,14 +205,17 @@ def serve(connection: Connection, function: Measure, device: str, log: Path) -> 
         os.dup2(file.fileno(), 2)
     while True:
         try:
-            cell = connection.recv()
+            job: Job = connection.recv()
         except EOFError:
             return
         try:
-            if cell is None:
+            if job is None:
                 connection.send(("row", all_ceilings(device)))
+            elif isinstance(job, list):
+                ahead(job)
+                connection.send(("row", {}))
             else:
-                connection.send(("row", function(cell, device, lambda row: connection.send(("partial", row)))))
+                connection.send(("row", function(job, device, lambda row: connection.send(("partial", row)))))
         except Exception as error:
             connection.send(("error", {"error": describe(error), "broken": device == "cuda" and context_is_lost()}))
 
@@ -190,24 +239,33 @@ def all_ceilings(device: str) -> Row:
 class Worker:
     """A process that measures one cell at a time, and is started again after it had to be ended."""
 
-    def __init__(self, log: Path, device: str = "cuda", function: Measure = measure) -> None:
+    def __init__(
+        self, log: Path, device: str = "cuda", function: Measure = measure, ahead: CompileAhead = compile_ahead
+    ) -> None:
         self.log = log
         self.device = device
         self.function = function
+        self.ahead = ahead
         self.process: Any = None
         self.connection: Any = None
 
-    def measure(self, cell: Cell | None, seconds: float) -> Row:
-        """The row of a cell, or for None the machine's ceilings.
+    def measure(self, cell: Cell, seconds: float) -> Row:
+        return self._do(cell, seconds)
 
-        Raises TimeoutError after `seconds`, RowError where measuring raised or the process died.
-        """
+    def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
+        self._do(problems, seconds)
+
+    def ceilings(self, seconds: float) -> Row:
+        return self._do(None, seconds)
+
+    def _do(self, job: Job, seconds: float) -> Row:
+        """What the process answers. Raises CutOffError after `seconds`, RowError where the job raised or it died."""
         if self.process is None or not self.process.is_alive():
             self._start()
         partial: Row = {}
         deadline = time.monotonic() + seconds
         try:
-            self.connection.send(cell)
+            self.connection.send(job)
             while self.connection.poll(max(0.0, deadline - time.monotonic())):
                 kind, row = self.connection.recv()
                 if kind == "row":
@@ -223,13 +281,14 @@ class Worker:
             self.close()
             raise RowError(f"the process that measured it ended with status {status}", partial) from None
         self.close()
-        raise TimeoutError(f"stopped after {seconds:.0f} s")
+        raise CutOffError(f"stopped after {seconds:.0f} s", partial)
 
     def _start(self) -> None:
         self.close()
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, self.function, self.device, self.log))
+        arguments = (theirs, self.function, self.ahead, self.device, self.log)
+        self.process = context.Process(target=serve, args=arguments)
         self.process.start()
         theirs.close()
 
@@ -249,37 +308,23 @@ class Worker:
         self.process = None
 
 
-def run_tests(results: Results, directory: Path, root: Path, seconds: float) -> None:
-    """`pytest -m gpu tests` in a child process, its output in tests.log, ended after `seconds`."""
-    command = ["pytest", "-m", "gpu", "-q", "tests"]
-    results.content["tests"] = run_module(command, root, directory / "tests.log", seconds)
-    results.save()
+def run_module(command: list[str], root: Path, log: Path, seconds: float, grace: float = GRACE) -> Row:
+    """`python -m` something in a child process, ended after `seconds`: {"finished", "status", "summary", "seconds"}.
 
-
-def run_tuner(results: Results, directory: Path, root: Path, seconds: float) -> None:
-    """`python -m mlp_fused tune` in a child process, its output in tune.log, ended after `seconds`."""
-    file = directory.resolve() / f"tuned_{results.path.stem}.json"
-    minutes = max(0.0, seconds - TUNE_GRACE) / 60
-    command = ["mlp_fused", "tune", "--minutes", f"{minutes:.2f}", "--out", str(file)]
-    outcome = run_module(command, root, directory / "tune.log", seconds)
-    results.content["tune"] = {**outcome, "file": file.name if file.exists() else None}
-    results.save()
-
-
-def run_module(command: list[str], root: Path, log: Path, seconds: float) -> Row:
-    """`python -m` something in a child process, ended after `seconds`: {"finished", "status", "summary", "seconds"}."""
+    It gets SIGINT `grace` seconds before, or halfway where that is sooner; then its process group gets SIGKILL.
+    """
     begun = time.monotonic()
     command = [sys.executable, "-m", *command]
+    grace = min(grace, seconds / 2)
+    status: int | None = None
     with log.open("w") as file:
         child = subprocess.Popen(command, cwd=root, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status: int | None = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = child.wait(seconds - grace)
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            if child.returncode is None:
+                stop(child, grace)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return {
         "finished": status is not None,
@@ -289,49 +334,145 @@ def run_module(command: list[str], root: Path, log: Path, seconds: float) -> Row
     }
 
 
-def run_rows(
-    cells: list[Cell],
-    results: Results,
-    worker: Measurer,
-    deadline: float,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    say: Callable[[str], None] = print,
-) -> int:
-    """Measure `cells` in order until `deadline` (by `clock`), writing and saying each row; how many were written.
+def stop(child: subprocess.Popen[bytes], grace: float) -> None:
+    """Ask a process to end by SIGINT, and after `grace` seconds kill its group, whatever it has started."""
+    child.send_signal(signal.SIGINT)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
-    A row that the deadline cuts off is not written, and is the first to run next time; one that its own limit cuts off
-    is written as an error.
-    """
-    done = 0
-    for number, cell in enumerate(cells, 1):
-        begun = clock()
-        left = deadline - begun
-        if left < SHORTEST:
-            break
+
+def run_tests(results: Results, directory: Path, root: Path, seconds: float, run: Run = run_module) -> None:
+    """The GPU tests in two child processes one after the other, both ended after `seconds`."""
+    failures = directory.resolve() / "failures.txt"
+    failures.unlink(missing_ok=True)
+    outcomes: list[Row] = []
+    for log, options in TESTS.items():
+        left = seconds - sum(outcome["seconds"] for outcome in outcomes)
+        if left <= GRACE:
+            outcomes.append({"finished": False, "status": None, "summary": "not begun", "seconds": 0.0})
+            continue
+        command = ["pytest", *options, "-q", "--failures", str(failures), "tests"]
+        outcomes.append(run(command, root, directory / log, left, GRACE))
+    statuses = [outcome["status"] for outcome in outcomes]
+    results.content["tests"] = {
+        "finished": all(outcome["finished"] for outcome in outcomes),
+        "status": None if None in statuses else max(statuses),
+        "summary": "; ".join(outcome["summary"] for outcome in outcomes),
+        "seconds": round(sum(outcome["seconds"] for outcome in outcomes), 1),
+    }
+    results.save()
+
+
+def run_tuner(results: Results, directory: Path, root: Path, seconds: float, run: Run = run_module) -> None:
+    """`python -m mlp_fused tune` in a child process, its output in tune.log, ended after `seconds`."""
+    file = directory.resolve() / f"tuned_{results.path.stem}.json"
+    minutes = max(0.0, seconds - TUNE_GRACE) / 60
+    command = ["mlp_fused", "tune", "--minutes", f"{minutes:.2f}", "--out", str(file)]
+    outcome = run(command, root, directory / "tune.log", seconds, TUNE_STOP)
+    results.content["tune"] = {**outcome, "file": file.name if file.exists() else None}
+    results.save()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of the work and its times: what it writes to, what runs and measures, what tells the time."""
+
+    results: Results
+    directory: Path
+    worker: Measurer
+    deadline: float  # by `clock`
+    run: Run = run_module
+    clock: Callable[[], float] = time.monotonic
+    say: Callable[[str], None] = print
+
+    @property
+    def left(self) -> float:
+        return self.deadline - self.clock()
+
+    def tests_and_tuner(self, anchors: int, tests_share: float, tune_share: float) -> None:
+        """Run the tests, unless they were finished before, and the tuner, in the time not reserved for anchors."""
+        reserved, content = ANCHOR_RESERVE * anchors, self.results.content
+        seconds = tests_share * (self.left - reserved)
+        if seconds > GRACE and not (content["tests"] and content["tests"]["finished"]):
+            run_tests(self.results, self.directory, ROOT, seconds, self.run)
+            self.say(f"tests: {ending(content['tests'])}")
+        seconds = tune_share * (self.left - reserved)
+        if seconds > 2 * TUNE_GRACE:
+            run_tuner(self.results, self.directory, ROOT, seconds, self.run)
+            self.say(f"tuner: {ending(content['tune'])}")
+
+    def measure(self, todo: Sequence[Cell]) -> None:
+        """Measure the ceilings and the rows of these cells: the anchors, those again that need more time, the rest."""
+        try:
+            self.results.content["ceilings"].append(self.worker.ceilings(max(1.0, PREPARE_SHARE * self.left)))
+            self.results.save()
+        except RowError as error:
+            self.say(f"the ceilings could not be measured: {error}")
+        anchors = [cell for cell in todo if cell.anchor]
+        self.compile(anchors)
+        self.run_rows(anchors)
+        rest = [cell for cell in todo if not cell.anchor or self.results.unfinished(cell)]
+        self.compile(rest[: max(0, int(self.left / USUAL_ROW))])
+        self.run_rows(rest)
+
+    def compile(self, cells: Iterable[Cell]) -> None:
+        """Compile ahead what these cells launch, but for those that are about compiling."""
+        problems = list(dict.fromkeys(cell.problem for cell in cells if cell.phase not in FRESH_PHASES))
+        begun, seconds = self.clock(), PREPARE_SHARE * self.left
+        if not problems or seconds < SHORTEST:
+            return
+        try:
+            self.worker.compile_ahead(problems, seconds)
+        except RowError as error:
+            self.say(f"kernels are compiled where they are launched, as ahead it failed: {error}")
+        else:
+            self.say(f"the kernels of {len(problems)} problems were compiled in {self.clock() - begun:.1f} s")
+
+    def run_rows(self, cells: Sequence[Cell]) -> int:
+        """Measure cells in order until the deadline, writing and saying each row. Returns how many were written.
+
+        A cell leaves the anchors after it that have no row their equal part of the time. A row that is cut off before
+        its own limit is unfinished, and stays to do; one that its own limit cuts off is an error.
+        """
+        done = 0
+        for number, cell in enumerate(cells):
+            begun, left = self.clock(), self.left
+            if left < SHORTEST:
+                break
+            waiting = sum(each.anchor and str(each) not in self.results.rows for each in cells[number + 1 :])
+            seconds = left / (1 + waiting)
+            if seconds <= self.results.unfinished(cell):
+                continue  # it would get no further than before
+            row = self.row(cell, seconds)
+            spent = self.clock() - begun
+            self.results.rows[str(cell)] = {**row, "seconds_spent": round(spent, 2)}
+            self.results.save()
+            done += 1
+            times = f"{spent:.1f} s, {max(0.0, self.left):.0f} s left"
+            self.say(f"[{number + 1}/{len(cells)}] {cell}: {summary(row)} ({times})")
+        return done
+
+    def row(self, cell: Cell, seconds: float) -> Row:
+        """A cell's row within its own limit or `seconds`; where measuring fails, the part measured before and why."""
         limit = ANCHOR_SECONDS if cell.anchor else ROW_SECONDS
         try:
-            row = worker.measure(cell, min(limit, left))
-        except TimeoutError as error:
-            if left <= limit:
-                say(f"[{number}/{len(cells)}] {cell}: cut off by the end of the time")
-                break
-            row = {"id": str(cell), "error": str(error)}
+            return self.worker.measure(cell, min(limit, seconds))
         except RowError as error:
             row = {**error.partial, "id": str(cell), "error": str(error)}
-        spent = clock() - begun
-        results.rows[str(cell)] = {**row, "seconds_spent": round(spent, 2)}
-        results.save()
-        done += 1
-        times = f"{spent:.1f} s, {max(0.0, deadline - clock()):.0f} s left"
-        say(f"[{number}/{len(cells)}] {cell}: {summary(row)} ({times})")
-    return done
+            if isinstance(error, CutOffError) and seconds < limit:
+                row["unfinished"] = round(seconds, 1)
+            return row
 
 
 def summary(row: Row) -> str:
     """What a row says in half a line."""
     if "error" in row:
-        return f"failed: {row['error']}"
+        return f"{'unfinished' if 'unfinished' in row else 'failed'}: {row['error']}"
     if "ms" in row:
         baselines = row["baselines"].items()
         speeds = (f"{b['speedup']:.2f}x {name}" if "speedup" in b else f"{name} failed" for name, b in baselines)
@@ -348,16 +489,18 @@ def summary(row: Row) -> str:
     return json.dumps(row.get("seconds"))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, begun: float | None = None) -> int:
+    """The exit status. `begun` is when the time began to count, by time.monotonic(); by default now."""
+    begun = time.monotonic() if begun is None else begun
     parser = argparse.ArgumentParser(description="GPU tests and benchmarks within a time limit")
-    parser.add_argument("--minutes", type=float, default=8.0, help="ends before this many minutes (default 8)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="ends before this many minutes (default 10)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go; carried on from")
     parser.add_argument("--cells", default="*", metavar="PATTERN", help='ids to run, such as "narrow-*-forward"')
-    parser.add_argument("--tests-share", type=float, default=TESTS_SHARE, help="part of the time for tests (0: none)")
+    shares = "part of the time not reserved for anchors"
+    parser.add_argument("--tests-share", type=float, default=TESTS_SHARE, help=f"{shares} for tests (0: none)")
     parser.add_argument("--tune-share", type=float, default=TUNE_SHARE, help="then for the tuner (0: none)")
     parser.add_argument("--retry", action="store_true", help="run rows again that failed")
     options = parser.parse_args(arguments)
-    begun = time.monotonic()
 
     try:
         cells = select(options.cells)
@@ -365,7 +508,6 @@ def main(arguments: list[str] | None = None) -> int:
         return refuse(str(error))
     if reason := why_not(GRID[0], "cuda") or distorted():
         return refuse(reason)
-    deadline = begun + 60 * options.minutes - RESERVE
     found = machine()
     results = Results(options.out, found, device_slug(found["gpu"]))
     if results.note:
@@ -376,34 +518,25 @@ def main(arguments: list[str] | None = None) -> int:
         print(line, flush=True)
 
     worker = Worker(options.out / "worker.log")
+    plan = Plan(results, options.out, worker, begun + 60 * options.minutes - RESERVE, run=run_module, say=say)
     try:
-        tests = results.content["tests"]
-        if options.tests_share > 0 and not (tests and tests["finished"]):
-            run_tests(results, options.out, ROOT, options.tests_share * (deadline - time.monotonic()))
-            tests = results.content["tests"]
-            say(f"tests: {ending(tests)}")
-        seconds = options.tune_share * (deadline - time.monotonic())
-        if seconds > TUNE_GRACE:
-            run_tuner(results, options.out, ROOT, seconds)
-            say(f"tuner: {ending(results.content['tune'])}")
         todo = results.todo(cells, retry=options.retry)
-        say(f"{len(cells) - len(todo)} rows are there, {len(todo)} to go, {deadline - time.monotonic():.0f} s left")
+        anchors = sum(cell.anchor for cell in todo)
+        plan.tests_and_tuner(anchors, options.tests_share, options.tune_share)
+        say(f"{len(cells) - len(todo)} rows are there, {len(todo)} to go, {plan.left:.0f} s left")
         if todo:
-            results.content["ceilings"].append(worker.measure(None, max(1.0, deadline - time.monotonic())))
-            results.save()
-            run_rows(todo, results, worker, deadline, say=say)
-    except (RowError, TimeoutError) as error:
-        say(f"the ceilings could not be measured: {error}")
-        return 1
+            plan.measure(todo)
     except KeyboardInterrupt:
         say("interrupted; the rows so far are written")
         return 130
     finally:
         worker.close()
-    failed = sum("error" in row for row in results.rows.values())
-    say(f"{len(results.rows)} rows in {results.path}, {failed} of them failed")
+    unfinished = sum("unfinished" in row for row in results.rows.values())
+    failed = sum("error" in row for row in results.rows.values()) - unfinished
+    say(f"{len(results.rows)} rows in {results.path}, {failed} of them failed, {unfinished} unfinished")
     for line in goals.report(results.rows.values()):
         say(line)
+    tests = results.content["tests"]
     return 1 if failed or (tests and tests["status"]) else 0
 
 
@@ -419,4 +552,4 @@ def refuse(reason: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(begun=BEGUN))

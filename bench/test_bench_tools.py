@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import bench_copy, fresh, from_host, gemm, goals, gpu, measure, report
+from bench import bench_copy, conftest, fresh, from_host, gemm, goals, gpu, measure, report
 from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
@@ -817,6 +819,16 @@ def test_nothing_is_measured_under_a_switch_that_distorts(
     assert re.search(refused, done.stderr)
 
 
+@pytest.mark.parametrize("told", [{"dist": "load"}, {"dist": "no", "worker": True}], ids=["with -n", "in a worker"])
+def test_rows_are_not_measured_side_by_side(told: dict[str, Any]) -> None:
+    option = SimpleNamespace(benchmark=True, benchmark_enable=False, benchmark_only=False)
+    config: Any = SimpleNamespace(option=option, getoption=lambda name, default: told.get(name, default))
+    if "worker" in told:
+        config.workerinput = {}
+    with pytest.raises(pytest.UsageError, match="--benchmark goes without -n"):
+        conftest.pytest_configure(config)
+
+
 def test_a_users_own_table_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_table_digest("NVIDIA H200") is None
@@ -930,21 +942,35 @@ class Clock:
 
 
 class Simulated:
-    """A worker whose rows take as long as they are told to, or raise."""
+    """A worker whose rows take as long as they are told to, or raise; compiling and the ceilings take `ahead` each."""
 
-    def __init__(self, clock: Clock, outcomes: dict[int, float | Exception]) -> None:
-        self.clock, self.outcomes, self.asked = clock, outcomes, list[tuple[Cell, float]]()
+    def __init__(
+        self, clock: Clock, outcomes: dict[int, float | Exception], usual: float = 2.0, ahead: float = 5.0
+    ) -> None:
+        self.clock, self.outcomes, self.usual, self.ahead = clock, outcomes, usual, ahead
+        self.asked = list[tuple[Cell, float]]()
+        self.compiled = list[list[Problem]]()
 
-    def measure(self, cell: Cell | None, seconds: float) -> dict[str, Any]:
-        assert cell is not None
-        outcome = self.outcomes.get(len(self.asked), 2.0)
+    def measure(self, cell: Cell, seconds: float) -> dict[str, Any]:
+        outcome = self.outcomes.get(len(self.asked), self.usual)
         self.asked.append((cell, seconds))
         if isinstance(outcome, Exception):
             raise outcome
-        self.clock.now += min(outcome, seconds)
-        if outcome > seconds:
-            raise TimeoutError(f"stopped after {seconds:.0f} s")
+        self.take(outcome, seconds)
         return {"id": str(cell), "seconds": {"context": 1.0}}
+
+    def take(self, needed: float, seconds: float) -> None:
+        self.clock.now += min(needed, seconds)
+        if needed > seconds:
+            raise gpu.CutOffError(f"stopped after {seconds:.0f} s", {"path": "layer"})
+
+    def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
+        self.compiled.append(problems)
+        self.take(self.ahead, seconds)
+
+    def ceilings(self, seconds: float) -> dict[str, Any]:
+        self.take(self.ahead, seconds)
+        return {}
 
 
 def results_in(directory: Path, **changes: Any) -> gpu.Results:
@@ -953,9 +979,8 @@ def results_in(directory: Path, **changes: Any) -> gpu.Results:
 
 def run(results: gpu.Results, outcomes: dict[int, float | Exception], limit: float = 1e9) -> tuple[int, list[str]]:
     clock, said = Clock(), list[str]()
-    cells = results.todo(CELLS)
-    done = gpu.run_rows(cells, results, Simulated(clock, outcomes), limit, clock=clock, say=said.append)
-    return done, said
+    plan = gpu.Plan(results, Path(), Simulated(clock, outcomes), limit, clock=clock, say=said.append)
+    return plan.run_rows(results.todo(CELLS)), said
 
 
 def test_rows_are_written_one_by_one_and_not_run_again(tmp_path: Path) -> None:
@@ -985,10 +1010,112 @@ def test_a_failed_row_is_recorded_and_the_rest_run(tmp_path: Path) -> None:
 def test_a_row_past_its_own_limit_is_an_error_but_not_one_cut_off_by_the_end(tmp_path: Path) -> None:
     results = results_in(tmp_path)
     done, said = run(results, {0: 1e6, 1: 1e6}, limit=gpu.ROW_SECONDS + 50.0)
-    assert done == 1
+    assert done == 2
     assert results.rows[str(CELLS[0])]["error"] == f"stopped after {gpu.ROW_SECONDS:.0f} s"
-    assert "cut off by the end of the time" in said[-1]
+    assert "unfinished" not in results.rows[str(CELLS[0])]
+    assert "unfinished: stopped after 50 s" in said[-1]
+    cut_off = results_in(tmp_path).rows[str(CELLS[1])]
+    assert (cut_off["unfinished"], cut_off["path"]) == (50.0, "layer")  # and what was measured of it
     assert results_in(tmp_path).todo(CELLS) == CELLS[1:]
+
+
+def test_an_unfinished_row_is_measured_again_only_with_more_time(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    run(results, {0: 1e6}, limit=30.0)
+    before = dict(results.rows)
+    assert list(before) == [str(CELLS[0])]
+    assert run(results, {}, limit=20.0)[0] == 3  # the others
+    assert results.rows[str(CELLS[0])] == before[str(CELLS[0])]
+    assert run(results, {}, limit=40.0)[0] == 1
+    assert results.todo(CELLS) == []
+
+
+ANCHOR_CELLS = [cell for cell in GRID if cell.anchor]
+
+
+class Commands:
+    """Tests and a tuner that take as long as they are told to, or as they are given."""
+
+    def __init__(self, clock: Clock, **needed: float) -> None:
+        self.clock, self.needed = clock, needed
+        self.ran: list[tuple[str, float]] = []
+
+    def __call__(self, command: list[str], root: Path, log: Path, seconds: float, grace: float) -> dict[str, Any]:
+        needed = self.needed[log.stem]
+        spent = min(needed, seconds)
+        self.clock.now += spent
+        self.ran.append((log.stem, seconds))
+        finished = needed <= seconds
+        return {"finished": finished, "status": 0 if finished else None, "summary": log.stem, "seconds": spent}
+
+
+FOREVER = 1e9
+QUICK = {"tests": 100.0, "tests_alone": 40.0, "tune": 1.0}
+
+
+def ten_minutes(results: gpu.Results, needed: dict[str, float], **rows: Any) -> tuple[Commands, Simulated, Clock]:
+    """What gpu.py does in ten minutes with commands, and then rows, that take so long."""
+    clock = Clock()
+    commands, worker = Commands(clock, **needed), Simulated(clock, {}, **rows)
+    plan = gpu.Plan(results, results.path.parent, worker, 600 - gpu.RESERVE, commands, clock, say=lambda line: None)
+    todo = results.todo(GRID)
+    plan.tests_and_tuner(sum(cell.anchor for cell in todo), gpu.TESTS_SHARE, gpu.TUNE_SHARE)
+    plan.measure(todo)
+    assert clock.now <= 600 - gpu.RESERVE
+    return commands, worker, clock
+
+
+@pytest.mark.parametrize("slow", [("tests",), ("tests_alone",), ("tune",), ("tests", "tests_alone", "tune")], ids=str)
+def test_the_anchors_have_rows_after_ten_minutes_however_slow_tests_and_tuner_are(
+    slow: tuple[str, ...], tmp_path: Path
+) -> None:
+    results = results_in(tmp_path)
+    commands, _, _ = ten_minutes(results, QUICK | dict.fromkeys(slow, FOREVER), usual=24.0)
+    given = dict(commands.ran)
+    assert given["tests"] == pytest.approx(240)
+    assert ("tune" in given) == (slow == ("tune",))
+    assert [name for name in map(str, ANCHOR_CELLS) if "error" in results.rows.get(name, {"error": "no row"})] == []
+    assert results.content["tests"]["finished"] == (slow == ("tune",))
+
+
+def test_quick_tests_leave_their_time_to_the_tuner_and_to_rows(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    commands, worker, clock = ten_minutes(results, QUICK)
+    assert dict(commands.ran)["tune"] == pytest.approx(gpu.TUNE_SHARE * (300 - 140))
+    assert results.content["tests"] == {"finished": True, "status": 0, "summary": "tests; tests_alone", "seconds": 140}
+    assert [cell for cell, _ in worker.asked[: len(ANCHORS)]] == ANCHOR_CELLS
+    assert len(worker.asked) > 5 * len(ANCHORS)
+    assert clock.now == pytest.approx(600 - gpu.RESERVE, abs=gpu.SHORTEST)
+    again, worker, _ = ten_minutes(results, QUICK | {"tune": FOREVER})  # which has nothing to reserve
+    ((name, seconds),) = again.ran
+    assert (name, seconds) == ("tune", gpu.TUNE_SHARE * (600 - gpu.RESERVE))
+    assert not set(ANCHOR_CELLS) & {cell for cell, _ in worker.asked}
+
+
+def test_kernels_are_compiled_ahead_those_of_the_anchors_first(tmp_path: Path) -> None:
+    _, worker, _ = ten_minutes(results_in(tmp_path), QUICK)
+    anchors, rest = worker.compiled
+    assert anchors == list(dict.fromkeys(cell.problem for cell in ANCHOR_CELLS if cell.phase != "warmup"))
+    reached = {cell.problem for cell, _ in worker.asked if not cell.anchor}
+    assert rest
+    assert len(rest) == len(set(rest))
+    assert set(rest) <= reached  # and none that are far from their turn
+
+
+@pytest.mark.parametrize("ahead", [5.0, FOREVER])
+def test_every_anchor_has_its_part_of_the_time_and_what_was_measured_of_it_is_kept(
+    ahead: float, tmp_path: Path
+) -> None:
+    """Also where compiling ahead and the ceilings hang."""
+    results = results_in(tmp_path)
+    _, worker, _ = ten_minutes(results, dict.fromkeys(QUICK, FOREVER), usual=FOREVER, ahead=ahead)
+    parts = [seconds for _, seconds in worker.asked[: len(ANCHORS)]]
+    assert min(parts) == pytest.approx(max(parts))
+    assert min(parts) > 20
+    assert [results.rows[name]["path"] for name in ANCHORS] == ["layer"] * len(ANCHORS)
+    assert results.todo(ANCHOR_CELLS) == ANCHOR_CELLS
+    _, worker, _ = ten_minutes(results, QUICK, usual=40.0)  # which is more than an anchor's part, and fits
+    assert results.todo(ANCHOR_CELLS) == []
 
 
 def test_no_row_begins_with_too_little_time_left(tmp_path: Path) -> None:
@@ -1022,14 +1149,21 @@ def obedient(cell: Cell, device: str, report: Callable[[dict[str, Any]], None]) 
     return {"id": str(cell), "device": device}
 
 
+def note_problems(problems: list[Problem]) -> None:
+    """In the worker, in place of compiling."""
+    print("compiled:", *problems, flush=True)
+
+
 def test_a_worker_survives_what_rows_do(tmp_path: Path) -> None:
     def cell(activation: str) -> Cell:
         return Cell("odd", Problem((1, 1), 1, activation=activation), "forward")
 
-    worker = gpu.Worker(tmp_path / "worker.log", "cpu", obedient)
+    worker = gpu.Worker(tmp_path / "worker.log", "cpu", obedient, note_problems)
     try:
         assert worker.measure(cell("relu"), 120) == {"id": str(cell("relu")), "device": "cpu"}
         first = worker.process.pid
+        worker.compile_ahead([cell("relu").problem], 120)
+        assert f"compiled: {cell('relu').problem}" in (tmp_path / "worker.log").read_text()
         with pytest.raises(gpu.RowError, match="ValueError: no such thing") as failure:
             worker.measure(cell("raise"), 120)
         assert failure.value.partial == {"path": "layer"}
@@ -1039,8 +1173,9 @@ def test_a_worker_survives_what_rows_do(tmp_path: Path) -> None:
         worker.measure(cell("relu"), 120)
         second = worker.process.pid
         assert second != first
-        with pytest.raises(TimeoutError, match="stopped after 1 s"):
+        with pytest.raises(gpu.CutOffError, match="stopped after 1 s") as cut_off:
             worker.measure(cell("hang"), 1)
+        assert cut_off.value.partial == {"path": "layer"}
         assert worker.process is None
         with pytest.raises(ProcessLookupError):
             os.kill(second, 0)
@@ -1048,19 +1183,75 @@ def test_a_worker_survives_what_rows_do(tmp_path: Path) -> None:
         worker.close()
 
 
-def test_tests_have_a_share_of_the_time(tmp_path: Path) -> None:
-    results = results_in(tmp_path)
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_slow.py").write_text(
-        "import pytest, time\n@pytest.mark.gpu\ndef test_it(): time.sleep(600)\n"
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Children that take SIGINT, also where this process runs in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("stubborn", "summary"), [(False, "said at the end"), (True, "begun")])
+@pytest.mark.usefixtures("interruptible")
+def test_a_child_that_runs_out_of_time_can_still_write_and_is_killed_after_its_grace(
+    stubborn: bool, summary: str, tmp_path: Path
+) -> None:
+    (tmp_path / "child.py").write_text(
+        "import signal, time\n"
+        f"if {stubborn}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print('begun', flush=True)\n"
+        "try: time.sleep(600)\n"
+        "except KeyboardInterrupt: print('said at the end')\n"
     )
-    gpu.run_tests(results, tmp_path, tmp_path, seconds=3)
+    outcome = gpu.run_module(["child"], tmp_path, tmp_path / "child.log", seconds=6, grace=2)
+    assert (outcome["finished"], outcome["status"], outcome["summary"]) == (False, None, summary)
+    assert 4 <= outcome["seconds"] < 20
+    assert (outcome["seconds"] >= 6) == stubborn
+
+
+# Without the fixtures of tests/conftest.py that import torch.
+GPU_TESTS = """
+import time
+import pytest
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tables(): pass
+
+@pytest.fixture(autouse=True)
+def _fresh_settings(): pass
+
+@pytest.mark.gpu
+def test_wrong(): assert 1 + 1 == 3
+
+@pytest.mark.gpu
+@pytest.mark.{mark}
+def test_other(): time.sleep({seconds})
+"""
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_tests_have_a_share_of_the_time_and_their_failures_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "2")
+    results = results_in(tmp_path)
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", tests)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    alone\n    quick\n")
+    (tests / "test_some.py").write_text(GPU_TESTS.format(mark="quick", seconds=600))
+    gpu.run_tests(results, tmp_path, tmp_path, seconds=gpu.GRACE + 2)
     assert results.content["tests"]["finished"] is False
-    (tmp_path / "tests" / "test_slow.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): pass\n")
-    gpu.run_tests(results, tmp_path, tmp_path, seconds=60)
+    assert results.content["tests"]["summary"].endswith("; not begun")
+    for log in ("tests.log", "failures.txt"):
+        assert "assert (1 + 1) == 3" in (tmp_path / log).read_text()
+    (tests / "test_some.py").write_text(GPU_TESTS.format(mark="alone", seconds=0))
+    gpu.run_tests(results, tmp_path, tmp_path, seconds=120)
     found = json.loads(results.path.read_text())["tests"]
-    assert (found["finished"], found["status"]) == (True, 0)
-    assert "1 passed" in found["summary"]
+    assert (found["finished"], found["status"]) == (True, 1)
+    assert re.search("1 failed.*; 1 passed", found["summary"])
+    assert (tmp_path / "failures.txt").read_text().count("test_wrong (call)") == 1  # of this run alone
 
 
 TUNER = """
@@ -1079,6 +1270,7 @@ print("carried on" if again else "begun", options.minutes)
 def test_the_tuner_has_a_share_of_the_time_and_may_fail(tmp_path: Path) -> None:
     results = results_in(tmp_path)
     (tmp_path / "mlp_fused").mkdir()
+    (tmp_path / "mlp_fused" / "__init__.py").touch()  # or one in PYTHONPATH would be run
     script = tmp_path / "mlp_fused" / "__main__.py"
 
     def tune(source: str, seconds: float = 60) -> dict[str, Any]:
@@ -1106,15 +1298,22 @@ def test_one_command_runs_tests_tuner_and_rows_and_ends_with_the_goals(
     class Worker:
         def __init__(self, log: Path) -> None: ...
 
-        def measure(self, cell: Cell | None, seconds: float) -> dict[str, Any]:
-            ran.append("ceilings" if cell is None else str(cell))
-            return {} if cell is None else made_up(str(cell), 1.25, ms=1.0, floor_ratio=2.0)
+        def measure(self, cell: Cell, seconds: float) -> dict[str, Any]:
+            ran.append(str(cell))
+            return made_up(str(cell), 1.25, ms=1.0, floor_ratio=2.0)
+
+        def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
+            ran.append("compile")
+
+        def ceilings(self, seconds: float) -> dict[str, Any]:
+            ran.append("ceilings")
+            return {}
 
         def close(self) -> None: ...
 
-    def run_module(command: list[str], root: Path, log: Path, seconds: float) -> dict[str, Any]:
+    def run_module(command: list[str], root: Path, log: Path, seconds: float, grace: float) -> dict[str, Any]:
         ran.append(" ".join(command[:2]))
-        return {"finished": True, "status": 2 * (command[0] == "mlp_fused"), "summary": "done", "seconds": seconds}
+        return {"finished": True, "status": 2 * (command[0] == "mlp_fused"), "summary": "done", "seconds": 1.0}
 
     for name, stand_in in (
         ("why_not", lambda *_: None),
@@ -1126,7 +1325,7 @@ def test_one_command_runs_tests_tuner_and_rows_and_ends_with_the_goals(
         monkeypatch.setattr(gpu, name, stand_in)
     steps = [str(cell) for cell in select("seed-*-step")]
     assert gpu.main(["--out", str(tmp_path), "--cells", "seed-*-step"]) == 0  # the tuner's failure is no row's
-    assert ran == ["pytest -m", "mlp_fused tune", "ceilings", *steps]
+    assert ran == ["pytest -m", "pytest -m", "mlp_fused tune", "ceilings", "compile", steps[0], "compile", *steps[1:]]
     said = capsys.readouterr().out
     assert "tuner: done (" in said
     assert f"seed: {len(steps)} of {len(steps)} rows run on our kernels" in said

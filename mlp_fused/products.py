@@ -18,6 +18,8 @@ from .kernels.layer_forward import pointwise
 
 __all__ = ["dgrad_by_torch", "forward_by_torch", "wgrad_by_torch"]
 
+_HALVES = (torch.float16, torch.bfloat16)  # the dtypes that torch.mm multiplies into float32
+
 
 def forward_by_torch(
     x: Tensor,
@@ -99,7 +101,7 @@ def wgrad_by_torch(dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor |
         assert h is not None
         if dw.dtype == dz.dtype:
             torch.mm(dz.t(), h, out=dw)
-        elif dw.dtype == torch.float32 and dz.is_cuda and torch.version.hip is None:
+        elif dw.dtype == torch.float32 and dz.dtype in _HALVES and dz.is_cuda and torch.version.hip is None:
             torch.mm(dz.t(), h, out_dtype=torch.float32, out=dw)  # the sums are fp32 already: nothing is rounded
         else:
             dw.copy_(torch.mm(dz.t(), h))

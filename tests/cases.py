@@ -132,8 +132,10 @@ def _cases() -> list[Case]:
         cases.append(replace(wide, needs=needs))
     for needs in ("parameters", "input", "first layer"):
         cases.append(replace(wide, needs=needs, activation="relu", output_activation="identity"))
-    for rows in (0, 1, 130):
-        cases.append(Case(rows=rows, activation="silu", dtype=torch.bfloat16, dropout=0.9))
+    # Where nine elements in ten are dropped, one row has too few for a norm: by torch's products, 4 of 300 random draws
+    # of tensors and masks were over the bound, of 64 rows and of one row that keeps half none.
+    for rows, p in ((0, 0.9), (1, 0.5), (64, 0.9), (130, 0.9)):
+        cases.append(Case(rows=rows, activation="silu", dtype=torch.bfloat16, dropout=p))
     for widths in ((1, 1), (3, 130, 70, 2)):
         cases.append(Case(widths=widths, dropout=0.5))
         cases.append(Case(widths=widths, dropout=1.0))
@@ -380,6 +382,12 @@ def gradients(data: Data, y: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def bound(true: Tensor, torchs: Tensor, magnitude: Tensor, unit_roundoff: float, norm: float) -> float:
+    """The error allowed in a norm: twice torch's own, a rounding of the result, and four fp32 roundings of the sum."""
+    parts = ((2, torchs.double() - true), (unit_roundoff, true), (4 * 2**-24, magnitude))
+    return sum(factor * torch.linalg.vector_norm(part, norm).item() for factor, part in parts)
+
+
 def check(case: Case, truth: Truth, ours: dict[str, Tensor], torchs: dict[str, Tensor]) -> None:
     """Every value within the bound, norm-wise and in its largest entry; says the case, the error and the bound."""
     assert ours.keys() == truth.values.keys(), f"{case.id}: gradients of {list(ours)}, wanted {list(truth.values)}"
@@ -389,16 +397,10 @@ def check(case: Case, truth: Truth, ours: dict[str, Tensor], torchs: dict[str, T
         )
         if true.numel() == 0:
             continue
-        error = (ours[name].double() - true).abs()
-        slack = (torchs[name].double() - true).abs()
         for norm, kind in ((2, "norm"), (torch.inf, "largest entry")):
-            found = torch.linalg.vector_norm(error, norm).item()
-            bound = (
-                2 * torch.linalg.vector_norm(slack, norm)
-                + case.unit_roundoff * torch.linalg.vector_norm(true, norm)
-                + 4 * 2**-24 * torch.linalg.vector_norm(truth.magnitudes[name], norm)
-            ).item()
-            assert found <= bound, f"{case.id}: {kind} of the error of {name} is {found:.3e}, the bound {bound:.3e}"
+            found = torch.linalg.vector_norm(ours[name].double() - true, norm).item()
+            limit = bound(true, torchs[name], truth.magnitudes[name], case.unit_roundoff, norm)
+            assert found <= limit, f"{case.id}: {kind} of the error of {name} is {found:.3e}, the bound {limit:.3e}"
 
 
 CASES = _cases()

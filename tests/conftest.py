@@ -1,30 +1,122 @@
 """One command, two ways: on the CPU kernels run in Triton's interpreter; under `-m gpu` the same tests run on a GPU.
 
 A test that takes the fixture `device` is of both kinds. Triton reads TRITON_INTERPRET when the package is imported, so
-it is set here, before any test module is.
+it is set here, before any test module is. With `-n`, every worker reads this file and does the same.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 COMPILED = pytest.StashKey[list[str]]()  # lines of the table of registers, spills and instructions
 
+WORKER_BYTES = 3 << 30  # of a GPU's memory for one worker: its CUDA context, and tensors; tests of more are alone
+TENSORS_SHARE = 0.8  # of a GPU's memory, divided among the workers; contexts and libraries need the rest
+
+
+def asks_for(expression: str, mark: str) -> bool:
+    """Return whether a mark expression selects tests for having this mark: with the mark it is true, without it false.
+
+    "gpu and not alone" asks for gpu; "not gpu" and "full" do not.
+    """
+    try:
+        compiled = Expression.compile(expression)
+    except Exception:  # of different classes; pytest reports the mistake when it applies the expression
+        return False
+    others = set(re.findall(r"[^\s()]+", expression)) - {mark}
+
+    def selects(marks: set[str]) -> bool:
+        return compiled.evaluate(lambda name, /, **_: name in marks)
+
+    subsets = (set(some) for size in range(len(others) + 1) for some in itertools.combinations(others, size))
+    return any(selects(some | {mark}) and not selects(some) for some in subsets)
+
 
 def _wants(config: pytest.Config, mark: str) -> bool:
-    expression = config.getoption("markexpr") or ""
-    return mark in expression.replace(f"not {mark}", "")
+    return asks_for(config.getoption("markexpr") or "", mark)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--failures",
+        metavar="FILE",
+        type=Path,
+        help="append each failure to this file at once, so that a run that is killed loses none",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    workers = _count_workers(config)
+    if workers or config.getoption("dist", "no") != "no":
+        config.option.benchmark_disable = True  # or pytest-benchmark disables itself with a warning
+    if workers:
+        _share_the_cores(workers)
+    elif file := config.getoption("failures"):
+        config.pluginmanager.register(Failures(file))
     if not _wants(config, "gpu"):
         os.environ["TRITON_INTERPRET"] = "1"
         _patch_the_language_once_a_launch()
+
+
+def _count_workers(config: pytest.Config) -> int:
+    """In a worker of pytest-xdist, the number of workers; 0 in any other process."""
+    return getattr(config, "workerinput", {}).get("workercount", 0)
+
+
+class Failures:
+    """Appends every failure to a file at the moment it is reported. With `-n`, the workers report to one process."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.append(f"{report.nodeid} ({report.when})", report.longreprtext)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.append(f"{report.nodeid} (collection)", report.longreprtext)
+
+    def append(self, title: str, text: str) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{title}\n{text}\n\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _share_the_cores(workers: int) -> None:
+    """Leave each worker its part of the cores, where torch and its compiler would start a thread or process for each.
+
+    Called before torch is imported.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A worker for each core that this process may use, but no more than the GPU has memory for."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # pytest-xdist reads it
+    if not _wants(config, "gpu"):
+        return _cores()
+    import torch
+
+    if not torch.cuda.is_available():
+        return _cores()
+    return max(1, min(_cores(), torch.cuda.get_device_properties(0).total_memory // WORKER_BYTES))
 
 
 def _patch_the_language_once_a_launch() -> None:
@@ -58,13 +150,17 @@ def _patch_the_language_once_a_launch() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under `-m gpu`, what takes `device` counts as marked; otherwise what is marked gpu or full is left out."""
+    """Mark tests that take `device` as gpu where gpu is asked for, and leave out gpu and full where they are not.
+
+    `full("cpu")` marks what is slow in the interpreter alone: a GPU runs it without being asked for full.
+    """
     gpu, full = _wants(config, "gpu"), _wants(config, "full")
     left_out = []
     for item in items:
         if gpu and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
-        elif (not gpu and item.get_closest_marker("gpu")) or (not full and item.get_closest_marker("full")):
+        slow = any(not gpu or "cpu" not in mark.args for mark in item.iter_markers("full"))
+        if (item.get_closest_marker("gpu") and not gpu) or (slow and not full):
             left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -85,6 +181,8 @@ def device(request: pytest.FixtureRequest) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is available")
+    if workers := _count_workers(request.config):  # a test that needs more fails itself, not one beside it
+        torch.cuda.set_per_process_memory_fraction(TENSORS_SHARE / workers)
     return "cuda"
 
 

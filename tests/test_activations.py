@@ -127,7 +127,7 @@ def test_a_function_of_torchs_is_found(function: Callable[..., Tensor]) -> None:
         (partial(F.gelu, approximate="none"), "gelu", {}),
         (partial(F.leaky_relu, negative_slope=0.2, inplace=True), "leaky_relu", {"negative_slope": 0.2}),
     ],
-    ids=str,
+    ids=["gelu_tanh", "gelu", "leaky_relu"],
 )
 def test_a_partial_function_is_found_with_its_parameters(
     function: Callable[..., Tensor], name: str, parameters: dict[str, float]
@@ -141,7 +141,7 @@ def test_a_partial_function_is_found_with_its_parameters(
 @pytest.mark.parametrize(
     "function",
     [torch.cos, lambda z: z, partial(F.relu, torch.ones(1)), partial(F.softmax, dim=-1), F.threshold],
-    ids=str,
+    ids=["cos", "a lambda", "partial relu", "partial softmax", "threshold"],
 )
 def test_another_function_is_not_found(function: Callable[..., Tensor]) -> None:
     assert find(function) is None

@@ -334,6 +334,7 @@ def test_ctrl_c_is_one_line_and_exit_status_130(
     assert capsys.readouterr().err == f"mlp-fused: {text or 'stopped'}\n"
 
 
+@pytest.mark.alone
 def test_a_signal_to_every_process_leaves_the_last_checkpoint(folder: Path) -> None:
     """Ctrl-C, as a terminal sends it; workers must not add tracebacks of their own."""
     command = [
@@ -393,6 +394,7 @@ def messages(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("mlp-fused") or "[rank" in line]
 
 
+@pytest.mark.alone
 def test_torchrun_trains_as_one_process_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["train", "--data", "data.npz", *TINY, "--checkpoint"]
     with torchrun("-m", "mlp_fused", *flags, "two.pt") as command:
@@ -415,6 +417,7 @@ def test_torchrun_trains_as_one_process_does(folder: Path, capsys: pytest.Captur
     assert load_checkpoint("two.pt")["model"].keys() == load_checkpoint("one.pt")["model"].keys()
 
 
+@pytest.mark.alone
 def test_ctrl_c_under_torchrun_leaves_the_last_checkpoint(folder: Path) -> None:
     flags = ["train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt"]
     assert call(*flags) == 0
@@ -452,6 +455,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("failure", "where"),
     [

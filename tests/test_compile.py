@@ -17,6 +17,8 @@ from conftest import COMPILED
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.alone  # a process that compiles on all cores
+
 SAMPLE = compilations(full=False)
 SAMPLED = set(SAMPLE)
 REST = [row for row in compilations(full=True) if row not in SAMPLED]

@@ -26,6 +26,8 @@ from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.kernels import configs, layer_tiles, tables
 from mlp_fused.tuning import PathWork, TileWork, Whole, Workload
 
+pytestmark = pytest.mark.alone
+
 H100 = configs.DEVICES["NVIDIA H100"]
 WORKLOADS = (Workload((64, 19), 96, "bf16", "gelu"), Workload((64, 128), 4096, "fp32"))
 NETWORK = Whole(Workload((16, 16, 16), 96, "bf16", "gelu"), training=True)

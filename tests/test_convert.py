@@ -549,7 +549,7 @@ def test_vits_intermediate_of_older_transformers(device: str) -> None:
         (functools.partial(F.gelu, approximate="tanh"), "gelu_tanh"),
         (torch.tanh, "tanh"),
     ],
-    ids=str,
+    ids=["relu", "Mish", "gelu_tanh", "tanh"],
 )
 def test_a_transformer_layers_activation_may_be_a_function(activation: Any, name: str, device: str) -> None:
     layer, x = Encoder(activation).to(device), sequences()[0].to(device)

@@ -40,6 +40,8 @@ from mlp_fused.kernels.launch import count_launches
 from mlp_fused.processes import join
 from mlp_fused.training import Config, Result, build_model, load_checkpoint, pick_device, train
 
+pytestmark = pytest.mark.alone
+
 Check = Callable[[DeviceMesh, str], None]
 CHECKS: dict[str, Check] = {}
 BACKENDS = ("reference", "triton")

@@ -578,6 +578,7 @@ def test_a_replayed_cuda_graph_draws_anew(activation: str, device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_rows_far_beyond_32_bits_of_elements_are_dropped_from_apart(device: str) -> None:
     rows, width = 2**21 + 64, 1024
     x = torch.ones(rows, 16, device=device, dtype=torch.bfloat16)

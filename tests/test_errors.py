@@ -155,6 +155,7 @@ def test_the_room_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_gpu_that_runs_out(device: str, backend: Any) -> None:
     """A GiB: the batch that is said to fit does, for a whole step."""
@@ -330,12 +331,14 @@ DEBUGGED = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("code", "sentence"), DEBUGGED.values(), ids=DEBUGGED)
 def test_debugging_names_the_layer(code: str, sentence: str) -> None:
     found = python(SETUP + code, MLP_FUSED_DEBUG="1")
     assert re.match(f"FloatingPointError: {sentence}$", found.stderr.strip().splitlines()[-1]), found.stderr
 
 
+@pytest.mark.alone
 def test_debugging_changes_no_result() -> None:
     code = SETUP + "y = model(x); y.sum().backward(); y = model(x)\nprint(y.tolist(), model[0].weight.grad.tolist())"
     code = code.replace("model =", "torch.manual_seed(0); model =")
@@ -392,6 +395,7 @@ def readme(part: str) -> str:
     return found[1]
 
 
+@pytest.mark.alone
 def test_the_readmes_example_of_debugging(tmp_path: Path) -> None:
     """Its command, its program and what it says comes out."""
     program, sentence = re.findall(r"^```(?:python)?\n(.*?)^```", readme("debug"), re.MULTILINE | re.DOTALL)

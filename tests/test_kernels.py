@@ -59,8 +59,11 @@ def paths(case: Case) -> list[str]:
 
 
 def marked(path: str, case: Case) -> object:
-    """The rule's own tiles through layers are left to a GPU, and to `-m full`: here every kind of them is tested."""
-    return pytest.param(path, case, marks=pytest.mark.full) if path == "layer" else in_turn("network", case, path)
+    """The parameters of a test with the rule's own tiles.
+
+    Through layers, only a GPU and `-m full` run them: the interpreter tests every kind of tile instead.
+    """
+    return in_turn(path, case, path, marks=pytest.mark.full("cpu") if path == "layer" else ())
 
 
 def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
@@ -99,8 +102,9 @@ def kinds(case: Case) -> list[str]:
 
 
 # A row that differs from the others in its activation alone takes a quarter of a second by every kind of tile and path.
-# Each has its turn with these; the others are left to `-m full`, and to a GPU.
+# Each has its turn with these; the others are left to `-m full`.
 TURNS = {
+    "layer": (torch.float16,),
     "pointers": (torch.float32,),
     "persistent": (torch.float16,),
     "network": (torch.bfloat16,),
@@ -108,8 +112,8 @@ TURNS = {
 }
 
 
-def in_turn(kind: str, case: Case, *others: object) -> object:
-    """The parameters of a test, marked where they are left to `-m full`."""
+def in_turn(kind: str, case: Case, *others: object, marks: object = ()) -> object:
+    """The parameters of a test, marked where they are left to `-m full`, and otherwise with `marks`."""
     plain = Case(
         activation=case.activation,
         output_activation=case.output_activation,
@@ -118,7 +122,7 @@ def in_turn(kind: str, case: Case, *others: object) -> object:
         parameters=case.parameters,
     )
     waits = case == plain and case.dtype not in TURNS[kind]
-    return pytest.param(*others, case, marks=pytest.mark.full if waits else ())
+    return pytest.param(*others, case, marks=pytest.mark.full if waits else marks)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +419,7 @@ def test_every_kind_of_tile(tile: TileConfig, sizes: tuple[int, int, int], devic
             torch.testing.assert_close(found, expected, **close)
 
 
+@pytest.mark.alone
 def test_offsets_beyond_32_bits(device: str, path: str) -> None:
     """Two rows 2^31 elements apart, in memory that is never touched between them."""
     gap = 2**31 + 8
@@ -651,6 +656,7 @@ def test_weight_gradient_over_a_million_rows(dtype: torch.dtype, device: str) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_of_a_network_over_a_million_rows(dtype: torch.dtype, recompute: bool, device: str) -> None:
@@ -668,6 +674,7 @@ def test_gradients_of_a_network_over_a_million_rows(dtype: torch.dtype, recomput
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_network_of_more_than_2_to_31_elements(device: str) -> None:
     rows, width = 2**25 + 3, 64
     x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
@@ -679,6 +686,7 @@ def test_a_network_of_more_than_2_to_31_elements(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_more_than_2_to_31_elements(device: str) -> None:
     rows, width = 2**21 + 3, 1025
     x = torch.randn(rows, 64, device=device, dtype=torch.bfloat16)

@@ -324,6 +324,7 @@ def found() -> dict[str, Any]:
     return json.loads(process.stdout)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", scenarios())
 def test_a_launch_made_again_passes_what_triton_would(name: str, found: dict[str, Any]) -> None:
     launched = found["launches"][name]
@@ -340,34 +341,41 @@ def test_a_launch_made_again_passes_what_triton_would(name: str, found: dict[str
     assert found["launches"]["forward"]["scratch"][1]  # of descriptors
 
 
+@pytest.mark.alone
 def test_the_users_allocator_of_scratch_memory_is_put_back(found: dict[str, Any]) -> None:
     assert found["the user's allocator is back"]
 
 
+@pytest.mark.alone
 def test_whoever_hooks_into_launches_is_told_of_each(found: dict[str, Any]) -> None:
     assert found["hooked at enter"] == found["hooked at exit"] == 1
     assert found["no longer hooked"] == 0
 
 
+@pytest.mark.alone
 def test_a_launch_is_on_its_tensors_device(found: dict[str, Any]) -> None:
     (launched,), device = found["from another device"]
     assert launched["stream"] == 70
     assert device == 1  # is current again
 
 
+@pytest.mark.alone
 def test_a_tensor_that_is_not_aligned_is_refused(found: dict[str, Any]) -> None:
     assert found["misaligned"] == [False] * 5
 
 
+@pytest.mark.alone
 def test_threads_pass_their_own_pointers(found: dict[str, Any]) -> None:
     assert found["threads"] == [50] * 4
 
 
+@pytest.mark.alone
 def test_a_launch_is_made_again_on_amd(found: dict[str, Any]) -> None:
     (ours,), (theirs,) = found["AMD"]["again"], found["AMD"]["by Triton"]
     assert {**ours, "told": True} == {**theirs, "told": True}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("path", ["layer", "chain", "network"])
 def test_another_number_of_rows_compiles_nothing(path: str, found: dict[str, Any]) -> None:
     first, *others, last = found["steps"][path]
@@ -377,6 +385,7 @@ def test_another_number_of_rows_compiles_nothing(path: str, found: dict[str, Any
     assert last["forward"] == last["backward"] == 0  # prepared before
 
 
+@pytest.mark.alone
 def test_a_program_passes_what_its_launches_would(found: dict[str, Any]) -> None:
     """But for the pointers, as memory is allocated otherwise; those, the table of cases shows right."""
 

@@ -56,6 +56,7 @@ def readme_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.alone
 def test_the_readmes_python_runs_in_order(tmp_path: Path) -> None:
     blocks = readme_blocks()
     assert len(blocks) >= 4
@@ -80,6 +81,7 @@ def test_the_readme_lists_every_activation() -> None:
     assert re.findall(r"`(\w+)`", listed[1]) == list(ACTIVATIONS)
 
 
+@pytest.mark.alone
 def test_the_package_installs_with_its_kernels(tmp_path: Path) -> None:
     """A wheel's files, laid out without an index: the link becomes a folder of the package."""
     build = subprocess.run(

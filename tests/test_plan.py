@@ -355,6 +355,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.alone
 def test_the_triton_backend_on_the_cpu_says_why_it_cannot() -> None:
     code = "import torch; from mlp_fused import FusedMLP; FusedMLP(4, [3], backend='triton')(torch.randn(2, 4))"
     found = run(code)
@@ -364,6 +365,7 @@ def test_the_triton_backend_on_the_cpu_says_why_it_cannot() -> None:
     assert "set TRITON_INTERPRET=1" in sentence
 
 
+@pytest.mark.alone
 def test_the_environment_chooses_the_backend_and_debugging() -> None:
     counted = "import torch\nfrom mlp_fused import FusedMLP\nfrom mlp_fused.kernels.launch import count_launches\n"
     counted += "with count_launches() as c: y = FusedMLP(4, [3])(torch.randn(2, 4))\nprint(c)\n"
@@ -382,6 +384,7 @@ def test_the_environment_chooses_the_backend_and_debugging() -> None:
     )
 
 
+@pytest.mark.alone
 def test_without_triton_everything_works_on_the_reference_path_in_silence() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"

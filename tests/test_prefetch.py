@@ -777,6 +777,7 @@ def watch_a_worker_die(wrap: Callable[..., Any]) -> None:
         os._exit(0)  # the signal handler may raise again while the process ends
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("wrap", ["lambda loader, streams: loader", "tests.prefetch"], ids=["plain", "prefetched"])
 def test_a_worker_that_dies(wrap: str) -> None:
     """In a process of its own: DataLoader's signal handler raises wherever the process is, in pytest too."""
@@ -927,6 +928,7 @@ def test_nested_batches_on_a_real_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
 @pytest.mark.parametrize("share", [0.5, 2.0], ids=["compute-bound", "copy-bound"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,24 @@ def test_forward_with_and_without_z(activation: Activation, bias: str, dtype: to
     assert torch.equal(h, alone)
 
 
-@pytest.mark.parametrize(
+class OnNvidia(Tensor):
+    """A tensor of the CPU that passes for a GPU's: torch.mm takes `out_dtype` as its documentation says."""
+
+    is_cuda = True
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.mm and "out_dtype" in kwargs:
+            if kwargs["out_dtype"] != torch.float32 or args[0].dtype not in (torch.float16, torch.bfloat16):
+                raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
+            return kwargs["out"].copy_(args[0].float() @ args[1].float())
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+into_another_dtype = pytest.mark.parametrize(
     ("dtype", "parameters"),
     [
         (torch.bfloat16, torch.float32),  # autocast over fp32 parameters
@@ -81,10 +99,23 @@ def test_forward_with_and_without_z(activation: Activation, bias: str, dtype: to
     ],
     ids=str,
 )
+
+
+@into_another_dtype
 @pytest.mark.parametrize("rows", [0, 33])
 def test_wgrad_into_another_dtype(rows: int, dtype: torch.dtype, parameters: torch.dtype, device: str) -> None:
-    dz, h = (torch.randn(rows, width, device=device).to(dtype) for width in (5, 8))
-    dw, db = (torch.full(shape, torch.nan, dtype=parameters, device=device) for shape in ((5, 8), (5,)))
+    check_wgrad(*(torch.randn(rows, width, device=device).to(dtype) for width in (5, 8)), parameters)
+
+
+@into_another_dtype
+def test_wgrad_into_another_dtype_by_what_torch_takes_on_a_gpu(dtype: torch.dtype, parameters: torch.dtype) -> None:
+    check_wgrad(*(torch.randn(33, width).to(dtype).as_subclass(OnNvidia) for width in (5, 8)), parameters)
+
+
+def check_wgrad(dz: Tensor, h: Tensor, parameters: torch.dtype) -> None:
+    """dW and db in the parameters' dtype, against float64."""
+    dtype = dz.dtype
+    dw, db = (torch.full(shape, torch.nan, dtype=parameters, device=dz.device) for shape in ((5, 8), (5,)))
     wgrad_by_torch(dz, h, dw, db)
     coarser = max(dtype, parameters, key=lambda each: torch.finfo(each).eps)
     bound = partial(torch.testing.assert_close, rtol=2 * torch.finfo(coarser).eps, atol=20 * torch.finfo(coarser).eps)

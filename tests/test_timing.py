@@ -207,6 +207,7 @@ def test_the_first_call_is_the_warm_up(clock: SimulatedClock) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("device")
 def test_a_real_product_takes_the_device_longer_than_the_host_to_hand_over() -> None:
     a = torch.randn(4096, 4096, device="cuda")

@@ -638,6 +638,7 @@ def test_a_network_of_the_running_script_has_to_move_into_a_module(monkeypatch: 
         first_touch.in_fresh_processes(model, [torch.ones(1, 2)], torch.device("cuda:0"))
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which the process fails")
 def test_a_fresh_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="^the process failed: .*(CUDA|NVIDIA|GPU)"):
@@ -724,6 +725,7 @@ def test_a_plot_that_fails_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("training", [True, False])
 def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -744,6 +746,7 @@ def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.usefixtures("device")
 def test_pinned_copies_reach_the_links_ceiling() -> None:
     """At least 0.9 of it, for 64 MiB."""

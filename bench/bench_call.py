@@ -37,7 +37,7 @@ def test_call_on_the_cpu(benchmark: Any) -> None:
     for child in sequential:  # the same modules as the model's: products and their noise go, calls stay
         child.forward = lambda x: x
     assert model(x) is sequential(x) is x
-    rounds, calls = (1, 1) if benchmark.disabled else (100, 200)
+    rounds, calls = (1, 1) if benchmark.disabled else (50, 200)
     differences = []
     for _ in range(rounds):
         baseline = microseconds(sequential, x, calls)
@@ -116,7 +116,7 @@ def test_call_of_a_narrow_network(benchmark: Any, nothing: Nothing, training: bo
     parameters = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
     sequential = nn.Sequential(*(nn.Identity() for child in model if not isinstance(child, nn.Dropout)))
     x = torch.randn(64, 64)
-    rounds, calls = (1, 1) if benchmark.disabled else (100, 200)
+    rounds, calls = (1, 1) if benchmark.disabled else (50, 200)
     readings: list[tuple[float, float, float]] = []
     with torch.set_grad_enabled(training):
         assert model(x).requires_grad == training
@@ -163,7 +163,7 @@ def test_call_of_the_layer_path(benchmark: Any, nothing: Nothing, what: str) -> 
         y = Empty.apply(x, *parameters)
         return torch.autograd.grad(y, parameters, x) if what == "training-backward" else y
 
-    rounds, calls = (1, 1) if benchmark.disabled else (100, 100)
+    rounds, calls = (1, 1) if benchmark.disabled else (50, 100)
     readings: list[tuple[float, float, float]] = []
     with torch.set_grad_enabled(what != "inference-forward"):
         ours(x)

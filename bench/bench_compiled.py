@@ -32,6 +32,8 @@ def test_compiled(benchmark: Any) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     if benchmark.disabled:
         pytest.skip("compiles for a minute: runs with --benchmark only")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: `python tests/compile_kernels.py --networks` compiles for others, in minutes")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "--networks", "--json", "--target", target()]
 

@@ -1,9 +1,13 @@
-"""`--benchmark`: without it each row runs once, verified, as a smoke test; with it, the goals are judged at the end."""
+"""`--benchmark` measures the rows alone, and judges the goals at the end. A CPU measures only the small rows.
+
+Without the flag, each row runs once and is verified, beside the tests of the tools: a smoke test.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if measures(config):
+        tests = [item for item in items if not is_bench(item.nodeid)]
+        config.hook.pytest_deselected(items=tests)
+        items[:] = [item for item in items if is_bench(item.nodeid)]
     place = {cell: number for number, cell in enumerate(GRID)}
     order = {}
     for item in items:
@@ -49,9 +57,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         order[item] = place[cell]
         if device == "cuda":
             item.add_marker(pytest.mark.gpu)
-        if reason := measure.why_not(cell, device, full=measures(config)):
+        if reason := measure.why_not(cell, device):
             item.add_marker(pytest.mark.skip(reason=reason))
     items.sort(key=lambda item: order.get(item, -1))  # rows after tests, in the grid's order: anchors first
+
+
+def is_bench(nodeid: str) -> bool:
+    """Whether a test measures, rather than testing what measures."""
+    return Path(nodeid.partition("::")[0]).name.startswith("bench_")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -63,7 +76,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "[" in report.nodeid]
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if is_bench(report.nodeid)]
     reasons = Counter(report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple))
     for reason, count in reasons.items():
         terminalreporter.write_line(f"{count} rows skipped: {reason.removeprefix('Skipped: ')}")
@@ -107,7 +120,7 @@ def row(benchmark: Any) -> Row:
             benchmark.pedantic(measure.prepare, (cell, device))
             return
         benchmark.extra_info.update(measure.measure(cell, device))
-        once, seconds = benchmark.extra_info, timing.SECONDS
+        once, seconds = benchmark.extra_info, measure.seconds_for_a_number(device)
         if cell.phase == "copy":
             once, seconds = once["copy"]["pinned"], measure.COPY_SECONDS
         elif cell.phase == "in_place":

@@ -96,10 +96,11 @@ Report = Callable[[dict[str, Any]], None]
 BOUNDS = {"fp32": (2e-5, 5e-3), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
 TF32_BOUND = 5e-3
 
-# More than this takes too long on a CPU. In 16 bits many CPUs multiply a hundred times slower than in 32.
-CPU_FLOPS = {"fp32": 20e9, "fp16": 0.2e9, "bf16": 0.2e9}
-# More than this takes seconds to fill with random numbers, too long for only trying a row out.
-CPU_TRIAL_BYTES = 0.5e9
+# A CPU measures the rows of up to so many FLOPs and bytes, so that all of them together take a minute on two cores. In
+# 16 bits many CPUs multiply a hundred times slower than in 32.
+CPU_FLOPS = {"fp32": 10e9, "fp16": 0.1e9, "bf16": 0.1e9}
+CPU_BYTES = 0.15e9
+CPU_SECONDS = 0.05  # spent on one number there
 
 GRAPHED_SETS = 8  # a CUDA graph is tied to its input's address: one capture for each input rotated
 COMPILE_SECONDS = 60
@@ -108,23 +109,31 @@ COPY_SECONDS = 0.01  # spent on one number of a copy row, of which there are a h
 COPIED_CPU_FLOPS = 0.1e9  # of a copy row's forward and backward, up to which the CPU's time stands beside the GPU's
 LONG_MS = 3  # a step of which nobody has to read twice
 LEARNING_RATE = 1e-5  # thousands of timed steps must not carry the parameters to infinity
+EPS = 1e-3  # Adam's default of 1e-8 is 0 in fp16, where a gradient of 0 would then give 0 / 0
+GRADIENT = 16.0  # standard deviation of a bias gradient: its square, which Adam keeps, has to fit in fp16
 
 
-def why_not(cell: Cell, device: str, *, full: bool = True) -> str | None:
-    """Why a cell does not run on a device here; None where it does. Not `full`: rows that take too long to try out."""
+def why_not(cell: Cell, device: str) -> str | None:
+    """The reason why a cell does not run on a device here; None where it does."""
     if device == "cuda":
         return None if torch.cuda.is_available() else f"no CUDA device (torch {torch.__version__})"
     if cell.phase == "lecture":
         if torch.cuda.is_available():
             return "the row on the GPU has the product on the CPU beside it"
-        return None if full else "takes half a minute on a CPU: runs with --benchmark only"
+        rows = cell.problem.rows
+        return f"half a minute on a CPU: `python -m bench.fresh lecture --cpu --rows {rows}` runs it"
     limit, needed = CPU_FLOPS[cell.problem.dtype], work_of(cell.problem, cell.phase, device)
     if needed.flops > limit:
         bits = "16 bits" if cell.problem.dtype != "fp32" else "fp32"
         return f"more than {limit / 1e9:g} GFLOP in {bits}: not on a CPU"
-    if not full and needed.bytes > CPU_TRIAL_BYTES:
-        return f"moves more than {CPU_TRIAL_BYTES / 1e9:g} GB: on a CPU with --benchmark only"
+    if needed.bytes > CPU_BYTES:
+        return f"moves more than {CPU_BYTES / 1e9:g} GB: not on a CPU"
     return None
+
+
+def seconds_for_a_number(device: str) -> float:
+    """How long a row's call is repeated for one of its times."""
+    return CPU_SECONDS if device == "cpu" else timing.SECONDS
 
 
 def work_of(problem: Problem, phase: str, device: str) -> Work:
@@ -270,7 +279,8 @@ class Bench:
         rows, width = self.problem.rows, self.problem.widths[-1]
         if self.problem.cross_entropy:
             return [torch.randint(width, (rows,), device=self.device) for _ in self.inputs]
-        return [torch.randn(rows, width, device=self.device, dtype=self.dtype) for _ in self.inputs]
+        scale = min(1.0, GRADIENT * rows**-0.5)  # a bias gradient is the sum over the rows
+        return [torch.randn(rows, width, device=self.device, dtype=self.dtype).mul_(scale) for _ in self.inputs]
 
     @cached_property
     def host(self) -> Tensor:
@@ -310,7 +320,7 @@ class Bench:
 
             return Timed(forward, sets=len(inputs))
         if phase == "step":
-            return Timed(self._step(module), sets=len(inputs))
+            return Timed(self.step(module, self.optimizer()), sets=len(inputs))
         gradients = self.gradients
         if phase == "training":
 
@@ -332,13 +342,19 @@ class Bench:
         raise ValueError(f"phase is {phase!r}, which is not a phase of a network")
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """capturable for all, so that a graphed step runs the same optimizer as the others."""
-        on_gpu = self.device == "cuda"
-        return torch.optim.Adam(self.parameters, lr=LEARNING_RATE, fused=on_gpu, capturable=on_gpu)
+        """Adam, the same for ours and for every baseline: capturable for all, as a graphed step needs it.
 
-    def _step(self, module: Callable[[Tensor], Tensor]) -> Callable[[int], tuple[Tensor, ...]]:
+        Parameters and state stay finite over thousands of steps in every dtype. That takes nothing out of a step and
+        adds nothing to it: Adam's kernels read, compute and write the same whatever the values, `lr` and `eps` are.
+        """
+        on_gpu = self.device == "cuda"
+        return torch.optim.Adam(self.parameters, lr=LEARNING_RATE, eps=EPS, fused=on_gpu, capturable=on_gpu)
+
+    def step(
+        self, module: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer
+    ) -> Callable[[int], tuple[Tensor, ...]]:
+        """A training step of `module` on an input; its calls return the output and the gradients."""
         inputs, targets, parameters = self.inputs, self.targets, self.parameters
-        optimizer = self.optimizer()
         cross_entropy = self.problem.cross_entropy
 
         def step(i: int) -> tuple[Tensor, ...]:
@@ -721,7 +737,7 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
                 row["phases"][phase] = _measure_model(bench, phase, COPY_SECONDS)[0]
                 report(row)
             return row
-        ours, timed = _measure_model(bench, cell.phase)
+        ours, timed = _measure_model(bench, cell.phase, seconds_for_a_number(device))
         row |= ours
         if cell.phase == "training" and device == "cuda":
             row["memory"] = memory(bench)
@@ -730,14 +746,14 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
             if baseline.applies(cell, device):
                 row["baselines"][baseline.name] = _measure_baseline(bench, baseline, cell.phase, row)
                 report(row)
-        row["repeat_ms"] = timing.time_call(timed, device).ms
+        row["repeat_ms"] = timing.time_call(timed, device, seconds_for_a_number(device)).ms
         return row
     finally:
         for parameter in bench.parameters:
             parameter.grad = None
 
 
-def _measure_model(bench: Bench, phase: str, seconds: float = timing.SECONDS) -> tuple[dict[str, Any], Timed]:
+def _measure_model(bench: Bench, phase: str, seconds: float) -> tuple[dict[str, Any], Timed]:
     """Our own part of a row, and what was timed."""
     problem, device = bench.problem, bench.device
     plan = bench.model.explain(problem.rows, bench.dtype)
@@ -841,7 +857,7 @@ def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ours: dict[s
         if baseline.name.startswith("compile"):  # one graph for inference, one for the three phases with gradients
             graph = baseline.name, phase == "forward"
             row["compile_s"] = bench.compile_seconds.setdefault(graph, row["first_call_s"])
-        row |= _beside(ours, timing.time_call(timed, bench.device))
+        row |= _beside(ours, timing.time_call(timed, bench.device, seconds_for_a_number(bench.device)))
     except Exception as error:
         row = {"error": describe(error)}
     finally:

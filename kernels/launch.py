@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
 Slots = Sequence["int | tuple[int, ...]"]
 
 _counters: list[dict[str, int]] = []
+
+# Held while Triton launches, which compiles and loads a kernel the first time: two threads would race in its loading.
+# Launches made again do not come here. Reentrant, as hooks that Triton calls may launch kernels themselves.
+_through_triton = threading.RLock()
 
 
 class Launch:
@@ -105,13 +110,13 @@ class Launch:
             allocation._allocator.reset(token)
 
     def through_triton(self, tensors: Tensors) -> None:
-        """Launch it by Triton's launcher, which compiles it for these tensors' alignment if need be."""
+        """Launch it by Triton's launcher, which compiles it for these tensors' alignment if need be; one at a time."""
         if self.programs == 0:
             return
         self._count()
         token = allocation._allocator.set(self._allocate)
         try:
-            with contextlib.nullcontext() if self._is_here() else torch.cuda.device(self.index):
+            with _through_triton, contextlib.nullcontext() if self._is_here() else torch.cuda.device(self.index):
                 compiled = self.kernel[(self.programs,)](*tensors, *self.scalars, **self.constants)
         finally:
             allocation._allocator.reset(token)

@@ -36,20 +36,30 @@ __all__ = ["cast", "chained_backward", "chained_forward", "kept_shapes", "run_la
 LAUNCH_BOUND = 2**31
 
 
-def run_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath) -> Tensor:
-    """x (M, d_0) -> y (M, d_L) through a path's kernels, with gradients wherever they are wanted."""
+def run_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    path: LayerPath,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """x (M, d_0) -> y (M, d_L) through a path's kernels, with gradients wherever they are wanted.
+
+    `seed` is that of the path's Dropout; by default a path that drops draws one.
+    """
     if x.dtype != path.dtype:
         x = x.to(path.dtype)
+    if path.drops and seed is None:
+        seed = draw_seed(x.device)
     if not (torch.is_grad_enabled() and any(map(_requires_grad, filter(_given, (*weights, x, *biases))))):
-        seed = draw_seed(x.device) if path.drops else None
         return chained_forward(x, cast(weights, path), biases, path, False, seed)[0]
     if (
         weights[0].requires_grad  # and so keeps x
         and x.shape[0] * path.multiply_adds <= LAUNCH_BOUND
         and all(map(_is_leaf, filter(_given, (*weights, *biases))))  # others have to be let go after backward
     ):
-        return _ChainFunction.call(x, path, *weights, *biases)
-    return layer_after_layer(x, weights, biases, path)
+        return _ChainFunction.call(x, path, seed, *weights, *biases)
+    return layer_after_layer(x, weights, biases, path, seed)
 
 
 _requires_grad, _is_leaf = operator.attrgetter("requires_grad"), operator.attrgetter("is_leaf")
@@ -339,10 +349,9 @@ class _ChainFunction(PlainFunction):
     """(x, W_1 …, b_1 …) -> y, of which the first weight at least wants a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, path: LayerPath, *parameters: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, path: LayerPath, seed: Tensor | None, *parameters: Any) -> Tensor:
         count = len(path.layers)
         weights = cast(parameters[:count], path)
-        seed = draw_seed(x.device) if path.drops else None
         y, kept = chained_forward(x, weights, parameters[count:], path, True, seed)
         first = weights[0] if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, y if path.keeps_output else None, kept, seed, first, *weights[1:])
@@ -354,7 +363,7 @@ class _ChainFunction(PlainFunction):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         path: LayerPath = ctx.path
-        needs_x, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, *needs = ctx.needs_input_grad
         x, y, kept, seed, *weights = ctx.saved_tensors
         dy = plain_gradient(dy)
         if wants_torch(dy):
@@ -367,4 +376,4 @@ class _ChainFunction(PlainFunction):
             )
         else:
             dx, gradients = chained_backward(path, dy, y, x, kept, weights, ctx.parameters, needs_x, needs, seed)
-        return dx, None, *gradients
+        return dx, None, None, *gradients

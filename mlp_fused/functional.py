@@ -14,6 +14,7 @@ from . import reference
 from .chain import run_layers
 from .kernels import configs
 from .kernels.activations import Activation, resolve
+from .kernels.dropout import draw_seed
 from .layers import LayerPath, layer_path
 from .networks import run_network
 from .plan import (
@@ -196,7 +197,10 @@ def run_kernels(
     weights, biases, *_ = zip(*layers)
     path = find_path(x, layers, dtype, recompute, backend)
     if recompute and isinstance(path, LayerPath) and can_checkpoint():
-        y = checkpoint(run_path, x, weights, biases, path, use_reentrant=False)
+        # The seed is drawn outside, because the checkpointed function runs twice and has to drop the same elements. It
+        # draws nothing else, so no generator has to be put back, which torch 2.9 cannot do within a CUDA graph's capture.
+        seed = draw_seed(x.device) if path.drops else None
+        y = checkpoint(run_layers, x, weights, biases, path, seed, use_reentrant=False, preserve_rng_state=False)
     else:
         y = run_path(x, weights, biases, path)
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])

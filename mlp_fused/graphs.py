@@ -70,6 +70,7 @@ class _CudaGraph:
         self.device = device
         self.graph = torch.cuda.CUDAGraph()
         self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()  # of the graph's memory; its own, so that it has a name
 
     def warm_up(self, function: Callable[[], Any]) -> None:
         """Run it where it will be captured: kernels, libraries' handles and their workspaces are made before that."""
@@ -82,23 +83,41 @@ class _CudaGraph:
     def capture(self, function: Callable[[], Any]) -> Any:
         """Record it; what it returns is written by every replay."""
         try:
-            return self._record(self.graph, self.stream, function)
+            return self._record(self.graph, self.stream, self.pool, function)
         except BaseException:
+            end_allocation(self.device.index, self.pool)
             # For torch's random number generator a capture that broke is over when another one has ended well.
             memory = torch.empty(1, device=self.device)
-            self._record(torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device), memory.zero_)
+            self._record(torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device), None, memory.zero_)
             raise
 
-    def _record(self, graph: Any, stream: Any, function: Callable[[], Any]) -> Any:
+    def _record(self, graph: Any, stream: Any, pool: Any, function: Callable[[], Any]) -> Any:
         # The stream stands here as well because torch.cuda.graph leaves it current where a capture fails.
         # What other threads do meanwhile is no part of it: a DataLoader's, for one, allocates the memory that it pins.
-        recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         with torch.cuda.device(self.device), torch.cuda.stream(stream), recording:
             return function()
 
     def replay(self) -> None:
         """Do on the current stream what was recorded."""
         self.graph.replay()
+
+
+def end_allocation(index: int, pool: Any, allocator: Any = torch._C) -> None:
+    """End a capture that broke for the device's allocator as well, and release the capture's pool.
+
+    torch's `CUDAGraph.capture_end` raises before it does so. On an H100 with torch 2.11.0, the allocator then believed
+    for the rest of the process that a capture is under way: memory that several streams had used was never free again,
+    and `torch.cuda.empty_cache()` did nothing. Both names are private, and may be missing in another torch.
+
+    Args:
+        index, pool: the device's, and the pool that the capture was given.
+        allocator: where the private functions are found.
+    """
+    # A RuntimeError says that the capture has ended for the allocator too; then the graph releases its pool itself.
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError):
+        allocator._cuda_endAllocateToPool(index, pool)
+        allocator._cuda_releasePool(index, pool)
 
 
 class CapturedStep:

@@ -24,7 +24,7 @@ from .gradients import PlainFunction, dropout_factors, dropped, plain_gradient, 
 from .kernels import configs, layer_tiles, tables
 from .kernels.activations import ACTIVATIONS, Activation
 from .kernels.configs import Problem
-from .kernels.dropout import Dropout, draw_seed, keeps_preactivation
+from .kernels.dropout import Dropout, keeps_preactivation
 from .kernels.launch import Launches, Remembered, describable
 from .kernels.layer_backward import dgrad, output_gradient, wgrad
 from .kernels.layer_forward import layer_forward
@@ -334,12 +334,20 @@ def layer_path(
     )
 
 
-def layer_after_layer(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: LayerPath) -> Tensor:
-    """x (M, d_0) -> y (M, d_L), a layer that wants gradients an autograd.Function: they are handed on as they come."""
+def layer_after_layer(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    path: LayerPath,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """x (M, d_0) -> y (M, d_L), a layer that wants gradients an autograd.Function: they are handed on as they come.
+
+    `seed` is that of the path's Dropout, where it drops.
+    """
     dtype = path.dtype
     differentiable = torch.is_grad_enabled()
     needs_grad = differentiable and x.requires_grad
-    seed = draw_seed(x.device) if path.drops else None
     h = edge = x
     for kernels, weight, bias in zip(path.layers, weights, biases):
         needs_grad = needs_grad or (

@@ -179,6 +179,8 @@ class Chain(WithBackend, nn.Module):
                         return run_path(input, weights, biases, path)
                 return run_kernels(input, layers, dtype, self._recompute, self._backend)
         if run.linears and self._recompute and can_checkpoint():
+            # nn.Dropout draws random numbers in here. torch puts its generator back for the second run, since 2.10 also
+            # within a CUDA graph's capture, which 2.9 refuses.
             return checkpoint(run.call, input, use_reentrant=False)
         return run.call(input)
 

@@ -17,8 +17,8 @@ from mlp_fused import ACTIVATIONS, chain, layers, mlp, reference
 from mlp_fused.chain import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network, run_kernels
 from mlp_fused.kernels import network, tables
-from mlp_fused.kernels.configs import Problem, TileConfig
-from mlp_fused.kernels.launch import count_launches, offset_type
+from mlp_fused.kernels.configs import Device, Problem, TileConfig, choose, describe
+from mlp_fused.kernels.launch import cdiv, count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.layers import IDENTITY
@@ -619,6 +619,64 @@ def test_the_rules_tiles_on_sizes_that_they_are_made_for(
     torch.backends.cuda.matmul.fp32_precision = precision
     data = make(case, device)
     check(case, oracle(case, data), gradients(data, forward(case, data, "layer")), by_torch(case, data))
+
+
+def tiles_a_program(problem: Problem, tile: TileConfig) -> float:
+    """The average number of tiles that a program of a layer kernel takes."""
+    tiles = cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n) * tile.split
+    return tiles / tile.started(tiles)
+
+
+ROUNDED = pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32")], ids=str
+)
+
+
+@ROUNDED
+def test_persistent_programs_take_several_tiles(
+    dtype: torch.dtype, precision: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the interpreter; the next test is the same on a GPU."""
+    case = Case(130, (64, 96, 64), dtype, "gelu", tf32=precision == "tf32")
+    torch.backends.cuda.matmul.fp32_precision = precision
+    several: list[bool] = []
+
+    def tile_for(problem: Problem, device: Device) -> TileConfig:
+        tile = of_kind("persistent", problem)
+        several.append(tile.descriptors and tiles_a_program(problem, tile) > 1)
+        return tile
+
+    layers.layer_path.cache_clear()  # what it remembers is of other tiles
+    monkeypatch.setattr(tables, "tile_for", tile_for)
+    data = make(case)
+    ours = gradients(data, forward(case, data, "layer"))
+    layers.layer_path.cache_clear()
+    assert several == [True] * 6  # forward, dgrad and wgrad of each layer
+    check(case, oracle(case, data), ours, by_torch(case, data))
+
+
+@pytest.mark.gpu
+@ROUNDED
+def test_persistent_programs_of_the_rules_tiles_take_several(
+    dtype: torch.dtype, precision: str, device: str, poisoned: None
+) -> None:
+    """The compiler flattens the loop over tiles: a tile's first loads begin while the one before it ends."""
+    rows, width = 16384, 1024
+    for kind in ("forward", "dgrad"):
+        problem = Problem(kind, rows, width, width, dtype, precision)
+        tile = choose(problem, describe(device))
+        if not tile.programs:
+            pytest.skip(f"the rule gives this GPU a program for each tile: {tile}")
+        assert tiles_a_program(problem, tile) > 1
+    case = Case(rows, (width,) * 3, dtype, "gelu", tf32=precision == "tf32")
+    torch.backends.cuda.matmul.fp32_precision = precision
+    data = make(case, device)
+    x, of_case, _ = find(case, data)
+    with count_launches() as launches:
+        y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, dtype, "triton"))
+        ours = gradients(data, y)
+    assert launches["layer_forward_kernel"] == launches["dgrad_kernel"] == 2
+    check(case, oracle(case, data), ours, by_torch(case, data))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -14,12 +14,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -564,16 +565,8 @@ def test_what_is_remembered_is_bounded(
 
 
 def test_threads_share_a_model(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter itself runs one kernel at a time: its grid and its `tl` are global."""
+    """Also in the interpreter, whose grid and `tl` are global: it runs one kernel at a time."""
     monkeypatch.setattr(launch, "MOST_REMEMBERED", 3)
-    one_at_a_time, inner = Lock(), launch.Launch.through_triton
-
-    def through_triton(self: launch.Launch, tensors: Any) -> None:
-        with one_at_a_time:
-            inner(self, tensors)
-
-    if device == "cpu":
-        monkeypatch.setattr(launch.Launch, "through_triton", through_triton)
     model = FusedMLP(12, [16, 7], activation_layer="gelu", backend="triton", device=device)
     data = [torch.randn(rows, 12, device=device) for rows in (14, 5, 16)]
 
@@ -585,6 +578,67 @@ def test_threads_share_a_model(path: str, device: str, monkeypatch: pytest.Monke
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(train, turn) for turn in range(4)]:
             done.result()
+
+
+class Kernel:
+    """A kernel whose launches through Triton last until `done`, and are counted meanwhile."""
+
+    __name__ = "kernel"
+    params = ()
+
+    def __init__(self) -> None:
+        self.begun, self.done = Event(), Event()
+        self.running = self.most = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.run
+
+    def run(self, *arguments: Any, **constants: Any) -> None:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.begun.set()
+        self.done.wait(10)
+        self.running -= 1
+
+
+def launch_of(kernel: Any) -> launch.Launch:
+    return launch.Launch(kernel, 1, torch.device("cpu"), configs.TileConfig(16, 16), (), {})
+
+
+def test_first_launches_do_not_overlap() -> None:
+    """Triton loads a compiled kernel when it is first launched, in which two threads must not meet."""
+    kernel = Kernel()
+    with ThreadPoolExecutor(2) as pool:
+        launched = [pool.submit(launch_of(kernel), torch.zeros(4)) for _ in range(2)]
+        assert kernel.begun.wait(10)
+        time.sleep(0.1)  # in which the second one would begin as well
+        kernel.done.set()
+        assert all(each.result() for each in launched)
+    assert kernel.most == 1
+
+
+@pytest.mark.parametrize("as_program", [False, True], ids=["a launch", "a program"])
+def test_replays_wait_neither_for_a_first_launch_nor_for_each_other(as_program: bool) -> None:
+    kernel, together = Kernel(), Barrier(2)
+    x = torch.zeros(4)
+
+    def replay(_: int) -> None:
+        made = launch_of(kernel)
+        made.run = lambda *arguments: together.wait(10)  # raises unless the other replay is in it too
+        if not as_program:
+            assert made(x)
+            return
+        program = launch.Program.of([(made, (0,))])
+        assert program is not None
+        assert program([x.data_ptr()])
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(launch_of(kernel), x)
+        assert kernel.begun.wait(10)
+        list(pool.map(replay, range(2)))
+        assert not first.done()
+        kernel.done.set()
+        assert first.result()
 
 
 @pytest.mark.parametrize(("needs_x", "output"), [(False, None), (True, None), (True, "relu"), (False, "gelu")])

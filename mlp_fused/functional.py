@@ -197,8 +197,8 @@ def run_kernels(
     weights, biases, *_ = zip(*layers)
     path = find_path(x, layers, dtype, recompute, backend)
     if recompute and isinstance(path, LayerPath) and can_checkpoint():
-        # The seed is drawn outside, because the checkpointed function runs twice and has to drop the same elements. It
-        # draws nothing else, so no generator has to be restored, which torch 2.9 cannot do in a CUDA graph's capture.
+        # The seed is drawn outside, because the checkpointed function runs twice and has to drop the same elements.
+        # It draws nothing else, so no generator has to be put back, which torch 2.9 cannot do within a graph's capture.
         seed = draw_seed(x.device) if path.drops else None
         y = checkpoint(run_layers, x, weights, biases, path, seed, use_reentrant=False, preserve_rng_state=False)
     else:

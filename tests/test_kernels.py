@@ -17,10 +17,11 @@ from mlp_fused import ACTIVATIONS, chain, layers, mlp, reference
 from mlp_fused.chain import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network, run_kernels
 from mlp_fused.kernels import network, tables
-from mlp_fused.kernels.configs import Device, Problem, TileConfig, choose, describe
+from mlp_fused.kernels.configs import Device, Problem, TileConfig, describe
 from mlp_fused.kernels.launch import cdiv, count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
+from mlp_fused.kernels.layer_tiles import choose
 from mlp_fused.layers import IDENTITY
 from mlp_fused.networks import run_network
 from mlp_fused.plan import NetworkPlan

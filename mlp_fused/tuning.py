@@ -557,7 +557,7 @@ class Tuner:
     def _is_right(
         self, what: str, run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], *bounds: float
     ) -> bool:
-        """True if a kernel runs and each result is within its bound of what is expected; the last bound holds for the rest.
+        """True if a kernel runs and each result is as expected, within its bound. The last bound holds for the rest.
 
         Raises:
             RuntimeError: it broke the GPU's context, in which nothing else runs from now on.

@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_bench(nodeid: str) -> bool:
-    """Whether a test measures, rather than testing what measures."""
+    """True for a row or another bench, False for a test of the tools."""
     return Path(nodeid.partition("::")[0]).name.startswith("bench_")
 
 

@@ -114,7 +114,7 @@ GRADIENT = 16.0  # standard deviation of a bias gradient: its square, which Adam
 
 
 def why_not(cell: Cell, device: str) -> str | None:
-    """The reason why a cell does not run on a device here; None where it does."""
+    """The reason not to run a cell on a device here; None where it runs."""
     if device == "cuda":
         return None if torch.cuda.is_available() else f"no CUDA device (torch {torch.__version__})"
     if cell.phase == "lecture":
@@ -132,7 +132,7 @@ def why_not(cell: Cell, device: str) -> str | None:
 
 
 def seconds_for_a_number(device: str) -> float:
-    """How long a row's call is repeated for one of its times."""
+    """Seconds spent on one number of a row."""
     return CPU_SECONDS if device == "cpu" else timing.SECONDS
 
 
@@ -342,10 +342,10 @@ class Bench:
         raise ValueError(f"phase is {phase!r}, which is not a phase of a network")
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam, the same for ours and for every baseline: capturable for all, as a graphed step needs it.
+        """Adam, the same for ours and for every baseline: capturable on a GPU, as a graphed step needs it.
 
-        Parameters and state stay finite over thousands of steps in every dtype. That takes nothing out of a step and
-        adds nothing to it: Adam's kernels read, compute and write the same whatever the values, `lr` and `eps` are.
+        Parameters and state stay finite over thousands of steps in every dtype. This changes nothing of what a step
+        costs: Adam's kernels read, compute and write the same, whatever the values, `lr` and `eps` are.
         """
         on_gpu = self.device == "cuda"
         return torch.optim.Adam(self.parameters, lr=LEARNING_RATE, eps=EPS, fused=on_gpu, capturable=on_gpu)

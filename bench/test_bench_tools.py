@@ -560,7 +560,7 @@ def test_the_copy_rows_take_less_than_three_minutes_of_a_gpu() -> None:
 
 
 def seconds_of_a_cpu_row(cell: Cell) -> float:
-    """By a simulated host of two cores, through the code that measures."""
+    """Simulate a row on a host of two cores, through the code that measures."""
     clock = HostAndDevice()
     work = measure.work_of(cell.problem, cell.phase, "cpu")
     rate = 40e9 if cell.problem.dtype == "fp32" else 2e9

@@ -34,7 +34,7 @@ Slots = Sequence["int | tuple[int, ...]"]
 _counters: list[dict[str, int]] = []
 
 # Held while Triton launches, which compiles and loads a kernel the first time: two threads would race in its loading.
-# Launches made again do not come here. Reentrant, as hooks that Triton calls may launch kernels themselves.
+# Replayed launches do not take it. Reentrant, as hooks that Triton calls may launch kernels themselves.
 _through_triton = threading.RLock()
 
 

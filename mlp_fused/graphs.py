@@ -107,7 +107,7 @@ def end_allocation(index: int, pool: Any, allocator: Any = torch._C) -> None:
     """End a capture that broke for the device's allocator as well, and release the capture's pool.
 
     torch's `CUDAGraph.capture_end` raises before it does so. On an H100 with torch 2.11.0, the allocator then believed
-    for the rest of the process that a capture is under way: memory that several streams had used was never free again,
+    for the rest of the process that a capture was under way: memory that several streams had used was never free again,
     and `torch.cuda.empty_cache()` did nothing. Both names are private, and may be missing in another torch.
 
     Args:

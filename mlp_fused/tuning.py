@@ -558,7 +558,7 @@ class Tuner:
     def _is_right(
         self, what: str, run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], *bounds: float
     ) -> bool:
-        """Whether a kernel runs and gives what is expected: each result within its bound, those beyond by the last one.
+        """True if a kernel runs and each result is as expected, within its bound. The last bound holds for the rest.
 
         Raises:
             RuntimeError: it broke the GPU's context, in which nothing else runs from now on.

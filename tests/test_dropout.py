@@ -278,7 +278,7 @@ def test_a_checkpoint_makes_the_same_mask_again(use_reentrant: bool, activation:
 def test_recomputing_draws_no_random_numbers(
     activation: str, layer_by_layer: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One mask also where the generator cannot be put back, as while a CUDA graph is captured on torch 2.9."""
+    """The mask is the same even if the generator cannot be put back, as on torch 2.9 while a CUDA graph is captured."""
     if layer_by_layer:
         monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
     for module in (torch, torch.cuda):

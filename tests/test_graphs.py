@@ -515,7 +515,7 @@ def test_a_step_through_the_kernels_reads_nothing_on_the_host(dtype: torch.dtype
 
 
 class Allocator:
-    """torch's private calls that end a capture, of which some may be missing or refuse."""
+    """torch's private calls that end a capture, some of which may refuse."""
 
     def __init__(self, refused: tuple[str, ...] = ()) -> None:
         self.refused = refused
@@ -541,7 +541,7 @@ def test_a_broken_capture_is_ended_for_the_allocator_too() -> None:
 
 @pytest.mark.parametrize("allocator", [Allocator(refused=("end",)), object()], ids=["ended already", "no such names"])
 def test_an_allocator_that_is_whole_or_unknown_is_left_alone(allocator: Any) -> None:
-    """What has ended by itself is not released: the graph does that when it goes."""
+    """The pool of a capture that has ended is not released here, as its graph does that."""
     graphs.end_allocation(0, (0, 1), allocator)
     assert getattr(allocator, "calls", []) == []
 
@@ -725,7 +725,7 @@ def test_a_step_that_waits_for_a_result_cannot_be_captured_and_changes_nothing(d
 
 @pytest.mark.gpu
 def test_memory_is_given_back_after_a_capture_that_failed(device: str) -> None:
-    """As of a prefetched batch: memory that another stream has used is free once that stream is done."""
+    """Memory that another stream has used, such as a prefetched batch, is free once that stream is done."""
     model, optimizer = trainable(device)
     batch = next(batches(1, device))
 
@@ -752,7 +752,7 @@ def test_memory_is_given_back_after_a_capture_that_failed(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_captured_step_that_recomputes_has_one_dropout_mask(backend: str, device: str) -> None:
-    """By the gradients of the first replay, which begins at one state of the generator whether it recomputes or not."""
+    """The first replay begins at the same state of the generator with and without recompute: its gradients are equal."""
     if backend == "reference" and TORCH < (2, 10):
         pytest.skip("torch puts its generator back within a capture since 2.10")
     results = []

@@ -637,7 +637,7 @@ ROUNDED = pytest.mark.parametrize(
 def test_persistent_programs_take_several_tiles(
     dtype: torch.dtype, precision: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the interpreter; the next test is the same on a GPU."""
+    """Runs in the interpreter. The next test is the same on a GPU."""
     case = Case(130, (64, 96, 64), dtype, "gelu", tf32=precision == "tf32")
     torch.backends.cuda.matmul.fp32_precision = precision
     several: list[bool] = []

@@ -152,7 +152,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
 def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
     dtype: str, activation: str, clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As cuBLAS's over many rows, whose partial sums are rounded to fp16: the comparison is with float32."""
+    """cuBLAS rounds partial sums over many rows to fp16, so results are compared with float32."""
     factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # off by twice the bound
 
     def off(kind: str, run: Callable[..., object], is_off: Callable[..., bool]) -> Callable[..., object]:

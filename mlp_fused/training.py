@@ -276,8 +276,9 @@ def _check_same_data(checkpoint: dict[str, Any], config: Config, data: Data) -> 
 
 
 def _sizes(description: Mapping[str, Any]) -> str:
-    names = ("rows", "features", "classes", "targets")
-    return ", ".join(f"{description[name]} {name}" for name in names if name in description)
+    nouns = {"rows": "row", "features": "feature", "classes": "class", "targets": "target"}
+    sizes = ((description[name], name, noun) for name, noun in nouns.items() if name in description)
+    return ", ".join(f"{size} {noun if size == 1 else name}" for size, name, noun in sizes)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -86,6 +86,66 @@ def test_statistics_come_from_the_training_rows_alone(data: str) -> None:
     assert not torch.equal(scaling.mean, Scaling.fit(rows.x).mean)
 
 
+RANDOM = np.random.default_rng(0)
+ORDER, SECONDS, METRES = RANDOM.permutation(200), RANDOM.uniform(0, 300, 400), RANDOM.uniform(0, 2, (400, 2))
+SIDES = RANDOM.integers(0, 2, 400)
+
+# Features, how far they are moved, and their classes.
+FAR_FROM_ZERO: dict[str, tuple[np.ndarray, Any, np.ndarray]] = {
+    "x + 1.7e9": (RANDOM.normal(size=(400, 2)) + 4 * SIDES[:, None], 1.7e9, SIDES),
+    "unix seconds": (SECONDS, 1.7e9, (SECONDS // 75).astype(int)),
+    "integer ids": (ORDER, 10**9, ORDER // 50),
+    "integer ids beyond float64": (ORDER, 2**60, ORDER // 50),
+    "unsigned ids": (ORDER.astype(np.uint64), np.uint64(2**63), ORDER // 50),
+    "UTM coordinates": (METRES, np.array([500_000, 5_400_000]), (METRES > 1) @ (1, 2)),
+}
+
+
+@pytest.mark.parametrize(("x", "distance", "y"), FAR_FROM_ZERO.values(), ids=FAR_FROM_ZERO)
+def test_features_far_from_zero_are_learned_as_those_near_it(
+    tmp_path: Path, x: np.ndarray, distance: Any, y: np.ndarray
+) -> None:
+    """Centred in float32, as once they were, they gave from 0.2 to 0.9."""
+    config = dataclasses.replace(TINY, hidden=(32,), epochs=30, batch_size=32, lr=0.02, data=str(tmp_path / "d.npz"))
+    results = []
+    for features in (x, x + distance):
+        np.savez(tmp_path / "d.npz", x=features, y=y)
+        results.append(run(config))
+    near, far = results
+    assert near.accuracy >= 0.95
+    assert far.accuracy == near.accuracy
+    assert far.losses == pytest.approx(near.losses, rel=1e-2, abs=1e-3)
+
+
+def test_lines_about_data_come_before_training(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(40, 3))
+    x[:, 1], x[0, 2] = 5, 1e20
+    np.savez(tmp_path / "d.npz", x=x, y=random.integers(0, 2, 40) * 7)
+    lines: list[str] = []
+    train(dataclasses.replace(TINY, data=str(tmp_path / "d.npz"), validation_fraction=0.1), report=lines.append)
+    fix = "numpy.unique(y, return_inverse=True)[1] numbers the classes that occur, --task regression takes y as numbers"
+    assert lines[1:5] == [
+        f"6 of 8 classes never occur in y; {fix}",
+        training.SCALED,
+        "constant in the training rows: 1 of 3 features (column 1, counted from 0)",
+        "stretched by outliers, so that most of their values become equal in float32: 1 of 3 features (column 2, "
+        "counted from 0); clip the outliers or take logarithms",
+    ]
+
+
+def test_the_share_of_the_largest_class_stands_beside_the_accuracy(tmp_path: Path) -> None:
+    """The accuracy of always answering what is most frequent among the training rows."""
+    y = np.where(np.arange(100) % 5 == 0, "rare", "usual")
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).normal(size=(100, 2)), y=y)
+    lines: list[str] = []
+    result = train(dataclasses.replace(TINY, data=str(tmp_path / "d.npz")), report=lines.append)
+    share = (y[split(100, 0.2, 0)[1].numpy()] == "usual").mean()
+    assert lines[-1] == (
+        f"validation accuracy: {result.accuracy:.4f} (class usual, the largest, is {share:.4f} of the validation rows)"
+    )
+
+
 def rows_of(loader: DataLoader[tuple[Tensor, Tensor]]) -> list[int]:
     return [int(label) for _, labels in loader for label in labels]
 

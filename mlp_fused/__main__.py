@@ -54,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="train a network on handwritten digits, or on data of your own",
         description="Train a network, validate it after each epoch, and say where the time of its steps went. Features "
-        "are scaled column by column in float64: less their mean and over a quarter of their range, both of the "
-        "training rows. The model in a checkpoint does so itself, so it takes features as they are in the file.",
+        "are scaled column by column in float64: minus the mean, divided by a quarter of the range, both of the "
+        "training rows. The model in a checkpoint does this itself, so it takes features as they are in the file.",
         allow_abbrev=False,
     )
 

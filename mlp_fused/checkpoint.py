@@ -97,7 +97,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if isinstance(number, int) and number > FORMAT:
             raise UserError(
                 f"{path} is a checkpoint of format {number}, and this mlp_fused reads up to {FORMAT}; "
-                "a newer mlp_fused reads it"
+                "upgrade mlp_fused to read it"
             )
         if "format" not in checkpoint:
             checkpoint = _from_format_1(checkpoint)

@@ -96,11 +96,11 @@ class Data:
         if self.shape is not None:
             constant = (self.y == self.y[:1]).all(dim=0).nonzero().flatten().tolist()
             numbers = f"column{'s' * (len(constant) != 1)} {listed(constant, 5)}, counted from 0"
-            return [f"y has one value alone ({numbers}), so that there is nothing to learn"] * bool(constant)
+            return [f"y has only one value ({numbers}), so there is nothing to learn"] * bool(constant)
         rows, classes = len(self.y), self.classes
         occurring = len(self.y.unique())
         if occurring == 1:
-            return [f"y has one class alone, {self.label(int(self.y[0]))}, so that there is nothing to learn"]
+            return [f"y has only one class, {self.label(int(self.y[0]))}, so there is nothing to learn"]
         found = [f"{classes - occurring} of {classes} classes never occur in y"] * (occurring < classes)
         found += [f"y has {classes} classes in {count(rows, 'row')}, fewer than two rows a class"] * (
             2 * classes > rows

@@ -81,16 +81,16 @@ class Scaling(_Float64):
     @classmethod
     def fit(cls, x: Tensor) -> Scaling:
         """The scaling of features x (N, features), N > 0. A constant column is only centred."""
-        mean, remainder, centred = _centre(x)
-        span = centred.amax(dim=0) - centred.amin(dim=0)
+        mean, remainder, moved = _centre(x)
+        span = moved.amax(dim=0) - moved.amin(dim=0)
         return cls(mean, torch.where(span > 0, span / 4, 1.0), remainder)
 
     @classmethod
     def fit_targets(cls, y: Tensor) -> Scaling:
         """The scaling of targets y (N, k), N > 0: by the standard deviation, so that predicting the mean has loss 1."""
-        mean, remainder, centred = _centre(y)
-        varies = centred.amax(dim=0) > centred.amin(dim=0)
-        return cls(mean, torch.where(varies, centred.square().mean(dim=0).sqrt(), 1.0), remainder)
+        mean, remainder, moved = _centre(y)
+        varies = moved.amax(dim=0) > moved.amin(dim=0)
+        return cls(mean, torch.where(varies, moved.std(dim=0, correction=0), 1.0), remainder)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != self.mean.shape:
@@ -140,9 +140,9 @@ def whole(scaling: Scaling, network: nn.Module, unscaling: Unscaling | None = No
 
 
 def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of x (N, k), the remainder that float64 cannot hold of it, and about x - mean.
+    """The mean of x (N, k), the remainder that float64 cannot hold of it, and x less its first row.
 
-    The rows are summed as differences from the first one, which are small where a large mean would cancel.
+    These differences are what is averaged, since a large mean cancels in them.
     """
     zero = torch.zeros(x.shape[1], dtype=torch.float64)
     first = x[0].double()
@@ -152,7 +152,7 @@ def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = first + correction
     added = mean - first
     remainder = (first - (mean - added)) + (correction - added)  # the exact error of that sum (Knuth's TwoSum)
-    return mean, remainder, differences - (mean - first - rest)
+    return mean, remainder, differences
 
 
 def _minus(x: Tensor, mean: Tensor, remainder: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .data import Data
 from .errors import listed
 from .scaling import LISTED, Scaling, Unscaling
 
-__all__ = ["Classification", "Epoch", "Regression", "correct", "make_task"]
+__all__ = ["Classification", "Epoch", "Regression", "correct", "make_task", "squared_errors"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Regression:
     def __init__(self, data: Data, validation: Tensor, scaling: Scaling) -> None:
         self.loss_function: nn.Module = nn.MSELoss()
         self.measure, self.measures = squared_errors, data.outputs
-        self.unscaling = Unscaling(scaling.mean, scaling.scale)
+        self.unscaling = Unscaling(scaling.mean, scaling.scale)  # part of the model, so it may move to another device
+        self._scale = scaling.scale
         self.targets = scaling.in_parts(data.y)
         validated = self.targets[validation].double()
         self._variance = validated.var(dim=0, correction=0)
@@ -106,7 +107,7 @@ class Regression:
 
     def _rmse(self, errors: Tensor) -> tuple[float, ...]:
         """In the targets' units, from mean squared errors of scaled ones."""
-        return tuple((errors.sqrt() * self.unscaling.scale).tolist())
+        return tuple((errors.sqrt() * self._scale).tolist())
 
 
 def _numbers(values: Sequence[float]) -> str:

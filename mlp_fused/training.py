@@ -83,8 +83,8 @@ Item = TypeVar("Item")
 Batches = Iterable[Sequence[Tensor]]
 
 SCALED = (
-    "features are scaled column by column, less their mean and over a quarter of their range in the training rows; "
-    "the model in a checkpoint does so itself"
+    "features are scaled column by column: minus the mean, divided by a quarter of the range, both of the training "
+    "rows; the model in a checkpoint does this itself"
 )
 STATE: dict[str, int] = {"adam": 2, "sgd": 1}  # tensors that an optimizer keeps of each parameter
 
@@ -393,14 +393,14 @@ def evaluate(
 
 
 def train(config: Config, *, build: Build = build_model, report: Callable[[str], None] = print) -> Result:
-    """Train a classifier as configured; under torchrun, together with the other processes, each on a part of the data.
+    """Train a network as configured; under torchrun, together with the other processes, each on a part of the data.
 
     Every process reads the data, and the checkpoint that it carries on from; the first alone reports, and writes. None
     is to be used further after an exception in one of them.
 
     Args:
         config: what to do.
-        build: (features, classes, config) -> the network, initialised on the CPU.
+        build: (features, outputs, config) -> the network, initialised on the CPU.
         report: is given what a user wants to read, piece by piece.
 
     Raises:
@@ -425,15 +425,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
             f"it needs to be a multiple of {processes.count}"
         )
     path = None if config.checkpoint is None else Path(config.checkpoint)
-    resumed = load_checkpoint(path) if path and config.resume else None
-    if resumed:
-        _check_same_run(resumed, config)
-    if path and is_first:
-        check_checkpoint(path)
-    data = load_data(config.data, config.task)
-    if resumed:
-        _check_same_data(resumed, config, data)
-
+    data, resumed = _read(path, config, is_first)
     training, validation = split(len(data.x), config.validation_fraction, config.seed)
     scaling = make_scaling(path, resumed) if path and resumed else Scaling.fit(data.x[training])
     task = make_task(data, training, validation)
@@ -460,10 +452,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     if is_first:
         for line in _describe_data(data, training, validation, training_set.x):
             report(line)
-    report(str(network))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    together = f", in each of {processes.count} processes" if processes.count > 1 else ""
-    report(f"{parameters:,} parameters on {device}{together}, {path_taken}")
+    report(_describe_network(network, processes, path_taken))
     if resumed:
         state.restore(resumed, path)
         report(f"carrying on from {path}, after epoch {len(state.history)}")
@@ -528,8 +517,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
             raise
 
     if timer.steps:
-        about = "the first epoch, which warms up, left out" if config.epochs > first else "warming up included"
-        report(f"\nwhere a step's time went (mean of {count(timer.steps, 'step')}, {about}):\n{timer}\n")
+        report(_describe_steps(timer, warm=config.epochs > first))
         if marked := about_times(device):
             report(marked)
     else:
@@ -540,6 +528,19 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     return Result(model.eval(), state.history, losses, timer)
 
 
+def _read(path: Path | None, config: Config, is_first: bool) -> tuple[Data, dict[str, Any] | None]:
+    """The data, and the checkpoint of this same run if it is to be carried on."""
+    resumed = load_checkpoint(path) if path and config.resume else None
+    if resumed:
+        _check_same_run(resumed, config)
+    if path and is_first:
+        check_checkpoint(path)
+    data = load_data(config.data, config.task)
+    if resumed:
+        _check_same_data(resumed, config, data)
+    return data, resumed
+
+
 def _describe_data(data: Data, training: Tensor, validation: Tensor, scaled: Tensor) -> list[str]:
     """Sizes, anything that looks wrong, and how the features were scaled."""
     features = data.x.shape[1]
@@ -548,6 +549,17 @@ def _describe_data(data: Data, training: Tensor, validation: Tensor, scaled: Ten
         f"{data.name}: {features} features, {outputs}, {len(training)} rows to train on, {len(validation)} to validate"
     )
     return [sizes, *data.remarks(), SCALED, *column_remarks(data.x[training], scaled)]
+
+
+def _describe_network(network: nn.Module, processes: Processes, path_taken: str) -> str:
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    together = f", in each of {processes.count} processes" if processes.count > 1 else ""
+    return f"{network}\n{parameters:,} parameters on {processes.device}{together}, {path_taken}"
+
+
+def _describe_steps(timer: StepTimer, warm: bool) -> str:
+    about = "the first epoch, which warms up, left out" if warm else "warming up included"
+    return f"\nwhere a step's time went (mean of {count(timer.steps, 'step')}, {about}):\n{timer}\n"
 
 
 def progress(items: Iterable[Item], description: str) -> Iterable[Item]:

@@ -1,8 +1,9 @@
 """The checkpoint's format: the model that it holds, its number, and files that an older mlp_fused wrote.
 
-`data/saved/format1.pt` was written at commit 6f8e961, before formats had numbers, by two epochs on `data.npz` with
-`--hidden 8 --batch-size 16 --lr 0.02 --dropout 0.1`; `format1.json` has that version's course of four epochs, and the
-network's logits of the first five rows after two. In float32 the third feature is rounded to sixteenths.
+`data/saved/train_format_1.pt` was written at commit 6f8e961, before formats had numbers, by two epochs on the `.npz`
+beside it with `--hidden 8 --batch-size 16 --lr 0.02 --dropout 0.1`. The `.json` has that version's course of four
+epochs, and the network's logits of the first five rows after two. In float32 the third feature is rounded to
+sixteenths.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from mlp_fused.predict import predict
 from mlp_fused.training import train
 
 SAVED = Path(__file__).parent / "data" / "saved"
-OLD = Config(data=str(SAVED / "data.npz"), hidden=(8,), epochs=4, batch_size=16, lr=0.02, dropout=0.1)
+OLD = Config(data=str(SAVED / "train_format_1.npz"), hidden=(8,), epochs=4, batch_size=16, lr=0.02, dropout=0.1)
 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     """A copy of the checkpoint of format 1."""
-    return Path(shutil.copy(SAVED / "format1.pt", tmp_path / "run.pt"))
+    return Path(shutil.copy(SAVED / "train_format_1.pt", tmp_path / "run.pt"))
 
 
 @pytest.fixture(scope="module")
 def course() -> dict[str, Any]:
-    return json.loads((SAVED / "format1.json").read_text())
+    return json.loads((SAVED / "train_format_1.json").read_text())
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_an_old_checkpoint_resumes_with_the_numbers_of_the_version_that_wrote_it
 
 
 def test_an_old_checkpoint_predicts_raw_features(old: Path, course: dict[str, Any]) -> None:
-    data = np.load(SAVED / "data.npz")
+    data = np.load(SAVED / "train_format_1.npz")
     model = load_model(old)
     assert torch.allclose(model(torch.from_numpy(data["x"][:5])), torch.tensor(course["logits"]), atol=1e-5)
     rows = training.split(60, 0.2, 0)[1].numpy()
@@ -82,7 +83,7 @@ def test_an_old_checkpoint_serves_transfer(old: Path) -> None:
 
 
 def test_an_old_checkpoint_refuses_other_data(old: Path, tmp_path: Path) -> None:
-    arrays = dict(np.load(SAVED / "data.npz"))
+    arrays = dict(np.load(SAVED / "train_format_1.npz"))
     arrays["x"][0, 0] += 1
     np.savez(tmp_path / "other.npz", **arrays)
     before = old.read_bytes()
@@ -108,7 +109,7 @@ def test_the_model_is_the_scaling_and_the_network(new: Path) -> None:
     model = load_model(new)
     assert type(model) is nn.Sequential
     assert not model.training
-    x = load_features(str(SAVED / "data.npz"))
+    x = load_features(str(SAVED / "train_format_1.npz"))
     twin = load_model(new, build_torch_model)
     assert torch.allclose(twin(x), model(x), atol=1e-6)
     assert torch.equal(model.network(model.scaling(x)), model(x))
@@ -116,7 +117,7 @@ def test_the_model_is_the_scaling_and_the_network(new: Path) -> None:
 
 @pytest.mark.parametrize("how", ["half", "bfloat16"])
 def test_a_model_in_16_bits_takes_raw_features(new: Path, how: str) -> None:
-    x = load_features(str(SAVED / "data.npz"))
+    x = load_features(str(SAVED / "train_format_1.npz"))
     model = load_model(new)
     expected = model(x)
     low = getattr(load_model(new), how)()
@@ -126,7 +127,9 @@ def test_a_model_in_16_bits_takes_raw_features(new: Path, how: str) -> None:
 @pytest.mark.parametrize("number", [FORMAT + 1, 99])
 def test_a_newer_format_is_named(new: Path, number: int) -> None:
     save_checkpoint(new, {**load_checkpoint(new), "format": number})
-    sentence = f"{new} is a checkpoint of format {number}, and this mlp_fused reads up to 2; a newer mlp_fused reads it"
+    sentence = (
+        f"{new} is a checkpoint of format {number}, and this mlp_fused reads up to 2; upgrade mlp_fused to read it"
+    )
     with pytest.raises(UserError) as caught:
         load_model(new)
     assert str(caught.value) == sentence

@@ -171,9 +171,9 @@ EVEN = np.arange(60)
         (EVEN, f"y has 60 classes in 60 rows, ROWS; {FIX}"),
         (EVEN % 31, f"y has 31 classes in 60 rows, ROWS; {FIX}"),
         (1960 + EVEN, f"1960 of 2020 classes never occur in y and y has 2020 classes in 60 rows, ROWS; {FIX}"),
-        (EVEN * 0, "y has one class alone, 0, so that there is nothing to learn"),
-        (EVEN * 0 + 7, "y has one class alone, 7, so that there is nothing to learn"),
-        (np.array(["elm"] * 9), "y has one class alone, elm, so that there is nothing to learn"),
+        (EVEN * 0, "y has only one class, 0, so there is nothing to learn"),
+        (EVEN * 0 + 7, "y has only one class, 7, so there is nothing to learn"),
+        (np.array(["elm"] * 9), "y has only one class, elm, so there is nothing to learn"),
         (np.array(list("abc")), "y has 3 classes in 3 rows, ROWS; a class needs a name that recurs"),
     ],
     ids=["gaps", "from 1", "every row", "half", "years", "one", "one, not 0", "one name", "names"],
@@ -190,7 +190,7 @@ def test_classes_get_no_line(y: np.ndarray) -> None:
 def test_constant_targets_get_a_line() -> None:
     assert remarks([1.0, 2.0], "regression") == []
     assert remarks([2.5, 2.5], "regression") == [
-        "y has one value alone (column 0, counted from 0), so that there is nothing to learn"
+        "y has only one value (column 0, counted from 0), so there is nothing to learn"
     ]
     assert len(remarks([[1, 2, 3], [1, 5, 3]], "regression")) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from mlp_fused.checkpoint import load_checkpoint, load_model
 from mlp_fused.config import Config, build_torch_model
 from mlp_fused.data import Data, load_data, split
 from mlp_fused.errors import UserError
-from mlp_fused.tasks import Classification, Epoch, Regression, make_task
-from mlp_fused.training import Result, train
+from mlp_fused.processes import Processes
+from mlp_fused.tasks import Classification, Epoch, Regression, make_task, squared_errors
+from mlp_fused.training import Result, evaluate, train
 
 SMALL = Config(task="regression", hidden=(16,), epochs=10, batch_size=16, lr=0.02)
 SHAPES = {"(N,)": (), "(N, 1)": (1,), "(N, 2)": (2,)}
@@ -169,11 +171,24 @@ def test_other_values_of_the_same_sizes(tmp_path: Path) -> None:
         run(tmp_path, checkpoint=str(tmp_path / "run.pt"), resume=True)
 
 
+class OneOfTwo(Processes):
+    """A process whose peer has 20 rows, of squared errors 1 and 3 a row, and a loss of 2."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return [here + there for here, there in zip(values, (40.0, 20.0, 60.0, 20.0), strict=True)]
+
+
+def test_a_process_without_validation_rows_adds_nothing() -> None:
+    alone = OneOfTwo(torch.device("cpu"), 0, 2)
+    found = evaluate(nn.Identity(), [], nn.MSELoss(), alone, "fp32", squared_errors, 2)
+    assert found == (2.0, 1.0, 3.0)
+
+
 def test_targets_that_do_not_vary(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(40, 2)), y=np.full(40, 0.1))
     lines: list[str] = []
     result = run(tmp_path, lines)
-    assert lines[1] == "y has one value alone (column 0, counted from 0), so that there is nothing to learn"
+    assert lines[1] == "y has only one value (column 0, counted from 0), so there is nothing to learn"
     assert result.history[-1].rmse[0] < 0.1
     assert result.r2 in (0.0, 1.0)
 
@@ -184,6 +199,16 @@ def test_each_task_for_its_data(tmp_path: Path) -> None:
     assert isinstance(make_task(load_data(str(tmp_path / "data.npz"), "regression"), *rows), Regression)
     np.savez(tmp_path / "data.npz", x=np.ones((100, 2)), y=np.arange(100) % 2)
     assert isinstance(make_task(load_data(str(tmp_path / "data.npz")), *rows), Classification)
+
+
+def test_the_task_stays_on_the_cpu_when_the_model_moves() -> None:
+    y = torch.arange(20.0)[:, None]
+    task = make_task(Data("d", torch.ones(20, 1), y, shape=()), torch.arange(15), torch.arange(15, 20))
+    expected = task.epoch(1.0, 1.0, [0.25])
+    assert task.unscaling
+    task.unscaling.to("meta")
+    assert task.epoch(1.0, 1.0, [0.25]) == expected
+    assert expected.rmse[0] == pytest.approx(0.5 * float(y[:15].std(correction=0)))
 
 
 def test_many_targets_are_listed_in_part() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `mlp-fused train | tune | transfer | env`; the same as `python -m mlp_fused`."""
+"""The command line: `mlp-fused train | predict | tune | transfer | env`; the same as `python -m mlp_fused`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
-from . import ACTIVATIONS, __version__, transfer, tuning
+from . import ACTIVATIONS, __version__, predict, transfer, tuning
+from .config import LEARNING_RATES, MOMENTUM, Config, OptimizerName
+from .data import TaskName
+from .devices import DtypeName
 from .environment import describe
+from .errors import UserError
 from .plan import Backend
 from .processes import is_first, is_first_to_fail
-from .training import LEARNING_RATES, MOMENTUM, Config, DtypeName, OptimizerName, UserError, train
+from .training import train
 from .tuning import tune
 
 __all__ = ["main"]
@@ -42,14 +46,16 @@ def parser() -> argparse.ArgumentParser:
         prog="mlp-fused", description="The multi-layer perceptron as fused Triton kernels.", allow_abbrev=False
     )
     top.add_argument("--version", action="version", version=f"mlp-fused {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="train | tune | transfer | env")
+    commands = top.add_subparsers(dest="command", required=True, metavar="train | predict | tune | transfer | env")
     commands.add_parser(
         "env", help="print what a bug report needs: versions, GPU, driver, backend, switches", allow_abbrev=False
     )
     command = commands.add_parser(
         "train",
-        help="train a classifier on handwritten digits, or on data of your own",
-        description="Train a classifier, validate it after each epoch, and say where the time of its steps went.",
+        help="train a network on handwritten digits, or on data of your own",
+        description="Train a network, validate it after each epoch, and say where the time of its steps went. Features "
+        "are scaled column by column in float64: minus the mean, divided by a quarter of the range, both of the "
+        "training rows. The model in a checkpoint does this itself, so it takes features as they are in the file.",
         allow_abbrev=False,
     )
 
@@ -57,8 +63,14 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--data",
         metavar="FILE.npz",
-        help="arrays x (N, ...), any numeric dtype, and y (N,), whole numbers from 0 "
-        "(default: scikit-learn's 1797 handwritten digits)",
+        help="arrays x (N, ...), any numeric dtype, not scaled, and y (N,), whole numbers from 0 or names of classes; "
+        "for a regression y (N,) or (N, k), numbers (default: scikit-learn's 1797 handwritten digits)",
+    )
+    data.add_argument(
+        "--task",
+        choices=get_args(TaskName),
+        help="classification learns the classes y; regression the numbers y, by a squared error, scaled by their "
+        "standard deviation in training and back in predictions (default: %(default)s)",
     )
     data.add_argument(
         "--validation-fraction", type=float, metavar="PART", help="rows kept for validation (default: %(default)s)"
@@ -114,9 +126,41 @@ def parser() -> argparse.ArgumentParser:
         "--workers may differ (default: begin anew)",
     )
     command.set_defaults(**dataclasses.asdict(Config()))
+    _add_predict(commands)
     _add_tune(commands)
     _add_transfer(commands)
     return top
+
+
+def _add_predict(commands: Any) -> None:
+    """The flags of `mlp-fused predict` are the fields of `predict.Config`."""
+    command = commands.add_parser(
+        "predict",
+        help="write what a trained network predicts for rows of a file",
+        description="Write a trained network's predictions for the rows of a file: each row's label and the classes' "
+        "probabilities, or a regression's values.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--checkpoint", metavar="FILE", required=True, help="what mlp-fused train --checkpoint wrote (no default)"
+    )
+    command.add_argument(
+        "--data",
+        metavar="FILE.npz",
+        required=True,
+        help="array x (N, ...) of features as in the training's file, not scaled: the model does that (no default)",
+    )
+    command.add_argument(
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="FILE.npz with arrays labels, probabilities and classes, for a regression values; or FILE.csv with the "
+        "same in columns (no default)",
+    )
+    command.add_argument(
+        "--device", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s, a GPU where there is one)"
+    )
+    command.set_defaults(device=predict.Config.device)
 
 
 def _add_tune(commands: Any) -> None:
@@ -243,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "tune":
             tune(tuning.Config(**{**arguments, "dims": arguments["dims"] or ()}), report=report)
+        elif command == "predict":
+            predict.run(predict.Config(**arguments), report=report)
         elif command == "transfer":
             transfer.run(transfer.Config(**arguments), report=report)
         else:

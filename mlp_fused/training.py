@@ -1,6 +1,7 @@
-"""Training a classifier as a first course teaches it: data, loaders, the loop, validation, checkpoints.
+"""Training a network as a first course teaches it: data, loaders, the loop, validation, checkpoints.
 
-`mlp-fused train` is `train(Config(...))` with a command line before it.
+`mlp-fused train` is `train(Config(...))` with a command line before it. The parts are modules of their own: `config`
+(what is told, and the network), `data`, `scaling`, `tasks` (classification, regression), `checkpoint`, `devices`.
 """
 
 from __future__ import annotations
@@ -8,33 +9,53 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from . import memory, plan
+from .checkpoint import FORMAT, check_checkpoint, load_checkpoint, make_scaling, save_checkpoint
+from .config import (
+    LEARNING_RATES,
+    MAY_CHANGE,
+    MOMENTUM,
+    Build,
+    Config,
+    OptimizerName,
+    build_model,
+    build_torch_model,
+    flag,
+    shown,
+)
+from .data import Data, load_data, split, to_features, to_labels
+from .devices import DTYPES, DtypeName, autocast, check_dtype, pick_device
 from .environment import distorted
+from .errors import UserError, count, first_line
 from .module import FusedMLP
 from .prefetch import CopyTimer, DevicePrefetcher
 from .processes import Part, Processes, join
+from .scaling import Scaling, column_remarks, whole
+from .tasks import Epoch, correct, make_task
 
 __all__ = [
+    "DTYPES",
+    "LEARNING_RATES",
+    "MOMENTUM",
     "ArrayDataset",
     "Config",
     "Data",
+    "DtypeName",
     "Epoch",
+    "OptimizerName",
     "Result",
     "Scaling",
     "StepTimer",
@@ -60,284 +81,12 @@ __all__ = [
 
 Item = TypeVar("Item")
 Batches = Iterable[Sequence[Tensor]]
-Build = Callable[[int, int, "Config"], nn.Module]
-DtypeName = Literal["fp32", "bf16", "fp16"]
-OptimizerName = Literal["adam", "sgd"]
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEARNING_RATES: dict[str, float] = {"adam": 1e-3, "sgd": 0.05}
-MOMENTUM = 0.9  # SGD's
+SCALED = (
+    "features are scaled column by column: minus the mean, divided by a quarter of the range, both of the training "
+    "rows; the model in a checkpoint does this itself"
+)
 STATE: dict[str, int] = {"adam": 2, "sgd": 1}  # tensors that an optimizer keeps of each parameter
-MOST_CLASSES = 2**16  # of data with fewer rows than that; a label beyond is no class but an id, and a network too large
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: one sentence that says what was found and what is needed."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """What `mlp-fused train` is told: one field for each of its flags, with the flags' defaults.
-
-    Attributes:
-        data: an npz file with arrays x and y; None for scikit-learn's handwritten digits.
-        hidden: widths of the hidden layers; none at all make a linear classifier.
-        activation: a name from `mlp_fused.ACTIVATIONS`.
-        dropout: probability of dropping an activation of a hidden layer.
-        backend: what computes the network, "auto", "triton" or "reference".
-        optimizer: "adam", or "sgd" with momentum 0.9.
-        lr: learning rate; None for `LEARNING_RATES[optimizer]`.
-        epochs: passes over the training rows, in all (those before a resumption included).
-        batch_size: rows per step, of all processes together.
-        dtype: "fp32"; or the 16-bit type of autocast, "bf16" or "fp16" (which scales the loss).
-        validation_fraction: the part of the rows that is kept for validation.
-        seed: of the split, the initial parameters, the shuffling and dropout.
-        device: a torch device; "auto" for a CUDA GPU where there is one, else the CPU. Of several processes on GPUs,
-            each has one of its own.
-        workers: processes that load batches; None for 2 with a GPU and 0 (in this process) without.
-        checkpoint: a file to write after each epoch; None for no file.
-        resume: carry on from `checkpoint`.
-
-    Raises:
-        UserError: a value that cannot be used.
-    """
-
-    data: str | None = None
-    hidden: tuple[int, ...] = (512, 512)
-    activation: str = "gelu"
-    dropout: float = 0.0
-    backend: plan.Backend = "auto"
-    optimizer: OptimizerName = "adam"
-    lr: float | None = None
-    epochs: int = 15
-    batch_size: int = 64
-    dtype: DtypeName = "fp32"
-    validation_fraction: float = 0.2
-    seed: int = 0
-    device: str = "auto"
-    workers: int | None = None
-    checkpoint: str | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        for name, choices in (("optimizer", OptimizerName), ("dtype", DtypeName), ("backend", plan.Backend)):
-            if getattr(self, name) not in get_args(choices):
-                raise UserError(
-                    f"--{name} is {getattr(self, name)}; it needs to be one of {_listed(get_args(choices))}"
-                )
-        checks = (
-            ("hidden", all(width >= 1 for width in self.hidden), "widths of 1 or more"),
-            ("dropout", 0 <= self.dropout <= 1, "a probability, from 0 to 1"),
-            ("lr", self.lr is None or 0 < self.lr < math.inf, "a finite number above 0"),
-            ("epochs", self.epochs >= 1, "1 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
-            ("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1, both excluded"),
-            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
-            ("workers", self.workers is None or self.workers >= 0, "0 or more"),
-        )
-        for name, holds, need in checks:
-            if not holds:
-                raise UserError(f"{_flag(name)} is {_shown(getattr(self, name))}; it needs to be {need}")
-        if self.resume and self.checkpoint is None:
-            raise UserError("--resume needs --checkpoint FILE, the file to carry on from")
-
-    @property
-    def learning_rate(self) -> float:
-        """`lr`, or the optimizer's default."""
-        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
-
-
-# What a resumed run may be told otherwise, since its numbers do not depend on it (or, for the device and the backend,
-# only their rounding does). The data may lie elsewhere; they are compared themselves.
-MAY_CHANGE = {"data", "epochs", "device", "backend", "workers", "checkpoint", "resume"}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _shown(value: object) -> str:
-    """A value as it would be typed."""
-    return " ".join(map(str, value)) or "empty" if isinstance(value, list | tuple) else str(value)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def first_line(error: BaseException) -> str:
-    """An error's text, the first line of it, without a full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .") if lines else type(error).__name__
-
-
-@dataclass(frozen=True)
-class Data:
-    """Labelled rows: x (N, features) float32, finite; y (N,) int64 in 0 ... classes - 1."""
-
-    name: str
-    x: Tensor
-    y: Tensor
-
-    @property
-    def classes(self) -> int:
-        return int(self.y.max()) + 1
-
-    @functools.cached_property
-    def description(self) -> dict[str, Any]:
-        """What tells these data from others: their sizes and a digest of every value."""
-        digest = hashlib.sha256(self.x.numpy().data)
-        digest.update(self.y.numpy().data)
-        sizes = {"rows": len(self.x), "features": self.x.shape[1], "classes": self.classes}
-        return {**sizes, "sha256": digest.hexdigest()}
-
-
-def load_data(path: str | None) -> Data:
-    """The arrays x and y of an npz file, or scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
-
-    Raises:
-        UserError: the file or its arrays cannot be used; scikit-learn is not installed.
-    """
-    if path is None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise UserError(
-                "the default data are scikit-learn's digits, and scikit-learn is not installed: "
-                'pip install "mlp_fused[demo]", or give data of your own with --data FILE.npz'
-            ) from None
-        digits = load_digits()
-        return Data("digits", to_features(digits.images), to_labels(digits.target))
-
-    x, y = _read_npz(path)
-    try:
-        data = Data(path, to_features(x), to_labels(y))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if len(data.x) != len(data.y):
-        raise UserError(f"{path}: x has {len(x)} rows and y has {len(y)} labels; there needs to be one label a row")
-    if len(x) < 2:
-        raise UserError(f"{path}: there is one row; training and validation need one each at the least")
-    return data
-
-
-def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays x and y, nothing pickled among them."""
-    try:
-        file = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
-    except Exception:  # numpy answers a file of another kind with errors of every class
-        raise UserError(f"{path} is not an npz file; numpy.savez(file, x=..., y=...) writes one") from None
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise UserError(f"{path} holds one array; it needs to be an npz file: numpy.savez(file, x=..., y=...)")
-    with file:
-        missing = [name for name in ("x", "y") if name not in file.files]
-        if missing:
-            raise UserError(
-                f"{path} has no array {' and no array '.join(missing)}; it has {_listed(file.files)}, "
-                "and needs x (a row an example) and y (their labels)"
-            )
-        try:
-            x = file[(name := "x")]
-            y = file[(name := "y")]
-        except Exception as error:  # a damaged or a pickled member: zipfile's, zlib's and numpy's errors
-            raise UserError(f"cannot read array {name} of {path}: {first_line(error)}") from None
-        return x, y
-
-
-def to_features(x: np.ndarray) -> Tensor:
-    """x (N, ...) of any real numeric dtype as float32 (N, features).
-
-    Raises:
-        UserError: no data; complex numbers, text, objects, dates; NaN or infinity.
-    """
-    if x.ndim == 0 or x.size == 0:
-        raise UserError(
-            f"x is of shape {x.shape}, {'a single number' if x.ndim == 0 else 'empty'}; it needs rows of data"
-        )
-    if x.dtype.kind not in "biuf":
-        raise UserError(f"x is of dtype {x.dtype}; it needs to be real numbers (integer, float or bool)")
-    with np.errstate(over="ignore", invalid="ignore"):
-        rows = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), -1), dtype=np.float32))
-    bad = ~torch.isfinite(rows)
-    if bad.any():
-        first = int(bad.any(dim=1).nonzero()[0])
-        raise UserError(
-            f"x has {_count(int(bad.sum()), 'value')} NaN, infinite or beyond float32, the first in row {first} "
-            "(counted from 0); mend or leave out those rows"
-        )
-    return rows
-
-
-def to_labels(y: np.ndarray) -> Tensor:
-    """y (N,) or (N, 1), whole numbers of any real dtype, as int64 (N,).
-
-    Raises:
-        UserError: labels that are no numbers, not whole, negative, or too large to be classes.
-    """
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim != 1:
-        raise UserError(
-            f"y is of shape {y.shape}; it needs one label a row (numpy.argmax(y, axis=1) makes them of one-hot rows)"
-        )
-    if y.dtype.kind not in "biuf":
-        raise UserError(
-            f"y is of dtype {y.dtype}; labels need to be whole numbers (numpy.unique(y, return_inverse=True)[1])"
-        )
-    if y.dtype.kind == "f":
-        y = y.astype(np.float64)
-        _refuse_labels(y, ~np.isfinite(y) | (y != np.floor(y)), "that are not whole numbers")
-    limit = max(MOST_CLASSES, len(y))
-    _refuse_labels(y, (y < 0) | (y >= limit), f"outside 0 ... {limit - 1}")
-    return torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
-
-
-def _refuse_labels(y: np.ndarray, bad: np.ndarray, what: str) -> None:
-    if bad.any():
-        first = int(bad.argmax())
-        raise UserError(
-            f"y has {_count(int(bad.sum()), 'label')} {what}, the first in row {first} (counted from 0): {y[first]}; "
-            "labels need to be 0, 1, ... up to the number of classes less one"
-        )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def split(rows: int, validation_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers for training and for validation, at least one each: a shuffle that depends on the seed alone."""
-    shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    kept = min(max(1, round(rows * validation_fraction)), rows - 1)
-    return shuffled[kept:], shuffled[:kept]
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """(x - mean) / scale, column by column: mean, scale (features,) float64, taken from the training rows alone.
-
-    The scale is a quarter of the column's range, about the standard deviation of a bell-shaped column. The standard
-    deviation itself would blow up columns that are nearly always constant, such as the pixels at an image's border:
-    with it, 0.6 percentage points fewer of the digits are recognised.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    @classmethod
-    def fit(cls, x: Tensor) -> Scaling:
-        """The statistics of x (N, features), N > 0. A constant column is only centred."""
-        low, high = x.amin(dim=0).double(), x.amax(dim=0).double()
-        return cls(x.mean(dim=0, dtype=torch.float64), torch.where(high > low, (high - low) / 4, 1.0))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (N, features) float32, scaled."""
-        return x.double().sub_(self.mean).div_(self.scale).float()  # float64 in between: large means cancel
 
 
 class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -389,78 +138,6 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def pick_device(name: str, local: int | None = None) -> torch.device:
-    """The torch device of that name; for "auto" a CUDA GPU where there is one, else the CPU.
-
-    `local`: this process's number on its machine, where it is one of several, each of which has a GPU of its own.
-
-    Raises:
-        UserError: there is none such.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if local is None or name == "cpu":
-            return torch.device(name)
-    if local is not None and name.startswith("cuda"):
-        gpus = torch.cuda.device_count()
-        if name != "cuda":
-            raise UserError(f"--device {name} is one GPU for several processes; --device cuda gives each its own")
-        if local >= gpus > 0:
-            raise UserError(
-                f"torchrun's --nproc-per-node starts more processes than this machine has GPUs, {gpus}; each needs one "
-                "of its own (or --device cpu)"
-            )
-        name = f"cuda:{local}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # AssertionError, RuntimeError, ImportError: it depends on the kind of device
-        why = first_line(error).partition(". ")[0]  # torch goes on with all that it could run on
-        raise UserError(f"--device {name} cannot be used here: {why}; cpu always can") from None
-    return device
-
-
-def _check_dtype(name: DtypeName, device: torch.device) -> None:
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--dtype fp16 needs a GPU; on the CPU there are fp32 and bf16")
-    if name == "bf16" and device.type == "cuda":
-        with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise UserError(f"--dtype bf16 is beyond {torch.cuda.get_device_name()}; it has fp32 and fp16")
-
-
-def _autocast(name: DtypeName, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=DTYPES[name], enabled=name != "fp32")
-
-
-def build_model(features: int, classes: int, config: Config) -> nn.Module:
-    """The network: x (M, features) -> logits (M, classes).
-
-    Raises:
-        UserError: an unknown activation; a network that memory does not hold.
-    """
-    try:
-        model = FusedMLP(
-            features,
-            [*config.hidden, classes],
-            activation_layer=config.activation,
-            dropout=config.dropout,
-            backend=config.backend,
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error).replace("activation_layer is", "--activation is")) from None
-    except RuntimeError as error:
-        raise UserError(f"--hidden {_shown(config.hidden)} makes no network here: {first_line(error)}") from None
-    del model[-1]  # the Dropout that torchvision's order puts after the last Linear: dropped logits would be zeros
-    return model
-
-
-def build_torch_model(features: int, classes: int, config: Config) -> nn.Module:
-    """`build_model`'s modules in a plain nn.Sequential: the same initial parameters, computed by torch."""
-    model = build_model(features, classes, config)
-    return nn.Sequential(*model.children())
-
-
 def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """Adam, or SGD with momentum; one fused kernel a step on a GPU."""
     fused = device.type == "cuda"
@@ -477,7 +154,7 @@ def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.devic
     """
     if not isinstance(model, FusedMLP):
         return "torch's own modules"
-    with _autocast(config.dtype, device):
+    with autocast(config.dtype, device):
         taken = model.explain(rows)
     wanted = plan.DEFAULT_BACKEND if config.backend == "auto" else config.backend
     if wanted == "triton" and taken.path == "reference":
@@ -574,112 +251,34 @@ class StepTimer:
         return "\n".join(lines)
 
 
-# What a checkpoint holds, and in which types.
-CHECKPOINT: dict[str, type] = {
-    "model": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "epoch": int,
-    "random": dict,
-    "config": dict,
-    "data": dict,
-    "mean": Tensor,
-    "scale": Tensor,
-    "history": list,
-}
-
-
-def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write the file whole or not at all: whatever happens meanwhile, `path` holds the old checkpoint or the new one.
-
-    Raises:
-        UserError: it cannot be written; the old one is still there.
-    """
-    path = Path(path).resolve()  # a link stays one
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())  # the bytes before the name: a crash must not leave an empty file under it
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(
-            f"cannot write the checkpoint {path}: {first_line(error)}; what was there before is as it was"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    """A name in the same folder, so that replacing is one step of the file system."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def _check_writable(path: Path) -> None:
-    """Before hours of training rather than after.
-
-    Raises:
-        UserError: no checkpoint could be written there, or what it would replace is no checkpoint.
-    """
-    path = path.resolve()
-    if path.is_dir():
-        raise UserError(f"--checkpoint {path} is a folder; it needs to be a file")
-    try:
-        with open(_temporary(path), "wb"):
-            pass
-        _temporary(path).unlink()
-    except OSError as error:
-        raise UserError(f"cannot write into {path.parent}, the folder of --checkpoint: {error.strerror}") from None
-    if path.exists():
-        try:
-            load_checkpoint(path)
-        except UserError as error:
-            raise UserError(f"{error}, so it will not be overwritten") from None
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, on the CPU; nothing in the file is executed.
-
-    Its "model" is a state_dict; "mean" and "scale" are the `Scaling` of the features that the model was trained with.
-
-    Raises:
-        UserError: there is no such file, or it is not one of ours.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # a file of another kind: pickle's, zipfile's and torch's own errors
-        raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
-    if not isinstance(checkpoint, dict) or any(
-        not isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items()
-    ):
-        raise UserError(f"{path} is not a checkpoint of mlp-fused train")
-    return checkpoint
-
-
-def _check_same_run(checkpoint: dict[str, Any], config: Config, data: Data) -> None:
-    """Refuse to carry on with other data, another network, or another course of training."""
-    told = _settings(config)
-    needed = checkpoint["config"]
+def _check_same_run(checkpoint: dict[str, Any], config: Config) -> None:
+    """Refuse to carry on with another network, another task, or another course of training."""
+    told, needed = _settings(config), checkpoint["config"]
     differences = [
-        f"{_flag(name)} is {_shown(value)}, it needs {_shown(needed.get(name))}"
+        f"{flag(name)} is {shown(value)}, it needs {shown(needed.get(name))}"
         for name, value in told.items()
         if name not in MAY_CHANGE and value != needed.get(name)
     ]
-    now, then = data.description, checkpoint["data"]
-    if now != then:
-        differences.append(
-            f"--data has {_sizes(now)}, it needs {_sizes(then)}"
-            + (" of other values" if {**now, "sha256": None} == {**then, "sha256": None} else "")
-        )
     if differences:
         raise UserError(f"{config.checkpoint} is the checkpoint of another run: {'; '.join(differences)}")
 
 
+def _check_same_data(checkpoint: dict[str, Any], config: Config, data: Data) -> None:
+    """Refuse to carry on with other data."""
+    now = data.description_of_format_1 if checkpoint["format"] == 1 else data.description
+    then = checkpoint["data"]
+    if now != then:
+        same_sizes = data.sizes == {name: then.get(name) for name in data.sizes}
+        raise UserError(
+            f"{config.checkpoint} is the checkpoint of another run: --data has {_sizes(now)}, it needs {_sizes(then)}"
+            + " of other values" * same_sizes
+        )
+
+
 def _sizes(description: Mapping[str, Any]) -> str:
-    return ", ".join(f"{description[name]} {name}" for name in ("rows", "features", "classes"))
+    nouns = {"rows": "row", "features": "feature", "classes": "class", "targets": "target"}
+    sizes = ((description[name], name, noun) for name, noun in nouns.items() if name in description)
+    return ", ".join(f"{size} {noun if size == 1 else name}" for size, name, noun in sizes)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -688,36 +287,43 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One pass: mean loss while training, then loss and accuracy (0 to 1) on the validation rows."""
-
-    loss: float
-    validation_loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
 class Result:
     """What training gives.
 
     Attributes:
-        model: the trained network, in eval mode.
-        scaling: what x goes through before the model.
+        model: the trained model, in eval mode: Sequential(scaling, network), for regression with an unscaling behind.
+            It takes features as they are in the file.
         history: every epoch, those before a resumption included.
         losses: the loss of each step that this call ran, in order.
         timer: where the steps' time went.
     """
 
-    model: nn.Module
-    scaling: Scaling
+    model: nn.Sequential
     history: list[Epoch]
     losses: list[float] = field(repr=False)
     timer: StepTimer = field(repr=False)
 
     @property
-    def accuracy(self) -> float:
-        """On the validation rows, after the last epoch; 0 to 1."""
+    def network(self) -> nn.Module:
+        """The model without the scaling."""
+        return self.model.get_submodule("network")
+
+    @property
+    def scaling(self) -> Scaling:
+        """The model's first module."""
+        scaling = self.model.get_submodule("scaling")
+        assert isinstance(scaling, Scaling)
+        return scaling
+
+    @property
+    def accuracy(self) -> float | None:
+        """On the validation rows, after the last epoch; 0 to 1. None for a regression."""
         return self.history[-1].accuracy
+
+    @property
+    def r2(self) -> float | None:
+        """R² on the validation rows, after the last epoch. None for a classification."""
+        return self.history[-1].r2
 
 
 def train_epoch(
@@ -740,7 +346,7 @@ def train_epoch(
     timer.start()
     for (x, y), weight in zip(DevicePrefetcher(batches, device, timer=timer.copies), weights):
         timer.mark("loading")
-        with _autocast(dtype, device):
+        with autocast(dtype, device):
             loss = loss_function(model(x).float(), y)  # in fp32, whatever the model computes in
             loss = loss if weight == 1 else loss * weight
         timer.mark("forward")
@@ -756,9 +362,18 @@ def train_epoch(
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, loss_function: nn.Module, processes: Processes, dtype: DtypeName
-) -> tuple[float, float]:
-    """Mean loss, and accuracy from 0 to 1, over batches of x (M, features), y (M,), those of all processes.
+    model: nn.Module,
+    batches: Batches,
+    loss_function: nn.Module,
+    processes: Processes,
+    dtype: DtypeName,
+    measure: Callable[[Tensor, Tensor], Tensor] = correct,
+    measures: int = 1,
+) -> tuple[float, ...]:
+    """Mean loss, then the mean of each of the `measures` numbers that `measure(outputs, y)` sums over a batch.
+
+    By default this is the accuracy, from 0 to 1. The means are over the rows of all batches x (M, features),
+    y (M, ...), those of all processes.
 
     eval() turns dropout off; inference_mode keeps nothing for a backward pass. Neither does the other's work.
     """
@@ -766,26 +381,26 @@ def evaluate(
     device = processes.device
     rows = 0
     loss = torch.zeros((), device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.inference_mode(), _autocast(dtype, device):
+    measured = [torch.zeros(measures, device=device)]
+    with torch.inference_mode(), autocast(dtype, device):
         for x, y in DevicePrefetcher(batches, device):
-            logits = model(x).float()
-            loss += loss_function(logits, y) * len(y)
-            correct += (logits.argmax(dim=1) == y).sum()
+            outputs = model(x).float()
+            loss += loss_function(outputs, y) * len(y)
+            measured.append(measure(outputs, y))
             rows += len(y)
-    loss_of_all, correct_of_all, rows_of_all = processes.sum([loss.item(), correct.item(), rows])
-    return loss_of_all / rows_of_all, correct_of_all / rows_of_all
+    *sums, rows_of_all = processes.sum([loss.item(), *torch.stack(measured).cpu().double().sum(dim=0).tolist(), rows])
+    return tuple(total / rows_of_all for total in sums)
 
 
 def train(config: Config, *, build: Build = build_model, report: Callable[[str], None] = print) -> Result:
-    """Train a classifier as configured; under torchrun, together with the other processes, each on a part of the data.
+    """Train a network as configured; under torchrun, together with the other processes, each on a part of the data.
 
     Every process reads the data, and the checkpoint that it carries on from; the first alone reports, and writes. None
     is to be used further after an exception in one of them.
 
     Args:
         config: what to do.
-        build: (features, classes, config) -> the network, initialised on the CPU.
+        build: (features, outputs, config) -> the network, initialised on the CPU.
         report: is given what a user wants to read, piece by piece.
 
     Raises:
@@ -803,56 +418,48 @@ def _say_nothing(text: str) -> None:
 
 def _train(config: Config, processes: Processes, build: Build, report: Callable[[str], None]) -> Result:
     device, is_first = processes.device, processes.rank == 0
-    _check_dtype(config.dtype, device)
+    check_dtype(config.dtype, device)
     if config.batch_size % processes.count:
         raise UserError(
             f"--batch-size is {config.batch_size}, for all {processes.count} processes together; "
             f"it needs to be a multiple of {processes.count}"
         )
     path = None if config.checkpoint is None else Path(config.checkpoint)
-    resumed = load_checkpoint(path) if path and config.resume else None
-    if path and is_first:
-        _check_writable(path)
-    data = load_data(config.data)
-    if resumed:
-        _check_same_run(resumed, config, data)
-
+    data, resumed = _read(path, config, is_first)
     training, validation = split(len(data.x), config.validation_fraction, config.seed)
-    validated = validation[processes.rank :: processes.count]
-    scaling = Scaling(resumed["mean"], resumed["scale"]) if resumed else Scaling.fit(data.x[training])
+    scaling = make_scaling(path, resumed) if path and resumed else Scaling.fit(data.x[training])
+    task = make_task(data, training, validation)
+    mine = validation[processes.rank :: processes.count]
+    training_set, validation_set = (
+        ArrayDataset(scaling.in_parts(data.x[rows]), task.targets[rows]) for rows in (training, mine)
+    )
     order = torch.Generator().manual_seed(config.seed)
-    training_set = ArrayDataset(scaling(data.x[training]), data.y[training])
-    validation_set = ArrayDataset(scaling(data.x[validated]), data.y[validated])
     training_batches = make_loader(training_set, config, processes, order)
     validation_batches = make_loader(validation_set, config, processes)
 
     torch.manual_seed(config.seed)
-    model = build(data.x.shape[1], data.classes, config).to(device)
+    model = whole(scaling, build(data.x.shape[1], data.outputs, config), task.unscaling).to(device)
+    network = model.get_submodule("network")
     if not is_first:
         torch.manual_seed(config.seed + processes.rank)  # Dropout drops otherwise in every process
-    loss_function = nn.CrossEntropyLoss()
-    optimizer = make_optimizer(model, config, device)
+    optimizer = make_optimizer(network, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
     state = _State(model, optimizer, scaler, order, processes)
     timer = StepTimer(device)
     rows = -(-min(config.batch_size, len(training)) // processes.count)
-    path_taken = _path_taken(model, rows, config, device)
+    path_taken = _path_taken(network, rows, config, device)
 
-    report(
-        f"{data.name}: {data.x.shape[1]} features, {data.classes} classes, "
-        f"{len(training)} rows to train on, {len(validation)} to validate"
-    )
-    report(str(model))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    together = f", in each of {processes.count} processes" if processes.count > 1 else ""
-    report(f"{parameters:,} parameters on {device}{together}, {path_taken}")
+    if is_first:
+        for line in _describe_data(data, training, validation, training_set.x):
+            report(line)
+    report(_describe_network(network, processes, path_taken))
     if resumed:
         state.restore(resumed, path)
         report(f"carrying on from {path}, after epoch {len(state.history)}")
     elif path and path.exists():
         report(f"{path} will be replaced after the first epoch; --resume would carry on from it")
 
-    parallel = processes.parallel(model)
+    parallel = processes.parallel(network)
     part = training_batches.batch_sampler
     assert isinstance(part, Part)
     losses: list[float] = []
@@ -867,51 +474,92 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
                 batches: Batches = training_batches
                 if is_first:
                     batches = progress(training_batches, f"epoch {epoch}/{config.epochs}")
-                mine = train_epoch(
-                    parallel, batches, loss_function, optimizer, scaler, device, config.dtype, timer, part.weights
+                losses_here = train_epoch(
+                    parallel, batches, task.loss_function, optimizer, scaler, device, config.dtype, timer, part.weights
                 )
-                steps = [total / processes.count for total in processes.sum(mine)]
-                processes.take_over(model.buffers())
-                loss, accuracy = evaluate(model, validation_batches, loss_function, processes, config.dtype)
+                steps = [total / processes.count for total in processes.sum(losses_here)]
+                processes.take_over(network.buffers())
+                loss, *measured = evaluate(
+                    network,
+                    validation_batches,
+                    task.loss_function,
+                    processes,
+                    config.dtype,
+                    task.measure,
+                    task.measures,
+                )
                 if not math.isfinite(loss):
                     raise UserError(
                         f"training diverged in epoch {epoch}: the validation loss is {loss}; "
                         f"a learning rate below --lr {config.learning_rate} may help"
                     )
                 losses += steps
-                state.history.append(Epoch(sum(steps) / len(steps), loss, accuracy))
+                passed = task.epoch(sum(steps) / len(steps), loss, measured)
+                state.history.append(passed)
                 if path:
                     checkpoint = state.checkpoint()
                     if is_first:
-                        settings = {"config": _settings(config), "data": data.description}
-                        save_checkpoint(path, {**settings, **dataclasses.asdict(scaling), **checkpoint})
+                        what = {"format": FORMAT, "rounded": scaling.rounding is not None, "data": data.description}
+                        save_checkpoint(path, {**what, "config": _settings(config), **checkpoint})
                     processes.wait()
                     saved = epoch
                 report(
-                    f"epoch {epoch:>{len(str(config.epochs))}}/{config.epochs}  loss {state.history[-1].loss:.4f}  "
-                    f"validation loss {loss:.4f}  accuracy {accuracy:.4f}  {time.perf_counter() - began:.1f} s"
+                    f"epoch {epoch:>{len(str(config.epochs))}}/{config.epochs}  loss {passed.loss:.4f}  "
+                    f"validation loss {loss:.4f}  {task.describe(passed)}  {time.perf_counter() - began:.1f} s"
                 )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_where_stopped(path, saved)) from None
         except torch.OutOfMemoryError as error:
-            if isinstance(model, FusedMLP):
-                with _autocast(config.dtype, device):
-                    memory.explain(error, model, rows, STATE[config.optimizer], _mends(config, saved > 0))
+            if isinstance(network, FusedMLP):
+                with autocast(config.dtype, device):
+                    memory.explain(error, network, rows, STATE[config.optimizer], _mends(config, saved > 0))
             memory.add(error, _where_stopped(path, saved))
             raise
 
     if timer.steps:
-        about = "the first epoch, which warms up, left out" if config.epochs > first else "warming up included"
-        report(f"\nwhere a step's time went (mean of {_count(timer.steps, 'step')}, {about}):\n{timer}\n")
+        report(_describe_steps(timer, warm=config.epochs > first))
         if marked := about_times(device):
             report(marked)
     else:
-        report(f"nothing left to train: {path} has {_count(saved, 'epoch')} behind it, --epochs is {config.epochs}")
-    report(f"validation accuracy: {state.history[-1].accuracy:.4f}")
+        report(f"nothing left to train: {path} has {count(saved, 'epoch')} behind it, --epochs is {config.epochs}")
+    report(task.summary(state.history[-1]))
     if path:
         report(f"checkpoint: {path}")
-    model.eval()
-    return Result(model, scaling, state.history, losses, timer)
+    return Result(model.eval(), state.history, losses, timer)
+
+
+def _read(path: Path | None, config: Config, is_first: bool) -> tuple[Data, dict[str, Any] | None]:
+    """The data, and the checkpoint of this same run if it is to be carried on."""
+    resumed = load_checkpoint(path) if path and config.resume else None
+    if resumed:
+        _check_same_run(resumed, config)
+    if path and is_first:
+        check_checkpoint(path)
+    data = load_data(config.data, config.task)
+    if resumed:
+        _check_same_data(resumed, config, data)
+    return data, resumed
+
+
+def _describe_data(data: Data, training: Tensor, validation: Tensor, scaled: Tensor) -> list[str]:
+    """Sizes, anything that looks wrong, and how the features were scaled."""
+    features = data.x.shape[1]
+    outputs = f"{data.outputs} classes" if data.shape is None else count(data.outputs, "target")
+    sizes = (
+        f"{data.name}: {features} features, {outputs}, {len(training)} rows to train on, {len(validation)} to validate"
+    )
+    return [sizes, *data.remarks(), SCALED, *column_remarks(data.x[training], scaled)]
+
+
+def _describe_network(network: nn.Module, processes: Processes, path_taken: str) -> str:
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    together = f", in each of {processes.count} processes" if processes.count > 1 else ""
+    return f"{network}\n{parameters:,} parameters on {processes.device}{together}, {path_taken}"
+
+
+def _describe_steps(timer: StepTimer, warm: bool) -> str:
+    about = "the first epoch, which warms up, left out" if warm else "warming up included"
+    return f"\nwhere a step's time went (mean of {count(timer.steps, 'step')}, {about}):\n{timer}\n"
 
 
 def progress(items: Iterable[Item], description: str) -> Iterable[Item]:

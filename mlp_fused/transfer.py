@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import timing
+from .checkpoint import load_checkpoint, make_model
+from .devices import DTYPES, DtypeName, pick_device
 from .environment import distorted
+from .errors import UserError, first_line
 from .first_touch import FirstTouch, in_fresh_processes
 from .kernels.activations import resolve
 from .module import FusedMLP
 from .prefetch import DevicePrefetcher, use_up
 from .timing import Link, Measured, Spread, Timed
-from .training import DTYPES, DtypeName, UserError, build_model, first_line, load_checkpoint, pick_device
-from .training import Config as Training
 
 __all__ = [
     "Config",
@@ -896,13 +897,8 @@ def _network(config: Config) -> FusedMLP:
             shown = " ".join(map(str, config.dims or DIMS))
             raise UserError(f"--dims {shown} makes no network here: {first_line(error)}") from None
     else:
-        checkpoint = load_checkpoint(config.checkpoint)
-        try:
-            trained = Training(**{**checkpoint["config"], "checkpoint": None, "resume": False})
-            model = build_model(checkpoint["data"]["features"], checkpoint["data"]["classes"], trained)
-            model.load_state_dict(checkpoint["model"])
-        except (TypeError, KeyError, RuntimeError) as error:
-            raise UserError(f"{config.checkpoint} makes no network here: {first_line(error)}") from None
+        trained = make_model(config.checkpoint, load_checkpoint(config.checkpoint), backend=None)
+        model = trained.get_submodule("network")
     return model.to(DTYPES[config.dtype])
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import mlp_fused
-from mlp_fused import ACTIVATIONS, environment, plan, processes, training, transfer, tuning
+from mlp_fused import ACTIVATIONS, environment, files, plan, predict, processes, training, transfer, tuning
 from mlp_fused.__main__ import main
 from mlp_fused.kernels import tables
 from mlp_fused.training import Config, load_checkpoint
@@ -66,7 +66,9 @@ def test_training_prints_what_a_course_wants_to_see(folder: Path, capsys: pytest
     assert len(shares) == 5
     assert sum(shares) == pytest.approx(100, abs=0.3)
     accuracy = load_checkpoint("run.pt")["history"][-1]["accuracy"]
-    assert out.endswith(f"\nvalidation accuracy: {accuracy:.4f}\ncheckpoint: run.pt\n")
+    share = r"\(class [01], the largest, is [01]\.\d{4} of the validation rows\)"
+    assert re.search(rf"\nvalidation accuracy: {accuracy:.4f} {share}\ncheckpoint: run\.pt\n$", out)
+    assert f"\n{training.SCALED}\n" in out
 
 
 def test_an_interrupted_command_is_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +89,7 @@ def test_every_flag_reaches_the_configuration(monkeypatch: pytest.MonkeyPatch) -
     assert call("train") == 0
     told = Config(
         data="d.npz",
+        task="regression",
         hidden=(3, 4),
         activation="tanh",
         dropout=0.25,
@@ -126,6 +129,9 @@ def test_help_states_every_flag_and_its_default(
     assert "512 512" in entries["--hidden"]
     assert ", ".join(ACTIVATIONS) in entries["--activation"]
     assert "0.001 for adam, 0.05 for sgd" in entries["--lr"]
+    usage = re.sub(r"\s+", " ", next(iter(entries.values())))
+    assert "Features are scaled column by column in float64: minus the mean, divided by a quarter of the range" in usage
+    assert "The model in a checkpoint does this itself" in usage
 
 
 def broken_zip() -> None:
@@ -158,7 +164,7 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
     "no y": (lambda: write(x=X, labels=Y), (), "data.npz has no array y; it has x, labels, and needs x .* and y"),
     "neither": (lambda: np.savez("data.npz", X), (), "data.npz has no array x and no array y; it has arr_0,"),
     "no arrays": (write, (), "data.npz has no array x and no array y; it has none,"),
-    "objects": ({"y": np.array([{}] * 6)}, (), "cannot read array y of data.npz: Object arrays cannot be loaded"),
+    "objects": ({"y": np.array([{}] * 6)}, (), r"data.npz: y is an array of Python .*; save y\.astype\(str\)"),
     "complex": ({"x": X * 1j}, (), "data.npz: x is of dtype complex128; it needs to be real numbers"),
     "text in x": ({"x": np.array(["a"] * 6)}, (), "x is of dtype <U1; it needs to be real numbers"),
     "dates": ({"x": X.astype("M8[s]")}, (), r"x is of dtype datetime64\[s\]; it needs to be real"),
@@ -173,10 +179,20 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
     "no labels": ({"y": []}, (), "x has 6 rows and y has 0 labels"),
     "a label for all": ({"y": 1}, (), r"y is of shape \(\); it needs one label a row"),
     "one-hot": ({"y": np.eye(3)[Y]}, (), r"y is of shape \(6, 3\); .*numpy\.argmax"),
-    "names": ({"y": np.array(list("abcabc"))}, (), r"y is of dtype <U1; .*numpy\.unique"),
+    "dates for labels": ({"y": Y.astype("M8[s]")}, (), r"y is of dtype datetime64\[s\]; .*numpy\.unique.*astype\(str"),
+    "names for numbers": (
+        {"y": np.array(list("abcabc"))},
+        ("--task", "regression"),
+        "y is of dtype <U1; .*real numbers",
+    ),
+    "task": ({}, ("--task", "ranking"), "argument --task: invalid choice: 'ranking'"),
     "halves": ({"y": Y / 2}, (), r"y has 2 labels that are not whole numbers, the first in row 1 \(.*\): 0\.5; labels"),
     "NaN in y": ({"y": np.where(Y == 2, np.nan, 0)}, (), "y has 2 labels that are not whole .* row 2 .*: nan"),
-    "negative": ({"y": Y - 1}, (), r"y has 2 labels outside 0 \.\.\. 65535, the first in row 0 .*: -1; labels need"),
+    "negative": (
+        {"y": Y - 1},
+        (),
+        r"y has 2 labels outside 0 \.\.\. 65535, the first in row 0 .*: -1; labels need.*--task regression",
+    ),
     "an id": ({"y": Y + 10**9}, (), r"y has 6 labels outside 0 \.\.\. 65535, .*: 1000000000"),
     "uint64": ({"y": np.full(6, 2**64 - 1, np.uint64)}, (), "y has 6 labels outside .*: 18446744073709551615"),
     "epochs": ({}, ("--epochs", "0"), "--epochs is 0; it needs to be 1 or more"),
@@ -293,7 +309,7 @@ def test_a_folder_that_may_not_be_written(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(training, "open", refuse, raising=False)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
     assert call("train", "--data", "data.npz", "--checkpoint", "run.pt") == 2
     out, err = capsys.readouterr()
     assert err == f"mlp-fused: cannot write into {folder}, the folder of --checkpoint: Permission denied\n"
@@ -394,6 +410,11 @@ def messages(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("mlp-fused") or "[rank" in line]
 
 
+def course(text: str) -> list[str]:
+    quality = r"(?:accuracy \S+|R² \S+  RMSE [^ ,]+)"
+    return re.findall(rf"^epoch .* {quality}|^validation .*|^FusedMLP.*|.* rows to train on.*", text, re.M)
+
+
 @pytest.mark.alone
 def test_torchrun_trains_as_one_process_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["train", "--data", "data.npz", *TINY, "--checkpoint"]
@@ -404,17 +425,29 @@ def test_torchrun_trains_as_one_process_does(folder: Path, capsys: pytest.Captur
     one = capsys.readouterr().out
     assert "50 parameters on cpu, in each of 2 processes, the reference path" in two
 
-    def course(text: str) -> list[str]:
-        return re.findall(
-            r"^epoch .* accuracy \S+|^validation accuracy: .*|^FusedMLP.*|.* rows to train on.*", text, re.M
-        )
-
     assert len(course(one)) == 5
     assert course(two) == course(one)
     assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "one.pt", "two.pt"]
     assert call(*flags, "two.pt", "--epochs", "3", "--resume") == 0
     assert load_checkpoint("two.pt")["epoch"] == 3
     assert load_checkpoint("two.pt")["model"].keys() == load_checkpoint("one.pt")["model"].keys()
+
+
+@pytest.mark.alone
+def test_torchrun_trains_a_regression_as_one_process_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    write(x=x, y=1000 + 30 * x.sum(axis=1))
+    flags = ["train", "--data", "data.npz", "--task", "regression", *TINY, "--lr", "0.02", "--checkpoint"]
+    with torchrun("-m", "mlp_fused", *flags, "two.pt") as command:
+        two, err = command.communicate(timeout=120)
+    assert (command.returncode, err) == (0, "")
+    assert call(*flags, "one.pt") == 0
+    one = capsys.readouterr().out
+    assert len(course(one)) == 5
+    assert course(two) == course(one)
+    saved = [load_checkpoint(path) for path in ("one.pt", "two.pt")]
+    for name, value in saved[0]["model"].items():
+        assert torch.allclose(value, saved[1]["model"][name], atol=1e-5), name
 
 
 @pytest.mark.alone
@@ -652,6 +685,63 @@ def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert found["tuned table 1"] == "none for this GPU"
     assert found["driver"] == "570.86.15"
     assert found['backend "auto"'] == "asked about cuda"
+
+
+def test_every_flag_of_predict_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[predict.Config] = []
+    monkeypatch.setattr(predict, "run", lambda config, report: seen.append(config))
+    needed = ["--checkpoint", "c.pt", "--data", "d.npz", "--out", "o.csv"]
+    assert call("predict", *needed) == 0
+    assert call("predict", *needed, "--device", "cpu") == 0
+    assert seen == [predict.Config("c.pt", "d.npz", "o.csv"), predict.Config("c.pt", "d.npz", "o.csv", "cpu")]
+
+
+def test_help_of_predict_states_every_flag_and_its_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    assert call("predict", "--help") == 0
+    entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
+    for field in dataclasses.fields(predict.Config):
+        assert "default" in entries["--" + field.name]
+    assert "(default: auto, a GPU where there is one)" in entries["--device"]
+    assert "not scaled: the model does that" in entries["--data"]
+
+
+def test_train_then_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") == 0
+    capsys.readouterr()
+    assert call("predict", "--checkpoint", "run.pt", "--data", "data.npz", "--out", "out.csv") == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("data.npz: 50 rows; labels, probabilities, classes are in out.csv\n", "")
+    assert len(Path("out.csv").read_text().splitlines()) == 51
+
+
+PREDICT_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "nothing": ((), "the following arguments are required: --checkpoint, --data, --out"),
+    "no checkpoint": (
+        ("--checkpoint", "none.pt", "--data", "data.npz", "--out", "o.npz"),
+        "there is no checkpoint none",
+    ),
+    "suffix": (("--checkpoint", "a", "--data", "data.npz", "--out", "o.txt"), "--out is o.txt; it needs to be a name"),
+    "its data": (
+        ("--checkpoint", "a", "--data", "data.npz", "--out", "data.npz"),
+        "--out is data.npz, the file of --data",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), PREDICT_MISTAKES.values(), ids=PREDICT_MISTAKES)
+def test_a_mistake_in_predicting_is_one_sentence_and_exit_status_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], sentence: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert call("predict", *flags) == 2
+    out, err = capsys.readouterr()
+    assert re.search(f"^mlp-fused( predict)?: .*{re.escape(sentence)}", err)
+    assert err.count("\n") == 1
+    assert out == ""
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_every_flag_of_tune_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from mlp_fused import FusedMLP, training
+from mlp_fused import FusedMLP, checkpoint, training
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.processes import Part, Processes
 from mlp_fused.training import (
@@ -41,8 +42,6 @@ from mlp_fused.training import (
     pick_device,
     save_checkpoint,
     split,
-    to_features,
-    to_labels,
     train,
     train_epoch,
 )
@@ -77,74 +76,6 @@ def assert_same_bits(one: training.Result, other: training.Result) -> None:
         assert torch.equal(value, other.model.state_dict()[key]), key
 
 
-@pytest.mark.parametrize(
-    "dtype", ["?", "u1", "i1", "<u2", ">i2", "i4", "u8", "i8", "f2", "<f4", ">f4", "f8", "longdouble"]
-)
-def test_features_of_any_numeric_dtype_become_float32_rows(dtype: str) -> None:
-    x = np.arange(24).reshape(4, 3, 2) % 2 if dtype == "?" else np.arange(24).reshape(4, 3, 2)
-    rows = to_features(x.astype(dtype))
-    assert rows.dtype == torch.float32
-    assert rows.tolist() == x.reshape(4, 6).tolist()
-
-
-def test_one_dimensional_features_are_a_column() -> None:
-    assert to_features(np.arange(5)).shape == (5, 1)
-
-
-def test_strided_features() -> None:
-    x = np.arange(24.0).reshape(6, 4)[::-2, ::2]
-    assert to_features(x).tolist() == x.tolist()
-
-
-@pytest.mark.parametrize("dtype", ["?", "u1", "i1", ">i4", "u8", "i8", "f2", "f4", ">f8"])
-def test_labels_of_any_whole_dtype_become_int64(dtype: str) -> None:
-    labels = to_labels(np.array([1, 0, 1, 1]).astype(dtype))
-    assert labels.dtype == torch.int64
-    assert labels.tolist() == [1, 0, 1, 1]
-
-
-def test_a_column_of_labels() -> None:
-    assert to_labels(np.array([[2.0], [0.0]])).tolist() == [2, 0]
-
-
-def test_the_number_of_classes_is_the_largest_label_plus_one(tmp_path: Path) -> None:
-    np.savez(tmp_path / "d.npz", x=np.ones((3, 2)), y=[0, 4, 1])
-    assert load_data(str(tmp_path / "d.npz")).classes == 5
-
-
-def test_digits() -> None:
-    digits = load_data(None)
-    assert digits.x.shape == (1797, 64)
-    assert digits.classes == 10
-    assert digits.y.bincount().min() > 170
-
-
-@pytest.mark.parametrize(("rows", "fraction", "kept"), [(1797, 0.2, 359), (10, 0.25, 2), (2, 0.01, 1), (2, 0.99, 1)])
-def test_the_split_is_seeded_and_complete(rows: int, fraction: float, kept: int) -> None:
-    training_rows, validation_rows = split(rows, fraction, seed=5)
-    assert len(validation_rows) == kept
-    assert sorted(training_rows.tolist() + validation_rows.tolist()) == list(range(rows))
-    assert torch.equal(training_rows, split(rows, fraction, seed=5)[0])
-
-
-def test_another_seed_splits_otherwise() -> None:
-    assert not torch.equal(split(100, 0.2, 0)[0], split(100, 0.2, 1)[0])
-
-
-def test_scaling_takes_its_statistics_column_by_column() -> None:
-    x = torch.tensor([[0.0, 5.0, 1e9], [8.0, 5.0, 1e9 + 64]])
-    scaled = Scaling.fit(x)(x)
-    assert scaled.dtype == torch.float32
-    assert scaled.tolist() == [[-2.0, 0.0, -2.0], [2.0, 0.0, 2.0]]
-    assert Scaling.fit(x)(torch.tensor([[4.0, 6.0, 1e9]])).tolist() == [[0.0, 1.0, -2.0]]
-
-
-def test_scaling_the_ends_of_float32() -> None:
-    huge = torch.finfo(torch.float32).max
-    x = torch.tensor([[huge], [-huge]])
-    assert Scaling.fit(x)(x).tolist() == [[2.0], [-2.0]]
-
-
 def test_statistics_come_from_the_training_rows_alone(data: str) -> None:
     rows = load_data(data)
     training_rows, _ = split(70, 0.2, 0)
@@ -153,6 +84,66 @@ def test_statistics_come_from_the_training_rows_alone(data: str) -> None:
     assert torch.equal(scaling.mean, expected.mean)
     assert torch.equal(scaling.scale, expected.scale)
     assert not torch.equal(scaling.mean, Scaling.fit(rows.x).mean)
+
+
+RANDOM = np.random.default_rng(0)
+ORDER, SECONDS, METRES = RANDOM.permutation(200), RANDOM.uniform(0, 300, 400), RANDOM.uniform(0, 2, (400, 2))
+SIDES = RANDOM.integers(0, 2, 400)
+
+# Features, how far they are moved, and their classes.
+FAR_FROM_ZERO: dict[str, tuple[np.ndarray, Any, np.ndarray]] = {
+    "x + 1.7e9": (RANDOM.normal(size=(400, 2)) + 4 * SIDES[:, None], 1.7e9, SIDES),
+    "unix seconds": (SECONDS, 1.7e9, (SECONDS // 75).astype(int)),
+    "integer ids": (ORDER, 10**9, ORDER // 50),
+    "integer ids beyond float64": (ORDER, 2**60, ORDER // 50),
+    "unsigned ids": (ORDER.astype(np.uint64), np.uint64(2**63), ORDER // 50),
+    "UTM coordinates": (METRES, np.array([500_000, 5_400_000]), (METRES > 1) @ (1, 2)),
+}
+
+
+@pytest.mark.parametrize(("x", "distance", "y"), FAR_FROM_ZERO.values(), ids=FAR_FROM_ZERO)
+def test_features_far_from_zero_are_learned_as_those_near_it(
+    tmp_path: Path, x: np.ndarray, distance: Any, y: np.ndarray
+) -> None:
+    """Centred in float32, as once they were, they gave from 0.2 to 0.9."""
+    config = dataclasses.replace(TINY, hidden=(32,), epochs=30, batch_size=32, lr=0.02, data=str(tmp_path / "d.npz"))
+    results = []
+    for features in (x, x + distance):
+        np.savez(tmp_path / "d.npz", x=features, y=y)
+        results.append(run(config))
+    near, far = results
+    assert near.accuracy >= 0.95
+    assert far.accuracy == near.accuracy
+    assert far.losses == pytest.approx(near.losses, rel=1e-2, abs=1e-3)
+
+
+def test_lines_about_data_come_before_training(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(40, 3))
+    x[:, 1], x[0, 2] = 5, 1e20
+    np.savez(tmp_path / "d.npz", x=x, y=random.integers(0, 2, 40) * 7)
+    lines: list[str] = []
+    train(dataclasses.replace(TINY, data=str(tmp_path / "d.npz"), validation_fraction=0.1), report=lines.append)
+    fix = "numpy.unique(y, return_inverse=True)[1] numbers the classes that occur, --task regression takes y as numbers"
+    assert lines[1:5] == [
+        f"6 of 8 classes never occur in y; {fix}",
+        training.SCALED,
+        "constant in the training rows: 1 of 3 features (column 1, counted from 0)",
+        "stretched by outliers, so that most of their values become equal in float32: 1 of 3 features (column 2, "
+        "counted from 0); clip the outliers or take logarithms",
+    ]
+
+
+def test_the_share_of_the_largest_class_stands_beside_the_accuracy(tmp_path: Path) -> None:
+    """The accuracy of always answering what is most frequent among the training rows."""
+    y = np.where(np.arange(100) % 5 == 0, "rare", "usual")
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).normal(size=(100, 2)), y=y)
+    lines: list[str] = []
+    result = train(dataclasses.replace(TINY, data=str(tmp_path / "d.npz")), report=lines.append)
+    share = (y[split(100, 0.2, 0)[1].numpy()] == "usual").mean()
+    assert lines[-1] == (
+        f"validation accuracy: {result.accuracy:.4f} (class usual, the largest, is {share:.4f} of the validation rows)"
+    )
 
 
 def rows_of(loader: DataLoader[tuple[Tensor, Tensor]]) -> list[int]:
@@ -237,7 +228,7 @@ def test_the_model_is_fused_mlp_with_no_dropout_on_the_logits() -> None:
 
 
 def test_no_hidden_layer_is_a_linear_classifier(data: str) -> None:
-    assert [type(child) for child in run(TINY, data=data, hidden=()).model.children()] == [nn.Linear]
+    assert [type(child) for child in run(TINY, data=data, hidden=()).network.children()] == [nn.Linear]
 
 
 def test_the_torch_twin_starts_from_the_same_parameters() -> None:
@@ -595,20 +586,23 @@ def test_no_bar_without_tqdm(data: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(data: str, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     result = run(TINY, data=data, checkpoint=str(path))
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["epoch"] == 3
-    assert [training.Epoch(**epoch) for epoch in checkpoint["history"]] == result.history
-    assert checkpoint["config"]["hidden"] == [8]
-    assert checkpoint["config"]["lr"] == 1e-3
-    assert checkpoint["data"]["rows"] == 70
-    assert {"order", "processes"} == checkpoint["random"].keys()
-    assert [random.keys() for random in checkpoint["random"]["processes"]] == [{"torch", "cuda"}]
+    saved = torch.load(path, weights_only=True)
+    assert saved["format"] == checkpoint.FORMAT
+    assert saved["epoch"] == 3
+    assert [training.Epoch(**epoch) for epoch in saved["history"]] == result.history
+    assert saved["config"]["hidden"] == [8]
+    assert saved["config"]["lr"] == 1e-3
+    assert saved["data"]["rows"] == 70
+    assert {"order", "processes"} == saved["random"].keys()
+    assert [random.keys() for random in saved["random"]["processes"]] == [{"torch", "cuda"}]
     assert sorted(tmp_path.iterdir()) == [tmp_path / "data.npz", path]
 
     network = FusedMLP(6, [8, 3], activation_layer="gelu")  # as a later user builds it
-    network.load_state_dict(checkpoint["model"])
-    scaled = Scaling(checkpoint["mean"], checkpoint["scale"])(load_data(data).x)
-    assert torch.equal(network.eval()(scaled), result.model(result.scaling(load_data(data).x)))
+    model = nn.Sequential(OrderedDict(scaling=Scaling(torch.zeros(6), torch.ones(6)), network=network))
+    model.load_state_dict(saved["model"])
+    x = load_data(data).x
+    assert torch.equal(model.eval()(x), result.model(x))
+    assert torch.equal(result.network(result.scaling(x)), result.model(x))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -659,11 +653,11 @@ def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path, monkey
 
     path = tmp_path / "run.pt"
     run(TINY, data=data, epochs=1, checkpoint=str(path))
-    checkpoint = load_checkpoint(path)
-    for group in checkpoint["optimizer"]["param_groups"]:
+    saved = load_checkpoint(path)
+    for group in saved["optimizer"]["param_groups"]:
         group["fused"] = True
-    checkpoint["random"]["processes"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
-    save_checkpoint(path, checkpoint)
+    saved["random"]["processes"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    save_checkpoint(path, saved)
     monkeypatch.setattr(training, "make_optimizer", noted)
     resumed = run(TINY, data=data, checkpoint=str(path), resume=True)
     assert optimizers[0].param_groups[0]["fused"] is False
@@ -678,7 +672,7 @@ def test_nothing_left_to_train(data: str, tmp_path: Path) -> None:
     assert_same_bits(again, whole)
     assert again.losses == []
     assert any("nothing left to train" in line for line in lines)
-    assert lines[-2] == f"validation accuracy: {whole.accuracy:.4f}"
+    assert lines[-2].startswith(f"validation accuracy: {whole.accuracy:.4f} (class ")
 
 
 OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
@@ -741,7 +735,7 @@ def test_the_data_may_have_moved_and_workers_may_differ(data: str, tmp_path: Pat
     assert_same_bits(run(config, data=str(moved), workers=1, backend="reference", resume=True), whole)
 
 
-@pytest.mark.parametrize("name", training.CHECKPOINT)
+@pytest.mark.parametrize("name", checkpoint.PARTS)
 def test_a_checkpoint_with_a_part_of_another_kind(data: str, tmp_path: Path, name: str) -> None:
     config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     run(config)
@@ -757,9 +751,9 @@ def test_a_batch_larger_than_the_data_is_all_of_it(data: str) -> None:
 def test_weights_that_do_not_fit(data: str, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     run(config)
-    checkpoint = load_checkpoint(tmp_path / "run.pt")
-    checkpoint["model"]["0.weight"] = torch.zeros(9, 6)
-    save_checkpoint(tmp_path / "run.pt", checkpoint)
+    saved = load_checkpoint(tmp_path / "run.pt")
+    saved["model"]["network.0.weight"] = torch.zeros(9, 6)
+    save_checkpoint(tmp_path / "run.pt", saved)
     with pytest.raises(UserError, match=r"run.pt does not fit this network: "):
         run(config, epochs=2, resume=True)
 

@@ -1,0 +1,64 @@
+"""The device that a command runs on, and the dtypes that the device has."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from .errors import UserError, first_line
+
+__all__ = ["DTYPES", "DtypeName", "autocast", "check_dtype", "pick_device"]
+
+DtypeName = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str, local: int | None = None) -> torch.device:
+    """The torch device of that name; for "auto" a CUDA GPU where there is one, else the CPU.
+
+    `local`: this process's number on its machine, where it is one of several, each of which has a GPU of its own.
+
+    Raises:
+        UserError: there is none such.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if local is None or name == "cpu":
+            return torch.device(name)
+    if local is not None and name.startswith("cuda"):
+        gpus = torch.cuda.device_count()
+        if name != "cuda":
+            raise UserError(f"--device {name} is one GPU for several processes; --device cuda gives each its own")
+        if local >= gpus > 0:
+            raise UserError(
+                f"torchrun's --nproc-per-node starts more processes than this machine has GPUs, {gpus}; each needs one "
+                "of its own (or --device cpu)"
+            )
+        name = f"cuda:{local}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # AssertionError, RuntimeError, ImportError: it depends on the kind of device
+        why = first_line(error).partition(". ")[0]  # torch goes on with all that it could run on
+        raise UserError(f"--device {name} cannot be used here: {why}; cpu always can") from None
+    return device
+
+
+def check_dtype(name: DtypeName, device: torch.device) -> None:
+    """Check that the device can train in this dtype.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--dtype fp16 needs a GPU; on the CPU there are fp32 and bf16")
+    if name == "bf16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise UserError(f"--dtype bf16 is beyond {torch.cuda.get_device_name()}; it has fp32 and fp16")
+
+
+def autocast(name: DtypeName, device: torch.device) -> torch.autocast:
+    """Mixed precision in this dtype; without effect for fp32."""
+    return torch.autocast(device.type, dtype=DTYPES[name], enabled=name != "fp32")

@@ -1,0 +1,52 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import UserError
+
+__all__ = ["check_writable", "write_whole"]
+
+
+def write_whole(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a temporary file, then rename it to `path`, which holds the old file or the new one at any time.
+
+    Raises:
+        OSError: the file cannot be written. So may whatever `write` raises; the old file is still there.
+    """
+    path = Path(path).resolve()  # a link stays one
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes before the name: a crash must not leave an empty file under it
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Find out before the work, and not after it, that the file of a flag cannot be written.
+
+    Raises:
+        UserError: the path is a folder, or no file can be made beside it.
+    """
+    path = Path(path).resolve()
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; it needs to be a file")
+    try:
+        with open(_temporary(path), "wb"):
+            pass
+        _temporary(path).unlink()
+    except OSError as error:
+        raise UserError(f"cannot write into {path.parent}, the folder of {flag}: {error.strerror}") from None
+
+
+def _temporary(path: Path) -> Path:
+    """A name in the same folder, so that replacing is one step of the file system."""
+    return path.with_name(f".{path.name}.{os.getpid()}")

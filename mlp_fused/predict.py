@@ -1,0 +1,153 @@
+"""Predictions of a trained network for the rows of a file.
+
+`mlp-fused predict` is `run(Config(...))` with a command line before it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import load_checkpoint, load_model, make_model
+from .data import load_features, to_features
+from .devices import autocast, pick_device
+from .errors import UserError, count, first_line
+from .files import check_writable, write_whole
+
+__all__ = ["Config", "Predictions", "load_model", "predict", "run"]
+
+ROWS = 4096  # that go through the network at once
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `mlp-fused predict` is told: one field for each of its flags.
+
+    Attributes:
+        checkpoint: a file that `mlp-fused train` wrote.
+        data: an npz file with an array x of features like those that were trained on, not scaled.
+        out: the file to write, .npz or .csv.
+        device: a torch device; "auto" for a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: a value that cannot be used.
+    """
+
+    checkpoint: str
+    data: str
+    out: str
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if Path(self.out).suffix not in (".npz", ".csv"):
+            raise UserError(f"--out is {self.out}; it needs to be a name that ends in .npz or .csv")
+        for name in ("checkpoint", "data"):
+            if Path(self.out).resolve() == Path(getattr(self, name)).resolve():
+                raise UserError(
+                    f"--out is {self.out}, the file of --{name}, which it would replace; give it another name"
+                )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of N rows.
+
+    Attributes:
+        labels: (N,), each row's likeliest class: its number, or its name where the training's labels were text.
+        probabilities: (N, classes) float32.
+        classes: (classes,), all that `labels` could be, in the order of the columns of `probabilities`.
+        values: of a regression, in the place of the three: float64 of the targets' shape, (N,) or (N, k).
+    """
+
+    labels: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    classes: np.ndarray | None = None
+    values: np.ndarray | None = None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those that there are, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+    def rows(self) -> Iterable[list[object]]:
+        """A table with a header: "label" and a column for each class, or "value" (numbered if there are several)."""
+        if self.labels is not None:
+            assert self.classes is not None
+            assert self.probabilities is not None
+            yield ["label", *self.classes.tolist()]
+            for label, row in zip(self.labels.tolist(), self.probabilities):
+                yield [label, *(f"{probability:.9g}" for probability in row)]
+        else:
+            assert self.values is not None
+            columns = self.values.reshape(len(self.values), -1)
+            yield ["value"] if self.values.ndim == 1 else [f"value {number}" for number in range(columns.shape[1])]
+            yield from columns.tolist()
+
+
+def predict(checkpoint: str | Path, x: np.ndarray | Tensor, device: str = "auto") -> Predictions:
+    """The predictions of a checkpoint of `mlp-fused train` for features x (N, ...), as they are in the data's file.
+
+    Raises:
+        UserError: a file or rows that cannot be used.
+    """
+    loaded = load_checkpoint(checkpoint)
+    rows = to_features(x) if isinstance(x, np.ndarray) else x.reshape(len(x), -1)
+    data, where = loaded["data"], pick_device(device)
+    if rows.shape[1] != data["features"]:
+        raise UserError(
+            f"x has {count(rows.shape[1], 'feature')} a row, and the network of {checkpoint} takes {data['features']}"
+        )
+    model = make_model(checkpoint, loaded)
+    scaling, network, *unscaling = model.children()
+    network.to(where)  # it alone: the rows are here
+    dtype = loaded["config"]["dtype"]  # computed as in training, so that the accuracy is the one that was reported
+    with torch.inference_mode(), autocast("fp32" if (dtype, where.type) == ("fp16", "cpu") else dtype, where):
+        parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(ROWS)]
+    outputs = torch.cat(parts)
+    if unscaling:
+        return Predictions(values=unscaling[0](outputs).reshape(-1, *data["shape"]).numpy())
+    classes = np.arange(data["classes"]) if data["names"] is None else np.array(data["names"])
+    return Predictions(classes[outputs.argmax(dim=1).numpy()], outputs.softmax(dim=1).numpy(), classes)
+
+
+def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions:
+    """Predict as configured, and write the file whole or not at all.
+
+    Args:
+        config: what to do.
+        report: is given what a user wants to read.
+
+    Raises:
+        UserError: a mistake that the user can fix; files are as they were.
+    """
+    path = Path(config.out)
+    check_writable(path, "--out")
+    x = load_features(config.data)
+    predictions = predict(config.checkpoint, x, config.device)
+    write = _write_csv if path.suffix == ".csv" else _write_npz
+    try:
+        write_whole(path, lambda file: write(file, predictions))
+    except OSError as error:
+        raise UserError(
+            f"cannot write the predictions {path}: {first_line(error)}; what was there before is as it was"
+        ) from error
+    report(f"{config.data}: {len(x)} rows; {', '.join(predictions.arrays)} are in {path}")
+    return predictions
+
+
+def _write_npz(file: IO[bytes], predictions: Predictions) -> None:
+    np.savez(file, **predictions.arrays)  # type: ignore[arg-type]
+
+
+def _write_csv(file: IO[bytes], predictions: Predictions) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    csv.writer(text).writerows(predictions.rows())
+    text.detach()  # flushes, and leaves the file open

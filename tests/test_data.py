@@ -1,0 +1,244 @@
+"""Reading and checking features and targets; what is said of targets that look like none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlp_fused.data import Data, load_data, load_features, split, to_classes, to_features, to_labels, to_targets
+from mlp_fused.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "dtype", ["?", "u1", "i1", "<u2", ">i2", "i4", "u4", "u8", "i8", "f2", "<f4", ">f4", "f8", "longdouble"]
+)
+def test_features_of_any_numeric_dtype_become_rows_with_the_same_values(dtype: str) -> None:
+    x = np.arange(24).reshape(4, 3, 2) % 2 if dtype == "?" else np.arange(24).reshape(4, 3, 2)
+    rows = to_features(x.astype(dtype))
+    assert rows.tolist() == x.reshape(4, 6).tolist()
+    rows.amin()  # an operator that torch lacks for some unsigned integers
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [([2**63 - 1, -(2**63)], "int64"), ([2**64 - 1, 0], "uint64"), ([2**53 + 1, 2**53], "uint64")],
+)
+def test_large_integers_keep_every_bit(values: list[int], dtype: str) -> None:
+    assert to_features(np.array(values, dtype)).flatten().tolist() == values
+
+
+def test_float64_features_keep_every_bit() -> None:
+    x = np.array([[1.7e9 + 0.125], [1e-300]])
+    assert to_features(x).tolist() == x.tolist()
+
+
+def test_one_dimensional_features_are_a_column() -> None:
+    assert to_features(np.arange(5)).shape == (5, 1)
+
+
+def test_strided_features() -> None:
+    x = np.arange(24.0).reshape(6, 4)[::-2, ::2]
+    assert to_features(x).tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "i1", ">i4", "u8", "i8", "f2", "f4", ">f8"])
+def test_labels_of_any_whole_dtype_become_int64(dtype: str) -> None:
+    labels = to_labels(np.array([1, 0, 1, 1]).astype(dtype))
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [1, 0, 1, 1]
+
+
+def test_a_column_of_labels() -> None:
+    assert to_labels(np.array([[2.0], [0.0]])).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("dtype", ["U5", "S5"])
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_text_is_classes_by_name(dtype: str, shape: tuple[int, ...]) -> None:
+    labels, names = to_classes(np.array(["oak", "elm", "oak", "birch"], dtype).reshape(shape))
+    assert names == ("birch", "elm", "oak")
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [2, 1, 2, 0]
+
+
+def test_names_beyond_ascii() -> None:
+    assert to_classes(np.array(["Öl".encode(), b"Gas"]))[1] == ("Gas", "Öl")
+    with pytest.raises(UserError, match="^y has bytes that are not UTF-8; save text in their place, such as y.astype"):
+        to_classes(np.array([b"\xff\xfe", b"a"]))
+
+
+@pytest.mark.parametrize("y", [np.array(["a", "b"], object), np.array([1, 2], object)], ids=["text", "numbers"])
+def test_objects_are_refused_with_the_fix(y: np.ndarray) -> None:
+    with pytest.raises(
+        UserError, match=r"^y is of dtype object; labels need to be whole .* or text \(y\.astype\(str\)"
+    ):
+        to_classes(y)
+    with pytest.raises(UserError, match="^y is of dtype object; it needs to be real numbers"):
+        to_targets(y)
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_a_file_with_objects_is_refused_with_the_fix(tmp_path: Path, name: str) -> None:
+    path = str(tmp_path / "d.npz")
+    arrays: dict[str, Any] = {"x": np.ones((3, 2)), "y": np.arange(3)}
+    np.savez(path, **{**arrays, name: arrays[name].astype(object)})
+    fix = {"x": "x.astype(float)", "y": "y.astype(str) or y.astype(float)"}[name]
+    with pytest.raises(UserError) as caught:
+        load_data(path)
+    assert str(caught.value) == (
+        f"{path}: {name} is an array of Python objects, and loading those can run code; save {fix} in its place"
+    )
+
+
+def test_the_number_of_classes_is_the_largest_label_plus_one(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.ones((3, 2)), y=[0, 4, 1])
+    assert load_data(str(tmp_path / "d.npz")).classes == 5
+
+
+def test_digits() -> None:
+    digits = load_data(None)
+    assert digits.x.shape == (1797, 64)
+    assert digits.classes == 10
+    assert digits.y.bincount().min() > 170
+    assert digits.remarks() == []
+
+
+@pytest.mark.parametrize(
+    ("y", "rows", "shape"),
+    [
+        (np.array([0.5, 2]), [[0.5], [2.0]], ()),
+        (np.array([[1], [3]]), [[1], [3]], (1,)),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]], (2,)),
+        (np.array([True, False]), [[True], [False]], ()),
+    ],
+    ids=["(N,)", "(N, 1)", "(N, k)", "bool"],
+)
+def test_targets_of_a_regression(tmp_path: Path, y: np.ndarray, rows: list[Any], shape: tuple[int, ...]) -> None:
+    np.savez(tmp_path / "d.npz", x=np.ones((2, 3)), y=y)
+    data = load_data(str(tmp_path / "d.npz"), "regression")
+    assert data.y.tolist() == rows
+    assert data.shape == shape
+    assert data.outputs == len(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("y", "sentence"),
+    [
+        (
+            np.ones((2, 2, 2)),
+            r"y is of shape \(2, 2, 2\); it needs a number a row, \(N,\), or k numbers a row, \(N, k\)",
+        ),
+        (np.array(1.0), r"y is of shape \(\); it needs a number a row"),
+        (np.ones((2, 0)), r"y is of shape \(2, 0\); it needs a number a row"),
+        (
+            np.array(["a", "b"]),
+            "y is of dtype <U1; it needs to be real .*; --task classification takes names of classes",
+        ),
+        (np.array([1j, 2]), "y is of dtype complex128; it needs to be real numbers"),
+        (np.array([1, np.nan]), "y has 1 value NaN, infinite or beyond float32, the first in row 1"),
+        (np.array([]), "x has 2 rows and y has 0 labels"),
+    ],
+    ids=["3-D", "a number", "no column", "text", "complex", "NaN", "empty"],
+)
+def test_targets_that_are_no_numbers(tmp_path: Path, y: np.ndarray, sentence: str) -> None:
+    path = str(tmp_path / "d.npz")
+    np.savez(path, x=np.ones((2, 3)), y=y)
+    with pytest.raises(UserError, match=f"^{path}: {sentence}"):
+        load_data(path, "regression")
+
+
+def remarks(y: Any, task: Any = "classification") -> list[str]:
+    y = np.array(y)
+    x = torch.zeros(len(y), 2)
+    if task == "regression":
+        return Data("d", x, to_targets(y), shape=y.shape[1:]).remarks()
+    return Data("d", x, *to_classes(y)).remarks()
+
+
+FIX = "numpy.unique(y, return_inverse=True)[1] numbers the classes that occur, --task regression takes y as numbers"
+EVEN = np.arange(60)
+
+
+@pytest.mark.parametrize(
+    ("y", "line"),
+    [
+        (EVEN % 3 * 50, f"98 of 101 classes never occur in y and y has 101 classes in 60 rows, ROWS; {FIX}"),
+        (EVEN % 3 + 1, f"1 of 4 classes never occur in y; {FIX}"),
+        (EVEN, f"y has 60 classes in 60 rows, ROWS; {FIX}"),
+        (EVEN % 31, f"y has 31 classes in 60 rows, ROWS; {FIX}"),
+        (1960 + EVEN, f"1960 of 2020 classes never occur in y and y has 2020 classes in 60 rows, ROWS; {FIX}"),
+        (EVEN * 0, "y has only one class, 0, so there is nothing to learn"),
+        (EVEN * 0 + 7, "y has only one class, 7, so there is nothing to learn"),
+        (np.array(["elm"] * 9), "y has only one class, elm, so there is nothing to learn"),
+        (np.array(list("abc")), "y has 3 classes in 3 rows, ROWS; a class needs a name that recurs"),
+    ],
+    ids=["gaps", "from 1", "every row", "half", "years", "one", "one, not 0", "one name", "names"],
+)
+def test_classes_that_look_like_none_get_one_line(y: np.ndarray, line: str) -> None:
+    assert remarks(y) == [line.replace("ROWS", "fewer than two rows a class")]
+
+
+@pytest.mark.parametrize("y", [EVEN % 2, EVEN % 30, np.array(["a", "b", "a", "b"])], ids=["two", "half", "names"])
+def test_classes_get_no_line(y: np.ndarray) -> None:
+    assert remarks(y) == []
+
+
+def test_constant_targets_get_a_line() -> None:
+    assert remarks([1.0, 2.0], "regression") == []
+    assert remarks([2.5, 2.5], "regression") == [
+        "y has only one value (column 0, counted from 0), so there is nothing to learn"
+    ]
+    assert len(remarks([[1, 2, 3], [1, 5, 3]], "regression")) == 1
+
+
+@pytest.mark.parametrize(
+    "y", [EVEN / 7, EVEN * 10_000, -EVEN, np.eye(3)], ids=["real numbers", "large integers", "negative", "one-hot"]
+)
+def test_refused_labels_come_with_the_fix(y: np.ndarray) -> None:
+    with pytest.raises(UserError, match="--task regression takes y as numbers"):
+        to_labels(y)
+    with pytest.raises(
+        UserError, match=r"numpy\.(unique\(y, return_inverse=True\)\[1\] numbers the|argmax\(y, axis=1\))"
+    ):
+        to_labels(y)
+
+
+def description(x: np.ndarray, y: Any = (0, 1, 1)) -> dict[str, Any]:
+    return Data("d", to_features(x), *to_classes(np.array(y))).description
+
+
+def test_the_digest_depends_on_every_value_and_no_dtype() -> None:
+    x = np.array([[1, 2], [3, 4], [5, 6]])
+    same = [description(x.astype(dtype)) for dtype in ("i8", "u2", "f4", "f8")]
+    assert same == [same[0]] * 4
+    others = [description(x + 1e-12), description(x, (0, 1, 0)), description(x, ("a", "b", "b"))]
+    assert len({other["sha256"] for other in [*same, *others[:2]]}) == 3
+    assert others[2] != same[0]
+    assert description(x, ("a", "b", "b")) != description(x, ("a", "c", "c"))
+    large = x + 2**60
+    assert description(large) != description(large + 1)  # which float64 cannot tell apart
+
+
+def test_features_alone(tmp_path: Path) -> None:
+    path = str(tmp_path / "d.npz")
+    np.savez(path, x=np.arange(12).reshape(2, 2, 3))
+    assert load_features(path).tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    np.savez(path, y=np.ones(3))
+    with pytest.raises(UserError, match=r"has no array x; it has y, and needs x \(a row an example\)$"):
+        load_features(path)
+
+
+@pytest.mark.parametrize(("rows", "fraction", "kept"), [(1797, 0.2, 359), (10, 0.25, 2), (2, 0.01, 1), (2, 0.99, 1)])
+def test_the_split_is_seeded_and_complete(rows: int, fraction: float, kept: int) -> None:
+    training_rows, validation_rows = split(rows, fraction, seed=5)
+    assert len(validation_rows) == kept
+    assert sorted(training_rows.tolist() + validation_rows.tolist()) == list(range(rows))
+    assert torch.equal(training_rows, split(rows, fraction, seed=5)[0])
+
+
+def test_another_seed_splits_otherwise() -> None:
+    assert not torch.equal(split(100, 0.2, 0)[0], split(100, 0.2, 1)[0])

@@ -1,4 +1,4 @@
-"""How the plots of reports are drawn: series of points over log axes, in strips, for light and for dark pages."""
+"""Draw the plots of reports: series of points over log axes, in strips, for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Series:
-    """How some points look: a colour by its name in the theme, and a marker."""
+    """The look of some points: a colour by its name in the theme, and a marker."""
 
     label: str
     color: str

@@ -119,7 +119,7 @@ def _solve(side: str, readings: Iterable[tuple[str, Terms, float]]) -> dict[str,
 
 @dataclass(frozen=True)
 class Verdict:
-    """How choices between torch and our kernels compare with readings.
+    """A comparison of choices between torch and our kernels with readings.
 
     Attributes:
         regret: geometric mean of the chosen one's time over the faster one's.

@@ -114,7 +114,7 @@ class CutOffError(RowError):
 
 
 class Measurer(Protocol):
-    """What measures: each method raises CutOffError after `seconds`, RowError where it fails."""
+    """A process that measures: each method raises CutOffError after `seconds`, RowError where it fails."""
 
     def measure(self, cell: Cell, seconds: float) -> Row:
         """The row of a cell."""
@@ -259,7 +259,7 @@ class Worker:
         return self._do(None, seconds)
 
     def _do(self, job: Job, seconds: float) -> Row:
-        """What the process answers. Raises CutOffError after `seconds`, RowError where the job raised or it died."""
+        """The answer of the process. Raises CutOffError after `seconds`, RowError where the job raised or it died."""
         if self.process is None or not self.process.is_alive():
             self._start()
         partial: Row = {}

@@ -21,7 +21,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 
 
 def folded(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """What a page shows when asked for."""
+    """Lines that a page shows when asked for."""
     yield f"<details><summary>{title}</summary>"
     yield ""
     yield from lines

@@ -24,7 +24,7 @@ ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 def is_published(content: Any) -> bool:
-    """Whether the content of a JSON file is that of published readings."""
+    """True if the content of a JSON file is that of published readings."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 

@@ -268,7 +268,7 @@ def _steps(body: str) -> Iterator[Record]:
 
 
 def ceilings(text: str) -> dict[str, float]:
-    """What large copies reach, by the line of transfer.log; the GPU's memory counts what is read and written."""
+    """Rates of large copies, from their line in transfer.log; in the GPU's memory, bytes read and bytes written count."""
     (line,) = re.findall(r"^ceilings: (.*)$", text, re.MULTILINE)
     to_device, to_host, memory = (float(value) for value in re.findall(r"([\d.]+) GB/s", line))
     return {"memory_gbps": memory, "to_device_gbps": to_device, "to_host_gbps": to_host}
@@ -278,7 +278,7 @@ def ceilings(text: str) -> dict[str, float]:
 
 
 def published(folder: Path) -> Record:
-    """What the file for bench/results holds, from a folder of raw logs."""
+    """The content of the file for bench/results, from a folder of raw logs."""
 
     def text(name: str) -> str:
         return (folder / name).read_text()

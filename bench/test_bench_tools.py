@@ -1101,7 +1101,7 @@ QUICK = {"tests": 100.0, "tests_alone": 40.0, "tune": 1.0}
 
 
 def ten_minutes(results: gpu.Results, needed: dict[str, float], **rows: Any) -> tuple[Commands, Simulated, Clock]:
-    """What gpu.py does in ten minutes with commands, and then rows, that take so long."""
+    """Run gpu.py's plan for ten minutes with commands and rows that take so long."""
     clock = Clock()
     commands, worker = Commands(clock, **needed), Simulated(clock, {}, **rows)
     plan = gpu.Plan(results, results.path.parent, worker, 600 - gpu.RESERVE, commands, clock, say=lambda line: None)

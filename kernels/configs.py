@@ -197,7 +197,7 @@ def padded(width: int) -> int:
 
 
 def is_aligned(width_in: int, width_out: int, dtype: torch.dtype) -> bool:
-    """Whether tensor descriptors can describe a layer's tensors where these are contiguous: rows begin at 16 bytes."""
+    """True if tensor descriptors can describe a layer's tensors where these are contiguous: rows begin at 16 bytes."""
     return width_in * dtype.itemsize % 16 == 0 and width_out * dtype.itemsize % 16 == 0
 
 
@@ -209,7 +209,7 @@ EPILOGUE_TILES = {"forward": 1, "dgrad": 2, "wgrad": 0}  # of an output tile's s
 
 
 def on_fma_units(problem: Problem, precision: str) -> bool:
-    """Whether products are computed on FMA units instead of tensor cores."""
+    """True if products are computed on FMA units, False on tensor cores."""
     return problem.dtype.itemsize >= 4 and precision == "ieee"
 
 

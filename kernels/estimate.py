@@ -147,7 +147,7 @@ def kernel_terms(problem: Problem, tile: TileConfig, device: Device) -> dict[str
 
 
 def _unit(problem: Problem, tile: TileConfig, device: Device, sheet: _Sheet) -> tuple[str, float]:
-    """What multiplies, by its name, and its peak."""
+    """The name of the unit that multiplies, and its peak rate."""
     if on_fma_units(problem, tile.precision):
         return "FMA", sheet.fma
     if tile.precision == "bf16x6":

@@ -161,7 +161,7 @@ class Table:
     multiprocessors: int | None = None
 
     def is_related(self, device: Device) -> bool:
-        """Whether the tiles of this table hold for another device of the same architecture and size."""
+        """True if the tiles of this table hold for a device: another one of the same architecture and size."""
         is_other = configs.device_slug(self.device) != configs.device_slug(device.name)
         same = (self.arch, self.multiprocessors) == (device.arch, device.multiprocessors)
         return is_other and same and "MIG" not in self.device + device.name

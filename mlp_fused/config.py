@@ -1,4 +1,4 @@
-"""What `mlp-fused train` is told (`Config`), and the network that this describes (`build_model`)."""
+"""The settings of `mlp-fused train` (`Config`), and the network that they describe (`build_model`)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOMENTUM = 0.9  # SGD's
 
 @dataclass(frozen=True)
 class Config:
-    """What `mlp-fused train` is told: one field for each of its flags, with the flags' defaults.
+    """The settings of `mlp-fused train`: one field for each of its flags, with the flags' defaults.
 
     Attributes:
         data: an npz file with arrays x and y; None for scikit-learn's handwritten digits.

@@ -72,7 +72,7 @@ class Data:
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """What tells these data from others: sizes, names, and a digest of every value."""
+        """Sizes, names, and a digest of every value, which tell these data from others."""
         digest = hashlib.sha256()
         for array in (self.x, self.y):
             for rows in array.split(4096):

@@ -325,7 +325,7 @@ def find_layers(
 
 
 def leaves_to_torch(backend: Backend) -> bool:
-    """Whether torch runs what it is expected to do faster than the kernels: unless kernels are asked for."""
+    """True if torch runs the products that it is expected to run faster: unless the user asks for kernels."""
     return (DEFAULT_BACKEND if backend == "auto" else backend) != "triton"
 
 

@@ -29,7 +29,7 @@ ROWS = 4096  # that go through the network at once
 
 @dataclass(frozen=True)
 class Config:
-    """What `mlp-fused predict` is told: one field for each of its flags.
+    """The settings of `mlp-fused predict`: one field for each of its flags.
 
     Attributes:
         checkpoint: a file that `mlp-fused train` wrote.
@@ -58,7 +58,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says of N rows.
+    """The predictions of a network for N rows.
 
     Attributes:
         labels: (N,), each row's likeliest class: its number, or its name where the training's labels were text.
@@ -74,7 +74,7 @@ class Predictions:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Those that there are, by name."""
+        """The arrays that are not None, by name."""
         return {name: array for name, array in vars(self).items() if array is not None}
 
     def rows(self) -> Iterable[list[object]]:

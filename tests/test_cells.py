@@ -38,7 +38,7 @@ PRODUCTS = tables.read(DATA / "products.json").gemms
 
 @dataclass(frozen=True)
 class Expected:
-    """What runs in a cell's phase, and its expected milliseconds on the device beside torch's."""
+    """A cell's path in a phase, and its expected milliseconds on the device beside torch's."""
 
     path: str
     ms: float
@@ -83,7 +83,7 @@ def step(problem: configs.Problem) -> tuple[float, bool, str]:
 
 
 def expected(name: str, phase: str) -> Expected:
-    """What is expected of a cell in a phase: "fwd" (inference), "train" (forward and backward) or "step" (and Adam)."""
+    """The expectation for a cell in a phase: "fwd" (inference), "train" (forward and backward) or "step" (and Adam)."""
     cell, reading = CELLS[name], READINGS[name]
     dtype, precision = DTYPES[cell.dtype], "tf32" if name in TF32 else "ieee"
     training = phase != "fwd"

@@ -88,7 +88,7 @@ def test_a_device_without_a_data_sheet_is_taken_for_one_of_its_architecture() ->
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_every_term_has_a_rate(device: object) -> None:
-    """Of every kind, dtype, alignment and cost of an activation."""
+    """Every kind, dtype, alignment and cost of an activation is tried."""
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for kind, activation in (("forward", "gelu"), ("forward", "relu"), ("dgrad", "tanh"), ("wgrad", "identity")):
             for aligned in (True, False):

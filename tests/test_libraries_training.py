@@ -48,7 +48,7 @@ def lightning() -> Any:
 
 
 def lightning_module(lightning: Any, network: nn.Module) -> Any:
-    """As its first example has it: a loss in training_step, an optimizer in configure_optimizers."""
+    """The library's first example: a loss in training_step, an optimizer in configure_optimizers."""
 
     class Classifier(lightning.LightningModule):
         def __init__(self, network: nn.Module) -> None:

@@ -58,7 +58,7 @@ def assert_no_worse(x: np.ndarray, w: np.ndarray, ours: np.ndarray, torchs: np.n
 
 
 def assert_within_bound(x: np.ndarray, w: np.ndarray, ours: np.ndarray, torchs: np.ndarray) -> None:
-    """By the bound of tests/cases.py, which allows twice torch's error: a library chooses the order of its sums."""
+    """Use the bound of tests/cases.py, which allows twice torch's error: a library chooses the order of its sums."""
     true, magnitude = x @ w.T, np.abs(x) @ np.abs(w).T
     tensors = [torch.from_numpy(array) for array in (true, torchs, magnitude)]
     for order in (2, torch.inf):

@@ -123,7 +123,7 @@ def test_autocast_reaches_the_network_and_not_the_scaling() -> None:
 
 
 def test_a_device_without_float64_leaves_the_statistics_where_they_are() -> None:
-    """As MPS, whose tensors cannot be float64."""
+    """A device like MPS, whose tensors cannot be float64."""
     x = torch.randn(20, 3, dtype=torch.float64)
     scaling = Scaling.fit(x)
     expected = scaling(x)

@@ -38,7 +38,7 @@ def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[st
 
 
 def output(process: subprocess.Popen[str], status: int = 0) -> str:
-    """What a process printed, once it has ended with this status."""
+    """The output of a process, once it has ended with this status."""
     text, _ = process.communicate(timeout=300)
     assert process.returncode == status, text
     return text

@@ -171,7 +171,7 @@ def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
         monkeypatch.setitem(tuning.BY_TORCH, kind, by_torch)
         monkeypatch.setitem(tuning.BY_KERNEL, kind, by_kernel)
     clock.seconds |= {WRONG: 1e-4}
-    monkeypatch.setattr(configs, "candidates", lambda problem, device: (WRONG, SLOW, FAST))
+    monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (WRONG, SLOW, FAST))
     table, said = run(clock, dataclasses.replace(DIMS, dtype=(dtype,), activation=activation))
     assert [row.tile for row in table.gemms] == [FAST] * PRODUCTS
     assert said.count("was left out") == said.count(f"{WRONG} was left out: its result is not torch's") == PRODUCTS

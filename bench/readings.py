@@ -268,7 +268,7 @@ def _steps(body: str) -> Iterator[Record]:
 
 
 def ceilings(text: str) -> dict[str, float]:
-    """Rates of large copies, from their line in transfer.log; in the GPU's memory, bytes read and bytes written count."""
+    """Rates of large copies, from their line in transfer.log; in the GPU's memory, read and written bytes count."""
     (line,) = re.findall(r"^ceilings: (.*)$", text, re.MULTILINE)
     to_device, to_host, memory = (float(value) for value in re.findall(r"([\d.]+) GB/s", line))
     return {"memory_gbps": memory, "to_device_gbps": to_device, "to_host_gbps": to_host}

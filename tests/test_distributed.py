@@ -269,12 +269,12 @@ def fsdp_of_a_fused_linear(mesh: DeviceMesh, backend: str) -> None:
     torch.manual_seed(1)
     layer = FusedLinear(12, 6, activation="silu", backend=backend).to(mesh.device_type)
     expected = nn.Sequential(nn.Linear(12, 6, device=mesh.device_type), nn.SiLU())
-    expected[0].load_state_dict(layer.state_dict())
+    expected[0].load_state_dict(layer.linear.state_dict())
     fully_shard(layer, mesh=mesh)
     launches = learn_apart(mesh, layer)
     assert bool(launches) == (backend == "triton")
     learn(expected, batches(mesh))
-    assert_equal(layer, expected[0])
+    assert_equal(layer.linear, expected[0])
 
 
 @check
@@ -319,16 +319,18 @@ def tensor_parallel_fused_linear(mesh: DeviceMesh, backend: str) -> None:
     model = nn.Sequential(*layers).to(mesh.device_type)
     expected = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 6), nn.Tanh()).to(mesh.device_type)
     for ours, theirs in zip(model, (expected[0], expected[2])):
-        theirs.load_state_dict(ours.state_dict())
+        theirs.load_state_dict(ours.linear.state_dict())
         ours.backend = "auto" if backend == "triton" else backend
-    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    parallelize_module(model, mesh, {"0.linear": ColwiseParallel(), "1.linear": RowwiseParallel()})
     learn(model, batches(mesh))
     learn(expected, batches(mesh))
     for ours, theirs in zip(model, (expected[0], expected[2])):
-        assert_equal(ours, theirs)
+        assert_equal(ours.linear, theirs)
     model[0].backend = "triton"
-    with pytest.raises(RuntimeError, match=r'backend is "triton", but the input is of the subclass DTensor; or use'):
+    with pytest.raises(RuntimeError, match=r'backend is "triton", but of child linear, the weight is a DTensor'):
         model(batches(mesh)[0][0])
+    with pytest.raises(NotImplementedError, match="only support nn.Linear and nn.Embedding"):
+        parallelize_module(nn.Sequential(FusedLinear(12, 20)), mesh, {"0": ColwiseParallel()})
 
 
 SMALL = Config(hidden=(8,), epochs=3, batch_size=16, validation_fraction=0.27, lr=0.02)

@@ -36,6 +36,10 @@ from .originals import (
     DROPOUT,
     LINEAR,
     Code,
+    Dropout,
+    Identity,
+    Linear,
+    Sequential,
     is_dropout_torchs,
     why_changed,
     why_hidden,
@@ -66,7 +70,7 @@ class Pointwise(nn.Module):
 
 
 # None where it is not torch's own, so that it is called.
-SEQUENTIAL_FORWARD = nn.Sequential.forward if why_changed(nn.Sequential, nn.Sequential) is None else None
+SEQUENTIAL_FORWARD = Sequential.forward if why_changed(Sequential, Sequential) is None else None
 
 
 class WithBackend:
@@ -108,8 +112,8 @@ class Chain(WithBackend, nn.Module):
         self._recompute = plan.check_recompute(recompute)
 
     def _forward(self, input: Tensor) -> Tensor:
-        if nn.Sequential.forward is not SEQUENTIAL_FORWARD and isinstance(self, nn.Sequential):
-            return nn.Sequential.forward(self, input)
+        if Sequential.forward is not SEQUENTIAL_FORWARD and isinstance(self, Sequential):
+            return Sequential.forward(self, input)
         if not self._wants_kernels():
             on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"
             if on_cpu and not (self._recompute and can_checkpoint()):
@@ -123,6 +127,8 @@ class Chain(WithBackend, nn.Module):
             segments = self._segments = _Segments(self)
             if self._wants_kernels():
                 segments.refuse_split(self)
+            if isinstance(input, Tensor) and input.is_cuda:
+                segments.log_reasons()
         try:
             for run in segments.runs:
                 input = self._run(run, input)
@@ -174,7 +180,7 @@ class Chain(WithBackend, nn.Module):
         idle: bool | None = None  # whether Dropout that drops nothing may be left out; asked once a call
         try:
             for child in self._links():
-                if type(child) is nn.Dropout and child.p == 0 and not has_hooks(child):
+                if type(child) is Dropout and child.p == 0 and not has_hooks(child):
                     if idle is None:
                         idle = is_dropout_torchs() and not _has_any_global_hook() and why_mode() is None
                     if idle:
@@ -442,10 +448,7 @@ class FusedLinear(Chain):
         self.linear = linear
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        for name in (
-            "weight",
-            "bias",
-        ):  # as an nn.Linear has them; where both are there, torch names the other as unexpected
+        for name in ("weight", "bias"):  # an nn.Linear's keys; torch reports one that stands beside our own
             own = f"{prefix}linear.{name}"
             if prefix + name in state_dict and own not in state_dict:
                 state_dict[own] = state_dict.pop(prefix + name)
@@ -647,7 +650,7 @@ class _Segments:
                     (child.__dict__, "activation", child.activation),
                 ]
         for child in (child for run in self.runs if run.linears for child in run.children):
-            if type(child) is nn.Dropout:
+            if type(child) is Dropout:
                 names = ["p", "training"] if child.p else ["p"]
             elif is_linear(child) or not isinstance(child, nn.Module):
                 continue
@@ -674,6 +677,12 @@ class _Segments:
             and all(map(dict.__contains__, self.owned, itertools.repeat("bias")))
             and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
         )
+
+    def log_reasons(self) -> None:
+        """Log each reason, once a process, for which a Linear layer runs as a module."""
+        for run in self.runs:
+            if run.reason and is_linear(run.children[0]):
+                plan.log_once(run.reason)
 
     def refuse_split(self, model: Chain) -> None:
         """Refuse layers that no one process has. (Others with hooks run as themselves, whatever the backend.)
@@ -751,7 +760,7 @@ def why_modules() -> str | None:
     """The reason why every child of every network runs as a module; None where there is none."""
     if _has_any_global_hook():
         return "a global module hook is registered"
-    return why_changed(nn.Sequential, nn.Sequential) or why_mode()
+    return why_changed(Sequential, Sequential) or why_mode()
 
 
 # Linear layers whose weight is (in, out), by path as none of these need be installed.
@@ -765,7 +774,7 @@ def _is_transposed(module: Any) -> bool:
 
 def is_linear(module: Any) -> bool:
     """Whether a module is a Linear layer of any kind."""
-    return isinstance(module, nn.Linear | FusedLinear) or _is_transposed(module)
+    return isinstance(module, Linear | FusedLinear) or _is_transposed(module)
 
 
 def _weight(linear: Any) -> Tensor:
@@ -788,10 +797,10 @@ def why_unfused(module: Any) -> str | None:
         linear = module._modules["linear"]
         if (why := why_called(module, FusedLinear)) is not None:
             return why
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, Linear):
             return f"its linear is {name_of(linear)}, which has no kernel"
         return why_unfused(linear) or why_replaced((), module.activation.name)
-    known, function = (type(module), ADDMM) if _is_transposed(module) else (nn.Linear, LINEAR)
+    known, function = (type(module), ADDMM) if _is_transposed(module) else (Linear, LINEAR)
     if (why := why_called(module, known, (function,))) is not None:
         return why
     if "weight" not in module._parameters:
@@ -837,7 +846,7 @@ def _code_of(parts: Iterable[Any]) -> Code:
             functions.append(ADDMM if _is_transposed(part) else LINEAR)
         elif found is not None:
             functions += functions_called(found.name)
-        elif type(part) is nn.Dropout:
+        elif type(part) is Dropout:
             functions.append(DROPOUT)
         else:
             continue
@@ -906,9 +915,9 @@ def _unhooked(module: nn.Module) -> nn.Module:
 
 def _dropout(module: Any, training: bool | None) -> float | None:
     """The probability with which a module drops, 0 where it is idle or the identity; None: it is neither."""
-    if type(module) is nn.Identity:
+    if type(module) is Identity:
         return 0.0 if why_called(module) is None else None
-    if type(module) is not nn.Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
+    if type(module) is not Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
         return None  # or Dropout that torch refuses
     if why_called(module, functions=(DROPOUT,)) is not None:
         return None

@@ -20,13 +20,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._device import DeviceContext
 
-from .kernels.activations import functions_called, look_up
+from .kernels.activations import functions_called, is_users, look_up
 
 __all__ = [
     "ADDMM",
     "DROPOUT",
     "LINEAR",
     "Code",
+    "Dropout",
+    "Identity",
+    "Linear",
+    "Sequential",
     "constant_to_compilers",
     "is_dropout_torchs",
     "why_changed",
@@ -36,6 +40,9 @@ __all__ = [
     "why_replaced",
 ]
 
+# Torch's classes, also where their names in torch.nn are given to something else later.
+Dropout, Identity, Linear, Sequential = nn.Dropout, nn.Identity, nn.Linear, nn.Sequential
+# Torch's functions that their calls look up.
 LINEAR, ADDMM, DROPOUT = "torch.nn.functional.linear", "torch.addmm", "torch.nn.functional.dropout"
 
 # The methods that a call of a module goes through before its forward, and the classes that define them.
@@ -49,7 +56,7 @@ PARAMETERS = ("weight", "bias")  # a class that has one hides the parameter of t
 ALIASES = {"__call__": "_wrapped_call_impl"}  # nn.Module's function is defined under this name
 # The libraries whose classes are compared with their files. Other classes count as original as they are first seen.
 LIBRARIES = ("torch", "mlp_fused", "timm", "transformers")
-# Where torch keeps the function modes of its own tracers, which record a call and change nothing in it.
+# Torch's own tracers, whose function modes and methods record a call and change nothing in it.
 TRACERS = ("torch._dynamo.", "torch._export.", "torch.export.", "torch.fx.")
 
 _read = operator.attrgetter(*METHODS, "forward")
@@ -60,7 +67,7 @@ def why_changed(kind: type, known: type) -> str | None:
 
     Every method is looked up along the classes that `kind` derives from.
     """
-    code = _read(kind)
+    code = (*_read(kind), torch.compiler.is_compiling())
     before, reason = _CHANGED.get(kind, (None, None))
     if code != before:
         reason = _why_changed(kind, known)
@@ -74,6 +81,8 @@ _FIRST: dict[tuple[type, str], Any] = {}  # the methods that classes of other li
 
 def _why_changed(kind: type, known: type) -> str | None:
     owners = {**METHODS, "forward": _owner(known, "forward")}
+    if not (_is_of_library(owners["forward"]) or is_users(known)):
+        return f"{owners['forward'].__name__} has a forward of its own"
     for name, owner in owners.items():
         if (why := why_method_changed(kind, name)) is not None:
             return why
@@ -139,16 +148,23 @@ def _owner(kind: type, name: str) -> type:
 
 def _is_own(method: Any, owner: type, name: str) -> bool:
     """Whether a method is the one that the file of its class defines."""
-    if owner is object:
+    if owner is object or (torch.compiler.is_compiling() and _is_tracers(method)):
         return True
-    if owner.__module__.partition(".")[0] not in LIBRARIES or not _is_named(owner):
+    if not _is_of_library(owner):
         return method is _FIRST.setdefault((owner, name), method)
     return _is_of_file(method, owner.__module__, f"{owner.__qualname__}.{ALIASES.get(name, name)}")
 
 
-def _is_named(kind: type) -> bool:
-    """Whether a class is found under its own name, which one that is made at run time is not."""
-    return getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
+def _is_tracers(method: Any) -> bool:
+    """Whether a method is one that torch's tracers put in nn.Module's place while they follow a call."""
+    path = _path(method).replace("/", ".")
+    return any(f".{tracer}" in path for tracer in TRACERS)
+
+
+def _is_of_library(kind: type) -> bool:
+    """Whether a class is one of `LIBRARIES`' own, found in its module under its name."""
+    module, name = kind.__module__, kind.__qualname__
+    return module.partition(".")[0] in LIBRARIES and getattr(sys.modules.get(module), name, None) is kind
 
 
 def _is_torchs(function: Any, name: str) -> bool:
@@ -164,8 +180,13 @@ def _is_of_file(function: Any, module: str, qualname: str) -> bool:
     """Whether a function is written in a module's own file under that name. A wrapper around it is not."""
     if not isinstance(function, FunctionType) or (function.__module__, function.__qualname__) != (module, qualname):
         return False
-    path, _ = os.path.splitext(function.__code__.co_filename.replace(os.sep, "/"))
-    return f"/{path}".removesuffix("/__init__").endswith("/" + module.replace(".", "/"))
+    return _path(function).removesuffix("/__init__").endswith("/" + module.replace(".", "/"))
+
+
+def _path(function: Any) -> str:
+    """The file that a function is written in, without its suffix; "" where none is known."""
+    code = getattr(function, "__code__", None)
+    return "/" + os.path.splitext(code.co_filename.replace(os.sep, "/"))[0] if code else ""
 
 
 def _place(function: Any) -> str:
@@ -195,7 +216,7 @@ class Code:
 
     def __init__(self, kinds: Iterable[type], functions: Iterable[str]) -> None:
         kinds = sorted(set(kinds), key=lambda kind: (-len(kind.__mro__), kind.__qualname__))
-        joined = [kind for kind in kinds if kind.__module__.startswith("torch.") and _is_named(kind)]
+        joined = [kind for kind in kinds if kind.__module__.startswith("torch.") and _is_of_library(kind)]
         self._joint = _joint(tuple(joined))
         forwards = (f"kind{index}.forward" for index in range(len(joined)))
         self._read_joint = operator.attrgetter(*METHODS, *PARAMETERS, *forwards)
@@ -217,9 +238,9 @@ class Code:
         )
 
 
-_DROPOUT = Code([nn.Dropout], [DROPOUT])
+_DROPOUT = Code([Dropout], [DROPOUT])
 _DROPOUT_OF_TORCH = (
-    _DROPOUT.now() if why_changed(nn.Dropout, nn.Dropout) is None and why_replaced((DROPOUT,)) is None else None
+    _DROPOUT.now() if why_changed(Dropout, Dropout) is None and why_replaced((DROPOUT,)) is None else None
 )
 
 

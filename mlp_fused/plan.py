@@ -42,6 +42,7 @@ __all__ = [
     "forget_tables",
     "is_watched",
     "kept_elements",
+    "log_once",
     "network_path",
     "plan_layers",
     "plan_network",
@@ -174,7 +175,7 @@ def why_reference(
         if backend == "triton":
             raise RuntimeError(f'backend is "triton", but {reason}; or use backend="auto"')
         if x.is_cuda and not torch.compiler.is_compiling():
-            _log_once(reason)
+            log_once(reason)
     return reason
 
 
@@ -335,7 +336,8 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
+def log_once(reason: str) -> None:
+    """Log a reason for which plain torch runs, the first time that it is one."""
     logger.info("plain torch runs instead of the kernels: %s", reason)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
+import importlib
 import io
 import pickle
 import re
@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, Truth, check
+from libraries import needs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -24,26 +25,6 @@ from mlp_fused import PATTERNS, FusedLinear, FusedMLP, fuse, register_pattern, u
 from mlp_fused.kernels.activations import ACTIVATIONS, CLASSES, find, path_of
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.module import is_linear
-
-INSTALLED = {name for name in ("timm", "torchvision", "transformers") if importlib.util.find_spec(name)}
-
-
-def declare_torchvisions_operators() -> None:
-    """torchvision's wheel for CUDA beside a CPU build of torch: its operators do not load, and for the want of two of
-    them its Python, which timm and transformers import too, does not either. Declared, they suffice."""
-    package = Path(importlib.util.find_spec("torchvision").origin).parent
-    if torch.version.cuda is None and "+cu" in (package / "version.py").read_text():
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
-
-
-if "torchvision" in INSTALLED:
-    declare_torchvisions_operators()
-
-
-def needs(library: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(library not in INSTALLED, reason=f"{library} is not installed (the extra test-models)")
-
 
 # --- The models, small and with random weights. ---
 

@@ -392,7 +392,9 @@ def test_a_fused_linear_computes_what_its_linear_and_activation_do(device: str) 
     layer = FusedLinear(6, 4, activation="gelu", device=device, backend="triton")
     assert not isinstance(layer, nn.Linear)
     assert type(layer.linear) is nn.Linear
-    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == ["linear.weight", "linear.bias"]
+    assert (
+        list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == ["linear.weight", "linear.bias"]
+    )
     assert (
         repr(layer)
         == "FusedLinear(\n  activation=gelu\n  (linear): Linear(in_features=6, out_features=4, bias=True)\n)"
@@ -577,7 +579,7 @@ def test_a_new_reason_on_a_gpu_is_logged_once(
 ) -> None:
     from mlp_fused import plan
 
-    plan._log_once.cache_clear()
+    plan.log_once.cache_clear()
 
     class OnGpu:
         is_cuda = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -17,12 +18,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from libraries import needs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp, originals, unfuse
+from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp, originals, plan, unfuse
+from mlp_fused.kernels import activations
 from mlp_fused.kernels.activations import CALLED, FUNCTIONS
 from mlp_fused.kernels.launch import count_launches
+from mlp_fused.module import _Segments, runs_of
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "triton"])
 
@@ -294,6 +298,17 @@ def test_a_function_mode_takes_effect_while_it_is_active(make: Callable[..., Any
     assert torch.equal(model(x), before)
 
 
+def test_the_reason_is_logged_once_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    model = network("cpu", "triton")
+    plan.log_once.cache_clear()
+    with caplog.at_level("INFO", "mlp_fused"), Doubling():
+        for _ in range(2):
+            _Segments(model).log_reasons()
+    assert [record.getMessage() for record in caplog.records] == [
+        "plain torch runs instead of the kernels: Doubling, a TorchFunctionMode, is active"
+    ]
+
+
 @every_model
 def test_torchs_device_mode_changes_nothing(make: Callable[..., Any], device: str) -> None:
     model, x = make(device, "triton"), torch.randn(5, 8, device=device)
@@ -535,3 +550,77 @@ def test_compiled_layers_see_changes(make: Callable[..., Any], device: str) -> N
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         results.append(ours)
     assert not any(torch.allclose(results[0], each) for each in results[1:])
+
+
+class Mine(nn.Linear):
+    """Takes the place of nn.Linear under its name."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Wild(nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:
+        return input + 1
+
+
+class Sharp(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input) * 3
+
+
+@BACKENDS
+def test_a_class_under_the_name_of_torchs_is_called(backend: str, device: str) -> None:
+    x = torch.randn(5, 8, device=device)
+    before = network(device, backend)
+    agrees(before, x, backend == "triton")
+    with patched(nn, "Linear", Mine), patched(nn, "Dropout", Wild), patched(nn, "GELU", Sharp):
+        model = network(device, backend, nn.GELU)
+        assert [type(child) for child in model[:3]] == [Mine, Sharp, Wild]
+        agrees(model, x, False)
+        agrees(before, x, backend == "triton")
+    agrees(model, x, False)
+
+
+@needs("transformers")
+@BACKENDS
+def test_other_libraries_code_that_is_replaced_takes_effect(backend: str, device: str) -> None:
+    from transformers.activations import QuickGELUActivation
+    from transformers.pytorch_utils import Conv1D
+
+    x = torch.randn(5, 8, device=device)
+    model = nn.Sequential(Conv1D(8, 8), QuickGELUActivation(), Conv1D(4, 8), nn.ReLU()).to(device)
+    fuse(model, backend=backend)
+    before = model(x)
+    agrees(model, x, backend == "triton")
+    for owner, name in ((Conv1D, "forward"), (torch, "addmm"), (QuickGELUActivation, "forward"), (torch, "sigmoid")):
+        with patched(owner, name, doubled(getattr(owner, name))):
+            for _ in range(2):
+                agrees(model, x, None)
+            assert not torch.allclose(model(x), before)
+        assert torch.equal(model(x), before)
+
+
+class Squash(nn.Module):
+    """A user's activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.exp(-input * input)
+
+
+@BACKENDS
+def test_a_registered_module_whose_forward_is_replaced_is_called(backend: str, device: str) -> None:
+    gelu = ACTIVATIONS["exp"]
+    activation = dataclasses.replace(gelu, name="squash", module=Squash, reference=lambda z: torch.exp(z))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ACTIVATIONS, "squash", activation)
+        patch.setattr(activations, "_BY_MODULE", {})
+        x = torch.randn(5, 8, device=device)
+        model = nn.Sequential(nn.Linear(8, 8), Squash(), nn.Linear(8, 4)).to(device)
+        fuse(model, backend=backend)
+        assert [activation.name for _, activation in runs_of(model.children())[0].linears] == ["squash", "identity"]
+        model(x)
+        with patched(Squash, "forward", doubled(Squash.forward)):
+            for _ in range(2):
+                agrees(model, x, None)
+            assert "Squash.forward was replaced" in str(model.explain(5))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlp_fused import FusedMLP, plan
+from mlp_fused import FusedLinear, FusedMLP, plan
 from mlp_fused.kernels import configs
 from mlp_fused.kernels.launch import Launch
 from mlp_fused.layers import layer_path
@@ -45,6 +45,18 @@ def test_call_on_the_cpu(benchmark: Any) -> None:
     benchmark.extra_info["slower_by_us"] = statistics.median(differences)
     benchmark.extra_info["sequential_us"] = baseline
     benchmark.pedantic(model, (x,), rounds=rounds, iterations=calls)
+
+
+def test_call_of_a_fused_linear_on_the_cpu(benchmark: Any) -> None:
+    """64→64 with relu, one row: `extra_info["us"]`, beside nn.Sequential of the same two modules in the same rounds."""
+    layer = FusedLinear(64, 64, activation="relu")
+    sequential = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    x = torch.randn(1, 64)
+    rounds, calls = (1, 1) if benchmark.disabled else (50, 200)
+    readings = [(microseconds(layer, x, calls), microseconds(sequential, x, calls)) for _ in range(rounds)]
+    benchmark.extra_info["us"], benchmark.extra_info["sequential_us"] = map(statistics.median, zip(*readings))
+    benchmark.extra_info["of_sequential"] = statistics.median(ours / theirs for ours, theirs in readings)
+    benchmark.pedantic(layer, (x,), rounds=rounds, iterations=calls)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
@@ -134,6 +146,25 @@ def test_call_of_a_narrow_network(benchmark: Any, nothing: Nothing, training: bo
         ratios = [ours / (2 * (apply + dispatch)) for ours, apply, dispatch in readings]
         benchmark.extra_info["of_twice_both"] = statistics.median(ratios)
         benchmark.pedantic(model, (x,), rounds=rounds, iterations=calls)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_call_of_a_fused_linear(benchmark: Any, nothing: Nothing, training: bool) -> None:
+    """64→64 with relu, 64 rows, up to the launch, which does nothing.
+
+    `extra_info["us"]` and, in the same rounds, nn.Sequential of the same two modules one wide, for one row.
+    """
+    layer = FusedLinear(64, 64, activation="relu", backend="triton")
+    sequential = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+    x, one = torch.randn(64, 64), torch.randn(1, 1)
+    rounds, calls = (1, 1) if benchmark.disabled else (50, 200)
+    with torch.set_grad_enabled(training):
+        assert layer(x).requires_grad == training
+        readings = [(microseconds(layer, x, calls), microseconds(sequential, one, calls)) for _ in range(rounds)]
+        assert nothing.launches == 1 + rounds * calls
+        benchmark.extra_info["us"], benchmark.extra_info["sequential_us"] = map(statistics.median, zip(*readings))
+        benchmark.extra_info["of_sequential"] = statistics.median(ours / theirs for ours, theirs in readings)
+        benchmark.pedantic(layer, (x,), rounds=rounds, iterations=calls)
 
 
 @pytest.mark.parametrize("what", ["inference-forward", "training-forward", "training-backward"])

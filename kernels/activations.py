@@ -36,7 +36,8 @@ class Activation:
         forward: `@triton.jit` function (z, *parameters) -> h.
         backward: `@triton.jit` function (dh, saved, *parameters) -> dz.
         saves: which tensor `backward` reads, "output" or "preactivation"; or a function of the parameters that says so.
-        reference: forward in plain torch, (z, *parameters) -> h.
+        reference: forward in plain torch, (z, *parameters) -> h. It looks torch's functions up on every call, so that
+            one that is replaced is seen.
         reference_backward: backward in plain torch where the output is kept, (dh, h, *parameters) -> dz.
         parameters: parameter names, in order, with their values.
         module: the `nn.Module` class that this is, its parameters being attributes of the same names.
@@ -209,6 +210,11 @@ def register_activation(
     return ACTIVATIONS[name]
 
 
+def is_users(kind: type) -> bool:
+    """Whether a module class was registered by a user, whose word is taken for what it computes."""
+    return any(activation.module is kind for name, activation in ACTIVATIONS.items() if name not in BUILT_IN)
+
+
 _BY_MODULE: dict[Any, tuple[Activation, ...]] = {}
 
 
@@ -246,34 +252,58 @@ CLASSES: dict[str, str] = {
     "timm.layers.activations.Tanh": "tanh",
 }
 
-# The same functions as torch's own.
-FUNCTIONS: dict[Callable[..., Tensor], str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.leaky_relu: "leaky_relu",
-    F.hardtanh: "hardtanh",
-    F.relu6: "relu6",
-    F.elu: "elu",
-    F.celu: "celu",
-    F.selu: "selu",
-    F.gelu: "gelu",
-    F.silu: "silu",
-    F.mish: "mish",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    F.softplus: "softplus",
-    F.logsigmoid: "logsigmoid",
-    F.tanh: "tanh",
-    torch.tanh: "tanh",
-    F.tanhshrink: "tanhshrink",
-    F.softsign: "softsign",
-    F.softshrink: "softshrink",
-    F.hardshrink: "hardshrink",
-    F.hardsigmoid: "hardsigmoid",
-    F.hardswish: "hardswish",
-    torch.exp: "exp",
-    torch.sin: "sine",
+# Functions of torch that compute an activation, by the names under which modules and their users look them up.
+FUNCTIONS: dict[str, str] = {
+    "torch.nn.functional.relu": "relu",
+    "torch.relu": "relu",
+    "torch.nn.functional.leaky_relu": "leaky_relu",
+    "torch.nn.functional.hardtanh": "hardtanh",
+    "torch.nn.functional.relu6": "relu6",
+    "torch.nn.functional.elu": "elu",
+    "torch.nn.functional.celu": "celu",
+    "torch.nn.functional.selu": "selu",
+    "torch.nn.functional.gelu": "gelu",
+    "torch.nn.functional.silu": "silu",
+    "torch.nn.functional.mish": "mish",
+    "torch.nn.functional.sigmoid": "sigmoid",
+    "torch.sigmoid": "sigmoid",
+    "torch.nn.functional.softplus": "softplus",
+    "torch.nn.functional.logsigmoid": "logsigmoid",
+    "torch.nn.functional.tanh": "tanh",
+    "torch.tanh": "tanh",
+    "torch.nn.functional.tanhshrink": "tanhshrink",
+    "torch.nn.functional.softsign": "softsign",
+    "torch.nn.functional.softshrink": "softshrink",
+    "torch.nn.functional.hardshrink": "hardshrink",
+    "torch.nn.functional.hardsigmoid": "hardsigmoid",
+    "torch.nn.functional.hardswish": "hardswish",
+    "torch.exp": "exp",
+    "torch.sin": "sine",
 }
+
+# Functions that a part of an activation is computed with, in its reference or in a module that it stands for.
+CALLED: dict[str, tuple[str, ...]] = {
+    "squared_relu": ("torch.nn.functional.relu", "torch.relu"),
+    "threshold": ("torch.nn.functional.threshold",),
+    "relu6": ("torch.nn.functional.hardtanh",),
+    "gelu_tanh": ("torch.nn.functional.gelu", "torch.tanh"),
+    "quick_gelu": ("torch.sigmoid",),
+}
+
+
+def look_up(name: str) -> Any:
+    """The function of torch that has this name now."""
+    module, _, function = name.rpartition(".")
+    return getattr(F if module == F.__name__ else torch, function)
+
+
+_BY_FUNCTION: dict[Callable[..., Tensor], str] = {look_up(name): activation for name, activation in FUNCTIONS.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def functions_called(activation: str) -> tuple[str, ...]:
+    """The names of torch's functions that an activation of that name is computed with."""
+    return (*(name for name, computed in FUNCTIONS.items() if computed == activation), *CALLED.get(activation, ()))
 
 
 def path_of(kind: type) -> str:
@@ -281,14 +311,19 @@ def path_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+POINTWISE = "mlp_fused.module.Pointwise"  # the module class that computes the record in its `activation`
+
+
 def find(module: Callable[..., Any]) -> Activation | None:
     """The activation that a module or function is, its parameters read off it; None where it is none of the table's."""
+    if isinstance(module, Activation):
+        return module
     if not isinstance(module, nn.Module):
         return _find_function(module)
-    own = getattr(module, "activation", None)  # a module that carries its activation
-    if isinstance(own, Activation):
-        return own
     kind: Any = type(module)
+    if path_of(kind) == POINTWISE:
+        carried: Any = module.activation
+        return carried if isinstance(carried, Activation) else None
     for activation in _by_module(kind):
         if activation.matches(module):
             if not activation.parameters:
@@ -309,9 +344,9 @@ def _find_function(function: Callable[..., Any]) -> Activation | None:
         if function.args:
             return None
         keywords, function = dict(function.keywords), function.func
-    if not isinstance(function, FunctionType | BuiltinFunctionType) or function not in FUNCTIONS:
+    if not isinstance(function, FunctionType | BuiltinFunctionType) or function not in _BY_FUNCTION:
         return None
-    activation = ACTIVATIONS[FUNCTIONS[function]]
+    activation = ACTIVATIONS[_BY_FUNCTION[function]]
     keywords.pop("inplace", None)
     if function is F.gelu and keywords.pop("approximate", "none") == "tanh":
         activation = ACTIVATIONS["gelu_tanh"]
@@ -451,7 +486,7 @@ register_activation(
     relu_forward,
     relu_backward,
     saves="output",
-    reference=F.relu,
+    reference=lambda z: F.relu(z),
     reference_backward=lambda dh, h: dh.masked_fill(h <= 0, 0),
     module=nn.ReLU,
     kinks=lambda: (0.0,),
@@ -475,7 +510,7 @@ register_activation(
     leaky_relu_forward,
     leaky_relu_backward,
     saves=lambda negative_slope: "output" if negative_slope >= 0 else "preactivation",  # else h has lost z's sign
-    reference=F.leaky_relu,
+    reference=lambda z, negative_slope: F.leaky_relu(z, negative_slope),
     reference_backward=lambda dh, h, negative_slope: torch.where(h > 0, dh, dh * negative_slope),
     parameters={"negative_slope": 0.01},
     module=nn.LeakyReLU,
@@ -504,7 +539,7 @@ register_activation(
     hardtanh_forward,
     hardtanh_backward,
     saves="output",
-    reference=F.hardtanh,
+    reference=lambda z, min_val, max_val: F.hardtanh(z, min_val, max_val),
     reference_backward=_hardtanh_reference_backward,
     parameters={"min_val": -1.0, "max_val": 1.0},
     module=nn.Hardtanh,
@@ -529,7 +564,7 @@ register_activation(
     relu6_forward,
     relu6_backward,
     saves="output",
-    reference=F.relu6,
+    reference=lambda z: F.relu6(z),
     reference_backward=lambda dh, h: _hardtanh_reference_backward(dh, h, 0.0, 6.0),
     module=nn.ReLU6,
     kinks=lambda: (0.0, 6.0),
@@ -571,7 +606,7 @@ register_activation(
     "threshold",
     threshold_forward,
     threshold_backward,
-    reference=F.threshold,
+    reference=lambda z, threshold, value: F.threshold(z, threshold, value),
     parameters={"threshold": 0.0, "value": 0.0},
     module=nn.Threshold,
     kinks=lambda threshold, value: (threshold,),
@@ -593,7 +628,7 @@ register_activation(
     "elu",
     elu_forward,
     elu_backward,
-    reference=F.elu,
+    reference=lambda z, alpha: F.elu(z, alpha),
     parameters={"alpha": 1.0},
     module=nn.ELU,
     kinks=lambda alpha: (0.0,),
@@ -614,7 +649,7 @@ register_activation(
     "celu",
     celu_forward,
     celu_backward,
-    reference=F.celu,
+    reference=lambda z, alpha: F.celu(z, alpha),
     parameters={"alpha": 1.0},
     module=nn.CELU,
     kinks=lambda alpha: (0.0,),
@@ -632,7 +667,9 @@ def selu_backward(dh, z):
     return dh * 1.0507009873554805 * tl.where(z <= 0, 1.6732632423543772 * tl.exp(z), 1.0)
 
 
-register_activation("selu", selu_forward, selu_backward, reference=F.selu, module=nn.SELU, kinks=lambda: (0.0,))
+register_activation(
+    "selu", selu_forward, selu_backward, reference=lambda z: F.selu(z), module=nn.SELU, kinks=lambda: (0.0,)
+)
 
 
 @triton.jit
@@ -685,7 +722,7 @@ register_activation(
     "gelu",
     gelu_forward,
     gelu_backward,
-    reference=F.gelu,
+    reference=lambda z: F.gelu(z),
     module=nn.GELU,
     matches=lambda module: module.approximate == "none",
 )
@@ -713,7 +750,7 @@ register_activation(
     "gelu_tanh",
     gelu_tanh_forward,
     gelu_tanh_backward,
-    reference=functools.partial(F.gelu, approximate="tanh"),
+    reference=lambda z: F.gelu(z, approximate="tanh"),
     module=nn.GELU,
     matches=lambda module: module.approximate == "tanh",
 )
@@ -746,7 +783,7 @@ def silu_backward(dh, z):
     return dh * gate * (1 + z * (1 - gate))
 
 
-register_activation("silu", silu_forward, silu_backward, reference=F.silu, module=nn.SiLU)
+register_activation("silu", silu_forward, silu_backward, reference=lambda z: F.silu(z), module=nn.SiLU)
 
 
 @triton.jit
@@ -771,7 +808,7 @@ def mish_backward(dh, z):
     return dh * (gate + z * sigmoid(z) * (rest / d) * (1 + gate))
 
 
-register_activation("mish", mish_forward, mish_backward, reference=F.mish, module=nn.Mish)
+register_activation("mish", mish_forward, mish_backward, reference=lambda z: F.mish(z), module=nn.Mish)
 
 
 @triton.jit
@@ -784,7 +821,7 @@ register_activation(
     sigmoid,
     sigmoid_backward,
     saves="output",
-    reference=torch.sigmoid,
+    reference=lambda z: torch.sigmoid(z),
     reference_backward=lambda dh, h: dh * h * (1 - h),
     module=nn.Sigmoid,
 )
@@ -820,7 +857,7 @@ register_activation(
     softplus_forward,
     softplus_backward,
     saves=_softplus_keeps,
-    reference=F.softplus,
+    reference=lambda z, beta, threshold: F.softplus(z, beta, threshold),
     reference_backward=lambda dh, h, beta, threshold: dh * -torch.expm1(-beta * h),
     parameters={"beta": 1.0, "threshold": 20.0},
     module=nn.Softplus,
@@ -843,7 +880,7 @@ register_activation(
     logsigmoid_forward,
     logsigmoid_backward,
     saves="output",
-    reference=F.logsigmoid,
+    reference=lambda z: F.logsigmoid(z),
     reference_backward=lambda dh, h: dh * -torch.expm1(h),
     module=nn.LogSigmoid,
 )
@@ -859,7 +896,7 @@ register_activation(
     tanh,
     tanh_backward,
     saves="output",
-    reference=torch.tanh,
+    reference=lambda z: torch.tanh(z),
     reference_backward=lambda dh, h: dh * (1 - h * h),
     module=nn.Tanh,
 )
@@ -876,7 +913,9 @@ def tanhshrink_backward(dh, z):
     return dh * (t * t)
 
 
-register_activation("tanhshrink", tanhshrink_forward, tanhshrink_backward, reference=F.tanhshrink, module=nn.Tanhshrink)
+register_activation(
+    "tanhshrink", tanhshrink_forward, tanhshrink_backward, reference=lambda z: F.tanhshrink(z), module=nn.Tanhshrink
+)
 
 
 @triton.jit
@@ -895,7 +934,7 @@ register_activation(
     softsign_forward,
     softsign_backward,
     saves="output",
-    reference=F.softsign,
+    reference=lambda z: F.softsign(z),
     reference_backward=lambda dh, h: dh * (1 - h.abs()).square(),
     module=nn.Softsign,
 )
@@ -916,7 +955,7 @@ register_activation(
     softshrink_forward,
     softshrink_backward,
     saves="output",
-    reference=F.softshrink,
+    reference=lambda z, lambd: F.softshrink(z, lambd),
     reference_backward=lambda dh, h, lambd: dh.masked_fill(h == 0, 0),
     parameters={"lambd": 0.5},
     module=nn.Softshrink,
@@ -941,7 +980,7 @@ register_activation(
     hardshrink_forward,
     hardshrink_backward,
     saves="output",
-    reference=F.hardshrink,
+    reference=lambda z, lambd: F.hardshrink(z, lambd),
     reference_backward=lambda dh, h, lambd: dh.masked_fill((h >= -lambd) & (h <= lambd), 0),
     parameters={"lambd": 0.5},
     module=nn.Hardshrink,
@@ -965,7 +1004,7 @@ register_activation(
     hardsigmoid_forward,
     hardsigmoid_backward,
     saves="output",
-    reference=F.hardsigmoid,
+    reference=lambda z: F.hardsigmoid(z),
     reference_backward=lambda dh, h: (dh / 6).masked_fill((h <= 0) | (h >= 1), 0),
     module=nn.Hardsigmoid,
     kinks=lambda: (-3.0, 3.0),
@@ -987,7 +1026,7 @@ register_activation(
     "hardswish",
     hardswish_forward,
     hardswish_backward,
-    reference=F.hardswish,
+    reference=lambda z: F.hardswish(z),
     module=nn.Hardswish,
     kinks=lambda: (-3.0, 3.0),
     piecewise=True,
@@ -1009,7 +1048,7 @@ register_activation(
     exp_forward,
     exp_backward,
     saves="output",
-    reference=torch.exp,
+    reference=lambda z: torch.exp(z),
     reference_backward=lambda dh, h: dh * h,
 )
 
@@ -1024,7 +1063,7 @@ def sine_backward(dh, z):
     return dh * tl.cos(z)
 
 
-register_activation("sine", sine_forward, sine_backward, reference=torch.sin)
+register_activation("sine", sine_forward, sine_backward, reference=lambda z: torch.sin(z))
 
 
 @triton.jit
@@ -1047,3 +1086,5 @@ register_activation(
     kinks=lambda: (0.0,),
     piecewise=True,
 )
+
+BUILT_IN = frozenset(ACTIVATIONS)

@@ -28,8 +28,10 @@ from .module import (
     is_linear,
     name_of,
     runs_of,
+    why_called,
     why_unfused,
 )
+from .originals import why_method_changed
 
 __all__ = ["PATTERNS", "FuseReport", "Pattern", "fuse", "register_pattern", "unfuse"]
 
@@ -216,7 +218,7 @@ def fuse(
         kind = type(module).__name__
         if isinstance(module, Chain):
             left.append(Entry(name, kind, "it is fused already"))
-            links.update(map(id, module._links()))
+            links.update(map(id, (module, *module._links())))
             continue
         shape = _shape_of(type(module))
         if shape is None or (shape.pattern is None and not any(map(is_linear, module.children()))):
@@ -292,6 +294,8 @@ class _Shape:
         for each in dict.fromkeys(("forward", method)):
             if getattr(kind, each, None) is not getattr(self.known, each, None):
                 return f"{kind.__name__} has a {each} of its own, in which an activation cannot be seen; {MEND}"
+        if hasattr(kind, method) and (why := why_method_changed(kind, method)) is not None:
+            return why
         if method in module.__dict__:
             return f"a {method} is patched onto it"
         for reserved in RESERVED:
@@ -378,10 +382,10 @@ def _what_runs(chain: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def _why_itself(link: Any, reason: str | None) -> str:
     if has_hooks(link):
         return "it has hooks, or a forward patched onto it"
-    if not is_linear(link) and find(link) is not None:
-        return "it does not follow a Linear that runs in a kernel"
     if is_linear(link):
         return reason or ""
+    if (activation := find(link)) is not None:
+        return why_called(link, activation=activation) or "it does not follow a Linear that runs in a kernel"
     name = path_of(type(link)).removeprefix("torch.nn.modules.") if isinstance(link, nn.Module) else name_of(link)
     return f"{name} has no kernel"
 
@@ -399,6 +403,8 @@ def _why_left_alone(chain: Mapping[str, Any], shared: Mapping[int, list[str]], n
     for path, link in chain.items():
         if why_unfused(link) is not None:
             continue
+        if isinstance(link, FusedLinear):
+            path, link = f"{path}.linear", link.linear
         for key, parameter in link._parameters.items():
             if parameter is None:
                 continue
@@ -421,9 +427,6 @@ def _other_linears(model: nn.Module, links: set[int]) -> list[Entry]:
         if not is_linear(module) or id(module) in links or id(module) in entries:
             continue
         kind = name_of(module)
-        if isinstance(module, FusedLinear):
-            entries[id(module)] = Entry(name, kind, "it is fused already")
-            continue
         if not name:
             entries[id(module)] = Entry(name, kind, f"an activation after it cannot be seen; {MEND}")
             continue
@@ -491,14 +494,15 @@ def _derive(kind: Any, target: str) -> Any:
     if target:
         pattern = PATTERNS[target]
         bases = (_Fused, kind, Chain)
-        members.update(_methods(pattern, getattr(kind, pattern.method)))
+        members.update(_methods(pattern, kind))
     else:
         bases = (_Fused, FusedMLP) if kind is nn.Sequential else (_Fused, kind, FusedMLP)
     return type(kind)(kind.__name__, bases, members)
 
 
-def _methods(pattern: Pattern, original: Callable[..., Tensor]) -> dict[str, Any]:
-    """What a class has of a pattern: its chain, and the method that runs it."""
+def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
+    """The members that a class derived from `kind` has of a pattern: its chain, and the method that runs it."""
+    original: Callable[..., Tensor] = getattr(kind, pattern.method)
     paths = tuple(tuple(path.split(".")) for path in pattern.chain)
     within = tuple((tuple(path.split(".")), target) for path, target in pattern.within.items())
     finish = pattern.finish
@@ -509,6 +513,9 @@ def _methods(pattern: Pattern, original: Callable[..., Tensor]) -> dict[str, Any
 
     @functools.wraps(original)
     def method(self: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        current = getattr(kind, pattern.method)
+        if current is not original:  # somebody has replaced it on the class since
+            return current(self, *arguments, **keywords)
         if len(arguments) == 1 and not keywords:
             (input,) = arguments
         elif not arguments and keywords.keys() == {parameter}:

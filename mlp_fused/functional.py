@@ -17,6 +17,7 @@ from .kernels.activations import Activation, resolve
 from .kernels.dropout import draw_seed
 from .layers import LayerPath, layer_path
 from .networks import run_network
+from .originals import LINEAR, why_mode, why_replaced
 from .plan import (
     DEFAULT_BACKEND,
     Backend,
@@ -120,12 +121,20 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
     check_backend(backend)
     check_recompute(recompute)
     dtype = check_call(x, layers)
-    if why_reference(x, layers, dtype, backend, recompute) is None:
+    if why_reference(x, layers, dtype, backend, recompute, _why_changed(layers)) is None:
         return run_kernels(x, layers, dtype, recompute, backend)
     weights, biases, activations, _ = zip(*layers)
     if recompute and can_checkpoint():
         return checkpoint(reference.mlp, x, weights, biases, activations, use_reentrant=False)
     return reference.mlp(x, weights, biases, activations)
+
+
+def _why_changed(layers: Sequence[Layer]) -> str | None:
+    """The reason why a function that these layers call is not torch's own; None where all are."""
+    reason = why_mode()
+    for layer in layers:
+        reason = reason or why_replaced((LINEAR,), layer.activation.name)
+    return reason
 
 
 def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:

@@ -8,7 +8,7 @@ import itertools
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import BuiltinFunctionType, MethodType, NoneType
 from typing import Any
 
@@ -29,9 +29,23 @@ from .functional import (
     settings,
 )
 from .kernels import configs
-from .kernels.activations import Activation, find, path_of, resolve
+from .kernels.activations import Activation, find, functions_called, path_of, resolve
 from .layers import IDENTITY, LayerPath
-from .reference import linear_act
+from .originals import (
+    ADDMM,
+    DROPOUT,
+    LINEAR,
+    Code,
+    Dropout,
+    Identity,
+    Linear,
+    Sequential,
+    is_dropout_torchs,
+    why_changed,
+    why_hidden,
+    why_mode,
+    why_replaced,
+)
 
 __all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
 
@@ -55,6 +69,10 @@ class Pointwise(nn.Module):
         return str(self.activation)
 
 
+# None where it is not torch's own, so that it is called.
+SEQUENTIAL_FORWARD = Sequential.forward if why_changed(Sequential, Sequential) is None else None
+
+
 class WithBackend:
     """A module with the user's choice of what computes it."""
 
@@ -68,47 +86,6 @@ class WithBackend:
     @backend.setter
     def backend(self, backend: plan.Backend) -> None:
         self._backend = plan.check_backend(backend)
-
-
-class FusedLinear(WithBackend, nn.Linear):
-    """h = a(x Wᵀ + b): `nn.Linear` with its activation, a fused kernel on a GPU, plain torch elsewhere.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as `nn.Linear`.
-        activation: a name, an `nn.Module` class or instance; None is the identity.
-        backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
-
-    Raises:
-        ValueError: a width below 1, an unknown activation or backend.
-        TypeError: a width that is not an integer, an activation of another kind.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        activation: str | Activation | nn.Module | type[nn.Module] | None = None,
-        *,
-        backend: plan.Backend = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        _check_width(in_features, "in_features")
-        _check_width(out_features, "out_features")
-        self.activation = resolve(activation)
-        self._backend = plan.check_backend(backend)
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        layers = (Layer(self.weight, self.bias, self.activation),)
-        dtype = check_call(input, layers)
-        if plan.why_reference(input, layers, dtype, self._backend) is not None:
-            return linear_act(input, self.weight, self.bias, self.activation)
-        return run_kernels(input, layers, dtype, None, self._backend)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
 
 
 class Chain(WithBackend, nn.Module):
@@ -135,6 +112,8 @@ class Chain(WithBackend, nn.Module):
         self._recompute = plan.check_recompute(recompute)
 
     def _forward(self, input: Tensor) -> Tensor:
+        if Sequential.forward is not SEQUENTIAL_FORWARD and isinstance(self, Sequential):
+            return Sequential.forward(self, input)
         if not self._wants_kernels():
             on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"
             if on_cpu and not (self._recompute and can_checkpoint()):
@@ -148,6 +127,8 @@ class Chain(WithBackend, nn.Module):
             segments = self._segments = _Segments(self)
             if self._wants_kernels():
                 segments.refuse_split(self)
+            if isinstance(input, Tensor) and input.is_cuda:
+                segments.log_reasons()
         try:
             for run in segments.runs:
                 input = self._run(run, input)
@@ -198,10 +179,14 @@ class Chain(WithBackend, nn.Module):
         A mistake in the input is explained after the fact: nothing was launched by then.
         """
         output = input
+        idle: bool | None = None  # whether Dropout that drops nothing may be left out; asked once a call
         try:
             for child in self._links():
-                if type(child) is nn.Dropout and child.p == 0 and not has_hooks(child):
-                    continue  # it does nothing, at the price of two calls
+                if type(child) is Dropout and child.p == 0 and not has_hooks(child):
+                    if idle is None:
+                        idle = is_dropout_torchs() and not _has_any_global_hook() and why_mode() is None
+                    if idle:
+                        continue  # it does nothing, at the price of two calls
                 output = child(output)
         except (RuntimeError, TypeError):
             first = self._links()[0]
@@ -364,6 +349,115 @@ class Chain(WithBackend, nn.Module):
                 kept += kept_by_torch
                 runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))
         return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not self._wants_kernels())
+
+
+def _delegated(name: str) -> Any:
+    """An attribute of a FusedLinear that is its `linear`'s."""
+
+    def read(layer: FusedLinear) -> Any:
+        return getattr(layer.linear, name)
+
+    def delete(layer: FusedLinear) -> None:
+        delattr(layer.linear, name)
+
+    return property(read, fdel=delete, doc=f"`linear.{name}`; may be assigned.")
+
+
+class FusedLinear(Chain):
+    """h = a(x Wᵀ + b): an `nn.Linear` with its activation, a fused kernel on a GPU, plain torch elsewhere.
+
+    The `nn.Linear` is its child `linear`. Whatever acts on every `nn.Linear` of a model, such as an initialiser, a
+    quantiser or an adapter, finds that child and leaves the activation in place. `state_dict` keys and parameter names
+    are `linear.weight` and `linear.bias`; `load_state_dict` also takes `weight` and `bias`, as an `nn.Linear` has them.
+    `weight`, `bias`, `in_features` and `out_features` of the layer are the child's.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as `nn.Linear`.
+        activation: a name, an `nn.Module` class or instance; None is the identity.
+        backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
+
+    Attributes:
+        linear: the `nn.Linear`.
+        activation: the activation's row of the table.
+
+    Raises:
+        ValueError: a width below 1, an unknown activation or backend.
+        TypeError: a width that is not an integer, an activation of another kind.
+    """
+
+    linear: nn.Linear
+    activation: Activation
+
+    in_features = _delegated("in_features")
+    out_features = _delegated("out_features")
+    weight = _delegated("weight")
+    bias = _delegated("bias")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+        *,
+        backend: plan.Backend = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_width(in_features, "in_features")
+        _check_width(out_features, "out_features")
+        resolved = resolve(activation)
+        backend = plan.check_backend(backend)
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self.activation = resolved
+        self._backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._forward(input)
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters as `nn.Linear` does."""
+        self.linear.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+    def _links(self) -> tuple[Any, ...]:
+        return (self._modules["linear"], self.activation)
+
+    def _link_names(self) -> tuple[str, ...]:
+        return ("linear", "activation")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in DELEGATED:  # nn.Module takes a parameter for itself before it looks for a property
+            setattr(self.linear, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "linear" not in self._modules:
+            self._become_parent()
+
+    def _become_parent(self) -> None:
+        """Give the parameters to a child: the layer was pickled when it was an nn.Linear itself."""
+        attributes: Any = self.__dict__
+        weight, bias = (self._parameters.pop(name) for name in ("weight", "bias"))
+        width_in, width_out = (attributes.pop(name) for name in ("in_features", "out_features"))
+        linear: Any = nn.Linear(width_in, width_out, bias is not None, device="meta").train(self.training)
+        linear.weight, linear.bias = weight, bias
+        self.linear = linear
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in ("weight", "bias"):  # an nn.Linear's keys; torch reports one that stands beside our own
+            own = f"{prefix}linear.{name}"
+            if prefix + name in state_dict and own not in state_dict:
+                state_dict[own] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+DELEGATED = frozenset(name for name, member in vars(FusedLinear).items() if isinstance(member, property))
 
 
 class FusedMLP(Chain, nn.Sequential):
@@ -541,38 +635,56 @@ class _Segments:
     def __init__(self, model: Chain) -> None:
         self.children = model._links()
         self.runs = runs_of(self.children)
-        self.types = tuple(map(type, self.children))
-        self.dicts = [child.__dict__ for child in self.children if isinstance(child, nn.Module)]
+        inner = [child._modules["linear"] for child in self.children if isinstance(child, FusedLinear)]
+        self.parts = (*self.children, *inner)
+        self.types = [*map(type, self.parts)]
+        self.dicts = [part.__dict__ for part in self.parts if isinstance(part, nn.Module)]
         self.owned = [owned for run in self.runs for owned in run.owned]
+        self.code = _code_of(self.parts)
+        self.state = self.code.now()
         self.plain = self._are_plain()
-        # What an activation is by, and whether Dropout drops.
+        # What an activation is by, whether Dropout drops, and which Linear a FusedLinear has.
         self.settings: list[tuple[dict[str, Any], str, Any]] = []
+        for child in self.children:
+            if isinstance(child, FusedLinear):
+                self.settings += [
+                    (child._modules, "linear", child._modules["linear"]),
+                    (child.__dict__, "activation", child.activation),
+                ]
         for child in (child for run in self.runs if run.linears for child in run.children):
-            if type(child) is nn.Dropout:
+            if type(child) is Dropout:
                 names = ["p", "training"] if child.p else ["p"]
-            elif type(child) is nn.Linear or not isinstance(child, nn.Module) or _is_transposed(child):
+            elif is_linear(child) or not isinstance(child, nn.Module):
                 continue
             else:
                 names = [name for name in child.__dict__ if not name.startswith("_") and name not in UNREAD]
                 activation = find(child)
-                carried = isinstance(getattr(child, "activation", None), Activation)
-                decisive = {"activation"} if carried else set(activation.parameters if activation else ())
+                decisive = (
+                    {"activation"} if type(child) is Pointwise else set(activation.parameters if activation else ())
+                )
                 # What is computed, or a buffer, or no plain value, may change unseen.
                 self.plain &= decisive <= set(names)
                 self.plain &= all(isinstance(child.__dict__[name], PLAIN) for name in names)
             self.settings += [(child.__dict__, name, child.__dict__[name]) for name in names]
 
     def hold(self, model: Chain) -> bool:
-        """Whether the children are the same, of the same kind and settings, without hooks or patches."""
+        """Whether the children are the same, of the same kind, settings and code, without hooks or patches."""
         return (
             self.plain
             and model._links() == self.children
-            and tuple(map(type, self.children)) == self.types
+            and [*map(type, self.parts)] == self.types
             and self._are_plain()
+            and self.code.now() == self.state
             and all(map(dict.__contains__, self.owned, itertools.repeat("weight")))
             and all(map(dict.__contains__, self.owned, itertools.repeat("bias")))
             and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
         )
+
+    def log_reasons(self) -> None:
+        """Log each reason, once a process, for which a Linear layer runs as a module."""
+        for run in self.runs:
+            if run.reason and is_linear(run.children[0]):
+                plan.log_once(run.reason)
 
     def refuse_split(self, model: Chain) -> None:
         """Refuse layers that no one process has. (Others with hooks run as themselves, whatever the backend.)
@@ -588,8 +700,10 @@ class _Segments:
             raise RuntimeError(f'backend is "triton", but of child {", ".join(names)}, {SPLIT}; or use backend="auto"')
 
     def _are_plain(self) -> bool:
-        """Whether no child has a hook or a patched forward."""
-        return not (_are_hooked(self.dicts) or _has_any_global_hook())
+        """Whether no child has a hook or a patched forward, and nothing else makes all of them run as modules."""
+        return not (
+            _are_hooked(self.dicts) or _has_any_global_hook() or (torch._C._len_torch_function_stack() and why_mode())
+        )
 
 
 def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool = True) -> list[_Run]:
@@ -602,24 +716,23 @@ def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool =
     runs: list[_Run] = []
     run: _Run | None = None
     takes_activation = False  # whether the run's last Linear is still without one, and nothing dropped from it
-    everything_hooked = _has_any_global_hook()
+    everywhere = why_modules()
     for child in children:
-        why = "a global module hook is registered" if everything_hooked else why_unfused(child)
+        why = everywhere or why_unfused(child)
         if why is None:
-            activation = child.activation if type(child) is FusedLinear else IDENTITY
+            linear, activation = child._links() if isinstance(child, FusedLinear) else (child, IDENTITY)
             if run is None:
                 run = _Run([])
                 runs.append(run)
-            run.linears.append((child, activation))
+            run.linears.append((linear, activation))
             run.dropouts.append(0.0)
-            run.owned.append(child._parameters)
-            run.transposed.append(_is_transposed(child))
+            run.owned.append(linear._parameters)
+            run.transposed.append(_is_transposed(linear))
             run.any_transposed = any(run.transposed)
             takes_activation = activation is IDENTITY
         elif (
             run is not None
-            and not everything_hooked
-            and not has_hooks(child)
+            and everywhere is None
             and (p := _dropout(child, training)) is not None
             and not (p and (run.dropouts[-1] or not drops))  # a second one has a mask of its own
         ):
@@ -629,20 +742,27 @@ def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool =
         elif (
             run is not None
             and takes_activation
-            and not everything_hooked
-            and not has_hooks(child)
+            and everywhere is None
             and (found := find(child))
+            and why_called(child, activation=found) is None
         ):
             run.linears[-1] = (run.linears[-1][0], found)
             takes_activation = found is IDENTITY
         else:
-            if why and not everything_hooked and not is_linear(child) and not has_hooks(child) and find(child):
-                why = "it follows no Linear layer that it could be fused with"
+            if everywhere is None and not is_linear(child) and (found := find(child)):
+                why = why_called(child, activation=found) or "it follows no Linear layer that it could be fused with"
             runs.append(_Run([child], why))
             run = None
             continue
         run.children.append(child)
     return runs
+
+
+def why_modules() -> str | None:
+    """The reason why every child of every network runs as a module; None where there is none."""
+    if _has_any_global_hook():
+        return "a global module hook is registered"
+    return why_changed(Sequential, Sequential) or why_mode()
 
 
 # Linear layers whose weight is (in, out), by path as none of these need be installed.
@@ -656,7 +776,7 @@ def _is_transposed(module: Any) -> bool:
 
 def is_linear(module: Any) -> bool:
     """Whether a module is a Linear layer of any kind."""
-    return isinstance(module, nn.Linear) or _is_transposed(module)
+    return isinstance(module, Linear | FusedLinear) or _is_transposed(module)
 
 
 def _weight(linear: Any) -> Tensor:
@@ -665,27 +785,78 @@ def _weight(linear: Any) -> Tensor:
 
 
 def name_of(child: Any) -> str:
-    """What a module or function is called in sentences."""
+    """The name of a module, function or activation in sentences."""
+    if isinstance(child, Activation):
+        return str(child)
     return type(child).__name__ if isinstance(child, nn.Module) else getattr(child, "__name__", type(child).__name__)
 
 
 def why_unfused(module: Any) -> str | None:
-    """Why a module is no plain Linear layer, one that kernels may take in place of a call; None where it is."""
+    """The reason why a module is no plain Linear layer, which kernels may take in place of a call; None where it is."""
     if not is_linear(module):
         return f"{name_of(module)} has no kernel"
-    if has_hooks(module):
-        if _is(module, "torch.distributed.fsdp", "FSDPModule"):
-            return (
-                "fully_shard was called on it, whose hooks gather its parameters; on the whole network it stays fused"
-            )
-        return SPLIT if _is_split(module._parameters.get("weight")) else "it has hooks, or a forward patched onto it"
-    if not (type(module).forward is nn.Linear.forward or type(module) is FusedLinear or _is_transposed(module)):
-        return f"{name_of(module)} has a forward of its own"
+    if isinstance(module, FusedLinear):
+        linear = module._modules["linear"]
+        if (why := why_called(module, FusedLinear)) is not None:
+            return why
+        if not isinstance(linear, Linear):
+            return f"its linear is {name_of(linear)}, which has no kernel"
+        return why_unfused(linear) or why_replaced((), module.activation.name)
+    known, function = (type(module), ADDMM) if _is_transposed(module) else (Linear, LINEAR)
+    if (why := why_called(module, known, (function,))) is not None:
+        return why
     if "weight" not in module._parameters:
         return "its weight is parametrized"
     if "bias" not in module._parameters:
         return "its bias is no parameter of its own"
-    return None
+    return why_hidden(type(module))
+
+
+def why_called(
+    child: Any, known: type | None = None, functions: tuple[str, ...] = (), activation: Activation = IDENTITY
+) -> str | None:
+    """The reason why a child must be called: a hook, or code that is not the library's; None where there is none.
+
+    Args:
+        child: a module or a function.
+        known: the class that a kernel stands for, by default the child's own.
+        functions: the names of torch's functions that a call looks up.
+        activation: what the child computes, if it is an activation.
+    """
+    if isinstance(child, nn.Module):
+        if has_hooks(child):
+            return _why_hooked(child)
+        kind = type(child)
+        if (why := why_changed(kind, known or kind)) is not None:
+            return why
+    return why_replaced(functions, activation.name)
+
+
+def _why_hooked(module: nn.Module) -> str:
+    if _is(module, "torch.distributed.fsdp", "FSDPModule"):
+        return "fully_shard was called on it, whose hooks gather its parameters; on the whole network it stays fused"
+    return SPLIT if _is_split(module._parameters.get("weight")) else "it has hooks, or a forward patched onto it"
+
+
+def _code_of(parts: Iterable[Any]) -> Code:
+    """The code that calls of those parts of a network come down to that a kernel could take the place of."""
+    kinds: list[type] = []
+    functions: list[str] = []
+    for part in parts:
+        found = None if is_linear(part) else find(part)
+        if is_linear(part):
+            functions.append(ADDMM if _is_transposed(part) else LINEAR)
+        elif found is not None:
+            functions += functions_called(found.name)
+        elif type(part) is Dropout:
+            functions.append(DROPOUT)
+        else:
+            continue
+        if isinstance(part, nn.Module):
+            kinds.append(type(part))
+        if isinstance(part, FusedLinear):
+            functions += functions_called(part.activation.name)
+    return Code(kinds, functions)
 
 
 SPLIT = "the weight is a DTensor, split over processes, whose parts hooks bring together"
@@ -746,10 +917,12 @@ def _unhooked(module: nn.Module) -> nn.Module:
 
 def _dropout(module: Any, training: bool | None) -> float | None:
     """The probability with which a module drops, 0 where it is idle or the identity; None: it is neither."""
-    if type(module) is nn.Identity:
-        return 0.0
-    if type(module) is not nn.Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
+    if type(module) is Identity:
+        return 0.0 if why_called(module) is None else None
+    if type(module) is not Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
         return None  # or Dropout that torch refuses
+    if why_called(module, functions=(DROPOUT,)) is not None:
+        return None
     return float(module.p) if (module.training if training is None else training) else 0.0
 
 
@@ -785,6 +958,12 @@ def _activation_maker(
     return lambda: activation(**in_place)
 
 
+def _flat(children: Iterable[Any]) -> Iterator[Any]:
+    """The children, with a FusedLinear's Linear and activation in its place."""
+    for child in children:
+        yield from child._links() if isinstance(child, FusedLinear) else (child,)
+
+
 def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
     """What plain torch keeps for backward, bytes: read off a run of the children on meta tensors, parameters apart."""
     kept: dict[int, Tensor] = {}
@@ -798,7 +977,7 @@ def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
 
     flow = flow.detach().requires_grad_(flow.requires_grad)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for child in children:
+        for child in _flat(children):
             if not isinstance(child, nn.Module):
                 flow = child(flow)
                 continue

@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .kernels.dropout import SEED_BYTES, keeps_preactivation
 from .kernels.language import HAS_TRITON, INTERPRETER
 from .kernels.launch import Launches
 from .kernels.network import Gradients, Network, gradients_of, network_of
+from .originals import constant_to_compilers
 
 if TYPE_CHECKING:
     from .functional import Layer
@@ -41,6 +42,7 @@ __all__ = [
     "forget_tables",
     "is_watched",
     "kept_elements",
+    "log_once",
     "network_path",
     "plan_layers",
     "plan_network",
@@ -109,19 +111,14 @@ def float32_precision() -> str:
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
 
 
-def _constant_to_compilers(function: Any) -> None:
-    """What `torch.compiler.assume_constant_result` does, without importing the compiler."""
-    function._dynamo_marked_constant = True
-
-
-_constant_to_compilers(float32_precision)  # they compile anew where the setting is another
+constant_to_compilers(float32_precision)  # they compile anew where the setting is another
 
 
 def _why_device_cannot(kind: str, index: int) -> str | None:
     return _why_device_of_index_cannot(kind, index)
 
 
-_constant_to_compilers(_why_device_cannot)  # they would look through a cache, and into the driver
+constant_to_compilers(_why_device_cannot)  # they would look through a cache, and into the driver
 
 
 @functools.lru_cache(maxsize=64)
@@ -139,7 +136,12 @@ def _why_device_of_index_cannot(kind: str, index: int) -> str | None:
 
 
 def why_reference(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend, recompute: bool | None = None
+    x: Tensor,
+    layers: Sequence[Layer],
+    dtype: torch.dtype,
+    backend: Backend,
+    recompute: bool | None = None,
+    changed: str | None = None,
 ) -> str | None:
     """Why these layers run as plain torch; None where the kernels take them.
 
@@ -148,13 +150,17 @@ def why_reference(
         dtype: what the products are computed in (autocast's where it is on).
         backend: the user's wish; "auto" is MLP_FUSED_BACKEND's where that is set.
         recompute: the user's wish.
+        changed: the reason why the functions that the kernels stand for are not torch's own, if they are not.
 
     Raises:
         RuntimeError: the backend is "triton" and the kernels cannot run.
     """
     if backend == "auto":
         backend = DEFAULT_BACKEND
-    reason = 'the backend is "reference"' if backend == "reference" else _why_call_cannot(x, layers, dtype, backend)
+    if backend == "reference":
+        reason: str | None = 'the backend is "reference"'
+    else:
+        reason = changed or _why_call_cannot(x, layers, dtype, backend)
     if reason is None and backend == "auto" and recompute is None:
         reason = _why_torch_here(
             x.device.type,
@@ -169,7 +175,7 @@ def why_reference(
         if backend == "triton":
             raise RuntimeError(f'backend is "triton", but {reason}; or use backend="auto"')
         if x.is_cuda and not torch.compiler.is_compiling():
-            _log_once(reason)
+            log_once(reason)
     return reason
 
 
@@ -231,7 +237,7 @@ def _why_torch_here(
     return why_torch(widths, of_specs, dtype, precision, training, None, configs.describe(kind, index))
 
 
-_constant_to_compilers(_why_torch_here)
+constant_to_compilers(_why_torch_here)
 
 
 @functools.lru_cache(maxsize=64)
@@ -317,8 +323,9 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
     if dtype not in KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
         return f"the dtype is {dtype}; the kernels compute in float16, bfloat16 and float32"
     for weight, bias, *_ in layers:
-        if not _is_plain(weight):
-            return f"a weight is of the subclass {type(weight).__name__}"
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not _is_plain(tensor):
+                return f"a {name} is of the subclass {type(tensor).__name__}"
         if 0 in weight.shape:
             return "a width is zero"
         if torch.compiler.is_compiling():
@@ -329,7 +336,8 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
+def log_once(reason: str) -> None:
+    """Log a reason for which plain torch runs, the first time that it is one."""
     logger.info("plain torch runs instead of the kernels: %s", reason)
 
 

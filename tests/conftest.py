@@ -7,8 +7,6 @@ it is set here, before any test module is. With `-n`, every worker reads this fi
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
 import itertools
 import os
 import re
@@ -163,23 +161,6 @@ def _patch_the_language_once_a_launch() -> None:
         return patch(function)
 
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_afresh, patch_once
-
-
-@functools.cache
-def declare_torchvisions_operators() -> None:
-    """Make torchvision importable where its wheel is for CUDA and torch is built for the CPU.
-
-    The operators of such a wheel do not load, and its Python needs two of them declared. timm, transformers and
-    torchmetrics import it too.
-    """
-    import torch
-
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None or torch.version.cuda is not None:
-        return
-    if "+cu" in (Path(found.origin).parent / "version.py").read_text():
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
+import importlib
 import io
 import pickle
 import re
@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, Truth, check
-from conftest import declare_torchvisions_operators
+from libraries import needs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -25,16 +25,6 @@ from mlp_fused import PATTERNS, FusedLinear, FusedMLP, fuse, register_pattern, u
 from mlp_fused.kernels.activations import ACTIVATIONS, CLASSES, find, path_of
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.module import is_linear
-
-INSTALLED = {name for name in ("timm", "torchvision", "transformers") if importlib.util.find_spec(name)}
-
-
-declare_torchvisions_operators()
-
-
-def needs(library: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(library not in INSTALLED, reason=f"{library} is not installed (the extra test-models)")
-
 
 # --- The models, small and with random weights. ---
 

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,14 +29,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import _patch_the_language_once_a_launch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from mlp_fused import FusedLinear, FusedMLP, module
+from mlp_fused import FusedLinear, FusedMLP, fuse, module
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.processes import join
 from mlp_fused.training import Config, Result, build_model, load_checkpoint, pick_device, train
@@ -271,12 +279,76 @@ def fsdp_of_a_fused_linear(mesh: DeviceMesh, backend: str) -> None:
     torch.manual_seed(1)
     layer = FusedLinear(12, 6, activation="silu", backend=backend).to(mesh.device_type)
     expected = nn.Sequential(nn.Linear(12, 6, device=mesh.device_type), nn.SiLU())
-    expected[0].load_state_dict(layer.state_dict())
+    expected[0].load_state_dict(layer.linear.state_dict())
     fully_shard(layer, mesh=mesh)
     launches = learn_apart(mesh, layer)
     assert bool(launches) == (backend == "triton")
     learn(expected, batches(mesh))
-    assert_equal(layer, expected[0])
+    assert_equal(layer.linear, expected[0])
+
+
+def with_fused_linears(backend: str, mesh: DeviceMesh) -> tuple[nn.Sequential, nn.Sequential]:
+    """A fused network with FusedLinear in it, and the same in torch's modules; the same in every process."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        FusedLinear(12, 20, activation="gelu"), nn.Linear(20, 24), FusedLinear(24, 6, activation="tanh")
+    )
+    theirs = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 24), nn.Linear(24, 6), nn.Tanh())
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), model.state_dict().values())))
+    fuse(model, backend=backend)
+    return model.to(mesh.device_type), theirs.to(mesh.device_type)
+
+
+def assert_equal_values(model: nn.Module, expected: nn.Module) -> None:
+    """`assert_equal` of networks whose parameters have other names, in the same order."""
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours), theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+@check
+def fsdp_of_a_network_with_fused_linears(mesh: DeviceMesh, backend: str) -> None:
+    for shard in ("all", "the child", "the layer"):
+        model, expected = with_fused_linears(backend, mesh)
+        if shard == "the child":
+            fully_shard(model[0].linear, mesh=mesh)
+        elif shard == "the layer":
+            fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        kernels_ran(backend, learn_apart(mesh, model))
+        learn(expected, batches(mesh))
+        assert_equal_values(model, expected)
+
+
+@check
+def dcp_saves_and_loads_fused_linears_with_an_optimizer(mesh: DeviceMesh, backend: str) -> None:
+    model, expected = with_fused_linears(backend, mesh)
+    resumed, _ = with_fused_linears(backend, mesh)
+    nn.init.zeros_(resumed[0].weight)
+    folder = [tempfile.mkdtemp()] if mesh.get_rank() == 0 else [""]
+    dist.broadcast_object_list(folder, src=0)
+    for each in (model, resumed):
+        fully_shard(each, mesh=mesh)
+    optimizers = [torch.optim.Adam(each.parameters(), lr=0.05) for each in (model, expected, resumed)]
+
+    def advance(network: nn.Module, optimizer: torch.optim.Optimizer, apart: bool) -> None:
+        for x, y in batches(mesh):
+            x, y = (mine(mesh, x), mine(mesh, y)) if apart else (x, y)
+            optimizer.zero_grad()
+            (network(x) - y).square().mean().backward()
+            optimizer.step()
+
+    advance(model, optimizers[0], apart=True)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers[0])))
+    assert "0.linear.weight" in state["model"]
+    dcp.save(state, checkpoint_id=folder[0])
+    state = dict(zip(("model", "optimizer"), get_state_dict(resumed, optimizers[2])))
+    dcp.load(state, checkpoint_id=folder[0])
+    set_state_dict(resumed, optimizers[2], model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    advance(resumed, optimizers[2], apart=True)
+    for _ in range(2):
+        advance(expected, optimizers[1], apart=False)
+    for ours, theirs in zip(resumed.parameters(), expected.parameters(), strict=True):  # Adam divides by small numbers
+        torch.testing.assert_close(whole(ours), theirs.detach(), rtol=1e-3, atol=1e-4)
 
 
 @check
@@ -321,16 +393,18 @@ def tensor_parallel_fused_linear(mesh: DeviceMesh, backend: str) -> None:
     model = nn.Sequential(*layers).to(mesh.device_type)
     expected = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 6), nn.Tanh()).to(mesh.device_type)
     for ours, theirs in zip(model, (expected[0], expected[2])):
-        theirs.load_state_dict(ours.state_dict())
+        theirs.load_state_dict(ours.linear.state_dict())
         ours.backend = "auto" if backend == "triton" else backend
-    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    parallelize_module(model, mesh, {"0.linear": ColwiseParallel(), "1.linear": RowwiseParallel()})
     learn(model, batches(mesh))
     learn(expected, batches(mesh))
     for ours, theirs in zip(model, (expected[0], expected[2])):
-        assert_equal(ours, theirs)
+        assert_equal(ours.linear, theirs)
     model[0].backend = "triton"
-    with pytest.raises(RuntimeError, match=r'backend is "triton", but the input is of the subclass DTensor; or use'):
+    with pytest.raises(RuntimeError, match=r'backend is "triton", but of child linear, the weight is a DTensor'):
         model(batches(mesh)[0][0])
+    with pytest.raises(NotImplementedError, match="only support nn.Linear and nn.Embedding"):
+        parallelize_module(nn.Sequential(FusedLinear(12, 20)), mesh, {"0": ColwiseParallel()})
 
 
 SMALL = Config(hidden=(8,), epochs=3, batch_size=16, validation_fraction=0.27, lr=0.02)

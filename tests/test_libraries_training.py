@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import declare_torchvisions_operators
+from libraries import load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,10 +41,9 @@ def assert_same_numbers(fused: nn.Module, twin: nn.Module, exact: bool, toleranc
 
 @pytest.fixture
 def lightning() -> Any:
-    declare_torchvisions_operators()  # which its metrics import
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports
-        return pytest.importorskip("lightning")
+        return load("lightning")
 
 
 def lightning_module(lightning: Any, network: nn.Module) -> Any:
@@ -142,7 +141,7 @@ class Plain(nn.Sequential):
 
 
 def skorch_classifiers(device: str, backend: str) -> list[Any]:
-    skorch = pytest.importorskip("skorch")
+    skorch = load("skorch")
     told = {
         "criterion": nn.CrossEntropyLoss,
         "optimizer": torch.optim.Adam,

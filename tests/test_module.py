@@ -385,14 +385,20 @@ def test_every_activation_can_be_named(name: str) -> None:
     assert model(torch.randn(3, 4)).shape == (3, 2)
 
 
-def test_fused_linear_is_a_linear(device: str) -> None:
+def test_a_fused_linear_computes_what_its_linear_and_activation_do(device: str) -> None:
     torch.manual_seed(1)
     plain = nn.Linear(6, 4, device=device)
     torch.manual_seed(1)
     layer = FusedLinear(6, 4, activation="gelu", device=device, backend="triton")
-    assert isinstance(layer, nn.Linear)
-    assert list(layer.state_dict()) == list(plain.state_dict())
-    assert repr(layer) == "FusedLinear(in_features=6, out_features=4, bias=True, activation=gelu)"
+    assert not isinstance(layer, nn.Linear)
+    assert type(layer.linear) is nn.Linear
+    assert (
+        list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == ["linear.weight", "linear.bias"]
+    )
+    assert (
+        repr(layer)
+        == "FusedLinear(\n  activation=gelu\n  (linear): Linear(in_features=6, out_features=4, bias=True)\n)"
+    )
     for shape in ((6,), (0, 6), (3, 6), (2, 3, 6)):
         x = torch.randn(*shape, device=device)
         expected = nn.functional.gelu(plain(x))
@@ -581,7 +587,7 @@ def test_a_new_reason_on_a_gpu_is_logged_once(
 ) -> None:
     from mlp_fused import plan
 
-    plan._log_once.cache_clear()
+    plan.log_once.cache_clear()
 
     class OnGpu:
         is_cuda = True

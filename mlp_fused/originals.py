@@ -1,0 +1,252 @@
+"""Is the code that a kernel stands for still torch's own?
+
+A kernel computes what torch's classes and functions compute. Anybody may replace those at any time: a method on a class
+(`nn.Linear.forward`, `nn.Module.__call__`), a function in a module (`torch.nn.functional.linear`), everything under a
+TorchFunctionMode. Layers for which that has happened run as modules, where the replacement takes effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import sys
+from collections.abc import Iterable
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._device import DeviceContext
+
+from .kernels.activations import functions_called, is_users, look_up
+
+__all__ = [
+    "ADDMM",
+    "DROPOUT",
+    "LINEAR",
+    "Code",
+    "Dropout",
+    "Identity",
+    "Linear",
+    "Sequential",
+    "constant_to_compilers",
+    "is_dropout_torchs",
+    "why_changed",
+    "why_hidden",
+    "why_method_changed",
+    "why_mode",
+    "why_replaced",
+]
+
+# Torch's classes, also where their names in torch.nn are given to something else later.
+Dropout, Identity, Linear, Sequential = nn.Dropout, nn.Identity, nn.Linear, nn.Sequential
+# Torch's functions that their calls look up.
+LINEAR, ADDMM, DROPOUT = "torch.nn.functional.linear", "torch.addmm", "torch.nn.functional.dropout"
+
+# The methods that a call of a module goes through before its forward, and the classes that define them.
+METHODS: dict[str, type] = {
+    "__call__": nn.Module,
+    "_call_impl": nn.Module,
+    "__getattr__": nn.Module,
+    "__getattribute__": object,
+}
+PARAMETERS = ("weight", "bias")  # a class that has one hides the parameter of that name
+ALIASES = {"__call__": "_wrapped_call_impl"}  # nn.Module's function is defined under this name
+# The libraries whose classes are compared with their files. Other classes count as original as they are first seen.
+LIBRARIES = ("torch", "mlp_fused", "timm", "transformers")
+# Torch's own tracers, whose function modes and methods record a call and change nothing in it.
+TRACERS = ("torch._dynamo.", "torch._export.", "torch.export.", "torch.fx.")
+
+_read = operator.attrgetter(*METHODS, "forward")
+
+
+def why_changed(kind: type, known: type) -> str | None:
+    """The reason why a call of class `kind` is not what class `known` of a library computes; None where it is.
+
+    Every method is looked up along the classes that `kind` derives from.
+    """
+    code = (*_read(kind), torch.compiler.is_compiling())
+    before, reason = _CHANGED.get(kind, (None, None))
+    if code != before:
+        reason = _why_changed(kind, known)
+        _CHANGED[kind] = code, reason
+    return reason
+
+
+_CHANGED: dict[type, tuple[tuple[Any, ...] | None, str | None]] = {}  # the last answer, and the code that it is about
+_FIRST: dict[tuple[type, str], Any] = {}  # the methods that classes of other libraries had at first
+
+
+def _why_changed(kind: type, known: type) -> str | None:
+    owners = {**METHODS, "forward": _owner(known, "forward")}
+    if not (_is_of_library(owners["forward"]) or is_users(known)):
+        return f"{owners['forward'].__name__} has a forward of its own"
+    for name, owner in owners.items():
+        if (why := why_method_changed(kind, name)) is not None:
+            return why
+        if (own := _owner(kind, name)) is not owner:
+            return f"{own.__name__} has a {name} of its own"
+    return None
+
+
+def why_method_changed(kind: type, name: str) -> str | None:
+    """The reason why a method is not the one that the file of its class defines; None where it is."""
+    owner, method = _owner(kind, name), getattr(kind, name)
+    return None if _is_own(method, owner, name) else f"{owner.__name__}.{name} was replaced by {_place(method)}"
+
+
+def why_hidden(kind: type) -> str | None:
+    """The reason why a class does not compute with the parameters in its instances; None where it does."""
+    for name in PARAMETERS:
+        if hasattr(kind, name):
+            return f"{_owner(kind, name).__name__} has a {name} of its own"
+    return None
+
+
+def why_replaced(functions: tuple[str, ...], activation: str = "") -> str | None:
+    """The reason why one of these functions, or of those that an activation calls, is not torch's own; or None."""
+    for name in (*functions, *functions_called(activation)):
+        function = look_up(name)
+        if function is not _OWN.get(name):
+            if not _is_torchs(function, name):
+                return f"{name} was replaced by {_place(function)}"
+            _OWN[name] = function
+    return None
+
+
+_OWN: dict[str, Any] = {}  # functions that were found to be torch's own
+
+
+def why_mode() -> str | None:
+    """The reason why torch's functions may do something else now: a TorchFunctionMode that is active; None for none.
+
+    Torch's device mode and its tracers do not count.
+    """
+    for index in range(torch._C._len_torch_function_stack()):
+        kind = type(torch._C._get_function_stack_at(index))
+        if kind is not DeviceContext and not kind.__module__.startswith(TRACERS):
+            return f"{kind.__name__}, a TorchFunctionMode, is active"
+    return None
+
+
+def constant_to_compilers(function: Any) -> None:
+    """Do what `torch.compiler.assume_constant_result` does, without importing the compiler."""
+    function._dynamo_marked_constant = True
+
+
+constant_to_compilers(why_changed)
+constant_to_compilers(why_hidden)
+constant_to_compilers(why_replaced)
+
+
+def _owner(kind: type, name: str) -> type:
+    """The class that defines a method, among those that `kind` derives from."""
+    return next(base for base in kind.__mro__ if name in vars(base))
+
+
+def _is_own(method: Any, owner: type, name: str) -> bool:
+    """Whether a method is the one that the file of its class defines."""
+    if owner is object or (torch.compiler.is_compiling() and _is_tracers(method)):
+        return True
+    if not _is_of_library(owner):
+        return method is _FIRST.setdefault((owner, name), method)
+    return _is_of_file(method, owner.__module__, f"{owner.__qualname__}.{ALIASES.get(name, name)}")
+
+
+def _is_tracers(method: Any) -> bool:
+    """Whether a method is one that torch's tracers put in nn.Module's place while they follow a call."""
+    path = _path(method).replace("/", ".")
+    return any(f".{tracer}" in path for tracer in TRACERS)
+
+
+def _is_of_library(kind: type) -> bool:
+    """Whether a class is one of `LIBRARIES`' own, found in its module under its name."""
+    module, name = kind.__module__, kind.__qualname__
+    return module.partition(".")[0] in LIBRARIES and getattr(sys.modules.get(module), name, None) is kind
+
+
+def _is_torchs(function: Any, name: str) -> bool:
+    """Whether a function is the one that torch defines under this name."""
+    module, _, own_name = name.rpartition(".")
+    if isinstance(function, BuiltinFunctionType):  # under a name such as log_sigmoid
+        same = function.__name__.replace("_", "") == own_name.replace("_", "")
+        return same and (function.__module__ or "").partition(".")[0] == "torch"
+    return any(_is_of_file(function, module, each) for each in (own_name, f"_{own_name}"))
+
+
+def _is_of_file(function: Any, module: str, qualname: str) -> bool:
+    """Whether a function is written in a module's own file under that name. A wrapper around it is not."""
+    if not isinstance(function, FunctionType) or (function.__module__, function.__qualname__) != (module, qualname):
+        return False
+    return _path(function).removesuffix("/__init__").endswith("/" + module.replace(".", "/"))
+
+
+def _path(function: Any) -> str:
+    """The file that a function is written in, without its suffix; "" where none is known."""
+    code = getattr(function, "__code__", None)
+    return "/" + os.path.splitext(code.co_filename.replace(os.sep, "/"))[0] if code else ""
+
+
+def _place(function: Any) -> str:
+    """A function and where it is written, for sentences."""
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})" if code else f"{function.__module__}.{name}"
+
+
+class Absent:
+    """A last base class, so that looking up a parameter finds nothing instead of failing."""
+
+    weight = bias = None
+
+
+@functools.lru_cache(maxsize=256)
+def _joint(kinds: tuple[type, ...]) -> type:
+    """A class derived from all of these, along which a method that any of them has got is found by one look-up.
+
+    Their own forwards are those of its attributes `kind0`, `kind1` …
+    """
+    return type("Joint", (*kinds, nn.Module, Absent), {f"kind{index}": kind for index, kind in enumerate(kinds)})
+
+
+class Code:
+    """The methods and functions that calls of some classes come down to: `now` reads them, in 0.3 µs."""
+
+    def __init__(self, kinds: Iterable[type], functions: Iterable[str]) -> None:
+        kinds = sorted(set(kinds), key=lambda kind: (-len(kind.__mro__), kind.__qualname__))
+        joined = [kind for kind in kinds if kind.__module__.startswith("torch.") and _is_of_library(kind)]
+        self._joint = _joint(tuple(joined))
+        forwards = (f"kind{index}.forward" for index in range(len(joined)))
+        self._read_joint = operator.attrgetter(*METHODS, *PARAMETERS, *forwards)
+        self._others = [kind for kind in kinds if kind not in joined]
+        own_names: dict[str, list[str]] = {F.__name__: [], "torch": []}
+        for name in dict.fromkeys(functions):
+            module, _, own_name = name.rpartition(".")
+            own_names[module].append(own_name)
+        self._read_functional = operator.itemgetter(*(own_names[F.__name__] or ["linear"]))
+        self._read_torch = operator.itemgetter(*(own_names["torch"] or ["addmm"]))
+
+    def now(self) -> tuple[Any, ...]:
+        """All of them, to be compared with what they were before."""
+        return (
+            self._read_joint(self._joint),
+            self._read_functional(F.__dict__),
+            self._read_torch(torch.__dict__),
+            [*map(_read, self._others)] if self._others else None,
+        )
+
+
+_DROPOUT = Code([Dropout], [DROPOUT])
+_DROPOUT_OF_TORCH = (
+    _DROPOUT.now() if why_changed(Dropout, Dropout) is None and why_replaced((DROPOUT,)) is None else None
+)
+
+
+def is_dropout_torchs() -> bool:
+    """Whether a call of nn.Dropout does what torch's own code does, so that one with p = 0 may be left out."""
+    return _DROPOUT.now() == _DROPOUT_OF_TORCH
+
+
+constant_to_compilers(is_dropout_torchs)

@@ -1,0 +1,626 @@
+"""A change of behaviour on a class, in a module of torch or by a mode takes effect in layers that kernels could run.
+
+Every result is compared with that of the plain twin, torch's modules called one after another, under the same change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from libraries import needs
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp, originals, plan, unfuse
+from mlp_fused.kernels import activations
+from mlp_fused.kernels.activations import CALLED, FUNCTIONS
+from mlp_fused.kernels.launch import count_launches
+from mlp_fused.module import _Segments, runs_of
+
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "triton"])
+
+
+def network(device: str, backend: str, activation: Any = "gelu") -> FusedMLP:
+    return FusedMLP(8, [8, 4], activation_layer=activation, backend=backend, device=device)
+
+
+def fused(device: str, backend: str, activation: Any = "gelu") -> nn.Sequential:
+    """An nn.Sequential that was fused in place."""
+    model = nn.Sequential(*network(device, "auto", activation))
+    fuse(model, backend=backend)
+    return model
+
+
+class Functional(nn.Module):
+    """The modules of a FusedLinear, called one after another."""
+
+    def __init__(self, layer: FusedLinear) -> None:
+        super().__init__()
+        self.linear, self.activation = layer.linear, layer.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.linear(x))
+
+
+def layers(device: str, backend: str, activation: Any = "gelu") -> nn.Sequential:
+    """FusedLinear within an nn.Sequential that was fused in place."""
+    model = nn.Sequential(
+        FusedLinear(8, 16, activation=activation, device=device), nn.Linear(16, 8, device=device), nn.ReLU()
+    )
+    fuse(model, backend=backend)
+    return model
+
+
+def layer(device: str, backend: str, activation: Any = "gelu") -> FusedLinear:
+    return FusedLinear(8, 16, activation=activation, backend=backend, device=device)
+
+
+MODELS: dict[str, Callable[..., Any]] = {
+    "FusedMLP": network,
+    "fuse": fused,
+    "FusedLinear in fuse": layers,
+    "FusedLinear": layer,
+}
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same modules, with the same parameters, in plain torch."""
+    if isinstance(model, FusedLinear):
+        return Functional(model)
+    return nn.Sequential(*(Functional(child) if isinstance(child, FusedLinear) else child for child in model))
+
+
+def results(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and every gradient."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+
+
+def agrees(model: Any, x: Tensor, kernels: bool | None) -> None:
+    """The model's results are its twin's; and kernels ran, or none did, or some may have (None)."""
+    expected = results(twin(model), x)
+    with count_launches() as launches:
+        found = results(model, x)
+    assert kernels is None or bool(launches) == kernels
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def double(*arguments: Any, **keywords: Any) -> Any:
+        return function(*arguments, **keywords) * 2
+
+    return double
+
+
+def of_linear(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Twice what a Linear gives, where a method of every module is replaced."""
+
+    def method(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        result = function(self, *arguments, **keywords)
+        return result * 2 if isinstance(self, nn.Linear) and isinstance(result, Tensor) else result
+
+    return method
+
+
+def shifted_weight(self: nn.Module, name: str) -> Any:
+    value = nn.Module.__getattr__(self, name)
+    return value + 1 if name == "weight" and isinstance(self, nn.Linear) else value
+
+
+def shifted_attribute(self: Any, name: str) -> Any:
+    return (
+        object.__getattribute__(self, "_parameters")["weight"] + 1
+        if name == "weight"
+        else object.__getattribute__(self, name)
+    )
+
+
+getattr_of_module = nn.Module.__getattr__
+
+
+def shifted_of_module(self: nn.Module, name: str) -> Any:
+    value = getattr_of_module(self, name)
+    return value + 1 if name == "weight" and isinstance(self, nn.Linear) else value
+
+
+class Missing:
+    """No attribute of that name."""
+
+
+# What is replaced, by what: for each, the name by which the reason calls it.
+PATCHES: dict[str, tuple[Any, str, Any]] = {
+    "Linear.forward": (nn.Linear, "forward", doubled(nn.Linear.forward)),
+    "Linear.__call__": (nn.Linear, "__call__", doubled(nn.Module.__call__)),
+    "Linear._call_impl": (nn.Linear, "_call_impl", doubled(nn.Module._call_impl)),
+    "Linear.__getattr__": (nn.Linear, "__getattr__", shifted_weight),
+    "Linear.__getattribute__": (nn.Linear, "__getattribute__", shifted_attribute),
+    "Linear.weight": (nn.Linear, "weight", property(lambda self: self._parameters["weight"] + 1)),
+    "Module.__call__": (nn.Module, "__call__", of_linear(nn.Module.__call__)),
+    "Module._call_impl": (nn.Module, "_call_impl", of_linear(nn.Module._call_impl)),
+    "Module.__getattr__": (nn.Module, "__getattr__", shifted_of_module),
+    "F.linear": (F, "linear", doubled(F.linear)),
+    "F.gelu": (F, "gelu", doubled(F.gelu)),
+}
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner).get(name, Missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is Missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@BACKENDS
+@every_model
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_change_between_two_calls_takes_effect_until_it_is_undone(
+    patch: str, make: Callable[..., Any], backend: str, device: str
+) -> None:
+    model, x = make(device, backend), torch.randn(5, 8, device=device)
+    agrees(model, x, backend == "triton")
+    before = model(x)
+    with patched(*PATCHES[patch]):
+        for _ in range(2):
+            agrees(model, x, None if patch == "F.gelu" else False)  # the Linear is still torch's own
+        assert not torch.allclose(model(x), before)
+    for _ in range(2):
+        assert torch.equal(model(x), before)
+
+
+ACTIVATION_MODULES = {activation.name: activation for activation in ACTIVATIONS.values() if activation.module}
+
+
+@pytest.mark.parametrize("name", ACTIVATION_MODULES)
+def test_an_activation_whose_forward_is_replaced_runs_as_a_module(name: str, device: str) -> None:
+    kind = ACTIVATION_MODULES[name].module
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh() if kind is not nn.Tanh else nn.ReLU(), nn.Linear(8, 8)).to(device)
+    model.append(kind(*ACTIVATION_MODULES[name].values) if name != "gelu_tanh" else nn.GELU("tanh"))
+    fuse(model, backend="triton")
+    x = torch.randn(5, 8, device=device)
+    agrees(model, x, True)
+    with patched(kind, "forward", doubled(kind.forward)):
+        reason = originals.why_changed(kind, kind)
+        for _ in range(2):
+            agrees(model, x, True)  # what stands before it
+        assert reason is not None
+        assert reason in str(model.explain(5))
+    agrees(model, x, True)
+    assert reason not in str(model.explain(5))
+
+
+def computes_with(name: str) -> list[str]:
+    """The functions that are called for an activation, by the module that torch has for it or by the reference."""
+    module = ACTIVATIONS[name].module
+    made = (
+        Pointwise(name)
+        if module is None
+        else nn.GELU("tanh")
+        if name == "gelu_tanh"
+        else module(*ACTIVATIONS[name].values)
+    )
+    called: list[str] = []
+    names = {**FUNCTIONS, **{each: "" for some in CALLED.values() for each in some}}
+
+    with contextlib.ExitStack() as stack:
+        for full in names:
+            owner, own_name = (F if full.startswith(F.__name__) else torch), full.rpartition(".")[2]
+
+            def record(function: Any, full: str, *arguments: Any, **keywords: Any) -> Any:
+                called.append(full)
+                return function(*arguments, **keywords)
+
+            recorded = functools.partial(record, getattr(owner, own_name), full)
+            stack.enter_context(patched(owner, own_name, recorded))
+        made(torch.randn(3))
+        ACTIVATIONS[name](torch.randn(3))
+    return called
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_function_that_an_activation_calls_is_known(name: str) -> None:
+    assert set(computes_with(name)) <= set(originals.functions_called(name))
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if originals.functions_called(name)])
+def test_a_replaced_function_of_an_activation_takes_effect(name: str, backend: str, device: str) -> None:
+    x = torch.randn(5, 8, device=device)
+    for make in (network, layer):
+        model = make(device, backend, ACTIVATIONS[name])
+        agrees(model, x, backend == "triton")
+        changed = 0
+        for full in dict.fromkeys(computes_with(name)):
+            owner, own_name = (F if full.startswith(F.__name__) else torch), full.rpartition(".")[2]
+            before = model(x)
+            with patched(owner, own_name, doubled(getattr(owner, own_name))):
+                expected = twin(model)(x)
+                for _ in range(2):
+                    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+                changed += not torch.allclose(expected, before)
+            assert torch.equal(model(x), before)
+        assert changed
+
+
+class Doubling(TorchFunctionMode):
+    """Doubles every linear product."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is F.linear else result
+
+
+class Watching(TorchFunctionMode):
+    """Counts what it sees."""
+
+    seen = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += function is F.linear
+        return function(*args, **(kwargs or {}))
+
+
+@BACKENDS
+@every_model
+def test_a_function_mode_takes_effect_while_it_is_active(make: Callable[..., Any], backend: str, device: str) -> None:
+    model, x = make(device, backend), torch.randn(5, 8, device=device)
+    agrees(model, x, backend == "triton")
+    before = model(x)
+    with Doubling():
+        for _ in range(2):
+            agrees(model, x, False)
+        assert not torch.allclose(model(x), before)
+        assert "Doubling, a TorchFunctionMode, is active" in str(model.explain(5))
+        with Watching() as watching:
+            model(x)
+        assert watching.seen == sum(isinstance(module, nn.Linear) for module in model.modules())
+    agrees(model, x, backend == "triton")
+    assert torch.equal(model(x), before)
+
+
+def test_the_reason_is_logged_once_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    model = network("cpu", "triton")
+    plan.log_once.cache_clear()
+    with caplog.at_level("INFO", "mlp_fused"), Doubling():
+        for _ in range(2):
+            _Segments(model).log_reasons()
+    assert [record.getMessage() for record in caplog.records] == [
+        "plain torch runs instead of the kernels: Doubling, a TorchFunctionMode, is active"
+    ]
+
+
+@every_model
+def test_torchs_device_mode_changes_nothing(make: Callable[..., Any], device: str) -> None:
+    model, x = make(device, "triton"), torch.randn(5, 8, device=device)
+    with torch.device(device):
+        for _ in range(2):
+            agrees(model, x, True)
+        with Doubling():
+            agrees(model, x, False)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x, w: linear_act(x, w, None, "gelu"), lambda x, w: mlp(x, [w], None, "gelu", "gelu")]
+)
+def test_the_functional_forms_see_changes(call: Callable[..., Tensor]) -> None:
+    x, w = torch.randn(5, 8), torch.randn(4, 8)
+    for change in (Doubling(), patched(F, "linear", doubled(F.linear)), patched(F, "gelu", doubled(F.gelu))):
+        with change:
+            assert torch.equal(call(x, w), F.gelu(F.linear(x, w)))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda: Doubling(), "Doubling, a TorchFunctionMode, is active"),
+        (lambda: patched(F, "linear", doubled(F.linear)), "torch.nn.functional.linear was replaced by double"),
+        (lambda: patched(F, "gelu", doubled(F.gelu)), "torch.nn.functional.gelu was replaced by double"),
+    ],
+    ids=["mode", "linear", "gelu"],
+)
+def test_the_functional_forms_say_why_kernels_cannot_run(change: Any, reason: str, device: str) -> None:
+    x, w = torch.randn(5, 8, device=device), torch.randn(4, 8, device=device)
+    linear_act(x, w, None, "gelu", backend="triton")
+    with change(), pytest.raises(RuntimeError, match=f'backend is "triton", but {reason}'):
+        linear_act(x, w, None, "gelu", backend="triton")
+    linear_act(x, w, None, "gelu", backend="triton")
+
+
+class OwnCall(nn.Linear):
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return super().__call__(*arguments, **keywords) * 2
+
+
+class OwnGetattr(nn.Linear):
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) + 1 if name == "weight" else super().__getattr__(name)
+
+
+class OwnGetattribute(nn.Linear):
+    def __getattribute__(self, name: str) -> Any:
+        parameters = super().__getattribute__("__dict__").get("_parameters", {})
+        return parameters[name] + 1 if name == "weight" in parameters else super().__getattribute__(name)
+
+
+class OwnCallImpl(nn.Linear):
+    def _call_impl(self, *arguments: Any, **keywords: Any) -> Any:
+        return super()._call_impl(*arguments, **keywords) * 2
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Between(OwnForward):
+    """Inherits the change."""
+
+
+class Kept(nn.Linear):
+    """Changes nothing."""
+
+
+SUBCLASSES = {
+    OwnCall: "OwnCall has a __call__ of its own",
+    OwnGetattr: "OwnGetattr has a __getattr__ of its own",
+    OwnGetattribute: "OwnGetattribute has a __getattribute__ of its own",
+    OwnCallImpl: "OwnCallImpl has a _call_impl of its own",
+    OwnForward: "OwnForward has a forward of its own",
+    Between: "OwnForward has a forward of its own",
+    Kept: "",
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("kind", SUBCLASSES, ids=lambda kind: kind.__name__)
+def test_a_subclass_of_linear_with_code_of_its_own_runs_as_a_module(kind: Any, backend: str, device: str) -> None:
+    x = torch.randn(5, 8, device=device)
+    model = nn.Sequential(kind(8, 8), nn.GELU(), nn.Linear(8, 8), nn.ReLU()).to(device)
+    report = fuse(model, backend=backend)
+    assert SUBCLASSES[kind] in str(report)
+    expected = twin(model)(x)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    with count_launches() as launches:
+        model(x)
+    assert bool(launches) == (backend == "triton")
+    if SUBCLASSES[kind]:
+        assert SUBCLASSES[kind] in str(model.explain(5))
+    inner = FusedLinear(8, 8, activation="gelu", backend=backend, device=device)
+    inner.linear = model[0]
+    torch.testing.assert_close(inner(x), F.gelu(model[0](x)), rtol=1e-4, atol=1e-5)
+    with patched(Kept, "__call__", doubled(nn.Module.__call__)):
+        torch.testing.assert_close(model(x), twin(model)(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("training", [False, True])
+def test_dropout_that_is_replaced_is_called(training: bool, backend: str, device: str) -> None:
+    x = torch.randn(5, 8, device=device)
+    model = network(device, backend).train(training)
+    agrees(model, x, backend == "triton")
+    for owner, name in ((nn.Dropout, "forward"), (F, "dropout")):
+        with patched(owner, name, doubled(getattr(owner, name))):
+            expected = twin(model)(x)
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(x), expected)
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(type(module)))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert called.count(nn.Dropout) == 2
+
+
+@BACKENDS
+def test_a_sequential_whose_forward_is_replaced_is_called_so(backend: str, device: str) -> None:
+    x = torch.randn(5, 8, device=device)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device)
+    models = [copy.deepcopy(plain), FusedMLP.from_sequential(copy.deepcopy(plain), backend=backend)]
+    fuse(models[0], backend=backend)
+    expected = [plain(x)]
+    with patched(nn.Sequential, "forward", doubled(nn.Sequential.forward)):
+        expected.append(plain(x))
+        late = copy.deepcopy(plain)
+        assert "Sequential.forward was replaced by double" in str(fuse(late))
+        for model in models:
+            assert torch.equal(model(x), expected[1])
+            assert "Sequential.forward was replaced by double" in str(model.explain(5))
+    for model in models:
+        torch.testing.assert_close(model(x), expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_method_of_a_pattern_that_is_replaced_is_called(device: str) -> None:
+    x = torch.randn(2, 5, 8, device=device)
+    kind = nn.TransformerEncoderLayer
+    model = kind(8, 2, 16, batch_first=True, dropout=0.0, device=device)
+    expected = model(x)
+    fuse(model, backend="triton")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    with patched(kind, "_ff_block", doubled(kind._ff_block)):
+        other = kind(8, 2, 16, batch_first=True, dropout=0.0, device=device)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(model(x), other(x))
+        assert "TransformerEncoderLayer._ff_block was replaced by double" in str(fuse(other))
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    unfuse(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_module_of_ones_own_with_an_activation_in_it_is_called(device: str) -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation = ACTIVATIONS["relu"]
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(self.linear(x))
+
+    model = nn.Sequential(nn.Linear(8, 8), Gate(), nn.Linear(8, 8), nn.ReLU()).to(device)
+    fuse(model, backend="triton")
+    agrees(model, torch.randn(5, 8, device=device), True)
+
+
+SCRIPT = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+original = {getter}
+
+def double(*arguments, **keywords):
+    return original(*arguments, **keywords) * 2
+
+{owner}.{name} = double
+from mlp_fused import FusedLinear, FusedMLP, fuse
+from mlp_fused.kernels.launch import count_launches
+
+torch.manual_seed(0)
+x = torch.randn(5, 8)
+plain = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4), nn.GELU())
+layer = FusedLinear(8, 8, activation="gelu", backend=sys.argv[1])
+expected, of_layer = plain(x), F.gelu(layer.linear(x))
+ours = FusedMLP.from_sequential(plain, backend=sys.argv[1])
+assert "was replaced by double" in str(ours.explain(5))
+with count_launches() as launches:
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer(x), of_layer, rtol=1e-5, atol=1e-5)
+{owner}.{name} = original
+undone = nn.Sequential(*plain)(x)
+assert not torch.allclose(expected, undone)
+with count_launches() as launches:
+    torch.testing.assert_close(ours(x), undone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x), F.gelu(layer.linear(x)), rtol=1e-4, atol=1e-5)
+assert bool(launches) == (sys.argv[1] == "triton"), launches
+"""
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [("nn.Linear", "forward"), ("nn.GELU", "forward"), ("F", "linear"), ("F", "gelu")],
+    ids=["Linear", "GELU", "F.linear", "F.gelu"],
+)
+def test_a_change_before_the_import_takes_effect_until_it_is_undone(owner: str, name: str, backend: str) -> None:
+    """In a process of its own: the package takes nothing for torch's own because it was there first."""
+    script = SCRIPT.format(owner=owner, name=name, getter=f"{owner}.{name}")
+    root = Path(__file__).parent.parent
+    subprocess.run(
+        [sys.executable, "-c", script, backend],
+        check=True,
+        cwd=root,
+        env={"PATH": "", "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("make", [network, layer], ids=["FusedMLP", "FusedLinear"])
+def test_compiled_layers_see_changes(make: Callable[..., Any], device: str) -> None:
+    model, x = make(device, "triton"), torch.randn(5, 8, device=device)
+    results = []
+    for change in (contextlib.nullcontext(), patched(*PATCHES["Linear.forward"]), Doubling()):
+        torch._dynamo.reset()
+        with change:
+            ours, theirs = (torch.compile(each, backend="eager", fullgraph=True)(x) for each in (model, twin(model)))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        results.append(ours)
+    assert not any(torch.allclose(results[0], each) for each in results[1:])
+
+
+class Mine(nn.Linear):
+    """Takes the place of nn.Linear under its name."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Wild(nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:
+        return input + 1
+
+
+class Sharp(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input) * 3
+
+
+@BACKENDS
+def test_a_class_under_the_name_of_torchs_is_called(backend: str, device: str) -> None:
+    x = torch.randn(5, 8, device=device)
+    before = network(device, backend)
+    agrees(before, x, backend == "triton")
+    with patched(nn, "Linear", Mine), patched(nn, "Dropout", Wild), patched(nn, "GELU", Sharp):
+        model = network(device, backend, nn.GELU)
+        assert [type(child) for child in model[:3]] == [Mine, Sharp, Wild]
+        agrees(model, x, False)
+        agrees(before, x, backend == "triton")
+    agrees(model, x, False)
+
+
+@needs("transformers")
+@BACKENDS
+def test_other_libraries_code_that_is_replaced_takes_effect(backend: str, device: str) -> None:
+    from transformers.activations import QuickGELUActivation
+    from transformers.pytorch_utils import Conv1D
+
+    x = torch.randn(5, 8, device=device)
+    model = nn.Sequential(Conv1D(8, 8), QuickGELUActivation(), Conv1D(4, 8), nn.ReLU()).to(device)
+    fuse(model, backend=backend)
+    before = model(x)
+    agrees(model, x, backend == "triton")
+    for owner, name in ((Conv1D, "forward"), (torch, "addmm"), (QuickGELUActivation, "forward"), (torch, "sigmoid")):
+        with patched(owner, name, doubled(getattr(owner, name))):
+            for _ in range(2):
+                agrees(model, x, None)
+            assert not torch.allclose(model(x), before)
+        assert torch.equal(model(x), before)
+
+
+class Squash(nn.Module):
+    """A user's activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.exp(-input * input)
+
+
+@BACKENDS
+def test_a_registered_module_whose_forward_is_replaced_is_called(backend: str, device: str) -> None:
+    gelu = ACTIVATIONS["exp"]
+    activation = dataclasses.replace(gelu, name="squash", module=Squash, reference=lambda z: torch.exp(z))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ACTIVATIONS, "squash", activation)
+        patch.setattr(activations, "_BY_MODULE", {})
+        x = torch.randn(5, 8, device=device)
+        model = nn.Sequential(nn.Linear(8, 8), Squash(), nn.Linear(8, 4)).to(device)
+        fuse(model, backend=backend)
+        assert [activation.name for _, activation in runs_of(model.children())[0].linears] == ["squash", "identity"]
+        model(x)
+        with patched(Squash, "forward", doubled(Squash.forward)):
+            for _ in range(2):
+                agrees(model, x, None)
+            assert "Squash.forward was replaced" in str(model.explain(5))

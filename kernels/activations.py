@@ -291,10 +291,17 @@ CALLED: dict[str, tuple[str, ...]] = {
 }
 
 
+@functools.cache
+def _place(name: str) -> tuple[dict[str, Any], str]:
+    """The attributes of the module in which a function of torch is found, and its name there."""
+    module, _, own_name = name.rpartition(".")
+    return vars(F if module == F.__name__ else torch), own_name
+
+
 def look_up(name: str) -> Any:
     """The function of torch that has this name now."""
-    module, _, function = name.rpartition(".")
-    return getattr(F if module == F.__name__ else torch, function)
+    attributes, own_name = _place(name)
+    return attributes[own_name]
 
 
 _BY_FUNCTION: dict[Callable[..., Tensor], str] = {look_up(name): activation for name, activation in FUNCTIONS.items()}

@@ -35,6 +35,7 @@ from .originals import (
     ADDMM,
     DROPOUT,
     LINEAR,
+    PARAMETERS,
     Code,
     Dropout,
     Identity,
@@ -182,9 +183,10 @@ class Chain(WithBackend, nn.Module):
         idle: bool | None = None  # whether Dropout that drops nothing may be left out; asked once a call
         try:
             for child in self._links():
-                if type(child) is Dropout and child.p == 0 and not has_hooks(child):
+                if type(child) is Dropout and child.p == 0 and not _are_hooked((child.__dict__,)):
                     if idle is None:
-                        idle = is_dropout_torchs() and not _has_any_global_hook() and why_mode() is None
+                        watched = _has_any_global_hook() or (torch._C._len_torch_function_stack() and why_mode())
+                        idle = not watched and is_dropout_torchs()
                     if idle:
                         continue  # it does nothing, at the price of two calls
                 output = child(output)
@@ -639,18 +641,16 @@ class _Segments:
         self.parts = (*self.children, *inner)
         self.types = [*map(type, self.parts)]
         self.dicts = [part.__dict__ for part in self.parts if isinstance(part, nn.Module)]
-        self.owned = [owned for run in self.runs for owned in run.owned]
+        self.plain = self._are_called_plainly()
+        if not self.plain:
+            return  # the next call parts the children again
         self.code = _code_of(self.parts)
         self.state = self.code.now()
-        self.plain = self._are_plain()
         # What an activation is by, whether Dropout drops, and which Linear a FusedLinear has.
-        self.settings: list[tuple[dict[str, Any], str, Any]] = []
+        settings: list[tuple[dict[str, Any], str]] = []
         for child in self.children:
             if isinstance(child, FusedLinear):
-                self.settings += [
-                    (child._modules, "linear", child._modules["linear"]),
-                    (child.__dict__, "activation", child.activation),
-                ]
+                settings += [(child._modules, "linear"), (child.__dict__, "activation")]
         for child in (child for run in self.runs if run.linears for child in run.children):
             if type(child) is Dropout:
                 names = ["p", "training"] if child.p else ["p"]
@@ -665,7 +665,13 @@ class _Segments:
                 # What is computed, or a buffer, or no plain value, may change unseen.
                 self.plain &= decisive <= set(names)
                 self.plain &= all(isinstance(child.__dict__[name], PLAIN) for name in names)
-            self.settings += [(child.__dict__, name, child.__dict__[name]) for name in names]
+            settings += [(child.__dict__, name) for name in names]
+        # As columns, which `map` goes through without a call a row.
+        self.holders = [holder for holder, _ in settings]
+        self.names = [name for _, name in settings]
+        self.values = [*map(dict.get, self.holders, self.names)]
+        self.owned = [owned for run in self.runs for owned in run.owned for _ in PARAMETERS]
+        self.owned_names = [name for run in self.runs for _ in run.owned for name in PARAMETERS]
 
     def hold(self, model: Chain) -> bool:
         """Whether the children are the same, of the same kind, settings and code, without hooks or patches."""
@@ -673,11 +679,16 @@ class _Segments:
             self.plain
             and model._links() == self.children
             and [*map(type, self.parts)] == self.types
-            and self._are_plain()
+            and self._are_called_plainly()
             and self.code.now() == self.state
-            and all(map(dict.__contains__, self.owned, itertools.repeat("weight")))
-            and all(map(dict.__contains__, self.owned, itertools.repeat("bias")))
-            and all([attributes.get(name) == value for attributes, name, value in self.settings])  # noqa: C419 (faster)
+            and all(map(dict.__contains__, self.owned, self.owned_names))
+            and [*map(dict.get, self.holders, self.names)] == self.values
+        )
+
+    def _are_called_plainly(self) -> bool:
+        """Whether no child has a hook or a patched forward, and nothing else makes all of them run as modules."""
+        return not (
+            _are_hooked(self.dicts) or _has_any_global_hook() or (torch._C._len_torch_function_stack() and why_mode())
         )
 
     def log_reasons(self) -> None:
@@ -698,12 +709,6 @@ class _Segments:
         ]
         if names:
             raise RuntimeError(f'backend is "triton", but of child {", ".join(names)}, {SPLIT}; or use backend="auto"')
-
-    def _are_plain(self) -> bool:
-        """Whether no child has a hook or a patched forward, and nothing else makes all of them run as modules."""
-        return not (
-            _are_hooked(self.dicts) or _has_any_global_hook() or (torch._C._len_torch_function_stack() and why_mode())
-        )
 
 
 def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool = True) -> list[_Run]:

@@ -26,6 +26,7 @@ __all__ = [
     "ADDMM",
     "DROPOUT",
     "LINEAR",
+    "PARAMETERS",
     "Code",
     "Dropout",
     "Identity",
@@ -238,15 +239,15 @@ class Code:
         )
 
 
-_DROPOUT = Code([Dropout], [DROPOUT])
-_DROPOUT_OF_TORCH = (
-    _DROPOUT.now() if why_changed(Dropout, Dropout) is None and why_replaced((DROPOUT,)) is None else None
+# Of a call of nn.Dropout, as they were at import, or nothing where they were not torch's own.
+_DROPOUT = (
+    (_read(Dropout), look_up(DROPOUT)) if not (why_changed(Dropout, Dropout) or why_replaced((DROPOUT,))) else None
 )
 
 
 def is_dropout_torchs() -> bool:
     """Whether a call of nn.Dropout does what torch's own code does, so that one with p = 0 may be left out."""
-    return _DROPOUT.now() == _DROPOUT_OF_TORCH
+    return (_read(Dropout), F.dropout) == _DROPOUT
 
 
 constant_to_compilers(is_dropout_torchs)

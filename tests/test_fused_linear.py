@@ -92,6 +92,14 @@ def test_the_layers_join_their_neighbours_run(device: str) -> None:
     assert "linear (Linear)" not in report
 
 
+def test_shared_weights_are_left_and_named() -> None:
+    first, second = (nn.Sequential(FusedLinear(8, 8, activation="relu"), nn.Linear(8, 8)) for _ in range(2))
+    second[0].weight = first[0].weight
+    report = fuse(nn.ModuleList([first, second]))
+    assert report.replaced == ()
+    assert "its 0.linear.weight is shared with 1.0.linear.weight" in str(report)
+
+
 def test_the_layer_explains_and_warms_up_itself(device: str) -> None:
     layer = FusedLinear(16, 32, activation="gelu", backend="triton", device=device)
     plan = layer.explain(5, device="NVIDIA H200")

@@ -211,7 +211,7 @@ def register_activation(
 
 
 def is_users(kind: type) -> bool:
-    """Whether a module class was registered by a user, whose word is taken for what it computes."""
+    """True if a user registered a module class, whose word is taken for what it computes."""
     return any(activation.module is kind for name, activation in ACTIVATIONS.items() if name not in BUILT_IN)
 
 

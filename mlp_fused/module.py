@@ -674,7 +674,7 @@ class _Segments:
         self.owned_names = [name for run in self.runs for _ in run.owned for name in PARAMETERS]
 
     def hold(self, model: Chain) -> bool:
-        """Whether the children are the same, of the same kind, settings and code, without hooks or patches."""
+        """True if the children are the same, of the same kind, settings and code, without hooks or patches."""
         return (
             self.plain
             and model._links() == self.children
@@ -686,7 +686,7 @@ class _Segments:
         )
 
     def _are_called_plainly(self) -> bool:
-        """Whether no child has a hook or a patched forward, and nothing else makes all of them run as modules."""
+        """True if no child has a hook or a patched forward, and nothing else makes all of them run as modules."""
         return not (
             _are_hooked(self.dicts) or _has_any_global_hook() or (torch._C._len_torch_function_stack() and why_mode())
         )

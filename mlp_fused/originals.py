@@ -148,7 +148,7 @@ def _owner(kind: type, name: str) -> type:
 
 
 def _is_own(method: Any, owner: type, name: str) -> bool:
-    """Whether a method is the one that the file of its class defines."""
+    """True if a method is the one that the file of its class defines."""
     if owner is object or (torch.compiler.is_compiling() and _is_tracers(method)):
         return True
     if not _is_of_library(owner):
@@ -157,19 +157,19 @@ def _is_own(method: Any, owner: type, name: str) -> bool:
 
 
 def _is_tracers(method: Any) -> bool:
-    """Whether a method is one that torch's tracers put in nn.Module's place while they follow a call."""
+    """True if a method is one that torch's tracers put in the place of nn.Module's while they follow a call."""
     path = _path(method).replace("/", ".")
     return any(f".{tracer}" in path for tracer in TRACERS)
 
 
 def _is_of_library(kind: type) -> bool:
-    """Whether a class is one of `LIBRARIES`' own, found in its module under its name."""
+    """True if a class is one of `LIBRARIES`' own, found in its module under its name."""
     module, name = kind.__module__, kind.__qualname__
     return module.partition(".")[0] in LIBRARIES and getattr(sys.modules.get(module), name, None) is kind
 
 
 def _is_torchs(function: Any, name: str) -> bool:
-    """Whether a function is the one that torch defines under this name."""
+    """True if a function is the one that torch defines under this name."""
     module, _, own_name = name.rpartition(".")
     if isinstance(function, BuiltinFunctionType):  # under a name such as log_sigmoid
         same = function.__name__.replace("_", "") == own_name.replace("_", "")
@@ -178,7 +178,7 @@ def _is_torchs(function: Any, name: str) -> bool:
 
 
 def _is_of_file(function: Any, module: str, qualname: str) -> bool:
-    """Whether a function is written in a module's own file under that name. A wrapper around it is not."""
+    """True if a function is written in a module's own file under that name. A wrapper around it is not."""
     if not isinstance(function, FunctionType) or (function.__module__, function.__qualname__) != (module, qualname):
         return False
     return _path(function).removesuffix("/__init__").endswith("/" + module.replace(".", "/"))
@@ -246,7 +246,7 @@ _DROPOUT = (
 
 
 def is_dropout_torchs() -> bool:
-    """Whether a call of nn.Dropout does what torch's own code does, so that one with p = 0 may be left out."""
+    """True if a call of nn.Dropout does what torch's own code does, so that one with p = 0 may be left out."""
     return (_read(Dropout), F.dropout) == _DROPOUT
 
 

@@ -68,7 +68,8 @@ def lightning_module(lightning: Any, network: nn.Module) -> Any:
             return self.network(batch[0])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), lr=0.01)
+            # eps, lest rounding decide the sign of a step where the gradient is next to zero
+            return torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-3)
 
     return Classifier(network)
 

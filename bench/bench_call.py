@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlp_fused import FusedLinear, FusedMLP, plan
-from mlp_fused.kernels import configs
+from mlp_fused import FusedLinear, FusedMLP
+from mlp_fused.engine import paths
+from mlp_fused.engine.layer_path import layer_path
+from mlp_fused.kernels import network_tiles
 from mlp_fused.kernels.launch import Launch
-from mlp_fused.layers import layer_path
 
 
 def microseconds(call: Callable[[Tensor], Tensor], x: Tensor, calls: int) -> float:
@@ -87,7 +88,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
     instead = Nothing()
-    remembered = (layer_path, plan.network_path)
+    remembered = (layer_path, paths.network_path)
     for cache in remembered:
         cache.cache_clear()
 
@@ -96,8 +97,8 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
         launch.keep(instead, len(tensors))
 
     monkeypatch.setattr(Launch, "through_triton", compile_to_nothing)
-    monkeypatch.setattr(plan, "why_device", lambda device, backend: None)
-    monkeypatch.setattr(configs, "describe", lambda kind, index=0: configs.DEVICES["NVIDIA H200"])
+    monkeypatch.setattr(paths, "why_device", lambda device, backend: None)
+    monkeypatch.setattr(network_tiles, "describe", lambda kind, index=0: network_tiles.DEVICES["NVIDIA H200"])
     yield instead
     for cache in remembered:
         cache.cache_clear()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench import measure
 from mlp_fused import FusedMLP, timing
-from mlp_fused.gradients import dropout_factors, dropped
+from mlp_fused.engine.autograd import dropout_factors, dropped
 from mlp_fused.kernels.dropout import Dropout, draw_seed
 
 ROWS, WIDTH, LAYERS, P = 16384, 512, 4, 0.1

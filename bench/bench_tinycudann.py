@@ -7,7 +7,7 @@ fp16 in every call; ours are fp16 from the start. Its JIT mode (version 2.0 and 
 A row's extra_info:
 
     id, widths, rows, phase    phase is "forward" (no gradients) or "training" (and gradients of the parameters)
-    flops, bytes               by `mlp_fused.plan.work`, of the path ours takes
+    flops, bytes               by `mlp_fused.engine.paths.work`, of the path ours takes
     ours, tinycudann           ms, kernel_ms, quartiles, rounds, calls (see timing.py), verified, first_call_s
     tinycudann also            jit_fusion, whether its JIT mode was on
     ours also                  path, reason (from `explain`); repeat_ms, ms again after tiny-cuda-nn's: the noise
@@ -37,8 +37,8 @@ from bench import measure
 from bench.measure import Bench, relative_error, release, synchronize
 from bench.shapes import Cell, Problem, cases
 from mlp_fused import FusedMLP, timing
-from mlp_fused.kernels import configs
-from mlp_fused.plan import work
+from mlp_fused.engine.paths import work
+from mlp_fused.kernels import network_tiles
 from mlp_fused.timing import Timed
 
 WIDTHS = (16, 32, 64, 128)  # of the hidden layers
@@ -181,7 +181,7 @@ def prepare(cell: Cell, device: str, tinycudann: Any) -> tuple[Timed, Timed, dic
     ours, theirs = pair_for(problem, device, tinycudann)
     timed, their_timed = ours.timed(ours.model, phase), theirs.timed(theirs.network, phase)
     plan = ours.model.explain(problem.rows, ours.dtype)
-    gpu = configs.describe("cuda") if device == "cuda" else None
+    gpu = network_tiles.describe("cuda") if device == "cuda" else None
     parts = work(problem.rows, problem.widths, ours.dtype, problem.activation, bias=False, device=gpu)
     needed = parts["inference"] if phase == "forward" else parts["forward"] + parts["backward"]
     row = {

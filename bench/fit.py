@@ -23,8 +23,8 @@ from scipy.optimize import nnls
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlp_fused.kernels import layer_tiles, tables
-from mlp_fused.kernels.configs import DEVICES, Device
+from mlp_fused.engine import tables
+from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.estimate import (
     RATES_FILE,
     Rates,
@@ -34,6 +34,7 @@ from mlp_fused.kernels.estimate import (
     torch_seconds,
     torch_terms,
 )
+from mlp_fused.kernels.network_tiles import DEVICES, Device
 
 Row = tables.Gemm
 Terms = dict[str, float]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.shapes import FRESH_PHASES, Problem
-from mlp_fused import first_touch as steps
 from mlp_fused.environment import distorted
-from mlp_fused.first_touch import seconds
-from mlp_fused.training import DTYPES
+from mlp_fused.train.loop import DTYPES
+from mlp_fused.transfer import first_touch as steps
+from mlp_fused.transfer.first_touch import seconds
 
 
 def warmup(problem: Problem, device: str = "cuda") -> dict[str, float]:
@@ -41,7 +41,7 @@ def warmup(problem: Problem, device: str = "cuda") -> dict[str, float]:
 
 
 def first_touch(problem: Problem) -> dict[str, float]:
-    """The steps from a bare process to a network's output, FusedMLP's (see `mlp_fused.first_touch`)."""
+    """The steps from a bare process to a network's output, FusedMLP's (see `mlp_fused.transfer.first_touch`)."""
     from mlp_fused import FusedMLP
 
     dtype = DTYPES[problem.dtype]

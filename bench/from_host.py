@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from bench.shapes import Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, timing
+from mlp_fused.engine.paths import NetworkPlan
 from mlp_fused.functional import Layer, find_network
 from mlp_fused.kernels import network
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.launch import Launches
-from mlp_fused.plan import NetworkPlan
 from mlp_fused.prefetch import use_up
 from mlp_fused.timing import Timed
-from mlp_fused.training import DTYPES
+from mlp_fused.train.loop import DTYPES
 
 WAYS = ("copied", "widened", "prefetched", "in_place", "resident")
 KINDS = {"uint8": torch.uint8, **DTYPES}

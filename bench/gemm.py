@@ -23,13 +23,14 @@ from torch import Tensor
 
 from bench.shapes import Problem
 from mlp_fused import timing
-from mlp_fused.kernels import configs, layer_tiles, tables
+from mlp_fused.engine import tables
+from mlp_fused.engine.paths import KernelPlan, float32_precision, plan_layers
+from mlp_fused.kernels import layer_tiles, network_tiles
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
-from mlp_fused.plan import KernelPlan, float32_precision, plan_layers
 from mlp_fused.timing import Timed
-from mlp_fused.training import DTYPES
+from mlp_fused.train.loop import DTYPES
 
 FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "gelu": F.gelu}
 # dz from dh and what was kept: the output of a relu, the pre-activation of a gelu.
@@ -53,7 +54,7 @@ class Operands(NamedTuple):
 
 
 def kernel_plan(problem: Problem, phase: str) -> KernelPlan:
-    """The kernel of a phase as mlp_fused.plan has it: its work, and the problem that its tile is chosen for."""
+    """The kernel of a phase as mlp_fused.engine.paths has it: its work, and the problem that its tile is chosen for."""
     dtype = DTYPES[problem.dtype]
     (k, n), activation, identity = problem.widths, resolve(problem.activation), resolve("identity")
     shapes, activations = [(k, n)], [activation]
@@ -88,11 +89,11 @@ class Gemm:
         return self.plan.problem.precision
 
     @cached_property
-    def tile(self) -> configs.TileConfig:
+    def tile(self) -> network_tiles.TileConfig:
         assert self.plan.problem is not None
         tensors = [t for t in (*self.operands[0], *self.outputs) if t is not None and t.dim() == 2]
         aligned = all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
-        problem, device = replace(self.plan.problem, aligned=aligned), configs.device_of(tensors[0])
+        problem, device = replace(self.plan.problem, aligned=aligned), network_tiles.device_of(tensors[0])
         return tables.tile_for(problem, device) or layer_tiles.choose(problem, device)
 
     @cached_property

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import mlp_fused
+from mlp_fused.engine import tables
 from mlp_fused.environment import distorted
-from mlp_fused.kernels import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,10 +28,11 @@ from bench import bench_copy, conftest, fresh, from_host, gemm, goals, gpu, meas
 from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
-from mlp_fused import FusedMLP, graphs, timing, tuning
+from mlp_fused import FusedMLP, capture, timing
+from mlp_fused.engine.paths import Work, work
 from mlp_fused.environment import DISTORTING, distorted
-from mlp_fused.plan import Work, work
 from mlp_fused.timing import Ceilings, Link, Timed
+from mlp_fused.tune import tuner
 
 SMALL = Problem((5, 7, 3), 4)
 CELLS = [Cell("odd", SMALL, phase) for phase in ("forward", "backward", "training", "step")]
@@ -69,12 +70,12 @@ def test_mlp_fused_tune_measures_every_problem_of_the_grid() -> None:
     """And nothing else: its grid is that of the networks, whose anchors come first."""
     networks = [cell for cell in GRID if cell.family in ("seed", "narrow", "middle", "large", "odd")]
     here = {
-        tuning.Workload(cell.problem.widths, cell.problem.rows, cell.problem.dtype, cell.problem.activation)  # type: ignore[arg-type]
+        tuner.Workload(cell.problem.widths, cell.problem.rows, cell.problem.dtype, cell.problem.activation)  # type: ignore[arg-type]
         for cell in networks
     }
-    assert {workload for family in tuning.GRID for workload in family.workloads} == here
+    assert {workload for family in tuner.GRID for workload in family.workloads} == here
     anchors = list(dict.fromkeys(cell.problem for cell in networks if cell.anchor))
-    assert [(each.widths, each.rows, each.dtype, each.activation) for each in tuning.ANCHORS] == [
+    assert [(each.widths, each.rows, each.dtype, each.activation) for each in tuner.ANCHORS] == [
         (each.widths, each.rows, each.dtype, each.activation) for each in anchors
     ]
 
@@ -603,7 +604,7 @@ def test_kernels_of_copy_rows_are_compiled_ahead_the_smallest_first(monkeypatch:
             raise measure.NotYetError
 
     monkeypatch.setattr(measure, "Compilers", Compilers)
-    monkeypatch.setattr(measure.configs, "describe", lambda kind: "gpu")
+    monkeypatch.setattr(measure.network_tiles, "describe", lambda kind: "gpu")
     active = SimpleNamespace(get_current_target=lambda: "target")
     monkeypatch.setattr(measure, "driver", SimpleNamespace(active=active))
     problems = [Problem((5, 3), rows) for rows in (8, 2, 4)]
@@ -629,7 +630,7 @@ def test_what_a_call_launches_is_compiled() -> None:
 from bench import measure
 from bench.shapes import Problem
 from mlp_fused.compiling import compile_only
-from mlp_fused.kernels.configs import DEVICES
+from mlp_fused.kernels.network_tiles import DEVICES
 from mlp_fused.kernels.launch import Launch
 
 compile_only(DEVICES["NVIDIA H100"], None)
@@ -813,8 +814,8 @@ def test_a_captured_step_is_verified_as_any_other(name: str, monkeypatch: pytest
             for memory, value in zip(self.results, self.function(), strict=True):
                 memory.copy_(value)
 
-    monkeypatch.setattr(graphs, "_CudaGraph", Graph)
-    monkeypatch.setattr(graphs, "_check_device", lambda optimizer, x: None)
+    monkeypatch.setattr(capture, "_CudaGraph", Graph)
+    monkeypatch.setattr(capture, "_check_device", lambda optimizer, x: None)
     (baseline,) = [each for each in measure.BASELINES if each.name == name]
     bench = measure.Bench(replace(SMALL, cross_entropy=True), "cpu")
     timed = baseline.build(bench, "step")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .activations import Activation
-from .configs import TileConfig
 from .language import tl, triton
+from .network_tiles import TileConfig
 
 __all__ = ["SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "keeps_preactivation", "of_launch"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .activations import ACTIVATIONS
-from .configs import (
+from .network_tiles import (
     DESCRIPTOR_ARCHITECTURES,
     DEVICES,
     Device,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configs import TileConfig
 from .language import allocation, driver, tl, triton
+from .network_tiles import TileConfig
 
 __all__ = [
     "Launch", "Launches", "Program", "Remembered", "by_columns", "cdiv", "count_launches", "describable", "launch",

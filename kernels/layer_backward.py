@@ -16,9 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import configs, layer_tiles
+from . import layer_tiles, network_tiles
 from .activations import Activation
-from .dot import (
+from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
+from .language import tl, triton
+from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
+from .tile import (
     activate,
     differentiate,
     load_tile,
@@ -31,9 +34,6 @@ from .dot import (
     store_tile,
     tile_position,
 )
-from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
-from .language import tl, triton
-from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 
 __all__ = ["dgrad", "output_gradient", "sum_partials", "wgrad"]
 
@@ -88,7 +88,7 @@ def output_gradient(
     saved: Tensor | None,
     dz: Tensor,
     activation: Activation,
-    tile: configs.TileConfig | None = None,
+    tile: network_tiles.TileConfig | None = None,
     h: Tensor | None = None,
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -108,7 +108,7 @@ def output_gradient(
     assert saved is None or (saved.shape == (M, N) and saved.is_contiguous())
     assert h is None or (h.shape == (M, N) and h.is_contiguous())
     tile = tile or layer_tiles.choose(
-        configs.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), configs.device_of(dz)
+        network_tiles.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), network_tiles.device_of(dz)
     )
     tensors, dropping = of_launch((dh, saved, dz, h), seed, dropout)
     return launch(
@@ -215,7 +215,7 @@ def dgrad(
     h: Tensor | None,
     below: Activation,
     precision: str,
-    tile: configs.TileConfig | None = None,
+    tile: network_tiles.TileConfig | None = None,
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
@@ -235,7 +235,7 @@ def dgrad(
     assert h is None or (saved is not None and h.shape == dx.shape and h.is_contiguous())
     aligned = describable(dz, weight, saved, dx, h)
     tile = tile or layer_tiles.choose(
-        configs.Problem("dgrad", M, K, N, dz.dtype, precision, aligned, below.name), configs.device_of(dz)
+        network_tiles.Problem("dgrad", M, K, N, dz.dtype, precision, aligned, below.name), network_tiles.device_of(dz)
     )
     assert aligned or not tile.descriptors
     tensors, dropping = of_launch((dz, weight, saved, dx, h), seed, dropout)
@@ -374,9 +374,9 @@ def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] 
     assert starts[-1] + sizes[-1] <= size
     return launch(
         sum_partials_kernel,
-        cdiv(size, configs.SUM_PARTIALS.block_m),
+        cdiv(size, network_tiles.SUM_PARTIALS.block_m),
         partial.device,
-        configs.SUM_PARTIALS,
+        network_tiles.SUM_PARTIALS,
         (partial, tuple(sums)),
         (starts, sizes, splits, size),
         OFFSET=offset_type(partial),
@@ -438,7 +438,7 @@ def wgrad(
     dw: Tensor | None,
     db: Tensor | None,
     precision: str,
-    tile: configs.TileConfig | None = None,
+    tile: network_tiles.TileConfig | None = None,
 ) -> WeightGradient | None:
     """dW = dzᵀ h and db = Σ_rows dz, each where it is given.
 
@@ -456,8 +456,8 @@ def wgrad(
     assert db is None or (db.shape == (N,) and db.is_contiguous())
     h = dz if h is None else h  # not read where dw is None
     aligned = describable(dz, h)
-    problem = configs.Problem("wgrad", N, K, M, dz.dtype, precision, aligned)
-    tile = tile or layer_tiles.choose(problem, configs.device_of(dz))
+    problem = network_tiles.Problem("wgrad", N, K, M, dz.dtype, precision, aligned)
+    tile = tile or layer_tiles.choose(problem, network_tiles.device_of(dz))
     assert aligned or not tile.descriptors
     chunk = max(1, cdiv(cdiv(M, tile.split), tile.block_k)) * tile.block_k
     splits = max(1, cdiv(M, chunk))

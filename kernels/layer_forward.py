@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import configs, layer_tiles
+from . import layer_tiles, network_tiles
 from .activations import Activation
-from .dot import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
 from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
+from .tile import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
 
 __all__ = ["layer_forward", "pointwise"]
 
@@ -94,7 +94,7 @@ def layer_forward(
     z: Tensor | None,
     activation: Activation,
     precision: str,
-    tile: configs.TileConfig | None = None,
+    tile: network_tiles.TileConfig | None = None,
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
@@ -118,7 +118,8 @@ def layer_forward(
     assert z is None or (z.shape == h.shape and z.is_contiguous())
     aligned = describable(x, weight, h, z)
     tile = tile or layer_tiles.choose(
-        configs.Problem("forward", M, N, K, x.dtype, precision, aligned, activation.name), configs.device_of(x)
+        network_tiles.Problem("forward", M, N, K, x.dtype, precision, aligned, activation.name),
+        network_tiles.device_of(x),
     )
     assert aligned or not tile.descriptors
     tensors, dropping = of_launch((x, weight, bias, h, z), seed, dropout)
@@ -174,7 +175,7 @@ def pointwise(
     z: Tensor,
     h: Tensor,
     activation: Activation,
-    tile: configs.TileConfig | None = None,
+    tile: network_tiles.TileConfig | None = None,
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
@@ -185,7 +186,7 @@ def pointwise(
     assert h.is_contiguous()
     # The tile is that of the other pointwise kernel.
     tile = tile or layer_tiles.choose(
-        configs.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), configs.device_of(h)
+        network_tiles.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), network_tiles.device_of(h)
     )
     tensors, dropping = of_launch((z, h), seed, dropout)
     return launch(

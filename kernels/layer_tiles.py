@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .configs import (
+from .estimate import RATES, Rates, kernel_seconds, torch_seconds
+from .language import TRITON_VERSION
+from .network_tiles import (
     BLACKWELL,
     DESCRIPTOR_ARCHITECTURES,
     Device,
@@ -22,8 +24,6 @@ from .configs import (
     resident,
     shared_memory,
 )
-from .estimate import RATES, Rates, kernel_seconds, torch_seconds
-from .language import TRITON_VERSION
 
 __all__ = ["SHORTEST_SPLIT", "candidates", "choose", "why_torch"]
 

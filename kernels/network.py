@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from .activations import Activation
-from .configs import TileConfig, padded
-from .dot import activate, differentiate, dot, multiply, round_to, store
 from .language import tl, triton
 from .launch import Launch, cdiv, launch, offset_type
 from .layer_backward import Partial, sum_partials
+from .network_tiles import TileConfig, padded
+from .tile import activate, differentiate, dot, multiply, round_to, store
 
 __all__ = ["Gradients", "Network", "dgrad", "forward", "gradients_of", "network_of", "recompute", "wgrad"]
 

@@ -4,10 +4,10 @@ from mlp_fused import FusedMLP
 model = FusedMLP(784, [512, 512, 10])
 """
 
-from . import ops as ops
+from .capture import CapturedStep, capture_step
 from .convert import PATTERNS, FuseReport, Pattern, fuse, register_pattern, unfuse
+from .engine import ops as ops
 from .functional import linear_act, mlp
-from .graphs import CapturedStep, capture_step
 from .kernels.activations import ACTIVATIONS, Activation, register_activation
 from .module import FusedLinear, FusedMLP, Pointwise
 from .prefetch import DevicePrefetcher

@@ -11,16 +11,19 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
-from . import ACTIVATIONS, __version__, predict, transfer, tuning
-from .config import LEARNING_RATES, MOMENTUM, Config, OptimizerName
-from .data import TaskName
+from . import ACTIVATIONS, __version__
 from .devices import DtypeName
+from .engine.paths import Backend
 from .environment import describe
 from .errors import UserError
-from .plan import Backend
-from .processes import is_first, is_first_to_fail
-from .training import train
-from .tuning import tune
+from .train import predict
+from .train.config import LEARNING_RATES, MOMENTUM, Config, OptimizerName
+from .train.data import TaskName
+from .train.distributed import is_first, is_first_to_fail
+from .train.loop import train
+from .transfer import measurement
+from .tune import tuner
+from .tune.tuner import tune
 
 __all__ = ["main"]
 
@@ -182,20 +185,20 @@ def _add_tune(commands: Any) -> None:
         help="a network, by its widths from the input to the output, such as 784 512 10; may be given several times "
         "(default: the grid of the benches)",
     )
-    batches, dtypes = (" ".join(map(str, values)) for values in (tuning.BATCHES, tuning.DTYPES))
+    batches, dtypes = (" ".join(map(str, values)) for values in (tuner.BATCHES, tuner.DTYPES))
     what.add_argument(
         "--batch", type=int, nargs="+", metavar="N", help=f"rows of a batch, with --dims (default: {batches})"
     )
     what.add_argument(
         "--dtype",
         nargs="+",
-        choices=get_args(tuning.DtypeName),
+        choices=get_args(tuner.DtypeName),
         help=f"what is computed in, with --dims; tf32 is fp32 where torch is allowed tf32 (default: {dtypes})",
     )
     what.add_argument(
         "--activation",
         metavar="NAME",
-        help=f"after every hidden layer, with --dims; train --help lists them (default: {tuning.ACTIVATION})",
+        help=f"after every hidden layer, with --dims; train --help lists them (default: {tuner.ACTIVATION})",
     )
     command.add_argument(
         "--minutes", type=float, metavar="T", help="how long it may take, about (default: %(default)s)"
@@ -205,7 +208,7 @@ def _add_tune(commands: Any) -> None:
         metavar="FILE",
         help="the table to write, or to add to (default: your own, ~/.cache/mlp_fused/<gpu>.json, which is read)",
     )
-    command.set_defaults(**{**dataclasses.asdict(tuning.Config()), "dims": None})
+    command.set_defaults(**{**dataclasses.asdict(tuner.Config()), "dims": None})
 
 
 def _add_transfer(commands: Any) -> None:
@@ -218,7 +221,7 @@ def _add_transfer(commands: Any) -> None:
         allow_abbrev=False,
     )
     network = command.add_argument_group("network")
-    dims, batch = (" ".join(map(str, values)) for values in (transfer.DIMS, transfer.BATCH))
+    dims, batch = (" ".join(map(str, values)) for values in (measurement.DIMS, measurement.BATCH))
     network.add_argument(
         "--dims",
         type=int,
@@ -232,7 +235,7 @@ def _add_transfer(commands: Any) -> None:
     network.add_argument(
         "--activation",
         metavar="NAME",
-        help=f"after every hidden layer of --dims; train --help lists them (default: {transfer.ACTIVATION})",
+        help=f"after every hidden layer of --dims; train --help lists them (default: {measurement.ACTIVATION})",
     )
     what = command.add_argument_group("what is measured")
     what.add_argument(
@@ -256,7 +259,7 @@ def _add_transfer(commands: Any) -> None:
         metavar="FILE",
         help="draw time against batch size, into FILE.png or FILE.svg; needs matplotlib (default: none is drawn)",
     )
-    command.set_defaults(**dataclasses.asdict(transfer.Config()))
+    command.set_defaults(**dataclasses.asdict(measurement.Config()))
 
 
 def _end(status: int, message: str) -> int:
@@ -286,11 +289,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if command == "tune":
-            tune(tuning.Config(**{**arguments, "dims": arguments["dims"] or ()}), report=report)
+            tune(tuner.Config(**{**arguments, "dims": arguments["dims"] or ()}), report=report)
         elif command == "predict":
             predict.run(predict.Config(**arguments), report=report)
         elif command == "transfer":
-            transfer.run(transfer.Config(**arguments), report=report)
+            measurement.run(measurement.Config(**arguments), report=report)
         else:
             train(Config(**arguments), report=report)
     except (UserError, torch.OutOfMemoryError) as error:

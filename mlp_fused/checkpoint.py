@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import plan
-from .config import Build, Config, build_model
+from .engine import paths
 from .errors import UserError, first_line
 from .files import check_writable, write_whole
 from .scaling import Scaling, Unscaling, whole
+from .train.config import Build, Config, build_model
 
 __all__ = [
     "FORMAT",
@@ -145,7 +145,7 @@ def make_model(
     path: str | Path,
     checkpoint: Mapping[str, Any],
     build: Build = build_model,
-    backend: plan.Backend | None = "auto",
+    backend: paths.Backend | None = "auto",
 ) -> nn.Sequential:
     """`load_model` for a checkpoint that was loaded from `path`; a backend of None is the one that trained.
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import plan
+from .engine import paths
+from .engine.layer_path import IDENTITY
+from .engine.originals import why_method_changed
 from .kernels.activations import find, path_of
-from .layers import IDENTITY
 from .module import (
     Chain,
     FusedLinear,
@@ -31,7 +32,6 @@ from .module import (
     why_called,
     why_unfused,
 )
-from .originals import why_method_changed
 
 __all__ = ["PATTERNS", "FuseReport", "Pattern", "fuse", "register_pattern", "unfuse"]
 
@@ -177,7 +177,7 @@ def fuse(
     model: nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     *,
-    backend: plan.Backend = "auto",
+    backend: paths.Backend = "auto",
     recompute: bool | None = None,
 ) -> FuseReport:
     """Run the MLPs inside a model on fused kernels, in place; parameters, state_dict keys and hooks stay.
@@ -206,8 +206,8 @@ def fuse(
     _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is {filter_fn!r}; it needs to be a function (module, name) -> bool, or None")
-    backend = plan.check_backend(backend)
-    recompute = plan.check_recompute(recompute)
+    backend = paths.check_backend(backend)
+    recompute = paths.check_recompute(recompute)
 
     shared = _shared_parameters(model)
     chosen: list[Any] = []
@@ -365,10 +365,10 @@ def _what_runs(chain: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     for run in runs_of(steady.values()):
         named = list(zip(run.children, names))
         if run.linears:
-            paths = (name for link, name in named if is_linear(link))
+            links = (name for link, name in named if is_linear(link))
             layers = [
                 path + ("" if activation is IDENTITY else f" + {activation}")
-                for path, (_, activation) in zip(paths, run.linears)
+                for path, (_, activation) in zip(links, run.linears)
             ]
             if any(activation is not IDENTITY for _, activation in run.linears):
                 fused.append(", ".join(layers))
@@ -503,13 +503,13 @@ def _derive(kind: Any, target: str) -> Any:
 def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
     """The members that a class derived from `kind` has of a pattern: its chain, and the method that runs it."""
     original: Callable[..., Tensor] = getattr(kind, pattern.method)
-    paths = tuple(tuple(path.split(".")) for path in pattern.chain)
+    steps = tuple(tuple(path.split(".")) for path in pattern.chain)
     within = tuple((tuple(path.split(".")), target) for path, target in pattern.within.items())
     finish = pattern.finish
     parameter = list(inspect.signature(original).parameters)[1]
 
     def links(self: Any) -> tuple[Any, ...]:
-        return tuple([_follow(self, path) for path in paths])
+        return tuple([_follow(self, path) for path in steps])
 
     @functools.wraps(original)
     def method(self: Any, *arguments: Any, **keywords: Any) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import FusedMLP, __version__
-from .kernels import tables
+from .engine import tables
 
 __all__ = ["DISTORTING", "SWITCHES", "describe", "distorted", "versions"]
 

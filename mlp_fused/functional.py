@@ -11,14 +11,10 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .chain import run_layers
-from .kernels import configs
-from .kernels.activations import Activation, resolve
-from .kernels.dropout import draw_seed
-from .layers import LayerPath, layer_path
-from .networks import run_network
-from .originals import LINEAR, why_mode, why_replaced
-from .plan import (
+from .engine.layer_path import LayerPath, layer_path
+from .engine.network_path import run_network
+from .engine.originals import LINEAR, why_mode, why_replaced
+from .engine.paths import (
     DEFAULT_BACKEND,
     Backend,
     NetworkPlan,
@@ -31,6 +27,10 @@ from .plan import (
     wants_gradients,
     why_reference,
 )
+from .engine.schedule import run_layers
+from .kernels import network_tiles
+from .kernels.activations import Activation, resolve
+from .kernels.dropout import draw_seed
 
 try:
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
@@ -359,7 +359,7 @@ def find_network(
     widths = _widths(x, layers)
     activations = tuple(layer.activation for layer in layers)
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
-    device = configs.device_of(x)
+    device = network_tiles.device_of(x)
     precision = precision or precision_of(dtype)
     drops = any(layer.dropout for layer in layers)
     return network_path(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import plan
+from .engine import paths
 
 if TYPE_CHECKING:
     from .module import Chain
@@ -143,7 +143,7 @@ def explain(
     """
     try:
         found = need(model, rows, state)
-        wide = plan.compute_dtype(next(model.parameters()).dtype, found.device.type).itemsize > 2
+        wide = paths.compute_dtype(next(model.parameters()).dtype, found.device.type).itemsize > 2
     except Exception:  # anybody's modules may stand in a network; what explains an error must not hide it
         return
     error.args = (str(error).partition(OURS)[0],)

@@ -17,21 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from . import memory, plan
-from .functional import (
-    Decision,
-    Layer,
-    can_checkpoint,
-    check_call,
-    find_path,
-    run_kernels,
-    run_path,
-    settings,
-)
-from .kernels import configs
-from .kernels.activations import Activation, find, functions_called, path_of, resolve
-from .layers import IDENTITY, LayerPath
-from .originals import (
+from . import memory
+from .engine import paths
+from .engine.layer_path import IDENTITY, LayerPath
+from .engine.originals import (
     ADDMM,
     DROPOUT,
     LINEAR,
@@ -47,6 +36,18 @@ from .originals import (
     why_mode,
     why_replaced,
 )
+from .functional import (
+    Decision,
+    Layer,
+    can_checkpoint,
+    check_call,
+    find_path,
+    run_kernels,
+    run_path,
+    settings,
+)
+from .kernels import network_tiles
+from .kernels.activations import Activation, find, functions_called, path_of, resolve
 
 __all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
 
@@ -77,16 +78,16 @@ SEQUENTIAL_FORWARD = Sequential.forward if why_changed(Sequential, Sequential) i
 class WithBackend:
     """A module with the user's choice of what computes it."""
 
-    _backend: plan.Backend = "auto"
+    _backend: paths.Backend = "auto"
 
     @property
-    def backend(self) -> plan.Backend:
+    def backend(self) -> paths.Backend:
         """ "auto", "triton" or "reference"; may be assigned."""
         return self._backend
 
     @backend.setter
-    def backend(self, backend: plan.Backend) -> None:
-        self._backend = plan.check_backend(backend)
+    def backend(self, backend: paths.Backend) -> None:
+        self._backend = paths.check_backend(backend)
 
 
 class Chain(WithBackend, nn.Module):
@@ -110,7 +111,7 @@ class Chain(WithBackend, nn.Module):
 
     @recompute.setter
     def recompute(self, recompute: bool | None) -> None:
-        self._recompute = plan.check_recompute(recompute)
+        self._recompute = paths.check_recompute(recompute)
 
     def _forward(self, input: Tensor) -> Tensor:
         if Sequential.forward is not SEQUENTIAL_FORWARD and isinstance(self, Sequential):
@@ -149,12 +150,12 @@ class Chain(WithBackend, nn.Module):
                 for decision in run.decisions:
                     if decision.holds(input, weights, biases, now):
                         return run_path(input, weights, biases, decision.path)
-            if any(run.dropouts) and plan.is_watched():
+            if any(run.dropouts) and paths.is_watched():
                 return run.call(input)  # no operator draws random numbers
             layers = run.layers()
             dtype = check_call(input, layers)
-            if plan.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
-                if repeats and not plan.is_watched() and Decision.can_hold(input, weights):
+            if paths.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
+                if repeats and not paths.is_watched() and Decision.can_hold(input, weights):
                     path = find_path(input, layers, dtype, self._recompute, self._backend)
                     if not (self._recompute and isinstance(path, LayerPath)):  # which torch's checkpoint runs
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
@@ -172,7 +173,7 @@ class Chain(WithBackend, nn.Module):
 
     def _wants_kernels(self) -> bool:
         """Whether the user asked for kernels even on a CPU, which is where the interpreter runs them."""
-        return (plan.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
+        return (paths.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
 
     def _forward_as_modules(self, input: Tensor) -> Tensor:
         """The modules called as they are, on a CPU and under torch.compile.
@@ -247,7 +248,7 @@ class Chain(WithBackend, nn.Module):
         """One run's kernels, launched for their own sake."""
         with torch.set_grad_enabled(differentiable):
             dtype = check_call(x, layers)
-            if plan.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
+            if paths.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
                 return
             y = run_kernels(x, layers, dtype, self._recompute, self._backend)
             leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
@@ -255,7 +256,7 @@ class Chain(WithBackend, nn.Module):
             if differentiable and wanted:
                 torch.autograd.grad(y, wanted, torch.zeros_like(y))
 
-    def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> plan.Plan:
+    def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> paths.Plan:
         """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
 
         Args:
@@ -276,16 +277,16 @@ class Chain(WithBackend, nn.Module):
         parameter = next(self.parameters(), None)
         if parameter is None:
             raise ValueError("the network has no parameters; there is nothing to explain")
-        known = configs.DEVICES.get(device) if isinstance(device, str) else None
+        known = network_tiles.DEVICES.get(device) if isinstance(device, str) else None
         where = torch.device("meta") if known else torch.device(device or parameter.device)
         given = _policy_dtype(self) or parameter.dtype  # to a call
-        dtype = dtype or plan.compute_dtype(given, where.type)
-        precision = plan.float32_precision() if dtype == torch.float32 else "ieee"
+        dtype = dtype or paths.compute_dtype(given, where.type)
+        precision = paths.float32_precision() if dtype == torch.float32 else "ieee"
         gpu = known
         if known is None and (where.type == "cuda" or self._wants_kernels()):
-            gpu = configs.describe(where.type, where.index or 0)
+            gpu = network_tiles.describe(where.type, where.index or 0)
 
-        runs: list[plan.RunPlan] = []
+        runs: list[paths.RunPlan] = []
         kept = 0
         links = self._links()
         first = next((child for child in links if is_linear(child)), None)
@@ -297,7 +298,7 @@ class Chain(WithBackend, nn.Module):
             layers = run.gathered_layers("meta", _policy_dtype(self))
             reason = run.reason
             if layers:
-                reason = plan.why_not(layers, dtype, where, self._backend, planned=known is not None)
+                reason = paths.why_not(layers, dtype, where, self._backend, planned=known is not None)
             trainable = [layer.weight.requires_grad for layer in layers]
             biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
             needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
@@ -307,11 +308,11 @@ class Chain(WithBackend, nn.Module):
             training = any(trainable) or any(biased) or needs_input_grad
             if layers and reason is None and gpu is not None and not self._wants_kernels():
                 activations = [layer.activation for layer in layers]
-                reason = plan.why_torch(widths, activations, dtype, precision, training, self._recompute, gpu)
-            path: plan.NetworkPlan | str = ""
+                reason = paths.why_torch(widths, activations, dtype, precision, training, self._recompute, gpu)
+            path: paths.NetworkPlan | str = ""
             if layers and reason is None:
                 assert gpu is not None
-                path = plan.network_path(
+                path = paths.network_path(
                     widths,
                     tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, *_ in layers),
                     tuple(layer.activation for layer in layers),
@@ -324,15 +325,15 @@ class Chain(WithBackend, nn.Module):
                     drops=any(run.dropouts),
                     torch_too=not self._wants_kernels(),
                 )
-            if isinstance(path, plan.NetworkPlan):
-                gradients = plan.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
-                kernels = plan.plan_network(batch_size, path, biases, gradients, needs_input_grad)
+            if isinstance(path, paths.NetworkPlan):
+                gradients = paths.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
+                kernels = paths.plan_network(batch_size, path, biases, gradients, needs_input_grad)
                 kept += path.kept_elements(batch_size) * dtype.itemsize
                 if path.formulation is not None:  # the input is kept as it is given
                     kept += batch_size * widths[0] * (input_size - dtype.itemsize)
-                runs.append(plan.RunPlan(names, "network", path.explanation, tuple(kernels)))
+                runs.append(paths.RunPlan(names, "network", path.explanation, tuple(kernels)))
                 continue
-            kernels = plan.plan_layers(  # of the reference too: the least that the work takes
+            kernels = paths.plan_layers(  # of the reference too: the least that the work takes
                 batch_size,
                 list(itertools.pairwise(widths)),
                 [layer.activation for layer in layers],
@@ -344,13 +345,13 @@ class Chain(WithBackend, nn.Module):
                 dropouts=run.dropouts if reason is None else None,
             )
             if reason is None:
-                kept += plan.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
-                kept += plan.SEED_BYTES if training and any(run.dropouts) else 0
-                runs.append(plan.RunPlan(names, "layer", str(path), tuple(kernels)))
+                kept += paths.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
+                kept += paths.SEED_BYTES if training and any(run.dropouts) else 0
+                runs.append(paths.RunPlan(names, "layer", str(path), tuple(kernels)))
             else:
                 kept += kept_by_torch
-                runs.append(plan.RunPlan(names, "reference", reason, tuple(kernels)))
-        return plan.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not self._wants_kernels())
+                runs.append(paths.RunPlan(names, "reference", reason, tuple(kernels)))
+        return paths.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not self._wants_kernels())
 
 
 def _delegated(name: str) -> Any:
@@ -402,14 +403,14 @@ class FusedLinear(Chain):
         bias: bool = True,
         activation: str | Activation | nn.Module | type[nn.Module] | None = None,
         *,
-        backend: plan.Backend = "auto",
+        backend: paths.Backend = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_width(in_features, "in_features")
         _check_width(out_features, "out_features")
         resolved = resolve(activation)
-        backend = plan.check_backend(backend)
+        backend = paths.check_backend(backend)
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.activation = resolved
@@ -500,7 +501,7 @@ class FusedMLP(Chain, nn.Sequential):
         *,
         output_activation: str | Activation | nn.Module | Callable[..., nn.Module] | None = None,
         recompute: bool | None = None,
-        backend: plan.Backend = "auto",
+        backend: paths.Backend = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -523,7 +524,7 @@ class FusedMLP(Chain, nn.Sequential):
             raise ValueError(f"dropout is {dropout}; it needs to be a probability, from 0 to 1")
         if norm_layer is not None and not callable(norm_layer):
             raise TypeError(f"norm_layer is {norm_layer!r}; it needs to make a module when called with a width")
-        backend = plan.check_backend(backend)
+        backend = paths.check_backend(backend)
 
         where = {"device": device, "dtype": dtype}
         in_place = {} if inplace is None else {"inplace": inplace}
@@ -545,7 +546,7 @@ class FusedMLP(Chain, nn.Sequential):
 
     @classmethod
     def from_sequential(
-        cls, sequential: nn.Sequential, *, recompute: bool | None = None, backend: plan.Backend = "auto"
+        cls, sequential: nn.Sequential, *, recompute: bool | None = None, backend: paths.Backend = "auto"
     ) -> FusedMLP:
         """The same network, fused: it takes over `sequential`'s own modules, so parameters and state_dict keys are one.
 
@@ -560,7 +561,7 @@ class FusedMLP(Chain, nn.Sequential):
                 f"sequential is {type(sequential).__name__}; it needs to be an nn.Sequential; "
                 "for a single layer there is FusedLinear"
             )
-        backend = plan.check_backend(backend)
+        backend = paths.check_backend(backend)
         model = cls.__new__(cls)
         nn.Sequential.__init__(model, OrderedDict(sequential._modules))
         model.training = sequential.training
@@ -695,7 +696,7 @@ class _Segments:
         """Log each reason, once a process, for which a Linear layer runs as a module."""
         for run in self.runs:
             if run.reason and is_linear(run.children[0]):
-                plan.log_once(run.reason)
+                paths.log_once(run.reason)
 
     def refuse_split(self, model: Chain) -> None:
         """Refuse layers that no one process has. (Others with hooks run as themselves, whatever the backend.)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .timing import Spread
-from .transfer import Transfer
+from .transfer.measurement import Transfer
 
 __all__ = ["DARK", "LIGHT", "Theme", "blank", "draw", "file_of", "finish", "number", "step_figure", "write"]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .training import DTYPES
+from .train.loop import DTYPES
 
 __all__ = [
     "MAX_SETS",

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from mlp_fused import ACTIVATIONS
-from mlp_fused.kernels import configs, layer_backward, layer_forward, layer_tiles, network
-from mlp_fused.kernels.configs import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig
+from mlp_fused.engine.network_path import run_network
+from mlp_fused.engine.paths import network_path
+from mlp_fused.kernels import layer_backward, layer_forward, layer_tiles, network, network_tiles
 from mlp_fused.kernels.dropout import Dropout
 from mlp_fused.kernels.layer_tiles import choose
-from mlp_fused.networks import run_network
-from mlp_fused.plan import network_path
+from mlp_fused.kernels.network_tiles import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig
 
 # One device an architecture.
 TARGETS = {name: DEVICES[name] for name in ("NVIDIA A100", "NVIDIA H100", "NVIDIA B200", "AMD MI300X")}
@@ -134,8 +134,8 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
         tile = launched.tile
         counted = 0
         if kind in ("forward", "recompute", "dgrad"):
-            problem = configs.NetworkProblem(kind, path.network.pads, path.network.keeps_z, dtype, row.precision)
-            counted = configs.network_shared_memory(problem, tile, device)
+            problem = network_tiles.NetworkProblem(kind, path.network.pads, path.network.keeps_z, dtype, row.precision)
+            counted = network_tiles.network_shared_memory(problem, tile, device)
         readings.append({"id": row.id, "kernel": kind, "tile": str(tile), "counted": counted, **reading})
     return readings
 
@@ -199,7 +199,9 @@ def sample(tiles: list[TileConfig], turn: int) -> list[TileConfig]:
     return list(dict.fromkeys([*largest.values(), turned[turn % len(turned)]]))
 
 
-def tiles(kind: configs.Kind, dtype: torch.dtype, precision: str, aligned: bool, device: Device) -> list[TileConfig]:
+def tiles(
+    kind: network_tiles.Kind, dtype: torch.dtype, precision: str, aligned: bool, device: Device
+) -> list[TileConfig]:
     """The distinct tiles worth measuring for large problems and for small sides, the largest tiles first."""
     sizes = [*itertools.product((16, 32, 8192), (16, 32, 64, 4096), (1024,)), (8192, 4096, 16)]
     problems = [Problem(kind, m, n, k, dtype, precision, aligned) for m, n, k in sizes]
@@ -214,7 +216,7 @@ def compile_one(row: Compilation) -> dict[str, Any]:
     reading = {"id": row.id, **read(capture(lambda: launch(row), device)[-1], device)}
     if row.kernel in GEMMS:
         problem = Problem(row.kernel, 1, 1, 1, getattr(torch, row.dtype), row.precision)
-        reading["counted"] = configs.shared_memory(problem, row.tile, device)
+        reading["counted"] = network_tiles.shared_memory(problem, row.tile, device)
     return reading
 
 
@@ -239,14 +241,14 @@ def capture(call: Callable[[], None], device: Device) -> list[Launch]:
 
     modules = (layer_forward, layer_backward, network)
     before = [module.launch for module in modules]
-    device_of = configs.device_of
+    device_of = network_tiles.device_of
     try:
-        configs.device_of = lambda tensor: device
+        network_tiles.device_of = lambda tensor: device
         for module in modules:
             module.launch = record
         call()
     finally:
-        configs.device_of = device_of
+        network_tiles.device_of = device_of
         for module, launch in zip(modules, before):
             module.launch = launch
     return launched

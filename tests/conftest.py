@@ -204,10 +204,11 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
 def backend_of_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each path in turn; returns the backend with which networks that fit in one kernel take it."""
-    from mlp_fused import chain, functional
+    from mlp_fused import functional
+    from mlp_fused.engine import schedule
 
     if request.param == "layer by layer":
-        monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
+        monkeypatch.setattr(schedule, "LAUNCH_BOUND", -1)
     if request.param.startswith("layer"):
         monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
     return "reference" if request.param == "reference" else "triton"
@@ -285,7 +286,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture(autouse=True, scope="session")
 def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests are of the rules; neither what this machine's user measured nor what the package brings overrules them."""
-    from mlp_fused.kernels import tables
+    from mlp_fused.engine import tables
 
     with pytest.MonkeyPatch.context() as patch:
         empty = tmp_path_factory.mktemp("tables")
@@ -297,14 +298,13 @@ def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder each for the user's and the packaged tables, both empty; what was read of them is forgotten after."""
-    from mlp_fused import plan
-    from mlp_fused.kernels import tables
+    from mlp_fused.engine import paths, tables
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "PACKAGED", tmp_path / "tuned")
-    plan.forget_tables()
+    paths.forget_tables()
     yield tmp_path
-    plan.forget_tables()
+    paths.forget_tables()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 STEP = 16  # of the reduction, in one instruction
 BITS_BELOW = 2  # the last bit of fp32, which the alignment keeps
-MIDDLE, LOW = 2.0**6, 2.0**13  # scales of the parts below the highest, as in kernels/dot.py
+MIDDLE, LOW = 2.0**6, 2.0**13  # scales of the parts below the highest, as in kernels/tile.py
 
 
 def _exponent(value: Array) -> NDArray[np.int32]:

@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 from bench.readings import CELLS, TF32
-from mlp_fused import ACTIVATIONS, plan
-from mlp_fused.kernels import configs, estimate, tables
-from mlp_fused.training import DTYPES
+from mlp_fused import ACTIVATIONS
+from mlp_fused.engine import paths, tables
+from mlp_fused.kernels import estimate, layer_tiles, network_tiles
+from mlp_fused.train.loop import DTYPES
 
 DATA = Path(__file__).with_name("data") / "h100"
-H100 = dataclasses.replace(configs.DEVICES["NVIDIA H100"], name="NVIDIA H100 80GB HBM3")
+H100 = dataclasses.replace(network_tiles.DEVICES["NVIDIA H100"], name="NVIDIA H100 80GB HBM3")
 BOUND = 1.05  # of torch's device time
 
 
@@ -50,7 +51,7 @@ class Expected:
         return self.ms / self.torch_ms
 
 
-def reading_of(problem: configs.Problem) -> tables.Gemm | None:
+def reading_of(problem: network_tiles.Problem) -> tables.Gemm | None:
     """The reading of a product with the nearest batch, half to twice the size."""
     same = [row for row in PRODUCTS if dataclasses.replace(row.problem, m=0, n=0, k=0) == _kind(problem)]
     near = [
@@ -61,11 +62,11 @@ def reading_of(problem: configs.Problem) -> tables.Gemm | None:
     return min(near, key=lambda row: max(row.rows / problem.rows, problem.rows / row.rows), default=None)
 
 
-def _kind(problem: configs.Problem) -> configs.Problem:
+def _kind(problem: network_tiles.Problem) -> network_tiles.Problem:
     return dataclasses.replace(problem, m=0, n=0, k=0)
 
 
-def step(problem: configs.Problem) -> tuple[float, bool, str]:
+def step(problem: network_tiles.Problem) -> tuple[float, bool, str]:
     """A product's milliseconds, whether torch runs it, and one line that says where both come from."""
     choice = tables.choice_for(problem, H100)
     row = reading_of(problem)
@@ -91,10 +92,10 @@ def expected(name: str, phase: str) -> Expected:
     shapes = list(pairwise(cell.widths))
     activations = (*(ACTIVATIONS[cell.activation] for _ in shapes[1:]), ACTIVATIONS["identity"])
     strides = tuple((k, 1, 1) for k, _ in shapes)
-    path = plan.network_path(cell.widths, strides, activations, dtype, precision, H100, training, torch_too=True)
-    if isinstance(path, plan.NetworkPlan):
+    path = paths.network_path(cell.widths, strides, activations, dtype, precision, H100, training, torch_too=True)
+    if isinstance(path, paths.NetworkPlan):
         return Expected("network", ours, torchs, ("reading of the network",))
-    kernels = plan.plan_layers(
+    kernels = paths.plan_layers(
         cell.rows,
         shapes,
         activations,
@@ -127,10 +128,10 @@ def lines() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _packaged_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The table that the package brings, which tests of the rules leave out."""
-    monkeypatch.setattr(tables, "PACKAGED", Path(tables.__file__).parent / "tuned")
-    plan.forget_tables()
+    monkeypatch.setattr(tables, "PACKAGED", Path(layer_tiles.__file__).parent / "tuned")
+    paths.forget_tables()
     yield
-    plan.forget_tables()
+    paths.forget_tables()
 
 
 def test_every_measured_cell_is_here() -> None:

@@ -20,10 +20,13 @@ import pytest
 import torch
 
 import mlp_fused
-from mlp_fused import ACTIVATIONS, environment, files, plan, predict, processes, training, transfer, tuning
+from mlp_fused import ACTIVATIONS, environment, files
 from mlp_fused.__main__ import main
-from mlp_fused.kernels import tables
-from mlp_fused.training import Config, load_checkpoint
+from mlp_fused.engine import paths, tables
+from mlp_fused.train import distributed, loop, predict
+from mlp_fused.train.loop import Config, load_checkpoint
+from mlp_fused.transfer import measurement
+from mlp_fused.tune import tuner
 
 TINY = ["--hidden", "8", "--epochs", "2", "--batch-size", "16"]
 COMMAND = [sys.executable, "-m", "mlp_fused"]
@@ -61,14 +64,14 @@ def test_training_prints_what_a_course_wants_to_see(folder: Path, capsys: pytest
         == 2
     )
     shares = [
-        float(line.split()[2]) for phase in training.StepTimer.PHASES for line in re.findall(f"^{phase} .*", out, re.M)
+        float(line.split()[2]) for phase in loop.StepTimer.PHASES for line in re.findall(f"^{phase} .*", out, re.M)
     ]
     assert len(shares) == 5
     assert sum(shares) == pytest.approx(100, abs=0.3)
     accuracy = load_checkpoint("run.pt")["history"][-1]["accuracy"]
     share = r"\(class [01], the largest, is [01]\.\d{4} of the validation rows\)"
     assert re.search(rf"\nvalidation accuracy: {accuracy:.4f} {share}\ncheckpoint: run\.pt\n$", out)
-    assert f"\n{training.SCALED}\n" in out
+    assert f"\n{loop.SCALED}\n" in out
 
 
 def test_an_interrupted_command_is_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +282,7 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(
 
 @pytest.mark.parametrize(("name", "choices"), [("optimizer", "adam, sgd"), ("dtype", "fp32, bf16, fp16")])
 def test_mistakes_in_python_are_the_same_sentences(name: str, choices: str) -> None:
-    with pytest.raises(training.UserError, match=f"^--{name} is x; it needs to be one of {choices}$"):
+    with pytest.raises(loop.UserError, match=f"^--{name} is x; it needs to be one of {choices}$"):
         Config(**{name: "x"})  # type: ignore[arg-type]
 
 
@@ -296,7 +299,7 @@ def test_cuda_without_a_gpu(folder: Path, capsys: pytest.CaptureFixture[str], mo
 def test_kernels_that_cannot_run(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "INTERPRETER", False)
+    monkeypatch.setattr(paths, "INTERPRETER", False)
     assert call("train", "--data", "data.npz", "--backend", "triton") == 2
     out, err = capsys.readouterr()
     assert re.match(r"mlp-fused: the backend is triton, but the input is on the CPU.*TRITON_INTERPRET=1.*\n$", err)
@@ -528,8 +531,8 @@ def test_a_mistake_of_all_processes_is_said_once(
     """Whichever comes first; the two are called here one after the other."""
     np.savez("labels.npz", x=X, y=Y - 1)  # a label below 0: out of range on every process's host, and on no GPU
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(processes, "_store", lambda *address: store)
-    monkeypatch.setattr("mlp_fused.__main__.train", lambda config, report: training.load_data(config.data))
+    monkeypatch.setattr(distributed, "_store", lambda *address: store)
+    monkeypatch.setattr("mlp_fused.__main__.train", lambda config, report: loop.load_data(config.data))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "0")
@@ -745,14 +748,14 @@ def test_a_mistake_in_predicting_is_one_sentence_and_exit_status_2(
 
 
 def test_every_flag_of_tune_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuning.Config] = []
+    seen: list[tuner.Config] = []
     monkeypatch.setattr("mlp_fused.__main__.tune", lambda config, report: seen.append(config))
     assert call("tune") == 0
     flags = "--dims 784 512 10 --dims 4 2 --batch 64 128 --dtype tf32 fp16 --activation gelu --minutes 2.5 --out t.json"
     assert call("tune", *flags.split()) == 0
-    told = tuning.Config(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json")
-    assert seen == [tuning.Config(), told]
-    for field in dataclasses.fields(tuning.Config):
+    told = tuner.Config(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json")
+    assert seen == [tuner.Config(), told]
+    for field in dataclasses.fields(tuner.Config):
         assert "--" + field.name in flags
         assert getattr(told, field.name) != field.default
 
@@ -763,7 +766,7 @@ def test_help_of_tune_states_every_flag_and_its_default(
     monkeypatch.setenv("COLUMNS", "10000")
     assert call("tune", "--help") == 0
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
-    for field in dataclasses.fields(tuning.Config):
+    for field in dataclasses.fields(tuner.Config):
         assert "default: " in entries["--" + field.name]
     assert "(default: 64 1024)" in entries["--batch"]
     assert "(default: fp32 bf16)" in entries["--dtype"]
@@ -795,7 +798,7 @@ def test_a_mistake_in_tuning_is_one_sentence_and_exit_status_2(
 
 
 def test_ctrl_c_while_tuning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(config: tuning.Config, report: object) -> None:
+    def interrupted(config: tuner.Config, report: object) -> None:
         raise KeyboardInterrupt("stopped; 2 of 6 problems were measured, and are in t.json")
 
     monkeypatch.setattr("mlp_fused.__main__.tune", interrupted)
@@ -804,15 +807,15 @@ def test_ctrl_c_while_tuning(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 def test_every_flag_of_transfer_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[transfer.Config] = []
-    monkeypatch.setattr(transfer, "run", lambda config, report: seen.append(config))
+    seen: list[measurement.Config] = []
+    monkeypatch.setattr(measurement, "run", lambda config, report: seen.append(config))
     assert call("transfer") == 0
     flags = "--dims 784 10 --activation gelu --batch 8 16 --dtype bf16 --inference --device cpu --json --plot a.png"
     assert call("transfer", *flags.split()) == 0
     assert call("transfer", "--checkpoint", "run.pt") == 0
-    told = transfer.Config((784, 10), None, "gelu", (8, 16), "bf16", True, "cpu", True, "a.png")
-    assert seen == [transfer.Config(), told, transfer.Config(checkpoint="run.pt")]
-    for field in dataclasses.fields(transfer.Config):
+    told = measurement.Config((784, 10), None, "gelu", (8, 16), "bf16", True, "cpu", True, "a.png")
+    assert seen == [measurement.Config(), told, measurement.Config(checkpoint="run.pt")]
+    for field in dataclasses.fields(measurement.Config):
         assert "--" + field.name in flags + " --checkpoint"
         assert field.name == "checkpoint" or getattr(told, field.name) != field.default
 
@@ -823,7 +826,7 @@ def test_help_of_transfer_states_every_flag_and_its_default(
     monkeypatch.setenv("COLUMNS", "10000")
     assert call("transfer", "--help") == 0
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
-    for field in dataclasses.fields(transfer.Config):
+    for field in dataclasses.fields(measurement.Config):
         assert "default: " in entries["--" + field.name]
     assert "(default: 784 512 512 10)" in entries["--dims"]
     assert "(default: 64 256 1024)" in entries["--batch"]
@@ -833,8 +836,8 @@ def test_help_of_transfer_states_every_flag_and_its_default(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures next to nothing, so next to nothing long."""
-    measure = transfer.measure
-    monkeypatch.setattr(transfer, "measure", lambda *args, **options: measure(*args, **options, seconds=1e-3))
+    measure = measurement.measure
+    monkeypatch.setattr(measurement, "measure", lambda *args, **options: measure(*args, **options, seconds=1e-3))
 
 
 @pytest.mark.usefixtures("no_gpu", "quick")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlp_fused.data import Data, load_data, load_features, split, to_classes, to_features, to_labels, to_targets
 from mlp_fused.errors import UserError
+from mlp_fused.train.data import Data, load_data, load_features, split, to_classes, to_features, to_labels, to_targets
 
 
 @pytest.mark.parametrize(

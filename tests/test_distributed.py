@@ -45,8 +45,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlp_fused import FusedLinear, FusedMLP, fuse, module
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.processes import join
-from mlp_fused.training import Config, Result, build_model, load_checkpoint, pick_device, train
+from mlp_fused.train.distributed import join
+from mlp_fused.train.loop import Config, Result, build_model, load_checkpoint, pick_device, train
 
 pytestmark = pytest.mark.alone
 

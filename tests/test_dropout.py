@@ -15,24 +15,24 @@ from cases import factors, philox
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mlp_fused import ACTIVATIONS, FusedMLP, chain, layers, reference
-from mlp_fused.chain import run_layers
+from mlp_fused import ACTIVATIONS, FusedMLP, reference
+from mlp_fused.engine import layer_path, schedule, tables
+from mlp_fused.engine.layer_path import IDENTITY
+from mlp_fused.engine.paths import Backend
+from mlp_fused.engine.schedule import run_layers
 from mlp_fused.functional import Layer, find_layers
-from mlp_fused.kernels import tables
-from mlp_fused.kernels.configs import TileConfig
 from mlp_fused.kernels.dropout import Dropout, draw_seed
 from mlp_fused.kernels.launch import Launch, count_launches
 from mlp_fused.kernels.layer_backward import dgrad, output_gradient
 from mlp_fused.kernels.layer_forward import layer_forward, pointwise
-from mlp_fused.layers import IDENTITY
-from mlp_fused.plan import Backend
+from mlp_fused.kernels.network_tiles import TileConfig
 
 
 @pytest.fixture(params=[pytest.param("layer", marks=pytest.mark.full), "run"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An autograd.Function a layer; or one for all layers."""
     if request.param == "layer":
-        monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
+        monkeypatch.setattr(schedule, "LAUNCH_BOUND", -1)
     return request.param
 
 
@@ -280,7 +280,7 @@ def test_recomputing_draws_no_random_numbers(
 ) -> None:
     """The mask is the same even if the generator cannot be put back, as on torch 2.9 while a CUDA graph is captured."""
     if layer_by_layer:
-        monkeypatch.setattr(chain, "LAUNCH_BOUND", -1)
+        monkeypatch.setattr(schedule, "LAUNCH_BOUND", -1)
     for module in (torch, torch.cuda):
         monkeypatch.setattr(module, "set_rng_state", lambda *arguments, **keywords: None)
     model = FusedMLP(20, [31, 17], activation_layer=activation, dropout=0.4, backend="triton").to(device)
@@ -518,7 +518,7 @@ def test_products_that_are_torchs_drop_as_the_kernels_do(
             gradients = torch.autograd.grad(y.square().sum(), leaves)
         assert ("layer_forward_kernel" in launches) == (backend == "triton")
         found.append([y, *gradients])
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
     for ours, *torchs in zip(*found):
         for other in torchs:
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
@@ -543,17 +543,17 @@ def test_warmup_compiles_for_dropout_and_draws_nothing(device: str) -> None:
     model = FusedMLP(300, [300, 24], dropout=0.5, backend="triton").to(device).eval()
     before = generator_state(device)
     seen: list[object] = []
-    find = layers.LayerKernels._make
+    find = layer_path.LayerKernels._make
 
-    def make(self: layers.LayerKernels, *arguments: object, **dropping: object) -> object:
+    def make(self: layer_path.LayerKernels, *arguments: object, **dropping: object) -> object:
         seen.append(self.dropout)
         return find(self, *arguments, **dropping)
 
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers.LayerKernels, "_make", make)
+        patch.setattr(layer_path.LayerKernels, "_make", make)
         model.warmup(8)
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
     assert torch.equal(generator_state(device), before)
     assert None in seen
     assert Dropout(0.5, 0) in seen

@@ -19,11 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlp_fused import FusedMLP, fuse, layers, memory, training
+from mlp_fused import FusedMLP, fuse, memory
 from mlp_fused.__main__ import main
+from mlp_fused.engine import layer_path
 from mlp_fused.environment import SWITCHES
 from mlp_fused.memory import Need, Room
-from mlp_fused.training import Config, build_model, load_checkpoint, train
+from mlp_fused.train import loop
+from mlp_fused.train.loop import Config, build_model, load_checkpoint, train
 
 ROOT = Path(__file__).parent.parent
 TORCHS = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -267,10 +269,10 @@ def test_the_command_that_runs_out_says_so_in_place_of_a_traceback(
 
 
 def test_an_optimizers_state_is_counted_as_it_is() -> None:
-    for name, state in training.STATE.items():
+    for name, state in loop.STATE.items():
         config = Config(optimizer=name, hidden=(8,))
         model = build_model(4, 3, config)
-        optimizer = training.make_optimizer(model, config, CPU)
+        optimizer = loop.make_optimizer(model, config, CPU)
         model(torch.randn(2, 4)).sum().backward()
         optimizer.step()
         of_weight = [each for each in optimizer.state[model[0].weight].values() if each.shape == model[0].weight.shape]
@@ -283,7 +285,7 @@ def test_times_under_a_switch_that_distorts_are_marked(run: Config, monkeypatch:
     train(run, report=said.append)
     assert not any("mean little" in line for line in said)  # a CPU's are what they are
     said.clear()
-    marked = training.about_times(torch.device("cuda"))
+    marked = loop.about_times(torch.device("cuda"))
     assert marked == (
         "these times mean little: CUDA_LAUNCH_BLOCKING is set, which makes every launch wait for its kernel: "
         "unset it to measure\n"
@@ -354,18 +356,24 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """An illegal access shows when the kernel is waited for; one of an earlier kernel is not this layer's."""
-    kernels = layers.layer_path(
-        (4, 3), (layers.IDENTITY,), ((torch.float32, None),), torch.float32, "ieee", torch_too=False, dropouts=(0.0,)
+    kernels = layer_path.layer_path(
+        (4, 3),
+        (layer_path.IDENTITY,),
+        ((torch.float32, None),),
+        torch.float32,
+        "ieee",
+        torch_too=False,
+        dropouts=(0.0,),
     ).layers[0]
     x, weight, h = torch.randn(2, 4), torch.randn(3, 4), torch.empty(2, 3)
-    launch = layers._checked(layers.LayerKernels.forward_into, "forward")
+    launch = layer_path._checked(layer_path.LayerKernels.forward_into, "forward")
     torchs = "CUDA error: an illegal memory access was encountered"
     for call, sentence in ((1, torchs), (2, f"layer 0 (identity), forward: {torchs}")):
 
         def illegal() -> None:
             raise RuntimeError(torchs)
 
-        monkeypatch.setattr(layers, "_wait", at(call, illegal))
+        monkeypatch.setattr(layer_path, "_wait", at(call, illegal))
         with pytest.raises(RuntimeError) as caught:
             launch(kernels, x, weight, None, h, None)
         assert str(caught.value) == sentence

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlp_fused import FusedMLP, capture_step, graphs
+from mlp_fused import FusedMLP, capture, capture_step
 from mlp_fused.kernels.launch import count_launches
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -64,8 +64,8 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_CudaGraph", StandIn)
-    monkeypatch.setattr(graphs, "_check_device", lambda optimizer, x: None)
+    monkeypatch.setattr(capture, "_CudaGraph", StandIn)
+    monkeypatch.setattr(capture, "_check_device", lambda optimizer, x: None)
 
 
 def network(device: str = "cpu", backend: str = "auto") -> FusedMLP:
@@ -254,7 +254,7 @@ def test_where_it_fails_everything_is_as_it_was(
 ) -> None:
     make_model, make_optimizer, make_loss, kind, sentence = FAILURES[name]
     if name == "the capture":
-        monkeypatch.setattr(graphs, "_CudaGraph", Fails)
+        monkeypatch.setattr(capture, "_CudaGraph", Fails)
     model = make_model()
     optimizer = make_optimizer(model)
     if before and not isinstance(model, Lazy):
@@ -453,20 +453,20 @@ def test_a_flag_that_the_optimizer_lacks_is_named() -> None:
         is_cuda = True
 
     with pytest.raises(RuntimeError, match=r"Adam has capturable=False; a graph needs Adam\(..., capturable=True\)"):
-        graphs._check_device(torch.optim.Adam(MODEL.parameters()), OnGpu())
-    graphs._check_device(torch.optim.SGD(MODEL.parameters(), 0.1), OnGpu())
+        capture._check_device(torch.optim.Adam(MODEL.parameters()), OnGpu())
+    capture._check_device(torch.optim.SGD(MODEL.parameters(), 0.1), OnGpu())
 
 
 def test_state_that_a_graph_cannot_advance_is_refused() -> None:
     """As Adagrad's count of steps on the CPU, of a model on a GPU: here the model is on another device than thought."""
     optimizer = torch.optim.Adagrad(MODEL.parameters())
-    state = dict(graphs._leaves(optimizer.state))
-    graphs._check_state(optimizer, state, torch.device("cpu"))
+    state = dict(capture._leaves(optimizer.state))
+    capture._check_state(optimizer, state, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="Adagrad keeps 'step' on cpu, where a graph cannot advance it"):
-        graphs._check_state(optimizer, state, torch.device("cuda", 0))
+        capture._check_state(optimizer, state, torch.device("cuda", 0))
 
 
-@pytest.mark.parametrize("name", [kind.__name__ for kind in graphs.RATE_IN_MEMORY])
+@pytest.mark.parametrize("name", [kind.__name__ for kind in capture.RATE_IN_MEMORY])
 def test_learning_rates_in_memory_are_not_read_back(name: str) -> None:
     """On fake tensors of a GPU, a read of their values is an error."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -535,14 +535,14 @@ class Allocator:
 
 def test_a_broken_capture_is_ended_for_the_allocator_too() -> None:
     allocator = Allocator()
-    graphs.end_allocation(3, (0, 7), allocator)
+    capture.end_allocation(3, (0, 7), allocator)
     assert allocator.calls == [("end", 3, (0, 7)), ("release", 3, (0, 7))]
 
 
 @pytest.mark.parametrize("allocator", [Allocator(refused=("end",)), object()], ids=["ended already", "no such names"])
 def test_an_allocator_that_is_whole_or_unknown_is_left_alone(allocator: Any) -> None:
     """The pool of a capture that has ended is not released here, as its graph does that."""
-    graphs.end_allocation(0, (0, 1), allocator)
+    capture.end_allocation(0, (0, 1), allocator)
     assert getattr(allocator, "calls", []) == []
 
 

@@ -13,18 +13,19 @@ import torch
 from cases import CASES, SEED, Case, Data, check, gradients, make, oracle, through_torch
 from torch import Tensor
 
-from mlp_fused import ACTIVATIONS, chain, layers, mlp, reference
-from mlp_fused.chain import run_layers
+from mlp_fused import ACTIVATIONS, mlp, reference
+from mlp_fused.engine import layer_path, schedule, tables
+from mlp_fused.engine.layer_path import IDENTITY
+from mlp_fused.engine.network_path import run_network
+from mlp_fused.engine.paths import NetworkPlan
+from mlp_fused.engine.schedule import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network, run_kernels
-from mlp_fused.kernels import network, tables
-from mlp_fused.kernels.configs import Device, Problem, TileConfig, describe
+from mlp_fused.kernels import network
 from mlp_fused.kernels.launch import cdiv, count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.layer_tiles import choose
-from mlp_fused.layers import IDENTITY
-from mlp_fused.networks import run_network
-from mlp_fused.plan import NetworkPlan
+from mlp_fused.kernels.network_tiles import Device, Problem, TileConfig, describe
 
 PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all layers, kernel by kernel; one kernel
 
@@ -43,7 +44,7 @@ def forward(case: Case, data: Data, path: str, recompute: bool | None = None) ->
     if path != "network":
         with pytest.MonkeyPatch.context() as patch:
             if path == "layer":
-                patch.setattr(chain, "LAUNCH_BOUND", -1)
+                patch.setattr(schedule, "LAUNCH_BOUND", -1)
             y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype, "triton"))
     else:
         assert isinstance(network_path, NetworkPlan), network_path
@@ -134,11 +135,11 @@ def test_every_kind_of_tile_through_the_table(
 ) -> None:
     """In the interpreter alone: on a GPU compiling them all would take an hour; there the rule's own tiles are run."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
-    layers.layer_path.cache_clear()  # what it remembers is of other tiles
+    layer_path.layer_path.cache_clear()  # what it remembers is of other tiles
     monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind(kind, problem))
     data = make(case)
     ours = gradients(data, forward(case, data, "layer"))
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
     check(case, oracle(case, data), ours, by_torch(case, data))
 
 
@@ -162,13 +163,13 @@ def test_all_layers_at_once_without_alignment(case: Case, poisoned: None, monkey
 
 def all_layers_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
     monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind("persistent", problem))
     for _ in range(2):
         data = make(case)
         with count_launches() as launches:
             ours = gradients(data, forward(case, data, "run"))
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
     assert launches or case.rows == 0
     check(case, oracle(case, data), ours, by_torch(case, data))
 
@@ -306,7 +307,7 @@ def test_gradcheck(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def layer_by_layer(*leaves: Tensor) -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr(chain, "LAUNCH_BOUND", -1)
+            patch.setattr(schedule, "LAUNCH_BOUND", -1)
             return through_kernels(*leaves)
 
     for function in (through_kernels, through_torch, *([layer_by_layer] if path == "layer" else [])):
@@ -647,11 +648,11 @@ def test_persistent_programs_take_several_tiles(
         several.append(tile.descriptors and tiles_a_program(problem, tile) > 1)
         return tile
 
-    layers.layer_path.cache_clear()  # what it remembers is of other tiles
+    layer_path.layer_path.cache_clear()  # what it remembers is of other tiles
     monkeypatch.setattr(tables, "tile_for", tile_for)
     data = make(case)
     ours = gradients(data, forward(case, data, "layer"))
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
     assert several == [True] * 6  # forward, dgrad and wgrad of each layer
     check(case, oracle(case, data), ours, by_torch(case, data))
 

@@ -28,14 +28,15 @@ import torch
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, FusedMLP, mlp, reference
-from mlp_fused.chain import run_layers
+from mlp_fused.engine import tables
+from mlp_fused.engine.layer_path import layer_after_layer
+from mlp_fused.engine.network_path import run_network
+from mlp_fused.engine.paths import NetworkPlan
+from mlp_fused.engine.schedule import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network
-from mlp_fused.kernels import configs, launch, layer_backward, layer_tiles, network, tables
+from mlp_fused.kernels import launch, layer_backward, layer_tiles, network, network_tiles
 from mlp_fused.kernels.layer_backward import dgrad, output_gradient, sum_partials, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
-from mlp_fused.layers import layer_after_layer
-from mlp_fused.networks import run_network
-from mlp_fused.plan import NetworkPlan
 
 GELU, RELU, SILU, IDENTITY = (ACTIVATIONS[name] for name in ("gelu", "relu", "silu", "identity"))
 BF16 = torch.bfloat16
@@ -121,13 +122,13 @@ def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]]:
     """Of each kind of launch, what makes it of tensors, and such tensors."""
     M, N, K = 500, 64, 48
-    hopper = configs.DEVICES["NVIDIA H100"]
-    tile = layer_tiles.choose(configs.Problem("wgrad", N, K, M, BF16), hopper)
+    hopper = network_tiles.DEVICES["NVIDIA H100"]
+    tile = layer_tiles.choose(network_tiles.Problem("wgrad", N, K, M, BF16), hopper)
     whole, split = (dataclasses.replace(tile, split=parts) for parts in (1, 4))
     widths, strides = (K, 32, 16), ((K, 1, 1), (32, 1, 0))
     net = network.network_of(widths, strides, (RELU, IDENTITY), BF16, "ieee")
-    problem = configs.NetworkProblem("forward", net.pads, net.keeps_z, BF16)
-    net_tile = configs.network_tile(problem, hopper)
+    problem = network_tiles.NetworkProblem("forward", net.pads, net.keeps_z, BF16)
+    net_tile = network_tiles.network_tile(problem, hopper)
     assert not isinstance(net_tile, str)
     return {
         "forward": (
@@ -188,7 +189,9 @@ def on_stand_ins() -> dict[str, Any]:
     driver.set_active(hopper)
     torch.cuda.current_device = lambda: driver.active.device
     torch.cuda.device = lambda device: driver.active.on(device)
-    configs.device_of = lambda tensor: dataclasses.replace(configs.DEVICES["NVIDIA H100"], name="a stand-in")
+    network_tiles.device_of = lambda tensor: dataclasses.replace(
+        network_tiles.DEVICES["NVIDIA H100"], name="a stand-in"
+    )
     tables.PACKAGED = Path("none")
     layer_backward.Partial.allocate = functools.lru_cache(layer_backward.Partial.allocate)  # the same memory both times
     through = Counter()  # how often Triton was gone through, and compiled
@@ -602,7 +605,7 @@ class Kernel:
 
 
 def launch_of(kernel: Any) -> launch.Launch:
-    return launch.Launch(kernel, 1, torch.device("cpu"), configs.TileConfig(16, 16), (), {})
+    return launch.Launch(kernel, 1, torch.device("cpu"), network_tiles.TileConfig(16, 16), (), {})
 
 
 def test_first_launches_do_not_overlap() -> None:

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, mlp
+from mlp_fused.engine.paths import why_reference
 from mlp_fused.kernels.activations import Activation, find
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.plan import why_reference
 
 
 def torchvision_mlp(
@@ -585,14 +585,14 @@ def test_explain_refuses_a_network_over_images() -> None:
 def test_a_new_reason_on_a_gpu_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mlp_fused import plan
+    from mlp_fused.engine import paths
 
-    plan.log_once.cache_clear()
+    paths.log_once.cache_clear()
 
     class OnGpu:
         is_cuda = True
 
-    monkeypatch.setattr(plan, "_why_call_cannot", lambda *_: "the moon is full")
+    monkeypatch.setattr(paths, "_why_call_cannot", lambda *_: "the moon is full")
     with caplog.at_level("INFO", "mlp_fused"):
         for _ in range(3):
             assert why_reference(OnGpu(), (), torch.float32, "auto") == "the moon is full"

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlp_fused import FusedLinear, FusedMLP, linear_act, mlp, ops, plan
-from mlp_fused.kernels import configs
+from mlp_fused import FusedLinear, FusedMLP, linear_act, mlp
+from mlp_fused.engine import ops, paths
+from mlp_fused.kernels import network_tiles
 from mlp_fused.kernels.activations import ACTIVATIONS, parse
 from mlp_fused.kernels.launch import count_launches
 
@@ -254,7 +255,7 @@ def test_torchs_precision_may_change_after_compiling(device: str) -> None:
 
 def test_a_table_that_prefers_torch_is_followed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """backend="auto" on what passes for a GPU: decided as the graph is made, whatever the batch."""
-    for module in (plan, ops):
+    for module in (paths, ops):
         monkeypatch.setattr(module, "why_device", lambda device, backend: None)
     asked: list[tuple[int, ...]] = []
 
@@ -262,8 +263,8 @@ def test_a_table_that_prefers_torch_is_followed(device: str, monkeypatch: pytest
         asked.append(widths)
         return "torch is faster" if widths[-1] == 17 else None
 
-    monkeypatch.setattr(plan, "_has_measured_networks", lambda *where: True)
-    monkeypatch.setattr(plan, "why_torch", measured)
+    monkeypatch.setattr(paths, "_has_measured_networks", lambda *where: True)
+    monkeypatch.setattr(paths, "why_torch", measured)
     for widths in (NARROW, (20, 31, 16)):
         weights = [torch.randn(n, k, device=device) / 5 for k, n in itertools.pairwise(widths)]
         compiled = torch.compile(lambda x, weights=weights: mlp(x, weights, None), fullgraph=True, backend="aot_eager")
@@ -275,22 +276,22 @@ def test_a_table_that_prefers_torch_is_followed(device: str, monkeypatch: pytest
 
 def test_a_device_is_asked_about_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU can do is told by caches and a driver, which a compiler must not look into."""
-    monkeypatch.setattr(plan, "INTERPRETER", False)
+    monkeypatch.setattr(paths, "INTERPRETER", False)
     asked: list[str] = []
 
-    def describe(kind: str, index: int) -> configs.Device:
+    def describe(kind: str, index: int) -> network_tiles.Device:
         asked.append(kind)
-        return configs.DEVICES["NVIDIA H200"]
+        return network_tiles.DEVICES["NVIDIA H200"]
 
-    monkeypatch.setattr(configs, "describe", describe)
-    plan._why_device_of_index_cannot.cache_clear()
+    monkeypatch.setattr(network_tiles, "describe", describe)
+    paths._why_device_of_index_cannot.cache_clear()
 
     def run(x: Tensor) -> Tensor:
-        return x + (plan.why_device(torch.device("cuda", 1), "auto") is None)
+        return x + (paths.why_device(torch.device("cuda", 1), "auto") is None)
 
     assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
     assert asked == ["cuda"]
-    plan._why_device_of_index_cannot.cache_clear()
+    paths._why_device_of_index_cannot.cache_clear()
 
 
 def test_where_kernels_cannot_run_it_says_so(device: str) -> None:

@@ -23,7 +23,8 @@ from libraries import needs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp, originals, plan, unfuse
+from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp, unfuse
+from mlp_fused.engine import originals, paths
 from mlp_fused.kernels import activations
 from mlp_fused.kernels.activations import CALLED, FUNCTIONS
 from mlp_fused.kernels.launch import count_launches
@@ -306,7 +307,7 @@ def test_a_function_mode_takes_effect_while_it_is_active(make: Callable[..., Any
 
 def test_the_reason_is_logged_once_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     model = network("cpu", "triton")
-    plan.log_once.cache_clear()
+    paths.log_once.cache_clear()
     with caplog.at_level("INFO", "mlp_fused"), Doubling():
         for _ in range(2):
             _Segments(model).log_reasons()

@@ -13,13 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlp_fused import ACTIVATIONS, FusedMLP, plan, tuning
+from mlp_fused import ACTIVATIONS, FusedMLP
+from mlp_fused.engine import paths, tables
+from mlp_fused.engine.layer_path import IDENTITY
 from mlp_fused.functional import Layer
-from mlp_fused.kernels import configs, layer_tiles, tables
-from mlp_fused.kernels.configs import DEVICES, Device, Problem, device_slug
+from mlp_fused.kernels import layer_tiles, network_tiles
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.kernels.layer_tiles import candidates, choose, why_torch
-from mlp_fused.layers import IDENTITY
+from mlp_fused.kernels.network_tiles import DEVICES, Device, Problem, device_slug
+from mlp_fused.tune import tuner
 
 H200 = DEVICES["NVIDIA H200"]
 
@@ -49,7 +51,7 @@ def test_every_candidate_is_a_tile_that_can_run(problem: Problem, device: Device
         assert tile.split == 1 or problem.kind == "wgrad"
         assert tile.split * tile.block_k <= max(tile.block_k, problem.k)
         if tile.block_k:
-            assert configs.shared_memory(problem, tile, device) <= device.shared_memory
+            assert network_tiles.shared_memory(problem, tile, device) <= device.shared_memory
         # A persistent kernel fills the device once or twice over.
         assert tile.programs in (0, device.multiprocessors, 2 * device.multiprocessors)
         if tile.descriptors:
@@ -87,8 +89,8 @@ def rule_for_the_grid() -> str:
 
     Narrow networks are left out: they are one kernel.
     """
-    workloads = [w for family in tuning.GRID for w in family.workloads if max(w.widths) > 128]
-    products = dict.fromkeys(product for workload in workloads for product in tuning.products(workload))
+    workloads = [w for family in tuner.GRID for w in family.workloads if max(w.widths) > 128]
+    products = dict.fromkeys(product for workload in workloads for product in tuner.products(workload))
     problems = dict.fromkeys(product.problem for product in products)
     lines = []
     for device in {device.arch: device for device in DEVICES.values()}.values():  # one an architecture
@@ -114,11 +116,11 @@ def network(
     precision: str = "ieee",
     training: bool = True,
     recompute: bool | None = None,
-) -> plan.NetworkPlan | str:
+) -> paths.NetworkPlan | str:
     """The network path for contiguous parameters."""
     activations = (ACTIVATIONS[activation],) * (len(widths) - 2) + (ACTIVATIONS["identity"],)
     strides = tuple((k, 1, 1) for k in widths[:-1])
-    return plan.network_path(widths, strides, activations, dtype, precision, DEVICES[device], training, recompute)
+    return paths.network_path(widths, strides, activations, dtype, precision, DEVICES[device], training, recompute)
 
 
 @pytest.mark.parametrize(
@@ -149,19 +151,19 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
     if formulation is None:
         assert path in ("a width is over 256", "the weights and a tile of rows do not fit in shared memory")
         return
-    assert isinstance(path, plan.NetworkPlan)
+    assert isinstance(path, paths.NetworkPlan)
     assert path.formulation == formulation
     assert ("one pass fits in registers and moves" in path.reason) == (formulation == "recompute")
     inference = network(widths, activation, training=False)
-    assert isinstance(inference, plan.NetworkPlan)
+    assert isinstance(inference, paths.NetworkPlan)
     assert inference.formulation is None
     assert inference.forward == path.forward
 
 
 def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
-    assert isinstance(network((64,) * 5, dtype=torch.float32), plan.NetworkPlan)
+    assert isinstance(network((64,) * 5, dtype=torch.float32), paths.NetworkPlan)
     assert network((128,) * 3, dtype=torch.float32) == "full fp32 products wider than 64 do not fit in registers"
-    assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), plan.NetworkPlan)
+    assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), paths.NetworkPlan)
 
 
 def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -> None:
@@ -170,7 +172,7 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
     for recompute in (True, False):
         for widths in (narrow, wide):
             path = network(widths, recompute=recompute)
-            assert isinstance(path, plan.NetworkPlan)
+            assert isinstance(path, paths.NetworkPlan)
             assert path.reason == "the user asks for it"
             formulations[widths, recompute] = path.formulation
     assert formulations == {
@@ -186,20 +188,20 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
     )  # fmt: skip
     table = tables.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", VERSIONS, (), rows)
     tables.write(tables.packaged_path("NVIDIA H200"), table)
-    plan.forget_tables()
+    paths.forget_tables()
     stored = network(narrow)
-    assert isinstance(stored, plan.NetworkPlan)
+    assert isinstance(stored, paths.NetworkPlan)
     assert (stored.formulation, stored.reason) == ("stored", "it is faster as measured on this device")
     assert network((16,) * 5) == network((16,) * 5, training=False) == "it is faster as measured on this device"
     asked = network((16,) * 5, recompute=True)
-    assert isinstance(asked, plan.NetworkPlan)
+    assert isinstance(asked, paths.NetworkPlan)
     assert asked.formulation == "recompute"
     for others in ({"device": "NVIDIA H100"}, {"activation": "tanh"}, {"dtype": torch.float16}):
         other = network(narrow, **others)  # type: ignore[arg-type]
-        assert isinstance(other, plan.NetworkPlan)
+        assert isinstance(other, paths.NetworkPlan)
         assert other.formulation == "recompute"
     with_triton = network((8,) * 5)  # where torch was faster and kernels are asked for: the rule
-    assert isinstance(with_triton, plan.NetworkPlan)
+    assert isinstance(with_triton, paths.NetworkPlan)
     assert with_triton.formulation == "recompute"
 
 
@@ -208,7 +210,7 @@ VERSIONS = {"mlp_fused": "0", "python": "3", "torch": "2", "triton": "3", "cuda"
 
 def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter's device, as if it were what "auto" runs on."""
-    device = configs.INTERPRETED_DEVICE
+    device = network_tiles.INTERPRETED_DEVICE
     networks = [
         tables.Network((8, 8, 8), 64, "float32", "ieee", "relu", training, "torch", {"torch": 1.0, other: 2.0})
         for training, other in ((True, "stored"), (False, "network"))
@@ -220,9 +222,9 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     ]
     table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, tuple(gemms), tuple(networks))
     tables.write(tables.user_path(device.name), table)
-    plan.forget_tables()
-    monkeypatch.setattr(plan, "why_device", lambda device, backend: None)
-    monkeypatch.setattr(configs, "describe", lambda kind, index=0: device)
+    paths.forget_tables()
+    monkeypatch.setattr(paths, "why_device", lambda device, backend: None)
+    monkeypatch.setattr(network_tiles, "describe", lambda kind, index=0: device)
     x = torch.randn(5, 8)
 
     def launched(model: FusedMLP) -> bool:
@@ -239,10 +241,10 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     assert launched(FusedMLP(8, [8, 8], backend="triton"))
     assert launched(FusedMLP(8, [8, 8], activation_layer="tanh"))
     layers = [Layer(torch.randn(8, 8), None, ACTIVATIONS["relu"]), Layer(torch.randn(8, 8), None, IDENTITY)]
-    assert plan.why_reference(x, layers, torch.float32, "auto") == sentence
-    assert plan.why_reference(x, layers, torch.float32, "auto", True) is None
+    assert paths.why_reference(x, layers, torch.float32, "auto") == sentence
+    assert paths.why_reference(x, layers, torch.float32, "auto", True) is None
 
-    monkeypatch.setattr(configs, "DEVICES", {device.name: device})
+    monkeypatch.setattr(network_tiles, "DEVICES", {device.name: device})
     explained = FusedMLP(8, [8, 8]).explain(5, device=device.name)
     assert (explained.path, explained.reason) == ("reference", sentence)
     assert FusedMLP(8, [8, 8], backend="triton").explain(5, device=device.name).path == "network"
@@ -275,8 +277,8 @@ def test_a_network_has_a_plan_or_a_reason(
         return
     assert (path.formulation is None) == (not training)
     assert (path.backward is None) == (not training)
-    problem = configs.NetworkProblem("forward", path.network.pads, path.network.keeps_z, dtype)
-    assert configs.network_shared_memory(problem, path.forward, DEVICES[device]) <= DEVICES[device].shared_memory
+    problem = network_tiles.NetworkProblem("forward", path.network.pads, path.network.keeps_z, dtype)
+    assert network_tiles.network_shared_memory(problem, path.forward, DEVICES[device]) <= DEVICES[device].shared_memory
     assert path.forward.programs >= DEVICES[device].multiprocessors
     if recompute and training:
         assert path.kept_elements(7) == 7 * widths[0]
@@ -288,25 +290,25 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     weights = 2 * (d * d + d) + last * d + last
     products = [2 * M * d * d, 2 * M * d * d, 2 * M * d * last]
     path = network((d, d, d, last))
-    assert isinstance(path, plan.NetworkPlan)
+    assert isinstance(path, paths.NetworkPlan)
     assert path.formulation == "stored"
-    wanted = plan.gradients_of((d, d, d, last), (True,) * 3, (True,) * 3, False)
-    forward, dgrad, wgrad = plan.plan_network(M, path, [True] * 3, wanted)
+    wanted = paths.gradients_of((d, d, d, last), (True,) * 3, (True,) * 3, False)
+    forward, dgrad, wgrad = paths.plan_network(M, path, [True] * 3, wanted)
     hidden = 2 * M * d
-    assert forward.work == plan.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    assert dgrad.work == plan.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
-    assert wgrad.work == plan.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
+    assert forward.work == paths.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
+    assert dgrad.work == paths.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
+    assert wgrad.work == paths.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     again = network((d, d, d))
-    assert isinstance(again, plan.NetworkPlan)
-    wanted = plan.gradients_of((d, d, d), (True,) * 2, (True,) * 2, True)
-    forward, recompute = plan.plan_network(M, again, [True] * 2, wanted, True)
+    assert isinstance(again, paths.NetworkPlan)
+    wanted = paths.gradients_of((d, d, d), (True,) * 2, (True,) * 2, True)
+    forward, recompute = paths.plan_network(M, again, [True] * 2, wanted, True)
     weights = 2 * (d * d + d)
-    assert forward.work == plan.Work(2 * products[0], 2 * (2 * M * d + weights))
+    assert forward.work == paths.Work(2 * products[0], 2 * (2 * M * d + weights))
     # one layer again, both back through, both weight gradients; x, dy, dx, the weights and their gradients
-    assert recompute.work == plan.Work(5 * products[0], 2 * (3 * M * d + 2 * weights))
-    by_width = plan.work(M, (d, d, d), torch.bfloat16, device=H200)
+    assert recompute.work == paths.Work(5 * products[0], 2 * (3 * M * d + 2 * weights))
+    by_width = paths.work(M, (d, d, d), torch.bfloat16, device=H200)
     assert by_width["inference"] == by_width["forward"] == forward.work
-    assert by_width["backward"] == plan.Work(4 * products[0], 2 * (2 * M * d + 2 * weights))
+    assert by_width["backward"] == paths.Work(4 * products[0], 2 * (2 * M * d + 2 * weights))
 
 
 def test_the_file_name_of_a_device() -> None:
@@ -318,20 +320,20 @@ def test_the_file_name_of_a_device() -> None:
 def test_work_counts_every_tensor_once() -> None:
     """784 -> 512 -> 10, gelu, bf16, counted by hand."""
     M, d0, d1, d2 = 64, 784, 512, 10
-    work = plan.work(M, [d0, d1, d2], torch.bfloat16, "gelu")
+    work = paths.work(M, [d0, d1, d2], torch.bfloat16, "gelu")
     weights = d1 * d0 + d1 + d2 * d1 + d2
     layers = (M * d0 + M * d1) + (M * d1 + M * d2)
-    assert work["inference"] == plan.Work(2 * M * (d0 * d1 + d1 * d2), 2 * (weights + layers))
-    assert work["forward"] == plan.Work(work["inference"].flops, work["inference"].bytes + 2 * M * d1)
+    assert work["inference"] == paths.Work(2 * M * (d0 * d1 + d1 * d2), 2 * (weights + layers))
+    assert work["forward"] == paths.Work(work["inference"].flops, work["inference"].bytes + 2 * M * d1)
     dgrad = M * d2 + d2 * d1 + 3 * M * d1  # dz, W; dx, z, h again
     wgrad = (M * d2 + M * d1 + d2 * d1 + d2) + (M * d1 + M * d0 + d1 * d0 + d1)
-    assert work["backward"] == plan.Work(2 * M * (d0 * d1 + 2 * d1 * d2), 2 * (dgrad + wgrad))
+    assert work["backward"] == paths.Work(2 * M * (d0 * d1 + 2 * d1 * d2), 2 * (dgrad + wgrad))
 
 
 def test_a_floor_is_the_slower_of_two() -> None:
-    assert plan.Work(100, 10).floor(flops_per_second=10, bytes_per_second=10) == 10
-    assert plan.Work(10, 100).floor(flops_per_second=10, bytes_per_second=10) == 10
-    assert plan.Work(1, 2) + plan.Work(3, 4) == plan.Work(4, 6)
+    assert paths.Work(100, 10).floor(flops_per_second=10, bytes_per_second=10) == 10
+    assert paths.Work(10, 100).floor(flops_per_second=10, bytes_per_second=10) == 10
+    assert paths.Work(1, 2) + paths.Work(3, 4) == paths.Work(4, 6)
 
 
 def test_float32_precision_follows_every_switch_of_torch() -> None:
@@ -344,7 +346,7 @@ def test_float32_precision_follows_every_switch_of_torch() -> None:
         (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
     ):
         switch()
-        assert plan.float32_precision() == expected
+        assert paths.float32_precision() == expected
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

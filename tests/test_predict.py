@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import mlp_fused
-from mlp_fused import predict as module
-from mlp_fused.data import split
 from mlp_fused.errors import UserError
-from mlp_fused.predict import Predictions, load_model, predict
-from mlp_fused.training import Config, Result, train
+from mlp_fused.train import predict as module
+from mlp_fused.train.data import split
+from mlp_fused.train.loop import Config, Result, train
+from mlp_fused.train.predict import Predictions, load_model, predict
 
 SMALL = Config(data="data.npz", checkpoint="run.pt", hidden=(16,), epochs=12, batch_size=16, lr=0.02)
 NAMES = np.array(["elm", "oak", "Öl, roh"])

@@ -11,22 +11,22 @@ import torch
 from cases import CASES, SEED, Case, Data, check, gradients, make, oracle, through_torch
 from torch import Tensor
 
-from mlp_fused import ACTIVATIONS, layers
-from mlp_fused.chain import run_layers
+from mlp_fused import ACTIVATIONS
+from mlp_fused.engine import layer_path, tables
+from mlp_fused.engine.schedule import run_layers
+from mlp_fused.engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 from mlp_fused.functional import Layer, find_layers
-from mlp_fused.kernels import tables
 from mlp_fused.kernels.activations import Activation
 from mlp_fused.kernels.launch import Launch, count_launches
-from mlp_fused.products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 
 
 @pytest.fixture
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The layer path, its three products torch's, as a table would have it."""
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
     monkeypatch.setattr(tables, "tile_for", lambda problem, device: None)
     yield
-    layers.layer_path.cache_clear()
+    layer_path.layer_path.cache_clear()
 
 
 def run(case: Case, data: Data) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fused import FusedMLP
-from mlp_fused.data import to_features
 from mlp_fused.scaling import Scaling, Unscaling, column_remarks, constant, whole
+from mlp_fused.train.data import to_features
 
 
 def test_statistics_are_column_by_column() -> None:

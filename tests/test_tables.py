@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlp_fused
-from mlp_fused import plan
-from mlp_fused.kernels import layer_tiles, tables
-from mlp_fused.kernels.configs import DEVICES, Device, Problem, TileConfig
-from mlp_fused.kernels.tables import Gemm, Network, Table
+from mlp_fused.engine import paths, tables
+from mlp_fused.engine.tables import Gemm, Network, Table
+from mlp_fused.kernels import layer_tiles
+from mlp_fused.kernels.network_tiles import DEVICES, Device, Problem, TileConfig
 
 H200 = DEVICES["NVIDIA H200"]
 DATA = Path(__file__).with_name("data") / "h100"
@@ -48,7 +48,7 @@ def install(user: Table | None = None, packaged: Table | None = None) -> None:
     for path, written in ((tables.user_path, user), (tables.packaged_path, packaged)):
         if written is not None:
             tables.write(path(written.device), written)
-    plan.forget_tables()
+    paths.forget_tables()
 
 
 def problem(rows: int = 1024, **others: Any) -> Problem:
@@ -379,11 +379,11 @@ def test_a_related_gpu_shares_tiles_and_choices_that_bandwidth_does_not_decide(m
 
 def test_the_packaged_tables_hold(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is of the device that its file names, and each of its choices is taken there and explained."""
-    monkeypatch.setattr(tables, "PACKAGED", Path(tables.__file__).parent / "tuned")
-    plan.forget_tables()
-    paths = list(tables.PACKAGED.glob("*.json"))
-    assert paths
-    for path in paths:
+    monkeypatch.setattr(tables, "PACKAGED", Path(layer_tiles.__file__).parent / "tuned")
+    paths.forget_tables()
+    packaged_files = list(tables.PACKAGED.glob("*.json"))
+    assert packaged_files
+    for path in packaged_files:
         packaged = tables.read(path)
         assert path == tables.packaged_path(packaged.device)
         assert packaged.arch is not None
@@ -434,13 +434,13 @@ def test_where_the_tables_lie(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tables.user_path("NVIDIA H200") == Path("/home/me/.cache/mlp_fused/nvidia_h200.json")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert tables.user_path("NVIDIA H200") == Path("/cache/mlp_fused/nvidia_h200.json")
-    here = Path(tables.__file__).resolve().parent
+    here = Path(layer_tiles.__file__).resolve().parent
     assert here in (Path(mlp_fused.__file__).resolve().parents[1] / "kernels", Path(mlp_fused.__path__[0]) / "kernels")
     assert tables.packaged_path("NVIDIA H200").name == "nvidia_h200.json"
 
 
 def test_packaged_tables_are_good() -> None:
-    for path in (Path(tables.__file__).parent / "tuned").glob("*.json"):
+    for path in (Path(layer_tiles.__file__).parent / "tuned").glob("*.json"):
         assert path.name == tables.packaged_path(tables.read(path).device).name
 
 

@@ -15,12 +15,12 @@ from sklearn.metrics import r2_score
 from torch import nn
 
 from mlp_fused.checkpoint import load_checkpoint, load_model
-from mlp_fused.config import Config, build_torch_model
-from mlp_fused.data import Data, load_data, split
 from mlp_fused.errors import UserError
-from mlp_fused.processes import Processes
-from mlp_fused.tasks import Classification, Epoch, Regression, make_task, squared_errors
-from mlp_fused.training import Result, evaluate, train
+from mlp_fused.train.config import Config, build_torch_model
+from mlp_fused.train.data import Data, load_data, split
+from mlp_fused.train.distributed import Processes
+from mlp_fused.train.loop import Result, evaluate, train
+from mlp_fused.train.tasks import Classification, Epoch, Regression, make_task, squared_errors
 
 SMALL = Config(task="regression", hidden=(16,), epochs=10, batch_size=16, lr=0.02)
 SHAPES = {"(N,)": (), "(N, 1)": (1,), "(N, 2)": (2,)}

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from mlp_fused import FusedMLP, checkpoint, training
+from mlp_fused import FusedMLP, checkpoint
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.processes import Part, Processes
-from mlp_fused.training import (
+from mlp_fused.train import loop
+from mlp_fused.train.distributed import Part, Processes
+from mlp_fused.train.loop import (
     ArrayDataset,
     Config,
     Scaling,
@@ -66,11 +67,11 @@ def quiet(text: str) -> None:
     """A report that nobody reads."""
 
 
-def run(config: Config, **changes: Any) -> training.Result:
+def run(config: Config, **changes: Any) -> loop.Result:
     return train(dataclasses.replace(config, **changes), report=quiet)
 
 
-def assert_same_bits(one: training.Result, other: training.Result) -> None:
+def assert_same_bits(one: loop.Result, other: loop.Result) -> None:
     assert one.history == other.history
     for key, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[key]), key
@@ -127,7 +128,7 @@ def test_lines_about_data_come_before_training(tmp_path: Path) -> None:
     fix = "numpy.unique(y, return_inverse=True)[1] numbers the classes that occur, --task regression takes y as numbers"
     assert lines[1:5] == [
         f"6 of 8 classes never occur in y; {fix}",
-        training.SCALED,
+        loop.SCALED,
         "constant in the training rows: 1 of 3 features (column 1, counted from 0)",
         "stretched by outliers, so that most of their values become equal in float32: 1 of 3 features (column 2, "
         "counted from 0); clip the outliers or take logarithms",
@@ -429,11 +430,11 @@ def test_a_batch_that_processes_cannot_share_evenly(data: str) -> None:
     with pytest.raises(
         UserError, match="^--batch-size is 16, for all 3 processes together; it needs to be a multiple of"
     ):
-        training._train(config, Processes(CPU, 0, 3), build_model, quiet)
+        loop._train(config, Processes(CPU, 0, 3), build_model, quiet)
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "pick_device", lambda name, local: torch.device("cuda"))
+    monkeypatch.setattr(loop, "pick_device", lambda name, local: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
@@ -589,7 +590,7 @@ def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(da
     saved = torch.load(path, weights_only=True)
     assert saved["format"] == checkpoint.FORMAT
     assert saved["epoch"] == 3
-    assert [training.Epoch(**epoch) for epoch in saved["history"]] == result.history
+    assert [loop.Epoch(**epoch) for epoch in saved["history"]] == result.history
     assert saved["config"]["hidden"] == [8]
     assert saved["config"]["lr"] == 1e-3
     assert saved["data"]["rows"] == 70
@@ -658,7 +659,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path, monkey
         group["fused"] = True
     saved["random"]["processes"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
     save_checkpoint(path, saved)
-    monkeypatch.setattr(training, "make_optimizer", noted)
+    monkeypatch.setattr(loop, "make_optimizer", noted)
     resumed = run(TINY, data=data, checkpoint=str(path), resume=True)
     assert optimizers[0].param_groups[0]["fused"] is False
     assert_same_bits(resumed, run(TINY, data=data))

@@ -17,11 +17,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlp_fused import DevicePrefetcher, FusedMLP, first_touch, timing, transfer
+from mlp_fused import DevicePrefetcher, FusedMLP, timing
 from mlp_fused.environment import DISTORTING
-from mlp_fused.first_touch import FirstTouch
 from mlp_fused.timing import Link, Measured, Spread, Timed
-from mlp_fused.transfer import Crossing, OnCpu, OnGpu, Point, Transfer, crossing, hidden, measure, measure_on
+from mlp_fused.transfer import first_touch, measurement
+from mlp_fused.transfer.first_touch import FirstTouch
+from mlp_fused.transfer.measurement import (
+    Crossing,
+    OnCpu,
+    OnGpu,
+    Point,
+    Transfer,
+    crossing,
+    hidden,
+    measure,
+    measure_on,
+)
 
 GB = 1e9
 
@@ -208,9 +219,9 @@ def test_the_choice_is_the_fastest_or_as_good_and_simpler(cpu: float, step: floa
     found = found_with(on_gpu(step=exact(step), non_waiting=exact(pinned), prefetched=exact(ahead)), cpu_ms=cpu)
     times = {"cpu": cpu, "step": step, "non_waiting": pinned, "prefetched": ahead}
     least = min(times.values())
-    assert times[found.choice] <= (1 + transfer.GAIN) * least
+    assert times[found.choice] <= (1 + measurement.GAIN) * least
     simpler = list(times)[: list(times).index(found.choice)]
-    assert all(times[name] > (1 + transfer.GAIN) * least for name in simpler)
+    assert all(times[name] > (1 + measurement.GAIN) * least for name in simpler)
     begins = {"cpu": "stay on the CPU", "non_waiting": "pin the batch", "prefetched": "prefetch"}
     given_advice = any(each.startswith(begins.get(found.choice, "no such")) for each in found.advice)
     assert given_advice == (found.choice in begins)
@@ -221,7 +232,7 @@ def test_the_choice_is_the_fastest_or_as_good_and_simpler(cpu: float, step: floa
     [(0.0021, "2.1 µs"), (0.5, "500 µs"), (1, "1 ms"), (12.34, "12.3 ms"), (2500, "2.5 s"), (1.25e6, "1250 s")],
 )
 def test_times_are_written_with_three_digits(ms: float, text: str) -> None:
-    assert transfer._time(ms) == text
+    assert measurement._time(ms) == text
 
 
 # Measuring, simulated
@@ -283,7 +294,7 @@ class Network(nn.Module):
         return self.inner(x[:, :10])
 
 
-class SimulatedGpu(transfer.Gpu):
+class SimulatedGpu(measurement.Gpu):
     name = "simulated"
 
     def __init__(self, clock: Clock, speeds: Simulated) -> None:
@@ -585,7 +596,7 @@ def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.Monkey
     model, x = nn.Linear(4, 2), torch.randn(8, 4)
     seen: list[Tensor] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    gpu = transfer.Gpu(torch.device("cpu"))
+    gpu = measurement.Gpu(torch.device("cpu"))
     for training in (True, False):
         calls = gpu.calls(model, [x], training)
         both_ways = {field.name for field in dataclasses.fields(OnGpu)}
@@ -597,7 +608,7 @@ def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.Monkey
             timed.prepare(3)
             timed(3)
             assert bool(copied) is (name in ("pageable", "pinned", "non_blocking", "staging"))
-            assert len(seen) == (name in ("forward", "backward", *transfer.LOOPS))
+            assert len(seen) == (name in ("forward", "backward", *measurement.LOOPS))
             given = x.bfloat16().float() if name == "narrowed" else x
             assert all(torch.equal(each, given) for each in (*copied, *seen))
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -751,7 +762,7 @@ def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pinned_copies_reach_the_links_ceiling() -> None:
     """At least 0.9 of it, for 64 MiB."""
     link, x = timing.link("cuda:0"), torch.randn(1 << 24)
-    copied = timing.time_apart(transfer.copy_calls([x], torch.device("cuda"))["non_blocking"])
+    copied = timing.time_apart(measurement.copy_calls([x], torch.device("cuda"))["non_blocking"])
     assert x.nbytes / (1e-3 * copied.device.ms) >= 0.9 * link.to_device
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from mlp_fused import environment, plan, timing, tuning
+from mlp_fused import environment, timing
 from mlp_fused.compiling import Compilers, NotYetError
+from mlp_fused.engine import paths, tables
 from mlp_fused.environment import DISTORTING
-from mlp_fused.kernels import configs, layer_tiles, tables
-from mlp_fused.kernels.configs import DEVICES, INTERPRETED_DEVICE, TileConfig
-from mlp_fused.training import UserError
-from mlp_fused.tuning import ANCHORS, GRID, Config, Product, Whole, Workload, products, tasks, tune
+from mlp_fused.kernels import layer_tiles, network_tiles
+from mlp_fused.kernels.network_tiles import DEVICES, INTERPRETED_DEVICE, TileConfig
+from mlp_fused.train.loop import UserError
+from mlp_fused.tune import tuner
+from mlp_fused.tune.tuner import ANCHORS, GRID, Config, Product, Whole, Workload, products, tasks, tune
 
 CPU = torch.device("cpu")
 SLOW, FAST, BROKEN, WRONG = (TileConfig(16, 16, 16, group_m=1, num_warps=warps) for warps in (1, 2, 4, 8))
@@ -60,19 +62,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that sees which way is taken; two tiles for every product, and no whole networks."""
     clock = Clock()
     for kind in tables.KINDS:
-        monkeypatch.setitem(tuning.BY_TORCH, kind, clock.watch("torch", tuning.BY_TORCH[kind]))
-        monkeypatch.setitem(tuning.BY_KERNEL, kind, clock.watch("tile", tuning.BY_KERNEL[kind]))
+        monkeypatch.setitem(tuner.BY_TORCH, kind, clock.watch("torch", tuner.BY_TORCH[kind]))
+        monkeypatch.setitem(tuner.BY_KERNEL, kind, clock.watch("tile", tuner.BY_KERNEL[kind]))
     for path, name in (("by_torch", "torch"), ("by_layers", "layer")):
-        monkeypatch.setattr(tuning.Passes, path, clock.watch(name, getattr(tuning.Passes, path)))
-    by_network = tuning.Passes.by_network
+        monkeypatch.setattr(tuner.Passes, path, clock.watch(name, getattr(tuner.Passes, path)))
+    by_network = tuner.Passes.by_network
 
-    def watched(self: tuning.Passes, path: plan.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+    def watched(self: tuner.Passes, path: paths.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
         clock.ran.append(path.formulation or "network")
         return by_network(self, path, x)
 
-    monkeypatch.setattr(tuning.Passes, "by_network", watched)
+    monkeypatch.setattr(tuner.Passes, "by_network", watched)
     monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (SLOW, FAST))
-    monkeypatch.setattr(tuning, "_network_plan", lambda *arguments: "only products are tested")
+    monkeypatch.setattr(tuner, "_network_plan", lambda *arguments: "only products are tested")
     return clock
 
 
@@ -121,13 +123,13 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (BROKEN, WRONG, SLOW))
     for kind in tables.KINDS:
 
-        def by_kernel(*arguments: Any, original: Callable[..., None] = tuning.BY_KERNEL[kind]) -> None:
+        def by_kernel(*arguments: Any, original: Callable[..., None] = tuner.BY_KERNEL[kind]) -> None:
             if arguments[-1] == BROKEN:
                 raise RuntimeError("out of resource: shared memory.\nand more")
             if arguments[-1] != WRONG:  # which writes nothing
                 original(*arguments)
 
-        monkeypatch.setitem(tuning.BY_KERNEL, kind, by_kernel)
+        monkeypatch.setitem(tuner.BY_KERNEL, kind, by_kernel)
     table, said = run(clock)
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert BROKEN not in clock.timed
@@ -166,10 +168,10 @@ def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
         return wrapped
 
     for kind in tables.KINDS:
-        by_torch = off(kind, tuning.BY_TORCH[kind], lambda result, _: result.dtype.itemsize == 2)
-        by_kernel = off(kind, tuning.BY_KERNEL[kind], lambda _, tile: tile == WRONG)
-        monkeypatch.setitem(tuning.BY_TORCH, kind, by_torch)
-        monkeypatch.setitem(tuning.BY_KERNEL, kind, by_kernel)
+        by_torch = off(kind, tuner.BY_TORCH[kind], lambda result, _: result.dtype.itemsize == 2)
+        by_kernel = off(kind, tuner.BY_KERNEL[kind], lambda _, tile: tile == WRONG)
+        monkeypatch.setitem(tuner.BY_TORCH, kind, by_torch)
+        monkeypatch.setitem(tuner.BY_KERNEL, kind, by_kernel)
     clock.seconds |= {WRONG: 1e-4}
     monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (WRONG, SLOW, FAST))
     table, said = run(clock, dataclasses.replace(DIMS, dtype=(dtype,), activation=activation))
@@ -255,7 +257,7 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
     first, second = tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
     broken = False
 
-    def by_kernel(*arguments: Any, original: Callable[..., None] = tuning.BY_KERNEL[second.kind]) -> None:
+    def by_kernel(*arguments: Any, original: Callable[..., None] = tuner.BY_KERNEL[second.kind]) -> None:
         nonlocal broken
         if at == "a checked call" and len(clock.timed) == 5 and arguments[-1] == FAST:
             broken = True
@@ -271,8 +273,8 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
             raise RuntimeError(f"{ILLEGAL}\nmore")
         return clock(call)
 
-    monkeypatch.setitem(tuning.BY_KERNEL, second.kind, by_kernel)
-    monkeypatch.setattr(tuning, "_synchronize", synchronize)
+    monkeypatch.setitem(tuner.BY_KERNEL, second.kind, by_kernel)
+    monkeypatch.setattr(tuner, "_synchronize", synchronize)
     tile = SLOW if at == "a timed call" else FAST
     with pytest.raises(UserError) as raised:
         tune(DIMS, report=lambda text: None, device=CPU, time=failing, now=lambda: clock.now)
@@ -285,7 +287,7 @@ def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path, m
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tuning, "_random", full)
+    monkeypatch.setattr(tuner, "_random", full)
     _, said = run(clock)
     assert said.count("was left out: it does not fit in the GPU's memory") == PRODUCTS
     assert said.endswith(f"nothing was measured; {path()} is as it was")
@@ -308,9 +310,9 @@ def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path, monk
         ),
     ):
         path().unlink(missing_ok=True)
-        monkeypatch.setattr(tuning, "versions", lambda: old)
+        monkeypatch.setattr(tuner, "versions", lambda: old)
         run(clock, Config(dims=((3, 2),), batch=(8,), dtype=("fp32",)))
-        monkeypatch.setattr(tuning, "versions", lambda now=now: now)
+        monkeypatch.setattr(tuner, "versions", lambda now=now: now)
         table, said = run(clock)
         assert len(table.gemms) == kept + PRODUCTS
         assert table.versions == now
@@ -331,7 +333,7 @@ def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatc
         "notes.json is no measured table: .*, so it will not be overwritten; delete it, or name another with --out$"
     )
     assert out.read_text() == "{}"
-    other = tables.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", tuning.versions())
+    other = tables.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", tuner.versions())
     tables.write(out, other)
     refused("notes.json was measured on NVIDIA H200, this is Triton's interpreter; name another file with --out$")
     out.unlink()
@@ -368,8 +370,8 @@ def test_a_distorted_gpu_is_not_measured(switch: str, measured: Path, monkeypatc
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tuning.plan, "why_not", lambda *_, **__: None)
-    assert tuning._gpu() == torch.device("cuda", 0)
+    monkeypatch.setattr(tuner.paths, "why_not", lambda *_, **__: None)
+    assert tuner._gpu() == torch.device("cuda", 0)
     monkeypatch.setenv(switch, "1")
     with pytest.raises(UserError, match=f"^{switch} is set, which .*: unset it to measure$"):
         tune(DIMS)
@@ -400,17 +402,17 @@ def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, mea
     assert {"torch", "layer", "stored"} <= set(training.ms) <= {"torch", "layer", "recompute", "stored"}
     assert set(inference.ms) == {"torch", "layer", "network"}
     for training_too in (True, False):
-        activations = [plan.resolve(activation), plan.resolve("identity")]
+        activations = [paths.resolve(activation), paths.resolve("identity")]
         row = table.networks[0]
-        why = plan.why_torch(
+        why = paths.why_torch(
             row.widths, activations, getattr(torch, row.dtype), row.precision, training_too, None, INTERPRETED_DEVICE
         )
         assert why == "torch is faster as measured on this device"
 
 
 def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_network_plan", NETWORK_PLAN)
-    monkeypatch.setattr(tuning, "products", lambda workload: [])
+    monkeypatch.setattr(tuner, "_network_plan", NETWORK_PLAN)
+    monkeypatch.setattr(tuner, "products", lambda workload: [])
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",))
     for fastest in ("torch", "layer", "recompute", "stored"):
         clock.seconds = {fastest: 1e-3, "network": 2e-3}
@@ -419,37 +421,37 @@ def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.
         assert training.path == fastest
         assert set(training.ms) == {"torch", "layer", "recompute", "stored"}
         assert inference.path == (fastest if fastest in ("torch", "layer") else "network")
-        path = plan.network_path(
-            (16, 16, 16), ((16, 1, 1),) * 2, (plan.resolve("relu"), plan.resolve("identity")), torch.bfloat16, "ieee",
+        path = paths.network_path(
+            (16, 16, 16), ((16, 1, 1),) * 2, (paths.resolve("relu"), paths.resolve("identity")), torch.bfloat16, "ieee",
             INTERPRETED_DEVICE, True,
         )  # fmt: skip
         if fastest == "layer":
             assert path == "it is faster as measured on this device"
         elif fastest != "torch":
-            assert isinstance(path, plan.NetworkPlan)
+            assert isinstance(path, paths.NetworkPlan)
             assert path.formulation == fastest
     assert "training 16-16-16, relu, 8 rows, bfloat16" in said
 
 
-NETWORK_PLAN = tuning._network_plan
+NETWORK_PLAN = tuner._network_plan
 
 
 def test_networks_are_measured_with_the_tiles_just_found(
     clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the file that they go to: what the path of layers runs with, and what holds after it."""
-    monkeypatch.setattr(tuning, "_network_plan", NETWORK_PLAN)
+    monkeypatch.setattr(tuner, "_network_plan", NETWORK_PLAN)
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
-    by_layers, seen = tuning.Passes.by_layers, []
+    by_layers, seen = tuner.Passes.by_layers, []
 
-    def watched(self: tuning.Passes, x: torch.Tensor) -> torch.Tensor:
+    def watched(self: tuner.Passes, x: torch.Tensor) -> torch.Tensor:
         seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in products_of(config))
         return by_layers(self, x)
 
     def products_of(config: Config) -> list[tables.Gemm]:
         return [tables.Gemm(*each.key, None, None, 1.0) for each in products(config.workloads[0])]
 
-    monkeypatch.setattr(tuning.Passes, "by_layers", watched)
+    monkeypatch.setattr(tuner.Passes, "by_layers", watched)
     table, _ = run(clock, config)
     assert [row.tile for row in table.gemms] == [FAST] * 3
     assert len(table.networks) == 2
@@ -459,9 +461,9 @@ def test_networks_are_measured_with_the_tiles_just_found(
 
 
 def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_network_plan", NETWORK_PLAN)
-    monkeypatch.setattr(tuning, "products", lambda workload: [])
-    monkeypatch.setattr(tuning.Passes, "by_network", lambda self, path, x: self.by_torch(x) * 1.5)
+    monkeypatch.setattr(tuner, "_network_plan", NETWORK_PLAN)
+    monkeypatch.setattr(tuner, "products", lambda workload: [])
+    monkeypatch.setattr(tuner.Passes, "by_network", lambda self, path, x: self.by_torch(x) * 1.5)
     table, said = run(clock, Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",)))
     assert [set(row.ms) for row in table.networks] == [{"torch", "layer"}] * 2
     assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result is not torch's" in said
@@ -474,7 +476,7 @@ class FewCompilers(Compilers):
     """Compiles in no time, but for what it is told."""
 
     def __init__(self, outcomes: dict[TileConfig | str, str | type[Exception] | None]) -> None:
-        super().__init__(tuning.compile_ahead, INTERPRETED_DEVICE, None, 0)
+        super().__init__(tuner.compile_ahead, INTERPRETED_DEVICE, None, 0)
         self.told = outcomes
         self.asked: dict[Any, Any] = {}
 
@@ -483,7 +485,7 @@ class FewCompilers(Compilers):
 
     def wait(self, key: Any, seconds: float) -> str | None:
         work = self.asked[key]
-        outcome = self.told.get(work.tile if isinstance(work, tuning.TileWork) else work.path)
+        outcome = self.told.get(work.tile if isinstance(work, tuner.TileWork) else work.path)
         if outcome is NotYetError:
             raise NotYetError
         return outcome  # type: ignore[return-value]
@@ -532,7 +534,7 @@ class Model(Compilers):
     READING = 0.12  # seconds of a reading, and of making and checking what is read
 
     def __init__(self) -> None:
-        super().__init__(tuning.compile_ahead, DEVICES["NVIDIA H200"], None, 0)
+        super().__init__(tuner.compile_ahead, DEVICES["NVIDIA H200"], None, 0)
         self.now = 0.0
         self.free = [self.BOOT] * 14
         self.queue: dict[Any, Any] = {}
@@ -550,7 +552,7 @@ class Model(Compilers):
 
     def begin(self, key: Any) -> None:
         work = self.queue.pop(key)
-        seconds = self.TILE if isinstance(work, tuning.TileWork) else self.LAYER if work.table else self.PATH
+        seconds = self.TILE if isinstance(work, tuner.TileWork) else self.LAYER if work.table else self.PATH
         self.free.sort()
         self.done[key] = self.free[0] = max(self.free[0], self.now - seconds) + seconds
 
@@ -602,14 +604,14 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
             counts[self.key] = counts.get(self.key, 0) + 1
             return [torch.ones(1)]
 
-    monkeypatch.setattr(tuning, "Operands", NoOperands)
-    monkeypatch.setattr(tuning, "Passes", NoPasses)
+    monkeypatch.setattr(tuner, "Operands", NoOperands)
+    monkeypatch.setattr(tuner, "Passes", NoPasses)
     model, device = Model(), DEVICES["NVIDIA H200"]
-    monkeypatch.setattr(configs, "describe", lambda *_: device)
-    empty = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuning.versions())
-    tuner = tuning.Tuner(CPU, model.read, lambda: model.now, model, empty, empty)
+    monkeypatch.setattr(network_tiles, "describe", lambda *_: device)
+    empty = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
+    fast = tuner.Tuner(CPU, model.read, lambda: model.now, model, empty, empty)
     asked = tasks(Config().workloads, device)
-    tuner.measure(asked, seconds)
+    fast.measure(asked, seconds)
     assert model.now < seconds + Model.PATH
     parts: dict[str, list[tuple[int, float]]] = {}
     family = {workload: index for index, each in enumerate(GRID) for workload in each.workloads}
@@ -620,7 +622,7 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
         wanted = 1
         if isinstance(task, Product):
             candidates = len(layer_tiles.candidates(task.problem, device))
-            wanted = candidates if task.anchor else min(tuning.FEW, candidates)
+            wanted = candidates if task.anchor else min(tuner.FEW, candidates)
         count = counts.get(task.key, 0)
         parts.setdefault(part, []).append((count > 0, min(1.0, count / wanted)))
     return {
@@ -712,7 +714,7 @@ def test_every_candidate_of_the_grid_can_stand_in_a_table(tmp_path: Path) -> Non
                 kind, _, *rest = product.key
                 row = tables.Gemm(kind, 2 * index + 1, *rest, tile, 1.0, 1.0)
                 rows[row.key] = row
-        table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuning.versions(), tuple(rows.values()))
+        table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions(), tuple(rows.values()))
         tables.write(tmp_path / "t.json", table)
         assert tables.read(tmp_path / "t.json") == table
 
@@ -755,11 +757,11 @@ def test_operands_come_from_more_memory_than_the_cache_holds(monkeypatch: pytest
         L2_cache_size = 1000
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert [tuning._sets(torch.device("cuda"), nbytes) for nbytes in (100, 1999, 2000, 10**6)] == [20, 2, 1, 1]
-    assert tuning._sets(torch.device("cuda"), 1) == tuning.MOST_SETS
-    assert tuning._sets(CPU, 1) == 1
-    monkeypatch.setattr(tuning, "_sets", lambda device, nbytes: 3)
-    operands = tuning.Operands(products(Workload((33, 7), 5, "bf16"))[0], CPU)
+    assert [tuner._sets(torch.device("cuda"), nbytes) for nbytes in (100, 1999, 2000, 10**6)] == [20, 2, 1, 1]
+    assert tuner._sets(torch.device("cuda"), 1) == tuner.MOST_SETS
+    assert tuner._sets(CPU, 1) == 1
+    monkeypatch.setattr(tuner, "_sets", lambda device, nbytes: 3)
+    operands = tuner.Operands(products(Workload((33, 7), 5, "bf16"))[0], CPU)
     addresses = {tensor.data_ptr() for each in operands.sets for tensor in each if tensor is not None}
     assert len(addresses) == 3 * 4
     assert all((address - min(addresses)) % 16 == 0 for address in addresses)
@@ -810,5 +812,5 @@ def test_the_clock_reads_what_the_device_works(gpu: dict[str, Any], issue: float
         calls += 1
         gpu["work"](issue + 1e-2 * (calls == 1), seconds)  # the first one compiles
 
-    assert tuning.EventClock()(call) == pytest.approx(seconds, rel=1e-6)
+    assert tuner.EventClock()(call) == pytest.approx(seconds, rel=1e-6)
     assert calls >= 7

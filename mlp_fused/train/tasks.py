@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import listed
+from ..scaling import LISTED, Scaling, Unscaling
 from .data import Data
-from .errors import listed
-from .scaling import LISTED, Scaling, Unscaling
 
 __all__ = ["Classification", "Epoch", "Regression", "correct", "make_task", "squared_errors"]
 

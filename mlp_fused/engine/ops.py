@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
-from .chain import cast, chained_backward, chained_forward, kept_shapes
-from .functional import Layer, find_path
-from .gradients import plain_gradient
-from .kernels.activations import parse
-from .layers import LayerPath
-from .networks import network_backward, network_forward
-from .plan import NetworkPlan, why_device
+from .. import reference
+from ..functional import Layer, find_path
+from ..kernels.activations import parse
+from .autograd import plain_gradient
+from .layer_path import LayerPath
+from .network_path import network_backward, network_forward
+from .paths import NetworkPlan, why_device
+from .schedule import cast, chained_backward, chained_forward, kept_shapes
 
 _SETTINGS = "bool[] biased, str[] activations, ScalarType dtype, str precision, bool? recompute, str backend"
 _library = torch.library.Library("mlp_fused", "DEF")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.activations import Activation
-from .kernels.dropout import Dropout
-from .kernels.launch import Launch
-from .kernels.layer_backward import output_gradient
-from .kernels.layer_forward import pointwise
+from ..kernels.activations import Activation
+from ..kernels.dropout import Dropout
+from ..kernels.launch import Launch
+from ..kernels.layer_backward import output_gradient
+from ..kernels.layer_forward import pointwise
 
 __all__ = ["dgrad_by_torch", "forward_by_torch", "wgrad_by_torch"]
 

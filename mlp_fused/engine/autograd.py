@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.activations import ACTIVATIONS, Activation
-from .kernels.dropout import Dropout
-from .kernels.layer_forward import pointwise
+from ..kernels.activations import ACTIVATIONS, Activation
+from ..kernels.dropout import Dropout
+from ..kernels.layer_forward import pointwise
 
 __all__ = [
     "PlainFunction", "differentiable_backward", "dropout_factors", "dropped", "plain_gradient", "through", "versions",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError, count, first_line, listed
+from ..errors import UserError, count, first_line, listed
 
 __all__ = [
     "Data",

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradients import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
-from .kernels import network
-from .kernels.launch import Launches
-from .layers import profiler_enabled
-from .plan import NetworkPlan
+from ..kernels import network
+from ..kernels.launch import Launches
+from .autograd import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
+from .layer_path import profiler_enabled
+from .paths import NetworkPlan
 
 __all__ = ["network_backward", "network_forward", "run_network"]
 

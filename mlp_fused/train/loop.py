@@ -22,8 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from . import memory, plan
-from .checkpoint import FORMAT, check_checkpoint, load_checkpoint, make_scaling, save_checkpoint
+from .. import memory
+from ..checkpoint import FORMAT, check_checkpoint, load_checkpoint, make_scaling, save_checkpoint
+from ..devices import DTYPES, DtypeName, autocast, check_dtype, pick_device
+from ..engine import paths
+from ..environment import distorted
+from ..errors import UserError, count, first_line
+from ..module import FusedMLP
+from ..prefetch import CopyTimer, DevicePrefetcher
+from ..scaling import Scaling, column_remarks, whole
 from .config import (
     LEARNING_RATES,
     MAY_CHANGE,
@@ -37,13 +44,7 @@ from .config import (
     shown,
 )
 from .data import Data, load_data, split, to_features, to_labels
-from .devices import DTYPES, DtypeName, autocast, check_dtype, pick_device
-from .environment import distorted
-from .errors import UserError, count, first_line
-from .module import FusedMLP
-from .prefetch import CopyTimer, DevicePrefetcher
-from .processes import Part, Processes, join
-from .scaling import Scaling, column_remarks, whole
+from .distributed import Part, Processes, join
 from .tasks import Epoch, correct, make_task
 
 __all__ = [
@@ -156,7 +157,7 @@ def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.devic
         return "torch's own modules"
     with autocast(config.dtype, device):
         taken = model.explain(rows)
-    wanted = plan.DEFAULT_BACKEND if config.backend == "auto" else config.backend
+    wanted = paths.DEFAULT_BACKEND if config.backend == "auto" else config.backend
     if wanted == "triton" and taken.path == "reference":
         raise UserError(f"the backend is triton, but {taken.reason}")
     return f"the {taken.path} path ({taken.reason})"

@@ -1,4 +1,4 @@
-"""Measuring what is fastest on this GPU, for the tables that plan.py asks: what `mlp-fused tune` does.
+"""Measuring what is fastest on this GPU, for the tables that engine/paths.py asks: what `mlp-fused tune` does.
 
 Of each layer of a network three products are measured, forward, dgrad and wgrad: torch's own, and the tiles of
 `layer_tiles.candidates`, the likeliest first. Then, of networks that fit in one kernel, their paths as a whole: that
@@ -31,21 +31,22 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from . import plan, reference
-from .chain import run_layers
-from .compiling import Compilers, NotYetError, count_workers
-from .environment import distorted, versions
-from .functional import Layer, find_layers
-from .kernels import configs, layer_tiles, tables
-from .kernels.activations import ACTIVATIONS, Activation, resolve
-from .kernels.language import driver
-from .kernels.layer_backward import dgrad, wgrad
-from .kernels.layer_forward import layer_forward
-from .layers import layer_path
-from .networks import run_network
-from .products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
-from .timing import Timed, between_events
-from .training import UserError, first_line, progress
+from .. import reference
+from ..compiling import Compilers, NotYetError, count_workers
+from ..engine import paths, tables
+from ..engine.layer_path import layer_path
+from ..engine.network_path import run_network
+from ..engine.schedule import run_layers
+from ..engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
+from ..environment import distorted, versions
+from ..functional import Layer, find_layers
+from ..kernels import layer_tiles, network_tiles
+from ..kernels.activations import ACTIVATIONS, Activation, resolve
+from ..kernels.language import driver
+from ..kernels.layer_backward import dgrad, wgrad
+from ..kernels.layer_forward import layer_forward
+from ..timing import Timed, between_events
+from ..train.loop import UserError, first_line, progress
 
 __all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload", "tune"]
 
@@ -184,7 +185,7 @@ class Config:
 class Product:
     """One product of a layer, with what its epilogue does: a row of a table to be."""
 
-    kind: configs.Kind
+    kind: network_tiles.Kind
     rows: int
     width_out: int
     width_in: int
@@ -204,12 +205,12 @@ class Product:
         return ARITHMETIC[self.dtype][1]
 
     @property
-    def key(self) -> tuple[configs.Kind, int, int, int, str, str, str]:
+    def key(self) -> tuple[network_tiles.Kind, int, int, int, str, str, str]:
         dtype = _name(ARITHMETIC[self.dtype][0])
         return self.kind, self.rows, self.width_out, self.width_in, dtype, self.precision, self.activation
 
     @property
-    def problem(self) -> configs.Problem:
+    def problem(self) -> network_tiles.Problem:
         """What a tile is chosen by."""
         return tables.Gemm(*self.key, None, None, 1.0).problem
 
@@ -254,7 +255,7 @@ def products(workload: Workload) -> list[Product]:
     for index, (k, n) in enumerate(layers):
         own = workload.activation if index + 1 < len(layers) else "identity"
         below = workload.activation if index else "identity"
-        each: list[tuple[configs.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
+        each: list[tuple[network_tiles.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
         for kind, activation in each:
             product = Product(kind, workload.rows, n, k, workload.dtype, activation, n * k / total)
             alike = product.key[:-1]
@@ -267,7 +268,9 @@ def products(workload: Workload) -> list[Product]:
     return list(found.values())
 
 
-def tasks(workloads: Iterable[Workload], gpu: configs.Device, known: Iterable[tuple[Any, ...]] = ()) -> list[Task]:
+def tasks(
+    workloads: Iterable[Workload], gpu: network_tiles.Device, known: Iterable[tuple[Any, ...]] = ()
+) -> list[Task]:
     """What is to be measured, each once, in order.
 
     What is not `known` yet; products, then networks; anchors; what most of a network's FLOPs are in.
@@ -277,7 +280,7 @@ def tasks(workloads: Iterable[Workload], gpu: configs.Device, known: Iterable[tu
     for workload in workloads:
         each: list[Task] = [*products(workload)]
         for training in (True, False):
-            if isinstance(_network_plan(workload, gpu, training, False), plan.NetworkPlan):
+            if isinstance(_network_plan(workload, gpu, training, False), paths.NetworkPlan):
                 each.append(Whole(workload, training))
         for task in each:
             first = found.setdefault(task.key, task)
@@ -290,12 +293,12 @@ def tasks(workloads: Iterable[Workload], gpu: configs.Device, known: Iterable[tu
     return sorted(ranked, key=lambda task: (task.known, isinstance(task, Whole), not task.anchor, -task.share))
 
 
-def network_paths(whole: Whole, gpu: configs.Device) -> dict[str, plan.NetworkPlan]:
+def network_paths(whole: Whole, gpu: network_tiles.Device) -> dict[str, paths.NetworkPlan]:
     """Of a network as a whole, the paths through its own kernels, by name."""
     found = {}
     for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
         path = _network_plan(whole.workload, gpu, whole.training, recompute)
-        if isinstance(path, plan.NetworkPlan) and path.formulation in (name, None):
+        if isinstance(path, paths.NetworkPlan) and path.formulation in (name, None):
             found[name] = path
     return found
 
@@ -305,7 +308,7 @@ class TileWork:
     """A product's kernel by a tile, to be compiled."""
 
     task: Product
-    tile: configs.TileConfig
+    tile: network_tiles.TileConfig
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -343,7 +346,7 @@ def compile_ahead(work: TileWork | PathWork) -> None:
             return
         passes = Passes(work.task, meta)
         if work.table is None:
-            gpu = configs.device_of(passes.xs[0])
+            gpu = network_tiles.device_of(passes.xs[0])
             passes(functools.partial(passes.by_network, network_paths(work.task, gpu)[work.path]), 0)
         else:
             with _in_force(work.table):
@@ -361,16 +364,18 @@ def _in_force(table: tables.Table) -> Iterator[None]:
 
 def _forget_tables() -> None:
     """Decide anew: for after tables have changed."""
-    plan.forget_tables()
+    paths.forget_tables()
     layer_path.cache_clear()
 
 
-def _network_plan(workload: Workload, gpu: configs.Device, training: bool, recompute: bool) -> plan.NetworkPlan | str:
+def _network_plan(
+    workload: Workload, gpu: network_tiles.Device, training: bool, recompute: bool
+) -> paths.NetworkPlan | str:
     """The network path, as if the user asked for it: no table is consulted."""
     dtype, precision = ARITHMETIC[workload.dtype]
     strides = tuple((k, 1, 1) for k in workload.widths[:-1])
     activations = tuple(_activations(workload))
-    return plan.network_path(workload.widths, strides, activations, dtype, precision, gpu, training, recompute)
+    return paths.network_path(workload.widths, strides, activations, dtype, precision, gpu, training, recompute)
 
 
 def _activations(workload: Workload) -> list[Activation]:
@@ -406,7 +411,7 @@ class Tuner:
         old: tables.Table,
         new: tables.Table,
     ) -> None:
-        self.gpu = configs.describe(device.type, device.index or 0)
+        self.gpu = network_tiles.describe(device.type, device.index or 0)
         self.device = device
         self.time = time
         self.now = now
@@ -468,7 +473,7 @@ class Tuner:
             readings = 2 + len(network_paths(task, self.gpu))
         return readings * (ANCHOR_WEIGHT if task.anchor else 1)
 
-    def _candidates(self, product: Product) -> tuple[configs.TileConfig, ...]:
+    def _candidates(self, product: Product) -> tuple[network_tiles.TileConfig, ...]:
         """What was the fastest before, then by the rule's estimate."""
         before = self.old.get(product.key)
         first = (before.tile,) if before and before.tile else ()
@@ -505,7 +510,7 @@ class Tuner:
         expected = operands.in_float32()
         # Sums of k products in fp32, added in another order, differ by about sqrt(k) roundings.
         bound = BOUNDS[product.dtype][0] + math.sqrt(product.problem.k) * 2**-24
-        best: tuple[float, configs.TileConfig] | None = None
+        best: tuple[float, network_tiles.TileConfig] | None = None
         begun = self.now()
         for index, tile in enumerate(self._candidates(product)):
             what, asked = f"{product}, {tile}", self.now()
@@ -538,11 +543,11 @@ class Tuner:
         # gradients by 2 % against fp16 and 8 % against bf16, more than the bounds (7 layers on a CPU, torch 2.13). What
         # cuBLAS's partial sums lose in fp16 is below the bound: 0.8 % over 2^20 rows (H100, torch 2.11).
         expected = passes(passes.by_torch, 0)
-        paths: dict[str, Callable[[Tensor], Tensor]] = {"layer": passes.by_layers}
+        runs: dict[str, Callable[[Tensor], Tensor]] = {"layer": passes.by_layers}
         for name, path in network_paths(whole, self.gpu).items():
-            paths[name] = functools.partial(passes.by_network, path)
+            runs[name] = functools.partial(passes.by_network, path)
         with _in_force(self.table):
-            for name, run in paths.items():
+            for name, run in runs.items():
                 what = f"{whole}, {name}"
                 right = functools.partial(passes, run, 0)
                 if self._compiles(what, PathWork(whole, name), self.deadline) and self._is_right(
@@ -680,7 +685,7 @@ class Operands:
     def by_torch(self, index: int) -> None:
         BY_TORCH[self.kind](*self.sets[index], *self.epilogue)
 
-    def by_kernel(self, index: int, tile: configs.TileConfig) -> None:
+    def by_kernel(self, index: int, tile: network_tiles.TileConfig) -> None:
         BY_KERNEL[self.kind](*self.sets[index], *self.epilogue, self.precision, tile)
 
     def turns(self, run: Callable[[int], object]) -> Callable[[], object]:
@@ -717,7 +722,7 @@ class Passes:
     def by_layers(self, x: Tensor) -> Tensor:
         return run_layers(x, self.weights, self.biases, find_layers(x, self.layers, self.dtype, "auto"))
 
-    def by_network(self, path: plan.NetworkPlan, x: Tensor) -> Tensor:
+    def by_network(self, path: paths.NetworkPlan, x: Tensor) -> Tensor:
         return run_network(x, self.weights, self.biases, path)
 
     def __call__(self, path: Callable[[Tensor], Tensor], index: int) -> list[Tensor]:
@@ -783,7 +788,7 @@ def tune(
         KeyboardInterrupt: Ctrl-C; its text says what was written.
     """
     device = device or _gpu()
-    gpu = configs.describe(device.type, device.index or 0)
+    gpu = network_tiles.describe(device.type, device.index or 0)
     path = Path(config.out) if config.out is not None else tables.user_path(gpu.name)
     utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     empty = tables.Table(gpu.name, utc, versions(), arch=gpu.arch, multiprocessors=gpu.multiprocessors)
@@ -838,7 +843,7 @@ def _gpu() -> torch.device:
             "tuning measures a GPU, and there is none that torch can use; mlp-fused env says what was found"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    reason = plan.why_not((), torch.float32, device, "triton", planned=False)
+    reason = paths.why_not((), torch.float32, device, "triton", planned=False)
     if reason is not None:
         raise UserError(f"there are no kernels to tune: {reason}")
     if (reason := distorted()) is not None:

@@ -1,7 +1,8 @@
 """What only the first call costs: the steps from a bare process to a network's first output, in order.
 
 A process has its context, its handles and its kernels once, so this is measured in processes of its own:
-`python -m mlp_fused.first_touch FILE` reads a pickled (model, batch) and prints one line of JSON, seconds by name.
+`python -m mlp_fused.transfer.first_touch FILE` reads a pickled (model, batch) and prints one line of JSON,
+seconds by name.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def in_fresh_processes(model: nn.Module, batch: Sequence[Tensor], device: torch.
 
 
 def _child(file: Path, environment: dict[str, str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "mlp_fused.first_touch", str(file)]
+    command = [sys.executable, "-m", "mlp_fused.transfer.first_touch", str(file)]
     try:
         child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .plan import DEBUG
+from .engine.paths import DEBUG
 
 __all__ = ["CapturedStep", "capture_step"]
 

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import timing
-from .checkpoint import load_checkpoint, make_model
-from .devices import DTYPES, DtypeName, pick_device
-from .environment import distorted
-from .errors import UserError, first_line
+from .. import timing
+from ..checkpoint import load_checkpoint, make_model
+from ..devices import DTYPES, DtypeName, pick_device
+from ..environment import distorted
+from ..errors import UserError, first_line
+from ..kernels.activations import resolve
+from ..module import FusedMLP
+from ..prefetch import DevicePrefetcher, use_up
+from ..timing import Link, Measured, Spread, Timed
 from .first_touch import FirstTouch, in_fresh_processes
-from .kernels.activations import resolve
-from .module import FusedMLP
-from .prefetch import DevicePrefetcher, use_up
-from .timing import Link, Measured, Spread, Timed
 
 __all__ = [
     "Config",
@@ -877,7 +877,7 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Transfer:
         raise UserError(first_line(error)) from None
     report(json.dumps(found.as_dict(), indent=2) if config.json else str(found))
     if path is not None:
-        from .plots import draw
+        from ..plots import draw
 
         try:
             draw(found, path)

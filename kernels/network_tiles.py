@@ -79,7 +79,7 @@ class TileConfig:
     num_stages: int = 1  # blocks of the reduction in flight
     split: int = 1  # how many programs share one output tile's reduction (weight gradients)
     programs: int = 0  # of a persistent kernel: how many are started at the most; 0: one a tile
-    precision: str = "ieee"  # how operands are multiplied: see dot.py
+    precision: str = "ieee"  # how operands are multiplied: see tile.py
     descriptors: bool = False  # whether operands and results go through tensor descriptors (TMA)
     parts: int = 1  # the epilogue goes through the columns in so many pieces, each with less shared memory
     early: bool = False  # dgrad: whether the saved tile is asked for before the products
@@ -128,7 +128,7 @@ class Device:
     fma_32: float | None = None
 
     def peak(self, dtype: torch.dtype, precision: str = "ieee") -> float | None:
-        """FLOP a second that the data sheet promises for products of this dtype, multiplied so (see dot.py)."""
+        """FLOP a second that the data sheet promises for products of this dtype, multiplied so (see tile.py)."""
         if precision == "bf16x6":
             return self.tensor_16 / 6 if self.tensor_16 else None
         if dtype == torch.float32:

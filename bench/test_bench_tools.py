@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import bench_copy, conftest, fresh, from_host, gemm, goals, gpu, measure, report
+from bench import bench_call, bench_copy, conftest, fresh, from_host, gemm, goals, gpu, measure, report
 from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
@@ -926,7 +926,7 @@ def verdict(goal: goals.Goal, *rows: dict[str, Any]) -> str:
 
 
 def test_every_goal_has_rows_in_the_grid() -> None:
-    calls = [{"id": f"call-layer-{name}"} for name in ("inference-forward", "training-forward", "training-backward")]
+    calls = [{"id": f"call-{name}-{phase}"} for name in bench_call.CASES for phase in bench_call.PHASES]
     rows = [{"id": str(cell), "device": device} for cell in GRID for device in cell.devices] + calls
     for goal in goals.GOALS:
         assert any(goal.concerns(row) for row in rows), goal.text

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse
 from mlp_fused.checkpoint import load_checkpoint
-from mlp_fused.kernels import tables
-from mlp_fused.predict import load_model
+from mlp_fused.engine import tables
+from mlp_fused.train.predict import load_model
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -24,12 +24,12 @@ import torch
 from libraries import needs
 from torch import Tensor, nn
 
-from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, plan
-from mlp_fused.kernels import tables
-from mlp_fused.kernels.configs import DEVICES, Problem
+from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse
+from mlp_fused.engine import paths, tables
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.predict import load_model, predict
-from mlp_fused.training import Config, train
+from mlp_fused.kernels.network_tiles import DEVICES, Problem
+from mlp_fused.train.loop import Config, train
+from mlp_fused.train.predict import load_model, predict
 
 SAVED = Path(__file__).parent / "data" / "saved"
 FOLDERS = sorted(path.parent for path in SAVED.glob("*/versions.json"))
@@ -328,7 +328,7 @@ def test_rows_of_a_saved_table_are_taken(path: Path, measured: Path) -> None:
     user = tables.user_path(written["device"])
     user.parent.mkdir(parents=True)
     user.write_text(json.dumps(written))
-    plan.forget_tables()
+    paths.forget_tables()
     device = dataclasses.replace(DEVICES["NVIDIA H100"], name=written["device"])
     assert len(written["gemms"]) == 6
     for row in written["gemms"]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mlp_fused import FusedLinear, FusedMLP
 from mlp_fused.engine import paths
 from mlp_fused.engine.layer_path import layer_path
-from mlp_fused.kernels import network_tiles
+from mlp_fused.kernels import devices
 from mlp_fused.kernels.launch import Launch
 
 Call = Callable[[Tensor], Any]
@@ -128,7 +128,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
 
     monkeypatch.setattr(Launch, "through_triton", compile_to_nothing)
     monkeypatch.setattr(paths, "why_device", lambda device, backend: None)
-    monkeypatch.setattr(network_tiles, "describe", lambda kind, index=0: network_tiles.DEVICES["NVIDIA H200"])
+    monkeypatch.setattr(devices, "describe", lambda kind, index=0: devices.DEVICES["NVIDIA H200"])
     yield instead
     for cache in remembered:
         cache.cache_clear()

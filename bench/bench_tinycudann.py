@@ -38,7 +38,7 @@ from bench.measure import Bench, relative_error, release, synchronize
 from bench.shapes import Cell, Problem, cases
 from mlp_fused import FusedMLP, timing
 from mlp_fused.engine.paths import work
-from mlp_fused.kernels import network_tiles
+from mlp_fused.kernels import devices
 from mlp_fused.timing import Timed
 
 WIDTHS = (16, 32, 64, 128)  # of the hidden layers
@@ -181,7 +181,7 @@ def prepare(cell: Cell, device: str, tinycudann: Any) -> tuple[Timed, Timed, dic
     ours, theirs = pair_for(problem, device, tinycudann)
     timed, their_timed = ours.timed(ours.model, phase), theirs.timed(theirs.network, phase)
     plan = ours.model.explain(problem.rows, ours.dtype)
-    gpu = network_tiles.describe("cuda") if device == "cuda" else None
+    gpu = devices.describe("cuda") if device == "cuda" else None
     parts = work(problem.rows, problem.widths, ours.dtype, problem.activation, bias=False, device=gpu)
     needed = parts["inference"] if phase == "forward" else parts["forward"] + parts["backward"]
     row = {

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from mlp_fused.engine import tables
 from mlp_fused.kernels import layer_tiles
+from mlp_fused.kernels.devices import DEVICES, Device
 from mlp_fused.kernels.estimate import (
     RATES_FILE,
     Rates,
@@ -34,7 +35,6 @@ from mlp_fused.kernels.estimate import (
     torch_seconds,
     torch_terms,
 )
-from mlp_fused.kernels.network_tiles import DEVICES, Device
 
 Row = tables.Gemm
 Terms = dict[str, float]

@@ -28,7 +28,7 @@ from bench.shapes import Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, timing
 from mlp_fused.engine.paths import NetworkPlan
 from mlp_fused.functional import Layer, find_network
-from mlp_fused.kernels import network
+from mlp_fused.kernels import network_forward
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.launch import Launches
 from mlp_fused.prefetch import use_up
@@ -78,7 +78,9 @@ class FromHost:
         """y by the network's kernel, from x of any dtype on the device or in pinned memory."""
         others = self.y, self.weights, self.biases, None, None, None
         if not self.launches.again((x.dtype,), x, *others):
-            made = network.forward(x, self.weights, self.biases, self.y, self.path.network, self.path.forward)
+            made = network_forward.network_forward(
+                x, self.weights, self.biases, self.y, self.path.network, self.path.forward
+            )
             self.launches.remember((x.dtype,), made)
         return self.y
 

@@ -25,7 +25,7 @@ from bench.shapes import Problem
 from mlp_fused import timing
 from mlp_fused.engine import tables
 from mlp_fused.engine.paths import KernelPlan, float32_precision, plan_layers
-from mlp_fused.kernels import layer_tiles, network_tiles
+from mlp_fused.kernels import devices, layer_tiles, tile_config
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
@@ -89,11 +89,11 @@ class Gemm:
         return self.plan.problem.precision
 
     @cached_property
-    def tile(self) -> network_tiles.TileConfig:
+    def tile(self) -> tile_config.TileConfig:
         assert self.plan.problem is not None
         tensors = [t for t in (*self.operands[0], *self.outputs) if t is not None and t.dim() == 2]
         aligned = all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
-        problem, device = replace(self.plan.problem, aligned=aligned), network_tiles.device_of(tensors[0])
+        problem, device = replace(self.plan.problem, aligned=aligned), devices.device_of(tensors[0])
         return tables.tile_for(problem, device) or layer_tiles.choose(problem, device)
 
     @cached_property

@@ -20,7 +20,7 @@ timed, their kernels are compiled on all cores but two.
 
 DIR then holds tests.log, tests_alone.log, failures.txt (every failed test, written the moment that it fails), tune.log,
 worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is the device's name by
-`mlp_fused.kernels.network_tiles.device_slug`. That file is written after every row, whole or not at all:
+`mlp_fused.kernels.devices.device_slug`. That file is written after every row, whole or not at all:
 
     schema      2
     machine     see machine.py: GPU, driver, versions, CPU, digests of the sources and of the user's own table
@@ -70,7 +70,7 @@ from bench.machine import ROOT, machine
 from bench.measure import compile_ahead, describe, measure, why_not
 from bench.shapes import FRESH_PHASES, GRID, Cell, Problem, select
 from mlp_fused.environment import distorted
-from mlp_fused.kernels.network_tiles import device_slug
+from mlp_fused.kernels.devices import device_slug
 from mlp_fused.timing import ceilings
 from mlp_fused.train.loop import DTYPES
 

@@ -79,7 +79,7 @@ from mlp_fused import DevicePrefetcher, FusedMLP, capture_step, timing
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.engine.paths import Work, float32_precision, work
 from mlp_fused.functional import Layer, run_kernels
-from mlp_fused.kernels import network_tiles
+from mlp_fused.kernels import devices
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.language import driver
 from mlp_fused.prefetch import use_up
@@ -147,7 +147,7 @@ def work_of(problem: Problem, phase: str, device: str) -> Work:
         return Work(2 * n**3, 3 * n * n * DTYPES[problem.dtype].itemsize)
     if phase in GEMM_PHASES:
         return kernel_plan(problem, phase).work
-    gpu = network_tiles.describe("cuda") if device == "cuda" else None
+    gpu = devices.describe("cuda") if device == "cuda" else None
     precision = float32_precision() if problem.dtype == "fp32" else "ieee"
     parts = work(
         problem.rows, problem.widths, DTYPES[problem.dtype], problem.activation, device=gpu, precision=precision
@@ -644,7 +644,7 @@ def compile_ahead(problems: Sequence[Problem]) -> None:
     their rows to measure. What is not compiled here, for whatever reason, is compiled there.
     """
     target = driver.active.get_current_target()
-    with Compilers(_compile, network_tiles.describe("cuda"), target, count_workers()) as compilers:
+    with Compilers(_compile, devices.describe("cuda"), target, count_workers()) as compilers:
         # Those that differ in rows alone are often the same kernels: they are not to be compiled side by side.
         compilers.ask({problem: problem for problem in sorted(problems, key=lambda problem: problem.rows)})
         deadline = time.monotonic() + COMPILE_SECONDS
@@ -667,8 +667,8 @@ def _compile(problem: Problem) -> None:
     ]
     parameters = [parameter for layer in layers for parameter in layer[:2] if parameter is not None]
     x = make(problem.rows, widths[0])
-    device = network_tiles.device_of(x)
-    network_tiles.describe = lambda kind, index=0: device  # type: ignore[assignment]
+    device = devices.device_of(x)
+    devices.describe = lambda kind, index=0: device  # type: ignore[assignment]
     with torch.no_grad():
         run_kernels(x, layers, dtype, None, "auto")
     y = run_kernels(x, layers, dtype, None, "auto")

@@ -16,7 +16,7 @@ from bench.figures import LEGEND, WIDTH, Plot, Series, drawn, file_name, look
 from bench.markdown import folded, picture, table
 from bench.readings import FORMAT, SYSTEMS, Record
 from mlp_fused import plots
-from mlp_fused.kernels.network_tiles import device_slug
+from mlp_fused.kernels.devices import device_slug
 from mlp_fused.plots import Theme
 
 NOT_MEASURED = "-"

@@ -35,7 +35,7 @@ from bench.markdown import digits, folded, picture, table
 from bench.measure import BASELINES, GEMM_BASELINES, WAYS
 from bench.shapes import COPIED_PHASES, FAMILIES, FRESH_PHASES, GEMM_PHASES, GRID, PHASES, Cell
 from mlp_fused import plots
-from mlp_fused.kernels.network_tiles import device_slug
+from mlp_fused.kernels.devices import device_slug
 
 Row = dict[str, Any]
 

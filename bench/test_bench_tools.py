@@ -604,7 +604,7 @@ def test_kernels_of_copy_rows_are_compiled_ahead_the_smallest_first(monkeypatch:
             raise measure.NotYetError
 
     monkeypatch.setattr(measure, "Compilers", Compilers)
-    monkeypatch.setattr(measure.network_tiles, "describe", lambda kind: "gpu")
+    monkeypatch.setattr(measure.devices, "describe", lambda kind: "gpu")
     active = SimpleNamespace(get_current_target=lambda: "target")
     monkeypatch.setattr(measure, "driver", SimpleNamespace(active=active))
     problems = [Problem((5, 3), rows) for rows in (8, 2, 4)]

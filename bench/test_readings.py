@@ -12,7 +12,7 @@ import pytest
 
 from bench import readings
 from bench.readings import CELLS, TF32
-from mlp_fused.kernels.network_tiles import device_slug
+from mlp_fused.kernels.devices import device_slug
 
 ROOT = Path(__file__).parent.parent
 RAW = ROOT / "tests" / "data" / "h100"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activations import Activation
 from .language import tl, triton
-from .network_tiles import TileConfig
+from .tile_config import TileConfig
 
 __all__ = ["SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "keeps_preactivation", "of_launch"]
 

@@ -17,16 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .activations import ACTIVATIONS
-from .network_tiles import (
-    DESCRIPTOR_ARCHITECTURES,
-    DEVICES,
-    Device,
-    Problem,
-    TileConfig,
-    count_tiles,
-    on_fma_units,
-    resident,
-)
+from .devices import DESCRIPTOR_ARCHITECTURES, DEVICES, Device
+from .tile_config import Problem, TileConfig, count_tiles, on_fma_units, resident
 
 __all__ = ["RATES", "RATES_FILE", "Rates", "bits_of", "kernel_seconds", "kernel_terms", "torch_seconds", "torch_terms"]
 

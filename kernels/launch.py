@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .language import allocation, driver, tl, triton
-from .network_tiles import TileConfig
+from .tile_config import TileConfig
 
 __all__ = [
     "Launch", "Launches", "Program", "Remembered", "by_columns", "cdiv", "count_launches", "describable", "launch",

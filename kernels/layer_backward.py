@@ -9,18 +9,17 @@ Where Dropout follows an activation, the gradient is dropped from as the output 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import layer_tiles, network_tiles
+from . import devices, layer_tiles, tile_config
 from .activations import Activation
 from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
+from .partial_sums import Partial, sum_partials
 from .tile import (
     activate,
     differentiate,
@@ -35,7 +34,7 @@ from .tile import (
     tile_position,
 )
 
-__all__ = ["dgrad", "output_gradient", "sum_partials", "wgrad"]
+__all__ = ["dgrad", "output_gradient", "wgrad"]
 
 
 @triton.jit(do_not_specialize=["M", "layer"])
@@ -88,7 +87,7 @@ def output_gradient(
     saved: Tensor | None,
     dz: Tensor,
     activation: Activation,
-    tile: network_tiles.TileConfig | None = None,
+    tile: tile_config.TileConfig | None = None,
     h: Tensor | None = None,
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
@@ -108,7 +107,7 @@ def output_gradient(
     assert saved is None or (saved.shape == (M, N) and saved.is_contiguous())
     assert h is None or (h.shape == (M, N) and h.is_contiguous())
     tile = tile or layer_tiles.choose(
-        network_tiles.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), network_tiles.device_of(dz)
+        tile_config.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), devices.device_of(dz)
     )
     tensors, dropping = of_launch((dh, saved, dz, h), seed, dropout)
     return launch(
@@ -215,7 +214,7 @@ def dgrad(
     h: Tensor | None,
     below: Activation,
     precision: str,
-    tile: network_tiles.TileConfig | None = None,
+    tile: tile_config.TileConfig | None = None,
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
@@ -235,7 +234,7 @@ def dgrad(
     assert h is None or (saved is not None and h.shape == dx.shape and h.is_contiguous())
     aligned = describable(dz, weight, saved, dx, h)
     tile = tile or layer_tiles.choose(
-        network_tiles.Problem("dgrad", M, K, N, dz.dtype, precision, aligned, below.name), network_tiles.device_of(dz)
+        tile_config.Problem("dgrad", M, K, N, dz.dtype, precision, aligned, below.name), devices.device_of(dz)
     )
     assert aligned or not tile.descriptors
     tensors, dropping = of_launch((dz, weight, saved, dx, h), seed, dropout)
@@ -335,82 +334,6 @@ def sum_rows(
         store(db_ptr + start + rows, db, rows < N)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def sum_partials_kernel(
-    partial_ptr,  # (splits, size), contiguous
-    sum_ptrs,  # contiguous tensors, each some columns of partial
-    starts,  # the column at which each begins
-    sizes,  # how many each has
-    splits,
-    size,
-    OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # columns
-    BLOCK_K: tl.constexpr,  # splits at a time
-):
-    cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.arange(0, BLOCK_K)
-    inside = cols < size
-    totals = tl.zeros((BLOCK_K, BLOCK_M), partial_ptr.dtype.element_ty)
-    for first in range(0, splits, BLOCK_K):
-        ptrs = partial_ptr + (first + rows).to(OFFSET)[:, None] * size + cols[None, :]
-        totals += tl.load(ptrs, mask=(first + rows < splits)[:, None] & inside[None, :], other=0.0)
-    total = tl.sum(totals, axis=0)
-    for i in tl.static_range(len(sum_ptrs)):
-        at = cols - starts[i]
-        store(sum_ptrs[i] + at, total, (at >= 0) & (at < sizes[i]))
-
-
-def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] | None = None) -> Launch | None:
-    """[sums …] = Σ_s partial[s], always in one order: the same bits every run.
-
-    Args:
-        partial: (splits, columns), contiguous.
-        sums: contiguous, written, of any float dtype.
-        starts: the columns at which they begin; None: one after the other.
-    """
-    splits, size = partial.shape
-    sizes = tuple(total.numel() for total in sums)
-    starts = tuple(itertools.accumulate(sizes[:-1], initial=0) if starts is None else starts)
-    assert starts[-1] + sizes[-1] <= size
-    return launch(
-        sum_partials_kernel,
-        cdiv(size, network_tiles.SUM_PARTIALS.block_m),
-        partial.device,
-        network_tiles.SUM_PARTIALS,
-        (partial, tuple(sums)),
-        (starts, sizes, splits, size),
-        OFFSET=offset_type(partial),
-    )
-
-
-@dataclass(frozen=True)
-class Partial:
-    """Memory for the partial sums of dW and db: (splits, columns), those of db from a column at 16 bytes on."""
-
-    splits: int
-    size_w: int
-    size_b: int
-    dtype: torch.dtype
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """The column at which each wanted one begins."""
-        return ((0,) if self.size_w else ()) + ((self.start_b,) if self.size_b else ())
-
-    @property
-    def start_b(self) -> int:
-        return cdiv(self.size_w, 4) * 4
-
-    @property
-    def columns(self) -> int:
-        return self.start_b + self.size_b
-
-    def allocate(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """It as a whole, where dW's begin in it and where db's do."""
-        whole = torch.empty((self.splits, self.columns), dtype=self.dtype, device=device)
-        return whole, whole if self.size_w else None, whole[:, self.start_b :] if self.size_b else None
-
-
 @dataclass(frozen=True)
 class WeightGradient:
     """The launches of `wgrad`, for tensors of certain shapes, strides and dtypes: the products, and their sum."""
@@ -438,7 +361,7 @@ def wgrad(
     dw: Tensor | None,
     db: Tensor | None,
     precision: str,
-    tile: network_tiles.TileConfig | None = None,
+    tile: tile_config.TileConfig | None = None,
 ) -> WeightGradient | None:
     """dW = dzᵀ h and db = Σ_rows dz, each where it is given.
 
@@ -456,8 +379,8 @@ def wgrad(
     assert db is None or (db.shape == (N,) and db.is_contiguous())
     h = dz if h is None else h  # not read where dw is None
     aligned = describable(dz, h)
-    problem = network_tiles.Problem("wgrad", N, K, M, dz.dtype, precision, aligned)
-    tile = tile or layer_tiles.choose(problem, network_tiles.device_of(dz))
+    problem = tile_config.Problem("wgrad", N, K, M, dz.dtype, precision, aligned)
+    tile = tile or layer_tiles.choose(problem, devices.device_of(dz))
     assert aligned or not tile.descriptors
     chunk = max(1, cdiv(cdiv(M, tile.split), tile.block_k)) * tile.block_k
     splits = max(1, cdiv(M, chunk))

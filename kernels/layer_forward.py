@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import layer_tiles, network_tiles
+from . import devices, layer_tiles, tile_config
 from .activations import Activation
 from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
@@ -94,7 +94,7 @@ def layer_forward(
     z: Tensor | None,
     activation: Activation,
     precision: str,
-    tile: network_tiles.TileConfig | None = None,
+    tile: tile_config.TileConfig | None = None,
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
@@ -118,8 +118,8 @@ def layer_forward(
     assert z is None or (z.shape == h.shape and z.is_contiguous())
     aligned = describable(x, weight, h, z)
     tile = tile or layer_tiles.choose(
-        network_tiles.Problem("forward", M, N, K, x.dtype, precision, aligned, activation.name),
-        network_tiles.device_of(x),
+        tile_config.Problem("forward", M, N, K, x.dtype, precision, aligned, activation.name),
+        devices.device_of(x),
     )
     assert aligned or not tile.descriptors
     tensors, dropping = of_launch((x, weight, bias, h, z), seed, dropout)
@@ -175,7 +175,7 @@ def pointwise(
     z: Tensor,
     h: Tensor,
     activation: Activation,
-    tile: network_tiles.TileConfig | None = None,
+    tile: tile_config.TileConfig | None = None,
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
@@ -186,7 +186,7 @@ def pointwise(
     assert h.is_contiguous()
     # The tile is that of the other pointwise kernel.
     tile = tile or layer_tiles.choose(
-        network_tiles.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), network_tiles.device_of(h)
+        tile_config.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), devices.device_of(h)
     )
     tensors, dropping = of_launch((z, h), seed, dropout)
     return launch(

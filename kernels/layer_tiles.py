@@ -11,19 +11,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .devices import BLACKWELL, DESCRIPTOR_ARCHITECTURES, Device
 from .estimate import RATES, Rates, kernel_seconds, torch_seconds
 from .language import TRITON_VERSION
-from .network_tiles import (
-    BLACKWELL,
-    DESCRIPTOR_ARCHITECTURES,
-    Device,
-    Problem,
-    TileConfig,
-    count_tiles,
-    on_fma_units,
-    resident,
-    shared_memory,
-)
+from .tile_config import Problem, TileConfig, count_tiles, on_fma_units, resident, shared_memory
 
 __all__ = ["SHORTEST_SPLIT", "candidates", "choose", "why_torch"]
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args
 import torch
 
 from . import ACTIVATIONS, __version__
-from .devices import DtypeName
+from .dtypes import DtypeName
 from .engine.paths import Backend
 from .environment import describe
 from .errors import UserError

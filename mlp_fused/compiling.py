@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from .kernels import network_tiles
+from .kernels import devices
 from .kernels.language import driver
 from .kernels.launch import Launch
 from .train.loop import first_line
@@ -60,7 +60,7 @@ class Compilers:
         failure: why something, or anything from then on, was not compiled ahead.
     """
 
-    def __init__(self, compile: Callable[[Any], None], device: network_tiles.Device, target: Any, workers: int) -> None:
+    def __init__(self, compile: Callable[[Any], None], device: devices.Device, target: Any, workers: int) -> None:
         self.failure: str | None = None
         self._arguments = (compile, device, target)
         self._waiting: dict[Hashable, Any] = {}
@@ -166,7 +166,7 @@ class Compilers:
         return process, ours
 
 
-def _serve(connection: Connection, compile: Callable[[Any], None], device: network_tiles.Device, target: Any) -> None:
+def _serve(connection: Connection, compile: Callable[[Any], None], device: devices.Device, target: Any) -> None:
     """The compiling process: receives work, sends what came of it. It ends when the other side does."""
     os.nice(NICENESS)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -187,14 +187,14 @@ def _serve(connection: Connection, compile: Callable[[Any], None], device: netwo
         connection.send(failure)
 
 
-def compile_only(device: network_tiles.Device, target: Any) -> None:
+def compile_only(device: devices.Device, target: Any) -> None:
     """From now on this process has one device, which compiles and launches nothing."""
     driver.set_active(
         types.SimpleNamespace(
             get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
         )
     )
-    network_tiles.device_of = lambda tensor: device
+    devices.device_of = lambda tensor: device
     Launch.through_triton = _compile  # type: ignore[method-assign]
 
 

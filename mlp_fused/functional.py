@@ -28,7 +28,7 @@ from .engine.paths import (
     why_reference,
 )
 from .engine.schedule import run_layers
-from .kernels import network_tiles
+from .kernels import devices
 from .kernels.activations import Activation, resolve
 from .kernels.dropout import draw_seed
 
@@ -359,7 +359,7 @@ def find_network(
     widths = _widths(x, layers)
     activations = tuple(layer.activation for layer in layers)
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
-    device = network_tiles.device_of(x)
+    device = devices.device_of(x)
     precision = precision or precision_of(dtype)
     drops = any(layer.dropout for layer in layers)
     return network_path(

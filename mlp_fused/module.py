@@ -46,7 +46,7 @@ from .functional import (
     run_path,
     settings,
 )
-from .kernels import network_tiles
+from .kernels import devices
 from .kernels.activations import Activation, find, functions_called, path_of, resolve
 
 __all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
@@ -277,14 +277,14 @@ class Chain(WithBackend, nn.Module):
         parameter = next(self.parameters(), None)
         if parameter is None:
             raise ValueError("the network has no parameters; there is nothing to explain")
-        known = network_tiles.DEVICES.get(device) if isinstance(device, str) else None
+        known = devices.DEVICES.get(device) if isinstance(device, str) else None
         where = torch.device("meta") if known else torch.device(device or parameter.device)
         given = _policy_dtype(self) or parameter.dtype  # to a call
         dtype = dtype or paths.compute_dtype(given, where.type)
         precision = paths.float32_precision() if dtype == torch.float32 else "ieee"
         gpu = known
         if known is None and (where.type == "cuda" or self._wants_kernels()):
-            gpu = network_tiles.describe(where.type, where.index or 0)
+            gpu = devices.describe(where.type, where.index or 0)
 
         runs: list[paths.RunPlan] = []
         kept = 0

@@ -25,10 +25,22 @@ import torch
 from mlp_fused import ACTIVATIONS
 from mlp_fused.engine.network_path import run_network
 from mlp_fused.engine.paths import network_path
-from mlp_fused.kernels import layer_backward, layer_forward, layer_tiles, network, network_tiles
+from mlp_fused.kernels import (
+    devices,
+    layer_backward,
+    layer_forward,
+    layer_tiles,
+    network_backward,
+    network_forward,
+    network_tiles,
+    partial_sums,
+    tile_config,
+)
+from mlp_fused.kernels.devices import DEVICES, Device
 from mlp_fused.kernels.dropout import Dropout
 from mlp_fused.kernels.layer_tiles import choose
-from mlp_fused.kernels.network_tiles import DEVICES, SUM_PARTIALS, Device, Problem, TileConfig
+from mlp_fused.kernels.partial_sums import SUM_PARTIALS
+from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 # One device an architecture.
 TARGETS = {name: DEVICES[name] for name in ("NVIDIA A100", "NVIDIA H100", "NVIDIA B200", "AMD MI300X")}
@@ -125,7 +137,7 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
 
     def infer() -> None:
         of_input = torch.empty_like(x, dtype=getattr(torch, row.input))
-        network.forward(of_input, weights, biases, dy.detach(), path.network, path.forward)
+        network_forward.network_forward(of_input, weights, biases, dy.detach(), path.network, path.forward)
 
     readings = []
     for launched in capture(infer if row.input else train, device):
@@ -200,7 +212,7 @@ def sample(tiles: list[TileConfig], turn: int) -> list[TileConfig]:
 
 
 def tiles(
-    kind: network_tiles.Kind, dtype: torch.dtype, precision: str, aligned: bool, device: Device
+    kind: tile_config.Kind, dtype: torch.dtype, precision: str, aligned: bool, device: Device
 ) -> list[TileConfig]:
     """The distinct tiles worth measuring for large problems and for small sides, the largest tiles first."""
     sizes = [*itertools.product((16, 32, 8192), (16, 32, 64, 4096), (1024,)), (8192, 4096, 16)]
@@ -216,7 +228,7 @@ def compile_one(row: Compilation) -> dict[str, Any]:
     reading = {"id": row.id, **read(capture(lambda: launch(row), device)[-1], device)}
     if row.kernel in GEMMS:
         problem = Problem(row.kernel, 1, 1, 1, getattr(torch, row.dtype), row.precision)
-        reading["counted"] = network_tiles.shared_memory(problem, row.tile, device)
+        reading["counted"] = tile_config.shared_memory(problem, row.tile, device)
     return reading
 
 
@@ -239,16 +251,16 @@ def capture(call: Callable[[], None], device: Device) -> list[Launch]:
     ) -> None:
         launched.append(Launch(kernel, tile, (*tensors, *scalars), constants))
 
-    modules = (layer_forward, layer_backward, network)
+    modules = (layer_forward, layer_backward, network_forward, network_backward, partial_sums)
     before = [module.launch for module in modules]
-    device_of = network_tiles.device_of
+    device_of = devices.device_of
     try:
-        network_tiles.device_of = lambda tensor: device
+        devices.device_of = lambda tensor: device
         for module in modules:
             module.launch = record
         call()
     finally:
-        network_tiles.device_of = device_of
+        devices.device_of = device_of
         for module, launch in zip(modules, before):
             module.launch = launch
     return launched

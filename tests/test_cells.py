@@ -19,11 +19,11 @@ import pytest
 from bench.readings import CELLS, TF32
 from mlp_fused import ACTIVATIONS
 from mlp_fused.engine import paths, tables
-from mlp_fused.kernels import estimate, layer_tiles, network_tiles
+from mlp_fused.kernels import devices, estimate, layer_tiles, tile_config
 from mlp_fused.train.loop import DTYPES
 
 DATA = Path(__file__).with_name("data") / "h100"
-H100 = dataclasses.replace(network_tiles.DEVICES["NVIDIA H100"], name="NVIDIA H100 80GB HBM3")
+H100 = dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="NVIDIA H100 80GB HBM3")
 BOUND = 1.05  # of torch's device time
 
 
@@ -51,7 +51,7 @@ class Expected:
         return self.ms / self.torch_ms
 
 
-def reading_of(problem: network_tiles.Problem) -> tables.Gemm | None:
+def reading_of(problem: tile_config.Problem) -> tables.Gemm | None:
     """The reading of a product with the nearest batch, half to twice the size."""
     same = [row for row in PRODUCTS if dataclasses.replace(row.problem, m=0, n=0, k=0) == _kind(problem)]
     near = [
@@ -62,11 +62,11 @@ def reading_of(problem: network_tiles.Problem) -> tables.Gemm | None:
     return min(near, key=lambda row: max(row.rows / problem.rows, problem.rows / row.rows), default=None)
 
 
-def _kind(problem: network_tiles.Problem) -> network_tiles.Problem:
+def _kind(problem: tile_config.Problem) -> tile_config.Problem:
     return dataclasses.replace(problem, m=0, n=0, k=0)
 
 
-def step(problem: network_tiles.Problem) -> tuple[float, bool, str]:
+def step(problem: tile_config.Problem) -> tuple[float, bool, str]:
     """A product's milliseconds, whether torch runs it, and one line that says where both come from."""
     choice = tables.choice_for(problem, H100)
     row = reading_of(problem)

@@ -24,13 +24,13 @@ import torch
 from mlp_fused import compiling
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.engine import tables
-from mlp_fused.kernels import layer_tiles, network_tiles
+from mlp_fused.kernels import devices, layer_tiles
 from mlp_fused.tune import tuner
 from mlp_fused.tune.tuner import PathWork, TileWork, Whole, Workload
 
 pytestmark = pytest.mark.alone
 
-H100 = network_tiles.DEVICES["NVIDIA H100"]
+H100 = devices.DEVICES["NVIDIA H100"]
 WORKLOADS = (Workload((64, 19), 96, "bf16", "gelu"), Workload((64, 128), 4096, "fp32"))
 NETWORK = Whole(Workload((16, 16, 16), 96, "bf16", "gelu"), training=True)
 
@@ -69,7 +69,7 @@ def compile_then_launch() -> dict[str, Any]:
         outcomes = [compilers.wait(key, 300) for key in asked]
     driver.set_active(StandIn("cuda", 90, 32, 0))
     torch.cuda.current_device = lambda: 0
-    network_tiles.device_of = lambda tensor: H100
+    devices.device_of = lambda tensor: H100
     found: list[tuple[str, bool]] = []
     knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
     for work in asked.values():

@@ -25,7 +25,7 @@ from mlp_fused.kernels.dropout import Dropout, draw_seed
 from mlp_fused.kernels.launch import Launch, count_launches
 from mlp_fused.kernels.layer_backward import dgrad, output_gradient
 from mlp_fused.kernels.layer_forward import layer_forward, pointwise
-from mlp_fused.kernels.network_tiles import TileConfig
+from mlp_fused.kernels.tile_config import TileConfig
 
 
 @pytest.fixture(params=[pytest.param("layer", marks=pytest.mark.full), "run"])

@@ -12,7 +12,8 @@ from bench import fit
 from mlp_fused import ACTIVATIONS
 from mlp_fused.engine import tables
 from mlp_fused.kernels import estimate, layer_tiles
-from mlp_fused.kernels.network_tiles import DEVICES, Problem, TileConfig
+from mlp_fused.kernels.devices import DEVICES
+from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 TABLE = tables.read(Path(__file__).with_name("data") / "h100" / "products.json")
 H100 = fit.device_of(TABLE)

@@ -20,12 +20,13 @@ from mlp_fused.engine.network_path import run_network
 from mlp_fused.engine.paths import NetworkPlan
 from mlp_fused.engine.schedule import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network, run_kernels
-from mlp_fused.kernels import network
+from mlp_fused.kernels import network, network_backward, network_forward
+from mlp_fused.kernels.devices import Device, describe
 from mlp_fused.kernels.launch import cdiv, count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.layer_tiles import choose
-from mlp_fused.kernels.network_tiles import Device, Problem, TileConfig, describe
+from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all layers, kernel by kernel; one kernel
 
@@ -247,9 +248,11 @@ def test_the_network_recomputes_the_very_bits_of_its_forward(
     hidden, again = (torch.empty(case.rows * net.starts[-1], dtype=dtype, device=device) for _ in range(2))
     # The interpreter's products are numpy's, whose last bit depends on how many rows there are.
     tile = path.forward if device == "cuda" else path.backward
-    network.forward(x, weights, biases, y, net, tile, h=hidden)
+    network_forward.network_forward(x, weights, biases, y, net, tile, h=hidden)
     nothing = network.gradients_of(net.widths, (False,) * 3, (False,) * 3, True)
-    network.recompute(x, dy, weights, biases, torch.empty_like(x), [], net, nothing, path.backward, h=again)
+    network_backward.network_recompute(
+        x, dy, weights, biases, torch.empty_like(x), [], net, nothing, path.backward, h=again
+    )
     assert not hidden.isnan().any()
     assert torch.equal(hidden, again)
 
@@ -272,7 +275,7 @@ def test_a_network_casts_its_input_as_it_loads_it(
 
     def through(x: Tensor) -> Tensor:
         y = torch.empty_like(data.dy)
-        network.forward(x, weights, biases, y, path.network, path.forward)
+        network_forward.network_forward(x, weights, biases, y, path.network, path.forward)
         return y
 
     expected = through(x.to(device, dtype))

@@ -34,9 +34,19 @@ from mlp_fused.engine.network_path import run_network
 from mlp_fused.engine.paths import NetworkPlan
 from mlp_fused.engine.schedule import run_layers
 from mlp_fused.functional import Layer, find_layers, find_network
-from mlp_fused.kernels import launch, layer_backward, layer_tiles, network, network_tiles
-from mlp_fused.kernels.layer_backward import dgrad, output_gradient, sum_partials, wgrad
+from mlp_fused.kernels import (
+    devices,
+    launch,
+    layer_tiles,
+    network,
+    network_forward,
+    network_tiles,
+    partial_sums,
+    tile_config,
+)
+from mlp_fused.kernels.layer_backward import dgrad, output_gradient, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
+from mlp_fused.kernels.partial_sums import sum_partials
 
 GELU, RELU, SILU, IDENTITY = (ACTIVATIONS[name] for name in ("gelu", "relu", "silu", "identity"))
 BF16 = torch.bfloat16
@@ -122,8 +132,8 @@ def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]]:
     """Of each kind of launch, what makes it of tensors, and such tensors."""
     M, N, K = 500, 64, 48
-    hopper = network_tiles.DEVICES["NVIDIA H100"]
-    tile = layer_tiles.choose(network_tiles.Problem("wgrad", N, K, M, BF16), hopper)
+    hopper = devices.DEVICES["NVIDIA H100"]
+    tile = layer_tiles.choose(tile_config.Problem("wgrad", N, K, M, BF16), hopper)
     whole, split = (dataclasses.replace(tile, split=parts) for parts in (1, 4))
     widths, strides = (K, 32, 16), ((K, 1, 1), (32, 1, 0))
     net = network.network_of(widths, strides, (RELU, IDENTITY), BF16, "ieee")
@@ -172,7 +182,7 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
             lambda: (draw(1, 1).expand(M, N), draw(M, N), draw(M, N), None),
         ),
         "network forward": (
-            lambda x, y, ws, bs, kept, z, h: network.forward(x, ws, bs, y, net, net_tile, kept=kept, z=z, h=h),
+            lambda x, y, ws, bs, kept, z, h: network_forward.network_forward(x, ws, bs, y, net, net_tile, kept=kept, z=z, h=h),
             lambda: (
                 draw(M, K), draw(M, 16), (draw(32, K), draw(16, 32)), (draw(32), None), draw(M * 32), None, None,
             ),
@@ -189,11 +199,9 @@ def on_stand_ins() -> dict[str, Any]:
     driver.set_active(hopper)
     torch.cuda.current_device = lambda: driver.active.device
     torch.cuda.device = lambda device: driver.active.on(device)
-    network_tiles.device_of = lambda tensor: dataclasses.replace(
-        network_tiles.DEVICES["NVIDIA H100"], name="a stand-in"
-    )
+    devices.device_of = lambda tensor: dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="a stand-in")
     tables.PACKAGED = Path("none")
-    layer_backward.Partial.allocate = functools.lru_cache(layer_backward.Partial.allocate)  # the same memory both times
+    partial_sums.Partial.allocate = functools.lru_cache(partial_sums.Partial.allocate)  # the same memory both times
     through = Counter()  # how often Triton was gone through, and compiled
     scratch: list[int] = []
 
@@ -605,7 +613,7 @@ class Kernel:
 
 
 def launch_of(kernel: Any) -> launch.Launch:
-    return launch.Launch(kernel, 1, torch.device("cpu"), network_tiles.TileConfig(16, 16), (), {})
+    return launch.Launch(kernel, 1, torch.device("cpu"), tile_config.TileConfig(16, 16), (), {})
 
 
 def test_first_launches_do_not_overlap() -> None:

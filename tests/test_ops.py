@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlp_fused import FusedLinear, FusedMLP, linear_act, mlp
 from mlp_fused.engine import ops, paths
-from mlp_fused.kernels import network_tiles
+from mlp_fused.kernels import devices
 from mlp_fused.kernels.activations import ACTIVATIONS, parse
 from mlp_fused.kernels.launch import count_launches
 
@@ -279,11 +279,11 @@ def test_a_device_is_asked_about_outside_the_graph(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(paths, "INTERPRETER", False)
     asked: list[str] = []
 
-    def describe(kind: str, index: int) -> network_tiles.Device:
+    def describe(kind: str, index: int) -> devices.Device:
         asked.append(kind)
-        return network_tiles.DEVICES["NVIDIA H200"]
+        return devices.DEVICES["NVIDIA H200"]
 
-    monkeypatch.setattr(network_tiles, "describe", describe)
+    monkeypatch.setattr(devices, "describe", describe)
     paths._why_device_of_index_cannot.cache_clear()
 
     def run(x: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from mlp_fused import ACTIVATIONS, FusedMLP
 from mlp_fused.engine import paths, tables
 from mlp_fused.engine.layer_path import IDENTITY
 from mlp_fused.functional import Layer
-from mlp_fused.kernels import layer_tiles, network_tiles
+from mlp_fused.kernels import devices, layer_tiles, network_tiles, tile_config
+from mlp_fused.kernels.devices import DEVICES, Device, device_slug
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.kernels.layer_tiles import candidates, choose, why_torch
-from mlp_fused.kernels.network_tiles import DEVICES, Device, Problem, device_slug
+from mlp_fused.kernels.tile_config import Problem
 from mlp_fused.tune import tuner
 
 H200 = DEVICES["NVIDIA H200"]
@@ -51,7 +52,7 @@ def test_every_candidate_is_a_tile_that_can_run(problem: Problem, device: Device
         assert tile.split == 1 or problem.kind == "wgrad"
         assert tile.split * tile.block_k <= max(tile.block_k, problem.k)
         if tile.block_k:
-            assert network_tiles.shared_memory(problem, tile, device) <= device.shared_memory
+            assert tile_config.shared_memory(problem, tile, device) <= device.shared_memory
         # A persistent kernel fills the device once or twice over.
         assert tile.programs in (0, device.multiprocessors, 2 * device.multiprocessors)
         if tile.descriptors:
@@ -210,7 +211,7 @@ VERSIONS = {"mlp_fused": "0", "python": "3", "torch": "2", "triton": "3", "cuda"
 
 def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter's device, as if it were what "auto" runs on."""
-    device = network_tiles.INTERPRETED_DEVICE
+    device = devices.INTERPRETED_DEVICE
     networks = [
         tables.Network((8, 8, 8), 64, "float32", "ieee", "relu", training, "torch", {"torch": 1.0, other: 2.0})
         for training, other in ((True, "stored"), (False, "network"))
@@ -224,7 +225,7 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     tables.write(tables.user_path(device.name), table)
     paths.forget_tables()
     monkeypatch.setattr(paths, "why_device", lambda device, backend: None)
-    monkeypatch.setattr(network_tiles, "describe", lambda kind, index=0: device)
+    monkeypatch.setattr(devices, "describe", lambda kind, index=0: device)
     x = torch.randn(5, 8)
 
     def launched(model: FusedMLP) -> bool:
@@ -244,7 +245,7 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     assert paths.why_reference(x, layers, torch.float32, "auto") == sentence
     assert paths.why_reference(x, layers, torch.float32, "auto", True) is None
 
-    monkeypatch.setattr(network_tiles, "DEVICES", {device.name: device})
+    monkeypatch.setattr(devices, "DEVICES", {device.name: device})
     explained = FusedMLP(8, [8, 8]).explain(5, device=device.name)
     assert (explained.path, explained.reason) == ("reference", sentence)
     assert FusedMLP(8, [8, 8], backend="triton").explain(5, device=device.name).path == "network"

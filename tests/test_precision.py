@@ -19,8 +19,8 @@ from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.language import tl, triton
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
-from mlp_fused.kernels.network_tiles import TileConfig
 from mlp_fused.kernels.tile import round_to_tf32
+from mlp_fused.kernels.tile_config import TileConfig
 
 TILES = [TileConfig(64, 32, 32, 8, 4, 1, precision="bf16x6", descriptors=descriptors) for descriptors in (False, True)]
 LENGTHS = [layer_tiles.SHORTEST_SPLIT + more for more in (0, 1, 12, 32, 64, 200)]

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse
 from mlp_fused.engine import paths, tables
+from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.kernels.network_tiles import DEVICES, Problem
+from mlp_fused.kernels.tile_config import Problem
 from mlp_fused.train.loop import Config, train
 from mlp_fused.train.predict import load_model, predict
 

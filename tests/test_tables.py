@@ -20,7 +20,8 @@ import mlp_fused
 from mlp_fused.engine import paths, tables
 from mlp_fused.engine.tables import Gemm, Network, Table
 from mlp_fused.kernels import layer_tiles
-from mlp_fused.kernels.network_tiles import DEVICES, Device, Problem, TileConfig
+from mlp_fused.kernels.devices import DEVICES, Device
+from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 H200 = DEVICES["NVIDIA H200"]
 DATA = Path(__file__).with_name("data") / "h100"

@@ -18,8 +18,9 @@ from mlp_fused import environment, timing
 from mlp_fused.compiling import Compilers, NotYetError
 from mlp_fused.engine import paths, tables
 from mlp_fused.environment import DISTORTING
-from mlp_fused.kernels import layer_tiles, network_tiles
-from mlp_fused.kernels.network_tiles import DEVICES, INTERPRETED_DEVICE, TileConfig
+from mlp_fused.kernels import devices, layer_tiles
+from mlp_fused.kernels.devices import DEVICES, INTERPRETED_DEVICE
+from mlp_fused.kernels.tile_config import TileConfig
 from mlp_fused.train.loop import UserError
 from mlp_fused.tune import tuner
 from mlp_fused.tune.tuner import ANCHORS, GRID, Config, Product, Whole, Workload, products, tasks, tune
@@ -607,7 +608,7 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
     monkeypatch.setattr(tuner, "Operands", NoOperands)
     monkeypatch.setattr(tuner, "Passes", NoPasses)
     model, device = Model(), DEVICES["NVIDIA H200"]
-    monkeypatch.setattr(network_tiles, "describe", lambda *_: device)
+    monkeypatch.setattr(devices, "describe", lambda *_: device)
     empty = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
     fast = tuner.Tuner(CPU, model.read, lambda: model.now, model, empty, empty)
     asked = tasks(Config().workloads, device)

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import layer_tiles, network_tiles
+from ..kernels import devices, layer_tiles
 from ..kernels.activations import ACTIVATIONS, Activation
 from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.launch import Launches, Remembered, describable
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad
 from ..kernels.layer_forward import layer_forward
-from ..kernels.network_tiles import Problem
+from ..kernels.tile_config import Problem
 from . import tables
 from .autograd import PlainFunction, dropout_factors, dropped, plain_gradient, through, wants_torch
 from .paths import DEBUG
@@ -259,7 +259,7 @@ class LayerKernels:
         **dropping: Any,
     ) -> Made | None:
         """One product the first time, by a kernel or by torch; and what does it again."""
-        device = network_tiles.device_of(arguments[0])
+        device = devices.device_of(arguments[0])
         tile = tables.tile_for(problem, device)
         if tile is None and self.torch_too:
             pointwise = by_torch(*arguments, **dropping)

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import network
+from ..kernels import network, network_backward, network_forward
 from ..kernels.launch import Launches
 from .autograd import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
 from .layer_path import profiler_enabled
 from .paths import NetworkPlan
 
-__all__ = ["network_backward", "network_forward", "run_network"]
+__all__ = ["run_backward", "run_forward", "run_network"]
 
 
 def run_network(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], path: NetworkPlan) -> Tensor:
     """The network path: x (M, d_0) -> y (M, d_L)."""
     if path.formulation is None:
-        return network_forward(x, weights, biases, path)
+        return run_forward(x, weights, biases, path)
     return _NetworkFunction.call(x, path, *weights, *biases)
 
 
@@ -40,7 +40,7 @@ def _ranged(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_ranged
-def network_forward(
+def run_forward(
     x: Tensor, weights: tuple[Any, ...], biases: tuple[Any, ...], path: NetworkPlan, keep: bool = False
 ) -> Any:
     """y; with `keep`, (y, what is kept of the hidden layers, the last pre-activation where that one is needed)."""
@@ -55,7 +55,7 @@ def network_forward(
         dtypes = [None if parameter is None else parameter.dtype for parameter in (*weights, *biases)]
         key = (x.shape, x.stride(), x.dtype, x.get_device(), keep, *dtypes)
         if not path.launches.again(key, x, y, weights, biases, kept, z, None):
-            made = network.forward(x, weights, biases, y, net, path.forward, kept=kept, z=z)
+            made = network_forward.network_forward(x, weights, biases, y, net, path.forward, kept=kept, z=z)
             path.launches.remember(key, made)
     return (y, kept, z) if keep else y
 
@@ -69,12 +69,12 @@ class _NetworkFunction(PlainFunction):
         layers = len(parameters) // 2
         stored = path.formulation == "stored"
         if stored:
-            y, kept, z = network_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
+            y, kept, z = run_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
             own = None
             if path.network.activates_output:
                 own = y if z is None else z
         else:
-            y, kept, own = network_forward(x, parameters[:layers], parameters[layers:], path), None, None
+            y, kept, own = run_forward(x, parameters[:layers], parameters[layers:], path), None, None
         # Saved is what the kernels read, and what has to be let go after backward; the rest may change before it.
         read = range(0 if ctx.needs_input_grad[0] else 1, layers) if stored else range(2 * layers)
         saved = [
@@ -98,12 +98,12 @@ class _NetworkFunction(PlainFunction):
                 net.activations, net.dtype, x, parameters, ctx.versions, dy, needs_x, needs
             )
         else:
-            dx, gradients = network_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
+            dx, gradients = run_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
         return dx, None, *gradients
 
 
 @_ranged
-def network_backward(
+def run_backward(
     path: NetworkPlan,
     x: Tensor,
     kept: Tensor | None,
@@ -142,21 +142,24 @@ def network_backward(
     key = (x.shape, x.stride(), x.dtype, dy.stride(), x.get_device(), needs_x, *needs, *dtypes)
     if path.formulation == "recompute":
         if not launches.again(key, x, dy, dx, weights, biases, None, sums):
-            made = network.recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
+            made = network_backward.network_recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
             launches.remember(key, made)
         return dx, gradients
     if path.formulation == "replay":
-        y, kept, z = network_forward(x, weights, biases, again, keep=True)
+        y, kept, z = run_forward(x, weights, biases, again, keep=True)
         own = None if not net.activates_output else y if z is None else z
     dz = None if kept is None else torch.empty_like(kept)
     last = None if own is None else torch.empty_like(own)
     if last is not None or wanted.lowest + 1 < layers or needs_x:
         of_chain = ("dgrad", *key)
         if not launches.again(of_chain, dy, dx, weights, kept, own, dz, last):
-            launches.remember(of_chain, network.dgrad(dy, weights, kept, own, dz, last, dx, net, wanted, path.backward))
+            launches.remember(
+                of_chain,
+                network_backward.network_dgrad(dy, weights, kept, own, dz, last, dx, net, wanted, path.backward),
+            )
     if sums:
         dy = dy if last is None else last
         of_sums = ("wgrad", *key)
         if not launches.again(of_sums, x, dy, kept, dz, sums):
-            launches.remember(of_sums, network.wgrad(x, dy, kept, dz, sums, net, wanted, path.wgrad))
+            launches.remember(of_sums, network_backward.network_wgrad(x, dy, kept, dz, sums, net, wanted, path.wgrad))
     return dx, gradients

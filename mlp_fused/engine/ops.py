@@ -23,7 +23,7 @@ from ..functional import Layer, find_path
 from ..kernels.activations import parse
 from .autograd import plain_gradient
 from .layer_path import LayerPath
-from .network_path import network_backward, network_forward
+from .network_path import run_backward, run_forward
 from .paths import NetworkPlan, why_device
 from .schedule import cast, chained_backward, chained_forward, kept_shapes
 
@@ -73,8 +73,8 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
     x, weights, all_biases = x.resolve_neg(), _plain(weights), _plain(all_biases)
     if isinstance(path, NetworkPlan):
         if path.formulation != "stored":
-            return network_forward(x, tuple(weights), tuple(all_biases), path), []
-        y, *stored = network_forward(x, tuple(weights), tuple(all_biases), path, keep=True)
+            return run_forward(x, tuple(weights), tuple(all_biases), path), []
+        y, *stored = run_forward(x, tuple(weights), tuple(all_biases), path, keep=True)
         return y, [each for each in stored if each is not None]
     keep = keep and not call.recompute
     weights_read = cast(weights, path)
@@ -138,7 +138,7 @@ def _mlp_backward(
             net = path.network
             hidden = next(left) if net.layers > 1 else None
             own = None if not net.activates_output else next(left) if net.keeps_z[-1] else y
-        dx, gradients = network_backward(path, x, hidden, own, parameters, dy, needs_x, needs_parameters)
+        dx, gradients = run_backward(path, x, hidden, own, parameters, dy, needs_x, needs_parameters)
     else:
         x = x.to(dtype)
         if call.recompute:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..kernels import layer_tiles, network_tiles
+from ..kernels import devices, layer_tiles, network_tiles, tile_config
 from ..kernels.activations import ACTIVATIONS, Activation, parse, resolve
 from ..kernels.dropout import SEED_BYTES, keeps_preactivation
 from ..kernels.language import HAS_TRITON, INTERPRETER
 from ..kernels.launch import Launches
 from ..kernels.network import Gradients, Network, gradients_of, network_of
-from ..kernels.network_tiles import TileConfig
+from ..kernels.tile_config import TileConfig
 from . import tables
 from .originals import constant_to_compilers
 
@@ -130,7 +130,7 @@ def _why_device_of_index_cannot(kind: str, index: int) -> str | None:
         return f"the kernels do not run on {kind} devices"
     if INTERPRETER:
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU"
-    device = network_tiles.describe(kind, index)
+    device = devices.describe(kind, index)
     if isinstance(device.arch, int) and device.arch < OLDEST_CAPABILITY:
         return f"{device.name} has compute capability {device.arch / 10}; the kernels need 8.0"
     return None
@@ -209,7 +209,7 @@ def why_torch(
     precision: str,
     training: bool,
     recompute: bool | None,
-    device: network_tiles.Device,
+    device: devices.Device,
 ) -> str | None:
     """Why a network that kernels could take runs as plain torch all the same: it was measured; None where it was not.
 
@@ -235,7 +235,7 @@ def _why_torch_here(
     if not _has_measured_networks(kind, index):
         return None
     of_specs = tuple(map(parse, activations))
-    return why_torch(widths, of_specs, dtype, precision, training, None, network_tiles.describe(kind, index))
+    return why_torch(widths, of_specs, dtype, precision, training, None, devices.describe(kind, index))
 
 
 constant_to_compilers(_why_torch_here)
@@ -244,7 +244,7 @@ constant_to_compilers(_why_torch_here)
 @functools.lru_cache(maxsize=64)
 def _has_measured_networks(kind: str, index: int) -> bool:
     """Whether a device's tables have networks at all: where they have none, a call has no microseconds to spare."""
-    return any(table.networks for table in tables.measured(network_tiles.describe(kind, index)))
+    return any(table.networks for table in tables.measured(devices.describe(kind, index)))
 
 
 def _measured_path(
@@ -253,7 +253,7 @@ def _measured_path(
     dtype: torch.dtype,
     precision: str,
     training: bool,
-    device: network_tiles.Device,
+    device: devices.Device,
 ) -> str | None:
     """What was fastest as measured. A row is of one activation after every hidden layer, whatever the output's."""
     names = {activation.name for activation in activations[:-1] or activations}
@@ -390,7 +390,7 @@ def network_path(
     activations: tuple[Activation, ...],
     dtype: torch.dtype,
     precision: str,
-    device: network_tiles.Device,
+    device: devices.Device,
     training: bool,
     recompute: bool | None = None,
     input_size: int = 0,
@@ -476,7 +476,7 @@ class KernelPlan:
     layer: str
     kind: str
     work: Work
-    problem: network_tiles.Problem | None = None
+    problem: tile_config.Problem | None = None
     tile: TileConfig | None = None
 
     @property
@@ -521,7 +521,7 @@ def plan_layers(
         weights = n * k + n * bias
 
         def plan(
-            kind: network_tiles.Kind,
+            kind: tile_config.Kind,
             flops: int,
             elements: int,
             m: int,
@@ -529,9 +529,9 @@ def plan_layers(
             k: int,
             epilogue: Activation = IDENTITY,
             layer: str = f"{index}: {k} -> {n}",
-            aligned: bool = network_tiles.is_aligned(k, n, dtype),
+            aligned: bool = tile_config.is_aligned(k, n, dtype),
         ) -> KernelPlan:
-            problem = network_tiles.Problem(kind, m, n, k, dtype, precision, aligned, epilogue.name)
+            problem = tile_config.Problem(kind, m, n, k, dtype, precision, aligned, epilogue.name)
             return KernelPlan(layer, kind, Work(flops, elements * dtype.itemsize), problem)
 
         product = 2 * rows * n * k
@@ -624,7 +624,7 @@ def work(
     *,
     bias: bool = True,
     needs_input_grad: bool = False,
-    device: network_tiles.Device | None = None,
+    device: devices.Device | None = None,
     precision: str = "ieee",
 ) -> dict[str, Work]:
     """The work of a network on the path it takes: {"inference": ..., "forward": ..., "backward": ...}.
@@ -682,7 +682,7 @@ class Plan:
     rows: int
     dtype: torch.dtype
     precision: str
-    device: network_tiles.Device | None  # None: not a GPU
+    device: devices.Device | None  # None: not a GPU
     runs: tuple[RunPlan, ...]
     kept_bytes: int
     torch_too: bool = True  # whether a product is left to torch where that was faster as measured

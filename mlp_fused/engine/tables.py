@@ -55,9 +55,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..kernels import layer_tiles, network_tiles
+from ..kernels import devices, layer_tiles, tile_config
+from ..kernels.devices import Device
 from ..kernels.language import TRITON_VERSION
-from ..kernels.network_tiles import Device, Problem, TileConfig
+from ..kernels.tile_config import Problem, TileConfig
 
 __all__ = [
     "Choice",
@@ -125,7 +126,7 @@ class Gemm:
             "wgrad": (self.width_out, self.width_in, self.rows),
         }[self.kind]
         dtype, activation = getattr(torch, self.dtype), self.activation or "identity"
-        aligned = network_tiles.is_aligned(self.width_in, self.width_out, dtype)
+        aligned = tile_config.is_aligned(self.width_in, self.width_out, dtype)
         return Problem(self.kind, m, n, k, dtype, self.precision, aligned, activation)  # type: ignore[arg-type]
 
 
@@ -162,7 +163,7 @@ class Table:
 
     def is_related(self, device: Device) -> bool:
         """True if the tiles of this table hold for a device: another one of the same architecture and size."""
-        is_other = network_tiles.device_slug(self.device) != network_tiles.device_slug(device.name)
+        is_other = devices.device_slug(self.device) != devices.device_slug(device.name)
         same = (self.arch, self.multiprocessors) == (device.arch, device.multiprocessors)
         return is_other and same and "MIG" not in self.device + device.name
 
@@ -283,12 +284,12 @@ def user_path(device: str) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache):  # as the specification has it: not set, empty or relative
         cache = os.path.expanduser("~/.cache")
-    return Path(cache, "mlp_fused", f"{network_tiles.device_slug(device)}.json")
+    return Path(cache, "mlp_fused", f"{devices.device_slug(device)}.json")
 
 
 def packaged_path(device: str) -> Path:
     """Where the table of a device lies that came with the package."""
-    return PACKAGED / f"{network_tiles.device_slug(device)}.json"
+    return PACKAGED / f"{devices.device_slug(device)}.json"
 
 
 @functools.lru_cache(maxsize=64)
@@ -333,7 +334,7 @@ def measured(device: Device) -> tuple[Table, ...]:
 
 def _fitting(path: Path, table: Table, device: Device, level: int) -> Table:
     """The table without the tiles that the device cannot run. Raises ValueError where it is another device's."""
-    if network_tiles.device_slug(table.device) != network_tiles.device_slug(device.name):
+    if devices.device_slug(table.device) != devices.device_slug(device.name):
         raise ValueError(f"{path} was measured on {table.device}; it needs to be of {device.name}")
     whys = [_why_unfit(row, device) for row in table.gemms]
     unfit = [f"gemms[{index}].tile {why}" for index, why in enumerate(whys) if why is not None]
@@ -349,7 +350,7 @@ def _why_unfit(row: Gemm, device: Device) -> str | None:
         return None
     if row.tile.warp_specialize and TRITON_VERSION < (3, 7):
         return "specialises warps; it needs Triton 3.7 or newer"
-    needed = network_tiles.shared_memory(row.problem, row.tile, device)
+    needed = tile_config.shared_memory(row.problem, row.tile, device)
     if needed > device.shared_memory:
         return f"takes {needed} bytes of shared memory; {device.name} has {device.shared_memory}"
     return None
@@ -489,7 +490,7 @@ def _table(content: Any) -> Table:
         content = _of_schema_1(content)
     content = _object("the whole", content, names)
     device = _text_at("device", content["device"])
-    if not network_tiles.device_slug(device):
+    if not devices.device_slug(device):
         raise _wrong("device", device, "a GPU's name")
     gemms = [_gemm(f"gemms[{index}]", row) for index, row in enumerate(_list("gemms", content["gemms"]))]
     networks = [_network(f"networks[{index}]", row) for index, row in enumerate(_list("networks", content["networks"]))]

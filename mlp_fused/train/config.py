@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from ..devices import DtypeName
+from ..dtypes import DtypeName
 from ..engine import paths
 from ..errors import UserError, first_line, listed
 from ..module import FusedMLP

@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from .. import memory
 from ..checkpoint import FORMAT, check_checkpoint, load_checkpoint, make_scaling, save_checkpoint
-from ..devices import DTYPES, DtypeName, autocast, check_dtype, pick_device
+from ..dtypes import DTYPES, DtypeName, autocast, check_dtype, pick_device
 from ..engine import paths
 from ..environment import distorted
 from ..errors import UserError, count, first_line

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_checkpoint, load_model, make_model
-from ..devices import autocast, pick_device
+from ..dtypes import autocast, pick_device
 from ..errors import UserError, count, first_line
 from ..files import check_writable, write_whole
 from .data import load_features, to_features

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import timing
 from ..checkpoint import load_checkpoint, make_model
-from ..devices import DTYPES, DtypeName, pick_device
+from ..dtypes import DTYPES, DtypeName, pick_device
 from ..environment import distorted
 from ..errors import UserError, first_line
 from ..kernels.activations import resolve

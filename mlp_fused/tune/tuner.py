@@ -40,7 +40,7 @@ from ..engine.schedule import run_layers
 from ..engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 from ..environment import distorted, versions
 from ..functional import Layer, find_layers
-from ..kernels import layer_tiles, network_tiles
+from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.activations import ACTIVATIONS, Activation, resolve
 from ..kernels.language import driver
 from ..kernels.layer_backward import dgrad, wgrad
@@ -185,7 +185,7 @@ class Config:
 class Product:
     """One product of a layer, with what its epilogue does: a row of a table to be."""
 
-    kind: network_tiles.Kind
+    kind: tile_config.Kind
     rows: int
     width_out: int
     width_in: int
@@ -205,12 +205,12 @@ class Product:
         return ARITHMETIC[self.dtype][1]
 
     @property
-    def key(self) -> tuple[network_tiles.Kind, int, int, int, str, str, str]:
+    def key(self) -> tuple[tile_config.Kind, int, int, int, str, str, str]:
         dtype = _name(ARITHMETIC[self.dtype][0])
         return self.kind, self.rows, self.width_out, self.width_in, dtype, self.precision, self.activation
 
     @property
-    def problem(self) -> network_tiles.Problem:
+    def problem(self) -> tile_config.Problem:
         """What a tile is chosen by."""
         return tables.Gemm(*self.key, None, None, 1.0).problem
 
@@ -255,7 +255,7 @@ def products(workload: Workload) -> list[Product]:
     for index, (k, n) in enumerate(layers):
         own = workload.activation if index + 1 < len(layers) else "identity"
         below = workload.activation if index else "identity"
-        each: list[tuple[network_tiles.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
+        each: list[tuple[tile_config.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
         for kind, activation in each:
             product = Product(kind, workload.rows, n, k, workload.dtype, activation, n * k / total)
             alike = product.key[:-1]
@@ -268,9 +268,7 @@ def products(workload: Workload) -> list[Product]:
     return list(found.values())
 
 
-def tasks(
-    workloads: Iterable[Workload], gpu: network_tiles.Device, known: Iterable[tuple[Any, ...]] = ()
-) -> list[Task]:
+def tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterable[tuple[Any, ...]] = ()) -> list[Task]:
     """What is to be measured, each once, in order.
 
     What is not `known` yet; products, then networks; anchors; what most of a network's FLOPs are in.
@@ -293,7 +291,7 @@ def tasks(
     return sorted(ranked, key=lambda task: (task.known, isinstance(task, Whole), not task.anchor, -task.share))
 
 
-def network_paths(whole: Whole, gpu: network_tiles.Device) -> dict[str, paths.NetworkPlan]:
+def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, paths.NetworkPlan]:
     """Of a network as a whole, the paths through its own kernels, by name."""
     found = {}
     for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
@@ -308,7 +306,7 @@ class TileWork:
     """A product's kernel by a tile, to be compiled."""
 
     task: Product
-    tile: network_tiles.TileConfig
+    tile: tile_config.TileConfig
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -346,7 +344,7 @@ def compile_ahead(work: TileWork | PathWork) -> None:
             return
         passes = Passes(work.task, meta)
         if work.table is None:
-            gpu = network_tiles.device_of(passes.xs[0])
+            gpu = devices.device_of(passes.xs[0])
             passes(functools.partial(passes.by_network, network_paths(work.task, gpu)[work.path]), 0)
         else:
             with _in_force(work.table):
@@ -368,9 +366,7 @@ def _forget_tables() -> None:
     layer_path.cache_clear()
 
 
-def _network_plan(
-    workload: Workload, gpu: network_tiles.Device, training: bool, recompute: bool
-) -> paths.NetworkPlan | str:
+def _network_plan(workload: Workload, gpu: devices.Device, training: bool, recompute: bool) -> paths.NetworkPlan | str:
     """The network path, as if the user asked for it: no table is consulted."""
     dtype, precision = ARITHMETIC[workload.dtype]
     strides = tuple((k, 1, 1) for k in workload.widths[:-1])
@@ -411,7 +407,7 @@ class Tuner:
         old: tables.Table,
         new: tables.Table,
     ) -> None:
-        self.gpu = network_tiles.describe(device.type, device.index or 0)
+        self.gpu = devices.describe(device.type, device.index or 0)
         self.device = device
         self.time = time
         self.now = now
@@ -473,7 +469,7 @@ class Tuner:
             readings = 2 + len(network_paths(task, self.gpu))
         return readings * (ANCHOR_WEIGHT if task.anchor else 1)
 
-    def _candidates(self, product: Product) -> tuple[network_tiles.TileConfig, ...]:
+    def _candidates(self, product: Product) -> tuple[tile_config.TileConfig, ...]:
         """What was the fastest before, then by the rule's estimate."""
         before = self.old.get(product.key)
         first = (before.tile,) if before and before.tile else ()
@@ -510,7 +506,7 @@ class Tuner:
         expected = operands.in_float32()
         # Sums of k products in fp32, added in another order, differ by about sqrt(k) roundings.
         bound = BOUNDS[product.dtype][0] + math.sqrt(product.problem.k) * 2**-24
-        best: tuple[float, network_tiles.TileConfig] | None = None
+        best: tuple[float, tile_config.TileConfig] | None = None
         begun = self.now()
         for index, tile in enumerate(self._candidates(product)):
             what, asked = f"{product}, {tile}", self.now()
@@ -685,7 +681,7 @@ class Operands:
     def by_torch(self, index: int) -> None:
         BY_TORCH[self.kind](*self.sets[index], *self.epilogue)
 
-    def by_kernel(self, index: int, tile: network_tiles.TileConfig) -> None:
+    def by_kernel(self, index: int, tile: tile_config.TileConfig) -> None:
         BY_KERNEL[self.kind](*self.sets[index], *self.epilogue, self.precision, tile)
 
     def turns(self, run: Callable[[int], object]) -> Callable[[], object]:
@@ -788,7 +784,7 @@ def tune(
         KeyboardInterrupt: Ctrl-C; its text says what was written.
     """
     device = device or _gpu()
-    gpu = network_tiles.describe(device.type, device.index or 0)
+    gpu = devices.describe(device.type, device.index or 0)
     path = Path(config.out) if config.out is not None else tables.user_path(gpu.name)
     utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     empty = tables.Table(gpu.name, utc, versions(), arch=gpu.arch, multiprocessors=gpu.multiprocessors)

@@ -1,0 +1,91 @@
+"""Devices: what the choice of a tile, and a floor on a time, depend on."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .language import INTERPRETER
+
+__all__ = ["DEVICES", "Device", "device_of", "device_slug"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a tile, and a floor on a time, depend on."""
+
+    name: str
+    backend: str  # "cuda" or "hip"
+    arch: int | str  # as triton's GPUTarget has it: 90, "gfx942"
+    multiprocessors: int
+    shared_memory: int  # bytes a program may use
+    warp_size: int = 32
+    bandwidth: float | None = None  # bytes a second, from the data sheet; None where unknown
+    tensor_16: float | None = None  # FLOP a second, dense, 16-bit operands
+    tensor_tf32: float | None = None
+    fma_32: float | None = None
+
+    def peak(self, dtype: torch.dtype, precision: str = "ieee") -> float | None:
+        """FLOP a second that the data sheet promises for products of this dtype, multiplied so (see tile.py)."""
+        if precision == "bf16x6":
+            return self.tensor_16 / 6 if self.tensor_16 else None
+        if dtype == torch.float32:
+            return self.tensor_tf32 if precision == "tf32" else self.fma_32
+        return self.tensor_16 if dtype in (torch.float16, torch.bfloat16) else None
+
+
+# Data sheets: NVIDIA's for A100 SXM, H100 SXM, H200 SXM and B200, AMD's for MI300X; dense rates, without sparsity.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("NVIDIA A100", "cuda", 80, 108, 166912, 32, 2.039e12, 312e12, 156e12, 19.5e12),
+        Device("NVIDIA H100", "cuda", 90, 132, 232448, 32, 3.35e12, 989e12, 494e12, 67e12),
+        Device("NVIDIA H200", "cuda", 90, 132, 232448, 32, 4.8e12, 989e12, 494e12, 67e12),
+        Device("NVIDIA B200", "cuda", 100, 148, 232448, 32, 8e12, 2250e12, 1100e12, 75e12),
+        Device("AMD MI300X", "hip", "gfx942", 304, 65536, 64, 5.3e12, 1307e12, 654e12, 163e12),
+    )
+}
+# The interpreter takes the tiles of a small Hopper, so that the same rules are exercised.
+INTERPRETED_DEVICE = Device("Triton's interpreter", "cuda", 90, 4, 232448)
+BLACKWELL = (100, 103)
+DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
+
+
+def device_slug(name: str) -> str:
+    """The file name of a device's results and tiles: its name in lower case, other characters as "_".
+
+    "NVIDIA H200" is nvidia_h200; "NVIDIA A100-SXM4-80GB" is nvidia_a100_sxm4_80gb.
+    """
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The device a tensor is on; the interpreter's for a CPU tensor."""
+    return describe(tensor.device.type, tensor.device.index or 0)
+
+
+@functools.lru_cache(maxsize=64)
+def describe(kind: str, index: int = 0) -> Device:
+    """What a torch device is, by its kind and index."""
+    if kind == "cpu" or INTERPRETER:
+        return INTERPRETED_DEVICE
+    properties: Any = torch.cuda.get_device_properties(index)
+    known = next((device for name, device in DEVICES.items() if name in properties.name), INTERPRETED_DEVICE)
+    hip = torch.version.hip is not None
+    return Device(
+        properties.name,
+        "hip" if hip else "cuda",
+        properties.gcnArchName.split(":")[0] if hip else properties.major * 10 + properties.minor,
+        properties.multi_processor_count,
+        65536 if hip else properties.shared_memory_per_block_optin,
+        64 if hip else 32,
+        known.bandwidth,
+        known.tensor_16,
+        known.tensor_tf32,
+        known.fma_32,
+    )

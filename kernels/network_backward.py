@@ -1,0 +1,374 @@
+"""The backward of a narrow network, one kernel a formulation: see network.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .language import tl, triton
+from .launch import Launch, cdiv, launch
+from .network import (
+    Gradients,
+    Network,
+    layer,
+    linear,
+    load_rows,
+    load_weight,
+    matmul,
+    multiply_back,
+    network_offset_type,
+    partial_dtype,
+    store_rows,
+    through,
+)
+from .partial_sums import Partial, sum_partials
+from .tile import multiply, round_to, store
+from .tile_config import TileConfig
+
+__all__ = ["network_dgrad", "network_recompute", "network_wgrad"]
+
+
+@triton.jit(do_not_specialize=["M"])
+def network_recompute_kernel(
+    x_ptr,  # (M, d_0)
+    dy_ptr,  # (M, d_L)
+    dx_ptr,  # (M, d_0), contiguous; or None
+    w_ptrs,
+    b_ptrs,
+    h_ptr,  # as the forward's, for tests; or None
+    partial_ptr,  # (programs, size), contiguous: every wanted dW and db, by GRADIENTS' starts
+    M,
+    size,
+    stride_xm,
+    stride_xk,
+    stride_dm,
+    stride_dn,
+    NET: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of ones that db is a product with
+):
+    LAST: tl.constexpr = len(w_ptrs) - 1
+    LOWEST: tl.constexpr = GRADIENTS.lowest
+    ws = ()
+    for i in tl.static_range(LAST + 1):
+        ws = ws + (load_weight(w_ptrs[i], NET, i, OFFSET),)
+    dws, dbs = (), ()
+    for i in tl.static_range(LOWEST, LAST + 1):
+        dws = dws + (tl.full([NET.pads[i + 1], NET.pads[i]] if GRADIENTS.weights[i] else [1, 1], 0.0, NET.accumulator),)
+        dbs = dbs + (tl.full([NET.pads[i + 1], BLOCK_N] if GRADIENTS.biases[i] else [1, 1], 0.0, NET.accumulator),)
+    ones = round_to(tl.full([BLOCK_M, BLOCK_N], 1.0, NET.accumulator), NET.compute)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(OFFSET)
+        inside = rows < M
+        safe = tl.minimum(rows, M - 1)
+        hs = (load_rows(x_ptr, safe * stride_xm, None, stride_xk, NET, 0, OFFSET),)
+        # Of the rows beyond the last, no gradient: they add nothing to any sum.
+        dz = load_rows(dy_ptr, safe * stride_dm, inside, stride_dn, NET, LAST + 1, OFFSET)
+        kept = ()
+        for i in tl.static_range(LAST):
+            of_layer, h = layer(linear(hs[i], ws[i], b_ptrs[i], NET, i, BLOCK_M, OFFSET), NET, i)
+            kept = kept + (of_layer,)
+            hs = hs + (h,)
+            if h_ptr is not None:
+                start = M.to(OFFSET) * NET.starts[i] + rows * NET.widths[i + 1]
+                store_rows(h_ptr, start, inside, h, NET, i + 1)
+        if NET.activates_output:
+            own, h = layer(linear(hs[LAST], ws[LAST], b_ptrs[LAST], NET, LAST, BLOCK_M, OFFSET), NET, LAST)
+            dz = through(dz, own, NET, LAST)
+        sums_w, sums_b = (), ()
+        for i in tl.static_range(LAST, LOWEST - 1, -1):
+            dw = dws[i - LOWEST]
+            db = dbs[i - LOWEST]
+            if GRADIENTS.weights[i]:
+                dw = matmul(tl.trans(dz), hs[i], dw, NET)
+            if GRADIENTS.biases[i] and NET.sums_by_dot:
+                db = matmul(tl.trans(dz), ones, db, NET)
+            elif GRADIENTS.biases[i]:
+                db += tl.sum(dz.to(NET.accumulator), axis=0)[:, None]
+            sums_w = (dw,) + sums_w
+            sums_b = (db,) + sums_b
+            if i > LOWEST:
+                dz = through(multiply_back(dz, ws[i], NET, i, BLOCK_M), kept[i - 1], NET, i - 1)
+        if dx_ptr is not None:
+            store_rows(dx_ptr, rows * NET.widths[0], inside, multiply_back(dz, ws[0], NET, 0, BLOCK_M), NET, 0)
+        dws = sums_w
+        dbs = sums_b
+    partial_ptr += tl.program_id(0).to(OFFSET) * size
+    for i in tl.static_range(LOWEST, LAST + 1):
+        store_sums(partial_ptr, dws[i - LOWEST], dbs[i - LOWEST], 0, 0, NET, GRADIENTS, i)
+
+
+@triton.jit(do_not_specialize=["M"])
+def network_dgrad_kernel(
+    dy_ptr,  # (M, d_L)
+    dx_ptr,  # (M, d_0), contiguous; or None
+    w_ptrs,
+    kept_ptr,  # as the forward's
+    own_ptr,  # (M, d_L), contiguous: what is kept of the last layer; None where it has no activation
+    dz_ptr,  # as kept_ptr, written
+    last_ptr,  # (M, d_L), contiguous, written: the last layer's dz; None where it is dy
+    M,
+    stride_dm,
+    stride_dn,
+    NET: tl.constexpr,
+    LOWEST: tl.constexpr,  # the lowest layer whose dz is wanted
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr = 0,  # of dx, where the first layer is streamed
+):
+    LAST: tl.constexpr = len(w_ptrs) - 1
+    # The first layer whose weight is held.
+    FIRST: tl.constexpr = 0 if dx_ptr is not None and BLOCK_K == 0 else LOWEST + 1
+    ws = ()
+    for i in tl.static_range(FIRST, LAST + 1):
+        ws = ws + (load_weight(w_ptrs[i], NET, i, OFFSET),)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(OFFSET)
+        inside = rows < M
+        safe = tl.minimum(rows, M - 1)
+        dz = load_rows(dy_ptr, safe * stride_dm, None, stride_dn, NET, LAST + 1, OFFSET)
+        if own_ptr is not None:
+            own = load_rows(own_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
+            dz = through(dz, own, NET, LAST)
+            store_rows(last_ptr, rows * NET.widths[LAST + 1], inside, dz, NET, LAST + 1)
+        for i in tl.static_range(LAST, LOWEST, -1):
+            start = M.to(OFFSET) * NET.starts[i - 1]
+            dh = multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M)
+            kept = load_rows(kept_ptr, start + safe * NET.widths[i], None, 1, NET, i, OFFSET)
+            dz = through(dh, kept, NET, i - 1)
+            store_rows(dz_ptr, start + rows * NET.widths[i], inside, dz, NET, i)
+        if dx_ptr is not None and BLOCK_K == 0:
+            store_rows(dx_ptr, rows * NET.widths[0], inside, multiply_back(dz, ws[0], NET, 0, BLOCK_M), NET, 0)
+        if dx_ptr is not None and BLOCK_K > 0:
+            w_rows = tl.arange(0, NET.pads[1])[:, None]
+            for k in tl.range(0, NET.widths[0], BLOCK_K):
+                ks = k + tl.arange(0, BLOCK_K)[None, :]
+                ptrs = w_ptrs[0] + w_rows.to(OFFSET) * NET.strides[0][0] + ks.to(OFFSET) * NET.strides[0][1]
+                w = tl.load(ptrs, mask=(w_rows < NET.widths[1]) & (ks < NET.widths[0]), other=0.0)
+                dx = matmul(dz, round_to(w, NET.compute), tl.full([BLOCK_M, BLOCK_K], 0.0, NET.accumulator), NET)
+                store(dx_ptr + rows * NET.widths[0] + ks, dx, inside & (ks < NET.widths[0]))
+
+
+@triton.jit
+def store_sums(ptr, dw, db, n, k, NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr):
+    """The wanted ones of dW and db to their places among a program's sums; n and k are dW's first row and column."""
+    N: tl.constexpr = NET.widths[LAYER + 1]
+    K: tl.constexpr = NET.widths[LAYER]
+    if GRADIENTS.weights[LAYER]:
+        rows = n + tl.arange(0, dw.shape[0])[:, None]
+        cols = k + tl.arange(0, dw.shape[1])[None, :]
+        tl.store(ptr + GRADIENTS.weight_starts[LAYER] + rows * K + cols, dw, mask=(rows < N) & (cols < K))
+    if GRADIENTS.biases[LAYER]:
+        # The columns of a product with ones are all alike; the first is written, by the first of a row of tiles.
+        rows = n + tl.arange(0, db.shape[0])[:, None]
+        cols = k + tl.arange(0, db.shape[1])[None, :]
+        tl.store(ptr + GRADIENTS.bias_starts[LAYER] + rows + cols, db, mask=(rows < N) & (cols == 0))
+
+
+@triton.jit(do_not_specialize=["M", "chunk"])
+def network_wgrad_kernel(
+    x_ptr,  # (M, d_0)
+    dy_ptr,  # (M, d_L): the last layer's dz
+    kept_ptr,  # as the forward's
+    dz_ptr,  # as the chain's
+    partial_ptr,  # (splits, size), contiguous
+    M,
+    chunk,  # rows summed by one program
+    size,
+    stride_xm,
+    stride_xk,
+    stride_dm,
+    stride_dn,
+    NET: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # rows at a time
+):
+    LAST: tl.constexpr = len(NET.widths) - 2
+    split = tl.program_id(0) // GRADIENTS.tile_starts[LAST + 1]
+    tile = tl.program_id(0) % GRADIENTS.tile_starts[LAST + 1]
+    begin = split.to(OFFSET) * chunk
+    end = tl.minimum(begin + chunk, M)
+    partial_ptr += split.to(OFFSET) * size
+    for i in tl.static_range(LAST + 1):
+        if (tile >= GRADIENTS.tile_starts[i]) & (tile < GRADIENTS.tile_starts[i + 1]):
+            which = tile - GRADIENTS.tile_starts[i]
+            if i == LAST:
+                dz = dy_ptr
+                stride_zm = stride_dm
+                stride_zn = stride_dn
+            else:
+                dz = dz_ptr + M.to(OFFSET) * NET.starts[i]
+                stride_zm = NET.widths[i + 1]
+                stride_zn = 1
+            if i == 0:
+                sum_layer(
+                    dz, x_ptr, partial_ptr, which, begin, end, stride_zm, stride_zn, stride_xm, stride_xk,
+                    NET, GRADIENTS, i, OFFSET, BLOCK_K,
+                )  # fmt: skip
+            else:
+                h = kept_ptr + M.to(OFFSET) * NET.starts[i - 1]
+                sum_layer(
+                    dz, h, partial_ptr, which, begin, end, stride_zm, stride_zn, NET.widths[i], 1,
+                    NET, GRADIENTS, i, OFFSET, BLOCK_K,
+                )  # fmt: skip
+
+
+@triton.jit
+def sum_layer(
+    dz_ptr, h_ptr, partial_ptr, tile, begin, end, stride_zm, stride_zn, stride_hm, stride_hk,
+    NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of a layer's dW = dzᵀ h, and db, over the rows begin <= m < end."""
+    N: tl.constexpr = NET.widths[LAYER + 1]
+    K: tl.constexpr = NET.widths[LAYER]
+    TILES_K: tl.constexpr = tl.cdiv(NET.widths[LAYER], NET.sides[LAYER]) if GRADIENTS.weights[LAYER] else 1
+    PRECISION: tl.constexpr = NET.precision
+    SUM: tl.constexpr = GRADIENTS.biases[LAYER]
+    COMPUTE: tl.constexpr = NET.compute
+    FORWARD: tl.constexpr = NET.rebuilds[LAYER]
+    PARAMETERS: tl.constexpr = NET.rebuild_parameters[LAYER]
+    n = tile // TILES_K * NET.sides[LAYER + 1]
+    k = tile % TILES_K * NET.sides[LAYER]
+    dw, db = multiply(
+        dz_ptr, h_ptr, n, k, N, K, begin, end, stride_zn, stride_zm, stride_hk, stride_hm,
+        NET.sides[LAYER + 1], NET.sides[LAYER], BLOCK_K, PRECISION, OFFSET, None, None, False, SUM,
+        COMPUTE, FORWARD, PARAMETERS,
+    )  # fmt: skip
+    store_sums(partial_ptr, dw, db, n, k, NET, GRADIENTS, LAYER)
+
+
+def network_recompute(
+    x: Tensor,
+    dy: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    dx: Tensor | None,
+    sums: Sequence[Tensor],
+    network: Network,
+    gradients: Gradients,
+    tile: TileConfig,
+    *,
+    h: Tensor | None = None,
+) -> Summing | None:
+    """dx, and every dW and db that `gradients` names, from x and dy alone.
+
+    Args:
+        x, weights, biases, h: as in `forward`; dy (M, d_L), any strides.
+        dx: (M, d_0), contiguous, written; or None.
+        sums: the wanted ones of dW_1, db_1, dW_2 …, contiguous, written, of any float dtype.
+    """
+    rows = x.shape[0]
+    programs = tile.started(cdiv(rows, tile.block_m))
+    partial = Partial(programs, gradients.starts[-1], 0, partial_dtype(network))
+    whole, *_ = partial.allocate(x.device)
+    kernel = launch(
+        network_recompute_kernel,
+        programs,
+        x.device,
+        tile,
+        (x, dy, dx, weights, biases, h, whole),
+        (rows, partial.columns, *x.stride(), *dy.stride()),
+        NET=network,
+        GRADIENTS=gradients,
+        OFFSET=network_offset_type(network, rows, x, dy),
+    )
+    return Summing.of(kernel, partial, whole, sums)
+
+
+def network_dgrad(
+    dy: Tensor,
+    weights: tuple[Tensor, ...],
+    kept: Tensor | None,
+    own: Tensor | None,
+    dz: Tensor | None,
+    last: Tensor | None,
+    dx: Tensor | None,
+    network: Network,
+    gradients: Gradients,
+    tile: TileConfig,
+) -> Launch | None:
+    """The chain of dz from dy down to the lowest layer that a gradient is wanted of, and dx.
+
+    Args:
+        dy: (M, d_L), any strides.
+        kept: as `forward` wrote it; own (M, d_L), contiguous: what is kept of the last layer, None without activation.
+        dz: as kept, written; last (M, d_L), contiguous: the last layer's dz, written where own is given.
+        dx: (M, d_0), contiguous, written; or None.
+    """
+    rows = dy.shape[0]
+    return launch(
+        network_dgrad_kernel,
+        tile.started(cdiv(rows, tile.block_m)),
+        dy.device,
+        tile,
+        (dy, dx, weights, kept, own, dz, last),
+        (rows, *dy.stride()),
+        NET=network,
+        LOWEST=gradients.lowest,
+        OFFSET=network_offset_type(network, rows, dy),
+    )
+
+
+def network_wgrad(
+    x: Tensor,
+    dy: Tensor,
+    kept: Tensor | None,
+    dz: Tensor | None,
+    sums: Sequence[Tensor],
+    network: Network,
+    gradients: Gradients,
+    tile: TileConfig,
+) -> Summing | None:
+    """Every dW and db that `gradients` names.
+
+    Args:
+        x: (M, d_0), any strides; dy (M, d_L), any strides: the last layer's dz.
+        kept, dz: as `forward` and `dgrad` wrote them.
+        sums: as in `recompute`.
+    """
+    rows = x.shape[0]
+    tiles = gradients.tile_starts[-1]
+    most = max(1, tile.programs // tiles)
+    chunk = cdiv(cdiv(rows, most), tile.block_k) * tile.block_k
+    splits = cdiv(rows, chunk)
+    partial = Partial(splits, gradients.starts[-1], 0, partial_dtype(network))
+    whole, *_ = partial.allocate(x.device)
+    kernel = launch(
+        network_wgrad_kernel,
+        splits * tiles,
+        x.device,
+        tile,
+        (x, dy, kept, dz, whole),
+        (rows, chunk, partial.columns, *x.stride(), *dy.stride()),
+        NET=network,
+        GRADIENTS=gradients,
+        OFFSET=network_offset_type(network, rows, x, dy),
+    )
+    return Summing.of(kernel, partial, whole, sums)
+
+
+@dataclass(frozen=True)
+class Summing:
+    """A launch that ends in partial sums, and the one that adds them."""
+
+    kernel: Launch
+    total: Launch | None  # None where no sum is wanted
+    partial: Partial
+
+    @classmethod
+    def of(cls, kernel: Launch | None, partial: Partial, whole: Tensor, sums: Sequence[Tensor]) -> Summing | None:
+        """Add what a kernel wrote to `whole`; returns both, for doing so again, if they can be."""
+        total = sum_partials(whole, sums) if sums else None
+        return None if kernel is None or (sums and total is None) else cls(kernel, total, partial)
+
+    def __call__(self, *tensors: Any) -> bool:
+        """With the kernel's tensors but for the partial sums, and the tuple of sums after them."""
+        *of_kernel, sums = tensors
+        whole, *_ = self.partial.allocate(of_kernel[0].device)
+        return self.kernel(*of_kernel, whole) and (self.total is None or self.total(whole, sums))

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from bench.shapes import Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, timing
 from mlp_fused.engine.paths import NetworkPlan
+from mlp_fused.engine.recognize import resolve
 from mlp_fused.functional import Layer, find_network
 from mlp_fused.kernels import network_forward
-from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.launch import Launches
 from mlp_fused.prefetch import use_up
 from mlp_fused.timing import Timed

@@ -25,8 +25,8 @@ from bench.shapes import Problem
 from mlp_fused import timing
 from mlp_fused.engine import tables
 from mlp_fused.engine.paths import KernelPlan, float32_precision, plan_layers
+from mlp_fused.engine.recognize import resolve
 from mlp_fused.kernels import devices, layer_tiles, tile_config
-from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.timing import Timed

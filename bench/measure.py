@@ -78,9 +78,9 @@ from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, capture_step, timing
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.engine.paths import Work, float32_precision, work
+from mlp_fused.engine.recognize import resolve
 from mlp_fused.functional import Layer, run_kernels
 from mlp_fused.kernels import devices
-from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.language import driver
 from mlp_fused.prefetch import use_up
 from mlp_fused.timing import Ceilings, Timed

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
-from mlp_fused.kernels.activations import resolve
+from mlp_fused.engine.recognize import resolve
 
 FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy", "from_host")
 

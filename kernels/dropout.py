@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import Activation
+from .activation import Activation
 from .language import tl, triton
 from .tile_config import TileConfig
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import devices, layer_tiles, tile_config
-from .activations import Activation
+from .activation import Activation
 from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type

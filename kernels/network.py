@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Activation
+from .activation import Activation
 from .language import tl, triton
 from .launch import cdiv, offset_type
 from .network_tiles import padded

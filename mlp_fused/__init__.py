@@ -8,7 +8,8 @@ from .capture import CapturedStep, capture_step
 from .convert import PATTERNS, FuseReport, Pattern, fuse, register_pattern, unfuse
 from .engine import ops as ops
 from .functional import linear_act, mlp
-from .kernels.activations import ACTIVATIONS, Activation, register_activation
+from .kernels.activation import Activation, register_activation
+from .kernels.activations import ACTIVATIONS
 from .module import FusedLinear, FusedMLP, Pointwise
 from .prefetch import DevicePrefetcher
 

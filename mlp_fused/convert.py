@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .engine import paths
 from .engine.layer_path import IDENTITY
 from .engine.originals import why_method_changed
-from .kernels.activations import find, path_of
+from .engine.recognize import find, path_of
 from .module import (
     Chain,
     FusedLinear,

@@ -27,9 +27,10 @@ from .engine.paths import (
     wants_gradients,
     why_reference,
 )
+from .engine.recognize import resolve
 from .engine.schedule import run_layers
 from .kernels import devices
-from .kernels.activations import Activation, resolve
+from .kernels.activation import Activation
 from .kernels.dropout import draw_seed
 
 try:

@@ -36,6 +36,7 @@ from .engine.originals import (
     why_mode,
     why_replaced,
 )
+from .engine.recognize import find, functions_called, path_of, resolve
 from .functional import (
     Decision,
     Layer,
@@ -47,7 +48,7 @@ from .functional import (
     settings,
 )
 from .kernels import devices
-from .kernels.activations import Activation, find, functions_called, path_of, resolve
+from .kernels.activation import Activation
 
 __all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.activations import Activation
+from .kernels.activation import Activation
 
 __all__ = ["linear_act", "mlp"]
 

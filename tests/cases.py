@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlp_fused.kernels.activations import ACTIVATIONS, Activation
+from mlp_fused.kernels.activation import Activation
+from mlp_fused.kernels.activations import ACTIVATIONS
 from mlp_fused.kernels.dropout import draw_seed
 
 Layout = Literal[

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, register_activation
-from mlp_fused.kernels.activations import FUNCTIONS, Activation, find, look_up, resolve
+from mlp_fused.engine.recognize import FUNCTIONS, find, look_up, resolve
+from mlp_fused.kernels.activation import Activation
 
 EXTREMES = [0.0, 1e4, -1e4, torch.inf, -torch.inf, torch.nan, 1e-30, -1e-30, 1e-4, -1e-4, 100.0, -100.0]
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from mlp_fused import PATTERNS, FusedLinear, FusedMLP, fuse, register_pattern, unfuse
-from mlp_fused.kernels.activations import ACTIVATIONS, CLASSES, find, path_of
+from mlp_fused.engine.recognize import CLASSES, find, path_of
+from mlp_fused.kernels.activations import ACTIVATIONS
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.module import is_linear
 

@@ -182,7 +182,9 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
             lambda: (draw(1, 1).expand(M, N), draw(M, N), draw(M, N), None),
         ),
         "network forward": (
-            lambda x, y, ws, bs, kept, z, h: network_forward.network_forward(x, ws, bs, y, net, net_tile, kept=kept, z=z, h=h),
+            lambda x, y, ws, bs, kept, z, h: network_forward.network_forward(
+                x, ws, bs, y, net, net_tile, kept=kept, z=z, h=h
+            ),
             lambda: (
                 draw(M, K), draw(M, 16), (draw(32, K), draw(16, 32)), (draw(32), None), draw(M * 32), None, None,
             ),

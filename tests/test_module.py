@@ -19,7 +19,8 @@ from torch.nn.utils import parametrizations
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, mlp
 from mlp_fused.engine.paths import why_reference
-from mlp_fused.kernels.activations import Activation, find
+from mlp_fused.engine.recognize import find
+from mlp_fused.kernels.activation import Activation
 from mlp_fused.kernels.launch import count_launches
 
 

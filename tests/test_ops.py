@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlp_fused import FusedLinear, FusedMLP, linear_act, mlp
 from mlp_fused.engine import ops, paths
 from mlp_fused.kernels import devices
-from mlp_fused.kernels.activations import ACTIVATIONS, parse
+from mlp_fused.kernels.activation import parse
+from mlp_fused.kernels.activations import ACTIVATIONS
 from mlp_fused.kernels.launch import count_launches
 
 BF16 = torch.bfloat16

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp, unfuse
-from mlp_fused.engine import originals, paths
-from mlp_fused.kernels import activations
-from mlp_fused.kernels.activations import CALLED, FUNCTIONS
+from mlp_fused.engine import originals, paths, recognize
+from mlp_fused.engine.recognize import CALLED, FUNCTIONS
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.module import _Segments, runs_of
 
@@ -612,7 +611,7 @@ def test_a_registered_module_whose_forward_is_replaced_is_called(backend: str, d
     activation = dataclasses.replace(gelu, name="squash", module=Squash, reference=lambda z: torch.exp(z))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ACTIVATIONS, "squash", activation)
-        patch.setattr(activations, "_BY_MODULE", {})
+        patch.setattr(recognize, "_BY_MODULE", {})
         x = torch.randn(5, 8, device=device)
         model = nn.Sequential(nn.Linear(8, 8), Squash(), nn.Linear(8, 4)).to(device)
         fuse(model, backend=backend)

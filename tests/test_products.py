@@ -16,7 +16,7 @@ from mlp_fused.engine import layer_path, tables
 from mlp_fused.engine.schedule import run_layers
 from mlp_fused.engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 from mlp_fused.functional import Layer, find_layers
-from mlp_fused.kernels.activations import Activation
+from mlp_fused.kernels.activation import Activation
 from mlp_fused.kernels.launch import Launch, count_launches
 
 

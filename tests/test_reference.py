@@ -11,7 +11,7 @@ from cases import Case, make, oracle
 from torch import nn
 
 from mlp_fused import reference
-from mlp_fused.kernels.activations import find
+from mlp_fused.engine.recognize import find
 
 MODULES = (nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh(), nn.Softplus(), nn.ELU(0.5), nn.Hardswish())
 

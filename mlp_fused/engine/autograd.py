@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.activations import ACTIVATIONS, Activation
+from ..kernels.activation import Activation
+from ..kernels.activations import ACTIVATIONS
 from ..kernels.dropout import Dropout
 from ..kernels.layer_forward import pointwise
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import devices, layer_tiles
-from ..kernels.activations import ACTIVATIONS, Activation
+from ..kernels.activation import Activation
+from ..kernels.activations import ACTIVATIONS
 from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.launch import Launches, Remembered, describable
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad

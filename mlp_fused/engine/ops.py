@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..functional import Layer, find_path
-from ..kernels.activations import parse
+from ..kernels.activation import parse
 from .autograd import plain_gradient
 from .layer_path import LayerPath
 from .network_path import run_backward, run_forward

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..kernels import devices, layer_tiles, network_tiles, tile_config
-from ..kernels.activations import ACTIVATIONS, Activation, parse, resolve
+from ..kernels.activation import Activation, parse
+from ..kernels.activations import ACTIVATIONS
 from ..kernels.dropout import SEED_BYTES, keeps_preactivation
 from ..kernels.language import HAS_TRITON, INTERPRETER
 from ..kernels.launch import Launches
@@ -24,6 +25,7 @@ from ..kernels.network import Gradients, Network, gradients_of, network_of
 from ..kernels.tile_config import TileConfig
 from . import tables
 from .originals import constant_to_compilers
+from .recognize import resolve
 
 if TYPE_CHECKING:
     from ..functional import Layer

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.activations import Activation
+from ..kernels.activation import Activation
 from ..kernels.dropout import Dropout
 from ..kernels.launch import Launch
 from ..kernels.layer_backward import output_gradient

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from .. import timing
 from ..checkpoint import load_checkpoint, make_model
 from ..dtypes import DTYPES, DtypeName, pick_device
+from ..engine.recognize import resolve
 from ..environment import distorted
 from ..errors import UserError, first_line
-from ..kernels.activations import resolve
 from ..module import FusedMLP
 from ..prefetch import DevicePrefetcher, use_up
 from ..timing import Link, Measured, Spread, Timed

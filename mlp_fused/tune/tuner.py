@@ -36,12 +36,14 @@ from ..compiling import Compilers, NotYetError, count_workers
 from ..engine import paths, tables
 from ..engine.layer_path import layer_path
 from ..engine.network_path import run_network
+from ..engine.recognize import resolve
 from ..engine.schedule import run_layers
 from ..engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 from ..environment import distorted, versions
 from ..functional import Layer, find_layers
 from ..kernels import devices, layer_tiles, tile_config
-from ..kernels.activations import ACTIVATIONS, Activation, resolve
+from ..kernels.activation import Activation
+from ..kernels.activations import ACTIVATIONS
 from ..kernels.language import driver
 from ..kernels.layer_backward import dgrad, wgrad
 from ..kernels.layer_forward import layer_forward

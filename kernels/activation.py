@@ -1,0 +1,211 @@
+"""class Activation: a pointwise activation, declared once; `register_activation` adds one to the table.
+
+An activation is a pair of functions of one element, `forward(z) -> h` and `backward(dh, saved) -> dz`, written for
+Triton and handed to the kernels, and their twins in plain torch. `saved` is the one tensor kept for backward: the
+output h where the derivative can be read off it accurately, the pre-activation z otherwise. Parameters (a slope, an
+alpha) follow as compile-time constants, in their declared order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .language import HAS_TRITON, triton
+
+__all__ = ["ACTIVATIONS", "Activation", "parse", "register_activation"]
+
+Kept = Literal["output", "preactivation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """h = forward(z), dz = backward(dh, saved): one pointwise activation, its parameters bound.
+
+    Attributes:
+        name: what users write.
+        forward: `@triton.jit` function (z, *parameters) -> h.
+        backward: `@triton.jit` function (dh, saved, *parameters) -> dz.
+        saves: which tensor `backward` reads, "output" or "preactivation"; or a function of the parameters that says so.
+        reference: forward in plain torch, (z, *parameters) -> h. It looks torch's functions up on every call, so that
+            one that is replaced is seen.
+        reference_backward: backward in plain torch where the output is kept, (dh, h, *parameters) -> dz.
+        parameters: parameter names, in order, with their values.
+        module: the `nn.Module` class that this is, its parameters being attributes of the same names.
+        matches: which instances of `module`, where not all of them.
+        kinks: the points where the derivative jumps.
+        rounds_parameters: whether parameters act as values of the tensor's dtype (bounds to compare an output with).
+        scales: whether the derivative may be read off any positive multiple of the output, as Dropout leaves it.
+        piecewise: whether forward and backward are piecewise polynomials, a few instructions an element; the estimated
+            time of a kernel depends on it.
+    """
+
+    name: str
+    forward: Any
+    backward: Any
+    saves: Kept | Callable[..., Kept]
+    reference: Callable[..., Tensor]
+    reference_backward: Callable[..., Tensor] | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    module: type[nn.Module] | None = None
+    matches: Callable[[nn.Module], bool] = lambda module: True
+    kinks: Callable[..., tuple[float, ...]] = lambda *parameters: ()
+    rounds_parameters: bool = False
+    scales: bool = False
+    piecewise: bool = False
+
+    # Derived once: they are read on the path of every call.
+    values: tuple[float, ...] = field(init=False, repr=False)  # the parameters' values, in order
+    keeps: Kept = field(init=False, repr=False)  # which tensor backward reads with these parameters
+    keeps_preactivation: bool = field(init=False, repr=False)
+    spec: str = field(init=False, repr=False)  # name and parameter values, exactly, as `parse` reads them
+
+    def __post_init__(self) -> None:
+        values = tuple(self.parameters.values())
+        keeps = self.saves(*values) if callable(self.saves) else self.saves
+        derived = {
+            "values": values,
+            "keeps": keeps,
+            "keeps_preactivation": keeps == "preactivation",
+            "spec": ":".join([self.name, *(f"{name}={value!r}" for name, value in self.parameters.items())]),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def constants(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """The parameters as the kernels for `dtype` take them."""
+        return _rounded(self.values, dtype) if self.rounds_parameters else self.values
+
+    def bind(self, **parameters: float) -> Activation:
+        """The same activation with other parameter values.
+
+        Raises:
+            TypeError: a parameter it does not have, or a value that is not a number.
+        """
+        unknown = parameters.keys() - self.parameters.keys()
+        if unknown:
+            has = ", ".join(self.parameters) or "none"
+            raise TypeError(
+                f"activation {self.name!r} has no parameter {sorted(unknown)[0]!r}; its parameters are: {has}"
+            )
+        for name, value in parameters.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"activation {self.name!r}: {name} is {value!r}; it needs to be a number")
+        merged = tuple((name, float(parameters.get(name, default))) for name, default in self.parameters.items())
+        return bound(self, merged)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """h = a(z) in plain torch."""
+        return self.reference(z, *self.values)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.name, tuple(self.parameters.items()))  # by name: functions are not for pickling
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
+        return f"{self.name}({arguments})" if arguments else self.name
+
+
+_BOUND: dict[tuple[str, tuple[tuple[str, float], ...]], Activation] = {}
+
+
+def bound(declared: Activation, parameters: tuple[tuple[str, float], ...]) -> Activation:
+    """One object per activation and parameter values, so that caches may key on identity."""
+    values = dict(parameters)
+    if values == declared.parameters:
+        return declared
+    return _BOUND.setdefault((declared.name, parameters), replace(declared, parameters=values))
+
+
+@functools.lru_cache(maxsize=256)
+def _rounded(values: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
+    return tuple(torch.tensor(values, dtype=torch.float64).to(dtype).tolist())
+
+
+def _restore(name: str, parameters: tuple[tuple[str, float], ...]) -> Activation:
+    """The activation of a pickle, which names this function in activations.py, where the table is filled."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the activation {name!r} is not registered; call register_activation before loading")
+    return ACTIVATIONS[name].bind(**dict(parameters))
+
+
+_restore.__module__ = f"{__package__}.activations"
+
+
+ACTIVATIONS: dict[str, Activation] = {}
+
+
+@functools.lru_cache(maxsize=1024)
+def parse(spec: str) -> Activation:
+    """The activation of which that is the `spec`.
+
+    Raises:
+        KeyError: it is not registered.
+    """
+    name, *values = spec.split(":")
+    pairs = (value.split("=") for value in values)
+    return ACTIVATIONS[name].bind(**{parameter: float(value) for parameter, value in pairs})
+
+
+def register_activation(
+    name: str,
+    forward: Any,
+    backward: Any,
+    *,
+    saves: Kept | Callable[..., Kept] = "preactivation",
+    reference: Callable[..., Tensor],
+    reference_backward: Callable[..., Tensor] | None = None,
+    parameters: Mapping[str, float] | None = None,
+    module: type[nn.Module] | None = None,
+    matches: Callable[[nn.Module], bool] = lambda module: True,
+    kinks: Callable[..., tuple[float, ...]] = lambda *parameters: (),
+    rounds_parameters: bool = False,
+    scales: bool = False,
+    piecewise: bool = False,
+) -> Activation:
+    """h = forward(z), dz = backward(dh, saved): add an activation to the table, under a new name.
+
+    See `Activation` for what each argument is. `forward` and `backward` are `@triton.jit` functions of fp32 values
+    (fp64 under the interpreter); `reference` is what runs on a CPU, for fp64, and when a gradient is differentiated.
+
+    Raises:
+        ValueError: the name is taken, `saves` is unknown, or the output is kept and `reference_backward` is missing.
+        TypeError: `forward` or `backward` is not a `@triton.jit` function, or `reference` cannot be called.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name is {name!r}; it needs to be a non-empty string")
+    if name in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is registered already; choose another name")
+    if not callable(saves) and saves not in ("output", "preactivation"):
+        raise ValueError(f'saves is {saves!r}; it needs to be "output" or "preactivation"')
+    if saves != "preactivation" and reference_backward is None:
+        raise ValueError(
+            f"activation {name!r} keeps its output and has no reference_backward; give the derivative in plain torch, "
+            "(dh, h) -> dz, so that a gradient can be differentiated"
+        )
+    if not callable(reference):
+        raise TypeError(f"reference is {type(reference).__name__}; it needs to be a function z -> h in plain torch")
+    for role, function in (("forward", forward), ("backward", backward)):
+        if HAS_TRITON and not isinstance(function, triton.runtime.jit.KernelInterface):
+            raise TypeError(f"{role} is {type(function).__name__}; it needs to be a @triton.jit function")
+    ACTIVATIONS[name] = Activation(
+        name=name,
+        forward=forward,
+        backward=backward,
+        saves=saves,
+        reference=reference,
+        reference_backward=reference_backward,
+        parameters=dict(parameters or {}),
+        module=module,
+        matches=matches,
+        kinks=kinks,
+        rounds_parameters=rounds_parameters,
+        scales=scales,
+        piecewise=piecewise,
+    )
+    return ACTIVATIONS[name]

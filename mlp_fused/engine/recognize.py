@@ -1,0 +1,210 @@
+"""The activation of the table that a name, a module or a function is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.activation import ACTIVATIONS, Activation, bound
+from ..kernels.activations import BUILT_IN
+
+__all__ = ["resolve"]
+
+
+def is_users(kind: type) -> bool:
+    """True if a user registered a module class, whose word is taken for what it computes."""
+    return any(activation.module is kind for name, activation in ACTIVATIONS.items() if name not in BUILT_IN)
+
+
+_BY_MODULE: dict[Any, tuple[Activation, ...]] = {}  # a plain dict, which torch.compile sees through
+
+
+def _by_module(kind: Any) -> tuple[Activation, ...]:
+    """The activations of a module class, cached until another one is registered."""
+    key = (kind, len(ACTIVATIONS))
+    cached = _BY_MODULE.get(key)
+    if cached is None:
+        cached = tuple(activation for activation in ACTIVATIONS.values() if activation.module is kind)
+        if not torch.compiler.is_compiling():
+            _BY_MODULE[key] = cached
+    return cached
+
+
+# The same functions as other libraries' modules: by path, as none of these need be installed.
+CLASSES: dict[str, str] = {
+    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.LinearActivation": "identity",
+    "transformers.activations.MishActivation": "mish",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.PytorchGELUTanh": "gelu_tanh",  # GELUTanh's name before transformers 5
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.ReLUSquaredActivation": "squared_relu",
+    "transformers.activations.SiLUActivation": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.HardSigmoid": "hardsigmoid",
+    "timm.layers.activations.HardSwish": "hardswish",
+    "timm.layers.activations.Mish": "mish",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.Tanh": "tanh",
+}
+
+# Functions of torch that compute an activation, by the names under which modules and their users look them up.
+FUNCTIONS: dict[str, str] = {
+    "torch.nn.functional.relu": "relu",
+    "torch.relu": "relu",
+    "torch.nn.functional.leaky_relu": "leaky_relu",
+    "torch.nn.functional.hardtanh": "hardtanh",
+    "torch.nn.functional.relu6": "relu6",
+    "torch.nn.functional.elu": "elu",
+    "torch.nn.functional.celu": "celu",
+    "torch.nn.functional.selu": "selu",
+    "torch.nn.functional.gelu": "gelu",
+    "torch.nn.functional.silu": "silu",
+    "torch.nn.functional.mish": "mish",
+    "torch.nn.functional.sigmoid": "sigmoid",
+    "torch.sigmoid": "sigmoid",
+    "torch.nn.functional.softplus": "softplus",
+    "torch.nn.functional.logsigmoid": "logsigmoid",
+    "torch.nn.functional.tanh": "tanh",
+    "torch.tanh": "tanh",
+    "torch.nn.functional.tanhshrink": "tanhshrink",
+    "torch.nn.functional.softsign": "softsign",
+    "torch.nn.functional.softshrink": "softshrink",
+    "torch.nn.functional.hardshrink": "hardshrink",
+    "torch.nn.functional.hardsigmoid": "hardsigmoid",
+    "torch.nn.functional.hardswish": "hardswish",
+    "torch.exp": "exp",
+    "torch.sin": "sine",
+}
+
+# Functions that a part of an activation is computed with, in its reference or in a module that it stands for.
+CALLED: dict[str, tuple[str, ...]] = {
+    "squared_relu": ("torch.nn.functional.relu", "torch.relu"),
+    "threshold": ("torch.nn.functional.threshold",),
+    "relu6": ("torch.nn.functional.hardtanh",),
+    "gelu_tanh": ("torch.nn.functional.gelu", "torch.tanh"),
+    "quick_gelu": ("torch.sigmoid",),
+}
+
+
+@functools.cache
+def _place(name: str) -> tuple[dict[str, Any], str]:
+    """The attributes of the module in which a function of torch is found, and its name there."""
+    module, _, own_name = name.rpartition(".")
+    return vars(F if module == F.__name__ else torch), own_name
+
+
+def look_up(name: str) -> Any:
+    """The function of torch that has this name now."""
+    attributes, own_name = _place(name)
+    return attributes[own_name]
+
+
+_BY_FUNCTION: dict[Callable[..., Tensor], str] = {look_up(name): activation for name, activation in FUNCTIONS.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def functions_called(activation: str) -> tuple[str, ...]:
+    """The names of torch's functions that an activation of that name is computed with."""
+    return (*(name for name, computed in FUNCTIONS.items() if computed == activation), *CALLED.get(activation, ()))
+
+
+def path_of(kind: type) -> str:
+    """A class by its full name, such as "torch.nn.modules.activation.GELU"."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+POINTWISE = "mlp_fused.module.Pointwise"  # the module class that computes the record in its `activation`
+
+
+def find(module: Callable[..., Any]) -> Activation | None:
+    """The activation that a module or function is, its parameters read off it; None where it is none of the table's."""
+    if isinstance(module, Activation):
+        return module
+    if not isinstance(module, nn.Module):
+        return _find_function(module)
+    kind: Any = type(module)
+    if path_of(kind) == POINTWISE:
+        carried: Any = module.activation
+        return carried if isinstance(carried, Activation) else None
+    for activation in _by_module(kind):
+        if activation.matches(module):
+            if not activation.parameters:
+                return activation
+            return bound(activation, tuple((name, float(getattr(module, name))) for name in activation.parameters))
+    name = CLASSES.get(path_of(kind))
+    if name is None:
+        return None
+    inner = getattr(module, "act", None)  # the function that some of them call, torch's or a method of their own
+    known = inner is None or getattr(inner, "__self__", None) is module or find(inner) is ACTIVATIONS[name]
+    return ACTIVATIONS[name] if known else None
+
+
+def _find_function(function: Callable[..., Any]) -> Activation | None:
+    """The activation that a function of torch's is, or a `functools.partial` of one with its parameters."""
+    keywords: dict[str, Any] = {}
+    if isinstance(function, functools.partial):
+        if function.args:
+            return None
+        keywords, function = dict(function.keywords), function.func
+    if not isinstance(function, FunctionType | BuiltinFunctionType) or function not in _BY_FUNCTION:
+        return None
+    activation = ACTIVATIONS[_BY_FUNCTION[function]]
+    keywords.pop("inplace", None)
+    if function is F.gelu and keywords.pop("approximate", "none") == "tanh":
+        activation = ACTIVATIONS["gelu_tanh"]
+    return activation.bind(**keywords) if keywords.keys() <= activation.parameters.keys() else None
+
+
+def resolve(
+    activation: str | Activation | nn.Module | type[nn.Module] | None, argument: str = "activation"
+) -> Activation:
+    """The table's row for a name, an `nn.Module` class or instance; None is the identity.
+
+    Raises:
+        ValueError: the name is not in the table, or the module is none of the table's.
+        TypeError: anything else.
+    """
+    if activation is None:
+        return ACTIVATIONS["identity"]
+    if isinstance(activation, Activation):
+        return activation
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{argument} is {activation!r}; it needs to be one of: {', '.join(ACTIVATIONS)}; "
+                "or add it with register_activation"
+            )
+        return ACTIVATIONS[activation]
+    module = activation
+    if isinstance(activation, type) and issubclass(activation, nn.Module):
+        try:
+            module = activation()
+        except TypeError as error:
+            raise TypeError(
+                f"{argument} is the class {activation.__name__}, which cannot be made without arguments ({error}); "
+                "pass an instance"
+            ) from None
+    if isinstance(module, nn.Module):
+        found = find(module)
+        if found is None:
+            raise ValueError(
+                f"{argument} is {type(module).__name__}, which has no kernel; it needs to be one of: "
+                f"{', '.join(ACTIVATIONS)}; or add it with register_activation"
+            )
+        return found
+    raise TypeError(
+        f"{argument} is {type(activation).__name__}; it needs to be a name, an nn.Module class or instance, or None"
+    )

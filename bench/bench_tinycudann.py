@@ -7,7 +7,7 @@ fp16 in every call; ours are fp16 from the start. Its JIT mode (version 2.0 and 
 A row's extra_info:
 
     id, widths, rows, phase    phase is "forward" (no gradients) or "training" (and gradients of the parameters)
-    flops, bytes               by `mlp_fused.engine.paths.work`, of the path ours takes
+    flops, bytes               by `mlp_fused.explain.work`, of the path ours takes
     ours, tinycudann           ms, kernel_ms, quartiles, rounds, calls (see timing.py), verified, first_call_s
     tinycudann also            jit_fusion, whether its JIT mode was on
     ours also                  path, reason (from `explain`); repeat_ms, ms again after tiny-cuda-nn's: the noise
@@ -37,7 +37,7 @@ from bench import measure
 from bench.measure import Bench, relative_error, release, synchronize
 from bench.shapes import Cell, Problem, cases
 from mlp_fused import FusedMLP, timing
-from mlp_fused.engine.paths import work
+from mlp_fused.explain import work
 from mlp_fused.kernels import devices
 from mlp_fused.timing import Timed
 

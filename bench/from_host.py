@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from bench.shapes import Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, timing
-from mlp_fused.engine.paths import NetworkPlan
+from mlp_fused.engine.network_path import NetworkPlan
+from mlp_fused.engine.paths import find_network
 from mlp_fused.engine.recognize import resolve
-from mlp_fused.functional import Layer, find_network
 from mlp_fused.kernels import network_forward
 from mlp_fused.kernels.launch import Launches
 from mlp_fused.prefetch import use_up
+from mlp_fused.reference import Layer
 from mlp_fused.timing import Timed
 from mlp_fused.train.loop import DTYPES
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from bench.shapes import Problem
 from mlp_fused import timing
 from mlp_fused.engine import tables
-from mlp_fused.engine.paths import KernelPlan, float32_precision, plan_layers
 from mlp_fused.engine.recognize import resolve
+from mlp_fused.engine.settings import float32_precision
+from mlp_fused.explain import KernelPlan, plan_layers
 from mlp_fused.kernels import devices, layer_tiles, tile_config
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward

@@ -8,7 +8,7 @@ A row is a dict of plain values:
     first_call_s            the first call: compiling, or loading what was compiled before
     ms, kernel_ms, quartiles, rounds, calls    see timing.py; `repeat_ms` is ms again, after the baselines: the noise
     sets                    how many inputs were rotated
-    flops, bytes            by `mlp_fused.engine.paths.work`, of the path it runs on; a step adds the loss's and Adam's
+    flops, bytes            by `mlp_fused.explain.work`, of the path it runs on; a step adds the loss's and Adam's
     ceilings                FLOP/s and bytes/s of a large product and a large copy in the same process
     floor_s, bound, tflops, gbps, floor_ratio  the floor these imply, what it is bound by, and kernel_ms against it
     copy                    x from the host: for each way ms, host_ms, gbps, and `to_kernel`, the copy over the kernel
@@ -77,12 +77,14 @@ from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, capture_step, timing
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
-from mlp_fused.engine.paths import Work, float32_precision, work
+from mlp_fused.engine.calls import run_kernels
 from mlp_fused.engine.recognize import resolve
-from mlp_fused.functional import Layer, run_kernels
+from mlp_fused.engine.settings import float32_precision
+from mlp_fused.explain import Work, work
 from mlp_fused.kernels import devices
 from mlp_fused.kernels.language import driver
 from mlp_fused.prefetch import use_up
+from mlp_fused.reference import Layer
 from mlp_fused.timing import Ceilings, Timed
 from mlp_fused.train.loop import DTYPES
 from mlp_fused.transfer.measurement import copy_calls, fastest

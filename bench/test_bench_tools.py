@@ -29,8 +29,8 @@ from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from mlp_fused import FusedMLP, capture, timing
-from mlp_fused.engine.paths import Work, work
 from mlp_fused.environment import DISTORTING, distorted
+from mlp_fused.explain import Work, work
 from mlp_fused.timing import Ceilings, Link, Timed
 from mlp_fused.tune import tuner
 

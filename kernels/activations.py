@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .activation import ACTIVATIONS, Kept, _restore, register_activation
 from .language import tl, triton
 
-__all__ = ["ACTIVATIONS", "BUILT_IN", "_restore"]  # pickles name `_restore` here
+__all__ = ["ACTIVATIONS", "BUILT_IN", "IDENTITY", "_restore"]  # pickles name `_restore` here
 
 
 # --- Elementary functions that Triton's language lacks, each relatively accurate near 0 and safe at infinity. ---
@@ -708,3 +708,4 @@ register_activation(
 )
 
 BUILT_IN = frozenset(ACTIVATIONS)
+IDENTITY = ACTIVATIONS["identity"]

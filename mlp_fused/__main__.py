@@ -13,7 +13,7 @@ import torch
 
 from . import ACTIVATIONS, __version__
 from .dtypes import DtypeName
-from .engine.paths import Backend
+from .engine.settings import Backend
 from .environment import describe
 from .errors import UserError
 from .train import predict

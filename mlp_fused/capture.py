@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .engine.paths import DEBUG
+from .engine.settings import DEBUG
 
 __all__ = ["CapturedStep", "capture_step"]
 

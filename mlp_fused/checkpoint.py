@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import paths
+from .engine import settings
 from .errors import UserError, first_line
 from .files import check_writable, write_whole
 from .scaling import Scaling, Unscaling, whole
@@ -145,7 +145,7 @@ def make_model(
     path: str | Path,
     checkpoint: Mapping[str, Any],
     build: Build = build_model,
-    backend: paths.Backend | None = "auto",
+    backend: settings.Backend | None = "auto",
 ) -> nn.Sequential:
     """`load_model` for a checkpoint that was loaded from `path`; a backend of None is the one that trained.
 

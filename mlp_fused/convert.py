@@ -16,22 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .engine import paths
-from .engine.layer_path import IDENTITY
+from .engine import settings
 from .engine.originals import why_method_changed
 from .engine.recognize import find, path_of
-from .module import (
-    Chain,
-    FusedLinear,
-    FusedMLP,
-    WithBackend,
-    has_hooks,
-    is_linear,
-    name_of,
-    runs_of,
-    why_called,
-    why_unfused,
-)
+from .engine.runs import has_hooks, is_linear, name_of, runs_of, why_called, why_unfused
+from .kernels.activations import IDENTITY
+from .module import FusedLinear, FusedMLP, FusedSequence, WithBackend
 
 __all__ = ["PATTERNS", "FuseReport", "Pattern", "fuse", "register_pattern", "unfuse"]
 
@@ -177,7 +167,7 @@ def fuse(
     model: nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     *,
-    backend: paths.Backend = "auto",
+    backend: settings.Backend = "auto",
     recompute: bool | None = None,
 ) -> FuseReport:
     """Run the MLPs inside a model on fused kernels, in place; parameters, state_dict keys and hooks stay.
@@ -206,8 +196,8 @@ def fuse(
     _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is {filter_fn!r}; it needs to be a function (module, name) -> bool, or None")
-    backend = paths.check_backend(backend)
-    recompute = paths.check_recompute(recompute)
+    backend = settings.check_backend(backend)
+    recompute = settings.check_recompute(recompute)
 
     shared = _shared_parameters(model)
     chosen: list[Any] = []
@@ -216,7 +206,7 @@ def fuse(
     links: set[int] = set()  # of what is replaced, or was looked at and left for a reason of its own
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, Chain):
+        if isinstance(module, FusedSequence):
             left.append(Entry(name, kind, "it is fused already"))
             links.update(map(id, (module, *module._links())))
             continue
@@ -335,7 +325,7 @@ class _Shape:
 MEND = "where one follows, FusedLinear(…, activation=…) in the Linear's place is the mend"
 
 # What a replaced module gains, and must not have had.
-RESERVED = tuple(name for kind in (Chain, WithBackend) for name in vars(kind) if not name.startswith("__"))
+RESERVED = tuple(name for kind in (FusedSequence, WithBackend) for name in vars(kind) if not name.startswith("__"))
 
 
 def _shape_of(kind: type[nn.Module]) -> _Shape | None:
@@ -493,7 +483,7 @@ def _derive(kind: Any, target: str) -> Any:
     bases: tuple[type, ...]
     if target:
         pattern = PATTERNS[target]
-        bases = (_Fused, kind, Chain)
+        bases = (_Fused, kind, FusedSequence)
         members.update(_methods(pattern, kind))
     else:
         bases = (_Fused, FusedMLP) if kind is nn.Sequential else (_Fused, kind, FusedMLP)

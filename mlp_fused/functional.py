@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .engine.layer_path import LayerPath, layer_path
-from .engine.network_path import run_network
+from .engine.calls import can_checkpoint, run_kernels
 from .engine.originals import LINEAR, why_mode, why_replaced
-from .engine.paths import (
-    DEFAULT_BACKEND,
+from .engine.paths import why_reference
+from .engine.recognize import resolve
+from .engine.settings import (
     Backend,
-    NetworkPlan,
     check_backend,
     check_recompute,
     compute_dtype,
-    float32_precision,
-    is_watched,
-    network_path,
-    wants_gradients,
-    why_reference,
 )
-from .engine.recognize import resolve
-from .engine.schedule import run_layers
-from .kernels import devices
 from .kernels.activation import Activation
-from .kernels.dropout import draw_seed
+from .reference import Layer
 
-try:
-    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
-
-    TensorGuards: Any = _TensorGuards
-except ImportError:  # it is no public name; without it, every call decides anew
-    TensorGuards = None
-
-__all__ = ["Layer", "linear_act", "mlp"]
+__all__ = ["linear_act", "mlp"]
 
 HALVES = (torch.float16, torch.bfloat16)
-
-
-class Layer(NamedTuple):
-    """h = a(x Wᵀ + b): weight (N, K), bias (N,) or None; then Dropout, by its probability."""
-
-    weight: Tensor
-    bias: Tensor | None
-    activation: Activation
-    dropout: float = 0.0
 
 
 def linear_act(
@@ -186,193 +159,3 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
     if not dtype.is_floating_point:
         raise RuntimeError(f"input is {dtype}; it needs to be a real floating-point dtype; convert it with x.float()")
     return dtype
-
-
-def can_checkpoint() -> bool:
-    """Whether there is something to keep, and torch.utils.checkpoint works: under torch.func transforms it does not."""
-    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-
-
-def run_kernels(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
-) -> Tensor:
-    """x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
-    if is_watched():
-        return run_operator(x, layers, dtype, recompute, backend)
-    shape = x.shape
-    if x.is_neg():  # a view that negates lazily; kernels read memory as it lies
-        x = x.resolve_neg()
-    if len(shape) != 2:
-        x = x.reshape(-1, shape[-1])
-    weights, biases, *_ = zip(*layers)
-    path = find_path(x, layers, dtype, recompute, backend)
-    if recompute and isinstance(path, LayerPath) and can_checkpoint():
-        # The seed is drawn outside, because the checkpointed function runs twice and has to drop the same elements.
-        # It draws nothing else, so no generator has to be put back, which torch 2.9 cannot do within a graph's capture.
-        seed = draw_seed(x.device) if path.drops else None
-        y = checkpoint(run_layers, x, weights, biases, path, seed, use_reentrant=False, preserve_rng_state=False)
-    else:
-        y = run_path(x, weights, biases, path)
-    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
-
-
-def run_operator(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
-) -> Tensor:
-    """The same by a registered operator (ops.py), which is what a compiler or a dispatch mode sees."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, _ = torch.ops.mlp_fused.mlp(
-        rows,
-        [layer.weight for layer in layers],
-        [layer.bias for layer in layers if layer.bias is not None],
-        [layer.bias is not None for layer in layers],
-        [layer.activation.spec for layer in layers],
-        dtype,
-        precision_of(dtype),
-        recompute,
-        backend,
-        wants_gradients(x, layers),
-    )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def run_path(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPlan | LayerPath
-) -> Tensor:
-    """x (M, d_0) -> y (M, d_L)."""
-    if isinstance(path, LayerPath):
-        return run_layers(x, weights, biases, path)
-    return run_network(x, tuple(weights), tuple(biases), path)
-
-
-class Decision:
-    """The path that a call took; later calls that it holds for take it without deciding again.
-
-    Whether it holds is asked of torch.compile's guards, which compare every tensor's type, dtype, device, sizes,
-    strides, requires_grad and dispatch keys (inference mode, lazy negation …) in C++: a tenth of the time of deciding.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        weights: tuple[Tensor, ...],
-        biases: tuple[Tensor | None, ...],
-        settings: tuple[object, ...],
-        path: NetworkPlan | LayerPath,
-    ) -> None:
-        self.path = path
-        self.settings = settings
-        self.biased = [bias is not None for bias in biases]
-        self.all_biased = all(self.biased)
-        parameters = [*weights, *(bias for bias in biases if bias is not None)]
-        self.guards = TensorGuards(
-            x,
-            *parameters,
-            dynamic_dims_sizes=[[None, x.shape[1]], *(list(each.shape) for each in parameters)],
-            dynamic_dims_strides=[[None, None], *(list(each.stride()) for each in parameters)],
-        )
-
-    @staticmethod
-    def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
-        """Whether such a call can be remembered: guards refuse a tensor that stands twice."""
-        return TensorGuards is not None and not x.is_neg() and len(set(map(id, weights))) == len(weights)
-
-    def holds(
-        self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]
-    ) -> bool:
-        """Whether a call with these would decide the same."""
-        if settings != self.settings:
-            return False
-        if not self.all_biased:
-            if [bias is not None for bias in biases] != self.biased:
-                return False
-            biases = tuple(bias for bias in biases if bias is not None)
-        return self.guards.check(x, *weights, *biases)  # not where a bias has become None
-
-
-def settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
-    """All that a path is decided by besides what `Decision` compares of tensors."""
-    return (
-        backend,
-        recompute,
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        torch.is_grad_enabled(),
-        float32_precision(),
-        torch._C._are_functorch_transforms_active(),
-        forward_ad._current_level,
-        torch._C._get_tracing_state(),
-        torch._C._len_torch_dispatch_stack(),
-    )
-
-
-def find_path(
-    x: Tensor,
-    layers: Sequence[Layer],
-    dtype: torch.dtype,
-    recompute: bool | None,
-    backend: Backend,
-    precision: str | None = None,
-    training: bool | None = None,
-) -> NetworkPlan | LayerPath:
-    """The path that these layers take; `precision` and `training` are torch's setting and state unless given."""
-    path = find_network(x, layers, dtype, recompute, precision, training, leaves_to_torch(backend))
-    return path if isinstance(path, NetworkPlan) else find_layers(x, layers, dtype, backend, precision)
-
-
-def find_layers(
-    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend, precision: str | None = None
-) -> LayerPath:
-    """The layer path for these layers; with the backend "triton" no product of it is torch's."""
-    return layer_path(
-        _widths(x, layers),
-        tuple(layer.activation for layer in layers),
-        tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, *_ in layers),
-        dtype,
-        precision or precision_of(dtype),
-        leaves_to_torch(backend),
-        tuple(layer.dropout for layer in layers),
-    )
-
-
-def leaves_to_torch(backend: Backend) -> bool:
-    """True if torch runs the products that it is expected to run faster: unless the user asks for kernels."""
-    return (DEFAULT_BACKEND if backend == "auto" else backend) != "triton"
-
-
-def find_network(
-    x: Tensor,
-    layers: Sequence[Layer],
-    dtype: torch.dtype,
-    recompute: bool | None = None,
-    precision: str | None = None,
-    training: bool | None = None,
-    torch_too: bool = False,
-) -> NetworkPlan | str:
-    """The network path for these layers, or the reason why they take the layer path.
-
-    With `torch_too`, they take it only where it is expected to be faster than torch.
-    """
-    if training is None:
-        training = wants_gradients(x, layers)
-    strides = tuple(
-        (*map(int, weight.stride()), 0 if bias is None else int(bias.stride(0))) for weight, bias, *_ in layers
-    )
-    widths = _widths(x, layers)
-    activations = tuple(layer.activation for layer in layers)
-    wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
-    device = devices.device_of(x)
-    precision = precision or precision_of(dtype)
-    drops = any(layer.dropout for layer in layers)
-    return network_path(
-        widths, strides, activations, dtype, precision, device, training, recompute, wide, drops, torch_too
-    )
-
-
-def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
-    """Of the input to the output; never symbolic, as the path depends on them."""
-    return (int(x.shape[1]), *(int(weight.shape[0]) for weight, *_ in layers))
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How products in a dtype are multiplied: torch's setting, which is of fp32 alone."""
-    return float32_precision() if dtype == torch.float32 else "ieee"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from .engine import paths
-
-if TYPE_CHECKING:
-    from .module import Chain
+from .engine import settings
 
 __all__ = ["ADAM", "Need", "Room", "add", "explain", "need", "room"]
 
@@ -101,7 +98,7 @@ def _counted(number: int, noun: str = "tensor") -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def need(model: Chain, rows: int, state: int = ADAM) -> Need:
+def need(model: Any, rows: int, state: int = ADAM) -> Need:
     """What a step of a network takes, under the mode of gradients and the autocast that are on.
 
     Raises:
@@ -133,9 +130,7 @@ def add(error: BaseException, text: str) -> None:
     error.args = (f"{error}\n{text}",)
 
 
-def explain(
-    error: torch.OutOfMemoryError, model: Chain, rows: int, state: int = ADAM, mends: Sequence[str] = ()
-) -> None:
+def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = ADAM, mends: Sequence[str] = ()) -> None:
     """Add to the error what the network needs for so many rows, which batch would fit, and what takes less.
 
     A network within another one has been told of already, and is taken for a part of it. One that `model.explain` does
@@ -143,14 +138,14 @@ def explain(
     """
     try:
         found = need(model, rows, state)
-        wide = paths.compute_dtype(next(model.parameters()).dtype, found.device.type).itemsize > 2
+        wide = settings.compute_dtype(next(model.parameters()).dtype, found.device.type).itemsize > 2
     except Exception:  # anybody's modules may stand in a network; what explains an error must not hide it
         return
     error.args = (str(error).partition(OURS)[0],)
     add(error, f"{OURS.strip()} {found} Less is taken by {', '.join(mends or _mends(model, found.kept > 0, wide))}.")
 
 
-def _mends(model: Chain, keeps: bool, wide: bool) -> list[str]:
+def _mends(model: Any, keeps: bool, wide: bool) -> list[str]:
     """What takes less, in Python."""
     mends = ["fewer rows at once"]
     if keeps and not model.recompute:

@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import copy
-import functools
-import itertools
-import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import BuiltinFunctionType, MethodType, NoneType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from . import memory
-from .engine import paths
-from .engine.layer_path import IDENTITY, LayerPath
+from .engine import paths, settings
+from .engine.calls import Decision, call_settings, can_checkpoint, run_kernels, run_path
+from .engine.layer_path import LayerPath
 from .engine.originals import (
-    ADDMM,
-    DROPOUT,
-    LINEAR,
-    PARAMETERS,
-    Code,
     Dropout,
-    Identity,
-    Linear,
     Sequential,
     is_dropout_torchs,
     why_changed,
-    why_hidden,
     why_mode,
-    why_replaced,
 )
-from .engine.recognize import find, functions_called, path_of, resolve
-from .functional import (
-    Decision,
-    Layer,
-    can_checkpoint,
-    check_call,
-    find_path,
-    run_kernels,
-    run_path,
-    settings,
+from .engine.paths import find_path
+from .engine.recognize import find, resolve
+from .engine.runs import (
+    LinearWithActivation,
+    Run,
+    Segments,
+    are_hooked,
+    linear_weight,
+    runs_of,
+    why_unfused,
 )
-from .kernels import devices
+from .engine.settings import has_function_mode, has_global_hooks, policy_dtype
+from .explain import Plan, explain
+from .functional import check_call
 from .kernels.activation import Activation
+from .kernels.activations import IDENTITY
+from .reference import Layer
 
 __all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
 
@@ -79,23 +70,23 @@ SEQUENTIAL_FORWARD = Sequential.forward if why_changed(Sequential, Sequential) i
 class WithBackend:
     """A module with the user's choice of what computes it."""
 
-    _backend: paths.Backend = "auto"
+    _backend: settings.Backend = "auto"
 
     @property
-    def backend(self) -> paths.Backend:
+    def backend(self) -> settings.Backend:
         """ "auto", "triton" or "reference"; may be assigned."""
         return self._backend
 
     @backend.setter
-    def backend(self, backend: paths.Backend) -> None:
-        self._backend = paths.check_backend(backend)
+    def backend(self, backend: settings.Backend) -> None:
+        self._backend = settings.check_backend(backend)
 
 
-class Chain(WithBackend, nn.Module):
+class FusedSequence(WithBackend, nn.Module):
     """What calls modules one after the other, and runs those of them that kernels can take as kernels."""
 
     _recompute: bool | None = None
-    _segments: _Segments | None = None  # remembered between calls
+    _segments: Segments | None = None  # remembered between calls
 
     def _links(self) -> tuple[Any, ...]:
         """What is called, in order: modules, and functions of a tensor."""
@@ -112,7 +103,7 @@ class Chain(WithBackend, nn.Module):
 
     @recompute.setter
     def recompute(self, recompute: bool | None) -> None:
-        self._recompute = paths.check_recompute(recompute)
+        self._recompute = settings.check_recompute(recompute)
 
     def _forward(self, input: Tensor) -> Tensor:
         if Sequential.forward is not SEQUENTIAL_FORWARD and isinstance(self, Sequential):
@@ -127,7 +118,7 @@ class Chain(WithBackend, nn.Module):
             return input
         segments = self._segments
         if segments is None or not segments.hold(self):
-            segments = self._segments = _Segments(self)
+            segments = self._segments = Segments(self)
             if self._wants_kernels():
                 segments.refuse_split(self)
             if isinstance(input, Tensor) and input.is_cuda:
@@ -140,23 +131,23 @@ class Chain(WithBackend, nn.Module):
             raise
         return input
 
-    def _run(self, run: _Run, input: Tensor) -> Tensor:
+    def _run(self, run: Run, input: Tensor) -> Tensor:
         """One run: as the last call took it where nothing has changed since, or decided anew."""
         if run.linears:
             kind = input.device.type if isinstance(input, Tensor) and input.dim() == 2 else ""
             repeats = kind in ("cuda", "cpu") and not torch.compiler.is_compiling()
             if repeats:
                 weights, biases = run.parameters()
-                now = settings(kind, self._backend, self._recompute)
+                now = call_settings(kind, self._backend, self._recompute)
                 for decision in run.decisions:
                     if decision.holds(input, weights, biases, now):
                         return run_path(input, weights, biases, decision.path)
-            if any(run.dropouts) and paths.is_watched():
+            if any(run.dropouts) and settings.is_watched():
                 return run.call(input)  # no operator draws random numbers
             layers = run.layers()
             dtype = check_call(input, layers)
             if paths.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
-                if repeats and not paths.is_watched() and Decision.can_hold(input, weights):
+                if repeats and not settings.is_watched() and Decision.can_hold(input, weights):
                     path = find_path(input, layers, dtype, self._recompute, self._backend)
                     if not (self._recompute and isinstance(path, LayerPath)):  # which torch's checkpoint runs
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
@@ -174,7 +165,7 @@ class Chain(WithBackend, nn.Module):
 
     def _wants_kernels(self) -> bool:
         """Whether the user asked for kernels even on a CPU, which is where the interpreter runs them."""
-        return (paths.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
+        return (settings.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
 
     def _forward_as_modules(self, input: Tensor) -> Tensor:
         """The modules called as they are, on a CPU and under torch.compile.
@@ -185,9 +176,9 @@ class Chain(WithBackend, nn.Module):
         idle: bool | None = None  # whether Dropout that drops nothing may be left out; asked once a call
         try:
             for child in self._links():
-                if type(child) is Dropout and child.p == 0 and not _are_hooked((child.__dict__,)):
+                if type(child) is Dropout and child.p == 0 and not are_hooked((child.__dict__,)):
                     if idle is None:
-                        watched = _has_any_global_hook() or (torch._C._len_torch_function_stack() and why_mode())
+                        watched = has_global_hooks() or (has_function_mode() and why_mode())
                         idle = not watched and is_dropout_torchs()
                     if idle:
                         continue  # it does nothing, at the price of two calls
@@ -234,7 +225,7 @@ class Chain(WithBackend, nn.Module):
                             layer._replace(
                                 weight=_twin(layer.weight), bias=None if layer.bias is None else _twin(layer.bias)
                             )
-                            for layer in run.gathered_layers(dtype=_policy_dtype(self))
+                            for layer in run.gathered_layers(dtype=policy_dtype(self))
                         ]
                         first = layers[0].weight
                         for rows in batch_sizes:
@@ -257,7 +248,7 @@ class Chain(WithBackend, nn.Module):
             if differentiable and wanted:
                 torch.autograd.grad(y, wanted, torch.zeros_like(y))
 
-    def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> paths.Plan:
+    def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> Plan:
         """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
 
         Args:
@@ -273,86 +264,7 @@ class Chain(WithBackend, nn.Module):
         Raises:
             ValueError: a negative batch size, a network without parameters, or not over rows of features.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
-            raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 0 or more")
-        parameter = next(self.parameters(), None)
-        if parameter is None:
-            raise ValueError("the network has no parameters; there is nothing to explain")
-        known = devices.DEVICES.get(device) if isinstance(device, str) else None
-        where = torch.device("meta") if known else torch.device(device or parameter.device)
-        given = _policy_dtype(self) or parameter.dtype  # to a call
-        dtype = dtype or paths.compute_dtype(given, where.type)
-        precision = paths.float32_precision() if dtype == torch.float32 else "ieee"
-        gpu = known
-        if known is None and (where.type == "cuda" or self._wants_kernels()):
-            gpu = devices.describe(where.type, where.index or 0)
-
-        runs: list[paths.RunPlan] = []
-        kept = 0
-        links = self._links()
-        first = next((child for child in links if is_linear(child)), None)
-        width = 1 if first is None else _weight(first).shape[1]
-        flow = torch.empty((batch_size, width), dtype=dtype, device="meta")
-        link_names = iter(self._link_names())
-        for run in runs_of(links):
-            names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, link_names))
-            layers = run.gathered_layers("meta", _policy_dtype(self))
-            reason = run.reason
-            if layers:
-                reason = paths.why_not(layers, dtype, where, self._backend, planned=known is not None)
-            trainable = [layer.weight.requires_grad for layer in layers]
-            biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
-            needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
-            input_size = dtype.itemsize if runs else max(dtype.itemsize, given.itemsize)
-            flow, kept_by_torch = _kept_by_torch(run.children, flow)
-            widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
-            training = any(trainable) or any(biased) or needs_input_grad
-            if layers and reason is None and gpu is not None and not self._wants_kernels():
-                activations = [layer.activation for layer in layers]
-                reason = paths.why_torch(widths, activations, dtype, precision, training, self._recompute, gpu)
-            path: paths.NetworkPlan | str = ""
-            if layers and reason is None:
-                assert gpu is not None
-                path = paths.network_path(
-                    widths,
-                    tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, *_ in layers),
-                    tuple(layer.activation for layer in layers),
-                    dtype,
-                    precision,
-                    gpu,
-                    training,
-                    self._recompute,
-                    input_size if input_size > dtype.itemsize else 0,
-                    drops=any(run.dropouts),
-                    torch_too=not self._wants_kernels(),
-                )
-            if isinstance(path, paths.NetworkPlan):
-                gradients = paths.gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
-                kernels = paths.plan_network(batch_size, path, biases, gradients, needs_input_grad)
-                kept += path.kept_elements(batch_size) * dtype.itemsize
-                if path.formulation is not None:  # the input is kept as it is given
-                    kept += batch_size * widths[0] * (input_size - dtype.itemsize)
-                runs.append(paths.RunPlan(names, "network", path.explanation, tuple(kernels)))
-                continue
-            kernels = paths.plan_layers(  # of the reference too: the least that the work takes
-                batch_size,
-                list(itertools.pairwise(widths)),
-                [layer.activation for layer in layers],
-                dtype,
-                biases=biases,
-                trainable=[weight or bias for weight, bias in zip(trainable, biased)],
-                needs_input_grad=needs_input_grad,
-                precision=precision,
-                dropouts=run.dropouts if reason is None else None,
-            )
-            if reason is None:
-                kept += paths.kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
-                kept += paths.SEED_BYTES if training and any(run.dropouts) else 0
-                runs.append(paths.RunPlan(names, "layer", str(path), tuple(kernels)))
-            else:
-                kept += kept_by_torch
-                runs.append(paths.RunPlan(names, "reference", reason, tuple(kernels)))
-        return paths.Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not self._wants_kernels())
+        return explain(self, batch_size, dtype, device)
 
 
 def _delegated(name: str) -> Any:
@@ -367,7 +279,7 @@ def _delegated(name: str) -> Any:
     return property(read, fdel=delete, doc=f"`linear.{name}`; may be assigned.")
 
 
-class FusedLinear(Chain):
+class FusedLinear(FusedSequence, LinearWithActivation):
     """h = a(x Wᵀ + b): an `nn.Linear` with its activation, a fused kernel on a GPU, plain torch elsewhere.
 
     The `nn.Linear` is its child `linear`. Whatever acts on every `nn.Linear` of a model, such as an initialiser, a
@@ -389,8 +301,6 @@ class FusedLinear(Chain):
         TypeError: a width that is not an integer, an activation of another kind.
     """
 
-    linear: nn.Linear
-    activation: Activation
 
     in_features = _delegated("in_features")
     out_features = _delegated("out_features")
@@ -404,14 +314,14 @@ class FusedLinear(Chain):
         bias: bool = True,
         activation: str | Activation | nn.Module | type[nn.Module] | None = None,
         *,
-        backend: paths.Backend = "auto",
+        backend: settings.Backend = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_width(in_features, "in_features")
         _check_width(out_features, "out_features")
         resolved = resolve(activation)
-        backend = paths.check_backend(backend)
+        backend = settings.check_backend(backend)
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.activation = resolved
@@ -428,7 +338,7 @@ class FusedLinear(Chain):
         return f"activation={self.activation}"
 
     def _links(self) -> tuple[Any, ...]:
-        return (self._modules["linear"], self.activation)
+        return self.parts
 
     def _link_names(self) -> tuple[str, ...]:
         return ("linear", "activation")
@@ -464,7 +374,7 @@ class FusedLinear(Chain):
 DELEGATED = frozenset(name for name, member in vars(FusedLinear).items() if isinstance(member, property))
 
 
-class FusedMLP(Chain, nn.Sequential):
+class FusedMLP(FusedSequence, nn.Sequential):
     """H_l = a(H_{l-1} W_lᵀ + b_l): `torchvision.ops.MLP`'s arguments, children and keys; fused kernels on a GPU.
 
     Its children are the real `nn.Linear`, norm, activation and `nn.Dropout` modules: every hidden layer is Linear,
@@ -502,7 +412,7 @@ class FusedMLP(Chain, nn.Sequential):
         *,
         output_activation: str | Activation | nn.Module | Callable[..., nn.Module] | None = None,
         recompute: bool | None = None,
-        backend: paths.Backend = "auto",
+        backend: settings.Backend = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -525,7 +435,7 @@ class FusedMLP(Chain, nn.Sequential):
             raise ValueError(f"dropout is {dropout}; it needs to be a probability, from 0 to 1")
         if norm_layer is not None and not callable(norm_layer):
             raise TypeError(f"norm_layer is {norm_layer!r}; it needs to make a module when called with a width")
-        backend = paths.check_backend(backend)
+        backend = settings.check_backend(backend)
 
         where = {"device": device, "dtype": dtype}
         in_place = {} if inplace is None else {"inplace": inplace}
@@ -547,7 +457,7 @@ class FusedMLP(Chain, nn.Sequential):
 
     @classmethod
     def from_sequential(
-        cls, sequential: nn.Sequential, *, recompute: bool | None = None, backend: paths.Backend = "auto"
+        cls, sequential: nn.Sequential, *, recompute: bool | None = None, backend: settings.Backend = "auto"
     ) -> FusedMLP:
         """The same network, fused: it takes over `sequential`'s own modules, so parameters and state_dict keys are one.
 
@@ -562,7 +472,7 @@ class FusedMLP(Chain, nn.Sequential):
                 f"sequential is {type(sequential).__name__}; it needs to be an nn.Sequential; "
                 "for a single layer there is FusedLinear"
             )
-        backend = paths.check_backend(backend)
+        backend = settings.check_backend(backend)
         model = cls.__new__(cls)
         nn.Sequential.__init__(model, OrderedDict(sequential._modules))
         model.training = sequential.training
@@ -570,7 +480,7 @@ class FusedMLP(Chain, nn.Sequential):
         model.recompute = recompute
         return model
 
-    forward = Chain._forward
+    forward = FusedSequence._forward
 
     def __getitem__(self, index: slice | int) -> Any:
         """One child; or, for a slice, an nn.Sequential of the same modules."""
@@ -584,359 +494,10 @@ def _twin(parameter: Tensor) -> Tensor:
     return parameter.detach().requires_grad_(parameter.requires_grad and not parameter.is_inference())
 
 
-def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
-    """Of the input to the output; empty where there is no layer."""
-    return tuple(layer.weight.shape[1] for layer in layers[:1]) + tuple(layer.weight.shape[0] for layer in layers)
-
-
-class _Run:
-    """Neighbouring children: Linear layers with activations, which kernels can take; or one that runs as itself."""
-
-    def __init__(self, children: list[Any], reason: str | None = None) -> None:
-        self.children = children
-        self.linears: list[tuple[nn.Module, Activation]] = []
-        self.dropouts: list[float] = []  # after each of them, 0 where nothing is dropped
-        self.owned: list[dict[str, Any]] = []  # the linears' dicts of parameters
-        self.transposed: list[bool] = []  # which of the linears' weights are (in, out)
-        self.any_transposed = False
-        self.reason = reason  # why it runs as itself
-        self.decisions: list[Decision] = []  # the last two paths: training and evaluation alternate
-
-    def call(self, input: Tensor) -> Tensor:
-        """The children as they are."""
-        for child in self.children:
-            input = child(input)
-        return input
-
-    def parameters(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Weights (out, in) and biases."""
-        weights = tuple([owned["weight"] for owned in self.owned])
-        if self.any_transposed:
-            weights = tuple([each.t() if across else each for each, across in zip(weights, self.transposed)])
-        return weights, tuple([owned["bias"] for owned in self.owned])
-
-    def layers(self) -> tuple[Layer, ...]:
-        return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears), self.dropouts))
-
-    def gathered_layers(self, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Layer, ...]:
-        """The layers as a call finds them: FSDP gathers parameters before a forward, and shares them out after it.
-
-        Those are zeros here, on their own device and of their own dtype, or others.
-        """
-        layers = []
-        for (linear, _), layer in zip(self.linears, self.layers()):
-            if getattr(linear, "_is_fsdp_managed_module", False):
-                where = device or layer.weight.device
-                bias = None if layer.bias is None else _stand_in(layer.bias, where, dtype)
-                layer = layer._replace(weight=_stand_in(layer.weight, where, dtype), bias=bias)
-            layers.append(layer)
-        return tuple(layers)
-
-
-class _Segments:
-    """The runs of a network, and what tells whether they still are: looked at on every call, as children may change."""
-
-    def __init__(self, model: Chain) -> None:
-        self.children = model._links()
-        self.runs = runs_of(self.children)
-        inner = [child._modules["linear"] for child in self.children if isinstance(child, FusedLinear)]
-        self.parts = (*self.children, *inner)
-        self.types = [*map(type, self.parts)]
-        self.dicts = [part.__dict__ for part in self.parts if isinstance(part, nn.Module)]
-        self.plain = self._are_called_plainly()
-        if not self.plain:
-            return  # the next call parts the children again
-        self.code = _code_of(self.parts)
-        self.state = self.code.now()
-        # What an activation is by, whether Dropout drops, and which Linear a FusedLinear has.
-        settings: list[tuple[dict[str, Any], str]] = []
-        for child in self.children:
-            if isinstance(child, FusedLinear):
-                settings += [(child._modules, "linear"), (child.__dict__, "activation")]
-        for child in (child for run in self.runs if run.linears for child in run.children):
-            if type(child) is Dropout:
-                names = ["p", "training"] if child.p else ["p"]
-            elif is_linear(child) or not isinstance(child, nn.Module):
-                continue
-            else:
-                names = [name for name in child.__dict__ if not name.startswith("_") and name not in UNREAD]
-                activation = find(child)
-                decisive = (
-                    {"activation"} if type(child) is Pointwise else set(activation.parameters if activation else ())
-                )
-                # What is computed, or a buffer, or no plain value, may change unseen.
-                self.plain &= decisive <= set(names)
-                self.plain &= all(isinstance(child.__dict__[name], PLAIN) for name in names)
-            settings += [(child.__dict__, name) for name in names]
-        # As columns, which `map` goes through without a call a row.
-        self.holders = [holder for holder, _ in settings]
-        self.names = [name for _, name in settings]
-        self.values = [*map(dict.get, self.holders, self.names)]
-        self.owned = [owned for run in self.runs for owned in run.owned for _ in PARAMETERS]
-        self.owned_names = [name for run in self.runs for _ in run.owned for name in PARAMETERS]
-
-    def hold(self, model: Chain) -> bool:
-        """True if the children are the same, of the same kind, settings and code, without hooks or patches."""
-        return (
-            self.plain
-            and model._links() == self.children
-            and [*map(type, self.parts)] == self.types
-            and self._are_called_plainly()
-            and self.code.now() == self.state
-            and all(map(dict.__contains__, self.owned, self.owned_names))
-            and [*map(dict.get, self.holders, self.names)] == self.values
-        )
-
-    def _are_called_plainly(self) -> bool:
-        """True if no child has a hook or a patched forward, and nothing else makes all of them run as modules."""
-        return not (
-            _are_hooked(self.dicts) or _has_any_global_hook() or (torch._C._len_torch_function_stack() and why_mode())
-        )
-
-    def log_reasons(self) -> None:
-        """Log each reason, once a process, for which a Linear layer runs as a module."""
-        for run in self.runs:
-            if run.reason and is_linear(run.children[0]):
-                paths.log_once(run.reason)
-
-    def refuse_split(self, model: Chain) -> None:
-        """Refuse layers that no one process has. (Others with hooks run as themselves, whatever the backend.)
-
-        Raises:
-            RuntimeError: a Linear is split over processes.
-        """
-        split = [child for run in self.runs if run.reason == SPLIT for child in run.children]
-        names = [
-            name for name, child in zip(model._link_names(), self.children) if any(child is each for each in split)
-        ]
-        if names:
-            raise RuntimeError(f'backend is "triton", but of child {", ".join(names)}, {SPLIT}; or use backend="auto"')
-
-
-def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool = True) -> list[_Run]:
-    """The children of a network, parted into runs.
-
-    Args:
-        training: as if in that mode, instead of each child's own.
-        drops: whether a run may drop; otherwise Dropout that does runs as itself.
-    """
-    runs: list[_Run] = []
-    run: _Run | None = None
-    takes_activation = False  # whether the run's last Linear is still without one, and nothing dropped from it
-    everywhere = why_modules()
-    for child in children:
-        why = everywhere or why_unfused(child)
-        if why is None:
-            linear, activation = child._links() if isinstance(child, FusedLinear) else (child, IDENTITY)
-            if run is None:
-                run = _Run([])
-                runs.append(run)
-            run.linears.append((linear, activation))
-            run.dropouts.append(0.0)
-            run.owned.append(linear._parameters)
-            run.transposed.append(_is_transposed(linear))
-            run.any_transposed = any(run.transposed)
-            takes_activation = activation is IDENTITY
-        elif (
-            run is not None
-            and everywhere is None
-            and (p := _dropout(child, training)) is not None
-            and not (p and (run.dropouts[-1] or not drops))  # a second one has a mask of its own
-        ):
-            if p:
-                run.dropouts[-1] = p
-                takes_activation = False
-        elif (
-            run is not None
-            and takes_activation
-            and everywhere is None
-            and (found := find(child))
-            and why_called(child, activation=found) is None
-        ):
-            run.linears[-1] = (run.linears[-1][0], found)
-            takes_activation = found is IDENTITY
-        else:
-            if everywhere is None and not is_linear(child) and (found := find(child)):
-                why = why_called(child, activation=found) or "it follows no Linear layer that it could be fused with"
-            runs.append(_Run([child], why))
-            run = None
-            continue
-        run.children.append(child)
-    return runs
-
-
-def why_modules() -> str | None:
-    """The reason why every child of every network runs as a module; None where there is none."""
-    if _has_any_global_hook():
-        return "a global module hook is registered"
-    return why_changed(Sequential, Sequential) or why_mode()
-
-
-# Linear layers whose weight is (in, out), by path as none of these need be installed.
-TRANSPOSED = ("transformers.pytorch_utils.Conv1D",)
-
-
-def _is_transposed(module: Any) -> bool:
-    """Whether a module is a Linear layer with its weight the other way round."""
-    return path_of(type(module)) in TRANSPOSED
-
-
-def is_linear(module: Any) -> bool:
-    """Whether a module is a Linear layer of any kind."""
-    return isinstance(module, Linear | FusedLinear) or _is_transposed(module)
-
-
-def _weight(linear: Any) -> Tensor:
-    """The weight of a Linear layer as (out, in)."""
-    return linear.weight.t() if _is_transposed(linear) else linear.weight
-
-
-def name_of(child: Any) -> str:
-    """The name of a module, function or activation in sentences."""
-    if isinstance(child, Activation):
-        return str(child)
-    return type(child).__name__ if isinstance(child, nn.Module) else getattr(child, "__name__", type(child).__name__)
-
-
-def why_unfused(module: Any) -> str | None:
-    """The reason why a module is no plain Linear layer, which kernels may take in place of a call; None where it is."""
-    if not is_linear(module):
-        return f"{name_of(module)} has no kernel"
-    if isinstance(module, FusedLinear):
-        linear = module._modules["linear"]
-        if (why := why_called(module, FusedLinear)) is not None:
-            return why
-        if not isinstance(linear, Linear):
-            return f"its linear is {name_of(linear)}, which has no kernel"
-        return why_unfused(linear) or why_replaced((), module.activation.name)
-    known, function = (type(module), ADDMM) if _is_transposed(module) else (Linear, LINEAR)
-    if (why := why_called(module, known, (function,))) is not None:
-        return why
-    if "weight" not in module._parameters:
-        return "its weight is parametrized"
-    if "bias" not in module._parameters:
-        return "its bias is no parameter of its own"
-    return why_hidden(type(module))
-
-
-def why_called(
-    child: Any, known: type | None = None, functions: tuple[str, ...] = (), activation: Activation = IDENTITY
-) -> str | None:
-    """The reason why a child must be called: a hook, or code that is not the library's; None where there is none.
-
-    Args:
-        child: a module or a function.
-        known: the class that a kernel stands for, by default the child's own.
-        functions: the names of torch's functions that a call looks up.
-        activation: what the child computes, if it is an activation.
-    """
-    if isinstance(child, nn.Module):
-        if has_hooks(child):
-            return _why_hooked(child)
-        kind = type(child)
-        if (why := why_changed(kind, known or kind)) is not None:
-            return why
-    return why_replaced(functions, activation.name)
-
-
-def _why_hooked(module: nn.Module) -> str:
-    if _is(module, "torch.distributed.fsdp", "FSDPModule"):
-        return "fully_shard was called on it, whose hooks gather its parameters; on the whole network it stays fused"
-    return SPLIT if _is_split(module._parameters.get("weight")) else "it has hooks, or a forward patched onto it"
-
-
-def _code_of(parts: Iterable[Any]) -> Code:
-    """The code that calls of those parts of a network come down to that a kernel could take the place of."""
-    kinds: list[type] = []
-    functions: list[str] = []
-    for part in parts:
-        found = None if is_linear(part) else find(part)
-        if is_linear(part):
-            functions.append(ADDMM if _is_transposed(part) else LINEAR)
-        elif found is not None:
-            functions += functions_called(found.name)
-        elif type(part) is Dropout:
-            functions.append(DROPOUT)
-        else:
-            continue
-        if isinstance(part, nn.Module):
-            kinds.append(type(part))
-        if isinstance(part, FusedLinear):
-            functions += functions_called(part.activation.name)
-    return Code(kinds, functions)
-
-
-SPLIT = "the weight is a DTensor, split over processes, whose parts hooks bring together"
-UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes that no activation is by
-PLAIN = (bool, int, float, str, NoneType, Activation, BuiltinFunctionType, MethodType, functools.partial)
-
-
-def has_hooks(module: Any) -> bool:
-    return isinstance(module, nn.Module) and _are_hooked([module.__dict__])
-
-
-def _are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
-    """Whether the own attributes of modules show a hook, or a forward patched onto one."""
-    for attributes in modules:  # a call of its own for each would double the time
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or attributes["_backward_hooks"]
-            or attributes["_backward_pre_hooks"]
-            or "forward" in attributes
-        ):
-            return True
-    return False
-
-
-def _is(thing: object, module: str, name: str) -> bool:
-    """isinstance of a class that takes long to import: nothing is of it before that."""
-    imported = sys.modules.get(module)
-    return imported is not None and isinstance(thing, getattr(imported, name, ()))
-
-
-def _policy_dtype(network: nn.Module) -> torch.dtype | None:
-    """What fully_shard casts a network's parameters to for a call; None where they stay what they are."""
-    if not _is(network, "torch.distributed.fsdp", "FSDPModule"):
-        return None
-    sharded: Any = network
-    return sharded._get_fsdp_state()._mp_policy.param_dtype
-
-
-def _is_split(tensor: object) -> bool:
-    return _is(tensor, "torch.distributed.tensor", "DTensor")
-
-
-def _stand_in(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros like a tensor; like the whole of a DTensor."""
-    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
-    return like.zero_().requires_grad_(tensor.requires_grad)
-
-
-def _unhooked(module: nn.Module) -> nn.Module:
-    """The same module without hooks."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        setattr(twin, hooks, OrderedDict())
-    return twin
-
-
-def _dropout(module: Any, training: bool | None) -> float | None:
-    """The probability with which a module drops, 0 where it is idle or the identity; None: it is neither."""
-    if type(module) is Identity:
-        return 0.0 if why_called(module) is None else None
-    if type(module) is not Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
-        return None  # or Dropout that torch refuses
-    if why_called(module, functions=(DROPOUT,)) is not None:
-        return None
-    return float(module.p) if (module.training if training is None else training) else 0.0
-
-
 def _raise_if_wrong(input: Tensor, linear: Any) -> None:
     """Raise `check_call`'s sentence, in place of torch's, where the input does not fit the layer."""
     try:
-        check_call(input, (Layer(_weight(linear), linear.bias, IDENTITY),))
+        check_call(input, (Layer(linear_weight(linear), linear.bias, IDENTITY),))
     except (RuntimeError, TypeError) as sentence:
         raise sentence from None
 
@@ -963,43 +524,3 @@ def _activation_maker(
     if not callable(activation):
         raise TypeError(f"{argument} is {activation!r}; it needs to be a name, an nn.Module class or instance, or None")
     return lambda: activation(**in_place)
-
-
-def _flat(children: Iterable[Any]) -> Iterator[Any]:
-    """The children, with a FusedLinear's Linear and activation in its place."""
-    for child in children:
-        yield from child._links() if isinstance(child, FusedLinear) else (child,)
-
-
-def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
-    """What plain torch keeps for backward, bytes: read off a run of the children on meta tensors, parameters apart."""
-    kept: dict[int, Tensor] = {}
-    own: set[int] = set()
-
-    def pack(tensor: Tensor) -> Tensor:
-        key = tensor.untyped_storage()._cdata
-        if key not in own:
-            kept[key] = tensor
-        return tensor
-
-    flow = flow.detach().requires_grad_(flow.requires_grad)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for child in _flat(children):
-            if not isinstance(child, nn.Module):
-                flow = child(flow)
-                continue
-            state = {
-                name: _stand_in(tensor, "meta", flow.dtype if tensor.is_floating_point() else None)
-                for name, tensor in (*child.named_parameters(), *child.named_buffers())
-            }
-            if _is(child, "torch.distributed.fsdp", "FSDPModule") or any(map(_is_split, child.parameters())):
-                child = _unhooked(child)  # its hooks would wait for the other processes
-            own.update(tensor.untyped_storage()._cdata for tensor in state.values())
-            try:
-                flow = torch.func.functional_call(child, state, (flow,))
-            except (RuntimeError, TypeError) as error:
-                raise ValueError(
-                    f"{type(child).__name__} does not take an input of shape {tuple(flow.shape)} ({error}); "
-                    "explain knows networks over rows of features"
-                ) from None
-    return flow, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

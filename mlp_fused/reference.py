@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.activation import Activation
 
-__all__ = ["linear_act", "mlp"]
+__all__ = ["Layer", "linear_act", "mlp"]
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
@@ -24,3 +25,12 @@ def mlp(
     for weight, bias, activation in zip(weights, biases, activations):
         x = linear_act(x, weight, bias, activation)
     return x
+
+
+class Layer(NamedTuple):
+    """h = a(x Wᵀ + b): weight (N, K), bias (N,) or None; then Dropout, by its probability."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: Activation
+    dropout: float = 0.0

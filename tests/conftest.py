@@ -204,13 +204,12 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
 def backend_of_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each path in turn; returns the backend with which networks that fit in one kernel take it."""
-    from mlp_fused import functional
-    from mlp_fused.engine import schedule
+    from mlp_fused.engine import paths, schedule
 
     if request.param == "layer by layer":
         monkeypatch.setattr(schedule, "LAUNCH_BOUND", -1)
     if request.param.startswith("layer"):
-        monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
+        monkeypatch.setattr(paths, "find_network", lambda *arguments: "the other path is tested")
     return "reference" if request.param == "reference" else "triton"
 
 
@@ -276,10 +275,10 @@ def by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["layer", "network"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The path that the public functions and modules take."""
-    from mlp_fused import functional
+    from mlp_fused.engine import paths
 
     if request.param == "layer":
-        monkeypatch.setattr(functional, "find_network", lambda *arguments: "the other path is tested")
+        monkeypatch.setattr(paths, "find_network", lambda *arguments: "the other path is tested")
     return request.param
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from bench.readings import CELLS, TF32
-from mlp_fused import ACTIVATIONS
-from mlp_fused.engine import paths, tables
+from mlp_fused import ACTIVATIONS, explain
+from mlp_fused.engine import network_path, paths, tables
 from mlp_fused.kernels import devices, estimate, layer_tiles, tile_config
 from mlp_fused.train.loop import DTYPES
 
@@ -93,9 +93,9 @@ def expected(name: str, phase: str) -> Expected:
     activations = (*(ACTIVATIONS[cell.activation] for _ in shapes[1:]), ACTIVATIONS["identity"])
     strides = tuple((k, 1, 1) for k, _ in shapes)
     path = paths.network_path(cell.widths, strides, activations, dtype, precision, H100, training, torch_too=True)
-    if isinstance(path, paths.NetworkPlan):
+    if isinstance(path, network_path.NetworkPlan):
         return Expected("network", ours, torchs, ("reading of the network",))
-    kernels = paths.plan_layers(
+    kernels = explain.plan_layers(
         cell.rows,
         shapes,
         activations,

@@ -23,9 +23,9 @@ from torch.nn.utils import parametrizations
 
 from mlp_fused import PATTERNS, FusedLinear, FusedMLP, fuse, register_pattern, unfuse
 from mlp_fused.engine.recognize import CLASSES, find, path_of
+from mlp_fused.engine.runs import is_linear
 from mlp_fused.kernels.activations import ACTIVATIONS
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.module import is_linear
 
 # --- The models, small and with random weights. ---
 

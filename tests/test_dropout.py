@@ -17,15 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from mlp_fused import ACTIVATIONS, FusedMLP, reference
 from mlp_fused.engine import layer_path, schedule, tables
-from mlp_fused.engine.layer_path import IDENTITY
-from mlp_fused.engine.paths import Backend
+from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.schedule import run_layers
-from mlp_fused.functional import Layer, find_layers
+from mlp_fused.engine.settings import Backend
+from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.dropout import Dropout, draw_seed
 from mlp_fused.kernels.launch import Launch, count_launches
 from mlp_fused.kernels.layer_backward import dgrad, output_gradient
 from mlp_fused.kernels.layer_forward import layer_forward, pointwise
 from mlp_fused.kernels.tile_config import TileConfig
+from mlp_fused.reference import Layer
 
 
 @pytest.fixture(params=[pytest.param("layer", marks=pytest.mark.full), "run"])

@@ -23,6 +23,7 @@ from mlp_fused import FusedMLP, fuse, memory
 from mlp_fused.__main__ import main
 from mlp_fused.engine import layer_path
 from mlp_fused.environment import SWITCHES
+from mlp_fused.kernels import activations
 from mlp_fused.memory import Need, Room
 from mlp_fused.train import loop
 from mlp_fused.train.loop import Config, build_model, load_checkpoint, train
@@ -358,7 +359,7 @@ def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.Monkey
     """An illegal access shows when the kernel is waited for; one of an earlier kernel is not this layer's."""
     kernels = layer_path.layer_path(
         (4, 3),
-        (layer_path.IDENTITY,),
+        (activations.IDENTITY,),
         ((torch.float32, None),),
         torch.float32,
         "ieee",

@@ -15,18 +15,19 @@ from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, mlp, reference
 from mlp_fused.engine import layer_path, schedule, tables
-from mlp_fused.engine.layer_path import IDENTITY
-from mlp_fused.engine.network_path import run_network
-from mlp_fused.engine.paths import NetworkPlan
+from mlp_fused.engine.calls import run_kernels
+from mlp_fused.engine.network_path import NetworkPlan, run_network
+from mlp_fused.engine.paths import find_layers, find_network
 from mlp_fused.engine.schedule import run_layers
-from mlp_fused.functional import Layer, find_layers, find_network, run_kernels
 from mlp_fused.kernels import network, network_backward, network_forward
+from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.devices import Device, describe
 from mlp_fused.kernels.launch import cdiv, count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.layer_tiles import choose
 from mlp_fused.kernels.tile_config import Problem, TileConfig
+from mlp_fused.reference import Layer
 
 PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all layers, kernel by kernel; one kernel
 

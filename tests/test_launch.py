@@ -30,10 +30,9 @@ from torch import Tensor
 from mlp_fused import ACTIVATIONS, FusedMLP, mlp, reference
 from mlp_fused.engine import tables
 from mlp_fused.engine.layer_path import layer_after_layer
-from mlp_fused.engine.network_path import run_network
-from mlp_fused.engine.paths import NetworkPlan
+from mlp_fused.engine.network_path import NetworkPlan, run_network
+from mlp_fused.engine.paths import find_layers, find_network
 from mlp_fused.engine.schedule import run_layers
-from mlp_fused.functional import Layer, find_layers, find_network
 from mlp_fused.kernels import (
     devices,
     launch,
@@ -47,6 +46,7 @@ from mlp_fused.kernels import (
 from mlp_fused.kernels.layer_backward import dgrad, output_gradient, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.partial_sums import sum_partials
+from mlp_fused.reference import Layer
 
 GELU, RELU, SILU, IDENTITY = (ACTIVATIONS[name] for name in ("gelu", "relu", "silu", "identity"))
 BF16 = torch.bfloat16

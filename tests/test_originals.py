@@ -26,8 +26,9 @@ from torch.overrides import TorchFunctionMode
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp, unfuse
 from mlp_fused.engine import originals, paths, recognize
 from mlp_fused.engine.recognize import CALLED, FUNCTIONS
+from mlp_fused.engine.runs import Segments as _Segments
+from mlp_fused.engine.runs import runs_of
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.module import _Segments, runs_of
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "triton"])
 

@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlp_fused import ACTIVATIONS, FusedMLP
-from mlp_fused.engine import paths, tables
-from mlp_fused.engine.layer_path import IDENTITY
-from mlp_fused.functional import Layer
+from mlp_fused import ACTIVATIONS, FusedMLP, explain
+from mlp_fused.engine import network_path, paths, settings, tables
 from mlp_fused.kernels import devices, layer_tiles, network_tiles, tile_config
+from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.devices import DEVICES, Device, device_slug
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.kernels.layer_tiles import candidates, choose, why_torch
 from mlp_fused.kernels.tile_config import Problem
+from mlp_fused.reference import Layer
 from mlp_fused.tune import tuner
 
 H200 = DEVICES["NVIDIA H200"]
@@ -117,7 +117,7 @@ def network(
     precision: str = "ieee",
     training: bool = True,
     recompute: bool | None = None,
-) -> paths.NetworkPlan | str:
+) -> network_path.NetworkPlan | str:
     """The network path for contiguous parameters."""
     activations = (ACTIVATIONS[activation],) * (len(widths) - 2) + (ACTIVATIONS["identity"],)
     strides = tuple((k, 1, 1) for k in widths[:-1])
@@ -152,19 +152,19 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
     if formulation is None:
         assert path in ("a width is over 256", "the weights and a tile of rows do not fit in shared memory")
         return
-    assert isinstance(path, paths.NetworkPlan)
+    assert isinstance(path, network_path.NetworkPlan)
     assert path.formulation == formulation
     assert ("one pass fits in registers and moves" in path.reason) == (formulation == "recompute")
     inference = network(widths, activation, training=False)
-    assert isinstance(inference, paths.NetworkPlan)
+    assert isinstance(inference, network_path.NetworkPlan)
     assert inference.formulation is None
     assert inference.forward == path.forward
 
 
 def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
-    assert isinstance(network((64,) * 5, dtype=torch.float32), paths.NetworkPlan)
+    assert isinstance(network((64,) * 5, dtype=torch.float32), network_path.NetworkPlan)
     assert network((128,) * 3, dtype=torch.float32) == "full fp32 products wider than 64 do not fit in registers"
-    assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), paths.NetworkPlan)
+    assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), network_path.NetworkPlan)
 
 
 def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
     for recompute in (True, False):
         for widths in (narrow, wide):
             path = network(widths, recompute=recompute)
-            assert isinstance(path, paths.NetworkPlan)
+            assert isinstance(path, network_path.NetworkPlan)
             assert path.reason == "the user asks for it"
             formulations[widths, recompute] = path.formulation
     assert formulations == {
@@ -191,18 +191,18 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
     tables.write(tables.packaged_path("NVIDIA H200"), table)
     paths.forget_tables()
     stored = network(narrow)
-    assert isinstance(stored, paths.NetworkPlan)
+    assert isinstance(stored, network_path.NetworkPlan)
     assert (stored.formulation, stored.reason) == ("stored", "it is faster as measured on this device")
     assert network((16,) * 5) == network((16,) * 5, training=False) == "it is faster as measured on this device"
     asked = network((16,) * 5, recompute=True)
-    assert isinstance(asked, paths.NetworkPlan)
+    assert isinstance(asked, network_path.NetworkPlan)
     assert asked.formulation == "recompute"
     for others in ({"device": "NVIDIA H100"}, {"activation": "tanh"}, {"dtype": torch.float16}):
         other = network(narrow, **others)  # type: ignore[arg-type]
-        assert isinstance(other, paths.NetworkPlan)
+        assert isinstance(other, network_path.NetworkPlan)
         assert other.formulation == "recompute"
     with_triton = network((8,) * 5)  # where torch was faster and kernels are asked for: the rule
-    assert isinstance(with_triton, paths.NetworkPlan)
+    assert isinstance(with_triton, network_path.NetworkPlan)
     assert with_triton.formulation == "recompute"
 
 
@@ -291,25 +291,25 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     weights = 2 * (d * d + d) + last * d + last
     products = [2 * M * d * d, 2 * M * d * d, 2 * M * d * last]
     path = network((d, d, d, last))
-    assert isinstance(path, paths.NetworkPlan)
+    assert isinstance(path, network_path.NetworkPlan)
     assert path.formulation == "stored"
     wanted = paths.gradients_of((d, d, d, last), (True,) * 3, (True,) * 3, False)
-    forward, dgrad, wgrad = paths.plan_network(M, path, [True] * 3, wanted)
+    forward, dgrad, wgrad = explain.plan_network(M, path, [True] * 3, wanted)
     hidden = 2 * M * d
-    assert forward.work == paths.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    assert dgrad.work == paths.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
-    assert wgrad.work == paths.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
+    assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
+    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
+    assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     again = network((d, d, d))
-    assert isinstance(again, paths.NetworkPlan)
+    assert isinstance(again, network_path.NetworkPlan)
     wanted = paths.gradients_of((d, d, d), (True,) * 2, (True,) * 2, True)
-    forward, recompute = paths.plan_network(M, again, [True] * 2, wanted, True)
+    forward, recompute = explain.plan_network(M, again, [True] * 2, wanted, True)
     weights = 2 * (d * d + d)
-    assert forward.work == paths.Work(2 * products[0], 2 * (2 * M * d + weights))
+    assert forward.work == explain.Work(2 * products[0], 2 * (2 * M * d + weights))
     # one layer again, both back through, both weight gradients; x, dy, dx, the weights and their gradients
-    assert recompute.work == paths.Work(5 * products[0], 2 * (3 * M * d + 2 * weights))
-    by_width = paths.work(M, (d, d, d), torch.bfloat16, device=H200)
+    assert recompute.work == explain.Work(5 * products[0], 2 * (3 * M * d + 2 * weights))
+    by_width = explain.work(M, (d, d, d), torch.bfloat16, device=H200)
     assert by_width["inference"] == by_width["forward"] == forward.work
-    assert by_width["backward"] == paths.Work(4 * products[0], 2 * (2 * M * d + 2 * weights))
+    assert by_width["backward"] == explain.Work(4 * products[0], 2 * (2 * M * d + 2 * weights))
 
 
 def test_the_file_name_of_a_device() -> None:
@@ -321,20 +321,20 @@ def test_the_file_name_of_a_device() -> None:
 def test_work_counts_every_tensor_once() -> None:
     """784 -> 512 -> 10, gelu, bf16, counted by hand."""
     M, d0, d1, d2 = 64, 784, 512, 10
-    work = paths.work(M, [d0, d1, d2], torch.bfloat16, "gelu")
+    work = explain.work(M, [d0, d1, d2], torch.bfloat16, "gelu")
     weights = d1 * d0 + d1 + d2 * d1 + d2
     layers = (M * d0 + M * d1) + (M * d1 + M * d2)
-    assert work["inference"] == paths.Work(2 * M * (d0 * d1 + d1 * d2), 2 * (weights + layers))
-    assert work["forward"] == paths.Work(work["inference"].flops, work["inference"].bytes + 2 * M * d1)
+    assert work["inference"] == explain.Work(2 * M * (d0 * d1 + d1 * d2), 2 * (weights + layers))
+    assert work["forward"] == explain.Work(work["inference"].flops, work["inference"].bytes + 2 * M * d1)
     dgrad = M * d2 + d2 * d1 + 3 * M * d1  # dz, W; dx, z, h again
     wgrad = (M * d2 + M * d1 + d2 * d1 + d2) + (M * d1 + M * d0 + d1 * d0 + d1)
-    assert work["backward"] == paths.Work(2 * M * (d0 * d1 + 2 * d1 * d2), 2 * (dgrad + wgrad))
+    assert work["backward"] == explain.Work(2 * M * (d0 * d1 + 2 * d1 * d2), 2 * (dgrad + wgrad))
 
 
 def test_a_floor_is_the_slower_of_two() -> None:
-    assert paths.Work(100, 10).floor(flops_per_second=10, bytes_per_second=10) == 10
-    assert paths.Work(10, 100).floor(flops_per_second=10, bytes_per_second=10) == 10
-    assert paths.Work(1, 2) + paths.Work(3, 4) == paths.Work(4, 6)
+    assert explain.Work(100, 10).floor(flops_per_second=10, bytes_per_second=10) == 10
+    assert explain.Work(10, 100).floor(flops_per_second=10, bytes_per_second=10) == 10
+    assert explain.Work(1, 2) + explain.Work(3, 4) == explain.Work(4, 6)
 
 
 def test_float32_precision_follows_every_switch_of_torch() -> None:
@@ -347,7 +347,7 @@ def test_float32_precision_follows_every_switch_of_torch() -> None:
         (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
     ):
         switch()
-        assert paths.float32_precision() == expected
+        assert settings.float32_precision() == expected
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mlp_fused.engine.layer_path import IDENTITY
 from mlp_fused.kernels import layer_tiles
+from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.language import tl, triton
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward

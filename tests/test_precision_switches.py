@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlp_fused import FusedMLP, module
-from mlp_fused.engine import paths
+from mlp_fused.engine import settings
+from mlp_fused.engine.calls import run_path
 from mlp_fused.engine.layer_path import LayerPath
-from mlp_fused.functional import run_path
 
 HALVES = (torch.float16, torch.bfloat16)
 Make = Callable[..., FusedMLP]
@@ -243,7 +243,7 @@ def test_every_switch_of_fp32_is_seen_by_the_next_call(
     for _ in range(2):  # the second time each is remembered
         for switch, expected in SWITCHES:
             switch()
-            assert call() == paths.float32_precision() == expected
+            assert call() == settings.float32_precision() == expected
             with torch.autocast(device, torch.bfloat16):
                 model(x)  # which no such switch concerns
 

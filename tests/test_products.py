@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mlp_fused import ACTIVATIONS
 from mlp_fused.engine import layer_path, tables
+from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.schedule import run_layers
 from mlp_fused.engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
-from mlp_fused.functional import Layer, find_layers
 from mlp_fused.kernels.activation import Activation
 from mlp_fused.kernels.launch import Launch, count_launches
+from mlp_fused.reference import Layer
 
 
 @pytest.fixture

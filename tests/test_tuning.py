@@ -16,7 +16,7 @@ import torch
 
 from mlp_fused import environment, timing
 from mlp_fused.compiling import Compilers, NotYetError
-from mlp_fused.engine import paths, tables
+from mlp_fused.engine import network_path, paths, tables
 from mlp_fused.environment import DISTORTING
 from mlp_fused.kernels import devices, layer_tiles
 from mlp_fused.kernels.devices import DEVICES, INTERPRETED_DEVICE
@@ -69,7 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         monkeypatch.setattr(tuner.Passes, path, clock.watch(name, getattr(tuner.Passes, path)))
     by_network = tuner.Passes.by_network
 
-    def watched(self: tuner.Passes, path: paths.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+    def watched(self: tuner.Passes, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
         clock.ran.append(path.formulation or "network")
         return by_network(self, path, x)
 
@@ -429,7 +429,7 @@ def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.
         if fastest == "layer":
             assert path == "it is faster as measured on this device"
         elif fastest != "torch":
-            assert isinstance(path, paths.NetworkPlan)
+            assert isinstance(path, network_path.NetworkPlan)
             assert path.formulation == fastest
     assert "training 16-16-16, relu, 8 rows, bfloat16" in said
 

@@ -13,6 +13,7 @@ from ..kernels.activation import Activation
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.dropout import Dropout
 from ..kernels.layer_forward import pointwise
+from .settings import is_batched, is_transformed, is_zero_tensor
 
 __all__ = [
     "PlainFunction", "differentiable_backward", "dropout_factors", "dropped", "plain_gradient", "through", "versions",
@@ -33,19 +34,16 @@ def plain_gradient(dy: Tensor) -> Tensor:
     """dy as kernels read it: dense, in memory as it lies."""
     if dy.layout != torch.strided:
         dy = dy.to_dense()
-    elif dy._is_zerotensor():
+    elif is_zero_tensor(dy):
         dy = dy.clone()
     return dy.resolve_neg()
 
 
 def wants_torch(gradient: Tensor | None) -> bool:
     """Whether a backward has to be plain torch: it is differentiated itself, or batched by vmap."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or is_transformed():
         return True
-    functorch = torch._C._functorch
-    return gradient is not None and (
-        functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
-    )
+    return gradient is not None and is_batched(gradient)
 
 
 def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:

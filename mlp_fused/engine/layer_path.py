@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..kernels import devices, layer_tiles
 from ..kernels.activation import Activation
-from ..kernels.activations import ACTIVATIONS
+from ..kernels.activations import IDENTITY
 from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.launch import Launches, Remembered, describable
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad
@@ -30,14 +30,12 @@ from ..kernels.layer_forward import layer_forward
 from ..kernels.tile_config import Problem
 from . import tables
 from .autograd import PlainFunction, dropout_factors, dropped, plain_gradient, through, wants_torch
-from .paths import DEBUG
+from .settings import DEBUG, profiler_enabled
 from .torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 
-__all__ = ["IDENTITY", "LayerPath", "layer_after_layer", "layer_path", "profiler_enabled"]
+__all__ = ["IDENTITY", "LayerPath", "layer_after_layer", "layer_path"]
 
-IDENTITY = ACTIVATIONS["identity"]
 
-profiler_enabled = torch._C._autograd._profiler_enabled
 Made = Callable[..., bool]  # a launch, or a product of torch's, for tensors like those that it was made of
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels import network, network_backward, network_forward
 from ..kernels.launch import Launches
+from ..kernels.network import Network
+from ..kernels.tile_config import TileConfig
 from .autograd import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
-from .layer_path import profiler_enabled
-from .paths import NetworkPlan
+from .settings import profiler_enabled
 
-__all__ = ["run_backward", "run_forward", "run_network"]
+__all__ = ["Formulation", "NetworkPlan", "run_backward", "run_forward", "run_network"]
 
 
 def run_network(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], path: NetworkPlan) -> Tensor:
@@ -163,3 +164,49 @@ def run_backward(
         if not launches.again(of_sums, x, dy, kept, dz, sums):
             launches.remember(of_sums, network_backward.network_wgrad(x, dy, kept, dz, sums, net, wanted, path.wgrad))
     return dx, gradients
+
+
+# How the network path trains. recompute: one backward kernel runs the forward again. stored: the forward keeps one
+# tensor of each hidden layer. replay: x alone is kept, and backward begins with the forward that stores.
+Formulation = Literal["recompute", "stored", "replay"]
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkPlan:
+    """The network path for some layers on a device: its tiles, and how it trains, with the reason."""
+
+    network: Network
+    forward: TileConfig
+    formulation: Formulation | None  # None: for inference only
+    reason: str
+    backward: TileConfig | None  # of the kernel that recomputes, or of the chain of dz
+    wgrad: TileConfig
+    launches: Launches = field(default_factory=Launches, repr=False)  # that were made
+
+    def kept_elements(self, rows: int) -> int:
+        """How many elements are kept for backward."""
+        if self.formulation is None:
+            return 0
+        net = self.network
+        if self.formulation != "stored":
+            return rows * net.widths[0]
+        return rows * (net.widths[0] + net.starts[-1] + net.activates_output * net.widths[-1])
+
+    def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
+        """Of what a forward stores besides x and y, all of the network's dtype."""
+        net = self.network
+        if self.formulation != "stored":
+            return []
+        hidden = [(rows * net.starts[-1],)] if net.layers > 1 else []
+        return hidden + ([(rows, net.widths[-1])] if net.keeps_z[-1] else [])
+
+    @property
+    def explanation(self) -> str:
+        """Why the network path, and why this formulation."""
+        how = {
+            "recompute": "backward recomputes the forward in one pass: ",
+            "stored": "the forward stores one tensor a hidden layer: ",
+            "replay": "backward begins with the forward again: ",
+        }
+        trains = f"; {how[self.formulation]}{self.reason}" if self.formulation else ""
+        return f"the weights fit on the chip{trains}"

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..functional import Layer, find_path
 from ..kernels.activation import parse
+from ..reference import Layer
 from .autograd import plain_gradient
 from .layer_path import LayerPath
-from .network_path import run_backward, run_forward
-from .paths import NetworkPlan, why_device
+from .network_path import NetworkPlan, run_backward, run_forward
+from .paths import find_path, why_device
 from .schedule import cast, chained_backward, chained_forward, kept_shapes
 
 _SETTINGS = "bool[] biased, str[] activations, ScalarType dtype, str precision, bool? recompute, str backend"

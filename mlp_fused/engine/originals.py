@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._device import DeviceContext
 
 from .recognize import functions_called, is_users, look_up
+from .settings import constant_to_compilers, function_modes
 
 __all__ = [
     "ADDMM",
@@ -32,7 +33,6 @@ __all__ = [
     "Identity",
     "Linear",
     "Sequential",
-    "constant_to_compilers",
     "is_dropout_torchs",
     "why_changed",
     "why_hidden",
@@ -125,16 +125,10 @@ def why_mode() -> str | None:
 
     Torch's device mode and its tracers do not count.
     """
-    for index in range(torch._C._len_torch_function_stack()):
-        kind = type(torch._C._get_function_stack_at(index))
+    for kind in function_modes():
         if kind is not DeviceContext and not kind.__module__.startswith(TRACERS):
             return f"{kind.__name__}, a TorchFunctionMode, is active"
     return None
-
-
-def constant_to_compilers(function: Any) -> None:
-    """Do what `torch.compiler.assume_constant_result` does, without importing the compiler."""
-    function._dynamo_marked_constant = True
 
 
 constant_to_compilers(why_changed)

@@ -3,118 +3,54 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import operator
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from ..kernels import devices, layer_tiles, network_tiles, tile_config
+from ..kernels import devices, network_tiles
 from ..kernels.activation import Activation, parse
-from ..kernels.activations import ACTIVATIONS
-from ..kernels.dropout import SEED_BYTES, keeps_preactivation
 from ..kernels.language import HAS_TRITON, INTERPRETER
-from ..kernels.launch import Launches
-from ..kernels.network import Gradients, Network, gradients_of, network_of
+from ..kernels.network import network_of
 from ..kernels.tile_config import TileConfig
 from . import tables
-from .originals import constant_to_compilers
-from .recognize import resolve
+from .layer_path import LayerPath, layer_path
+from .network_path import NetworkPlan
+from .settings import (
+    DEBUG,
+    DEFAULT_BACKEND,
+    Backend,
+    constant_to_compilers,
+    float32_precision,
+    forward_mode_level,
+    is_transformed,
+    is_watched,
+)
 
 if TYPE_CHECKING:
-    from ..functional import Layer
+    from ..reference import Layer
 
 __all__ = [
-    "Backend",
-    "Formulation",
-    "KernelPlan",
-    "NetworkPlan",
-    "Plan",
-    "RunPlan",
-    "Work",
-    "check_backend",
-    "check_recompute",
-    "compute_dtype",
-    "float32_precision",
     "forget_tables",
-    "is_watched",
-    "kept_elements",
     "log_once",
     "network_path",
-    "plan_layers",
-    "plan_network",
     "wants_gradients",
     "why_device",
     "why_not",
     "why_reference",
     "why_torch",
-    "work",
 ]
 
-Backend = Literal["auto", "triton", "reference"]
-
-# How the network path trains. recompute: one backward kernel runs the forward again. stored: the forward keeps one
-# tensor of each hidden layer. replay: x alone is kept, and backward begins with the forward that stores.
-Formulation = Literal["recompute", "stored", "replay"]
 
 logger = logging.getLogger("mlp_fused")
 
-IDENTITY = ACTIVATIONS["identity"]
 AS_MEASURED = "faster as measured on this device"
 SLOW_NETWORK = "one kernel for a float32 network was slower than torch where measured"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_CAPABILITY = 80  # compute capability 8.0, the oldest that the kernels are compiled and tested for
-
-
-def check_backend(backend: object, argument: str = "backend") -> Backend:
-    """`backend`, if it is one.
-
-    Raises:
-        ValueError: it is not "auto", "triton" or "reference".
-    """
-    for known in get_args(Backend):
-        if backend == known:
-            return known
-    raise ValueError(f"{argument} is {backend!r}; it needs to be one of: {', '.join(get_args(Backend))}")
-
-
-def check_recompute(recompute: object) -> bool | None:
-    """`recompute`, if it is True, False or None.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if recompute is None or isinstance(recompute, bool):
-        return recompute
-    raise TypeError(f"recompute is {recompute!r}; it needs to be True, False or None")
-
-
-# Synchronise and check after every kernel. Both are read once, as a call has no microsecond to spare for them.
-DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
-# What "auto" means in this process.
-DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
-
-
-def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
-    """What products of `dtype` are computed in on a kind of device: autocast's dtype where it is on, as nn.Linear."""
-    known = kind in ("cuda", "cpu") or torch.amp.is_autocast_available(kind)
-    if known and torch.is_autocast_enabled(kind) and dtype.is_floating_point and dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return dtype
-
-
-def float32_precision() -> str:
-    """How fp32 is multiplied, "tf32" or "ieee": torch's own setting, whichever of its switches was used."""
-    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
-
-
-constant_to_compilers(float32_precision)  # they compile anew where the setting is another
 
 
 def _why_device_cannot(kind: str, index: int) -> str | None:
@@ -274,20 +210,15 @@ def forget_tables() -> None:
     network_path.cache_clear()
 
 
-def is_watched() -> bool:
-    """Whether a call is traced by a compiler, or seen by a dispatch mode: it is one of registered operators then."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
     if torch.jit.is_tracing():
         return "the call is being traced by torch.jit"
     reason = why_device(x.device, backend)
     if reason is not None:
         return reason
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
+    if forward_mode_level() >= 0:
         return "forward-mode differentiation is active"
     if x.layout != torch.strided:
         return f"the input's layout is {x.layout}; the kernels need a dense tensor (x.to_dense())"
@@ -342,47 +273,6 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
 def log_once(reason: str) -> None:
     """Log a reason for which plain torch runs, the first time that it is one."""
     logger.info("plain torch runs instead of the kernels: %s", reason)
-
-
-@dataclass(frozen=True, eq=False)
-class NetworkPlan:
-    """The network path for some layers on a device: its tiles, and how it trains, with the reason."""
-
-    network: Network
-    forward: TileConfig
-    formulation: Formulation | None  # None: for inference only
-    reason: str
-    backward: TileConfig | None  # of the kernel that recomputes, or of the chain of dz
-    wgrad: TileConfig
-    launches: Launches = field(default_factory=Launches, repr=False)  # that were made
-
-    def kept_elements(self, rows: int) -> int:
-        """How many elements are kept for backward."""
-        if self.formulation is None:
-            return 0
-        net = self.network
-        if self.formulation != "stored":
-            return rows * net.widths[0]
-        return rows * (net.widths[0] + net.starts[-1] + net.activates_output * net.widths[-1])
-
-    def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
-        """Of what a forward stores besides x and y, all of the network's dtype."""
-        net = self.network
-        if self.formulation != "stored":
-            return []
-        hidden = [(rows * net.starts[-1],)] if net.layers > 1 else []
-        return hidden + ([(rows, net.widths[-1])] if net.keeps_z[-1] else [])
-
-    @property
-    def explanation(self) -> str:
-        """Why the network path, and why this formulation."""
-        how = {
-            "recompute": "backward recomputes the forward in one pass: ",
-            "stored": "the forward stores one tensor a hidden layer: ",
-            "replay": "backward begins with the forward again: ",
-        }
-        trains = f"; {how[self.formulation]}{self.reason}" if self.formulation else ""
-        return f"the weights fit on the chip{trains}"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -456,320 +346,74 @@ def network_path(
     return NetworkPlan(network, forward, "stored", reason, chain, wgrad)
 
 
-@dataclass(frozen=True)
-class Work:
-    """FLOPs (a multiply-add is two) and bytes read from and written to the device's memory."""
-
-    flops: int
-    bytes: int
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least seconds that it can take: max(FLOPs / peak, bytes / bandwidth)."""
-        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
-
-
-@dataclass(frozen=True)
-class KernelPlan:
-    """One launch: what it computes, and what work that is; with its tile, or the problem that one is chosen for."""
-
-    layer: str
-    kind: str
-    work: Work
-    problem: tile_config.Problem | None = None
-    tile: TileConfig | None = None
-
-    @property
-    def is_backward(self) -> bool:
-        return self.kind not in ("seed", "forward", "network forward")
-
-
-def plan_layers(
-    rows: int,
-    shapes: Sequence[tuple[int, int]],
-    activations: Sequence[Activation],
+def find_path(
+    x: Tensor,
+    layers: Sequence[Layer],
     dtype: torch.dtype,
-    *,
-    biases: Sequence[bool],
-    trainable: Sequence[bool] | None = None,
-    needs_input_grad: bool = False,
-    precision: str = "ieee",
-    dropouts: Sequence[float] | None = None,
-) -> list[KernelPlan]:
-    """The launches of the layer path, forward and backward, in their order, each with its FLOPs and bytes.
-
-    A kernel's bytes are its operands read once and its outputs written once, as they are when a tile's operands stay in
-    cache; a weight gradient split over rows writes and reads its partial sums besides.
-
-    Args:
-        shapes: (width in, width out) of each layer.
-        biases: whether each layer has one.
-        trainable: whether each layer's parameters need gradients, all by default; none at all for inference.
-        dropouts: the probability of the Dropout after each layer, all 0 by default.
-    """
-    dropouts = [0.0] * len(shapes) if dropouts is None else dropouts
-    # Whether the pre-activation is kept of each layer, and of the input, which has none.
-    keeps_z = [*(keeps_preactivation(*pair) for pair in zip(activations, dropouts)), False]
-    trainable = [True] * len(shapes) if trainable is None else trainable
-    # Whether anything below a layer needs a gradient, from the input to the output.
-    below_needs = [needs_input_grad or any(trainable[:index]) for index in range(len(shapes) + 1)]
-    forward: list[KernelPlan] = []
-    backward: list[list[KernelPlan]] = []
-    if any(dropouts):
-        forward.append(KernelPlan("all", "seed", Work(0, SEED_BYTES)))
-    for index, ((k, n), activation, bias) in enumerate(zip(shapes, activations, biases)):
-        weights = n * k + n * bias
-
-        def plan(
-            kind: tile_config.Kind,
-            flops: int,
-            elements: int,
-            m: int,
-            n: int,
-            k: int,
-            epilogue: Activation = IDENTITY,
-            layer: str = f"{index}: {k} -> {n}",
-            aligned: bool = tile_config.is_aligned(k, n, dtype),
-        ) -> KernelPlan:
-            problem = tile_config.Problem(kind, m, n, k, dtype, precision, aligned, epilogue.name)
-            return KernelPlan(layer, kind, Work(flops, elements * dtype.itemsize), problem)
-
-        product = 2 * rows * n * k
-        outputs = 1 + (below_needs[index + 1] and keeps_z[index])  # h; z
-        forward.append(plan("forward", product, rows * k + weights + outputs * rows * n, rows, n, k, activation))
-        steps = []
-        activates = activation.name != "identity"
-        if index + 1 == len(shapes) and (activates or dropouts[index]) and below_needs[index + 1]:
-            steps.append(plan("output_gradient", 0, (2 + activates) * rows * n, rows, n, 0))  # dy, dz; what was saved
-        if below_needs[index]:
-            below = activations[index - 1] if index else IDENTITY
-            # dx; what was saved; h again
-            tensors = 1 + (below.name != "identity") + (trainable[index] and keeps_z[index - 1])
-            steps.append(plan("dgrad", product, rows * n + n * k + tensors * rows * k, rows, k, n, below))
-        if trainable[index]:
-            steps.append(plan("wgrad", product, rows * n + rows * k + weights, n, k, rows))
-        backward.append(steps)
-    return forward + [kernel for steps in reversed(backward) for kernel in steps]
+    recompute: bool | None,
+    backend: Backend,
+    precision: str | None = None,
+    training: bool | None = None,
+) -> NetworkPlan | LayerPath:
+    """The path that these layers take; `precision` and `training` are torch's setting and state unless given."""
+    path = find_network(x, layers, dtype, recompute, precision, training, leaves_to_torch(backend))
+    return path if isinstance(path, NetworkPlan) else find_layers(x, layers, dtype, backend, precision)
 
 
-def plan_network(
-    rows: int, path: NetworkPlan, biases: Sequence[bool], gradients: Gradients, needs_input_grad: bool = False
-) -> list[KernelPlan]:
-    """The launches of the network path, forward and backward, as `plan_layers` counts them.
-
-    Partial sums of weight gradients, and their addition, are not counted: they do not grow with the rows.
-
-    Args:
-        biases: whether each layer has one.
-        gradients: those of the parameters that are wanted.
-    """
-    network, last = path.network, path.network.layers - 1
-    widths = network.widths
-    products = [2 * rows * n * k for k, n in itertools.pairwise(widths)]
-    parameters = sum(n * k + n * bias for k, n, bias in zip(widths, widths[1:], biases))
-    hidden = rows * sum(widths[1:-1])
-    ends = rows * (widths[0] + widths[-1])
-    dx = rows * widths[0] * needs_input_grad
-    wanted = any(gradients.weights) or any(gradients.biases)
-    names = f"0-{last}: " + " -> ".join(map(str, widths))
-
-    def kernel(kind: str, flops: int, elements: int, tile: TileConfig | None) -> KernelPlan:
-        return KernelPlan(names, kind, Work(flops, elements * network.dtype.itemsize), tile=tile)
-
-    # What is kept of the last layer: its z where it has one to keep, else y.
-    own = rows * widths[-1] * network.activates_output
-    kept = hidden + own * network.keeps_z[-1]
-    training = path.formulation is not None and (wanted or needs_input_grad)
-    stores = training and path.formulation == "stored"
-    kernels = [kernel("network forward", sum(products), ends + parameters + kept * stores, path.forward)]
-    if not training:
-        return kernels
-    chain = sum(products[gradients.lowest + 1 :]) + products[0] * needs_input_grad
-    sums = sum(product for product, weight in zip(products, gradients.weights) if weight)
-    if path.formulation == "recompute":
-        again = sum(products[: last + network.activates_output])
-        elements = ends + dx + parameters + gradients.starts[-1]
-        return [*kernels, kernel("network recompute", again + chain + sums, elements, path.backward)]
-    if path.formulation == "replay":
-        kernels.append(kernel("network again", sum(products), ends + parameters + kept, path.forward))
-    if chain or own:
-        # dy and what was kept are read, every dz written, the last layer's where it is not dy
-        elements = rows * widths[-1] + hidden + own + hidden + own + dx + parameters
-        kernels.append(kernel("network dgrad", chain, elements, path.backward))
-    if wanted:
-        elements = ends + 2 * hidden + gradients.starts[-1]
-        kernels.append(kernel("network wgrad", sums, elements, path.wgrad))
-    return kernels
+def leaves_to_torch(backend: Backend) -> bool:
+    """True if torch runs the products that it is expected to run faster: unless the user asks for kernels."""
+    return (DEFAULT_BACKEND if backend == "auto" else backend) != "triton"
 
 
-def kept_elements(rows: int, layers: Sequence[Layer], trainable: Sequence[bool], needs_input_grad: bool = False) -> int:
-    """How many elements the layer path keeps for backward: one tensor a layer whose gradients need it."""
-    kept = 0
-    for index, (weight, _, activation, _) in enumerate(layers):
-        below_needs = needs_input_grad or any(trainable[:index])
-        has_below = index > 0 and layers[index - 1].activation.name != "identity"
-        if trainable[index] or (below_needs and has_below):
-            kept += rows * weight.shape[1]
-        if index + 1 == len(layers) and activation.name != "identity" and (below_needs or trainable[index]):
-            kept += rows * weight.shape[0]
-    return kept
+def find_layers(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend, precision: str | None = None
+) -> LayerPath:
+    """The layer path for these layers; with the backend "triton" no product of it is torch's."""
+    return layer_path(
+        _widths(x, layers),
+        tuple(layer.activation for layer in layers),
+        tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, *_ in layers),
+        dtype,
+        precision or precision_of(dtype),
+        leaves_to_torch(backend),
+        tuple(layer.dropout for layer in layers),
+    )
 
 
-def work(
-    rows: int,
-    widths: Sequence[int],
+def find_network(
+    x: Tensor,
+    layers: Sequence[Layer],
     dtype: torch.dtype,
-    activation: str | Activation = "relu",
-    output_activation: str | Activation = "identity",
-    *,
-    bias: bool = True,
-    needs_input_grad: bool = False,
-    device: devices.Device | None = None,
-    precision: str = "ieee",
-) -> dict[str, Work]:
-    """The work of a network on the path it takes: {"inference": ..., "forward": ..., "backward": ...}.
+    recompute: bool | None = None,
+    precision: str | None = None,
+    training: bool | None = None,
+    torch_too: bool = False,
+) -> NetworkPlan | str:
+    """The network path for these layers, or the reason why they take the layer path.
 
-    "forward" is that of training, which also keeps what backward needs. `widths` are in -> hidden ... -> out. Without a
-    device, it is the layer path's.
+    With `torch_too`, they take it only where it is expected to be faster than torch.
     """
-    shapes = list(itertools.pairwise(widths))
-    activations = [resolve(activation)] * (len(shapes) - 1) + [resolve(output_activation)]
-
-    def total(training: bool, backward: bool) -> Work:
-        path = None
-        if device is not None:
-            strides = tuple((k, 1, int(bias)) for k, _ in shapes)
-            path = network_path(
-                tuple(widths), strides, tuple(activations), dtype, precision, device, training, torch_too=True
-            )
-        if isinstance(path, NetworkPlan):
-            wanted = (training,) * len(shapes)
-            biased = (training and bias,) * len(shapes)
-            gradients = gradients_of(tuple(widths), wanted, biased, training and needs_input_grad)
-            kernels = plan_network(rows, path, [bias] * len(shapes), gradients, training and needs_input_grad)
-            return sum((kernel.work for kernel in kernels if kernel.is_backward == backward), Work(0, 0))
-        kernels = plan_layers(
-            rows,
-            shapes,
-            activations,
-            dtype,
-            biases=[bias] * len(shapes),
-            trainable=[training] * len(shapes),
-            needs_input_grad=training and needs_input_grad,
-        )
-        return sum((kernel.work for kernel in kernels if kernel.is_backward == backward), Work(0, 0))
-
-    return {"inference": total(False, False), "forward": total(True, False), "backward": total(True, True)}
+    if training is None:
+        training = wants_gradients(x, layers)
+    strides = tuple(
+        (*map(int, weight.stride()), 0 if bias is None else int(bias.stride(0))) for weight, bias, *_ in layers
+    )
+    widths = _widths(x, layers)
+    activations = tuple(layer.activation for layer in layers)
+    wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
+    device = devices.device_of(x)
+    precision = precision or precision_of(dtype)
+    drops = any(layer.dropout for layer in layers)
+    return network_path(
+        widths, strides, activations, dtype, precision, device, training, recompute, wide, drops, torch_too
+    )
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """What runs for some neighbouring children of a network: the path, the reason, and their kernels.
-
-    On the reference path the kernels are torch's own; the ones listed say what the work is at the least.
-    """
-
-    children: str
-    path: Literal["network", "layer", "reference"]
-    reason: str
-    kernels: tuple[KernelPlan, ...] = ()
+def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
+    """Of the input to the output; never symbolic, as the path depends on them."""
+    return (int(x.shape[1]), *(int(weight.shape[0]) for weight, *_ in layers))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What would run for a batch, and why. `str` is a table."""
-
-    rows: int
-    dtype: torch.dtype
-    precision: str
-    device: devices.Device | None  # None: not a GPU
-    runs: tuple[RunPlan, ...]
-    kept_bytes: int
-    torch_too: bool = True  # whether a product is left to torch where that was faster as measured
-
-    @property
-    def path(self) -> str:
-        """ "network" or "layer", the first run's on kernels; "reference" where there is none."""
-        return next((run.path for run in self.runs if run.path != "reference"), "reference")
-
-    @property
-    def reason(self) -> str:
-        """Why that path: the reasons of its runs."""
-        return "; ".join(dict.fromkeys(run.reason for run in self.runs if run.path == self.path))
-
-    @property
-    def work(self) -> Work:
-        """FLOPs and bytes of all kernels, forward and backward."""
-        return sum((kernel.work for run in self.runs for kernel in run.kernels), Work(0, 0))
-
-    @property
-    def floor(self) -> float | None:
-        """The least seconds for all kernels one after another on this device; None where its peaks are not known."""
-        floors = [self._floor(run, kernel) for run in self.runs for kernel in run.kernels]
-        return None if None in floors else sum(floor for floor in floors if floor is not None)
-
-    def choice(self, run: RunPlan, kernel: KernelPlan) -> tables.Choice:
-        """The tile that a kernel runs with, or torch's product where there is none; and where that comes from."""
-        if self.device is None or run.path == "reference":
-            return tables.Choice(None, "")
-        if kernel.problem is None:
-            return tables.Choice(kernel.tile, "")
-        if kernel.problem.kind == "output_gradient":
-            return tables.Choice(layer_tiles.choose(kernel.problem, self.device), "")
-        choice = tables.choice_for(kernel.problem, self.device)
-        if choice.tile is None and not self.torch_too:
-            return tables.Choice(layer_tiles.choose(kernel.problem, self.device), "asked for")
-        return choice
-
-    def _floor(self, run: RunPlan, kernel: KernelPlan) -> float | None:
-        tile = self.choice(run, kernel).tile
-        precision = "bf16x6" if tile and tile.precision == "bf16x6" else self.precision
-        peak = self.device and self.device.peak(self.dtype, precision)
-        return (
-            kernel.work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
-        )
-
-    def __str__(self) -> str:
-        where = self.device.name if self.device else "no GPU"
-        how = f" ({self.precision})" if self.dtype == torch.float32 else ""
-        lines = [f"{self.rows} rows, {str(self.dtype).removeprefix('torch.')}{how}, {where}"]
-        header = ("layer", "kernel", "tile", "GFLOP", "MB", "floor", "chosen as")
-        for run in self.runs:
-            lines.append(f"{run.children}: {run.path}, because {run.reason}")
-            if run.kernels:
-                body = [self._row(run, kernel) for kernel in run.kernels]
-                widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-                lines += [
-                    "  "
-                    + "  ".join(
-                        cell.rjust(width) if 3 <= i < 6 else cell.ljust(width) for i, (cell, width) in row
-                    ).rstrip()
-                    for row in (list(enumerate(zip(row, widths))) for row in [header, *body])
-                ]
-        total = f"total {self.work.flops / 1e9:.3f} GFLOP, {self.work.bytes / 1e6:.3f} MB"
-        if self.floor is not None:
-            total += f", floor {_time(self.floor)}"
-        return "\n".join([*lines, f"{total}; kept for backward {self.kept_bytes / 1e6:.3f} MB"])
-
-    def _row(self, run: RunPlan, kernel: KernelPlan) -> tuple[str, ...]:
-        choice = self.choice(run, kernel)
-        tile, shown = choice.tile, "torch's own"
-        if tile is not None:
-            rows = f"{tile.rows} rows, {tile.num_warps} warps, {tile.num_stages} stages"
-            shown = str(tile) if kernel.problem is not None else rows
-        floor = self._floor(run, kernel)
-        return (
-            kernel.layer,
-            kernel.kind,
-            shown,
-            f"{kernel.work.flops / 1e9:.3f}",
-            f"{kernel.work.bytes / 1e6:.3f}",
-            _time(floor) if floor is not None else "-",
-            choice.source,
-        )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+def precision_of(dtype: torch.dtype) -> str:
+    """How products in a dtype are multiplied: torch's setting, which is of fp32 alone."""
+    return float32_precision() if dtype == torch.float32 else "ieee"

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.activations import IDENTITY
 from ..kernels.dropout import draw_seed
 from ..kernels.launch import Launch, Program, Slots
 from ..kernels.layer_backward import WeightGradient
 from .autograd import PlainFunction, differentiable_backward, dropout_factors, plain_gradient, versions, wants_torch
-from .layer_path import IDENTITY, LayerPath, layer_after_layer, profiler_enabled
-from .paths import DEBUG
+from .layer_path import LayerPath, layer_after_layer
+from .settings import DEBUG, profiler_enabled
 
 __all__ = ["cast", "chained_backward", "chained_forward", "kept_shapes", "run_layers"]
 

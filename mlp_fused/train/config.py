@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from ..dtypes import DtypeName
-from ..engine import paths
+from ..engine import settings
 from ..errors import UserError, first_line, listed
 from ..module import FusedMLP
 from .data import TaskName
@@ -66,7 +66,7 @@ class Config:
     hidden: tuple[int, ...] = (512, 512)
     activation: str = "gelu"
     dropout: float = 0.0
-    backend: paths.Backend = "auto"
+    backend: settings.Backend = "auto"
     optimizer: OptimizerName = "adam"
     lr: float | None = None
     epochs: int = 15
@@ -81,7 +81,7 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        choices = {"task": TaskName, "optimizer": OptimizerName, "dtype": DtypeName, "backend": paths.Backend}
+        choices = {"task": TaskName, "optimizer": OptimizerName, "dtype": DtypeName, "backend": settings.Backend}
         for name, names in choices.items():
             if getattr(self, name) not in get_args(names):
                 raise UserError(f"--{name} is {getattr(self, name)}; it needs to be one of {listed(get_args(names))}")

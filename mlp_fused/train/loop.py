@@ -25,7 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from .. import memory
 from ..checkpoint import FORMAT, check_checkpoint, load_checkpoint, make_scaling, save_checkpoint
 from ..dtypes import DTYPES, DtypeName, autocast, check_dtype, pick_device
-from ..engine import paths
+from ..engine import settings
 from ..environment import distorted
 from ..errors import UserError, count, first_line
 from ..module import FusedMLP
@@ -157,7 +157,7 @@ def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.devic
         return "torch's own modules"
     with autocast(config.dtype, device):
         taken = model.explain(rows)
-    wanted = paths.DEFAULT_BACKEND if config.backend == "auto" else config.backend
+    wanted = settings.DEFAULT_BACKEND if config.backend == "auto" else config.backend
     if wanted == "triton" and taken.path == "reference":
         raise UserError(f"the backend is triton, but {taken.reason}")
     return f"the {taken.path} path ({taken.reason})"

@@ -33,20 +33,21 @@ from torch import Tensor
 
 from .. import reference
 from ..compiling import Compilers, NotYetError, count_workers
-from ..engine import paths, tables
+from ..engine import network_path, paths, tables
 from ..engine.layer_path import layer_path
 from ..engine.network_path import run_network
+from ..engine.paths import find_layers
 from ..engine.recognize import resolve
 from ..engine.schedule import run_layers
 from ..engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 from ..environment import distorted, versions
-from ..functional import Layer, find_layers
 from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.activation import Activation
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.language import driver
 from ..kernels.layer_backward import dgrad, wgrad
 from ..kernels.layer_forward import layer_forward
+from ..reference import Layer
 from ..timing import Timed, between_events
 from ..train.loop import UserError, first_line, progress
 
@@ -280,7 +281,7 @@ def tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterable[tu
     for workload in workloads:
         each: list[Task] = [*products(workload)]
         for training in (True, False):
-            if isinstance(_network_plan(workload, gpu, training, False), paths.NetworkPlan):
+            if isinstance(_network_plan(workload, gpu, training, False), network_path.NetworkPlan):
                 each.append(Whole(workload, training))
         for task in each:
             first = found.setdefault(task.key, task)
@@ -293,12 +294,12 @@ def tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterable[tu
     return sorted(ranked, key=lambda task: (task.known, isinstance(task, Whole), not task.anchor, -task.share))
 
 
-def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, paths.NetworkPlan]:
+def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, network_path.NetworkPlan]:
     """Of a network as a whole, the paths through its own kernels, by name."""
     found = {}
     for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
         path = _network_plan(whole.workload, gpu, whole.training, recompute)
-        if isinstance(path, paths.NetworkPlan) and path.formulation in (name, None):
+        if isinstance(path, network_path.NetworkPlan) and path.formulation in (name, None):
             found[name] = path
     return found
 
@@ -368,7 +369,9 @@ def _forget_tables() -> None:
     layer_path.cache_clear()
 
 
-def _network_plan(workload: Workload, gpu: devices.Device, training: bool, recompute: bool) -> paths.NetworkPlan | str:
+def _network_plan(
+    workload: Workload, gpu: devices.Device, training: bool, recompute: bool
+) -> network_path.NetworkPlan | str:
     """The network path, as if the user asked for it: no table is consulted."""
     dtype, precision = ARITHMETIC[workload.dtype]
     strides = tuple((k, 1, 1) for k in workload.widths[:-1])
@@ -720,7 +723,7 @@ class Passes:
     def by_layers(self, x: Tensor) -> Tensor:
         return run_layers(x, self.weights, self.biases, find_layers(x, self.layers, self.dtype, "auto"))
 
-    def by_network(self, path: paths.NetworkPlan, x: Tensor) -> Tensor:
+    def by_network(self, path: network_path.NetworkPlan, x: Tensor) -> Tensor:
         return run_network(x, self.weights, self.biases, path)
 
     def __call__(self, path: Callable[[Tensor], Tensor], index: int) -> list[Tensor]:

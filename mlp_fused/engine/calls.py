@@ -1,0 +1,131 @@
+"""From a call to the path that runs it; a call that repeats finds its path again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.dropout import draw_seed
+from ..reference import Layer
+from .layer_path import LayerPath
+from .network_path import NetworkPlan, run_network
+from .paths import find_path, precision_of, wants_gradients
+from .schedule import run_layers
+from .settings import Backend, TensorGuards, float32_precision, is_transformed, is_watched, modes
+
+
+class Decision:
+    """The path that a call took; later calls that it holds for take it without deciding again.
+
+    Whether it holds is asked of torch.compile's guards, which compare every tensor's type, dtype, device, sizes,
+    strides, requires_grad and dispatch keys (inference mode, lazy negation …) in C++: a tenth of the time of deciding.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, ...],
+        biases: tuple[Tensor | None, ...],
+        settings: tuple[object, ...],
+        path: NetworkPlan | LayerPath,
+    ) -> None:
+        self.path = path
+        self.settings = settings
+        self.biased = [bias is not None for bias in biases]
+        self.all_biased = all(self.biased)
+        parameters = [*weights, *(bias for bias in biases if bias is not None)]
+        self.guards = TensorGuards(
+            x,
+            *parameters,
+            dynamic_dims_sizes=[[None, x.shape[1]], *(list(each.shape) for each in parameters)],
+            dynamic_dims_strides=[[None, None], *(list(each.stride()) for each in parameters)],
+        )
+
+    @staticmethod
+    def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+        """Whether such a call can be remembered: guards refuse a tensor that stands twice."""
+        return TensorGuards is not None and not x.is_neg() and len(set(map(id, weights))) == len(weights)
+
+    def holds(
+        self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]
+    ) -> bool:
+        """Whether a call with these would decide the same."""
+        if settings != self.settings:
+            return False
+        if not self.all_biased:
+            if [bias is not None for bias in biases] != self.biased:
+                return False
+            biases = tuple(bias for bias in biases if bias is not None)
+        return self.guards.check(x, *weights, *biases)  # not where a bias has become None
+
+
+def call_settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
+    """All that a path is decided by besides what `Decision` compares of tensors."""
+    return (
+        backend,
+        recompute,
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.is_grad_enabled(),
+        float32_precision(),
+        *modes(),
+    )
+
+
+def run_kernels(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
+) -> Tensor:
+    """x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
+    if is_watched():
+        return run_operator(x, layers, dtype, recompute, backend)
+    shape = x.shape
+    if x.is_neg():  # a view that negates lazily; kernels read memory as it lies
+        x = x.resolve_neg()
+    if len(shape) != 2:
+        x = x.reshape(-1, shape[-1])
+    weights, biases, *_ = zip(*layers)
+    path = find_path(x, layers, dtype, recompute, backend)
+    if recompute and isinstance(path, LayerPath) and can_checkpoint():
+        # The seed is drawn outside, because the checkpointed function runs twice and has to drop the same elements.
+        # It draws nothing else, so no generator has to be put back, which torch 2.9 cannot do within a graph's capture.
+        seed = draw_seed(x.device) if path.drops else None
+        y = checkpoint(run_layers, x, weights, biases, path, seed, use_reentrant=False, preserve_rng_state=False)
+    else:
+        y = run_path(x, weights, biases, path)
+    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
+
+
+def run_operator(
+    x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
+) -> Tensor:
+    """The same by a registered operator (ops.py), which is what a compiler or a dispatch mode sees."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y, _ = torch.ops.mlp_fused.mlp(
+        rows,
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers if layer.bias is not None],
+        [layer.bias is not None for layer in layers],
+        [layer.activation.spec for layer in layers],
+        dtype,
+        precision_of(dtype),
+        recompute,
+        backend,
+        wants_gradients(x, layers),
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def run_path(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPlan | LayerPath
+) -> Tensor:
+    """x (M, d_0) -> y (M, d_L)."""
+    if isinstance(path, LayerPath):
+        return run_layers(x, weights, biases, path)
+    return run_network(x, tuple(weights), tuple(biases), path)
+
+
+def can_checkpoint() -> bool:
+    """Whether there is something to keep, and torch.utils.checkpoint works: under torch.func transforms it does not."""
+    return torch.is_grad_enabled() and not is_transformed()

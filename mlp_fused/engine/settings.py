@@ -1,0 +1,152 @@
+"""Switches: the environment's, torch's own, and every private name of torch that the package uses."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+
+try:
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+
+    TensorGuards: Any = _TensorGuards
+except ImportError:  # it is no public name; without it, every call decides anew
+    TensorGuards = None
+
+__all__ = [
+    "DEBUG",
+    "DEFAULT_BACKEND",
+    "Backend",
+    "TensorGuards",
+    "check_backend",
+    "check_recompute",
+    "compute_dtype",
+    "constant_to_compilers",
+    "float32_precision",
+    "forward_mode_level",
+    "function_modes",
+    "has_function_mode",
+    "has_global_hooks",
+    "is_batched",
+    "is_loaded_instance",
+    "is_transformed",
+    "is_watched",
+    "is_zero_tensor",
+    "modes",
+    "policy_dtype",
+    "profiler_enabled",
+]
+
+Backend = Literal["auto", "triton", "reference"]
+
+
+def check_backend(backend: object, argument: str = "backend") -> Backend:
+    """`backend`, if it is one.
+
+    Raises:
+        ValueError: it is not "auto", "triton" or "reference".
+    """
+    for known in get_args(Backend):
+        if backend == known:
+            return known
+    raise ValueError(f"{argument} is {backend!r}; it needs to be one of: {', '.join(get_args(Backend))}")
+
+
+def check_recompute(recompute: object) -> bool | None:
+    """`recompute`, if it is True, False or None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if recompute is None or isinstance(recompute, bool):
+        return recompute
+    raise TypeError(f"recompute is {recompute!r}; it needs to be True, False or None")
+
+
+# Synchronise and check after every kernel. Both are read once, as a call has no microsecond to spare for them.
+DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
+# What "auto" means in this process.
+DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
+
+
+def constant_to_compilers(function: Any) -> None:
+    """Do what `torch.compiler.assume_constant_result` does, without importing the compiler."""
+    function._dynamo_marked_constant = True
+
+
+def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
+    """What products of `dtype` are computed in on a kind of device: autocast's dtype where it is on, as nn.Linear."""
+    known = kind in ("cuda", "cpu") or torch.amp.is_autocast_available(kind)
+    if known and torch.is_autocast_enabled(kind) and dtype.is_floating_point and dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def float32_precision() -> str:
+    """How fp32 is multiplied, "tf32" or "ieee": torch's own setting, whichever of its switches was used."""
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
+
+
+constant_to_compilers(float32_precision)  # they compile anew where the setting is another
+
+
+# --- torch's private names ---
+
+profiler_enabled = torch._C._autograd._profiler_enabled
+is_transformed = torch._C._are_functorch_transforms_active  # True under torch.func's transforms
+has_function_mode = torch._C._len_torch_function_stack  # how many TorchFunctionModes are active
+
+
+def is_watched() -> bool:
+    """Whether a call is traced by a compiler, or seen by a dispatch mode: it is one of registered operators then."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def forward_mode_level() -> int:
+    """The level of forward-mode differentiation; -1 where it is not active."""
+    return forward_ad._current_level
+
+
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """True if a tensor stands for zeros without memory, as the gradient of what does not depend on an input may."""
+    return tensor._is_zerotensor()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """True if a tensor is a batch of vmap's."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def function_modes() -> list[type]:
+    """The classes of the active TorchFunctionModes."""
+    return [type(torch._C._get_function_stack_at(index)) for index in range(torch._C._len_torch_function_stack())]
+
+
+def modes() -> tuple[object, ...]:
+    """The modes that a call's path depends on, in a form that can be compared."""
+    return (
+        torch._C._are_functorch_transforms_active(),
+        forward_ad._current_level,
+        torch._C._get_tracing_state(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+
+
+def is_loaded_instance(thing: object, module: str, name: str) -> bool:
+    """`isinstance` with a class that takes long to import; False while its module is not imported."""
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(thing, getattr(imported, name, ()))
+
+
+def policy_dtype(network: nn.Module) -> torch.dtype | None:
+    """What fully_shard casts a network's parameters to for a call; None where they stay what they are."""
+    if not is_loaded_instance(network, "torch.distributed.fsdp", "FSDPModule"):
+        return None
+    sharded: Any = network
+    return sharded._get_fsdp_state()._mp_policy.param_dtype

@@ -301,7 +301,6 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         TypeError: a width that is not an integer, an activation of another kind.
     """
 
-
     in_features = _delegated("in_features")
     out_features = _delegated("out_features")
     weight = _delegated("weight")

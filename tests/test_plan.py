@@ -20,6 +20,7 @@ from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.devices import DEVICES, Device, device_slug
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.kernels.layer_tiles import candidates, choose, why_torch
+from mlp_fused.kernels.network import gradients_of
 from mlp_fused.kernels.tile_config import Problem
 from mlp_fused.reference import Layer
 from mlp_fused.tune import tuner
@@ -293,7 +294,7 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     path = network((d, d, d, last))
     assert isinstance(path, network_path.NetworkPlan)
     assert path.formulation == "stored"
-    wanted = paths.gradients_of((d, d, d, last), (True,) * 3, (True,) * 3, False)
+    wanted = gradients_of((d, d, d, last), (True,) * 3, (True,) * 3, False)
     forward, dgrad, wgrad = explain.plan_network(M, path, [True] * 3, wanted)
     hidden = 2 * M * d
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
@@ -301,7 +302,7 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     again = network((d, d, d))
     assert isinstance(again, network_path.NetworkPlan)
-    wanted = paths.gradients_of((d, d, d), (True,) * 2, (True,) * 2, True)
+    wanted = gradients_of((d, d, d), (True,) * 2, (True,) * 2, True)
     forward, recompute = explain.plan_network(M, again, [True] * 2, wanted, True)
     weights = 2 * (d * d + d)
     assert forward.work == explain.Work(2 * products[0], 2 * (2 * M * d + weights))

@@ -34,7 +34,7 @@ def _ranged(run: Callable[..., Any]) -> Callable[..., Any]:
     def in_range(*arguments: Any, **keywords: Any) -> Any:
         if not profiler_enabled():
             return run(*arguments, **keywords)
-        with torch.profiler.record_function(run.__name__.replace("_", " ")):
+        with torch.profiler.record_function(run.__name__.replace("run_", "network ")):
             return run(*arguments, **keywords)
 
     return in_range

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.shapes import FRESH_PHASES, Problem
+from mlp_fused.dtypes import DTYPES
 from mlp_fused.environment import distorted
-from mlp_fused.train.loop import DTYPES
 from mlp_fused.transfer import first_touch as steps
 from mlp_fused.transfer.first_touch import seconds
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from bench.shapes import Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, timing
+from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine.network_path import NetworkPlan
 from mlp_fused.engine.paths import find_network
 from mlp_fused.engine.recognize import resolve
@@ -34,7 +35,6 @@ from mlp_fused.kernels.launch import Launches
 from mlp_fused.prefetch import use_up
 from mlp_fused.reference import Layer
 from mlp_fused.timing import Timed
-from mlp_fused.train.loop import DTYPES
 
 WAYS = ("copied", "widened", "prefetched", "in_place", "resident")
 KINDS = {"uint8": torch.uint8, **DTYPES}

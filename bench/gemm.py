@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench.shapes import Problem
 from mlp_fused import timing
+from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine import tables
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.engine.settings import float32_precision
@@ -31,7 +32,6 @@ from mlp_fused.kernels import devices, layer_tiles, tile_config
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.timing import Timed
-from mlp_fused.train.loop import DTYPES
 
 FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "gelu": F.gelu}
 # dz from dh and what was kept: the output of a relu, the pre-activation of a gelu.

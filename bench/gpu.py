@@ -69,10 +69,10 @@ from bench import goals
 from bench.machine import ROOT, machine
 from bench.measure import compile_ahead, describe, measure, why_not
 from bench.shapes import FRESH_PHASES, GRID, Cell, Problem, select
+from mlp_fused.dtypes import DTYPES
 from mlp_fused.environment import distorted
 from mlp_fused.kernels.devices import device_slug
 from mlp_fused.timing import ceilings
-from mlp_fused.train.loop import DTYPES
 
 Row = dict[str, Any]
 Measure = Callable[[Cell, str, Callable[[Row], None]], Row]

@@ -77,6 +77,7 @@ from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, capture_step, timing
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
+from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine.calls import run_kernels
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.engine.settings import float32_precision
@@ -86,8 +87,8 @@ from mlp_fused.kernels.language import driver
 from mlp_fused.prefetch import use_up
 from mlp_fused.reference import Layer
 from mlp_fused.timing import Ceilings, Timed
-from mlp_fused.train.loop import DTYPES
-from mlp_fused.transfer.measurement import copy_calls, fastest
+from mlp_fused.transfer.findings import fastest
+from mlp_fused.transfer.measurement import copy_calls
 
 Report = Callable[[dict[str, Any]], None]
 

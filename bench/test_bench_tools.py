@@ -32,7 +32,7 @@ from mlp_fused import FusedMLP, capture, timing
 from mlp_fused.environment import DISTORTING, distorted
 from mlp_fused.explain import Work, work
 from mlp_fused.timing import Ceilings, Link, Timed
-from mlp_fused.tune import tuner
+from mlp_fused.tune import config
 
 SMALL = Problem((5, 7, 3), 4)
 CELLS = [Cell("odd", SMALL, phase) for phase in ("forward", "backward", "training", "step")]
@@ -70,12 +70,12 @@ def test_mlp_fused_tune_measures_every_problem_of_the_grid() -> None:
     """And nothing else: its grid is that of the networks, whose anchors come first."""
     networks = [cell for cell in GRID if cell.family in ("seed", "narrow", "middle", "large", "odd")]
     here = {
-        tuner.Workload(cell.problem.widths, cell.problem.rows, cell.problem.dtype, cell.problem.activation)  # type: ignore[arg-type]
+        config.Workload(cell.problem.widths, cell.problem.rows, cell.problem.dtype, cell.problem.activation)  # type: ignore[arg-type]
         for cell in networks
     }
-    assert {workload for family in tuner.GRID for workload in family.workloads} == here
+    assert {workload for family in config.GRID for workload in family.workloads} == here
     anchors = list(dict.fromkeys(cell.problem for cell in networks if cell.anchor))
-    assert [(each.widths, each.rows, each.dtype, each.activation) for each in tuner.ANCHORS] == [
+    assert [(each.widths, each.rows, each.dtype, each.activation) for each in config.ANCHORS] == [
         (each.widths, each.rows, each.dtype, each.activation) for each in anchors
     ]
 

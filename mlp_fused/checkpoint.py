@@ -7,25 +7,26 @@ it the mean and scale of features in float32. It is read as what format 2 would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .engine import settings
+from .engine.settings import Backend
 from .errors import UserError, first_line
 from .files import check_writable, write_whole
+from .module import FusedMLP
 from .scaling import Scaling, Unscaling, whole
-from .train.config import Build, Config, build_model
 
 __all__ = [
     "FORMAT",
     "PARTS",
+    "Build",
+    "build_network",
     "check_checkpoint",
     "load_checkpoint",
-    "load_model",
     "make_model",
     "make_scaling",
     "save_checkpoint",
@@ -141,42 +142,49 @@ def make_scaling(path: str | Path, checkpoint: Mapping[str, Any]) -> Scaling:
         raise UserError(f"{path} is not a checkpoint of mlp-fused train") from None
 
 
+# features, outputs, the settings of `mlp-fused train` by name -> the network
+Build = Callable[[int, int, Mapping[str, Any]], nn.Module]
+
+
+def build_network(features: int, outputs: int, settings: Mapping[str, Any]) -> FusedMLP:
+    """The network of `mlp-fused train`: x (M, features) -> (M, outputs), by its settings.
+
+    Reads `hidden`, `activation`, `dropout` and `backend`. Raises what FusedMLP raises.
+    """
+    model = FusedMLP(
+        features,
+        [*settings["hidden"], outputs],
+        activation_layer=settings["activation"],
+        dropout=settings["dropout"],
+        backend=settings["backend"],
+    )
+    del model[-1]  # the Dropout that torchvision's order puts after the last Linear: dropped outputs would be zeros
+    return model
+
+
 def make_model(
     path: str | Path,
     checkpoint: Mapping[str, Any],
-    build: Build = build_model,
-    backend: settings.Backend | None = "auto",
+    build: Build = build_network,
+    backend: Backend | None = "auto",
 ) -> nn.Sequential:
-    """`load_model` for a checkpoint that was loaded from `path`; a backend of None is the one that trained.
+    """The trained model of a checkpoint that was loaded from `path`, on the CPU and in eval mode.
+
+    A backend of None is the one that trained.
 
     Raises:
         UserError: the network cannot be made, or is not the one whose parameters the checkpoint has.
     """
     data = checkpoint["data"]
     try:
-        told = {**checkpoint["config"], "checkpoint": None, "resume": False}
-        config = Config(**{**told, "backend": told["backend"] if backend is None else backend})
+        settings = {**checkpoint["config"], "checkpoint": None, "resume": False}
+        if backend is not None:
+            settings["backend"] = backend
         outputs = data["classes"] if data["shape"] is None else data["targets"]
-        network = build(data["features"], outputs, config)
+        network = build(data["features"], outputs, settings)
         unscaling = None if data["shape"] is None else Unscaling(torch.zeros(outputs), torch.ones(outputs))
         model = whole(make_scaling(path, checkpoint), network, unscaling)
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} makes no network here: {first_line(error)}") from None
     return model.eval()
-
-
-def load_model(path: str | Path, build: Build = build_model) -> nn.Sequential:
-    """The trained model of a checkpoint, on the CPU and in eval mode: `nn.Sequential(scaling, network)`.
-
-    It takes features as they are in the data's file, (M, features) of any dtype, and gives logits (M, classes). A
-    regression's has a last module `unscaling`, and gives values (M, k) in the targets' units, in float64.
-
-    Args:
-        path: what `--checkpoint` was.
-        build: (features, outputs, config) -> the network; what `train` was given.
-
-    Raises:
-        UserError: there is no such file, it is not one of ours, or the network is not the one that was trained.
-    """
-    return make_model(path, load_checkpoint(path), build)

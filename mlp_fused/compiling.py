@@ -23,10 +23,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from .errors import first_line
 from .kernels import devices
 from .kernels.language import driver
 from .kernels.launch import Launch
-from .train.loop import first_line
 
 __all__ = ["Compilers", "NotYetError", "count_workers"]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .train.loop import DTYPES
+from .dtypes import DTYPES
 
 __all__ = [
     "MAX_SETS",

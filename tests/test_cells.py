@@ -18,9 +18,9 @@ import pytest
 
 from bench.readings import CELLS, TF32
 from mlp_fused import ACTIVATIONS, explain
+from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine import network_path, paths, tables
 from mlp_fused.kernels import devices, estimate, layer_tiles, tile_config
-from mlp_fused.train.loop import DTYPES
 
 DATA = Path(__file__).with_name("data") / "h100"
 H100 = dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="NVIDIA H100 80GB HBM3")

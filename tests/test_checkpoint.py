@@ -19,14 +19,13 @@ import pytest
 import torch
 from torch import nn
 
-from mlp_fused.checkpoint import FORMAT, load_checkpoint, load_model, save_checkpoint
+from mlp_fused.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from mlp_fused.errors import UserError
-from mlp_fused.train import loop
 from mlp_fused.train.config import Config, build_torch_model
 from mlp_fused.train.data import load_features
 from mlp_fused.train.loop import train
-from mlp_fused.train.predict import predict
-from mlp_fused.transfer import measurement
+from mlp_fused.train.predict import load_model, predict
+from mlp_fused.transfer import config as transfer_config
 
 SAVED = Path(__file__).parent / "data" / "saved"
 OLD = Config(data=str(SAVED / "train_format_1.npz"), hidden=(8,), epochs=4, batch_size=16, lr=0.02, dropout=0.1)
@@ -71,13 +70,13 @@ def test_an_old_checkpoint_predicts_raw_features(old: Path, course: dict[str, An
     data = np.load(SAVED / "train_format_1.npz")
     model = load_model(old)
     assert torch.allclose(model(torch.from_numpy(data["x"][:5])), torch.tensor(course["logits"]), atol=1e-5)
-    rows = loop.split(60, 0.2, 0)[1].numpy()
+    rows = data.split(60, 0.2, 0)[1].numpy()
     labels = predict(old, data["x"]).labels
     assert (labels == data["y"])[rows].mean() == pytest.approx(course["history"][1]["accuracy"])
 
 
 def test_an_old_checkpoint_serves_transfer(old: Path) -> None:
-    network = measurement._network(measurement.Config(checkpoint=str(old)))
+    network = transfer_config._network(transfer_config.Config(checkpoint=str(old)))
     assert [tuple(parameter.shape) for parameter in network.parameters()] == [(8, 3), (8,), (3, 8), (3,)]
     expected = torch.load(old, weights_only=True)["model"]
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
@@ -162,4 +161,4 @@ def test_the_backend_of_the_machine_that_trained_is_not_asked_for(new: Path) -> 
     saved["config"]["backend"] = "triton"
     save_checkpoint(new, saved)
     assert load_model(new).network.backend == "auto"
-    assert measurement._network(measurement.Config(checkpoint=str(new))).backend == "triton"
+    assert transfer_config._network(transfer_config.Config(checkpoint=str(new))).backend == "triton"

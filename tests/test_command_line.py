@@ -22,11 +22,14 @@ import torch
 import mlp_fused
 from mlp_fused import ACTIVATIONS, environment, files
 from mlp_fused.__main__ import main
+from mlp_fused.checkpoint import load_checkpoint
 from mlp_fused.engine import paths, tables
-from mlp_fused.train import distributed, loop, predict
-from mlp_fused.train.loop import Config, load_checkpoint
+from mlp_fused.errors import UserError
+from mlp_fused.train import data, distributed, loop, predict, timer
+from mlp_fused.train.config import Config
 from mlp_fused.transfer import measurement
-from mlp_fused.tune import tuner
+from mlp_fused.transfer.config import Config as TransferConfig
+from mlp_fused.tune.config import Config as TuneConfig
 
 TINY = ["--hidden", "8", "--epochs", "2", "--batch-size", "16"]
 COMMAND = [sys.executable, "-m", "mlp_fused"]
@@ -44,10 +47,10 @@ def write(**arrays: Any) -> None:
     np.savez("data.npz", **arrays)
 
 
-def call(*arguments: str) -> int:
-    """The exit status."""
+def call(*arguments: str, run: Callable[..., object] | None = None) -> int:
+    """The exit status; `run` takes the place of the command's own function."""
     try:
-        return main(arguments)
+        return main(arguments, run)
     except SystemExit as stop:  # argparse's own
         return -1 if stop.code is None else int(stop.code)
 
@@ -64,7 +67,7 @@ def test_training_prints_what_a_course_wants_to_see(folder: Path, capsys: pytest
         == 2
     )
     shares = [
-        float(line.split()[2]) for phase in loop.StepTimer.PHASES for line in re.findall(f"^{phase} .*", out, re.M)
+        float(line.split()[2]) for phase in timer.StepTimer.PHASES for line in re.findall(f"^{phase} .*", out, re.M)
     ]
     assert len(shares) == 5
     assert sum(shares) == pytest.approx(100, abs=0.3)
@@ -86,10 +89,13 @@ def test_an_interrupted_command_is_resumed(folder: Path, capsys: pytest.CaptureF
         assert torch.equal(value, parts["model"][key])
 
 
-def test_every_flag_reaches_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_reaches_the_configuration() -> None:
     seen: list[Config] = []
-    monkeypatch.setattr("mlp_fused.__main__.train", lambda config, report: seen.append(config))
-    assert call("train") == 0
+
+    def run(config: Any, report: object) -> None:
+        seen.append(config)
+
+    assert call("train", run=run) == 0
     told = Config(
         data="d.npz",
         task="regression",
@@ -114,7 +120,7 @@ def test_every_flag_reaches_the_configuration(monkeypatch: pytest.MonkeyPatch) -
         assert value != getattr(Config(), name), f"{name} is not told apart from its default"
         arguments.append("--" + name.replace("_", "-"))
         arguments += [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
-    assert call("train", *arguments) == 0
+    assert call("train", *arguments, run=run) == 0
     assert seen == [Config(), told]
 
 
@@ -282,7 +288,7 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(
 
 @pytest.mark.parametrize(("name", "choices"), [("optimizer", "adam, sgd"), ("dtype", "fp32, bf16, fp16")])
 def test_mistakes_in_python_are_the_same_sentences(name: str, choices: str) -> None:
-    with pytest.raises(loop.UserError, match=f"^--{name} is x; it needs to be one of {choices}$"):
+    with pytest.raises(UserError, match=f"^--{name} is x; it needs to be one of {choices}$"):
         Config(**{name: "x"})  # type: ignore[arg-type]
 
 
@@ -342,14 +348,11 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("text", ["stopped; run.pt is the last checkpoint", ""])
-def test_ctrl_c_is_one_line_and_exit_status_130(
-    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_is_one_line_and_exit_status_130(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(config: Config, report: object) -> None:
         raise KeyboardInterrupt(*[text] * bool(text))
 
-    monkeypatch.setattr("mlp_fused.__main__.train", interrupted)
-    assert call("train") == 130
+    assert call("train", run=interrupted) == 130
     assert capsys.readouterr().err == f"mlp-fused: {text or 'stopped'}\n"
 
 
@@ -532,14 +535,17 @@ def test_a_mistake_of_all_processes_is_said_once(
     np.savez("labels.npz", x=X, y=Y - 1)  # a label below 0: out of range on every process's host, and on no GPU
     store = torch.distributed.HashStore()
     monkeypatch.setattr(distributed, "_store", lambda *address: store)
-    monkeypatch.setattr("mlp_fused.__main__.train", lambda config, report: loop.load_data(config.data))
+
+    def run(config: Any, report: object) -> None:
+        data.load_data(config.data)
+
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "0")
     errors = []
     for rank in (first, 1 - first):
         monkeypatch.setenv("RANK", str(rank))
-        assert call("train", *flags) == 2
+        assert call("train", *flags, run=run) == 2
         errors.append(capsys.readouterr().err)
     assert errors[0].startswith("mlp-fused")
     assert errors[0].count("\n") == 1
@@ -747,15 +753,18 @@ def test_a_mistake_in_predicting_is_one_sentence_and_exit_status_2(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_every_flag_of_tune_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuner.Config] = []
-    monkeypatch.setattr("mlp_fused.__main__.tune", lambda config, report: seen.append(config))
-    assert call("tune") == 0
+def test_every_flag_of_tune_reaches_its_configuration() -> None:
+    seen: list[TuneConfig] = []
+
+    def run(config: Any, report: object) -> None:
+        seen.append(config)
+
+    assert call("tune", run=run) == 0
     flags = "--dims 784 512 10 --dims 4 2 --batch 64 128 --dtype tf32 fp16 --activation gelu --minutes 2.5 --out t.json"
-    assert call("tune", *flags.split()) == 0
-    told = tuner.Config(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json")
-    assert seen == [tuner.Config(), told]
-    for field in dataclasses.fields(tuner.Config):
+    assert call("tune", *flags.split(), run=run) == 0
+    told = TuneConfig(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json")
+    assert seen == [TuneConfig(), told]
+    for field in dataclasses.fields(TuneConfig):
         assert "--" + field.name in flags
         assert getattr(told, field.name) != field.default
 
@@ -766,7 +775,7 @@ def test_help_of_tune_states_every_flag_and_its_default(
     monkeypatch.setenv("COLUMNS", "10000")
     assert call("tune", "--help") == 0
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
-    for field in dataclasses.fields(tuner.Config):
+    for field in dataclasses.fields(TuneConfig):
         assert "default: " in entries["--" + field.name]
     assert "(default: 64 1024)" in entries["--batch"]
     assert "(default: fp32 bf16)" in entries["--dtype"]
@@ -797,25 +806,27 @@ def test_a_mistake_in_tuning_is_one_sentence_and_exit_status_2(
     assert out == ""
 
 
-def test_ctrl_c_while_tuning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(config: tuner.Config, report: object) -> None:
+def test_ctrl_c_while_tuning(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(config: TuneConfig, report: object) -> None:
         raise KeyboardInterrupt("stopped; 2 of 6 problems were measured, and are in t.json")
 
-    monkeypatch.setattr("mlp_fused.__main__.tune", interrupted)
-    assert call("tune") == 130
+    assert call("tune", run=interrupted) == 130
     assert capsys.readouterr().err == "mlp-fused: stopped; 2 of 6 problems were measured, and are in t.json\n"
 
 
-def test_every_flag_of_transfer_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[measurement.Config] = []
-    monkeypatch.setattr(measurement, "run", lambda config, report: seen.append(config))
-    assert call("transfer") == 0
+def test_every_flag_of_transfer_reaches_its_configuration() -> None:
+    seen: list[TransferConfig] = []
+
+    def run(config: Any, report: object) -> None:
+        seen.append(config)
+
+    assert call("transfer", run=run) == 0
     flags = "--dims 784 10 --activation gelu --batch 8 16 --dtype bf16 --inference --device cpu --json --plot a.png"
-    assert call("transfer", *flags.split()) == 0
-    assert call("transfer", "--checkpoint", "run.pt") == 0
-    told = measurement.Config((784, 10), None, "gelu", (8, 16), "bf16", True, "cpu", True, "a.png")
-    assert seen == [measurement.Config(), told, measurement.Config(checkpoint="run.pt")]
-    for field in dataclasses.fields(measurement.Config):
+    assert call("transfer", *flags.split(), run=run) == 0
+    assert call("transfer", "--checkpoint", "run.pt", run=run) == 0
+    told = TransferConfig((784, 10), None, "gelu", (8, 16), "bf16", True, "cpu", True, "a.png")
+    assert seen == [TransferConfig(), told, TransferConfig(checkpoint="run.pt")]
+    for field in dataclasses.fields(TransferConfig):
         assert "--" + field.name in flags + " --checkpoint"
         assert field.name == "checkpoint" or getattr(told, field.name) != field.default
 
@@ -826,7 +837,7 @@ def test_help_of_transfer_states_every_flag_and_its_default(
     monkeypatch.setenv("COLUMNS", "10000")
     assert call("transfer", "--help") == 0
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
-    for field in dataclasses.fields(measurement.Config):
+    for field in dataclasses.fields(TransferConfig):
         assert "default: " in entries["--" + field.name]
     assert "(default: 784 512 512 10)" in entries["--dims"]
     assert "(default: 64 256 1024)" in entries["--batch"]

@@ -25,8 +25,10 @@ from mlp_fused import compiling
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.engine import tables
 from mlp_fused.kernels import devices, layer_tiles
-from mlp_fused.tune import tuner
-from mlp_fused.tune.tuner import PathWork, TileWork, Whole, Workload
+from mlp_fused.tune import compile_ahead, config, operands, tasks, tuner
+from mlp_fused.tune.compile_ahead import PathWork, TileWork
+from mlp_fused.tune.config import Workload
+from mlp_fused.tune.tasks import Whole
 
 pytestmark = pytest.mark.alone
 
@@ -38,21 +40,21 @@ NETWORK = Whole(Workload((16, 16, 16), 96, "bf16", "gelu"), training=True)
 def works() -> list[TileWork | PathWork]:
     """Of each product a tile, of weight gradients one that splits; and every path of a network."""
     found: list[TileWork | PathWork] = []
-    for product in (product for workload in WORKLOADS for product in tuner.products(workload)):
+    for product in (product for workload in WORKLOADS for product in tasks.products(workload)):
         tiles = layer_tiles.candidates(product.problem, H100)
         found.append(TileWork(product, next((tile for tile in tiles if tile.split > 1), tiles[0])))
     table = tables.Table(H100.name, "2026-01-31T12:00:00+00:00", tuner.versions())
-    paths = tuner.network_paths(NETWORK, H100)
+    paths = tasks.network_paths(NETWORK, H100)
     return [*found, *(PathWork(NETWORK, path) for path in paths), PathWork(NETWORK, "layer", table)]
 
 
 def launch(work: TileWork | PathWork, device: torch.device) -> None:
     """What measuring launches."""
     if isinstance(work, TileWork):
-        tuner.Operands(work.task, device).by_kernel(0, work.tile)
+        operands.Operands(work.task, device).by_kernel(0, work.tile)
         return
-    passes = tuner.Passes(work.task, device)
-    path = tuner.network_paths(work.task, H100).get(work.path)
+    passes = operands.Passes(work.task, device)
+    path = tasks.network_paths(work.task, H100).get(work.path)
     passes(functools.partial(passes.by_network, path) if path else passes.by_layers, 0)
 
 
@@ -64,7 +66,7 @@ def compile_then_launch() -> dict[str, Any]:
     from triton.runtime.driver import driver
 
     asked = {work.key: work for work in works()}
-    with Compilers(tuner.compile_ahead, H100, GPUTarget("cuda", 90, 32), 2) as compilers:
+    with Compilers(compile_ahead.compile_ahead, H100, GPUTarget("cuda", 90, 32), 2) as compilers:
         compilers.ask(asked)
         outcomes = [compilers.wait(key, 300) for key in asked]
     driver.set_active(StandIn("cuda", 90, 32, 0))
@@ -87,11 +89,11 @@ def keys() -> list[tuple[str, str]]:
     compiling.compile_only(H100, GPUTarget("cuda", 90, 32))
     JITFunction._do_compile = lambda self, key, *_: triton_keys.append(f"{self.__name__} {key}")
     found = []
-    for task in tuner.tasks(tuner.Config().workloads, H100)[::5]:
-        if isinstance(task, tuner.Product):
+    for task in tasks.list_tasks(config.Config().workloads, H100)[::5]:
+        if isinstance(task, tasks.Product):
             for tile in layer_tiles.candidates(task.problem, H100)[::4]:
                 triton_keys.clear()
-                tuner.compile_ahead(TileWork(task, tile))
+                compile_ahead.compile_ahead(TileWork(task, tile))
                 if triton_keys:  # else the kernel was met before
                     found.append((str(TileWork(task, tile).key), triton_keys[0]))
     return found

@@ -44,9 +44,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from mlp_fused import FusedLinear, FusedMLP, fuse, module
+from mlp_fused.checkpoint import load_checkpoint
+from mlp_fused.dtypes import pick_device
 from mlp_fused.kernels.launch import count_launches
+from mlp_fused.train.config import Config, build_model
 from mlp_fused.train.distributed import join
-from mlp_fused.train.loop import Config, Result, build_model, load_checkpoint, pick_device, train
+from mlp_fused.train.loop import Result, train
 
 pytestmark = pytest.mark.alone
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from mlp_fused import FusedMLP, fuse, memory
 from mlp_fused.__main__ import main
+from mlp_fused.checkpoint import load_checkpoint
 from mlp_fused.engine import layer_path
 from mlp_fused.environment import SWITCHES
 from mlp_fused.kernels import activations
 from mlp_fused.memory import Need, Room
 from mlp_fused.train import loop
-from mlp_fused.train.loop import Config, build_model, load_checkpoint, train
+from mlp_fused.train.config import Config, build_model
+from mlp_fused.train.loop import train
 
 ROOT = Path(__file__).parent.parent
 TORCHS = "CUDA out of memory. Tried to allocate 2.00 GiB."

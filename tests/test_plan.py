@@ -23,7 +23,7 @@ from mlp_fused.kernels.layer_tiles import candidates, choose, why_torch
 from mlp_fused.kernels.network import gradients_of
 from mlp_fused.kernels.tile_config import Problem
 from mlp_fused.reference import Layer
-from mlp_fused.tune import tuner
+from mlp_fused.tune import config, tasks
 
 H200 = DEVICES["NVIDIA H200"]
 
@@ -91,8 +91,8 @@ def rule_for_the_grid() -> str:
 
     Narrow networks are left out: they are one kernel.
     """
-    workloads = [w for family in tuner.GRID for w in family.workloads if max(w.widths) > 128]
-    products = dict.fromkeys(product for workload in workloads for product in tuner.products(workload))
+    workloads = [w for family in config.GRID for w in family.workloads if max(w.widths) > 128]
+    products = dict.fromkeys(product for workload in workloads for product in tasks.products(workload))
     problems = dict.fromkeys(product.problem for product in products)
     lines = []
     for device in {device.arch: device for device in DEVICES.values()}.values():  # one an architecture

@@ -18,8 +18,9 @@ import torch
 import mlp_fused
 from mlp_fused.errors import UserError
 from mlp_fused.train import predict as module
+from mlp_fused.train.config import Config
 from mlp_fused.train.data import split
-from mlp_fused.train.loop import Config, Result, train
+from mlp_fused.train.loop import Result, train
 from mlp_fused.train.predict import Predictions, load_model, predict
 
 SMALL = Config(data="data.npz", checkpoint="run.pt", hidden=(16,), epochs=12, batch_size=16, lr=0.02)

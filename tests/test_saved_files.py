@@ -29,7 +29,8 @@ from mlp_fused.engine import paths, tables
 from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.kernels.tile_config import Problem
-from mlp_fused.train.loop import Config, train
+from mlp_fused.train.config import Config
+from mlp_fused.train.loop import train
 from mlp_fused.train.predict import load_model, predict
 
 SAVED = Path(__file__).parent / "data" / "saved"

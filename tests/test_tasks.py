@@ -14,12 +14,13 @@ import torch
 from sklearn.metrics import r2_score
 from torch import nn
 
-from mlp_fused.checkpoint import load_checkpoint, load_model
+from mlp_fused.checkpoint import load_checkpoint
 from mlp_fused.errors import UserError
 from mlp_fused.train.config import Config, build_torch_model
 from mlp_fused.train.data import Data, load_data, split
 from mlp_fused.train.distributed import Processes
 from mlp_fused.train.loop import Result, evaluate, train
+from mlp_fused.train.predict import load_model
 from mlp_fused.train.tasks import Classification, Epoch, Regression, make_task, squared_errors
 
 SMALL = Config(task="regression", hidden=(16,), epochs=10, batch_size=16, lr=0.02)

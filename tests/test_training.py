@@ -24,28 +24,17 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from mlp_fused import FusedMLP, checkpoint
+from mlp_fused.checkpoint import load_checkpoint, save_checkpoint
+from mlp_fused.dtypes import pick_device
+from mlp_fused.errors import UserError
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.train import loop
+from mlp_fused.scaling import Scaling
+from mlp_fused.train import loop, tasks
+from mlp_fused.train.config import Config, build_model, build_torch_model
+from mlp_fused.train.data import load_data, split
 from mlp_fused.train.distributed import Part, Processes
-from mlp_fused.train.loop import (
-    ArrayDataset,
-    Config,
-    Scaling,
-    StepTimer,
-    UserError,
-    build_model,
-    build_torch_model,
-    evaluate,
-    load_checkpoint,
-    load_data,
-    make_loader,
-    make_optimizer,
-    pick_device,
-    save_checkpoint,
-    split,
-    train,
-    train_epoch,
-)
+from mlp_fused.train.loop import ArrayDataset, evaluate, make_loader, make_optimizer, train, train_epoch
+from mlp_fused.train.timer import StepTimer
 
 CPU = torch.device("cpu")
 ALONE = Processes(CPU)
@@ -590,7 +579,7 @@ def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(da
     saved = torch.load(path, weights_only=True)
     assert saved["format"] == checkpoint.FORMAT
     assert saved["epoch"] == 3
-    assert [loop.Epoch(**epoch) for epoch in saved["history"]] == result.history
+    assert [tasks.Epoch(**epoch) for epoch in saved["history"]] == result.history
     assert saved["config"]["hidden"] == [8]
     assert saved["config"]["lr"] == 1e-3
     assert saved["data"]["rows"] == 70

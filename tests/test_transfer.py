@@ -20,19 +20,10 @@ from torch import Tensor, nn
 from mlp_fused import DevicePrefetcher, FusedMLP, timing
 from mlp_fused.environment import DISTORTING
 from mlp_fused.timing import Link, Measured, Spread, Timed
-from mlp_fused.transfer import first_touch, measurement
+from mlp_fused.transfer import findings, first_touch, measurement
+from mlp_fused.transfer.findings import Crossing, OnCpu, OnGpu, Point, Transfer, crossing, hidden
 from mlp_fused.transfer.first_touch import FirstTouch
-from mlp_fused.transfer.measurement import (
-    Crossing,
-    OnCpu,
-    OnGpu,
-    Point,
-    Transfer,
-    crossing,
-    hidden,
-    measure,
-    measure_on,
-)
+from mlp_fused.transfer.measurement import measure, measure_on
 
 GB = 1e9
 
@@ -219,9 +210,9 @@ def test_the_choice_is_the_fastest_or_as_good_and_simpler(cpu: float, step: floa
     found = found_with(on_gpu(step=exact(step), non_waiting=exact(pinned), prefetched=exact(ahead)), cpu_ms=cpu)
     times = {"cpu": cpu, "step": step, "non_waiting": pinned, "prefetched": ahead}
     least = min(times.values())
-    assert times[found.choice] <= (1 + measurement.GAIN) * least
+    assert times[found.choice] <= (1 + findings.GAIN) * least
     simpler = list(times)[: list(times).index(found.choice)]
-    assert all(times[name] > (1 + measurement.GAIN) * least for name in simpler)
+    assert all(times[name] > (1 + findings.GAIN) * least for name in simpler)
     begins = {"cpu": "stay on the CPU", "non_waiting": "pin the batch", "prefetched": "prefetch"}
     given_advice = any(each.startswith(begins.get(found.choice, "no such")) for each in found.advice)
     assert given_advice == (found.choice in begins)
@@ -232,7 +223,7 @@ def test_the_choice_is_the_fastest_or_as_good_and_simpler(cpu: float, step: floa
     [(0.0021, "2.1 µs"), (0.5, "500 µs"), (1, "1 ms"), (12.34, "12.3 ms"), (2500, "2.5 s"), (1.25e6, "1250 s")],
 )
 def test_times_are_written_with_three_digits(ms: float, text: str) -> None:
-    assert measurement._time(ms) == text
+    assert findings._time(ms) == text
 
 
 # Measuring, simulated
@@ -665,7 +656,7 @@ matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 @pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
 def test_the_plot(tmp_path: Path, suffix: str, gpu: bool) -> None:
-    from mlp_fused.plots import draw
+    from mlp_fused.transfer.figure import draw
 
     path = tmp_path / f"plot{suffix}"
     draw(simulate(Simulated(), gpu=gpu), path)
@@ -679,7 +670,7 @@ def test_the_plot(tmp_path: Path, suffix: str, gpu: bool) -> None:
 def test_the_plot_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from mlp_fused.plots import draw
+    from mlp_fused.transfer.figure import draw
 
     figures: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: figures.append(figure))
@@ -705,7 +696,7 @@ def test_the_plot_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.mark.parametrize("points", [slice(1, 4), slice(1, 3), slice(3, 4)], ids=["64-to-1024", "64-to-256", "1024"])
 @pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
 def test_both_axes_of_the_plot_have_three_labels_or_more(points: slice, gpu: bool) -> None:
-    from mlp_fused.plots import step_figure
+    from mlp_fused.transfer.figure import step_figure
 
     found = simulate(Simulated(), gpu=gpu)
     figure = step_figure(dataclasses.replace(found, points=found.points[points]))
@@ -719,7 +710,7 @@ def test_both_axes_of_the_plot_have_three_labels_or_more(points: slice, gpu: boo
 
 @matplotlib
 def test_a_plot_that_fails_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mlp_fused.plots import draw
+    from mlp_fused.transfer.figure import draw
 
     def fail(path: Path, content: bytes) -> None:
         path.write_text("half")

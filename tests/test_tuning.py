@@ -18,12 +18,14 @@ from mlp_fused import environment, timing
 from mlp_fused.compiling import Compilers, NotYetError
 from mlp_fused.engine import network_path, paths, tables
 from mlp_fused.environment import DISTORTING
+from mlp_fused.errors import UserError
 from mlp_fused.kernels import devices, layer_tiles
 from mlp_fused.kernels.devices import DEVICES, INTERPRETED_DEVICE
 from mlp_fused.kernels.tile_config import TileConfig
-from mlp_fused.train.loop import UserError
-from mlp_fused.tune import tuner
-from mlp_fused.tune.tuner import ANCHORS, GRID, Config, Product, Whole, Workload, products, tasks, tune
+from mlp_fused.tune import compile_ahead, operands, tasks, tuner
+from mlp_fused.tune.config import ANCHORS, GRID, Config, Workload
+from mlp_fused.tune.tasks import Product, Whole, list_tasks, products
+from mlp_fused.tune.tuner import tune
 
 CPU = torch.device("cpu")
 SLOW, FAST, BROKEN, WRONG = (TileConfig(16, 16, 16, group_m=1, num_warps=warps) for warps in (1, 2, 4, 8))
@@ -63,19 +65,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that sees which way is taken; two tiles for every product, and no whole networks."""
     clock = Clock()
     for kind in tables.KINDS:
-        monkeypatch.setitem(tuner.BY_TORCH, kind, clock.watch("torch", tuner.BY_TORCH[kind]))
-        monkeypatch.setitem(tuner.BY_KERNEL, kind, clock.watch("tile", tuner.BY_KERNEL[kind]))
+        monkeypatch.setitem(operands.BY_TORCH, kind, clock.watch("torch", operands.BY_TORCH[kind]))
+        monkeypatch.setitem(operands.BY_KERNEL, kind, clock.watch("tile", operands.BY_KERNEL[kind]))
     for path, name in (("by_torch", "torch"), ("by_layers", "layer")):
-        monkeypatch.setattr(tuner.Passes, path, clock.watch(name, getattr(tuner.Passes, path)))
-    by_network = tuner.Passes.by_network
+        monkeypatch.setattr(operands.Passes, path, clock.watch(name, getattr(operands.Passes, path)))
+    by_network = operands.Passes.by_network
 
-    def watched(self: tuner.Passes, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+    def watched(self: operands.Passes, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
         clock.ran.append(path.formulation or "network")
         return by_network(self, path, x)
 
-    monkeypatch.setattr(tuner.Passes, "by_network", watched)
+    monkeypatch.setattr(operands.Passes, "by_network", watched)
     monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (SLOW, FAST))
-    monkeypatch.setattr(tuner, "_network_plan", lambda *arguments: "only products are tested")
+    monkeypatch.setattr(tasks, "network_plan", lambda *arguments: "only products are tested")
     return clock
 
 
@@ -124,13 +126,13 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (BROKEN, WRONG, SLOW))
     for kind in tables.KINDS:
 
-        def by_kernel(*arguments: Any, original: Callable[..., None] = tuner.BY_KERNEL[kind]) -> None:
+        def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[kind]) -> None:
             if arguments[-1] == BROKEN:
                 raise RuntimeError("out of resource: shared memory.\nand more")
             if arguments[-1] != WRONG:  # which writes nothing
                 original(*arguments)
 
-        monkeypatch.setitem(tuner.BY_KERNEL, kind, by_kernel)
+        monkeypatch.setitem(operands.BY_KERNEL, kind, by_kernel)
     table, said = run(clock)
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert BROKEN not in clock.timed
@@ -169,10 +171,10 @@ def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
         return wrapped
 
     for kind in tables.KINDS:
-        by_torch = off(kind, tuner.BY_TORCH[kind], lambda result, _: result.dtype.itemsize == 2)
-        by_kernel = off(kind, tuner.BY_KERNEL[kind], lambda _, tile: tile == WRONG)
-        monkeypatch.setitem(tuner.BY_TORCH, kind, by_torch)
-        monkeypatch.setitem(tuner.BY_KERNEL, kind, by_kernel)
+        by_torch = off(kind, operands.BY_TORCH[kind], lambda result, _: result.dtype.itemsize == 2)
+        by_kernel = off(kind, operands.BY_KERNEL[kind], lambda _, tile: tile == WRONG)
+        monkeypatch.setitem(operands.BY_TORCH, kind, by_torch)
+        monkeypatch.setitem(operands.BY_KERNEL, kind, by_kernel)
     clock.seconds |= {WRONG: 1e-4}
     monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (WRONG, SLOW, FAST))
     table, said = run(clock, dataclasses.replace(DIMS, dtype=(dtype,), activation=activation))
@@ -258,7 +260,7 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
     first, second = tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
     broken = False
 
-    def by_kernel(*arguments: Any, original: Callable[..., None] = tuner.BY_KERNEL[second.kind]) -> None:
+    def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[second.kind]) -> None:
         nonlocal broken
         if at == "a checked call" and len(clock.timed) == 5 and arguments[-1] == FAST:
             broken = True
@@ -274,7 +276,7 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
             raise RuntimeError(f"{ILLEGAL}\nmore")
         return clock(call)
 
-    monkeypatch.setitem(tuner.BY_KERNEL, second.kind, by_kernel)
+    monkeypatch.setitem(operands.BY_KERNEL, second.kind, by_kernel)
     monkeypatch.setattr(tuner, "_synchronize", synchronize)
     tile = SLOW if at == "a timed call" else FAST
     with pytest.raises(UserError) as raised:
@@ -288,7 +290,7 @@ def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path, m
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tuner, "_random", full)
+    monkeypatch.setattr(operands, "_random", full)
     _, said = run(clock)
     assert said.count("was left out: it does not fit in the GPU's memory") == PRODUCTS
     assert said.endswith(f"nothing was measured; {path()} is as it was")
@@ -412,8 +414,8 @@ def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, mea
 
 
 def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner, "_network_plan", NETWORK_PLAN)
-    monkeypatch.setattr(tuner, "products", lambda workload: [])
+    monkeypatch.setattr(tasks, "network_plan", NETWORK_PLAN)
+    monkeypatch.setattr(tasks, "products", lambda workload: [])
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",))
     for fastest in ("torch", "layer", "recompute", "stored"):
         clock.seconds = {fastest: 1e-3, "network": 2e-3}
@@ -434,25 +436,25 @@ def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.
     assert "training 16-16-16, relu, 8 rows, bfloat16" in said
 
 
-NETWORK_PLAN = tuner._network_plan
+NETWORK_PLAN = tasks.network_plan
 
 
 def test_networks_are_measured_with_the_tiles_just_found(
     clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the file that they go to: what the path of layers runs with, and what holds after it."""
-    monkeypatch.setattr(tuner, "_network_plan", NETWORK_PLAN)
+    monkeypatch.setattr(tasks, "network_plan", NETWORK_PLAN)
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
-    by_layers, seen = tuner.Passes.by_layers, []
+    by_layers, seen = operands.Passes.by_layers, []
 
-    def watched(self: tuner.Passes, x: torch.Tensor) -> torch.Tensor:
+    def watched(self: operands.Passes, x: torch.Tensor) -> torch.Tensor:
         seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in products_of(config))
         return by_layers(self, x)
 
     def products_of(config: Config) -> list[tables.Gemm]:
         return [tables.Gemm(*each.key, None, None, 1.0) for each in products(config.workloads[0])]
 
-    monkeypatch.setattr(tuner.Passes, "by_layers", watched)
+    monkeypatch.setattr(operands.Passes, "by_layers", watched)
     table, _ = run(clock, config)
     assert [row.tile for row in table.gemms] == [FAST] * 3
     assert len(table.networks) == 2
@@ -462,9 +464,9 @@ def test_networks_are_measured_with_the_tiles_just_found(
 
 
 def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner, "_network_plan", NETWORK_PLAN)
-    monkeypatch.setattr(tuner, "products", lambda workload: [])
-    monkeypatch.setattr(tuner.Passes, "by_network", lambda self, path, x: self.by_torch(x) * 1.5)
+    monkeypatch.setattr(tasks, "network_plan", NETWORK_PLAN)
+    monkeypatch.setattr(tasks, "products", lambda workload: [])
+    monkeypatch.setattr(operands.Passes, "by_network", lambda self, path, x: self.by_torch(x) * 1.5)
     table, said = run(clock, Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",)))
     assert [set(row.ms) for row in table.networks] == [{"torch", "layer"}] * 2
     assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result is not torch's" in said
@@ -477,7 +479,7 @@ class FewCompilers(Compilers):
     """Compiles in no time, but for what it is told."""
 
     def __init__(self, outcomes: dict[TileConfig | str, str | type[Exception] | None]) -> None:
-        super().__init__(tuner.compile_ahead, INTERPRETED_DEVICE, None, 0)
+        super().__init__(compile_ahead.compile_ahead, INTERPRETED_DEVICE, None, 0)
         self.told = outcomes
         self.asked: dict[Any, Any] = {}
 
@@ -486,7 +488,7 @@ class FewCompilers(Compilers):
 
     def wait(self, key: Any, seconds: float) -> str | None:
         work = self.asked[key]
-        outcome = self.told.get(work.tile if isinstance(work, tuner.TileWork) else work.path)
+        outcome = self.told.get(work.tile if isinstance(work, compile_ahead.TileWork) else work.path)
         if outcome is NotYetError:
             raise NotYetError
         return outcome  # type: ignore[return-value]
@@ -535,7 +537,7 @@ class Model(Compilers):
     READING = 0.12  # seconds of a reading, and of making and checking what is read
 
     def __init__(self) -> None:
-        super().__init__(tuner.compile_ahead, DEVICES["NVIDIA H200"], None, 0)
+        super().__init__(compile_ahead.compile_ahead, DEVICES["NVIDIA H200"], None, 0)
         self.now = 0.0
         self.free = [self.BOOT] * 14
         self.queue: dict[Any, Any] = {}
@@ -553,7 +555,7 @@ class Model(Compilers):
 
     def begin(self, key: Any) -> None:
         work = self.queue.pop(key)
-        seconds = self.TILE if isinstance(work, tuner.TileWork) else self.LAYER if work.table else self.PATH
+        seconds = self.TILE if isinstance(work, compile_ahead.TileWork) else self.LAYER if work.table else self.PATH
         self.free.sort()
         self.done[key] = self.free[0] = max(self.free[0], self.now - seconds) + seconds
 
@@ -605,13 +607,13 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
             counts[self.key] = counts.get(self.key, 0) + 1
             return [torch.ones(1)]
 
-    monkeypatch.setattr(tuner, "Operands", NoOperands)
-    monkeypatch.setattr(tuner, "Passes", NoPasses)
+    monkeypatch.setattr(operands, "Operands", NoOperands)
+    monkeypatch.setattr(operands, "Passes", NoPasses)
     model, device = Model(), DEVICES["NVIDIA H200"]
     monkeypatch.setattr(devices, "describe", lambda *_: device)
     empty = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
     fast = tuner.Tuner(CPU, model.read, lambda: model.now, model, empty, empty)
-    asked = tasks(Config().workloads, device)
+    asked = list_tasks(Config().workloads, device)
     fast.measure(asked, seconds)
     assert model.now < seconds + Model.PATH
     parts: dict[str, list[tuple[int, float]]] = {}
@@ -686,22 +688,24 @@ def test_rows_that_descriptors_cannot_describe() -> None:
 
 def test_the_order_new_problems_anchors_then_by_part_of_the_flops() -> None:
     workloads = [Workload((8, 8, 600), 64, "fp32"), ANCHORS[0]]
-    order = tasks(workloads, INTERPRETED_DEVICE)
+    order = list_tasks(workloads, INTERPRETED_DEVICE)
     anchors = {product.key for product in products(ANCHORS[0])}
     assert {task.key for task in order[: len(anchors)]} == anchors
     for part in (order[: len(anchors)], order[len(anchors) :]):
         shares = [task.share for task in part]
         assert shares == sorted(shares, reverse=True)
     known = [order[0].key, order[3].key]
-    again = tasks(workloads, INTERPRETED_DEVICE, known)
+    again = list_tasks(workloads, INTERPRETED_DEVICE, known)
     assert [task.key for task in again[-2:]] == known
     assert sorted(map(str, again)) == sorted(map(str, order))
 
 
 def test_narrow_networks_are_measured_as_a_whole_too() -> None:
-    wholes = [task for task in tasks([Workload((16,) * 4, 64, "bf16")], DEVICES["NVIDIA H200"]) if type(task) is Whole]
+    wholes = [
+        task for task in list_tasks([Workload((16,) * 4, 64, "bf16")], DEVICES["NVIDIA H200"]) if type(task) is Whole
+    ]
     assert [task.training for task in wholes] == [True, False]
-    wide = tasks([Workload((784, 512, 10), 64, "bf16")], DEVICES["NVIDIA H200"])
+    wide = list_tasks([Workload((784, 512, 10), 64, "bf16")], DEVICES["NVIDIA H200"])
     assert {type(task) for task in wide} == {Product}
 
 
@@ -758,16 +762,16 @@ def test_operands_come_from_more_memory_than_the_cache_holds(monkeypatch: pytest
         L2_cache_size = 1000
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert [tuner._sets(torch.device("cuda"), nbytes) for nbytes in (100, 1999, 2000, 10**6)] == [20, 2, 1, 1]
-    assert tuner._sets(torch.device("cuda"), 1) == tuner.MOST_SETS
-    assert tuner._sets(CPU, 1) == 1
-    monkeypatch.setattr(tuner, "_sets", lambda device, nbytes: 3)
-    operands = tuner.Operands(products(Workload((33, 7), 5, "bf16"))[0], CPU)
-    addresses = {tensor.data_ptr() for each in operands.sets for tensor in each if tensor is not None}
+    assert [operands._sets(torch.device("cuda"), nbytes) for nbytes in (100, 1999, 2000, 10**6)] == [20, 2, 1, 1]
+    assert operands._sets(torch.device("cuda"), 1) == operands.MOST_SETS
+    assert operands._sets(CPU, 1) == 1
+    monkeypatch.setattr(operands, "_sets", lambda device, nbytes: 3)
+    product = operands.Operands(products(Workload((33, 7), 5, "bf16"))[0], CPU)
+    addresses = {tensor.data_ptr() for each in product.sets for tensor in each if tensor is not None}
     assert len(addresses) == 3 * 4
     assert all((address - min(addresses)) % 16 == 0 for address in addresses)
     seen: list[int] = []
-    turn = operands.turns(seen.append)
+    turn = product.turns(seen.append)
     for _ in range(5):
         turn()
     assert seen == [0, 1, 2, 0, 1]

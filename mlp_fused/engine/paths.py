@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -206,8 +207,17 @@ def forget_tables() -> None:
     A model that has run already goes on as it did, until something else about its calls changes.
     """
     tables.forget()
-    _has_measured_networks.cache_clear()
-    network_path.cache_clear()
+    for cache in (_has_measured_networks, network_path, layer_path):
+        cache.cache_clear()
+
+
+@contextlib.contextmanager
+def decided_by(table: tables.Table) -> Iterator[None]:
+    """Within the block, decide by a table before those on disk."""
+    with tables.asked_first(table):
+        forget_tables()
+        yield
+    forget_tables()
 
 
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:

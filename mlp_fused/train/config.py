@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 
+from ..checkpoint import build_network
 from ..dtypes import DtypeName
-from ..engine import settings
-from ..errors import UserError, first_line, listed
-from ..module import FusedMLP
+from ..engine.settings import Backend
+from ..errors import UserError, first_line
+from ..flags import DEVICE_HELP, check_choices, flag, option, shown
+from ..kernels.activations import ACTIVATIONS
 from .data import TaskName
 
 __all__ = [
@@ -24,8 +26,6 @@ __all__ = [
     "OptimizerName",
     "build_model",
     "build_torch_model",
-    "flag",
-    "shown",
 ]
 
 OptimizerName = Literal["adam", "sgd"]
@@ -35,56 +35,84 @@ MOMENTUM = 0.9  # SGD's
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of `mlp-fused train`: one field for each of its flags, with the flags' defaults.
+    """The settings of `mlp-fused train`: each field is a flag, and its help says what it does.
 
-    Attributes:
-        data: an npz file with arrays x and y; None for scikit-learn's handwritten digits.
-        task: "classification": y holds classes; "regression": y holds numbers, trained with a squared error.
-        hidden: widths of the hidden layers; without any the network is linear.
-        activation: a name from `mlp_fused.ACTIVATIONS`.
-        dropout: probability of dropping an activation of a hidden layer.
-        backend: what computes the network, "auto", "triton" or "reference".
-        optimizer: "adam", or "sgd" with momentum 0.9.
-        lr: learning rate; None for `LEARNING_RATES[optimizer]`.
-        epochs: passes over the training rows, in all (those before a resumption included).
-        batch_size: rows per step, of all processes together.
-        dtype: "fp32"; or the 16-bit type of autocast, "bf16" or "fp16" (which scales the loss).
-        validation_fraction: the part of the rows that is kept for validation.
-        seed: of the split, the initial parameters, the shuffling and dropout.
-        device: a torch device; "auto" for a CUDA GPU where there is one, else the CPU. Of several processes on GPUs,
-            each has one of its own.
-        workers: processes that load batches; None for 2 with a GPU and 0 (in this process) without.
-        checkpoint: a file to write after each epoch; None for no file.
-        resume: carry on from `checkpoint`.
+    `hidden` are the widths of the hidden layers; without any the network is linear. `lr` None is
+    `LEARNING_RATES[optimizer]`. `epochs` counts all passes, those before a resumption included.
 
     Raises:
         UserError: a value that cannot be used.
     """
 
-    data: str | None = None
-    task: TaskName = "classification"
-    hidden: tuple[int, ...] = (512, 512)
-    activation: str = "gelu"
-    dropout: float = 0.0
-    backend: settings.Backend = "auto"
-    optimizer: OptimizerName = "adam"
-    lr: float | None = None
-    epochs: int = 15
-    batch_size: int = 64
-    dtype: DtypeName = "fp32"
-    validation_fraction: float = 0.2
-    seed: int = 0
-    device: str = "auto"
-    workers: int | None = None
-    checkpoint: str | None = None
-    resume: bool = False
+    data: str | None = option(
+        None,
+        metavar="FILE.npz",
+        group="data",
+        help="arrays x (N, ...), any numeric dtype, not scaled, and y (N,), whole numbers from 0 or names of classes; "
+        "for a regression y (N,) or (N, k), numbers (default: scikit-learn's 1797 handwritten digits)",
+    )
+    task: TaskName = option(
+        "classification",
+        group="data",
+        help="classification learns the classes y; regression the numbers y, by a squared error, scaled by their "
+        "standard deviation in training and back in predictions (default: {default})",
+    )
+    validation_fraction: float = option(
+        0.2, metavar="PART", group="data", help="rows kept for validation (default: {default})"
+    )
+    batch_size: int = option(
+        64,
+        metavar="N",
+        group="data",
+        help="rows per step, of all processes together under torchrun (default: {default})",
+    )
+    workers: int | None = option(
+        None, metavar="N", group="data", help="processes that load batches (default: 2 with a GPU, 0 without)"
+    )
+    hidden: tuple[int, ...] = option(
+        (512, 512),
+        metavar="WIDTH",
+        group="network",
+        may_be_empty=True,
+        help="widths of the hidden layers (default: {default})",
+    )
+    activation: str = option(
+        "gelu", metavar="NAME", group="network", help=f"{{default}} by default; one of: {', '.join(ACTIVATIONS)}"
+    )
+    dropout: float = option(0.0, metavar="P", group="network", help="after each hidden layer (default: {default})")
+    backend: Backend = option("auto", group="network", help="what computes it (default: {default})")
+    epochs: int = option(15, metavar="N", group="training", help="passes over the data, in all (default: {default})")
+    optimizer: OptimizerName = option(
+        "adam", group="training", help=f"sgd has momentum {MOMENTUM}; fused on a GPU (default: {{default}})"
+    )
+    lr: float | None = option(
+        None,
+        metavar="RATE",
+        group="training",
+        help=f"learning rate (default: {', '.join(f'{rate} for {name}' for name, rate in LEARNING_RATES.items())})",
+    )
+    dtype: DtypeName = option(
+        "fp32",
+        group="training",
+        help="bf16, fp16: mixed precision by autocast; fp16 needs a GPU (default: {default})",
+    )
+    device: str = option("auto", group="training", help=DEVICE_HELP)
+    seed: int = option(
+        0, metavar="N", group="training", help="of split, parameters, shuffling and dropout (default: {default})"
+    )
+    checkpoint: str | None = option(
+        None, metavar="FILE", group="checkpoint", help="written after each epoch (default: none is written)"
+    )
+    resume: bool = option(
+        False,
+        group="checkpoint",
+        help="carry on from --checkpoint, with the flags that it was begun with; --epochs, --device, --backend and "
+        "--workers may differ (default: begin anew)",
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        choices = {"task": TaskName, "optimizer": OptimizerName, "dtype": DtypeName, "backend": settings.Backend}
-        for name, names in choices.items():
-            if getattr(self, name) not in get_args(names):
-                raise UserError(f"--{name} is {getattr(self, name)}; it needs to be one of {listed(get_args(names))}")
+        check_choices(self)
         checks = (
             ("hidden", all(width >= 1 for width in self.hidden), "widths of 1 or more"),
             ("dropout", 0 <= self.dropout <= 1, "a probability, from 0 to 1"),
@@ -114,16 +142,6 @@ Build = Callable[[int, int, Config], nn.Module]  # features, outputs, configurat
 MAY_CHANGE = {"data", "epochs", "device", "backend", "workers", "checkpoint", "resume"}
 
 
-def flag(name: str) -> str:
-    """The flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def shown(value: object) -> str:
-    """A value as it would be typed."""
-    return " ".join(map(str, value)) or "empty" if isinstance(value, list | tuple) else str(value)
-
-
 def build_model(features: int, outputs: int, config: Config) -> nn.Module:
     """The network: x (M, features) -> (M, outputs).
 
@@ -131,19 +149,11 @@ def build_model(features: int, outputs: int, config: Config) -> nn.Module:
         UserError: an unknown activation; a network that memory does not hold.
     """
     try:
-        model = FusedMLP(
-            features,
-            [*config.hidden, outputs],
-            activation_layer=config.activation,
-            dropout=config.dropout,
-            backend=config.backend,
-        )
+        return build_network(features, outputs, vars(config))
     except (TypeError, ValueError) as error:
         raise UserError(str(error).replace("activation_layer is", "--activation is")) from None
     except RuntimeError as error:
         raise UserError(f"--hidden {shown(config.hidden)} makes no network here: {first_line(error)}") from None
-    del model[-1]  # the Dropout that torchvision's order puts after the last Linear: dropped outputs would be zeros
-    return model
 
 
 def build_torch_model(features: int, outputs: int, config: Config) -> nn.Module:

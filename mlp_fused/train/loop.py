@@ -7,16 +7,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +28,23 @@ from ..engine import settings
 from ..environment import distorted
 from ..errors import UserError, count, first_line
 from ..module import FusedMLP
-from ..prefetch import CopyTimer, DevicePrefetcher
+from ..prefetch import DevicePrefetcher
+from ..progress import progress
 from ..scaling import Scaling, column_remarks, whole
 from .config import (
     LEARNING_RATES,
-    MAY_CHANGE,
     MOMENTUM,
     Build,
     Config,
     OptimizerName,
     build_model,
     build_torch_model,
-    flag,
-    shown,
 )
 from .data import Data, load_data, split, to_features, to_labels
 from .distributed import Part, Processes, join
+from .state import State, check_same_data, check_same_run, run_settings
 from .tasks import Epoch, correct, make_task
+from .timer import StepTimer
 
 __all__ = [
     "DTYPES",
@@ -59,7 +58,6 @@ __all__ = [
     "OptimizerName",
     "Result",
     "Scaling",
-    "StepTimer",
     "UserError",
     "about_times",
     "build_model",
@@ -71,7 +69,6 @@ __all__ = [
     "make_loader",
     "make_optimizer",
     "pick_device",
-    "progress",
     "save_checkpoint",
     "split",
     "to_features",
@@ -80,7 +77,6 @@ __all__ = [
     "train_epoch",
 ]
 
-Item = TypeVar("Item")
 Batches = Iterable[Sequence[Tensor]]
 
 SCALED = (
@@ -161,130 +157,6 @@ def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.devic
     if wanted == "triton" and taken.path == "reference":
         raise UserError(f"the backend is triton, but {taken.reason}")
     return f"the {taken.path} path ({taken.reason})"
-
-
-class StepTimer:
-    """Where the time of training steps goes: milliseconds by phase.
-
-    Each `mark(phase)` ends a phase that began at the mark before it, or at `start()`. On the CPU marks are read off the
-    host's clock. On a GPU they are events in its stream, which the host does not wait for: they are read once an epoch,
-    by `read()`. "loading" is then the time in which the device stood waiting for its next batch, "copy" that in which
-    it waited for the copy of one that was loaded, as `copies` has timed it: what hides behind its work costs nothing.
-    """
-
-    PHASES = ("loading", "copy", "forward", "backward", "optimizer")
-    MOST_PENDING = 10_000  # marks; beyond, they are read in mid-epoch: one wait in 2000 steps
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pending: list[tuple[str, Any]] = []
-        self.copies = None if device.type == "cpu" else CopyTimer()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was timed."""
-        self.steps = 0
-        self._pending.clear()
-        self._milliseconds = dict.fromkeys(self.PHASES, 0.0)
-        if self.copies is not None:
-            self.copies.reset()
-
-    def start(self) -> None:
-        """The next phase begins now."""
-        self.read()
-        self._pending = [("start", self._now())]
-
-    def mark(self, phase: str) -> None:
-        """The phase ends now, and the next one begins. "optimizer" is a step's last."""
-        self._pending.append((phase, self._now()))
-        self.steps += phase == self.PHASES[-1]
-        if len(self._pending) >= self.MOST_PENDING:
-            self.read()
-
-    def read(self) -> None:
-        """Add up the phases marked so far, waiting for the device to reach the last mark."""
-        if self._device.type != "cpu" and self._pending:
-            self._pending[-1][1].synchronize()
-        for (_, begin), (phase, end) in zip(self._pending, self._pending[1:]):
-            self._milliseconds[phase] += (end - begin) * 1e3 if self._device.type == "cpu" else begin.elapsed_time(end)
-        del self._pending[:-1]
-        if self.copies is not None:
-            self.copies.read()
-
-    def _now(self) -> Any:
-        if self._device.type == "cpu":
-            return time.perf_counter()
-        event = torch.get_device_module(self._device).Event(enable_timing=True)
-        event.record()
-        return event
-
-    @property
-    def milliseconds(self) -> dict[str, float]:
-        """Mean milliseconds per step, by phase."""
-        return {phase: total / max(1, self.steps) for phase, total in self._totals.items()}
-
-    @property
-    def percent(self) -> dict[str, float]:
-        """Each phase's part of the sum of all."""
-        whole = sum(self._totals.values())
-        return {phase: 100 * total / whole if whole else 0.0 for phase, total in self._totals.items()}
-
-    @property
-    def _totals(self) -> dict[str, float]:
-        """Milliseconds by phase; the wait for a copy, which is within the loading that was marked, apart."""
-        totals = dict(self._milliseconds)
-        if self.copies is not None:
-            waited = min(totals["loading"], self.copies.waited_ms * self.copies.batches)
-            totals["loading"] -= waited
-            totals["copy"] += waited
-        return totals
-
-    def __str__(self) -> str:
-        rows = [(phase, self.milliseconds[phase], self.percent[phase]) for phase in self.PHASES]
-        rows.append(("sum", sum(self.milliseconds.values()), sum(self.percent.values())))
-        lines = [f"{'':<10}{'ms/step':>10}{'percent':>9}"]
-        lines += [f"{phase:<10}{milliseconds:>10.3f}{percent:>9.1f}" for phase, milliseconds, percent in rows]
-        if self.copies is not None and self.copies.batches:
-            lines.append(
-                f"a batch's copy takes {self.copies.copy_ms:.3f} ms on a stream of its own: "
-                f"{self.copies.hidden:.0%} of it were hidden"
-            )
-        return "\n".join(lines)
-
-
-def _check_same_run(checkpoint: dict[str, Any], config: Config) -> None:
-    """Refuse to carry on with another network, another task, or another course of training."""
-    told, needed = _settings(config), checkpoint["config"]
-    differences = [
-        f"{flag(name)} is {shown(value)}, it needs {shown(needed.get(name))}"
-        for name, value in told.items()
-        if name not in MAY_CHANGE and value != needed.get(name)
-    ]
-    if differences:
-        raise UserError(f"{config.checkpoint} is the checkpoint of another run: {'; '.join(differences)}")
-
-
-def _check_same_data(checkpoint: dict[str, Any], config: Config, data: Data) -> None:
-    """Refuse to carry on with other data."""
-    now = data.description_of_format_1 if checkpoint["format"] == 1 else data.description
-    then = checkpoint["data"]
-    if now != then:
-        same_sizes = data.sizes == {name: then.get(name) for name in data.sizes}
-        raise UserError(
-            f"{config.checkpoint} is the checkpoint of another run: --data has {_sizes(now)}, it needs {_sizes(then)}"
-            + " of other values" * same_sizes
-        )
-
-
-def _sizes(description: Mapping[str, Any]) -> str:
-    nouns = {"rows": "row", "features": "feature", "classes": "class", "targets": "target"}
-    sizes = ((description[name], name, noun) for name, noun in nouns.items() if name in description)
-    return ", ".join(f"{size} {noun if size == 1 else name}" for size, name, noun in sizes)
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The configuration in types that weights_only reads, the learning rate filled in."""
-    return {**dataclasses.asdict(config), "hidden": list(config.hidden), "lr": config.learning_rate}
 
 
 @dataclass(frozen=True)
@@ -445,7 +317,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
         torch.manual_seed(config.seed + processes.rank)  # Dropout drops otherwise in every process
     optimizer = make_optimizer(network, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
-    state = _State(model, optimizer, scaler, order, processes)
+    state = State(model, optimizer, scaler, order, processes)
     timer = StepTimer(device)
     rows = -(-min(config.batch_size, len(training)) // processes.count)
     path_taken = _path_taken(network, rows, config, device)
@@ -501,7 +373,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
                     checkpoint = state.checkpoint()
                     if is_first:
                         what = {"format": FORMAT, "rounded": scaling.rounding is not None, "data": data.description}
-                        save_checkpoint(path, {**what, "config": _settings(config), **checkpoint})
+                        save_checkpoint(path, {**what, "config": run_settings(config), **checkpoint})
                     processes.wait()
                     saved = epoch
                 report(
@@ -533,12 +405,12 @@ def _read(path: Path | None, config: Config, is_first: bool) -> tuple[Data, dict
     """The data, and the checkpoint of this same run if it is to be carried on."""
     resumed = load_checkpoint(path) if path and config.resume else None
     if resumed:
-        _check_same_run(resumed, config)
+        check_same_run(resumed, config)
     if path and is_first:
         check_checkpoint(path)
     data = load_data(config.data, config.task)
     if resumed:
-        _check_same_data(resumed, config, data)
+        check_same_data(resumed, config, data)
     return data, resumed
 
 
@@ -563,15 +435,6 @@ def _describe_steps(timer: StepTimer, warm: bool) -> str:
     return f"\nwhere a step's time went (mean of {count(timer.steps, 'step')}, {about}):\n{timer}\n"
 
 
-def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
-    """The items, with a progress bar where there is a terminal to draw it on, and tqdm to draw it."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc=description, leave=False, disable=None)  # None: where stderr is no terminal
-
-
 def about_times(device: torch.device) -> str | None:
     """What to say of times that were taken under a switch that distorts them."""
     reason = distorted(device.type)
@@ -591,53 +454,3 @@ def _where_stopped(path: Path | None, saved: int) -> str:
     if not saved:
         return f"stopped before the end of the first epoch; nothing was written to {path}"
     return f"stopped; {path} is the last checkpoint, after epoch {saved}: the same command with --resume carries on"
-
-
-@dataclass
-class _State:
-    """All that the next epoch depends on, data and configuration apart. The loop draws no other random numbers."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    order: torch.Generator
-    processes: Processes
-    history: list[Epoch] = field(default_factory=list)
-
-    def checkpoint(self) -> dict[str, Any]:
-        device = self.processes.device
-        random = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        }
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": len(self.history),
-            "random": {"order": self.order.get_state(), "processes": self.processes.gather(random)},
-            "history": [dataclasses.asdict(epoch) for epoch in self.history],
-        }
-
-    def restore(self, checkpoint: dict[str, Any], path: Path | None) -> None:
-        """Put everything back as `checkpoint()` found it; a process that was not there then keeps the seed it has.
-
-        Raises:
-            UserError: the checkpoint is of another network, or damaged.
-        """
-        device = self.processes.device
-        on_gpu = device.type == "cuda"
-        try:
-            self.model.load_state_dict(checkpoint["model"])
-            for group in checkpoint["optimizer"]["param_groups"]:
-                group["fused"] = on_gpu  # the device may be another one now
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            for random in checkpoint["random"]["processes"][self.processes.rank :][:1]:
-                torch.set_rng_state(random["torch"])
-                if on_gpu and random["cuda"] is not None:
-                    torch.cuda.set_rng_state(random["cuda"], device)
-            self.order.set_state(checkpoint["random"]["order"])
-            self.history = [Epoch(**epoch) for epoch in checkpoint["history"]]
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit this network: {first_line(error)}") from None

@@ -14,12 +14,15 @@ from typing import IO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..checkpoint import load_checkpoint, load_model, make_model
+from ..checkpoint import load_checkpoint, make_model
 from ..dtypes import autocast, pick_device
 from ..errors import UserError, count, first_line
 from ..files import check_writable, write_whole
+from ..flags import DEVICE_HELP, option
+from .config import Build, build_model
+from .config import Config as Training
 from .data import load_features, to_features
 
 __all__ = ["Config", "Predictions", "load_model", "predict", "run"]
@@ -29,22 +32,23 @@ ROWS = 4096  # that go through the network at once
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of `mlp-fused predict`: one field for each of its flags.
-
-    Attributes:
-        checkpoint: a file that `mlp-fused train` wrote.
-        data: an npz file with an array x of features like those that were trained on, not scaled.
-        out: the file to write, .npz or .csv.
-        device: a torch device; "auto" for a CUDA GPU where there is one, else the CPU.
+    """The settings of `mlp-fused predict`: each field is a flag, and its help says what it does.
 
     Raises:
         UserError: a value that cannot be used.
     """
 
-    checkpoint: str
-    data: str
-    out: str
-    device: str = "auto"
+    checkpoint: str = option(metavar="FILE", help="what mlp-fused train --checkpoint wrote (no default)")
+    data: str = option(
+        metavar="FILE.npz",
+        help="array x (N, ...) of features as in the training's file, not scaled: the model does that (no default)",
+    )
+    out: str = option(
+        metavar="FILE",
+        help="FILE.npz with arrays labels, probabilities and classes, for a regression values; or FILE.csv with the "
+        "same in columns (no default)",
+    )
+    device: str = option("auto", help=DEVICE_HELP)
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".npz", ".csv"):
@@ -151,3 +155,21 @@ def _write_csv(file: IO[bytes], predictions: Predictions) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     csv.writer(text).writerows(predictions.rows())
     text.detach()  # flushes, and leaves the file open
+
+
+def load_model(path: str | Path, build: Build = build_model) -> nn.Sequential:
+    """The trained model of a checkpoint, on the CPU and in eval mode: `nn.Sequential(scaling, network)`.
+
+    It takes features as they are in the data's file, (M, features) of any dtype, and gives logits (M, classes). A
+    regression's has a last module `unscaling`, and gives values (M, k) in the targets' units, in float64.
+
+    Args:
+        path: what `--checkpoint` was.
+        build: (features, outputs, config) -> the network; what `train` was given.
+
+    Raises:
+        UserError: there is no such file, it is not one of ours, or the network is not the one that was trained.
+    """
+    return make_model(
+        path, load_checkpoint(path), lambda features, outputs, told: build(features, outputs, Training(**told))
+    )

@@ -23,368 +23,37 @@ import math
 import statistics
 import tempfile
 import time as times
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..compiling import Compilers, NotYetError, count_workers
-from ..engine import network_path, paths, tables
-from ..engine.layer_path import layer_path
-from ..engine.network_path import run_network
-from ..engine.paths import find_layers
-from ..engine.recognize import resolve
-from ..engine.schedule import run_layers
-from ..engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
+from ..engine import paths, tables
 from ..environment import distorted, versions
+from ..errors import UserError, first_line
 from ..kernels import devices, layer_tiles, tile_config
-from ..kernels.activation import Activation
-from ..kernels.activations import ACTIVATIONS
 from ..kernels.language import driver
-from ..kernels.layer_backward import dgrad, wgrad
-from ..kernels.layer_forward import layer_forward
-from ..reference import Layer
+from ..progress import progress
 from ..timing import Timed, between_events
-from ..train.loop import UserError, first_line, progress
+from .compile_ahead import PathWork, TileWork, compile_ahead
+from .config import Config
+from .operands import Operands, Passes, float32_set_to
+from .tasks import Product, Row, Task, Whole, list_tasks, network_paths
 
-__all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload", "tune"]
+__all__ = ["tune"]
 
-DtypeName = Literal["fp32", "tf32", "bf16", "fp16"]
-ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-}
 # Norm-wise difference from torch's result up to which ours is right: of a product, of a network's gradients. Both sides
 # round; a wrong index or a lost block differs by far more. (How accurate the kernels are, the tests say.)
 BOUNDS = {"fp32": (2e-5, 5e-3), "tf32": (5e-3, 2e-2), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
-MOST_SETS = 1024  # of operands to take in turn
 FEW = 4  # candidates of a product that every one should have measured
 ANCHOR_WEIGHT = 16  # of a reading of an anchor
 
-BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
-DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
-ACTIVATION = "relu"
 
 Clock = Callable[[Callable[[], object]], float]  # seconds that one call takes
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A network and its batch: widths of the input to the output; one activation after every hidden layer."""
-
-    widths: tuple[int, ...]
-    rows: int
-    dtype: DtypeName
-    activation: str = ACTIVATION
-
-
-@dataclass(frozen=True)
-class Family:
-    """Every combination of some networks, batches, dtypes and activations."""
-
-    widths: tuple[tuple[int, ...], ...]
-    rows: tuple[int, ...]
-    dtypes: tuple[DtypeName, ...]
-    activations: tuple[str, ...] = (ACTIVATION,)
-
-    @property
-    def workloads(self) -> list[Workload]:
-        return [
-            Workload(widths, rows, dtype, activation)
-            for widths, rows, dtype, activation in itertools.product(
-                self.widths, self.rows, self.dtypes, self.activations
-            )
-        ]
-
-
-# What is measured where nothing is asked for: what the benches measure.
-GRID = (
-    Family(((784, 512, 512, 10),), (64, 256, 1024), ("fp32",)),
-    Family(tuple((width,) * 5 for width in (16, 32, 64, 128)), (2**14, 2**17, 2**20, 2**21), ("fp16", "bf16", "fp32")),
-    Family(((16, 64, 64, 16),), (2**21,), ("fp16", "bf16", "fp32")),
-    Family(((128, *(64,) * 5, 3), (128, *(128,) * 5, 3)), (2**14, 2**18, 2**21), ("fp16", "bf16", "fp32")),
-    Family(tuple((width,) * 5 for width in (256, 512, 1024)), (4096, 16384, 65536), ("bf16",), ("relu", "gelu")),
-    Family(((4096, 16384, 4096), (1024, 4096, 1024)), (1024, 8192, 32768), ("bf16", "fp32"), ("gelu",)),
-    Family(((33,) * 4, (100,) * 4, (1, 64, 64, 1)), (65537,), ("bf16", "fp32")),
-    Family(((480,) * 4,), (16385,), ("bf16", "fp32"), ("gelu",)),
-    Family(((1000,) * 4,), (4099,), ("bf16", "fp32")),
-    Family(((33, 100, 480, 1000, 1),), (4099,), ("bf16", "fp32"), ("silu",)),
-    Family(((256, 512, 256),), (16384,), ("bf16", "fp32"), ("gelu",)),
-)
-# What is measured first.
-ANCHORS = (
-    Workload((784, 512, 512, 10), 256, "fp32"),
-    Workload((64,) * 5, 2**20, "bf16"),
-    Workload((512,) * 5, 16384, "bf16", "gelu"),
-    Workload((1024,) * 5, 16384, "bf16", "gelu"),
-    Workload((4096, 16384, 4096), 8192, "bf16", "gelu"),
-    Workload((1000,) * 4, 4099, "bf16"),
-)
-
-
-@dataclass(frozen=True)
-class Config:
-    """What `mlp-fused tune` is told: one field for each of its flags.
-
-    Attributes:
-        dims: networks, each by its widths from the input to the output; none for the benches' grid.
-        batch: numbers of rows, for `dims`; None for 64 and 1024.
-        dtype: "fp32", "tf32", "bf16", "fp16", for `dims`; None for fp32 and bf16.
-        activation: after every hidden layer of `dims`, by name; None for relu.
-        minutes: how long it may take, about.
-        out: the file to write; None for the user's own table, which is the one that is read.
-
-    Raises:
-        UserError: a value that cannot be used.
-    """
-
-    dims: tuple[tuple[int, ...], ...] = ()
-    batch: tuple[int, ...] | None = None
-    dtype: tuple[DtypeName, ...] | None = None
-    activation: str | None = None
-    minutes: float = 10.0
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dims", tuple(map(tuple, self.dims or ())))
-        for name in ("batch", "dtype"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("batch", "dtype", "activation"):
-            if getattr(self, name) is not None and not self.dims:
-                raise UserError(f"--{name} is of networks that --dims gives; without --dims the grid is measured")
-        for widths in self.dims:
-            if len(widths) < 2 or min(widths) < 1:
-                shown = " ".join(map(str, widths)) or "empty"
-                raise UserError(f"--dims is {shown}; it needs to be two widths or more, each 1 or more, such as 784 10")
-        if self.batch is not None and (not self.batch or min(self.batch) < 1):
-            raise UserError(f"--batch is {' '.join(map(str, self.batch)) or 'empty'}; it needs to be 1 or more")
-        for dtype in self.dtype or ():
-            if dtype not in get_args(DtypeName):
-                raise UserError(f"--dtype is {dtype}; it needs to be one of {', '.join(get_args(DtypeName))}")
-        if not 0 < self.minutes < math.inf:
-            raise UserError(f"--minutes is {self.minutes}; it needs to be a finite number above 0")
-        try:
-            resolve(self.activation, "--activation")
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-    @property
-    def workloads(self) -> list[Workload]:
-        """What is to be measured."""
-        if not self.dims:
-            return [*ANCHORS, *(workload for family in GRID for workload in family.workloads)]
-        asked = Family(self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,))
-        return asked.workloads
-
-
-@dataclass(frozen=True)
-class Product:
-    """One product of a layer, with what its epilogue does: a row of a table to be."""
-
-    kind: tile_config.Kind
-    rows: int
-    width_out: int
-    width_in: int
-    dtype: DtypeName
-    activation: str  # forward: the layer's own; dgrad: that of the layer below
-    share: float = field(compare=False)  # of its network's FLOPs
-    anchor: bool = field(compare=False, default=False)
-    known: bool = field(compare=False, default=False)  # whether the table has it already
-
-    def __str__(self) -> str:
-        activation = "" if self.activation == "identity" else f", {self.activation}"
-        return f"{self.kind} {self.width_in} -> {self.width_out}{activation}, {self.rows} rows, {self.dtype}"
-
-    @property
-    def precision(self) -> str:
-        """How fp32 is multiplied."""
-        return ARITHMETIC[self.dtype][1]
-
-    @property
-    def key(self) -> tuple[tile_config.Kind, int, int, int, str, str, str]:
-        dtype = _name(ARITHMETIC[self.dtype][0])
-        return self.kind, self.rows, self.width_out, self.width_in, dtype, self.precision, self.activation
-
-    @property
-    def problem(self) -> tile_config.Problem:
-        """What a tile is chosen by."""
-        return tables.Gemm(*self.key, None, None, 1.0).problem
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A network as a whole, in training (forward and backward) or in inference: a row of a table to be."""
-
-    workload: Workload
-    training: bool
-    share: float = field(compare=False, default=1.0)
-    anchor: bool = field(compare=False, default=False)
-    known: bool = field(compare=False, default=False)
-
-    def __str__(self) -> str:
-        work = self.workload
-        widths = "-".join(map(str, work.widths))
-        phase = "training" if self.training else "inference"
-        return f"{phase} {widths}, {work.activation}, {work.rows} rows, {work.dtype}"
-
-    @property
-    def precision(self) -> str:
-        """How fp32 is multiplied."""
-        return ARITHMETIC[self.workload.dtype][1]
-
-    @property
-    def key(self) -> tuple[tuple[int, ...], int, str, str, str, bool]:
-        work = self.workload
-        dtype = _name(ARITHMETIC[work.dtype][0])
-        return work.widths, work.rows, dtype, self.precision, _activations(work)[0].name, self.training
-
-
-Task = Product | Whole
-Row = tables.Gemm | tables.Network
-
-
-def products(workload: Workload) -> list[Product]:
-    """The three products of each layer, each once."""
-    layers = list(itertools.pairwise(workload.widths))
-    total = 3 * sum(n * k for k, n in layers)
-    found: dict[tuple[Any, ...], Product] = {}
-    for index, (k, n) in enumerate(layers):
-        own = workload.activation if index + 1 < len(layers) else "identity"
-        below = workload.activation if index else "identity"
-        each: list[tuple[tile_config.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
-        for kind, activation in each:
-            product = Product(kind, workload.rows, n, k, workload.dtype, activation, n * k / total)
-            alike = product.key[:-1]
-            if known := found.get(alike):
-                # Of layers alike, the one whose epilogue has something to do; the estimate decides the other.
-                product = replace(
-                    product if known.activation == "identity" else known, share=known.share + product.share
-                )
-            found[alike] = product
-    return list(found.values())
-
-
-def tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterable[tuple[Any, ...]] = ()) -> list[Task]:
-    """What is to be measured, each once, in order.
-
-    What is not `known` yet; products, then networks; anchors; what most of a network's FLOPs are in.
-    """
-    found: dict[tuple[Any, ...], Task] = {}
-    anchors = set()
-    for workload in workloads:
-        each: list[Task] = [*products(workload)]
-        for training in (True, False):
-            if isinstance(_network_plan(workload, gpu, training, False), network_path.NetworkPlan):
-                each.append(Whole(workload, training))
-        for task in each:
-            first = found.setdefault(task.key, task)
-            if task.share > first.share:
-                found[task.key] = replace(first, share=task.share)
-            if workload in ANCHORS:
-                anchors.add(task.key)
-    known = set(known)
-    ranked = [replace(task, anchor=key in anchors, known=key in known) for key, task in found.items()]
-    return sorted(ranked, key=lambda task: (task.known, isinstance(task, Whole), not task.anchor, -task.share))
-
-
-def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, network_path.NetworkPlan]:
-    """Of a network as a whole, the paths through its own kernels, by name."""
-    found = {}
-    for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
-        path = _network_plan(whole.workload, gpu, whole.training, recompute)
-        if isinstance(path, network_path.NetworkPlan) and path.formulation in (name, None):
-            found[name] = path
-    return found
-
-
-@dataclass(frozen=True)
-class TileWork:
-    """A product's kernel by a tile, to be compiled."""
-
-    task: Product
-    tile: tile_config.TileConfig
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What those agree in that are one compiled kernel: of the sizes, what Triton and our launchers look at.
-
-        (Where two of one key are two kernels after all, the second is compiled where it is launched.)
-        """
-        each = (self.task.width_out, self.task.width_in)
-        widths = tuple((width == 1, width % 16 == 0, width % self.tile.block_k == 0) for width in each)
-        tile = replace(self.tile, programs=0, split=min(self.tile.split, 2))
-        return self.task.kind, self.task.dtype, self.task.activation, widths, self.task.rows * max(each) >= 2**31, tile
-
-
-@dataclass(frozen=True)
-class PathWork:
-    """A whole network's kernels on a path, to be compiled; on that of layers with the tiles that are in force."""
-
-    task: Whole
-    path: str
-    table: tables.Table | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """As above; a network's own kernels do not depend on the rows."""
-        work = self.task.workload if self.path == "layer" else replace(self.task.workload, rows=1)
-        return self.path, self.task.training, work
-
-
-def compile_ahead(work: TileWork | PathWork) -> None:
-    """Compile what measuring would launch, where `compiling.compile_only` holds."""
-    meta = torch.device("meta")
-    with _float32_precision(work.task.precision):
-        if isinstance(work, TileWork):
-            Operands(work.task, meta).by_kernel(0, work.tile)
-            return
-        passes = Passes(work.task, meta)
-        if work.table is None:
-            gpu = devices.device_of(passes.xs[0])
-            passes(functools.partial(passes.by_network, network_paths(work.task, gpu)[work.path]), 0)
-        else:
-            with _in_force(work.table):
-                passes(passes.by_layers, 0)
-
-
-@contextlib.contextmanager
-def _in_force(table: tables.Table) -> Iterator[None]:
-    """Within the block, decide by a table before those on disk."""
-    with tables.asked_first(table):
-        _forget_tables()
-        yield
-    _forget_tables()
-
-
-def _forget_tables() -> None:
-    """Decide anew: for after tables have changed."""
-    paths.forget_tables()
-    layer_path.cache_clear()
-
-
-def _network_plan(
-    workload: Workload, gpu: devices.Device, training: bool, recompute: bool
-) -> network_path.NetworkPlan | str:
-    """The network path, as if the user asked for it: no table is consulted."""
-    dtype, precision = ARITHMETIC[workload.dtype]
-    strides = tuple((k, 1, 1) for k in workload.widths[:-1])
-    activations = tuple(_activations(workload))
-    return paths.network_path(workload.widths, strides, activations, dtype, precision, gpu, training, recompute)
-
-
-def _activations(workload: Workload) -> list[Activation]:
-    return [ACTIVATIONS[workload.activation]] * (len(workload.widths) - 2) + [ACTIVATIONS["identity"]]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class Tuner:
@@ -450,7 +119,7 @@ class Tuner:
             try:
                 if left <= 0:
                     raise NotYetError
-                with _float32_precision(task.precision):
+                with float32_set_to(task.precision):
                     if isinstance(task, Product):
                         self.rows.append(self._product(task, self.now() + left * weights[index] / rest))
                     else:
@@ -547,7 +216,7 @@ class Tuner:
         runs: dict[str, Callable[[Tensor], Tensor]] = {"layer": passes.by_layers}
         for name, path in network_paths(whole, self.gpu).items():
             runs[name] = functools.partial(passes.by_network, path)
-        with _in_force(self.table):
+        with paths.decided_by(self.table):
             for name, run in runs.items():
                 what = f"{whole}, {name}"
                 right = functools.partial(passes, run, 0)
@@ -598,146 +267,6 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     expected = expected.float()
     difference = (found.float() - expected).norm().item()
     return difference / (expected.norm().item() or 1.0) if difference else 0.0
-
-
-@contextlib.contextmanager
-def _float32_precision(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def _sets(device: torch.device, nbytes: int) -> int:
-    """How many sets of operands of `nbytes` it takes to fill L2 twice, so that each comes from memory."""
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(MOST_SETS, math.ceil(2 * cache / nbytes)))
-
-
-def _random(sets: int, *shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> list[Tensor]:
-    """As many tensors, of normal numbers; each begins at a multiple of 512 bytes, as torch allocates."""
-    size = math.prod(shape)
-    numbers = torch.randn(sets, -(-size // 256) * 256, dtype=dtype, device=device).mul_(scale)
-    return [each[:size].view(shape) for each in numbers]
-
-
-BY_TORCH: dict[str, Callable[..., object]] = {
-    "forward": forward_by_torch,
-    "dgrad": dgrad_by_torch,
-    "wgrad": wgrad_by_torch,
-}
-BY_KERNEL: dict[str, Callable[..., object]] = {"forward": layer_forward, "dgrad": dgrad, "wgrad": wgrad}
-
-
-class Operands:
-    """The tensors of a product, in several sets, and its two ways: by torch, by our kernel."""
-
-    def __init__(self, product: Product, device: torch.device) -> None:
-        self.kind = product.kind
-        M, N, K = product.rows, product.width_out, product.width_in
-        dtype, self.precision = ARITHMETIC[product.dtype]
-        activation = ACTIVATIONS[product.activation]
-        active, again = product.activation != "identity", activation.keeps_preactivation
-        self.epilogue = () if self.kind == "wgrad" else (activation,)
-        # Shape and scale of each operand: sums of about 1. None is not needed.
-        wanted: list[tuple[tuple[int, ...], float] | None]
-        if self.kind == "forward":  # x, W, b, h, z
-            wanted = [((M, K), 1.0), ((N, K), K**-0.5), ((N,), 1.0), ((M, N), 1.0), ((M, N), 1.0) if again else None]
-        elif self.kind == "dgrad":  # dz, W, saved, dx, h
-            side = ((M, K), 1.0)
-            wanted = [((M, N), 1.0), ((N, K), N**-0.5), side if active else None, side, side if again else None]
-        else:  # dz, h, dW, db
-            wanted = [((M, N), M**-0.5), ((M, K), 1.0), ((N, K), 1.0), ((N,), 1.0)]
-        self.inputs = 2 if self.kind == "wgrad" else 3  # the first tensors of a set are read, the others written
-        nbytes = sum(math.prod(each[0]) for each in wanted if each) * dtype.itemsize
-        self.count = _sets(device, nbytes)
-        made = [
-            _random(self.count, *each[0], dtype=dtype, device=device, scale=each[1]) if each else [None] * self.count
-            for each in wanted
-        ]
-        self.sets: list[Any] = list(zip(*made))
-
-    def written(self, run: Callable[[int], object]) -> list[Tensor]:
-        """What a way writes, into the first set; what it leaves as it was is NaN."""
-        results = [tensor for tensor in self.sets[0][self.inputs :] if tensor is not None]
-        for result in results:
-            result.fill_(torch.nan)
-        run(0)
-        return results
-
-    def in_float32(self) -> list[Tensor]:
-        """The results of the first set by torch in float32, from the same operands.
-
-        In 16 bits torch's own results may be the worse side: over 2^20 rows, cuBLAS rounds partial sums to fp16.
-        """
-        tensors = self.sets[0]
-        inputs = [None if each is None else each.float() for each in tensors[: self.inputs]]
-        results = [
-            None if each is None else torch.empty_like(each, dtype=torch.float32) for each in tensors[self.inputs :]
-        ]
-        BY_TORCH[self.kind](*inputs, *results, *self.epilogue)
-        return [each for each in results if each is not None]
-
-    def by_torch(self, index: int) -> None:
-        BY_TORCH[self.kind](*self.sets[index], *self.epilogue)
-
-    def by_kernel(self, index: int, tile: tile_config.TileConfig) -> None:
-        BY_KERNEL[self.kind](*self.sets[index], *self.epilogue, self.precision, tile)
-
-    def turns(self, run: Callable[[int], object]) -> Callable[[], object]:
-        """A call that takes the sets in turn."""
-        indices = itertools.cycle(range(self.count))
-        return lambda: run(next(indices))
-
-
-class Passes:
-    """A network's tensors, the input in several sets, and a pass through it by one path or another."""
-
-    def __init__(self, whole: Whole, device: torch.device) -> None:
-        work = whole.workload
-        dtype, _ = ARITHMETIC[work.dtype]
-        make = functools.partial(_random, dtype=dtype, device=device)
-        self.dtype = dtype
-        self.training = whole.training
-        self.layers = [
-            Layer(make(1, n, k, scale=k**-0.5)[0], make(1, n)[0], activation)
-            for (k, n), activation in zip(itertools.pairwise(work.widths), _activations(work))
-        ]
-        self.weights, self.biases, self.activations, _ = zip(*self.layers)
-        self.parameters = [*self.weights, *self.biases]
-        for parameter in self.parameters:
-            parameter.requires_grad_(self.training)
-        nbytes = work.rows * (work.widths[0] + work.widths[-1]) * dtype.itemsize
-        self.count = _sets(device, nbytes)
-        self.xs = make(self.count, work.rows, work.widths[0])
-        self.dys = make(self.count, work.rows, work.widths[-1], scale=work.rows**-0.5) if self.training else []
-
-    def by_torch(self, x: Tensor) -> Tensor:
-        return reference.mlp(x, self.weights, self.biases, self.activations)
-
-    def by_layers(self, x: Tensor) -> Tensor:
-        return run_layers(x, self.weights, self.biases, find_layers(x, self.layers, self.dtype, "auto"))
-
-    def by_network(self, path: network_path.NetworkPlan, x: Tensor) -> Tensor:
-        return run_network(x, self.weights, self.biases, path)
-
-    def __call__(self, path: Callable[[Tensor], Tensor], index: int) -> list[Tensor]:
-        """y, and in training the parameters' gradients."""
-        if not self.training:
-            with torch.no_grad():
-                return [path(self.xs[index])]
-        y = path(self.xs[index])
-        return [y.detach(), *torch.autograd.grad(y, self.parameters, self.dys[index])]
-
-    def turns(self, path: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-        """A call that takes the inputs in turn."""
-        indices = itertools.cycle(range(self.count))
-        return lambda: self(path, next(indices))
 
 
 class EventClock:
@@ -801,7 +330,7 @@ def tune(
     tuner = Tuner(device, time or EventClock(), now, compilers, old, empty)
 
     known: list[tuple[Any, ...]] = [*(row.key for row in old.gemms), *(row.key for row in old.networks)]
-    asked = tasks(config.workloads, gpu, known)
+    asked = list_tasks(config.workloads, gpu, known)
     report(f"{len(asked)} problems on {gpu.name}, {config.minutes:g} minutes at the most, into {path}")
 
     def save() -> str:
@@ -812,7 +341,7 @@ def tune(
             tables.write(path, tuner.table)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is as it was") from None
-        _forget_tables()
+        paths.forget_tables()
         return f"{len(tuner.rows)} of {len(asked)} problems were measured, and are in {path}"
 
     def keep() -> None:

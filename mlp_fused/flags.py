@@ -1,0 +1,103 @@
+"""Flags of a command from the fields of its Config: a new field is a new flag."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import UserError, listed
+
+__all__ = ["DEVICE_HELP", "add_flags", "check_choices", "flag", "option", "shown"]
+
+
+# The help of every --device.
+DEVICE_HELP = "auto, cpu, cuda, cuda:1 ... (default: {default}, a GPU where there is one)"
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    metavar: str | None = None,
+    group: str = "",
+    may_be_empty: bool = False,
+) -> Any:
+    """A field of a Config, with what its flag shows.
+
+    Args:
+        default: the value without the flag; by default the flag has to be given.
+        help: what the flag does; "{default}" stands for the default as it would be typed.
+        metavar: what stands for the value.
+        group: the heading that the flag is listed under.
+        may_be_empty: whether the flag of a tuple may stand without a value.
+    """
+    metadata = {"help": help, "metavar": metavar, "group": group, "may_be_empty": may_be_empty}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: object) -> str:
+    """A value as it would be typed."""
+    return " ".join(map(str, value)) or "empty" if isinstance(value, list | tuple) else str(value)
+
+
+def check_choices(config: Any) -> None:
+    """Check the fields of a Config that have choices.
+
+    Raises:
+        UserError: one has another value.
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), _arguments(hints[field.name]).get("choices")
+        for each in value if isinstance(value, tuple) else (value,):
+            if choices and value is not None and each not in choices:
+                raise UserError(f"{flag(field.name)} is {each}; it needs to be one of {listed(choices)}")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
+    """Add a flag for each field of the dataclass `config`: its name, type, default, choices and help."""
+    hints = get_type_hints(config)
+    groups: dict[str, Any] = {"": parser}
+    for field in dataclasses.fields(config):
+        heading = field.metadata["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        required = field.default is dataclasses.MISSING
+        default = None if required else field.default
+        arguments = _arguments(hints[field.name])
+        if field.metadata["may_be_empty"]:
+            arguments["nargs"] = "*"
+        if field.metadata["metavar"]:
+            arguments["metavar"] = field.metadata["metavar"]
+        groups[heading].add_argument(
+            flag(field.name),
+            required=required,
+            default=None if arguments.get("action") == "append" else default,
+            help=field.metadata["help"].replace("{default}", shown(default)),
+            **arguments,
+        )
+
+
+def _arguments(hint: Any) -> dict[str, Any]:
+    """argparse's arguments for a value of that type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (each for each in get_args(hint) if each is not types.NoneType)
+    if hint is bool:
+        return {"action": "store_true"}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        inner = _arguments(get_args(hint)[0])
+        if "nargs" in inner:  # a tuple of tuples: the flag may be given several times
+            return {**inner, "action": "append"}
+        return {**inner, "nargs": "+"}
+    kinds: dict[Any, Callable[[str], Any]] = {int: int, float: float}
+    return {"type": kinds[hint]} if hint in kinds else {}

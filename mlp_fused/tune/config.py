@@ -1,0 +1,154 @@
+"""The settings of `mlp-fused tune`, and what is measured."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..engine.recognize import resolve
+from ..errors import UserError
+from ..flags import check_choices, option, shown
+
+__all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload"]
+
+DtypeName = Literal["fp32", "tf32", "bf16", "fp16"]
+ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+}
+BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
+DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
+ACTIVATION = "relu"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and its batch: widths of the input to the output; one activation after every hidden layer."""
+
+    widths: tuple[int, ...]
+    rows: int
+    dtype: DtypeName
+    activation: str = ACTIVATION
+
+
+@dataclass(frozen=True)
+class Family:
+    """Every combination of some networks, batches, dtypes and activations."""
+
+    widths: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+    dtypes: tuple[DtypeName, ...]
+    activations: tuple[str, ...] = (ACTIVATION,)
+
+    @property
+    def workloads(self) -> list[Workload]:
+        return [
+            Workload(widths, rows, dtype, activation)
+            for widths, rows, dtype, activation in itertools.product(
+                self.widths, self.rows, self.dtypes, self.activations
+            )
+        ]
+
+
+# What is measured where nothing is asked for: what the benches measure.
+GRID = (
+    Family(((784, 512, 512, 10),), (64, 256, 1024), ("fp32",)),
+    Family(tuple((width,) * 5 for width in (16, 32, 64, 128)), (2**14, 2**17, 2**20, 2**21), ("fp16", "bf16", "fp32")),
+    Family(((16, 64, 64, 16),), (2**21,), ("fp16", "bf16", "fp32")),
+    Family(((128, *(64,) * 5, 3), (128, *(128,) * 5, 3)), (2**14, 2**18, 2**21), ("fp16", "bf16", "fp32")),
+    Family(tuple((width,) * 5 for width in (256, 512, 1024)), (4096, 16384, 65536), ("bf16",), ("relu", "gelu")),
+    Family(((4096, 16384, 4096), (1024, 4096, 1024)), (1024, 8192, 32768), ("bf16", "fp32"), ("gelu",)),
+    Family(((33,) * 4, (100,) * 4, (1, 64, 64, 1)), (65537,), ("bf16", "fp32")),
+    Family(((480,) * 4,), (16385,), ("bf16", "fp32"), ("gelu",)),
+    Family(((1000,) * 4,), (4099,), ("bf16", "fp32")),
+    Family(((33, 100, 480, 1000, 1),), (4099,), ("bf16", "fp32"), ("silu",)),
+    Family(((256, 512, 256),), (16384,), ("bf16", "fp32"), ("gelu",)),
+)
+# What is measured first.
+ANCHORS = (
+    Workload((784, 512, 512, 10), 256, "fp32"),
+    Workload((64,) * 5, 2**20, "bf16"),
+    Workload((512,) * 5, 16384, "bf16", "gelu"),
+    Workload((1024,) * 5, 16384, "bf16", "gelu"),
+    Workload((4096, 16384, 4096), 8192, "bf16", "gelu"),
+    Workload((1000,) * 4, 4099, "bf16"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of `mlp-fused tune`: each field is a flag, and its help says what it does.
+
+    `dims` are networks, each by its widths; without any, the benches' grid is measured.
+
+    Raises:
+        UserError: a value that cannot be used.
+    """
+
+    dims: tuple[tuple[int, ...], ...] = option(
+        (),
+        metavar="WIDTH",
+        group="what is measured",
+        help="a network, by its widths from the input to the output, such as 784 512 10; may be given several times "
+        "(default: the grid of the benches)",
+    )
+    batch: tuple[int, ...] | None = option(
+        None,
+        metavar="N",
+        group="what is measured",
+        help=f"rows of a batch, with --dims (default: {' '.join(map(str, BATCHES))})",
+    )
+    dtype: tuple[DtypeName, ...] | None = option(
+        None,
+        group="what is measured",
+        help=f"what is computed in, with --dims; tf32 is fp32 where torch is allowed tf32 (default: {' '.join(DTYPES)})",
+    )
+    activation: str | None = option(
+        None,
+        metavar="NAME",
+        group="what is measured",
+        help=f"after every hidden layer, with --dims; train --help lists them (default: {ACTIVATION})",
+    )
+    minutes: float = option(10.0, metavar="T", help="how long it may take, about (default: {default})")
+    out: str | None = option(
+        None,
+        metavar="FILE",
+        help="the table to write, or to add to (default: your own, ~/.cache/mlp_fused/<gpu>.json, which is read)",
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", tuple(map(tuple, self.dims or ())))
+        for name in ("batch", "dtype"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("batch", "dtype", "activation"):
+            if getattr(self, name) is not None and not self.dims:
+                raise UserError(f"--{name} is of networks that --dims gives; without --dims the grid is measured")
+        for widths in self.dims:
+            if len(widths) < 2 or min(widths) < 1:
+                raise UserError(
+                    f"--dims is {shown(widths)}; it needs to be two widths or more, each 1 or more, such as 784 10"
+                )
+        if self.batch is not None and (not self.batch or min(self.batch) < 1):
+            raise UserError(f"--batch is {shown(self.batch)}; it needs to be 1 or more")
+        check_choices(self)
+        if not 0 < self.minutes < math.inf:
+            raise UserError(f"--minutes is {self.minutes}; it needs to be a finite number above 0")
+        try:
+            resolve(self.activation, "--activation")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def workloads(self) -> list[Workload]:
+        """What is to be measured."""
+        if not self.dims:
+            return [*ANCHORS, *(workload for family in GRID for workload in family.workloads)]
+        asked = Family(self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,))
+        return asked.workloads

@@ -22,7 +22,7 @@ from torch import nn
 from mlp_fused.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from mlp_fused.errors import UserError
 from mlp_fused.train.config import Config, build_torch_model
-from mlp_fused.train.data import load_features
+from mlp_fused.train.data import load_features, split
 from mlp_fused.train.loop import train
 from mlp_fused.train.predict import load_model, predict
 from mlp_fused.transfer import config as transfer_config
@@ -70,7 +70,7 @@ def test_an_old_checkpoint_predicts_raw_features(old: Path, course: dict[str, An
     data = np.load(SAVED / "train_format_1.npz")
     model = load_model(old)
     assert torch.allclose(model(torch.from_numpy(data["x"][:5])), torch.tensor(course["logits"]), atol=1e-5)
-    rows = data.split(60, 0.2, 0)[1].numpy()
+    rows = split(60, 0.2, 0)[1].numpy()
     labels = predict(old, data["x"]).labels
     assert (labels == data["y"])[rows].mean() == pytest.approx(course["history"][1]["accuracy"])
 

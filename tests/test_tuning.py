@@ -17,6 +17,7 @@ import torch
 from mlp_fused import environment, timing
 from mlp_fused.compiling import Compilers, NotYetError
 from mlp_fused.engine import network_path, paths, tables
+from mlp_fused.engine.recognize import resolve
 from mlp_fused.environment import DISTORTING
 from mlp_fused.errors import UserError
 from mlp_fused.kernels import devices, layer_tiles
@@ -257,7 +258,7 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
     at: str, clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second product: the first call of its fast tile fails, or its slow one's timing."""
-    first, second = tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
+    first, second = list_tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
     broken = False
 
     def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[second.kind]) -> None:
@@ -405,7 +406,7 @@ def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, mea
     assert {"torch", "layer", "stored"} <= set(training.ms) <= {"torch", "layer", "recompute", "stored"}
     assert set(inference.ms) == {"torch", "layer", "network"}
     for training_too in (True, False):
-        activations = [paths.resolve(activation), paths.resolve("identity")]
+        activations = [resolve(activation), resolve("identity")]
         row = table.networks[0]
         why = paths.why_torch(
             row.widths, activations, getattr(torch, row.dtype), row.precision, training_too, None, INTERPRETED_DEVICE
@@ -425,7 +426,7 @@ def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.
         assert set(training.ms) == {"torch", "layer", "recompute", "stored"}
         assert inference.path == (fastest if fastest in ("torch", "layer") else "network")
         path = paths.network_path(
-            (16, 16, 16), ((16, 1, 1),) * 2, (paths.resolve("relu"), paths.resolve("identity")), torch.bfloat16, "ieee",
+            (16, 16, 16), ((16, 1, 1),) * 2, (resolve("relu"), resolve("identity")), torch.bfloat16, "ieee",
             INTERPRETED_DEVICE, True,
         )  # fmt: skip
         if fastest == "layer":
@@ -607,12 +608,10 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
             counts[self.key] = counts.get(self.key, 0) + 1
             return [torch.ones(1)]
 
-    monkeypatch.setattr(operands, "Operands", NoOperands)
-    monkeypatch.setattr(operands, "Passes", NoPasses)
     model, device = Model(), DEVICES["NVIDIA H200"]
     monkeypatch.setattr(devices, "describe", lambda *_: device)
     empty = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
-    fast = tuner.Tuner(CPU, model.read, lambda: model.now, model, empty, empty)
+    fast = tuner.Tuner(CPU, model.read, lambda: model.now, model, empty, empty, NoOperands, NoPasses)
     asked = list_tasks(Config().workloads, device)
     fast.measure(asked, seconds)
     assert model.now < seconds + Model.PATH

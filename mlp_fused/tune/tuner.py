@@ -65,6 +65,7 @@ class Tuner:
         compilers: what compiles ahead.
         old: what was measured before.
         new: a table without rows, for what is measured now.
+        operands, passes: make the tensors of a product, and of a network.
 
     Attributes:
         rows: what was measured.
@@ -80,12 +81,15 @@ class Tuner:
         compilers: Compilers,
         old: tables.Table,
         new: tables.Table,
+        operands: Callable[..., Operands] = Operands,
+        passes: Callable[..., Passes] = Passes,
     ) -> None:
         self.gpu = devices.describe(device.type, device.index or 0)
         self.device = device
         self.time = time
         self.now = now
         self.compilers = compilers
+        self.operands, self.passes = operands, passes
         self.old = {row.key: row for row in old.gemms}
         self.tables = old, new
         self.rows: list[Row] = []
@@ -175,7 +179,7 @@ class Tuner:
         return reason is None
 
     def _product(self, product: Product, limit: float) -> tables.Gemm:
-        operands = Operands(product, self.device)
+        operands = self.operands(product, self.device)
         torch_ms = self._milliseconds(f"{product}, torch's own", operands.turns(operands.by_torch))
         expected = operands.in_float32()
         # Sums of k products in fp32, added in another order, differ by about sqrt(k) roundings.
@@ -207,7 +211,7 @@ class Tuner:
         return tables.Gemm(*product.key, tile_of_best if faster else None, ms_of_best, torch_ms)
 
     def _network(self, whole: Whole) -> tables.Network:
-        passes = Passes(whole, self.device)
+        passes = self.passes(whole, self.device)
         ms = {"torch": self._milliseconds(f"{whole}, torch's own", passes.turns(passes.by_torch))}
         # By torch in the same dtype: in float32 some pre-activations fall on the other side of relu's kink, which moves
         # gradients by 2 % against fp16 and 8 % against bf16, more than the bounds (7 layers on a CPU, torch 2.13). What

@@ -123,8 +123,6 @@ def row(benchmark: Any) -> Row:
         once, seconds = benchmark.extra_info, measure.seconds_for_a_number(device)
         if cell.phase == "copy":
             once, seconds = once["copy"]["pinned"], measure.COPY_SECONDS
-        elif cell.phase == "in_place":
-            once = once["kinds"][cell.problem.dtype]["ways"]["in_place"]
         rounds = timing.clamp(1e3 * seconds / once["ms"], 3, 100)
         timed = measure.prepare(cell, device)
         calls = iter(range(rounds))

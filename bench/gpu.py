@@ -7,11 +7,12 @@ in it. The rows are measured with the tiles that the package comes with, not wit
 these are another state of the sources.
 
 The plan reserves ANCHOR_RESERVE seconds for every anchor that is still to be measured, so that the anchors have rows
-however long tests and tuner take. Ten minutes leave 300 seconds beside them: up to 240 for the tests, then half of what
-those leave for the tuner; five minutes or less leave none, and tests and tuner wait for a later call. An anchor gets an
-equal part of the time left for the anchors still to come. One that takes longer is kept as far as it was measured, and
-measured again before the rest of the grid. Once the anchors have rows, nothing is reserved: with `--minutes 8
---tests-share 0 --tune-share 0.75` the tuner then has 337 seconds, in which by a model of its time (test_tuning.py)
+however long tests and tuner take. Ten minutes leave about 300 seconds beside them: up to 240 for the tests, then half
+of what those leave for the tuner; five minutes or less leave none, and tests and tuner wait for a later call. An anchor
+gets an equal part of the time left for the anchors still to come. One that takes longer is kept as far as it was
+measured, and measured again before the rest of the grid. Once the anchors have rows, nothing is reserved: with
+`--minutes 8 --tests-share 0 --tune-share 0.75` the tuner then has 337 seconds, in which by a model of its time
+(test_tuning.py)
 it measures every tile of the anchors, three or four of all other products, and every network.
 
 The tests run in two commands, `pytest -m 'gpu and not alone' -n auto` and `pytest -m 'gpu and alone'`. Tests and tuner
@@ -85,7 +86,7 @@ RESERVE = 10.0  # seconds kept for ending: the last write, the worker's end
 SHORTEST = 10.0  # with less than this left, no row is begun
 ROW_SECONDS = 90.0
 ANCHOR_SECONDS = 240.0  # max-autotune times many tiles for each product
-ANCHOR_RESERVE = 29.0  # for each anchor: enough for ours, eager and a graph of it
+ANCHOR_RESERVE = 32.5  # for each anchor: enough for ours, eager and a graph of it
 TESTS_SHARE = 0.8  # of what is not reserved: 240 seconds of ten minutes
 TUNE_SHARE = 0.5  # of what is not reserved and the tests leave
 GRACE = 20.0  # seconds from SIGINT to SIGKILL; pytest-xdist gives its workers 10 before it prints the failures
@@ -483,9 +484,6 @@ def summary(row: Row) -> str:
         ahead = row["throughput"]["ways"]["prefetched"]
         moved = f"prefetched {ahead['examples_per_s']:.3g} examples/s, {ahead['of_bound']:.2f} of the bound"
         return f"pinned {row['copy']['pinned']['ms']:.4g} ms = {', '.join(ratios)} of the kernels; {moved}"
-    if "kinds" in row:
-        speeds = (f"{each['speedup']:.2f}x of {kind}" for kind, each in row["kinds"].items())
-        return f"read where it lies {', '.join(speeds)}"
     return json.dumps(row.get("seconds"))
 
 

@@ -32,13 +32,6 @@ backward in a loop on batches that come from the host (see WAYS):
     advised                 of the ways and the CPU, by `transfer.fastest`, as `mlp-fused transfer` advises
     over_fastest            the time of that one over the fastest's; of steps up to LONG_MS in a reading of its own
 
-An `in_place` row has by kind of batch under `kinds`, and `link` as a copy row:
-
-    nbytes                  of a batch
-    ways                    by name (see from_host.py): `ms` a batch with its quartiles `low` and `high`
-    speedup                 the least ms of those that copy over that of `in_place`
-    verified                by way, as above, against torch's modules on the batch copied
-
 `first_touch`, `lecture` and `warmup` rows have `seconds` by name (see fresh.py).
 
 A gemm row is one kernel's, and has instead of path, reason, copy and first_call_s:
@@ -71,7 +64,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.from_host import FromHost, from_host_of, kinds
 from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
 from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
@@ -152,7 +144,7 @@ def work_of(problem: Problem, phase: str, device: str) -> Work:
     parts = work(
         problem.rows, problem.widths, DTYPES[problem.dtype], problem.activation, device=gpu, precision=precision
     )
-    if phase in ("forward", "copy", "in_place"):
+    if phase in ("forward", "copy"):
         return parts["inference"]
     if phase == "backward":
         return parts["backward"]
@@ -676,8 +668,7 @@ def _compile(problem: Problem) -> None:
 
 
 def prepare(cell: Cell, device: str) -> Timed:
-    """The function that a row times, verified: FusedMLP's phase, a kernel, a copy row's pinned copy, or the network on
-    batches of its own dtype where they lie.
+    """The function that a row times, verified: FusedMLP's phase, a kernel, or a copy row's pinned copy.
 
     Raises AssertionError where it is wrong.
     """
@@ -685,8 +676,6 @@ def prepare(cell: Cell, device: str) -> Timed:
         gemm = gemm_for(cell.problem, cell.phase, device)
         verify_gemm(gemm)
         return gemm.timed("ours")
-    if cell.phase == "in_place":
-        return verified_ways(from_host_of(cell.problem, device), cell.problem.dtype)[0]["in_place"]
     bench = bench_for(cell.problem, device)
     if cell.phase == "copy":
         pinned, target = bench.pinned, torch.empty_like(bench.inputs[0])
@@ -722,8 +711,6 @@ def measure(cell: Cell, device: str, report: Report = lambda row: None, *, full:
         return row | {"seconds": _fresh(cell, device, cpu=full)}
     if cell.phase in GEMM_PHASES:
         return _measure_gemm(row, gemm_for(problem, cell.phase, device), report)
-    if cell.phase == "in_place":
-        return _measure_in_place(row, from_host_of(problem, device), report)
     bench = bench_for(problem, device)
     try:
         if cell.phase == "copy":
@@ -786,37 +773,6 @@ def _measure_gemm(row: dict[str, Any], gemm: Gemm, report: Report) -> dict[str, 
     row["repeat_ms"] = timing.time_call(timed, gemm.device).ms
     if gemm.problem.dtype == "fp32":
         row["errors"] = gemm.errors()
-    return row
-
-
-def verified_ways(host: FromHost, kind: str) -> tuple[dict[str, Timed], dict[str, Any]]:
-    """The ways by which batches of a kind are computed on, and each one's relative errors.
-
-    Raises AssertionError as `compare` does.
-    """
-    ways, expected = host.ways(kind)
-    errors = {}
-    for name, timed in ways.items():
-        host.y.fill_(math.nan)  # it is the same tensor for all
-        errors[name] = compare([timed(0)], [expected], host.problem.dtype, 1)
-    return ways, errors
-
-
-def _measure_in_place(row: dict[str, Any], host: FromHost, report: Report) -> dict[str, Any]:
-    """The row of a network reading its batch where it lies, beside copies."""
-    release(host.device.type)
-    row |= {"link": asdict(timing.link(f"cuda:{torch.cuda.current_device()}")), "kinds": {}}
-    for kind in kinds(host.problem):
-        ways, verified = verified_ways(host, kind)
-        found = {name: timing.time_loop(timed, COPY_SECONDS) for name, timed in ways.items()}
-        copying = [spread.ms for name, spread in found.items() if name not in ("in_place", "resident")]
-        row["kinds"][kind] = {
-            "nbytes": host.nbytes(kind),
-            "ways": {name: {"ms": each.ms, "low": each.low, "high": each.high} for name, each in found.items()},
-            "speedup": min(copying) / found["in_place"].ms,
-            "verified": verified,
-        }
-        report(row)
     return row
 
 

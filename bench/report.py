@@ -28,8 +28,6 @@ if __name__ == "__main__":
 
 from bench import goals, published
 from bench.figures import Plot, Series, Strips, drawn, file_name, scatter, strip
-from bench.from_host import KINDS, kinds
-from bench.from_host import WAYS as HOST_WAYS
 from bench.gpu import SAME, SCHEMA
 from bench.markdown import digits, folded, picture, table
 from bench.measure import BASELINES, GEMM_BASELINES, WAYS
@@ -42,7 +40,7 @@ Row = dict[str, Any]
 ONE_MACHINE = (*SAME, "cpu")
 NOT_MEASURED = "not measured"
 NOT_MEANT = "-"  # a baseline that a cell is not compared with
-NETWORKS = tuple(family for family in FAMILIES if family not in ("gemm", "warmup", "copy", "from_host"))
+NETWORKS = tuple(family for family in FAMILIES if family not in ("gemm", "warmup", "copy"))
 
 
 class UnfitError(ValueError):
@@ -208,7 +206,7 @@ def markdown(results: Results, shown: dict[str, Plot], slug: str) -> str:
     lines += ["## Summary", "", *_summary(results)]
     lines += ["```text", *goals.report(results.rows.values()), "```", ""]
     lines += ["## Copy against kernel", "", *plot("copy"), *_copies(results), *plot("throughput")]
-    lines += [*_throughput(results), *_fresh(results), *_from_host(results)]
+    lines += [*_throughput(results), *_fresh(results)]
     lines += ["## Speed against each baseline", ""]
     lines += ["A baseline's time over ours: above 1 we are faster.", "", *plot("speed"), *plot("products")]
     for family in (*NETWORKS, "gemm"):
@@ -434,40 +432,6 @@ def _fresh(results: Results) -> Iterator[str]:
             yield from table(("", "first time, ms", "second time, ms"), lines)
         if cell.phase == "lecture":
             yield from _famous(seconds)
-
-
-def _from_host(results: Results) -> Iterator[str]:
-    """What became of the experiment, whichever way it went."""
-    yield "### Reading the batch where it lies"
-    yield ""
-    yield "An experiment, see bench/from_host.py: a narrow network's forward on a batch in the host's pinned memory."
-    cells = [cell for cell in GRID if cell.phase == "in_place"]
-    speedups = {
-        f"{kind} batches of `{cell.problem}`": each["speedup"]
-        for cell, row in results.measured(cells)
-        for kind, each in row["kinds"].items()
-    }
-    if speedups:
-        ahead = sum(speedup > 1 for speedup in speedups.values())
-        least, most = (best(speedups, key=lambda name: speedups[name]) for best in (min, max))
-        yield (
-            f"Read where it lies, it is done sooner than by any copy in {ahead} of {len(speedups)} cases. The best "
-            f"copy's time over its own is {spread(list(speedups.values()))}: least with {least}, most with {most}."
-        )
-    yield ""
-    for kind in KINDS:
-
-        def figures(cell: Cell, row: Row, kind: str = kind) -> list[str]:
-            found = row["kinds"][kind]
-            ms = [digits(found["ways"][way]["ms"]) if way in found["ways"] else NOT_MEANT for way in HOST_WAYS]
-            gbps = 1e-6 * found["nbytes"] / found["ways"]["in_place"]["ms"]
-            of_link = f"{1e9 * gbps / row['link']['to_device']:.0%}"
-            return [digits(1e-6 * found["nbytes"]), *ms, of_link, f"{digits(found['speedup'])}x"]
-
-        header = ["MB", *(f"{way.replace('_', ' ')}, ms" for way in HOST_WAYS)]
-        header += ["in place, of the link", "best copy over in place"]
-        of_kind = [cell for cell in cells if kind in kinds(cell.problem)]
-        yield from _cells(results, of_kind, f"Batches of {kind}", header, figures)
 
 
 # What the clocks of fresh.py's lecture read.

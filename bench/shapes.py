@@ -16,14 +16,13 @@ from itertools import pairwise
 
 from mlp_fused.kernels.activations import resolve
 
-FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy", "from_host")
+FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy")
 
 # forward      y = model(x) without autograd
 # backward     gradients of every parameter from dY, after a forward that is not timed
 # training     forward and backward
 # step         zero_grad, forward, loss, backward, Adam
 # copy         x from the host to the device, beside the time of the forward, the backward and the step
-# in_place     the forward on a batch of the host, read where it lies beside copied first (see from_host.py)
 # first_touch  context, first allocation, first copy, first launch, in a fresh process
 # lecture      a square product on the CPU; its operands copied; the product on the GPU; for the first and second time
 # warmup       model.warmup(rows) in a fresh process, with Triton's cache empty and with the kernels in it
@@ -33,7 +32,7 @@ FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy"
 # wgrad            dW = dz^T h, db = the sum of dz's rows
 GEMM_PHASES = ("layer_forward", "layer_forward_z", "dgrad", "wgrad")
 FRESH_PHASES = ("first_touch", "lecture", "warmup")  # each in a process of its own
-PHASES = ("forward", "backward", "training", "step", *GEMM_PHASES, "copy", "in_place", *FRESH_PHASES)
+PHASES = ("forward", "backward", "training", "step", *GEMM_PHASES, "copy", *FRESH_PHASES)
 COPIED_PHASES = ("forward", "backward", "step")  # those that stand beside the copy in a copy row
 
 
@@ -75,7 +74,7 @@ class Cell:
     @property
     def devices(self) -> tuple[str, ...]:
         """Where the cell means something: a copy to the device needs one, and so do the kernels by themselves."""
-        needs_gpu = self.phase in ("copy", "in_place", "first_touch", "warmup", *GEMM_PHASES)
+        needs_gpu = self.phase in ("copy", "first_touch", "warmup", *GEMM_PHASES)
         return ("cuda",) if needs_gpu else ("cpu", "cuda")
 
 
@@ -182,17 +181,6 @@ def _copy(others: Iterable[Cell]) -> list[Cell]:
     ]
 
 
-def _from_host() -> list[Cell]:
-    """Small batches, of which a copy's launch is a good part, to large ones, which are as fast as the link."""
-    problems = [
-        Problem(widths, rows, dtype)
-        for widths in ((16,) * 5, (64,) * 5, (128, *(64,) * 5, 3))
-        for rows in (2**8, 2**12, 2**16, 2**20)
-        for dtype in ("bf16", "fp32")
-    ]
-    return _cells("from_host", problems, ["in_place"])
-
-
 ANCHORS = (
     "seed-784x512x512x10-relu-fp32-m256-step",
     "narrow-64x64x64x64x64-relu-bf16-m1048576-training",
@@ -203,7 +191,6 @@ ANCHORS = (
     "odd-1000x1000x1000x1000-relu-bf16-m4099-training",
     "warmup-784x512x512x10-relu-fp32-m64-warmup",
     "copy-784x512x512x10-relu-fp32-m1024-copy",
-    "from_host-64x64x64x64x64-relu-bf16-m65536-in_place",
 )
 
 
@@ -211,7 +198,7 @@ def _grid() -> tuple[Cell, ...]:
     seed, narrow, middle, large, odd = _seed(), _narrow(), _middle(), _large(), _odd()
     gemm = _gemm([*seed, *middle, *large])
     copy = _copy([*seed, *narrow, *middle, *large, *odd])
-    families = (seed, narrow, middle, large, gemm, odd, _warmup(), copy, _from_host())
+    families = (seed, narrow, middle, large, gemm, odd, _warmup(), copy)
     named = {str(cell): cell for family in families for cell in family}
     anchors = {name: replace(named[name], anchor=True) for name in ANCHORS}
     return (*anchors.values(), *(cell for name, cell in named.items() if name not in anchors))

@@ -24,14 +24,14 @@ import pytest
 import torch
 from torch import nn
 
-from bench import bench_copy, conftest, fresh, from_host, gemm, goals, gpu, measure, report
+from bench import bench_copy, conftest, fresh, gemm, goals, gpu, measure, report
 from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from mlp_fused import FusedMLP, graphs, timing, tuning
 from mlp_fused.environment import DISTORTING, distorted
 from mlp_fused.plan import Work, work
-from mlp_fused.timing import Ceilings, Link, Timed
+from mlp_fused.timing import Ceilings, Timed
 
 SMALL = Problem((5, 7, 3), 4)
 CELLS = [Cell("odd", SMALL, phase) for phase in ("forward", "backward", "training", "step")]
@@ -311,69 +311,11 @@ def test_kernels_run_in_triton_s_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     cells = [gemm_cell("layer_forward_z"), gemm_cell("dgrad"), gemm_cell("wgrad")]
     cells += [gemm_cell("layer_forward", "bf16", "relu"), gemm_cell("dgrad", "bf16", "relu")]
-    script = "import torch\nfrom bench import from_host, measure\nfrom bench.shapes import Cell, Problem\n"
+    script = "from bench import measure\nfrom bench.shapes import Cell, Problem\n"
     script += f"for cell in {cells}: measure.prepare(cell, 'cpu')\n"
-    script += "torch.Tensor.pin_memory = lambda self: self\n"
-    hosts = [f"from_host.FromHost({replace(SMALL, dtype=dtype)!r}, 'cpu')" for dtype in ("fp32", "bf16")]
-    script += f"for host in {', '.join(hosts)}:\n"
-    script += "    for kind in from_host.kinds(host.problem): measure.verified_ways(host, kind)"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-
-
-# A network that reads its batch where it lies
-
-
-@pytest.fixture
-def in_place(monkeypatch: pytest.MonkeyPatch) -> Cell:
-    """A row's cell, where a CPU passes for a GPU and torch for the kernel."""
-    monkeypatch.setattr(from_host.FromHost, "compute", lambda self, x: self.y.copy_(self.model(x.to(self.dtype))))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(timing, "link", lambda device: Link(1e9, 1e9))
-    monkeypatch.setattr(timing, "time_loop", lambda *_: timing.Spread.of([1.0]))
-    from_host.from_host_of.cache_clear()
-    return Cell("from_host", SMALL, "in_place")
-
-
-def test_an_in_place_row_is_complete_and_plain(in_place: Cell) -> None:
-    reported: list[dict[str, Any]] = []
-    row = json.loads(json.dumps(measure.measure(in_place, "cpu", reported.append)))
-    assert list(row["kinds"]) == ["uint8", "fp16", "fp32"]
-    for kind, size in (("uint8", 1), ("fp16", 2), ("fp32", 4)):
-        found = row["kinds"][kind]
-        assert found["nbytes"] == 4 * 5 * size
-        assert set(found["ways"]) == set(from_host.WAYS) - ({"widened"} if kind == "fp32" else set())
-        assert set(found["verified"]) == set(found["ways"])
-        assert found["speedup"] == 1
-    assert len(reported) == 3
-    ways, _ = from_host.FromHost(SMALL, "cpu").ways("uint8")
-    assert [name for name, timed in ways.items() if timed.drain is not None] == ["prefetched"]
-    assert gpu.summary(row) == "read where it lies 1.00x of uint8, 1.00x of fp16, 1.00x of fp32"
-
-
-def test_the_best_copy_is_what_reading_in_place_is_set_against(in_place: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
-    ms = {"copied": 5.0, "widened": 3.0, "prefetched": 4.0, "in_place": 2.0, "resident": 1.0}
-    taken = iter([*ms.values(), *ms.values(), *(ms[name] for name in ms if name != "widened")])
-    monkeypatch.setattr(timing, "time_loop", lambda *_: timing.Spread.of([next(taken)]))
-    row = measure.measure(in_place, "cpu")
-    assert [each["speedup"] for each in row["kinds"].values()] == [1.5, 1.5, 2.0]
-
-
-@pytest.mark.parametrize("wrong", ["copied", "widened", "prefetched", "in_place", "resident"])
-def test_a_way_that_computes_something_else_is_found(
-    in_place: Cell, wrong: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ways = from_host.FromHost.ways
-
-    def with_a_mistake(self: from_host.FromHost, kind: str) -> Any:
-        found, expected = ways(self, kind)
-        return found | {wrong: Timed(lambda i: self.y)}, expected
-
-    monkeypatch.setattr(from_host.FromHost, "ways", with_a_mistake)
-    with pytest.raises(AssertionError, match="wrong against eager"):
-        measure.verified_ways(from_host.from_host_of(SMALL, "cpu"), "uint8")
 
 
 # What else a row says
@@ -1119,7 +1061,7 @@ def test_the_anchors_have_rows_after_ten_minutes_however_slow_tests_and_tuner_ar
     results = results_in(tmp_path)
     commands, _, _ = ten_minutes(results, QUICK | dict.fromkeys(slow, FOREVER), usual=24.0)
     given = dict(commands.ran)
-    assert given["tests"] == pytest.approx(240)
+    assert given["tests"] == pytest.approx(240, abs=2)
     assert ("tune" in given) == (slow == ("tune",))
     assert [name for name in map(str, ANCHOR_CELLS) if "error" in results.rows.get(name, {"error": "no row"})] == []
     assert results.content["tests"]["finished"] == (slow == ("tune",))
@@ -1128,7 +1070,7 @@ def test_the_anchors_have_rows_after_ten_minutes_however_slow_tests_and_tuner_ar
 def test_quick_tests_leave_their_time_to_the_tuner_and_to_rows(tmp_path: Path) -> None:
     results = results_in(tmp_path)
     commands, worker, clock = ten_minutes(results, QUICK)
-    assert dict(commands.ran)["tune"] == pytest.approx(gpu.TUNE_SHARE * (300 - 140))
+    assert dict(commands.ran)["tune"] == pytest.approx(gpu.TUNE_SHARE * (300 - 140), abs=2)
     assert results.content["tests"] == {"finished": True, "status": 0, "summary": "tests; tests_alone", "seconds": 140}
     assert [cell for cell, _ in worker.asked[: len(ANCHORS)]] == ANCHOR_CELLS
     assert len(worker.asked) > 5 * len(ANCHORS)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import fresh, from_host, gemm, measure, report
+from bench import fresh, gemm, measure, report
 from bench.figures import strip
 from bench.machine import machine
 from bench.markdown import digits
@@ -61,7 +61,6 @@ def stand_ins(patch: pytest.MonkeyPatch) -> None:
         (timing.CLOCK, "event", timing.CLOCK.now),
         (timing.CLOCK, "elapsed_ms", lambda start, end: 1e3 * (end - start)),
         (timing.CLOCK, "spin", lambda seconds: None),
-        (from_host.FromHost, "compute", lambda self, x: self.y.copy_(self.model(x.to(self.dtype)))),
         (gemm, "layer_forward", lambda x, weight, bias, h, z, *_: None),
         (measure, "verify_gemm", lambda found: {"verified": {}}),
     ):
@@ -75,8 +74,6 @@ def template(phase: str) -> Row:
         return {"seconds": fresh.lecture(8, cpu=True, gpu=True)}
     if phase == "warmup":
         return {"seconds": dict.fromkeys(("cold", "warm"), fresh.warmup(small, "cpu"))}
-    if phase == "in_place":
-        return measure.measure(Cell("from_host", Problem((5, 7, 3), 4), phase), "cpu")
     if phase in GEMM_PHASES:
         return measure.measure(Cell("gemm", Problem((5, 7), 4), "layer_forward"), "cpu")
     row = measure.measure(Cell("odd", small, phase), "cpu")
@@ -89,7 +86,7 @@ def template(phase: str) -> Row:
 def templates() -> dict[str, Row]:
     with pytest.MonkeyPatch.context() as patch:
         stand_ins(patch)
-        phases = ("forward", "training", "copy", "layer_forward", "in_place", "lecture", "warmup")
+        phases = ("forward", "training", "copy", "layer_forward", "lecture", "warmup")
         rows = {phase: template(phase) for phase in phases}
     seconds = {"context": 0.3, "copy": 0.1, "copy_2": 0.001}
     rows["first_touch"] = {"seconds": {"cold": seconds, "warm": seconds}}
@@ -132,21 +129,6 @@ def made_up(cell: Cell, templates: dict[str, Row], chance: random.Random) -> Row
             put(each, ms=taken[way], examples_per_s=1e3 * cell.problem.rows / taken[way])
             if way != "resident":
                 put(each, of_bound=bound / taken[way])
-        return row
-    if cell.phase == "in_place":
-        each = row["kinds"]["uint8"]
-        row["kinds"] = {kind: copy.deepcopy(each) for kind in from_host.kinds(cell.problem)}
-        for kind, each in row["kinds"].items():
-            nbytes = cell.problem.rows * cell.problem.widths[0] * from_host.KINDS[kind].itemsize
-            copied = 0.01 + 1e-6 * nbytes / 50
-            compute = made_up_ms(cell.problem, "forward", chance)
-            taken = {"copied": copied + 2 * compute, "widened": copied + compute, "prefetched": max(copied, compute)}
-            taken |= {"in_place": max(1e-6 * nbytes / 40, compute), "resident": compute}
-            if kind == cell.problem.dtype:
-                del taken["widened"], each["ways"]["widened"]
-            for way, ms in taken.items():
-                put(each["ways"][way], ms=ms)
-            put(each, nbytes=nbytes, speedup=min(taken["copied"], taken["prefetched"]) / taken["in_place"])
         return row
     floor = 1e-3 * made_up_ms(cell.problem, cell.phase, None)
     kernel = 1e3 * floor * chance.lognormvariate(0.4, 0.25)
@@ -257,23 +239,6 @@ def test_every_cell_of_the_grid_is_in_the_report(written: Path, rows: dict[str, 
     assert line[0] == row["path"]
     assert line[1] == digits(row["ms"])
     assert line[3] == f"{digits(row['baselines']['eager']['speedup'])}x"
-
-
-def test_the_report_says_how_the_experiment_went(written: Path, rows: dict[str, Row]) -> None:
-    speedups = [each["speedup"] for row in rows.values() for each in row.get("kinds", {}).values()]
-    ahead = sum(speedup > 1 for speedup in speedups)
-    assert 0 < ahead < len(speedups)
-    text = (written / "nvidia_h200.md").read_text()
-    assert f"sooner than by any copy in {ahead} of {len(speedups)} cases" in text
-    assert f"is {report.spread(speedups)}: least with" in text
-    (title,) = (line for line in text.splitlines() if line.startswith("<details><summary>Batches of fp16"))
-    first = text[text.index(title) :].splitlines()[4]
-    cell = next(cell for cell in GRID if cell.phase == "in_place" and cell.problem.dtype == "fp32")
-    found = rows[str(cell)]["kinds"]["fp16"]
-    figures = [digits(found["ways"][way]["ms"]) for way in from_host.WAYS]
-    name = str(cell).removeprefix("from_host-")
-    assert first.startswith(f"| `{name}` | {digits(1e-6 * found['nbytes'])} | {' | '.join(figures)} |")
-    assert first.endswith(f"| {digits(found['speedup'])}x |")
 
 
 def test_a_missing_row_is_not_measured_and_a_failed_one_says_why(tmp_path: Path, rows: dict[str, Row]) -> None:

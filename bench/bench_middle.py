@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.conftest import Row
-from bench.shapes import Cell, cases
+from bench.problem import Cell, cases
 
 
 @pytest.mark.parametrize(("cell", "device"), cases("middle"), ids=str)

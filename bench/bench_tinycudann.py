@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from bench import measure
 from bench.measure import Bench, relative_error, release, synchronize
-from bench.shapes import Cell, Problem, cases
+from bench.problem import Cell, Problem, cases
 from mlp_fused import FusedMLP, timing
 from mlp_fused.kernels import configs
 from mlp_fused.plan import work

@@ -15,7 +15,7 @@ import torch
 
 from bench import goals, measure
 from bench.machine import machine
-from bench.shapes import FRESH_PHASES, GRID, Cell, Problem
+from bench.problem import FRESH_PHASES, GRID, Cell, Problem
 from mlp_fused import timing
 from mlp_fused.environment import distorted
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.shapes import FRESH_PHASES, Problem
+from bench.problem import FRESH_PHASES, Problem
 from mlp_fused import first_touch as steps
 from mlp_fused.environment import distorted
 from mlp_fused.first_touch import seconds

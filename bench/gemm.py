@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.shapes import Problem
+from bench.problem import Problem
 from mlp_fused import timing
 from mlp_fused.kernels import configs, layer_tiles, tables
 from mlp_fused.kernels.activations import resolve

@@ -69,7 +69,7 @@ import torch
 from bench import goals
 from bench.machine import ROOT, machine
 from bench.measure import compile_ahead, describe, measure, why_not
-from bench.shapes import FRESH_PHASES, GRID, Cell, Problem, select
+from bench.problem import FRESH_PHASES, GRID, Cell, Problem, select
 from mlp_fused.environment import distorted
 from mlp_fused.kernels.configs import device_slug
 from mlp_fused.timing import ceilings

@@ -66,7 +66,7 @@ from torch import Tensor, nn
 
 from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
-from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
+from bench.problem import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, capture_step, timing
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.functional import Layer, run_kernels

@@ -31,7 +31,7 @@ from bench.figures import Plot, Series, Strips, drawn, file_name, scatter, strip
 from bench.gpu import SAME, SCHEMA
 from bench.markdown import digits, folded, picture, table
 from bench.measure import BASELINES, GEMM_BASELINES, WAYS
-from bench.shapes import COPIED_PHASES, FAMILIES, FRESH_PHASES, GEMM_PHASES, GRID, PHASES, Cell
+from bench.problem import COPIED_PHASES, FAMILIES, FRESH_PHASES, GEMM_PHASES, GRID, PHASES, Cell
 from mlp_fused import plots
 from mlp_fused.kernels.configs import device_slug
 

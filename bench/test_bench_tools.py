@@ -27,7 +27,7 @@ from torch import nn
 from bench import bench_copy, conftest, fresh, gemm, goals, gpu, measure, report
 from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
-from bench.shapes import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
+from bench.problem import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
 from mlp_fused import FusedMLP, graphs, timing, tuning
 from mlp_fused.environment import DISTORTING, distorted
 from mlp_fused.plan import Work, work
@@ -311,7 +311,7 @@ def test_kernels_run_in_triton_s_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     cells = [gemm_cell("layer_forward_z"), gemm_cell("dgrad"), gemm_cell("wgrad")]
     cells += [gemm_cell("layer_forward", "bf16", "relu"), gemm_cell("dgrad", "bf16", "relu")]
-    script = "from bench import measure\nfrom bench.shapes import Cell, Problem\n"
+    script = "from bench import measure\nfrom bench.problem import Cell, Problem\n"
     script += f"for cell in {cells}: measure.prepare(cell, 'cpu')\n"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -569,7 +569,7 @@ def test_what_a_call_launches_is_compiled() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     script = """
 from bench import measure
-from bench.shapes import Problem
+from bench.problem import Problem
 from mlp_fused.compiling import compile_only
 from mlp_fused.kernels.configs import DEVICES
 from mlp_fused.kernels.launch import Launch

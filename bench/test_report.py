@@ -19,7 +19,7 @@ from bench import fresh, gemm, measure, report
 from bench.figures import strip
 from bench.machine import machine
 from bench.markdown import digits
-from bench.shapes import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, GRID, Cell, Problem
+from bench.problem import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, GRID, Cell, Problem
 from mlp_fused import plots, timing
 from mlp_fused.timing import Ceilings, Link
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench import bench_tinycudann as bench
 from bench.machine import ROOT
-from bench.shapes import GRID, Cell, Problem
+from bench.problem import GRID, Cell, Problem
 from mlp_fused import FusedMLP
 
 SMALL = Problem((5, 32, 32, 32, 3), 256, "fp16")

@@ -93,24 +93,26 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest) -> None:
-    """The kernels of all rows that ask for this, compiled before the first of them is measured; on a GPU."""
+    """The kernels of all copy rows, compiled before the first of them is measured; on a GPU."""
     if measures(request.config) and torch.cuda.is_available():
         measure.compile_ahead(problems_of(request.session.items))
 
 
 def problems_of(items: Iterable[pytest.Item]) -> list[Problem]:
-    """Each problem once whose row asks for `compiled`; not of rows that are measured in a process of their own."""
-    asking = [item for item in items if "compiled" in getattr(item, "fixturenames", ())]
-    cells = [item.callspec.params["cell"] for item in asking]  # type: ignore[attr-defined]
-    return list(dict.fromkeys(cell.problem for cell in cells if cell.phase not in FRESH_PHASES))
+    """Each problem of the copy rows once, without the rows that are measured in a process of their own."""
+    params = [getattr(getattr(item, "callspec", None), "params", {}) for item in items]
+    cells = [each["cell"] for each in params if "cell" in each]
+    return list(dict.fromkeys(cell.problem for cell in cells if cell.phase == "copy"))
 
 
 @pytest.fixture
-def row(benchmark: Any) -> Row:
+def row(benchmark: Any, request: pytest.FixtureRequest) -> Row:
     """Runs one row. What pytest-benchmark shows is the host's clock over single calls, each waited for."""
 
     def run(cell: Cell, device: str) -> None:
         benchmark.group = cell.family
+        if cell.family == "copy":
+            request.getfixturevalue("compiled")
         if cell.phase in FRESH_PHASES:
             benchmark.extra_info.update(
                 benchmark.pedantic(measure.measure, (cell, device), {"full": not benchmark.disabled})

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import bench_copy, conftest, fresh, gemm, goals, gpu, measure, report
+from bench import conftest, fresh, gemm, goals, gpu, measure, report
 from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.problem import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
@@ -59,10 +59,9 @@ def test_phases_of_a_problem_stand_side_by_side() -> None:
     assert changes + 1 == len(set(rest))
 
 
-def test_every_cell_has_a_known_phase_and_a_bench() -> None:
+def test_every_cell_has_a_known_phase_and_family() -> None:
     assert {cell.phase for cell in GRID} == set(PHASES)
     assert {cell.family for cell in GRID} == set(FAMILIES)
-    assert all((ROOT / "bench" / f"bench_{family}.py").exists() for family in FAMILIES)
 
 
 def test_mlp_fused_tune_measures_every_problem_of_the_grid() -> None:
@@ -553,16 +552,13 @@ def test_kernels_of_copy_rows_are_compiled_ahead_the_smallest_first(monkeypatch:
     assert [problem.rows for problem in asked] == [2, 4, 8]
 
 
-def test_rows_ask_for_what_is_to_be_compiled() -> None:
-    def item(cell: Cell, *names: str) -> Any:
-        return SimpleNamespace(fixturenames=names, callspec=SimpleNamespace(params={"cell": cell}))
+def test_the_kernels_of_copy_rows_are_compiled_ahead() -> None:
+    def item(**params: Any) -> Any:
+        return SimpleNamespace(callspec=SimpleNamespace(params=params))
 
-    asking = [item(cell, "row", "compiled") for cell in GRID if cell.family == "copy"]
-    problems = problems_of([SimpleNamespace(), item(GRID[0], "row"), *asking, *asking])  # type: ignore[list-item]
+    rows = [item(cell=cell) for cell in GRID]
+    problems = problems_of([SimpleNamespace(), item(phase="copy"), *rows, *rows])  # type: ignore[list-item]
     assert problems == [cell.problem for cell in GRID if cell.phase == "copy"]
-    assert {mark.args for mark in vars(bench_copy.test_copy)["pytestmark"] if mark.name == "usefixtures"} == {
-        ("compiled",)
-    }
 
 
 def test_what_a_call_launches_is_compiled() -> None:
@@ -799,7 +795,7 @@ def test_nothing_is_measured_under_a_switch_that_distorts(
     with pytest.raises(SystemExit):
         fresh.main()
     assert re.search(refused, capsys.readouterr().err)
-    command = [sys.executable, "-m", "pytest", "-q", "bench/bench_seed.py", "--benchmark", "--collect-only"]
+    command = [sys.executable, "-m", "pytest", "-q", "bench/bench_grid.py", "--benchmark", "--collect-only"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 4  # pytest's own, for a mistake in the command
     assert re.search(refused, done.stderr)
@@ -838,9 +834,9 @@ def test_lecture_in_a_process_of_its_own() -> None:
 
 def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "pytest", "bench/bench_seed.py", "bench/bench_compiled.py", __file__, "-q"]
+    command = [sys.executable, "-m", "pytest", "bench/bench_grid.py", "bench/bench_compiled.py", __file__, "-q"]
     command += ["--benchmark", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
-    command += ["-k", "m64-forward or test_compiled or test_select"]
+    command += ["-k", "seed and m64-forward or test_compiled or test_select"]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout
     assert "test_select" not in child.stdout  # the tools are tested without the flag
@@ -1334,3 +1330,26 @@ def test_without_a_gpu_one_sentence_and_status_2(
     assert capsys.readouterr().err.startswith("nothing was measured: no CUDA device")
     assert gpu.main(["--out", str(tmp_path), "--cells", "nothing"]) == 2
     assert not list(tmp_path.iterdir())
+
+
+# Words that select rows
+
+
+def words_after_k() -> set[str]:
+    """Each `-k WORD` of a bench command in a README or a docstring."""
+    files = [
+        ROOT / "README.md",
+        *(path for folder in ("bench", "kernels", "mlp_fused") for path in (ROOT / folder).rglob("*")),
+    ]
+    texts = [path.read_text() for path in files if path.suffix in (".md", ".py") and path.is_file()]
+    return {word for text in texts for word in re.findall(r"""bench[^`\n]* -k ["']?(\w+)""", text)}
+
+
+def test_each_word_of_the_readmes_selects_a_row() -> None:
+    words = words_after_k()
+    assert {"seed", "copy"} <= words
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    names = [line.partition("::")[2].lower() for line in collected.splitlines() if "bench_" in line]
+    for word in words | set(FAMILIES) | {"call", "dropout", "compiled", "tinycudann"}:
+        assert any(word in name for name in names), word

@@ -28,7 +28,7 @@ from bench import conftest, fresh, gemm, goals, gpu, measure, report
 from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.problem import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
-from mlp_fused import FusedMLP, graphs, timing, tuning
+from mlp_fused import FusedMLP, graphs, timing
 from mlp_fused.environment import DISTORTING, distorted
 from mlp_fused.plan import Work, work
 from mlp_fused.timing import Ceilings, Timed
@@ -62,20 +62,6 @@ def test_phases_of_a_problem_stand_side_by_side() -> None:
 def test_every_cell_has_a_known_phase_and_family() -> None:
     assert {cell.phase for cell in GRID} == set(PHASES)
     assert {cell.family for cell in GRID} == set(FAMILIES)
-
-
-def test_mlp_fused_tune_measures_every_problem_of_the_grid() -> None:
-    """And nothing else: its grid is that of the networks, whose anchors come first."""
-    networks = [cell for cell in GRID if cell.family in ("seed", "narrow", "middle", "large", "odd")]
-    here = {
-        tuning.Workload(cell.problem.widths, cell.problem.rows, cell.problem.dtype, cell.problem.activation)  # type: ignore[arg-type]
-        for cell in networks
-    }
-    assert {workload for family in tuning.GRID for workload in family.workloads} == here
-    anchors = list(dict.fromkeys(cell.problem for cell in networks if cell.anchor))
-    assert [(each.widths, each.rows, each.dtype, each.activation) for each in tuning.ANCHORS] == [
-        (each.widths, each.rows, each.dtype, each.activation) for each in anchors
-    ]
 
 
 def test_the_copy_family_has_every_input_of_the_grid_in_32_and_16_bits() -> None:

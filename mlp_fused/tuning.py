@@ -26,7 +26,7 @@ import time as times
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from .chain import run_layers
 from .compiling import Compilers, NotYetError, count_workers
 from .environment import distorted, versions
 from .functional import Layer, find_layers
+from .grid import ACTIVATION, ANCHORS, GRID, DtypeName, Family, Workload
 from .kernels import configs, layer_tiles, tables
 from .kernels.activations import ACTIVATIONS, Activation, resolve
 from .kernels.language import driver
@@ -49,7 +50,6 @@ from .training import UserError, first_line, progress
 
 __all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload", "tune"]
 
-DtypeName = Literal["fp32", "tf32", "bf16", "fp16"]
 ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
     "fp32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),
@@ -65,63 +65,8 @@ ANCHOR_WEIGHT = 16  # of a reading of an anchor
 
 BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
 DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
-ACTIVATION = "relu"
 
 Clock = Callable[[Callable[[], object]], float]  # seconds that one call takes
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A network and its batch: widths of the input to the output; one activation after every hidden layer."""
-
-    widths: tuple[int, ...]
-    rows: int
-    dtype: DtypeName
-    activation: str = ACTIVATION
-
-
-@dataclass(frozen=True)
-class Family:
-    """Every combination of some networks, batches, dtypes and activations."""
-
-    widths: tuple[tuple[int, ...], ...]
-    rows: tuple[int, ...]
-    dtypes: tuple[DtypeName, ...]
-    activations: tuple[str, ...] = (ACTIVATION,)
-
-    @property
-    def workloads(self) -> list[Workload]:
-        return [
-            Workload(widths, rows, dtype, activation)
-            for widths, rows, dtype, activation in itertools.product(
-                self.widths, self.rows, self.dtypes, self.activations
-            )
-        ]
-
-
-# What is measured where nothing is asked for: what the benches measure.
-GRID = (
-    Family(((784, 512, 512, 10),), (64, 256, 1024), ("fp32",)),
-    Family(tuple((width,) * 5 for width in (16, 32, 64, 128)), (2**14, 2**17, 2**20, 2**21), ("fp16", "bf16", "fp32")),
-    Family(((16, 64, 64, 16),), (2**21,), ("fp16", "bf16", "fp32")),
-    Family(((128, *(64,) * 5, 3), (128, *(128,) * 5, 3)), (2**14, 2**18, 2**21), ("fp16", "bf16", "fp32")),
-    Family(tuple((width,) * 5 for width in (256, 512, 1024)), (4096, 16384, 65536), ("bf16",), ("relu", "gelu")),
-    Family(((4096, 16384, 4096), (1024, 4096, 1024)), (1024, 8192, 32768), ("bf16", "fp32"), ("gelu",)),
-    Family(((33,) * 4, (100,) * 4, (1, 64, 64, 1)), (65537,), ("bf16", "fp32")),
-    Family(((480,) * 4,), (16385,), ("bf16", "fp32"), ("gelu",)),
-    Family(((1000,) * 4,), (4099,), ("bf16", "fp32")),
-    Family(((33, 100, 480, 1000, 1),), (4099,), ("bf16", "fp32"), ("silu",)),
-    Family(((256, 512, 256),), (16384,), ("bf16", "fp32"), ("gelu",)),
-)
-# What is measured first.
-ANCHORS = (
-    Workload((784, 512, 512, 10), 256, "fp32"),
-    Workload((64,) * 5, 2**20, "bf16"),
-    Workload((512,) * 5, 16384, "bf16", "gelu"),
-    Workload((1024,) * 5, 16384, "bf16", "gelu"),
-    Workload((4096, 16384, 4096), 8192, "bf16", "gelu"),
-    Workload((1000,) * 4, 4099, "bf16"),
-)
 
 
 @dataclass(frozen=True)
@@ -176,7 +121,9 @@ class Config:
         """What is to be measured."""
         if not self.dims:
             return [*ANCHORS, *(workload for family in GRID for workload in family.workloads)]
-        asked = Family(self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,))
+        asked = Family(
+            "asked for", self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,)
+        )
         return asked.workloads
 
 

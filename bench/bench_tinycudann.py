@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import measure
-from bench.measure import Bench, relative_error, release, synchronize
+from bench.measure import Bench, release, synchronize
 from bench.problem import Cell, Problem, cases
-from mlp_fused import FusedMLP, timing
+from mlp_fused import FusedMLP, agreement, timing
 from mlp_fused.kernels import configs
 from mlp_fused.plan import work
 from mlp_fused.timing import Timed
@@ -48,7 +48,7 @@ ROWS = 256  # the binding pads x to a multiple
 # Relative errors, of the output and of each gradient. tiny-cuda-nn rounds its sums to fp16 every 16 terms: simulated
 # in torch with 8192 rows, that errs by up to 0.0012 in the output and 0.048 in gradients, most of it from relus that
 # a rounded pre-activation turns over. Another matrix, or the same one in another order, errs by about 1.
-BOUNDS = 2 * measure.BOUNDS["fp16"][0], 8 * measure.BOUNDS["fp16"][1]
+BOUNDS = 2 * agreement.BOUNDS["fp16"][0], 8 * agreement.BOUNDS["fp16"][1]
 
 
 def runs(problem: Problem) -> bool:
@@ -157,7 +157,7 @@ class Theirs(Bench):
         assert y.dtype == torch.float16, f"tinycudann computes in {y.dtype}: it was built without fp16"
         found = [y, *(matrix for params in flat for matrix in unpack(params, self.problem.widths))]
         expected = self.ours.timed(self.ours.model, phase)(last)
-        errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
+        errors = [agreement.relative_error(*pair) for pair in zip(found, expected, strict=True)]
         bounds = [BOUNDS[0], *[BOUNDS[1]] * len(errors[1:])]
         wrong = [(i, error) for i, (error, bound) in enumerate(zip(errors, bounds)) if not error <= bound]
         assert not wrong, f"FusedMLP and tinycudann differ (tensor, relative error): {wrong}, bounds {BOUNDS}"

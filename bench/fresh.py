@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bench.problem import FRESH_PHASES, Problem
 from mlp_fused import first_touch as steps
+from mlp_fused.agreement import BOUNDS, relative_error
 from mlp_fused.environment import distorted
 from mlp_fused.first_touch import seconds
 from mlp_fused.training import DTYPES
@@ -51,7 +52,7 @@ def first_touch(problem: Problem) -> dict[str, float]:
     found = steps.first_touch(model, [x])
     with torch.no_grad():
         children = nn.Sequential(*model)  # torch's own modules, one after the other
-        check(model(x.cuda()), children(x.cuda()), 1e-4 if dtype == torch.float32 else 5e-2)
+        check(model(x.cuda()), children(x.cuda()), BOUNDS[problem.dtype][0])
     return found
 
 
@@ -76,14 +77,14 @@ def lecture(n: int, *, cpu: bool, gpu: bool) -> dict[str, float]:
         torch.cuda.synchronize()
         found["product" + again] = time.perf_counter() - begun
         found["product_device" + again] = 1e-3 * start.elapsed_time(end)
-        check(product[:8].cpu(), a[:8] @ b, 5e-3)  # tf32, where the user's setting allows it
+        check(product[:8].cpu(), a[:8] @ b, BOUNDS["tf32"][0])  # where the user's setting allows it
         del c, d, product
     return found
 
 
 def check(found: Tensor, expected: Tensor, bound: float) -> None:
-    """Raise AssertionError where the norm of the difference passes `bound` times that of `expected`."""
-    error = ((found - expected).norm() / expected.norm()).item()
+    """Raise AssertionError where the relative error passes a bound."""
+    error = relative_error(found, expected)
     assert error <= bound, f"wrong by {error}, the bound is {bound}"
 
 

@@ -48,7 +48,6 @@ import copy
 import gc
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -68,6 +67,7 @@ from bench.gemm import Gemm, gemm_for, kernel_plan
 from bench.machine import ROOT
 from bench.problem import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from mlp_fused import DevicePrefetcher, FusedMLP, capture_step, timing
+from mlp_fused.agreement import BOUNDS, relative_error
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.functional import Layer, run_kernels
 from mlp_fused.kernels import configs
@@ -80,13 +80,6 @@ from mlp_fused.training import DTYPES
 from mlp_fused.transfer import copy_calls, fastest
 
 Report = Callable[[dict[str, Any]], None]
-
-# Norm-wise error against eager in the same dtype that a timed function may have: of the output, of the gradients.
-# Both sides round, so this is no measure of accuracy (the tests are); a wrong index or a lost block errs by far more.
-# fp32 gradients have the wide bound because a pre-activation within rounding of a relu's kink may fall on either side:
-# one in 10^6 entries does, which is 10^-3 of the norm.
-BOUNDS = {"fp32": (2e-5, 5e-3), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
-TF32_BOUND = 5e-3
 
 # A CPU measures the rows of up to so many FLOPs and bytes, so that all of them together take a minute on two cores. In
 # 16 bits many CPUs multiply a hundred times slower than in 32.
@@ -174,13 +167,10 @@ def against_floor(work: Work, ceilings: Ceilings, ms: float) -> dict[str, Any]:
     }
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖, in fp32; infinite for a wrong shape, NaN where either has one."""
-    if found.shape != expected.shape:
-        return math.inf
-    expected = expected.detach().float()
-    difference = (found.detach().float() - expected).norm().item()
-    return difference / (expected.norm().item() or 1.0) if difference else 0.0
+def bounds_in_force(dtype: str) -> tuple[float, float]:
+    """BOUNDS of a dtype: those of tf32 for fp32 where torch's switch allows tf32."""
+    tf32 = dtype == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return BOUNDS["tf32" if tf32 else dtype]
 
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, outputs: int) -> dict[str, Any]:
@@ -188,9 +178,7 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, out
 
     Raises AssertionError, with the errors and the bounds, where one passes its bound or a tensor is missing.
     """
-    bounds = BOUNDS[dtype]
-    if dtype == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        bounds = TF32_BOUND, 10 * TF32_BOUND
+    bounds = bounds_in_force(dtype)
     assert len(found) == len(expected), f"{len(found)} tensors instead of {len(expected)}"
     errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
     limits = [bounds[0]] * outputs + [bounds[1]] * len(errors[outputs:])

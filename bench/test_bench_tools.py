@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -150,15 +149,6 @@ def test_against_floor() -> None:
     assert measure.against_floor(Work(1, 500_000), Ceilings(1e12, 1e12), ms=1.0)["bound"] == "memory"
 
 
-def test_relative_error() -> None:
-    ones = torch.ones(4)
-    assert measure.relative_error(ones, ones) == 0.0
-    assert measure.relative_error(1.5 * ones, ones) == pytest.approx(0.5)
-    assert measure.relative_error(torch.ones(3), ones) == math.inf
-    assert not measure.relative_error(ones * math.nan, ones) <= 1.0
-    assert measure.relative_error(ones, 0 * ones) == pytest.approx(2.0)
-
-
 def test_graphs_are_captured_and_replayed_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
@@ -247,7 +237,7 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     gemm.gemm_for.cache_clear()
 
 
-def gemm_cell(phase: str, dtype: str = "fp32", activation: str = "gelu") -> Cell:
+def gemm_cell(phase: str, dtype: Any = "fp32", activation: str = "gelu") -> Cell:
     return Cell("gemm", Problem((40, 24), 33, dtype, "identity" if phase == "wgrad" else activation), phase)
 
 
@@ -650,7 +640,7 @@ def test_a_step_moves_the_parameters_and_verifying_puts_them_back() -> None:
     [Problem((16,) * 5, 256), Problem((2, 2), 2**20)],
     ids=["gradients of zero", "gradients over a million rows"],
 )
-def test_many_steps_leave_parameters_and_optimizer_state_finite(problem: Problem, dtype: str) -> None:
+def test_many_steps_leave_parameters_and_optimizer_state_finite(problem: Problem, dtype: Any) -> None:
     bench = measure.Bench(replace(problem, dtype=dtype), "cpu")
     optimizer = bench.optimizer()
     step = bench.step(bench.model, optimizer)

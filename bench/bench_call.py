@@ -1,4 +1,13 @@
-"""The Python of a call, without what it computes: FusedMLP beside the nn.Sequential that it replaces."""
+"""The Python of a call, without the kernels: our modules beside eager torch's on layers one wide.
+
+`pytest bench -k call --benchmark --benchmark-json FILE` writes the numbers to FILE. To compare two commits, run it in a
+checkout of each on the same machine, several times in alternation, and compare a row's `us` and `ratio`; a difference
+below their spread is none. Each row's `extra_info` has, in microseconds of a core a call:
+
+    us, us_spread              ours: the median of 100 rounds, and their interquartile range
+    eager_us, eager_us_spread  the same for nn.Sequential of nn.Linear and activations, measured in the same rounds
+    ratio, ratio_spread        eager's time over ours, of each round: both run at the same speed of the machine
+"""
 
 from __future__ import annotations
 
@@ -8,6 +17,7 @@ import statistics
 import time
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,17 +29,46 @@ from mlp_fused.kernels import configs
 from mlp_fused.kernels.launch import Launch
 from mlp_fused.layers import layer_path
 
+Call = Callable[[Tensor], Any]
 
-def microseconds(call: Callable[[Tensor], Tensor], x: Tensor, calls: int) -> float:
-    """A call's mean time."""
-    start = time.perf_counter()
+
+def microseconds(call: Call, x: Tensor, calls: int) -> float:
+    """A call's mean time on its core: other processes of the machine do not count, as they do by the wall clock."""
+    start = time.thread_time()
     for _ in range(calls):
         call(x)
-    return (time.perf_counter() - start) / calls * 1e6
+    return (time.thread_time() - start) / calls * 1e6
+
+
+def measure(benchmark: Any, **systems: tuple[Call, Tensor]) -> int:
+    """Time the systems in turn, round by round, and store the figures that are listed above.
+
+    Args:
+        systems: a function and its input, by name: `ours`, `eager`, and others.
+
+    Returns:
+        The number of calls of `ours`.
+    """
+    rounds, calls = (2, 1) if benchmark.disabled else (100, 100)
+    readings: dict[str, list[float]] = {name: [] for name in systems}
+    for _ in range(rounds):
+        for name, (call, x) in systems.items():
+            readings[name].append(microseconds(call, x, calls))
+    figures = {"us" if name == "ours" else f"{name}_us": values for name, values in readings.items()}
+    figures["ratio"] = [eager / ours for ours, eager in zip(readings["ours"], readings["eager"])]
+    for name, values in figures.items():
+        low, benchmark.extra_info[name], high = statistics.quantiles(values, n=4, method="inclusive")
+        benchmark.extra_info[f"{name}_spread"] = high - low
+    return rounds * calls
+
+
+def tabulate(benchmark: Any, call: Call, x: Tensor) -> None:
+    """Give pytest-benchmark a few rounds for its own table, which is by the wall clock."""
+    benchmark.pedantic(call, (x,), rounds=10, iterations=100)
 
 
 def test_call_on_the_cpu(benchmark: Any) -> None:
-    """784→512→512→10: `extra_info["slower_by_us"]` is the median of paired differences: both see one machine."""
+    """784→512→512→10, one row, on modules whose own forward does nothing, beside nn.Sequential of the same modules."""
     model = FusedMLP(784, [512, 512, 10])
     sequential = nn.Sequential(*(child for child in model if not isinstance(child, nn.Dropout)))
     x = torch.randn(1, 784)
@@ -37,26 +76,17 @@ def test_call_on_the_cpu(benchmark: Any) -> None:
     for child in sequential:  # the same modules as the model's: products and their noise go, calls stay
         child.forward = lambda x: x
     assert model(x) is sequential(x) is x
-    rounds, calls = (1, 1) if benchmark.disabled else (50, 200)
-    differences = []
-    for _ in range(rounds):
-        baseline = microseconds(sequential, x, calls)
-        differences.append(microseconds(model, x, calls) - baseline)
-    benchmark.extra_info["slower_by_us"] = statistics.median(differences)
-    benchmark.extra_info["sequential_us"] = baseline
-    benchmark.pedantic(model, (x,), rounds=rounds, iterations=calls)
+    measure(benchmark, ours=(model, x), eager=(sequential, x))
+    tabulate(benchmark, model, x)
 
 
 def test_call_of_a_fused_linear_on_the_cpu(benchmark: Any) -> None:
-    """64→64 with relu, one row: `extra_info["us"]`, beside nn.Sequential of the same two modules in the same rounds."""
+    """64→64 with relu, one row, beside nn.Sequential of the same two modules, products included."""
     layer = FusedLinear(64, 64, activation="relu")
     sequential = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     x = torch.randn(1, 64)
-    rounds, calls = (1, 1) if benchmark.disabled else (50, 200)
-    readings = [(microseconds(layer, x, calls), microseconds(sequential, x, calls)) for _ in range(rounds)]
-    benchmark.extra_info["us"], benchmark.extra_info["sequential_us"] = map(statistics.median, zip(*readings))
-    benchmark.extra_info["of_sequential"] = statistics.median(ours / theirs for ours, theirs in readings)
-    benchmark.pedantic(layer, (x,), rounds=rounds, iterations=calls)
+    measure(benchmark, ours=(layer, x), eager=(sequential, x))
+    tabulate(benchmark, layer, x)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
@@ -116,96 +146,62 @@ class Empty(torch.autograd.Function):
         return dy, *map(torch.empty_like, ctx.parameters)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_call_of_a_narrow_network(benchmark: Any, nothing: Nothing, training: bool) -> None:
-    """64→64→64→64→64 up to the launch, which does nothing; a launch comes on top.
+@dataclass(frozen=True)
+class Case:
+    """A module of ours on kernels; eager torch has as many layers and activations."""
 
-    `extra_info["us"]` and, in the same rounds, that of an empty `Function.apply` with the same tensors and of
-    nn.Sequential calling children that do nothing: medians of each, and of the ratio to twice their sum.
+    make: Callable[[], nn.Module]
+    widths: tuple[int, int]  # of the input and the output
+    layers: int
+    activations: int
+    launches: int  # of a forward
+
+    def one_wide(self) -> nn.Sequential:
+        """torch's modules, one wide: as many calls with next to no product in them."""
+        children = [child for _ in range(self.layers) for child in (nn.Linear(1, 1), nn.ReLU())]
+        return nn.Sequential(*children[: self.layers + self.activations])
+
+
+CASES = {
+    "layer": Case(lambda: FusedLinear(64, 64, activation="relu", backend="triton"), (64, 64), 1, 1, launches=1),
+    "network": Case(lambda: FusedMLP(64, [64, 64, 64, 64], backend="triton"), (64, 64), 4, 3, launches=1),
+    "wide": Case(lambda: FusedMLP(784, [512, 512, 10], backend="triton"), (784, 10), 3, 2, launches=3),
+}
+PHASES = ("inference", "training-forward", "training-backward")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", CASES)
+def test_call(benchmark: Any, nothing: Nothing, name: str, phase: str) -> None:
+    """Python and autograd of one call with 64 rows in fp32, up to the launches, which do nothing.
+
+    layer is a FusedLinear 64→64 with relu, network a FusedMLP 64→64→64→64→64 on the network path, wide a FusedMLP
+    784→512→512→10 on the layer path. inference is a forward under no_grad, training-forward a forward that records
+    gradients, training-backward that forward and its backward together. Eager is nn.Sequential of as many layers, one
+    wide, for one row. `empty_us` is one autograd.Function that computes nothing, with as many parameters: the least
+    that torch takes for any.
     """
-    model = FusedMLP(64, [64, 64, 64, 64], backend="triton")
-    linears = [child for child in model if isinstance(child, nn.Linear)]
-    parameters = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
-    sequential = nn.Sequential(*(nn.Identity() for child in model if not isinstance(child, nn.Dropout)))
-    x = torch.randn(64, 64)
-    rounds, calls = (1, 1) if benchmark.disabled else (50, 200)
-    readings: list[tuple[float, float, float]] = []
-    with torch.set_grad_enabled(training):
-        assert model(x).requires_grad == training
-        for _ in range(rounds):
-            readings.append(
-                (
-                    microseconds(model, x, calls),
-                    microseconds(lambda x: Empty.apply(x, *parameters), x, calls),
-                    microseconds(sequential, x, calls),
-                )
-            )
-        assert nothing.launches == 1 + rounds * calls
-        names = ("us", "empty_apply_us", "sequential_us")
-        benchmark.extra_info.update({name: statistics.median(each) for name, each in zip(names, zip(*readings))})
-        ratios = [ours / (2 * (apply + dispatch)) for ours, apply, dispatch in readings]
-        benchmark.extra_info["of_twice_both"] = statistics.median(ratios)
-        benchmark.pedantic(model, (x,), rounds=rounds, iterations=calls)
+    case = CASES[name]
+    model, eager = case.make(), case.one_wide()
+    width_in, width_out = case.widths
+    x, one = torch.randn(64, width_in), torch.randn(1, 1)
 
+    def in_phase(call: Call, module: nn.Module, dy: Tensor) -> Call:
+        parameters = tuple(module.parameters())
+        return (lambda x: torch.autograd.grad(call(x), parameters, dy)) if phase == "training-backward" else call
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_call_of_a_fused_linear(benchmark: Any, nothing: Nothing, training: bool) -> None:
-    """64→64 with relu, 64 rows, up to the launch, which does nothing.
-
-    `extra_info["us"]` and, in the same rounds, nn.Sequential of the same two modules one wide, for one row.
-    """
-    layer = FusedLinear(64, 64, activation="relu", backend="triton")
-    sequential = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
-    x, one = torch.randn(64, 64), torch.randn(1, 1)
-    rounds, calls = (1, 1) if benchmark.disabled else (50, 200)
-    with torch.set_grad_enabled(training):
-        assert layer(x).requires_grad == training
-        readings = [(microseconds(layer, x, calls), microseconds(sequential, one, calls)) for _ in range(rounds)]
-        assert nothing.launches == 1 + rounds * calls
-        benchmark.extra_info["us"], benchmark.extra_info["sequential_us"] = map(statistics.median, zip(*readings))
-        benchmark.extra_info["of_sequential"] = statistics.median(ours / theirs for ours, theirs in readings)
-        benchmark.pedantic(layer, (x,), rounds=rounds, iterations=calls)
-
-
-@pytest.mark.parametrize("what", ["inference-forward", "training-forward", "training-backward"])
-def test_call_of_the_layer_path(benchmark: Any, nothing: Nothing, what: str) -> None:
-    """784→512→512→10, fp32, batch 64, up to the launches, which do nothing; "backward" is forward and backward.
-
-    At most 40 µs for a forward and 120 µs for forward and backward is the goal: `extra_info["us"]`, the median. In the
-    same rounds, nn.Sequential of the same modules one wide, for one row: torch's own calls, with next to no product in
-    them; and one autograd.Function that computes nothing, with as many parameters: what torch alone takes of any.
-    """
-    model = FusedMLP(784, [512, 512, 10], backend="triton")
-    sequential = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
-
-    def call_of(module: nn.Module, dy: Tensor) -> Callable[[Tensor], Any]:
-        parameters = list(module.parameters())
-        if what != "training-backward":
-            return module
-        return lambda x: torch.autograd.grad(module(x), parameters, dy)
-
-    ours, theirs = call_of(model, torch.randn(64, 10)), call_of(sequential, torch.randn(1, 1))
-    x, one = torch.randn(64, 784), torch.randn(1, 1)
     parameters = tuple(model.parameters())
-
-    def empty(x: Tensor) -> Any:
-        if what == "inference-forward":
-            return None
-        y = Empty.apply(x, *parameters)
-        return torch.autograd.grad(y, parameters, x) if what == "training-backward" else y
-
-    rounds, calls = (1, 1) if benchmark.disabled else (50, 100)
-    readings: list[tuple[float, float, float]] = []
-    with torch.set_grad_enabled(what != "inference-forward"):
+    ours = in_phase(model, model, torch.randn(64, width_out))
+    systems = {
+        "ours": (ours, x),
+        "eager": (in_phase(eager, eager, one), one),
+        "empty": (in_phase(lambda x: Empty.apply(x, *parameters), model, x), x),
+    }
+    with torch.set_grad_enabled(phase != "inference"):
         ours(x)
         launches = nothing.launches
-        assert launches >= 3
-        for _ in range(rounds):
-            own, other = microseconds(ours, x, calls), microseconds(theirs, one, calls)
-            readings.append((own, other, microseconds(empty, x, calls)))
-        assert nothing.launches == launches * (1 + rounds * calls)
-        benchmark.extra_info["id"] = f"call-layer-{what}"
-        names = ("us", "sequential_us", "empty_us")
-        benchmark.extra_info.update({name: statistics.median(each) for name, each in zip(names, zip(*readings))})
-        benchmark.extra_info["of_sequential"] = statistics.median(own / other for own, other, _ in readings)
-        benchmark.pedantic(ours, (x,), rounds=rounds, iterations=calls)
+        assert launches > case.launches if phase == "training-backward" else launches == case.launches
+        benchmark.extra_info["id"] = f"call-{name}-{phase}"
+        calls = measure(benchmark, **systems)
+        assert nothing.launches == launches * (1 + calls)
+        tabulate(benchmark, ours, x)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import conftest, fresh, gemm, goals, gpu, measure, report
+from bench import bench_call, conftest, fresh, gemm, goals, gpu, measure, report
 from bench.conftest import problems_of
 from bench.machine import ROOT, machine, user_table_digest
 from bench.problem import ANCHORS, FAMILIES, GEMM_PHASES, GRID, PHASES, Cell, Problem, cases, select
@@ -839,7 +839,7 @@ def verdict(goal: goals.Goal, *rows: dict[str, Any]) -> str:
 
 
 def test_every_goal_has_rows_in_the_grid() -> None:
-    calls = [{"id": f"call-layer-{name}"} for name in ("inference-forward", "training-forward", "training-backward")]
+    calls = [{"id": f"call-{name}-{phase}"} for name in bench_call.CASES for phase in bench_call.PHASES]
     rows = [{"id": str(cell), "device": device} for cell in GRID for device in cell.devices] + calls
     for goal in goals.GOALS:
         assert any(goal.concerns(row) for row in rows), goal.text

@@ -14,7 +14,7 @@ from bench import published, report
 from mlp_fused import plots
 from mlp_fused.plots import Theme
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RAW = ROOT / "tests" / "data" / "h100"
 RESULTS = ROOT / "bench" / "results"
 FILE = RESULTS / "nvidia_h100_80gb_hbm3-2026-11-26.json"

@@ -10,7 +10,7 @@
     copy     the input's copy beside the computation on it; the cost of a first call; the lecture's product
 
 `pytest bench --benchmark -k copy` takes less than three minutes of an H100 with 16 cores beside it, by the model of its
-time in tests/bench/test_bench_time.py: 98 rows, of each ten numbers that take `COPY_SECONDS` or a few calls; their
+time in tests/bench/test_bench_grid.py: 98 rows, of each ten numbers that take `COPY_SECONDS` or a few calls; their
 kernels, compiled ahead; and the processes of the rows that begin with one.
 """
 

@@ -10,32 +10,31 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.problem import FRESH_PHASES, Problem
+from mlp_fused import FusedMLP
 from mlp_fused import first_touch as steps
 from mlp_fused.agreement import BOUNDS, relative_error
+from mlp_fused.devices import DTYPES
 from mlp_fused.environment import distorted
 from mlp_fused.first_touch import seconds
-from mlp_fused.training import DTYPES
 
 
-def warmup(problem: Problem, device: str = "cuda") -> dict[str, float]:
+def network(problem: Problem, device: str) -> FusedMLP:
+    first, *rest = problem.widths
+    return FusedMLP(first, rest, activation_layer=problem.activation, device=device, dtype=DTYPES[problem.dtype])
+
+
+def warmup(model: FusedMLP, x: Tensor) -> dict[str, float]:
     """`model.warmup(rows)`, which compiles the kernels of a training step or loads them from Triton's cache, and then
     a forward and backward, twice: the second is what the first costs where warmup left it nothing to do.
     """
-    from mlp_fused import FusedMLP
-
-    dtype = DTYPES[problem.dtype]
-    first, *rest = problem.widths
-    model: Any = FusedMLP(first, rest, activation_layer=problem.activation, device=device, dtype=dtype)
-    x = torch.randn(problem.rows, first, device=device, dtype=dtype)
     parameters = list(model.parameters())
     found: dict[str, float] = {}
-    found["warmup"], _ = seconds(lambda: model.warmup(problem.rows))
+    found["warmup"], _ = seconds(lambda: model.warmup(len(x)))
     for again in ("", "_2"):
         found["training" + again], _ = seconds(lambda: torch.autograd.grad(model(x).sum(), parameters))
     return found
@@ -43,12 +42,8 @@ def warmup(problem: Problem, device: str = "cuda") -> dict[str, float]:
 
 def first_touch(problem: Problem) -> dict[str, float]:
     """The steps from a bare process to a network's output, FusedMLP's (see `mlp_fused.first_touch`)."""
-    from mlp_fused import FusedMLP
-
-    dtype = DTYPES[problem.dtype]
-    first, *rest = problem.widths
-    model = FusedMLP(first, rest, activation_layer=problem.activation, dtype=dtype)
-    x = torch.randn(problem.rows, first, dtype=dtype)
+    model = network(problem, "cpu")
+    x = torch.randn(problem.rows, problem.widths[0], dtype=DTYPES[problem.dtype])
     found = steps.first_touch(model, [x])
     with torch.no_grad():
         children = nn.Sequential(*model)  # torch's own modules, one after the other
@@ -101,9 +96,12 @@ def main() -> None:
     on_gpu = options.gpu or options.what != "lecture"
     if on_gpu and (reason := distorted()) is not None:
         parser.error(reason)
-    if options.what in ("first_touch", "warmup"):
-        function = first_touch if options.what == "first_touch" else warmup
-        found = function(Problem(tuple(options.widths), options.rows, options.dtype, options.activation))
+    problem = Problem(tuple(options.widths), options.rows, options.dtype, options.activation)
+    if options.what == "first_touch":
+        found = first_touch(problem)
+    elif options.what == "warmup":
+        x = torch.randn(problem.rows, problem.widths[0], device="cuda", dtype=DTYPES[problem.dtype])
+        found = warmup(network(problem, "cuda"), x)
     else:
         found = lecture(options.rows, cpu=options.cpu, gpu=options.gpu)
     print(json.dumps(found))

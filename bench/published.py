@@ -190,7 +190,7 @@ def throughput_plot(content: Record) -> Plot:
 
     alt = f"Billions of rows a second of narrow fp16 networks on {gpu}, and how many the memory allows."
     alt = f"{alt} Inference: {told('inference')}. Training: {told('training')}."
-    return Plot(alt, lambda theme: plots.file_of(throughput_figure(theme, shown, gpu), "svg", alt), "svg")
+    return Plot(alt, lambda theme: throughput_figure(theme, shown, gpu), "svg")
 
 
 def throughput_figure(theme: Theme, shown: list[Throughput], gpu: str) -> Any:
@@ -259,7 +259,7 @@ def step_plot(content: Record) -> Plot:
     )
     alt = f"Milliseconds of one training step taken apart, by batch size, on {gpu}. {told}."
     title = f"One training step taken apart: {content['transfer']['network'].partition(', input')[0]}, fp32\n{gpu}"
-    return Plot(alt, lambda theme: plots.file_of(step_figure(theme, lines, title), "svg", alt), "svg")
+    return Plot(alt, lambda theme: step_figure(theme, lines, title), "svg")
 
 
 def step_figure(theme: Theme, lines: Mapping[str, list[tuple[int, float]]], title: str) -> Any:
@@ -308,7 +308,7 @@ def speed_plot(content: Record) -> Plot:
         f"Time of eager's kernels over ours for {len(shown)} networks on {gpu}, sorted by the slower of inference and "
         f"training: {len(shown) - slower} are faster than eager in both, {slower} slower in at least one; {told}."
     )
-    return Plot(alt, lambda theme: plots.file_of(speed_figure(theme, shown, gpu), "svg", alt), "svg")
+    return Plot(alt, lambda theme: speed_figure(theme, shown, gpu), "svg")
 
 
 def speed_figure(theme: Theme, shown: list[tuple[str, dict[str, float]]], gpu: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench import published, report
+from bench.results import load
 from mlp_fused import plots
 from mlp_fused.plots import Theme
 
@@ -25,7 +26,7 @@ Record = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def content() -> Record:
-    return report.load(FILE)
+    return load(FILE)
 
 
 def raw_cells() -> dict[str, Record]:

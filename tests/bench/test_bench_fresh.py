@@ -1,0 +1,32 @@
+"""Seconds of a first call, in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from bench import fresh, measure
+from mlp_fused import FusedMLP
+
+
+def test_lecture_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "bench.fresh", "lecture", "--cpu", "--rows", "32"]
+    assert set(measure._json_of(command)) == {"cpu_product", "cpu_product_2"}
+    with pytest.raises(RuntimeError, match="ended with status 2"):
+        measure._json_of([*command, "--rows", "many"])
+
+
+class WarmedUp(FusedMLP):
+    """Notes the batch size that it is warmed up for."""
+
+    def warmup(self, batch_size: int) -> None:  # type: ignore[override]
+        self.warmed_up_for = batch_size
+
+
+def test_warmup_is_timed_by_itself() -> None:
+    model = WarmedUp(5, [7, 3])
+    found = fresh.warmup(model, torch.randn(4, 5))
+    assert model.warmed_up_for == 4
+    assert list(found) == ["warmup", "training", "training_2"]

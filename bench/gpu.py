@@ -44,7 +44,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -73,6 +72,7 @@ from mlp_fused.environment import distorted
 from mlp_fused.files import write_whole
 from mlp_fused.kernels.configs import device_slug
 from mlp_fused.timing import ceilings
+from mlp_fused.workers import Worker
 
 Outcome = dict[str, Any]  # what became of a command, or the ceilings
 Measure = Callable[[Cell, str, Callable[[CellRow], None]], CellRow]
@@ -223,7 +223,7 @@ def serve(connection: Connection, function: Measure, ahead: CompileAhead, device
 
 
 def context_is_lost() -> bool:
-    """Whether CUDA fails at anything from now on, as it does after an illegal memory access."""
+    """True if every CUDA call fails from now on, as after an illegal memory access."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -238,8 +238,8 @@ def all_ceilings(device: str) -> Outcome:
     return {"date": now(), "flops_per_second": flops, "bytes_per_second": found["fp32"].bytes_per_second}
 
 
-class Worker:
-    """A process that measures one cell at a time, and is started again after it had to be ended."""
+class MeasuringWorker:
+    """Measures one cell at a time in a process, which is started again after it had to be ended."""
 
     def __init__(
         self, log: Path, device: str = "cuda", function: Measure = measure, ahead: CompileAhead = compile_ahead
@@ -248,8 +248,7 @@ class Worker:
         self.device = device
         self.function = function
         self.ahead = ahead
-        self.process: Any = None
-        self.connection: Any = None
+        self.worker: Worker | None = None
 
     def measure(self, cell: Cell, seconds: float) -> CellRow:
         return self._do(cell, seconds)
@@ -262,14 +261,13 @@ class Worker:
 
     def _do(self, job: Job, seconds: float) -> Any:
         """The answer of the process. Raises CutOffError after `seconds`, RowError where the job raised or it died."""
-        if self.process is None or not self.process.is_alive():
-            self._start()
+        worker = self._running()
         partial: CellRow | None = None
         deadline = time.monotonic() + seconds
         try:
-            self.connection.send(job)
-            while self.connection.poll(max(0.0, deadline - time.monotonic())):
-                kind, answer = self.connection.recv()
+            worker.connection.send(job)
+            while worker.connection.poll(max(0.0, deadline - time.monotonic())):
+                kind, answer = worker.connection.recv()
                 if kind == "done":
                     return answer
                 if kind == "error":
@@ -278,36 +276,25 @@ class Worker:
                     raise RowError(answer["error"], partial)
                 partial = answer
         except (EOFError, OSError):
-            self.process.join(5)
-            status = self.process.exitcode
+            worker.process.join(5)
+            status = worker.process.exitcode
             self.close()
             raise RowError(f"the process that measured it ended with status {status}", partial) from None
         self.close()
         raise CutOffError(f"stopped after {seconds:.0f} s", partial)
 
-    def _start(self) -> None:
-        self.close()
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        arguments = (theirs, self.function, self.ahead, self.device, self.log)
-        self.process = context.Process(target=serve, args=arguments)
-        self.process.start()
-        theirs.close()
+    def _running(self) -> Worker:
+        """The process, started if there is none."""
+        if self.worker is None or not self.worker.process.is_alive():
+            self.close()
+            self.worker = Worker(serve, self.function, self.ahead, self.device, self.log)
+        return self.worker
 
     def close(self) -> None:
         """End the process and what it started."""
-        if self.process is None:
-            return
-        self.connection.close()
-        self.process.join(1)
-        if self.process.is_alive():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                # The process leads a group of its own from its first line on; before that, only it is there to end.
-                if os.getpgid(self.process.pid) == self.process.pid:
-                    os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.join()
-        self.process = None
+        if self.worker is not None:
+            self.worker.close()
+        self.worker = None
 
 
 def run_module(command: list[str], root: Path, log: Path, seconds: float, grace: float = GRACE) -> Outcome:
@@ -498,7 +485,7 @@ def main(
     *,
     refusal: Callable[[], str | None] = why_nothing_runs,
     machine: Callable[[], dict[str, Any]] = machine,
-    worker: Callable[[Path], Measurer] | None = None,
+    worker: Callable[[Path], Measurer] = MeasuringWorker,
     run: Run = run_module,
 ) -> int:
     """Do what the command line asks for, and return the exit status.
@@ -536,7 +523,7 @@ def main(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    measurer = (worker or Worker)(options.out / "worker.log")
+    measurer = worker(options.out / "worker.log")
     plan = Plan(results, options.out, measurer, begun + 60 * options.minutes - RESERVE, run=run, say=say)
     try:
         todo = results.todo(cells, retry=options.retry)

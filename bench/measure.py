@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +29,7 @@ from mlp_fused.kernels import configs
 from mlp_fused.kernels.activations import resolve
 from mlp_fused.kernels.language import driver
 from mlp_fused.timing import Timed
+from mlp_fused.workers import run_json
 
 Report = Callable[[CellRow], None]
 
@@ -41,7 +39,6 @@ CPU_FLOPS = {"fp32": 10e9, "fp16": 0.1e9, "bf16": 0.1e9}
 CPU_BYTES = 0.15e9
 CPU_SECONDS = 0.05  # spent on one number there
 COMPILE_SECONDS = 60
-FRESH_SECONDS = 300  # for a child process; the lecture takes one on two cores
 
 
 def why_not(cell: Cell, device: str) -> str | None:
@@ -299,20 +296,14 @@ def _fresh(cell: Cell, device: str, cpu_product: bool) -> dict[str, dict[str, fl
     the same product on the CPU.
     """
     problem = cell.problem
-    command = [sys.executable, "-m", "bench.fresh", cell.phase, "--rows", str(problem.rows), "--dtype", problem.dtype]
-    command += ["--activation", problem.activation, "--widths", *map(str, problem.widths)]
+    arguments = [cell.phase, "--rows", str(problem.rows), "--dtype", problem.dtype]
+    arguments += ["--activation", problem.activation, "--widths", *map(str, problem.widths)]
+
+    def run(**changes: str) -> Any:
+        return run_json("bench.fresh", *arguments, environment=os.environ | changes, folder=ROOT)
+
     if cell.phase == "lecture":
-        command += ["--gpu"] * (device == "cuda") + ["--cpu"] * (cpu_product or device == "cpu")
-        return {"any": _json_of(command)}
+        arguments += ["--gpu"] * (device == "cuda") + ["--cpu"] * (cpu_product or device == "cpu")
+        return {"any": run()}
     with tempfile.TemporaryDirectory() as cache:
-        return {state: _json_of(command, TRITON_CACHE_DIR=cache) for state in ("cold", "warm")}
-
-
-def _json_of(command: Sequence[str], **environment: str) -> Any:
-    """The last line that a child process prints; RuntimeError with the end of its stderr where it fails."""
-    child = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=FRESH_SECONDS
-    )
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(command[1:4])} ended with status {child.returncode}: {child.stderr[-500:]}")
-    return json.loads(child.stdout.splitlines()[-1])
+        return {state: run(TRITON_CACHE_DIR=cache) for state in ("cold", "warm")}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FirstTouch", "first_touch", "in_fresh_processes", "seconds"]
+from .workers import run_json
 
-PATIENCE = 300  # seconds for a process
+__all__ = ["FirstTouch", "first_touch", "in_fresh_processes", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -117,23 +116,11 @@ def in_fresh_processes(model: nn.Module, batch: Sequence[Tensor], device: torch.
             "CUDA_VISIBLE_DEVICES": str(index) if seen is None else seen.split(",")[index],
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # for the model's own classes
         }
-        cold, warm = (_child(file, environment) for _ in range(2))
+        cold, warm = (run_json("mlp_fused.first_touch", str(file), environment=environment) for _ in range(2))
     steps = {name: 1e3 * warm[name] for name in ("context", "allocation", "copy", "launch")}
     return FirstTouch(
         **steps, compiled=1e3 * cold["forward"], loaded=1e3 * warm["forward"], again=1e3 * warm["forward_2"]
     )
-
-
-def _child(file: Path, environment: dict[str, str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "mlp_fused.first_touch", str(file)]
-    try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"the process did not end within {PATIENCE} s") from None
-    if child.returncode:
-        lines = child.stderr.strip().splitlines()
-        raise RuntimeError(f"the process failed: {lines[-1] if lines else f'status {child.returncode}'}")
-    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main() -> None:

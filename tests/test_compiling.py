@@ -153,7 +153,7 @@ def started(monkeypatch: pytest.MonkeyPatch, workers: int = 1) -> Iterator[Compi
         with compilers:
             yield compilers
     finally:
-        assert not any(process.is_alive() for process in compilers._processes)
+        assert not any(worker.process.is_alive() for worker in compilers._workers)
         assert not any(thread.is_alive() for thread in compilers._threads)
 
 
@@ -200,7 +200,8 @@ def test_ctrl_c_does_not_reach_the_processes_and_ends_them(monkeypatch: pytest.M
         with started(monkeypatch) as compilers:
             compilers.ask({"first": 0.0, "long": 600.0})
             assert compilers.wait("first", 60) is None
-            (process,) = compilers._processes
+            (worker,) = compilers._workers
+            process = worker.process
             assert process.pid is not None
             os.kill(process.pid, signal.SIGINT)  # as a terminal sends it to all of them
             process.join(0.3)

@@ -258,29 +258,35 @@ def note_problems(problems: list[Problem]) -> None:
     print("compiled:", *problems, flush=True)
 
 
+def pid_of(worker: gpu.MeasuringWorker) -> int:
+    assert worker.worker is not None
+    assert worker.worker.process.pid is not None
+    return worker.worker.process.pid
+
+
 def test_a_worker_survives_what_rows_do(tmp_path: Path) -> None:
     def cell(activation: str) -> Cell:
         return Cell("odd", Problem((1, 1), 1, activation=activation), "forward")
 
-    worker = gpu.Worker(tmp_path / "worker.log", "cpu", obedient, note_problems)
+    worker = gpu.MeasuringWorker(tmp_path / "worker.log", "cpu", obedient, note_problems)
     try:
         assert worker.measure(cell("relu"), 120) == network_row(cell("relu"), device="cpu")
-        first = worker.process.pid
+        first = pid_of(worker)
         worker.compile_ahead([cell("relu").problem], 120)
         assert f"compiled: {cell('relu').problem}" in (tmp_path / "worker.log").read_text()
         with pytest.raises(gpu.RowError, match="ValueError: no such thing") as failure:
             worker.measure(cell("raise"), 120)
         assert failure.value.partial == network_row(cell("raise"))
-        assert worker.process.pid == first
+        assert pid_of(worker) == first
         with pytest.raises(gpu.RowError, match="ended with status 3"):
             worker.measure(cell("die"), 120)
         worker.measure(cell("relu"), 120)
-        second = worker.process.pid
+        second = pid_of(worker)
         assert second != first
         with pytest.raises(gpu.CutOffError, match="stopped after 1 s") as cut_off:
             worker.measure(cell("hang"), 1)
         assert cut_off.value.partial == network_row(cell("hang"))
-        assert worker.process is None
+        assert worker.worker is None
         with pytest.raises(ProcessLookupError):
             os.kill(second, 0)
     finally:

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from bench import goals, published
 from bench.copies import WAYS
 from bench.figures import Plot, drawn, file_name
-from bench.markdown import digits, folded, picture, table
+from bench.markdown import counted, folded, number, picture, table
 from bench.problem import COPIED_PHASES, FRESH_PHASES, GRID, Cell
 from bench.report_plots import COPYING, LABELS, plots_of
 from bench.results import (
@@ -57,7 +57,7 @@ def speed(row: TimedRow, cell: Cell, name: str, device: str) -> str:
     if name in row.failures:
         return "failed"
     if (value := speedup(row, cell, name)) is not None:
-        return f"{digits(value)}x"
+        return f"{number(value)}x"
     return NOT_MEASURED if is_meant(name, cell, device) else NOT_MEANT
 
 
@@ -71,8 +71,8 @@ def spread(values: Sequence[float], unit: str = "x") -> str:
     """The median, and the smallest to the largest."""
     if not values:
         return NOT_MEASURED
-    middle = f"{digits(statistics.median(values))}{unit}"
-    return middle if len(values) == 1 else f"{middle} ({digits(min(values))} to {digits(max(values))})"
+    middle = f"{number(statistics.median(values))}{unit}"
+    return middle if len(values) == 1 else f"{middle} ({number(min(values))} to {number(max(values))})"
 
 
 # The Markdown
@@ -125,7 +125,7 @@ def _provenance(results: Results) -> Iterator[str]:
         ),
     )
     for name, count in results.replaced.items():
-        yield f"{count} row{'s' * (count > 1)} of {name} {'were' if count > 1 else 'was'} measured again later."
+        yield f"{counted(count, 'row')} of {name} {'were' if count > 1 else 'was'} measured again later."
         yield ""
 
 
@@ -186,8 +186,8 @@ def _speeds(results: Results, family: str) -> Iterator[str]:
     def figures(cell: Cell, row: TimedRow) -> list[str]:
         return [
             row.how,
-            digits(row.ours.timing.ms),
-            digits(row.ours.timing.kernel_ms),
+            number(row.ours.timing.ms),
+            number(row.ours.timing.kernel_ms),
             *(speed(row, cell, name, results.device) for name in names),
             noise(row),
         ]
@@ -200,12 +200,12 @@ def _floors(results: Results) -> Iterator[str]:
     def figures(cell: Cell, row: TimedRow) -> list[str]:
         floor = row.ours.floor
         return [
-            digits(1e3 * floor.seconds),
-            digits(row.ours.timing.kernel_ms),
-            f"{digits(floor.ratio)}x",
+            number(1e3 * floor.seconds),
+            number(row.ours.timing.kernel_ms),
+            f"{number(floor.ratio)}x",
             floor.bound,
-            digits(floor.tflops),
-            digits(floor.gbps),
+            number(floor.tflops),
+            number(floor.gbps),
         ]
 
     header = ("floor, ms", "device, ms", "over the floor", "bound by", "TFLOP/s", "GB/s")
@@ -219,7 +219,7 @@ def _memory(results: Results) -> Iterator[str]:
         if found is None:
             return [NOT_MEASURED] * len(header)
         kept = (side.kept_bytes / 2**20 for side in (found.ours, found.eager))
-        return [*map(digits, kept), f"{found.kept_ratio:.2f}", f"{found.peak_ratio:.2f}"]
+        return [*map(number, kept), f"{found.kept_ratio:.2f}", f"{found.peak_ratio:.2f}"]
 
     header = ("ours kept, MiB", "eager's kept, MiB", "kept, ours over eager's", "peak, ours over eager's")
     yield "Between forward and backward, the output included; the peak is that of both."
@@ -234,10 +234,10 @@ def _copies(results: Results) -> Iterator[str]:
         copied = (row.copies[kind] for kind in ("pageable", "pinned", "pinned_side_stream"))
         pinned = row.copies["pinned_side_stream"]
         return [
-            digits(1e-6 * pinned.nbytes),
-            *(f"{digits(each.ms)} ({digits(each.gbps)})" for each in copied),
+            number(1e-6 * pinned.nbytes),
+            *(f"{number(each.ms)} ({number(each.gbps)})" for each in copied),
             f"{1e9 * pinned.gbps / row.link.to_device:.0%}",
-            *(f"{digits(pinned.ms / row.phases[phase].timing.kernel_ms)}x" for phase in COPIED_PHASES),
+            *(f"{number(pinned.ms / row.phases[phase].timing.kernel_ms)}x" for phase in COPIED_PHASES),
         ]
 
     header = ["MB", "pageable, ms (GB/s)", "pinned", "pinned, side stream", "of the link"]
@@ -248,12 +248,12 @@ def _copies(results: Results) -> Iterator[str]:
 def _throughput(results: Results) -> Iterator[str]:
     def figures(cell: Cell, row: CopyRow) -> list[str]:
         found = row.throughput
-        rates = [digits(found.ways[way].examples_per_s) for way in WAYS]
+        rates = [number(found.ways[way].examples_per_s) for way in WAYS]
         shares = [f"{found.ways[way].of_bound:.0%}" for way in COPYING]
-        cpu = NOT_MEANT if found.cpu_ms is None else digits(found.cpu_ms)
+        cpu = NOT_MEANT if found.cpu_ms is None else number(found.cpu_ms)
         advised = {"cpu": "the CPU", **WAYS}[found.advised]
-        parts = [digits(found.copy_ms), digits(found.compute_ms), *shares, cpu]
-        return [*rates, *parts, advised, f"{digits(found.over_fastest)}x"]
+        parts = [number(found.copy_ms), number(found.compute_ms), *shares, cpu]
+        return [*rates, *parts, advised, f"{number(found.over_fastest)}x"]
 
     header = [f"{label}, examples/s" for label in WAYS.values()] + ["copy, ms", "compute, ms"]
     header += [f"{WAYS[way]}, of the bound" for way in COPYING]
@@ -292,7 +292,7 @@ def _fresh(results: Results) -> Iterator[str]:
             names = [name for name in each if not name.endswith("_2")]
             told = LECTURE if cell.phase == "lecture" else {}
             lines = (
-                (told.get(name, name), digits(1e3 * each[name]), digits(1e3 * each[again]) if again in each else "")
+                (told.get(name, name), number(1e3 * each[name]), number(1e3 * each[again]) if again in each else "")
                 for name, again in ((name, f"{name}_2") for name in names)
             )
             yield from table(("", "first time, ms", "second time, ms"), lines)
@@ -316,7 +316,7 @@ def _famous(seconds: dict[str, float]) -> Iterator[str]:
         read, done = seconds["product_returned_2"], seconds["product_2"]
         yield (
             f"The second time, a clock that does not wait reads {read:.2f} s: after {1e6 * read:,.0f} µs the host has "
-            f"the call back. The product is there after {done:.4f} s, {digits(done / read)} times as long."
+            f"the call back. The product is there after {done:.4f} s, {number(done / read)} times as long."
         )
         if "cpu_product_2" in seconds:
             moved = seconds["copy_2"] + done
@@ -333,9 +333,9 @@ def _tinycudann(results: Results) -> Iterator[str]:
     lines = (
         (
             f"`{row.id.removeprefix('tinycudann-')}`",
-            *(digits(ms) for each in (row.ours, row.tinycudann) for ms in (each.timing.ms, each.timing.kernel_ms)),
-            f"{digits(row.speedup)}x",
-            f"{digits(row.kernel_speedup)}x",
+            *(number(ms) for each in (row.ours, row.tinycudann) for ms in (each.timing.ms, each.timing.kernel_ms)),
+            f"{number(row.speedup)}x",
+            f"{number(row.kernel_speedup)}x",
         )
         for row in rows
     )
@@ -349,7 +349,7 @@ def _calls(results: Results) -> Iterator[str]:
         yield f"The Python of a call: {NOT_MEASURED}."
         yield ""
         return
-    lines = ((f"`{row.id.removeprefix('call-')}`", digits(row.us), digits(row.eager_us)) for row in rows)
+    lines = ((f"`{row.id.removeprefix('call-')}`", number(row.us), number(row.eager_us)) for row in rows)
     yield from folded("The Python of a call", table(("", "ours, µs", "eager's, one wide, µs"), lines))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bench.copies import WAYS
 from bench.figures import Plot, Series, Strips, scatter, strip
-from bench.markdown import digits
+from bench.markdown import number
 from bench.problem import COPIED_PHASES, GRID
 from bench.results import COPIES, NETWORKS, Results, groups, speedup
 from bench.rows import CopyRow, NetworkRow, TimedRow
@@ -71,7 +71,7 @@ def _copy_plot(results: Results) -> Plot | None:
     if not rows:
         return None
     medians = {phase: statistics.median(y for _, y in each) for phase, each in points.items()}
-    told = ", ".join(f"{digits(median)} times the {phase}'s kernels" for phase, median in medians.items())
+    told = ", ".join(f"{number(median)} times the {phase}'s kernels" for phase, median in medians.items())
     alt = f"Time of an input's copy from pinned memory over its kernels', against its size: in the median {told}"
     return Plot(
         alt,
@@ -152,7 +152,7 @@ def _strip_plot(strips: Strips, series: dict[str, Series], label: str, title: st
     if not strips:
         return None
     all_of = {name: [value for each in strips.values() for value in each.get(name, [])] for name in series}
-    told = ", ".join(f"{series[name].label} {digits(statistics.median(each))}" for name, each in all_of.items() if each)
+    told = ", ".join(f"{series[name].label} {number(statistics.median(each))}" for name, each in all_of.items() if each)
     what = label.partition(" (")[0]
     alt = f"{what[0].upper()}{what[1:]}, by {', '.join(strips)}; medians of all: {told}"
     return Plot(alt, lambda theme: strip(theme, strips, series, label, title, log))

@@ -20,7 +20,7 @@ from bench.copies import WAYS
 from bench.figures import strip
 from bench.gemm import GEMM_BASELINES
 from bench.machine import machine
-from bench.markdown import digits
+from bench.markdown import number
 from bench.problem import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, GRID, Cell, Problem
 from bench.rows import CellRow, Copied, FailedRow, FreshRow, Kept, Memory, NetworkRow, TimedRow, to_json
 from mlp_fused import plots
@@ -161,8 +161,8 @@ def test_every_cell_of_the_grid_is_in_the_report(written: Path, rows: dict[str, 
     row, line = rows[str(cell)], line_of(text, cell)
     assert isinstance(row, NetworkRow)
     assert line[0] == row.ours.path
-    assert line[1] == digits(row.ours.timing.ms)
-    assert line[3] == f"{digits(row.baselines['eager'].speedup)}x"
+    assert line[1] == number(row.ours.timing.ms)
+    assert line[3] == f"{number(row.baselines['eager'].speedup)}x"
 
 
 def test_a_missing_row_is_not_measured_and_a_failed_one_says_why(tmp_path: Path, rows: dict[str, CellRow]) -> None:
@@ -204,7 +204,7 @@ def test_the_lecture_is_explained(tmp_path: Path, rows: dict[str, CellRow]) -> N
     assert "a clock that does not wait reads 0.00 s: after 20 µs the host has the call back" in text
     assert "The product is there after 0.0400 s, 2,000 times as long." in text
     assert "The CPU takes 2.0000 s; copies and product on the GPU take 0.1400 s." in text
-    assert f"| {report.LECTURE['product_returned']} | 1,500 | 0.02 |" in text
+    assert f"| {report.LECTURE['product_returned']} | 1,500 | 0.0200 |" in text
 
 
 def test_a_file_of_a_machine_without_a_gpu(tmp_path: Path, rows: dict[str, CellRow]) -> None:
@@ -214,13 +214,6 @@ def test_a_file_of_a_machine_without_a_gpu(tmp_path: Path, rows: dict[str, CellR
     assert "| GPU | none |" in text
     assert "| seed step | 3 of 3 |" in text
     assert "Each input's copy, and its time over the kernels': not measured (98 rows)." in text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.001234, "0.00123"), (0.9996, "1"), (12.34, "12.3"), (999.6, "1,000"), (12345.6, "12,346")]
-)
-def test_digits(value: float, text: str) -> None:
-    assert digits(value) == text
 
 
 # The plots

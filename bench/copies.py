@@ -24,7 +24,7 @@ COPIED_CPU_FLOPS = 0.1e9  # of a copy row's forward and backward, up to which th
 LONG_MS = 3  # a step of which nobody has to read twice
 
 
-def copies(host: Tensor, device: torch.device, seconds: float) -> dict[str, Copied]:
+def copies(host: Tensor, device: torch.device, seconds: float, clock: timing.Clock = timing.CLOCK) -> dict[str, Copied]:
     """Copies of a tensor of pageable memory to the device, into memory that is already there.
 
     From pageable memory, from pinned memory, and from pinned memory with non_blocking on a side stream.
@@ -38,16 +38,16 @@ def copies(host: Tensor, device: torch.device, seconds: float) -> dict[str, Copi
         ("pinned_side_stream", "non_blocking", side),
     ):
         with torch.cuda.stream(stream):
-            measured = timing.time_apart(calls[call], seconds)
+            measured = timing.time_apart(calls[call], seconds, clock)
         ms = measured.device.ms
         found[kind] = Copied(ms, measured.returned.ms, 1e-6 * host.nbytes / ms)
     return found
 
 
-def copies_of(bench: Bench, seconds: float = timing.SECONDS) -> dict[str, Copied]:
+def copies_of(bench: Bench, seconds: float = timing.SECONDS, clock: timing.Clock = timing.CLOCK) -> dict[str, Copied]:
     """The copies of the first input, measured once."""
     if bench.copies is None:
-        bench.copies = copies(bench.host, bench.inputs[0].device, seconds)
+        bench.copies = copies(bench.host, bench.inputs[0].device, seconds, clock)
     return bench.copies
 
 

@@ -83,7 +83,7 @@ def check(found: Tensor, expected: Tensor, bound: float) -> None:
     assert error <= bound, f"wrong by {error}, the bound is {bound}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=FRESH_PHASES)
     parser.add_argument("--cpu", action="store_true", help="the lecture's product on the CPU")
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--activation", default="relu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     on_gpu = options.gpu or options.what != "lecture"
     if on_gpu and (reason := distorted()) is not None:
         parser.error(reason)

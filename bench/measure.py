@@ -150,7 +150,9 @@ def measure(
         return _measure_gemm(cell, gemm_for(cell.problem, cell.phase, device, kernels), report)
     bench = bench_for(cell.problem, device)
     try:
-        return _measure_copy(cell, bench, report) if cell.phase == "copy" else _measure_network(cell, bench, report)
+        if cell.phase == "copy":
+            return measure_copy(cell, bench, timing.link(f"cuda:{torch.cuda.current_device()}"), report)
+        return _measure_network(cell, bench, report)
     finally:
         for parameter in bench.parameters:
             parameter.grad = None
@@ -202,12 +204,13 @@ def _measure_phase(bench: Bench, phase: str, seconds: float) -> tuple[NetworkPha
     return ours, timed
 
 
-def _measure_copy(cell: Cell, bench: Bench, report: Report) -> CopyRow:
+def measure_copy(
+    cell: Cell, bench: Bench, link: timing.Link, report: Report, clock: timing.Clock = timing.CLOCK
+) -> CopyRow:
     """The row of an input's copy, beside the phases that compute on it."""
-    copies = copies_of(bench, COPY_SECONDS)
-    link = timing.link(f"cuda:{torch.cuda.current_device()}")
+    copies = copies_of(bench, COPY_SECONDS, clock)
     copied = copies["pinned_side_stream"].ms
-    loop = throughput(ways(bench), cell.problem.rows, copied, on_the_cpu(bench))
+    loop = throughput(ways(bench), cell.problem.rows, copied, on_the_cpu(bench), clock)
     phases: dict[str, NetworkPhase] = {}
 
     def row() -> CopyRow:

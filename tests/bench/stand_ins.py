@@ -111,6 +111,22 @@ def copy_row(
     return CopyRow.of(cell, "cuda", copies=copied, link=Link(50e9, 50e9), throughput=loop, phases=phases)
 
 
+class HostClock(timing.Clock):
+    """The host's clock alone, for calls on a CPU that passes for a GPU."""
+
+    def synchronize(self) -> None:
+        """A call on the CPU is done when it returns."""
+
+    def event(self) -> float:
+        return self.now()
+
+    def elapsed_ms(self, start: float, end: float) -> float:
+        return 1e3 * (end - start)
+
+    def spin(self, seconds: float) -> None:
+        """Nothing runs behind the host."""
+
+
 class HostAndDevice(timing.Clock):
     """A host that issues, a device that computes and a link that copies, in seconds, in the place of the real ones."""
 

@@ -35,9 +35,8 @@ def test_nothing_is_measured_under_a_switch_that_distorts(
     monkeypatch.setenv(switch, "1")
     refused = f"{switch} is set, which .*: unset it to measure"
     assert re.match(f"{refused}$", str(distorted()))
-    monkeypatch.setattr(sys, "argv", ["fresh", "warmup"])
     with pytest.raises(SystemExit):
-        fresh.main()
+        fresh.main(["warmup"])
     assert re.search(refused, capsys.readouterr().err)
     command = [sys.executable, "-m", "pytest", "-q", "bench/bench_grid.py", "--benchmark", "--collect-only"]
     variables = environment() | {switch: "1"}

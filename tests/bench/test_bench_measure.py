@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from stand_ins import (
     CELLS,
     SMALL,
+    HostClock,
     environment,
     timed,
 )
@@ -21,12 +23,13 @@ from torch import nn
 
 from bench import gpu, measure
 from bench.baselines import Baseline
+from bench.copies import WAYS
 from bench.machine import ROOT
 from bench.network import Bench
 from bench.problem import Cell, Problem, select
-from bench.rows import Kept, Memory, NetworkRow, Row, from_json, to_json
+from bench.rows import CopyRow, Kept, Memory, NetworkRow, Row, from_json, to_json
 from mlp_fused.compiling import NotYetError
-from mlp_fused.timing import Timed
+from mlp_fused.timing import Link, Timed
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +67,26 @@ def test_a_row_is_complete(cell: Cell) -> None:
     assert row.copies is None
     assert reported == [replace(row, repeat_ms=None)]
     assert "ms, " in gpu.summary(row)
+
+
+def test_a_copy_row_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    cell, link = Cell("copy", SMALL, "copy"), Link(50e9, 40e9)
+    reported: list[Row] = []
+    row = measure.measure_copy(cell, Bench(SMALL, "cpu"), link, reported.append, HostClock())
+    assert from_json(json.loads(json.dumps(to_json(row)))) == row
+    assert row.link == link
+    assert list(row.copies) == ["pageable", "pinned", "pinned_side_stream"]
+    assert all(copied.nbytes == pytest.approx(4 * 5 * 4) for copied in row.copies.values())
+    assert row.throughput.copy_ms == row.copies["pinned_side_stream"].ms
+    assert list(row.throughput.ways) == list(WAYS)
+    assert row.throughput.cpu_ms is not None
+    assert list(row.phases) == ["forward", "backward", "step"]
+    assert [len(each.phases) for each in reported if isinstance(each, CopyRow)] == [0, 1, 2, 3]
+    assert "of the bound" in gpu.summary(row)
 
 
 def test_kernels_are_compiled_ahead_the_smallest_first() -> None:

@@ -89,7 +89,9 @@ def first_touch(model: nn.Module, batch: Sequence[Tensor]) -> dict[str, float]:
     return found
 
 
-def in_fresh_processes(model: nn.Module, batch: Sequence[Tensor], device: torch.device) -> FirstTouch:
+def in_fresh_processes(
+    model: nn.Module, batch: Sequence[Tensor], device: torch.device, run: Callable[..., Any] = run_json
+) -> FirstTouch:
     """Of two processes, one after the other: Triton's cache empty, then filled. All but `compiled` is the second's.
 
     Raises:
@@ -116,7 +118,7 @@ def in_fresh_processes(model: nn.Module, batch: Sequence[Tensor], device: torch.
             "CUDA_VISIBLE_DEVICES": str(index) if seen is None else seen.split(",")[index],
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # for the model's own classes
         }
-        cold, warm = (run_json("mlp_fused.first_touch", str(file), environment=environment) for _ in range(2))
+        cold, warm = (run("mlp_fused.first_touch", str(file), environment=environment) for _ in range(2))
     steps = {name: 1e3 * warm[name] for name in ("context", "allocation", "copy", "launch")}
     return FirstTouch(
         **steps, compiled=1e3 * cold["forward"], loaded=1e3 * warm["forward"], again=1e3 * warm["forward_2"]

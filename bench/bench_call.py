@@ -24,11 +24,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlp_fused import FusedLinear, FusedMLP
 from mlp_fused.engine import paths
 from mlp_fused.engine.layer_path import layer_path
 from mlp_fused.kernels import devices
 from mlp_fused.kernels.launch import Launch
+from mlp_fused.module import FusedLinear, FusedMLP
 
 Call = Callable[[Tensor], Any]
 

@@ -9,16 +9,20 @@ and its backward to keep 3 * 512 * M bytes less.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import measure
-from mlp_fused import FusedMLP, timing
+from bench.network import synchronize
+from bench.rows import Verified
+from bench.verify import bounds_in_force, compare
+from mlp_fused import timing
 from mlp_fused.engine.autograd import dropout_factors, dropped
 from mlp_fused.kernels.dropout import Dropout, draw_seed
+from mlp_fused.module import FusedMLP
 
 ROWS, WIDTH, LAYERS, P = 16384, 512, 4, 0.1
 SEED = 1
@@ -60,11 +64,11 @@ class Step:
                 x = child(x)
         return x
 
-    def verify(self) -> dict[str, Any]:
-        """Raises AssertionError as `measure.compare` does."""
+    def verify(self) -> Verified:
+        """Relative errors of a step. Raises AssertionError as `compare` does."""
         torch.manual_seed(SEED)
         found = self.timed(self.model)(0)
-        return measure.compare(found, self.timed(self.on_the_same_mask)(0), "bf16", 1)
+        return compare(found, self.timed(self.on_the_same_mask)(0), bounds_in_force("bf16"), 1)
 
 
 @pytest.mark.gpu
@@ -73,7 +77,7 @@ def test_dropout(benchmark: Any) -> None:
     """`extra_info`: ms of FusedMLP and of eager, and eager's over FusedMLP's."""
     step = Step("cuda", ROWS, WIDTH)
     assert step.model.explain(ROWS).path == "layer"
-    benchmark.extra_info["verified"] = step.verify()
+    benchmark.extra_info["verified"] = asdict(step.verify())
     ours = step.timed(step.model)
     if not benchmark.disabled:
         mine, eager = (timing.time_call(each, "cuda") for each in (ours, step.timed(step.eager)))
@@ -81,6 +85,6 @@ def test_dropout(benchmark: Any) -> None:
 
     def call() -> None:
         ours(0)
-        measure.synchronize("cuda")
+        synchronize("cuda")
 
     benchmark.pedantic(call, rounds=10)

@@ -4,14 +4,7 @@ Both compute y = W_L relu(… relu(W_1 x)) with the same weights, without biases
 binding, as its users call it: that takes x in float32, twice our bytes, and rounds it and the float32 parameters to
 fp16 in every call; ours are fp16 from the start. Its JIT mode (version 2.0 and later) is left as it comes.
 
-A row's extra_info:
-
-    id, widths, rows, phase    phase is "forward" (no gradients) or "training" (and gradients of the parameters)
-    flops, bytes               by `mlp_fused.explain.work`, of the path ours takes
-    ours, tinycudann           ms, kernel_ms, quartiles, rounds, calls (see timing.py), verified, first_call_s
-    tinycudann also            jit_fusion, whether its JIT mode was on
-    ours also                  path, reason (from `explain`); repeat_ms, ms again after tiny-cuda-nn's: the noise
-    speedup, kernel_speedup    tiny-cuda-nn's ms over ours, its kernel_ms over ours
+A row's extra_info is a `bench.rows.TinycudannRow`.
 
 What is used of tiny-cuda-nn stands in github.com/NVlabs/tiny-cuda-nn: bindings/torch/tinycudann/modules.py (dtypes,
 loss_scale, rows), src/fully_fused_mlp.cu (the matrices in `params`, fp16 sums), src/cpp_api.cu and
@@ -24,6 +17,7 @@ import importlib
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
@@ -33,12 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import measure
-from bench.measure import Bench, relative_error, release, synchronize
-from bench.shapes import Cell, Problem, cases
-from mlp_fused import FusedMLP, timing
+from bench.measure import describe
+from bench.network import Bench, release, synchronize
+from bench.problem import Cell, Problem, cases
+from bench.rows import OurSide, TheirSide, TinycudannRow, Verified, to_json
+from bench.verify import compare
+from mlp_fused import timing
+from mlp_fused.agreement import BOUNDS as AGREEMENT
 from mlp_fused.explain import work
 from mlp_fused.kernels import devices
+from mlp_fused.module import FusedMLP
 from mlp_fused.timing import Timed
 
 WIDTHS = (16, 32, 64, 128)  # of the hidden layers
@@ -48,7 +46,7 @@ ROWS = 256  # the binding pads x to a multiple
 # Relative errors, of the output and of each gradient. tiny-cuda-nn rounds its sums to fp16 every 16 terms: simulated
 # in torch with 8192 rows, that errs by up to 0.0012 in the output and 0.048 in gradients, most of it from relus that
 # a rounded pre-activation turns over. Another matrix, or the same one in another order, errs by about 1.
-BOUNDS = 2 * measure.BOUNDS["fp16"][0], 8 * measure.BOUNDS["fp16"][1]
+BOUNDS = 2 * AGREEMENT["fp16"][0], 8 * AGREEMENT["fp16"][1]
 
 
 def runs(problem: Problem) -> bool:
@@ -144,7 +142,7 @@ class Theirs(Bench):
     def gradients(self) -> list[Tensor]:
         return self.ours.gradients
 
-    def compare(self, timed: Timed, phase: str) -> dict[str, Any]:
+    def compare(self, timed: Timed, phase: str) -> tuple[Verified, float]:
         """Relative errors of one call against ours, and the seconds of that first call.
 
         Raises AssertionError where one passes BOUNDS, or where the output is not in fp16.
@@ -157,12 +155,7 @@ class Theirs(Bench):
         assert y.dtype == torch.float16, f"tinycudann computes in {y.dtype}: it was built without fp16"
         found = [y, *(matrix for params in flat for matrix in unpack(params, self.problem.widths))]
         expected = self.ours.timed(self.ours.model, phase)(last)
-        errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
-        bounds = [BOUNDS[0], *[BOUNDS[1]] * len(errors[1:])]
-        wrong = [(i, error) for i, (error, bound) in enumerate(zip(errors, bounds)) if not error <= bound]
-        assert not wrong, f"FusedMLP and tinycudann differ (tensor, relative error): {wrong}, bounds {BOUNDS}"
-        report = {"output": errors[0], "gradients": max(errors[1:], default=None), "bounds": list(BOUNDS)}
-        return {"verified": report, "first_call_s": seconds}
+        return compare(found, expected, BOUNDS, 1, "FusedMLP and tinycudann differ"), seconds
 
 
 @lru_cache(maxsize=1)
@@ -172,42 +165,52 @@ def pair_for(problem: Problem, device: str, tinycudann: Any) -> tuple[Ours, Thei
     return ours, Theirs(ours, tinycudann)
 
 
-def prepare(cell: Cell, device: str, tinycudann: Any) -> tuple[Timed, Timed, dict[str, Any]]:
-    """Our function, theirs, and the row as far as it is known before timing; both verified, ours against eager.
+@dataclass(frozen=True)
+class Pair:
+    """Our function and theirs, each with its relative errors and the seconds of its first call."""
+
+    ours: Timed
+    theirs: Timed
+    our_check: tuple[Verified, float]
+    their_check: tuple[Verified, float]
+
+
+def prepare(cell: Cell, device: str, tinycudann: Any) -> Pair:
+    """Both functions, verified: ours against eager, theirs against ours.
 
     Raises AssertionError where one is wrong.
     """
+    ours, theirs = pair_for(cell.problem, device, tinycudann)
+    timed, their_timed = ours.timed(ours.model, cell.phase), theirs.timed(theirs.network, cell.phase)
+    return Pair(timed, their_timed, ours.verify(timed, cell.phase), theirs.compare(their_timed, cell.phase))
+
+
+def measure_both(cell: Cell, device: str, tinycudann: Any) -> tuple[Timed, TinycudannRow]:
+    """Our function, and the row."""
     problem, phase = cell.problem, cell.phase
     ours, theirs = pair_for(problem, device, tinycudann)
-    timed, their_timed = ours.timed(ours.model, phase), theirs.timed(theirs.network, phase)
+    pair = prepare(cell, device, tinycudann)
     plan = ours.model.explain(problem.rows, ours.dtype)
     gpu = devices.describe("cuda") if device == "cuda" else None
     parts = work(problem.rows, problem.widths, ours.dtype, problem.activation, bias=False, device=gpu)
     needed = parts["inference"] if phase == "forward" else parts["forward"] + parts["backward"]
-    row = {
-        "id": f"tinycudann-{problem}-{phase}",
-        "widths": list(problem.widths),
-        "rows": problem.rows,
-        "phase": phase,
-        "flops": needed.flops,
-        "bytes": needed.bytes,
-        "ours": {"path": plan.path, "reason": plan.reason} | ours.verify(timed, phase),
-        "tinycudann": {"jit_fusion": bool(getattr(theirs.network, "jit_fusion", False))}
-        | theirs.compare(their_timed, phase),
-    }
-    return timed, their_timed, row
-
-
-def measure_both(cell: Cell, device: str, tinycudann: Any) -> tuple[Timed, dict[str, Any]]:
-    """Our function, and the whole row (see the top of this file)."""
-    timed, their_timed, row = prepare(cell, device, tinycudann)
-    ours = timing.time_call(timed, device)
-    theirs = timing.time_call(their_timed, device)
-    row["ours"] |= ours.as_dict() | {"repeat_ms": timing.time_call(timed, device).ms}
-    row["tinycudann"] |= theirs.as_dict()
-    row["speedup"] = theirs.ms / ours.ms
-    row["kernel_speedup"] = theirs.kernel_ms / ours.kernel_ms
-    return timed, row
+    our_time, their_time = timing.time_call(pair.ours, device), timing.time_call(pair.theirs, device)
+    repeat_ms = timing.time_call(pair.ours, device).ms
+    jit_fusion = bool(getattr(theirs.network, "jit_fusion", False))
+    row = TinycudannRow(
+        id=f"tinycudann-{problem}-{phase}",
+        device=device,
+        widths=problem.widths,
+        rows=problem.rows,
+        phase=phase,
+        flops=needed.flops,
+        bytes=needed.bytes,
+        ours=OurSide(plan.path, plan.reason, *pair.our_check, timing=our_time, repeat_ms=repeat_ms),
+        tinycudann=TheirSide(jit_fusion, *pair.their_check, timing=their_time),
+        speedup=their_time.ms / our_time.ms,
+        kernel_speedup=their_time.kernel_ms / our_time.kernel_ms,
+    )
+    return pair.ours, row
 
 
 def load() -> Any:
@@ -217,7 +220,7 @@ def load() -> Any:
     except ModuleNotFoundError as error:
         reason = f"tinycudann is not installed ({error})"
     except (ImportError, OSError) as error:
-        reason = f"tinycudann does not load ({measure.describe(error)})"
+        reason = f"tinycudann does not load ({describe(error)})"
     return pytest.skip(reason)
 
 
@@ -234,7 +237,7 @@ def test_tinycudann(benchmark: Any, tinycudann: Any, cell: Cell, device: str) ->
         benchmark.pedantic(prepare, (cell, device, tinycudann))
         return
     timed, row = measure_both(cell, device, tinycudann)
-    benchmark.extra_info.update(row)
+    benchmark.extra_info.update(to_json(row))
     calls = itertools.count()
 
     def call() -> None:

@@ -19,13 +19,17 @@ class Plot:
 
     Attributes:
         alt: what it shows, in words.
-        draw: returns the contents of its file for a theme.
+        figure: returns the matplotlib figure for a theme.
         kind: of the file, "png" or "svg".
     """
 
     alt: str
-    draw: Callable[[Theme], bytes]
+    figure: Callable[[Theme], Any]
     kind: str = "png"
+
+    def draw(self, theme: Theme) -> bytes:
+        """The contents of the file; an svg has the words in it."""
+        return plots.file_of(self.figure(theme), self.kind, *([self.alt] if self.kind == "svg" else []))
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ def scatter(
     y: str,
     title: str,
     log_y: bool = True,
-) -> bytes:
-    """A png of points on log axes, with a line at 1."""
+) -> Any:
+    """A figure of points on log axes, with a line at 1."""
     figure, axes = plots.blank(theme, WIDTH, 4.6)
     for name, each in points.items():
         axes.plot(*zip(*each), **look(theme, series[name]), label=series[name].label)
@@ -60,11 +64,11 @@ def scatter(
         axes.set_ylim(0, max(1.1, *(1.05 * y for each in points.values() for _, y in each)))
     axes.set_title(title, fontsize=10)
     plots.finish(axes, theme, **LEGEND)
-    return plots.file_of(figure, "png")
+    return figure
 
 
-def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, title: str, log: bool) -> bytes:
-    """A png with a strip a group: in it a line of points for each series, and a bar at their median."""
+def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, title: str, log: bool) -> Any:
+    """A figure with a strip a group: in it a line of points for each series, and a bar at their median."""
     present = [name for name in series if any(name in each for each in strips.values())]
     lanes = max(2, len(present))
     figure, axes = plots.blank(theme, WIDTH, 1.6 + 0.09 * (lanes + 1) * len(strips))
@@ -88,7 +92,7 @@ def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, t
     axes.set_title(title, fontsize=10)
     plots.finish(axes, theme, **LEGEND)
     axes.grid(False, axis="y")
-    return plots.file_of(figure, "png")
+    return figure
 
 
 def look(theme: Theme, series: Series) -> dict[str, Any]:

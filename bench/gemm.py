@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.shapes import Problem
+from bench.problem import Problem
+from bench.rows import GemmErrors, Verified
+from bench.verify import bounds_in_force, compare
 from mlp_fused import timing
 from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine import tables
@@ -33,12 +35,25 @@ from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.timing import Timed
 
+GEMM_BASELINES = ("matmul", "eager")
+
 FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "gelu": F.gelu}
 # dz from dh and what was kept: the output of a relu, the pre-activation of a gelu.
 BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda dh, h: torch.ops.aten.threshold_backward(dh, h, 0),
     "gelu": lambda dh, z: torch.ops.aten.gelu_backward(dh, z),
 }
+
+
+class Kernels(NamedTuple):
+    """The launchers of the layer path's kernels."""
+
+    layer_forward: Callable[..., object]
+    dgrad: Callable[..., object]
+    wgrad: Callable[..., object]
+
+
+KERNELS = Kernels(layer_forward, dgrad, wgrad)
 
 
 class Operands(NamedTuple):
@@ -55,7 +70,7 @@ class Operands(NamedTuple):
 
 
 def kernel_plan(problem: Problem, phase: str) -> KernelPlan:
-    """The kernel of a phase as mlp_fused.engine.paths has it: its work, and the problem that its tile is chosen for."""
+    """The kernel of a phase as mlp_fused.explain has it: its work, and the problem that its tile is chosen for."""
     dtype = DTYPES[problem.dtype]
     (k, n), activation, identity = problem.widths, resolve(problem.activation), resolve("identity")
     shapes, activations = [(k, n)], [activation]
@@ -75,8 +90,9 @@ def kernel_plan(problem: Problem, phase: str) -> KernelPlan:
 
 
 class Gemm:
-    def __init__(self, problem: Problem, phase: str, device: str) -> None:
+    def __init__(self, problem: Problem, phase: str, device: str, kernels: Kernels = KERNELS) -> None:
         self.problem = problem
+        self.kernels = kernels
         self.phase = phase
         self.device = device
         self.dtype = DTYPES[problem.dtype]
@@ -143,11 +159,11 @@ class Gemm:
         a, b, bias, saved = self.operands[i]
         second = self.outputs[1] if len(self.outputs) > 1 else None
         if self.phase == "wgrad":
-            wgrad(a, b, self.outputs[0], second, self.precision, self.tile)
+            self.kernels.wgrad(a, b, self.outputs[0], second, self.precision, self.tile)
         elif self.phase == "dgrad":
-            dgrad(a, b, saved, self.outputs[0], second, self.activation, self.precision, self.tile)
+            self.kernels.dgrad(a, b, saved, self.outputs[0], second, self.activation, self.precision, self.tile)
         else:
-            layer_forward(a, b, bias, self.outputs[0], second, self.activation, self.precision, self.tile)
+            self.kernels.layer_forward(a, b, bias, self.outputs[0], second, self.activation, self.precision, self.tile)
         return self.outputs
 
     def _factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,8 +202,14 @@ class Gemm:
         """`name`: "ours", "matmul" or "eager"."""
         return Timed(getattr(self, name), sets=len(self.operands))
 
-    def errors(self) -> dict[str, dict[str, float]]:
-        """Errors against float64, of ours and of eager: "norm", ‖found - exact‖ / ‖exact‖, and "entry", the largest
+    def verify(self) -> Verified:
+        """Relative errors of one call of the kernel against eager. Raises AssertionError as `compare` does."""
+        found = self.ours(0)
+        outputs = len(found) if self.phase.startswith("layer_forward") else 0
+        return compare(found, self.expected(0), bounds_in_force(self.problem.dtype), outputs)
+
+    def errors(self) -> dict[str, GemmErrors]:
+        """Errors against float64, of ours and of eager: `norm`, ‖found - exact‖ / ‖exact‖, and `entry`, the largest
         |found - exact| / (|a| |b|), of the tensor that the product goes into.
         """
         operands = self.operands[0]
@@ -199,12 +221,12 @@ class Gemm:
         return {name: _errors(tensor, exact, scale) for name, tensor in found.items()}
 
 
-def _errors(found: Tensor, exact: Tensor, scale: Tensor) -> dict[str, float]:
+def _errors(found: Tensor, exact: Tensor, scale: Tensor) -> GemmErrors:
     difference = (found.double() - exact).abs_()
-    return {"norm": (difference.norm() / exact.norm()).item(), "entry": difference.div_(scale).max().item()}
+    return GemmErrors((difference.norm() / exact.norm()).item(), difference.div_(scale).max().item())
 
 
 @lru_cache(maxsize=1)
-def gemm_for(problem: Problem, phase: str, device: str) -> Gemm:
+def gemm_for(problem: Problem, phase: str, device: str, kernels: Kernels = KERNELS) -> Gemm:
     """The one Gemm that is kept, between the measurement and what repeats it."""
-    return Gemm(problem, phase, device)
+    return Gemm(problem, phase, device, kernels)

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from bench.rows import CallRow, CopyRow, FailedRow, GemmRow, NetworkRow, Row, from_json
 
 OURS = ("network", "layer")  # the paths that run on our kernels
 
@@ -31,13 +30,13 @@ class Goal:
     at_most: bool = False
 
     def concerns(self, row: Row) -> bool:
-        return row.get("device") != "cpu" and any(fnmatchcase(row["id"], pattern) for pattern in self.ids)
+        return row.device != "cpu" and any(fnmatchcase(row.id, pattern) for pattern in self.ids)
 
     def judge(self, rows: Iterable[Row]) -> str:
         """One line: "met", "missed" or "not measured", the worst figure and its row."""
         rows = [row for row in rows if self.concerns(row)]
-        figures = [(figure, row["id"]) for row in rows if (figure := self.figure(row)) is not None]
-        failed = sum("error" in row for row in rows)
+        figures = [(figure, row.id) for row in rows if (figure := self.figure(_measured(row))) is not None]
+        failed = sum(isinstance(row, FailedRow) for row in rows)
         sign = "≤" if self.at_most else "≥"
         failures = f", {failed} failed" if failed else ""
         if not figures:
@@ -49,59 +48,68 @@ class Goal:
         return f"{verdict:<12}  {sign} {self.bound:<5g}  {worst:.3f}  {self.text}: {of}{failures}"
 
 
+def _measured(row: Row) -> Row:
+    """The row itself; of one that failed, the part that was measured before."""
+    return row.measured or row if isinstance(row, FailedRow) else row
+
+
 def over(baseline: str) -> Callable[[Row], float | None]:
     """A baseline's time over ours."""
-    return lambda row: row.get("baselines", {}).get(baseline, {}).get("speedup")
+
+    def speedup(row: Row) -> float | None:
+        found = row.baselines.get(baseline) if isinstance(row, NetworkRow) else None
+        return None if found is None else found.speedup
+
+    return speedup
 
 
 def over_eager_in_full_fp32(row: Row) -> float | None:
-    return over("eager")(row) if row.get("precision") == "ieee" else None
+    return over("eager")(row) if isinstance(row, NetworkRow) and row.ours.precision == "ieee" else None
 
 
 def of_bare_product(row: Row) -> float | None:
     """Our device time over cuBLAS's for the product alone."""
-    ratio = row.get("baselines", {}).get("matmul", {}).get("kernel_speedup")
-    return 1 / ratio if ratio else None
+    matmul = row.baselines.get("matmul") if isinstance(row, GemmRow) else None
+    return None if matmul is None else 1 / matmul.kernel_speedup
 
 
 def of_eagers_error(row: Row) -> float | None:
     """Our error against float64 over eager's, by the norm or of the worst entry, whichever is larger."""
-    errors = row.get("errors")
-    if errors is None or row.get("precision") != "ieee":
+    if not isinstance(row, GemmRow) or row.errors is None or row.ours.precision != "ieee":
         return None
-    return max(errors["ours"][kind] / errors["eager"][kind] for kind in ("norm", "entry"))
+    ours, eager = row.errors["ours"], row.errors["eager"]
+    return max(ours.norm / eager.norm, ours.entry / eager.entry)
 
 
 def kept_ratio(row: Row) -> float | None:
-    return row.get("memory", {}).get("kept_ratio")
+    return row.memory.kept_ratio if isinstance(row, NetworkRow) and row.memory is not None else None
 
 
 def call_us(row: Row) -> float | None:
-    return row.get("us")
+    return row.us if isinstance(row, CallRow) else None
 
 
 def of_link(row: Row) -> float | None:
-    """A pinned copy's rate over what the link reaches, of inputs of 64 MiB and more: what is smaller is latency."""
-    if "link" not in row:
+    """A pinned copy's rate over the link's, of inputs of 64 MiB and more: smaller ones are bound by latency."""
+    if not isinstance(row, CopyRow):
         return None
-    copied = row["copy"]["pinned_side_stream"]
-    nbytes = 1e6 * copied["gbps"] * copied["ms"]
-    return 1e9 * copied["gbps"] / row["link"]["to_device"] if nbytes >= 2**26 else None
+    copied = row.copies["pinned_side_stream"]
+    return 1e9 * copied.gbps / row.link.to_device if copied.nbytes >= 2**26 else None
 
 
 def of_the_slower(row: Row) -> float | None:
     """max(copy, compute) over a step with DevicePrefetcher."""
-    return row["throughput"]["ways"]["prefetched"]["of_bound"] if "throughput" in row else None
+    return row.throughput.ways["prefetched"].of_bound if isinstance(row, CopyRow) else None
 
 
 def of_the_slower_from_a_millisecond(row: Row) -> float | None:
-    """The same of steps of 1 ms and more: what is shorter is launches."""
-    return of_the_slower(row) if "throughput" in row and row["throughput"]["ways"]["prefetched"]["ms"] >= 1 else None
+    """The same of steps of 1 ms and more: shorter ones are bound by launches."""
+    return of_the_slower(row) if isinstance(row, CopyRow) and row.throughput.ways["prefetched"].ms >= 1 else None
 
 
 def over_the_fastest(row: Row) -> float | None:
     """The time of the way that is advised over the fastest's."""
-    return row.get("throughput", {}).get("over_fastest")
+    return row.throughput.over_fastest if isinstance(row, CopyRow) else None
 
 
 NETWORKS = ("seed-*", "narrow-*", "middle-*", "large-*", "odd-*")
@@ -187,19 +195,20 @@ GOALS = (
 
 def report(rows: Iterable[Row]) -> list[str]:
     """Lines: of each family the share of rows on our kernels, and each goal with the measured figure."""
-    rows = [row for row in rows if row.get("device") != "cpu"]
-    families: dict[str, list[Row]] = {}
+    rows = [row for row in rows if row.device != "cpu"]
+    families: dict[str, list[NetworkRow | FailedRow]] = {}
     for row in rows:
-        if "path" in row or "error" in row:
-            families.setdefault(row["id"].split("-")[0], []).append(row)
+        if isinstance(row, NetworkRow | FailedRow):
+            families.setdefault(row.family, []).append(row)
     lines = []
     for family, members in families.items():
-        ours = sum("error" not in row and row.get("path") in OURS for row in members)
-        failed = sum("error" in row for row in members)
+        ours = sum(isinstance(row, NetworkRow) and row.ours.path in OURS for row in members)
+        failed = sum(isinstance(row, FailedRow) for row in members)
         failures = f", {failed} failed" if failed else ""
         lines.append(f"{family}: {ours} of {len(members)} rows run on our kernels{failures}")
     return [*lines, *(goal.judge(rows) for goal in GOALS)]
 
 
 if __name__ == "__main__":
-    print(*report(json.loads(Path(sys.argv[1]).read_text())["rows"].values()), sep="\n")
+    rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
+    print(*report(map(from_json, rows.values())), sep="\n")

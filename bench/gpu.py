@@ -7,12 +7,12 @@ in it. The rows are measured with the tiles that the package comes with, not wit
 these are another state of the sources.
 
 The plan reserves ANCHOR_RESERVE seconds for every anchor that is still to be measured, so that the anchors have rows
-however long tests and tuner take. Ten minutes leave 300 seconds beside them: up to 240 for the tests, then half of what
-those leave for the tuner; five minutes or less leave none, and tests and tuner wait for a later call. An anchor gets an
-equal part of the time left for the anchors still to come. One that takes longer is kept as far as it was measured, and
-measured again before the rest of the grid. Once the anchors have rows, nothing is reserved: with `--minutes 8
---tests-share 0 --tune-share 0.75` the tuner then has 337 seconds, in which by a model of its time (test_tuning.py)
-it measures every tile of the anchors, three or four of all other products, and every network.
+however long tests and tuner take. Ten minutes leave about 300 seconds beside them: up to 240 for the tests, then half
+of what those leave for the tuner; five minutes or less leave none, and tests and tuner wait for a later call. An anchor
+gets an equal part of the time left for the anchors still to come. One that takes longer is kept as far as it was
+measured, and measured again before the rest of the grid. Once the anchors have rows, nothing is reserved: with
+`--minutes 8 --tests-share 0 --tune-share 0.75` the tuner then has 337 seconds, in which by a model of its time
+(test_tuning.py) it measures every tile of the anchors, three or four of all other products, and every network.
 
 The tests run in two commands, `pytest -m 'gpu and not alone' -n auto` and `pytest -m 'gpu and alone'`. Tests and tuner
 that run out of time get SIGINT, so that they say what they found, and a few seconds later SIGKILL. Before rows are
@@ -20,18 +20,16 @@ timed, their kernels are compiled on all cores but two.
 
 DIR then holds tests.log, tests_alone.log, failures.txt (every failed test, written the moment that it fails), tune.log,
 worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is the device's name by
-`mlp_fused.kernels.devices.device_slug`. That file is written after every row, whole or not at all:
+`mlp_fused.kernels.configs.device_slug`. That file is written after every row, whole or not at all:
 
-    schema      2
+    schema      3
     machine     see machine.py: GPU, driver, versions, CPU, digests of the sources and of the user's own table
     started, updated    UTC, ISO 8601
     tests       {"finished", "status", "summary", "seconds"} of both test commands, or null; the summary is the last
                 line of each one's output, the status the larger of the two, null where their time was up
     tune        the same of `python -m mlp_fused tune`, the last time that it ran, and its "file"; or null
     ceilings    one entry a call: date, FLOP/s by dtype, bytes/s of a copy on the device
-    rows        by id, in the order measured: measure.py's row and its "seconds_spent"; or {"id", "error", …} and what
-                was measured before the error; with "unfinished", the seconds that it was given, where it needs more and
-                is measured again
+    rows        by id, in the order measured: see rows.py
 
 Where GPU, versions, sources or the user's own table are not those of a file already there, that file is put aside under
 its date and a new one is started: numbers of two machines do not mix.
@@ -46,14 +44,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -68,24 +65,27 @@ import torch
 from bench import goals
 from bench.machine import ROOT, machine
 from bench.measure import compile_ahead, describe, measure, why_not
-from bench.shapes import FRESH_PHASES, GRID, Cell, Problem, select
+from bench.problem import FRESH_PHASES, GRID, Cell, Problem, select
+from bench.rows import CellRow, CopyRow, FailedRow, FreshRow, TimedRow, from_json, to_json
 from mlp_fused.dtypes import DTYPES
 from mlp_fused.environment import distorted
+from mlp_fused.files import write_whole
 from mlp_fused.kernels.devices import device_slug
+from mlp_fused.processes import Worker
 from mlp_fused.timing import ceilings
 
-Row = dict[str, Any]
-Measure = Callable[[Cell, str, Callable[[Row], None]], Row]
+Outcome = dict[str, Any]  # what became of a command, or the ceilings
+Measure = Callable[[Cell, str, Callable[[CellRow], None]], CellRow]
 CompileAhead = Callable[[list[Problem]], None]
 Job = Cell | list[Problem] | None  # measure a row, compile ahead, measure the ceilings
-Run = Callable[[list[str], Path, Path, float, float], Row]
+Run = Callable[[list[str], Path, Path, float, float], Outcome]
 
-SCHEMA = 2
+SCHEMA = 3
 RESERVE = 10.0  # seconds kept for ending: the last write, the worker's end
 SHORTEST = 10.0  # with less than this left, no row is begun
 ROW_SECONDS = 90.0
 ANCHOR_SECONDS = 240.0  # max-autotune times many tiles for each product
-ANCHOR_RESERVE = 29.0  # for each anchor: enough for ours, eager and a graph of it
+ANCHOR_RESERVE = 32.5  # for each anchor: enough for ours, eager and a graph of it
 TESTS_SHARE = 0.8  # of what is not reserved: 240 seconds of ten minutes
 TUNE_SHARE = 0.5  # of what is not reserved and the tests leave
 GRACE = 20.0  # seconds from SIGINT to SIGKILL; pytest-xdist gives its workers 10 before it prints the failures
@@ -104,9 +104,9 @@ SAME = ("gpu", "driver", "cuda", "torch", "triton", "python", "mlp_fused", "sour
 class RowError(Exception):
     """A row did not come back; `partial` is what had been measured of it."""
 
-    def __init__(self, message: str, partial: Row | None = None) -> None:
+    def __init__(self, message: str, partial: CellRow | None = None) -> None:
         super().__init__(message)
-        self.partial = partial or {}
+        self.partial = partial
 
 
 class CutOffError(RowError):
@@ -116,14 +116,17 @@ class CutOffError(RowError):
 class Measurer(Protocol):
     """A process that measures: each method raises CutOffError after `seconds`, RowError where it fails."""
 
-    def measure(self, cell: Cell, seconds: float) -> Row:
+    def measure(self, cell: Cell, seconds: float) -> CellRow:
         """The row of a cell."""
 
     def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
         """Compile what the rows of these problems launch."""
 
-    def ceilings(self, seconds: float) -> Row:
+    def ceilings(self, seconds: float) -> Outcome:
         """The machine's ceilings."""
+
+    def close(self) -> None:
+        """End the process and what it started."""
 
 
 class Results:
@@ -133,9 +136,11 @@ class Results:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"{slug}.json"
         self.note: str | None = None  # what became of an older file
+        self.rows: dict[str, CellRow] = {}
         self.content = self._load(machine)
 
     def _load(self, machine: dict[str, Any]) -> dict[str, Any]:
+        """The file's content without the rows, which go to `self.rows`; that of a new file where it is unfit."""
         new = {
             "schema": SCHEMA,
             "machine": machine,
@@ -144,7 +149,6 @@ class Results:
             "tests": None,
             "tune": None,
             "ceilings": [],
-            "rows": {},
         }
         if not self.path.exists():
             return new
@@ -154,39 +158,37 @@ class Results:
             if old["schema"] != SCHEMA:
                 differs.append("schema")
             date = old["updated"]
+            rows: Any = {name: from_json(row) for name, row in old.pop("rows").items()} if not differs else {}
         except (ValueError, KeyError, TypeError, AttributeError):
             differs, date = ["content"], now()
         if not differs:
+            self.rows = rows
             return old
         aside = self.path.with_name(f"{self.path.stem}.until-{date.replace(':', '')}.json")
         os.replace(self.path, aside)
         self.note = f"{self.path.name} has another {', '.join(differs)}: put aside as {aside.name}, a new file begins"
         return new
 
-    @property
-    def rows(self) -> dict[str, Row]:
-        return self.content["rows"]
-
     def unfinished(self, cell: Cell) -> float:
         """The seconds that a cell was given and that were too few; 0 for any other."""
-        return self.rows.get(str(cell), {}).get("unfinished", 0.0)
+        row = self.rows.get(str(cell))
+        return row.unfinished or 0.0 if isinstance(row, FailedRow) else 0.0
 
     def todo(self, cells: Iterable[Cell], *, retry: bool = False) -> list[Cell]:
         """The cells that have no row yet, or an unfinished one; with `retry`, also those whose row is an error."""
         return [
             cell
             for cell in cells
-            if str(cell) not in self.rows or self.unfinished(cell) or (retry and "error" in self.rows[str(cell)])
+            if (row := self.rows.get(str(cell))) is None
+            or self.unfinished(cell)
+            or (retry and isinstance(row, FailedRow))
         ]
 
     def save(self) -> None:
         self.content["updated"] = now()
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            json.dump(self.content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        rows = {name: to_json(row) for name, row in self.rows.items()}
+        text = json.dumps({**self.content, "rows": rows}, indent=1)
+        write_whole(self.path, lambda file: file.write(text.encode()))
 
 
 def now() -> str:
@@ -194,7 +196,7 @@ def now() -> str:
 
 
 def serve(connection: Connection, function: Measure, ahead: CompileAhead, device: str, log: Path) -> None:
-    """The worker: receives jobs, sends ("partial" | "row" | "error", dict). Ends when the other side does.
+    """The worker: receives jobs, sends ("partial" | "done" | "error", answer). Ends when the other side does.
 
     An error is sent with `broken`: whether the CUDA context is lost, so that nothing else can run in this process.
     """
@@ -210,18 +212,18 @@ def serve(connection: Connection, function: Measure, ahead: CompileAhead, device
             return
         try:
             if job is None:
-                connection.send(("row", all_ceilings(device)))
+                connection.send(("done", all_ceilings(device)))
             elif isinstance(job, list):
                 ahead(job)
-                connection.send(("row", {}))
+                connection.send(("done", None))
             else:
-                connection.send(("row", function(job, device, lambda row: connection.send(("partial", row)))))
+                connection.send(("done", function(job, device, lambda row: connection.send(("partial", row)))))
         except Exception as error:
             connection.send(("error", {"error": describe(error), "broken": device == "cuda" and context_is_lost()}))
 
 
 def context_is_lost() -> bool:
-    """Whether CUDA fails at anything from now on, as it does after an illegal memory access."""
+    """True if every CUDA call fails from now on, as after an illegal memory access."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -229,15 +231,15 @@ def context_is_lost() -> bool:
     return False
 
 
-def all_ceilings(device: str) -> Row:
+def all_ceilings(device: str) -> Outcome:
     """The machine's ceilings: FLOP/s by dtype, bytes/s of a copy."""
     found = {dtype: ceilings(device, dtype) for dtype in DTYPES}
     flops = {dtype: ceiling.flops_per_second for dtype, ceiling in found.items()}
     return {"date": now(), "flops_per_second": flops, "bytes_per_second": found["fp32"].bytes_per_second}
 
 
-class Worker:
-    """A process that measures one cell at a time, and is started again after it had to be ended."""
+class MeasuringWorker:
+    """Measures one cell at a time in a process, which is started again after it had to be ended."""
 
     def __init__(
         self, log: Path, device: str = "cuda", function: Measure = measure, ahead: CompileAhead = compile_ahead
@@ -246,69 +248,56 @@ class Worker:
         self.device = device
         self.function = function
         self.ahead = ahead
-        self.process: Any = None
-        self.connection: Any = None
+        self.worker: Worker | None = None
 
-    def measure(self, cell: Cell, seconds: float) -> Row:
+    def measure(self, cell: Cell, seconds: float) -> CellRow:
         return self._do(cell, seconds)
 
     def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
         self._do(problems, seconds)
 
-    def ceilings(self, seconds: float) -> Row:
+    def ceilings(self, seconds: float) -> Outcome:
         return self._do(None, seconds)
 
-    def _do(self, job: Job, seconds: float) -> Row:
+    def _do(self, job: Job, seconds: float) -> Any:
         """The answer of the process. Raises CutOffError after `seconds`, RowError where the job raised or it died."""
-        if self.process is None or not self.process.is_alive():
-            self._start()
-        partial: Row = {}
+        worker = self._running()
+        partial: CellRow | None = None
         deadline = time.monotonic() + seconds
         try:
-            self.connection.send(job)
-            while self.connection.poll(max(0.0, deadline - time.monotonic())):
-                kind, row = self.connection.recv()
-                if kind == "row":
-                    return row
+            worker.connection.send(job)
+            while worker.connection.poll(max(0.0, deadline - time.monotonic())):
+                kind, answer = worker.connection.recv()
+                if kind == "done":
+                    return answer
                 if kind == "error":
-                    if row["broken"]:
+                    if answer["broken"]:
                         self.close()
-                    raise RowError(row["error"], partial)
-                partial = row
+                    raise RowError(answer["error"], partial)
+                partial = answer
         except (EOFError, OSError):
-            self.process.join(5)
-            status = self.process.exitcode
+            worker.process.join(5)
+            status = worker.process.exitcode
             self.close()
             raise RowError(f"the process that measured it ended with status {status}", partial) from None
         self.close()
         raise CutOffError(f"stopped after {seconds:.0f} s", partial)
 
-    def _start(self) -> None:
-        self.close()
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        arguments = (theirs, self.function, self.ahead, self.device, self.log)
-        self.process = context.Process(target=serve, args=arguments)
-        self.process.start()
-        theirs.close()
+    def _running(self) -> Worker:
+        """The process, started if there is none."""
+        if self.worker is None or not self.worker.process.is_alive():
+            self.close()
+            self.worker = Worker(serve, self.function, self.ahead, self.device, self.log)
+        return self.worker
 
     def close(self) -> None:
         """End the process and what it started."""
-        if self.process is None:
-            return
-        self.connection.close()
-        self.process.join(1)
-        if self.process.is_alive():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                # The process leads a group of its own from its first line on; before that, only it is there to end.
-                if os.getpgid(self.process.pid) == self.process.pid:
-                    os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-            self.process.join()
-        self.process = None
+        if self.worker is not None:
+            self.worker.close()
+        self.worker = None
 
 
-def run_module(command: list[str], root: Path, log: Path, seconds: float, grace: float = GRACE) -> Row:
+def run_module(command: list[str], root: Path, log: Path, seconds: float, grace: float = GRACE) -> Outcome:
     """`python -m` something in a child process, ended after `seconds`: {"finished", "status", "summary", "seconds"}.
 
     It gets SIGINT `grace` seconds before, or halfway where that is sooner; then its process group gets SIGKILL.
@@ -350,7 +339,7 @@ def run_tests(results: Results, directory: Path, root: Path, seconds: float, run
     """The GPU tests in two child processes one after the other, both ended after `seconds`."""
     failures = directory.resolve() / "failures.txt"
     failures.unlink(missing_ok=True)
-    outcomes: list[Row] = []
+    outcomes: list[Outcome] = []
     for log, options in TESTS.items():
         left = seconds - sum(outcome["seconds"] for outcome in outcomes)
         if left <= GRACE:
@@ -450,47 +439,64 @@ class Plan:
                 continue  # it would get no further than before
             row = self.row(cell, seconds)
             spent = self.clock() - begun
-            self.results.rows[str(cell)] = {**row, "seconds_spent": round(spent, 2)}
+            self.results.rows[str(cell)] = replace(row, seconds_spent=round(spent, 2))
             self.results.save()
             done += 1
             times = f"{spent:.1f} s, {max(0.0, self.left):.0f} s left"
             self.say(f"[{number + 1}/{len(cells)}] {cell}: {summary(row)} ({times})")
         return done
 
-    def row(self, cell: Cell, seconds: float) -> Row:
+    def row(self, cell: Cell, seconds: float) -> CellRow:
         """A cell's row within its own limit or `seconds`; where measuring fails, the part measured before and why."""
         limit = ANCHOR_SECONDS if cell.anchor else ROW_SECONDS
         try:
             return self.worker.measure(cell, min(limit, seconds))
         except RowError as error:
-            row = {**error.partial, "id": str(cell), "error": str(error)}
-            if isinstance(error, CutOffError) and seconds < limit:
-                row["unfinished"] = round(seconds, 1)
-            return row
+            unfinished = round(seconds, 1) if isinstance(error, CutOffError) and seconds < limit else None
+            return FailedRow.of(cell, "cuda", error=str(error), unfinished=unfinished, measured=error.partial)
 
 
-def summary(row: Row) -> str:
+def summary(row: CellRow) -> str:
     """What a row says in half a line."""
-    if "error" in row:
-        return f"{'unfinished' if 'unfinished' in row else 'failed'}: {row['error']}"
-    if "ms" in row:
-        baselines = row["baselines"].items()
-        speeds = (f"{b['speedup']:.2f}x {name}" if "speedup" in b else f"{name} failed" for name, b in baselines)
-        how = row.get("path") or row["tile"]
-        return f"{how}, {row['ms']:.4g} ms, {row['floor_ratio']:.2f} of the floor, {', '.join(speeds)}"
-    if "copy" in row:
-        ratios = (f"{p['copy']['pinned']['to_kernel']:.2f} {phase}" for phase, p in row["phases"].items())
-        ahead = row["throughput"]["ways"]["prefetched"]
-        moved = f"prefetched {ahead['examples_per_s']:.3g} examples/s, {ahead['of_bound']:.2f} of the bound"
-        return f"pinned {row['copy']['pinned']['ms']:.4g} ms = {', '.join(ratios)} of the kernels; {moved}"
-    if "kinds" in row:
-        speeds = (f"{each['speedup']:.2f}x of {kind}" for kind, each in row["kinds"].items())
-        return f"read where it lies {', '.join(speeds)}"
-    return json.dumps(row.get("seconds"))
+    if isinstance(row, FailedRow):
+        return f"{'failed' if row.unfinished is None else 'unfinished'}: {row.error}"
+    if isinstance(row, TimedRow):
+        speeds = [f"{each.speedup:.2f}x {name}" for name, each in row.baselines.items()]
+        speeds += [f"{name} failed" for name in row.failures]
+        timing, floor = row.ours.timing, row.ours.floor
+        return f"{row.how}, {timing.ms:.4g} ms, {floor.ratio:.2f} of the floor, {', '.join(speeds)}"
+    if isinstance(row, CopyRow):
+        pinned, ahead = row.copies["pinned"], row.throughput.ways["prefetched"]
+        ratios = (f"{pinned.ms / part.timing.kernel_ms:.2f} {phase}" for phase, part in row.phases.items())
+        moved = f"prefetched {ahead.examples_per_s:.3g} examples/s, {ahead.of_bound:.2f} of the bound"
+        return f"pinned {pinned.ms:.4g} ms = {', '.join(ratios)} of the kernels; {moved}"
+    assert isinstance(row, FreshRow)
+    return json.dumps(row.seconds)
 
 
-def main(arguments: list[str] | None = None, begun: float | None = None) -> int:
-    """The exit status. `begun` is when the time began to count, by time.monotonic(); by default now."""
+def why_nothing_runs() -> str | None:
+    """The reason not to measure a GPU here; None where it is measured."""
+    return why_not(GRID[0], "cuda") or distorted()
+
+
+def main(
+    arguments: list[str] | None = None,
+    begun: float | None = None,
+    *,
+    refusal: Callable[[], str | None] = why_nothing_runs,
+    machine: Callable[[], dict[str, Any]] = machine,
+    worker: Callable[[Path], Measurer] = MeasuringWorker,
+    run: Run = run_module,
+) -> int:
+    """Do what the command line asks for, and return the exit status.
+
+    Args:
+        begun: when the time began to count, by time.monotonic(); by default now.
+        refusal: says why nothing can be measured, if so.
+        machine: describes what is measured on.
+        worker: starts what measures, with its log.
+        run: runs the tests and the tuner.
+    """
     begun = time.monotonic() if begun is None else begun
     parser = argparse.ArgumentParser(description="GPU tests and benchmarks within a time limit")
     parser.add_argument("--minutes", type=float, default=10.0, help="ends before this many minutes (default 10)")
@@ -506,7 +512,7 @@ def main(arguments: list[str] | None = None, begun: float | None = None) -> int:
         cells = select(options.cells)
     except ValueError as error:
         return refuse(str(error))
-    if reason := why_not(GRID[0], "cuda") or distorted():
+    if reason := refusal():
         return refuse(reason)
     found = machine()
     results = Results(options.out, found, device_slug(found["gpu"]))
@@ -517,8 +523,8 @@ def main(arguments: list[str] | None = None, begun: float | None = None) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    worker = Worker(options.out / "worker.log")
-    plan = Plan(results, options.out, worker, begun + 60 * options.minutes - RESERVE, run=run_module, say=say)
+    measurer = worker(options.out / "worker.log")
+    plan = Plan(results, options.out, measurer, begun + 60 * options.minutes - RESERVE, run=run, say=say)
     try:
         todo = results.todo(cells, retry=options.retry)
         anchors = sum(cell.anchor for cell in todo)
@@ -530,9 +536,10 @@ def main(arguments: list[str] | None = None, begun: float | None = None) -> int:
         say("interrupted; the rows so far are written")
         return 130
     finally:
-        worker.close()
-    unfinished = sum("unfinished" in row for row in results.rows.values())
-    failed = sum("error" in row for row in results.rows.values()) - unfinished
+        measurer.close()
+    failures = [row for row in results.rows.values() if isinstance(row, FailedRow)]
+    unfinished = sum(row.unfinished is not None for row in failures)
+    failed = len(failures) - unfinished
     say(f"{len(results.rows)} rows in {results.path}, {failed} of them failed, {unfinished} unfinished")
     for line in goals.report(results.rows.values()):
         say(line)
@@ -540,7 +547,7 @@ def main(arguments: list[str] | None = None, begun: float | None = None) -> int:
     return 1 if failed or (tests and tests["status"]) else 0
 
 
-def ending(outcome: Row) -> str:
+def ending(outcome: Outcome) -> str:
     """How tests or tuner ended, in a line."""
     status = f"status {outcome['status']}" if outcome["finished"] else "cut off"
     return f"{outcome['summary']} ({outcome['seconds']} s, {status})"

@@ -16,6 +16,8 @@ from mlp_fused.engine import tables
 from mlp_fused.environment import distorted
 
 ROOT = Path(__file__).resolve().parent.parent
+# The files of bench/ that decide a timing.
+MEASURING = ("baselines.py", "copies.py", "fresh.py", "gemm.py", "measure.py", "network.py", "problem.py", "work.py")
 
 
 def machine() -> dict[str, Any]:
@@ -55,7 +57,7 @@ def source_digest() -> str:
     """Twelve hex digits over the sources that decide a timing: package, kernels, tuned tiles, what measures."""
     patterns = ("mlp_fused/*.py", "kernels/*.py", "kernels/tuned/*.json")
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-    paths += [ROOT / "bench" / name for name in ("shapes.py", "gemm.py", "measure.py", "fresh.py")]
+    paths += [ROOT / "bench" / name for name in MEASURING]
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

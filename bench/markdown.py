@@ -5,10 +5,24 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
+NONE = "-"  # stands for a number that was not measured
 
-def digits(value: float) -> str:
+
+def number(value: float | None) -> str:
     """Three digits, or all that stand before the point."""
-    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".removesuffix(".")
+
+
+def times(value: float | None) -> str:
+    """A ratio: two digits after the point below 2, one from there on."""
+    return NONE if value is None else f"{value:.2f}x" if value < 1.995 else f"{value:.1f}x"
+
+
+def counted(count: int, noun: str) -> str:
+    """The count and the noun, in the plural unless the count is 1."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

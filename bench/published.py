@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.figures import LEGEND, WIDTH, Plot, Series, drawn, file_name, look
-from bench.markdown import folded, picture, table
+from bench.markdown import NONE, counted, folded, number, picture, table, times
 from bench.readings import FORMAT, SYSTEMS, Record
 from mlp_fused import plots
 from mlp_fused.kernels.devices import device_slug
 from mlp_fused.plots import Theme
 
-NOT_MEASURED = "-"
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -56,7 +55,7 @@ def shape(network: Record) -> str:
 
 
 def rows(network: Record) -> str:
-    return f"{network['rows']:,} row{'s' * (network['rows'] > 1)}"
+    return counted(network["rows"], "row")
 
 
 def label(network: Record) -> str:
@@ -75,18 +74,6 @@ def ratio(network: Record, clock: str) -> float | None:
     """Eager's time over ours; None where one of them was not measured."""
     ours, eager = (milliseconds(network, system, clock) for system in ("ours", "eager"))
     return None if ours is None or eager is None else eager / ours
-
-
-def number(value: float | None) -> str:
-    """Three digits, or all that stand before the point."""
-    if value is None:
-        return NOT_MEASURED
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".removesuffix(".")
-
-
-def times(value: float | None) -> str:
-    """A ratio: two digits after the point below 2, one from there on."""
-    return NOT_MEASURED if value is None else f"{value:.2f}x" if value < 1.995 else f"{value:.1f}x"
 
 
 def beside_eager(content: Record) -> dict[str, dict[str, Record]]:
@@ -190,7 +177,7 @@ def throughput_plot(content: Record) -> Plot:
 
     alt = f"Billions of rows a second of narrow fp16 networks on {gpu}, and how many the memory allows."
     alt = f"{alt} Inference: {told('inference')}. Training: {told('training')}."
-    return Plot(alt, lambda theme: plots.file_of(throughput_figure(theme, shown, gpu), "svg", alt), "svg")
+    return Plot(alt, lambda theme: throughput_figure(theme, shown, gpu), "svg")
 
 
 def throughput_figure(theme: Theme, shown: list[Throughput], gpu: str) -> Any:
@@ -259,7 +246,7 @@ def step_plot(content: Record) -> Plot:
     )
     alt = f"Milliseconds of one training step taken apart, by batch size, on {gpu}. {told}."
     title = f"One training step taken apart: {content['transfer']['network'].partition(', input')[0]}, fp32\n{gpu}"
-    return Plot(alt, lambda theme: plots.file_of(step_figure(theme, lines, title), "svg", alt), "svg")
+    return Plot(alt, lambda theme: step_figure(theme, lines, title), "svg")
 
 
 def step_figure(theme: Theme, lines: Mapping[str, list[tuple[int, float]]], title: str) -> Any:
@@ -308,7 +295,7 @@ def speed_plot(content: Record) -> Plot:
         f"Time of eager's kernels over ours for {len(shown)} networks on {gpu}, sorted by the slower of inference and "
         f"training: {len(shown) - slower} are faster than eager in both, {slower} slower in at least one; {told}."
     )
-    return Plot(alt, lambda theme: plots.file_of(speed_figure(theme, shown, gpu), "svg", alt), "svg")
+    return Plot(alt, lambda theme: speed_figure(theme, shown, gpu), "svg")
 
 
 def speed_figure(theme: Theme, shown: list[tuple[str, dict[str, float]]], gpu: str) -> Any:
@@ -360,7 +347,7 @@ def _provenance(content: Record) -> Iterator[str]:
     )
     yield from (f"- {name}: {how}." for name, how in (*origin["timed"].items(), *origin["scripts"].items()))
     yield ""
-    yield f"All times are milliseconds; {NOT_MEASURED}: not measured. Training is forward and backward."
+    yield f"All times are milliseconds; {NONE}: not measured. Training is forward and backward."
     yield ""
 
 
@@ -480,7 +467,7 @@ def _readme_row(phases: Mapping[str, Record]) -> list[str]:
     for phase in ("inference", "training"):
         network = phases.get(phase)
         if network is None:
-            row += [NOT_MEASURED] * 3
+            row += [NONE] * 3
         else:
             row += [*_times_of(network, ("ours", "eager"), "device"), times(ratio(network, "device"))]
     return row

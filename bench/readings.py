@@ -19,7 +19,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.shapes import Problem
+from bench.problem import Problem
 from mlp_fused import plots
 
 FORMAT = "readings"  # tells the file from those of bench/gpu.py, which hold a "schema"

@@ -12,7 +12,6 @@ are none of them; each kernel is then compiled where it is first launched, befor
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -20,13 +19,13 @@ import types
 from collections.abc import Callable, Hashable, Mapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 from .errors import first_line
 from .kernels import devices
 from .kernels.language import driver
 from .kernels.launch import Launch
+from .processes import Worker
 
 __all__ = ["Compilers", "NotYetError", "count_workers"]
 
@@ -69,7 +68,7 @@ class Compilers:
         self._changed = threading.Condition()
         self._ended = False
         self._working = workers
-        self._processes: list[BaseProcess] = []
+        self._workers: list[Worker] = []
         self._threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(workers)]
 
     def __enter__(self) -> Compilers:
@@ -83,8 +82,8 @@ class Compilers:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-            for process in self._processes:
-                process.kill()
+            for worker in self._workers:
+                worker.kill()
         for thread in self._threads:
             thread.join()
 
@@ -117,8 +116,8 @@ class Compilers:
     def _drive(self) -> None:
         """One process's thread: hands it one piece of work at a time. A process that dies is followed by another."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is the measuring process's
-        process, connection = self._start()
-        while connection is not None:
+        worker, serves = self._start()
+        while serves:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._ended)
                 if self._ended:
@@ -127,43 +126,41 @@ class Compilers:
                 work = self._waiting.pop(key)
             died, outcome = False, None
             try:
-                connection.send(work)
-                self.failure = connection.recv() or self.failure
+                worker.connection.send(work)
+                self.failure = worker.connection.recv() or self.failure
             except (EOFError, OSError):
                 died = True
-                process.join()
-                outcome = f"the process that compiled it ended with status {process.exitcode}"
+                worker.process.join()
+                outcome = f"the process that compiled it ended with status {worker.process.exitcode}"
             with self._changed:
                 self._outcomes[key] = outcome
                 self._changed.notify_all()
             if died:
-                process, connection = self._start()
-        process.join()
+                worker, serves = self._start()
+        worker.process.join()
         with self._changed:
             self._working -= 1
             if not self._working and not self._ended:
-                self.failure = f"the processes that compile do not start: they end with status {process.exitcode}"
+                self.failure = (
+                    f"the processes that compile do not start: they end with status {worker.process.exitcode}"
+                )
                 self._outcomes |= dict.fromkeys(self._waiting)
                 self._waiting.clear()
                 self._changed.notify_all()
 
-    def _start(self) -> tuple[BaseProcess, Connection | None]:
-        """A new process, and the connection to it; None where it ends before it can do anything."""
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+    def _start(self) -> tuple[Worker, bool]:
+        """A new process, and whether it serves; False if it ends before it can do anything."""
         with self._changed:  # or `__exit__` might miss it
-            process.start()
-            self._processes.append(process)
+            worker = Worker(_serve, *self._arguments, daemon=True)
+            self._workers.append(worker)
             if self._ended:
-                process.kill()
-        theirs.close()
+                worker.kill()
         try:
-            ours.recv()
+            worker.connection.recv()
         except (EOFError, OSError):
-            process.join()
-            return process, None
-        return process, ours
+            worker.process.join()
+            return worker, False
+        return worker, True
 
 
 def _serve(connection: Connection, compile: Callable[[Any], None], device: devices.Device, target: Any) -> None:

@@ -478,10 +478,11 @@ def test_ctrl_c_under_torchrun_leaves_the_last_checkpoint(folder: Path) -> None:
 
 FAILS_IN_ONE = """
 import os, sys, torch
-from mlp_fused import training
 from mlp_fused.__main__ import main
+from mlp_fused.errors import UserError
+from mlp_fused.train import loop
 
-evaluate, calls = training.evaluate, []
+evaluate, calls = loop.evaluate, []
 
 def broken(*arguments):
     calls.append(1)
@@ -489,7 +490,7 @@ def broken(*arguments):
         raise eval(os.environ["FAILURE"])
     return evaluate(*arguments)
 
-training.evaluate = broken
+loop.evaluate = broken
 sys.exit(main())
 """
 
@@ -498,7 +499,7 @@ sys.exit(main())
 @pytest.mark.parametrize(
     ("failure", "where"),
     [
-        ("training.UserError('broken in one process')", ""),
+        ("UserError('broken in one process')", ""),
         (
             "torch.OutOfMemoryError('broken in one process')",
             "\nstopped; run.pt is the last checkpoint, after epoch 1: the same command with --resume carries on\n",
@@ -696,12 +697,15 @@ def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert found['backend "auto"'] == "asked about cuda"
 
 
-def test_every_flag_of_predict_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_of_predict_reaches_its_configuration() -> None:
     seen: list[predict.Config] = []
-    monkeypatch.setattr(predict, "run", lambda config, report: seen.append(config))
+
+    def run(config: Any, report: object) -> None:
+        seen.append(config)
+
     needed = ["--checkpoint", "c.pt", "--data", "d.npz", "--out", "o.csv"]
-    assert call("predict", *needed) == 0
-    assert call("predict", *needed, "--device", "cpu") == 0
+    assert call("predict", *needed, run=run) == 0
+    assert call("predict", *needed, "--device", "cpu", run=run) == 0
     assert seen == [predict.Config("c.pt", "d.npz", "o.csv"), predict.Config("c.pt", "d.npz", "o.csv", "cpu")]
 
 

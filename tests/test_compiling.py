@@ -24,10 +24,10 @@ import torch
 from mlp_fused import compiling
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.engine import tables
+from mlp_fused.grid import Workload
 from mlp_fused.kernels import devices, layer_tiles
 from mlp_fused.tune import compile_ahead, config, operands, tasks, tuner
 from mlp_fused.tune.compile_ahead import PathWork, TileWork
-from mlp_fused.tune.config import Workload
 from mlp_fused.tune.tasks import Whole
 
 pytestmark = pytest.mark.alone
@@ -157,7 +157,7 @@ def started(monkeypatch: pytest.MonkeyPatch, workers: int = 1) -> Iterator[Compi
         with compilers:
             yield compilers
     finally:
-        assert not any(process.is_alive() for process in compilers._processes)
+        assert not any(worker.process.is_alive() for worker in compilers._workers)
         assert not any(thread.is_alive() for thread in compilers._threads)
 
 
@@ -204,7 +204,8 @@ def test_ctrl_c_does_not_reach_the_processes_and_ends_them(monkeypatch: pytest.M
         with started(monkeypatch) as compilers:
             compilers.ask({"first": 0.0, "long": 600.0})
             assert compilers.wait("first", 60) is None
-            (process,) = compilers._processes
+            (worker,) = compilers._workers
+            process = worker.process
             assert process.pid is not None
             os.kill(process.pid, signal.SIGINT)  # as a terminal sends it to all of them
             process.join(0.3)

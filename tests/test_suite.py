@@ -266,3 +266,10 @@ def test_every_failure_is_appended_whatever_fails(suite: Path) -> None:
         line for line in failures.splitlines() if line.endswith(("(call)", "(setup)", "(teardown)", "(collection)"))
     ]
     assert titles == ["test_broken.py (collection)", "test_small.py::test_passes (teardown)"]
+
+
+def test_file_names_are_unique_and_no_folder_is_a_package() -> None:
+    """pytest imports test files by their names alone."""
+    names = [path.name for path in HERE.rglob("*.py") if path.name != "conftest.py"]
+    assert "__init__.py" not in names
+    assert sorted(names) == sorted(set(names))

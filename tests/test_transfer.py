@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlp_fused import DevicePrefetcher, FusedMLP, timing
+from mlp_fused import timing
 from mlp_fused.environment import DISTORTING
+from mlp_fused.module import FusedMLP
+from mlp_fused.prefetch import DevicePrefetcher
 from mlp_fused.timing import Link, Measured, Spread, Timed
-from mlp_fused.transfer import findings, first_touch, measurement
 from mlp_fused.transfer.findings import Crossing, OnCpu, OnGpu, Point, Transfer, crossing, hidden
 from mlp_fused.transfer.first_touch import FirstTouch
-from mlp_fused.transfer.measurement import measure, measure_on
+from mlp_fused.transfer.measurement import findings, first_touch, measure, measure_on, measurement
 
 GB = 1e9
 
@@ -611,16 +612,16 @@ def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.Monkey
 def test_the_model_goes_to_fresh_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
 
-    def child(file: Path, environment: dict[str, str]) -> dict[str, float]:
+    def run(module: str, file: str, environment: dict[str, str]) -> dict[str, float]:
+        assert module == "mlp_fused.first_touch"
         model, batch = torch.load(file, weights_only=False)
         assert isinstance(model, FusedMLP)
         seen.append((environment["TRITON_CACHE_DIR"], environment["CUDA_VISIBLE_DEVICES"], batch[0].shape))
         names = ("context", "allocation", "copy", "launch", "forward", "forward_2")
         return {name: len(seen) + i for i, name in enumerate(names)}
 
-    monkeypatch.setattr(first_touch, "_child", child)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    found = first_touch.in_fresh_processes(FusedMLP(3, [2]), [torch.ones(5, 3)], torch.device("cuda:1"))
+    found = first_touch.in_fresh_processes(FusedMLP(3, [2]), [torch.ones(5, 3)], torch.device("cuda:1"), run)
     assert found == FirstTouch(2000, 3000, 4000, 5000, compiled=5000, loaded=6000, again=7000)
     assert seen[0] == seen[1]
     assert seen[0][1:] == ("6", (5, 3))

@@ -20,11 +20,12 @@ from mlp_fused.engine import network_path, paths, tables
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.environment import DISTORTING
 from mlp_fused.errors import UserError
+from mlp_fused.grid import ANCHORS, GRID, Workload
 from mlp_fused.kernels import devices, layer_tiles
 from mlp_fused.kernels.devices import DEVICES, INTERPRETED_DEVICE
 from mlp_fused.kernels.tile_config import TileConfig
 from mlp_fused.tune import compile_ahead, operands, tasks, tuner
-from mlp_fused.tune.config import ANCHORS, GRID, Config, Workload
+from mlp_fused.tune.config import Config
 from mlp_fused.tune.tasks import Product, Whole, list_tasks, products
 from mlp_fused.tune.tuner import tune
 

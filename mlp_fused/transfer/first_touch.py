@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FirstTouch", "first_touch", "in_fresh_processes", "seconds"]
+from ..processes import run_json
 
-PATIENCE = 300  # seconds for a process
+__all__ = ["FirstTouch", "first_touch", "in_fresh_processes", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,9 @@ def first_touch(model: nn.Module, batch: Sequence[Tensor]) -> dict[str, float]:
     return found
 
 
-def in_fresh_processes(model: nn.Module, batch: Sequence[Tensor], device: torch.device) -> FirstTouch:
+def in_fresh_processes(
+    model: nn.Module, batch: Sequence[Tensor], device: torch.device, run: Callable[..., Any] = run_json
+) -> FirstTouch:
     """Of two processes, one after the other: Triton's cache empty, then filled. All but `compiled` is the second's.
 
     Raises:
@@ -118,23 +119,11 @@ def in_fresh_processes(model: nn.Module, batch: Sequence[Tensor], device: torch.
             "CUDA_VISIBLE_DEVICES": str(index) if seen is None else seen.split(",")[index],
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # for the model's own classes
         }
-        cold, warm = (_child(file, environment) for _ in range(2))
+        cold, warm = (run("mlp_fused.transfer.first_touch", str(file), environment=environment) for _ in range(2))
     steps = {name: 1e3 * warm[name] for name in ("context", "allocation", "copy", "launch")}
     return FirstTouch(
         **steps, compiled=1e3 * cold["forward"], loaded=1e3 * warm["forward"], again=1e3 * warm["forward_2"]
     )
-
-
-def _child(file: Path, environment: dict[str, str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "mlp_fused.transfer.first_touch", str(file)]
-    try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"the process did not end within {PATIENCE} s") from None
-    if child.returncode:
-        lines = child.stderr.strip().splitlines()
-        raise RuntimeError(f"the process failed: {lines[-1] if lines else f'status {child.returncode}'}")
-    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main() -> None:

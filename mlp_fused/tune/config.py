@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..engine.recognize import resolve
 from ..errors import UserError
 from ..flags import check_choices, option, shown
+from ..grid import ACTIVATION, ANCHORS, GRID, DtypeName, Family, Workload
 
-__all__ = ["ANCHORS", "GRID", "Config", "Family", "Workload"]
+__all__ = ["ARITHMETIC", "Config"]
 
-DtypeName = Literal["fp32", "tf32", "bf16", "fp16"]
 ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
     "fp32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),
@@ -24,61 +22,6 @@ ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
 }
 BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
 DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
-ACTIVATION = "relu"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A network and its batch: widths of the input to the output; one activation after every hidden layer."""
-
-    widths: tuple[int, ...]
-    rows: int
-    dtype: DtypeName
-    activation: str = ACTIVATION
-
-
-@dataclass(frozen=True)
-class Family:
-    """Every combination of some networks, batches, dtypes and activations."""
-
-    widths: tuple[tuple[int, ...], ...]
-    rows: tuple[int, ...]
-    dtypes: tuple[DtypeName, ...]
-    activations: tuple[str, ...] = (ACTIVATION,)
-
-    @property
-    def workloads(self) -> list[Workload]:
-        return [
-            Workload(widths, rows, dtype, activation)
-            for widths, rows, dtype, activation in itertools.product(
-                self.widths, self.rows, self.dtypes, self.activations
-            )
-        ]
-
-
-# What is measured where nothing is asked for: what the benches measure.
-GRID = (
-    Family(((784, 512, 512, 10),), (64, 256, 1024), ("fp32",)),
-    Family(tuple((width,) * 5 for width in (16, 32, 64, 128)), (2**14, 2**17, 2**20, 2**21), ("fp16", "bf16", "fp32")),
-    Family(((16, 64, 64, 16),), (2**21,), ("fp16", "bf16", "fp32")),
-    Family(((128, *(64,) * 5, 3), (128, *(128,) * 5, 3)), (2**14, 2**18, 2**21), ("fp16", "bf16", "fp32")),
-    Family(tuple((width,) * 5 for width in (256, 512, 1024)), (4096, 16384, 65536), ("bf16",), ("relu", "gelu")),
-    Family(((4096, 16384, 4096), (1024, 4096, 1024)), (1024, 8192, 32768), ("bf16", "fp32"), ("gelu",)),
-    Family(((33,) * 4, (100,) * 4, (1, 64, 64, 1)), (65537,), ("bf16", "fp32")),
-    Family(((480,) * 4,), (16385,), ("bf16", "fp32"), ("gelu",)),
-    Family(((1000,) * 4,), (4099,), ("bf16", "fp32")),
-    Family(((33, 100, 480, 1000, 1),), (4099,), ("bf16", "fp32"), ("silu",)),
-    Family(((256, 512, 256),), (16384,), ("bf16", "fp32"), ("gelu",)),
-)
-# What is measured first.
-ANCHORS = (
-    Workload((784, 512, 512, 10), 256, "fp32"),
-    Workload((64,) * 5, 2**20, "bf16"),
-    Workload((512,) * 5, 16384, "bf16", "gelu"),
-    Workload((1024,) * 5, 16384, "bf16", "gelu"),
-    Workload((4096, 16384, 4096), 8192, "bf16", "gelu"),
-    Workload((1000,) * 4, 4099, "bf16"),
-)
 
 
 @dataclass(frozen=True)
@@ -150,5 +93,7 @@ class Config:
         """What is to be measured."""
         if not self.dims:
             return [*ANCHORS, *(workload for family in GRID for workload in family.workloads)]
-        asked = Family(self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,))
+        asked = Family(
+            "asked for", self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,)
+        )
         return asked.workloads

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..engine import network_path, paths, tables
+from ..grid import ANCHORS, DtypeName, Workload
 from ..kernels import devices, tile_config
 from ..kernels.activation import Activation
 from ..kernels.activations import ACTIVATIONS
-from .config import ANCHORS, ARITHMETIC, DtypeName, Workload
+from .config import ARITHMETIC
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..agreement import BOUNDS, relative_error
 from ..compiling import Compilers, NotYetError, count_workers
 from ..engine import paths, tables
 from ..environment import distorted, versions
@@ -46,9 +47,6 @@ from .tasks import Product, Row, Task, Whole, list_tasks, network_paths
 
 __all__ = ["tune"]
 
-# Norm-wise difference from torch's result up to which ours is right: of a product, of a network's gradients. Both sides
-# round; a wrong index or a lost block differs by far more. (How accurate the kernels are, the tests say.)
-BOUNDS = {"fp32": (2e-5, 5e-3), "tf32": (5e-3, 2e-2), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
 FEW = 4  # candidates of a product that every one should have measured
 ANCHOR_WEIGHT = 16  # of a reading of an anchor
 
@@ -244,7 +242,7 @@ class Tuner:
         """
         self.doing = what
         try:
-            differences = [_difference(*pair) for pair in zip(run(), expected)]
+            differences = [relative_error(*pair) for pair in zip(run(), expected)]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of many classes: it does not compile, or it takes more than the GPU has
@@ -264,13 +262,6 @@ def _synchronize(device: torch.device) -> None:
     """Wait for a GPU. Raises RuntimeError where its context is broken, as after an illegal memory access."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖."""
-    expected = expected.float()
-    difference = (found.float() - expected).norm().item()
-    return difference / (expected.norm().item() or 1.0) if difference else 0.0
 
 
 class EventClock:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from bench import published, report
+from bench.results import load
 from mlp_fused import plots
 from mlp_fused.plots import Theme
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RAW = ROOT / "tests" / "data" / "h100"
 RESULTS = ROOT / "bench" / "results"
 FILE = RESULTS / "nvidia_h100_80gb_hbm3-2026-11-26.json"
@@ -25,7 +26,7 @@ Record = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def content() -> Record:
-    return report.load(FILE)
+    return load(FILE)
 
 
 def raw_cells() -> dict[str, Record]:
@@ -290,16 +291,3 @@ def test_files_of_both_kinds_go_through_one_command(tmp_path: Path, capsys: pyte
     assert report.main([str(other), "--table"]) == 2
     assert f"{other} holds no published readings" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.0034174, "0.00342"), (0.66, "0.660"), (2.5, "2.50"), (26.73, "26.7"), (3090.0, "3,090")]
-)
-def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert published.number(value) == text
-    assert published.number(None) == published.NOT_MEASURED
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.8168, "0.82x"), (1.994, "1.99x"), (1.996, "2.0x"), (5.09, "5.1x")])
-def test_ratios_have_two_digits(value: float, text: str) -> None:
-    assert published.times(value) == text

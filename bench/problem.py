@@ -1,4 +1,4 @@
-"""The grid: every problem that is measured, as frozen rows with ids.
+"""The grid of the benches: mlp_fused/grid.py's networks in each phase, their products by themselves, their copies.
 
     Problem   what is computed: widths d_0 … d_L, rows M, dtype, activation, how the input lies in memory
     Cell      one row of a results file: a problem, and the phase of it that is timed
@@ -15,15 +15,26 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from mlp_fused.engine.recognize import resolve
+from mlp_fused.grid import ANCHORS as ANCHOR_NETWORKS
+from mlp_fused.grid import GRID as NETWORKS
+from mlp_fused.grid import DtypeName, Workload
 
-FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy", "from_host")
+FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy")
+
+# The families of whole networks, and the phases in which each is measured.
+NETWORK_PHASES = {
+    "seed": ("forward", "backward", "step"),
+    "narrow": ("forward", "training", "step"),
+    "middle": ("forward", "backward", "training", "step"),
+    "large": ("forward", "backward", "training", "step"),
+    "odd": ("forward", "training"),
+}
 
 # forward      y = model(x) without autograd
 # backward     gradients of every parameter from dY, after a forward that is not timed
 # training     forward and backward
 # step         zero_grad, forward, loss, backward, Adam
 # copy         x from the host to the device, beside the time of the forward, the backward and the step
-# in_place     the forward on a batch of the host, read where it lies beside copied first (see from_host.py)
 # first_touch  context, first allocation, first copy, first launch, in a fresh process
 # lecture      a square product on the CPU; its operands copied; the product on the GPU; for the first and second time
 # warmup       model.warmup(rows) in a fresh process, with Triton's cache empty and with the kernels in it
@@ -33,23 +44,20 @@ FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy"
 # wgrad            dW = dz^T h, db = the sum of dz's rows
 GEMM_PHASES = ("layer_forward", "layer_forward_z", "dgrad", "wgrad")
 FRESH_PHASES = ("first_touch", "lecture", "warmup")  # each in a process of its own
-PHASES = ("forward", "backward", "training", "step", *GEMM_PHASES, "copy", "in_place", *FRESH_PHASES)
+PHASES = ("forward", "backward", "training", "step", *GEMM_PHASES, "copy", *FRESH_PHASES)
 COPIED_PHASES = ("forward", "backward", "step")  # those that stand beside the copy in a copy row
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A network and its input: widths (d_0, …, d_L), x (rows, d_0).
+class Problem(Workload):
+    """A network and its input.
 
-    `layout` is "contiguous", "transposed" (x is the transpose of a contiguous (d_0, rows)) or "sliced" (x is columns 1
-    to d_0 of a contiguous (rows, 2 d_0): rows far apart, and not aligned to 16 bytes). With `cross_entropy` the step's
-    loss is the cross entropy with random labels, otherwise a gradient dY is given.
+    Attributes:
+        layout: "contiguous", "transposed" (x is the transpose of a contiguous (d_0, rows)) or "sliced" (x is columns
+            1 to d_0 of a contiguous (rows, 2 d_0): rows far apart, and not aligned to 16 bytes).
+        cross_entropy: the step's loss is the cross entropy with random labels; otherwise a gradient dY is given.
     """
 
-    widths: tuple[int, ...]
-    rows: int
-    dtype: str = "fp32"  # "fp32", "bf16" or "fp16"
-    activation: str = "relu"
     layout: str = "contiguous"
     cross_entropy: bool = False
 
@@ -58,6 +66,11 @@ class Problem:
         if self.layout != "contiguous":
             parts.append(self.layout)
         return "-".join(parts)
+
+    @property
+    def workload(self) -> Workload:
+        """The network and batch without what only the benches distinguish."""
+        return Workload(self.widths, self.rows, self.dtype, self.activation)
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Cell:
     @property
     def devices(self) -> tuple[str, ...]:
         """Where the cell means something: a copy to the device needs one, and so do the kernels by themselves."""
-        needs_gpu = self.phase in ("copy", "in_place", "first_touch", "warmup", *GEMM_PHASES)
+        needs_gpu = self.phase in ("copy", "first_touch", "warmup", *GEMM_PHASES)
         return ("cuda",) if needs_gpu else ("cpu", "cuda")
 
 
@@ -84,57 +97,16 @@ def _cells(family: str, problems: Iterable[Problem], phases: Iterable[str]) -> l
     return [Cell(family, problem, phase) for problem in problems for phase in phases]
 
 
-def _seed() -> list[Cell]:
-    problems = [Problem((784, 512, 512, 10), rows, cross_entropy=True) for rows in (64, 256, 1024)]
-    return _cells("seed", problems, ("forward", "backward", "step"))
-
-
-def _narrow() -> list[Cell]:
-    shapes: list[tuple[tuple[int, ...], int]]
-    shapes = [((width,) * 5, rows) for width in (16, 32, 64, 128) for rows in (2**14, 2**17, 2**20, 2**21)]
-    shapes.append(((16, 64, 64, 16), 2**21))
-    shapes += [((128, *(width,) * 5, 3), rows) for width in (64, 128) for rows in (2**14, 2**18, 2**21)]
-    problems = [Problem(widths, rows, dtype) for widths, rows in shapes for dtype in ("fp16", "bf16", "fp32")]
-    return _cells("narrow", problems, ("forward", "training", "step"))
-
-
-def _middle() -> list[Cell]:
+def _networks(name: str) -> list[Cell]:
+    """The cells of a family of whole networks, in the phases of NETWORK_PHASES."""
     problems = [
-        Problem((width,) * 5, rows, "bf16", activation)
-        for width in (256, 512, 1024)
-        for rows in (4096, 16384, 65536)
-        for activation in ("relu", "gelu")
+        Problem(each.widths, each.rows, each.dtype, each.activation, layout, family.cross_entropy)
+        for family in NETWORKS
+        if family.name == name
+        for layout in family.layouts
+        for each in family.workloads
     ]
-    return _cells("middle", problems, ("forward", "backward", "training", "step"))
-
-
-def _large() -> list[Cell]:
-    problems = [
-        Problem(widths, rows, dtype, "gelu")
-        for widths in ((4096, 16384, 4096), (1024, 4096, 1024))
-        for rows in (1024, 8192, 32768)
-        for dtype in ("bf16", "fp32")
-    ]
-    return _cells("large", problems, ("forward", "backward", "training", "step"))
-
-
-def _odd() -> list[Cell]:
-    shapes = [
-        ((33, 33, 33, 33), 65537, "relu", "contiguous"),
-        ((100, 100, 100, 100), 65537, "relu", "contiguous"),
-        ((480, 480, 480, 480), 16385, "gelu", "contiguous"),
-        ((1000, 1000, 1000, 1000), 4099, "relu", "contiguous"),
-        ((1, 64, 64, 1), 65537, "relu", "contiguous"),
-        ((33, 100, 480, 1000, 1), 4099, "silu", "contiguous"),
-        ((256, 512, 256), 16384, "gelu", "transposed"),
-        ((256, 512, 256), 16384, "gelu", "sliced"),
-    ]
-    problems = [
-        Problem(widths, rows, dtype, activation, layout)
-        for widths, rows, activation, layout in shapes
-        for dtype in ("bf16", "fp32")
-    ]
-    return _cells("odd", problems, ("forward", "training"))
+    return _cells(name, problems, NETWORK_PHASES[name])
 
 
 def _gemm(networks: Iterable[Cell]) -> list[Cell]:
@@ -169,12 +141,15 @@ def _warmup() -> list[Cell]:
     return _cells("warmup", problems, ["warmup"])
 
 
+COPIED_DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
+
+
 def _copy(others: Iterable[Cell]) -> list[Cell]:
     """Each input of the other families once in fp32 and once in 16 bits: the activation changes nothing in a copy."""
     inputs: dict[tuple[object, ...], Problem] = {}
     for problem in (cell.problem for cell in others):
         inputs.setdefault((problem.widths, problem.rows, problem.layout), problem)
-    problems = [replace(problem, dtype=dtype) for problem in inputs.values() for dtype in ("fp32", "bf16")]
+    problems = [replace(problem, dtype=dtype) for problem in inputs.values() for dtype in COPIED_DTYPES]
     return [
         *_cells("copy", problems, ("copy",)),
         Cell("copy", Problem((784, 512, 512, 10), 1024), "first_touch"),
@@ -182,42 +157,32 @@ def _copy(others: Iterable[Cell]) -> list[Cell]:
     ]
 
 
-def _from_host() -> list[Cell]:
-    """Small batches, of which a copy's launch is a good part, to large ones, which are as fast as the link."""
-    problems = [
-        Problem(widths, rows, dtype)
-        for widths in ((16,) * 5, (64,) * 5, (128, *(64,) * 5, 3))
-        for rows in (2**8, 2**12, 2**16, 2**20)
-        for dtype in ("bf16", "fp32")
-    ]
-    return _cells("from_host", problems, ["in_place"])
+def _is_anchor(cell: Cell) -> bool:
+    """True for the step or training of the grid's anchors, and for one cell of each other family."""
+    if cell.family not in NETWORK_PHASES:
+        return str(cell) in OTHER_ANCHORS
+    phase = "step" if cell.problem.cross_entropy else "training"
+    return cell.phase == phase and cell.problem.workload in ANCHOR_NETWORKS
 
 
-ANCHORS = (
-    "seed-784x512x512x10-relu-fp32-m256-step",
-    "narrow-64x64x64x64x64-relu-bf16-m1048576-training",
-    "middle-512x512x512x512x512-gelu-bf16-m16384-training",
-    "middle-1024x1024x1024x1024x1024-gelu-bf16-m16384-training",
-    "large-4096x16384x4096-gelu-bf16-m8192-training",
+OTHER_ANCHORS = (
     "gemm-4096x16384-gelu-bf16-m8192-layer_forward",
-    "odd-1000x1000x1000x1000-relu-bf16-m4099-training",
     "warmup-784x512x512x10-relu-fp32-m64-warmup",
     "copy-784x512x512x10-relu-fp32-m1024-copy",
-    "from_host-64x64x64x64x64-relu-bf16-m65536-in_place",
 )
 
 
 def _grid() -> tuple[Cell, ...]:
-    seed, narrow, middle, large, odd = _seed(), _narrow(), _middle(), _large(), _odd()
-    gemm = _gemm([*seed, *middle, *large])
-    copy = _copy([*seed, *narrow, *middle, *large, *odd])
-    families = (seed, narrow, middle, large, gemm, odd, _warmup(), copy, _from_host())
-    named = {str(cell): cell for family in families for cell in family}
-    anchors = {name: replace(named[name], anchor=True) for name in ANCHORS}
-    return (*anchors.values(), *(cell for name, cell in named.items() if name not in anchors))
+    families = {name: _networks(name) for name in NETWORK_PHASES}
+    networks = [cell for cells in families.values() for cell in cells]
+    families["gemm"] = _gemm([*families["seed"], *families["middle"], *families["large"]])
+    families["warmup"], families["copy"] = _warmup(), _copy(networks)
+    cells = [replace(cell, anchor=_is_anchor(cell)) for name in FAMILIES for cell in families[name]]
+    return tuple(sorted(cells, key=lambda cell: not cell.anchor))
 
 
 GRID = _grid()
+ANCHORS = tuple(str(cell) for cell in GRID if cell.anchor)
 
 
 def cases(family: str) -> list[tuple[Cell, str]]:

@@ -14,7 +14,7 @@ from bench import readings
 from bench.readings import CELLS, TF32
 from mlp_fused.kernels.devices import device_slug
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RAW = ROOT / "tests" / "data" / "h100"
 RESULTS = ROOT / "bench" / "results" / "nvidia_h100_80gb_hbm3-2026-11-26.json"
 

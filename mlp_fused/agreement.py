@@ -1,0 +1,24 @@
+"""How far two right results may differ: bounds by dtype, and the norm-wise relative error that they bound."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+__all__ = ["BOUNDS", "relative_error"]
+
+# Relative error against torch in the same dtype: of an output or a single product, of a network's gradients. Both sides
+# round, so this does not measure accuracy (the tests do); a wrong index or a lost block differs by far more.
+# fp32 gradients have the wide bound because a pre-activation within rounding of relu's kink may fall on either side:
+# one in 10^6 entries does, which is 10^-3 of the norm. tf32 has as many bits of mantissa as fp16.
+BOUNDS = {"fp32": (2e-5, 5e-3), "tf32": (5e-3, 2e-2), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖ in float32; infinity for a wrong shape, NaN where either tensor has one."""
+    if found.shape != expected.shape:
+        return math.inf
+    expected = expected.detach().float()
+    difference = (found.detach().float() - expected).norm().item()
+    return difference / (expected.norm().item() or 1.0) if difference else 0.0

@@ -1,0 +1,50 @@
+"""Seconds of a first call, in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import fresh, measure, report
+from bench.problem import Cell, Problem
+from bench.rows import FreshRow
+from mlp_fused.module import FusedMLP
+
+
+def test_lecture_in_a_process_of_its_own() -> None:
+    lecture = Cell("copy", Problem((32, 32), 32, activation="identity"), "lecture")
+    row = measure.measure(lecture, "cpu")
+    assert isinstance(row, FreshRow)
+    assert set(row.seconds["any"]) == {"cpu_product", "cpu_product_2"}
+
+
+class WarmedUp(FusedMLP):
+    """Notes the batch size that it is warmed up for."""
+
+    def warmup(self, batch_size: int) -> None:  # type: ignore[override]
+        self.warmed_up_for = batch_size
+
+
+def test_warmup_is_timed_by_itself() -> None:
+    model = WarmedUp(5, [7, 3])
+    found = fresh.warmup(model, torch.randn(4, 5))
+    assert model.warmed_up_for == 4
+    assert list(found) == ["warmup", "training", "training_2"]
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None: ...
+
+    def record(self) -> None: ...
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
+
+def test_the_report_names_each_time_of_a_lecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    found = fresh.lecture(8, cpu=True, gpu=True)
+    assert set(found) == {name + again for name in report.LECTURE for again in ("", "_2")}
+    assert found["product_device"] == 1e-3

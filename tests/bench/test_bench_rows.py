@@ -1,0 +1,92 @@
+"""Rows of every kind, and their JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from stand_ins import VERIFIED, cell_of, copy_row, errors, gemm_row, network_row, timed
+
+from bench.rows import (
+    CallRow,
+    Copied,
+    FailedRow,
+    FreshRow,
+    Kept,
+    Memory,
+    OurSide,
+    Row,
+    TheirSide,
+    TinycudannRow,
+    UnfitRowError,
+    from_json,
+    to_json,
+)
+
+COPIED = {kind: Copied(1.0, 0.5, 40.0) for kind in ("pageable", "pinned", "pinned_side_stream")}
+NETWORK = network_row(cell_of("odd-training"), copies=COPIED, memory=Memory(Kept(1, 2), Kept(2, 3)), seconds_spent=1.5)
+TINYCUDANN = TinycudannRow(
+    id="tinycudann-small",
+    widths=(5, 3),
+    rows=4,
+    phase="forward",
+    flops=10,
+    bytes=20,
+    ours=OurSide("layer", "it fits", VERIFIED, 0.1, timing=timed(1.0), repeat_ms=1.0),
+    tinycudann=TheirSide(False, VERIFIED, 0.1, timing=timed(2.0)),
+    speedup=2.0,
+    kernel_speedup=2.0,
+)
+ROWS: list[Row] = [
+    NETWORK,
+    network_row(cell_of("odd-step"), device="cpu", failures={"compile": "out of memory"}),
+    gemm_row(cell_of("gemm-dgrad"), errors=errors((1e-7, 1e-6), (1e-7, 1e-6))),
+    copy_row(cell_of("copy-copy"), COPIED, {"prefetched": 1.0, "resident": 0.5}, {"forward": 0.1}),
+    FreshRow.of(cell_of("copy-lecture"), "cuda", seconds={"any": {"copy": 0.1}}),
+    FailedRow.of(cell_of("odd-step"), "cuda", error="stopped after 9 s", unfinished=9.0, measured=NETWORK),
+    FailedRow.of(cell_of("odd-step"), "cuda", error="wrong"),
+    TINYCUDANN,
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: type(row).__name__)
+def test_a_row_comes_back_from_its_json(row: Row) -> None:
+    assert from_json(json.loads(json.dumps(to_json(row)))) == row
+
+
+def test_a_call_row_is_read_out_of_all_that_its_bench_writes() -> None:
+    written = {"id": "call-wide-inference", "us": 30.0, "us_spread": 1.0, "eager_us": 20.0, "ratio": 0.7}
+    assert from_json(written) == CallRow(id="call-wide-inference", us=30.0, eager_us=20.0)
+
+
+def changed(*path: str, **values: Any) -> dict[str, Any]:
+    """A network's row with other values in a part of it; None takes a field away."""
+    content = json.loads(json.dumps(to_json(NETWORK)))
+    part = content
+    for name in path:
+        part = part[name]
+    part.update(values)
+    for name in [name for name, value in values.items() if value is None]:
+        del part[name]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (changed("ours", "timing", kernel_ms=None), "Timing has no kernel_ms"),
+        (changed("ours", speed=1.0), "NetworkPhase has a field speed, which is unknown"),
+        (changed("ours", path=None, reason=None), "NetworkPhase has no path, reason"),
+        (changed(rows="many"), "NetworkRow.rows is 'many', which is of another type"),
+        (changed("baselines", eager=3.0), "3.0 stands where Comparison needs its fields"),
+        (changed(kind="other"), "its kind is 'other', which needs to be one of network, gemm, copy, fresh, failed"),
+        (changed(kind=None), "its kind is None, which needs to be one of"),
+    ],
+    ids=["missing", "unknown", "two missing", "another type", "no part", "another kind", "no kind"],
+)
+def test_a_row_with_other_fields_is_refused_in_a_sentence(content: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnfitRowError) as failure:
+        from_json(content)
+    assert str(failure.value).startswith(f"row {NETWORK.id}: {reason}")
+    assert str(failure.value).endswith("; it was written by another version of bench/rows.py, measure it again")

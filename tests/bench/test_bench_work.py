@@ -1,0 +1,31 @@
+"""FLOPs, bytes and the floor of a phase."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.problem import Problem
+from bench.work import against_floor, work_of
+from mlp_fused.explain import Work, work
+from mlp_fused.timing import Ceilings
+
+
+def test_work_of_phases() -> None:
+    problem = Problem((784, 512, 10), 64, cross_entropy=True)
+    layers = work(64, (784, 512, 10), torch.float32, "relu")
+    assert work_of(problem, "forward", "cpu") == layers["inference"]
+    assert work_of(problem, "forward", "cpu").flops == 2 * 64 * (784 * 512 + 512 * 10)
+    assert work_of(problem, "training", "cpu") == layers["forward"] + layers["backward"]
+    parameters = 784 * 512 + 512 + 512 * 10 + 10
+    extra = 4 * (7 * parameters + 2 * 64 * 10)
+    assert work_of(problem, "step", "cpu") == work_of(problem, "training", "cpu") + Work(0, extra)
+    assert work_of(Problem((10, 10), 10), "lecture", "cpu") == Work(2000, 1200)
+
+
+def test_against_floor() -> None:
+    found = against_floor(Work(flops=2_000_000, bytes=500_000), Ceilings(1e12, 1e12), ms=0.004)
+    assert found.seconds == pytest.approx(2e-6)
+    assert (found.bound, found.ratio) == ("compute", pytest.approx(2.0))
+    assert (found.tflops, found.gbps) == (pytest.approx(0.5), pytest.approx(125.0))
+    assert against_floor(Work(1, 500_000), Ceilings(1e12, 1e12), ms=1.0).bound == "memory"

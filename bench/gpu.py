@@ -20,7 +20,7 @@ timed, their kernels are compiled on all cores but two.
 
 DIR then holds tests.log, tests_alone.log, failures.txt (every failed test, written the moment that it fails), tune.log,
 worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is the device's name by
-`mlp_fused.kernels.configs.device_slug`. That file is written after every row, whole or not at all:
+`mlp_fused.kernels.devices.device_slug`. That file is written after every row, whole or not at all:
 
     schema      3
     machine     see machine.py: GPU, driver, versions, CPU, digests of the sources and of the user's own table

@@ -22,9 +22,10 @@ from mlp_fused.environment import DISTORTING
 from mlp_fused.module import FusedMLP
 from mlp_fused.prefetch import DevicePrefetcher
 from mlp_fused.timing import Link, Measured, Spread, Timed
+from mlp_fused.transfer import findings, first_touch, measurement
 from mlp_fused.transfer.findings import Crossing, OnCpu, OnGpu, Point, Transfer, crossing, hidden
 from mlp_fused.transfer.first_touch import FirstTouch
-from mlp_fused.transfer.measurement import findings, first_touch, measure, measure_on, measurement
+from mlp_fused.transfer.measurement import measure, measure_on
 
 GB = 1e9
 
@@ -613,7 +614,7 @@ def test_the_model_goes_to_fresh_processes(monkeypatch: pytest.MonkeyPatch, tmp_
     seen = []
 
     def run(module: str, file: str, environment: dict[str, str]) -> dict[str, float]:
-        assert module == "mlp_fused.first_touch"
+        assert module == "mlp_fused.transfer.first_touch"
         model, batch = torch.load(file, weights_only=False)
         assert isinstance(model, FusedMLP)
         seen.append((environment["TRITON_CACHE_DIR"], environment["CUDA_VISIBLE_DEVICES"], batch[0].shape))

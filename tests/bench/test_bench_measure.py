@@ -114,7 +114,7 @@ def test_what_a_call_launches_is_compiled() -> None:
 from bench import measure
 from bench.problem import Problem
 from mlp_fused.compiling import compile_only
-from mlp_fused.kernels.configs import DEVICES
+from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.launch import Launch
 
 compile_only(DEVICES["NVIDIA H100"], None)

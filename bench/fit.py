@@ -23,7 +23,7 @@ from scipy.optimize import nnls
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlp_fused.engine import tables
+from mlp_fused.engine import table_files
 from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.devices import DEVICES, Device
 from mlp_fused.kernels.estimate import (
@@ -36,7 +36,7 @@ from mlp_fused.kernels.estimate import (
     torch_terms,
 )
 
-Row = tables.Gemm
+Row = table_files.Gemm
 Terms = dict[str, float]
 
 KINDS = ("forward", "dgrad", "wgrad")
@@ -164,7 +164,7 @@ def errors(rows: Sequence[Row], device: Device, rates: Rates) -> dict[str, list[
     return found
 
 
-def device_of(table: tables.Table) -> Device:
+def device_of(table: table_files.Table) -> Device:
     """The data sheet of the device that a table was measured on.
 
     Raises:
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("table", type=Path, metavar="TABLE.json", help="as mlp-fused tune writes it")
     options = parser.parse_args(arguments)
     try:
-        table = tables.read(options.table)
+        table = table_files.read(options.table)
         device = device_of(table)
     except (FileNotFoundError, ValueError) as error:
         print(f"nothing was fitted: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse
 from mlp_fused.checkpoint import load_checkpoint
-from mlp_fused.engine import tables
+from mlp_fused.engine import table_files
 from mlp_fused.train.predict import load_model
 
 TESTS = Path(__file__).parent
@@ -168,12 +168,12 @@ def write_tables(folder: Path) -> None:
     products = [row for row in old["gemms"] if row["rows"] == 16384 and row["width_in"] == row["width_out"] == 512]
     products += [row for row in old["gemms"] if row["dtype"] == "float32" and row["tile"]][:3]
     (folder / "table_schema_1.json").write_text(json.dumps({**old, "gemms": products}, indent=1) + "\n")
-    new = tables.read(ROOT / "kernels" / "tuned" / "nvidia_h100_80gb_hbm3.json")
+    new = table_files.read(ROOT / "kernels" / "tuned" / "nvidia_h100_80gb_hbm3.json")
     kept = {tuple(row[name] for name in ("kind", "rows", "width_out", "width_in", "dtype")) for row in products}
     gemms = tuple(row for row in new.gemms if (row.kind, row.rows, row.width_out, row.width_in, row.dtype) in kept)
     cell = next(json.loads(line) for line in (source / "cells.jsonl").open() if '"cell": "narrow64"' in line)
     networks = tuple(
-        tables.Network(
+        table_files.Network(
             (64,) * 5,
             2**20,
             "bfloat16",
@@ -185,8 +185,8 @@ def write_tables(folder: Path) -> None:
         )
         for training, path, phase in ((False, "network", "fwd"), (True, "stored", "train"))
     )
-    table = tables.Table(new.device, new.date, new.versions, gemms, networks, new.arch, new.multiprocessors)
-    tables.write(folder / "table_schema_2.json", table)
+    table = table_files.Table(new.device, new.date, new.versions, gemms, networks, new.arch, new.multiprocessors)
+    table_files.write(folder / "table_schema_2.json", table)
 
 
 def git(*arguments: str) -> str:

@@ -19,7 +19,7 @@ import pytest
 from bench.readings import CELLS, TF32
 from mlp_fused import ACTIVATIONS, explain
 from mlp_fused.dtypes import DTYPES
-from mlp_fused.engine import network_path, paths, tables
+from mlp_fused.engine import network_path, paths, table_files, tables
 from mlp_fused.kernels import devices, estimate, layer_tiles, tile_config
 
 DATA = Path(__file__).with_name("data") / "h100"
@@ -34,7 +34,7 @@ EXCEPTIONS = {
 
 
 READINGS = {cell["cell"]: cell for cell in map(json.loads, (DATA / "cells.jsonl").read_text().splitlines())}
-PRODUCTS = tables.read(DATA / "products.json").gemms
+PRODUCTS = table_files.read(DATA / "products.json").gemms
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Expected:
         return self.ms / self.torch_ms
 
 
-def reading_of(problem: tile_config.Problem) -> tables.Gemm | None:
+def reading_of(problem: tile_config.Problem) -> table_files.Gemm | None:
     """The reading of a product with the nearest batch, half to twice the size."""
     same = [row for row in PRODUCTS if dataclasses.replace(row.problem, m=0, n=0, k=0) == _kind(problem)]
     near = [

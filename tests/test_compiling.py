@@ -23,7 +23,7 @@ import torch
 
 from mlp_fused import compiling
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
-from mlp_fused.engine import tables
+from mlp_fused.engine import table_files
 from mlp_fused.grid import Workload
 from mlp_fused.kernels import devices, layer_tiles
 from mlp_fused.tune import compile_ahead, config, operands, tasks, tuner
@@ -43,7 +43,7 @@ def works() -> list[TileWork | PathWork]:
     for product in (product for workload in WORKLOADS for product in tasks.products(workload)):
         tiles = layer_tiles.candidates(product.problem, H100)
         found.append(TileWork(product, next((tile for tile in tiles if tile.split > 1), tiles[0])))
-    table = tables.Table(H100.name, "2026-01-31T12:00:00+00:00", tuner.versions())
+    table = table_files.Table(H100.name, "2026-01-31T12:00:00+00:00", tuner.versions())
     paths = tasks.network_paths(NETWORK, H100)
     return [*found, *(PathWork(NETWORK, path) for path in paths), PathWork(NETWORK, "layer", table)]
 

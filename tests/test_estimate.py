@@ -10,12 +10,12 @@ import torch
 
 from bench import fit
 from mlp_fused import ACTIVATIONS
-from mlp_fused.engine import tables
+from mlp_fused.engine import table_files
 from mlp_fused.kernels import estimate, layer_tiles
 from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 
-TABLE = tables.read(Path(__file__).with_name("data") / "h100" / "products.json")
+TABLE = table_files.read(Path(__file__).with_name("data") / "h100" / "products.json")
 H100 = fit.device_of(TABLE)
 FOLDS = 10
 
@@ -115,6 +115,6 @@ def test_a_costlier_activation_takes_longer() -> None:
 
 def test_a_table_without_a_data_sheet_cannot_be_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "t.json"
-    tables.write(path, dataclasses.replace(TABLE, device="NVIDIA RTX 9000"))
+    table_files.write(path, dataclasses.replace(TABLE, device="NVIDIA RTX 9000"))
     assert fit.main([str(path)]) == 2
     assert "NVIDIA RTX 9000 has no data sheet; it needs to be one of: NVIDIA A100" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlp_fused import ACTIVATIONS, FusedMLP, explain
-from mlp_fused.engine import network_path, paths, settings, tables
+from mlp_fused.engine import network_path, paths, settings, table_files, tables
 from mlp_fused.kernels import devices, layer_tiles, network_tiles, tile_config
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.devices import DEVICES, Device, device_slug
@@ -181,15 +181,15 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
         (narrow, True): "recompute", (narrow, False): "stored", (wide, True): "replay", (wide, False): "stored",
     }  # fmt: skip
 
-    def row(width: int, path: str, training: bool = True, rows: int = 4096) -> tables.Network:
-        return tables.Network((width,) * 5, rows, "bfloat16", "ieee", "relu", training, path, {path: 1.0})
+    def row(width: int, path: str, training: bool = True, rows: int = 4096) -> table_files.Network:
+        return table_files.Network((width,) * 5, rows, "bfloat16", "ieee", "relu", training, path, {path: 1.0})
 
     rows = (
         row(32, "recompute"), row(32, "stored", rows=8192), row(16, "layer"), row(16, "layer", training=False),
         row(8, "torch"),
     )  # fmt: skip
-    table = tables.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", VERSIONS, (), rows)
-    tables.write(tables.packaged_path("NVIDIA H200"), table)
+    table = table_files.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", VERSIONS, (), rows)
+    table_files.write(tables.packaged_path("NVIDIA H200"), table)
     paths.forget_tables()
     stored = network(narrow)
     assert isinstance(stored, network_path.NetworkPlan)
@@ -214,16 +214,16 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     """On the interpreter's device, as if it were what "auto" runs on."""
     device = devices.INTERPRETED_DEVICE
     networks = [
-        tables.Network((8, 8, 8), 64, "float32", "ieee", "relu", training, "torch", {"torch": 1.0, other: 2.0})
+        table_files.Network((8, 8, 8), 64, "float32", "ieee", "relu", training, "torch", {"torch": 1.0, other: 2.0})
         for training, other in ((True, "stored"), (False, "network"))
     ]
     tile = choose(Problem("forward", 64, 20, 300, torch.float32), device)
     gemms = [
-        tables.Gemm("forward", 64, 300, 300, "float32", "ieee", "relu", None, 2.0, 1.0),
-        tables.Gemm("forward", 64, 20, 300, "float32", "ieee", "identity", tile, 1.0, 2.0),
+        table_files.Gemm("forward", 64, 300, 300, "float32", "ieee", "relu", None, 2.0, 1.0),
+        table_files.Gemm("forward", 64, 20, 300, "float32", "ieee", "identity", tile, 1.0, 2.0),
     ]
-    table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, tuple(gemms), tuple(networks))
-    tables.write(tables.user_path(device.name), table)
+    table = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, tuple(gemms), tuple(networks))
+    table_files.write(tables.user_path(device.name), table)
     paths.forget_tables()
     monkeypatch.setattr(paths, "why_device", lambda device, backend: None)
     monkeypatch.setattr(devices, "describe", lambda kind, index=0: device)

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlp_fused
-from mlp_fused.engine import paths, tables
-from mlp_fused.engine.tables import Gemm, Network, Table
+from mlp_fused.engine import paths, table_files, tables
+from mlp_fused.engine.table_files import Gemm, Network, Table
 from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.devices import DEVICES, Device
 from mlp_fused.kernels.tile_config import Problem, TileConfig
@@ -48,7 +48,7 @@ def table(*rows: Gemm | Network, device: str = H200.name) -> Table:
 def install(user: Table | None = None, packaged: Table | None = None) -> None:
     for path, written in ((tables.user_path, user), (tables.packaged_path, packaged)):
         if written is not None:
-            tables.write(path(written.device), written)
+            table_files.write(path(written.device), written)
     paths.forget_tables()
 
 
@@ -68,8 +68,8 @@ POWERS = st.sampled_from([16, 32, 64, 128, 256])
 
 @st.composite
 def gemms(draw: st.DrawFn) -> Gemm:
-    kind = draw(st.sampled_from(tables.KINDS))
-    dtype = draw(st.sampled_from(tables.DTYPES))
+    kind = draw(st.sampled_from(table_files.KINDS))
+    dtype = draw(st.sampled_from(table_files.DTYPES))
     precision = draw(st.sampled_from(["ieee", "tf32"])) if dtype == "float32" else "ieee"
     tile = TileConfig(
         draw(POWERS), draw(POWERS), draw(POWERS), draw(st.integers(1, 16)), draw(st.sampled_from([1, 2, 4, 8, 16])),
@@ -86,9 +86,9 @@ def gemms(draw: st.DrawFn) -> Gemm:
 @st.composite
 def networks(draw: st.DrawFn) -> Network:
     training = draw(st.booleans())
-    paths = tables.TRAINING_PATHS if training else tables.INFERENCE_PATHS
+    paths = table_files.TRAINING_PATHS if training else table_files.INFERENCE_PATHS
     ms = draw(st.dictionaries(st.sampled_from(paths), MILLISECONDS, min_size=1))
-    dtype = draw(st.sampled_from(tables.DTYPES))
+    dtype = draw(st.sampled_from(table_files.DTYPES))
     widths = tuple(draw(st.lists(WIDTH, min_size=2, max_size=6)))
     return Network(widths, draw(WIDTH), dtype, "ieee", "gelu", training, draw(st.sampled_from(sorted(ms))), ms)
 
@@ -106,13 +106,13 @@ TABLES = st.builds(
 @given(TABLES)
 def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, written: Table) -> None:
     path = tmp_path_factory.mktemp("t") / "a" / "table.json"
-    tables.write(path, written)
-    assert tables.read(path) == written
+    table_files.write(path, written)
+    assert table_files.read(path) == written
     assert [each.name for each in path.parent.iterdir()] == ["table.json"]
 
 
 def test_a_file_has_a_row_a_line_and_only_what_is_not_default(tmp_path: Path) -> None:
-    tables.write(tmp_path / "t.json", table(FORWARD, dataclasses.replace(FORWARD, rows=64, tile=None), NARROW))
+    table_files.write(tmp_path / "t.json", table(FORWARD, dataclasses.replace(FORWARD, rows=64, tile=None), NARROW))
     lines = (tmp_path / "t.json").read_text().splitlines()
     rows = [json.loads(line.strip().rstrip(",")) for line in lines if line.startswith("  {")]
     assert len(rows) == 3
@@ -125,22 +125,22 @@ def test_a_file_has_a_row_a_line_and_only_what_is_not_default(tmp_path: Path) ->
 
 def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.json"
-    tables.write(path, table(FORWARD))
+    table_files.write(path, table(FORWARD))
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        tables.write(path, table())
-    assert tables.read(path) == table(FORWARD)
+        table_files.write(path, table())
+    assert table_files.read(path) == table(FORWARD)
     assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     bad = dataclasses.replace(FORWARD, torch_ms=0.0)
-    with pytest.raises(ValueError, match=r"gemms\[0\]\.torch_ms is 0\.0; it needs to be milliseconds"):
-        tables.write(tmp_path / "t.json", table(bad))
+    with pytest.raises(ValueError, match=r"gemms\[0\]\.torch_ms is 0\.0, which is no value of a table"):
+        table_files.write(tmp_path / "t.json", table(bad))
     assert not list(tmp_path.iterdir())
 
 
@@ -148,53 +148,52 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "schema": (lambda t: t.update(schema=3), "schema is 3; it needs to be 1 or 2"),
     "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be 1 or 2"),
-    "no gemms": (lambda t: t.pop("gemms"), "the whole has no gemms; it needs schema, device, "),
-    "arch": (lambda t: t.update(arch=9.0), r"arch is 9\.0; it needs to be a text of one line"),
-    "multiprocessors": (lambda t: t.update(multiprocessors=0), "multiprocessors is 0; .* a whole number from 1"),
-    "product's activation": (lambda t: gemm(t, activation=1), r"gemms\[0\]\.activation is 1; it needs to be a text"),
-    "no activation": (lambda t: t["gemms"][0].pop("activation"), r"gemms\[0\] has no activation; it needs kind, rows"),
-    "unknown": (lambda t: t.update(note="x"), 'the whole has "note", which nothing reads; it knows schema, '),
-    "device": (lambda t: t.update(device="--"), "device is \"--\"; it needs to be a GPU's name"),
-    "two lines": (lambda t: t.update(device="a\nb"), r'device is "a\\nb"; it needs to be a text of one line'),
-    "date": (lambda t: t.update(date="yesterday"), 'date is "yesterday"; it needs to be ISO 8601 in UTC'),
-    "local time": (lambda t: t.update(date="2026-01-31T12:00:00"), "date is .*; it needs to be ISO 8601 in UTC"),
-    "versions": (lambda t: t["versions"].pop("torch"), "versions has no torch; it needs mlp_fused, python, torch"),
-    "two toolkits": (lambda t: t["versions"].update(hip="7"), 'versions has "hip", which nothing reads'),
-    "version": (lambda t: t["versions"].update(torch=2), r"versions\.torch is 2; it needs to be a text"),
-    "gemms": (lambda t: t.update(gemms={}), "gemms is {}; it needs to be a list"),
-    "row": (lambda t: t["gemms"].append(1), r"gemms\[1\] is 1; it needs to be an object with the names kind, rows,"),
-    "kind": (lambda t: gemm(t, kind="fgrad"), r'gemms\[0\]\.kind is "fgrad"; .* one of: forward, dgrad, wgrad'),
-    "rows": (lambda t: gemm(t, rows=0), r"gemms\[0\]\.rows is 0; it needs to be a whole number from 1 to"),
-    "rows true": (lambda t: gemm(t, rows=True), r"gemms\[0\]\.rows is true; .* a whole number"),
-    "rows as text": (lambda t: gemm(t, rows="1"), r'gemms\[0\]\.rows is "1"; .* a whole number'),
-    "dtype": (lambda t: gemm(t, dtype="bf16"), r'dtype is "bf16"; it needs to be one of: float16, bfloat16, float32'),
-    "tf32": (lambda t: gemm(t, precision="tf32"), r'precision is "tf32"; it needs to be one of: ieee$'),
-    "ms": (lambda t: gemm(t, ms=-1), r"gemms\[0\]\.ms is -1; it needs to be milliseconds, a number above 0"),
-    "no ms": (lambda t: gemm(t, ms=None), r"gemms\[0\]\.ms is null; it needs to be milliseconds"),
-    "NaN": (lambda t: gemm(t, torch_ms=float("nan")), r"gemms\[0\]\.torch_ms is NaN; .* milliseconds"),
-    "huge": (lambda t: gemm(t, torch_ms=10**400), r"gemms\[0\]\.torch_ms is 10+\.\.\.; .* milliseconds"),
-    "twice": (lambda t: t["gemms"].append(t["gemms"][0]), r"gemms\[1\] is about the same problem as gemms\[0\]"),
-    "tile": (lambda t: gemm(t, tile=[64]), r"gemms\[0\]\.tile is \[64\]; it needs to be an object"),
-    "field": (lambda t: tile(t, block_l=16), r'gemms\[0\]\.tile has "block_l", which nothing reads'),
-    "block": (lambda t: tile(t, block_m=48), r"tile\.block_m is 48; it needs to be a power of two from 16 to 256"),
-    "small block": (lambda t: tile(t, block_k=8), r"tile\.block_k is 8; it needs to be a power of two from 16"),
-    "no block": (lambda t: t["gemms"][0]["tile"].pop("block_n"), r"tile\.block_n is 0; .* a power of two"),
-    "group": (lambda t: tile(t, group_m=0), r"tile\.group_m is 0; it needs to be a whole number from 1"),
-    "warps": (lambda t: tile(t, num_warps=3), r"tile\.num_warps is 3; it needs to be a power of two"),
-    "stages": (lambda t: tile(t, num_stages=2.0), r"tile\.num_stages is 2\.0; .* a whole number"),
-    "split": (lambda t: tile(t, split=2), r"tile\.split is 2; it needs to be 1"),
-    "programs": (lambda t: tile(t, programs=-1), r"tile\.programs is -1; .* a whole number from 0"),
-    "tile precision": (lambda t: tile(t, precision="bf16x6"), r'tile\.precision is "bf16x6"; .* one of: ieee'),
-    "descriptors": (lambda t: tile(t, descriptors=1), r"tile\.descriptors is 1; it needs to be true or false"),
-    "early": (lambda t: tile(t, early=True), r"tile\.early is true; it needs to be false, but for dgrad"),
-    "parts": (lambda t: tile(t, parts=4), r"tile\.parts is 4; it needs to be so few that each part has 16 columns"),
-    "widths": (lambda t: net(t, widths=[64]), r"networks\[0\]\.widths is \[64\]; it needs to be two widths or more"),
-    "width": (lambda t: net(t, widths=[64, 0]), r"networks\[0\]\.widths is 0; .* a whole number from 1"),
-    "training": (lambda t: net(t, training=1), r"networks\[0\]\.training is 1; it needs to be true or false"),
-    "path": (lambda t: net(t, path="layer"), r'networks\[0\]\.path is "layer"; it needs to be one of: stored, torch'),
-    "other paths": (lambda t: net(t, training=False), r'networks\[0\]\.ms has "stored", .* it knows network, layer'),
-    "no paths": (lambda t: net(t, ms={}), r"networks\[0\]\.ms is {}; .* the milliseconds of one path or more"),
-    "activation": (lambda t: net(t, activation=""), r'networks\[0\]\.activation is ""; it needs to be a text'),
+    "no gemms": (lambda t: t.pop("gemms"), r"gemms is \[\], which"),
+    "arch": (lambda t: t.update(arch=9.0), r"arch is 9\.0, which"),
+    "multiprocessors": (lambda t: t.update(multiprocessors=0), "multiprocessors is 0, which"),
+    "product's activation": (lambda t: gemm(t, activation=1), r"gemms\[0\]\.activation is 1, which"),
+    "no activation": (lambda t: t["gemms"][0].pop("activation"), r"gemms\[0\] missing 1 required positional argument: 'activation'"),
+    "unknown": (lambda t: t.update(note="x"), "the table got an unexpected keyword argument 'note'"),
+    "device": (lambda t: t.update(device="--"), 'device is "--", which'),
+    "two lines": (lambda t: t.update(device="a\nb"), r'device is "a\\nb", which'),
+    "date": (lambda t: t.update(date="yesterday"), 'date is "yesterday", which'),
+    "local time": (lambda t: t.update(date="2026-01-31T12:00:00"), "date is .*, which"),
+    "versions": (lambda t: t["versions"].pop("torch"), "versions is .*, which is no value"),
+    "version": (lambda t: t["versions"].update(torch=2), "versions is .*, which is no value"),
+    "gemms": (lambda t: t.update(gemms={}), "gemms is {}, which"),
+    "row": (lambda t: t["gemms"].append(1), r"gemms\[1\] .*not a mapping"),
+    "kind": (lambda t: gemm(t, kind="fgrad"), r'gemms\[0\]\.kind is "fgrad", which'),
+    "rows": (lambda t: gemm(t, rows=0), r"gemms\[0\]\.rows is 0, which"),
+    "rows true": (lambda t: gemm(t, rows=True), r"gemms\[0\]\.rows is true, which"),
+    "rows as text": (lambda t: gemm(t, rows="1"), r'gemms\[0\]\.rows is "1", which'),
+    "dtype": (lambda t: gemm(t, dtype="bf16"), r'dtype is "bf16", which'),
+    "tf32": (lambda t: gemm(t, precision="tf32"), r'precision is "tf32", which'),
+    "ms": (lambda t: gemm(t, ms=-1), r"gemms\[0\]\.ms is -1, which"),
+    "no ms": (lambda t: gemm(t, ms=None), r"gemms\[0\]\.ms is null, which"),
+    "NaN": (lambda t: gemm(t, torch_ms=float("nan")), r"gemms\[0\]\.torch_ms is NaN, which"),
+    "huge": (lambda t: gemm(t, torch_ms=10**400), r"gemms\[0\]\.torch_ms is 10+\.\.\., which"),
+    "twice": (lambda t: t["gemms"].append(t["gemms"][0]), "two of its gemms are about the same problem"),
+    "tile": (lambda t: gemm(t, tile=[64]), r"gemms\[0\]\.tile .*not a mapping"),
+    "field": (lambda t: tile(t, block_l=16), r"gemms\[0\]\.tile got an unexpected keyword argument 'block_l'"),
+    "block": (lambda t: tile(t, block_m=48), r"tile\.block_m is 48, which"),
+    "small block": (lambda t: tile(t, block_k=8), r"tile\.block_k is 8, which"),
+    "no block": (lambda t: t["gemms"][0]["tile"].pop("block_n"), r"tile\.block_n is 0, which"),
+    "group": (lambda t: tile(t, group_m=0), r"tile\.group_m is 0, which"),
+    "warps": (lambda t: tile(t, num_warps=3), r"tile\.num_warps is 3, which"),
+    "stages": (lambda t: tile(t, num_stages=2.0), r"tile\.num_stages is 2\.0, which"),
+    "split": (lambda t: tile(t, split=2), r"tile\.split is 2, which"),
+    "programs": (lambda t: tile(t, programs=-1), r"tile\.programs is -1, which"),
+    "tile precision": (lambda t: tile(t, precision="bf16x6"), r'tile\.precision is "bf16x6", which'),
+    "descriptors": (lambda t: tile(t, descriptors=1), r"tile\.descriptors is 1, which"),
+    "early": (lambda t: tile(t, early=True), r"tile\.early is true, which"),
+    "parts": (lambda t: tile(t, parts=4), r"tile\.parts is 4, which"),
+    "widths": (lambda t: net(t, widths=[64]), r"networks\[0\]\.widths is \[64\], which"),
+    "width": (lambda t: net(t, widths=[64, 0]), r"networks\[0\]\.widths is \[64, 0\], which"),
+    "training": (lambda t: net(t, training=1), r"networks\[0\]\.training is 1, which"),
+    "path": (lambda t: net(t, path="layer"), r'networks\[0\]\.path is "layer", which'),
+    "other paths": (lambda t: net(t, training=False), r"networks\[0\]\.ms is .*stored"),
+    "no paths": (lambda t: net(t, ms={}), r'networks\[0\]\.path is "stored", which'),
+    "activation": (lambda t: net(t, activation=""), r'networks\[0\]\.activation is "", which'),
 }  # fmt: skip
 
 
@@ -213,12 +212,12 @@ def net(content: dict[str, Any], **values: Any) -> None:
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[dict[str, Any]], object], sentence: str) -> None:
     path = tmp_path / "t.json"
-    tables.write(path, table(FORWARD, NARROW))
+    table_files.write(path, table(FORWARD, NARROW))
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no measured table: .*{sentence}") as raised:
-        tables.read(path)
+        table_files.read(path)
     assert "\n" not in str(raised.value)
 
 
@@ -233,7 +232,7 @@ JSON = st.recursive(
 def test_any_damage_is_found_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Some value of a good file replaced by some other: a sentence, or a table that can be written again."""
     path = tmp_path_factory.mktemp("t") / "t.json"
-    tables.write(path, table(FORWARD, NARROW))
+    table_files.write(path, table(FORWARD, NARROW))
     content = json.loads(path.read_text())
     place: Any = content
     while True:
@@ -245,12 +244,12 @@ def test_any_damage_is_found_or_harmless(tmp_path_factory: pytest.TempPathFactor
     place[key] = data.draw(JSON)
     path.write_text(json.dumps(content))
     try:
-        found = tables.read(path)
+        found = table_files.read(path)
     except ValueError as error:
         sentence = str(error)
     else:
-        tables.write(path, found)
-        assert tables.read(path) == found
+        table_files.write(path, found)
+        assert table_files.read(path) == found
         return
     assert sentence.startswith(f"{path} is no measured table: ")
     assert "\n" not in sentence
@@ -259,20 +258,20 @@ def test_any_damage_is_found_or_harmless(tmp_path_factory: pytest.TempPathFactor
 @given(st.binary(max_size=40) | st.text().map(str.encode) | st.integers(0, 400).map(lambda size: size))
 def test_any_other_file_is_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes | int) -> None:
     path = tmp_path_factory.mktemp("t") / "t.json"
-    tables.write(path, table(FORWARD, NARROW))
+    table_files.write(path, table(FORWARD, NARROW))
     path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
     with pytest.raises(ValueError, match=r"is not JSON|is no measured table"):
-        tables.read(path)
+        table_files.read(path)
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        tables.read(tmp_path / "t.json")
+        table_files.read(tmp_path / "t.json")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        tables.read(tmp_path)
+        table_files.read(tmp_path)
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"deep\.json is not JSON"):
-        tables.read(tmp_path / "deep.json")
+        table_files.read(tmp_path / "deep.json")
 
 
 # --- What holds for which problem ---
@@ -307,7 +306,7 @@ def test_a_row_holds_for_its_problem_and_the_nearest_batch(measured: Path) -> No
     assert tables.tile_for(pointwise, H200) == estimated(pointwise)
 
 
-@pytest.mark.parametrize("kind", tables.KINDS)
+@pytest.mark.parametrize("kind", table_files.KINDS)
 def test_a_row_is_found_by_its_own_problem(measured: Path, kind: str) -> None:
     row = dataclasses.replace(FORWARD, kind=kind, tile=OTHER)
     install(table(row))
@@ -340,7 +339,7 @@ def test_a_row_holds_for_its_own_activation(measured: Path) -> None:
 def test_rows_of_schema_1_hold_for_every_activation_that_no_other_row_names(measured: Path) -> None:
     written = json.loads((DATA / "tuned.json").read_text())
     assert written["schema"] == 1
-    old = tables.read(DATA / "tuned.json")
+    old = table_files.read(DATA / "tuned.json")
     assert len(old.gemms) == len(written["gemms"]) == 465
     assert (old.arch, old.multiprocessors) == (None, None)
     assert {row.activation for row in old.gemms if row.kind == "wgrad"} == {"identity"}
@@ -349,8 +348,8 @@ def test_rows_of_schema_1_hold_for_every_activation_that_no_other_row_names(meas
     install(table(FORWARD, unnamed))
     assert tables.tile_for(problem(), H200) == TILE
     assert tables.tile_for(problem(activation="gelu"), H200) == OTHER
-    tables.write(measured / "new.json", old)  # as schema 2, which says that it does not know them
-    assert tables.read(measured / "new.json") == old
+    table_files.write(measured / "new.json", old)  # as schema 2, which says that it does not know them
+    assert table_files.read(measured / "new.json") == old
 
 
 def test_a_related_gpu_shares_tiles_and_choices_that_bandwidth_does_not_decide(measured: Path) -> None:
@@ -385,7 +384,7 @@ def test_the_packaged_tables_hold(measured: Path, monkeypatch: pytest.MonkeyPatc
     packaged_files = list(tables.PACKAGED.glob("*.json"))
     assert packaged_files
     for path in packaged_files:
-        packaged = tables.read(path)
+        packaged = table_files.read(path)
         assert path == tables.packaged_path(packaged.device)
         assert packaged.arch is not None
         like = next(each for each in DEVICES.values() if each.name in packaged.device)
@@ -442,14 +441,14 @@ def test_where_the_tables_lie(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packaged_tables_are_good() -> None:
     for path in (Path(layer_tiles.__file__).parent / "tuned").glob("*.json"):
-        assert path.name == tables.packaged_path(tables.read(path).device).name
+        assert path.name == tables.packaged_path(table_files.read(path).device).name
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (b"{", "is not JSON: .+"),
-        (b"{}", "is no measured table: the whole has no schema, .+"),
+        (b"{}", "is no measured table: schema is null; .+"),
         (table(FORWARD, device="NVIDIA H100"), "was measured on NVIDIA H100; it needs to be of NVIDIA H200"),
     ],
     ids=["not JSON", "no table", "another device"],
@@ -461,7 +460,7 @@ def test_a_broken_table_is_warned_of_once_and_not_used(
     path = tables.user_path(H200.name)
     path.parent.mkdir(parents=True)
     if isinstance(content, Table):
-        tables.write(path, content)
+        table_files.write(path, content)
     else:
         path.write_bytes(content)
     with caplog.at_level(logging.WARNING, "mlp_fused"):
@@ -543,7 +542,7 @@ def test_a_table_can_be_asked_before_those_on_disk(measured: Path) -> None:
 
 def test_reading_anew_takes_asking(measured: Path) -> None:
     rule = tables.tile_for(problem(), H200)
-    tables.write(tables.user_path(H200.name), table(FORWARD))
+    table_files.write(tables.user_path(H200.name), table(FORWARD))
     assert tables.tile_for(problem(), H200) == rule
     tables.forget()
     assert tables.tile_for(problem(), H200) == TILE

@@ -16,7 +16,7 @@ import torch
 
 from mlp_fused import environment, timing
 from mlp_fused.compiling import Compilers, NotYetError
-from mlp_fused.engine import network_path, paths, tables
+from mlp_fused.engine import network_path, paths, table_files, tables
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.environment import DISTORTING
 from mlp_fused.errors import UserError
@@ -66,7 +66,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that sees which way is taken; two tiles for every product, and no whole networks."""
     clock = Clock()
-    for kind in tables.KINDS:
+    for kind in table_files.KINDS:
         monkeypatch.setitem(operands.BY_TORCH, kind, clock.watch("torch", operands.BY_TORCH[kind]))
         monkeypatch.setitem(operands.BY_KERNEL, kind, clock.watch("tile", operands.BY_KERNEL[kind]))
     for path, name in (("by_torch", "torch"), ("by_layers", "layer")):
@@ -83,7 +83,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def run(clock: Clock, config: Config = DIMS) -> tuple[tables.Table, str]:
+def run(clock: Clock, config: Config = DIMS) -> tuple[table_files.Table, str]:
     """The table, and what was reported."""
     said: list[str] = []
     table = tune(config, report=said.append, device=CPU, time=clock, now=lambda: clock.now)
@@ -96,14 +96,14 @@ def path() -> Path:
 
 def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> None:
     table, said = run(clock)
-    assert {row.kind for row in table.gemms} == set(tables.KINDS)
+    assert {row.kind for row in table.gemms} == set(table_files.KINDS)
     assert len(table.gemms) == PRODUCTS == 6
     for row in table.gemms:
         assert (row.rows, row.dtype, row.precision) == (8, "float32", "ieee")
         assert (row.tile, row.ms, row.torch_ms) == (FAST, pytest.approx(1), pytest.approx(3))
         assert tables.tile_for(row.problem, INTERPRETED_DEVICE) == FAST
     assert clock.timed == ["torch", SLOW, FAST] * PRODUCTS
-    assert tables.read(path()) == table
+    assert table_files.read(path()) == table
     assert table.device == INTERPRETED_DEVICE.name
     assert set(table.versions) == {"mlp_fused", "python", "torch", "triton", "cuda", "driver"}
     assert "forward 6 -> 5, relu, 8 rows, float32    3.0000   1.0000   3.00  16x16x16, 2 warps, 1 stages" in said
@@ -126,7 +126,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
 ) -> None:
     clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
     monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (BROKEN, WRONG, SLOW))
-    for kind in tables.KINDS:
+    for kind in table_files.KINDS:
 
         def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[kind]) -> None:
             if arguments[-1] == BROKEN:
@@ -152,7 +152,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     table, said = run(clock)
     assert [(row.tile, row.ms) for row in table.gemms] == [(None, None)] * PRODUCTS
     assert said.count("-      -  torch's own") == PRODUCTS
-    assert tables.read(path()) == table
+    assert table_files.read(path()) == table
 
 
 @pytest.mark.parametrize(("dtype", "activation"), [("fp16", "relu"), ("bf16", "gelu")])
@@ -172,7 +172,7 @@ def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
 
         return wrapped
 
-    for kind in tables.KINDS:
+    for kind in table_files.KINDS:
         by_torch = off(kind, operands.BY_TORCH[kind], lambda result, _: result.dtype.itemsize == 2)
         by_kernel = off(kind, operands.BY_KERNEL[kind], lambda _, tile: tile == WRONG)
         monkeypatch.setitem(operands.BY_TORCH, kind, by_torch)
@@ -225,7 +225,7 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
     with pytest.raises(KeyboardInterrupt) as raised:
         tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now)
     assert str(raised.value) == f"stopped; 2 of 6 problems were measured, and are in {path()}"
-    after = tables.read(path())
+    after = table_files.read(path())
     assert after.gemms[:3] == before.gemms
     assert len(after.gemms) == 5
     assert [each.name for each in path().parent.iterdir()] == [path().name]
@@ -248,7 +248,7 @@ def test_what_was_measured_outlives_a_process_that_is_killed(clock: Clock, measu
 
     with pytest.raises(KilledError):
         tune(DIMS, report=lambda text: None, device=CPU, time=killed, now=lambda: clock.now)
-    assert len(tables.read(path()).gemms) == 2
+    assert len(table_files.read(path()).gemms) == 2
 
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
@@ -285,7 +285,7 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
         tune(DIMS, report=lambda text: None, device=CPU, time=failing, now=lambda: clock.now)
     written = f"1 of 6 problems were measured, and are in {path()}"
     assert str(raised.value) == f"the GPU failed at {second}, {tile}: {ILLEGAL}; {written}"
-    assert [row.key for row in tables.read(path()).gemms] == [first.key]
+    assert [row.key for row in table_files.read(path()).gemms] == [first.key]
 
 
 def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,8 +338,8 @@ def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatc
         "notes.json is no measured table: .*, so it will not be overwritten; delete it, or name another with --out$"
     )
     assert out.read_text() == "{}"
-    other = tables.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", tuner.versions())
-    tables.write(out, other)
+    other = table_files.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", tuner.versions())
+    table_files.write(out, other)
     refused("notes.json was measured on NVIDIA H200, this is Triton's interpreter; name another file with --out$")
     out.unlink()
     out.mkdir()
@@ -349,7 +349,7 @@ def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatc
     refused("cannot write into .*file: (Not a directory|File exists)$")
     config = dataclasses.replace(DIMS, out=str(measured / "new" / "t.json"))
     run(clock, config)
-    assert len(tables.read(measured / "new" / "t.json").gemms) == PRODUCTS
+    assert len(table_files.read(measured / "new" / "t.json").gemms) == PRODUCTS
     assert not path().exists()
 
     def full(*_: object) -> None:
@@ -453,8 +453,8 @@ def test_networks_are_measured_with_the_tiles_just_found(
         seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in products_of(config))
         return by_layers(self, x)
 
-    def products_of(config: Config) -> list[tables.Gemm]:
-        return [tables.Gemm(*each.key, None, None, 1.0) for each in products(config.workloads[0])]
+    def products_of(config: Config) -> list[table_files.Gemm]:
+        return [table_files.Gemm(*each.key, None, None, 1.0) for each in products(config.workloads[0])]
 
     monkeypatch.setattr(operands.Passes, "by_layers", watched)
     table, _ = run(clock, config)
@@ -511,7 +511,7 @@ def test_what_does_not_compile_is_left_out(clock: Clock, measured: Path) -> None
 def test_what_is_not_compiled_in_time_is_not_reached(clock: Clock, measured: Path) -> None:
     said: list[str] = []
 
-    def tuned(outcomes: dict[Any, Any]) -> tables.Table:
+    def tuned(outcomes: dict[Any, Any]) -> table_files.Table:
         compilers = FewCompilers(outcomes)
         return tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers)
 
@@ -611,7 +611,7 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
 
     model, device = Model(), DEVICES["NVIDIA H200"]
     monkeypatch.setattr(devices, "describe", lambda *_: device)
-    empty = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
+    empty = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
     fast = tuner.Tuner(CPU, model.read, lambda: model.now, model, empty, empty, NoOperands, NoPasses)
     asked = list_tasks(Config().workloads, device)
     fast.measure(asked, seconds)
@@ -675,9 +675,9 @@ def test_versions_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_driver", lambda: "unknown: [Errno 2]\n no such file")
     found = environment.versions()
     assert found["driver"] == "unknown: [Errno 2] no such file"
-    assert set(found) == {*tables.VERSIONS, "cuda"}
+    assert set(found) == {*table_files.VERSIONS, "cuda"}
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert set(environment.versions()) == {*tables.VERSIONS, "hip"}
+    assert set(environment.versions()) == {*table_files.VERSIONS, "hip"}
 
 
 def test_rows_that_descriptors_cannot_describe() -> None:
@@ -717,11 +717,11 @@ def test_every_candidate_of_the_grid_can_stand_in_a_table(tmp_path: Path) -> Non
         for product in dict.fromkeys(product for workload in grid for product in products(workload)):
             for index, tile in enumerate(layer_tiles.candidates(product.problem, device)):
                 kind, _, *rest = product.key
-                row = tables.Gemm(kind, 2 * index + 1, *rest, tile, 1.0, 1.0)
+                row = table_files.Gemm(kind, 2 * index + 1, *rest, tile, 1.0, 1.0)
                 rows[row.key] = row
-        table = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions(), tuple(rows.values()))
-        tables.write(tmp_path / "t.json", table)
-        assert tables.read(tmp_path / "t.json") == table
+        table = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions(), tuple(rows.values()))
+        table_files.write(tmp_path / "t.json", table)
+        assert table_files.read(tmp_path / "t.json") == table
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ..kernels.activation import Activation, parse
 from ..kernels.language import HAS_TRITON, INTERPRETER
 from ..kernels.network import network_of
 from ..kernels.tile_config import TileConfig
-from . import tables
+from . import table_files, tables
 from .layer_path import LayerPath, layer_path
 from .network_path import NetworkPlan
 from .settings import (
@@ -212,7 +212,7 @@ def forget_tables() -> None:
 
 
 @contextlib.contextmanager
-def decided_by(table: tables.Table) -> Iterator[None]:
+def decided_by(table: table_files.Table) -> Iterator[None]:
     """Within the block, decide by a table before those on disk."""
     with tables.asked_first(table):
         forget_tables()

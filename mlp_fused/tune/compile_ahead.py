@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..engine import paths, tables
+from ..engine import paths, table_files
 from ..kernels import devices, tile_config
 from .operands import Operands, Passes, float32_set_to
 from .tasks import Product, Whole, network_paths
@@ -39,7 +39,7 @@ class PathWork:
 
     task: Whole
     path: str
-    table: tables.Table | None = None
+    table: table_files.Table | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..engine import network_path, paths, tables
+from ..engine import network_path, paths, table_files
 from ..grid import ANCHORS, DtypeName, Workload
 from ..kernels import devices, tile_config
 from ..kernels.activation import Activation
@@ -48,7 +48,7 @@ class Product:
     @property
     def problem(self) -> tile_config.Problem:
         """What a tile is chosen by."""
-        return tables.Gemm(*self.key, None, None, 1.0).problem
+        return table_files.Gemm(*self.key, None, None, 1.0).problem
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Whole:
 
 
 Task = Product | Whole
-Row = tables.Gemm | tables.Network
+Row = table_files.Gemm | table_files.Network
 
 
 def products(workload: Workload) -> list[Product]:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..agreement import BOUNDS, relative_error
 from ..compiling import Compilers, NotYetError, count_workers
-from ..engine import paths, tables
+from ..engine import paths, table_files, tables
 from ..environment import distorted, versions
 from ..errors import UserError, first_line
 from ..kernels import devices, layer_tiles, tile_config
@@ -77,8 +77,8 @@ class Tuner:
         time: Clock,
         now: Callable[[], float],
         compilers: Compilers,
-        old: tables.Table,
-        new: tables.Table,
+        old: table_files.Table,
+        new: table_files.Table,
         operands: Callable[..., Operands] = Operands,
         passes: Callable[..., Passes] = Passes,
     ) -> None:
@@ -96,11 +96,11 @@ class Tuner:
         self.deadline = math.inf
 
     @property
-    def table(self) -> tables.Table:
+    def table(self) -> table_files.Table:
         """All rows: what was measured now, and of what was there before the rest."""
         old, new = self.tables
-        gemms = tuple(row for row in self.rows if isinstance(row, tables.Gemm))
-        networks = tuple(row for row in self.rows if isinstance(row, tables.Network))
+        gemms = tuple(row for row in self.rows if isinstance(row, table_files.Gemm))
+        networks = tuple(row for row in self.rows if isinstance(row, table_files.Network))
         return tables.merge(old, replace(new, gemms=gemms, networks=networks))
 
     def measure(self, tasks: Sequence[Task], seconds: float, keep: Callable[[], object] = lambda: None) -> None:
@@ -159,7 +159,7 @@ class Tuner:
         self._ask_paths(tasks)
         self.compilers.ask({work.key: work for each in works for work in each})
 
-    def _ask_paths(self, tasks: Sequence[Task], table: tables.Table | None = None) -> None:
+    def _ask_paths(self, tasks: Sequence[Task], table: table_files.Table | None = None) -> None:
         """Have compiled the paths of the networks; once there is a table, that of layers too, and before all else."""
         wholes = [task for task in tasks if isinstance(task, Whole)]
         works = [
@@ -176,7 +176,7 @@ class Tuner:
             self.notes.append(f"{what} was left out: {reason}")
         return reason is None
 
-    def _product(self, product: Product, limit: float) -> tables.Gemm:
+    def _product(self, product: Product, limit: float) -> table_files.Gemm:
         operands = self.operands(product, self.device)
         torch_ms = self._milliseconds(f"{product}, torch's own", operands.turns(operands.by_torch))
         expected = operands.in_float32()
@@ -206,9 +206,9 @@ class Tuner:
                     best = ms, tile
         ms_of_best, tile_of_best = best or (None, None)
         faster = ms_of_best is not None and ms_of_best < torch_ms
-        return tables.Gemm(*product.key, tile_of_best if faster else None, ms_of_best, torch_ms)
+        return table_files.Gemm(*product.key, tile_of_best if faster else None, ms_of_best, torch_ms)
 
-    def _network(self, whole: Whole) -> tables.Network:
+    def _network(self, whole: Whole) -> table_files.Network:
         passes = self.passes(whole, self.device)
         ms = {"torch": self._milliseconds(f"{whole}, torch's own", passes.turns(passes.by_torch))}
         # By torch in the same dtype: in float32 some pre-activations fall on the other side of relu's kink, which moves
@@ -226,7 +226,7 @@ class Tuner:
                     what, right, expected, *BOUNDS[whole.workload.dtype]
                 ):
                     ms[name] = self._milliseconds(what, passes.turns(run))
-        return tables.Network(*whole.key, min(ms, key=lambda name: ms[name]), ms)
+        return table_files.Network(*whole.key, min(ms, key=lambda name: ms[name]), ms)
 
     def _milliseconds(self, what: str, call: Callable[[], object]) -> float:
         self.doing = what
@@ -296,7 +296,7 @@ def tune(
     time: Clock | None = None,
     now: Callable[[], float] = times.monotonic,
     compilers: Compilers | None = None,
-) -> tables.Table:
+) -> table_files.Table:
     """Measure what is asked for, and write it into a table, whole or not at all, beside what that holds already.
 
     Args:
@@ -316,7 +316,7 @@ def tune(
     gpu = devices.describe(device.type, device.index or 0)
     path = Path(config.out) if config.out is not None else tables.user_path(gpu.name)
     utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    empty = tables.Table(gpu.name, utc, versions(), arch=gpu.arch, multiprocessors=gpu.multiprocessors)
+    empty = table_files.Table(gpu.name, utc, versions(), arch=gpu.arch, multiprocessors=gpu.multiprocessors)
     old = _existing(path, empty, report)
     if compilers is None:
         on_gpu = device.type == "cuda"
@@ -333,7 +333,7 @@ def tune(
         if not tuner.rows:
             return f"nothing was measured; {path} is as it was"
         try:
-            tables.write(path, tuner.table)
+            table_files.write(path, tuner.table)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is as it was") from None
         paths.forget_tables()
@@ -342,7 +342,7 @@ def tune(
     def keep() -> None:
         """The same without a word: a kernel that hangs leaves a process no other end than being killed."""
         with contextlib.suppress(OSError):  # which `save` will tell of
-            tables.write(path, tuner.table)
+            table_files.write(path, tuner.table)
 
     try:
         with compilers:
@@ -359,7 +359,7 @@ def tune(
     if tuner.rows:
         report(summary(tuner.rows))
     report(written)
-    return tables.read(path) if tuner.rows else old
+    return table_files.read(path) if tuner.rows else old
 
 
 def _gpu() -> torch.device:
@@ -376,10 +376,10 @@ def _gpu() -> torch.device:
     return device
 
 
-def _existing(path: Path, empty: tables.Table, report: Callable[[str], None]) -> tables.Table:
+def _existing(path: Path, empty: table_files.Table, report: Callable[[str], None]) -> table_files.Table:
     """What the file holds already and what still holds. Before minutes of measuring: whether it can be written."""
     try:
-        old = tables.read(path)
+        old = table_files.read(path)
     except FileNotFoundError:
         old = empty
     except ValueError as error:
@@ -410,7 +410,7 @@ def summary(rows: Sequence[Row]) -> str:
     header = ("problem", "torch ms", "ours ms", "ratio", "fastest")
     body, ratios = [], []
     for row in rows:
-        if isinstance(row, tables.Gemm):
+        if isinstance(row, table_files.Gemm):
             named = row.activation if row.activation not in (None, "identity") else ""
             problem = f"{row.kind} {row.width_in} -> {row.width_out}{named and f', {named}'}, {row.rows} rows"
             ours, torchs = row.ms, row.torch_ms

@@ -1,0 +1,327 @@
+"""Files of measured tables: their format, and reading and writing them.
+
+A file is one JSON object, one row a line:
+
+    {"schema": 2, "device": "NVIDIA H200", "arch": 90, "multiprocessors": 132, "date": "2026-01-31T12:00:00+00:00",
+     "versions": {"mlp_fused", "python", "torch", "triton", "cuda" or "hip", "driver": each a text},
+     "gemms": [
+      {"kind": "forward", "rows": 8192, "width_out": 4096, "width_in": 1024, "dtype": "bfloat16", "precision": "ieee",
+       "activation": "gelu", "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13}, …],
+     "networks": [
+      {"widths": [64, 64, 64], "rows": 1048576, "dtype": "float16", "precision": "ieee", "activation": "relu",
+       "training": true, "path": "recompute", "ms": {"recompute": 1.1, "stored": 1.4, "layer": 2.0, "torch": 3.0}}, …]}
+
+arch        as in `Device`: 90, "gfx942"
+kind        "forward", "dgrad" or "wgrad"
+activation  the one in the epilogue, by name: forward: the layer's own; dgrad: the one below; wgrad: "identity"
+dtype       "float16", "bfloat16" or "float32"
+precision   how fp32 is multiplied: "ieee" or, for float32 alone, "tf32"
+tile        the fields of `TileConfig` that are not at their defaults; null where torch's own product is faster
+ms          milliseconds of our fastest tile, null where none ran; torch_ms torch's
+path        what was fastest: "recompute", "stored", "layer" or "torch" in training, "network", "layer" or "torch" in
+            inference; the milliseconds of each that was measured are in ms
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..files import write_whole
+from ..kernels import tile_config
+from ..kernels.devices import Device, device_slug
+from ..kernels.tile_config import Problem, TileConfig
+
+__all__ = ["Gemm", "Network", "Table", "read", "write"]
+
+SCHEMA = 2
+READABLE = (1, 2)
+KINDS = ("forward", "dgrad", "wgrad")
+DTYPES = ("float16", "bfloat16", "float32")
+TRAINING_PATHS = ("recompute", "stored", "layer", "torch")
+INFERENCE_PATHS = ("network", "layer", "torch")
+TOOLKITS = ("cuda", "hip")
+VERSIONS = ("mlp_fused", "python", "torch", "triton", "driver")  # and one of the toolkits
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One product, measured. `tile` None: torch's own is faster; `ms` None: no tile of ours ran.
+
+    `activation` None: a row of schema 1, which does not name it.
+    """
+
+    kind: str
+    rows: int
+    width_out: int
+    width_in: int
+    dtype: str
+    precision: str
+    activation: str | None
+    tile: TileConfig | None
+    ms: float | None
+    torch_ms: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two rows about the same product agree in."""
+        return self.kind, self.rows, self.width_out, self.width_in, self.dtype, self.precision, self.activation
+
+    @property
+    def problem(self) -> Problem:
+        """The product as the rule knows it."""
+        m, n, k = {
+            "forward": (self.rows, self.width_out, self.width_in),
+            "dgrad": (self.rows, self.width_in, self.width_out),
+            "wgrad": (self.width_out, self.width_in, self.rows),
+        }[self.kind]
+        dtype, activation = getattr(torch, self.dtype), self.activation or "identity"
+        aligned = tile_config.is_aligned(self.width_in, self.width_out, dtype)
+        return Problem(self.kind, m, n, k, dtype, self.precision, aligned, activation)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Network:
+    """One whole network, measured: milliseconds of each path, and the fastest."""
+
+    widths: tuple[int, ...]
+    rows: int
+    dtype: str
+    precision: str
+    activation: str  # of the hidden layers, by name
+    training: bool  # forward and backward; else inference
+    path: str
+    ms: Mapping[str, float]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two rows about the same network agree in."""
+        return self.widths, self.rows, self.dtype, self.precision, self.activation, self.training
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured on one device, with what."""
+
+    device: str
+    date: str  # ISO 8601, UTC
+    versions: Mapping[str, str]
+    gemms: tuple[Gemm, ...] = ()
+    networks: tuple[Network, ...] = ()
+    arch: int | str | None = None  # None: of schema 1
+    multiprocessors: int | None = None
+
+    def is_related(self, device: Device) -> bool:
+        """True if the tiles of this table hold for a device: another one of the same architecture and size."""
+        is_other = device_slug(self.device) != device_slug(device.name)
+        same = (self.arch, self.multiprocessors) == (device.arch, device.multiprocessors)
+        return is_other and same and "MIG" not in self.device + device.name
+
+
+# 0, "not used", for the one field that has none.
+DEFAULTS = {
+    field.name: 0 if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(TileConfig)
+}
+
+
+def write(path: Path, table: Table) -> None:
+    """Write a table whole or not at all: whatever happens meanwhile, `path` holds the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: `read` would refuse it.
+    """
+    text = _text(table)
+    try:
+        _parse(json.loads(text))
+    except ValueError as error:
+        raise ValueError(f"the table is no measured table: {error}") from None
+    Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _text(table: Table) -> str:
+    head = {"schema": SCHEMA, "device": table.device, "arch": table.arch, "multiprocessors": table.multiprocessors}
+    head |= {"date": table.date, "versions": dict(table.versions)}
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
+    for name, rows in (("gemms", table.gemms), ("networks", table.networks)):
+        body = ",\n".join("  " + json.dumps(_plain(row)) for row in rows)
+        lines.append(f' "{name}": [\n{body}\n ]' + ("," if name == "gemms" else ""))
+    return "\n".join(["{", *lines, "}", ""])
+
+
+def _plain(row: Gemm | Network) -> dict[str, Any]:
+    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    if isinstance(row, Network):
+        return {**values, "ms": dict(row.ms)}
+    if row.tile is not None:
+        tile = dataclasses.asdict(row.tile)
+        values["tile"] = {name: value for name, value in tile.items() if value != DEFAULTS[name]}
+    return values
+
+
+def read(path: Path) -> Table:
+    """The table in a file, every value checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or is no table: one sentence with the file, the place in it, and what it needs.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    try:
+        return _parse(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is no measured table: {error}") from None
+
+
+def _parse(content: Any) -> Table:
+    """The table in a file's content. Raises ValueError, which names the place."""
+    if not isinstance(content, dict):
+        raise ValueError("it is not an object")
+    schema = content.get("schema")
+    if type(schema) is not int or schema not in READABLE:
+        raise ValueError(f"schema is {_shown(schema)}; it needs to be {' or '.join(map(str, READABLE))}")
+    content = {name: value for name, value in content.items() if name != "schema"}
+    if schema == 1:
+        content |= {"arch": None, "multiprocessors": None}
+    table = _construct(Table, "the table", content)
+    _check(
+        "",
+        table,
+        device=_is_text(table.device) and device_slug(table.device),
+        date=_is_utc(table.date),
+        arch=table.arch is None or type(table.arch) is int or _is_text(table.arch),
+        multiprocessors=table.multiprocessors is None or _is_count(table.multiprocessors),
+        versions=isinstance(table.versions, dict)
+        and {*VERSIONS} <= table.versions.keys() <= {*VERSIONS, *TOOLKITS}
+        and all(map(_is_text, table.versions.values())),
+        gemms=isinstance(table.gemms, list),
+        networks=isinstance(table.networks, list),
+    )
+    gemms = [_gemm(f"gemms[{index}]", row, schema) for index, row in enumerate(table.gemms)]
+    networks = [_network(f"networks[{index}]", row) for index, row in enumerate(table.networks)]
+    for name, rows in (("gemms", gemms), ("networks", networks)):
+        if len({row.key for row in rows}) < len(rows):
+            raise ValueError(f"two of its {name} are about the same problem")
+    return dataclasses.replace(table, gemms=tuple(gemms), networks=tuple(networks))
+
+
+def _gemm(place: str, value: Any, schema: int) -> Gemm:
+    if schema == 1 and isinstance(value, dict):
+        value = {**value, "activation": "identity" if value.get("kind") == "wgrad" else None}
+    row = _construct(Gemm, place, value)
+    _check(
+        place,
+        row,
+        kind=row.kind in KINDS,
+        width_out=_is_count(row.width_out),
+        width_in=_is_count(row.width_in),
+        activation=row.activation is None or _is_text(row.activation),
+        ms=_is_milliseconds(row.ms) or (row.tile is None and row.ms is None),
+        torch_ms=_is_milliseconds(row.torch_ms),
+        **_arithmetic(row),
+    )
+    if row.tile is None:
+        return row
+    tile, place = _construct(TileConfig, f"{place}.tile", row.tile, DEFAULTS), f"{place}.tile"
+    bf16x6 = (row.dtype, row.precision, tile.precision) == ("float32", "ieee", "bf16x6")
+    _check(
+        place,
+        tile,
+        **{side: _is_power(getattr(tile, side), 16, 256) for side in ("block_m", "block_n", "block_k")},
+        group_m=_is_count(tile.group_m, 1, 64),
+        num_warps=_is_power(tile.num_warps, 1, 16),
+        num_stages=_is_count(tile.num_stages, 1, 8),
+        split=_is_count(tile.split, 1, 2**16 if row.kind == "wgrad" else 1),
+        programs=_is_count(tile.programs, 0, 2**20),
+        precision=bf16x6 or tile.precision == row.precision,
+        parts=_is_power(tile.parts, 1, 4),
+        descriptors=type(tile.descriptors) is bool,
+        early=type(tile.early) is bool and (row.kind == "dgrad" or not tile.early),
+        warp_specialize=type(tile.warp_specialize) is bool,
+    )
+    _check(place, tile, parts=tile.block_n // tile.parts >= 16)
+    return dataclasses.replace(row, tile=tile)
+
+
+def _network(place: str, value: Any) -> Network:
+    row = _construct(Network, place, value)
+    _check(place, row, training=type(row.training) is bool, ms=isinstance(row.ms, dict))
+    known = TRAINING_PATHS if row.training else INFERENCE_PATHS
+    _check(
+        place,
+        row,
+        widths=type(row.widths) in (list, tuple) and len(row.widths) > 1 and all(map(_is_count, row.widths)),
+        activation=_is_text(row.activation),
+        ms=row.ms.keys() <= {*known} and all(map(_is_milliseconds, row.ms.values())),
+        path=isinstance(row.path, str) and row.path in row.ms,
+        **_arithmetic(row),
+    )
+    return dataclasses.replace(row, widths=tuple(row.widths))
+
+
+def _arithmetic(row: Gemm | Network) -> dict[str, bool]:
+    """What products and networks have alike, and whether a row has it right."""
+    precisions = ("ieee", "tf32") if row.dtype == "float32" else ("ieee",)
+    return {"rows": _is_count(row.rows), "dtype": row.dtype in DTYPES, "precision": row.precision in precisions}
+
+
+Fields = TypeVar("Fields", Table, Gemm, Network, TileConfig)
+
+
+def _construct(kind: type[Fields], place: str, value: Any, defaults: Mapping[str, Any] | None = None) -> Fields:
+    """A dataclass from an object of the file. Raises ValueError where it has other names than the fields."""
+    try:
+        return kind(**{**(defaults or {}), **value})
+    except TypeError as error:
+        raise ValueError(f"{place} {str(error).rpartition('__init__() ')[2]}") from None
+
+
+def _check(place: str, row: Any, **holds: object) -> None:
+    """Raise ValueError for the first field that does not hold."""
+    for name, right in holds.items():
+        if not right:
+            where = f"{place}.{name}" if place else name
+            raise ValueError(f"{where} is {_shown(getattr(row, name))}, which is no value of a table")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_count(value: Any, least: int = 1, most: int = 2**40) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_power(value: Any, least: int, most: int) -> bool:
+    return _is_count(value, least, most) and value & (value - 1) == 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+def _is_milliseconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e9
+
+
+def _is_utc(value: Any) -> bool:
+    try:
+        return datetime.datetime.fromisoformat(value).utcoffset() == datetime.timedelta()
+    except (TypeError, ValueError):
+        return False

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlp_fused import DevicePrefetcher
 from mlp_fused import prefetch as module_of_ours
-from mlp_fused.prefetch import CopyTimer, map_leaves
+from mlp_fused.leaves import map_leaves
+from mlp_fused.prefetch import CopyTimer
 
 HERE = Path(__file__).parent
 

@@ -1,0 +1,126 @@
+"""Nested batches: a function of each tensor, in containers of the same kinds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["map_leaves"]
+
+
+def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` of each tensor of a batch, and of each object that moves itself, in containers of the same kind.
+
+    A container in which nothing changed is the same object; containers are never changed in place.
+    """
+    if isinstance(batch, Tensor):
+        return _map_sparse(batch, function)
+    if isinstance(batch, str | bytes | bytearray | memoryview | range | type):
+        return batch
+    if isinstance(batch, PackedSequence):  # batch_sizes stay on the host
+        return PackedSequence(
+            function(batch.data),
+            batch.batch_sizes,
+            None if batch.sorted_indices is None else function(batch.sorted_indices),
+            None if batch.unsorted_indices is None else function(batch.unsorted_indices),
+        )
+    moves_itself = callable(getattr(batch, "to", None))
+    if moves_itself and callable(getattr(batch, "pin_memory", None)):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: map_leaves(value, function) for key, value in batch.items()}
+        return batch if all(mapped[key] is value for key, value in batch.items()) else _like(batch, mapped)
+    if isinstance(batch, Sequence):
+        items = [map_leaves(item, function) for item in batch]
+        return batch if all(new is old for new, old in zip(items, batch)) else _sequence_like(batch, items)
+    if moves_itself:
+        return function(batch)
+    if dataclasses.is_dataclass(batch):
+        names = [each.name for each in dataclasses.fields(batch) if hasattr(batch, each.name)]
+        values = {name: map_leaves(getattr(batch, name), function) for name in names}
+        if all(value is getattr(batch, name) for name, value in values.items()):
+            return batch
+        clone = copy.copy(batch)
+        for name, value in values.items():
+            object.__setattr__(clone, name, value)  # frozen ones too, and without __post_init__
+        return clone
+    return batch
+
+
+def _map_sparse(tensor: Tensor, function: Callable[[Any], Any]) -> Tensor:
+    """A sparse tensor is a container of its indices and values."""
+    if tensor.layout is torch.strided or not is_on_the_host(tensor):
+        return function(tensor)
+    if tensor.layout is torch.sparse_coo:
+        indices, values = function(tensor._indices()), function(tensor._values())
+        return torch.sparse_coo_tensor(
+            indices, values, tensor.shape, is_coalesced=tensor.is_coalesced(), check_invariants=False
+        )
+    parts = {
+        torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices),
+        torch.sparse_bsr: (Tensor.crow_indices, Tensor.col_indices),
+        torch.sparse_csc: (Tensor.ccol_indices, Tensor.row_indices),
+        torch.sparse_bsc: (Tensor.ccol_indices, Tensor.row_indices),
+    }.get(tensor.layout)
+    if parts is None:
+        return function(tensor)
+    outer, inner = (function(part(tensor)) for part in parts)
+    return torch.sparse_compressed_tensor(
+        outer, inner, function(tensor.values()), tensor.shape, layout=tensor.layout, check_invariants=False
+    )
+
+
+def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
+    """`mapped` in a mapping of the same kind, other state of it kept; a dict where it cannot be made."""
+    if type(batch) is dict:
+        return mapped
+    try:
+        if isinstance(batch, MutableMapping):
+            before = dict(batch)
+            clone = copy.copy(batch)
+            clone.update(mapped)
+            if all(batch[key] is value for key, value in before.items()):
+                return clone
+            batch.update(before)  # the copy shares what holds the items
+        return type(batch)(mapped)  # type: ignore[call-arg]
+    except TypeError:
+        return mapped
+
+
+def _sequence_like(batch: Sequence[Any], items: list[Any]) -> Any:
+    """`items` in a sequence of the same kind, other state of it kept; a list where it cannot be made."""
+    if type(batch) is list:
+        return items
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*items)
+    try:
+        if isinstance(batch, MutableSequence):
+            before = list(batch)
+            clone = copy.copy(batch)
+            _assign(clone, items)
+            if all(now is then for now, then in zip(batch, before)):
+                return clone
+            _assign(batch, before)  # the copy shares what holds the items
+        return type(batch)(items)  # type: ignore[call-arg]
+    except TypeError:
+        return items
+
+
+def _assign(sequence: MutableSequence[Any], items: Iterable[Any]) -> None:
+    for index, item in enumerate(items):
+        sequence[index] = item
+
+
+def is_on_the_host(tensor: Tensor) -> bool:
+    """Numbers in the host's memory, in torch's own kind of tensor, and nothing else to it."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not (tensor.requires_grad or tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from . import FusedMLP, __version__
+from . import __version__
+from .module import FusedMLP
 from .engine import tables
 
 __all__ = ["DISTORTING", "SWITCHES", "describe", "distorted", "versions"]

@@ -1,0 +1,196 @@
+"""Where things are: imports point one way, no file is a drawer, and the wheel holds what the checkout does."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the bottom to the top: a module imports from its own area and from those before it.
+AREAS: dict[str, tuple[str, ...]] = {
+    "kernels": ("mlp_fused.kernels",),
+    "foundation": tuple(
+        f"mlp_fused.{name}"
+        for name in ("agreement", "dtypes", "errors", "files", "flags", "grid", "leaves", "progress", "reference")
+    ),
+    "engine": ("mlp_fused.engine",),
+    "functions": ("mlp_fused.functional", "mlp_fused.explain", "mlp_fused.memory"),
+    "modules": ("mlp_fused.module",),
+    "tools": tuple(
+        f"mlp_fused.{name}"
+        for name in (
+            "capture", "checkpoint", "compiling", "convert", "environment", "plots", "prefetch", "processes",
+            "scaling", "timing",
+        )
+    ),
+    "face": ("mlp_fused",),
+    "commands": ("mlp_fused.train", "mlp_fused.transfer", "mlp_fused.tune"),
+    "command line": ("mlp_fused.__main__",),
+    "bench": ("bench",),
+}  # fmt: skip
+ENGINE = (
+    "settings", "recognize", "originals", "table_files", "tables", "autograd", "torch_products", "layer_path",
+    "network_path", "schedule", "paths", "calls", "ops", "runs",
+)  # fmt: skip
+LONGEST = 600
+LONGER = {"kernels/activations.py": "the table of activations, each with its two kernels and its twin"}
+
+
+def files() -> list[Path]:
+    """The Python files of the project, as git has them."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split() if (ROOT / name).exists()]
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "kernels":
+        parts = ["mlp_fused", *parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    paths = [path for path in files() if path.relative_to(ROOT).parts[0] in ("kernels", "mlp_fused", "bench")]
+    return {module_name(path): path for path in paths}
+
+
+def imported(name: str, path: Path) -> Iterator[str]:
+    """The modules of ours that a file imports: within functions and for type checkers too."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules())
+        if isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                if f"{source}.{alias.name}" in modules():
+                    yield f"{source}.{alias.name}"
+                elif source in modules() and alias.name != "__version__":
+                    yield source
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    return {name: set(imported(name, path)) - {name} for name, path in modules().items()}
+
+
+def test_there_is_no_circle() -> None:
+    left = {name: set(targets) for name, targets in graph().items()}
+    while ready := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert left == {}
+
+
+def area(name: str) -> int:
+    for index, prefixes in enumerate(AREAS.values()):
+        if any(name == prefix or (prefix != "mlp_fused" and name.startswith(prefix + ".")) for prefix in prefixes):
+            return index
+    raise AssertionError(f"{name} is in no area")
+
+
+def test_imports_point_one_way() -> None:
+    upward = [
+        f"{name} -> {target}"
+        for name, targets in graph().items()
+        for target in targets
+        if area(target) > area(name)
+    ]
+    assert upward == []
+
+
+def test_the_engine_points_one_way() -> None:
+    rank = {f"mlp_fused.engine.{name}": index for index, name in enumerate(ENGINE)}
+    assert rank.keys() == {name for name in modules() if name.startswith("mlp_fused.engine.")}
+    assert [f"{name} -> {target}" for name in rank for target in graph()[name] if rank.get(target, -1) > rank[name]] == []
+
+
+def test_commands_know_nothing_of_each_other() -> None:
+    commands = AREAS["commands"]
+    assert [
+        f"{name} -> {target}"
+        for name, targets in graph().items()
+        for own in commands
+        if name.startswith(own)
+        for target in targets
+        if target.startswith(commands) and not target.startswith(own)
+    ] == []
+
+
+def test_files_are_short() -> None:
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files()}
+    assert {name for name, length in lengths.items() if length > LONGEST} == LONGER.keys()
+
+
+def test_public_names_are_where_users_import_them_from() -> None:
+    script = """
+from mlp_fused import FusedLinear, FusedMLP, fuse, transfer
+from mlp_fused.train import Config, Result, train
+from mlp_fused.train.predict import load_model, predict
+from mlp_fused.tune import tune
+assert callable(transfer.measure) and callable(train) and callable(tune)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from what git has."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, listed):
+        old, new = ROOT / name, source / name
+        if not old.exists() and not old.is_symlink():
+            continue
+        new.parent.mkdir(parents=True, exist_ok=True)
+        if old.is_symlink():
+            new.symlink_to(os.readlink(old))
+        else:
+            new.write_bytes(old.read_bytes())
+    build = "from setuptools import build_meta as b; import sys; print(b.build_wheel(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package(wheel: Path) -> None:
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tracked = subprocess.run(
+        ["git", "ls-files", "mlp_fused", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    expected = {
+        f"mlp_fused/{name}" if name.startswith("kernels/") else name
+        for name in tracked
+        if name != "mlp_fused/kernels" and not name.endswith(".md")
+    }
+    assert packed == expected
+
+
+def test_the_commands_of_the_wheel_run_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    script = """
+import sys, mlp_fused
+from mlp_fused.__main__ import parser
+assert mlp_fused.__file__.startswith(sys.argv[1]), mlp_fused.__file__
+for command in ("train", "predict", "tune", "transfer"):
+    try:
+        parser().parse_args([command, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+"""
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=tmp_path, env=environment, check=True, capture_output=True
+    )

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.problem import Problem
-from mlp_fused import plots
+from mlp_fused import files
 
 FORMAT = "readings"  # tells the file from those of bench/gpu.py, which hold a "schema"
 
@@ -314,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     options = parser.parse_args(arguments)
     content = published(options.folder)
-    plots.write({options.out: written(content).encode()})
+    files.write_all({options.out: written(content).encode()})
     print(f"{len(content['networks'])} readings: {options.out}")
     return 0
 

@@ -422,7 +422,7 @@ def write_report(paths: Sequence[Path], readings: dict[str, Any] | None, folder:
         told.append(f"{len(results.rows)} rows")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        plots.write({folder / name: content for name, content in files.items()})
+        write_all({folder / name: content for name, content in files.items()})
     except OSError as error:
         raise UnfitError(f"{folder} cannot be written into: {error.strerror}") from None
     told[-1] += f", {len(files) - 1} plots: {folder / list(files)[-1]}"

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .module import FusedMLP
 from .engine import tables
+from .module import FusedMLP
 
 __all__ = ["DISTORTING", "SWITCHES", "describe", "distorted", "versions"]
 

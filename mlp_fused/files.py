@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import UserError
 
-__all__ = ["check_writable", "write_whole"]
+__all__ = ["check_writable", "write_all", "write_whole"]
 
 
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -50,3 +50,16 @@ def check_writable(path: str | Path, flag: str) -> None:
 def _temporary(path: Path) -> Path:
     """A name in the same folder, so that replacing is one step of the file system."""
     return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def write_all(files: Mapping[Path, bytes]) -> None:
+    """Write these files, whole or not at all, and none before all have found room."""
+    temporaries = {path.resolve(): _temporary(path.resolve()) for path in files}
+    try:
+        for temporary, content in zip(temporaries.values(), files.values()):
+            temporary.write_bytes(content)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-__all__ = ["DARK", "LIGHT", "Theme", "blank", "file_of", "finish", "number", "write"]
+__all__ = ["DARK", "LIGHT", "Theme", "blank", "file_of", "finish", "number"]
 
 # Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/), with markers and dashes
 # besides.
@@ -114,16 +111,3 @@ def file_of(figure: Any, kind: str, description: str | None = None) -> bytes:
     with rc_context({"svg.hashsalt": "mlp_fused"}):
         figure.savefig(written, format=kind, facecolor=figure.get_facecolor(), metadata=metadata)
     return written.getvalue()
-
-
-def write(files: Mapping[Path, bytes]) -> None:
-    """Write these files, whole or not at all, and none before all have found room."""
-    temporaries = {path.resolve(): path.resolve().with_name(f".{path.name}.{os.getpid()}") for path in files}
-    try:
-        for temporary, content in zip(temporaries.values(), files.values()):
-            temporary.write_bytes(content)
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)

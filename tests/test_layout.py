@@ -102,10 +102,7 @@ def area(name: str) -> int:
 
 def test_imports_point_one_way() -> None:
     upward = [
-        f"{name} -> {target}"
-        for name, targets in graph().items()
-        for target in targets
-        if area(target) > area(name)
+        f"{name} -> {target}" for name, targets in graph().items() for target in targets if area(target) > area(name)
     ]
     assert upward == []
 
@@ -113,7 +110,9 @@ def test_imports_point_one_way() -> None:
 def test_the_engine_points_one_way() -> None:
     rank = {f"mlp_fused.engine.{name}": index for index, name in enumerate(ENGINE)}
     assert rank.keys() == {name for name in modules() if name.startswith("mlp_fused.engine.")}
-    assert [f"{name} -> {target}" for name in rank for target in graph()[name] if rank.get(target, -1) > rank[name]] == []
+    assert [
+        f"{name} -> {target}" for name in rank for target in graph()[name] if rank.get(target, -1) > rank[name]
+    ] == []
 
 
 def test_commands_know_nothing_of_each_other() -> None:
@@ -149,7 +148,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from what git has."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     for name in filter(None, listed):
         old, new = ROOT / name, source / name
         if not old.exists() and not old.is_symlink():

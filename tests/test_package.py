@@ -79,19 +79,3 @@ def test_the_readme_lists_every_activation() -> None:
     listed = re.search(r"<!-- activations -->\n(.*?)<!-- /activations -->", text, re.DOTALL)
     assert listed
     assert re.findall(r"`(\w+)`", listed[1]) == list(ACTIVATIONS)
-
-
-@pytest.mark.alone
-def test_the_package_installs_with_its_kernels(tmp_path: Path) -> None:
-    """A wheel's files, laid out without an index: the link becomes a folder of the package."""
-    build = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
-        capture_output=True,
-        text=True,
-    )
-    assert build.returncode == 0, build.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
-    installed = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
-    assert {"mlp_fused/kernels/activations.py", "mlp_fused/kernels/layer_forward.py", "mlp_fused/py.typed"} <= installed
-    assert not any(name.startswith("kernels/") for name in installed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..checkpoint import load_checkpoint, make_model
 from ..dtypes import DTYPES, DtypeName, pick_device
 from ..engine.recognize import resolve
 from ..errors import UserError, first_line
+from ..files import check_writable
 from ..flags import DEVICE_HELP, check_choices, option, shown
 from ..module import FusedMLP
 from .findings import Transfer
@@ -152,11 +152,5 @@ def _check_plot(path: Path) -> Path:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError('--plot needs matplotlib, which is not installed: pip install "mlp_fused[plot]"') from None
-    if path.is_dir():
-        raise UserError(f"--plot {path} is a folder; it needs to be a file")
-    try:
-        with tempfile.TemporaryFile(dir=path.resolve().parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write into {path.resolve().parent}, the folder of --plot: {error.strerror}") from None
+    check_writable(path, "--plot")
     return path

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..plots import BLACK, BLUE, GREEN, LIGHT, ORANGE, PURPLE, VERMILION, blank, file_of, finish, write
+from ..files import write_all as write
+from ..plots import BLACK, BLUE, GREEN, LIGHT, ORANGE, PURPLE, VERMILION, blank, file_of, finish
 from ..timing import Spread
 from .findings import Transfer
 

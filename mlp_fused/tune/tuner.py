@@ -21,7 +21,6 @@ import functools
 import itertools
 import math
 import statistics
-import tempfile
 import time as times
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,6 +35,7 @@ from ..compiling import Compilers, NotYetError, count_workers
 from ..engine import paths, table_files, tables
 from ..environment import distorted, versions
 from ..errors import UserError, first_line
+from ..files import check_writable
 from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.language import driver
 from ..progress import progress
@@ -388,10 +388,9 @@ def _existing(path: Path, empty: table_files.Table, report: Callable[[str], None
         raise UserError(f"{path} was measured on {old.device}, this is {empty.device}; name another file with --out")
     try:
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.resolve().parent):
-            pass
     except OSError as error:
-        raise UserError(f"cannot write into {path.resolve().parent}: {error.strerror}") from None
+        raise UserError(f"cannot write into {path.resolve().parent}, the folder of --out: {error.strerror}") from None
+    check_writable(path, "--out")
     if old.versions != empty.versions:
         names = [
             name for name in {**old.versions, **empty.versions} if old.versions.get(name) != empty.versions.get(name)

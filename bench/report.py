@@ -44,6 +44,7 @@ from bench.results import (
 )
 from bench.rows import CallRow, CopyRow, FailedRow, FreshRow, NetworkRow, TimedRow, TinycudannRow
 from mlp_fused import plots
+from mlp_fused.files import write_all
 from mlp_fused.kernels.devices import device_slug
 
 NOT_MEASURED = "not measured"

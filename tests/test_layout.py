@@ -45,10 +45,15 @@ LONGEST = 600
 LONGER = {"kernels/activations.py": "the table of activations, each with its two kernels and its twin"}
 
 
+def tracked(*patterns: str) -> list[str]:
+    """The files that git has, by their paths in the project."""
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
 def files() -> list[Path]:
-    """The Python files of the project, as git has them."""
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [ROOT / name for name in listed.split() if (ROOT / name).exists()]
+    """The project's Python files."""
+    return [ROOT / name for name in tracked("*.py")]
 
 
 def module_name(path: Path) -> str:
@@ -110,9 +115,8 @@ def test_imports_point_one_way() -> None:
 def test_the_engine_points_one_way() -> None:
     rank = {f"mlp_fused.engine.{name}": index for index, name in enumerate(ENGINE)}
     assert rank.keys() == {name for name in modules() if name.startswith("mlp_fused.engine.")}
-    assert [
-        f"{name} -> {target}" for name in rank for target in graph()[name] if rank.get(target, -1) > rank[name]
-    ] == []
+    upward = [f"{name} -> {target}" for name in rank for target in graph()[name] if rank.get(target, -1) > rank[name]]
+    assert upward == []
 
 
 def test_commands_know_nothing_of_each_other() -> None:
@@ -148,13 +152,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from what git has."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    for name in filter(None, listed):
+    for name in tracked():
         old, new = ROOT / name, source / name
-        if not old.exists() and not old.is_symlink():
-            continue
         new.parent.mkdir(parents=True, exist_ok=True)
         if old.is_symlink():
             new.symlink_to(os.readlink(old))
@@ -167,12 +166,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    tracked = subprocess.run(
-        ["git", "ls-files", "mlp_fused", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
     expected = {
         f"mlp_fused/{name}" if name.startswith("kernels/") else name
-        for name in tracked
+        for name in tracked("mlp_fused", "kernels")
         if name != "mlp_fused/kernels" and not name.endswith(".md")
     }
     assert packed == expected

@@ -20,11 +20,6 @@ def times(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}x" if value < 1.995 else f"{value:.1f}x"
 
 
-def counted(count: int, noun: str) -> str:
-    """The count and the noun, in the plural unless the count is 1."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """The first column to the left, the others to the right."""
     yield f"| {' | '.join(header)} |"

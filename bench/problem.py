@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
+from mlp_fused.dtypes import ArithmeticName
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.grid import ANCHORS as ANCHOR_NETWORKS
 from mlp_fused.grid import GRID as NETWORKS
-from mlp_fused.grid import DtypeName, Workload
+from mlp_fused.grid import Workload
 
 FAMILIES = ("seed", "narrow", "middle", "large", "gemm", "odd", "warmup", "copy")
 
@@ -141,7 +142,7 @@ def _warmup() -> list[Cell]:
     return _cells("warmup", problems, ["warmup"])
 
 
-COPIED_DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
+COPIED_DTYPES: tuple[ArithmeticName, ...] = ("fp32", "bf16")
 
 
 def _copy(others: Iterable[Cell]) -> list[Cell]:

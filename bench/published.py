@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.figures import LEGEND, WIDTH, Plot, Series, drawn, file_name, look
-from bench.markdown import NONE, counted, folded, number, picture, table, times
+from bench.markdown import NONE, folded, number, picture, table, times
 from bench.readings import FORMAT, SYSTEMS, Record
 from mlp_fused import plots
+from mlp_fused.errors import count
 from mlp_fused.kernels.devices import device_slug
 from mlp_fused.plots import Theme
 
@@ -55,7 +56,7 @@ def shape(network: Record) -> str:
 
 
 def rows(network: Record) -> str:
-    return counted(network["rows"], "row")
+    return count(network["rows"], "row", ",")
 
 
 def label(network: Record) -> str:

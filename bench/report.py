@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from bench import goals, published
 from bench.copies import WAYS
 from bench.figures import Plot, drawn, file_name
-from bench.markdown import counted, folded, number, picture, table
+from bench.markdown import folded, number, picture, table
 from bench.problem import COPIED_PHASES, FRESH_PHASES, GRID, Cell
 from bench.report_plots import COPYING, LABELS, plots_of
 from bench.results import (
@@ -44,6 +44,7 @@ from bench.results import (
 )
 from bench.rows import CallRow, CopyRow, FailedRow, FreshRow, NetworkRow, TimedRow, TinycudannRow
 from mlp_fused import plots
+from mlp_fused.errors import count
 from mlp_fused.files import write_all
 from mlp_fused.kernels.devices import device_slug
 
@@ -125,8 +126,8 @@ def _provenance(results: Results) -> Iterator[str]:
             ("made of", ", ".join(results.names)),
         ),
     )
-    for name, count in results.replaced.items():
-        yield f"{counted(count, 'row')} of {name} {'were' if count > 1 else 'was'} measured again later."
+    for name, rows in results.replaced.items():
+        yield f"{count(rows, 'row', ',')} of {name} {'were' if rows > 1 else 'was'} measured again later."
         yield ""
 
 

@@ -8,10 +8,33 @@ import torch
 
 from .errors import UserError, first_line
 
-__all__ = ["DTYPES", "DtypeName", "autocast", "check_dtype", "pick_device"]
+__all__ = [
+    "ARITHMETIC",
+    "DTYPES",
+    "ArithmeticName",
+    "DtypeName",
+    "autocast",
+    "check_dtype",
+    "dtype_name",
+    "pick_device",
+]
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ArithmeticName = Literal["fp32", "tf32", "bf16", "fp16"]  # of dtypes, and of the two ways to multiply float32
+
+# A dtype, and how float32 is multiplied ("ieee" for all others).
+ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+}
+DTYPES = {name: dtype for name, (dtype, precision) in ARITHMETIC.items() if precision == "ieee"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Torch's own name, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def pick_device(name: str, local: int | None = None) -> torch.device:

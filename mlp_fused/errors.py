@@ -23,6 +23,6 @@ def listed(names: Iterable[object], most: int | None = None) -> str:
     return ", ".join(words[:most] + ["..."] * (most is not None and len(words) > most)) or "none"
 
 
-def count(number: int, noun: str) -> str:
-    """The number with its noun, in the plural unless there is one."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+def count(number: float, noun: str, form: str = "") -> str:
+    """A whole number with its noun, in the plural unless the number is 1; `form` is "," for thousands set apart."""
+    return f"{round(number):{form}} {noun}{'s' * (round(number) != 1)}"

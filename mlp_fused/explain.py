@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .dtypes import dtype_name
 from .engine import tables
 from .engine.network_path import NetworkPlan
 from .engine.paths import network_path, why_not, why_torch
@@ -314,7 +315,7 @@ class Plan:
     def __str__(self) -> str:
         where = self.device.name if self.device else "no GPU"
         how = f" ({self.precision})" if self.dtype == torch.float32 else ""
-        lines = [f"{self.rows} rows, {str(self.dtype).removeprefix('torch.')}{how}, {where}"]
+        lines = [f"{self.rows} rows, {dtype_name(self.dtype)}{how}, {where}"]
         header = ("layer", "kernel", "tile", "GFLOP", "MB", "floor", "chosen as")
         for run in self.runs:
             lines.append(f"{run.children}: {run.path}, because {run.reason}")

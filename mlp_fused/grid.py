@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
 
-__all__ = ["ACTIVATION", "ANCHORS", "GRID", "DtypeName", "Family", "Workload"]
+from .dtypes import ArithmeticName
 
-DtypeName = Literal["fp32", "tf32", "bf16", "fp16"]
+__all__ = ["ACTIVATION", "ANCHORS", "GRID", "Family", "Workload"]
+
 ACTIVATION = "relu"
 
 
@@ -24,7 +24,7 @@ class Workload:
 
     widths: tuple[int, ...]
     rows: int
-    dtype: DtypeName = "fp32"
+    dtype: ArithmeticName = "fp32"
     activation: str = ACTIVATION
 
 
@@ -41,7 +41,7 @@ class Family:
     name: str
     widths: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
-    dtypes: tuple[DtypeName, ...]
+    dtypes: tuple[ArithmeticName, ...]
     activations: tuple[str, ...] = (ACTIVATION,)
     layouts: tuple[str, ...] = ("contiguous",)
     cross_entropy: bool = False
@@ -57,8 +57,8 @@ class Family:
         ]
 
 
-ALL: tuple[DtypeName, ...] = ("fp16", "bf16", "fp32")
-BOTH: tuple[DtypeName, ...] = ("bf16", "fp32")
+ALL: tuple[ArithmeticName, ...] = ("fp16", "bf16", "fp32")
+BOTH: tuple[ArithmeticName, ...] = ("bf16", "fp32")
 
 GRID = (
     Family("seed", ((784, 512, 512, 10),), (64, 256, 1024), ("fp32",), cross_entropy=True),

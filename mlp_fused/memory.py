@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .engine import settings
+from .errors import count
 
 __all__ = ["ADAM", "Need", "Room", "add", "explain", "need", "room"]
 
@@ -72,7 +73,7 @@ class Need:
         kept = gib(self.kept) if self.kept else "nothing"
         beside = "parameters"
         if self.kept:
-            beside += f", gradients and an optimizer's state ({_counted(self.state)} a parameter)"
+            beside += f", gradients and an optimizer's state ({count(self.state, 'tensor')} a parameter)"
         lines = [
             f"for {self.rows} rows the network keeps {kept} for backward and works with about {gib(self.working)} "
             f"more, beside {gib(self.fixed)} of {beside}."
@@ -83,7 +84,7 @@ class Need:
         if self.fits == 0:
             lines.append("Not even one row would fit.")
         elif self.fits is not None and self.fits < self.rows:
-            lines.append(f"About {_counted(self.fits, 'row')} would fit.")
+            lines.append(f"About {count(self.fits, 'row')} would fit.")
         elif self.fits is not None:
             lines.append("By this count the batch fits: what is free may be in pieces.")
         return " ".join(lines)
@@ -92,10 +93,6 @@ class Need:
 def gib(nbytes: int) -> str:
     """Bytes as people read them."""
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"
-
-
-def _counted(number: int, noun: str = "tensor") -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def need(model: Any, rows: int, state: int = ADAM) -> Need:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import DTYPES
 from ..kernels import devices, network_tiles
 from ..kernels.activation import Activation, parse
 from ..kernels.language import HAS_TRITON, INTERPRETER
@@ -50,7 +51,6 @@ logger = logging.getLogger("mlp_fused")
 
 AS_MEASURED = "faster as measured on this device"
 SLOW_NETWORK = "one kernel for a float32 network was slower than torch where measured"
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_CAPABILITY = 80  # compute capability 8.0, the oldest that the kernels are compiled and tested for
 
 
@@ -264,7 +264,7 @@ def why_device(device: torch.device, backend: Backend) -> str | None:
 
 def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> str | None:
     interpreted = device.type == "cpu"  # the interpreter computes in float64 as well
-    if dtype not in KERNEL_DTYPES and not (interpreted and dtype == torch.float64):
+    if dtype not in DTYPES.values() and not (interpreted and dtype == torch.float64):
         return f"the dtype is {dtype}; the kernels compute in float16, bfloat16 and float32"
     for weight, bias, *_ in layers:
         for name, tensor in (("weight", weight), ("bias", bias)):

@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..dtypes import DTYPES, dtype_name
 from ..files import write_whole
 from ..kernels import tile_config
 from ..kernels.devices import Device, device_slug
@@ -44,7 +45,6 @@ __all__ = ["Gemm", "Network", "Table", "read", "write"]
 SCHEMA = 2
 READABLE = (1, 2)
 KINDS = ("forward", "dgrad", "wgrad")
-DTYPES = ("float16", "bfloat16", "float32")
 TRAINING_PATHS = ("recompute", "stored", "layer", "torch")
 INFERENCE_PATHS = ("network", "layer", "torch")
 TOOLKITS = ("cuda", "hip")
@@ -277,7 +277,11 @@ def _network(place: str, value: Any) -> Network:
 def _arithmetic(row: Gemm | Network) -> dict[str, bool]:
     """What products and networks have alike, and whether a row has it right."""
     precisions = ("ieee", "tf32") if row.dtype == "float32" else ("ieee",)
-    return {"rows": _is_count(row.rows), "dtype": row.dtype in DTYPES, "precision": row.precision in precisions}
+    return {
+        "rows": _is_count(row.rows),
+        "dtype": row.dtype in map(dtype_name, DTYPES.values()),
+        "precision": row.precision in precisions,
+    }
 
 
 Fields = TypeVar("Fields", Table, Gemm, Network, TileConfig)

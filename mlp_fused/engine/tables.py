@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..dtypes import dtype_name
 from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.devices import Device
 from ..kernels.language import TRITON_VERSION
@@ -105,7 +106,7 @@ def choice_for(problem: Problem, device: Device) -> Choice:
 def _row_for(problem: Problem, table: Table, device: Device) -> Gemm | None:
     """The row of a table that holds for a problem: of its activation, else of one that is not named."""
     width_out, width_in = problem.widths
-    wanted = (problem.kind, width_out, width_in, _name(problem.dtype), problem.precision)
+    wanted = (problem.kind, width_out, width_in, dtype_name(problem.dtype), problem.precision)
     rows = [
         row
         for row in table.gemms
@@ -141,7 +142,7 @@ def path_for(
         activation: of the hidden layers, by name.
         training: forward and backward; else inference.
     """
-    wanted = (widths, _name(dtype), precision, activation, training)
+    wanted = (widths, dtype_name(dtype), precision, activation, training)
     for table in measured(device):
         found = [
             row
@@ -171,10 +172,6 @@ def _is_of_this_triton(table: Table) -> bool:
 def _known(row: Gemm, aligned: bool, device: Device) -> tuple[TileConfig, ...]:
     """The tiles that the rule here would measure for a row's product."""
     return layer_tiles.candidates(dataclasses.replace(row.problem, aligned=aligned), device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def user_path(device: str) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import count
 from ..timing import Link, Measured, Spread
 from .first_touch import FirstTouch
 
@@ -120,15 +121,15 @@ class Crossing:
     def __str__(self) -> str:
         if self.rows == 0:
             perhaps = "" if self.high == 0 else f" (by the spread perhaps only {_from(self.high)})"
-            return f"at every batch size measured, from {in_rows(self.measured[0])} on{perhaps}"
+            return f"at every batch size measured, from {count(self.measured[0], 'row', ',')} on{perhaps}"
         if self.rows == math.inf:
             perhaps = "" if self.low == math.inf else f" (by the spread perhaps {_from(self.low)})"
-            return f"at no batch size measured, up to {in_rows(self.measured[1])}{perhaps}"
+            return f"at no batch size measured, up to {count(self.measured[1], 'row', ',')}{perhaps}"
         ends = [
             "below the smallest" if end == 0 else "above the largest" if end == math.inf else f"{end:,.0f}"
             for end in (self.low, self.high)
         ]
-        return f"from about {in_rows(self.rows)} on ({' to '.join(ends)})"
+        return f"from about {count(self.rows, 'row', ',')} on ({' to '.join(ends)})"
 
 
 def crossing(sizes: Sequence[int], cpu: Sequence[Spread], gpu: Sequence[Spread]) -> Crossing:
@@ -245,8 +246,9 @@ class Transfer:
         parts = ", ".join(f"{name} {_time(part.ms)}" for name, part in gpu.parts.items())
         copied = gpu.pageable.host.ms
         return (
-            f"of a step of {in_rows(self.rows)} as usually written, {_time(gpu.step.ms)}, the copy is {_time(copied)} "
-            f"({min(1.0, copied / gpu.step.ms):.0%}); prefetched it is bound by {what[gpu.bound]}: {parts}"
+            f"of a step of {count(self.rows, 'row', ',')} as usually written, {_time(gpu.step.ms)}, the copy is "
+            f"{_time(copied)} ({min(1.0, copied / gpu.step.ms):.0%}); prefetched it is bound by "
+            f"{what[gpu.bound]}: {parts}"
         )
 
     @property
@@ -271,8 +273,8 @@ class Transfer:
         way, best = fastest(ways), min(ways.values())
         if self.choice == "cpu":
             advice.append(
-                f"stay on the CPU at {in_rows(self.rows)}: a step takes {_time(cpu.ms)} there and {_time(best)} on the "
-                f"GPU, which wins {self.crossings['prefetched']}"
+                f"stay on the CPU at {count(self.rows, 'row', ',')}: a step takes {_time(cpu.ms)} there and "
+                f"{_time(best)} on the GPU, which wins {self.crossings['prefetched']}"
             )
         if gpu.bound == "launch":
             sizes, on_gpu = zip(*((each.rows, each.gpu) for each in self.points if each.gpu is not None))
@@ -329,7 +331,7 @@ class Transfer:
 
 def _lines(found: Transfer) -> Iterator[str]:
     point = found.at_rows
-    yield f"{found.network}; {'training' if found.training else 'inference'}, {in_rows(found.rows)}"
+    yield f"{found.network}; {'training' if found.training else 'inference'}, {count(found.rows, 'row', ',')}"
     yield f"CPU: {found.cpu}"
     yield f"GPU: {found.gpu or 'none'}"
     if found.link is not None and found.memory is not None:
@@ -352,7 +354,7 @@ def _lines(found: Transfer) -> Iterator[str]:
         yield from _columns([(name, _time(ms), note) for name, ms, note in steps], "<><")
     yield ""
     yield (
-        f"every time after that, {in_rows(found.rows)}, {point.bytes_in:,} bytes in, {point.bytes_out:,} out "
+        f"every time after that, {count(found.rows, 'row', ',')}, {point.bytes_in:,} bytes in, {point.bytes_out:,} out "
         "(medians, with their quartiles)"
     )
     if point.gpu is not None:
@@ -468,7 +470,3 @@ def _spread(spread: Spread) -> str:
 
 def _rate(bytes_per_second: float) -> str:
     return f"{1e-9 * bytes_per_second:.1f} GB/s"
-
-
-def in_rows(rows: float) -> str:
-    return f"{rows:,.0f} row{'s' * (round(rows) != 1)}"

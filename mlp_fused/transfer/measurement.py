@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import timing
+from ..dtypes import dtype_name
 from ..environment import distorted
-from ..errors import first_line
+from ..errors import count, first_line
 from ..prefetch import DevicePrefetcher, use_up
 from ..timing import Link, Timed
-from .findings import OnCpu, OnGpu, Point, Transfer, in_rows
+from .findings import OnCpu, OnGpu, Point, Transfer
 from .first_touch import FirstTouch, in_fresh_processes
 
 __all__ = ["Gpu", "copy_calls", "measure"]
@@ -261,7 +262,7 @@ def measure_on(
     except torch.OutOfMemoryError as error:
         if not points or points[-1].rows < rows:  # what was asked about
             raise
-        notes.append(f"{in_rows(size)} and more: {first_line(error)}")
+        notes.append(f"{count(size, 'row', ',')} and more: {first_line(error)}")
     return Transfer(
         network=_describe(model, given),
         rows=rows,
@@ -290,7 +291,7 @@ def _is_wide(tensor: Tensor) -> bool:
 
 def _describe(model: nn.Module, batch: Sequence[Tensor]) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    inputs = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in batch)
+    inputs = ", ".join(f"{tuple(tensor.shape)} {dtype_name(tensor.dtype)}" for tensor in batch)
     return f"{type(model).__name__}, {parameters:,} parameters, input {inputs}"
 
 

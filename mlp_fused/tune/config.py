@@ -5,23 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
+from ..dtypes import ArithmeticName
 from ..engine.recognize import resolve
 from ..errors import UserError
 from ..flags import check_choices, option, shown
-from ..grid import ACTIVATION, ANCHORS, GRID, DtypeName, Family, Workload
+from ..grid import ACTIVATION, ANCHORS, GRID, Family, Workload
 
-__all__ = ["ARITHMETIC", "Config"]
+__all__ = ["Config"]
 
-ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-}
 BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
-DTYPES: tuple[DtypeName, ...] = ("fp32", "bf16")
+DTYPES: tuple[ArithmeticName, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class Config:
         group="what is measured",
         help=f"rows of a batch, with --dims (default: {' '.join(map(str, BATCHES))})",
     )
-    dtype: tuple[DtypeName, ...] | None = option(
+    dtype: tuple[ArithmeticName, ...] | None = option(
         None,
         group="what is measured",
         help="what is computed in, with --dims; tf32 is fp32 where torch is allowed tf32 "

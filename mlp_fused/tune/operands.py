@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..dtypes import ARITHMETIC
 from ..engine import network_path
 from ..engine.network_path import run_network
 from ..engine.paths import find_layers
@@ -23,7 +24,6 @@ from ..kernels.activations import ACTIVATIONS
 from ..kernels.layer_backward import dgrad, wgrad
 from ..kernels.layer_forward import layer_forward
 from ..reference import Layer
-from .config import ARITHMETIC
 from .tasks import Product, Whole, layer_activations
 
 MOST_SETS = 1024  # of operands to take in turn

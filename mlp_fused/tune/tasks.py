@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
+from ..dtypes import ARITHMETIC, ArithmeticName, dtype_name
 from ..engine import network_path, paths, table_files
-from ..grid import ANCHORS, DtypeName, Workload
+from ..grid import ANCHORS, Workload
 from ..kernels import devices, tile_config
 from ..kernels.activation import Activation
 from ..kernels.activations import ACTIVATIONS
-from .config import ARITHMETIC
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Product:
     rows: int
     width_out: int
     width_in: int
-    dtype: DtypeName
+    dtype: ArithmeticName
     activation: str  # forward: the layer's own; dgrad: that of the layer below
     share: float = field(compare=False)  # of its network's FLOPs
     anchor: bool = field(compare=False, default=False)
@@ -42,7 +40,7 @@ class Product:
 
     @property
     def key(self) -> tuple[tile_config.Kind, int, int, int, str, str, str]:
-        dtype = _name(ARITHMETIC[self.dtype][0])
+        dtype = dtype_name(ARITHMETIC[self.dtype][0])
         return self.kind, self.rows, self.width_out, self.width_in, dtype, self.precision, self.activation
 
     @property
@@ -75,7 +73,7 @@ class Whole:
     @property
     def key(self) -> tuple[tuple[int, ...], int, str, str, str, bool]:
         work = self.workload
-        dtype = _name(ARITHMETIC[work.dtype][0])
+        dtype = dtype_name(ARITHMETIC[work.dtype][0])
         return work.widths, work.rows, dtype, self.precision, layer_activations(work)[0].name, self.training
 
 
@@ -149,7 +147,3 @@ def network_plan(
 
 def layer_activations(workload: Workload) -> list[Activation]:
     return [ACTIVATIONS[workload.activation]] * (len(workload.widths) - 2) + [ACTIVATIONS["identity"]]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.markdown import NONE, counted, number, times
+from bench.markdown import NONE, number, times
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,3 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 @pytest.mark.parametrize(("value", "text"), [(0.8168, "0.82x"), (1.994, "1.99x"), (1.996, "2.0x"), (5.09, "5.1x")])
 def test_ratios_have_two_digits(value: float, text: str) -> None:
     assert times(value) == text
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (4096, "4,096 rows")])
-def test_nouns_are_counted(count: int, text: str) -> None:
-    assert counted(count, "row") == text

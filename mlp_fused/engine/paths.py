@@ -301,7 +301,7 @@ def network_path(
 ) -> NetworkPlan | str:
     """The network path for these layers, or the reason why they take the layer path.
 
-    The rule for training: where one pass over a tile fits in registers (`configs.network_tile`), the backward
+    The rule for training: where one pass over a tile fits in registers (`network_tiles.network_tile`), the backward
     recomputes, as storing moves five more tensors of each hidden layer (written; read for dz and for dW; dz written and
     read). A measured table overrules it, and the user overrules both. The choice does not depend on the rows of a
     batch, so that batches of every size take one path: it is that of the largest batch measured.

@@ -479,7 +479,9 @@ class FusedMLP(FusedSequence, nn.Sequential):
         model.recompute = recompute
         return model
 
-    forward = FusedSequence._forward
+    def forward(self, input: Tensor) -> Tensor:
+        """y (..., d_L) for input (..., d_0)."""
+        return self._forward(input)
 
     def __getitem__(self, index: slice | int) -> Any:
         """One child; or, for a slice, an nn.Sequential of the same modules."""

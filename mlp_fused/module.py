@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import memory
 from .engine import paths, settings
-from .engine.calls import Decision, call_settings, can_checkpoint, run_kernels, run_path
+from .engine.calls import Decision, can_checkpoint, run_kernels, run_path
 from .engine.layer_path import LayerPath
 from .engine.originals import (
     Dropout,
@@ -34,7 +34,7 @@ from .engine.runs import (
     runs_of,
     why_unfused,
 )
-from .engine.settings import has_function_mode, has_global_hooks, policy_dtype
+from .engine.settings import call_settings, has_function_mode, has_global_hooks, policy_dtype
 from .explain import Plan, explain
 from .functional import check_call
 from .kernels.activation import Activation

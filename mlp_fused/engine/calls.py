@@ -14,7 +14,7 @@ from .layer_path import LayerPath
 from .network_path import NetworkPlan, run_network
 from .paths import find_path, precision_of, wants_gradients
 from .schedule import run_layers
-from .settings import Backend, TensorGuards, float32_precision, is_transformed, is_watched, modes
+from .settings import Backend, TensorGuards, is_transformed, is_watched
 
 
 class Decision:
@@ -60,18 +60,6 @@ class Decision:
                 return False
             biases = tuple(bias for bias in biases if bias is not None)
         return self.guards.check(x, *weights, *biases)  # not where a bias has become None
-
-
-def call_settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
-    """All that a path is decided by besides what `Decision` compares of tensors."""
-    return (
-        backend,
-        recompute,
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        torch.is_grad_enabled(),
-        float32_precision(),
-        *modes(),
-    )
 
 
 def run_kernels(

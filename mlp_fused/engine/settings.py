@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_BACKEND",
     "Backend",
     "TensorGuards",
+    "call_settings",
     "check_backend",
     "check_recompute",
     "compute_dtype",
@@ -37,7 +38,6 @@ __all__ = [
     "is_transformed",
     "is_watched",
     "is_zero_tensor",
-    "modes",
     "policy_dtype",
     "profiler_enabled",
 ]
@@ -128,9 +128,14 @@ def function_modes() -> list[type]:
     return [type(torch._C._get_function_stack_at(index)) for index in range(torch._C._len_torch_function_stack())]
 
 
-def modes() -> tuple[object, ...]:
-    """The modes that a call's path depends on, in a form that can be compared."""
+def call_settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
+    """All that a path is decided by besides what `Decision` compares of tensors, in a form that can be compared."""
     return (
+        backend,
+        recompute,
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.is_grad_enabled(),
+        float32_precision(),
         torch._C._are_functorch_transforms_active(),
         forward_ad._current_level,
         torch._C._get_tracing_state(),

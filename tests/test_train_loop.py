@@ -1,20 +1,13 @@
-"""The training loop: data, split, scaling, loaders, steps, validation, timing, checkpoints and resumption."""
+"""The training loop: split, scaling, loaders, steps, validation."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import itertools
 import math
-import os
 import re
 import signal
-import sys
 import time
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,48 +15,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
+from trainings import ALONE, CPU, TINY, assert_same_bits, quiet, run, write_data
 
-from mlp_fused import FusedMLP, checkpoint
-from mlp_fused.checkpoint import load_checkpoint, save_checkpoint
-from mlp_fused.dtypes import pick_device
 from mlp_fused.errors import UserError
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.scaling import Scaling
-from mlp_fused.train import loop, tasks
+from mlp_fused.train import loop
 from mlp_fused.train.config import Config, build_model, build_torch_model
 from mlp_fused.train.data import load_data, split
 from mlp_fused.train.distributed import Part, Processes
 from mlp_fused.train.loop import ArrayDataset, evaluate, make_loader, make_optimizer, train, train_epoch
 from mlp_fused.train.timer import StepTimer
 
-CPU = torch.device("cpu")
-ALONE = Processes(CPU)
-TINY = Config(hidden=(8,), epochs=3, batch_size=16)
-
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    """70 rows of 2 x 3 "pixels" in 3 classes; 56 to train on, so that the last batch of 16 is not full."""
-    random = np.random.default_rng(0)
-    y = random.integers(0, 3, 70)
-    x = random.normal(size=(70, 2, 3)) + 2 * y[:, None, None]
-    path = tmp_path / "data.npz"
-    np.savez(path, x=x, y=y)
-    return str(path)
-
-
-def quiet(text: str) -> None:
-    """A report that nobody reads."""
-
-
-def run(config: Config, **changes: Any) -> loop.Result:
-    return train(dataclasses.replace(config, **changes), report=quiet)
-
-
-def assert_same_bits(one: loop.Result, other: loop.Result) -> None:
-    assert one.history == other.history
-    for key, value in one.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[key]), key
+    return write_data(tmp_path)
 
 
 def test_statistics_come_from_the_training_rows_alone(data: str) -> None:
@@ -77,8 +44,13 @@ def test_statistics_come_from_the_training_rows_alone(data: str) -> None:
 
 
 RANDOM = np.random.default_rng(0)
+
+
 ORDER, SECONDS, METRES = RANDOM.permutation(200), RANDOM.uniform(0, 300, 400), RANDOM.uniform(0, 2, (400, 2))
+
+
 SIDES = RANDOM.integers(0, 2, 400)
+
 
 # Features, how far they are moved, and their classes.
 FAR_FROM_ZERO: dict[str, tuple[np.ndarray, Any, np.ndarray]] = {
@@ -205,31 +177,6 @@ def test_a_gpu_has_pinned_memory_and_lasting_workers() -> None:
     assert (
         make_loader(numbered(), dataclasses.replace(TINY, workers=0), Processes(torch.device("cuda"))).num_workers == 0
     )
-
-
-def test_the_model_is_fused_mlp_with_no_dropout_on_the_logits() -> None:
-    model = build_model(6, 3, Config(hidden=(8, 4), activation="silu", dropout=0.5, backend="reference"))
-    assert isinstance(model, FusedMLP)
-    assert model.backend == "reference"
-    kinds = [nn.Linear, nn.SiLU, nn.Dropout, nn.Linear, nn.SiLU, nn.Dropout, nn.Linear]
-    assert [type(child) for child in model] == kinds
-    assert model[2].p == 0.5
-    assert model(torch.randn(5, 6)).shape == (5, 3)
-
-
-def test_no_hidden_layer_is_a_linear_classifier(data: str) -> None:
-    assert [type(child) for child in run(TINY, data=data, hidden=()).network.children()] == [nn.Linear]
-
-
-def test_the_torch_twin_starts_from_the_same_parameters() -> None:
-    torch.manual_seed(1)
-    ours = build_model(6, 3, TINY)
-    torch.manual_seed(1)
-    twin = build_torch_model(6, 3, TINY)
-    assert type(twin) is nn.Sequential  # which FusedMLP is a subclass of
-    assert [repr(child) for child in twin.children()] == [repr(child) for child in ours.children()]
-    for key, value in ours.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[key])
 
 
 @pytest.mark.parametrize(
@@ -393,27 +340,6 @@ def test_on_a_gpu(device: str, tmp_path: Path, dtype: Any, optimizer: Any) -> No
     assert result.accuracy == pytest.approx(on_cpu.accuracy, abs=0.03)
 
 
-def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto") == torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == CPU
-
-
-def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(item=lambda: None))
-    assert [pick_device(name, 1) for name in ("auto", "cuda", "cpu")] == [torch.device("cuda:1")] * 2 + [CPU]
-    assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UserError, match="^--device cuda:1 is one GPU for several processes; --device cuda gives each"):
-        pick_device("cuda:1", 0)
-    with pytest.raises(UserError, match="--nproc-per-node starts more processes than this machine has GPUs, 2; each"):
-        pick_device("auto", 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto", 1) == CPU
-
-
 def test_a_batch_that_processes_cannot_share_evenly(data: str) -> None:
     config = dataclasses.replace(TINY, data=data)
     with pytest.raises(
@@ -431,431 +357,5 @@ def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
         run(TINY, dtype="bf16")
 
 
-def test_phases_end_at_their_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 1.0, 1.5, 3.5, 7.5, 8.0, 9.0, 9.5, 11.5, 15.5, 16.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
-    timer = StepTimer(CPU)
-    timer.start()
-    for phase in StepTimer.PHASES * 2:
-        timer.mark(phase)
-    timer.read()
-    assert timer.steps == 2
-    assert timer.milliseconds == {
-        "loading": 1000.0,
-        "copy": 500.0,
-        "forward": 2000.0,
-        "backward": 4000.0,
-        "optimizer": 500.0,
-    }
-    assert timer.percent["forward"] == 25.0
-    lines = [line.split() for line in str(timer).splitlines()]
-    assert lines[0] == ["ms/step", "percent"]
-    assert lines[3] == ["forward", "2000.000", "25.0"]
-    assert lines[6] == ["sum", "8000.000", "100.0"]
-
-
-def test_what_lies_between_epochs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 1.0, 100.0, 101.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
-    timer = StepTimer(CPU)
-    for _ in range(2):
-        timer.start()
-        timer.mark("optimizer")
-    timer.read()
-    assert timer.milliseconds["optimizer"] == 1000.0
-
-
-class FakeEvent:
-    """What StepTimer needs of torch.cuda.Event: one millisecond apart; waits are counted."""
-
-    clock = itertools.count()
-    waits = 0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.at = next(self.clock)
-
-    def synchronize(self) -> None:
-        FakeEvent.waits += 1
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return float(end.at - self.at)
-
-
-@pytest.fixture
-def gpu_timer(monkeypatch: pytest.MonkeyPatch) -> StepTimer:
-    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=FakeEvent))
-    monkeypatch.setattr(FakeEvent, "waits", 0)
-    return StepTimer(torch.device("cuda"))
-
-
-def test_a_gpus_events_are_read_once_an_epoch(gpu_timer: StepTimer) -> None:
-    gpu_timer.start()
-    for phase in StepTimer.PHASES * 100:
-        gpu_timer.mark(phase)
-    assert FakeEvent.waits == 0
-    gpu_timer.read()
-    assert FakeEvent.waits == 1
-    assert gpu_timer.steps == 100
-    assert gpu_timer.milliseconds == dict.fromkeys(StepTimer.PHASES, 1.0)
-
-
-def test_waiting_for_a_copy_is_no_loading(gpu_timer: StepTimer) -> None:
-    """Of 1 ms of loading each, 0.25 ms were the wait for a copy of 2 ms."""
-
-    @dataclasses.dataclass
-    class At:
-        at: float
-
-        def synchronize(self) -> None:
-            pass
-
-        def elapsed_time(self, end: At) -> float:
-            return end.at - self.at
-
-    assert gpu_timer.copies
-    gpu_timer.start()
-    for _ in range(8):
-        gpu_timer.copies.add(At(1), At(3), At(5), At(5.25))
-        for phase in StepTimer.PHASES:
-            if phase != "copy":
-                gpu_timer.mark(phase)
-    gpu_timer.read()
-    assert gpu_timer.milliseconds == {**dict.fromkeys(StepTimer.PHASES, 1.0), "loading": 0.75, "copy": 0.25}
-    assert sum(gpu_timer.percent.values()) == pytest.approx(100)
-    assert str(gpu_timer).endswith("\na batch's copy takes 2.000 ms on a stream of its own: 88% of it were hidden")
-    gpu_timer.reset()
-    assert "hidden" not in str(gpu_timer)
-
-
-def test_events_of_a_long_epoch_do_not_pile_up(gpu_timer: StepTimer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepTimer, "MOST_PENDING", 12)
-    gpu_timer.start()
-    for phase in StepTimer.PHASES * 20:
-        gpu_timer.mark(phase)
-        assert len(gpu_timer._pending) < 12
-    gpu_timer.read()
-    assert gpu_timer.milliseconds == dict.fromkeys(StepTimer.PHASES, 1.0)
-
-
-def test_the_first_epoch_is_left_out_where_there_are_more(data: str) -> None:
-    assert run(TINY, data=data, epochs=1).timer.steps == 4
-    timer = run(TINY, data=data, epochs=3).timer
-    assert timer.steps == 8
-    assert min(ms for phase, ms in timer.milliseconds.items() if phase != "copy") > 0
-    assert timer.milliseconds["copy"] == 0  # on a CPU
-    assert sum(timer.percent.values()) == pytest.approx(100)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_bar_on_a_terminal(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    run(TINY, data=data)
-    assert "epoch 3/3" in terminal.getvalue()
-    assert "4/4" in terminal.getvalue() or "/4 [" in terminal.getvalue()
-
-
-def test_no_bar_elsewhere(data: str, capfd: pytest.CaptureFixture[str]) -> None:
-    run(TINY, data=data)
-    assert capfd.readouterr().err == ""
-
-
-def test_no_bar_without_tqdm(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    assert len(run(TINY, data=data).history) == 3
-    assert terminal.getvalue() == ""
-
-
-def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(data: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.pt"
-    result = run(TINY, data=data, checkpoint=str(path))
-    saved = torch.load(path, weights_only=True)
-    assert saved["format"] == checkpoint.FORMAT
-    assert saved["epoch"] == 3
-    assert [tasks.Epoch(**epoch) for epoch in saved["history"]] == result.history
-    assert saved["config"]["hidden"] == [8]
-    assert saved["config"]["lr"] == 1e-3
-    assert saved["data"]["rows"] == 70
-    assert {"order", "processes"} == saved["random"].keys()
-    assert [random.keys() for random in saved["random"]["processes"]] == [{"torch", "cuda"}]
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "data.npz", path]
-
-    network = FusedMLP(6, [8, 3], activation_layer="gelu")  # as a later user builds it
-    model = nn.Sequential(OrderedDict(scaling=Scaling(torch.zeros(6), torch.ones(6)), network=network))
-    model.load_state_dict(saved["model"])
-    x = load_data(data).x
-    assert torch.equal(model.eval()(x), result.model(x))
-    assert torch.equal(result.network(result.scaling(x)), result.model(x))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"dropout": 0.5}, {"optimizer": "sgd"}, {"dropout": 0.3, "dtype": "bf16"}],
-    ids=lambda changes: ",".join(map(str, changes.values())) or "plain",
-)
-def test_a_resumed_run_is_the_uninterrupted_one(
-    data: str, tmp_path: Path, workers: int, changes: dict[str, Any]
-) -> None:
-    config = dataclasses.replace(TINY, data=data, workers=workers, **changes)
-    whole = run(config, epochs=4)
-    path = str(tmp_path / "run.pt")
-    first = run(config, epochs=1, checkpoint=path)
-    torch.manual_seed(99)  # whatever happens between
-    second = run(config, epochs=3, checkpoint=path, resume=True)
-    third = run(config, epochs=4, checkpoint=path, resume=True)
-    assert_same_bits(third, whole)
-    assert first.losses + second.losses + third.losses == whole.losses
-
-
-def test_the_state_of_the_gradient_scaler_comes_back(
-    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """fp16 itself needs a GPU; the scaler it brings also works without."""
-    path = str(tmp_path / "run.pt")
-    made = []
-    original = torch.amp.GradScaler
-
-    def enabled(kind: str, enabled: bool) -> torch.amp.GradScaler:
-        made.append(original(kind, init_scale=2.0**10, growth_interval=5))
-        return made[-1]
-
-    monkeypatch.setattr(torch.amp, "GradScaler", enabled)
-    whole = run(TINY, data=data)
-    run(TINY, data=data, epochs=2, checkpoint=path)
-    assert_same_bits(run(TINY, data=data, epochs=3, checkpoint=path, resume=True), whole)
-    assert made[0].get_scale() == made[2].get_scale() == 2.0**12  # grown after 5 and 10 of 12 steps
-
-
-def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizers: list[torch.optim.Optimizer] = []
-
-    def noted(*arguments: Any) -> torch.optim.Optimizer:
-        optimizers.append(make_optimizer(*arguments))
-        return optimizers[-1]
-
-    path = tmp_path / "run.pt"
-    run(TINY, data=data, epochs=1, checkpoint=str(path))
-    saved = load_checkpoint(path)
-    for group in saved["optimizer"]["param_groups"]:
-        group["fused"] = True
-    saved["random"]["processes"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
-    save_checkpoint(path, saved)
-    monkeypatch.setattr(loop, "make_optimizer", noted)
-    resumed = run(TINY, data=data, checkpoint=str(path), resume=True)
-    assert optimizers[0].param_groups[0]["fused"] is False
-    assert_same_bits(resumed, run(TINY, data=data))
-
-
-def test_nothing_left_to_train(data: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, data=data, checkpoint=str(tmp_path / "run.pt"))
-    whole = run(config)
-    lines: list[str] = []
-    again = train(dataclasses.replace(config, resume=True, epochs=2), report=lines.append)
-    assert_same_bits(again, whole)
-    assert again.losses == []
-    assert any("nothing left to train" in line for line in lines)
-    assert lines[-2].startswith(f"validation accuracy: {whole.accuracy:.4f} (class ")
-
-
-OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
-    "hidden": ({"hidden": (8, 8)}, "--hidden is 8 8, it needs 8"),
-    "no hidden": ({"hidden": ()}, "--hidden is empty, it needs 8"),
-    "activation": ({"activation": "relu"}, "--activation is relu, it needs gelu"),
-    "dropout": ({"dropout": 0.1}, "--dropout is 0.1, it needs 0.0"),
-    "optimizer": ({"optimizer": "sgd", "lr": 1e-3}, "--optimizer is sgd, it needs adam"),
-    "lr": ({"lr": 0.1}, "--lr is 0.1, it needs 0.001"),
-    "batch size": ({"batch_size": 8}, "--batch-size is 8, it needs 16"),
-    "dtype": ({"dtype": "bf16"}, "--dtype is bf16, it needs fp32"),
-    "seed": ({"seed": 1}, "--seed is 1, it needs 0"),
-    "split": ({"validation_fraction": 0.5}, "--validation-fraction is 0.5, it needs 0.2"),
-    "data": ({"data": None}, "--data has 1797 rows, 64 features, 10 classes, it needs 70 rows, 6 features, 3 classes"),
-    "two": ({"seed": 1, "lr": 0.1}, "--lr is 0.1, it needs 0.001; --seed is 1, it needs 0"),
-}
-
-
-@pytest.mark.parametrize(("changes", "sentence"), OTHER_RUNS.values(), ids=OTHER_RUNS)
-def test_a_checkpoint_of_another_run(data: str, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
-    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
-    run(config)
-    before = (tmp_path / "run.pt").read_bytes()
-    with pytest.raises(UserError) as caught:
-        run(config, epochs=2, resume=True, **changes)
-    assert str(caught.value) == f"{config.checkpoint} is the checkpoint of another run: {sentence}"
-    assert (tmp_path / "run.pt").read_bytes() == before
-
-
-def test_other_values_of_the_same_sizes(data: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
-    run(config)
-    arrays = dict(np.load(data))
-    arrays["x"][0, 0, 0] += 1
-    np.savez(data, **arrays)
-    with pytest.raises(UserError, match="it needs 70 rows, 6 features, 3 classes of other values"):
-        run(config, epochs=2, resume=True)
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-def test_labels_of_other_classes_than_a_checkpoints(data: str, tmp_path: Path, classes: int) -> None:
-    """More or fewer: refused on the host, before any network is built."""
-    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
-    run(config)
-    before = (tmp_path / "run.pt").read_bytes()
-    arrays = dict(np.load(data))
-    np.savez(data, x=arrays["x"], y=np.arange(len(arrays["y"])) % classes)
-    built: list[object] = []
-    with pytest.raises(UserError, match=f"--data has 70 rows, 6 features, {classes} classes, it needs .* 3 classes$"):
-        train(dataclasses.replace(config, epochs=2, resume=True), build=lambda *_: built.append(1), report=quiet)
-    assert built == []
-    assert (tmp_path / "run.pt").read_bytes() == before
-
-
-def test_the_data_may_have_moved_and_workers_may_differ(data: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, data=data, checkpoint=str(tmp_path / "run.pt"))
-    whole = run(TINY, data=data)
-    run(config, epochs=1)
-    moved = Path(data).rename(tmp_path / "elsewhere.npz")
-    assert_same_bits(run(config, data=str(moved), workers=1, backend="reference", resume=True), whole)
-
-
-@pytest.mark.parametrize("name", checkpoint.PARTS)
-def test_a_checkpoint_with_a_part_of_another_kind(data: str, tmp_path: Path, name: str) -> None:
-    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
-    run(config)
-    save_checkpoint(tmp_path / "run.pt", {**load_checkpoint(tmp_path / "run.pt"), name: None})
-    with pytest.raises(UserError, match=r"run.pt is not a checkpoint of mlp-fused train$"):
-        run(config, epochs=2, resume=True)
-
-
 def test_a_batch_larger_than_the_data_is_all_of_it(data: str) -> None:
     assert len(run(TINY, data=data, batch_size=10**30).losses) == TINY.epochs
-
-
-def test_weights_that_do_not_fit(data: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
-    run(config)
-    saved = load_checkpoint(tmp_path / "run.pt")
-    saved["model"]["network.0.weight"] = torch.zeros(9, 6)
-    save_checkpoint(tmp_path / "run.pt", saved)
-    with pytest.raises(UserError, match=r"run.pt does not fit this network: "):
-        run(config, epochs=2, resume=True)
-
-
-def fail_midway(save: Callable[..., None], error: BaseException) -> Callable[..., None]:
-    def torch_save(checkpoint: object, file: Any) -> None:
-        file.write(b"half a checkpoint")
-        raise error
-
-    return torch_save
-
-
-def fail(_: Callable[..., None], error: BaseException) -> Callable[..., None]:
-    def replace(*arguments: object) -> None:
-        raise error
-
-    return replace
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "how"),
-    [(torch, "save", fail_midway), (os, "fsync", fail), (os, "replace", fail)],
-    ids=["save", "fsync", "replace"],
-)
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed"), KeyboardInterrupt()],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_failed_write_leaves_the_old_checkpoint(
-    data: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    module: Any,
-    name: str,
-    how: Callable[..., Any],
-    error: BaseException,
-) -> None:
-    config = dataclasses.replace(TINY, data=data, checkpoint=str(tmp_path / "run.pt"))
-    run(config, epochs=1)
-    before = (tmp_path / "run.pt").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, how(getattr(module, name), error))
-        with pytest.raises((UserError, KeyboardInterrupt)) as caught:
-            run(config, resume=True)
-    assert (tmp_path / "run.pt").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "run.pt"]
-    if isinstance(error, KeyboardInterrupt):
-        assert "is the last checkpoint, after epoch 1" in str(caught.value)
-    else:
-        assert f"cannot write the checkpoint {tmp_path / 'run.pt'}: {error}; what was there" in str(caught.value)
-    assert len(run(config, resume=True).history) == 3
-
-
-def test_a_checkpoint_behind_a_link_stays_behind_it(tmp_path: Path) -> None:
-    link, target = tmp_path / "link.pt", tmp_path / "target.pt"
-    target.write_bytes(b"old")
-    link.symlink_to(target)
-    save_checkpoint(link, {"epoch": 1})
-    assert link.is_symlink()
-    assert torch.load(target, weights_only=True) == {"epoch": 1}
-
-
-def test_a_checkpoint_has_the_permissions_of_any_file(tmp_path: Path) -> None:
-    (tmp_path / "other").touch()
-    save_checkpoint(tmp_path / "run.pt", {})
-    assert (tmp_path / "run.pt").stat().st_mode == (tmp_path / "other").stat().st_mode
-
-
-class Interrupted(nn.Module):
-    """A network that Ctrl-C hits in its nth call."""
-
-    def __init__(self, network: nn.Module, calls: int) -> None:
-        super().__init__()
-        self.network = network
-        self.calls = calls
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls -= 1
-        if self.calls == 0:
-            raise KeyboardInterrupt
-        return self.network(x)
-
-
-@pytest.mark.parametrize(
-    ("calls", "checkpoint", "sentence"),
-    [  # an epoch calls the network 4 + 1 times
-        (2, True, r"stopped before the end of the first epoch; nothing was written to .*run.pt"),
-        (5, True, r"stopped before the end of the first epoch; nothing was written to .*run.pt"),
-        (
-            6,
-            True,
-            r"stopped; .*run.pt is the last checkpoint, after epoch 1: the same command with --resume carries on",
-        ),
-        (
-            15,
-            True,
-            r"stopped; .*run.pt is the last checkpoint, after epoch 2: the same command with --resume carries on",
-        ),
-        (6, False, r"stopped; no checkpoint was asked for \(--checkpoint FILE\)"),
-    ],
-)
-def test_ctrl_c(data: str, tmp_path: Path, calls: int, checkpoint: bool, sentence: str) -> None:
-    path = tmp_path / "run.pt"
-    config = dataclasses.replace(TINY, data=data, checkpoint=str(path) if checkpoint else None)
-
-    def build(calls: int) -> Callable[..., nn.Module]:
-        return lambda *arguments: Interrupted(build_model(*arguments), calls)
-
-    with pytest.raises(KeyboardInterrupt, match=f"^{sentence}$"):
-        train(config, build=build(calls), report=quiet)
-    assert path.exists() is (checkpoint and calls > 5)
-    if path.exists():
-        resumed = train(dataclasses.replace(config, resume=True), build=build(-1), report=quiet)
-        assert_same_bits(resumed, train(dataclasses.replace(config, checkpoint=None), build=build(-1), report=quiet))

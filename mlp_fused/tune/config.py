@@ -50,7 +50,8 @@ class Config:
     dtype: tuple[DtypeName, ...] | None = option(
         None,
         group="what is measured",
-        help=f"what is computed in, with --dims; tf32 is fp32 where torch is allowed tf32 (default: {' '.join(DTYPES)})",
+        help="what is computed in, with --dims; tf32 is fp32 where torch is allowed tf32 "
+        f"(default: {' '.join(DTYPES)})",
     )
     activation: str | None = option(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,17 @@ import pytest
 import torch
 
 from mlp_fused.engine import network_path, tables
-from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.devices import INTERPRETED_DEVICE
 from mlp_fused.kernels.tile_config import TileConfig
-from mlp_fused.tune import operands, tasks
+from mlp_fused.tune import operands
 from mlp_fused.tune.config import Config
-from mlp_fused.tune.tasks import products
+from mlp_fused.tune.operands import Passes
+from mlp_fused.tune.tasks import Product, Task, Whole, list_tasks, products
 from mlp_fused.tune.tuner import tune
 
 CPU = torch.device("cpu")
-
-
 SLOW, FAST, BROKEN, WRONG = (TileConfig(16, 16, 16, group_m=1, num_warps=warps) for warps in (1, 2, 4, 8))
-
-
 DIMS = Config(dims=((6, 5, 4),), batch=(8,), dtype=("fp32",))
-
-
 PRODUCTS = len(products(DIMS.workloads[0]))
 
 
@@ -39,6 +34,7 @@ class Clock:
         self.ran: list[Any] = []
         self.timed: list[Any] = []
         self.each = 1.0  # what one reading takes of the time limit
+        self.parts: dict[str, Any] = {"candidates": lambda *_: (SLOW, FAST), "tasks": only(Product)}  # of tune
 
     def __call__(self, call: Callable[[], object]) -> float:
         self.ran.clear()
@@ -57,30 +53,45 @@ class Clock:
         return watched
 
 
+class WatchedPasses(Passes):
+    """Passes that tell the clock which path is taken."""
+
+    def __init__(self, clock: Clock, whole: Whole, device: torch.device) -> None:
+        super().__init__(whole, device)
+        self.clock = clock
+
+    def by_torch(self, x: torch.Tensor) -> torch.Tensor:
+        self.clock.ran.append("torch")
+        return super().by_torch(x)
+
+    def by_layers(self, x: torch.Tensor) -> torch.Tensor:
+        self.clock.ran.append("layer")
+        return super().by_layers(x)
+
+    def by_network(self, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+        self.clock.ran.append(path.formulation or "network")
+        return super().by_network(path, x)
+
+
+def only(kind: type[Task]) -> Callable[..., list[Task]]:
+    """Lists the tasks of one kind."""
+    return lambda *arguments: [task for task in list_tasks(*arguments) if isinstance(task, kind)]
+
+
 def watch_ways(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that sees which way is taken; two tiles for every product, and no whole networks."""
     clock = Clock()
     for kind in tables.KINDS:
         monkeypatch.setitem(operands.BY_TORCH, kind, clock.watch("torch", operands.BY_TORCH[kind]))
         monkeypatch.setitem(operands.BY_KERNEL, kind, clock.watch("tile", operands.BY_KERNEL[kind]))
-    for path, name in (("by_torch", "torch"), ("by_layers", "layer")):
-        monkeypatch.setattr(operands.Passes, path, clock.watch(name, getattr(operands.Passes, path)))
-    by_network = operands.Passes.by_network
-
-    def watched(self: operands.Passes, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
-        clock.ran.append(path.formulation or "network")
-        return by_network(self, path, x)
-
-    monkeypatch.setattr(operands.Passes, "by_network", watched)
-    monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (SLOW, FAST))
-    monkeypatch.setattr(tasks, "network_plan", lambda *arguments: "only products are tested")
+    clock.parts["passes"] = functools.partial(WatchedPasses, clock)
     return clock
 
 
-def run(clock: Clock, config: Config = DIMS) -> tuple[tables.Table, str]:
-    """The table, and what was reported."""
+def run(clock: Clock, config: Config = DIMS, **parts: Any) -> tuple[tables.Table, str]:
+    """The table, and what was reported. `parts` take the place of the clock's."""
     said: list[str] = []
-    table = tune(config, report=said.append, device=CPU, time=clock, now=lambda: clock.now)
+    table = tune(config, report=said.append, device=CPU, time=clock, now=lambda: clock.now, **{**clock.parts, **parts})
     return table, "\n".join(said)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 from command_line import TINY, call
 
-from mlp_fused.transfer import measurement
 from mlp_fused.transfer.config import Config as TransferConfig
+from mlp_fused.transfer.config import run as transfer
 
 
 def test_every_flag_of_transfer_reaches_its_configuration() -> None:
@@ -47,16 +48,12 @@ def test_help_of_transfer_states_every_flag_and_its_default(
     assert "(default: fp32)" in entries["--dtype"]
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures next to nothing, so next to nothing long."""
-    measure = measurement.measure
-    monkeypatch.setattr(measurement, "measure", lambda *args, **options: measure(*args, **options, seconds=1e-3))
+quick = functools.partial(transfer, seconds=1e-3)  # measures next to nothing, so next to nothing long
 
 
-@pytest.mark.usefixtures("no_gpu", "quick")
+@pytest.mark.usefixtures("no_gpu")
 def test_transfer_without_a_gpu_measures_the_cpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("transfer", "--dims", "6", "5", "--batch", "4", "8", "--dtype", "bf16") == 0
+    assert call("transfer", "--dims", "6", "5", "--batch", "4", "8", "--dtype", "bf16", run=quick) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith("FusedMLP, 35 parameters, input (8, 6) bfloat16; training, 8 rows\n")
@@ -64,11 +61,11 @@ def test_transfer_without_a_gpu_measures_the_cpu(folder: Path, capsys: pytest.Ca
     assert "not measured: the GPU's part, which is copies, launches, kernels and first touch (no GPU that torch" in out
 
 
-@pytest.mark.usefixtures("no_gpu", "quick")
+@pytest.mark.usefixtures("no_gpu")
 def test_transfer_of_a_trained_network_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") == 0
     capsys.readouterr()
-    assert call("transfer", "--checkpoint", "run.pt", "--batch", "4", "2", "--inference", "--json") == 0
+    assert call("transfer", "--checkpoint", "run.pt", "--batch", "4", "2", "--inference", "--json", run=quick) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["network"] == "FusedMLP, 50 parameters, input (4, 3) float32"
     assert [point["rows"] for point in found["points"]] == [2, 4]
@@ -76,10 +73,10 @@ def test_transfer_of_a_trained_network_as_json(folder: Path, capsys: pytest.Capt
     assert found["gpu"] is None
 
 
-@pytest.mark.usefixtures("no_gpu", "quick")
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_transfer_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("transfer", "--dims", "6", "5", "--batch", "4", "8", "--plot", "plot.svg") == 0
+    assert call("transfer", "--dims", "6", "5", "--batch", "4", "8", "--plot", "plot.svg", run=quick) == 0
     assert capsys.readouterr().out.endswith("drawn into plot.svg\n")
     assert Path("plot.svg").read_bytes().startswith(b"<?xml")
 

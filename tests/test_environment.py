@@ -101,7 +101,9 @@ def test_env_lists_the_processes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     assert environment._processes(0).endswith("amd-smi process may list them")
 
 
-def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_env_with_gpus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measured: Path
+) -> None:
     class Properties:
         major, minor, gcnArchName, total_memory = 9, 0, "gfx942", 141 * 2**30  # noqa: N815 (torch's name)
 
@@ -118,8 +120,6 @@ def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "mem_get_info", memory_of)
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda package: None)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tables, "PACKAGED", tmp_path / "tuned")
     both = [tmp_path / "cache" / "mlp_fused" / "nvidia_h200.json", tmp_path / "tuned" / "nvidia_h200.json"]
     for path in both:
         path.parent.mkdir(parents=True)
@@ -140,8 +140,7 @@ def test_env_with_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 
 def test_versions_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_driver", lambda: "unknown: [Errno 2]\n no such file")
-    found = environment.versions()
+    found = environment.versions("unknown: [Errno 2]\n no such file")
     assert found["driver"] == "unknown: [Errno 2] no such file"
     assert set(found) == {*tables.VERSIONS, "cuda"}
     monkeypatch.setattr(torch.version, "hip", "7.0")

@@ -349,12 +349,11 @@ def test_a_batch_that_processes_cannot_share_evenly(data: str) -> None:
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "pick_device", lambda name, local: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(UserError, match="--dtype bf16 is beyond Tesla T4; it has fp32 and fp16"):
-        run(TINY, dtype="bf16")
+        loop._train(dataclasses.replace(TINY, dtype="bf16"), Processes(torch.device("cuda")), build_model, quiet)
 
 
 def test_a_batch_larger_than_the_data_is_all_of_it(data: str) -> None:

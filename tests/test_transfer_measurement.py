@@ -198,12 +198,11 @@ def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.Monkey
     """Everything but CUDA: each call does what it is named for, on the batch that it was given."""
     copied = []
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
-    monkeypatch.setattr(timing, "cache_bytes", lambda device: 4096)
     monkeypatch.setattr(Tensor, "copy_", lambda target, source, **_: copied.append(source))
     model, x = nn.Linear(4, 2), torch.randn(8, 4)
     seen: list[Tensor] = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    gpu = measurement.Gpu(torch.device("cpu"))
+    gpu = measurement.Gpu(torch.device("cpu"), cache_bytes=lambda device: 4096)
     for training in (True, False):
         calls = gpu.calls(model, [x], training)
         both_ways = {field.name for field in dataclasses.fields(OnGpu)}

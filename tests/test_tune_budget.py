@@ -15,7 +15,7 @@ from simulated_tuning import CPU, DIMS, FAST, PRODUCTS, SLOW, Clock, path, run, 
 from mlp_fused.compiling import Compilers, NotYetError
 from mlp_fused.engine import tables
 from mlp_fused.grid import GRID
-from mlp_fused.kernels import devices, layer_tiles
+from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.devices import DEVICES, INTERPRETED_DEVICE
 from mlp_fused.kernels.tile_config import TileConfig
 from mlp_fused.tune import compile_ahead, tuner
@@ -79,12 +79,14 @@ class FewCompilers(Compilers):
 def test_what_does_not_compile_is_left_out(clock: Clock, measured: Path) -> None:
     said: list[str] = []
     compilers = FewCompilers({FAST: "the process that compiled it ended with status -6"})
-    table = tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers)
+    table = tune(
+        DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+    )
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert sum(f"{FAST} was left out: the process that compiled it ended with status -6" in line for line in said) == 6
     compilers = FewCompilers({})
     compilers.failure = "they end with status 1"
-    tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers)
+    tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts)
     assert "kernels were compiled where they were launched, as ahead it failed: they end with status 1" in said
 
 
@@ -93,7 +95,9 @@ def test_what_is_not_compiled_in_time_is_not_reached(clock: Clock, measured: Pat
 
     def tuned(outcomes: dict[Any, Any]) -> tables.Table:
         compilers = FewCompilers(outcomes)
-        return tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers)
+        return tune(
+            DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+        )
 
     assert [row.tile for row in tuned({FAST: NotYetError}).gemms] == [SLOW] * PRODUCTS
     path().unlink()
@@ -156,7 +160,7 @@ class Model(Compilers):
         return 1e-3
 
 
-def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, float, float]]:
+def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
     """Of each part of the grid: its problems, the part of them that was reached, and of their candidates, all or the
     first few.
     """
@@ -190,9 +194,8 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
             return [torch.ones(1)]
 
     model, device = Model(), DEVICES["NVIDIA H200"]
-    monkeypatch.setattr(devices, "describe", lambda *_: device)
     empty = tables.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
-    fast = tuner.Tuner(CPU, model.read, lambda: model.now, model, empty, empty, NoOperands, NoPasses)
+    fast = tuner.Tuner(CPU, device, model.read, lambda: model.now, model, empty, empty, NoOperands, NoPasses)
     asked = list_tasks(Config().workloads, device)
     fast.measure(asked, seconds)
     assert model.now < seconds + Model.PATH
@@ -214,18 +217,18 @@ def shares(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[i
     }
 
 
-def test_what_eight_minutes_of_a_gpu_are_spent_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_eight_minutes_of_a_gpu_are_spent_on() -> None:
     """In 102 s the anchors are tuned; in 337 s every problem is reached. That is what `bench/gpu.py --minutes 8
     --tests-share 0 --tune-share 0.75` gives the tuner once the anchors have rows.
     """
     families = {f"family {index}" for index in range(len(GRID))}
-    long = shares(337, monkeypatch)
+    long = shares(337)
     assert set(long) == {"anchors", "networks", *families}
     assert all(reached == 1 for _, reached, _ in long.values())
     assert long["anchors"][2] == 1  # every candidate
     assert long["networks"][2] == 1
     assert {part: few for part, (_, _, few) in long.items() if few < 0.7} == {}  # three of the first four
-    short = shares(102, monkeypatch)
+    short = shares(102)
     assert short["anchors"][1:] == (1, pytest.approx(1, abs=0.1))
-    hour = shares(3600, monkeypatch)
+    hour = shares(3600)
     assert all(few == 1 for _, _, few in hour.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -13,18 +14,31 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_tuning import BROKEN, CPU, DIMS, FAST, PRODUCTS, SLOW, WRONG, Clock, path, run, watch_ways
+from simulated_tuning import (
+    BROKEN,
+    CPU,
+    DIMS,
+    FAST,
+    PRODUCTS,
+    SLOW,
+    WRONG,
+    Clock,
+    WatchedPasses,
+    only,
+    path,
+    run,
+    watch_ways,
+)
 
 from mlp_fused import timing
 from mlp_fused.engine import network_path, paths, tables
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.environment import DISTORTING
 from mlp_fused.errors import UserError
-from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.devices import INTERPRETED_DEVICE
-from mlp_fused.tune import operands, tasks, tuner
+from mlp_fused.tune import operands, tuner
 from mlp_fused.tune.config import Config
-from mlp_fused.tune.tasks import list_tasks, products
+from mlp_fused.tune.tasks import Whole, list_tasks, products
 from mlp_fused.tune.tuner import tune
 
 
@@ -64,7 +78,6 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
-    monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (BROKEN, WRONG, SLOW))
     for kind in tables.KINDS:
 
         def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[kind]) -> None:
@@ -74,7 +87,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
                 original(*arguments)
 
         monkeypatch.setitem(operands.BY_KERNEL, kind, by_kernel)
-    table, said = run(clock)
+    table, said = run(clock, candidates=lambda *_: (BROKEN, WRONG, SLOW))
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert BROKEN not in clock.timed
     assert WRONG not in clock.timed
@@ -87,8 +100,7 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
     )
 
     path().unlink()
-    monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (BROKEN,))
-    table, said = run(clock)
+    table, said = run(clock, candidates=lambda *_: (BROKEN,))
     assert [(row.tile, row.ms) for row in table.gemms] == [(None, None)] * PRODUCTS
     assert said.count("-      -  torch's own") == PRODUCTS
     assert tables.read(path()) == table
@@ -117,8 +129,8 @@ def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
         monkeypatch.setitem(operands.BY_TORCH, kind, by_torch)
         monkeypatch.setitem(operands.BY_KERNEL, kind, by_kernel)
     clock.seconds |= {WRONG: 1e-4}
-    monkeypatch.setattr(layer_tiles, "candidates", lambda *_: (WRONG, SLOW, FAST))
-    table, said = run(clock, dataclasses.replace(DIMS, dtype=(dtype,), activation=activation))
+    config = dataclasses.replace(DIMS, dtype=(dtype,), activation=activation)
+    table, said = run(clock, config, candidates=lambda *_: (WRONG, SLOW, FAST))
     assert [row.tile for row in table.gemms] == [FAST] * PRODUCTS
     assert said.count("was left out") == said.count(f"{WRONG} was left out: its result is not torch's") == PRODUCTS
 
@@ -134,7 +146,7 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
         return clock(call)
 
     with pytest.raises(KeyboardInterrupt) as raised:
-        tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now)
+        tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now, **clock.parts)
     assert str(raised.value) == f"stopped; 2 of 6 problems were measured, and are in {path()}"
     after = tables.read(path())
     assert after.gemms[:3] == before.gemms
@@ -144,7 +156,7 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
     clock.timed = [None] * 7
     text = path().read_text()
     with pytest.raises(KeyboardInterrupt, match="^stopped; nothing was measured; .* is as it was$"):
-        tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now)
+        tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now, **clock.parts)
     assert path().read_text() == text
 
 
@@ -158,7 +170,7 @@ def test_what_was_measured_outlives_a_process_that_is_killed(clock: Clock, measu
         return clock(call)
 
     with pytest.raises(KilledError):
-        tune(DIMS, report=lambda text: None, device=CPU, time=killed, now=lambda: clock.now)
+        tune(DIMS, report=lambda text: None, device=CPU, time=killed, now=lambda: clock.now, **clock.parts)
     assert len(tables.read(path()).gemms) == 2
 
 
@@ -190,27 +202,26 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
         return clock(call)
 
     monkeypatch.setitem(operands.BY_KERNEL, second.kind, by_kernel)
-    monkeypatch.setattr(tuner, "_synchronize", synchronize)
+    clock.parts["synchronize"] = synchronize
     tile = SLOW if at == "a timed call" else FAST
     with pytest.raises(UserError) as raised:
-        tune(DIMS, report=lambda text: None, device=CPU, time=failing, now=lambda: clock.now)
+        tune(DIMS, report=lambda text: None, device=CPU, time=failing, now=lambda: clock.now, **clock.parts)
     written = f"1 of 6 problems were measured, and are in {path()}"
     assert str(raised.value) == f"the GPU failed at {second}, {tile}: {ILLEGAL}; {written}"
     assert [row.key for row in tables.read(path()).gemms] == [first.key]
 
 
-def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(operands, "_random", full)
-    _, said = run(clock)
+    _, said = run(clock, operands=full)
     assert said.count("was left out: it does not fit in the GPU's memory") == PRODUCTS
     assert said.endswith(f"nothing was measured; {path()} is as it was")
     assert not path().exists()
 
 
-def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> None:
     old = {"mlp_fused": "0.0.9", "python": "3.12", "torch": "2.13", "triton": "3.7", "cuda": "13.0", "driver": "580"}
     for now, kept, sentence in (
         (old, 3, ""),
@@ -226,10 +237,8 @@ def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path, monk
         ),
     ):
         path().unlink(missing_ok=True)
-        monkeypatch.setattr(tuner, "versions", lambda: old)
-        run(clock, Config(dims=((3, 2),), batch=(8,), dtype=("fp32",)))
-        monkeypatch.setattr(tuner, "versions", lambda now=now: now)
-        table, said = run(clock)
+        run(clock, Config(dims=((3, 2),), batch=(8,), dtype=("fp32",)), versions=lambda: old)
+        table, said = run(clock, versions=lambda now=now: now)
         assert len(table.gemms) == kept + PRODUCTS
         assert table.versions == now
         assert sentence in said
@@ -323,13 +332,11 @@ def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, mea
         assert why == "torch is faster as measured on this device"
 
 
-def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "network_plan", NETWORK_PLAN)
-    monkeypatch.setattr(tasks, "products", lambda workload: [])
+def test_paths_by_their_times(clock: Clock, measured: Path) -> None:
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",))
     for fastest in ("torch", "layer", "recompute", "stored"):
         clock.seconds = {fastest: 1e-3, "network": 2e-3}
-        table, said = run(clock, config)
+        table, said = run(clock, config, tasks=only(Whole))
         training, inference = table.networks
         assert training.path == fastest
         assert set(training.ms) == {"torch", "layer", "recompute", "stored"}
@@ -346,26 +353,20 @@ def test_paths_by_their_times(clock: Clock, measured: Path, monkeypatch: pytest.
     assert "training 16-16-16, relu, 8 rows, bfloat16" in said
 
 
-NETWORK_PLAN = tasks.network_plan
-
-
-def test_networks_are_measured_with_the_tiles_just_found(
-    clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_networks_are_measured_with_the_tiles_just_found(clock: Clock, measured: Path) -> None:
     """Whatever the file that they go to: what the path of layers runs with, and what holds after it."""
-    monkeypatch.setattr(tasks, "network_plan", NETWORK_PLAN)
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
-    by_layers, seen = operands.Passes.by_layers, []
+    seen: list[Any] = []
 
-    def watched(self: operands.Passes, x: torch.Tensor) -> torch.Tensor:
-        seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in products_of(config))
-        return by_layers(self, x)
+    class WatchingTiles(WatchedPasses):
+        def by_layers(self, x: torch.Tensor) -> torch.Tensor:
+            seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in products_of(config))
+            return super().by_layers(x)
 
     def products_of(config: Config) -> list[tables.Gemm]:
         return [tables.Gemm(*each.key, None, None, 1.0) for each in products(config.workloads[0])]
 
-    monkeypatch.setattr(operands.Passes, "by_layers", watched)
-    table, _ = run(clock, config)
+    table, _ = run(clock, config, tasks=list_tasks, passes=functools.partial(WatchingTiles, clock))
     assert [row.tile for row in table.gemms] == [FAST] * 3
     assert len(table.networks) == 2
     assert set(seen) == {FAST}
@@ -373,11 +374,13 @@ def test_networks_are_measured_with_the_tiles_just_found(
         assert tables.choice_for(row.problem, INTERPRETED_DEVICE).source != "measured"  # the user's own has no rows
 
 
-def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "network_plan", NETWORK_PLAN)
-    monkeypatch.setattr(tasks, "products", lambda workload: [])
-    monkeypatch.setattr(operands.Passes, "by_network", lambda self, path, x: self.by_torch(x) * 1.5)
-    table, said = run(clock, Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",)))
+def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path) -> None:
+    class Wrong(WatchedPasses):
+        def by_network(self, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+            return self.by_torch(x) * 1.5
+
+    config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",))
+    table, said = run(clock, config, tasks=only(Whole), passes=functools.partial(Wrong, clock))
     assert [set(row.ms) for row in table.networks] == [{"torch", "layer"}] * 2
     assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result is not torch's" in said
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +57,10 @@ class FakeEvent:
     clock = itertools.count()
     waits = 0
 
-    def __init__(self) -> None:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
         self.at = next(self.clock)
 
     def synchronize(self) -> None:
@@ -68,8 +72,9 @@ class FakeEvent:
 
 @pytest.fixture
 def gpu_timer(monkeypatch: pytest.MonkeyPatch) -> StepTimer:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=FakeEvent))
     monkeypatch.setattr(FakeEvent, "waits", 0)
-    return StepTimer(torch.device("cuda"), now=FakeEvent)
+    return StepTimer(torch.device("cuda"))
 
 
 def test_a_gpus_events_are_read_once_an_epoch(gpu_timer: StepTimer) -> None:
@@ -111,8 +116,9 @@ def test_waiting_for_a_copy_is_no_loading(gpu_timer: StepTimer) -> None:
     assert "hidden" not in str(gpu_timer)
 
 
+@pytest.mark.usefixtures("gpu_timer")
 def test_events_of_a_long_epoch_do_not_pile_up() -> None:
-    gpu_timer = StepTimer(torch.device("cuda"), now=FakeEvent, most_pending=12)
+    gpu_timer = StepTimer(torch.device("cuda"), most_pending=12)
     gpu_timer.start()
     for phase in StepTimer.PHASES * 20:
         gpu_timer.mark(phase)

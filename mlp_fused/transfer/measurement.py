@@ -29,8 +29,6 @@ from .first_touch import FirstTouch, in_fresh_processes
 __all__ = ["Gpu", "copy_calls", "measure"]
 
 LADDER = (1 / 16, 1 / 4, 1, 4, 16)  # of the batch's rows: what is measured where `sizes` does not say
-
-
 LOOPS = ("resident", "step", "prefetched", "non_waiting", "narrowed")
 
 

@@ -12,7 +12,7 @@ of what those leave for the tuner; five minutes or less leave none, and tests an
 gets an equal part of the time left for the anchors still to come. One that takes longer is kept as far as it was
 measured, and measured again before the rest of the grid. Once the anchors have rows, nothing is reserved: with
 `--minutes 8 --tests-share 0 --tune-share 0.75` the tuner then has 337 seconds, in which by a model of its time
-(test_tuning.py) it measures every tile of the anchors, three or four of all other products, and every network.
+(test_tune_budget.py) it measures every tile of the anchors, three or four of all other products, and every network.
 
 The tests run in two commands, `pytest -m 'gpu and not alone' -n auto` and `pytest -m 'gpu and alone'`. Tests and tuner
 that run out of time get SIGINT, so that they say what they found, and a few seconds later SIGKILL. Before rows are

@@ -54,13 +54,22 @@ class Compilers:
         device: what is compiled for, as our rules know it.
         target: the same, as Triton knows it.
         workers: how many; 0: nothing is compiled ahead, and nothing waited for.
+        serve: what a process runs, given its end of a pipe, `compile`, `device` and `target`.
 
     Attributes:
         failure: why something, or anything from then on, was not compiled ahead.
     """
 
-    def __init__(self, compile: Callable[[Any], None], device: devices.Device, target: Any, workers: int) -> None:
+    def __init__(
+        self,
+        compile: Callable[[Any], None],
+        device: devices.Device,
+        target: Any,
+        workers: int,
+        serve: Callable[..., None] | None = None,
+    ) -> None:
         self.failure: str | None = None
+        self._serve = serve or _serve
         self._arguments = (compile, device, target)
         self._waiting: dict[Hashable, Any] = {}
         self._asked: set[Hashable] = set()
@@ -151,7 +160,7 @@ class Compilers:
     def _start(self) -> tuple[Worker, bool]:
         """A new process, and whether it serves; False if it ends before it can do anything."""
         with self._changed:  # or `__exit__` might miss it
-            worker = Worker(_serve, *self._arguments, daemon=True)
+            worker = Worker(self._serve, *self._arguments, daemon=True)
             self._workers.append(worker)
             if self._ended:
                 worker.kill()

@@ -84,8 +84,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def versions() -> dict[str, str]:
-    """What a measurement depends on besides the GPU: as a measured table has it."""
+def versions(driver: str | None = None) -> dict[str, str]:
+    """The versions that a measurement depends on besides the GPU, as a measured table has them.
+
+    `driver` is the GPU driver's; by default that of this machine.
+    """
     toolkit = {"hip": torch.version.hip} if torch.version.hip else {"cuda": torch.version.cuda or "none"}
     found = {
         "mlp_fused": __version__,
@@ -93,7 +96,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         **toolkit,
-        "driver": _driver(),
+        "driver": _driver() if driver is None else driver,
     }
     return {name: " ".join(version.split()) for name, version in found.items()}  # a line each
 

@@ -150,9 +150,9 @@ def work_on(what: Any) -> None:
 
 
 @contextlib.contextmanager
-def started(monkeypatch: pytest.MonkeyPatch, workers: int = 1) -> Iterator[Compilers]:
+def started(monkeypatch: pytest.MonkeyPatch, workers: int = 1, **parts: Any) -> Iterator[Compilers]:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    compilers = Compilers(work_on, H100, None, workers)
+    compilers = Compilers(work_on, H100, None, workers, **parts)
     try:
         with compilers:
             yield compilers
@@ -191,8 +191,7 @@ def test_what_is_waited_for_comes_first_and_each_key_once() -> None:
 def test_processes_that_do_not_start_leave_compiling_to_the_launch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compiling, "_serve", sys.exit)  # which takes no such arguments
-    with started(monkeypatch) as compilers:
+    with started(monkeypatch, serve=sys.exit) as compilers:  # which takes no such arguments
         compilers.ask({"a": tmp_path / "ran"})
         assert compilers.wait("a", 60) is None
         assert compilers.failure == "the processes that compile do not start: they end with status 1"

@@ -1,235 +1,29 @@
-"""DevicePrefetcher: against a plain loader, and on simulated streams that find out every missing wait."""
+"""DevicePrefetcher: against a plain loader, and on simulated streams that find every missing wait."""
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import gc
 import os
-import random
 import subprocess
 import sys
 import time
 import types
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from simulated_streams import LATE, Streams, equal, prefetch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mlp_fused import DevicePrefetcher
 from mlp_fused import prefetch as module_of_ours
-from mlp_fused.leaves import map_leaves
-from mlp_fused.prefetch import CopyTimer
 
 HERE = Path(__file__).parent
-
-# Simulated streams
-
-
-@dataclass
-class Event:
-    """Passed by a stream or not; one that was never recorded is passed, as in CUDA."""
-
-    pending: bool = False
-    at: int = -1
-
-    def synchronize(self) -> None:
-        assert not self.pending
-
-    def elapsed_time(self, end: Event) -> float:
-        return end.at - self.at
-
-
-@dataclass
-class Block:
-    """Device memory."""
-
-    memory: Tensor
-    keepers: set[str] = field(default_factory=set)
-
-
-class Streams:
-    """Streams in which nothing happens before it must, or until a random number says so: the worst a GPU may do.
-
-    Device memory is given out again as soon as it may be, and whatever lies in it is overwritten then.
-    """
-
-    device = torch.device("cpu")
-    side = "side"
-
-    def __init__(self, eager: Sequence[str] = (), seed: int | None = None) -> None:
-        self.queues: dict[str, collections.deque[Callable[[], bool]]] = {
-            "side": collections.deque(),
-            "consumer": collections.deque(),
-        }
-        self.eager = eager  # streams that do at once whatever they can
-        self.random = None if seed is None else random.Random(seed)
-        self.free: list[Block] = []
-        self.blocks: dict[int, Block] = {}  # by address
-        self.pinned_at: set[int] = set()
-        self.pinned_bytes = 0
-        self.now = 0
-        self.wrong: list[str] = []
-
-    def give(self, stream: str, work: Callable[[], object]) -> None:
-        """Enqueue work; it returns False while it has to wait."""
-        self.queues[stream].append(lambda: work() is not False)
-        self.happen()
-
-    def happen(self) -> None:
-        """What streams do while the host does something else."""
-        for stream in self.eager:
-            while self.step(stream):
-                pass
-        while self.random and self.random.random() < 0.5:
-            self.step(self.random.choice(("side", "consumer")))
-
-    def step(self, stream: str) -> bool:
-        queue = self.queues[stream]
-        if not queue:
-            return False
-        self.now += 1
-        work = queue.popleft()  # first, as it may enqueue: dropping memory does
-        if not work():
-            queue.appendleft(work)
-            return False
-        return True
-
-    def drain(self, stream: str) -> None:
-        """Do all that the stream was given; the other one does as much as it takes."""
-        other = "side" if stream == "consumer" else "consumer"
-        while self.queues[stream]:
-            if not self.step(stream):
-                assert self.step(other), "both streams wait for each other"
-
-    # What DevicePrefetcher asks for
-
-    def current(self) -> str:
-        return "consumer"
-
-    def on_side(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def event(self, *, timing: bool = False) -> Event:
-        return Event()
-
-    def record(self, event: Event, stream: str) -> None:
-        event.pending = True
-
-        def passed() -> None:
-            event.pending, event.at = False, self.now
-
-        self.give(stream, passed)
-
-    def wait(self, stream: str, event: Event) -> None:
-        self.give(stream, lambda: not event.pending)
-
-    def synchronize(self, event: Event) -> None:
-        while event.pending:
-            assert self.step("side")
-        self.happen()
-
-    def keep(self, moved: Tensor, stream: str) -> None:
-        self.blocks[moved.untyped_storage().data_ptr()].keepers.add(stream)
-
-    def pinned(self, nbytes: int) -> Tensor:
-        self.pinned_bytes += nbytes
-        return self.pin(torch.full((nbytes,), 0xAA, dtype=torch.uint8))
-
-    def pin(self, tensor: Tensor) -> Tensor:
-        self.pinned_at.add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    def is_pinned(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self.pinned_at
-
-    def is_here(self, tensor: Tensor) -> bool:
-        return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in self.blocks
-
-    def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        self.happen()
-        nbytes = int(np.prod(size)) * dtype.itemsize
-        if self.free:
-            block = self.free.pop()
-        else:
-            block = Block(torch.empty(4096, dtype=torch.uint8))
-            self.blocks[block.memory.data_ptr()] = block
-        block.keepers.clear()
-        tensor = block.memory[:nbytes].view(dtype).as_strided(size, stride)
-        weakref.finalize(tensor, self.dropped, block).atexit = False
-        return tensor
-
-    def dropped(self, block: Block) -> None:
-        """Free once the streams that it was recorded for have done what they have been given until now."""
-        waiting = set(block.keepers)
-
-        def done(stream: str) -> None:
-            waiting.discard(stream)
-            if not waiting:
-                self.free.append(block)
-
-        if not waiting:
-            self.free.append(block)
-        for stream in tuple(waiting):
-            self.queues[stream].append(lambda stream=stream: done(stream) is None)
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        target, held, source = target.detach(), weakref.ref(source), source.detach()
-
-        def work() -> None:
-            if held() is None:
-                self.wrong.append("a copy's source was let go before it was read")
-            target.copy_(source)
-
-        self.give("side", work)
-
-    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        target = self.empty(tensor.shape, tensor.stride(), dtype)
-        into, source = target.detach(), tensor.detach()
-        self.give("side", lambda: bool(into.copy_(source) is into))
-        return target
-
-    # What a consumer does
-
-    def use(self, batch: Any, expected: Any) -> None:
-        """Kernels that read a batch: enqueued now, run when the stream comes to them. They hold no memory."""
-        for number, (tensor, wanted) in enumerate(zip(leaves(batch), leaves(expected), strict=True)):
-            here, there = tensor.detach(), wanted.detach().clone()
-
-            def kernel(here: Tensor = here, there: Tensor = there, number: int = number) -> None:
-                if not equal(here, there):
-                    self.wrong.append(f"tensor {number} is {here.flatten()[:4]}, not {there.flatten()[:4]}")
-
-            self.give("consumer", kernel)
-
-
-def leaves(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_leaves(batch, lambda leaf: found.append(leaf) or leaf if isinstance(leaf, Tensor) else leaf)
-    return found
-
-
-def equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def prefetch(loader: Any, streams: Any, depth: int = 2, **options: Any) -> DevicePrefetcher[Any]:
-    prefetcher: DevicePrefetcher[Any] = DevicePrefetcher(loader, "cpu", depth, **options)
-    prefetcher._streams = streams
-    return prefetcher
-
-
-LATE = {"late copies": ("consumer",), "late compute": ("side",), "both late": ()}
 
 
 class Overwriting:
@@ -340,128 +134,6 @@ def test_what_is_copied_outlives_the_copy_when_the_loop_is_left() -> None:
     assert not streams.queues["side"]
 
 
-# What comes out
-
-
-class Pair(NamedTuple):
-    x: Any
-    y: Any
-
-
-@dataclass(frozen=True)
-class Record:
-    x: Any
-    note: str = ""
-    rest: Any = field(default=None, init=False)
-
-
-class Bag(collections.abc.MutableMapping[Any, Any]):
-    """Whose shallow copy shares what holds the items."""
-
-    def __init__(self, items: Any = ()) -> None:
-        self.items_ = dict(items)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.items_[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items_[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self.items_[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items_)
-
-    def __len__(self) -> int:
-        return len(self.items_)
-
-
-class Row(collections.UserList[Any]):
-    pass
-
-
-def tensors() -> st.SearchStrategy[Tensor]:
-    def make(kind: str, rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        whole = torch.randint(0, 100, (rows, columns), generator=generator).to(dtype)
-        return {
-            "contiguous": lambda: whole,
-            "transposed": whole.t,
-            "sliced": lambda: whole[:, ::2],
-            "a view": lambda: whole[1:],
-            "expanded": lambda: whole.new_ones(1, columns).expand(3, columns),
-            "a number": lambda: whole.sum().to(dtype),
-            "channels last": lambda: whole[None, None].to(memory_format=torch.channels_last),
-        }[kind]()
-
-    kinds = ("contiguous", "transposed", "sliced", "a view", "expanded", "a number", "channels last")
-    dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
-    return st.builds(
-        make,
-        st.sampled_from(kinds),
-        st.integers(0, 4),
-        st.integers(0, 4),
-        st.sampled_from(dtypes),
-        st.integers(0, 2**20),
-    )
-
-
-def batches() -> st.SearchStrategy[Any]:
-    other = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.just(range(3)), st.just(b"x"))
-
-    def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-        lists = st.lists(inner, max_size=3)
-        dicts = st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
-        return st.one_of(
-            lists,
-            lists.map(tuple),
-            lists.map(Row),
-            lists.map(collections.deque),
-            st.builds(Pair, inner, inner),
-            st.builds(Record, inner),
-            dicts,
-            dicts.map(collections.OrderedDict),
-            dicts.map(collections.UserDict),
-            dicts.map(Bag),
-            dicts.map(types.MappingProxyType),
-        )
-
-    return st.recursive(st.one_of(tensors(), other), containers, max_leaves=8)
-
-
-def same(found: Any, wanted: Any) -> bool:
-    """Types, keys, values, and how tensors lie in memory."""
-    if isinstance(wanted, Tensor):
-        strides = found.stride() == torch.empty_like(wanted).stride()
-        return type(found) is type(wanted) and equal(found, wanted) and strides
-    if type(found) is not type(wanted):
-        return False
-    if isinstance(wanted, collections.abc.Mapping):
-        return list(found) == list(wanted) and all(same(found[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, Record):
-        return same(found.x, wanted.x) and found.note == wanted.note and found.rest is None
-    if isinstance(wanted, collections.abc.Sequence) and not isinstance(wanted, str | bytes):
-        return len(found) == len(wanted) and all(map(same, found, wanted))
-    return bool(found == wanted)
-
-
-@given(st.lists(batches(), max_size=5), st.integers(1, 3))
-@settings(max_examples=150, deadline=None)
-def test_batches_come_as_the_loader_made_them(loader: list[Any], depth: int) -> None:
-    streams = Streams(LATE["late copies"])
-    prefetcher = prefetch(loader, streams, depth)
-    for _ in range(2):
-        count = 0
-        for found, wanted in zip(prefetcher, loader, strict=True):
-            streams.drain("consumer")
-            assert same(found, wanted)
-            assert all(streams.is_here(leaf) for leaf in leaves(found))
-            assert not any(streams.is_here(leaf) for leaf in leaves(wanted)), "the loader's own batch was changed"
-            count += 1
-        assert count == len(loader) == len(prefetcher)
-
-
 def test_the_cpu_passes_batches_through() -> None:
     loader = [(torch.ones(2), "a"), {"x": torch.zeros(1)}]
     assert all(found is made for found, made in zip(DevicePrefetcher(loader, "cpu"), loader, strict=True))
@@ -480,15 +152,6 @@ def test_a_cast_is_of_floating_point_alone(streams: Streams | None, cast: Any) -
     assert equal(found["z"][0], batch["z"][0])
 
 
-def test_a_device_without_streams() -> None:
-    batch = [torch.rand(3), torch.arange(2), Moves(log := []), "name"]
-    (found,) = DevicePrefetcher([batch], "meta", dtype=torch.bfloat16)
-    assert [leaf.device.type for leaf in found[:2]] == ["meta", "meta"]
-    assert [leaf.dtype for leaf in found[:2]] == [torch.bfloat16, torch.int64]
-    assert log == ["to meta"]
-    assert found[3] == "name"
-
-
 def test_fewer_bytes_are_staged_where_the_cast_comes_before() -> None:
     staged = {}
     for cast in ("before", "after"):
@@ -496,81 +159,6 @@ def test_fewer_bytes_are_staged_where_the_cast_comes_before() -> None:
         list(prefetch([torch.rand(8)], streams, dtype=torch.float16, cast=cast))
         staged[cast] = streams.pinned_bytes
     assert staged == {"before": 16, "after": 32}
-
-
-@pytest.mark.filterwarnings("ignore:Sparse")
-@pytest.mark.parametrize("layout", ["coo", "csr", "csc", "bsr"])
-def test_sparse_tensors(layout: str) -> None:
-    streams = Streams(LATE["late copies"])
-    dense = torch.tensor([[0.0, 2, 0, 1], [3, 0, 0, 0]])
-    block = {"blocksize": (1, 2)} if layout == "bsr" else {}
-    sparse = dense.to_sparse(layout=getattr(torch, f"sparse_{layout}"), **block)
-    (found,) = prefetch([[sparse]], streams)
-    streams.drain("side")
-    assert found[0].layout is sparse.layout
-    assert torch.equal(found[0].to_dense(), dense)
-    parts = [found[0]._indices(), found[0]._values()] if layout == "coo" else [found[0].values()]
-    assert all(streams.is_here(part) for part in parts)
-
-
-def test_a_packed_sequence_keeps_its_batch_sizes_on_the_host() -> None:
-    streams = Streams(LATE["late copies"])
-    packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([2, 4]), enforce_sorted=False)
-    (found,) = prefetch([packed], streams)
-    streams.drain("side")
-    assert found.batch_sizes is packed.batch_sizes
-    assert streams.is_here(found.data)
-    assert torch.equal(found.data, packed.data)
-    assert torch.equal(found.unsorted_indices, packed.unsorted_indices)
-
-
-class Moves:
-    """As graph libraries have it."""
-
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Moves:
-        self.log.append(f"to {device}{', non_blocking' * non_blocking}")
-        return self
-
-
-class MovesAhead(Moves):
-    def pin_memory(self) -> MovesAhead:
-        self.log.append("pin_memory")
-        return self
-
-    def record_stream(self, stream: Any) -> None:
-        self.log.append("record_stream")
-
-
-def test_objects_that_move_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Streams, "keep", lambda _, moved, stream: moved.record_stream(stream))
-    streams = Streams(LATE["late copies"])
-    log: list[str] = []
-    found = iter(prefetch([[Moves(log)], [MovesAhead(log)]], streams))
-    assert isinstance(next(found)[0], Moves)
-    assert log == ["pin_memory", "to cpu, non_blocking", "to cpu"]  # the later one is copied ahead
-    log.clear()
-    assert isinstance(next(found)[0], MovesAhead)
-    assert log == ["record_stream"]
-
-
-class Marked(Tensor):
-    pass
-
-
-def test_what_is_more_than_its_numbers_is_moved_by_its_own_to() -> None:
-    streams = Streams(LATE["late copies"])
-    leaf = torch.ones(2, requires_grad=True)
-    batch = [leaf * 2, nn.Parameter(torch.ones(2), requires_grad=False), torch.ones(2).as_subclass(Marked)]
-    (found,) = prefetch([batch], streams)
-    streams.drain("side")
-    found[0].sum().backward()
-    assert torch.equal(leaf.grad, torch.full((2,), 2.0))
-    assert type(found[1]) is Tensor
-    assert streams.is_here(found[1])
-    assert type(found[2]) is Marked
 
 
 def test_a_batch_on_the_device_is_left_there() -> None:
@@ -587,9 +175,6 @@ def test_pinned_memory_is_made_outside_of_inference_mode() -> None:
     with torch.inference_mode():
         assert not next(batches).is_inference()
     assert len(list(batches)) == 2
-
-
-# As the loader behaves
 
 
 class Scripted:
@@ -792,55 +377,6 @@ def test_a_worker_that_dies(wrap: str) -> None:
     assert seen == [str(4 * n) for n in range(len(seen))]
 
 
-def test_timing_of_the_copies() -> None:
-    timer, streams = CopyTimer(), Streams(LATE["both late"])
-    for batch in prefetch([torch.ones(2)] * 5, streams, timer=timer):
-        streams.use(batch, torch.ones(2))
-    streams.drain("consumer")
-    timer.read()
-    assert timer.batches == 5
-    assert timer.copy_ms > 0
-    assert 0 <= timer.hidden <= 1
-    timer.reset()
-    assert (timer.batches, timer.copy_ms, timer.hidden) == (0, 0, 0)
-
-
-@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
-def test_what_the_host_stages_is_no_part_of_the_copy(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-    streams = Streams(LATE["both late"])
-
-    def note(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
-
-        def noted(*arguments: Any, **keywords: Any) -> Any:
-            done.append(name)
-            return real(*arguments, **keywords)
-
-        monkeypatch.setattr(owner, name, noted)
-
-    note(streams, "record"), note(streams, "copy"), note(module_of_ours._Slot, "stage")
-    x = torch.ones(2)
-    next(iter(prefetch([{"x": streams.pin(x) if pinned else x, "name": "a"}], streams, timer=CopyTimer())))
-    assert done[:-2] == [*([] if pinned else ["stage"]), "record", "copy", "record"]
-
-
-def test_a_batch_of_no_tensors_takes_no_time_to_copy() -> None:
-    timer, streams = CopyTimer(), Streams(LATE["both late"])
-    assert list(prefetch(["a", "b"], streams, timer=timer)) == ["a", "b"]
-    streams.drain("side"), streams.drain("consumer")
-    timer.read()
-    assert timer.batches == 2
-
-
-@pytest.mark.parametrize(("waited", "hidden"), [(0.0, 1.0), (1.0, 0.75), (4.0, 0.0), (9.0, 0.0)])
-def test_what_the_device_did_not_wait_for_was_hidden(waited: float, hidden: float) -> None:
-    timer = CopyTimer()
-    timer.add(Event(at=10), Event(at=14), Event(at=20), Event(at=20 + waited))  # type: ignore[arg-type]
-    timer.read()
-    assert (timer.copy_ms, timer.waited_ms, timer.hidden) == (4.0, waited, hidden)
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "sentence"),
     [
@@ -881,9 +417,6 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         DevicePrefetcher([], "cuda")
 
 
-# On a GPU
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
@@ -908,24 +441,6 @@ def test_every_byte_arrives_on_a_real_gpu(depth: int, pinned: bool) -> None:
         wrong += (batch != expected[n]).sum()
         del batch
     assert wrong.item() == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("device")
-def test_nested_batches_on_a_real_gpu() -> None:
-    packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
-    sparse = torch.eye(5).to_sparse()
-    batch = Record(x=[torch.randn(3, 4).t(), {"y": torch.arange(5), "empty": torch.ones(0, 3)}, packed, sparse, "name"])
-    (found,) = DevicePrefetcher([batch], "cuda")
-    x, named, moved, eye, name = found.x
-    assert x.is_cuda
-    assert x.stride() == batch.x[0].stride()
-    assert torch.equal(x.cpu(), batch.x[0])
-    assert torch.equal(named["y"].cpu(), torch.arange(5))
-    assert named["empty"].shape == (0, 3)
-    assert torch.equal(moved.data.cpu(), packed.data)
-    assert torch.equal(eye.to_dense().cpu(), torch.eye(5))
-    assert name == "name"
 
 
 @pytest.mark.gpu

@@ -119,7 +119,7 @@ def test_the_two_commands_for_a_gpu_run_each_of_its_tests_once(collected: dict[s
     assert sorted(together + alone) == sorted(found["gpu"])
     assert len(together) > 10 * len(alone)
     files = {test.split("::")[0] for test in alone}
-    assert {"tests/test_distributed.py", "tests/test_timing.py", "tests/test_transfer.py"} <= files
+    assert {"tests/test_distributed.py", "tests/test_timing.py", "tests/test_transfer_measurement.py"} <= files
 
 
 @pytest.mark.parametrize(

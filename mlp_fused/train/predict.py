@@ -96,8 +96,12 @@ class Predictions:
             yield from columns.tolist()
 
 
-def predict(checkpoint: str | Path, x: np.ndarray | Tensor, device: str = "auto") -> Predictions:
+def predict(
+    checkpoint: str | Path, x: np.ndarray | Tensor, device: str = "auto", batch_size: int = ROWS
+) -> Predictions:
     """The predictions of a checkpoint of `mlp-fused train` for features x (N, ...), as they are in the data's file.
+
+    `batch_size` rows go through the network at once.
 
     Raises:
         UserError: a file or rows that cannot be used.
@@ -114,7 +118,7 @@ def predict(checkpoint: str | Path, x: np.ndarray | Tensor, device: str = "auto"
     network.to(where)  # it alone: the rows are here
     dtype = loaded["config"]["dtype"]  # computed as in training, so that the accuracy is the one that was reported
     with torch.inference_mode(), autocast("fp32" if (dtype, where.type) == ("fp16", "cpu") else dtype, where):
-        parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(ROWS)]
+        parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(batch_size)]
     outputs = torch.cat(parts)
     if unscaling:
         return Predictions(values=unscaling[0](outputs).reshape(-1, *data["shape"]).numpy())

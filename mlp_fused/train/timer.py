@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +21,22 @@ class StepTimer:
     host's clock. On a GPU they are events in its stream, which the host does not wait for: they are read once an epoch,
     by `read()`. "loading" is then the time in which the device stood waiting for its next batch, "copy" that in which
     it waited for the copy of one that was loaded, as `copies` has timed it: what hides behind its work costs nothing.
+
+    Args:
+        device: where the steps run.
+        now: marks this moment: seconds on a CPU, an event with timing on a GPU; by default the clock, or the stream.
+        most_pending: marks that are kept before they are read.
     """
 
     PHASES = ("loading", "copy", "forward", "backward", "optimizer")
     MOST_PENDING = 10_000  # marks; beyond, they are read in mid-epoch: one wait in 2000 steps
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, now: Callable[[], Any] | None = None, most_pending: int = MOST_PENDING
+    ) -> None:
         self._device = device
+        self._now = now or functools.partial(_moment, device)
+        self._most_pending = most_pending
         self._pending: list[tuple[str, Any]] = []
         self.copies = None if device.type == "cpu" else CopyTimer()
         self.reset()
@@ -47,7 +58,7 @@ class StepTimer:
         """The phase ends now, and the next one begins. "optimizer" is a step's last."""
         self._pending.append((phase, self._now()))
         self.steps += phase == self.PHASES[-1]
-        if len(self._pending) >= self.MOST_PENDING:
+        if len(self._pending) >= self._most_pending:
             self.read()
 
     def read(self) -> None:
@@ -59,13 +70,6 @@ class StepTimer:
         del self._pending[:-1]
         if self.copies is not None:
             self.copies.read()
-
-    def _now(self) -> Any:
-        if self._device.type == "cpu":
-            return time.perf_counter()
-        event = torch.get_device_module(self._device).Event(enable_timing=True)
-        event.record()
-        return event
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -99,3 +103,12 @@ class StepTimer:
                 f"{self.copies.hidden:.0%} of it were hidden"
             )
         return "\n".join(lines)
+
+
+def _moment(device: torch.device) -> Any:
+    """Now: the clock's seconds on a CPU, a recorded event on a GPU."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.get_device_module(device).Event(enable_timing=True)
+    event.record()
+    return event

@@ -17,6 +17,7 @@ from ..errors import UserError, first_line
 from ..files import check_writable
 from ..flags import DEVICE_HELP, check_choices, option, shown
 from ..module import FusedMLP
+from ..timing import SECONDS
 from .findings import Transfer
 from .measurement import measure
 
@@ -94,12 +95,13 @@ class Config:
             raise UserError(str(error)) from None
 
 
-def run(config: Config, *, report: Callable[[str], None] = print) -> Transfer:
+def run(config: Config, *, report: Callable[[str], None] = print, seconds: float = SECONDS) -> Transfer:
     """Measure as configured.
 
     Args:
         config: what to do.
         report: is given what a user wants to read.
+        seconds: spent on one number, about.
 
     Raises:
         UserError: a mistake that the user can mend.
@@ -111,7 +113,7 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Transfer:
     asked = None if config.device == "auto" and device.type == "cpu" else device
     try:
         batch = torch.randn(max(config.batch), width, dtype=DTYPES[config.dtype])
-        found = measure(model, batch, sizes=config.batch, training=not config.inference, device=asked)
+        found = measure(model, batch, sizes=config.batch, training=not config.inference, device=asked, seconds=seconds)
     except (ValueError, RuntimeError) as error:  # of torch: out of memory, a kind of device that is not measured
         raise UserError(first_line(error)) from None
     report(json.dumps(found.as_dict(), indent=2) if config.json else str(found))

@@ -30,16 +30,6 @@ from .first_touch import FirstTouch, in_fresh_processes
 __all__ = ["Gpu", "copy_calls", "measure"]
 
 LADDER = (1 / 16, 1 / 4, 1, 4, 16)  # of the batch's rows: what is measured where `sizes` does not say
-
-
-# What is measured
-
-
-# The table
-
-
-# Measuring
-
 LOOPS = ("resident", "step", "prefetched", "non_waiting", "narrowed")
 
 
@@ -111,9 +101,10 @@ class Gpu:
     Tests have one that is made up, with a link, a launch and kernels of stated speed.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cache_bytes: Callable[[str], int] = timing.cache_bytes) -> None:
         self.device = device
         self.clock = timing.CLOCK
+        self.cache_bytes = cache_bytes
 
     @property
     def name(self) -> str:
@@ -132,7 +123,7 @@ class Gpu:
         """What is timed for OnGpu's fields, by their names; batch lies in pageable memory."""
         work = Work(model, training, self.device)
         nbytes = sum(tensor.nbytes for tensor in batch)
-        sets = min(64, timing.rotation(nbytes, timing.cache_bytes("cuda")))
+        sets = min(64, timing.rotation(nbytes, self.cache_bytes("cuda")))
         there = [[tensor.to(self.device) for tensor in batch] for _ in range(sets)]
         outputs = work.forward(there[0])
         gradients = work.gradients(outputs)
@@ -318,6 +309,3 @@ def _point(
         cpu=OnCpu(found["forward"], found.get("backward"), found["resident"]),
         gpu=on_gpu,
     )
-
-
-# The command

@@ -30,9 +30,13 @@ MOST_SETS = 1024  # of operands to take in turn
 
 
 class Operands:
-    """The tensors of a product, in several sets, and its two ways: by torch, by our kernel."""
+    """The tensors of a product, in several sets, and its two ways: by torch, by our kernel.
 
-    def __init__(self, product: Product, device: torch.device) -> None:
+    Args:
+        count: the number of sets; by default so many that each comes from memory, not from L2.
+    """
+
+    def __init__(self, product: Product, device: torch.device, count: int | None = None) -> None:
         self.kind = product.kind
         M, N, K = product.rows, product.width_out, product.width_in
         dtype, self.precision = ARITHMETIC[product.dtype]
@@ -50,7 +54,7 @@ class Operands:
             wanted = [((M, N), M**-0.5), ((M, K), 1.0), ((N, K), 1.0), ((N,), 1.0)]
         self.inputs = 2 if self.kind == "wgrad" else 3  # the first tensors of a set are read, the others written
         nbytes = sum(math.prod(each[0]) for each in wanted if each) * dtype.itemsize
-        self.count = _sets(device, nbytes)
+        self.count = _sets(device, nbytes) if count is None else count
         made = [
             _random(self.count, *each[0], dtype=dtype, device=device, scale=each[1]) if each else [None] * self.count
             for each in wanted

@@ -54,16 +54,25 @@ ANCHOR_WEIGHT = 16  # of a reading of an anchor
 Clock = Callable[[Callable[[], object]], float]  # seconds that one call takes
 
 
+def _synchronize(device: torch.device) -> None:
+    """Wait for a GPU. Raises RuntimeError where its context is broken, as after an illegal memory access."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Tuner:
     """Measures tasks on a device, one after the other, within a time.
 
     Args:
+        gpu: the device, as our rules know it.
         time: seconds that one call takes on the device.
         now: seconds of a clock that the time limit goes by.
         compilers: what compiles ahead.
         old: what was measured before.
         new: a table without rows, for what is measured now.
         operands, passes: make the tensors of a product, and of a network.
+        candidates: the tiles for a problem on `gpu`, the likeliest first.
+        synchronize: waits for the device, and raises RuntimeError if it is broken.
 
     Attributes:
         rows: what was measured.
@@ -74,6 +83,7 @@ class Tuner:
     def __init__(
         self,
         device: torch.device,
+        gpu: devices.Device,
         time: Clock,
         now: Callable[[], float],
         compilers: Compilers,
@@ -81,13 +91,16 @@ class Tuner:
         new: table_files.Table,
         operands: Callable[..., Operands] = Operands,
         passes: Callable[..., Passes] = Passes,
+        candidates: Callable[..., Sequence[tile_config.TileConfig]] = layer_tiles.candidates,
+        synchronize: Callable[[torch.device], None] = _synchronize,
     ) -> None:
-        self.gpu = devices.describe(device.type, device.index or 0)
+        self.gpu = gpu
         self.device = device
         self.time = time
         self.now = now
         self.compilers = compilers
         self.operands, self.passes = operands, passes
+        self.candidates, self.synchronize = candidates, synchronize
         self.old = {row.key: row for row in old.gemms}
         self.tables = old, new
         self.rows: list[Row] = []
@@ -149,7 +162,7 @@ class Tuner:
         """What was the fastest before, then by the rule's estimate."""
         before = self.old.get(product.key)
         first = (before.tile,) if before and before.tile else ()
-        return tuple(dict.fromkeys((*first, *layer_tiles.candidates(product.problem, self.gpu))))
+        return tuple(dict.fromkeys((*first, *self.candidates(product.problem, self.gpu))))
 
     def _ask_ahead(self, tasks: Sequence[Task]) -> None:
         """Have compiled, in order, what every task should have measured; then what there may be time for."""
@@ -246,7 +259,7 @@ class Tuner:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of many classes: it does not compile, or it takes more than the GPU has
-            _synchronize(self.device)
+            self.synchronize(self.device)
             self.notes.append(f"{what} was left out: it fails: {type(error).__name__}: {first_line(error)}")
             return False
         for difference, bound in zip(differences, itertools.chain(bounds, itertools.repeat(bounds[-1]))):
@@ -256,12 +269,6 @@ class Tuner:
                 )
                 return False
         return True
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for a GPU. Raises RuntimeError where its context is broken, as after an illegal memory access."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class EventClock:
@@ -296,6 +303,9 @@ def tune(
     time: Clock | None = None,
     now: Callable[[], float] = times.monotonic,
     compilers: Compilers | None = None,
+    tasks: Callable[..., list[Task]] = list_tasks,
+    versions: Callable[[], dict[str, str]] = versions,
+    **parts: Any,
 ) -> table_files.Table:
     """Measure what is asked for, and write it into a table, whole or not at all, beside what that holds already.
 
@@ -306,6 +316,9 @@ def tune(
         time: seconds of one call; the GPU's events by default.
         now: seconds of a clock that the time limit goes by.
         compilers: what compiles ahead; by default as many processes as this machine has room for.
+        tasks: lists what is to be measured, in order.
+        versions: returns what the measurement depends on besides the GPU.
+        parts: keyword arguments of Tuner, such as `operands` or `candidates`.
 
     Raises:
         UserError: there is no GPU for the kernels, or it failed; the file cannot be written, or is no table of this
@@ -322,10 +335,10 @@ def tune(
         on_gpu = device.type == "cuda"
         target = driver.active.get_current_target() if on_gpu else None
         compilers = Compilers(compile_ahead, gpu, target, count_workers() if on_gpu else 0)
-    tuner = Tuner(device, time or EventClock(), now, compilers, old, empty)
+    tuner = Tuner(device, gpu, time or EventClock(), now, compilers, old, empty, **parts)
 
     known: list[tuple[Any, ...]] = [*(row.key for row in old.gemms), *(row.key for row in old.networks)]
-    asked = list_tasks(config.workloads, gpu, known)
+    asked = tasks(config.workloads, gpu, known)
     report(f"{len(asked)} problems on {gpu.name}, {config.minutes:g} minutes at the most, into {path}")
 
     def save() -> str:

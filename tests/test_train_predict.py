@@ -150,11 +150,10 @@ def test_in_python_the_model_is_a_module(arrays: dict[str, np.ndarray]) -> None:
     assert predict("run.pt", torch.from_numpy(arrays["x"])).labels.tolist() == labels.tolist()
 
 
-def test_many_rows_go_through_in_parts(arrays: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_go_through_in_parts(arrays: dict[str, np.ndarray]) -> None:
     trained(arrays["y"], arrays, epochs=1)
     whole = predict("run.pt", arrays["x"])
-    monkeypatch.setattr(module, "ROWS", 7)
-    parts = predict("run.pt", arrays["x"])
+    parts = predict("run.pt", arrays["x"], batch_size=7)
     assert parts.labels.tolist() == whole.labels.tolist()
     assert parts.probabilities == pytest.approx(whole.probabilities, abs=1e-6)
 

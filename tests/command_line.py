@@ -1,0 +1,31 @@
+"""The command line as its tests call it, and data to call it with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mlp_fused.__main__ import main
+
+TINY = ["--hidden", "8", "--epochs", "2", "--batch-size", "16"]
+
+
+COMMAND = [sys.executable, "-m", "mlp_fused"]
+
+
+def write(**arrays: Any) -> None:
+    np.savez("data.npz", **arrays)
+
+
+def call(*arguments: str, run: Callable[..., object] | None = None) -> int:
+    """The exit status; `run` takes the place of the command's own function."""
+    try:
+        return main(arguments, run)
+    except SystemExit as stop:  # argparse's own
+        return -1 if stop.code is None else int(stop.code)
+
+
+X, Y = np.ones((6, 3)), np.array([0, 1, 2, 0, 1, 2])

@@ -1,0 +1,99 @@
+"""Tuning by a clock that is made up, with two tiles for every product."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlp_fused.engine import network_path, table_files, tables
+from mlp_fused.kernels.devices import INTERPRETED_DEVICE
+from mlp_fused.kernels.tile_config import TileConfig
+from mlp_fused.tune import operands
+from mlp_fused.tune.config import Config
+from mlp_fused.tune.operands import Passes
+from mlp_fused.tune.tasks import Product, Task, Whole, list_tasks, products
+from mlp_fused.tune.tuner import tune
+
+CPU = torch.device("cpu")
+SLOW, FAST, BROKEN, WRONG = (TileConfig(16, 16, 16, group_m=1, num_warps=warps) for warps in (1, 2, 4, 8))
+DIMS = Config(dims=((6, 5, 4),), batch=(8,), dtype=("fp32",))
+PRODUCTS = len(products(DIMS.workloads[0]))
+
+
+class Clock:
+    """Runs each call once, and says how long it would have taken: by the tile or the path that it ran."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.seconds: dict[Any, float] = {"torch": 3e-3, SLOW: 2e-3, FAST: 1e-3}
+        self.ran: list[Any] = []
+        self.timed: list[Any] = []
+        self.each = 1.0  # what one reading takes of the time limit
+        self.parts: dict[str, Any] = {"candidates": lambda *_: (SLOW, FAST), "tasks": only(Product)}  # of tune
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        self.ran.clear()
+        call()
+        self.now += self.each
+        self.timed.append(self.ran[0])
+        return self.seconds.get(self.ran[0], 5e-3)
+
+    def watch(self, what: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, noting that it ran."""
+
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            self.ran.append(arguments[-1] if what == "tile" else what)
+            return run(*arguments, **keywords)
+
+        return watched
+
+
+class WatchedPasses(Passes):
+    """Passes that tell the clock which path is taken."""
+
+    def __init__(self, clock: Clock, whole: Whole, device: torch.device) -> None:
+        super().__init__(whole, device)
+        self.clock = clock
+
+    def by_torch(self, x: torch.Tensor) -> torch.Tensor:
+        self.clock.ran.append("torch")
+        return super().by_torch(x)
+
+    def by_layers(self, x: torch.Tensor) -> torch.Tensor:
+        self.clock.ran.append("layer")
+        return super().by_layers(x)
+
+    def by_network(self, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+        self.clock.ran.append(path.formulation or "network")
+        return super().by_network(path, x)
+
+
+def only(kind: type[Task]) -> Callable[..., list[Task]]:
+    """Lists the tasks of one kind."""
+    return lambda *arguments: [task for task in list_tasks(*arguments) if isinstance(task, kind)]
+
+
+def watch_ways(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that sees which way is taken; two tiles for every product, and no whole networks."""
+    clock = Clock()
+    for kind in table_files.KINDS:
+        monkeypatch.setitem(operands.BY_TORCH, kind, clock.watch("torch", operands.BY_TORCH[kind]))
+        monkeypatch.setitem(operands.BY_KERNEL, kind, clock.watch("tile", operands.BY_KERNEL[kind]))
+    clock.parts["passes"] = functools.partial(WatchedPasses, clock)
+    return clock
+
+
+def run(clock: Clock, config: Config = DIMS, **parts: Any) -> tuple[table_files.Table, str]:
+    """The table, and what was reported. `parts` take the place of the clock's."""
+    said: list[str] = []
+    table = tune(config, report=said.append, device=CPU, time=clock, now=lambda: clock.now, **{**clock.parts, **parts})
+    return table, "\n".join(said)
+
+
+def path() -> Path:
+    return tables.user_path(INTERPRETED_DEVICE.name)

@@ -1,0 +1,73 @@
+"""`mlp-fused predict`: its flags, its help, its mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import TINY, call
+
+from mlp_fused.train import predict
+
+
+def test_every_flag_of_predict_reaches_its_configuration() -> None:
+    seen: list[predict.Config] = []
+
+    def run(config: Any, report: object) -> None:
+        seen.append(config)
+
+    needed = ["--checkpoint", "c.pt", "--data", "d.npz", "--out", "o.csv"]
+    assert call("predict", *needed, run=run) == 0
+    assert call("predict", *needed, "--device", "cpu", run=run) == 0
+    assert seen == [predict.Config("c.pt", "d.npz", "o.csv"), predict.Config("c.pt", "d.npz", "o.csv", "cpu")]
+
+
+def test_help_of_predict_states_every_flag_and_its_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    assert call("predict", "--help") == 0
+    entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
+    for field in dataclasses.fields(predict.Config):
+        assert "default" in entries["--" + field.name]
+    assert "(default: auto, a GPU where there is one)" in entries["--device"]
+    assert "not scaled: the model does that" in entries["--data"]
+
+
+def test_train_then_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") == 0
+    capsys.readouterr()
+    assert call("predict", "--checkpoint", "run.pt", "--data", "data.npz", "--out", "out.csv") == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("data.npz: 50 rows; labels, probabilities, classes are in out.csv\n", "")
+    assert len(Path("out.csv").read_text().splitlines()) == 51
+
+
+PREDICT_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "nothing": ((), "the following arguments are required: --checkpoint, --data, --out"),
+    "no checkpoint": (
+        ("--checkpoint", "none.pt", "--data", "data.npz", "--out", "o.npz"),
+        "there is no checkpoint none",
+    ),
+    "suffix": (("--checkpoint", "a", "--data", "data.npz", "--out", "o.txt"), "--out is o.txt; it needs to be a name"),
+    "its data": (
+        ("--checkpoint", "a", "--data", "data.npz", "--out", "data.npz"),
+        "--out is data.npz, the file of --data",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), PREDICT_MISTAKES.values(), ids=PREDICT_MISTAKES)
+def test_a_mistake_in_predicting_is_one_sentence_and_exit_status_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], sentence: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert call("predict", *flags) == 2
+    out, err = capsys.readouterr()
+    assert re.search(f"^mlp-fused( predict)?: .*{re.escape(sentence)}", err)
+    assert err.count("\n") == 1
+    assert out == ""
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -1,0 +1,127 @@
+"""MLP_FUSED_DEBUG=1: it names the layer, and changes no result."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from out_of_memory import at
+from readme import ROOT, readme
+
+from mlp_fused.engine import layer_path
+from mlp_fused.environment import SWITCHES
+from mlp_fused.kernels import activations
+
+SETUP = """
+import torch
+from mlp_fused import FusedMLP
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        return function(*arguments, **keywords or {})
+
+model = FusedMLP(4, [5, 6, 3])
+x = torch.randn(2, 4)
+"""
+
+
+POISON = "model[3].weight.data[0, 0] = float('nan')\n"
+
+
+FORWARD = r"layer 1 \(relu\), forward: 2 of 12 elements of h are NaN or infinite"
+
+
+DEBUGGED = {
+    "training": (POISON + "model(x)", FORWARD),
+    "inference": (POISON + "with torch.inference_mode(): model(x)", FORWARD),
+    "repeated": ("model(x)\nmodel(x)\n" + POISON + "model(x)", FORWARD),
+    "registered operator": (POISON + "with Mode(): model(x)", FORWARD),
+    "registered operator, inference": (
+        POISON + "with torch.no_grad(), Mode(): model(x)",
+        FORWARD,
+    ),
+    "input": ("model(x * float('inf'))", r"layer 0 \(relu\), forward: \d+ of 10 elements of h are NaN or infinite"),
+    "backward": (
+        "model(x).backward(torch.full((2, 3), float('inf')))",
+        r"layer 2 \(identity\), dgrad: \d+ of 12 elements of dx are NaN or infinite",
+    ),
+    "backward of a registered operator": (
+        "with Mode(): model(x).backward(torch.full((2, 3), float('inf')))",
+        r"layer 2 \(identity\), dgrad: \d+ of 12 elements of dx are NaN or infinite",
+    ),
+    "parameters alone": (
+        "FusedMLP(4, [3])(x).backward(torch.full((2, 3), float('inf')))",
+        r"layer 0 \(identity\), wgrad: \d+ of 12 elements of dw are NaN or infinite",
+    ),
+}
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(("code", "sentence"), DEBUGGED.values(), ids=DEBUGGED)
+def test_debugging_names_the_layer(code: str, sentence: str) -> None:
+    found = python(SETUP + code, MLP_FUSED_DEBUG="1")
+    assert re.match(f"FloatingPointError: {sentence}$", found.stderr.strip().splitlines()[-1]), found.stderr
+
+
+@pytest.mark.alone
+def test_debugging_changes_no_result() -> None:
+    code = SETUP + "y = model(x); y.sum().backward(); y = model(x)\nprint(y.tolist(), model[0].weight.grad.tolist())"
+    code = code.replace("model =", "torch.manual_seed(0); model =")
+    assert python(code, MLP_FUSED_DEBUG="1").stdout == python(code).stdout != ""
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kernels = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "MLP_FUSED_BACKEND": "triton"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **kernels, **environment}, capture_output=True, text=True
+    )
+
+
+def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An illegal access shows when the kernel is waited for; one of an earlier kernel is not this layer's."""
+    kernels = layer_path.layer_path(
+        (4, 3),
+        (activations.IDENTITY,),
+        ((torch.float32, None),),
+        torch.float32,
+        "ieee",
+        torch_too=False,
+        dropouts=(0.0,),
+    ).layers[0]
+    x, weight, h = torch.randn(2, 4), torch.randn(3, 4), torch.empty(2, 3)
+    launch = layer_path._checked(layer_path.LayerKernels.forward_into, "forward")
+    torchs = "CUDA error: an illegal memory access was encountered"
+    for call, sentence in ((1, torchs), (2, f"layer 0 (identity), forward: {torchs}")):
+
+        def illegal() -> None:
+            raise RuntimeError(torchs)
+
+        monkeypatch.setattr(layer_path, "_wait", at(call, illegal))
+        with pytest.raises(RuntimeError) as caught:
+            launch(kernels, x, weight, None, h, None)
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.alone
+def test_the_readmes_example_of_debugging(tmp_path: Path) -> None:
+    """Its command, its program and what it says comes out."""
+    program, sentence = re.findall(r"^```(?:python)?\n(.*?)^```", readme("debug"), re.MULTILINE | re.DOTALL)
+    command = re.search(r"`(MLP_FUSED_DEBUG=1 .*) python nan.py`", readme("debug"))
+    assert command
+    (tmp_path / "nan.py").write_text(program)
+    switches = dict(switch.split("=") for switch in command[1].split())
+    clean = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    found = subprocess.run(
+        [sys.executable, "nan.py"],
+        cwd=tmp_path,
+        env={**clean, **switches, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stderr.strip().splitlines()[-1] == sentence.strip()

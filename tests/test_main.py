@@ -1,0 +1,77 @@
+"""`mlp-fused` itself: its commands, its version, Ctrl-C, and which of several processes answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import X, Y, call
+
+import mlp_fused
+from mlp_fused.train import data, distributed
+from mlp_fused.train.config import Config
+
+
+def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call() == 2
+    assert capsys.readouterr().err.startswith("mlp-fused: the following arguments are required: ")
+
+
+@pytest.mark.parametrize("text", ["stopped; run.pt is the last checkpoint", ""])
+def test_ctrl_c_is_one_line_and_exit_status_130(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(config: Config, report: object) -> None:
+        raise KeyboardInterrupt(*[text] * bool(text))
+
+    assert call("train", run=interrupted) == 130
+    assert capsys.readouterr().err == f"mlp-fused: {text or 'stopped'}\n"
+
+
+@pytest.mark.parametrize(
+    "flags", [("--epochs", "0"), ("--epochs", "many"), ("--data", "none.npz"), ("--data", "labels.npz")], ids=" ".join
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_mistake_of_all_processes_is_said_once(
+    first: int,
+    flags: tuple[str, ...],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever comes first; the two are called here one after the other."""
+    np.savez("labels.npz", x=X, y=Y - 1)  # a label below 0: out of range on every process's host, and on no GPU
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed, "_store", lambda *address: store)
+
+    def run(config: Any, report: object) -> None:
+        data.load_data(config.data)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    errors = []
+    for rank in (first, 1 - first):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call("train", *flags, run=run) == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[0].startswith("mlp-fused")
+    assert errors[0].count("\n") == 1
+    assert errors[1] == ""
+
+
+@pytest.mark.parametrize("flags", [("--version",), ("--help",), ("train", "--help"), ("env",)], ids=" ".join)
+def test_the_first_process_alone_answers(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call(*flags) == 0
+        assert bool(capsys.readouterr().out) == (rank == 0)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"mlp-fused {mlp_fused.__version__}\n"

@@ -1,0 +1,196 @@
+"""Out of memory: the error says which batch would fit. And no tensor is held after a call."""
+
+from __future__ import annotations
+
+import gc
+import re
+import traceback
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from out_of_memory import TORCHS
+from readme import readme
+from torch import Tensor, nn
+
+from mlp_fused import FusedMLP, fuse, memory
+from mlp_fused.memory import Need, Room
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A device with 3 MiB, of which 1 MiB is taken, and no memory for the kernels' outputs."""
+
+    new_empty = torch.Tensor.new_empty
+
+    def refuse(like: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if like.is_meta:  # torch's own, for what only has a shape
+            return new_empty(like, *arguments, **keywords)
+        raise torch.OutOfMemoryError(TORCHS)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", refuse)
+    monkeypatch.setattr(memory, "room", lambda device: Room(3 * 2**20, 2**20))
+    return monkeypatch
+
+
+def model_of(**settings: Any) -> FusedMLP:
+    return FusedMLP(32, [64, 64, 8], activation_layer="gelu", backend="triton", **settings)
+
+
+def test_a_forward_that_runs_out_says_what_is_kept_and_what_would_fit(full: pytest.MonkeyPatch, path: str) -> None:
+    model, x = model_of(recompute=False), torch.randn(4096, 32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        model(x)
+    text = str(caught.value)
+    kept = model.explain(4096).kept_bytes
+    assert kept == 4096 * (32 + 64 + 64) * 4
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    # A row: what is kept, and four tensors as wide as the widest layer; gradients and Adam's two tensors are as large
+    # as the parameters.
+    fits = (3 * 2**20 - 4 * parameters) / (kept / 4096 + 4 * 64 * 4)
+    assert text.startswith(
+        f"{TORCHS}\nmlp_fused: for 4096 rows the network keeps {kept / 2**20:.1f} MiB for backward and works with "
+        f"about 4.0 MiB more, beside {4 * parameters / 2**20:.1f} MiB of parameters, gradients and an optimizer's "
+        "state (2 tensors a parameter). Of cpu this process can have 3.0 MiB; its tensors take 1.0 MiB."
+    )
+    assert 1024 <= fits < 2048
+    assert "About 1024 rows would fit. Less is taken by fewer rows at once, recompute=True, 16 bits (t" in text
+    assert text.endswith("torch.inference_mode() where no backward follows.")
+    assert type(caught.value) is torch.OutOfMemoryError
+    assert traceback.extract_tb(caught.tb)[-1].name == "refuse"
+    full.undo()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(model(x), nn.Sequential(*model)(x))
+
+
+@pytest.mark.usefixtures("full")
+def test_what_takes_less_is_what_is_not_done_already() -> None:
+    def said(model: FusedMLP, dtype: torch.dtype = torch.float32) -> str:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            model(torch.randn(2, 64, 32, dtype=dtype))
+        return str(caught.value).partition("mlp_fused: ")[2]
+
+    with torch.inference_mode():
+        kept_nothing = said(model_of(dtype=torch.bfloat16), torch.bfloat16)
+    assert kept_nothing.startswith("for 128 rows the network keeps nothing for backward and works with about 0.1 MiB")
+    assert "of parameters. Of cpu" in kept_nothing
+    assert kept_nothing.endswith(
+        "By this count the batch fits: what is free may be in pieces. Less is taken by fewer rows at once."
+    )
+    assert "recompute" not in said(model_of(recompute=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "autocast" not in said(model_of())
+
+
+@pytest.mark.usefixtures("full")
+def test_a_network_within_a_network_is_explained_once() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(32, 64), nn.ReLU()), nn.LayerNorm(64), nn.Linear(64, 8), nn.ReLU())
+    fuse(model, backend="triton")
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        model(torch.randn(16, 32))
+    assert str(caught.value).count("mlp_fused: ") == 1
+    assert f"beside {16 * sum(each.numel() for each in model.parameters()) / 2**20:.1f} MiB of" in str(caught.value)
+
+
+@pytest.mark.usefixtures("full")
+def test_a_network_that_cannot_be_explained_leaves_torchs_error() -> None:
+    model = FusedMLP.from_sequential(nn.Sequential(nn.Unflatten(1, (1, 8, 4)), nn.Flatten(), nn.Linear(32, 2)))
+    model.append(nn.Bilinear(2, 2, 2))  # of two inputs
+    model.backend = "triton"
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        model(torch.randn(4, 32))
+    assert str(caught.value) == TORCHS
+
+
+# Of a GiB: what is taken, what is taken whatever the batch, and how many rows of 2 MiB, half of it kept, would fit.
+FITS: dict[str, tuple[dict[str, Any], int | None]] = {
+    "all of it": ({}, 512),
+    "a part of the step is there already": ({"room": Room(2**30, 2**28)}, 512),
+    "others hold half": ({"room": Room(2**30, 2**29 + 2**31)}, 256),
+    "parameters": ({"fixed": 2**30 - 3 * 2**21}, 2),
+    "not one row": ({"fixed": 2**30}, 0),
+    "not known": ({"room": None}, None),
+    "no rows": ({"rows": 0}, None),
+}
+
+
+@pytest.mark.parametrize(("changes", "fits"), FITS.values(), ids=FITS)
+def test_which_batch_fits(changes: dict[str, Any], fits: int | None) -> None:
+    step = {"rows": 1024, "kept": 2**30, "working": 2**30, "fixed": 0, "device": CPU, "room": Room(2**30, 0)}
+    need = Need(**{**step, **changes})
+    assert need.fits == fits
+    ends = {0: "Not even one row would fit.", 2: "About 2 rows would fit.", 512: "About 512 rows would fit."}
+    assert ("would fit" in str(need)) == (fits is not None)
+    assert str(need).endswith(ends.get(fits, ".") if fits is not None else ".")
+
+
+def test_the_room_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory and what torch keeps in reserve; no more than the process is allowed."""
+    assert memory.room(CPU) is None
+    for name, value in {
+        "mem_get_info": (20, 100),
+        "memory_reserved": 30,
+        "memory_allocated": 10,
+        "get_per_process_memory_fraction": 1.0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.room(torch.device("cuda")) == Room(50, 10)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
+    assert memory.room(torch.device("cuda")) == Room(25, 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_gpu_that_runs_out(device: str, backend: Any) -> None:
+    """A GiB: the batch that is said to fit does, for a whole step."""
+    model = FusedMLP(256, [2048] * 6, activation_layer="gelu", backend=backend, device=device)
+    optimizer = torch.optim.Adam(model.parameters())
+    rows = 2**15
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.get_per_process_memory_fraction()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=f"mlp_fused: for {rows} rows the network keeps") as caught:
+            model(torch.randn(rows, 256, device=device))
+        fits = int(re.search(r"About (\d+) rows would fit", str(caught.value))[1])
+        assert 256 <= fits < rows
+        del caught  # whose traceback holds what the forward had made
+        gc.collect()
+        torch.cuda.empty_cache()
+        model(torch.randn(fits, 256, device=device)).square().mean().backward()
+        optimizer.step()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(allowed)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_model_holds_no_tensor_of_its_calls(backend: Any, device: str) -> None:
+    model = FusedMLP(8, [16, 4], activation_layer="gelu", backend=backend, device=device)
+    for _ in range(3):
+        x = torch.randn(5, 8, device=device, requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        with torch.no_grad():
+            inferred = model(x)
+    held = [weakref.ref(tensor) for tensor in (x, y, inferred)]
+    del x, y, inferred
+    gc.collect()
+    assert [tensor() for tensor in held] == [None] * 3
+
+
+def test_the_readmes_example_of_running_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an H100, as `explain` plans for it."""
+    model = FusedMLP(784, [4096, 4096, 10], activation_layer="gelu")
+    planned = model.explain(10**6, torch.float32, "NVIDIA H100")
+    monkeypatch.setattr(model, "explain", lambda rows: planned)
+    monkeypatch.setattr(memory, "room", lambda device: Room(79 * 2**30, 34 * 2**30))
+    error = torch.OutOfMemoryError(TORCHS)
+    memory.explain(error, model, 10**6)
+    assert readme("memory").strip("`\n").split() == str(error).splitlines()[1].replace("cpu", "cuda:0").split()

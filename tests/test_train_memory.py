@@ -1,0 +1,116 @@
+"""Training that runs out of memory, and times that mean little."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from out_of_memory import TORCHS, at, run_out
+from torch import nn
+
+from mlp_fused import memory
+from mlp_fused.__main__ import main
+from mlp_fused.checkpoint import load_checkpoint
+from mlp_fused.memory import Room
+from mlp_fused.train import loop
+from mlp_fused.train.config import Config, build_model
+from mlp_fused.train.loop import train
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Config:
+    """56 rows to train on, 4 steps an epoch, and 14 to validate in one."""
+    random = np.random.default_rng(0)
+    y = random.integers(0, 3, 70)
+    np.savez(tmp_path / "data.npz", x=random.normal(size=(70, 6)) + 2 * y[:, None], y=y)
+    return Config(
+        data=str(tmp_path / "data.npz"),
+        hidden=(8,),
+        epochs=3,
+        batch_size=16,
+        checkpoint=str(tmp_path / "run.pt"),
+        device="cpu",
+    )
+
+
+# Where a step of the second epoch runs out: what to do with the network that is built.
+PHASES: dict[str, Callable[[nn.Module], object]] = {
+    "forward": lambda model: model.register_forward_hook(at(7)),  # an epoch calls the network 4 + 1 times
+    "backward": lambda model: model[0].weight.register_hook(at(6)),
+    "optimizer": lambda model: model[0].weight.register_post_accumulate_grad_hook(at(6)),
+    "validation": lambda model: model.register_forward_hook(at(10)),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_training_that_runs_out_keeps_the_last_checkpoint_and_goes_on_from_it(
+    phase: str, run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*arguments: Any) -> nn.Module:
+        model = build_model(*arguments)
+        PHASES[phase](model)
+        return model
+
+    path = Path(str(run.checkpoint))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(run, build=build, report=lambda text: None)
+    torchs, ours, where = str(caught.value).splitlines()
+    assert torchs == TORCHS
+    assert ours.startswith("mlp_fused: for 16 rows the network keeps ")
+    assert ours.endswith(
+        "Less is taken by a smaller --batch-size (begins anew), more GPUs, each a part of a batch (torchrun), "
+        "--dtype bf16 (begins anew)."
+    )
+    assert where == f"stopped; {path} is the last checkpoint, after epoch 1: the same command with --resume carries on"
+    assert [file.name for file in sorted(path.parent.iterdir())] == ["data.npz", "run.pt"]
+    alone = train(dataclasses.replace(run, epochs=1, checkpoint=None), report=lambda text: None)
+    for name, tensor in load_checkpoint(path)["model"].items():
+        assert torch.equal(tensor, alone.model.state_dict()[name])
+    resumed = train(dataclasses.replace(run, resume=True), report=lambda text: None)
+    whole = train(dataclasses.replace(run, checkpoint=None), report=lambda text: None)
+    assert resumed.history == whole.history
+
+
+def test_the_command_that_runs_out_says_so_in_place_of_a_traceback(
+    run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.optim.Adam, "step", run_out)
+    monkeypatch.setattr(memory, "room", lambda device: Room(2**20, 2**19))
+    flags = ["--data", str(run.data), "--hidden", "8", "--checkpoint", str(run.checkpoint), "--device", "cpu"]
+    assert main(["train", *flags]) == 2
+    torchs, ours, where = capsys.readouterr().err.splitlines()
+    assert torchs == f"mlp-fused: {TORCHS}"
+    assert (
+        "Less is taken by a smaller --batch-size, more GPUs, each a part of a batch (torchrun), --dtype bf16." in ours
+    )
+    assert where == f"stopped before the end of the first epoch; nothing was written to {run.checkpoint}"
+    assert not Path(str(run.checkpoint)).exists()
+
+
+def test_an_optimizers_state_is_counted_as_it_is() -> None:
+    for name, state in loop.STATE.items():
+        config = Config(optimizer=name, hidden=(8,))
+        model = build_model(4, 3, config)
+        optimizer = loop.make_optimizer(model, config, torch.device("cpu"))
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        of_weight = [each for each in optimizer.state[model[0].weight].values() if each.shape == model[0].weight.shape]
+        assert len(of_weight) == state
+
+
+def test_times_under_a_switch_that_distorts_are_marked(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    train(run, report=said.append)
+    assert not any("mean little" in line for line in said)  # a CPU's are what they are
+    said.clear()
+    marked = loop.about_times(torch.device("cuda"))
+    assert marked == (
+        "these times mean little: CUDA_LAUNCH_BLOCKING is set, which makes every launch wait for its kernel: "
+        "unset it to measure\n"
+    )

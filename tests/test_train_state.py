@@ -1,0 +1,307 @@
+"""Checkpoints of a training, and resuming from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from trainings import TINY, assert_same_bits, quiet, run, write_data
+
+from mlp_fused import FusedMLP, checkpoint
+from mlp_fused.checkpoint import load_checkpoint, save_checkpoint
+from mlp_fused.errors import UserError
+from mlp_fused.scaling import Scaling
+from mlp_fused.train import tasks
+from mlp_fused.train.config import build_model
+from mlp_fused.train.data import load_data
+from mlp_fused.train.loop import train
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write_data(tmp_path)
+
+
+def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(data: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    result = run(TINY, data=data, checkpoint=str(path))
+    saved = torch.load(path, weights_only=True)
+    assert saved["format"] == checkpoint.FORMAT
+    assert saved["epoch"] == 3
+    assert [tasks.Epoch(**epoch) for epoch in saved["history"]] == result.history
+    assert saved["config"]["hidden"] == [8]
+    assert saved["config"]["lr"] == 1e-3
+    assert saved["data"]["rows"] == 70
+    assert {"order", "processes"} == saved["random"].keys()
+    assert [random.keys() for random in saved["random"]["processes"]] == [{"torch", "cuda"}]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "data.npz", path]
+
+    network = FusedMLP(6, [8, 3], activation_layer="gelu")  # as a later user builds it
+    model = nn.Sequential(OrderedDict(scaling=Scaling(torch.zeros(6), torch.ones(6)), network=network))
+    model.load_state_dict(saved["model"])
+    x = load_data(data).x
+    assert torch.equal(model.eval()(x), result.model(x))
+    assert torch.equal(result.network(result.scaling(x)), result.model(x))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"dropout": 0.5}, {"optimizer": "sgd"}, {"dropout": 0.3, "dtype": "bf16"}],
+    ids=lambda changes: ",".join(map(str, changes.values())) or "plain",
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    data: str, tmp_path: Path, workers: int, changes: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(TINY, data=data, workers=workers, **changes)
+    whole = run(config, epochs=4)
+    path = str(tmp_path / "run.pt")
+    first = run(config, epochs=1, checkpoint=path)
+    torch.manual_seed(99)  # whatever happens between
+    second = run(config, epochs=3, checkpoint=path, resume=True)
+    third = run(config, epochs=4, checkpoint=path, resume=True)
+    assert_same_bits(third, whole)
+    assert first.losses + second.losses + third.losses == whole.losses
+
+
+def test_the_state_of_the_gradient_scaler_comes_back(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 itself needs a GPU; the scaler it brings also works without."""
+    path = str(tmp_path / "run.pt")
+    made = []
+    original = torch.amp.GradScaler
+
+    def enabled(kind: str, enabled: bool) -> torch.amp.GradScaler:
+        made.append(original(kind, init_scale=2.0**10, growth_interval=5))
+        return made[-1]
+
+    monkeypatch.setattr(torch.amp, "GradScaler", enabled)
+    whole = run(TINY, data=data)
+    run(TINY, data=data, epochs=2, checkpoint=path)
+    assert_same_bits(run(TINY, data=data, epochs=3, checkpoint=path, resume=True), whole)
+    assert made[0].get_scale() == made[2].get_scale() == 2.0**12  # grown after 5 and 10 of 12 steps
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    run(TINY, data=data, epochs=1, checkpoint=str(path))
+    saved = load_checkpoint(path)
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = True
+    saved["random"]["processes"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    save_checkpoint(path, saved)
+    resumed = run(TINY, data=data, checkpoint=str(path), resume=True)
+    assert load_checkpoint(path)["optimizer"]["param_groups"][0]["fused"] is False
+    assert_same_bits(resumed, run(TINY, data=data))
+
+
+def test_nothing_left_to_train(data: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, data=data, checkpoint=str(tmp_path / "run.pt"))
+    whole = run(config)
+    lines: list[str] = []
+    again = train(dataclasses.replace(config, resume=True, epochs=2), report=lines.append)
+    assert_same_bits(again, whole)
+    assert again.losses == []
+    assert any("nothing left to train" in line for line in lines)
+    assert lines[-2].startswith(f"validation accuracy: {whole.accuracy:.4f} (class ")
+
+
+OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden": ({"hidden": (8, 8)}, "--hidden is 8 8, it needs 8"),
+    "no hidden": ({"hidden": ()}, "--hidden is empty, it needs 8"),
+    "activation": ({"activation": "relu"}, "--activation is relu, it needs gelu"),
+    "dropout": ({"dropout": 0.1}, "--dropout is 0.1, it needs 0.0"),
+    "optimizer": ({"optimizer": "sgd", "lr": 1e-3}, "--optimizer is sgd, it needs adam"),
+    "lr": ({"lr": 0.1}, "--lr is 0.1, it needs 0.001"),
+    "batch size": ({"batch_size": 8}, "--batch-size is 8, it needs 16"),
+    "dtype": ({"dtype": "bf16"}, "--dtype is bf16, it needs fp32"),
+    "seed": ({"seed": 1}, "--seed is 1, it needs 0"),
+    "split": ({"validation_fraction": 0.5}, "--validation-fraction is 0.5, it needs 0.2"),
+    "data": ({"data": None}, "--data has 1797 rows, 64 features, 10 classes, it needs 70 rows, 6 features, 3 classes"),
+    "two": ({"seed": 1, "lr": 0.1}, "--lr is 0.1, it needs 0.001; --seed is 1, it needs 0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_a_checkpoint_of_another_run(data: str, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
+    run(config)
+    before = (tmp_path / "run.pt").read_bytes()
+    with pytest.raises(UserError) as caught:
+        run(config, epochs=2, resume=True, **changes)
+    assert str(caught.value) == f"{config.checkpoint} is the checkpoint of another run: {sentence}"
+    assert (tmp_path / "run.pt").read_bytes() == before
+
+
+def test_other_values_of_the_same_sizes(data: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
+    run(config)
+    arrays = dict(np.load(data))
+    arrays["x"][0, 0, 0] += 1
+    np.savez(data, **arrays)
+    with pytest.raises(UserError, match="it needs 70 rows, 6 features, 3 classes of other values"):
+        run(config, epochs=2, resume=True)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_labels_of_other_classes_than_a_checkpoints(data: str, tmp_path: Path, classes: int) -> None:
+    """More or fewer: refused on the host, before any network is built."""
+    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
+    run(config)
+    before = (tmp_path / "run.pt").read_bytes()
+    arrays = dict(np.load(data))
+    np.savez(data, x=arrays["x"], y=np.arange(len(arrays["y"])) % classes)
+    built: list[object] = []
+    with pytest.raises(UserError, match=f"--data has 70 rows, 6 features, {classes} classes, it needs .* 3 classes$"):
+        train(dataclasses.replace(config, epochs=2, resume=True), build=lambda *_: built.append(1), report=quiet)
+    assert built == []
+    assert (tmp_path / "run.pt").read_bytes() == before
+
+
+def test_the_data_may_have_moved_and_workers_may_differ(data: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, data=data, checkpoint=str(tmp_path / "run.pt"))
+    whole = run(TINY, data=data)
+    run(config, epochs=1)
+    moved = Path(data).rename(tmp_path / "elsewhere.npz")
+    assert_same_bits(run(config, data=str(moved), workers=1, backend="reference", resume=True), whole)
+
+
+@pytest.mark.parametrize("name", checkpoint.PARTS)
+def test_a_checkpoint_with_a_part_of_another_kind(data: str, tmp_path: Path, name: str) -> None:
+    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
+    run(config)
+    save_checkpoint(tmp_path / "run.pt", {**load_checkpoint(tmp_path / "run.pt"), name: None})
+    with pytest.raises(UserError, match=r"run.pt is not a checkpoint of mlp-fused train$"):
+        run(config, epochs=2, resume=True)
+
+
+def test_weights_that_do_not_fit(data: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
+    run(config)
+    saved = load_checkpoint(tmp_path / "run.pt")
+    saved["model"]["network.0.weight"] = torch.zeros(9, 6)
+    save_checkpoint(tmp_path / "run.pt", saved)
+    with pytest.raises(UserError, match=r"run.pt does not fit this network: "):
+        run(config, epochs=2, resume=True)
+
+
+def fail_midway(save: Callable[..., None], error: BaseException) -> Callable[..., None]:
+    def torch_save(checkpoint: object, file: Any) -> None:
+        file.write(b"half a checkpoint")
+        raise error
+
+    return torch_save
+
+
+def fail(_: Callable[..., None], error: BaseException) -> Callable[..., None]:
+    def replace(*arguments: object) -> None:
+        raise error
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "how"),
+    [(torch, "save", fail_midway), (os, "fsync", fail), (os, "replace", fail)],
+    ids=["save", "fsync", "replace"],
+)
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed"), KeyboardInterrupt()],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_failed_write_leaves_the_old_checkpoint(
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    how: Callable[..., Any],
+    error: BaseException,
+) -> None:
+    config = dataclasses.replace(TINY, data=data, checkpoint=str(tmp_path / "run.pt"))
+    run(config, epochs=1)
+    before = (tmp_path / "run.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, how(getattr(module, name), error))
+        with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+            run(config, resume=True)
+    assert (tmp_path / "run.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "run.pt"]
+    if isinstance(error, KeyboardInterrupt):
+        assert "is the last checkpoint, after epoch 1" in str(caught.value)
+    else:
+        assert f"cannot write the checkpoint {tmp_path / 'run.pt'}: {error}; what was there" in str(caught.value)
+    assert len(run(config, resume=True).history) == 3
+
+
+def test_a_checkpoint_behind_a_link_stays_behind_it(tmp_path: Path) -> None:
+    link, target = tmp_path / "link.pt", tmp_path / "target.pt"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    save_checkpoint(link, {"epoch": 1})
+    assert link.is_symlink()
+    assert torch.load(target, weights_only=True) == {"epoch": 1}
+
+
+def test_a_checkpoint_has_the_permissions_of_any_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save_checkpoint(tmp_path / "run.pt", {})
+    assert (tmp_path / "run.pt").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+class Interrupted(nn.Module):
+    """A network that Ctrl-C hits in its nth call."""
+
+    def __init__(self, network: nn.Module, calls: int) -> None:
+        super().__init__()
+        self.network = network
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls -= 1
+        if self.calls == 0:
+            raise KeyboardInterrupt
+        return self.network(x)
+
+
+@pytest.mark.parametrize(
+    ("calls", "checkpoint", "sentence"),
+    [  # an epoch calls the network 4 + 1 times
+        (2, True, r"stopped before the end of the first epoch; nothing was written to .*run.pt"),
+        (5, True, r"stopped before the end of the first epoch; nothing was written to .*run.pt"),
+        (
+            6,
+            True,
+            r"stopped; .*run.pt is the last checkpoint, after epoch 1: the same command with --resume carries on",
+        ),
+        (
+            15,
+            True,
+            r"stopped; .*run.pt is the last checkpoint, after epoch 2: the same command with --resume carries on",
+        ),
+        (6, False, r"stopped; no checkpoint was asked for \(--checkpoint FILE\)"),
+    ],
+)
+def test_ctrl_c(data: str, tmp_path: Path, calls: int, checkpoint: bool, sentence: str) -> None:
+    path = tmp_path / "run.pt"
+    config = dataclasses.replace(TINY, data=data, checkpoint=str(path) if checkpoint else None)
+
+    def build(calls: int) -> Callable[..., nn.Module]:
+        return lambda *arguments: Interrupted(build_model(*arguments), calls)
+
+    with pytest.raises(KeyboardInterrupt, match=f"^{sentence}$"):
+        train(config, build=build(calls), report=quiet)
+    assert path.exists() is (checkpoint and calls > 5)
+    if path.exists():
+        resumed = train(dataclasses.replace(config, resume=True), build=build(-1), report=quiet)
+        assert_same_bits(resumed, train(dataclasses.replace(config, checkpoint=None), build=build(-1), report=quiet))

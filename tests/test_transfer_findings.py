@@ -1,0 +1,245 @@
+"""The arithmetic of `mlp_fused.transfer`: crossings, bounds, advice, and its record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulated_gpu import GB, Simulated, both, exact, simulate
+
+from mlp_fused.timing import Link, Measured, Spread
+from mlp_fused.transfer import findings
+from mlp_fused.transfer.findings import Crossing, OnCpu, OnGpu, Point, Transfer, crossing, hidden
+
+
+@given(st.floats(2, 5000), st.floats(-0.5, 0.9), st.floats(0.91, 2.0))
+def test_where_two_power_laws_cross_is_found_exactly(rows: float, slope: float, steeper: float) -> None:
+    sizes = [1, 7, 100, 6000]
+    found = crossing(
+        sizes, [exact((size / rows) ** steeper) for size in sizes], [exact((size / rows) ** slope) for size in sizes]
+    )
+    assert found.rows == pytest.approx(rows)
+    assert found.low == found.high == found.rows
+
+
+def test_the_range_of_a_crossing_is_that_of_the_spread() -> None:
+    sizes = [1, 10, 100, 1000]
+    cpu = [Spread(size, size / 1.2, size * 1.2, 9) for size in sizes]
+    gpu = [Spread(50, 40, 60, 9)] * 4
+    found = crossing(sizes, cpu, gpu)
+    assert found == Crossing(pytest.approx(50), pytest.approx(40 / 1.2), pytest.approx(60 * 1.2), (1, 1000))
+    assert str(found) == "from about 50 rows on (33 to 72)"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "rows", "text"),
+    [
+        ([2, 3], 0, "at every batch size measured, from 1 row on"),
+        ([0.5, 1.0], math.inf, "at no batch size measured, up to 10 rows"),
+        ([2, 0.5], math.inf, "at no batch size measured"),
+    ],
+    ids=["always", "never", "no longer"],
+)
+def test_a_crossing_outside_of_what_was_measured_is_not_made_up(cpu: list[float], rows: float, text: str) -> None:
+    found = crossing([1, 10], [exact(ms) for ms in cpu], [exact(1)] * 2)
+    assert found.rows == rows
+    assert str(found).startswith(text)
+
+
+def test_a_crossing_outside_says_what_the_spread_allows() -> None:
+    spread = [Spread(1.1, 0.9, 1.3, 9), Spread(20, 19, 21, 9)]
+    found = crossing([10, 1000], spread, [exact(1)] * 2)
+    assert (found.rows, found.low) == (0, 0)
+    perhaps = f"(by the spread perhaps only from {found.high:,.0f} on)"
+    assert str(found) == f"at every batch size measured, from 10 rows on {perhaps}"
+    behind = [Spread(0.1, 0.05, 0.2, 9), Spread(0.9, 0.5, 1.2, 9)]
+    found = crossing([10, 1000], behind, [exact(1)] * 2)
+    assert str(found) == (
+        f"at no batch size measured, up to 1,000 rows (by the spread perhaps from {found.low:,.0f} on)"
+    )
+    assert str(Crossing(0, 0, math.inf, (1, 2))).endswith("(by the spread perhaps only at none)")
+    assert str(Crossing(math.inf, 0, math.inf, (1, 2))).endswith("(by the spread perhaps at every one)")
+
+
+def test_the_gpu_wins_for_good_from_the_last_crossing_on() -> None:
+    found = crossing([1, 10, 100, 1000], [exact(ms) for ms in (2, 0.5, 0.5, 2)], [exact(1)] * 4)
+    assert found.rows == pytest.approx(math.sqrt(100 * 1000))
+
+
+def test_ends_of_a_range_may_lie_outside_of_what_was_measured() -> None:
+    cpu = [Spread(0.9, 0.5, 1.5, 9), Spread(1.1, 0.7, 1.6, 9)]
+    found = crossing([10, 1000], cpu, [exact(1)] * 2)
+    assert (found.low, found.high) == (0, math.inf)
+    assert str(found).endswith("rows on (below the smallest to above the largest)")
+
+
+@pytest.mark.parametrize(
+    ("copied", "computed", "together", "part"),
+    [(2, 3, 5, 0), (2, 3, 3, 1), (3, 2, 3, 1), (2, 3, 4, 0.5), (2, 3, 6, 0), (2, 3, 2.9, 1), (0, 3, 3, 1)],
+)
+def test_overlap(copied: float, computed: float, together: float, part: float) -> None:
+    assert hidden(copied, computed, together) == pytest.approx(part)
+
+
+def on_gpu(**changes: Any) -> OnGpu:
+    """Times in which nothing is worth any advice, but for the changes."""
+    usual = OnGpu(
+        pageable=both(0.01),
+        pinned=both(0.01),
+        non_blocking=both(0.01),
+        to_host=both(0.01),
+        staging=exact(0.01),
+        launch=both(0.01),
+        forward=Measured(exact(4), exact(4.1), exact(0.2)),
+        backward=Measured(exact(6), exact(6.1), exact(0.3)),
+        resident=exact(10),
+        step=exact(10.01),
+        prefetched=exact(10),
+        non_waiting=exact(10),
+        narrowed=None,
+    )
+    return dataclasses.replace(usual, **changes)
+
+
+def found_with(gpu: OnGpu | None, cpu_ms: float = 1000, **changes: Any) -> Transfer:
+    cpu = OnCpu(exact(cpu_ms / 3), exact(2 * cpu_ms / 3), exact(cpu_ms))
+    fast = None if gpu is None else on_gpu()
+    points = tuple(Point(rows, 4 * rows, rows, (rows, rows), cpu, fast) for rows in (8, 16))
+    point = Point(32, 128, 32, (32, 32), cpu, gpu)
+    usual = Transfer("MLP", 32, True, "CPU", "GPU", Link(GB, GB), GB, None, (*points, point), ())
+    return dataclasses.replace(usual, **changes)
+
+
+def test_what_bounds_a_step() -> None:
+    slow = Measured(exact(1), exact(20), exact(20))
+    assert on_gpu().bound == "kernel"
+    assert on_gpu(forward=slow).bound == "launch"
+    assert on_gpu(non_blocking=both(30)).bound == "copy"
+    assert on_gpu(backward=None).kernels == exact(4)
+    copied = on_gpu(pageable=both(25), non_blocking=both(30), step=exact(50))
+    assert found_with(copied).bounds == (
+        "of a step of 32 rows as usually written, 50 ms, the copy is 25 ms (50%); prefetched it is bound by the copy "
+        "to the device: copy 30 ms, launch 500 µs, kernel 10 ms"
+    )
+
+
+ADVICE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "nothing": ({}, {}, "nothing: all but 0% of a step is the network's own work"),
+    "stay": (
+        {},
+        {"cpu_ms": 2},
+        "stay on the CPU at 32 rows: a step takes 2 ms there and 10 ms on the GPU, which wins at no batch size",
+    ),
+    "larger": (
+        {"forward": Measured(exact(1), exact(20), exact(20)), "resident": exact(20), "step": exact(20)},
+        {"points": ()},
+        "take a larger batch: the device works 7 ms of the 20.3 ms that the host takes to launch it; ",
+    ),
+    "pin": (
+        {"step": exact(12), "non_waiting": exact(11), "prefetched": exact(11.5)},
+        {},
+        "pin the batch in the loader (DataLoader's pin_memory=True), and copy it with non_blocking=True: a step takes "
+        "11 ms, not 12 ms",
+    ),
+    "prefetch": (
+        {"step": exact(14), "non_waiting": exact(13), "non_blocking": both(4), "prefetched": exact(11)},
+        {},
+        "prefetch (mlp_fused.DevicePrefetcher) from a loader that pins (DataLoader's pin_memory=True): a step takes 11 "
+        "ms, not 14 ms; 75% of what",
+    ),
+    "16 bits": (
+        {"step": exact(30), "non_waiting": exact(25), "prefetched": exact(20), "narrowed": exact(12)},
+        {},
+        "keep the loader's data in 16 bits, prefetch them, and widen them on the GPU or compute under torch.autocast: "
+        "half the bytes, 12 ms instead of 20 ms a step",
+    ),
+    "keep": (
+        {"step": exact(30), "non_waiting": exact(25), "prefetched": exact(20)},
+        {},
+        "keep the data on the GPU where they fit: a step on data that are there takes 10 ms instead of 20 ms",
+    ),
+}
+
+
+@pytest.mark.parametrize(("gpu", "rest", "sentence"), ADVICE.values(), ids=ADVICE)
+def test_advice_is_given_where_it_saves_something(gpu: dict[str, Any], rest: dict[str, Any], sentence: str) -> None:
+    if "points" in rest:
+        points = found_with(on_gpu(**gpu)).points[-1:]
+        rest = {"points": points}
+    advice = found_with(on_gpu(**gpu), **rest).advice
+    assert any(each.startswith(sentence) for each in advice), advice
+    begin = sentence.split()[0]
+    assert begin == "nothing:" or not any(each.startswith(begin) for each in found_with(on_gpu()).advice)
+
+
+@pytest.mark.parametrize("narrowed", [None, exact(19.9)], ids=["none", "no faster"])
+def test_16_bits_are_no_advice_where_they_were_not_faster(narrowed: Spread | None) -> None:
+    gpu = on_gpu(step=exact(30), non_blocking=both(20), non_waiting=exact(25), prefetched=exact(20), narrowed=narrowed)
+    assert not any("16 bits" in each for each in found_with(gpu).advice)
+
+
+@given(*[st.floats(0.01, 1000)] * 4)
+def test_the_choice_is_the_fastest_or_as_good_and_simpler(cpu: float, step: float, pinned: float, ahead: float) -> None:
+    found = found_with(on_gpu(step=exact(step), non_waiting=exact(pinned), prefetched=exact(ahead)), cpu_ms=cpu)
+    times = {"cpu": cpu, "step": step, "non_waiting": pinned, "prefetched": ahead}
+    least = min(times.values())
+    assert times[found.choice] <= (1 + findings.GAIN) * least
+    simpler = list(times)[: list(times).index(found.choice)]
+    assert all(times[name] > (1 + findings.GAIN) * least for name in simpler)
+    begins = {"cpu": "stay on the CPU", "non_waiting": "pin the batch", "prefetched": "prefetch"}
+    given_advice = any(each.startswith(begins.get(found.choice, "no such")) for each in found.advice)
+    assert given_advice == (found.choice in begins)
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [(0.0021, "2.1 µs"), (0.5, "500 µs"), (1, "1 ms"), (12.34, "12.3 ms"), (2500, "2.5 s"), (1.25e6, "1250 s")],
+)
+def test_times_are_written_with_three_digits(ms: float, text: str) -> None:
+    assert findings._time(ms) == text
+
+
+def test_the_table_has_every_part() -> None:
+    text = str(simulate(Simulated()))
+    for part in (
+        "simulated",
+        "context         300 ms",
+        "first forward      4 s  kernels compiled",
+        "50 ms  kernels loaded from Triton's cache",
+        "copy to the device, pageable",
+        "pinned, non_blocking",
+        "copy of the output to the host",
+        "launch of a kernel",
+        "forward, its kernels",
+        "backward, its kernels",
+        "into pinned memory, by the host",
+        "step on the CPU",
+        "ceilings: to the device 50.0 GB/s",
+        "of the forward's",
+        "of a step of 1,024 rows as usually written, ",
+        "; prefetched it is bound by the copy to the device: copy 81.9 µs",
+        "pinned copy",
+        "the GPU wins over this CPU, prefetched: ",
+        "- prefetch (mlp_fused.DevicePrefetcher) from",
+        "not measured: a reason",
+    ):
+        assert part in text
+    (pinned,) = (line for line in text.splitlines() if "pinned, non_blocking" in line)
+    assert pinned.split()[-2:] == ["50.0", "100%"]
+    assert max(map(len, text.splitlines())) < 180
+
+
+def test_a_record_as_json() -> None:
+    found = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
+    again = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert again["crossings"]["step"]["rows"] is None
+    assert (again["bound"], again["choice"], again["bounds"]) == ("copy", "cpu", found.bounds)
+    assert again["rates"]["pinned"] == pytest.approx([1.0, 1.0], rel=1e-2)
+    assert set(again["rates"]) == {"pageable", "pinned", "non_blocking", "to_host", "forward", "backward"}
+    assert again["points"][3]["gpu"]["pinned"]["host"]["ms"] == found.at_rows.gpu.pinned.host.ms  # type: ignore[union-attr]
+    assert again["advice"] == found.advice

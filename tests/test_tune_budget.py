@@ -1,0 +1,234 @@
+"""The tuner's time: what it measures first, with kernels that are compiled ahead or not in time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simulated_tuning import CPU, DIMS, FAST, PRODUCTS, SLOW, Clock, path, run, watch_ways
+
+from mlp_fused.compiling import Compilers, NotYetError
+from mlp_fused.engine import table_files
+from mlp_fused.grid import GRID
+from mlp_fused.kernels import layer_tiles
+from mlp_fused.kernels.devices import DEVICES, INTERPRETED_DEVICE
+from mlp_fused.kernels.tile_config import TileConfig
+from mlp_fused.tune import compile_ahead, tuner
+from mlp_fused.tune.config import Config
+from mlp_fused.tune.tasks import Product, Whole, list_tasks, products
+from mlp_fused.tune.tuner import tune
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return watch_ways(monkeypatch)
+
+
+def test_the_time_is_shared_and_what_was_not_reached_is_said(clock: Clock, measured: Path) -> None:
+    clock.each = 10.0
+    table, said = run(clock, dataclasses.replace(DIMS, minutes=2.0))
+    # 120 s over 6 products are 20 s each, which torch and the first tile take.
+    assert clock.timed == ["torch", SLOW] * PRODUCTS
+    assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
+    clock.timed.clear()
+    os.unlink(path())
+    table, said = run(clock, dataclasses.replace(DIMS, minutes=0.5))
+    assert clock.timed == ["torch", SLOW] * 2
+    assert len(table.gemms) == 2
+    missed = next(each for each in products(DIMS.workloads[0]) if each.key not in [row.key for row in table.gemms])
+    assert f"4 of 6 problems were not reached, the first of them {missed}; the same command again begins with" in said
+    assert f"2 of 6 problems were measured, and are in {path()}" in said
+    # Again: what is missing, before what is there.
+    table, said = run(clock, dataclasses.replace(DIMS, minutes=1.0))
+    assert len(table.gemms) == 5
+    table, said = run(clock)
+    assert len(table.gemms) == 6
+
+
+def test_what_a_reading_leaves_is_for_the_others(clock: Clock, measured: Path) -> None:
+    """A product that ends early leaves its part to the rest; one that is slow takes of theirs."""
+    clock.each = 0.0
+    run(clock, dataclasses.replace(DIMS, minutes=0.01))
+    assert clock.timed == ["torch", SLOW, FAST] * PRODUCTS
+
+
+class FewCompilers(Compilers):
+    """Compiles in no time, but for what it is told."""
+
+    def __init__(self, outcomes: dict[TileConfig | str, str | type[Exception] | None]) -> None:
+        super().__init__(compile_ahead.compile_ahead, INTERPRETED_DEVICE, None, 0)
+        self.told = outcomes
+        self.asked: dict[Any, Any] = {}
+
+    def ask(self, work: Any, first: bool = False) -> None:
+        self.asked = {**work, **self.asked} if first else {**self.asked, **work}
+
+    def wait(self, key: Any, seconds: float) -> str | None:
+        work = self.asked[key]
+        outcome = self.told.get(work.tile if isinstance(work, compile_ahead.TileWork) else work.path)
+        if outcome is NotYetError:
+            raise NotYetError
+        return outcome  # type: ignore[return-value]
+
+
+def test_what_does_not_compile_is_left_out(clock: Clock, measured: Path) -> None:
+    said: list[str] = []
+    compilers = FewCompilers({FAST: "the process that compiled it ended with status -6"})
+    table = tune(
+        DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+    )
+    assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
+    assert sum(f"{FAST} was left out: the process that compiled it ended with status -6" in line for line in said) == 6
+    compilers = FewCompilers({})
+    compilers.failure = "they end with status 1"
+    tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts)
+    assert "kernels were compiled where they were launched, as ahead it failed: they end with status 1" in said
+
+
+def test_what_is_not_compiled_in_time_is_not_reached(clock: Clock, measured: Path) -> None:
+    said: list[str] = []
+
+    def tuned(outcomes: dict[Any, Any]) -> table_files.Table:
+        compilers = FewCompilers(outcomes)
+        return tune(
+            DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+        )
+
+    assert [row.tile for row in tuned({FAST: NotYetError}).gemms] == [SLOW] * PRODUCTS
+    path().unlink()
+    assert tuned({SLOW: NotYetError}).gemms == ()  # a row that says that torch is faster would be a guess
+    assert any(line.startswith("6 of 6 problems were not reached") for line in said)
+
+
+def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, measured: Path) -> None:
+    run(clock)
+    clock.each = 10.0
+    clock.timed.clear()
+    table, _ = run(clock, dataclasses.replace(DIMS, minutes=2.0))
+    assert clock.timed == ["torch", FAST] * PRODUCTS  # there was time for one tile each
+    assert [row.tile for row in table.gemms] == [FAST] * PRODUCTS
+
+
+class Model(Compilers):
+    """Time as it passes on a machine with a GPU and 16 cores: compiling there, measuring here."""
+
+    BOOT = 8.0  # seconds until a process is there
+    TILE, PATH = 2.0, 8.0  # of compiling a product by a tile, a network's path
+    LAYER = 3.0  # of compiling what a path of layers needs beside its products' kernels
+    READING = 0.12  # seconds of a reading, and of making and checking what is read
+
+    def __init__(self) -> None:
+        super().__init__(compile_ahead.compile_ahead, DEVICES["NVIDIA H200"], None, 0)
+        self.now = 0.0
+        self.free = [self.BOOT] * 14
+        self.queue: dict[Any, Any] = {}
+        self.done: dict[Any, float] = {}
+
+    def ask(self, work: Any, first: bool = False) -> None:
+        self.work()
+        new = {key: each for key, each in work.items() if key not in self.done}
+        self.queue = {**new, **self.queue} if first else {**self.queue, **new}
+
+    def work(self) -> None:
+        """What the processes have begun by now."""
+        while self.queue and min(self.free) <= self.now:
+            self.begin(next(iter(self.queue)))
+
+    def begin(self, key: Any) -> None:
+        work = self.queue.pop(key)
+        seconds = self.TILE if isinstance(work, compile_ahead.TileWork) else self.LAYER if work.table else self.PATH
+        self.free.sort()
+        self.done[key] = self.free[0] = max(self.free[0], self.now - seconds) + seconds
+
+    def wait(self, key: Any, seconds: float) -> str | None:
+        self.work()
+        if key in self.queue:
+            self.begin(key)
+        if self.done[key] > self.now + seconds:
+            self.now += max(0.0, seconds)
+            raise NotYetError
+        self.now = max(self.now, self.done[key])
+        return None
+
+    def read(self, call: Callable[[], object]) -> float:
+        self.now += self.READING
+        return 1e-3
+
+
+def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
+    """Of each part of the grid: its problems, the part of them that was reached, and of their candidates, all or the
+    first few.
+    """
+    counts: dict[Any, int] = {}
+
+    class NoOperands:
+        def __init__(self, product: Product, device: torch.device) -> None:
+            self.key = product.key
+
+        def turns(self, run: Callable[..., object]) -> Callable[..., object]:
+            return run
+
+        def written(self, run: Callable[[int], object]) -> list[torch.Tensor]:
+            run(0)
+            return [torch.ones(1)]
+
+        def in_float32(self) -> list[torch.Tensor]:
+            return [torch.ones(1)]
+
+        def by_torch(self, index: int) -> None:
+            pass
+
+        def by_kernel(self, index: int, tile: TileConfig) -> None:
+            counts[self.key] = counts.get(self.key, 0) + 1
+
+    class NoPasses(NoOperands):
+        by_layers = by_network = NoOperands.by_torch
+
+        def __call__(self, path: Callable[..., Any], index: int) -> list[torch.Tensor]:
+            counts[self.key] = counts.get(self.key, 0) + 1
+            return [torch.ones(1)]
+
+    model, device = Model(), DEVICES["NVIDIA H200"]
+    empty = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
+    fast = tuner.Tuner(CPU, device, model.read, lambda: model.now, model, empty, empty, NoOperands, NoPasses)
+    asked = list_tasks(Config().workloads, device)
+    fast.measure(asked, seconds)
+    assert model.now < seconds + Model.PATH
+    parts: dict[str, list[tuple[int, float]]] = {}
+    family = {workload: index for index, each in enumerate(GRID) for workload in each.workloads}
+    keys = {each.key: family[work] for work in family for each in products(work)}
+    for task in asked:
+        part = "networks" if isinstance(task, Whole) else f"family {keys[task.key]}"
+        part = "anchors" if task.anchor and isinstance(task, Product) else part
+        wanted = 1
+        if isinstance(task, Product):
+            candidates = len(layer_tiles.candidates(task.problem, device))
+            wanted = candidates if task.anchor else min(tuner.FEW, candidates)
+        count = counts.get(task.key, 0)
+        parts.setdefault(part, []).append((count > 0, min(1.0, count / wanted)))
+    return {
+        part: (len(each), *(sum(column) / len(each) for column in zip(*each)))  # type: ignore[misc]
+        for part, each in parts.items()
+    }
+
+
+def test_what_eight_minutes_of_a_gpu_are_spent_on() -> None:
+    """In 102 s the anchors are tuned; in 337 s every problem is reached. That is what `bench/gpu.py --minutes 8
+    --tests-share 0 --tune-share 0.75` gives the tuner once the anchors have rows.
+    """
+    families = {f"family {index}" for index in range(len(GRID))}
+    long = shares(337)
+    assert set(long) == {"anchors", "networks", *families}
+    assert all(reached == 1 for _, reached, _ in long.values())
+    assert long["anchors"][2] == 1  # every candidate
+    assert long["networks"][2] == 1
+    assert {part: few for part, (_, _, few) in long.items() if few < 0.7} == {}  # three of the first four
+    short = shares(102)
+    assert short["anchors"][1:] == (1, pytest.approx(1, abs=0.1))
+    hour = shares(3600)
+    assert all(few == 1 for _, _, few in hour.values())

@@ -1,0 +1,429 @@
+"""The tuner on the CPU: the interpreter's kernels on tiny networks, timed by a clock that is made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simulated_tuning import (
+    BROKEN,
+    CPU,
+    DIMS,
+    FAST,
+    PRODUCTS,
+    SLOW,
+    WRONG,
+    Clock,
+    WatchedPasses,
+    only,
+    path,
+    run,
+    watch_ways,
+)
+
+from mlp_fused import timing
+from mlp_fused.engine import network_path, paths, table_files, tables
+from mlp_fused.engine.recognize import resolve
+from mlp_fused.environment import DISTORTING
+from mlp_fused.errors import UserError
+from mlp_fused.kernels.devices import INTERPRETED_DEVICE
+from mlp_fused.tune import operands, tuner
+from mlp_fused.tune.config import Config
+from mlp_fused.tune.tasks import Whole, list_tasks, products
+from mlp_fused.tune.tuner import tune
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return watch_ways(monkeypatch)
+
+
+def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> None:
+    table, said = run(clock)
+    assert {row.kind for row in table.gemms} == set(table_files.KINDS)
+    assert len(table.gemms) == PRODUCTS == 6
+    for row in table.gemms:
+        assert (row.rows, row.dtype, row.precision) == (8, "float32", "ieee")
+        assert (row.tile, row.ms, row.torch_ms) == (FAST, pytest.approx(1), pytest.approx(3))
+        assert tables.tile_for(row.problem, INTERPRETED_DEVICE) == FAST
+    assert clock.timed == ["torch", SLOW, FAST] * PRODUCTS
+    assert table_files.read(path()) == table
+    assert table.device == INTERPRETED_DEVICE.name
+    assert set(table.versions) == {"mlp_fused", "python", "torch", "triton", "cuda", "driver"}
+    assert "forward 6 -> 5, relu, 8 rows, float32    3.0000   1.0000   3.00  16x16x16, 2 warps, 1 stages" in said
+    assert "Our kernels won 6 of 6; the worst ratio is 3.00, of " in said
+    assert said.endswith(f"6 of 6 problems were measured, and are in {path()}")
+
+
+def test_torch_is_recorded_as_none(clock: Clock, measured: Path) -> None:
+    clock.seconds["torch"] = 0.5e-3
+    table, said = run(clock)
+    for row in table.gemms:
+        assert (row.tile, row.ms, row.torch_ms) == (None, pytest.approx(1), pytest.approx(0.5))
+        assert tables.tile_for(row.problem, INTERPRETED_DEVICE) is None
+    assert "0.50  torch's own" in said
+    assert "Our kernels won 0 of 6; the worst ratio is 0.50" in said
+
+
+def test_what_fails_or_is_wrong_is_skipped_and_said(
+    clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
+    for kind in table_files.KINDS:
+
+        def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[kind]) -> None:
+            if arguments[-1] == BROKEN:
+                raise RuntimeError("out of resource: shared memory.\nand more")
+            if arguments[-1] != WRONG:  # which writes nothing
+                original(*arguments)
+
+        monkeypatch.setitem(operands.BY_KERNEL, kind, by_kernel)
+    table, said = run(clock, candidates=lambda *_: (BROKEN, WRONG, SLOW))
+    assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
+    assert BROKEN not in clock.timed
+    assert WRONG not in clock.timed
+    assert (
+        f"forward 6 -> 5, relu, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: "
+        "shared memory\n" in said
+    )
+    assert (
+        f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: its result is not torch's (relative difference nan)" in said
+    )
+
+    path().unlink()
+    table, said = run(clock, candidates=lambda *_: (BROKEN,))
+    assert [(row.tile, row.ms) for row in table.gemms] == [(None, None)] * PRODUCTS
+    assert said.count("-      -  torch's own") == PRODUCTS
+    assert table_files.read(path()) == table
+
+
+@pytest.mark.parametrize(("dtype", "activation"), [("fp16", "relu"), ("bf16", "gelu")])
+def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
+    dtype: str, activation: str, clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS rounds partial sums over many rows to fp16, so results are compared with float32."""
+    factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # off by twice the bound
+
+    def off(kind: str, run: Callable[..., object], is_off: Callable[..., bool]) -> Callable[..., object]:
+        def wrapped(*arguments: Any) -> object:
+            made = run(*arguments)
+            for result in arguments[2 if kind == "wgrad" else 3 :]:
+                if isinstance(result, torch.Tensor) and is_off(result, arguments[-1]):
+                    result.mul_(factor)
+            return made
+
+        return wrapped
+
+    for kind in table_files.KINDS:
+        by_torch = off(kind, operands.BY_TORCH[kind], lambda result, _: result.dtype.itemsize == 2)
+        by_kernel = off(kind, operands.BY_KERNEL[kind], lambda _, tile: tile == WRONG)
+        monkeypatch.setitem(operands.BY_TORCH, kind, by_torch)
+        monkeypatch.setitem(operands.BY_KERNEL, kind, by_kernel)
+    clock.seconds |= {WRONG: 1e-4}
+    config = dataclasses.replace(DIMS, dtype=(dtype,), activation=activation)
+    table, said = run(clock, config, candidates=lambda *_: (WRONG, SLOW, FAST))
+    assert [row.tile for row in table.gemms] == [FAST] * PRODUCTS
+    assert said.count("was left out") == said.count(f"{WRONG} was left out: its result is not torch's") == PRODUCTS
+
+
+def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) -> None:
+    other = Config(dims=((3, 2),), batch=(8,), dtype=("fp32",))
+    before, _ = run(clock, other)
+    clock.timed.clear()
+
+    def interrupted(call: Callable[[], object]) -> float:
+        if len(clock.timed) == 7:
+            raise KeyboardInterrupt
+        return clock(call)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now, **clock.parts)
+    assert str(raised.value) == f"stopped; 2 of 6 problems were measured, and are in {path()}"
+    after = table_files.read(path())
+    assert after.gemms[:3] == before.gemms
+    assert len(after.gemms) == 5
+    assert [each.name for each in path().parent.iterdir()] == [path().name]
+
+    clock.timed = [None] * 7
+    text = path().read_text()
+    with pytest.raises(KeyboardInterrupt, match="^stopped; nothing was measured; .* is as it was$"):
+        tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now, **clock.parts)
+    assert path().read_text() == text
+
+
+def test_what_was_measured_outlives_a_process_that_is_killed(clock: Clock, measured: Path) -> None:
+    class KilledError(BaseException):
+        """What nothing has a chance to handle."""
+
+    def killed(call: Callable[[], object]) -> float:
+        if len(clock.timed) == 7:
+            raise KilledError
+        return clock(call)
+
+    with pytest.raises(KilledError):
+        tune(DIMS, report=lambda text: None, device=CPU, time=killed, now=lambda: clock.now, **clock.parts)
+    assert len(table_files.read(path()).gemms) == 2
+
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("at", ["a timed call", "a checked call"])
+def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
+    at: str, clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second product: the first call of its fast tile fails, or its slow one's timing."""
+    first, second = list_tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
+    broken = False
+
+    def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[second.kind]) -> None:
+        nonlocal broken
+        if at == "a checked call" and len(clock.timed) == 5 and arguments[-1] == FAST:
+            broken = True
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        original(*arguments)
+
+    def synchronize(device: torch.device) -> None:
+        if broken:
+            raise RuntimeError(f"{ILLEGAL}\nmore")
+
+    def failing(call: Callable[[], object]) -> float:
+        if at == "a timed call" and len(clock.timed) == 4:
+            raise RuntimeError(f"{ILLEGAL}\nmore")
+        return clock(call)
+
+    monkeypatch.setitem(operands.BY_KERNEL, second.kind, by_kernel)
+    clock.parts["synchronize"] = synchronize
+    tile = SLOW if at == "a timed call" else FAST
+    with pytest.raises(UserError) as raised:
+        tune(DIMS, report=lambda text: None, device=CPU, time=failing, now=lambda: clock.now, **clock.parts)
+    written = f"1 of 6 problems were measured, and are in {path()}"
+    assert str(raised.value) == f"the GPU failed at {second}, {tile}: {ILLEGAL}; {written}"
+    assert [row.key for row in table_files.read(path()).gemms] == [first.key]
+
+
+def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    _, said = run(clock, operands=full)
+    assert said.count("was left out: it does not fit in the GPU's memory") == PRODUCTS
+    assert said.endswith(f"nothing was measured; {path()} is as it was")
+    assert not path().exists()
+
+
+def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> None:
+    old = {"mlp_fused": "0.0.9", "python": "3.12", "torch": "2.13", "triton": "3.7", "cuda": "13.0", "driver": "580"}
+    for now, kept, sentence in (
+        (old, 3, ""),
+        (
+            {**old, "triton": "3.8", "driver": "590"},
+            0,
+            f"{path()} was measured with triton 3.7, driver 580; this is triton 3.8, driver 590, so its 3 rows are",
+        ),
+        (
+            {**{name: old[name] for name in old if name != "cuda"}, "hip": "7"},
+            0,
+            "with cuda 13.0, hip none; this is cuda",
+        ),
+    ):
+        path().unlink(missing_ok=True)
+        run(clock, Config(dims=((3, 2),), batch=(8,), dtype=("fp32",)), versions=lambda: old)
+        table, said = run(clock, versions=lambda now=now: now)
+        assert len(table.gemms) == kept + PRODUCTS
+        assert table.versions == now
+        assert sentence in said
+        assert ("dropped" in said) == bool(sentence)
+
+
+def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = measured / "notes.json"
+    config = dataclasses.replace(DIMS, out=str(out))
+
+    def refused(sentence: str) -> None:
+        with pytest.raises(UserError, match=sentence):
+            run(clock, config)
+
+    out.write_text("{}")
+    refused(
+        "notes.json is no measured table: .*, so it will not be overwritten; delete it, or name another with --out$"
+    )
+    assert out.read_text() == "{}"
+    other = table_files.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", tuner.versions())
+    table_files.write(out, other)
+    refused("notes.json was measured on NVIDIA H200, this is Triton's interpreter; name another file with --out$")
+    out.unlink()
+    out.mkdir()
+    refused("notes.json cannot be read: Is a directory, so it will not be overwritten")
+    (measured / "file").touch()
+    config = dataclasses.replace(DIMS, out=str(measured / "file" / "t.json"))
+    refused("cannot write into .*file, the folder of --out: (Not a directory|File exists)$")
+    config = dataclasses.replace(DIMS, out=str(measured / "new" / "t.json"))
+    run(clock, config)
+    assert len(table_files.read(measured / "new" / "t.json").gemms) == PRODUCTS
+    assert not path().exists()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused("cannot write .*t.json: .*No space left on device; what was there before is as it was$")
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="^tuning measures a GPU, and there is none that torch can use; mlp-fused env"):
+        tune(DIMS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(UserError, match="^there are no kernels to tune: TRITON_INTERPRET=1 is set"):
+        tune(DIMS)
+
+
+@pytest.mark.parametrize("switch", DISTORTING)
+def test_a_distorted_gpu_is_not_measured(switch: str, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in DISTORTING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuner.paths, "why_not", lambda *_, **__: None)
+    assert tuner._gpu() == torch.device("cuda", 0)
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(UserError, match=f"^{switch} is set, which .*: unset it to measure$"):
+        tune(DIMS)
+    assert not path().exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [("fp32", "relu"), ("tf32", "gelu"), ("bf16", "gelu"), ("fp16", "relu")]
+)
+def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, measured: Path) -> None:
+    said: list[str] = []
+    config = Config(dims=((70, 20, 16),), batch=(33,), dtype=(dtype,), activation=activation)
+    count = itertools.count(1)
+    table = tune(
+        config, report=said.append, device=CPU, time=lambda call: (call(), next(count) * 1e-3)[1], now=lambda: 0.0
+    )
+    assert not [line for line in said if "left out" in line]
+    assert len(table.gemms) == 6
+    # The clock only ever slows down: torch, which is measured first, is the fastest.
+    assert {row.tile for row in table.gemms} == {None}
+    precision = "tf32" if dtype == "tf32" else "ieee"
+    assert {row.precision for row in (*table.gemms, *table.networks)} == {precision}
+    assert [(row.training, row.path) for row in table.networks] == [(True, "torch"), (False, "torch")]
+    training, inference = table.networks
+    assert {"torch", "layer", "stored"} <= set(training.ms) <= {"torch", "layer", "recompute", "stored"}
+    assert set(inference.ms) == {"torch", "layer", "network"}
+    for training_too in (True, False):
+        activations = [resolve(activation), resolve("identity")]
+        row = table.networks[0]
+        why = paths.why_torch(
+            row.widths, activations, getattr(torch, row.dtype), row.precision, training_too, None, INTERPRETED_DEVICE
+        )
+        assert why == "torch is faster as measured on this device"
+
+
+def test_paths_by_their_times(clock: Clock, measured: Path) -> None:
+    config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",))
+    for fastest in ("torch", "layer", "recompute", "stored"):
+        clock.seconds = {fastest: 1e-3, "network": 2e-3}
+        table, said = run(clock, config, tasks=only(Whole))
+        training, inference = table.networks
+        assert training.path == fastest
+        assert set(training.ms) == {"torch", "layer", "recompute", "stored"}
+        assert inference.path == (fastest if fastest in ("torch", "layer") else "network")
+        path = paths.network_path(
+            (16, 16, 16), ((16, 1, 1),) * 2, (resolve("relu"), resolve("identity")), torch.bfloat16, "ieee",
+            INTERPRETED_DEVICE, True,
+        )  # fmt: skip
+        if fastest == "layer":
+            assert path == "it is faster as measured on this device"
+        elif fastest != "torch":
+            assert isinstance(path, network_path.NetworkPlan)
+            assert path.formulation == fastest
+    assert "training 16-16-16, relu, 8 rows, bfloat16" in said
+
+
+def test_networks_are_measured_with_the_tiles_just_found(clock: Clock, measured: Path) -> None:
+    """Whatever the file that they go to: what the path of layers runs with, and what holds after it."""
+    config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
+    seen: list[Any] = []
+
+    class WatchingTiles(WatchedPasses):
+        def by_layers(self, x: torch.Tensor) -> torch.Tensor:
+            seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in products_of(config))
+            return super().by_layers(x)
+
+    def products_of(config: Config) -> list[table_files.Gemm]:
+        return [table_files.Gemm(*each.key, None, None, 1.0) for each in products(config.workloads[0])]
+
+    table, _ = run(clock, config, tasks=list_tasks, passes=functools.partial(WatchingTiles, clock))
+    assert [row.tile for row in table.gemms] == [FAST] * 3
+    assert len(table.networks) == 2
+    assert set(seen) == {FAST}
+    for row in products_of(config):
+        assert tables.choice_for(row.problem, INTERPRETED_DEVICE).source != "measured"  # the user's own has no rows
+
+
+def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path) -> None:
+    class Wrong(WatchedPasses):
+        def by_network(self, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+            return self.by_torch(x) * 1.5
+
+    config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",))
+    table, said = run(clock, config, tasks=only(Whole), passes=functools.partial(Wrong, clock))
+    assert [set(row.ms) for row in table.networks] == [{"torch", "layer"}] * 2
+    assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result is not torch's" in said
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
+    """A host that issues and a device that works, in seconds."""
+    at = {"host": 0.0, "device": 0.0}
+
+    class Event:
+        time = math.nan
+
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            self.time = max(at["host"], at["device"])
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.time - self.time)
+
+    def work(issue: float, seconds: float) -> None:
+        at["host"] += issue
+        at["device"] = max(at["host"], at["device"]) + seconds
+
+    at["work"] = work  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: at.update(host=max(at["host"], at["device"])))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: work(1e-6, cycles / 1e9))
+    monkeypatch.setattr(time, "perf_counter", lambda: at["host"])
+    timing.cycles_per_second.cache_clear()
+    yield at
+    timing.cycles_per_second.cache_clear()
+
+
+@pytest.mark.parametrize(("issue", "seconds"), [(50e-6, 2e-6), (10e-6, 3e-3), (5e-6, 5e-6)], ids=str)
+def test_the_clock_reads_what_the_device_works(gpu: dict[str, Any], issue: float, seconds: float) -> None:
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        gpu["work"](issue + 1e-2 * (calls == 1), seconds)  # the first one compiles
+
+    assert tuner.EventClock()(call) == pytest.approx(seconds, rel=1e-6)
+    assert calls >= 7

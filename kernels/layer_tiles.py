@@ -28,7 +28,7 @@ LONGEST_UNALIGNED = 64
 # bf16x6 holds three 16-bit parts of each operand besides; on Blackwell, products beyond this overflow tensor memory.
 LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
 WAITING_WORDS = 32  # what a thread may hold of a saved tile over dgrad's products
-# The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_precision.py).
+# The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_tile_precision.py).
 SHORTEST_SPLIT = 64
 # Estimates are off by a tenth in the median: torch runs unless its estimated time is this many times ours.
 MARGIN = 1.08

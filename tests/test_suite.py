@@ -107,8 +107,8 @@ def test_a_gpu_runs_what_is_full_only_where_it_is_asked_for(collected: dict[str,
     assert full
     assert not full & set(found["gpu"])
     assert found["gpu and full"]
-    assert set(found["gpu and full"]) >= full & {test for test in found["all"] if "test_products.py" in test}
-    layers = "tests/test_kernels.py::test_forward_and_gradients[layer-"
+    assert set(found["gpu and full"]) >= full & {test for test in found["all"] if "test_torch_products.py" in test}
+    layers = "tests/test_kernels_table.py::test_forward_and_gradients[layer-"
     assert any(test.startswith(layers) for test in found["gpu"])  # too slow for the interpreter alone
     assert not any(test.startswith(layers) for test in collected["cpu"][""])
 

@@ -106,8 +106,8 @@ def rule_for_the_grid() -> str:
 
 
 def test_the_rule_for_the_grid_is_as_it_was() -> None:
-    """After a change that is meant: `python tests/test_plan.py > tests/rule.txt`, and read the difference."""
-    assert rule_for_the_grid() == Path(__file__).with_name("rule.txt").read_text()
+    """After a change that is meant: `python tests/test_paths.py > tests/data/rule.txt`, and read the difference."""
+    assert rule_for_the_grid() == (Path(__file__).parent / "data" / "rule.txt").read_text()
 
 
 def network(

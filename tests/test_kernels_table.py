@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from cases import CASES, SEED, Case, Data, check, gradients, make, oracle, through_torch
+from cases import CASES, Case, Data, check, gradients, make, oracle
+from kernel_runs import PATHS, by_torch, case_id, find, forward
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, mlp, reference
 from mlp_fused.engine import layer_path, schedule, tables
 from mlp_fused.engine.calls import run_kernels
-from mlp_fused.engine.network_path import NetworkPlan, run_network
-from mlp_fused.engine.paths import find_layers, find_network
+from mlp_fused.engine.network_path import NetworkPlan
+from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.schedule import run_layers
 from mlp_fused.kernels import network, network_backward, network_forward
 from mlp_fused.kernels.activations import IDENTITY
@@ -28,30 +26,6 @@ from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.layer_tiles import choose
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 from mlp_fused.reference import Layer
-
-PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all layers, kernel by kernel; one kernel
-
-
-def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor, list[Layer], NetworkPlan | str]:
-    """x as rows, the layers, and the network path for them."""
-    layers = [Layer(*layer, case.dropout) for layer in zip(data.weights, data.biases, case.activations)]
-    x = data.x.reshape(-1, data.x.shape[-1])
-    return x, layers, find_network(x, layers, case.dtype, recompute)
-
-
-def forward(case: Case, data: Data, path: str, recompute: bool | None = None) -> Tensor:
-    """y through the kernels of a path."""
-    x, of_case, network_path = find(case, data, recompute)
-    torch.manual_seed(SEED)
-    if path != "network":
-        with pytest.MonkeyPatch.context() as patch:
-            if path == "layer":
-                patch.setattr(schedule, "LAUNCH_BOUND", -1)
-            y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype, "triton"))
-    else:
-        assert isinstance(network_path, NetworkPlan), network_path
-        y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)
-    return y.view(*data.x.shape[:-1], y.shape[-1])
 
 
 def paths(case: Case) -> list[str]:
@@ -68,16 +42,6 @@ def marked(path: str, case: Case) -> object:
     Through layers, only a GPU and `-m full` run them: the interpreter tests every kind of tile instead.
     """
     return in_turn(path, case, path, marks=pytest.mark.full("cpu") if path == "layer" else ())
-
-
-def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
-    """y and the gradients by torch in the case's own dtype."""
-    twin = data.to(case.dtype)
-    return gradients(twin, through_torch(case, twin))
-
-
-def name(value: object) -> str:
-    return value.id if isinstance(value, Case) else str(value)
 
 
 # Every kind of tile that the layer kernels have, small, so that most sizes of the table are more than one.
@@ -130,7 +94,7 @@ def in_turn(kind: str, case: Case, *others: object, marks: object = ()) -> objec
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"), [in_turn(kind, case, kind) for case in CASES for kind in kinds(case)], ids=name
+    ("kind", "case"), [in_turn(kind, case, kind) for case in CASES for kind in kinds(case)], ids=case_id
 )
 def test_every_kind_of_tile_through_the_table(
     kind: str, case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +113,7 @@ UNALIGNED = ("sliced", "strided parameters")  # layouts of tensors that do not b
 
 
 @pytest.mark.parametrize(
-    "case", [in_turn("persistent", case) for case in CASES if case.layout not in UNALIGNED], ids=name
+    "case", [in_turn("persistent", case) for case in CASES if case.layout not in UNALIGNED], ids=case_id
 )
 def test_all_layers_at_once_through_the_table(
     case: Case, by_pointers: None, poisoned: None, monkeypatch: pytest.MonkeyPatch
@@ -158,7 +122,7 @@ def test_all_layers_at_once_through_the_table(
     all_layers_at_once(case, monkeypatch)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.layout in UNALIGNED], ids=name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.layout in UNALIGNED], ids=case_id)
 def test_all_layers_at_once_without_alignment(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     all_layers_at_once(case, monkeypatch)
 
@@ -176,7 +140,7 @@ def all_layers_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, oracle(case, data), ours, by_torch(case, data))
 
 
-@pytest.mark.parametrize(("path", "case"), [marked(path, case) for case in CASES for path in paths(case)], ids=name)
+@pytest.mark.parametrize(("path", "case"), [marked(path, case) for case in CASES for path in paths(case)], ids=case_id)
 def test_forward_and_gradients(path: str, case: Case, device: str, poisoned: None) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     data = make(case, device)
@@ -285,18 +249,6 @@ def test_a_network_casts_its_input_as_it_loads_it(
         torch.testing.assert_close(through(each), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("path", PATHS)
-def test_a_second_backward_over_a_kept_graph_gives_the_same(path: str, activation: str, device: str) -> None:
-    case = Case(activation=activation, output_activation=activation)
-    data = make(case, device)
-    y = forward(case, data, path)
-    leaves = list(data.leaves.values())
-    first = torch.autograd.grad(y, leaves, data.dy, retain_graph=True)
-    second = torch.autograd.grad(y, leaves, data.dy)
-    assert all(map(torch.equal, first, second))
-
-
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_gradcheck(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(Case(3, (2, 3, 2), torch.float64, name, name if name != "exp" else "identity"), seed=3)
@@ -371,21 +323,6 @@ def test_an_input_that_no_gradient_needs_may_change(path: str, device: str) -> N
         torch.testing.assert_close(ours, before)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_after_backward_a_graph_holds_no_tensor(path: str, device: str) -> None:
-    """Parameters that are computed themselves, and x, are let go though y lives on."""
-    data = make(Case(), device)
-    computed = [tensor * 1 for tensor in (data.x, *data.weights, *data.biases)]
-    held = [weakref.ref(tensor) for tensor in computed]
-    of_case = replace(data, x=computed[0], weights=computed[1:3], biases=computed[3:])
-    y = forward(Case(), of_case, path)
-    y.backward(data.dy)
-    assert data.weights[0].grad is not None
-    del computed, of_case
-    assert [ref() for ref in held] == [None] * 5
-    assert y.grad_fn is not None
-
-
 TILES = [
     TileConfig(*tile, group_m=group)
     for tile, group in zip(itertools.product((16, 64), (16, 32), (16, 64)), (1, 2, 8) * 3)
@@ -442,137 +379,6 @@ def test_offsets_beyond_32_bits(device: str, path: str) -> None:
     torch.testing.assert_close(dw, x.float().sum(1, keepdim=True).expand(2, 16))
 
 
-@pytest.mark.parametrize("needs", ["input", "weights", "biases", "first layer", "last layer", "nothing"])
-@pytest.mark.parametrize("path", ["layer", "run"])
-def test_nothing_is_computed_that_is_not_wanted(path: str, needs: str, device: str) -> None:
-    case = Case(widths=(20, 33, 24, 17), activation="gelu", needs=needs)
-    data = make(case, device)
-    with count_launches() as launches:
-        gradients(data, forward(case, data, path))
-    dgrads = {"input": 3, "weights": 2, "biases": 2, "first layer": 2, "last layer": 0, "nothing": 0}[needs]
-    wgrads = {"input": 0, "weights": 3, "biases": 3, "first layer": 1, "last layer": 1, "nothing": 0}[needs]
-    assert launches["layer_forward_kernel"] == 3
-    assert launches.get("dgrad_kernel", 0) == dgrads
-    assert launches.get("wgrad_kernel", 0) == wgrads
-
-
-@pytest.mark.parametrize("needs", ["input", "weights", "biases", "first layer", "last layer", "nothing"])
-@pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
-def test_a_network_is_one_launch_forward_and_at_most_three_backward(recompute: bool, needs: str, device: str) -> None:
-    case = Case(dtype=torch.bfloat16, widths=(20, 31, 24, 17), activation="gelu", needs=needs)
-    data = make(case, device)
-    with count_launches() as launches:
-        y = forward(case, data, "network", recompute)
-    assert launches == {"network_forward_kernel": 1}
-    with count_launches() as launches:
-        gradients(data, y)
-    sums = 0 if needs in ("input", "nothing") else 1
-    chain = 0 if needs in ("last layer", "nothing") else 1
-    if recompute:
-        wanted = {"network_recompute_kernel": int(needs != "nothing"), "sum_partials_kernel": sums}
-    else:
-        wanted = {"network_dgrad_kernel": chain, "network_wgrad_kernel": sums, "sum_partials_kernel": sums}
-    assert launches == {name: count for name, count in wanted.items() if count}
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_what_a_network_keeps(activation: str, device: str) -> None:
-    case = Case(64, (32, 48, 16, 8), torch.bfloat16, activation=activation)
-    data = make(case, device)
-    for recompute, width in ((True, 32), (False, 32 + 48 + 16)):
-        assert kept_bytes(data, partial(forward, case, data, "network", recompute)) == 64 * width * 2
-
-
-@pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
-def test_the_user_says_what_is_kept(recompute: bool, device: str) -> None:
-    """On either path, and the same gradients."""
-    for widths in ((20, 32, 24, 17), (20, 300, 17)):
-        case = Case(33, widths, activation="gelu")
-        data, twin = make(case, device), make(case, device)
-        y = []
-
-        def call(data: Data = data, y: list[Tensor] = y) -> None:
-            y.append(mlp(data.x, data.weights, data.biases, "gelu", backend="triton", recompute=recompute))
-
-        kept = kept_bytes(data, call)
-        assert kept == 33 * 4 * (widths[0] if recompute else sum(widths[:-1]))
-        check(case, oracle(case, data), gradients(data, y[0]), by_torch(case, twin))
-
-
-def kept_bytes(data: Data, call: Callable[[], object]) -> int:
-    """What a call saves for backward, parameters apart."""
-    tensors = (*data.weights, *(bias for bias in data.biases if bias is not None))
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call()
-    del y
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("needs", ["everything", "parameters", "input", "first layer", "last layer"])
-@pytest.mark.parametrize("path", ["layer", "run"])
-def test_one_tensor_is_kept_a_layer(activation: str, needs: str, path: str, device: str) -> None:
-    case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
-    data = make(case, device)
-    kept = kept_bytes(data, lambda: forward(case, data, path))
-    x, hidden = 32, [48, 16]
-    widths = {
-        "everything": x + sum(hidden), "parameters": x + sum(hidden), "input": sum(hidden),
-        "first layer": x + sum(hidden), "last layer": hidden[-1],
-    }[needs]  # fmt: skip
-    assert kept == 64 * widths * 4
-
-
-@pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("silu", 0.58), ("relu", 1.0), ("tanh", 1.0)])
-def test_what_is_kept_beside_what_torch_keeps(activation: str, most: float, device: str) -> None:
-    """Of a network as the benches' middle one: four layers as wide as the input."""
-    case = Case(16, (32,) * 5, torch.bfloat16, activation, needs="parameters")
-    data, twin = make(case, device), make(case, device)
-    ours = kept_bytes(data, partial(forward, case, data, "layer"))
-    torchs = kept_bytes(twin, lambda: reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
-    assert 0 < ours <= most * torchs
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("relu", 1.0)])
-def test_memory_held_between_forward_and_backward(activation: str, most: float, device: str) -> None:
-    """By the allocator's own count; the output is the user's, and counted on neither side."""
-    case = Case(4096, (512,) * 5, torch.bfloat16, activation, needs="parameters")
-    data = make(case, device)
-    held = []
-    for call in (
-        partial(forward, case, data, "layer"),
-        lambda: reference.mlp(data.x, data.weights, data.biases, case.activations),
-    ):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated() - data.x.nbytes  # the input is kept by both
-        y = call()
-        held.append(torch.cuda.memory_allocated() - before - y.nbytes)
-        peak = torch.cuda.max_memory_allocated()
-        assert peak >= torch.cuda.memory_allocated()
-        del y
-    assert held[0] <= most * held[1]
-
-
-@pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
-def test_saved_tensors_that_come_back_with_other_strides(recompute: bool | None, device: str) -> None:
-    case = Case(layout="strided parameters", dtype=torch.float16)
-    data, twin = make(case, device), make(case, device)
-    pack, unpack = (lambda tensor: tensor), (lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        y = forward(case, data, "network", recompute)
-    check(case, oracle(case, twin), gradients(data, y), by_torch(case, twin))
-
-
 def test_gradients_that_are_no_plain_tensors(device: str, path: str) -> None:
     """A lazily negated dy, a sparse one, a batch of them, and lazily negated weights."""
     weight = torch.randn(4, 20, device=device, requires_grad=True)
@@ -589,17 +395,6 @@ def test_gradients_that_are_no_plain_tensors(device: str, path: str) -> None:
         results.append(found)
     for ours, torchs in zip(*results):
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
-
-
-def test_what_is_not_read_again_may_change(device: str) -> None:
-    """As in torch: the first weight where x needs no gradient, and every bias."""
-    case = Case(widths=(5, 3), needs="parameters")
-    data = make(case, device)
-    y = forward(case, data, "network", recompute=False)
-    with torch.no_grad():
-        data.weights[0].mul_(2)
-        data.biases[0].mul_(2)
-    y.backward(data.dy)
 
 
 def test_compiled_kernels_are_told_apart_by_what_they_keep() -> None:
@@ -683,16 +478,6 @@ def test_persistent_programs_of_the_rules_tiles_take_several(
         ours = gradients(data, y)
     assert launches["layer_forward_kernel"] == launches["dgrad_kernel"] == 2
     check(case, oracle(case, data), ours, by_torch(case, data))
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_changed_weight_is_detected_as_torch_does(path: str, device: str) -> None:
-    data = make(Case(), device)
-    y = forward(Case(), data, path)
-    with torch.no_grad():
-        data.weights[1].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward(data.dy)
 
 
 def test_a_lazily_negated_input(device: str, path: str) -> None:

@@ -308,16 +308,6 @@ def test_recomputing_under_a_transform(device: str) -> None:
     torch.testing.assert_close(found, torch.func.grad(lambda x: nn.Sequential(*model)(x).sum())(x))
 
 
-def test_explain_counts_biases_alone_and_the_input_under_autocast() -> None:
-    model = FusedMLP(32, [16, 8])
-    for child in model:
-        if isinstance(child, nn.Linear):
-            child.weight.requires_grad_(False)
-    plan = model.explain(64, torch.bfloat16, "NVIDIA H200")
-    assert any(kernel.is_backward for run in plan.runs for kernel in run.kernels)
-    assert model.requires_grad_().explain(64, torch.bfloat16, "NVIDIA H200").kept_bytes == 64 * 32 * 4  # x, in fp32
-
-
 def test_a_model_that_was_called_can_be_copied_and_pickled(device: str) -> None:
     model = FusedMLP(20, [16, 4], backend="triton").to(device)
     x = torch.randn(9, 20, device=device)
@@ -524,65 +514,6 @@ def test_torch_compile_and_export_see_torchs_modules_without_kernels(device: str
     torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_explain_counts_what_is_kept(activation: str) -> None:
-    plan = FusedMLP(32, [48, 16, 8], activation_layer=activation, backend="triton").explain(64, device="NVIDIA H200")
-    assert plan.path == "network"
-    assert plan.kept_bytes == 64 * (32 + 48 + 16) * 4
-    by_torch = FusedMLP(32, [48, 16, 8], activation_layer=activation).explain(64)
-    assert by_torch.path == "reference"
-    assert by_torch.reason == "the input is on the CPU"
-    pre_activations = 64 * (48 + 16) * 4 if activation == "gelu" else 0
-    assert by_torch.kept_bytes == plan.kept_bytes + pre_activations
-    text = str(plan)
-    for expected in (
-        "NVIDIA H200",
-        "0-2: 32 -> 48 -> 16 -> 8",
-        "network wgrad",
-        "GFLOP",
-        "floor",
-        "kept for backward 0.025 MB",
-    ):
-        assert expected in text
-    assert plan.work.flops == 2 * 64 * (32 * 48 * 2 + 48 * 16 * 3 + 16 * 8 * 3)
-
-
-def test_explain_says_why_a_float32_network_is_not_one_kernel() -> None:
-    """Unless the user asks for kernels, or for what is kept."""
-    plan = FusedMLP(32, [48, 16, 8]).explain(64, device="NVIDIA H200")
-    reason = "one kernel for a float32 network was slower than torch where measured"
-    assert (plan.path, plan.reason) == ("layer", reason)
-    assert FusedMLP(32, [48, 16, 8]).explain(64, torch.bfloat16, "NVIDIA H200").path == "network"
-    assert FusedMLP(32, [48, 16, 8], recompute=True).explain(64, device="NVIDIA H200").path == "network"
-
-
-def test_explain_names_what_runs_as_itself_and_why() -> None:
-    model = FusedMLP(32, [48, 8], nn.BatchNorm1d, nn.PReLU)
-    text = str(model.explain(16, torch.bfloat16, "NVIDIA H100"))
-    assert "1 BatchNorm1d: reference, because BatchNorm1d has no kernel" in text
-    assert "2 PReLU: reference, because PReLU has no kernel" in text
-    model[0].register_forward_hook(lambda *_: None)
-    assert "0 Linear: reference, because it has hooks" in str(model.explain(16, device="NVIDIA H100"))
-    hooked = FusedMLP(32, [48, 8])
-    hooked[0].register_forward_hook(lambda *_: None)
-    text = str(hooked.explain(16, device="NVIDIA H100"))
-    assert "1 ReLU: reference, because it follows no Linear layer that it could be fused with" in text
-    double = FusedMLP(4, [3]).double().explain(16, device="NVIDIA H100")
-    assert double.path == "reference"
-    assert "float64" in double.reason
-    reference = FusedMLP(4, [3], backend="reference").explain(16, device="NVIDIA H100")
-    assert reference.reason == 'the backend is "reference"'
-
-
-def test_explain_refuses_a_network_over_images() -> None:
-    convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
-    bilinear = FusedMLP.from_sequential(nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2)))
-    with pytest.raises(ValueError, match="Bilinear does not take an input of shape"):
-        bilinear.explain(16)
-    with pytest.raises(ValueError, match="Conv2d does not take an input of shape"):
-        FusedMLP.from_sequential(convolutional).explain(4)
-
-
 def test_a_new_reason_on_a_gpu_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -639,51 +570,3 @@ def test_inputs_nobody_thought_of(shape: list[int], widths: list[int], activatio
     dy = torch.randn_like(ours)
     for mine, other in zip(torch.autograd.grad(ours, x, dy), torch.autograd.grad(torchs, x, dy)):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-
-
-def test_warmup_prepares_every_launch_of_a_call_and_changes_nothing(device: str) -> None:
-    model = FusedMLP(20, [300, 24, 5], nn.BatchNorm1d, "gelu", dropout=0.5, backend="triton", device=device)
-    model[0].weight.requires_grad_(False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    random = torch.get_rng_state()
-    with count_launches() as launches:
-        seconds = model.warmup(8)
-    assert seconds > 0
-    # Without gradients, and with them: a norm parts every layer from the next.
-    assert launches["layer_forward_kernel"] + launches.get("network_forward_kernel", 0) == 2 * 3
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(torch.get_rng_state(), random)
-    with count_launches() as again:
-        model.warmup(8, 16, training=False)
-    assert sum(again.values()) == 2 * 3
-
-
-@pytest.mark.parametrize("made_inside", [False, True])
-def test_warmup_under_inference_mode(made_inside: bool, device: str) -> None:
-    with torch.inference_mode(made_inside):
-        model = FusedMLP(300, [300, 5], backend="triton", device=device)
-    with torch.inference_mode(), count_launches() as launches:
-        model.warmup(8)
-        assert model(torch.zeros(8, 300, device=device)).shape == (8, 5)
-    assert launches["layer_forward_kernel"] == 2 * 3
-    assert launches.get("wgrad_kernel", 0) == (0 if made_inside else 2)
-
-
-def test_warmup_has_nothing_to_do_where_torch_runs() -> None:
-    with count_launches() as launches:
-        FusedMLP(4, [5, 3]).warmup(8)
-    assert launches == {}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "sentence"),
-    [
-        ((), "batch_sizes is empty; it needs one number of rows or more"),
-        ((0,), "batch_size is 0; it needs to be a number of rows, 1 or more"),
-        ((8, True), "batch_size is True; it needs to be a number of rows, 1 or more"),
-    ],
-)
-def test_warmup_says_what_it_needs(sizes: tuple[int, ...], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        FusedMLP(4, [5, 3]).warmup(*sizes)

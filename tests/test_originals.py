@@ -7,39 +7,34 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from libraries import needs
+from replaced_code import (
+    BACKENDS,
+    agrees,
+    doubled,
+    layer,
+    network,
+    patched,
+    runs_kernels,
+    twin,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp, unfuse
-from mlp_fused.engine import originals, paths, recognize
+from mlp_fused.engine import originals, paths
 from mlp_fused.engine.recognize import CALLED, FUNCTIONS
 from mlp_fused.engine.runs import Segments as _Segments
-from mlp_fused.engine.runs import runs_of
-from mlp_fused.kernels.launch import count_launches
-
-BACKENDS = pytest.mark.parametrize("backend", ["auto", "triton"])
-
-
-def runs_kernels(backend: str, device: str) -> bool:
-    """True if a network without changed code launches kernels: "auto" does so on a GPU."""
-    return backend == "triton" or device == "cuda"
-
-
-def network(device: str, backend: str, activation: Any = "gelu") -> FusedMLP:
-    return FusedMLP(8, [8, 4], activation_layer=activation, backend=backend, device=device)
 
 
 def fused(device: str, backend: str, activation: Any = "gelu") -> nn.Sequential:
@@ -47,17 +42,6 @@ def fused(device: str, backend: str, activation: Any = "gelu") -> nn.Sequential:
     model = nn.Sequential(*network(device, "auto", activation))
     fuse(model, backend=backend)
     return model
-
-
-class Functional(nn.Module):
-    """The modules of a FusedLinear, called one after another."""
-
-    def __init__(self, layer: FusedLinear) -> None:
-        super().__init__()
-        self.linear, self.activation = layer.linear, layer.activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.linear(x))
 
 
 def layers(device: str, backend: str, activation: Any = "gelu") -> nn.Sequential:
@@ -69,10 +53,6 @@ def layers(device: str, backend: str, activation: Any = "gelu") -> nn.Sequential
     return model
 
 
-def layer(device: str, backend: str, activation: Any = "gelu") -> FusedLinear:
-    return FusedLinear(8, 16, activation=activation, backend=backend, device=device)
-
-
 MODELS: dict[str, Callable[..., Any]] = {
     "FusedMLP": network,
     "fuse": fused,
@@ -80,38 +60,6 @@ MODELS: dict[str, Callable[..., Any]] = {
     "FusedLinear": layer,
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """The same modules, with the same parameters, in plain torch."""
-    if isinstance(model, FusedLinear):
-        return Functional(model)
-    return nn.Sequential(*(Functional(child) if isinstance(child, FusedLinear) else child for child in model))
-
-
-def results(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output and every gradient."""
-    x = x.clone().requires_grad_()
-    y = model(x)
-    return [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
-
-
-def agrees(model: Any, x: Tensor, kernels: bool | None) -> None:
-    """The model's results are its twin's; and kernels ran, or none did, or some may have (None)."""
-    expected = results(twin(model), x)
-    with count_launches() as launches:
-        found = results(model, x)
-    assert kernels is None or bool(launches) == kernels
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def double(*arguments: Any, **keywords: Any) -> Any:
-        return function(*arguments, **keywords) * 2
-
-    return double
 
 
 def of_linear(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,10 +93,6 @@ def shifted_of_module(self: nn.Module, name: str) -> Any:
     return value + 1 if name == "weight" and isinstance(self, nn.Linear) else value
 
 
-class Missing:
-    """No attribute of that name."""
-
-
 # What is replaced, by what: for each, the name by which the reason calls it.
 PATCHES: dict[str, tuple[Any, str, Any]] = {
     "Linear.forward": (nn.Linear, "forward", doubled(nn.Linear.forward)),
@@ -163,19 +107,6 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
     "F.linear": (F, "linear", doubled(F.linear)),
     "F.gelu": (F, "gelu", doubled(F.gelu)),
 }
-
-
-@contextlib.contextmanager
-def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = vars(owner).get(name, Missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is Missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 @BACKENDS
@@ -353,75 +284,6 @@ def test_the_functional_forms_say_why_kernels_cannot_run(change: Any, reason: st
     linear_act(x, w, None, "gelu", backend="triton")
 
 
-class OwnCall(nn.Linear):
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return super().__call__(*arguments, **keywords) * 2
-
-
-class OwnGetattr(nn.Linear):
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) + 1 if name == "weight" else super().__getattr__(name)
-
-
-class OwnGetattribute(nn.Linear):
-    def __getattribute__(self, name: str) -> Any:
-        parameters = super().__getattribute__("__dict__").get("_parameters", {})
-        return parameters[name] + 1 if name == "weight" in parameters else super().__getattribute__(name)
-
-
-class OwnCallImpl(nn.Linear):
-    def _call_impl(self, *arguments: Any, **keywords: Any) -> Any:
-        return super()._call_impl(*arguments, **keywords) * 2
-
-
-class OwnForward(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 2
-
-
-class Between(OwnForward):
-    """Inherits the change."""
-
-
-class Kept(nn.Linear):
-    """Changes nothing."""
-
-
-SUBCLASSES = {
-    OwnCall: "OwnCall has a __call__ of its own",
-    OwnGetattr: "OwnGetattr has a __getattr__ of its own",
-    OwnGetattribute: "OwnGetattribute has a __getattribute__ of its own",
-    OwnCallImpl: "OwnCallImpl has a _call_impl of its own",
-    OwnForward: "OwnForward has a forward of its own",
-    Between: "OwnForward has a forward of its own",
-    Kept: "",
-}
-
-
-@BACKENDS
-@pytest.mark.parametrize("kind", SUBCLASSES, ids=lambda kind: kind.__name__)
-def test_a_subclass_of_linear_with_code_of_its_own_runs_as_a_module(kind: Any, backend: str, device: str) -> None:
-    x = torch.randn(5, 8, device=device)
-    model = nn.Sequential(kind(8, 8), nn.GELU(), nn.Linear(8, 8), nn.ReLU()).to(device)
-    model[0].load_state_dict(nn.Linear(8, 8).state_dict())  # an initialiser finds only what __getattr__ returns
-    report = fuse(model, backend=backend)
-    assert SUBCLASSES[kind] in str(report)
-    expected = twin(model)(x)
-    for _ in range(2):
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    with count_launches() as launches:
-        model(x)
-    assert bool(launches) == runs_kernels(backend, device)
-    if SUBCLASSES[kind]:
-        assert SUBCLASSES[kind] in str(model.explain(5))
-    inner = FusedLinear(8, 8, activation="gelu", backend=backend, device=device)
-    inner.linear = model[0]
-    torch.testing.assert_close(inner(x), F.gelu(model[0](x)), rtol=1e-4, atol=1e-5)
-    with patched(Kept, "__call__", doubled(nn.Module.__call__)):
-        torch.testing.assert_close(model(x), twin(model)(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-
-
 @BACKENDS
 @pytest.mark.parametrize("training", [False, True])
 def test_dropout_that_is_replaced_is_called(training: bool, backend: str, device: str) -> None:
@@ -475,21 +337,6 @@ def test_a_method_of_a_pattern_that_is_replaced_is_called(device: str) -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     unfuse(model)
     assert torch.equal(model(x), expected)
-
-
-def test_a_module_of_ones_own_with_an_activation_in_it_is_called(device: str) -> None:
-    class Gate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.activation = ACTIVATIONS["relu"]
-            self.linear = nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.activation(self.linear(x))
-
-    model = nn.Sequential(nn.Linear(8, 8), Gate(), nn.Linear(8, 8), nn.ReLU()).to(device)
-    fuse(model, backend="triton")
-    agrees(model, torch.randn(5, 8, device=device), True)
 
 
 SCRIPT = """
@@ -548,77 +395,3 @@ def test_compiled_layers_see_changes(make: Callable[..., Any], device: str) -> N
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         results.append(ours)
     assert not any(torch.allclose(results[0], each) for each in results[1:])
-
-
-class Mine(nn.Linear):
-    """Takes the place of nn.Linear under its name."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 2
-
-
-class Wild(nn.Dropout):
-    def forward(self, input: Tensor) -> Tensor:
-        return input + 1
-
-
-class Sharp(nn.Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input) * 3
-
-
-@BACKENDS
-def test_a_class_under_the_name_of_torchs_is_called(backend: str, device: str) -> None:
-    x = torch.randn(5, 8, device=device)
-    before = network(device, backend)
-    agrees(before, x, runs_kernels(backend, device))
-    with patched(nn, "Linear", Mine), patched(nn, "Dropout", Wild), patched(nn, "GELU", Sharp):
-        model = network(device, backend, nn.GELU)
-        assert [type(child) for child in model[:3]] == [Mine, Sharp, Wild]
-        agrees(model, x, False)
-        agrees(before, x, runs_kernels(backend, device))
-    agrees(model, x, False)
-
-
-@needs("transformers")
-@BACKENDS
-def test_other_libraries_code_that_is_replaced_takes_effect(backend: str, device: str) -> None:
-    from transformers.activations import QuickGELUActivation
-    from transformers.pytorch_utils import Conv1D
-
-    x = torch.randn(5, 8, device=device)
-    model = nn.Sequential(Conv1D(8, 8), QuickGELUActivation(), Conv1D(4, 8), nn.ReLU()).to(device)
-    fuse(model, backend=backend)
-    before = model(x)
-    agrees(model, x, runs_kernels(backend, device))
-    for owner, name in ((Conv1D, "forward"), (torch, "addmm"), (QuickGELUActivation, "forward"), (torch, "sigmoid")):
-        with patched(owner, name, doubled(getattr(owner, name))):
-            for _ in range(2):
-                agrees(model, x, None)
-            assert not torch.allclose(model(x), before)
-        assert torch.equal(model(x), before)
-
-
-class Squash(nn.Module):
-    """A user's activation."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.exp(-input * input)
-
-
-@BACKENDS
-def test_a_registered_module_whose_forward_is_replaced_is_called(backend: str, device: str) -> None:
-    gelu = ACTIVATIONS["exp"]
-    activation = dataclasses.replace(gelu, name="squash", module=Squash, reference=lambda z: torch.exp(z))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ACTIVATIONS, "squash", activation)
-        patch.setattr(recognize, "_BY_MODULE", {})
-        x = torch.randn(5, 8, device=device)
-        model = nn.Sequential(nn.Linear(8, 8), Squash(), nn.Linear(8, 4)).to(device)
-        fuse(model, backend=backend)
-        assert [activation.name for _, activation in runs_of(model.children())[0].linears] == ["squash", "identity"]
-        model(x)
-        with patched(Squash, "forward", doubled(Squash.forward)):
-            for _ in range(2):
-                agrees(model, x, None)
-            assert "Squash.forward was replaced" in str(model.explain(5))

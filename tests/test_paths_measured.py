@@ -154,7 +154,7 @@ def test_exceptions_are_few_and_needed() -> None:
 
 
 def test_choices_are_as_listed() -> None:
-    """After an intended change: `python tests/test_paths_measured.py > tests/data/h100/choices.txt`; read the difference."""
+    """After an intended change: `python tests/test_paths_measured.py > tests/data/h100/choices.txt`; read the diff."""
     assert "".join(f"{line}\n" for line in lines()) == (DATA / "choices.txt").read_text()
 
 

@@ -1,0 +1,48 @@
+"""Runs of the table of cases through the kernels and through torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import SEED, Case, Data, gradients, through_torch
+from torch import Tensor
+
+from mlp_fused.engine import schedule
+from mlp_fused.engine.network_path import NetworkPlan, run_network
+from mlp_fused.engine.paths import find_layers, find_network
+from mlp_fused.engine.schedule import run_layers
+from mlp_fused.reference import Layer
+
+PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all layers, kernel by kernel; one kernel
+
+
+def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor, list[Layer], NetworkPlan | str]:
+    """x as rows, the layers, and the network path for them."""
+    layers = [Layer(*layer, case.dropout) for layer in zip(data.weights, data.biases, case.activations)]
+    x = data.x.reshape(-1, data.x.shape[-1])
+    return x, layers, find_network(x, layers, case.dtype, recompute)
+
+
+def forward(case: Case, data: Data, path: str, recompute: bool | None = None) -> Tensor:
+    """y through the kernels of a path."""
+    x, of_case, network_path = find(case, data, recompute)
+    torch.manual_seed(SEED)
+    if path != "network":
+        with pytest.MonkeyPatch.context() as patch:
+            if path == "layer":
+                patch.setattr(schedule, "LAUNCH_BOUND", -1)
+            y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype, "triton"))
+    else:
+        assert isinstance(network_path, NetworkPlan), network_path
+        y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)
+    return y.view(*data.x.shape[:-1], y.shape[-1])
+
+
+def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
+    """y and the gradients by torch in the case's own dtype."""
+    twin = data.to(case.dtype)
+    return gradients(twin, through_torch(case, twin))
+
+
+def case_id(value: object) -> str:
+    return value.id if isinstance(value, Case) else str(value)

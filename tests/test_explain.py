@@ -1,0 +1,78 @@
+"""`model.explain`: what it counts, names and refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mlp_fused import FusedMLP
+
+
+def test_explain_counts_biases_alone_and_the_input_under_autocast() -> None:
+    model = FusedMLP(32, [16, 8])
+    for child in model:
+        if isinstance(child, nn.Linear):
+            child.weight.requires_grad_(False)
+    plan = model.explain(64, torch.bfloat16, "NVIDIA H200")
+    assert any(kernel.is_backward for run in plan.runs for kernel in run.kernels)
+    assert model.requires_grad_().explain(64, torch.bfloat16, "NVIDIA H200").kept_bytes == 64 * 32 * 4  # x, in fp32
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_explain_counts_what_is_kept(activation: str) -> None:
+    plan = FusedMLP(32, [48, 16, 8], activation_layer=activation, backend="triton").explain(64, device="NVIDIA H200")
+    assert plan.path == "network"
+    assert plan.kept_bytes == 64 * (32 + 48 + 16) * 4
+    by_torch = FusedMLP(32, [48, 16, 8], activation_layer=activation).explain(64)
+    assert by_torch.path == "reference"
+    assert by_torch.reason == "the input is on the CPU"
+    pre_activations = 64 * (48 + 16) * 4 if activation == "gelu" else 0
+    assert by_torch.kept_bytes == plan.kept_bytes + pre_activations
+    text = str(plan)
+    for expected in (
+        "NVIDIA H200",
+        "0-2: 32 -> 48 -> 16 -> 8",
+        "network wgrad",
+        "GFLOP",
+        "floor",
+        "kept for backward 0.025 MB",
+    ):
+        assert expected in text
+    assert plan.work.flops == 2 * 64 * (32 * 48 * 2 + 48 * 16 * 3 + 16 * 8 * 3)
+
+
+def test_explain_says_why_a_float32_network_is_not_one_kernel() -> None:
+    """Unless the user asks for kernels, or for what is kept."""
+    plan = FusedMLP(32, [48, 16, 8]).explain(64, device="NVIDIA H200")
+    reason = "one kernel for a float32 network was slower than torch where measured"
+    assert (plan.path, plan.reason) == ("layer", reason)
+    assert FusedMLP(32, [48, 16, 8]).explain(64, torch.bfloat16, "NVIDIA H200").path == "network"
+    assert FusedMLP(32, [48, 16, 8], recompute=True).explain(64, device="NVIDIA H200").path == "network"
+
+
+def test_explain_names_what_runs_as_itself_and_why() -> None:
+    model = FusedMLP(32, [48, 8], nn.BatchNorm1d, nn.PReLU)
+    text = str(model.explain(16, torch.bfloat16, "NVIDIA H100"))
+    assert "1 BatchNorm1d: reference, because BatchNorm1d has no kernel" in text
+    assert "2 PReLU: reference, because PReLU has no kernel" in text
+    model[0].register_forward_hook(lambda *_: None)
+    assert "0 Linear: reference, because it has hooks" in str(model.explain(16, device="NVIDIA H100"))
+    hooked = FusedMLP(32, [48, 8])
+    hooked[0].register_forward_hook(lambda *_: None)
+    text = str(hooked.explain(16, device="NVIDIA H100"))
+    assert "1 ReLU: reference, because it follows no Linear layer that it could be fused with" in text
+    double = FusedMLP(4, [3]).double().explain(16, device="NVIDIA H100")
+    assert double.path == "reference"
+    assert "float64" in double.reason
+    reference = FusedMLP(4, [3], backend="reference").explain(16, device="NVIDIA H100")
+    assert reference.reason == 'the backend is "reference"'
+
+
+def test_explain_refuses_a_network_over_images() -> None:
+    convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    bilinear = FusedMLP.from_sequential(nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2)))
+    with pytest.raises(ValueError, match="Bilinear does not take an input of shape"):
+        bilinear.explain(16)
+    with pytest.raises(ValueError, match="Conv2d does not take an input of shape"):
+        FusedMLP.from_sequential(convolutional).explain(4)

@@ -1,0 +1,196 @@
+"""What the kernels launch and save for backward, and what becomes of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from cases import Case, Data, check, gradients, make, oracle
+from kernel_runs import PATHS, by_torch, forward
+from torch import Tensor
+
+from mlp_fused import mlp, reference
+from mlp_fused.kernels.launch import count_launches
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_second_backward_over_a_kept_graph_gives_the_same(path: str, activation: str, device: str) -> None:
+    case = Case(activation=activation, output_activation=activation)
+    data = make(case, device)
+    y = forward(case, data, path)
+    leaves = list(data.leaves.values())
+    first = torch.autograd.grad(y, leaves, data.dy, retain_graph=True)
+    second = torch.autograd.grad(y, leaves, data.dy)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_after_backward_a_graph_holds_no_tensor(path: str, device: str) -> None:
+    """Parameters that are computed themselves, and x, are let go though y lives on."""
+    data = make(Case(), device)
+    computed = [tensor * 1 for tensor in (data.x, *data.weights, *data.biases)]
+    held = [weakref.ref(tensor) for tensor in computed]
+    of_case = replace(data, x=computed[0], weights=computed[1:3], biases=computed[3:])
+    y = forward(Case(), of_case, path)
+    y.backward(data.dy)
+    assert data.weights[0].grad is not None
+    del computed, of_case
+    assert [ref() for ref in held] == [None] * 5
+    assert y.grad_fn is not None
+
+
+@pytest.mark.parametrize("needs", ["input", "weights", "biases", "first layer", "last layer", "nothing"])
+@pytest.mark.parametrize("path", ["layer", "run"])
+def test_nothing_is_computed_that_is_not_wanted(path: str, needs: str, device: str) -> None:
+    case = Case(widths=(20, 33, 24, 17), activation="gelu", needs=needs)
+    data = make(case, device)
+    with count_launches() as launches:
+        gradients(data, forward(case, data, path))
+    dgrads = {"input": 3, "weights": 2, "biases": 2, "first layer": 2, "last layer": 0, "nothing": 0}[needs]
+    wgrads = {"input": 0, "weights": 3, "biases": 3, "first layer": 1, "last layer": 1, "nothing": 0}[needs]
+    assert launches["layer_forward_kernel"] == 3
+    assert launches.get("dgrad_kernel", 0) == dgrads
+    assert launches.get("wgrad_kernel", 0) == wgrads
+
+
+@pytest.mark.parametrize("needs", ["input", "weights", "biases", "first layer", "last layer", "nothing"])
+@pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
+def test_a_network_is_one_launch_forward_and_at_most_three_backward(recompute: bool, needs: str, device: str) -> None:
+    case = Case(dtype=torch.bfloat16, widths=(20, 31, 24, 17), activation="gelu", needs=needs)
+    data = make(case, device)
+    with count_launches() as launches:
+        y = forward(case, data, "network", recompute)
+    assert launches == {"network_forward_kernel": 1}
+    with count_launches() as launches:
+        gradients(data, y)
+    sums = 0 if needs in ("input", "nothing") else 1
+    chain = 0 if needs in ("last layer", "nothing") else 1
+    if recompute:
+        wanted = {"network_recompute_kernel": int(needs != "nothing"), "sum_partials_kernel": sums}
+    else:
+        wanted = {"network_dgrad_kernel": chain, "network_wgrad_kernel": sums, "sum_partials_kernel": sums}
+    assert launches == {name: count for name, count in wanted.items() if count}
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_what_a_network_keeps(activation: str, device: str) -> None:
+    case = Case(64, (32, 48, 16, 8), torch.bfloat16, activation=activation)
+    data = make(case, device)
+    for recompute, width in ((True, 32), (False, 32 + 48 + 16)):
+        assert kept_bytes(data, partial(forward, case, data, "network", recompute)) == 64 * width * 2
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
+def test_the_user_says_what_is_kept(recompute: bool, device: str) -> None:
+    """On either path, and the same gradients."""
+    for widths in ((20, 32, 24, 17), (20, 300, 17)):
+        case = Case(33, widths, activation="gelu")
+        data, twin = make(case, device), make(case, device)
+        y = []
+
+        def call(data: Data = data, y: list[Tensor] = y) -> None:
+            y.append(mlp(data.x, data.weights, data.biases, "gelu", backend="triton", recompute=recompute))
+
+        kept = kept_bytes(data, call)
+        assert kept == 33 * 4 * (widths[0] if recompute else sum(widths[:-1]))
+        check(case, oracle(case, data), gradients(data, y[0]), by_torch(case, twin))
+
+
+def kept_bytes(data: Data, call: Callable[[], object]) -> int:
+    """What a call saves for backward, parameters apart."""
+    tensors = (*data.weights, *(bias for bias in data.biases if bias is not None))
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call()
+    del y
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("needs", ["everything", "parameters", "input", "first layer", "last layer"])
+@pytest.mark.parametrize("path", ["layer", "run"])
+def test_one_tensor_is_kept_a_layer(activation: str, needs: str, path: str, device: str) -> None:
+    case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
+    data = make(case, device)
+    kept = kept_bytes(data, lambda: forward(case, data, path))
+    x, hidden = 32, [48, 16]
+    widths = {
+        "everything": x + sum(hidden), "parameters": x + sum(hidden), "input": sum(hidden),
+        "first layer": x + sum(hidden), "last layer": hidden[-1],
+    }[needs]  # fmt: skip
+    assert kept == 64 * widths * 4
+
+
+@pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("silu", 0.58), ("relu", 1.0), ("tanh", 1.0)])
+def test_what_is_kept_beside_what_torch_keeps(activation: str, most: float, device: str) -> None:
+    """Of a network as the benches' middle one: four layers as wide as the input."""
+    case = Case(16, (32,) * 5, torch.bfloat16, activation, needs="parameters")
+    data, twin = make(case, device), make(case, device)
+    ours = kept_bytes(data, partial(forward, case, data, "layer"))
+    torchs = kept_bytes(twin, lambda: reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
+    assert 0 < ours <= most * torchs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("relu", 1.0)])
+def test_memory_held_between_forward_and_backward(activation: str, most: float, device: str) -> None:
+    """By the allocator's own count; the output is the user's, and counted on neither side."""
+    case = Case(4096, (512,) * 5, torch.bfloat16, activation, needs="parameters")
+    data = make(case, device)
+    held = []
+    for call in (
+        partial(forward, case, data, "layer"),
+        lambda: reference.mlp(data.x, data.weights, data.biases, case.activations),
+    ):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated() - data.x.nbytes  # the input is kept by both
+        y = call()
+        held.append(torch.cuda.memory_allocated() - before - y.nbytes)
+        peak = torch.cuda.max_memory_allocated()
+        assert peak >= torch.cuda.memory_allocated()
+        del y
+    assert held[0] <= most * held[1]
+
+
+@pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
+def test_saved_tensors_that_come_back_with_other_strides(recompute: bool | None, device: str) -> None:
+    case = Case(layout="strided parameters", dtype=torch.float16)
+    data, twin = make(case, device), make(case, device)
+    pack, unpack = (lambda tensor: tensor), (lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y = forward(case, data, "network", recompute)
+    check(case, oracle(case, twin), gradients(data, y), by_torch(case, twin))
+
+
+def test_what_is_not_read_again_may_change(device: str) -> None:
+    """As in torch: the first weight where x needs no gradient, and every bias."""
+    case = Case(widths=(5, 3), needs="parameters")
+    data = make(case, device)
+    y = forward(case, data, "network", recompute=False)
+    with torch.no_grad():
+        data.weights[0].mul_(2)
+        data.biases[0].mul_(2)
+    y.backward(data.dy)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_changed_weight_is_detected_as_torch_does(path: str, device: str) -> None:
+    data = make(Case(), device)
+    y = forward(Case(), data, path)
+    with torch.no_grad():
+        data.weights[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(data.dy)

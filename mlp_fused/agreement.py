@@ -1,4 +1,4 @@
-"""How far two right results may differ: bounds by dtype, and the norm-wise relative error that they bound."""
+"""Bounds by dtype for the difference of two right results, and the norm-wise relative error that they bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would run for a batch, and why: paths, kernels, tiles, FLOPs, bytes, the floor they give."""
+"""The plan for a batch: paths and their reasons, kernels, tiles, FLOPs, bytes, and the floor they give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fuse` leaves as it is and names, what it refuses, and patterns that users add."""
+"""Modules that `fuse` leaves and names, mistakes that it refuses, and patterns that users add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which Dropout modules the kernels take, and what is said of them."""
+"""Dropout modules that the kernels take, and what `explain` says of them."""
 
 from __future__ import annotations
 

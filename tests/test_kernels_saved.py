@@ -1,4 +1,4 @@
-"""What the kernels launch and save for backward, and what becomes of it."""
+"""Launches of the kernels, and the tensors that they save for backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the first call of a process costs, measured in fresh processes."""
+"""The cost of the first call of a process, measured in fresh processes."""
 
 from __future__ import annotations
 

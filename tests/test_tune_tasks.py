@@ -1,4 +1,4 @@
-"""What is measured, and in which order."""
+"""The tasks of a tuning run, and their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which path runs for a problem, and why; and what the work amounts to: FLOPs, bytes, the floor they give."""
+"""The path that runs for a problem, and the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measurement found, and what follows from it: a table, and from how many rows on the GPU wins."""
+"""The findings of a measurement: a table, advice, and from how many rows on the GPU wins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a network's work takes, how long moving its data takes, and when the GPU is worth it.
+"""The time that a network's work takes and that moving its data takes, and when the GPU is worth it.
 
 A GPU operation's time has parts: on its first call creating the context, allocating, compiling; then on every call the
 copy of its input, launching, and the kernels. `measure` takes them apart, for a network and batch of your own, and sets

@@ -1,4 +1,4 @@
-"""What is to be measured: products and whole networks, each a row of a table to be."""
+"""The tasks of a tuning run: products and whole networks, each a row of a table to be."""
 
 from __future__ import annotations
 

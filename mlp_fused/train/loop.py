@@ -1,7 +1,8 @@
 """Training a network as a first course teaches it: data, loaders, the loop, validation, checkpoints.
 
 `mlp-fused train` is `train(Config(...))` with a command line before it. The parts are modules of their own: `config`
-(what is told, and the network), `data`, `scaling`, `tasks` (classification, regression), `checkpoint`, `devices`.
+(the settings and the network), `data`, `tasks` (classification, regression), `state` (all that a resumption needs),
+`timer`, `distributed`; and, shared with other commands, `checkpoint` and `scaling`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .engine.settings import DEBUG
+from .engine.settings import DEBUG, end_allocation
 
 __all__ = ["CapturedStep", "capture_step"]
 
@@ -101,23 +101,6 @@ class _CudaGraph:
     def replay(self) -> None:
         """Do on the current stream what was recorded."""
         self.graph.replay()
-
-
-def end_allocation(index: int, pool: Any, allocator: Any = torch._C) -> None:
-    """End a capture that broke for the device's allocator as well, and release the capture's pool.
-
-    torch's `CUDAGraph.capture_end` raises before it does so. On an H100 with torch 2.11.0, the allocator then believed
-    for the rest of the process that a capture was under way: memory that several streams had used was never free again,
-    and `torch.cuda.empty_cache()` did nothing. Both names are private, and may be missing in another torch.
-
-    Args:
-        index, pool: the device's, and the pool that the capture was given.
-        allocator: where the private functions are found.
-    """
-    # A RuntimeError says that the capture has ended for the allocator too; then the graph releases its pool itself.
-    with contextlib.suppress(AttributeError, TypeError, RuntimeError):
-        allocator._cuda_endAllocateToPool(index, pool)
-        allocator._cuda_releasePool(index, pool)
 
 
 class CapturedStep:

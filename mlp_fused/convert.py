@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .engine import settings
 from .engine.originals import why_method_changed
 from .engine.recognize import find, path_of
-from .engine.runs import has_hooks, is_linear, name_of, runs_of, why_called, why_unfused
+from .engine.runs import is_linear, name_of, runs_of, why_called, why_unfused
+from .engine.settings import has_hooks
 from .kernels.activations import IDENTITY
 from .module import FusedLinear, FusedMLP, FusedSequence, WithBackend
 

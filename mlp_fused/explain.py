@@ -25,7 +25,7 @@ from .engine.runs import (
     runs_of,
     stand_in,
 )
-from .engine.settings import compute_dtype, float32_precision, is_loaded_instance, policy_dtype
+from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
 from .kernels import devices, layer_tiles, tile_config
 from .kernels.activation import Activation
 from .kernels.activations import IDENTITY
@@ -362,7 +362,7 @@ def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
     own: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
-        key = tensor.untyped_storage()._cdata
+        key = storage_id(tensor)
         if key not in own:
             kept[key] = tensor
         return tensor
@@ -381,7 +381,7 @@ def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
                 map(is_split, child.parameters())
             ):
                 child = _unhooked(child)  # its hooks would wait for the other processes
-            own.update(tensor.untyped_storage()._cdata for tensor in state.values())
+            own.update(map(storage_id, state.values()))
             try:
                 flow = torch.func.functional_call(child, state, (flow,))
             except (RuntimeError, TypeError) as error:
@@ -396,7 +396,7 @@ def _unhooked(module: nn.Module) -> nn.Module:
     """The same module without hooks."""
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+    for hooks in HOOKS:
         setattr(twin, hooks, OrderedDict())
     return twin
 

@@ -25,16 +25,8 @@ from .engine.originals import (
 )
 from .engine.paths import find_path
 from .engine.recognize import find, resolve
-from .engine.runs import (
-    LinearWithActivation,
-    Run,
-    Segments,
-    are_hooked,
-    linear_weight,
-    runs_of,
-    why_unfused,
-)
-from .engine.settings import call_settings, has_function_mode, has_global_hooks, policy_dtype
+from .engine.runs import LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
+from .engine.settings import are_hooked, call_settings, has_function_mode, has_global_hooks, policy_dtype
 from .explain import Plan, explain
 from .functional import check_call
 from .kernels.activation import Activation

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlp_fused import FusedMLP, capture, capture_step
+from mlp_fused.engine import settings
 from mlp_fused.kernels.launch import count_launches
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -92,14 +93,14 @@ class Allocator:
 
 def test_a_broken_capture_is_ended_for_the_allocator_too() -> None:
     allocator = Allocator()
-    capture.end_allocation(3, (0, 7), allocator)
+    settings.end_allocation(3, (0, 7), allocator)
     assert allocator.calls == [("end", 3, (0, 7)), ("release", 3, (0, 7))]
 
 
 @pytest.mark.parametrize("allocator", [Allocator(refused=("end",)), object()], ids=["ended already", "no such names"])
 def test_an_allocator_that_is_whole_or_unknown_is_left_alone(allocator: Any) -> None:
     """The pool of a capture that has ended is not released here, as its graph does that."""
-    capture.end_allocation(0, (0, 1), allocator)
+    settings.end_allocation(0, (0, 1), allocator)
     assert getattr(allocator, "calls", []) == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import BuiltinFunctionType, MethodType, NoneType
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from .originals import (
     why_replaced,
 )
 from .recognize import POINTWISE, find, functions_called, path_of
-from .settings import has_function_mode, has_global_hooks, is_loaded_instance
+from .settings import are_hooked, has_function_mode, has_global_hooks, has_hooks, is_loaded_instance
 
 
 class Parent(Protocol):
@@ -340,24 +340,6 @@ def _code_of(parts: Iterable[Any]) -> Code:
 SPLIT = "the weight is a DTensor, split over processes, whose parts hooks bring together"
 UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes that no activation is by
 PLAIN = (bool, int, float, str, NoneType, Activation, BuiltinFunctionType, MethodType, functools.partial)
-
-
-def has_hooks(module: Any) -> bool:
-    return isinstance(module, nn.Module) and are_hooked([module.__dict__])
-
-
-def are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
-    """Whether the own attributes of modules show a hook, or a forward patched onto one."""
-    for attributes in modules:  # a call of its own for each would double the time
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or attributes["_backward_hooks"]
-            or attributes["_backward_pre_hooks"]
-            or "forward" in attributes
-        ):
-            return True
-    return False
 
 
 def is_split(tensor: object) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,18 +23,23 @@ except ImportError:  # it is no public name; without it, every call decides anew
 __all__ = [
     "DEBUG",
     "DEFAULT_BACKEND",
+    "HOOKS",
     "Backend",
     "TensorGuards",
+    "addmm_activation",
+    "are_hooked",
     "call_settings",
     "check_backend",
     "check_recompute",
     "compute_dtype",
     "constant_to_compilers",
+    "end_allocation",
     "float32_precision",
     "forward_mode_level",
     "function_modes",
     "has_function_mode",
     "has_global_hooks",
+    "has_hooks",
     "is_batched",
     "is_loaded_instance",
     "is_transformed",
@@ -40,6 +47,7 @@ __all__ = [
     "is_zero_tensor",
     "policy_dtype",
     "profiler_enabled",
+    "storage_id",
 ]
 
 Backend = Literal["auto", "triton", "reference"]
@@ -97,6 +105,7 @@ constant_to_compilers(float32_precision)  # they compile anew where the setting 
 
 # --- torch's private names ---
 
+addmm_activation = torch._addmm_activation  # a(b + x Wᵀ) with relu or gelu in the library's own epilogue
 profiler_enabled = torch._C._autograd._profiler_enabled
 is_transformed = torch._C._are_functorch_transforms_active  # True under torch.func's transforms
 has_function_mode = torch._C._len_torch_function_stack  # how many TorchFunctionModes are active
@@ -110,6 +119,11 @@ def is_watched() -> bool:
 def forward_mode_level() -> int:
     """The level of forward-mode differentiation; -1 where it is not active."""
     return forward_ad._current_level
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that tensors on the same memory share."""
+    return tensor.untyped_storage()._cdata
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
@@ -155,3 +169,41 @@ def policy_dtype(network: nn.Module) -> torch.dtype | None:
         return None
     sharded: Any = network
     return sharded._get_fsdp_state()._mp_policy.param_dtype
+
+
+def end_allocation(index: int, pool: Any, allocator: Any = torch._C) -> None:
+    """End a capture that broke for the device's allocator as well, and release the capture's pool.
+
+    torch's `CUDAGraph.capture_end` raises before it does so. On an H100 with torch 2.11.0, the allocator then believed
+    for the rest of the process that a capture was under way: memory that several streams had used was never free again,
+    and `torch.cuda.empty_cache()` did nothing. Both names are private, and may be missing in another torch.
+
+    Args:
+        index, pool: the device's, and the pool that the capture was given.
+        allocator: where the private functions are found.
+    """
+    # A RuntimeError says that the capture has ended for the allocator too; then the graph releases its pool itself.
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError):
+        allocator._cuda_endAllocateToPool(index, pool)
+        allocator._cuda_releasePool(index, pool)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of every nn.Module
+
+
+def has_hooks(module: Any) -> bool:
+    return isinstance(module, nn.Module) and are_hooked([module.__dict__])
+
+
+def are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
+    """Whether the own attributes of modules show a hook, or a forward patched onto one."""
+    for attributes in modules:  # a call of its own for each would double the time
+        if (  # HOOKS, without a loop
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or "forward" in attributes
+        ):
+            return True
+    return False

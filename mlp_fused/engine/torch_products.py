@@ -15,6 +15,7 @@ from ..kernels.dropout import Dropout
 from ..kernels.launch import Launch
 from ..kernels.layer_backward import output_gradient
 from ..kernels.layer_forward import pointwise
+from .settings import addmm_activation
 
 __all__ = ["dgrad_by_torch", "forward_by_torch", "wgrad_by_torch"]
 
@@ -49,7 +50,7 @@ def forward_by_torch(
     else:
         bias = bias if bias.dtype == x.dtype else bias.to(x.dtype)
         if z is None and activation.name == "relu" and dropout is None and x.is_cuda:
-            torch._addmm_activation(bias, x, weight.t(), out=h)  # relu in the library's own epilogue
+            addmm_activation(bias, x, weight.t(), out=h)  # relu in the library's own epilogue
             return None
         torch.addmm(bias, x, weight.t(), out=product)
     if activation.name != "identity" or dropout is not None:

@@ -310,7 +310,7 @@ def test_a_class_that_is_no_longer_what_the_pattern_says_is_left() -> None:
         report = fuse(block)
         assert report.replaced == ()
         assert reason in str(report)
-        assert "this version of test_convert is not the one that the pattern is of" in str(report)
+        assert f"this version of {__name__} is not the one that the pattern is of" in str(report)
 
 
 @pytest.mark.usefixtures("_own_patterns")

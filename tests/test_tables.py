@@ -159,6 +159,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "date": (lambda t: t.update(date="yesterday"), 'date is "yesterday", which'),
     "local time": (lambda t: t.update(date="2026-01-31T12:00:00"), "date is .*, which"),
     "versions": (lambda t: t["versions"].pop("torch"), "versions is .*, which is no value"),
+    "two toolkits": (lambda t: t["versions"].update(hip="7"), "versions is .*, which is no value"),
+    "no toolkit": (lambda t: t["versions"].pop("cuda"), "versions is .*, which is no value"),
     "version": (lambda t: t["versions"].update(torch=2), "versions is .*, which is no value"),
     "gemms": (lambda t: t.update(gemms={}), "gemms is {}, which"),
     "row": (lambda t: t["gemms"].append(1), r"gemms\[1\] .*not a mapping"),

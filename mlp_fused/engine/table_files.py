@@ -208,6 +208,7 @@ def _parse(content: Any) -> Table:
         multiprocessors=table.multiprocessors is None or _is_count(table.multiprocessors),
         versions=isinstance(table.versions, dict)
         and {*VERSIONS} <= table.versions.keys() <= {*VERSIONS, *TOOLKITS}
+        and len(table.versions) == len(VERSIONS) + 1
         and all(map(_is_text, table.versions.values())),
         gemms=isinstance(table.gemms, list),
         networks=isinstance(table.networks, list),

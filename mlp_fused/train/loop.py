@@ -43,6 +43,7 @@ from .config import (
 )
 from .data import Data, load_data, split, to_features, to_labels
 from .distributed import Part, Processes, join
+from .interrupt import Interrupt
 from .state import State, check_same_data, check_same_run, run_settings
 from .tasks import Epoch, correct, make_task
 from .timer import StepTimer
@@ -339,7 +340,12 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     losses: list[float] = []
     first = len(state.history) + 1
     saved = first - 1
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    interrupt = Interrupt()
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if processes.count == 1:  # several would stop at different steps and wait for each other: torchrun ends them
+            stack.enter_context(interrupt)
         try:
             for epoch in range(first, config.epochs + 1):
                 if epoch == first + 1:
@@ -349,13 +355,21 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
                 if is_first:
                     batches = progress(training_batches, f"epoch {epoch}/{config.epochs}")
                 losses_here = train_epoch(
-                    parallel, batches, task.loss_function, optimizer, scaler, device, config.dtype, timer, part.weights
+                    parallel,
+                    interrupt.checked(batches),
+                    task.loss_function,
+                    optimizer,
+                    scaler,
+                    device,
+                    config.dtype,
+                    timer,
+                    part.weights,
                 )
                 steps = [total / processes.count for total in processes.sum(losses_here)]
                 processes.take_over(network.buffers())
                 loss, *measured = evaluate(
                     network,
-                    validation_batches,
+                    interrupt.checked(validation_batches),
                     task.loss_function,
                     processes,
                     config.dtype,
@@ -381,6 +395,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
                     f"epoch {epoch:>{len(str(config.epochs))}}/{config.epochs}  loss {passed.loss:.4f}  "
                     f"validation loss {loss:.4f}  {task.describe(passed)}  {time.perf_counter() - began:.1f} s"
                 )
+                interrupt.check()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_where_stopped(path, saved)) from None
         except torch.OutOfMemoryError as error:

@@ -1,0 +1,57 @@
+"""Ctrl-C in the middle of training."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+__all__ = ["Interrupt"]
+
+Item = TypeVar("Item")
+
+
+class Interrupt:
+    """A context in which the first Ctrl-C waits for the end of the current step. The second one acts at once.
+
+    Python raises KeyboardInterrupt between any two bytecodes. Inside a DataLoader's queue or a `__del__` it leaves a
+    worker in the middle of a message, or is swallowed, and training carries on. `check()` raises it in a safe place.
+
+    A handler of the caller's own stays, and so does Python's where signals cannot be handled (other threads).
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._installed = False
+
+    def __enter__(self) -> Interrupt:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._receive)
+            self._installed = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> Any:
+        self.received = True
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._installed = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
+        if self.received:
+            raise KeyboardInterrupt
+
+    def checked(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, with a check before each of them."""
+        for item in items:
+            self.check()
+            yield item

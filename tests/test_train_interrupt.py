@@ -41,6 +41,26 @@ def test_a_second_ctrl_c_acts_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_ctrl_c_that_torchrun_repeats_acts_once() -> None:
+    with Interrupt(repeats=True) as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_peer_gone_after_ctrl_c_is_part_of_the_stop(tmp_path: Path) -> None:
+    def report(text: str) -> None:
+        if text.startswith("epoch"):
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("Connection closed by peer")
+
+    config = dataclasses.replace(TINY, data=write_data(tmp_path), epochs=2, checkpoint=str(tmp_path / "run.pt"))
+    with pytest.raises(KeyboardInterrupt, match="is the last checkpoint, after epoch 1:"):
+        train(config, report=report)
+
+
 def test_a_handler_of_the_callers_own_stays() -> None:
     def handler(number: int, frame: object) -> None:
         """A caller's handler."""

@@ -20,10 +20,14 @@ class Interrupt:
     worker in the middle of a message, or is swallowed, and training carries on. `check()` raises it in a safe place.
 
     A handler of the caller's own stays, and so does Python's where signals cannot be handled (other threads).
+
+    Args:
+        repeats: ignore every Ctrl-C after the first: torchrun, which gets it too, sends it again to its processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: bool = False) -> None:
         self.received = False
+        self._repeats = repeats
         self._installed = False
 
     def __enter__(self) -> Interrupt:
@@ -34,16 +38,13 @@ class Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> Any:
         self.received = True
-        self._restore()
-
-    def _restore(self) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._installed = False
+        self._installed = False
+        signal.signal(signal.SIGINT, signal.SIG_IGN if self._repeats else signal.default_int_handler)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if Ctrl-C was pressed."""

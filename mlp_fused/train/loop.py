@@ -340,12 +340,8 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     losses: list[float] = []
     first = len(state.history) + 1
     saved = first - 1
-    interrupt = Interrupt()
-    with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))
-        if processes.count == 1:  # several would stop at different steps and wait for each other: torchrun ends them
-            stack.enter_context(interrupt)
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device, Interrupt(repeats=processes.count > 1) as interrupt:
         try:
             for epoch in range(first, config.epochs + 1):
                 if epoch == first + 1:
@@ -404,6 +400,11 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
                     memory.explain(error, network, rows, STATE[config.optimizer], _mends(config, saved > 0))
             memory.add(error, _where_stopped(path, saved))
             raise
+        except Exception:
+            if not interrupt.received:
+                raise
+            # Another process has answered Ctrl-C already, and is gone.
+            raise KeyboardInterrupt(_where_stopped(path, saved)) from None
 
     if timer.steps:
         report(_describe_steps(timer, warm=config.epochs > first))

@@ -247,6 +247,8 @@ def fuse(
 def unfuse(model: nn.Module) -> tuple[str, ...]:
     """Undo `fuse`: every module that it replaced is what it was. Returns their names; none is no mistake.
 
+    Call it before `torch.save(model, file)` for a file that can be loaded without mlp_fused.
+
     Raises:
         TypeError: `model` is no module.
         RuntimeError: the class of one of them was changed again after `fuse`; nothing is changed then.

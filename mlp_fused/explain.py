@@ -26,6 +26,7 @@ from .engine.runs import (
     stand_in,
 )
 from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
+from .errors import whole_number
 from .kernels import devices, layer_tiles, tile_config
 from .kernels.activation import Activation
 from .kernels.activations import IDENTITY
@@ -414,7 +415,8 @@ def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
 
 def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any) -> Plan:
     """The plan of a model for a batch of that many rows: see `FusedMLP.explain`."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
+    rows = whole_number(batch_size)
+    if rows is None or rows < 0:
         raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 0 or more")
     parameter = next(model.parameters(), None)
     if parameter is None:
@@ -433,7 +435,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
     links = model._links()
     first = next((child for child in links if is_linear(child)), None)
     width = 1 if first is None else linear_weight(first).shape[1]
-    flow = torch.empty((batch_size, width), dtype=dtype, device="meta")
+    flow = torch.empty((rows, width), dtype=dtype, device="meta")
     link_names = iter(model._link_names())
     for run in runs_of(links):
         names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, link_names))
@@ -469,14 +471,14 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             )
         if isinstance(path, NetworkPlan):
             gradients = gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
-            kernels = plan_network(batch_size, path, biases, gradients, needs_input_grad)
-            kept += path.kept_elements(batch_size) * dtype.itemsize
+            kernels = plan_network(rows, path, biases, gradients, needs_input_grad)
+            kept += path.kept_elements(rows) * dtype.itemsize
             if path.formulation is not None:  # the input is kept as it is given
-                kept += batch_size * widths[0] * (input_size - dtype.itemsize)
+                kept += rows * widths[0] * (input_size - dtype.itemsize)
             runs.append(RunPlan(names, "network", path.explanation, tuple(kernels)))
             continue
         kernels = plan_layers(  # of the reference too: the least that the work takes
-            batch_size,
+            rows,
             list(itertools.pairwise(widths)),
             [layer.activation for layer in layers],
             dtype,
@@ -487,10 +489,10 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             dropouts=run.dropouts if reason is None else None,
         )
         if reason is None:
-            kept += kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
+            kept += kept_elements(rows, layers, trainable, needs_input_grad) * dtype.itemsize
             kept += SEED_BYTES if training and any(run.dropouts) else 0
             runs.append(RunPlan(names, "layer", str(path), tuple(kernels)))
         else:
             kept += kept_by_torch
             runs.append(RunPlan(names, "reference", reason, tuple(kernels)))
-    return Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not model._wants_kernels())
+    return Plan(rows, dtype, precision, gpu, tuple(runs), kept, torch_too=not model._wants_kernels())

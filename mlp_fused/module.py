@@ -27,6 +27,7 @@ from .engine.paths import find_path
 from .engine.recognize import find, resolve
 from .engine.runs import LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
 from .engine.settings import are_hooked, call_settings, has_function_mode, has_global_hooks, policy_dtype
+from .errors import real_number, whole_number
 from .explain import Plan, explain
 from .functional import check_call
 from .kernels.activation import Activation
@@ -197,9 +198,7 @@ class FusedSequence(WithBackend, nn.Module):
         """
         if not batch_sizes:
             raise ValueError("batch_sizes is empty; it needs one number of rows or more")
-        for batch_size in batch_sizes:
-            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-                raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
+        sizes = [_checked_batch_size(batch_size) for batch_size in batch_sizes]
         begun = time.perf_counter()
         devices = {parameter.device for parameter in self.parameters() if parameter.is_cuda}
         with torch.inference_mode(False), torch.random.fork_rng([device.index for device in devices]):
@@ -220,7 +219,7 @@ class FusedSequence(WithBackend, nn.Module):
                             for layer in run.gathered_layers(dtype=policy_dtype(self))
                         ]
                         first = layers[0].weight
-                        for rows in batch_sizes:
+                        for rows in sizes:
                             x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
                             self._warm_up(x.requires_grad_(below), layers, differentiable)
                     below = trainable
@@ -289,8 +288,8 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         activation: the activation's row of the table.
 
     Raises:
-        ValueError: a width below 1, an unknown activation or backend.
-        TypeError: a width that is not an integer, an activation of another kind.
+        ValueError: a negative width, an unknown activation or backend.
+        TypeError: a width that is not a whole number, an activation of another kind.
     """
 
     in_features = _delegated("in_features")
@@ -309,8 +308,8 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_width(in_features, "in_features")
-        _check_width(out_features, "out_features")
+        in_features = _checked_width(in_features, "in_features")
+        out_features = _checked_width(out_features, "out_features")
         resolved = resolve(activation)
         backend = settings.check_backend(backend)
         super().__init__()
@@ -374,7 +373,7 @@ class FusedMLP(FusedSequence, nn.Sequential):
 
     Args:
         in_channels: width of the input.
-        hidden_channels: width of every layer, the output's last.
+        hidden_channels: width of every layer, the output's last; a sequence, an array or a tensor.
         norm_layer: called with a width, makes the module between a hidden Linear and its activation.
         activation_layer: an `nn.Module` class, anything that makes a module when called, an instance, or a name.
         inplace: passed to the activation and to Dropout where given.
@@ -387,8 +386,8 @@ class FusedMLP(FusedSequence, nn.Sequential):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: a width below 1, no layer at all, a probability outside [0, 1], an unknown activation or backend.
-        TypeError: a width that is not an integer, `hidden_channels` that is not a sequence.
+        ValueError: a negative width, no layer at all, a probability outside [0, 1], an unknown activation or backend.
+        TypeError: a width that is not a whole number, `hidden_channels` that is not a sequence.
     """
 
     def __init__(
@@ -407,23 +406,9 @@ class FusedMLP(FusedSequence, nn.Sequential):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_width(in_channels, "in_channels")
-        if isinstance(hidden_channels, str | bytes) or not isinstance(hidden_channels, Iterable):
-            raise TypeError(
-                f"hidden_channels is {hidden_channels!r}; it needs to be a sequence of widths, the output's last, "
-                "such as [512, 10]"
-            )
-        widths = list(hidden_channels)
-        if not widths:
-            raise ValueError(
-                "hidden_channels is empty; it needs one width a layer, the output's last, such as [512, 10]"
-            )
-        for index, width in enumerate(widths):
-            _check_width(width, f"hidden_channels[{index}]")
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dropout is {dropout!r}; it needs to be a probability, a number from 0 to 1")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout is {dropout}; it needs to be a probability, from 0 to 1")
+        in_channels = _checked_width(in_channels, "in_channels")
+        widths = _checked_widths(hidden_channels, "hidden_channels")
+        dropout = _checked_probability(dropout, "dropout")
         if norm_layer is not None and not callable(norm_layer):
             raise TypeError(f"norm_layer is {norm_layer!r}; it needs to make a module when called with a width")
         backend = settings.check_backend(backend)
@@ -495,11 +480,41 @@ def _raise_if_wrong(input: Tensor, linear: Any) -> None:
         raise sentence from None
 
 
-def _check_width(width: object, argument: str) -> None:
-    if isinstance(width, bool) or not isinstance(width, int):
-        raise TypeError(f"{argument} is {width!r}; it needs to be a whole number, 1 or more")
-    if width < 1:
-        raise ValueError(f"{argument} is {width}; it needs to be 1 or more")
+def _checked_width(width: object, argument: str) -> int:
+    number = whole_number(width)
+    if number is None:
+        raise TypeError(f"{argument} is {width!r}; it needs to be a whole number, 0 or more")
+    if number < 0:
+        raise ValueError(f"{argument} is {number}; it needs to be 0 or more")
+    return number
+
+
+def _checked_widths(widths: Any, argument: str) -> list[int]:
+    is_sequence = isinstance(widths, Iterable) and not isinstance(widths, str | bytes)
+    if not is_sequence or getattr(widths, "ndim", 1) == 0:  # a 0-d array or tensor has __iter__, which raises
+        raise TypeError(
+            f"{argument} is {widths!r}; it needs to be a sequence of widths, the output's last, such as [512, 10]"
+        )
+    checked = [_checked_width(width, f"{argument}[{index}]") for index, width in enumerate(widths)]
+    if not checked:
+        raise ValueError(f"{argument} is empty; it needs one width a layer, the output's last, such as [512, 10]")
+    return checked
+
+
+def _checked_probability(probability: object, argument: str) -> float:
+    number = real_number(probability)
+    if number is None:
+        raise TypeError(f"{argument} is {probability!r}; it needs to be a probability, a number from 0 to 1")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{argument} is {number}; it needs to be a probability, from 0 to 1")
+    return number
+
+
+def _checked_batch_size(batch_size: object) -> int:
+    rows = whole_number(batch_size)
+    if rows is None or rows < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
+    return rows
 
 
 def _activation_maker(

@@ -25,6 +25,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from .errors import whole_number
 from .leaves import is_on_the_host, map_leaves
 
 __all__ = ["CopyTimer", "DevicePrefetcher", "use_up"]
@@ -81,10 +82,11 @@ class DevicePrefetcher(Generic[Batch]):
     ) -> None:
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise TypeError(f"loader is of type {type(loader).__name__}; it needs to be an iterable of batches")
-        if not isinstance(depth, int) or isinstance(depth, bool):
+        slots = whole_number(depth)
+        if slots is None:
             raise TypeError(f"depth is {depth!r}; it needs to be an integer, 1 or more")
-        if depth < 1:
-            raise ValueError(f"depth is {depth}; it needs to be 1 or more")
+        if slots < 1:
+            raise ValueError(f"depth is {slots}; it needs to be 1 or more")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype is {dtype!r}; it needs to be a torch.dtype, such as torch.bfloat16")
         if dtype is not None and not dtype.is_floating_point:
@@ -93,7 +95,7 @@ class DevicePrefetcher(Generic[Batch]):
             raise ValueError(f"cast is {cast!r}; it needs to be one of {', '.join(map(repr, get_args(Cast)))}")
         self.loader = loader
         self.device = _checked(device)
-        self.depth = depth
+        self.depth = slots
         self.dtype = dtype
         self.cast = cast
         self.timer = timer

@@ -383,13 +383,14 @@ def test_a_worker_that_dies(wrap: str) -> None:
         ((3, "cpu"), {}, TypeError, "loader is of type int; it needs to be an iterable of batches"),
         (([], "cpu", 0), {}, ValueError, "depth is 0; it needs to be 1 or more"),
         (([], "cpu", 1.5), {}, TypeError, "depth is 1.5; it needs to be an integer, 1 or more"),
+        (([], "cpu", torch.tensor(True)), {}, TypeError, r"depth is tensor\(True\); it needs to be an integer"),
         (([], "cpu"), {"dtype": "bf16"}, TypeError, "dtype is 'bf16'; it needs to be a torch.dtype"),
         (([], "cpu"), {"dtype": torch.int8}, ValueError, "dtype is torch.int8; it needs to be of floating point"),
         (([], "cpu"), {"cast": "never"}, ValueError, "cast is 'never'; it needs to be one of 'before', 'after'"),
         (([], "gpu"), {}, ValueError, "device is 'gpu'; it needs to be one that torch has here"),
         (([], None), {}, ValueError, "device is None; it needs to be one that torch has here"),
     ],
-    ids=["loader", "depth", "depth's type", "dtype's type", "dtype", "cast", "no device", "None"],
+    ids=["loader", "depth", "depth's type", "depth's bool", "dtype's type", "dtype", "cast", "no device", "None"],
 )
 def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint, make_model
 from ..dtypes import autocast, pick_device
-from ..errors import UserError, count, first_line
+from ..errors import UserError, count, first_line, whole_number
 from ..files import check_writable, write_whole
 from ..flags import DEVICE_HELP, option
 from .config import Build, build_model
@@ -106,6 +106,9 @@ def predict(
     Raises:
         UserError: a file or rows that cannot be used.
     """
+    size = whole_number(batch_size)
+    if size is None or size < 1:
+        raise UserError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
     loaded = load_checkpoint(checkpoint)
     rows = to_features(x) if isinstance(x, np.ndarray) else x.reshape(len(x), -1)
     data, where = loaded["data"], pick_device(device)
@@ -118,7 +121,7 @@ def predict(
     network.to(where)  # it alone: the rows are here
     dtype = loaded["config"]["dtype"]  # computed as in training, so that the accuracy is the one that was reported
     with torch.inference_mode(), autocast("fp32" if (dtype, where.type) == ("fp16", "cpu") else dtype, where):
-        parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(batch_size)]
+        parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(size)]
     outputs = torch.cat(parts)
     if unscaling:
         return Predictions(values=unscaling[0](outputs).reshape(-1, *data["shape"]).numpy())

@@ -13,7 +13,7 @@ from ..checkpoint import build_network
 from ..dtypes import DtypeName
 from ..engine.settings import Backend
 from ..errors import UserError, first_line
-from ..flags import DEVICE_HELP, check_choices, flag, option, shown
+from ..flags import DEVICE_HELP, check_fields, flag, option, shown
 from ..kernels.activations import ACTIVATIONS
 from .data import TaskName
 
@@ -111,8 +111,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        check_choices(self)
+        check_fields(self)
         checks = (
             ("hidden", all(width >= 1 for width in self.hidden), "widths of 1 or more"),
             ("dropout", 0 <= self.dropout <= 1, "a probability, from 0 to 1"),

@@ -34,6 +34,21 @@ Batch = TypeVar("Batch")
 Cast = Literal["before", "after"]
 
 
+def _of_the_loader(name: str) -> Any:
+    """An attribute of a DevicePrefetcher that is its loader's."""
+
+    def read(prefetcher: DevicePrefetcher[Any]) -> Any:
+        try:
+            return getattr(prefetcher.loader, name)
+        except AttributeError as error:
+            kind = type(prefetcher.loader).__name__
+            raise AttributeError(
+                f"the loader is of type {kind} and has no {name}, which a DataLoader has", name=name, obj=prefetcher
+            ) from error
+
+    return property(read, doc=f"`loader.{name}`.")
+
+
 class DevicePrefetcher(Generic[Batch]):
     """`loader`'s batches on `device`, in its order, up to `depth` of them copied ahead on a stream of their own.
 
@@ -41,8 +56,8 @@ class DevicePrefetcher(Generic[Batch]):
         ...
 
     Length, re-iteration, exceptions (in their place, after the batches before them), the end of a worker, Ctrl-C and
-    leaving early are the loader's own. On the CPU its batches pass through as they are; on a device without streams, as
-    mps is, each is moved when its turn comes.
+    leaving early are the loader's own, and so are `dataset`, `sampler`, `batch_size` and `batch_sampler`. On the CPU its
+    batches pass through as they are; on a device without streams, as mps is, each is moved when its turn comes.
 
     Tensors are found in tuples, namedtuples, lists, mappings, other sequences, dataclasses, PackedSequence, and sparse
     tensors; what is no tensor passes through. They come as `tensor.to(device)` makes them, strides included. A tensor
@@ -69,6 +84,11 @@ class DevicePrefetcher(Generic[Batch]):
         TypeError: loader is not iterable; depth is not an integer; dtype is not a torch.dtype.
         ValueError: depth is below 1; dtype is not of floating point; cast is neither; there is no such device.
     """
+
+    dataset = _of_the_loader("dataset")
+    sampler = _of_the_loader("sampler")
+    batch_size = _of_the_loader("batch_size")
+    batch_sampler = _of_the_loader("batch_sampler")
 
     def __init__(
         self,

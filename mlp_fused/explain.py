@@ -35,7 +35,18 @@ from .kernels.network import Gradients, gradients_of
 from .kernels.tile_config import TileConfig
 from .reference import Layer
 
-__all__ = ["KernelPlan", "Plan", "RunPlan", "Work", "explain", "kept_elements", "plan_layers", "plan_network", "work"]
+__all__ = [
+    "KernelPlan",
+    "Plan",
+    "RunPlan",
+    "Work",
+    "checked_rows",
+    "explain",
+    "kept_elements",
+    "plan_layers",
+    "plan_network",
+    "work",
+]
 
 
 @dataclass(frozen=True)
@@ -413,11 +424,21 @@ def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
     return tuple(layer.weight.shape[1] for layer in layers[:1]) + tuple(layer.weight.shape[0] for layer in layers)
 
 
+def checked_rows(batch_size: object, least: int) -> int:
+    """`batch_size` as a Python int.
+
+    Raises:
+        ValueError: it is no whole number, or below `least`.
+    """
+    rows = whole_number(batch_size)
+    if rows is None or rows < least:
+        raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, {least} or more")
+    return rows
+
+
 def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any) -> Plan:
     """The plan of a model for a batch of that many rows: see `FusedMLP.explain`."""
-    rows = whole_number(batch_size)
-    if rows is None or rows < 0:
-        raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 0 or more")
+    rows = checked_rows(batch_size, least=0)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("the network has no parameters; there is nothing to explain")

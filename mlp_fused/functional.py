@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def linear_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+    activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None = None,
     *,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -41,7 +41,8 @@ def linear_act(
         x: (..., K), any strides, rows included that are none.
         weight: (N, K).
         bias: (N,), or None.
-        activation: a name of `ACTIVATIONS`, an `nn.Module` class or instance; None is the identity.
+        activation: a name of `ACTIVATIONS`, an `nn.Module` class or instance, a function such as `torch.relu`; None is
+            the identity.
         backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
 
     Returns:
@@ -59,8 +60,8 @@ def mlp(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
-    activation: str | Activation | nn.Module | type[nn.Module] | None = "relu",
-    output_activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+    activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None = "relu",
+    output_activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None = None,
     *,
     backend: Backend = "auto",
     recompute: bool | None = None,

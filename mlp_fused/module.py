@@ -24,11 +24,11 @@ from .engine.originals import (
     why_mode,
 )
 from .engine.paths import find_path
-from .engine.recognize import find, resolve
+from .engine.recognize import find, name_in_sentences, resolve
 from .engine.runs import LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
 from .engine.settings import are_hooked, call_settings, has_function_mode, has_global_hooks, policy_dtype
-from .errors import real_number, whole_number
-from .explain import Plan, explain
+from .errors import first_line, real_number, whole_number
+from .explain import Plan, checked_rows, explain
 from .functional import check_call
 from .kernels.activation import Activation
 from .kernels.activations import IDENTITY
@@ -41,11 +41,13 @@ class Pointwise(nn.Module):
     """h = a(z) by the activation's name, in plain torch: for the ones that torch.nn has no class for.
 
     Args:
-        activation: a name, an `nn.Module` class or instance.
+        activation: a name, an `nn.Module` class or instance, a function of torch's.
         parameters: the activation's own, such as `negative_slope=0.2`.
     """
 
-    def __init__(self, activation: str | Activation | nn.Module | type[nn.Module], **parameters: float) -> None:
+    def __init__(
+        self, activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor], **parameters: float
+    ) -> None:
         super().__init__()
         self.activation = resolve(activation).bind(**parameters)
 
@@ -198,7 +200,7 @@ class FusedSequence(WithBackend, nn.Module):
         """
         if not batch_sizes:
             raise ValueError("batch_sizes is empty; it needs one number of rows or more")
-        sizes = [_checked_batch_size(batch_size) for batch_size in batch_sizes]
+        sizes = [checked_rows(batch_size, least=1) for batch_size in batch_sizes]
         begun = time.perf_counter()
         devices = {parameter.device for parameter in self.parameters() if parameter.is_cuda}
         with torch.inference_mode(False), torch.random.fork_rng([device.index for device in devices]):
@@ -280,7 +282,7 @@ class FusedLinear(FusedSequence, LinearWithActivation):
 
     Args:
         in_features, out_features, bias, device, dtype: as `nn.Linear`.
-        activation: a name, an `nn.Module` class or instance; None is the identity.
+        activation: a name, an `nn.Module` class or instance, a function such as `torch.relu`; None is the identity.
         backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
 
     Attributes:
@@ -302,7 +304,7 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+        activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None = None,
         *,
         backend: settings.Backend = "auto",
         device: Any = None,
@@ -375,7 +377,8 @@ class FusedMLP(FusedSequence, nn.Sequential):
         in_channels: width of the input.
         hidden_channels: width of every layer, the output's last; a sequence, an array or a tensor.
         norm_layer: called with a width, makes the module between a hidden Linear and its activation.
-        activation_layer: an `nn.Module` class, anything that makes a module when called, an instance, or a name.
+        activation_layer: an `nn.Module` class, anything that makes a module when called, an instance, a name, or a
+            function of torch's such as `torch.relu`.
         inplace: passed to the activation and to Dropout where given.
         bias: whether the Linear layers have one.
         dropout: the probability of Dropout.
@@ -395,12 +398,12 @@ class FusedMLP(FusedSequence, nn.Sequential):
         in_channels: int,
         hidden_channels: Sequence[int],
         norm_layer: Callable[..., nn.Module] | None = None,
-        activation_layer: str | Activation | nn.Module | Callable[..., nn.Module] | None = nn.ReLU,
+        activation_layer: str | Activation | nn.Module | Callable[..., nn.Module | Tensor] | None = nn.ReLU,
         inplace: bool | None = None,
         bias: bool = True,
         dropout: float = 0.0,
         *,
-        output_activation: str | Activation | nn.Module | Callable[..., nn.Module] | None = None,
+        output_activation: str | Activation | nn.Module | Callable[..., nn.Module | Tensor] | None = None,
         recompute: bool | None = None,
         backend: settings.Backend = "auto",
         device: Any = None,
@@ -510,20 +513,13 @@ def _checked_probability(probability: object, argument: str) -> float:
     return number
 
 
-def _checked_batch_size(batch_size: object) -> int:
-    rows = whole_number(batch_size)
-    if rows is None or rows < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
-    return rows
-
-
 def _activation_maker(
-    activation: str | Activation | nn.Module | Callable[..., nn.Module] | None, in_place: dict[str, bool], argument: str
+    activation: str | Activation | nn.Module | Callable[..., Any] | None, in_place: dict[str, bool], argument: str
 ) -> Callable[[], nn.Module]:
     """A function that makes one activation module a layer."""
     if isinstance(activation, nn.Module):
         return lambda: copy.deepcopy(activation)
-    if activation is None or isinstance(activation, str | Activation):
+    if activation is None or isinstance(activation, str | Activation) or find(activation) is not None:
         resolved = resolve(activation, argument)
         kind = resolved.module
         if kind is not None and find(made := kind(**resolved.parameters)) is resolved:
@@ -531,4 +527,25 @@ def _activation_maker(
         return lambda: Pointwise(resolved)
     if not callable(activation):
         raise TypeError(f"{argument} is {activation!r}; it needs to be a name, an nn.Module class or instance, or None")
-    return lambda: activation(**in_place)
+    return lambda: _called(activation, in_place, argument)
+
+
+def _called(make: Callable[..., Any], in_place: dict[str, bool], argument: str) -> nn.Module:
+    """The module that `make` makes.
+
+    Raises:
+        TypeError: it makes none.
+    """
+    try:
+        module = make(**in_place)
+    except TypeError as error:
+        why = first_line(error)
+    else:
+        if isinstance(module, nn.Module):
+            return module
+        why = f"it returned {type(module).__name__}"
+    arguments = f"with inplace={in_place['inplace']}" if in_place else "without arguments"
+    raise TypeError(
+        f"{argument} is {name_in_sentences(make)}, which makes no module when called {arguments} ({why}); it needs to "
+        "be an nn.Module class or instance, a name, or a function of the table, such as torch.relu"
+    )

@@ -56,8 +56,8 @@ class DevicePrefetcher(Generic[Batch]):
         ...
 
     Length, re-iteration, exceptions (in their place, after the batches before them), the end of a worker, Ctrl-C and
-    leaving early are the loader's own, and so are `dataset`, `sampler`, `batch_size` and `batch_sampler`. On the CPU its
-    batches pass through as they are; on a device without streams, as mps is, each is moved when its turn comes.
+    leaving early are the loader's own, and so are `dataset`, `sampler`, `batch_size` and `batch_sampler`. On the CPU
+    its batches pass through as they are; on a device without streams, as mps is, each is moved when its turn comes.
 
     Tensors are found in tuples, namedtuples, lists, mappings, other sequences, dataclasses, PackedSequence, and sparse
     tensors; what is no tensor passes through. They come as `tensor.to(device)` makes them, strides included. A tensor

@@ -1,4 +1,4 @@
-"""The constructors' arguments beside the plain twin's: numbers of NumPy and torch, and widths of 0."""
+"""The constructors' arguments beside the plain twin's: NumPy's and torch's numbers, torch's functions, widths of 0."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mlp_fused import FusedLinear, FusedMLP, capture_step
+from mlp_fused import FusedLinear, FusedMLP, capture_step, linear_act, mlp
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.module import Pointwise
 from mlp_fused.train.predict import predict
@@ -193,6 +195,94 @@ NO_NUMBERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 def test_what_is_no_number_is_refused_in_one_sentence(name: str) -> None:
     call, kind, sentence = NO_NUMBERS[name]
     with pytest.raises(kind, match=f"{sentence}") as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+# --- Functions as activations ---
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], str | nn.Module]] = {
+    "F.relu": (F.relu, "relu"),
+    "torch.relu": (torch.relu, "relu"),
+    "torch.tanh": (torch.tanh, "tanh"),
+    "F.gelu": (F.gelu, "gelu"),
+    "tanh gelu": (partial(F.gelu, approximate="tanh"), "gelu_tanh"),
+    "F.leaky_relu": (partial(F.leaky_relu, negative_slope=0.2), nn.LeakyReLU(0.2)),
+    "torch.exp": (torch.exp, "exp"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_activation_may_be_a_function_of_torchs(name: str, device: str) -> None:
+    function, same = FUNCTIONS[name]
+    x = torch.randn(3, 4, device=device)
+    weight = torch.randn(5, 4, device=device)
+    model, other = (
+        FusedMLP(4, [5, 6, 2], activation_layer=activation, output_activation=activation, backend="triton").to(device)
+        for activation in (function, same)
+    )
+    assert repr(model) == repr(other)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=0)
+    layer = FusedLinear(4, 5, activation=function)
+    assert layer.activation is FusedLinear(4, 5, activation=same).activation
+    assert torch.equal(linear_act(x, weight, None, function), linear_act(x, weight, None, same))
+    assert torch.equal(mlp(x, [weight], None, None, function), function(F.linear(x, weight)))
+
+
+def test_inplace_reaches_the_module_of_a_function() -> None:
+    assert FusedMLP(4, [5, 2], activation_layer=F.relu, inplace=True)[1].inplace
+    assert repr(FusedMLP(4, [5, 2], activation_layer=torch.tanh, inplace=True)[1]) == "Tanh()"
+
+
+def test_what_makes_a_module_still_does() -> None:
+    makers: list[Callable[..., nn.Module]] = [lambda: nn.PReLU(), partial(nn.PReLU, 5), nn.Softsign]
+    for make in makers:
+        assert type(FusedMLP(4, [5, 2], activation_layer=make)[1]) is type(make())
+
+
+NEEDS = r"; it needs to be an nn\.Module class or instance, a name, or a function of the table, such as torch\.relu$"
+NO_ACTIVATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "torch.cos": (
+        lambda: FusedMLP(4, [5, 2], activation_layer=torch.cos),
+        TypeError,
+        r"^activation_layer is the function cos, which makes no module when called without arguments \(cos\(\) .*\)"
+        + NEEDS,
+    ),
+    "partial": (
+        lambda: FusedMLP(4, [5, 2], output_activation=partial(F.softmax, dim=-1)),
+        TypeError,
+        r"^output_activation is the function softmax, which makes no module when called without arguments \(.*\)"
+        + NEEDS,
+    ),
+    "a function that returns another thing": (
+        lambda: FusedMLP(4, [5, 2], activation_layer=lambda: "relu"),
+        TypeError,
+        r"^activation_layer is the function <lambda>, .* without arguments \(it returned str\)" + NEEDS,
+    ),
+    "inplace": (
+        lambda: FusedMLP(4, [5, 2], activation_layer=nn.GELU, inplace=True),
+        TypeError,
+        r"^activation_layer is the class GELU, which makes no module when called with inplace=True \(.*inplace.*\)"
+        + NEEDS,
+    ),
+    "a class with arguments": (
+        lambda: FusedMLP(4, [5, 2], activation_layer=nn.Threshold),
+        TypeError,
+        r"^activation_layer is the class Threshold, which makes no module when called without arguments \(.*\)" + NEEDS,
+    ),
+    "linear": (
+        lambda: FusedLinear(4, 3, activation=torch.cos),
+        ValueError,
+        "^activation is the function cos, which has no kernel; it needs to be one of: identity, relu, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_ACTIVATIONS)
+def test_a_function_that_is_not_in_the_table_is_one_sentence(name: str) -> None:
+    call, kind, sentence = NO_ACTIVATIONS[name]
+    with pytest.raises(kind, match=sentence) as raised:
         call()
     assert "\n" not in str(raised.value)
 

@@ -26,7 +26,7 @@ from .engine.runs import (
     stand_in,
 )
 from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
-from .errors import whole_number
+from .errors import listed, whole_number
 from .kernels import devices, layer_tiles, tile_config
 from .kernels.activation import Activation
 from .kernels.activations import IDENTITY
@@ -436,14 +436,30 @@ def checked_rows(batch_size: object, least: int) -> int:
     return rows
 
 
+def _torch_device(device: Any) -> torch.device:
+    """The torch device that a user named.
+
+    Raises:
+        ValueError: torch has none of that name, or no GPU here.
+    """
+    known = f"the name of a GPU to plan for ({listed(devices.DEVICES)}, or a short form such as h100)"
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; it needs to be a torch device, such as cuda, or {known}") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, and torch can use none here; it needs to be cpu, or {known}")
+    return where
+
+
 def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any) -> Plan:
     """The plan of a model for a batch of that many rows: see `FusedMLP.explain`."""
     rows = checked_rows(batch_size, least=0)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("the network has no parameters; there is nothing to explain")
-    known = devices.DEVICES.get(device) if isinstance(device, str) else None
-    where = torch.device("meta") if known else torch.device(device or parameter.device)
+    known = devices.named_device(device) if isinstance(device, str) else None
+    where = torch.device("meta") if known else parameter.device if device is None else _torch_device(device)
     given = policy_dtype(model) or parameter.dtype  # to a call
     dtype = dtype or compute_dtype(given, where.type)
     precision = float32_precision() if dtype == torch.float32 else "ieee"

@@ -248,14 +248,15 @@ class FusedSequence(WithBackend, nn.Module):
             batch_size: rows of the input.
             dtype: what the products are computed in; by default autocast's where it is on, else the parameters', or
                 that of fully_shard's policy for mixed precision.
-            device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200",
-                to ask about a GPU that is not there.
+            device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200"
+                or "h200", to ask about a GPU that is not there.
 
         Returns:
             A record whose `str` is a table. Its numbers are for a training step in which the input needs no gradient.
 
         Raises:
-            ValueError: a negative batch size, a network without parameters, or not over rows of features.
+            ValueError: a negative batch size, a device that is not known, a network without parameters or one that is
+                not over rows of features.
         """
         return explain(self, batch_size, dtype, device)
 

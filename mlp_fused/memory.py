@@ -135,7 +135,8 @@ def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = A
     """
     try:
         found = need(model, rows, state)
-        wide = settings.compute_dtype(next(model.parameters()).dtype, found.device.type).itemsize > 2
+        # Autocast computes in 16 bits what is float32, and leaves float64 as it is.
+        wide = settings.compute_dtype(next(model.parameters()).dtype, found.device.type) == torch.float32
     except Exception:  # anybody's modules may stand in a network; what explains an error must not hide it
         return
     error.args = (str(error).partition(OURS)[0],)

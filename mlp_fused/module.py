@@ -261,6 +261,10 @@ class FusedSequence(WithBackend, nn.Module):
         return explain(self, batch_size, dtype, device)
 
 
+for method in (FusedSequence.explain, FusedSequence.warmup):
+    method.__qualname__ = method.__name__  # Python's sentences about arguments show it; users know no FusedSequence
+
+
 def _delegated(name: str) -> Any:
     """An attribute of a FusedLinear that is its `linear`'s."""
 

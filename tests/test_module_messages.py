@@ -186,3 +186,18 @@ def test_wrong_arguments_are_reported_for_forward_as_in_sequential(make: Make, b
     owner = "FusedLinear" if isinstance(model, FusedLinear) else "FusedMLP"
     sentence = said(lambda: WRONG[name](model, x), TypeError)
     assert sentence == said(lambda: WRONG[name](twin, x), TypeError).replace("Sequential.forward", f"{owner}.forward")
+
+
+@of_every_module
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda model: model.explain(), r"^explain\(\) missing 1 required positional argument: 'batch_size'$"),
+        (lambda model: model.explain(8, rows=3), r"^explain\(\) got an unexpected keyword argument 'rows'"),
+        (lambda model: model.warmup(rows=3), r"^warmup\(\) got an unexpected keyword argument 'rows'"),
+    ],
+    ids=["nothing to explain", "explain", "warmup"],
+)
+def test_wrong_arguments_show_no_name_of_a_base_class(make: Make, call: Callable[[Any], object], sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        call(make("auto"))

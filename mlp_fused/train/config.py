@@ -49,7 +49,8 @@ class Config:
         metavar="FILE.npz",
         group="data",
         help="arrays x (N, ...), any numeric dtype, not scaled, and y (N,), whole numbers from 0 or names of classes; "
-        "for a regression y (N,) or (N, k), numbers (default: scikit-learn's 1797 handwritten digits)",
+        "for a regression y (N,) or (N, k), numbers; or x_train and y_train, with x_test and y_test as the rows for "
+        "validation, as Keras's data sets have them (default: scikit-learn's 1797 handwritten digits)",
     )
     task: TaskName = option(
         "classification",
@@ -58,7 +59,10 @@ class Config:
         "standard deviation in training and back in predictions (default: {default})",
     )
     validation_fraction: float = option(
-        0.2, metavar="PART", group="data", help="rows kept for validation (default: {default})"
+        0.2,
+        metavar="PART",
+        group="data",
+        help="rows kept for validation, unless the file has its own (default: {default})",
     )
     batch_size: int = option(
         64,

@@ -41,7 +41,8 @@ class Config:
     checkpoint: str = option(metavar="FILE", help="what mlp-fused train --checkpoint wrote (no default)")
     data: str = option(
         metavar="FILE.npz",
-        help="array x (N, ...) of features as in the training's file, not scaled: the model does that (no default)",
+        help="array x (N, ...) of features as in the training's file, not scaled: the model does that; or x_test where "
+        "there is no x (no default)",
     )
     out: str = option(
         metavar="FILE",
@@ -141,7 +142,7 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions
     """
     path = Path(config.out)
     check_writable(path, "--out")
-    x = load_features(config.data)
+    x, name = load_features(config.data)
     predictions = predict(config.checkpoint, x, config.device)
     write = _write_csv if path.suffix == ".csv" else _write_npz
     try:
@@ -150,7 +151,8 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions
         raise UserError(
             f"cannot write the predictions {path}: {first_line(error)}; what was there before is as it was"
         ) from error
-    report(f"{config.data}: {len(x)} rows; {', '.join(predictions.arrays)} are in {path}")
+    of_name = "" if name == "x" else f" of {name}"
+    report(f"{config.data}: {count(len(x), 'row')}{of_name}; {', '.join(predictions.arrays)} are in {path}")
     return predictions
 
 

@@ -66,11 +66,15 @@ def named_device(name: str) -> Device | None:
     Raises:
         ValueError: the name fits several.
     """
-    words = {word for word in re.findall(r"[a-z0-9]+", name.lower()) if not IMPLIED.fullmatch(word)}
-    fitting = [device for device in DEVICES.values() if words and words <= set(device.name.lower().split())]
+    words = {word for word in _words(name) if not IMPLIED.fullmatch(word)}
+    fitting = [device for known, device in DEVICES.items() if words and words <= _words(known)]
     if len(fitting) > 1:
         raise ValueError(f"device is {name!r}; it needs to be one of: {', '.join(device.name for device in fitting)}")
     return fitting[0] if fitting else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def device_slug(name: str) -> str:

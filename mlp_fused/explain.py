@@ -26,7 +26,7 @@ from .engine.runs import (
     stand_in,
 )
 from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
-from .errors import listed, whole_number
+from .errors import count, listed, whole_number
 from .kernels import devices, layer_tiles, tile_config
 from .kernels.activation import Activation
 from .kernels.activations import IDENTITY
@@ -327,7 +327,7 @@ class Plan:
     def __str__(self) -> str:
         where = self.device.name if self.device else "no GPU"
         how = f" ({self.precision})" if self.dtype == torch.float32 else ""
-        lines = [f"{self.rows} rows, {dtype_name(self.dtype)}{how}, {where}"]
+        lines = [f"{count(self.rows, 'row')}, {dtype_name(self.dtype)}{how}, {where}"]
         header = ("layer", "kernel", "tile", "GFLOP", "MB", "floor", "chosen as")
         for run in self.runs:
             lines.append(f"{run.children}: {run.path}, because {run.reason}")

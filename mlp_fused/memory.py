@@ -75,8 +75,8 @@ class Need:
         if self.kept:
             beside += f", gradients and an optimizer's state ({count(self.state, 'tensor')} a parameter)"
         lines = [
-            f"for {self.rows} rows the network keeps {kept} for backward and works with about {gib(self.working)} "
-            f"more, beside {gib(self.fixed)} of {beside}."
+            f"for {count(self.rows, 'row')} the network keeps {kept} for backward and works with about "
+            f"{gib(self.working)} more, beside {gib(self.fixed)} of {beside}."
         ]
         if self.room is not None:
             limit, allocated = gib(self.room.limit), gib(self.room.allocated)

@@ -72,6 +72,11 @@ def test_explain_names_what_runs_as_itself_and_why() -> None:
     assert reference.reason == 'the backend is "reference"'
 
 
+@pytest.mark.parametrize(("rows", "text"), [(0, "0 rows, float32"), (1, "1 row, float32"), (2, "2 rows, float32")])
+def test_explain_counts_rows_in_the_singular_and_the_plural(rows: int, text: str) -> None:
+    assert str(FusedMLP(4, [3]).explain(rows)).startswith(text)
+
+
 def test_explain_refuses_a_network_over_images() -> None:
     convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
     bilinear = FusedMLP.from_sequential(nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2)))

@@ -40,7 +40,7 @@ def said(call: Callable[[], object], kind: type[Exception] = RuntimeError) -> st
 
 
 HALF, SINGLE, DOUBLE, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
-ADVISED = [(HALF, SINGLE), (BF16, SINGLE), (SINGLE, BF16), (SINGLE, HALF), (HALF, BF16), (torch.float8_e4m3fn, SINGLE)]
+ADVISED = [(HALF, SINGLE), (BF16, SINGLE), (SINGLE, BF16), (SINGLE, HALF), (HALF, BF16)]
 NOT_ADVISED = [
     (torch.int64, SINGLE),
     (torch.uint8, SINGLE),

@@ -146,7 +146,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
                     else f"{name} {index} is on {tensor.device}, the input on {device}; "
                     f"move the whole model with model.to({str(device)!r})"
                 )
-            if tensor.dtype != x.dtype and not (mixed and _is_autocast(tensor.dtype)):
+            if tensor.dtype != x.dtype and not (mixed and _autocast_casts(tensor.dtype)):
                 raise RuntimeError(
                     f"input is {x.dtype}, the model's {name} {index} {tensor.dtype}; {_how_to_convert(x, tensor)}"
                 )
@@ -170,7 +170,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
     return dtype
 
 
-def _is_autocast(dtype: torch.dtype) -> bool:
+def _autocast_casts(dtype: torch.dtype) -> bool:
     """True if autocast casts tensors of that dtype."""
     return dtype.is_floating_point and dtype != torch.float64
 
@@ -195,6 +195,6 @@ def _how_to_convert(x: Tensor, parameter: Tensor) -> str:
     if x.is_complex() and not parameter.is_complex():
         return "take x.real, x.abs() or torch.view_as_real(x), which are real"
     convert = f"convert it with x.to({parameter.dtype})"
-    helps = _is_autocast(x.dtype) and _is_autocast(parameter.dtype)
+    helps = _autocast_casts(x.dtype) and _autocast_casts(parameter.dtype)
     is_on = compute_dtype(torch.float32, x.device.type) != torch.float32  # and did not help
     return f"{convert}, or compute in a lower precision under torch.autocast" if helps and not is_on else convert

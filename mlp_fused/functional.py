@@ -22,6 +22,7 @@ from .engine.settings import (
     check_recompute,
     compute_dtype,
 )
+from .errors import count
 from .kernels.activation import Activation
 from .reference import Layer
 
@@ -89,7 +90,7 @@ def mlp(
         raise ValueError("weights is empty; it needs one weight for each layer")
     biases = [None] * len(weights) if biases is None else biases
     if len(biases) != len(weights):
-        raise ValueError(f"biases has {len(biases)} entries; it needs one for each of the {len(weights)} weights")
+        raise ValueError(f"biases has {len(biases)} entries; it needs one for {count(len(weights), 'weight')}")
     hidden, last = resolve(activation), resolve(output_activation, "output_activation")
     activations = [hidden] * (len(weights) - 1) + [last]
     return _mlp(x, tuple(map(Layer, weights, biases, activations)), backend, recompute)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from mlp_fused import ACTIVATIONS, FusedMLP
 from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.schedule import run_layers
-from mlp_fused.kernels.launch import Launch
+from mlp_fused.kernels.launch import Launch, count_launches
 from mlp_fused.reference import Layer
 
 
@@ -111,3 +112,11 @@ def test_a_cpu_drops_as_torch_does() -> None:
     y = model(x)
     torch.manual_seed(1)
     assert torch.equal(y, nn.Sequential(*model)(x))
+
+
+def test_a_probability_of_numpys_is_fused(device: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Dropout(np.float32(0.5)), nn.Linear(300, 3)).to(device)
+    fused = FusedMLP.from_sequential(model, backend="triton")
+    with count_launches() as launches:
+        fused(torch.randn(4, 8, device=device))
+    assert launches == {"layer_forward_kernel": 2}

@@ -420,7 +420,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bias shape": (lambda: linear_act(GOOD, torch.randn(3, 4), torch.randn(4)), RuntimeError, r"bias 0 has shape \(4,\); it needs to be \(3,\)"),
     "layers": (lambda: mlp(GOOD, [torch.randn(6, 4), torch.randn(3, 5)], None), RuntimeError, "layer 1 takes 5 features, layer 0 gives 6"),
     "no layers": (lambda: mlp(GOOD, [], []), ValueError, "weights is empty"),
-    "biases": (lambda: mlp(GOOD, [torch.randn(6, 4)], []), ValueError, "biases has 0 entries; it needs one for each of the 1 weights"),
+    "biases": (lambda: mlp(GOOD, [torch.randn(6, 4)], []), ValueError, "biases has 0 entries; it needs one for 1 weight"),
     "activation": (lambda: linear_act(GOOD, torch.randn(3, 4), None, "gelo"), ValueError, "activation is 'gelo'; it needs to be one of"),
     "backend": (lambda: linear_act(GOOD, torch.randn(3, 4), backend="cuda"), ValueError, "backend is 'cuda'; it needs to be one of: auto, triton, reference"),
     "float64 kernels": (lambda: linear_act(GOOD.to(torch.float8_e4m3fn), torch.randn(3, 4).to(torch.float8_e4m3fn), backend="triton"), RuntimeError, "the kernels compute in float16, bfloat16 and float32"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from numbers import Real
 from types import BuiltinFunctionType, MethodType, NoneType
 from typing import Any, Protocol
 
@@ -356,8 +357,9 @@ def _dropout(module: Any, training: bool | None) -> float | None:
     """The probability with which a module drops, 0 where it is idle or the identity; None: it is neither."""
     if type(module) is Identity:
         return 0.0 if why_called(module) is None else None
-    if type(module) is not Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
+    p: Any = module.p if type(module) is Dropout else None
+    if not (type(p) in (int, float) or isinstance(p, Real)) or not 0 <= float(p) <= 1:
         return None  # or Dropout that torch refuses
     if why_called(module, functions=(DROPOUT,)) is not None:
         return None
-    return float(module.p) if (module.training if training is None else training) else 0.0
+    return float(p) if (module.training if training is None else training) else 0.0

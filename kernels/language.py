@@ -14,6 +14,7 @@ __all__ = [
     "INTERPRETER",
     "JIT_FUNCTION",
     "NOT_INSTALLED",
+    "ROWS_OF_16_ELEMENTS",
     "TRITON_VERSION",
     "WHY_NO_TRITON",
     "allocation",
@@ -71,6 +72,9 @@ HAS_TRITON = WHY_NO_TRITON is None
 # Triton reads the variable when a function is decorated, that is, when this package is imported.
 INTERPRETER: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED = tl.constexpr(INTERPRETER)  # the same, readable inside a kernel
+
+# In Triton 3.5's interpreter, rows in a tensor descriptor need 16 elements, where elsewhere they need 16 bytes.
+ROWS_OF_16_ELEMENTS = INTERPRETER and TRITON_VERSION < (3, 6)
 
 
 @triton.jit

@@ -254,7 +254,8 @@ def _is_transposed(module: Any) -> bool:
 
 def is_linear(module: Any) -> bool:
     """Whether a module is a Linear layer of any kind."""
-    return isinstance(module, Linear | LinearWithActivation) or _is_transposed(module)
+    # Tuples of classes here and below: torch 2.9 does not compile isinstance with a union.
+    return isinstance(module, (Linear, LinearWithActivation)) or _is_transposed(module)
 
 
 def linear_weight(linear: Any) -> Tensor:
@@ -356,7 +357,7 @@ def _dropout(module: Any, training: bool | None) -> float | None:
     """The probability with which a module drops, 0 where it is idle or the identity; None: it is neither."""
     if type(module) is Identity:
         return 0.0 if why_called(module) is None else None
-    if type(module) is not Dropout or not isinstance(module.p, int | float) or not 0 <= module.p <= 1:
+    if type(module) is not Dropout or not isinstance(module.p, (int, float)) or not 0 <= module.p <= 1:
         return None  # or Dropout that torch refuses
     if why_called(module, functions=(DROPOUT,)) is not None:
         return None

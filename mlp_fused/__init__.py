@@ -6,7 +6,7 @@ model = FusedMLP(784, [512, 512, 10])
 
 from .capture import CapturedStep, capture_step
 from .convert import PATTERNS, FuseReport, Pattern, fuse, register_pattern, unfuse
-from .engine import ops as ops
+from .engine.ops import decompositions
 from .functional import linear_act, mlp
 from .kernels.activation import Activation, register_activation
 from .kernels.activations import ACTIVATIONS
@@ -28,6 +28,7 @@ __all__ = [
     "Pointwise",
     "__version__",
     "capture_step",
+    "decompositions",
     "fuse",
     "linear_act",
     "mlp",

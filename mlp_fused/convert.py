@@ -22,7 +22,7 @@ from .engine.recognize import find, path_of
 from .engine.runs import is_linear, name_of, runs_of, why_called, why_unfused
 from .engine.settings import has_hooks
 from .kernels.activations import IDENTITY
-from .module import FusedLinear, FusedMLP, FusedSequence, WithBackend
+from .module import REMEMBERED, FusedLinear, FusedMLP, FusedSequence, WithBackend, plain_twin
 
 __all__ = ["PATTERNS", "FuseReport", "Pattern", "fuse", "register_pattern", "unfuse"]
 
@@ -247,6 +247,8 @@ def fuse(
 def unfuse(model: nn.Module) -> tuple[str, ...]:
     """Undo `fuse`: every module that it replaced is what it was. Returns their names; none is no mistake.
 
+    Call it before `torch.save(model, file)` for a file that can be loaded without mlp_fused.
+
     Raises:
         TypeError: `model` is no module.
         RuntimeError: the class of one of them was changed again after `fuse`; nothing is changed then.
@@ -261,7 +263,7 @@ def unfuse(model: nn.Module) -> tuple[str, ...]:
             )
     for _, module in found:
         module.__class__ = module._unfused
-        for remembered in ("_backend", "_recompute", "_segments"):
+        for remembered in REMEMBERED:
             module.__dict__.pop(remembered, None)
     return tuple(name for name, _ in found)
 
@@ -453,6 +455,10 @@ class _Fused:
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != "_segments"}
         return function, arguments, *rest
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The module as it was before `fuse`, for torch.jit.script."""
+        return plain_twin(self, self._unfused)
 
 
 def _remake(kind: Any, *arguments: Any) -> nn.Module:

@@ -98,7 +98,7 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
     if why_reference(x, layers, dtype, backend, recompute, _why_changed(layers)) is None:
         return run_kernels(x, layers, dtype, recompute, backend)
     weights, biases, activations, _ = zip(*layers)
-    if recompute and can_checkpoint():
+    if recompute and can_checkpoint(x):
         return checkpoint(reference.mlp, x, weights, biases, activations, use_reentrant=False)
     return reference.mlp(x, weights, biases, activations)
 
@@ -122,6 +122,8 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
         raise TypeError(f"input is {type(x).__name__}; it needs to be a torch.Tensor; convert it with torch.as_tensor")
     device = x.device
     dtype = compute_dtype(x.dtype, device.type)
+    if x.is_nested:  # plain torch takes it, and checks it; a strided one has no shape to ask for
+        return dtype
     # Autocast brings floating-point dtypes together; it shows in the dtype, or in x being of autocast's already.
     mixed = dtype != x.dtype or (dtype in HALVES and torch.is_autocast_enabled(device.type))
     width = x.shape[-1] if x.dim() else None

@@ -36,6 +36,17 @@ from .reference import Layer
 __all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
 
 
+def plain_twin(module: Any, kind: type[nn.Module]) -> Any:
+    """A module of class `kind` with the same children, parameters, hooks and attributes."""
+    twin: Any = kind.__new__(kind)
+    own = {name: value for name, value in module.__dict__.items() if name not in REMEMBERED}
+    twin.__dict__.update(own, _modules=dict(module._modules))
+    return twin
+
+
+REMEMBERED = ("_backend", "_recompute", "_segments")  # attributes that a fused module has of its own
+
+
 class Pointwise(nn.Module):
     """h = a(z) by the activation's name, in plain torch: for the ones that torch.nn has no class for.
 
@@ -53,6 +64,11 @@ class Pointwise(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.activation)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The traced function, for torch.jit.script, which cannot read the table."""
+        traced: nn.Module = torch.jit.trace(self, torch.zeros(1, 1))
+        return traced
 
 
 # None where it is not torch's own, so that it is called.
@@ -97,13 +113,13 @@ class FusedSequence(WithBackend, nn.Module):
     def recompute(self, recompute: bool | None) -> None:
         self._recompute = settings.check_recompute(recompute)
 
-    def _forward(self, input: Tensor) -> Tensor:
+    def _forward(self, input: Any) -> Tensor:
         if Sequential.forward is not SEQUENTIAL_FORWARD and isinstance(self, Sequential):
             return Sequential.forward(self, input)
-        if not self._wants_kernels():
-            on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"
-            if on_cpu and not (self._recompute and can_checkpoint()):
-                return self._forward_as_modules(input)
+        if not isinstance(input, Tensor):  # torch.fx traces with proxies
+            return self._forward_as_modules(input)
+        if not self._wants_kernels() and input.device.type == "cpu" and not (self._recompute and can_checkpoint(input)):
+            return self._forward_as_modules(input)
         if torch.compiler.is_compiling():
             for run in runs_of(self._links(), drops=False):  # a compiler draws random numbers itself
                 input = self._run(run, input)
@@ -113,13 +129,14 @@ class FusedSequence(WithBackend, nn.Module):
             segments = self._segments = Segments(self)
             if self._wants_kernels():
                 segments.refuse_split(self)
-            if isinstance(input, Tensor) and input.is_cuda:
+            if input.is_cuda:
                 segments.log_reasons()
         try:
             for run in segments.runs:
                 input = self._run(run, input)
         except torch.OutOfMemoryError as error:
-            memory.explain(error, self, input.shape[:-1].numel())
+            if not input.is_nested:
+                memory.explain(error, self, input.shape[:-1].numel())
             raise
         return input
 
@@ -145,7 +162,7 @@ class FusedSequence(WithBackend, nn.Module):
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
                         return run_path(input, weights, biases, path)
                 return run_kernels(input, layers, dtype, self._recompute, self._backend)
-        if run.linears and self._recompute and can_checkpoint():
+        if run.linears and self._recompute and can_checkpoint(input):
             # nn.Dropout draws random numbers in here. torch puts its generator back for the second run, since 2.10 also
             # within a CUDA graph's capture, which 2.9 refuses.
             return checkpoint(run.call, input, use_reentrant=False)
@@ -165,7 +182,8 @@ class FusedSequence(WithBackend, nn.Module):
         A mistake in the input is explained after the fact: nothing was launched by then.
         """
         output = input
-        idle: bool | None = None  # whether Dropout that drops nothing may be left out; asked once a call
+        # Whether Dropout that drops nothing may be left out; asked once a call, and never in a graph that is traced.
+        idle: bool | None = None if isinstance(input, Tensor) else False
         try:
             for child in self._links():
                 if type(child) is Dropout and child.p == 0 and not are_hooked((child.__dict__,)):
@@ -328,6 +346,11 @@ class FusedLinear(FusedSequence, LinearWithActivation):
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The nn.Sequential of the same computation, for torch.jit.script."""
+        activation = _activation_maker(self.activation, {}, "activation")()
+        return nn.Sequential(OrderedDict(linear=self.linear, activation=activation)).train(self.training)
+
     def _links(self) -> tuple[Any, ...]:
         return self.parts
 
@@ -474,6 +497,11 @@ class FusedMLP(FusedSequence, nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """y (..., d_L) for input (..., d_0)."""
         return self._forward(input)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The nn.Sequential of the same children, for torch.jit.script."""
+        own_forward = type(self).forward is not FusedMLP.forward
+        return self if own_forward else plain_twin(self, nn.Sequential)
 
     def __getitem__(self, index: slice | int) -> Any:
         """One child; or, for a slice, an nn.Sequential of the same modules."""

@@ -314,6 +314,16 @@ def test_a_fused_model_can_be_copied_pickled_and_saved(model: Model, copied: Cal
 
 
 @every_model
+def test_a_model_that_is_unfused_before_saving_loads_without_the_package(model: Model) -> None:
+    network, inputs = made(model)
+    fuse(network, backend="triton")
+    logits(network, inputs)
+    assert b"mlp_fused" in pickle.dumps(network)
+    unfuse(network)
+    assert b"mlp_fused" not in pickle.dumps(network)
+
+
+@every_model
 def test_hooks_on_an_inner_linear_after_fuse_are_honoured(model: Model) -> None:
     network, inputs = made(model)
     fuse(network, backend="triton")

@@ -16,8 +16,8 @@ from ..kernels.layer_forward import pointwise
 from .settings import is_batched, is_transformed, is_zero_tensor
 
 __all__ = [
-    "PlainFunction", "differentiable_backward", "dropout_factors", "dropped", "plain_gradient", "through", "versions",
-    "wants_torch",
+    "PlainFunction", "differentiable_backward", "dropout_factors", "dropped", "plain_gradient", "restore", "save",
+    "through", "versions", "wants_torch",
 ]  # fmt: skip
 
 
@@ -28,6 +28,20 @@ class PlainFunction(torch.autograd.Function):
     def call(cls, *arguments: Any) -> Any:
         """`apply` without its search for tensors of torch.func transforms, which never come here: 2 µs less."""
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for backward. None is left out: graph drawers ask everything that is saved for its size."""
+    ctx.absent = [index for index, tensor in enumerate(tensors) if tensor is None]
+    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
+
+
+def restore(ctx: Any) -> list[Any]:
+    """The arguments of `save`, in order, None included."""
+    tensors = list(ctx.saved_tensors)
+    for index in ctx.absent:
+        tensors.insert(index, None)
+    return tensors
 
 
 def plain_gradient(dy: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def run_kernels(
         x = x.reshape(-1, shape[-1])
     weights, biases, *_ = zip(*layers)
     path = find_path(x, layers, dtype, recompute, backend)
-    if recompute and isinstance(path, LayerPath) and can_checkpoint():
+    if recompute and isinstance(path, LayerPath) and can_checkpoint(x):
         # The seed is drawn outside, because the checkpointed function runs twice and has to drop the same elements.
         # It draws nothing else, so no generator has to be put back, which torch 2.9 cannot do within a graph's capture.
         seed = draw_seed(x.device) if path.drops else None
@@ -114,6 +115,6 @@ def run_path(
     return run_network(x, tuple(weights), tuple(biases), path)
 
 
-def can_checkpoint() -> bool:
-    """Whether there is something to keep, and torch.utils.checkpoint works: under torch.func transforms it does not."""
-    return torch.is_grad_enabled() and not is_transformed()
+def can_checkpoint(x: Any) -> bool:
+    """Whether gradients are recorded, and torch.utils.checkpoint works: not for torch.func or nested tensors."""
+    return torch.is_grad_enabled() and not is_transformed() and not getattr(x, "is_nested", False)

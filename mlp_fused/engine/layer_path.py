@@ -29,7 +29,16 @@ from ..kernels.layer_backward import dgrad, output_gradient, wgrad
 from ..kernels.layer_forward import layer_forward
 from ..kernels.tile_config import Problem
 from . import tables
-from .autograd import PlainFunction, dropout_factors, dropped, plain_gradient, through, wants_torch
+from .autograd import (
+    PlainFunction,
+    dropout_factors,
+    dropped,
+    plain_gradient,
+    restore,
+    save,
+    through,
+    wants_torch,
+)
 from .settings import DEBUG, profiler_enabled
 from .torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
 
@@ -391,7 +400,7 @@ class _LayerFunction(PlainFunction):
         own = None
         if kernels.last and kernels.activation is not IDENTITY:
             own = h if z is None else z
-        ctx.save_for_backward(kept, compute_weight if needs_edge else None, own, seed)
+        save(ctx, kept, compute_weight if needs_edge else None, own, seed)
         ctx.kernels = kernels
         if compute_weight is not weight:  # as the user has it, for a gradient that is differentiated
             ctx.master = weight
@@ -422,7 +431,7 @@ class _LayerFunction(PlainFunction):
 def _backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of (edge, W, b) through the kernels, only those that are wanted."""
     kernels: LayerKernels = ctx.kernels
-    kept, weight, own, seed = ctx.saved_tensors
+    kept, weight, own, seed = restore(ctx)
     needs_edge, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     if dh is not None:
         through_activation = kernels.output_gradient(dh, own, seed)
@@ -442,7 +451,7 @@ def _backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
 def _differentiable_backward(ctx: Any, dh: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     """The same gradients in plain torch, for when they are to be differentiated themselves."""
     kernels: LayerKernels = ctx.kernels
-    kept, weight, own, seed = ctx.saved_tensors
+    kept, weight, own, seed = restore(ctx)
     needs_edge, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     if weight is not None and kernels.weight_dtype != kernels.dtype:
         weight = ctx.master.to(weight.dtype)
@@ -481,11 +490,11 @@ class _OutputOf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, activation: Activation, left: Tensor | None) -> Tensor:
         output = h.clone()
-        ctx.save_for_backward(output, left)
+        save(ctx, output, left)
         ctx.activation = activation
         return output
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None]:
-        h, left = ctx.saved_tensors
+        h, left = restore(ctx)
         return ctx.activation.reference_backward(dropped(dh, left), h, *ctx.activation.values), None, None

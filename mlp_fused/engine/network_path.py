@@ -14,7 +14,15 @@ from ..kernels import network, network_backward, network_forward
 from ..kernels.launch import Launches
 from ..kernels.network import Network
 from ..kernels.tile_config import TileConfig
-from .autograd import PlainFunction, differentiable_backward, plain_gradient, versions, wants_torch
+from .autograd import (
+    PlainFunction,
+    differentiable_backward,
+    plain_gradient,
+    restore,
+    save,
+    versions,
+    wants_torch,
+)
 from .settings import profiler_enabled
 
 __all__ = ["Formulation", "NetworkPlan", "run_backward", "run_forward", "run_network"]
@@ -82,7 +90,7 @@ class _NetworkFunction(PlainFunction):
             each if index in read or (each is not None and not each.is_leaf) else None
             for index, each in enumerate(parameters)
         ]
-        ctx.save_for_backward(x, kept, own, *saved)
+        save(ctx, x, kept, own, *saved)
         ctx.others = [each if of_saved is None else None for each, of_saved in zip(parameters, saved)]
         ctx.versions = versions(parameters)
         return y
@@ -90,7 +98,7 @@ class _NetworkFunction(PlainFunction):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, _, *needs = ctx.needs_input_grad
-        x, kept, own, *saved = ctx.saved_tensors
+        x, kept, own, *saved = restore(ctx)
         parameters = [other if each is None else each for each, other in zip(saved, ctx.others)]
         dy = plain_gradient(dy)
         if wants_torch(dy):

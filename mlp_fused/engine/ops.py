@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import traceback
+from torch.overrides import TorchFunctionMode
 
 from .. import reference
 from ..kernels.activation import parse
@@ -64,9 +67,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
     dtype, all_biases = call.dtype, call.of_all(biases)
     reason = why_device(x.device, call.backend)
     if reason is not None and not keep:  # exported on a GPU, and loaded where there is none
-        of_dtype = [None if each is None else each.to(dtype) for each in all_biases]
-        weights = [each.to(dtype) for each in weights]
-        return reference.mlp(x.to(dtype), weights, of_dtype, list(map(parse, call.activations))), []
+        return _mlp_by_torch(call, x, weights, all_biases), []
     if reason is not None:
         raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
     path = call.path(x, weights, all_biases, keep)
@@ -83,6 +84,49 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
         return y, []
     converted = [read for read, weight in zip(weights_read, weights) if read is not weight]
     return y, [each for each in (kept, *converted) if each is not None]
+
+
+def _mlp_by_torch(call: _Settings, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """y in plain torch, computed in the operator's dtype."""
+    cast_biases = [None if bias is None else bias.to(call.dtype) for bias in biases]
+    cast_weights = [weight.to(call.dtype) for weight in weights]
+    return reference.mlp(x.to(call.dtype), cast_weights, cast_biases, list(map(parse, call.activations)))
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The operator `mlp_fused::mlp` as torch's Linear and activation, for `ExportedProgram.run_decompositions`.
+
+    A program that was exported on a GPU holds this operator. Tools that translate or quantise programs know torch's:
+
+        program = program.run_decompositions(mlp_fused.decompositions())  # aten.linear, aten.relu, …
+        program = program.run_decompositions(mlp_fused.decompositions(), …)
+
+    The numbers are plain torch's. A program for training, whose backward is the operator's own, stays as it is.
+    """
+    return {torch.ops.mlp_fused.mlp.default: _decompose}
+
+
+def _decompose(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any
+) -> tuple[Tensor, list[Tensor]]:
+    *of_both, _ = settings
+    call = _Settings(*of_both)
+    _, kept = _mlp_fake(x, weights, biases, *settings)
+    with _NamesFunctions():
+        return _mlp_by_torch(call, x, weights, call.of_all(biases)), kept
+
+
+class _NamesFunctions(TorchFunctionMode):
+    """A mode that writes each function's name into the graph, where quantisers look for Linears and activations."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        self.counts[name] += 1
+        traceback.get_current_meta()["source_fn_stack"] = [(f"{name}_{self.counts[name]}", func)]
+        return func(*args, **(kwargs or {}))
 
 
 def _of_all_needs(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:

@@ -28,8 +28,10 @@ from .settings import (
     constant_to_compilers,
     float32_precision,
     forward_mode_level,
+    is_exporting_to_onnx,
     is_transformed,
     is_watched,
+    is_zero_tensor,
 )
 
 if TYPE_CHECKING:
@@ -223,6 +225,12 @@ def decided_by(table: table_files.Table) -> Iterator[None]:
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
     if torch.jit.is_tracing():
         return "the call is being traced by torch.jit"
+    if is_exporting_to_onnx():
+        return "the call is being exported to ONNX"
+    if x.is_nested:
+        return "the input is a nested tensor"
+    if not torch.compiler.is_compiling() and is_zero_tensor(x):
+        return "the input stands for zeros and has no memory (x.clone() gives it some)"
     reason = why_device(x.device, backend)
     if reason is not None:
         return reason

@@ -19,7 +19,16 @@ from ..kernels.activations import IDENTITY
 from ..kernels.dropout import draw_seed
 from ..kernels.launch import Launch, Program, Slots
 from ..kernels.layer_backward import WeightGradient
-from .autograd import PlainFunction, differentiable_backward, dropout_factors, plain_gradient, versions, wants_torch
+from .autograd import (
+    PlainFunction,
+    differentiable_backward,
+    dropout_factors,
+    plain_gradient,
+    restore,
+    save,
+    versions,
+    wants_torch,
+)
 from .layer_path import LayerPath, layer_after_layer
 from .settings import DEBUG, profiler_enabled
 
@@ -348,7 +357,7 @@ class _ChainFunction(PlainFunction):
         weights = cast(parameters[:count], path)
         y, kept = chained_forward(x, weights, parameters[count:], path, True, seed)
         first = weights[0] if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, y if path.keeps_output else None, kept, seed, first, *weights[1:])
+        save(ctx, x, y if path.keeps_output else None, kept, seed, first, *weights[1:])
         ctx.path = path
         # As the user has them, for a gradient that is differentiated; saved above is what the kernels read.
         ctx.parameters, ctx.versions = parameters, versions(parameters)
@@ -358,7 +367,7 @@ class _ChainFunction(PlainFunction):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         path: LayerPath = ctx.path
         needs_x, _, _, *needs = ctx.needs_input_grad
-        x, y, kept, seed, *weights = ctx.saved_tensors
+        x, y, kept, seed, *weights = restore(ctx)
         dy = plain_gradient(dy)
         if wants_torch(dy):
             factors = [

@@ -41,6 +41,7 @@ __all__ = [
     "has_global_hooks",
     "has_hooks",
     "is_batched",
+    "is_exporting_to_onnx",
     "is_loaded_instance",
     "is_transformed",
     "is_watched",
@@ -101,6 +102,14 @@ def float32_precision() -> str:
 
 
 constant_to_compilers(float32_precision)  # they compile anew where the setting is another
+
+
+def is_exporting_to_onnx() -> bool:
+    """True within `torch.onnx.export`, which translates torch's own operators."""
+    return torch.onnx.is_in_onnx_export()
+
+
+constant_to_compilers(is_exporting_to_onnx)
 
 
 # --- torch's private names ---

@@ -1,0 +1,70 @@
+"""Inputs that kernels cannot read: the modules run them, as they would without kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from twins import KINDS, fused_and_twin
+
+from mlp_fused import FusedLinear, FusedMLP, linear_act
+
+PARTS = [torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows)) for rows in (2, 3)]
+
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "strided nested": lambda: torch.nested.nested_tensor(PARTS, layout=torch.strided),
+    "jagged nested": lambda: torch.nested.nested_tensor(PARTS, layout=torch.jagged),
+    "zeros without memory": lambda: torch._efficientzerotensor(5, 4),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+
+
+def rows_of(output: Tensor) -> list[Tensor]:
+    return list(output.unbind()) if output.is_nested else [output]
+
+
+def assert_same_rows(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.is_nested == theirs.is_nested
+    assert all(torch.equal(mine, other) for mine, other in zip(rows_of(ours), rows_of(theirs), strict=True))
+
+
+@pytest.mark.parametrize("recompute", [None, True])  # True takes the CPU along the way of a GPU
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", INPUTS)
+def test_modules_run_what_kernels_cannot_read(name: str, kind: str, recompute: bool | None) -> None:
+    model, twin = fused_and_twin(kind)
+    for module in model.modules():
+        if isinstance(module, FusedMLP | FusedLinear):
+            module.recompute = recompute
+    x = INPUTS[name]()
+    assert_same_rows(model(x), twin(x))
+    gradients: list[Any] = []
+    for each in (model, twin):
+        torch.cat([rows.square().sum().reshape(1) for rows in rows_of(each(x))]).sum().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_functions_run_what_kernels_cannot_read(name: str) -> None:
+    x, linear = INPUTS[name](), nn.Linear(4, 3)
+    assert_same_rows(linear_act(x, linear.weight, linear.bias, "relu"), linear(x).relu())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("strided nested", "the input is a nested tensor"),
+        ("jagged nested", "the input is a nested tensor"),
+        ("zeros without memory", "the input stands for zeros and has no memory"),
+    ],
+)
+def test_the_kernels_name_what_they_cannot_read(name: str, sentence: str, kind: str) -> None:
+    model, _ = fused_and_twin(kind, "triton")
+    with pytest.raises(RuntimeError, match=f'backend is "triton", but {sentence}'):
+        model(INPUTS[name]())

@@ -9,6 +9,7 @@ alpha) follow as compile-time constants, in their declared order.
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -93,8 +94,9 @@ class Activation:
             raise TypeError(
                 f"activation {self.name!r} has no parameter {sorted(unknown)[0]!r}; its parameters are: {has}"
             )
-        for name, value in parameters.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+        given: Mapping[str, Any] = parameters
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"activation {self.name!r}: {name} is {value!r}; it needs to be a number")
         merged = tuple((name, float(parameters.get(name, default))) for name, default in self.parameters.items())
         return bound(self, merged)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .language import INTERPRETER
 
-__all__ = ["DEVICES", "Device", "device_of", "device_slug"]
+__all__ = ["DEVICES", "Device", "device_of", "device_slug", "named_device"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,27 @@ DEVICES = {
 INTERPRETED_DEVICE = Device("Triton's interpreter", "cuda", 90, 4, 232448)
 BLACKWELL = (100, 103)
 DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
+
+
+# Parts of a GPU's full name that its record stands for anyway: the product line, the module, the memory.
+IMPLIED = re.compile(r"instinct|tesla|oam|sxm\d*|hbm\w*|80gb|141gb|180gb|192gb")
+
+
+def named_device(name: str) -> Device | None:
+    """The device in `DEVICES` that a name means: "NVIDIA H100", "h100" or "A100-SXM4-80GB"; None if there is none.
+
+    Raises:
+        ValueError: the name fits several.
+    """
+    words = {word for word in _words(name) if not IMPLIED.fullmatch(word)}
+    fitting = [device for known, device in DEVICES.items() if words and words <= _words(known)]
+    if len(fitting) > 1:
+        raise ValueError(f"device is {name!r}; it needs to be one of: {', '.join(device.name for device in fitting)}")
+    return fitting[0] if fitting else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def device_slug(name: str) -> str:

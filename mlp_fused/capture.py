@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.settings import DEBUG, end_allocation
+from .errors import whole_number
 
 __all__ = ["CapturedStep", "capture_step"]
 
@@ -58,9 +59,10 @@ def capture_step(
         TypeError: an argument of another kind.
         ValueError: `warmup` is below 1.
     """
-    _check_arguments(model, loss_fn, optimizer, x, y, warmup)
+    _check_arguments(model, loss_fn, optimizer, x, y)
+    steps = _checked_warmup(warmup)
     _check_device(optimizer, x)
-    return CapturedStep(model, loss_fn, optimizer, x, y, _CudaGraph(x.device), warmup)
+    return CapturedStep(model, loss_fn, optimizer, x, y, _CudaGraph(x.device), steps)
 
 
 class _CudaGraph:
@@ -360,7 +362,7 @@ class _Snapshot:
         return gained
 
 
-def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any, warmup: Any) -> None:
+def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any) -> None:
     """What can be said before anything runs, and without a GPU."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it needs to be an nn.Module")
@@ -371,10 +373,6 @@ def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any, w
     for name, tensor in (("x", x), ("y", y)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; it needs to be a torch.Tensor")
-    if isinstance(warmup, bool) or not isinstance(warmup, int):
-        raise TypeError(f"warmup is {warmup!r}; it needs to be a number of steps, 1 or more")
-    if warmup < 1:
-        raise ValueError(f"warmup is {warmup}; it needs to be a number of steps, 1 or more")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise RuntimeError(
@@ -391,6 +389,15 @@ def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any, w
                 f"x is on {x.device}, the model's parameters on {tensor.device}; "
                 f"move it with x.to({str(tensor.device)!r}), or the model before its optimizer is made"
             )
+
+
+def _checked_warmup(warmup: object) -> int:
+    steps = whole_number(warmup)
+    if steps is None:
+        raise TypeError(f"warmup is {warmup!r}; it needs to be a number of steps, 1 or more")
+    if steps < 1:
+        raise ValueError(f"warmup is {steps}; it needs to be a number of steps, 1 or more")
+    return steps
 
 
 def _check_device(optimizer: torch.optim.Optimizer, x: Tensor) -> None:

@@ -1,10 +1,13 @@
-"""The user's mistakes, and the words that their sentences share."""
+"""The user's mistakes: the words that their sentences share, and what passes for a number."""
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["UserError", "count", "first_line", "listed"]
+__all__ = ["UserError", "count", "first_line", "listed", "real_number", "whole_number"]
 
 
 class UserError(Exception):
@@ -26,3 +29,32 @@ def listed(names: Iterable[object], most: int | None = None) -> str:
 def count(number: float, noun: str, form: str = "") -> str:
     """A whole number with its noun, in the plural unless the number is 1; `form` is "," for thousands set apart."""
     return f"{round(number):{form}} {noun}{'s' * (round(number) != 1)}"
+
+
+def whole_number(value: Any) -> int | None:
+    """`value` as a Python int, or None if it is not a whole number.
+
+    NumPy's integers, 0-d arrays and 0-d tensors of integers are whole numbers, as is whatever else has `__index__`,
+    except a bool.
+    """
+    value = _python_number(value)
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def real_number(value: Any) -> float | None:
+    """`value` as a Python float, or int if it is whole by its type; None if it is not a real number, or a bool."""
+    whole = whole_number(value)
+    value = _python_number(value)
+    if whole is not None or isinstance(value, bool):
+        return whole
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def _python_number(value: Any) -> Any:
+    """The Python number in a NumPy scalar, a 0-d array or a 0-d tensor; any other value as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

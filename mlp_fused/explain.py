@@ -26,6 +26,7 @@ from .engine.runs import (
     stand_in,
 )
 from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
+from .errors import count, listed, whole_number
 from .kernels import devices, layer_tiles, tile_config
 from .kernels.activation import Activation
 from .kernels.activations import IDENTITY
@@ -35,7 +36,18 @@ from .kernels.network import Gradients, gradients_of
 from .kernels.tile_config import TileConfig
 from .reference import Layer
 
-__all__ = ["KernelPlan", "Plan", "RunPlan", "Work", "explain", "kept_elements", "plan_layers", "plan_network", "work"]
+__all__ = [
+    "KernelPlan",
+    "Plan",
+    "RunPlan",
+    "Work",
+    "checked_rows",
+    "explain",
+    "kept_elements",
+    "plan_layers",
+    "plan_network",
+    "work",
+]
 
 
 @dataclass(frozen=True)
@@ -316,7 +328,7 @@ class Plan:
     def __str__(self) -> str:
         where = self.device.name if self.device else "no GPU"
         how = f" ({self.precision})" if self.dtype == torch.float32 else ""
-        lines = [f"{self.rows} rows, {dtype_name(self.dtype)}{how}, {where}"]
+        lines = [f"{count(self.rows, 'row')}, {dtype_name(self.dtype)}{how}, {where}"]
         header = ("layer", "kernel", "tile", "GFLOP", "MB", "floor", "chosen as")
         for run in self.runs:
             lines.append(f"{run.children}: {run.path}, because {run.reason}")
@@ -418,15 +430,42 @@ def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
     return tuple(layer.weight.shape[1] for layer in layers[:1]) + tuple(layer.weight.shape[0] for layer in layers)
 
 
+def checked_rows(batch_size: object, least: int) -> int:
+    """`batch_size` as a Python int.
+
+    Raises:
+        ValueError: it is no whole number, or below `least`.
+    """
+    rows = whole_number(batch_size)
+    if rows is None or rows < least:
+        raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, {least} or more")
+    return rows
+
+
+def _torch_device(device: Any) -> torch.device:
+    """The torch device that a user named.
+
+    Raises:
+        ValueError: torch has none of that name, or no GPU here.
+    """
+    known = f"the name of a GPU to plan for ({listed(devices.DEVICES)}, or a short form such as h100)"
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; it needs to be a torch device, such as cuda, or {known}") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, and torch can use none here; it needs to be cpu, or {known}")
+    return where
+
+
 def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any) -> Plan:
     """The plan of a model for a batch of that many rows: see `FusedMLP.explain`."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
-        raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 0 or more")
+    rows = checked_rows(batch_size, least=0)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("the network has no parameters; there is nothing to explain")
-    known = devices.DEVICES.get(device) if isinstance(device, str) else None
-    where = torch.device("meta") if known else torch.device(device or parameter.device)
+    known = devices.named_device(device) if isinstance(device, str) else None
+    where = torch.device("meta") if known else parameter.device if device is None else _torch_device(device)
     given = policy_dtype(model) or parameter.dtype  # to a call
     dtype = dtype or compute_dtype(given, where.type)
     precision = float32_precision() if dtype == torch.float32 else "ieee"
@@ -439,7 +478,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
     links = model._links()
     first = next((child for child in links if is_linear(child)), None)
     width = 1 if first is None else linear_weight(first).shape[1]
-    flow = torch.empty((batch_size, width), dtype=dtype, device="meta")
+    flow = torch.empty((rows, width), dtype=dtype, device="meta")
     link_names = iter(model._link_names())
     for run in runs_of(links):
         names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, link_names))
@@ -475,14 +514,14 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             )
         if isinstance(path, NetworkPlan):
             gradients = gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
-            kernels = plan_network(batch_size, path, biases, gradients, needs_input_grad)
-            kept += path.kept_elements(batch_size) * dtype.itemsize
+            kernels = plan_network(rows, path, biases, gradients, needs_input_grad)
+            kept += path.kept_elements(rows) * dtype.itemsize
             if path.formulation is not None:  # the input is kept as it is given
-                kept += batch_size * widths[0] * (input_size - dtype.itemsize)
+                kept += rows * widths[0] * (input_size - dtype.itemsize)
             runs.append(RunPlan(names, "network", path.explanation, tuple(kernels)))
             continue
         kernels = plan_layers(  # of the reference too: the least that the work takes
-            batch_size,
+            rows,
             list(itertools.pairwise(widths)),
             [layer.activation for layer in layers],
             dtype,
@@ -493,10 +532,10 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             dropouts=run.dropouts if reason is None else None,
         )
         if reason is None:
-            kept += kept_elements(batch_size, layers, trainable, needs_input_grad) * dtype.itemsize
+            kept += kept_elements(rows, layers, trainable, needs_input_grad) * dtype.itemsize
             kept += SEED_BYTES if training and any(run.dropouts) else 0
             runs.append(RunPlan(names, "layer", str(path), tuple(kernels)))
         else:
             kept += kept_by_torch
             runs.append(RunPlan(names, "reference", reason, tuple(kernels)))
-    return Plan(batch_size, dtype, precision, gpu, tuple(runs), kept, torch_too=not model._wants_kernels())
+    return Plan(rows, dtype, precision, gpu, tuple(runs), kept, torch_too=not model._wants_kernels())

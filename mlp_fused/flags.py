@@ -8,9 +8,9 @@ import types
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import UserError, listed
+from .errors import UserError, listed, real_number, whole_number
 
-__all__ = ["DEVICE_HELP", "add_flags", "check_choices", "flag", "option", "shown"]
+__all__ = ["DEVICE_HELP", "add_flags", "check_fields", "flag", "option", "shown"]
 
 
 # The help of every --device.
@@ -48,18 +48,43 @@ def shown(value: object) -> str:
     return " ".join(map(str, value)) or "empty" if isinstance(value, list | tuple) else str(value)
 
 
-def check_choices(config: Any) -> None:
-    """Check the fields of a Config that have choices.
+def check_fields(config: Any) -> None:
+    """Check the numbers, sequences and choices of a Config by their types, and store Python's own in their place.
+
+    A grid of settings may come from NumPy or torch; a checkpoint holds only what `torch.load(weights_only=True)` reads.
 
     Raises:
-        UserError: one has another value.
+        UserError: a field has a value of another kind, or one that is not among its choices.
     """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), _arguments(hints[field.name]).get("choices")
-        for each in value if isinstance(value, tuple) else (value,):
-            if choices and value is not None and each not in choices:
-                raise UserError(f"{flag(field.name)} is {each}; it needs to be one of {listed(choices)}")
+        value = _checked(getattr(config, field.name), hints[field.name], flag(field.name))
+        object.__setattr__(config, field.name, value)
+
+
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return None if value is None else _checked(value, _without_none(hint), name)
+    if get_origin(hint) is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0:
+            raise UserError(f"{name} is {value!r}; it needs to be a sequence")
+        return tuple(_checked(each, get_args(hint)[0], name) for each in value)
+    if get_origin(hint) is Literal:
+        for choice in get_args(hint):
+            if value == choice:
+                return choice
+        raise UserError(f"{name} is {value}; it needs to be one of {listed(get_args(hint))}")
+    if hint in (int, float):
+        number = whole_number(value) if hint is int else real_number(value)
+        if number is None:
+            raise UserError(f"{name} is {value!r}; it needs to be a {'whole ' * (hint is int)}number")
+        return number
+    return str(value) if hint is str and isinstance(value, str) else value
+
+
+def _without_none(hint: Any) -> Any:
+    (other,) = (each for each in get_args(hint) if each is not types.NoneType)
+    return other
 
 
 def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
@@ -89,7 +114,7 @@ def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
 def _arguments(hint: Any) -> dict[str, Any]:
     """argparse's arguments for a value of that type."""
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (each for each in get_args(hint) if each is not types.NoneType)
+        hint = _without_none(hint)
     if hint is bool:
         return {"action": "store_true"}
     if get_origin(hint) is Literal:

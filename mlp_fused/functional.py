@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
+from .dtypes import dtype_name
 from .engine.calls import can_checkpoint, run_kernels
 from .engine.originals import LINEAR, why_mode, why_replaced
 from .engine.paths import why_reference
@@ -31,7 +34,7 @@ def linear_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+    activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None = None,
     *,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -41,7 +44,8 @@ def linear_act(
         x: (..., K), any strides, rows included that are none.
         weight: (N, K).
         bias: (N,), or None.
-        activation: a name of `ACTIVATIONS`, an `nn.Module` class or instance; None is the identity.
+        activation: a name of `ACTIVATIONS`, an `nn.Module` class or instance, a function such as `torch.relu`; None is
+            the identity.
         backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
 
     Returns:
@@ -59,8 +63,8 @@ def mlp(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
-    activation: str | Activation | nn.Module | type[nn.Module] | None = "relu",
-    output_activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+    activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None = "relu",
+    output_activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None = None,
     *,
     backend: Backend = "auto",
     recompute: bool | None = None,
@@ -119,7 +123,10 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
         RuntimeError: shapes, dtypes or devices that do not fit together.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"input is {type(x).__name__}; it needs to be a torch.Tensor; convert it with torch.as_tensor")
+        raise TypeError(
+            f"input is {type(x).__name__}; it needs to be a torch.Tensor; "
+            f"convert it with {_how_to_make_a_tensor(x, layers[0].weight)}"
+        )
     device = x.device
     dtype = compute_dtype(x.dtype, device.type)
     if x.is_nested:  # plain torch takes it, and checks it; a strided one has no shape to ask for
@@ -141,10 +148,9 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
                     else f"{name} {index} is on {tensor.device}, the input on {device}; "
                     f"move the whole model with model.to({str(device)!r})"
                 )
-            if tensor.dtype != x.dtype and not (mixed and tensor.dtype.is_floating_point):
+            if tensor.dtype != x.dtype and not (mixed and _autocast_casts(tensor.dtype)):
                 raise RuntimeError(
-                    f"input is {x.dtype}, the model's {name} {index} {tensor.dtype}; "
-                    f"convert it with x.to({tensor.dtype}), or compute in a lower precision under torch.autocast"
+                    f"input is {x.dtype}, the model's {name} {index} {tensor.dtype}; {_how_to_convert(x, tensor)}"
                 )
         if weight.dim() != 2:
             raise RuntimeError(f"weight {index} has shape {tuple(weight.shape)}; it needs to be (width out, width in)")
@@ -154,10 +160,43 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
                 if index == 0
                 else f"layer {index} takes {weight.shape[1]} features, layer {index - 1} gives {width}"
             )
-            raise RuntimeError(f"{found}, the width of weight {index} {tuple(weight.shape)}")
+            # Images (N, C, H, W) that were not flattened.
+            flat = index == 0 and x.dim() > 2 and x.shape[1:].numel() == weight.shape[1]
+            fix = "; flatten each row with x.flatten(1)" if flat else ""
+            raise RuntimeError(f"{found}, the width of weight {index} {tuple(weight.shape)}{fix}")
         width = weight.shape[0]
         if bias is not None and bias.shape != (width,):
             raise RuntimeError(f"bias {index} has shape {tuple(bias.shape)}; it needs to be ({width},)")
     if not dtype.is_floating_point:
         raise RuntimeError(f"input is {dtype}; it needs to be a real floating-point dtype; convert it with x.float()")
     return dtype
+
+
+def _autocast_casts(dtype: torch.dtype) -> bool:
+    """True if autocast casts tensors of that dtype."""
+    return dtype.is_floating_point and dtype != torch.float64
+
+
+def _how_to_make_a_tensor(x: Any, weight: object) -> str:
+    """Code that makes a tensor of the weight's dtype from what was given in the place of one."""
+    to_numpy = callable(getattr(x, "to_numpy", None))  # a DataFrame's
+    if not isinstance(x, np.ndarray) and not to_numpy:
+        return "torch.as_tensor"
+    array = x.to_numpy() if to_numpy else x
+    code = "x.to_numpy()" if to_numpy else "x"
+    if array.dtype == object:
+        code, array = f"{code}.astype(float)", np.empty(0)
+    dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+    if str(array.dtype) == dtype_name(dtype):
+        return f"torch.from_numpy({code})"
+    return f"torch.from_numpy({code}).{'float()' if dtype == torch.float32 else f'to({dtype})'}"
+
+
+def _how_to_convert(x: Tensor, parameter: Tensor) -> str:
+    """What to do about an input of another dtype than a parameter's."""
+    if x.is_complex() and not parameter.is_complex():
+        return "take x.real, x.abs() or torch.view_as_real(x), which are real"
+    convert = f"convert it with x.to({parameter.dtype})"
+    helps = _autocast_casts(x.dtype) and _autocast_casts(parameter.dtype)
+    is_on = compute_dtype(torch.float32, x.device.type) != torch.float32  # and did not help
+    return f"{convert}, or compute in a lower precision under torch.autocast" if helps and not is_on else convert

@@ -75,8 +75,8 @@ class Need:
         if self.kept:
             beside += f", gradients and an optimizer's state ({count(self.state, 'tensor')} a parameter)"
         lines = [
-            f"for {self.rows} rows the network keeps {kept} for backward and works with about {gib(self.working)} "
-            f"more, beside {gib(self.fixed)} of {beside}."
+            f"for {count(self.rows, 'row')} the network keeps {kept} for backward and works with about "
+            f"{gib(self.working)} more, beside {gib(self.fixed)} of {beside}."
         ]
         if self.room is not None:
             limit, allocated = gib(self.room.limit), gib(self.room.allocated)
@@ -135,7 +135,8 @@ def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = A
     """
     try:
         found = need(model, rows, state)
-        wide = settings.compute_dtype(next(model.parameters()).dtype, found.device.type).itemsize > 2
+        # Autocast computes in 16 bits what is float32, and leaves float64 as it is.
+        wide = settings.compute_dtype(next(model.parameters()).dtype, found.device.type) == torch.float32
     except Exception:  # anybody's modules may stand in a network; what explains an error must not hide it
         return
     error.args = (str(error).partition(OURS)[0],)

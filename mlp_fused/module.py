@@ -24,10 +24,11 @@ from .engine.originals import (
     why_mode,
 )
 from .engine.paths import find_path
-from .engine.recognize import find, resolve
+from .engine.recognize import find, name_in_sentences, resolve
 from .engine.runs import LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
 from .engine.settings import are_hooked, call_settings, has_function_mode, has_global_hooks, policy_dtype
-from .explain import Plan, explain
+from .errors import first_line, real_number, whole_number
+from .explain import Plan, checked_rows, explain
 from .functional import check_call
 from .kernels.activation import Activation
 from .kernels.activations import IDENTITY
@@ -51,11 +52,13 @@ class Pointwise(nn.Module):
     """h = a(z) by the activation's name, in plain torch: for the ones that torch.nn has no class for.
 
     Args:
-        activation: a name, an `nn.Module` class or instance.
+        activation: a name, an `nn.Module` class or instance, a function of torch's.
         parameters: the activation's own, such as `negative_slope=0.2`.
     """
 
-    def __init__(self, activation: str | Activation | nn.Module | type[nn.Module], **parameters: float) -> None:
+    def __init__(
+        self, activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor], **parameters: float
+    ) -> None:
         super().__init__()
         self.activation = resolve(activation).bind(**parameters)
 
@@ -215,9 +218,7 @@ class FusedSequence(WithBackend, nn.Module):
         """
         if not batch_sizes:
             raise ValueError("batch_sizes is empty; it needs one number of rows or more")
-        for batch_size in batch_sizes:
-            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-                raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
+        sizes = [checked_rows(batch_size, least=1) for batch_size in batch_sizes]
         begun = time.perf_counter()
         devices = {parameter.device for parameter in self.parameters() if parameter.is_cuda}
         with torch.inference_mode(False), torch.random.fork_rng([device.index for device in devices]):
@@ -238,7 +239,7 @@ class FusedSequence(WithBackend, nn.Module):
                             for layer in run.gathered_layers(dtype=policy_dtype(self))
                         ]
                         first = layers[0].weight
-                        for rows in batch_sizes:
+                        for rows in sizes:
                             x = torch.zeros((rows, first.shape[1]), dtype=first.dtype, device=first.device)
                             self._warm_up(x.requires_grad_(below), layers, differentiable)
                     below = trainable
@@ -265,16 +266,21 @@ class FusedSequence(WithBackend, nn.Module):
             batch_size: rows of the input.
             dtype: what the products are computed in; by default autocast's where it is on, else the parameters', or
                 that of fully_shard's policy for mixed precision.
-            device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200",
-                to ask about a GPU that is not there.
+            device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200"
+                or "h200", to ask about a GPU that is not there.
 
         Returns:
             A record whose `str` is a table. Its numbers are for a training step in which the input needs no gradient.
 
         Raises:
-            ValueError: a negative batch size, a network without parameters, or not over rows of features.
+            ValueError: a negative batch size, a device that is not known, a network without parameters or one that is
+                not over rows of features.
         """
         return explain(self, batch_size, dtype, device)
+
+
+for method in (FusedSequence.explain, FusedSequence.warmup):
+    method.__qualname__ = method.__name__  # Python's sentences about arguments show it; users know no FusedSequence
 
 
 def _delegated(name: str) -> Any:
@@ -299,7 +305,7 @@ class FusedLinear(FusedSequence, LinearWithActivation):
 
     Args:
         in_features, out_features, bias, device, dtype: as `nn.Linear`.
-        activation: a name, an `nn.Module` class or instance; None is the identity.
+        activation: a name, an `nn.Module` class or instance, a function such as `torch.relu`; None is the identity.
         backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
 
     Attributes:
@@ -307,8 +313,8 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         activation: the activation's row of the table.
 
     Raises:
-        ValueError: a width below 1, an unknown activation or backend.
-        TypeError: a width that is not an integer, an activation of another kind.
+        ValueError: a negative width, an unknown activation or backend.
+        TypeError: a width that is not a whole number, an activation of another kind.
     """
 
     in_features = _delegated("in_features")
@@ -321,14 +327,14 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        activation: str | Activation | nn.Module | type[nn.Module] | None = None,
+        activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None = None,
         *,
         backend: settings.Backend = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_width(in_features, "in_features")
-        _check_width(out_features, "out_features")
+        in_features = _checked_width(in_features, "in_features")
+        out_features = _checked_width(out_features, "out_features")
         resolved = resolve(activation)
         backend = settings.check_backend(backend)
         super().__init__()
@@ -397,9 +403,10 @@ class FusedMLP(FusedSequence, nn.Sequential):
 
     Args:
         in_channels: width of the input.
-        hidden_channels: width of every layer, the output's last.
+        hidden_channels: width of every layer, the output's last; a sequence, an array or a tensor.
         norm_layer: called with a width, makes the module between a hidden Linear and its activation.
-        activation_layer: an `nn.Module` class, anything that makes a module when called, an instance, or a name.
+        activation_layer: an `nn.Module` class, anything that makes a module when called, an instance, a name, or a
+            function of torch's such as `torch.relu`.
         inplace: passed to the activation and to Dropout where given.
         bias: whether the Linear layers have one.
         dropout: the probability of Dropout.
@@ -410,8 +417,8 @@ class FusedMLP(FusedSequence, nn.Sequential):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: a width below 1, no layer at all, a probability outside [0, 1], an unknown activation or backend.
-        TypeError: a width that is not an integer, `hidden_channels` that is not a sequence.
+        ValueError: a negative width, no layer at all, a probability outside [0, 1], an unknown activation or backend.
+        TypeError: a width that is not a whole number, `hidden_channels` that is not a sequence.
     """
 
     def __init__(
@@ -419,34 +426,20 @@ class FusedMLP(FusedSequence, nn.Sequential):
         in_channels: int,
         hidden_channels: Sequence[int],
         norm_layer: Callable[..., nn.Module] | None = None,
-        activation_layer: str | Activation | nn.Module | Callable[..., nn.Module] | None = nn.ReLU,
+        activation_layer: str | Activation | nn.Module | Callable[..., nn.Module | Tensor] | None = nn.ReLU,
         inplace: bool | None = None,
         bias: bool = True,
         dropout: float = 0.0,
         *,
-        output_activation: str | Activation | nn.Module | Callable[..., nn.Module] | None = None,
+        output_activation: str | Activation | nn.Module | Callable[..., nn.Module | Tensor] | None = None,
         recompute: bool | None = None,
         backend: settings.Backend = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_width(in_channels, "in_channels")
-        if isinstance(hidden_channels, str | bytes) or not isinstance(hidden_channels, Iterable):
-            raise TypeError(
-                f"hidden_channels is {hidden_channels!r}; it needs to be a sequence of widths, the output's last, "
-                "such as [512, 10]"
-            )
-        widths = list(hidden_channels)
-        if not widths:
-            raise ValueError(
-                "hidden_channels is empty; it needs one width a layer, the output's last, such as [512, 10]"
-            )
-        for index, width in enumerate(widths):
-            _check_width(width, f"hidden_channels[{index}]")
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dropout is {dropout!r}; it needs to be a probability, a number from 0 to 1")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout is {dropout}; it needs to be a probability, from 0 to 1")
+        in_channels = _checked_width(in_channels, "in_channels")
+        widths = _checked_widths(hidden_channels, "hidden_channels")
+        dropout = _checked_probability(dropout, "dropout")
         if norm_layer is not None and not callable(norm_layer):
             raise TypeError(f"norm_layer is {norm_layer!r}; it needs to make a module when called with a width")
         backend = settings.check_backend(backend)
@@ -523,20 +516,43 @@ def _raise_if_wrong(input: Tensor, linear: Any) -> None:
         raise sentence from None
 
 
-def _check_width(width: object, argument: str) -> None:
-    if isinstance(width, bool) or not isinstance(width, int):
-        raise TypeError(f"{argument} is {width!r}; it needs to be a whole number, 1 or more")
-    if width < 1:
-        raise ValueError(f"{argument} is {width}; it needs to be 1 or more")
+def _checked_width(width: object, argument: str) -> int:
+    number = whole_number(width)
+    if number is None:
+        raise TypeError(f"{argument} is {width!r}; it needs to be a whole number, 0 or more")
+    if number < 0:
+        raise ValueError(f"{argument} is {number}; it needs to be 0 or more")
+    return number
+
+
+def _checked_widths(widths: Any, argument: str) -> list[int]:
+    is_sequence = isinstance(widths, Iterable) and not isinstance(widths, str | bytes)
+    if not is_sequence or getattr(widths, "ndim", 1) == 0:  # a 0-d array or tensor has __iter__, which raises
+        raise TypeError(
+            f"{argument} is {widths!r}; it needs to be a sequence of widths, the output's last, such as [512, 10]"
+        )
+    checked = [_checked_width(width, f"{argument}[{index}]") for index, width in enumerate(widths)]
+    if not checked:
+        raise ValueError(f"{argument} is empty; it needs one width a layer, the output's last, such as [512, 10]")
+    return checked
+
+
+def _checked_probability(probability: object, argument: str) -> float:
+    number = real_number(probability)
+    if number is None:
+        raise TypeError(f"{argument} is {probability!r}; it needs to be a probability, a number from 0 to 1")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{argument} is {number}; it needs to be a probability, from 0 to 1")
+    return number
 
 
 def _activation_maker(
-    activation: str | Activation | nn.Module | Callable[..., nn.Module] | None, in_place: dict[str, bool], argument: str
+    activation: str | Activation | nn.Module | Callable[..., Any] | None, in_place: dict[str, bool], argument: str
 ) -> Callable[[], nn.Module]:
     """A function that makes one activation module a layer."""
     if isinstance(activation, nn.Module):
         return lambda: copy.deepcopy(activation)
-    if activation is None or isinstance(activation, str | Activation):
+    if activation is None or isinstance(activation, str | Activation) or find(activation) is not None:
         resolved = resolve(activation, argument)
         kind = resolved.module
         if kind is not None and find(made := kind(**resolved.parameters)) is resolved:
@@ -544,4 +560,25 @@ def _activation_maker(
         return lambda: Pointwise(resolved)
     if not callable(activation):
         raise TypeError(f"{argument} is {activation!r}; it needs to be a name, an nn.Module class or instance, or None")
-    return lambda: activation(**in_place)
+    return lambda: _called(activation, in_place, argument)
+
+
+def _called(make: Callable[..., Any], in_place: dict[str, bool], argument: str) -> nn.Module:
+    """The module that `make` makes.
+
+    Raises:
+        TypeError: it makes none.
+    """
+    try:
+        module = make(**in_place)
+    except TypeError as error:
+        why = first_line(error)
+    else:
+        if isinstance(module, nn.Module):
+            return module
+        why = f"it returned {type(module).__name__}"
+    arguments = f"with inplace={in_place['inplace']}" if in_place else "without arguments"
+    raise TypeError(
+        f"{argument} is {name_in_sentences(make)}, which makes no module when called {arguments} ({why}); it needs to "
+        "be an nn.Module class or instance, a name, or a function of the table, such as torch.relu"
+    )

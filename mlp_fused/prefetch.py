@@ -25,12 +25,28 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from .errors import whole_number
 from .leaves import is_on_the_host, map_leaves
 
 __all__ = ["CopyTimer", "DevicePrefetcher", "use_up"]
 
 Batch = TypeVar("Batch")
 Cast = Literal["before", "after"]
+
+
+def _of_the_loader(name: str) -> Any:
+    """An attribute of a DevicePrefetcher that is its loader's."""
+
+    def read(prefetcher: DevicePrefetcher[Any]) -> Any:
+        try:
+            return getattr(prefetcher.loader, name)
+        except AttributeError as error:
+            kind = type(prefetcher.loader).__name__
+            raise AttributeError(
+                f"the loader is of type {kind} and has no {name}, which a DataLoader has", name=name, obj=prefetcher
+            ) from error
+
+    return property(read, doc=f"`loader.{name}`.")
 
 
 class DevicePrefetcher(Generic[Batch]):
@@ -40,8 +56,8 @@ class DevicePrefetcher(Generic[Batch]):
         ...
 
     Length, re-iteration, exceptions (in their place, after the batches before them), the end of a worker, Ctrl-C and
-    leaving early are the loader's own. On the CPU its batches pass through as they are; on a device without streams, as
-    mps is, each is moved when its turn comes.
+    leaving early are the loader's own, and so are `dataset`, `sampler`, `batch_size` and `batch_sampler`. On the CPU
+    its batches pass through as they are; on a device without streams, as mps is, each is moved when its turn comes.
 
     Tensors are found in tuples, namedtuples, lists, mappings, other sequences, dataclasses, PackedSequence, and sparse
     tensors; what is no tensor passes through. They come as `tensor.to(device)` makes them, strides included. A tensor
@@ -69,6 +85,11 @@ class DevicePrefetcher(Generic[Batch]):
         ValueError: depth is below 1; dtype is not of floating point; cast is neither; there is no such device.
     """
 
+    dataset = _of_the_loader("dataset")
+    sampler = _of_the_loader("sampler")
+    batch_size = _of_the_loader("batch_size")
+    batch_sampler = _of_the_loader("batch_sampler")
+
     def __init__(
         self,
         loader: Iterable[Batch],
@@ -81,10 +102,11 @@ class DevicePrefetcher(Generic[Batch]):
     ) -> None:
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise TypeError(f"loader is of type {type(loader).__name__}; it needs to be an iterable of batches")
-        if not isinstance(depth, int) or isinstance(depth, bool):
+        slots = whole_number(depth)
+        if slots is None:
             raise TypeError(f"depth is {depth!r}; it needs to be an integer, 1 or more")
-        if depth < 1:
-            raise ValueError(f"depth is {depth}; it needs to be 1 or more")
+        if slots < 1:
+            raise ValueError(f"depth is {slots}; it needs to be 1 or more")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype is {dtype!r}; it needs to be a torch.dtype, such as torch.bfloat16")
         if dtype is not None and not dtype.is_floating_point:
@@ -93,7 +115,7 @@ class DevicePrefetcher(Generic[Batch]):
             raise ValueError(f"cast is {cast!r}; it needs to be one of {', '.join(map(repr, get_args(Cast)))}")
         self.loader = loader
         self.device = _checked(device)
-        self.depth = depth
+        self.depth = slots
         self.dtype = dtype
         self.cast = cast
         self.timer = timer

@@ -95,7 +95,7 @@ class Scaling(_Float64):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != self.mean.shape:
             raise RuntimeError(
-                f"x is of shape {tuple(x.shape)}; it needs {len(self.mean)} features in its last dimension"
+                f"x is of shape {tuple(x.shape)}; it needs {count(len(self.mean), 'feature')} in its last dimension"
             )
         rounded = x if self.rounding is None else x.to(self.rounding)
         centred = _minus(rounded.to(self.mean.device), self.mean, self.remainder)

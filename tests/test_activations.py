@@ -147,16 +147,26 @@ def test_a_partial_function_is_found_with_its_parameters(
 )
 def test_another_function_is_not_found(function: Callable[..., Tensor]) -> None:
     assert find(function) is None
+    with pytest.raises(
+        ValueError, match=r"^activation is the function .*, which has no kernel; it needs to be one of: id"
+    ):
+        resolve(function)
 
 
-def test_resolve_takes_names_classes_instances_and_none() -> None:
+def test_resolve_takes_names_classes_instances_functions_and_none() -> None:
     assert resolve(None) is resolve("identity") is resolve(nn.Identity) is resolve(nn.Identity())
     assert resolve(nn.GELU) is resolve("gelu")
     assert resolve(nn.LeakyReLU(0.2)) is resolve("leaky_relu").bind(negative_slope=0.2)
     with pytest.raises(ValueError, match="activation is 'rleu'; it needs to be one of: identity, relu"):
         resolve("rleu")
-    with pytest.raises(TypeError, match="activation is int"):
+    assert resolve(F.relu) is resolve(torch.relu) is resolve("relu")
+    assert resolve(partial(F.leaky_relu, negative_slope=0.2)) is resolve(nn.LeakyReLU(0.2))
+    with pytest.raises(
+        TypeError, match="activation is int; it needs to be a name, .*, a function such as torch.relu, or"
+    ):
         resolve(3)
+    with pytest.raises(TypeError, match="activation is type; it needs to be a name"):
+        resolve(int)
     with pytest.raises(TypeError, match="cannot be made without arguments"):
         resolve(nn.Threshold)
     with pytest.raises(TypeError, match="has no parameter 'slope'; its parameters are: negative_slope"):

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from captured_steps import OPTIMIZERS, batches, everything, network, plain_step, same
@@ -95,7 +96,7 @@ def test_a_capture_changes_nothing(stand_in: None) -> None:
         model[0].bias.grad = given = torch.ones(16)
         state, known = everything(model, optimizer), optimizer.state
         tensors = [*model.parameters(), *model.buffers(), *(t for of in optimizer.state.values() for t in of.values())]
-        step = capture_step(model, cross_entropy, optimizer, x, y, warmup=4)
+        step = capture_step(model, cross_entropy, optimizer, x, y, warmup=np.int64(4))
         assert step._graph.warmed_up == 4
         same(everything(model, optimizer), state)
         assert model[0].bias.grad is given

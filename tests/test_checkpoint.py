@@ -109,7 +109,7 @@ def test_the_model_is_the_scaling_and_the_network(new: Path) -> None:
     model = load_model(new)
     assert type(model) is nn.Sequential
     assert not model.training
-    x = load_features(str(SAVED / "train_format_1.npz"))
+    x, _ = load_features(str(SAVED / "train_format_1.npz"))
     twin = load_model(new, build_torch_model)
     assert torch.allclose(twin(x), model(x), atol=1e-6)
     assert torch.equal(model.network(model.scaling(x)), model(x))
@@ -117,7 +117,7 @@ def test_the_model_is_the_scaling_and_the_network(new: Path) -> None:
 
 @pytest.mark.parametrize("how", ["half", "bfloat16"])
 def test_a_model_in_16_bits_takes_raw_features(new: Path, how: str) -> None:
-    x = load_features(str(SAVED / "train_format_1.npz"))
+    x, _ = load_features(str(SAVED / "train_format_1.npz"))
     model = load_model(new)
     expected = model(x)
     low = getattr(load_model(new), how)()

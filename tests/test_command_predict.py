@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import TINY, call
 
@@ -44,6 +45,37 @@ def test_train_then_predict(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     out, err = capsys.readouterr()
     assert (out, err) == ("data.npz: 50 rows; labels, probabilities, classes are in out.csv\n", "")
     assert len(Path("out.csv").read_text().splitlines()) == 51
+
+
+def test_a_file_as_keras_has_them_is_trained_resumed_and_predicted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = np.load("data.npz")
+    x, y = data["x"], data["y"]
+    np.savez("keras.npz", x_train=x[:40], y_train=y[:40, None], x_test=x[40:], y_test=y[40:, None])
+    command = ("train", "--data", "keras.npz", *TINY, "--checkpoint", "run.pt")
+    assert call(*command) == 0
+    out, _ = capsys.readouterr()
+    assert "keras.npz: 3 features, 2 classes, 40 rows to train on, 10 to validate (the file's own)\n" in out
+    reported = float(re.findall(r"validation accuracy: ([\d.]+)", out)[-1])
+    assert call(*command, "--resume", "--epochs", "3") == 0
+    assert call(*command) == 0
+    capsys.readouterr()
+    assert call("predict", "--checkpoint", "run.pt", "--data", "keras.npz", "--out", "out.npz") == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("keras.npz: 10 rows of x_test; labels, probabilities, classes are in out.npz\n", "")
+    assert (np.load("out.npz")["labels"] == y[40:]).mean() == pytest.approx(reported, abs=1e-4)
+    np.savez("data.npz", x=x, y=y)
+    assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt", "--resume", "--epochs", "3") == 2
+    assert "run.pt is the checkpoint of another run: --data has 50 rows" in capsys.readouterr().err
+
+
+def test_one_row_is_one_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") == 0
+    np.savez("one.npz", x=np.load("data.npz")["x"][:1])
+    capsys.readouterr()
+    assert call("predict", "--checkpoint", "run.pt", "--data", "one.npz", "--out", "out.npz") == 0
+    assert capsys.readouterr().out == "one.npz: 1 row; labels, probabilities, classes are in out.npz\n"
 
 
 PREDICT_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {

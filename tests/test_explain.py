@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from mlp_fused import FusedMLP
+from mlp_fused.kernels.devices import DEVICES
 
 
 def test_explain_counts_biases_alone_and_the_input_under_autocast() -> None:
@@ -69,6 +72,11 @@ def test_explain_names_what_runs_as_itself_and_why() -> None:
     assert reference.reason == 'the backend is "reference"'
 
 
+@pytest.mark.parametrize(("rows", "text"), [(0, "0 rows, float32"), (1, "1 row, float32"), (2, "2 rows, float32")])
+def test_explain_counts_rows_in_the_singular_and_the_plural(rows: int, text: str) -> None:
+    assert str(FusedMLP(4, [3]).explain(rows)).startswith(text)
+
+
 def test_explain_refuses_a_network_over_images() -> None:
     convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
     bilinear = FusedMLP.from_sequential(nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2)))
@@ -76,3 +84,49 @@ def test_explain_refuses_a_network_over_images() -> None:
         bilinear.explain(16)
     with pytest.raises(ValueError, match="Conv2d does not take an input of shape"):
         FusedMLP.from_sequential(convolutional).explain(4)
+
+
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [
+        ("A100", "NVIDIA A100"),
+        ("h100", "NVIDIA H100"),
+        ("nvidia h200", "NVIDIA H200"),
+        ("nvidia_b200", "NVIDIA B200"),
+        ("MI300X", "AMD MI300X"),
+        ("amd", "AMD MI300X"),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("H100-SXM5", "NVIDIA H100"),
+        ("AMD Instinct MI300X", "AMD MI300X"),
+    ],
+)
+def test_explain_takes_short_names_of_gpus(short: str, name: str) -> None:
+    model = FusedMLP(32, [16, 8])
+    plan = model.explain(8, torch.bfloat16, short)
+    assert plan.device == DEVICES[name]
+    assert str(plan) == str(model.explain(8, torch.bfloat16, name))
+
+
+@pytest.mark.parametrize(
+    "name", ["A10", "H100 PCIe", "A100-SXM4-40GB", "GH200", "MI300A", "RTX 4090", "gpu", "sxm", "", 3.5], ids=str
+)
+def test_explain_lists_the_gpus_it_knows(name: object) -> None:
+    needed = "it needs to be a torch device, such as cuda, or the name of a GPU to plan for (NVIDIA A100, NVIDIA H100, "
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(f'device is {name!r}; {needed}')}.*MI300X, or a short form such"
+    ):
+        FusedMLP(32, [16, 8]).explain(8, device=name)
+
+
+def test_explain_says_which_gpus_a_name_may_mean() -> None:
+    several = "NVIDIA A100, NVIDIA H100, NVIDIA H200, NVIDIA B200"
+    with pytest.raises(ValueError, match=f"^device is 'Nvidia'; it needs to be one of: {several}$"):
+        FusedMLP(32, [16, 8]).explain(8, device="Nvidia")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_explain_for_a_gpu_that_is_not_there_says_what_can_be_named() -> None:
+    with pytest.raises(ValueError, match=r"^device is 'cuda', and torch can use none here; .* cpu, or .*NVIDIA A100, "):
+        FusedMLP(32, [16, 8]).explain(8, device="cuda")
+    assert FusedMLP(32, [16, 8]).explain(8, device="cpu").path == "reference"

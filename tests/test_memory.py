@@ -85,6 +85,8 @@ def test_what_takes_less_is_what_is_not_done_already() -> None:
     assert "recompute" not in said(model_of(recompute=True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "autocast" not in said(model_of())
+    assert "autocast" in said(model_of())
+    assert "autocast" not in said(model_of(dtype=torch.float64), torch.float64)  # which it does not cast
 
 
 @pytest.mark.usefixtures("full")

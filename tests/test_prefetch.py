@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_streams import LATE, Streams, equal, prefetch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from mlp_fused import DevicePrefetcher
 from mlp_fused import prefetch as module_of_ours
@@ -377,19 +378,55 @@ def test_a_worker_that_dies(wrap: str) -> None:
     assert seen == [str(4 * n) for n in range(len(seen))]
 
 
+LIKE_A_LOADERS = ("dataset", "sampler", "batch_size", "batch_sampler")
+
+
+@pytest.mark.parametrize("name", LIKE_A_LOADERS)
+def test_what_training_loops_ask_of_a_loader_is_the_loaders_own(name: str) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True)
+    prefetcher = DevicePrefetcher(loader, "cpu", np.int64(3))
+    assert (type(prefetcher.depth), prefetcher.depth) == (int, 3)
+    assert getattr(prefetcher, name) is getattr(loader, name)
+    assert getattr(DevicePrefetcher(prefetcher, "cpu"), name) is getattr(loader, name)
+    without = DevicePrefetcher([torch.ones(2)], "cpu")
+    assert not hasattr(without, name)
+    with pytest.raises(AttributeError, match=f"^the loader is of type list and has no {name}, which a DataLoader has$"):
+        getattr(without, name)
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+@pytest.mark.parametrize("streams", [False, True], ids=["cpu", "streams"])
+def test_batches_are_taken_by_next_as_from_a_dataloader(streams: bool, late: Sequence[str]) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(6)), batch_size=2)
+    prefetcher = prefetch(loader, Streams(late) if streams else None)
+    for each in (loader, prefetcher):
+        iterator = iter(each)
+        assert iter(iterator) is iterator
+        taken = [next(iterator) for _ in range(3)]
+        if streams and each is prefetcher:
+            prefetcher._streams.drain("consumer")
+        assert [batch.tolist() for (batch,) in taken] == [[0, 1], [2, 3], [4, 5]]
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                next(iterator)
+        with pytest.raises(TypeError, match="object is not an iterator$"):
+            next(each)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "sentence"),
     [
         ((3, "cpu"), {}, TypeError, "loader is of type int; it needs to be an iterable of batches"),
         (([], "cpu", 0), {}, ValueError, "depth is 0; it needs to be 1 or more"),
         (([], "cpu", 1.5), {}, TypeError, "depth is 1.5; it needs to be an integer, 1 or more"),
+        (([], "cpu", torch.tensor(True)), {}, TypeError, r"depth is tensor\(True\); it needs to be an integer"),
         (([], "cpu"), {"dtype": "bf16"}, TypeError, "dtype is 'bf16'; it needs to be a torch.dtype"),
         (([], "cpu"), {"dtype": torch.int8}, ValueError, "dtype is torch.int8; it needs to be of floating point"),
         (([], "cpu"), {"cast": "never"}, ValueError, "cast is 'never'; it needs to be one of 'before', 'after'"),
         (([], "gpu"), {}, ValueError, "device is 'gpu'; it needs to be one that torch has here"),
         (([], None), {}, ValueError, "device is None; it needs to be one that torch has here"),
     ],
-    ids=["loader", "depth", "depth's type", "dtype's type", "dtype", "cast", "no device", "None"],
+    ids=["loader", "depth", "depth's type", "depth's bool", "dtype's type", "dtype", "cast", "no device", "None"],
 )
 def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,13 @@ def test_objects_are_refused_with_the_fix(y: np.ndarray) -> None:
         UserError, match=r"^y is of dtype object; labels need to be whole .* or text \(y\.astype\(str\)"
     ):
         to_classes(y)
-    with pytest.raises(UserError, match="^y is of dtype object; it needs to be real numbers"):
+    numbers = r"is of dtype object; it needs to be real numbers \(.*\)"
+    with pytest.raises(UserError, match=rf"^y {numbers}; y\.astype\(float\) makes numbers of them$"):
         to_targets(y)
+    with pytest.raises(UserError, match=rf"^x {numbers}; x\.astype\(float\) makes numbers of them$"):
+        to_features(y)
+    with pytest.raises(UserError, match=r"^x is of dtype <U1; it needs to be real numbers \(integer, float or bool\)$"):
+        to_features(y.astype("U1"))
 
 
 @pytest.mark.parametrize("name", ["x", "y"])
@@ -167,7 +173,7 @@ EVEN = np.arange(60)
     ("y", "line"),
     [
         (EVEN % 3 * 50, f"98 of 101 classes never occur in y and y has 101 classes in 60 rows, ROWS; {FIX}"),
-        (EVEN % 3 + 1, f"1 of 4 classes never occur in y; {FIX}"),
+        (EVEN % 3 + 1, f"1 of 4 classes never occurs in y; {FIX}"),
         (EVEN, f"y has 60 classes in 60 rows, ROWS; {FIX}"),
         (EVEN % 31, f"y has 31 classes in 60 rows, ROWS; {FIX}"),
         (1960 + EVEN, f"1960 of 2020 classes never occur in y and y has 2020 classes in 60 rows, ROWS; {FIX}"),
@@ -196,7 +202,9 @@ def test_constant_targets_get_a_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "y", [EVEN / 7, EVEN * 10_000, -EVEN, np.eye(3)], ids=["real numbers", "large integers", "negative", "one-hot"]
+    "y",
+    [EVEN / 7, EVEN * 10_000, -EVEN, EVEN % 2 * 2 - 1, EVEN % 2 * 2.0 - 1, EVEN % 3 / 2, np.eye(3)],
+    ids=["real numbers", "large integers", "negative", "-1 and 1", "-1.0 and 1.0", "real classes", "one-hot"],
 )
 def test_refused_labels_come_with_the_fix(y: np.ndarray) -> None:
     with pytest.raises(UserError, match="--task regression takes y as numbers"):
@@ -205,6 +213,35 @@ def test_refused_labels_come_with_the_fix(y: np.ndarray) -> None:
         UserError, match=r"numpy\.(unique\(y, return_inverse=True\)\[1\] numbers the|argmax\(y, axis=1\))"
     ):
         to_labels(y)
+
+
+@pytest.mark.parametrize(
+    ("y", "sentence"),
+    [
+        (
+            [0, 0.5, 1],
+            "y has 1 label that is not a whole number, the first in row 1 (counted from 0): 0.5; labels need",
+        ),
+        (
+            [0.25, 0.5, 1],
+            "y has 2 labels that are not whole numbers, the first in row 0 (counted from 0): 0.25; labels",
+        ),
+        (
+            [1, -1, 1],
+            "y has 1 label outside 0 ... 65535, the first in row 1 (counted from 0): -1; labels need to be 0, ",
+        ),
+        (
+            [-1, -1, 1],
+            "y has 2 labels outside 0 ... 65535, the first in row 0 (counted from 0): -1; labels need to be ",
+        ),
+    ],
+    ids=["one", "two", "one outside", "two outside"],
+)
+def test_labels_are_counted_in_the_singular_and_the_plural(y: list[float], sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}.*{re.escape(FIX)}"):
+        to_labels(np.array(y))
+    numbered = np.unique(y, return_inverse=True)[1]
+    assert to_labels(numbered).tolist() == numbered.tolist()
 
 
 def description(x: np.ndarray, y: Any = (0, 1, 1)) -> dict[str, Any]:
@@ -226,10 +263,125 @@ def test_the_digest_depends_on_every_value_and_no_dtype() -> None:
 def test_features_alone(tmp_path: Path) -> None:
     path = str(tmp_path / "d.npz")
     np.savez(path, x=np.arange(12).reshape(2, 2, 3))
-    assert load_features(path).tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    x, name = load_features(path)
+    assert (x.tolist(), name) == ([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]], "x")
     np.savez(path, y=np.ones(3))
-    with pytest.raises(UserError, match=r"has no array x; it has y, and needs x \(a row an example\)$"):
+    with pytest.raises(UserError, match=r"has no array x; it has y, and needs x \(a row an example\), or x_test$"):
         load_features(path)
+    np.savez(path, x_train=np.ones((3, 2)), x_test=np.zeros((1, 2)))
+    x, name = load_features(path)
+    assert (x.tolist(), name) == ([[0, 0]], "x_test")
+
+
+KERAS = {
+    "x_train": np.arange(12).reshape(6, 2),
+    "y_train": np.array([0, 1, 2, 0, 1, 2]),
+    "x_test": np.arange(4).reshape(2, 2) + 0.5,
+    "y_test": np.array([3.0, 0.0]),
+}
+
+
+def load(path: Path, task: Any = "classification", **arrays: Any) -> Data:
+    np.savez(path / "d.npz", **arrays)
+    return load_data(str(path / "d.npz"), task)
+
+
+def test_the_test_part_of_a_file_as_keras_has_them_is_for_validation(tmp_path: Path) -> None:
+    data = load(tmp_path, **KERAS)
+    assert data.x.tolist() == [*KERAS["x_train"].tolist(), *KERAS["x_test"].tolist()]
+    assert data.y.tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert data.classes == 4
+    training, validation = data.split(0.5, seed=0)
+    assert (training.tolist(), validation.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7])
+
+
+@pytest.mark.parametrize("left_out", [("x_test", "y_test"), ("y_test",)], ids=["no test part", "no labels"])
+def test_without_a_test_part_the_rows_for_validation_are_drawn(tmp_path: Path, left_out: tuple[str, ...]) -> None:
+    data = load(tmp_path, **{name: array for name, array in KERAS.items() if name not in left_out})
+    assert data.x.tolist() == KERAS["x_train"].tolist()
+    assert data.validation_rows == 0
+    assert [part.tolist() for part in data.split(0.5, 3)] == [part.tolist() for part in split(6, 0.5, 3)]
+
+
+def test_x_and_y_are_taken_before_the_parts(tmp_path: Path) -> None:
+    """A file that was trained on before is the same data."""
+    alone = load(tmp_path, x=np.ones((3, 2)), y=np.arange(3))
+    data = load(tmp_path, x=np.ones((3, 2)), y=np.arange(3), **KERAS)
+    assert {**data.description} == {**alone.description}
+    assert "validation_rows" not in data.description
+
+
+def test_text_and_numbers_of_both_parts(tmp_path: Path) -> None:
+    names = {"y_train": np.array(["elm", "oak"] * 3), "y_test": np.array(["birch", "oak"])}
+    assert load(tmp_path, **{**KERAS, **names}).names == ("birch", "elm", "oak")
+    numbers = {"y_train": np.arange(12.0).reshape(6, 2), "y_test": np.zeros((2, 2), np.int64)}
+    assert load(tmp_path, "regression", **{**KERAS, **numbers}).y.shape == (8, 2)
+
+
+def test_the_same_rows_in_other_parts_are_other_data(tmp_path: Path) -> None:
+    parts = load(tmp_path, **KERAS)
+    x, y = (np.concatenate([KERAS[f"{name}_train"], KERAS[f"{name}_test"]]) for name in "xy")
+    whole = load(tmp_path, x=x, y=y)
+    assert parts.description == {**whole.description, "validation_rows": 2}
+
+
+KERAS_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "features": (
+        {"x_test": np.ones((2, 3))},
+        "x_train is int64 of shape (6, 2) and x_test float64 of shape (2, 3); the",
+    ),
+    "kinds": (
+        {"y_test": np.array(["a", "b"])},
+        "y_train is int64 of shape (6,) and y_test <U1 of shape (2,); the rows",
+    ),
+    "a number": ({"x_test": 3.0}, "x_train is int64 of shape (6, 2) and x_test float64 of shape (); the rows of both"),
+    "lengths": (
+        {"y_test": np.zeros(3)},
+        "x_test has 2 rows and y_test has 3 labels; there needs to be one label a row",
+    ),
+    "one label": (
+        {"y_test": np.zeros(1)},
+        "x_test has 2 rows and y_test has 1 label; there needs to be one label a row",
+    ),
+    "training": ({"y_train": np.zeros(5, int)}, "x_train has 6 rows and y_train has 5 labels; there needs to be one"),
+    "empty": (
+        {"x_test": np.ones((0, 2)), "y_test": np.zeros(0)},
+        "x_test has no rows; training and validation need one",
+    ),
+    "NaN": ({"x_test": [[1, np.nan], [1, 1]]}, "x has 1 value NaN, infinite or beyond float32, the first in row 6 ("),
+    "label": (
+        {"y_test": [0, -1]},
+        "y has 1 label outside 0 ... 65535, the first in row 7 (counted from 0): -1; labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERAS_MISTAKES)
+def test_a_mistake_in_a_part_names_it(tmp_path: Path, name: str) -> None:
+    arrays, sentence = KERAS_MISTAKES[name]
+    prefix = f"{tmp_path / 'd.npz'} (x is x_train, then x_test; y is y_train, then y_test): "
+    with pytest.raises(UserError, match=f"^{re.escape(prefix + sentence)}"):
+        load(tmp_path, **{**KERAS, **arrays})
+
+
+@pytest.mark.parametrize("name", ["x_test", "y_train"])
+def test_a_part_of_objects_is_refused_with_the_fix(tmp_path: Path, name: str) -> None:
+    fix = "y_train.astype(str) or y_train.astype(float)" if name == "y_train" else "x_test.astype(float)"
+    with pytest.raises(UserError, match=f"{name} is an array of Python objects.* save {re.escape(fix)} in its place$"):
+        load(tmp_path, **{**KERAS, name: KERAS[name].astype(object)})
+
+
+def test_arrays_that_are_missing_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    needed = "x (a row an example) and y (a target a row), or x_train and y_train"
+    with pytest.raises(UserError, match=f"^{path} has no array y; it has x, and needs {re.escape(needed)}$"):
+        load(tmp_path, x=np.ones((3, 2)))
+    needed = "x_train (a row an example) and y_train (a target a row)"
+    found = "x_train, x_test"
+    with pytest.raises(
+        UserError, match=f"^{path} has no array y_train; it has {found}, and needs {re.escape(needed)}$"
+    ):
+        load(tmp_path, x_train=KERAS["x_train"], x_test=KERAS["x_test"])
 
 
 @pytest.mark.parametrize(("rows", "fraction", "kept"), [(1797, 0.2, 359), (10, 0.25, 2), (2, 0.01, 1), (2, 0.99, 1)])

@@ -220,6 +220,17 @@ def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.Monkey
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_16_bits_under_autocast_are_measured_of_float32_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    gpu = measurement.Gpu(torch.device("cpu"), cache_bytes=lambda device: 4096)
+    calls = gpu.calls(nn.Linear(4, 2, dtype=dtype), [torch.randn(8, 4, dtype=dtype)], training=True)
+    assert "prefetched" in calls
+    assert "narrowed" not in calls
+
+
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.usefixtures("device")

@@ -169,12 +169,13 @@ def _find_function(function: Callable[..., Any]) -> Activation | None:
 
 
 def resolve(
-    activation: str | Activation | nn.Module | type[nn.Module] | None, argument: str = "activation"
+    activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None,
+    argument: str = "activation",
 ) -> Activation:
-    """The table's row for a name, an `nn.Module` class or instance; None is the identity.
+    """The table's row for a name, an `nn.Module` class or instance, or a function of torch's; None is the identity.
 
     Raises:
-        ValueError: the name is not in the table, or the module is none of the table's.
+        ValueError: the name, the module or the function is not in the table.
         TypeError: anything else.
     """
     if activation is None:
@@ -188,23 +189,34 @@ def resolve(
                 "or add it with register_activation"
             )
         return ACTIVATIONS[activation]
-    module = activation
+    module: Any = activation
     if isinstance(activation, type) and issubclass(activation, nn.Module):
         try:
             module = activation()
         except TypeError as error:
             raise TypeError(
-                f"{argument} is the class {activation.__name__}, which cannot be made without arguments ({error}); "
+                f"{argument} is {name_in_sentences(activation)}, which cannot be made without arguments ({error}); "
                 "pass an instance"
             ) from None
-    if isinstance(module, nn.Module):
+    if isinstance(module, nn.Module) or (callable(module) and not isinstance(module, type)):
         found = find(module)
         if found is None:
             raise ValueError(
-                f"{argument} is {type(module).__name__}, which has no kernel; it needs to be one of: "
+                f"{argument} is {name_in_sentences(module)}, which has no kernel; it needs to be one of: "
                 f"{', '.join(ACTIVATIONS)}; or add it with register_activation"
             )
         return found
     raise TypeError(
-        f"{argument} is {type(activation).__name__}; it needs to be a name, an nn.Module class or instance, or None"
+        f"{argument} is {type(activation).__name__}; it needs to be a name, an nn.Module class or instance, a function "
+        "such as torch.relu, or None"
     )
+
+
+def name_in_sentences(activation: Any) -> str:
+    """What sentences call a module, a class or a function that was given as an activation."""
+    if isinstance(activation, nn.Module):
+        return type(activation).__name__
+    if isinstance(activation, type):
+        return f"the class {activation.__name__}"
+    function = activation.func if isinstance(activation, functools.partial) else activation
+    return f"the function {getattr(function, '__name__', type(function).__name__)}"

@@ -13,7 +13,7 @@ from ..checkpoint import build_network
 from ..dtypes import DtypeName
 from ..engine.settings import Backend
 from ..errors import UserError, first_line
-from ..flags import DEVICE_HELP, check_choices, flag, option, shown
+from ..flags import DEVICE_HELP, check_fields, flag, option, shown
 from ..kernels.activations import ACTIVATIONS
 from .data import TaskName
 
@@ -49,7 +49,8 @@ class Config:
         metavar="FILE.npz",
         group="data",
         help="arrays x (N, ...), any numeric dtype, not scaled, and y (N,), whole numbers from 0 or names of classes; "
-        "for a regression y (N,) or (N, k), numbers (default: scikit-learn's 1797 handwritten digits)",
+        "for a regression y (N,) or (N, k), numbers; or x_train and y_train, with x_test and y_test as the rows for "
+        "validation, as Keras's data sets have them (default: scikit-learn's 1797 handwritten digits)",
     )
     task: TaskName = option(
         "classification",
@@ -58,7 +59,10 @@ class Config:
         "standard deviation in training and back in predictions (default: {default})",
     )
     validation_fraction: float = option(
-        0.2, metavar="PART", group="data", help="rows kept for validation (default: {default})"
+        0.2,
+        metavar="PART",
+        group="data",
+        help="rows kept for validation, unless the file has its own (default: {default})",
     )
     batch_size: int = option(
         64,
@@ -111,8 +115,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        check_choices(self)
+        check_fields(self)
         checks = (
             ("hidden", all(width >= 1 for width in self.hidden), "widths of 1 or more"),
             ("dropout", 0 <= self.dropout <= 1, "a probability, from 0 to 1"),

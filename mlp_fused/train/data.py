@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,12 @@ MOST_CLASSES = 2**16  # of data with fewer rows than that; a label beyond is no 
 NUMBER_CLASSES = "numpy.unique(y, return_inverse=True)[1] numbers the classes that occur"
 AS_NUMBERS = "--task regression takes y as numbers"
 
+# The arrays of a file with features and targets, by name; the second form is that of Keras's data sets, which have a
+# part of their own for validation, or none.
+PAIRS = (("x", "y"), ("x_train", "y_train"))
+VALIDATION = ("x_test", "y_test")
+FEATURES, TARGETS = "a row an example", "a target a row"
+
 
 @dataclass(frozen=True)
 class Data:
@@ -45,6 +52,7 @@ class Data:
         y: classes (N,) int64 in 0 ... classes - 1, or for regression numbers (N, k).
         names: the classes' names, where y was text.
         shape: of a row's numbers in the file: () or (k,); None for classes.
+        validation_rows: the number of last rows that the file has for validation; 0 if a part is to be drawn.
     """
 
     name: str
@@ -52,6 +60,7 @@ class Data:
     y: Tensor
     names: tuple[str, ...] | None = None
     shape: tuple[int, ...] | None = None
+    validation_rows: int = 0
 
     @property
     def classes(self) -> int:
@@ -89,7 +98,17 @@ class Data:
     @property
     def _sizes_and_names(self) -> dict[str, Any]:
         names = None if self.names is None else list(self.names)
-        return {**self.sizes, "names": names, "shape": None if self.shape is None else list(self.shape)}
+        described = {**self.sizes, "names": names, "shape": None if self.shape is None else list(self.shape)}
+        if self.validation_rows:
+            described["validation_rows"] = self.validation_rows
+        return described
+
+    def split(self, validation_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Row numbers for training and for validation: the file's own parts, or else drawn by `split`."""
+        if self.validation_rows:
+            training, validation = torch.arange(len(self.x)).tensor_split([len(self.x) - self.validation_rows])
+            return training, validation
+        return split(len(self.x), validation_fraction, seed)
 
     def remarks(self) -> list[str]:
         """A line for classes that look as if they were none, or numbers that are all the same."""
@@ -101,7 +120,8 @@ class Data:
         occurring = len(self.y.unique())
         if occurring == 1:
             return [f"y has only one class, {self.label(int(self.y[0]))}, so there is nothing to learn"]
-        found = [f"{classes - occurring} of {classes} classes never occur in y"] * (occurring < classes)
+        missing = classes - occurring
+        found = [f"{missing} of {classes} classes never occur{'s' * (missing == 1)} in y"] * (missing > 0)
         found += [f"y has {classes} classes in {count(rows, 'row')}, fewer than two rows a class"] * (
             2 * classes > rows
         )
@@ -124,7 +144,9 @@ def _canonical(rows: Tensor) -> Tensor:
 
 
 def load_data(path: str | None, task: TaskName = "classification") -> Data:
-    """The arrays x and y of an npz file, or scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
+    """The arrays of an npz file, or scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
+
+    The file has x and y; or x_train and y_train, and if it also has x_test and y_test, they are for validation.
 
     Raises:
         UserError: the file or its arrays cannot be used; scikit-learn is not installed.
@@ -140,41 +162,84 @@ def load_data(path: str | None, task: TaskName = "classification") -> Data:
         digits = load_digits()
         return _make_data("digits", digits.images, digits.target, task)
 
-    x, y = _read_npz(path, {"x": "a row an example", "y": "a target a row"})
+    with _open_npz(path, "numpy.savez(file, x=..., y=...)") as file:
+        pair = max(PAIRS, key=lambda names: sum(name in file.files for name in names))
+        needed = f"{pair[0]} ({FEATURES}) and {pair[1]} ({TARGETS})"
+        _check_names(file, path, pair, needed if pair != PAIRS[0] else f"{needed}, or {' and '.join(PAIRS[1])}")
+        pairs = [pair, *([VALIDATION] if pair != PAIRS[0] and set(VALIDATION) <= set(file.files) else [])]
+        xs, ys = zip(*([_read_array(file, path, name) for name in names] for names in pairs))
+    x_names, y_names = zip(*pairs)
     try:
-        data = _make_data(path, x, y, task)
+        x, y = _join(x_names, xs), _join(y_names, ys)
+        data = _make_data(path, x, y, task, len(xs[1]) if len(xs) > 1 else 0)
+        for names, features, targets in zip(pairs, xs, ys):
+            _check_lengths(names, len(features), len(targets))
+        if len(x) < 2:
+            raise UserError("there is one row; training and validation need one each at the least")
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if len(data.x) != len(data.y):
-        raise UserError(f"{path}: x has {len(x)} rows and y has {len(y)} labels; there needs to be one label a row")
-    if len(x) < 2:
-        raise UserError(f"{path}: there is one row; training and validation need one each at the least")
+        about = f" (x is {', then '.join(x_names)}; y is {', then '.join(y_names)})" if pair != PAIRS[0] else ""
+        raise UserError(f"{path}{about}: {error}") from None
     return data
 
 
-def _make_data(name: str, x: np.ndarray, y: np.ndarray, task: TaskName) -> Data:
+def _make_data(name: str, x: np.ndarray, y: np.ndarray, task: TaskName, validation_rows: int = 0) -> Data:
     features = to_features(x)
     if task == "regression":
-        return Data(name, features, to_targets(y), shape=y.shape[1:])
-    return Data(name, features, *to_classes(y))
+        return Data(name, features, to_targets(y), shape=y.shape[1:], validation_rows=validation_rows)
+    return Data(name, features, *to_classes(y), validation_rows=validation_rows)
 
 
-def load_features(path: str) -> Tensor:
-    """The array x of an npz file, (N, features).
+def _join(names: Sequence[str], arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of all arrays, one array's after the other's.
+
+    Raises:
+        UserError: an array has no rows, or its rows are not like the first one's.
+    """
+    first, *others = arrays
+    for name, other in zip(names[1:], others):
+        alike = first.ndim and other.ndim and first.shape[1:] == other.shape[1:] and _kind(first) == _kind(other)
+        if not alike:
+            raise UserError(
+                f"{names[0]} is {first.dtype} of shape {first.shape} and {name} {other.dtype} of shape {other.shape}; "
+                "the rows of both need to be alike"
+            )
+        for each, array in ((names[0], first), (name, other)):
+            if not len(array):
+                raise UserError(f"{each} has no rows; training and validation need one each at the least")
+    return np.concatenate(arrays) if others else first
+
+
+def _kind(array: np.ndarray) -> str:
+    """The kind of an array's dtype; one kind for all real numbers."""
+    return "number" if array.dtype.kind in "biuf" else array.dtype.kind
+
+
+def _check_lengths(names: Sequence[str], rows: int, labels: int) -> None:
+    if rows != labels:
+        x, y = names
+        raise UserError(
+            f"{x} has {count(rows, 'row')} and {y} has {count(labels, 'label')}; there needs to be one label a row"
+        )
+
+
+def load_features(path: str) -> tuple[Tensor, str]:
+    """The array x of an npz file as (N, features), or x_test if it has no x; and the array's name.
 
     Raises:
         UserError: the file or the array cannot be used.
     """
-    (x,) = _read_npz(path, {"x": "a row an example"})
+    with _open_npz(path, "numpy.savez(file, x=...)") as file:
+        name = next((each for each in ("x", VALIDATION[0]) if each in file.files), "x")
+        _check_names(file, path, (name,), f"x ({FEATURES}), or {VALIDATION[0]}")
+        x = _read_array(file, path, name)
     try:
-        return to_features(x)
+        return to_features(x), name
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _read_npz(path: str, needed: dict[str, str]) -> list[np.ndarray]:
-    """Arrays by their names (and what each is), nothing pickled among them."""
-    example = f"numpy.savez(file, {', '.join(f'{name}=...' for name in needed)})"
+def _open_npz(path: str, example: str) -> Any:
+    """The file, nothing pickled in which is loaded. `example` writes such a file."""
     try:
         file = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -185,14 +250,15 @@ def _read_npz(path: str, needed: dict[str, str]) -> list[np.ndarray]:
         raise UserError(f"{path} is not an npz file; {example} writes one") from None
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise UserError(f"{path} holds one array; it needs to be an npz file: {example}")
-    with file:
-        missing = [name for name in needed if name not in file.files]
-        if missing:
-            raise UserError(
-                f"{path} has no array {' and no array '.join(missing)}; it has {listed(file.files)}, "
-                f"and needs {' and '.join(f'{name} ({what})' for name, what in needed.items())}"
-            )
-        return [_read_array(file, path, name) for name in needed]
+    return file
+
+
+def _check_names(file: Any, path: str, names: Sequence[str], needed: str) -> None:
+    missing = [name for name in names if name not in file.files]
+    if missing:
+        raise UserError(
+            f"{path} has no array {' and no array '.join(missing)}; it has {listed(file.files)}, and needs {needed}"
+        )
 
 
 def _read_array(file: Any, path: str, name: str) -> np.ndarray:
@@ -200,7 +266,9 @@ def _read_array(file: Any, path: str, name: str) -> np.ndarray:
         return file[name]
     except Exception as error:  # a damaged or a pickled member: zipfile's, zlib's and numpy's errors
         if "Object arrays" in str(error):
-            fix = "y.astype(str) or y.astype(float)" if name == "y" else f"{name}.astype(float)"
+            fix = f"{name}.astype(float)"
+            if name.startswith("y"):
+                fix = f"{name}.astype(str) or {fix}"
             raise UserError(
                 f"{path}: {name} is an array of Python objects, and loading those can run code; save {fix} in its place"
             ) from None
@@ -234,6 +302,8 @@ def to_targets(y: np.ndarray) -> Tensor:
 def _numbers(name: str, array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "biuf":
         fix = "; --task classification takes names of classes" if name == "y" and array.dtype.kind in "SUT" else ""
+        if array.dtype == object:
+            fix = f"; {name}.astype(float) makes numbers of them"
         raise UserError(f"{name} is of dtype {array.dtype}; it needs to be real numbers (integer, float or bool){fix}")
     with np.errstate(over="ignore", invalid="ignore"):
         rows = torch.from_numpy(
@@ -292,7 +362,8 @@ def to_labels(y: np.ndarray) -> Tensor:
         )
     if y.dtype.kind == "f":
         y = y.astype(np.float64)
-        _refuse_labels(y, ~np.isfinite(y) | (y != np.floor(y)), "that are not whole numbers")
+        bad = ~np.isfinite(y) | (y != np.floor(y))
+        _refuse_labels(y, bad, "that is not a whole number" if bad.sum() == 1 else "that are not whole numbers")
     limit = max(MOST_CLASSES, len(y))
     _refuse_labels(y, (y < 0) | (y >= limit), f"outside 0 ... {limit - 1}")
     return torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))

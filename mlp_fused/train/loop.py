@@ -301,7 +301,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
         )
     path = None if config.checkpoint is None else Path(config.checkpoint)
     data, resumed = _read(path, config, is_first)
-    training, validation = split(len(data.x), config.validation_fraction, config.seed)
+    training, validation = data.split(config.validation_fraction, config.seed)
     # index_select here and below: torch 2.9 does not index uint64 by brackets
     scaling = make_scaling(path, resumed) if path and resumed else Scaling.fit(data.x.index_select(0, training))
     task = make_task(data, training, validation)
@@ -434,10 +434,12 @@ def _read(path: Path | None, config: Config, is_first: bool) -> tuple[Data, dict
 
 def _describe_data(data: Data, training: Tensor, validation: Tensor, scaled: Tensor) -> list[str]:
     """Sizes, anything that looks wrong, and how the features were scaled."""
-    features = data.x.shape[1]
-    outputs = f"{data.outputs} classes" if data.shape is None else count(data.outputs, "target")
+    classes = f"{data.outputs} class{'es' * (data.outputs != 1)}"
+    outputs = classes if data.shape is None else count(data.outputs, "target")
+    own = " (the file's own)" if data.validation_rows else ""
     sizes = (
-        f"{data.name}: {features} features, {outputs}, {len(training)} rows to train on, {len(validation)} to validate"
+        f"{data.name}: {count(data.x.shape[1], 'feature')}, {outputs}, {count(len(training), 'row')} to train on, "
+        f"{len(validation)} to validate{own}"
     )
     return [sizes, *data.remarks(), SCALED, *column_remarks(data.x.index_select(0, training), scaled)]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint, make_model
 from ..dtypes import autocast, pick_device
-from ..errors import UserError, count, first_line
+from ..errors import UserError, count, first_line, whole_number
 from ..files import check_writable, write_whole
 from ..flags import DEVICE_HELP, option
 from .config import Build, build_model
@@ -41,7 +41,8 @@ class Config:
     checkpoint: str = option(metavar="FILE", help="what mlp-fused train --checkpoint wrote (no default)")
     data: str = option(
         metavar="FILE.npz",
-        help="array x (N, ...) of features as in the training's file, not scaled: the model does that (no default)",
+        help="array x (N, ...) of features as in the training's file, not scaled: the model does that; or x_test where "
+        "there is no x (no default)",
     )
     out: str = option(
         metavar="FILE",
@@ -106,6 +107,9 @@ def predict(
     Raises:
         UserError: a file or rows that cannot be used.
     """
+    size = whole_number(batch_size)
+    if size is None or size < 1:
+        raise UserError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
     loaded = load_checkpoint(checkpoint)
     rows = to_features(x) if isinstance(x, np.ndarray) else x.reshape(len(x), -1)
     data, where = loaded["data"], pick_device(device)
@@ -118,7 +122,7 @@ def predict(
     network.to(where)  # it alone: the rows are here
     dtype = loaded["config"]["dtype"]  # computed as in training, so that the accuracy is the one that was reported
     with torch.inference_mode(), autocast("fp32" if (dtype, where.type) == ("fp16", "cpu") else dtype, where):
-        parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(batch_size)]
+        parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(size)]
     outputs = torch.cat(parts)
     if unscaling:
         return Predictions(values=unscaling[0](outputs).reshape(-1, *data["shape"]).numpy())
@@ -138,7 +142,7 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions
     """
     path = Path(config.out)
     check_writable(path, "--out")
-    x = load_features(config.data)
+    x, name = load_features(config.data)
     predictions = predict(config.checkpoint, x, config.device)
     write = _write_csv if path.suffix == ".csv" else _write_npz
     try:
@@ -147,7 +151,8 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions
         raise UserError(
             f"cannot write the predictions {path}: {first_line(error)}; what was there before is as it was"
         ) from error
-    report(f"{config.data}: {len(x)} rows; {', '.join(predictions.arrays)} are in {path}")
+    of_name = "" if name == "x" else f" of {name}"
+    report(f"{config.data}: {count(len(x), 'row')}{of_name}; {', '.join(predictions.arrays)} are in {path}")
     return predictions
 
 

@@ -15,7 +15,7 @@ from ..dtypes import DTYPES, DtypeName, pick_device
 from ..engine.recognize import resolve
 from ..errors import UserError, first_line
 from ..files import check_writable
-from ..flags import DEVICE_HELP, check_choices, option, shown
+from ..flags import DEVICE_HELP, check_fields, option, shown
 from ..module import FusedMLP
 from ..timing import SECONDS
 from .findings import Transfer
@@ -76,19 +76,16 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batch", tuple(self.batch))
-        if self.dims is not None:
-            object.__setattr__(self, "dims", tuple(self.dims))
-            if len(self.dims) < 2 or min(self.dims) < 1:
-                raise UserError(
-                    f"--dims is {shown(self.dims)}; it needs to be two widths or more, each 1 or more, such as 784 10"
-                )
+        check_fields(self)
+        if self.dims is not None and (len(self.dims) < 2 or min(self.dims) < 1):
+            raise UserError(
+                f"--dims is {shown(self.dims)}; it needs to be two widths or more, each 1 or more, such as 784 10"
+            )
         for name in ("dims", "activation"):
             if self.checkpoint is not None and getattr(self, name) is not None:
                 raise UserError(f"--{name} and --checkpoint are two networks; it needs to be one of them")
         if not self.batch or min(self.batch) < 1:
             raise UserError(f"--batch is {shown(self.batch)}; it needs to be 1 or more")
-        check_choices(self)
         try:
             resolve(self.activation, "--activation")
         except ValueError as error:

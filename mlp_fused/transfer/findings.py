@@ -46,7 +46,7 @@ class OnGpu:
         prefetched: the same through DevicePrefetcher, from a loader that pins (without, the host has `staging` to do).
         non_waiting: the same from pinned memory, copied in the stream that computes; the host does not wait.
         narrowed: as `prefetched`, of a batch that lies in pinned memory in 16 bits, and is widened on the device; None
-            where it has no wider numbers.
+            where it has no float32 numbers.
     """
 
     pageable: Measured

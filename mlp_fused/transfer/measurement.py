@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .. import timing
 from ..dtypes import dtype_name
 from ..environment import distorted
-from ..errors import count, first_line
+from ..errors import count, first_line, whole_number
 from ..prefetch import DevicePrefetcher, use_up
 from ..timing import Link, Timed
 from .findings import OnCpu, OnGpu, Point, Transfer
@@ -232,9 +232,7 @@ def measure_on(
     if not given[0].dim() or not len(given[0]):
         raise ValueError(f"batch is of shape {tuple(given[0].shape)}; it needs to have rows")
     rows = len(given[0])
-    wanted = {max(1, round(part * rows)) for part in LADDER} if sizes is None else set(sizes)
-    if any(not isinstance(size, int) or size < 1 for size in wanted):
-        raise ValueError(f"sizes is {sorted(wanted)}; it needs to be whole numbers of rows, 1 or more")
+    wanted = {max(1, round(part * rows)) for part in LADDER} if sizes is None else _checked_sizes(sizes)
     if training and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("training is True, and no parameter of the model requires a gradient; set training=False")
     notes = list(notes)
@@ -268,6 +266,17 @@ def measure_on(
     )
 
 
+def _checked_sizes(sizes: Iterable[object]) -> set[int]:
+    given = list(sizes)
+    wanted: set[int] = set()
+    for size in given:
+        rows = whole_number(size)
+        if rows is None or rows < 1:
+            raise ValueError(f"sizes is {given}; it needs to be whole numbers of rows, 1 or more")
+        wanted.add(rows)
+    return wanted
+
+
 def _take(batch: Sequence[Tensor], size: int) -> list[Tensor]:
     """So many rows, over and over; tensors without those rows stay as they are."""
     rows = len(batch[0])
@@ -276,8 +285,8 @@ def _take(batch: Sequence[Tensor], size: int) -> list[Tensor]:
 
 
 def _is_wide(tensor: Tensor) -> bool:
-    """Whether 16 bits would be fewer bytes."""
-    return tensor.is_floating_point() and tensor.itemsize > 2
+    """True for float32: 16 bits are half the bytes, and autocast computes on them. It leaves float64 as it is."""
+    return tensor.dtype == torch.float32
 
 
 def _describe(model: nn.Module, batch: Sequence[Tensor]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..dtypes import ArithmeticName
 from ..engine.recognize import resolve
 from ..errors import UserError
-from ..flags import check_choices, option, shown
+from ..flags import check_fields, option, shown
 from ..grid import ACTIVATION, ANCHORS, GRID, Family, Workload
 
 __all__ = ["Config"]
@@ -60,10 +61,9 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dims", tuple(map(tuple, self.dims or ())))
-        for name in ("batch", "dtype"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        given: Any = self.dims
+        object.__setattr__(self, "dims", () if given is None else given)  # the command line gives None
+        check_fields(self)
         for name in ("batch", "dtype", "activation"):
             if getattr(self, name) is not None and not self.dims:
                 raise UserError(f"--{name} is of networks that --dims gives; without --dims the grid is measured")
@@ -74,7 +74,6 @@ class Config:
                 )
         if self.batch is not None and (not self.batch or min(self.batch) < 1):
             raise UserError(f"--batch is {shown(self.batch)}; it needs to be 1 or more")
-        check_choices(self)
         if not 0 < self.minutes < math.inf:
             raise UserError(f"--minutes is {self.minutes}; it needs to be a finite number above 0")
         try:

@@ -14,6 +14,7 @@ import torch
 import mlp_fused
 from mlp_fused.engine import tables
 from mlp_fused.environment import distorted
+from mlp_fused.kernels.language import WHY_NO_TRITON, triton
 
 ROOT = Path(__file__).resolve().parent.parent
 # The files of bench/ that decide a timing.
@@ -27,7 +28,7 @@ def machine() -> dict[str, Any]:
         "driver": None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": None if WHY_NO_TRITON else triton.__version__,
         "python": platform.python_version(),
         "mlp_fused": mlp_fused.__version__,
         "source": source_digest(),
@@ -68,14 +69,6 @@ def user_table_digest(gpu: str) -> str | None:
     """Twelve hex digits over the user's own table of measured tiles, which comes before the package's; or None."""
     path = tables.user_path(gpu)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
 
 
 def _driver() -> str | None:

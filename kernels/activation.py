@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .language import HAS_TRITON, triton
+from .language import HAS_TRITON, JIT_FUNCTION
 
 __all__ = ["ACTIVATIONS", "Activation", "parse", "register_activation"]
 
@@ -193,7 +193,7 @@ def register_activation(
     if not callable(reference):
         raise TypeError(f"reference is {type(reference).__name__}; it needs to be a function z -> h in plain torch")
     for role, function in (("forward", forward), ("backward", backward)):
-        if HAS_TRITON and not isinstance(function, triton.runtime.jit.KernelInterface):
+        if HAS_TRITON and not isinstance(function, JIT_FUNCTION):
             raise TypeError(f"{role} is {type(function).__name__}; it needs to be a @triton.jit function")
     ACTIVATIONS[name] = Activation(
         name=name,

@@ -1,4 +1,4 @@
-"""Triton, or a stand-in for it where it is not installed; the one place that `triton` and `tl` are imported from.
+"""Triton, or a stand-in for it where it cannot be imported; the one place that `triton` and `tl` are imported from.
 
 The stand-in lets the kernels' modules be imported (the activation table is in one); its functions cannot be launched.
 """
@@ -8,18 +8,50 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "INTERPRETER", "TRITON_VERSION", "allocation", "driver", "tl", "triton"]
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "INTERPRETER",
+    "JIT_FUNCTION",
+    "NOT_INSTALLED",
+    "ROWS_OF_16_ELEMENTS",
+    "TRITON_VERSION",
+    "WHY_NO_TRITON",
+    "allocation",
+    "driver",
+    "tl",
+    "triton",
+]
 
+NOT_INSTALLED = "Triton is not installed"
+OLDEST = "3.5"  # as pyproject.toml requires it on Linux; elsewhere nothing else checks it
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def _why(error: Exception) -> str:
+    """The reason to run without Triton, as errors, `explain` and `mlp-fused env` state it."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        return NOT_INSTALLED
+    return f"Triton cannot be used: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# The module `triton` may come from another distribution, such as triton-windows: nothing asks for the name of one.
+WHY_NO_TRITON: str | None = None
 try:
     import triton
+
+    TRITON_VERSION = _numbers(triton.__version__)
+    if _numbers(OLDEST) > TRITON_VERSION:
+        raise ImportError(f"its version is {triton.__version__}; the kernels need {OLDEST} or newer")
     import triton.language as tl
     from triton.runtime import _allocation as allocation
     from triton.runtime.driver import driver
-
-    HAS_TRITON = True
-    TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-except ImportError:
-    HAS_TRITON = False
+except Exception as error:  # ImportError, or what a broken installation raises: OSError for a missing library
+    WHY_NO_TRITON = _why(error)
     TRITON_VERSION = (0, 0)
 
     class _StandIn:
@@ -36,6 +68,18 @@ except ImportError:
     if not TYPE_CHECKING:
         triton = tl = allocation = driver = _StandIn()
 
+HAS_TRITON = WHY_NO_TRITON is None
 # Triton reads the variable when a function is decorated, that is, when this package is imported.
 INTERPRETER: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED = tl.constexpr(INTERPRETER)  # the same, readable inside a kernel
+
+# In Triton 3.5's interpreter, rows in a tensor descriptor need 16 elements, where elsewhere they need 16 bytes.
+ROWS_OF_16_ELEMENTS = INTERPRETER and TRITON_VERSION < (3, 6)
+
+
+@triton.jit
+def _decorated():
+    pass
+
+
+JIT_FUNCTION: Any = type(_decorated)  # under the interpreter another class, which in Triton 3.5 has no base of Triton's

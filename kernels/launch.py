@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .language import allocation, driver, tl, triton
+from .language import ROWS_OF_16_ELEMENTS, allocation, driver, tl, triton
 from .tile_config import TileConfig
 
 __all__ = [
@@ -300,5 +300,7 @@ def describable(*tensors: Tensor | None) -> bool:
         far, near = tensor.stride() if by_columns(tensor) else tensor.stride()[::-1]
         nbytes = far * tensor.itemsize
         if near != 1 or not 0 < nbytes < MOST_STRIDE or nbytes % 16 or tensor.data_ptr() % 16:
+            return False
+        if ROWS_OF_16_ELEMENTS and far % 16:
             return False
     return True

@@ -15,6 +15,7 @@ import torch
 
 from . import __version__
 from .engine import tables
+from .kernels.language import WHY_NO_TRITON, triton
 from .module import FusedMLP
 
 __all__ = ["DISTORTING", "SWITCHES", "describe", "distorted", "versions"]
@@ -53,7 +54,8 @@ def _entries() -> Iterator[tuple[str, str]]:
     yield "mlp_fused", __version__
     yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "torch", torch.__version__
-    for package in ("triton", "numpy", "scikit-learn", "tqdm"):
+    yield "triton", f"none ({WHY_NO_TRITON})" if WHY_NO_TRITON else triton.__version__
+    for package in ("numpy", "scikit-learn", "tqdm"):
         yield package, _version(package)
     yield "CUDA runtime", torch.version.cuda or "none"
     yield "HIP runtime", torch.version.hip or "none"
@@ -94,7 +96,7 @@ def versions(driver: str | None = None) -> dict[str, str]:
         "mlp_fused": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": "none" if WHY_NO_TRITON else triton.__version__,
         **toolkit,
         "driver": _driver() if driver is None else driver,
     }

@@ -31,6 +31,7 @@ from .kernels import devices, layer_tiles, tile_config
 from .kernels.activation import Activation
 from .kernels.activations import IDENTITY
 from .kernels.dropout import SEED_BYTES, keeps_preactivation
+from .kernels.language import NOT_INSTALLED, WHY_NO_TRITON
 from .kernels.network import Gradients, gradients_of
 from .kernels.tile_config import TileConfig
 from .reference import Layer
@@ -396,7 +397,12 @@ def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
             own.update(map(storage_id, state.values()))
             try:
                 flow = torch.func.functional_call(child, state, (flow,))
-            except (RuntimeError, TypeError) as error:
+            except Exception as error:
+                if WHY_NO_TRITON not in (None, NOT_INSTALLED):
+                    # torch's meta kernels import Triton as well, and expect no error but ImportError.
+                    raise RuntimeError(f"torch itself fails on {type(child).__name__}: {WHY_NO_TRITON}") from error
+                if not isinstance(error, RuntimeError | TypeError):
+                    raise
                 raise ValueError(
                     f"{type(child).__name__} does not take an input of shape {tuple(flow.shape)} ({error}); "
                     "explain knows networks over rows of features"

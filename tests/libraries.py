@@ -25,7 +25,7 @@ def needs(library: str, required: bool = REQUIRED) -> pytest.MarkDecorator:
 
 def load(library: str) -> Any:
     """Import a library. The test is skipped without it, unless all libraries are required."""
-    if importlib.util.find_spec(library) is None and not REQUIRED:
+    if importlib.util.find_spec(library.partition(".")[0]) is None and not REQUIRED:
         pytest.skip(f"{library} is not installed (pip install -e '.[test-models]')")
     return importlib.import_module(library)
 

@@ -60,10 +60,21 @@ def test_env_reaches_its_end_whatever_is_broken(
     monkeypatch.setattr(environment, "FusedMLP", broken)
     monkeypatch.setattr(environment.metadata, "version", fail_to_find)
     found = report(capsys)
-    assert found["triton"] == found["tqdm"] == "not installed"
+    assert found["tqdm"] == "not installed"
     assert found["driver"].startswith("unknown: ")
     assert "exit status 9" in found["driver"]
     assert found['backend "auto"'] == "failed: RuntimeError: broken"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_triton_may_come_from_another_distribution(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """triton-windows installs the module `triton` under another name: the version is asked of the module."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(environment.metadata, "version", fail_to_find)
+    assert report(capsys)["triton"] == triton.__version__
+    assert environment.versions()["triton"] == triton.__version__
 
 
 def fail_to_find(package: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.activations import IDENTITY
-from mlp_fused.kernels.language import tl, triton
+from mlp_fused.kernels.language import ROWS_OF_16_ELEMENTS, tl, triton
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.tile import round_to_tf32
 from mlp_fused.kernels.tile_config import TileConfig
 
-TILES = [TileConfig(64, 32, 32, 8, 4, 1, precision="bf16x6", descriptors=descriptors) for descriptors in (False, True)]
+BY_POINTERS = TileConfig(64, 32, 32, 8, 4, 1, precision="bf16x6")
+BY_DESCRIPTORS = replace(BY_POINTERS, descriptors=True)
 LENGTHS = [layer_tiles.SHORTEST_SPLIT + more for more in (0, 1, 12, 32, 64, 200)]
 LARGEST = torch.finfo(torch.float32).max
 TINIEST = 2.0**-149
@@ -122,7 +124,17 @@ def by_wgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
 # Each of them does a bᵀ.
 PRODUCTS = {"forward": by_forward, "dgrad": by_dgrad, "wgrad": by_wgrad}
 every_product = pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
-every_tile = pytest.mark.parametrize("tile", TILES, ids=str)
+every_tile = pytest.mark.parametrize(
+    "tile",
+    [
+        BY_POINTERS,
+        pytest.param(
+            BY_DESCRIPTORS,
+            marks=pytest.mark.skipif(ROWS_OF_16_ELEMENTS, reason="rows here are whole 16 bytes, not whole 16 elements"),
+        ),
+    ],
+    ids=str,
+)
 
 
 def check_entries(ours: Tensor, a: Tensor, b: Tensor) -> None:

@@ -308,7 +308,7 @@ def test_a_distorted_gpu_is_not_measured(switch: str, measured: Path, monkeypatc
 )
 def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, measured: Path) -> None:
     said: list[str] = []
-    config = Config(dims=((70, 20, 16),), batch=(33,), dtype=(dtype,), activation=activation)
+    config = Config(dims=((70, 32, 16),), batch=(33,), dtype=(dtype,), activation=activation)
     count = itertools.count(1)
     table = tune(
         config, report=said.append, device=CPU, time=lambda call: (call(), next(count) * 1e-3)[1], now=lambda: 0.0

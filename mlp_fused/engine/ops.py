@@ -11,6 +11,7 @@ be symbolic.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..kernels.activation import parse
@@ -255,13 +255,31 @@ torch.library.register_autograd("mlp_fused::mlp", _differentiate, setup_context=
 torch.library.register_autograd("mlp_fused::mlp_backward", _refuse, lib=_library)
 
 
-@register_flop_formula(torch.ops.mlp_fused.mlp)
+def _flop_formula(operator: Any) -> Callable[[Any], Any]:
+    """Register the decorated function as torch's formula for the FLOPs of an operator.
+
+    torch's module imports Triton. It prints a line where there is none, and fails where a broken one raises anything
+    but ImportError: then nothing can count FLOPs, and there is nothing to register.
+    """
+    logger = logging.getLogger("torch.utils.flop_counter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils.flop_counter import register_flop_formula
+    except Exception:
+        return lambda formula: formula
+    finally:
+        logger.setLevel(level)
+    return register_flop_formula(operator)
+
+
+@_flop_formula(torch.ops.mlp_fused.mlp)
 def _mlp_flops(x: tuple[int, ...], weights: list[tuple[int, ...]], *settings: Any, **others: Any) -> int:
     """2 M N K a layer, as torch counts a Linear."""
     return sum(2 * x[0] * n * k for n, k in weights)
 
 
-@register_flop_formula(torch.ops.mlp_fused.mlp_backward)
+@_flop_formula(torch.ops.mlp_fused.mlp_backward)
 def _mlp_backward_flops(
     dy: tuple[int, ...], x: Any, y: Any, kept: Any, weights: list[tuple[int, ...]], *settings: Any, **others: Any
 ) -> int:

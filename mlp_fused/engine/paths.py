@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..dtypes import DTYPES
 from ..kernels import devices, network_tiles
 from ..kernels.activation import Activation, parse
-from ..kernels.language import HAS_TRITON, INTERPRETER
+from ..kernels.language import INTERPRETER, WHY_NO_TRITON
 from ..kernels.network import network_of
 from ..kernels.tile_config import TileConfig
 from . import table_files, tables
@@ -65,8 +65,8 @@ constant_to_compilers(_why_device_cannot)  # they would look through a cache, an
 
 @functools.lru_cache(maxsize=64)
 def _why_device_of_index_cannot(kind: str, index: int) -> str | None:
-    if not HAS_TRITON:
-        return "Triton is not installed"
+    if WHY_NO_TRITON is not None:
+        return WHY_NO_TRITON
     if kind != "cuda":
         return f"the kernels do not run on {kind} devices"
     if INTERPRETER:
@@ -260,8 +260,8 @@ def why_device(device: torch.device, backend: Backend) -> str | None:
         return _why_device_cannot(device.type, device.index or 0)
     if (DEFAULT_BACKEND if backend == "auto" else backend) != "triton":
         return "the input is on the CPU"
-    if not HAS_TRITON:
-        return "Triton is not installed"
+    if WHY_NO_TRITON is not None:
+        return WHY_NO_TRITON
     if not INTERPRETER:
         return (
             "the input is on the CPU, where kernels run only in Triton's interpreter; set TRITON_INTERPRET=1 "

@@ -255,7 +255,8 @@ def _is_transposed(module: Any) -> bool:
 
 def is_linear(module: Any) -> bool:
     """Whether a module is a Linear layer of any kind."""
-    return isinstance(module, Linear | LinearWithActivation) or _is_transposed(module)
+    # Tuples of classes here and below: torch 2.9 does not compile isinstance with a union.
+    return isinstance(module, (Linear, LinearWithActivation)) or _is_transposed(module)
 
 
 def linear_weight(linear: Any) -> Tensor:

@@ -302,11 +302,12 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     path = None if config.checkpoint is None else Path(config.checkpoint)
     data, resumed = _read(path, config, is_first)
     training, validation = data.split(config.validation_fraction, config.seed)
-    scaling = make_scaling(path, resumed) if path and resumed else Scaling.fit(data.x[training])
+    # index_select here and below: torch 2.9 does not index uint64 by brackets
+    scaling = make_scaling(path, resumed) if path and resumed else Scaling.fit(data.x.index_select(0, training))
     task = make_task(data, training, validation)
     mine = validation[processes.rank :: processes.count]
     training_set, validation_set = (
-        ArrayDataset(scaling.in_parts(data.x[rows]), task.targets[rows]) for rows in (training, mine)
+        ArrayDataset(scaling.in_parts(data.x.index_select(0, rows)), task.targets[rows]) for rows in (training, mine)
     )
     order = torch.Generator().manual_seed(config.seed)
     training_batches = make_loader(training_set, config, processes, order)
@@ -440,7 +441,7 @@ def _describe_data(data: Data, training: Tensor, validation: Tensor, scaled: Ten
         f"{data.name}: {count(data.x.shape[1], 'feature')}, {outputs}, {count(len(training), 'row')} to train on, "
         f"{len(validation)} to validate{own}"
     )
-    return [sizes, *data.remarks(), SCALED, *column_remarks(data.x[training], scaled)]
+    return [sizes, *data.remarks(), SCALED, *column_remarks(data.x.index_select(0, training), scaled)]
 
 
 def _describe_network(network: nn.Module, processes: Processes, path_taken: str) -> str:

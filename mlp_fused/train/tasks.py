@@ -118,4 +118,4 @@ def make_task(data: Data, training: Tensor, validation: Tensor) -> Classificatio
     """The task that the data are of, for those training and validation rows."""
     if data.shape is None:
         return Classification(data, training, validation)
-    return Regression(data, validation, Scaling.fit_targets(data.y[training]))
+    return Regression(data, validation, Scaling.fit_targets(data.y.index_select(0, training)))

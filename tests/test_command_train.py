@@ -315,6 +315,11 @@ def test_scikit_learn_missing(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert err.count("\n") == 1
 
 
+def heed_interrupts() -> None:
+    """A shell's background processes, and their children, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.alone
 def test_a_signal_to_every_process_leaves_the_last_checkpoint(folder: Path) -> None:
     """Ctrl-C, as a terminal sends it; workers must not add tracebacks of their own."""
@@ -338,6 +343,7 @@ def test_a_signal_to_every_process_leaves_the_last_checkpoint(folder: Path) -> N
         text=True,
         env=environ,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         assert process.stdout
         for line in process.stdout:

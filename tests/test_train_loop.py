@@ -161,6 +161,14 @@ class InterruptsIgnored(ArrayDataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_only_the_main_process_answers_ctrl_c(workers: int) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+    try:
+        check_who_answers(workers)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_who_answers(workers: int) -> None:
     dataset = InterruptsIgnored(torch.zeros(4, 1), torch.zeros(4))
     assert rows_of(make_loader(dataset, dataclasses.replace(TINY, workers=workers), ALONE)) == [workers] * 4
 

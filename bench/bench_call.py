@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mlp_fused.engine import paths
 from mlp_fused.engine.layer_path import layer_path
 from mlp_fused.kernels import devices
-from mlp_fused.kernels.launch import Launch
+from mlp_fused.kernels.launch import Launch, launched_by
 from mlp_fused.module import FusedLinear, FusedMLP
 
 Call = Callable[[Tensor], Any]
@@ -126,10 +126,9 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
         instead.launches += 1
         launch.keep(instead, len(tensors))
 
-    monkeypatch.setattr(Launch, "through_triton", compile_to_nothing)
     monkeypatch.setattr(paths, "why_device", lambda device, backend: None)
-    monkeypatch.setattr(devices, "describe", lambda kind, index=0: devices.DEVICES["NVIDIA H200"])
-    yield instead
+    with launched_by(compile_to_nothing), devices.pretended(devices.DEVICES["NVIDIA H200"]):
+        yield instead
     for cache in remembered:
         cache.cache_clear()
 

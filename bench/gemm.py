@@ -27,9 +27,12 @@ from bench.verify import bounds_in_force, compare
 from mlp_fused import timing
 from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine import tables
+from mlp_fused.engine.layer_path import layer_path
+from mlp_fused.engine.layer_steps import parameters_of
 from mlp_fused.engine.recognize import resolve
+from mlp_fused.engine.schedule import Step
 from mlp_fused.engine.settings import float32_precision
-from mlp_fused.explain import KernelPlan, plan_layers
+from mlp_fused.explain import meta_layers, schedules_of
 from mlp_fused.kernels import devices, layer_tiles, tile_config
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
@@ -69,24 +72,29 @@ class Operands(NamedTuple):
         return Operands(self.a.double(), self.b.double(), *optional)
 
 
-def kernel_plan(problem: Problem, phase: str) -> KernelPlan:
+def kernel_step(problem: Problem, phase: str) -> Step:
     """The kernel of a phase as mlp_fused.explain has it: its work, and the problem that its tile is chosen for."""
     dtype = DTYPES[problem.dtype]
     (k, n), activation, identity = problem.widths, resolve(problem.activation), resolve("identity")
-    shapes, activations = [(k, n)], [activation]
+    widths: tuple[int, ...] = (k, n)
+    activations = [activation]
     if phase == "dgrad":  # into a layer below, of any width
-        shapes, activations = [(1, k), (k, n)], [activation, identity]
-    kernels = plan_layers(
+        widths, activations = (1, k, n), [activation, identity]
+    count, training = len(activations), phase != "layer_forward"
+    precision = float32_precision() if dtype == torch.float32 else "ieee"
+    layers = meta_layers(widths, activations, dtype, bias=True)
+    path = layer_path(widths, tuple(activations), parameters_of(layers), dtype, precision, False, (0.0,) * count)
+    passes = schedules_of(
+        path,
         problem.rows,
-        shapes,
-        activations,
-        dtype,
-        biases=[True] * len(shapes),
-        trainable=[phase != "layer_forward"] * len(shapes),
-        precision=float32_precision() if dtype == torch.float32 else "ieee",
+        layers,
+        devices.INTERPRETED_DEVICE,
+        dtype=dtype,
+        weights=[training] * count,
+        biases=[training] * count,
     )
     kind = "forward" if phase.startswith("layer_forward") else phase
-    return next(kernel for kernel in kernels if kernel.kind == kind)
+    return next(step for schedule in passes if schedule for step in schedule.steps if step.kind == kind)
 
 
 class Gemm:
@@ -96,7 +104,7 @@ class Gemm:
         self.phase = phase
         self.device = device
         self.dtype = DTYPES[problem.dtype]
-        self.plan = kernel_plan(problem, phase)
+        self.plan = kernel_step(problem, phase)
         self.activation = resolve(problem.activation)
 
     @property

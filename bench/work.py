@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from bench.gemm import kernel_plan
+from bench.gemm import kernel_step
 from bench.problem import GEMM_PHASES, Problem
 from bench.rows import Floor
 from mlp_fused.dtypes import DTYPES
@@ -24,7 +24,7 @@ def work_of(problem: Problem, phase: str, device: str) -> Work:
         n = problem.rows
         return Work(2 * n**3, 3 * n * n * DTYPES[problem.dtype].itemsize)
     if phase in GEMM_PHASES:
-        return kernel_plan(problem, phase).work
+        return kernel_step(problem, phase).work
     gpu = devices.describe("cuda") if device == "cuda" else None
     precision = float32_precision() if problem.dtype == "fp32" else "ieee"
     parts = work(

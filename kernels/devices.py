@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +92,26 @@ def device_of(tensor: Tensor) -> Device:
     return describe(tensor.device.type, tensor.device.index or 0)
 
 
-@functools.lru_cache(maxsize=64)
+_pretended: list[Device] = []
+
+
+@contextlib.contextmanager
+def pretended(device: Device) -> Iterator[None]:
+    """Within the block, every tensor is on this device."""
+    _pretended.append(device)
+    try:
+        yield
+    finally:
+        _pretended.remove(device)
+
+
 def describe(kind: str, index: int = 0) -> Device:
     """What a torch device is, by its kind and index."""
+    return _pretended[-1] if _pretended else _describe(kind, index)
+
+
+@functools.lru_cache(maxsize=64)
+def _describe(kind: str, index: int) -> Device:
     if kind == "cpu" or INTERPRETER:
         return INTERPRETED_DEVICE
     properties: Any = torch.cuda.get_device_properties(index)

@@ -8,7 +8,6 @@ kernel, with nothing but pointers to fill in.
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,8 @@ from .language import ROWS_OF_16_ELEMENTS, allocation, driver, tl, triton
 from .tile_config import TileConfig
 
 __all__ = [
-    "Launch", "Launches", "Program", "Remembered", "by_columns", "cdiv", "count_launches", "describable", "launch",
-    "offset_type",
+    "Launch", "Program", "by_columns", "cdiv", "count_launches", "describable", "has_descriptor_strides", "launch",
+    "launched_by", "offset_type",
 ]  # fmt: skip
 
 _hooks = triton.knobs.runtime
@@ -32,6 +31,10 @@ Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
 Slots = Sequence["int | tuple[int, ...]"]
 
 _counters: list[dict[str, int]] = []
+
+Launcher = Callable[["Launch", Tensors], None]
+
+_launchers: list[Launcher] = []
 
 # Held while Triton launches, which compiles and loads a kernel the first time: two threads would race in its loading.
 # Replayed launches do not take it. Reentrant, as hooks that Triton calls may launch kernels themselves.
@@ -86,7 +89,7 @@ class Launch:
                 pointers.append(pointer)
         if bits & 15:
             return False
-        if self.run is None or _has_calls(_hooks.launch_enter_hook) or _has_calls(_hooks.launch_exit_hook):
+        if self.run is None or Program.is_hooked():
             self.through_triton(tensors)  # which tells hooks, a profiler's for example, of the launch
             return True
         if _counters:
@@ -112,6 +115,9 @@ class Launch:
     def through_triton(self, tensors: Tensors) -> None:
         """Launch it by Triton's launcher, which compiles it for these tensors' alignment if need be; one at a time."""
         if self.programs == 0:
+            return
+        if _launchers:
+            _launchers[-1](self, tensors)
             return
         self._count()
         token = allocation._allocator.set(self._allocate)
@@ -147,7 +153,8 @@ class Launch:
 class Program:
     """Launches one after the other on one device, which share a list of pointers: each is told which are its own.
 
-    What a launch alone looks after anew (the device, its stream, hooks), many look after once.
+    What a launch alone looks after anew (the device, its stream), many look after once. A launch's slots are positions
+    in the list of pointers, one for each of its tensors, a tuple for a tuple. Every launch has run before.
     """
 
     def __init__(self, steps: Sequence[tuple[Launch, Slots]]) -> None:
@@ -158,20 +165,13 @@ class Program:
             (launch.run, launch.programs, launch.binary, _taker(slots), launch.rest) for launch, slots in steps
         ]
 
-    @classmethod
-    def of(cls, steps: Sequence[tuple[Launch, Slots]]) -> Program | None:
-        """The program of launches that were made before, if they can all be made again.
+    @staticmethod
+    def is_hooked() -> bool:
+        """True if a hook has to be told of each launch, as Triton's own launcher does."""
+        return _has_calls(_hooks.launch_enter_hook) or _has_calls(_hooks.launch_exit_hook)
 
-        A launch's slots are positions in the list of pointers, one for each of its tensors, a tuple for a tuple.
-        """
-        return cls(steps) if all(launch.run is not None for launch, _ in steps) else None
-
-    def __call__(self, pointers: Sequence[int | None]) -> bool:
-        """Launch them all; or do nothing and return False, where a pointer is not aligned or somebody is to be told."""
-        if functools.reduce(operator.or_, filter(None, pointers), 0) & 15:
-            return False
-        if _has_calls(_hooks.launch_enter_hook) or _has_calls(_hooks.launch_exit_hook):
-            return False
+    def __call__(self, pointers: Sequence[int | None]) -> None:
+        """Launch them all, on memory aligned to 16 bytes."""
         if _counters:
             for launch in self.launches:
                 launch._count()
@@ -180,7 +180,6 @@ class Program:
         else:
             with torch.cuda.device(self.index):
                 self._run(pointers)
-        return True
 
     def _run(self, pointers: Sequence[int | None]) -> None:
         stream = 0 if self.index is None else driver.active.get_current_stream(self.index)
@@ -200,35 +199,6 @@ def _taker(slots: Slots) -> Callable[[Sequence[int | None]], tuple[Any, ...]]:
         return lambda pointers: tuple([take(pointers) for take in takers])
     take = operator.itemgetter(*slots)
     return take if len(slots) > 1 else lambda pointers: (take(pointers),)
-
-
-MOST_REMEMBERED = 1024  # in one place; beyond, it begins anew
-
-
-class Remembered(dict[tuple[Any, ...], Any]):
-    """What was made for shapes, strides, dtypes and a device, by them."""
-
-    def __setitem__(self, key: tuple[Any, ...], made: Any) -> None:
-        if len(self) >= MOST_REMEMBERED:
-            self.clear()
-        super().__setitem__(key, made)
-
-
-class Launches:
-    """Launches remembered by what they were made for."""
-
-    def __init__(self) -> None:
-        self._made = Remembered()
-
-    def again(self, key: tuple[Any, ...], *tensors: Any) -> Callable[..., bool] | None:
-        """Launch what is remembered by the key, and return it; None, and nothing is done, where nothing holds."""
-        made = self._made.get(key)
-        return made if made is not None and made(*tensors) else None
-
-    def remember(self, key: tuple[Any, ...], made: Callable[..., bool] | None) -> None:
-        """Remember a launch, if there is one to be made again."""
-        if made is not None:
-            self._made[key] = made
 
 
 def launch(
@@ -271,6 +241,19 @@ def count_launches() -> Iterator[dict[str, int]]:
         _counters.remove(counter)
 
 
+@contextlib.contextmanager
+def launched_by(launcher: Launcher) -> Iterator[None]:
+    """Within the block, `launcher(launch, tensors)` takes the place of Triton's launcher, to compile ahead for example.
+
+    It is for all threads.
+    """
+    _launchers.append(launcher)
+    try:
+        yield
+    finally:
+        _launchers.remove(launcher)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. (Triton's own takes 5 µs.)"""
     return -(-a // b)
@@ -294,13 +277,15 @@ MOST_STRIDE = 2**40  # bytes from a row to the next, exclusively: cuTensorMapEnc
 
 def describable(*tensors: Tensor | None) -> bool:
     """Whether tensor descriptors can describe these: 16-byte aligned, contiguous one way, whole 16 bytes the other."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        far, near = tensor.stride() if by_columns(tensor) else tensor.stride()[::-1]
-        nbytes = far * tensor.itemsize
-        if near != 1 or not 0 < nbytes < MOST_STRIDE or nbytes % 16 or tensor.data_ptr() % 16:
-            return False
-        if ROWS_OF_16_ELEMENTS and far % 16:
-            return False
-    return True
+    return all(
+        tensor is None or (has_descriptor_strides(tensor.stride(), tensor.itemsize) and tensor.data_ptr() % 16 == 0)
+        for tensor in tensors
+    )
+
+
+def has_descriptor_strides(stride: Sequence[int], itemsize: int) -> bool:
+    """True if tensor descriptors can describe a tensor (rows, columns) of these strides, wherever it begins."""
+    far, near = stride if stride[1] == 1 else stride[::-1]
+    nbytes = far * itemsize
+    whole = nbytes % 16 == 0 and not (ROWS_OF_16_ELEMENTS and far % 16)
+    return near == 1 and 0 < nbytes < MOST_STRIDE and whole

@@ -9,8 +9,6 @@ Where Dropout follows an activation, the gradient is dropped from as the output 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,7 @@ from .tile import (
     tile_position,
 )
 
-__all__ = ["dgrad", "output_gradient", "wgrad"]
+__all__ = ["dgrad", "output_gradient", "wgrad", "wgrad_products", "wgrad_sums"]
 
 
 @triton.jit(do_not_specialize=["M", "layer"])
@@ -334,25 +332,57 @@ def sum_rows(
         store(db_ptr + start + rows, db, rows < N)
 
 
-@dataclass(frozen=True)
-class WeightGradient:
-    """The launches of `wgrad`, for tensors of certain shapes, strides and dtypes: the products, and their sum."""
-
-    products: Launch
-    total: Launch | None  # of a split's partial sums
-    partial: Partial
-
-    def __call__(self, dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor | None) -> bool:
-        """dW and db; or nothing and False, where a tensor is not aligned to 16 bytes."""
-        h = dz if h is None else h
-        if self.total is None:
-            return self.products(dz, h, dw, db)
-        whole, *sums = self.partial.allocate(dz.device)
-        return self.products(dz, h, *sums) and self.total(whole, _given(dw, db))
+def wgrad_sums(rows: int, tile: tile_config.TileConfig, dtype: torch.dtype, size_w: int, size_b: int) -> Partial:
+    """The partial sums of `wgrad`: as many as programs share a tile's rows. With one alone, nothing is split."""
+    splits = max(1, cdiv(rows, _chunk(rows, tile)))
+    return Partial(splits, size_w, size_b, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _given(*sums: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple([total for total in sums if total is not None])
+def _chunk(rows: int, tile: tile_config.TileConfig) -> int:
+    """The rows that one program sums, in whole blocks."""
+    return max(1, cdiv(cdiv(rows, tile.split), tile.block_k)) * tile.block_k
+
+
+def wgrad_products(
+    dz: Tensor,
+    h: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    width_in: int,
+    tile: tile_config.TileConfig,
+    partial: Partial,
+) -> Launch | None:
+    """dW = dzᵀ h and db = Σ_rows dz, or where rows are split their partial sums.
+
+    Where dW has too few tiles to fill the device, the rows are split over programs, whose partial sums, in fp32, a
+    second kernel adds in a fixed order.
+
+    Args:
+        dz: (M, N), any strides; M may be 0, which gives zeros.
+        h: (M, K), any strides; not read where only db is wanted.
+        dw: (N, K), contiguous, written, of any float dtype, or None; split, where dW's begin in the partial sums.
+        db: (N,) likewise.
+        width_in: K; 1 where only db is wanted.
+        partial: as `wgrad_sums` gives it.
+    """
+    (M, N), K = dz.shape, width_in
+    h = dz if h is None else h
+    assert describable(dz, h) or not tile.descriptors
+    return launch(
+        wgrad_kernel,
+        tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * partial.splits),
+        dz.device,
+        tile,
+        (dz, h, dw, db),
+        (
+            *(M, N, K, *dz.stride(), *h.stride()),
+            *(partial.columns if partial.splits > 1 else 0, _chunk(M, tile), partial.splits),
+        ),
+        PRECISION=tile.precision,
+        OFFSET=offset_type(dz, h, dw, db),
+        DZ_BY_M=not by_columns(dz) if tile.descriptors else None,
+        H_BY_M=not by_columns(h) if tile.descriptors else None,
+    )
 
 
 def wgrad(
@@ -362,11 +392,8 @@ def wgrad(
     db: Tensor | None,
     precision: str,
     tile: tile_config.TileConfig | None = None,
-) -> WeightGradient | None:
-    """dW = dzᵀ h and db = Σ_rows dz, each where it is given.
-
-    Where dW has too few tiles to fill the device, the rows are split over programs, whose partial sums, in fp32, a
-    second kernel adds in a fixed order.
+) -> None:
+    """dW = dzᵀ h and db = Σ_rows dz, each where it is given: the products, and where rows are split their sum.
 
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
@@ -377,32 +404,13 @@ def wgrad(
     K = 1 if dw is None else dw.shape[1]
     assert dw is None or (h is not None and h.shape == (M, K) and dw.shape == (N, K) and dw.is_contiguous())
     assert db is None or (db.shape == (N,) and db.is_contiguous())
-    h = dz if h is None else h  # not read where dw is None
     aligned = describable(dz, h)
     problem = tile_config.Problem("wgrad", N, K, M, dz.dtype, precision, aligned)
     tile = tile or layer_tiles.choose(problem, devices.device_of(dz))
-    assert aligned or not tile.descriptors
-    chunk = max(1, cdiv(cdiv(M, tile.split), tile.block_k)) * tile.block_k
-    splits = max(1, cdiv(M, chunk))
-    accumulator = torch.float64 if dz.dtype == torch.float64 else torch.float32
-    size_w, size_b = (0 if total is None else total.numel() for total in (dw, db))
-    partial = Partial(splits, size_w, size_b, accumulator)
-    sums_w, sums_b = dw, db
-    if splits > 1:
-        whole, sums_w, sums_b = partial.allocate(dz.device)
-    products = launch(
-        wgrad_kernel,
-        tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * splits),
-        dz.device,
-        tile,
-        (dz, h, sums_w, sums_b),
-        (M, N, K, *dz.stride(), *h.stride(), partial.columns if splits > 1 else 0, chunk, splits),
-        PRECISION=tile.precision,
-        OFFSET=offset_type(dz, h, sums_w, sums_b),
-        DZ_BY_M=not by_columns(dz) if tile.descriptors else None,
-        H_BY_M=not by_columns(h) if tile.descriptors else None,
-    )
-    total = sum_partials(whole, _given(dw, db), partial.starts) if splits > 1 else None
-    if products is None or (splits > 1 and total is None):
-        return None
-    return WeightGradient(products, total, partial)
+    partial = wgrad_sums(M, tile, dz.dtype, *(0 if total is None else total.numel() for total in (dw, db)))
+    if partial.splits == 1:
+        wgrad_products(dz, h, dw, db, K, tile, partial)
+        return
+    whole, sums_w, sums_b = partial.allocate(dz.device)
+    wgrad_products(dz, h, sums_w, sums_b, K, tile, partial)
+    sum_partials(whole, tuple(total for total in (dw, db) if total is not None), partial.starts)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from torch import Tensor
 
 from .language import tl, triton
@@ -24,11 +20,13 @@ from .network import (
     store_rows,
     through,
 )
-from .partial_sums import Partial, sum_partials
+from .partial_sums import Partial
 from .tile import multiply, round_to, store
 from .tile_config import TileConfig
 
-__all__ = ["network_dgrad", "network_recompute", "network_wgrad"]
+__all__ = [
+    "network_dgrad", "network_recompute", "network_recompute_sums", "network_wgrad", "network_wgrad_sums",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -243,42 +241,54 @@ def sum_layer(
     store_sums(partial_ptr, dw, db, n, k, NET, GRADIENTS, LAYER)
 
 
+def network_recompute_sums(rows: int, network: Network, gradients: Gradients, tile: TileConfig) -> Partial:
+    """The partial sums of `network_recompute`: one of each program."""
+    return Partial(tile.started(cdiv(rows, tile.block_m)), gradients.starts[-1], 0, partial_dtype(network))
+
+
+def network_wgrad_sums(rows: int, network: Network, gradients: Gradients, tile: TileConfig) -> Partial:
+    """The partial sums of `network_wgrad`: one of each chunk of rows."""
+    return Partial(cdiv(rows, _chunk(rows, gradients, tile)), gradients.starts[-1], 0, partial_dtype(network))
+
+
+def _chunk(rows: int, gradients: Gradients, tile: TileConfig) -> int:
+    """The rows that one program of `network_wgrad` sums, in whole blocks."""
+    most = max(1, tile.programs // gradients.tile_starts[-1])
+    return cdiv(cdiv(rows, most), tile.block_k) * tile.block_k
+
+
 def network_recompute(
     x: Tensor,
     dy: Tensor,
     weights: tuple[Tensor, ...],
     biases: tuple[Tensor | None, ...],
     dx: Tensor | None,
-    sums: Sequence[Tensor],
+    partial: Tensor,
     network: Network,
     gradients: Gradients,
     tile: TileConfig,
     *,
     h: Tensor | None = None,
-) -> Summing | None:
-    """dx, and every dW and db that `gradients` names, from x and dy alone.
+) -> Launch | None:
+    """dx, and partial sums of every dW and db that `gradients` names, from x and dy alone.
 
     Args:
         x, weights, biases, h: as in `forward`; dy (M, d_L), any strides.
         dx: (M, d_0), contiguous, written; or None.
-        sums: the wanted ones of dW_1, db_1, dW_2 …, contiguous, written, of any float dtype.
+        partial: written; of the shape that `network_recompute_sums` gives, for `sum_partials`.
     """
     rows = x.shape[0]
-    programs = tile.started(cdiv(rows, tile.block_m))
-    partial = Partial(programs, gradients.starts[-1], 0, partial_dtype(network))
-    whole, *_ = partial.allocate(x.device)
-    kernel = launch(
+    return launch(
         network_recompute_kernel,
-        programs,
+        partial.shape[0],
         x.device,
         tile,
-        (x, dy, dx, weights, biases, h, whole),
-        (rows, partial.columns, *x.stride(), *dy.stride()),
+        (x, dy, dx, weights, biases, h, partial),
+        (rows, partial.shape[1], *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         OFFSET=network_offset_type(network, rows, x, dy),
     )
-    return Summing.of(kernel, partial, whole, sums)
 
 
 def network_dgrad(
@@ -320,55 +330,27 @@ def network_wgrad(
     dy: Tensor,
     kept: Tensor | None,
     dz: Tensor | None,
-    sums: Sequence[Tensor],
+    partial: Tensor,
     network: Network,
     gradients: Gradients,
     tile: TileConfig,
-) -> Summing | None:
-    """Every dW and db that `gradients` names.
+) -> Launch | None:
+    """Partial sums of every dW and db that `gradients` names.
 
     Args:
         x: (M, d_0), any strides; dy (M, d_L), any strides: the last layer's dz.
         kept, dz: as `forward` and `dgrad` wrote them.
-        sums: as in `recompute`.
+        partial: as in `network_recompute`, of the shape that `network_wgrad_sums` gives.
     """
     rows = x.shape[0]
-    tiles = gradients.tile_starts[-1]
-    most = max(1, tile.programs // tiles)
-    chunk = cdiv(cdiv(rows, most), tile.block_k) * tile.block_k
-    splits = cdiv(rows, chunk)
-    partial = Partial(splits, gradients.starts[-1], 0, partial_dtype(network))
-    whole, *_ = partial.allocate(x.device)
-    kernel = launch(
+    return launch(
         network_wgrad_kernel,
-        splits * tiles,
+        partial.shape[0] * gradients.tile_starts[-1],
         x.device,
         tile,
-        (x, dy, kept, dz, whole),
-        (rows, chunk, partial.columns, *x.stride(), *dy.stride()),
+        (x, dy, kept, dz, partial),
+        (rows, _chunk(rows, gradients, tile), partial.shape[1], *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         OFFSET=network_offset_type(network, rows, x, dy),
     )
-    return Summing.of(kernel, partial, whole, sums)
-
-
-@dataclass(frozen=True)
-class Summing:
-    """A launch that ends in partial sums, and the one that adds them."""
-
-    kernel: Launch
-    total: Launch | None  # None where no sum is wanted
-    partial: Partial
-
-    @classmethod
-    def of(cls, kernel: Launch | None, partial: Partial, whole: Tensor, sums: Sequence[Tensor]) -> Summing | None:
-        """Add what a kernel wrote to `whole`; returns both, for doing so again, if they can be."""
-        total = sum_partials(whole, sums) if sums else None
-        return None if kernel is None or (sums and total is None) else cls(kernel, total, partial)
-
-    def __call__(self, *tensors: Any) -> bool:
-        """With the kernel's tensors but for the partial sums, and the tuple of sums after them."""
-        *of_kernel, sums = tensors
-        whole, *_ = self.partial.allocate(of_kernel[0].device)
-        return self.kernel(*of_kernel, whole) and (self.total is None or self.total(whole, sums))

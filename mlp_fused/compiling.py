@@ -12,11 +12,12 @@ are none of them; each kernel is then compiled where it is first launched, befor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from .errors import first_line
 from .kernels import devices
 from .kernels.language import driver
-from .kernels.launch import Launch
+from .kernels.launch import Launch, launched_by
 from .processes import Worker
 
 __all__ = ["Compilers", "NotYetError", "count_workers"]
@@ -178,32 +179,32 @@ def _serve(connection: Connection, compile: Callable[[Any], None], device: devic
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # of compilers, which would write into the progress bar
         os.dup2(nowhere, stream)
-    compile_only(device, target)
-    connection.send(None)  # that it is there
-    while True:
-        try:
-            work = connection.recv()
-        except EOFError:
-            return
-        failure = None
-        try:
-            compile(work)
-        except Exception as error:  # of many classes
-            failure = f"{type(error).__name__}: {first_line(error)}"
-        connection.send(failure)
+    with compile_only(device, target):
+        connection.send(None)  # that it is there
+        while True:
+            try:
+                work = connection.recv()
+            except EOFError:
+                return
+            failure = None
+            try:
+                compile(work)
+            except Exception as error:  # of many classes
+                failure = f"{type(error).__name__}: {first_line(error)}"
+            connection.send(failure)
 
 
-def compile_only(device: devices.Device, target: Any) -> None:
-    """From now on this process has one device, which compiles and launches nothing."""
+@contextlib.contextmanager
+def compile_only(device: devices.Device, target: Any) -> Iterator[None]:
+    """Within the block, this process has one device, which compiles and launches nothing."""
     driver.set_active(
         types.SimpleNamespace(
             get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
         )
     )
-    devices.device_of = lambda tensor: device
-    Launch.through_triton = _compile  # type: ignore[method-assign]
+    with devices.pretended(device), launched_by(_compile):
+        yield
 
 
-def _compile(self: Launch, tensors: Any) -> None:
-    """In place of `Launch.through_triton`."""
-    self.kernel.warmup(*tensors, *self.scalars, grid=(self.programs,), **self.constants)
+def _compile(launch: Launch, tensors: Any) -> None:
+    launch.kernel.warmup(*tensors, *launch.scalars, grid=(launch.programs,), **launch.constants)

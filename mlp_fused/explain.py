@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .dtypes import dtype_name
-from .engine import tables
-from .engine.network_path import NetworkPlan
+from .engine.autograd import saved_bytes
+from .engine.layer_path import SEED, LayerPath, layer_path
+from .engine.layer_steps import parameters_of
+from .engine.network_path import NetworkPath
 from .engine.paths import network_path, why_not, why_torch
 from .engine.recognize import resolve
 from .engine.runs import (
@@ -25,190 +27,61 @@ from .engine.runs import (
     runs_of,
     stand_in,
 )
+from .engine.schedule import Schedule, Step, Work, named
 from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
 from .errors import count, listed, whole_number
-from .kernels import devices, layer_tiles, tile_config
+from .kernels import devices
 from .kernels.activation import Activation
-from .kernels.activations import IDENTITY
-from .kernels.dropout import SEED_BYTES, keeps_preactivation
 from .kernels.language import NOT_INSTALLED, WHY_NO_TRITON
-from .kernels.network import Gradients, gradients_of
-from .kernels.tile_config import TileConfig
 from .reference import Layer
 
-__all__ = [
-    "KernelPlan",
-    "Plan",
-    "RunPlan",
-    "Work",
-    "checked_rows",
-    "explain",
-    "kept_elements",
-    "plan_layers",
-    "plan_network",
-    "work",
-]
+__all__ = ["Plan", "RunPlan", "Work", "checked_rows", "explain", "meta_layers", "schedules_of", "work"]
 
 
-@dataclass(frozen=True)
-class Work:
-    """FLOPs (a multiply-add is two) and bytes read from and written to the device's memory."""
-
-    flops: int
-    bytes: int
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least seconds that it can take: max(FLOPs / peak, bytes / bandwidth)."""
-        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
-
-
-@dataclass(frozen=True)
-class KernelPlan:
-    """One launch: what it computes, and what work that is; with its tile, or the problem that one is chosen for."""
-
-    layer: str
-    kind: str
-    work: Work
-    problem: tile_config.Problem | None = None
-    tile: TileConfig | None = None
-
-    @property
-    def is_backward(self) -> bool:
-        return self.kind not in ("seed", "forward", "network forward")
-
-
-def plan_layers(
+def schedules_of(
+    path: NetworkPath | LayerPath,
     rows: int,
-    shapes: Sequence[tuple[int, int]],
-    activations: Sequence[Activation],
-    dtype: torch.dtype,
+    layers: Sequence[Layer],
+    device: devices.Device,
     *,
+    dtype: torch.dtype,
+    weights: Sequence[bool],
     biases: Sequence[bool],
-    trainable: Sequence[bool] | None = None,
-    needs_input_grad: bool = False,
-    precision: str = "ieee",
-    dropouts: Sequence[float] | None = None,
-) -> list[KernelPlan]:
-    """The launches of the layer path, forward and backward, in their order, each with its FLOPs and bytes.
+    needs_x: bool = False,
+) -> tuple[Schedule, Schedule | None]:
+    """The schedules of a forward and of its backward, None without gradients.
 
     A kernel's bytes are its operands read once and its outputs written once, as they are when a tile's operands stay in
-    cache; a weight gradient split over rows writes and reads its partial sums besides.
+    cache; partial sums of weight gradients are those of the step that adds them.
 
     Args:
-        shapes: (width in, width out) of each layer.
-        biases: whether each layer has one.
-        trainable: whether each layer's parameters need gradients, all by default; none at all for inference.
-        dropouts: the probability of the Dropout after each layer, all 0 by default.
+        layers: of which shapes and strides are read, and no number.
+        dtype: of the input.
+        weights, biases, needs_x: whether the gradient of each parameter, and of the input, is wanted.
     """
-    dropouts = [0.0] * len(shapes) if dropouts is None else dropouts
-    # Whether the pre-activation is kept of each layer, and of the input, which has none.
-    keeps_z = [*(keeps_preactivation(*pair) for pair in zip(activations, dropouts)), False]
-    trainable = [True] * len(shapes) if trainable is None else trainable
-    # Whether anything below a layer needs a gradient, from the input to the output.
-    below_needs = [needs_input_grad or any(trainable[:index]) for index in range(len(shapes) + 1)]
-    forward: list[KernelPlan] = []
-    backward: list[list[KernelPlan]] = []
-    if any(dropouts):
-        forward.append(KernelPlan("all", "seed", Work(0, SEED_BYTES)))
-    for index, ((k, n), activation, bias) in enumerate(zip(shapes, activations, biases)):
-        weights = n * k + n * bias
-
-        def plan(
-            kind: tile_config.Kind,
-            flops: int,
-            elements: int,
-            m: int,
-            n: int,
-            k: int,
-            epilogue: Activation = IDENTITY,
-            layer: str = f"{index}: {k} -> {n}",
-            aligned: bool = tile_config.is_aligned(k, n, dtype),
-        ) -> KernelPlan:
-            problem = tile_config.Problem(kind, m, n, k, dtype, precision, aligned, epilogue.name)
-            return KernelPlan(layer, kind, Work(flops, elements * dtype.itemsize), problem)
-
-        product = 2 * rows * n * k
-        outputs = 1 + (below_needs[index + 1] and keeps_z[index])  # h; z
-        forward.append(plan("forward", product, rows * k + weights + outputs * rows * n, rows, n, k, activation))
-        steps = []
-        activates = activation.name != "identity"
-        if index + 1 == len(shapes) and (activates or dropouts[index]) and below_needs[index + 1]:
-            steps.append(plan("output_gradient", 0, (2 + activates) * rows * n, rows, n, 0))  # dy, dz; what was saved
-        if below_needs[index]:
-            below = activations[index - 1] if index else IDENTITY
-            # dx; what was saved; h again
-            tensors = 1 + (below.name != "identity") + (trainable[index] and keeps_z[index - 1])
-            steps.append(plan("dgrad", product, rows * n + n * k + tensors * rows * k, rows, k, n, below))
-        if trainable[index]:
-            steps.append(plan("wgrad", product, rows * n + rows * k + weights, n, k, rows))
-        backward.append(steps)
-    return forward + [kernel for steps in reversed(backward) for kernel in steps]
-
-
-def plan_network(
-    rows: int, path: NetworkPlan, biases: Sequence[bool], gradients: Gradients, needs_input_grad: bool = False
-) -> list[KernelPlan]:
-    """The launches of the network path, forward and backward, as `plan_layers` counts them.
-
-    Partial sums of weight gradients, and their addition, are not counted: they do not grow with the rows.
-
-    Args:
-        biases: whether each layer has one.
-        gradients: those of the parameters that are wanted.
-    """
-    network, last = path.network, path.network.layers - 1
-    widths = network.widths
-    products = [2 * rows * n * k for k, n in itertools.pairwise(widths)]
-    parameters = sum(n * k + n * bias for k, n, bias in zip(widths, widths[1:], biases))
-    hidden = rows * sum(widths[1:-1])
-    ends = rows * (widths[0] + widths[-1])
-    dx = rows * widths[0] * needs_input_grad
-    wanted = any(gradients.weights) or any(gradients.biases)
-    names = f"0-{last}: " + " -> ".join(map(str, widths))
-
-    def kernel(kind: str, flops: int, elements: int, tile: TileConfig | None) -> KernelPlan:
-        return KernelPlan(names, kind, Work(flops, elements * network.dtype.itemsize), tile=tile)
-
-    # What is kept of the last layer: its z where it has one to keep, else y.
-    own = rows * widths[-1] * network.activates_output
-    kept = hidden + own * network.keeps_z[-1]
-    training = path.formulation is not None and (wanted or needs_input_grad)
-    stores = training and path.formulation == "stored"
-    kernels = [kernel("network forward", sum(products), ends + parameters + kept * stores, path.forward)]
+    training = any(weights) or any(biases) or needs_x
+    x = torch.empty((rows, layers[0].weight.shape[1]), dtype=dtype, device="meta")
+    dy = torch.empty((rows, layers[-1].weight.shape[0]), dtype=path.dtype, device="meta")
+    needs = [*weights, *biases]
+    parameters = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if isinstance(path, NetworkPath):
+        forward = path.write_forward(named({"x": x}, *parameters), rows, training and path.stores)
+        if not training:
+            return forward, None
+        kept = torch.empty(rows * path.network.starts[-1], dtype=path.dtype, device="meta")
+        has_own = path.stores and path.network.activates_output
+        others = {"kept": kept if path.stores and len(layers) > 1 else None, "own": dy if has_own else None}
+        backward = path.write_backward(named({"dy": dy, "x": x, **others}, *parameters), rows, needs_x, needs)
+        return forward, backward
+    section = path.section(0, len(layers))
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if path.drops else None
+    given = named({"x": x.to(path.dtype), "seed": seed}, *parameters)
+    choose = path.choose(device)
+    forward = section.write_forward(given, rows, training, choose)
     if not training:
-        return kernels
-    chain = sum(products[gradients.lowest + 1 :]) + products[0] * needs_input_grad
-    sums = sum(product for product, weight in zip(products, gradients.weights) if weight)
-    if path.formulation == "recompute":
-        again = sum(products[: last + network.activates_output])
-        elements = ends + dx + parameters + gradients.starts[-1]
-        return [*kernels, kernel("network recompute", again + chain + sums, elements, path.backward)]
-    if path.formulation == "replay":
-        kernels.append(kernel("network again", sum(products), ends + parameters + kept, path.forward))
-    if chain or own:
-        # dy and what was kept are read, every dz written, the last layer's where it is not dy
-        elements = rows * widths[-1] + hidden + own + hidden + own + dx + parameters
-        kernels.append(kernel("network dgrad", chain, elements, path.backward))
-    if wanted:
-        elements = ends + 2 * hidden + gradients.starts[-1]
-        kernels.append(kernel("network wgrad", sums, elements, path.wgrad))
-    return kernels
-
-
-def kept_elements(rows: int, layers: Sequence[Layer], trainable: Sequence[bool], needs_input_grad: bool = False) -> int:
-    """How many elements the layer path keeps for backward: one tensor a layer whose gradients need it."""
-    kept = 0
-    for index, (weight, _, activation, _) in enumerate(layers):
-        below_needs = needs_input_grad or any(trainable[:index])
-        has_below = index > 0 and layers[index - 1].activation.name != "identity"
-        if trainable[index] or (below_needs and has_below):
-            kept += rows * weight.shape[1]
-        if index + 1 == len(layers) and activation.name != "identity" and (below_needs or trainable[index]):
-            kept += rows * weight.shape[0]
-    return kept
+        return forward, None
+    given |= {"dy": dy, "y": dy, "kept": dy, "seed": seed}
+    return forward, section.write_backward(given, rows, needs_x, needs, choose)
 
 
 def work(
@@ -228,34 +101,49 @@ def work(
     "forward" is that of training, which also keeps what backward needs. `widths` are in -> hidden ... -> out. Without a
     device, it is the layer path's.
     """
-    shapes = list(itertools.pairwise(widths))
-    activations = [resolve(activation)] * (len(shapes) - 1) + [resolve(output_activation)]
+    count = len(widths) - 1
+    activations = tuple([resolve(activation)] * (count - 1) + [resolve(output_activation)])
+    layers = meta_layers(widths, activations, dtype, bias)
 
     def total(training: bool, backward: bool) -> Work:
-        path = None
+        path: NetworkPath | LayerPath | str = ""
         if device is not None:
-            strides = tuple((k, 1, int(bias)) for k, _ in shapes)
-            path = network_path(
-                tuple(widths), strides, tuple(activations), dtype, precision, device, training, torch_too=True
+            strides = tuple((k, 1, int(bias)) for k in widths[:-1])
+            path = network_path(tuple(widths), strides, activations, dtype, precision, device, training, torch_too=True)
+        if isinstance(path, str):
+            path = layer_path(
+                tuple(widths), activations, parameters_of(layers), dtype, precision, False, (0.0,) * count
             )
-        if isinstance(path, NetworkPlan):
-            wanted = (training,) * len(shapes)
-            biased = (training and bias,) * len(shapes)
-            gradients = gradients_of(tuple(widths), wanted, biased, training and needs_input_grad)
-            kernels = plan_network(rows, path, [bias] * len(shapes), gradients, training and needs_input_grad)
-            return sum((kernel.work for kernel in kernels if kernel.is_backward == backward), Work(0, 0))
-        kernels = plan_layers(
+        schedules = schedules_of(
+            path,
             rows,
-            shapes,
-            activations,
-            dtype,
-            biases=[bias] * len(shapes),
-            trainable=[training] * len(shapes),
-            needs_input_grad=training and needs_input_grad,
+            layers,
+            device or devices.INTERPRETED_DEVICE,
+            dtype=dtype,
+            weights=[training] * count,
+            biases=[training and bias] * count,
+            needs_x=training and needs_input_grad,
         )
-        return sum((kernel.work for kernel in kernels if kernel.is_backward == backward), Work(0, 0))
+        # Partial sums are no part of the work, but of how it is done.
+        schedule = schedules[backward]
+        steps = () if schedule is None else schedule.steps
+        return sum((step.work for step in steps if step.kind != "sum_partials"), Work(0, 0))
 
     return {"inference": total(False, False), "forward": total(True, False), "backward": total(True, True)}
+
+
+def meta_layers(
+    widths: Sequence[int], activations: Sequence[Activation], dtype: torch.dtype, bias: bool
+) -> list[Layer]:
+    """Layers without numbers."""
+    return [
+        Layer(
+            torch.empty((n, k), dtype=dtype, device="meta"),
+            torch.empty(n, dtype=dtype, device="meta") if bias else None,
+            activation,
+        )
+        for (k, n), activation in zip(itertools.pairwise(widths), activations)
+    ]
 
 
 @dataclass(frozen=True)
@@ -268,7 +156,7 @@ class RunPlan:
     children: str
     path: Literal["network", "layer", "reference"]
     reason: str
-    kernels: tuple[KernelPlan, ...] = ()
+    kernels: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -281,7 +169,7 @@ class Plan:
     device: devices.Device | None  # None: not a GPU
     runs: tuple[RunPlan, ...]
     kept_bytes: int
-    torch_too: bool = True  # whether a product is left to torch where that was faster as measured
+    workspace_bytes: int = 0  # of the kernels: what the largest pass allocates while it runs
 
     @property
     def path(self) -> str:
@@ -304,26 +192,11 @@ class Plan:
         floors = [self._floor(run, kernel) for run in self.runs for kernel in run.kernels]
         return None if None in floors else sum(floor for floor in floors if floor is not None)
 
-    def choice(self, run: RunPlan, kernel: KernelPlan) -> tables.Choice:
-        """The tile that a kernel runs with, or torch's product where there is none; and where that comes from."""
-        if self.device is None or run.path == "reference":
-            return tables.Choice(None, "")
-        if kernel.problem is None:
-            return tables.Choice(kernel.tile, "")
-        if kernel.problem.kind == "output_gradient":
-            return tables.Choice(layer_tiles.choose(kernel.problem, self.device), "")
-        choice = tables.choice_for(kernel.problem, self.device)
-        if choice.tile is None and not self.torch_too:
-            return tables.Choice(layer_tiles.choose(kernel.problem, self.device), "asked for")
-        return choice
-
-    def _floor(self, run: RunPlan, kernel: KernelPlan) -> float | None:
-        tile = self.choice(run, kernel).tile
+    def _floor(self, run: RunPlan, step: Step) -> float | None:
+        tile = step.tile if run.path != "reference" else None
         precision = "bf16x6" if tile and tile.precision == "bf16x6" else self.precision
         peak = self.device and self.device.peak(self.dtype, precision)
-        return (
-            kernel.work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
-        )
+        return step.work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
 
     def __str__(self) -> str:
         where = self.device.name if self.device else "no GPU"
@@ -347,21 +220,21 @@ class Plan:
             total += f", floor {_time(self.floor)}"
         return "\n".join([*lines, f"{total}; kept for backward {self.kept_bytes / 1e6:.3f} MB"])
 
-    def _row(self, run: RunPlan, kernel: KernelPlan) -> tuple[str, ...]:
-        choice = self.choice(run, kernel)
-        tile, shown = choice.tile, "torch's own"
-        if tile is not None:
-            rows = f"{tile.rows} rows, {tile.num_warps} warps, {tile.num_stages} stages"
-            shown = str(tile) if kernel.problem is not None else rows
-        floor = self._floor(run, kernel)
+    def _row(self, run: RunPlan, step: Step) -> tuple[str, ...]:
+        on_kernels = run.path != "reference"
+        shown = "torch's own"
+        if step.tile is not None and on_kernels:
+            rows = f"{step.tile.rows} rows, {step.tile.num_warps} warps, {step.tile.num_stages} stages"
+            shown = rows if run.path == "network" else str(step.tile)
+        floor = self._floor(run, step)
         return (
-            kernel.layer,
-            kernel.kind,
+            step.label,
+            step.kind,
             shown,
-            f"{kernel.work.flops / 1e9:.3f}",
-            f"{kernel.work.bytes / 1e6:.3f}",
+            f"{step.work.flops / 1e9:.3f}",
+            f"{step.work.bytes / 1e6:.3f}",
             _time(floor) if floor is not None else "-",
-            choice.source,
+            step.source if on_kernels else "",
         )
 
 
@@ -474,7 +347,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         gpu = devices.describe(where.type, where.index or 0)
 
     runs: list[RunPlan] = []
-    kept = 0
+    kept = workspace = 0
     links = model._links()
     first = next((child for child in links if is_linear(child)), None)
     width = 1 if first is None else linear_weight(first).shape[1]
@@ -491,18 +364,19 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
         input_size = dtype.itemsize if runs else max(dtype.itemsize, given.itemsize)
         flow, kept_by_torch = _kept_by_torch(run.children, flow)
-        widths, biases = _widths(layers), [layer.bias is not None for layer in layers]
+        widths, activations = _widths(layers), tuple(layer.activation for layer in layers)
         training = any(trainable) or any(biased) or needs_input_grad
         if layers and reason is None and gpu is not None and not model._wants_kernels():
-            activations = [layer.activation for layer in layers]
-            reason = why_torch(widths, activations, dtype, precision, training, model._recompute, gpu)
-        path: NetworkPlan | str = ""
+            reason = why_torch(
+                widths, [layer.activation for layer in layers], dtype, precision, training, model._recompute, gpu
+            )
+        network: NetworkPath | str = ""
         if layers and reason is None:
             assert gpu is not None
-            path = network_path(
+            network = network_path(
                 widths,
                 tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, *_ in layers),
-                tuple(layer.activation for layer in layers),
+                activations,
                 dtype,
                 precision,
                 gpu,
@@ -512,30 +386,41 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
                 drops=any(run.dropouts),
                 torch_too=not model._wants_kernels(),
             )
-        if isinstance(path, NetworkPlan):
-            gradients = gradients_of(widths, tuple(trainable), tuple(biased), needs_input_grad)
-            kernels = plan_network(rows, path, biases, gradients, needs_input_grad)
-            kept += path.kept_elements(rows) * dtype.itemsize
-            if path.formulation is not None:  # the input is kept as it is given
-                kept += rows * widths[0] * (input_size - dtype.itemsize)
-            runs.append(RunPlan(names, "network", path.explanation, tuple(kernels)))
-            continue
-        kernels = plan_layers(  # of the reference too: the least that the work takes
-            rows,
-            list(itertools.pairwise(widths)),
-            [layer.activation for layer in layers],
-            dtype,
-            biases=biases,
-            trainable=[weight or bias for weight, bias in zip(trainable, biased)],
-            needs_input_grad=needs_input_grad,
-            precision=precision,
-            dropouts=run.dropouts if reason is None else None,
-        )
-        if reason is None:
-            kept += kept_elements(rows, layers, trainable, needs_input_grad) * dtype.itemsize
-            kept += SEED_BYTES if training and any(run.dropouts) else 0
-            runs.append(RunPlan(names, "layer", str(path), tuple(kernels)))
-        else:
+        path: NetworkPath | LayerPath | None = network if isinstance(network, NetworkPath) else None
+        if layers and path is None and 0 not in widths:  # of the reference too: the least that the work takes
+            path = layer_path(
+                widths,
+                activations,
+                parameters_of(layers),
+                dtype,
+                precision,
+                reason is None and not model._wants_kernels(),
+                tuple(run.dropouts) if reason is None else (0.0,) * len(layers),
+            )
+        steps: tuple[Step, ...] = ()
+        if path is not None:
+            wide = dtype if input_size == dtype.itemsize or isinstance(path, LayerPath) else given
+            passes = schedules_of(
+                path,
+                rows,
+                layers,
+                gpu or devices.INTERPRETED_DEVICE,
+                dtype=wide,
+                weights=trainable,
+                biases=biased,
+                needs_x=needs_input_grad,
+            )
+            seed = (SEED,) if isinstance(path, LayerPath) and path.drops else ()
+            steps = seed + tuple(step for schedule in passes if schedule is not None for step in schedule.steps)
+        if path is None or reason is not None:
             kept += kept_by_torch
-            runs.append(RunPlan(names, "reference", reason, tuple(kernels)))
-    return Plan(rows, dtype, precision, gpu, tuple(runs), kept, torch_too=not model._wants_kernels())
+            shown = tuple(step for step in steps if step.kind not in ("sum_partials", "cast"))
+            runs.append(RunPlan(names, "reference", reason or "", shown))
+            continue
+        workspace = max(workspace, *(schedule.workspace_bytes for schedule in passes if schedule is not None))
+        kept += saved_bytes(path, rows, input_size, needs_input_grad, trainable, biased)
+        if isinstance(path, NetworkPath):
+            runs.append(RunPlan(names, "network", path.explanation, steps))
+        else:
+            runs.append(RunPlan(names, "layer", str(network), steps))
+    return Plan(rows, dtype, precision, gpu, tuple(runs), kept, workspace)

@@ -15,7 +15,8 @@ __all__ = ["ADAM", "Need", "Room", "add", "explain", "need", "room"]
 
 OURS = "\nmlp_fused: "  # before what is added to an error
 ADAM = 2  # tensors that the optimizer keeps of each parameter
-# Tensors as wide as the widest layer that a step holds at once besides what is kept: input, output, and two gradients.
+# Tensors as wide as the widest layer that a step of plain torch holds at once besides what is kept: input, output, and
+# two gradients. The kernels' workspace, which is known, stands for all but one of them.
 WORKING = 4
 
 
@@ -111,7 +112,7 @@ def need(model: Any, rows: int, state: int = ADAM) -> Need:
     return Need(
         rows,
         found.kept_bytes if training else 0,
-        WORKING * rows * widest * found.dtype.itemsize,
+        (1 if found.workspace_bytes else WORKING) * rows * widest * found.dtype.itemsize + found.workspace_bytes,
         fixed + (1 + state) * trainable * training,
         device,
         room(device),

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from . import memory
 from .engine import paths, settings
-from .engine.calls import Decision, can_checkpoint, run_kernels, run_path
+from .engine.autograd import run_path
+from .engine.calls import Decision, can_checkpoint, run_kernels
 from .engine.layer_path import LayerPath
 from .engine.originals import (
     Dropout,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mlp_fused import ACTIVATIONS
-from mlp_fused.engine.network_path import run_network
+from mlp_fused.engine.autograd import run_network
 from mlp_fused.engine.paths import network_path
 from mlp_fused.kernels import (
     devices,
@@ -137,7 +137,7 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
 
     def infer() -> None:
         of_input = torch.empty_like(x, dtype=getattr(torch, row.input))
-        network_forward.network_forward(of_input, weights, biases, dy.detach(), path.network, path.forward)
+        network_forward.network_forward(of_input, weights, biases, dy.detach(), path.network, path.forward_tile)
 
     readings = []
     for launched in capture(infer if row.input else train, device):

@@ -204,10 +204,10 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
 def backend_of_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each path in turn; returns the backend with which networks that fit in one kernel take it."""
-    from mlp_fused.engine import paths, schedule
+    from mlp_fused.engine import autograd, paths
 
     if request.param == "layer by layer":
-        monkeypatch.setattr(schedule, "LAUNCH_BOUND", -1)
+        monkeypatch.setattr(autograd, "LAUNCH_BOUND", -1)
     if request.param.startswith("layer"):
         monkeypatch.setattr(paths, "find_network", lambda *arguments: "the other path is tested")
     return "reference" if request.param == "reference" else "triton"
@@ -231,16 +231,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+def by_pointers() -> Iterator[None]:
     """Launches are only prepared the first time, and nothing is written; made again, they run, in the interpreter.
 
     As on a GPU, they are told nothing then but pointers.
     """
     import torch
 
-    from mlp_fused.kernels.launch import Launch, _aligned
-
-    through_triton = Launch.through_triton
+    from mlp_fused.kernels.launch import Launch, _aligned, launched_by
 
     def at(pointer: object, dtype: object) -> object:
         if isinstance(pointer, tuple):
@@ -258,7 +256,7 @@ def by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def prepare(launch: Launch, tensors: Sequence[object]) -> None:
         if not _aligned(tensors):  # such a one is never made again
-            through_triton(launch, tensors)
+            launch.kernel[(launch.programs,)](*tensors, *launch.scalars, **launch.constants)
             return
         of_tensors = tuple(map(dtypes, tensors))
 
@@ -269,7 +267,8 @@ def by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
         if launch.programs:
             launch.run, launch.binary = run, (None, None)
 
-    monkeypatch.setattr(Launch, "through_triton", prepare)
+    with launched_by(prepare):
+        yield
 
 
 @pytest.fixture(params=["layer", "network"])

@@ -7,16 +7,16 @@ import torch
 from cases import SEED, Case, Data, gradients, through_torch
 from torch import Tensor
 
-from mlp_fused.engine import schedule
-from mlp_fused.engine.network_path import NetworkPlan, run_network
+from mlp_fused.engine import autograd
+from mlp_fused.engine.autograd import run_layers, run_network
+from mlp_fused.engine.network_path import NetworkPath
 from mlp_fused.engine.paths import find_layers, find_network
-from mlp_fused.engine.schedule import run_layers
 from mlp_fused.reference import Layer
 
 PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all layers, kernel by kernel; one kernel
 
 
-def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor, list[Layer], NetworkPlan | str]:
+def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor, list[Layer], NetworkPath | str]:
     """x as rows, the layers, and the network path for them."""
     layers = [Layer(*layer, case.dropout) for layer in zip(data.weights, data.biases, case.activations)]
     x = data.x.reshape(-1, data.x.shape[-1])
@@ -30,10 +30,10 @@ def forward(case: Case, data: Data, path: str, recompute: bool | None = None) ->
     if path != "network":
         with pytest.MonkeyPatch.context() as patch:
             if path == "layer":
-                patch.setattr(schedule, "LAUNCH_BOUND", -1)
+                patch.setattr(autograd, "LAUNCH_BOUND", -1)
             y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype, "triton"))
     else:
-        assert isinstance(network_path, NetworkPlan), network_path
+        assert isinstance(network_path, NetworkPath), network_path
         y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)
     return y.view(*data.x.shape[:-1], y.shape[-1])
 

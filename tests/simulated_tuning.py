@@ -7,15 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from mlp_fused.engine import network_path, table_files, tables
 from mlp_fused.kernels.devices import INTERPRETED_DEVICE
 from mlp_fused.kernels.tile_config import TileConfig
-from mlp_fused.tune import operands
 from mlp_fused.tune.config import Config
-from mlp_fused.tune.operands import Passes
+from mlp_fused.tune.operands import Operands, Passes
 from mlp_fused.tune.tasks import Product, Task, Whole, list_tasks, products
 from mlp_fused.tune.tuner import tune
 
@@ -43,14 +41,24 @@ class Clock:
         self.timed.append(self.ran[0])
         return self.seconds.get(self.ran[0], 5e-3)
 
-    def watch(self, what: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-        """`run`, noting that it ran."""
 
-        def watched(*arguments: Any, **keywords: Any) -> Any:
-            self.ran.append(arguments[-1] if what == "tile" else what)
-            return run(*arguments, **keywords)
+def plainly(operands: Operands, index: int, tile: TileConfig | None, run: Callable[[], None]) -> None:
+    """Run a product as it is."""
+    run()
 
-        return watched
+
+class WatchedOperands(Operands):
+    """Operands that tell the clock which way is taken. A test may put another one in its place."""
+
+    def __init__(
+        self, clock: Clock, way: Callable[..., None], product: Product, device: torch.device, count: int | None = None
+    ) -> None:
+        super().__init__(product, device, count)
+        self.clock, self.way = clock, way
+
+    def run(self, index: int, tile: TileConfig | None) -> None:
+        self.clock.ran.append("torch" if tile is None else tile)
+        self.way(self, index, tile, functools.partial(super().run, index, tile))
 
 
 class WatchedPasses(Passes):
@@ -68,7 +76,7 @@ class WatchedPasses(Passes):
         self.clock.ran.append("layer")
         return super().by_layers(x)
 
-    def by_network(self, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+    def by_network(self, path: network_path.NetworkPath, x: torch.Tensor) -> torch.Tensor:
         self.clock.ran.append(path.formulation or "network")
         return super().by_network(path, x)
 
@@ -78,12 +86,15 @@ def only(kind: type[Task]) -> Callable[..., list[Task]]:
     return lambda *arguments: [task for task in list_tasks(*arguments) if isinstance(task, kind)]
 
 
-def watch_ways(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def watched(clock: Clock, way: Callable[..., None] = plainly) -> Callable[..., Operands]:
+    """The operands of a tuner whose products run that way: it takes them, the set, the tile and what runs it."""
+    return functools.partial(WatchedOperands, clock, way)
+
+
+def watch_ways() -> Clock:
     """A clock that sees which way is taken; two tiles for every product, and no whole networks."""
     clock = Clock()
-    for kind in table_files.KINDS:
-        monkeypatch.setitem(operands.BY_TORCH, kind, clock.watch("torch", operands.BY_TORCH[kind]))
-        monkeypatch.setitem(operands.BY_KERNEL, kind, clock.watch("tile", operands.BY_KERNEL[kind]))
+    clock.parts["operands"] = watched(clock)
     clock.parts["passes"] = functools.partial(WatchedPasses, clock)
     return clock
 

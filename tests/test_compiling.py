@@ -71,11 +71,11 @@ def compile_then_launch() -> dict[str, Any]:
         outcomes = [compilers.wait(key, 300) for key in asked]
     driver.set_active(StandIn("cuda", 90, 32, 0))
     torch.cuda.current_device = lambda: 0
-    devices.device_of = lambda tensor: H100
     found: list[tuple[str, bool]] = []
     knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
-    for work in asked.values():
-        launch(work, torch.device("cpu"))  # whose tensors have addresses, as a GPU's
+    with devices.pretended(H100):
+        for work in asked.values():
+            launch(work, torch.device("cpu"))  # whose tensors have addresses, as a GPU's
     knobs.compilation.listener = None
     return {"outcomes": outcomes, "failure": compilers.failure, "launched": found, "keys": keys()}
 
@@ -86,16 +86,16 @@ def keys() -> list[tuple[str, str]]:
     from triton.runtime import JITFunction
 
     triton_keys: list[str] = []
-    compiling.compile_only(H100, GPUTarget("cuda", 90, 32))
     JITFunction._do_compile = lambda self, key, *_: triton_keys.append(f"{self.__name__} {key}")
     found = []
-    for task in tasks.list_tasks(config.Config().workloads, H100)[::5]:
-        if isinstance(task, tasks.Product):
-            for tile in layer_tiles.candidates(task.problem, H100)[::4]:
-                triton_keys.clear()
-                compile_ahead.compile_ahead(TileWork(task, tile))
-                if triton_keys:  # else the kernel was met before
-                    found.append((str(TileWork(task, tile).key), triton_keys[0]))
+    with compiling.compile_only(H100, GPUTarget("cuda", 90, 32)):
+        for task in tasks.list_tasks(config.Config().workloads, H100)[::5]:
+            if isinstance(task, tasks.Product):
+                for tile in layer_tiles.candidates(task.problem, H100)[::4]:
+                    triton_keys.clear()
+                    compile_ahead.compile_ahead(TileWork(task, tile))
+                    if triton_keys:  # else the kernel was met before
+                        found.append((str(TileWork(task, tile).key), triton_keys[0]))
     return found
 
 

@@ -13,9 +13,12 @@ import torch
 from out_of_memory import at
 from readme import ROOT, readme
 
-from mlp_fused.engine import layer_path
+from mlp_fused.engine import schedule, settings
+from mlp_fused.engine.autograd import run_layers
+from mlp_fused.engine.paths import find_layers
 from mlp_fused.environment import SWITCHES
 from mlp_fused.kernels import activations
+from mlp_fused.reference import Layer
 
 SETUP = """
 import torch
@@ -85,26 +88,18 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """An illegal access shows when the kernel is waited for; one of an earlier kernel is not this layer's."""
-    kernels = layer_path.layer_path(
-        (4, 3),
-        (activations.IDENTITY,),
-        ((torch.float32, None),),
-        torch.float32,
-        "ieee",
-        torch_too=False,
-        dropouts=(0.0,),
-    ).layers[0]
-    x, weight, h = torch.randn(2, 4), torch.randn(3, 4), torch.empty(2, 3)
-    launch = layer_path._checked(layer_path.LayerKernels.forward_into, "forward")
+    monkeypatch.setattr(settings, "DEBUG", True)
+    x, layers = torch.randn(2, 4), [Layer(torch.randn(3, 4), None, activations.IDENTITY)]
+    path = find_layers(x, layers, torch.float32, "triton")
     torchs = "CUDA error: an illegal memory access was encountered"
     for call, sentence in ((1, torchs), (2, f"layer 0 (identity), forward: {torchs}")):
 
         def illegal() -> None:
             raise RuntimeError(torchs)
 
-        monkeypatch.setattr(layer_path, "_wait", at(call, illegal))
+        monkeypatch.setattr(schedule, "_wait", at(call, illegal))
         with pytest.raises(RuntimeError) as caught:
-            launch(kernels, x, weight, None, h, None)
+            run_layers(x, [layers[0].weight], [None], path)
         assert str(caught.value) == sentence
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 import pytest
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlp_fused import ACTIVATIONS, FusedMLP, reference
-from mlp_fused.engine import layer_path, schedule, tables
+from mlp_fused.engine import autograd, layer_path, layer_steps, tables
+from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.engine.schedule import run_layers
 from mlp_fused.engine.settings import Backend
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.dropout import Dropout, draw_seed
-from mlp_fused.kernels.launch import Launch, count_launches
+from mlp_fused.kernels.launch import Launch, count_launches, launched_by
 from mlp_fused.kernels.layer_backward import dgrad, output_gradient
 from mlp_fused.kernels.layer_forward import layer_forward, pointwise
 from mlp_fused.kernels.tile_config import TileConfig
@@ -33,7 +34,7 @@ from mlp_fused.reference import Layer
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An autograd.Function a layer; or one for all layers."""
     if request.param == "layer":
-        monkeypatch.setattr(schedule, "LAUNCH_BOUND", -1)
+        monkeypatch.setattr(autograd, "LAUNCH_BOUND", -1)
     return request.param
 
 
@@ -211,14 +212,14 @@ def never_drop(module: nn.Module) -> None:
         module.p = 0.0
 
 
-def test_a_kernel_without_dropout_is_compiled_as_if_there_were_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_dropout_is_compiled_as_if_there_were_none() -> None:
     """The seed, and the two numbers with it, are constants: None; and no tensor stands for them."""
     made: list[tuple[Launch, int]] = []
-    monkeypatch.setattr(Launch, "through_triton", lambda launch, tensors: made.append((launch, len(tensors))))
     leaves = leaves_of(torch.float32, "cpu")
     of = [Layer(*leaves[1:3], ACTIVATIONS["gelu"]), Layer(*leaves[3:], ACTIVATIONS["gelu"])]
-    y = run_layers(leaves[0], leaves[1::2], leaves[2::2], find_layers(leaves[0], of, torch.float32, "triton"))
-    y.sum().backward()
+    with launched_by(lambda launch, tensors: made.append((launch, len(tensors)))):
+        y = run_layers(leaves[0], leaves[1::2], leaves[2::2], find_layers(leaves[0], of, torch.float32, "triton"))
+        y.sum().backward()
     counted = {launch.kernel.__name__: tensors for launch, tensors in made if "wgrad" not in launch.kernel.__name__}
     assert counted == {"layer_forward_kernel": 5, "output_gradient_kernel": 4, "dgrad_kernel": 5}
     for launch, tensors in made:
@@ -281,7 +282,7 @@ def test_recomputing_draws_no_random_numbers(
 ) -> None:
     """The mask is the same even if the generator cannot be put back, as on torch 2.9 while a CUDA graph is captured."""
     if layer_by_layer:
-        monkeypatch.setattr(schedule, "LAUNCH_BOUND", -1)
+        monkeypatch.setattr(autograd, "LAUNCH_BOUND", -1)
     for module in (torch, torch.cuda):
         monkeypatch.setattr(module, "set_rng_state", lambda *arguments, **keywords: None)
     model = FusedMLP(20, [31, 17], activation_layer=activation, dropout=0.4, backend="triton").to(device)
@@ -422,7 +423,7 @@ def test_a_changed_probability_is_seen_and_a_wrong_one_is_torchs_to_refuse(devic
 def test_products_that_are_torchs_drop_as_the_kernels_do(
     name: str, path: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "tile_for", lambda problem, device: None)
+    monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(None, "a test"))
     leaves = leaves_of(torch.float32, device, rows=33)
     found = []
     for backend in ("triton", "auto", "auto"):  # by torch the first time, and again
@@ -456,15 +457,15 @@ def test_warmup_compiles_for_dropout_and_draws_nothing(device: str) -> None:
     model = FusedMLP(300, [300, 24], dropout=0.5, backend="triton").to(device).eval()
     before = generator_state(device)
     seen: list[object] = []
-    find = layer_path.LayerKernels._make
+    write = layer_path.forward_steps
 
-    def make(self: layer_path.LayerKernels, *arguments: object, **dropping: object) -> object:
-        seen.append(self.dropout)
-        return find(self, *arguments, **dropping)
+    def note(spec: layer_steps.LayerSpec, *arguments: Any) -> Any:
+        seen.append(spec.dropout)
+        return write(spec, *arguments)
 
     layer_path.layer_path.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_path.LayerKernels, "_make", make)
+        patch.setattr(layer_path, "forward_steps", note)
         model.warmup(8)
     layer_path.layer_path.cache_clear()
     assert torch.equal(generator_state(device), before)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from mlp_fused import ACTIVATIONS, FusedMLP
+from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.engine.schedule import run_layers
-from mlp_fused.kernels.launch import Launch, count_launches
+from mlp_fused.kernels.launch import count_launches, launched_by
 from mlp_fused.reference import Layer
 
 
@@ -29,7 +29,7 @@ def test_explain_counts_what_dropout_moves() -> None:
     M, d = 4096, 512
 
     def moved(activation: str, p: float) -> int:
-        model = FusedMLP(d, [d, d], activation_layer=activation, dropout=p, dtype=torch.bfloat16)
+        model = FusedMLP(d, [d, d], activation_layer=activation, dropout=p, dtype=torch.bfloat16, backend="triton")
         model[-1].p = 0.0
         return model.explain(M, device="NVIDIA H200").work.bytes
 
@@ -91,14 +91,14 @@ def test_dropout_before_any_linear_is_torchs(device: str) -> None:
     torch.testing.assert_close(y, nn.Sequential(*model)(x), rtol=1e-4, atol=1e-4)
 
 
-def test_annealing_the_probability_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_annealing_the_probability_compiles_nothing() -> None:
     """It is a number that kernels are given, as the layer is, and none of their constants."""
     made = []
-    monkeypatch.setattr(Launch, "through_triton", lambda launch, tensors: made.append(launch))
     x, weight = torch.randn(9, 300), torch.randn(300, 300)
     for p in (0.1, 0.25):
         of = [Layer(weight, None, ACTIVATIONS["gelu"], p)] * 2
-        run_layers(x, [weight] * 2, [None] * 2, find_layers(x, of, x.dtype, "auto"))
+        with launched_by(lambda launch, tensors: made.append(launch)):
+            run_layers(x, [weight] * 2, [None] * 2, find_layers(x, of, x.dtype, "auto"))
     assert len(made) == 4
     assert all(launch.constants == made[0].constants for launch in made)
     assert [launch.scalars[:2] for launch in made] == [(0.9, 0), (0.9, 1), (0.75, 0), (0.75, 1)]

@@ -12,11 +12,11 @@ from kernel_runs import PATHS, by_torch, case_id, find, forward
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, mlp, reference
-from mlp_fused.engine import layer_path, schedule, tables
+from mlp_fused.engine import autograd, layer_path, tables
+from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.calls import run_kernels
-from mlp_fused.engine.network_path import NetworkPlan
+from mlp_fused.engine.network_path import NetworkPath
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.engine.schedule import run_layers
 from mlp_fused.kernels import network, network_backward, network_forward
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.devices import Device, describe
@@ -31,7 +31,7 @@ from mlp_fused.reference import Layer
 def paths(case: Case) -> list[str]:
     """The paths that a case has: not every width fits in one kernel."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
-    narrow = isinstance(find(case, make(replace(case, rows=3)))[2], NetworkPlan)
+    narrow = isinstance(find(case, make(replace(case, rows=3)))[2], NetworkPath)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     return ["layer", "network"] if narrow else ["layer"]
 
@@ -102,7 +102,7 @@ def test_every_kind_of_tile_through_the_table(
     """In the interpreter alone: on a GPU compiling them all would take an hour; there the rule's own tiles are run."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     layer_path.layer_path.cache_clear()  # what it remembers is of other tiles
-    monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind(kind, problem))
+    monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(of_kind(kind, problem), "a test"))
     data = make(case)
     ours = gradients(data, forward(case, data, "layer"))
     layer_path.layer_path.cache_clear()
@@ -130,7 +130,9 @@ def test_all_layers_at_once_without_alignment(case: Case, poisoned: None, monkey
 def all_layers_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     layer_path.layer_path.cache_clear()
-    monkeypatch.setattr(tables, "tile_for", lambda problem, device: of_kind("persistent", problem))
+    monkeypatch.setattr(
+        tables, "choice_for", lambda problem, device: tables.Choice(of_kind("persistent", problem), "a test")
+    )
     for _ in range(2):
         data = make(case)
         with count_launches() as launches:
@@ -204,19 +206,21 @@ def test_the_network_recomputes_the_very_bits_of_its_forward(
     case = Case(100, (20, 32, 24, 17), dtype, activation)
     data = make(case, device)
     x, layers, path = find(case, data)
-    assert isinstance(path, NetworkPlan)
+    assert isinstance(path, NetworkPath)
     assert path.formulation == "recompute"
-    assert path.backward is not None
+    assert path.backward_tile is not None
     weights, biases, *_ = zip(*layers)
     net = path.network
     y, dy = torch.empty_like(data.dy), data.dy
     hidden, again = (torch.empty(case.rows * net.starts[-1], dtype=dtype, device=device) for _ in range(2))
     # The interpreter's products are numpy's, whose last bit depends on how many rows there are.
-    tile = path.forward if device == "cuda" else path.backward
+    tile = path.forward_tile if device == "cuda" else path.backward_tile
     network_forward.network_forward(x, weights, biases, y, net, tile, h=hidden)
     nothing = network.gradients_of(net.widths, (False,) * 3, (False,) * 3, True)
+    sums = network_backward.network_recompute_sums(x.shape[0], net, nothing, path.backward_tile)
+    partial, *_ = sums.allocate(x.device)
     network_backward.network_recompute(
-        x, dy, weights, biases, torch.empty_like(x), [], net, nothing, path.backward, h=again
+        x, dy, weights, biases, torch.empty_like(x), partial, net, nothing, path.backward_tile, h=again
     )
     assert not hidden.isnan().any()
     assert torch.equal(hidden, again)
@@ -232,15 +236,15 @@ def test_a_network_casts_its_input_as_it_loads_it(
     case = Case(100, (width, 32, 17), dtype)
     data = make(case, device)
     _, layers, path = find(case, data)
-    assert isinstance(path, NetworkPlan)
-    assert (path.forward.block_k > 0) == (width == 300)
+    assert isinstance(path, NetworkPath)
+    assert (path.forward_tile.block_k > 0) == (width == 300)
     weights, biases, *_ = zip(*layers)
     random = torch.randn(case.rows, width, dtype=torch.float64)
     x = random.abs().mul(80).clamp(max=255).to(of_input) if of_input == torch.uint8 else random.to(of_input)
 
     def through(x: Tensor) -> Tensor:
         y = torch.empty_like(data.dy)
-        network_forward.network_forward(x, weights, biases, y, path.network, path.forward)
+        network_forward.network_forward(x, weights, biases, y, path.network, path.forward_tile)
         return y
 
     expected = through(x.to(device, dtype))
@@ -263,7 +267,7 @@ def test_gradcheck(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def layer_by_layer(*leaves: Tensor) -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr(schedule, "LAUNCH_BOUND", -1)
+            patch.setattr(autograd, "LAUNCH_BOUND", -1)
             return through_kernels(*leaves)
 
     for function in (through_kernels, through_torch, *([layer_by_layer] if path == "layer" else [])):
@@ -448,7 +452,7 @@ def test_persistent_programs_take_several_tiles(
         return tile
 
     layer_path.layer_path.cache_clear()  # what it remembers is of other tiles
-    monkeypatch.setattr(tables, "tile_for", tile_for)
+    monkeypatch.setattr(tables, "choice_for", lambda *arguments: tables.Choice(tile_for(*arguments), "a test"))
     data = make(case)
     ours = gradients(data, forward(case, data, "layer"))
     layer_path.layer_path.cache_clear()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -29,11 +28,10 @@ from launched_models import BF16, GELU, IDENTITY, RELU, SILU, gradients
 from torch import Tensor
 
 from mlp_fused import reference
-from mlp_fused.engine import tables
-from mlp_fused.engine.layer_path import layer_after_layer
-from mlp_fused.engine.network_path import NetworkPlan, run_network
+from mlp_fused.engine import autograd, tables
+from mlp_fused.engine.autograd import run_layers, run_network
+from mlp_fused.engine.network_path import NetworkPath
 from mlp_fused.engine.paths import find_layers, find_network
-from mlp_fused.engine.schedule import run_layers
 from mlp_fused.kernels import (
     devices,
     launch,
@@ -41,10 +39,9 @@ from mlp_fused.kernels import (
     network,
     network_forward,
     network_tiles,
-    partial_sums,
     tile_config,
 )
-from mlp_fused.kernels.layer_backward import dgrad, output_gradient, wgrad
+from mlp_fused.kernels.layer_backward import dgrad, output_gradient, wgrad_products, wgrad_sums
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.partial_sums import sum_partials
 from mlp_fused.reference import Layer
@@ -132,6 +129,7 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
     hopper = devices.DEVICES["NVIDIA H100"]
     tile = layer_tiles.choose(tile_config.Problem("wgrad", N, K, M, BF16), hopper)
     whole, split = (dataclasses.replace(tile, split=parts) for parts in (1, 4))
+    partial = wgrad_sums(M, split, BF16, N * K, N)
     widths, strides = (K, 32, 16), ((K, 1, 1), (32, 1, 0))
     net = network.network_of(widths, strides, (RELU, IDENTITY), BF16, "ieee")
     problem = network_tiles.NetworkProblem("forward", net.pads, net.keeps_z, BF16)
@@ -155,20 +153,12 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
             lambda: (draw(M, N), draw(N, K), None, draw(M, K), None),
         ),
         "wgrad": (
-            lambda *tensors: wgrad(*tensors, "ieee", whole),
+            lambda *tensors: wgrad_products(*tensors, K, whole, wgrad_sums(M, whole, BF16, N * K, N)),
             lambda: (draw(M, N), draw(M, K), draw(N, K), draw(N, dtype=torch.float32)),
         ),
         "split wgrad": (
-            lambda *tensors: wgrad(*tensors, "ieee", split),
-            lambda: (draw(M, N), draw(M, K), draw(N, K), draw(N)),
-        ),
-        "split wgrad without bias": (
-            lambda *tensors: wgrad(*tensors, "ieee", split),
-            lambda: (draw(M, N), draw(M, K), draw(N, K), None),
-        ),
-        "split wgrad of the bias alone": (
-            lambda *tensors: wgrad(*tensors, "ieee", split),
-            lambda: (draw(M, N), None, None, draw(N)),
+            lambda *tensors: wgrad_products(*tensors, K, split, partial),
+            lambda: (draw(M, N), draw(M, K), *partial.allocate(torch.device("cpu"))[1:]),
         ),
         "sum_partials": (
             sum_partials,
@@ -200,7 +190,6 @@ def on_stand_ins() -> dict[str, Any]:
     torch.cuda.device = lambda device: driver.active.on(device)
     devices.device_of = lambda tensor: dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="a stand-in")
     tables.PACKAGED = Path("none")
-    partial_sums.Partial.allocate = functools.lru_cache(partial_sums.Partial.allocate)  # the same memory both times
     through = Counter()  # how often Triton was gone through, and compiled
     scratch: list[int] = []
 
@@ -291,12 +280,14 @@ def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
         before = Counter(through)
         x = draw(rows, widths[0])
         if path == "layer":
-            y = layer_after_layer(x, weights, biases, find_layers(x, layers, BF16, "triton"))
+            autograd.LAUNCH_BOUND = -1
+            y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
+            autograd.LAUNCH_BOUND = 2**31
         elif path == "chain":
             y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
         else:
             network_path = find_network(x, layers, BF16)
-            assert isinstance(network_path, NetworkPlan)
+            assert isinstance(network_path, NetworkPath)
             y = run_network(x, tuple(weights), tuple(biases), network_path)
         forward = through["launches"] - before["launches"]
         y.backward(torch.ones_like(y))
@@ -341,7 +332,7 @@ def test_a_launch_made_again_passes_what_triton_would(name: str, found: dict[str
     launched = found["launches"][name]
     assert launched["through Triton"] == 0
     by_triton, again = launched["by Triton"], launched["again"]
-    assert len(by_triton) == len(again) == (2 if "split" in name else 1)
+    assert len(by_triton) == len(again) == 1
     for ours, theirs in zip(again, by_triton):
         assert not ours.pop("told")
         theirs.pop("told")
@@ -465,9 +456,7 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other(as_program: 
         if not as_program:
             assert made(x)
             return
-        program = launch.Program.of([(made, (0,))])
-        assert program is not None
-        assert program([x.data_ptr()])
+        launch.Program([(made, (0,))])([x.data_ptr()])
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(launch_of(kernel), x)
@@ -484,7 +473,7 @@ def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: s
     x = torch.randn(23, 20, device=device)
     layers = [Layer(weight, None, activation) for weight, activation in zip(weights, (GELU, IDENTITY))]
     path = find_network(x, layers, torch.float32)
-    assert isinstance(path, NetworkPlan)
+    assert isinstance(path, NetworkPath)
     path = dataclasses.replace(path, formulation="replay")
     expected = gradients(reference.mlp(x, weights, [None] * 2, [GELU, IDENTITY]), weights)
 

@@ -12,8 +12,9 @@ from launched_models import BF16, GELU, IDENTITY, RELU, SILU, gradients
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, FusedMLP, mlp, reference
+from mlp_fused.engine import schedule
+from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.engine.schedule import run_layers
 from mlp_fused.kernels import (
     launch,
 )
@@ -153,26 +154,26 @@ def test_a_call_that_repeats_prepares_nothing(path: str, device: str, prepared: 
 def test_what_is_remembered_is_bounded(
     path: str, device: str, prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "MOST_REMEMBERED", 3)
-    memos: list[launch.Remembered] = []
-    inner = launch.Remembered.__setitem__
+    monkeypatch.setattr(schedule, "MOST_CACHED", 3)
+    caches: list[schedule.Cache] = []
+    inner = schedule.Cache.__setitem__
 
-    def remember(self: launch.Remembered, *arguments: Any) -> None:
+    def note(self: schedule.Cache, *arguments: Any) -> None:
         inner(self, *arguments)
-        memos.append(self)
+        caches.append(self)
 
-    monkeypatch.setattr(launch.Remembered, "__setitem__", remember)
+    monkeypatch.setattr(schedule.Cache, "__setitem__", note)
     model = FusedMLP(12, [16, 8], backend="triton", device=device)
     for rows in (10, 11, 12, 13, 10, 11, 11):
         x = torch.randn(rows, 12, device=device)
         check(model(x), x, *parameters(model), RELU, IDENTITY)
-    assert memos
-    assert max(map(len, memos)) <= 3
+    assert caches
+    assert max(map(len, caches)) <= 3
 
 
 def test_threads_share_a_model(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the interpreter, whose grid and `tl` are global: it runs one kernel at a time."""
-    monkeypatch.setattr(launch, "MOST_REMEMBERED", 3)
+    monkeypatch.setattr(schedule, "MOST_CACHED", 3)
     model = FusedMLP(12, [16, 7], activation_layer="gelu", backend="triton", device=device)
     data = [torch.randn(rows, 12, device=device) for rows in (14, 5, 16)]
 

@@ -38,8 +38,8 @@ AREAS: dict[str, tuple[str, ...]] = {
     "bench": ("bench",),
 }  # fmt: skip
 ENGINE = (
-    "settings", "recognize", "originals", "table_files", "tables", "autograd", "torch_products", "layer_path",
-    "network_path", "schedule", "paths", "calls", "ops", "runs",
+    "settings", "recognize", "originals", "table_files", "tables", "torch_products", "schedule", "layer_steps",
+    "layer_path", "network_path", "autograd", "paths", "calls", "ops", "runs",
 )  # fmt: skip
 LONGEST = 600
 LONGER = {"kernels/activations.py": "the table of activations, each with its two kernels and its twin"}
@@ -191,3 +191,25 @@ for command in ("train", "predict", "tune", "transfer"):
     subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], cwd=tmp_path, env=environment, check=True, capture_output=True
     )
+
+
+def test_no_module_changes_anothers_names() -> None:
+    """A launcher, a device or a table is handed to the module that uses it."""
+    changed = []
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        ours = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            and (node.level or (node.module or "").startswith(("mlp_fused", "bench")))
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            changed += [
+                f"{name}: {ast.unparse(target)}"
+                for target in targets
+                if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id in ours
+            ]
+    assert changed == []

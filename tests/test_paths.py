@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from mlp_fused import ACTIVATIONS, FusedMLP, explain
 from mlp_fused.engine import network_path, paths, settings, table_files, tables
+from mlp_fused.engine.autograd import saved_bytes
+from mlp_fused.engine.schedule import Step
 from mlp_fused.kernels import devices, layer_tiles, network_tiles, tile_config
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.devices import DEVICES, Device, device_slug
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.kernels.layer_tiles import candidates, choose, why_torch
-from mlp_fused.kernels.network import gradients_of
 from mlp_fused.kernels.tile_config import Problem
 from mlp_fused.reference import Layer
 from mlp_fused.tune import config, tasks
@@ -118,7 +119,7 @@ def network(
     precision: str = "ieee",
     training: bool = True,
     recompute: bool | None = None,
-) -> network_path.NetworkPlan | str:
+) -> network_path.NetworkPath | str:
     """The network path for contiguous parameters."""
     activations = (ACTIVATIONS[activation],) * (len(widths) - 2) + (ACTIVATIONS["identity"],)
     strides = tuple((k, 1, 1) for k in widths[:-1])
@@ -153,19 +154,19 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
     if formulation is None:
         assert path in ("a width is over 256", "the weights and a tile of rows do not fit in shared memory")
         return
-    assert isinstance(path, network_path.NetworkPlan)
+    assert isinstance(path, network_path.NetworkPath)
     assert path.formulation == formulation
     assert ("one pass fits in registers and moves" in path.reason) == (formulation == "recompute")
     inference = network(widths, activation, training=False)
-    assert isinstance(inference, network_path.NetworkPlan)
+    assert isinstance(inference, network_path.NetworkPath)
     assert inference.formulation is None
-    assert inference.forward == path.forward
+    assert inference.forward_tile == path.forward_tile
 
 
 def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
-    assert isinstance(network((64,) * 5, dtype=torch.float32), network_path.NetworkPlan)
+    assert isinstance(network((64,) * 5, dtype=torch.float32), network_path.NetworkPath)
     assert network((128,) * 3, dtype=torch.float32) == "full fp32 products wider than 64 do not fit in registers"
-    assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), network_path.NetworkPlan)
+    assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), network_path.NetworkPath)
 
 
 def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -> None:
@@ -174,7 +175,7 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
     for recompute in (True, False):
         for widths in (narrow, wide):
             path = network(widths, recompute=recompute)
-            assert isinstance(path, network_path.NetworkPlan)
+            assert isinstance(path, network_path.NetworkPath)
             assert path.reason == "the user asks for it"
             formulations[widths, recompute] = path.formulation
     assert formulations == {
@@ -192,18 +193,18 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
     table_files.write(tables.packaged_path("NVIDIA H200"), table)
     paths.forget_tables()
     stored = network(narrow)
-    assert isinstance(stored, network_path.NetworkPlan)
+    assert isinstance(stored, network_path.NetworkPath)
     assert (stored.formulation, stored.reason) == ("stored", "it is faster as measured on this device")
     assert network((16,) * 5) == network((16,) * 5, training=False) == "it is faster as measured on this device"
     asked = network((16,) * 5, recompute=True)
-    assert isinstance(asked, network_path.NetworkPlan)
+    assert isinstance(asked, network_path.NetworkPath)
     assert asked.formulation == "recompute"
     for others in ({"device": "NVIDIA H100"}, {"activation": "tanh"}, {"dtype": torch.float16}):
         other = network(narrow, **others)  # type: ignore[arg-type]
-        assert isinstance(other, network_path.NetworkPlan)
+        assert isinstance(other, network_path.NetworkPath)
         assert other.formulation == "recompute"
     with_triton = network((8,) * 5)  # where torch was faster and kernels are asked for: the rule
-    assert isinstance(with_triton, network_path.NetworkPlan)
+    assert isinstance(with_triton, network_path.NetworkPath)
     assert with_triton.formulation == "recompute"
 
 
@@ -278,12 +279,26 @@ def test_a_network_has_a_plan_or_a_reason(
         assert path
         return
     assert (path.formulation is None) == (not training)
-    assert (path.backward is None) == (not training)
+    assert (path.backward_tile is None) == (not training)
     problem = network_tiles.NetworkProblem("forward", path.network.pads, path.network.keeps_z, dtype)
-    assert network_tiles.network_shared_memory(problem, path.forward, DEVICES[device]) <= DEVICES[device].shared_memory
-    assert path.forward.programs >= DEVICES[device].multiprocessors
+    assert (
+        network_tiles.network_shared_memory(problem, path.forward_tile, DEVICES[device])
+        <= DEVICES[device].shared_memory
+    )
+    assert path.forward_tile.programs >= DEVICES[device].multiprocessors
     if recompute and training:
-        assert path.kept_elements(7) == 7 * widths[0]
+        wanted = [True] * (len(widths) - 1)
+        assert saved_bytes(path, 7, dtype.itemsize, False, wanted, wanted) == 7 * widths[0] * dtype.itemsize
+
+
+def steps_of(path: network_path.NetworkPath, widths: tuple[int, ...], needs_x: bool) -> list[Step]:
+    """All steps of a training pass over 1000 rows."""
+    layers = explain.meta_layers(widths, path.activations, torch.bfloat16, bias=True)
+    wanted = [True] * len(layers)
+    passes = explain.schedules_of(
+        path, 1000, layers, H200, dtype=torch.bfloat16, weights=wanted, biases=wanted, needs_x=needs_x
+    )
+    return [step for schedule in passes if schedule for step in schedule.steps]
 
 
 def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
@@ -292,18 +307,16 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     weights = 2 * (d * d + d) + last * d + last
     products = [2 * M * d * d, 2 * M * d * d, 2 * M * d * last]
     path = network((d, d, d, last))
-    assert isinstance(path, network_path.NetworkPlan)
+    assert isinstance(path, network_path.NetworkPath)
     assert path.formulation == "stored"
-    wanted = gradients_of((d, d, d, last), (True,) * 3, (True,) * 3, False)
-    forward, dgrad, wgrad = explain.plan_network(M, path, [True] * 3, wanted)
+    forward, dgrad, wgrad, _ = steps_of(path, (d, d, d, last), needs_x=False)
     hidden = 2 * M * d
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
     assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     again = network((d, d, d))
-    assert isinstance(again, network_path.NetworkPlan)
-    wanted = gradients_of((d, d, d), (True,) * 2, (True,) * 2, True)
-    forward, recompute = explain.plan_network(M, again, [True] * 2, wanted, True)
+    assert isinstance(again, network_path.NetworkPath)
+    forward, recompute, _ = steps_of(again, (d, d, d), needs_x=True)
     weights = 2 * (d * d + d)
     assert forward.work == explain.Work(2 * products[0], 2 * (2 * M * d + weights))
     # one layer again, both back through, both weight gradients; x, dy, dx, the weights and their gradients

@@ -93,18 +93,23 @@ def expected(name: str, phase: str) -> Expected:
     activations = (*(ACTIVATIONS[cell.activation] for _ in shapes[1:]), ACTIVATIONS["identity"])
     strides = tuple((k, 1, 1) for k, _ in shapes)
     path = paths.network_path(cell.widths, strides, activations, dtype, precision, H100, training, torch_too=True)
-    if isinstance(path, network_path.NetworkPlan):
+    if isinstance(path, network_path.NetworkPath):
         return Expected("network", ours, torchs, ("reading of the network",))
-    kernels = explain.plan_layers(
-        cell.rows,
-        shapes,
-        activations,
-        dtype,
-        biases=[True] * len(shapes),
-        trainable=[training] * len(shapes),
-        precision=precision,
+    layers = explain.meta_layers(cell.widths, activations, dtype, bias=True)
+    no_dropout = (0.0,) * len(shapes)
+    layer_path = paths.layer_path(
+        cell.widths, activations, paths.parameters_of(layers), dtype, precision, False, no_dropout
     )
-    steps = [step(kernel.problem) for kernel in kernels if kernel.problem is not None]
+    wanted = [training] * len(shapes)
+    passes = explain.schedules_of(layer_path, cell.rows, layers, H100, dtype=dtype, weights=wanted, biases=wanted)
+    products = [
+        each.problem
+        for schedule in passes
+        if schedule
+        for each in schedule.steps
+        if each.kind in ("forward", "dgrad", "wgrad")
+    ]
+    steps = [step(problem) for problem in products if problem is not None]
     lines = tuple(line for _, _, line in steps)
     if all(by_torch for _, by_torch, _ in steps):
         return Expected("layer, all of it torch's", torchs, torchs, lines)

@@ -12,20 +12,34 @@ from cases import CASES, SEED, Case, Data, check, gradients, make, oracle, throu
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS
-from mlp_fused.engine import layer_path, tables
+from mlp_fused.engine import layer_path, layer_steps, tables
+from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.engine.schedule import run_layers
-from mlp_fused.engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
+from mlp_fused.engine.schedule import read
+from mlp_fused.engine.torch_products import wgrad_by_torch
+from mlp_fused.kernels import devices, layer_tiles
 from mlp_fused.kernels.activation import Activation
 from mlp_fused.kernels.launch import Launch, count_launches
+from mlp_fused.kernels.tile_config import Problem
 from mlp_fused.reference import Layer
+
+
+def product_by_torch(kind: str, activation: Activation, *tensors: Tensor | None) -> None:
+    """A product of torch's, and the kernel that follows it."""
+
+    def choose(problem: Problem) -> tables.Choice:
+        is_product = problem.kind == kind
+        return tables.Choice(None if is_product else layer_tiles.choose(problem, devices.INTERPRETED_DEVICE), "")
+
+    schedule = layer_steps.product_schedule(kind, tensors, activation, "ieee", choose)
+    schedule.run(tensors, read(tensors)[0])
 
 
 @pytest.fixture
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The layer path, its three products torch's, as a table would have it."""
     layer_path.layer_path.cache_clear()
-    monkeypatch.setattr(tables, "tile_for", lambda problem, device: None)
+    monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(None, "a test"))
     yield
     layer_path.layer_path.cache_clear()
 
@@ -64,10 +78,11 @@ def test_forward_with_and_without_z(activation: Activation, bias: str, dtype: to
     x, weight = (torch.randn(*shape, device=device).to(dtype) for shape in ((9, 20), (7, 20)))
     b = None if bias == "none" else torch.randn(7, device=device).to(torch.float32 if bias == "fp32" else dtype)
     h, z, alone = (torch.full((9, 7), torch.nan, dtype=dtype, device=device) for _ in range(3))
-    forward_by_torch(x, weight, b, h, z, activation)
-    forward_by_torch(x, weight, b, alone, None, activation)
+    product_by_torch("forward", activation, x, weight, b, h, None if activation is IDENTITY else z)
+    product_by_torch("forward", activation, x, weight, b, alone, None)
     expected = torch.nn.functional.linear(x, weight, None if b is None else b.to(dtype))
-    torch.testing.assert_close(z, expected)
+    if activation is not IDENTITY:
+        torch.testing.assert_close(z, expected)
     torch.testing.assert_close(h, activation(expected))
     assert torch.equal(h, alone)
 
@@ -131,7 +146,7 @@ def test_a_nan_survives_the_librarys_relu(dtype: torch.dtype, device: str) -> No
     x, weight = torch.randn(64, 32, device=device, dtype=dtype), torch.randn(48, 32, device=device, dtype=dtype)
     x[3, 5] = torch.nan
     h = torch.empty(64, 48, device=device, dtype=dtype)
-    forward_by_torch(x, weight, torch.zeros(48, device=device, dtype=dtype), h, None, RELU)
+    product_by_torch("forward", RELU, x, weight, torch.zeros(48, device=device, dtype=dtype), h, None)
     assert h[3].isnan().all()
 
 
@@ -161,6 +176,6 @@ def test_only_what_is_wanted(device: str) -> None:
     torch.testing.assert_close(dw, dz.t() @ h)
     torch.testing.assert_close(db, dz.sum(0))
     with count_launches() as launches:
-        dgrad_by_torch(dz, dw, None, torch.empty_like(h), None, IDENTITY)
-        forward_by_torch(h, dw, db, torch.empty_like(dz), None, IDENTITY)
+        product_by_torch("dgrad", IDENTITY, dz, dw, None, torch.empty_like(h), None)
+        product_by_torch("forward", IDENTITY, h, dw, db, torch.empty_like(dz), None)
     assert launches == {}

@@ -25,8 +25,8 @@ from mlp_fused.tune.tuner import tune
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return watch_ways(monkeypatch)
+def clock() -> Clock:
+    return watch_ways()
 
 
 def test_the_time_is_shared_and_what_was_not_reached_is_said(clock: Clock, measured: Path) -> None:

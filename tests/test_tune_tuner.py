@@ -28,6 +28,7 @@ from simulated_tuning import (
     path,
     run,
     watch_ways,
+    watched,
 )
 
 from mlp_fused import timing
@@ -36,15 +37,16 @@ from mlp_fused.engine.recognize import resolve
 from mlp_fused.environment import DISTORTING
 from mlp_fused.errors import UserError
 from mlp_fused.kernels.devices import INTERPRETED_DEVICE
-from mlp_fused.tune import operands, tuner
+from mlp_fused.tune import tuner
 from mlp_fused.tune.config import Config
+from mlp_fused.tune.operands import Operands
 from mlp_fused.tune.tasks import Whole, list_tasks, products
 from mlp_fused.tune.tuner import tune
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return watch_ways(monkeypatch)
+def clock() -> Clock:
+    return watch_ways()
 
 
 def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> None:
@@ -74,19 +76,16 @@ def test_torch_is_recorded_as_none(clock: Clock, measured: Path) -> None:
     assert "Our kernels won 0 of 6; the worst ratio is 0.50" in said
 
 
-def test_what_fails_or_is_wrong_is_skipped_and_said(
-    clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_or_is_wrong_is_skipped_and_said(clock: Clock, measured: Path) -> None:
     clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
-    for kind in table_files.KINDS:
 
-        def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[kind]) -> None:
-            if arguments[-1] == BROKEN:
-                raise RuntimeError("out of resource: shared memory.\nand more")
-            if arguments[-1] != WRONG:  # which writes nothing
-                original(*arguments)
+    def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
+        if tile == BROKEN:
+            raise RuntimeError("out of resource: shared memory.\nand more")
+        if tile != WRONG:  # which writes nothing
+            run()
 
-        monkeypatch.setitem(operands.BY_KERNEL, kind, by_kernel)
+    clock.parts["operands"] = watched(clock, way)
     table, said = run(clock, candidates=lambda *_: (BROKEN, WRONG, SLOW))
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert BROKEN not in clock.timed
@@ -108,26 +107,18 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(
 
 @pytest.mark.parametrize(("dtype", "activation"), [("fp16", "relu"), ("bf16", "gelu")])
 def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
-    dtype: str, activation: str, clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, activation: str, clock: Clock, measured: Path
 ) -> None:
     """cuBLAS rounds partial sums over many rows to fp16, so results are compared with float32."""
     factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # off by twice the bound
 
-    def off(kind: str, run: Callable[..., object], is_off: Callable[..., bool]) -> Callable[..., object]:
-        def wrapped(*arguments: Any) -> object:
-            made = run(*arguments)
-            for result in arguments[2 if kind == "wgrad" else 3 :]:
-                if isinstance(result, torch.Tensor) and is_off(result, arguments[-1]):
-                    result.mul_(factor)
-            return made
+    def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
+        run()
+        for result in operands.sets[index][operands.inputs :]:
+            if result is not None and (tile is None or tile == WRONG):
+                result.mul_(factor)
 
-        return wrapped
-
-    for kind in table_files.KINDS:
-        by_torch = off(kind, operands.BY_TORCH[kind], lambda result, _: result.dtype.itemsize == 2)
-        by_kernel = off(kind, operands.BY_KERNEL[kind], lambda _, tile: tile == WRONG)
-        monkeypatch.setitem(operands.BY_TORCH, kind, by_torch)
-        monkeypatch.setitem(operands.BY_KERNEL, kind, by_kernel)
+    clock.parts["operands"] = watched(clock, way)
     clock.seconds |= {WRONG: 1e-4}
     config = dataclasses.replace(DIMS, dtype=(dtype,), activation=activation)
     table, said = run(clock, config, candidates=lambda *_: (WRONG, SLOW, FAST))
@@ -178,19 +169,17 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered"
 
 
 @pytest.mark.parametrize("at", ["a timed call", "a checked call"])
-def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
-    at: str, clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(at: str, clock: Clock, measured: Path) -> None:
     """In the second product: the first call of its fast tile fails, or its slow one's timing."""
     first, second = list_tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
     broken = False
 
-    def by_kernel(*arguments: Any, original: Callable[..., None] = operands.BY_KERNEL[second.kind]) -> None:
+    def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
         nonlocal broken
-        if at == "a checked call" and len(clock.timed) == 5 and arguments[-1] == FAST:
+        if at == "a checked call" and len(clock.timed) == 5 and tile == FAST:
             broken = True
             raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-        original(*arguments)
+        run()
 
     def synchronize(device: torch.device) -> None:
         if broken:
@@ -201,7 +190,7 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(
             raise RuntimeError(f"{ILLEGAL}\nmore")
         return clock(call)
 
-    monkeypatch.setitem(operands.BY_KERNEL, second.kind, by_kernel)
+    clock.parts["operands"] = watched(clock, way)
     clock.parts["synchronize"] = synchronize
     tile = SLOW if at == "a timed call" else FAST
     with pytest.raises(UserError) as raised:
@@ -348,7 +337,7 @@ def test_paths_by_their_times(clock: Clock, measured: Path) -> None:
         if fastest == "layer":
             assert path == "it is faster as measured on this device"
         elif fastest != "torch":
-            assert isinstance(path, network_path.NetworkPlan)
+            assert isinstance(path, network_path.NetworkPath)
             assert path.formulation == fastest
     assert "training 16-16-16, relu, 8 rows, bfloat16" in said
 
@@ -376,7 +365,7 @@ def test_networks_are_measured_with_the_tiles_just_found(clock: Clock, measured:
 
 def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path) -> None:
     class Wrong(WatchedPasses):
-        def by_network(self, path: network_path.NetworkPlan, x: torch.Tensor) -> torch.Tensor:
+        def by_network(self, path: network_path.NetworkPath, x: torch.Tensor) -> torch.Tensor:
             return self.by_torch(x) * 1.5
 
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",))

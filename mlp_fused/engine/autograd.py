@@ -1,7 +1,10 @@
-"""What both paths share around their autograd.Functions: gradients as kernels read them, and differentiated ones."""
+"""The autograd.Function of a range of layers, and its gradient in plain torch, for differentiating it once more."""
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +13,127 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.activation import Activation
-from ..kernels.activations import ACTIVATIONS
-from ..kernels.dropout import Dropout
+from ..kernels.activations import IDENTITY
+from ..kernels.dropout import SEED_BYTES, Dropout, draw_seed
 from ..kernels.layer_forward import pointwise
+from .layer_path import LayerPath, Section
+from .network_path import NetworkPath
 from .settings import is_batched, is_transformed, is_zero_tensor
 
-__all__ = [
-    "PlainFunction", "differentiable_backward", "dropout_factors", "dropped", "plain_gradient", "restore", "save",
-    "through", "versions", "wants_torch",
-]  # fmt: skip
+__all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_bytes"]
+
+# Multiply-adds of a forward up to which all layers are one autograd.Function: 20 µs of an H200's bf16 forward and
+# backward, which the host can hardly launch faster. Larger layers are one each, so that their gradients are handed on
+# as they come, to DDP for example, and what they keep is freed layer by layer.
+LAUNCH_BOUND = 2**31
+
+
+def run_path(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPath | LayerPath
+) -> Tensor:
+    """x (M, d_0) -> y (M, d_L), with gradients wherever they are wanted."""
+    run: Any = run_layers if isinstance(path, LayerPath) else run_network
+    result: Tensor = run(x, weights, biases, path)
+    return result
+
+
+def run_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPath) -> Tensor:
+    """The network path: x (M, d_0) -> y (M, d_L)."""
+    if path.formulation is None:
+        return path.forward(x, weights, biases, False)[0]
+    return NetworkFunction.call(x, path, *weights, *biases)
+
+
+def run_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    path: LayerPath,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The layer path: x (M, d_0) -> y (M, d_L).
+
+    `seed` is that of the path's Dropout; by default a path that drops draws one.
+    """
+    if x.dtype != path.dtype:
+        x = x.to(path.dtype)
+    if path.drops and seed is None:
+        seed = draw_seed(x.device)
+    end = len(path.layers)
+    first = _first_trainable(x, weights, biases) if torch.is_grad_enabled() else end
+    h = x
+    if first:  # nothing is kept of the layers before
+        section = path.section(0, first)
+        h = section.forward(h, weights[:first], biases[:first], False, seed)[0]
+        if first == end:
+            return h
+    edge = h
+    for begin, after in itertools.pairwise(_bounds(path, x.shape[0], first, weights[first].requires_grad)):
+        outputs = SectionFunction.call(
+            edge, h, path.section(begin, after), seed, *weights[begin:after], *biases[begin:after]
+        )
+        h, edge = outputs if type(outputs) is tuple else (outputs, outputs)
+    return h
+
+
+def _bounds(path: LayerPath, rows: int, first: int, keeps_x: bool) -> list[int]:
+    """Where the sections from layer `first` on begin, and the end of the last.
+
+    A section of several layers keeps its input; where the first layer's weight does not need it, each layer is one.
+    """
+    end = len(path.layers)
+    is_small = rows * path.multiply_adds <= LAUNCH_BOUND
+    return [first, end] if is_small and keeps_x else list(range(first, end + 1))
+
+
+def saved_bytes(
+    path: NetworkPath | LayerPath,
+    rows: int,
+    input_size: int,
+    needs_x: bool,
+    weights: Sequence[bool],
+    biases: Sequence[bool],
+) -> int:
+    """Bytes that a forward saves for backward, parameters apart.
+
+    Args:
+        input_size: bytes of an element of the input.
+        needs_x, weights, biases: whether the gradient of the input and of each parameter is wanted.
+    """
+    size = path.dtype.itemsize
+    if isinstance(path, NetworkPath):
+        if path.formulation is None:
+            return 0
+        kept = sum(map(math.prod, path.kept_shapes(rows))) + rows * path.network.widths[-1] * path.keeps_output
+        return rows * path.network.widths[0] * input_size + kept * size
+    wanted = [needs_x, *map(operator.or_, weights, biases)]
+    if not any(wanted):
+        return 0
+    first = max(0, wanted.index(True) - 1)
+    saved = SEED_BYTES * path.drops
+    for begin, after in itertools.pairwise(_bounds(path, rows, first, weights[first])):
+        section = path.section(begin, after)
+        elements = sum(map(math.prod, section.kept_shapes(rows)))
+        elements += rows * section.layers[0].width_in * _keeps_edge(section, any(wanted[: begin + 1]), weights[begin])
+        elements += rows * section.layers[-1].width_out * section.keeps_output
+        elements += sum(spec.width_in * spec.width_out for spec, cast in zip(section.layers, section.cast) if cast)
+        saved += elements * size
+    return saved
+
+
+def _keeps_edge(section: Section, needs_edge: bool, needs_weight: bool) -> bool:
+    """True if the edge from below is saved. A single layer needs it for dW and for the derivative below alone."""
+    return len(section.layers) > 1 or needs_weight or (needs_edge and section.layers[0].below is not IDENTITY)
+
+
+def _first_trainable(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
+    """The first layer of which, or of whose input, a gradient is wanted; the number of layers where there is none."""
+    if x.requires_grad:
+        return 0
+    for index, (weight, bias) in enumerate(zip(weights, biases)):
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return index
+    return len(weights)
 
 
 class PlainFunction(torch.autograd.Function):
@@ -28,6 +143,94 @@ class PlainFunction(torch.autograd.Function):
     def call(cls, *arguments: Any) -> Any:
         """`apply` without its search for tensors of torch.func transforms, which never come here: 2 µs less."""
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+class SectionFunction(PlainFunction):
+    """(edge, h, W …, b …) -> h of a section of the layer path, and the edge beside it where that is z.
+
+    The edge from below is what the layer below keeps: z, or h itself. Its gradient is dz. The last section returns the
+    network's output, whose gradient is dy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, edge: Tensor, h: Tensor, section: Section, seed: Tensor | None, *parameters: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        count = len(section.layers)
+        weights: Any = parameters[:count]
+        y, z, kept, *casts = section.forward(h, weights, parameters[count:], True, seed)
+        needs_edge, _, _, _, needs_weight, *_ = ctx.needs_input_grad
+        read = [weight if cast is None else cast for weight, cast in zip(weights, casts)]
+        if not needs_edge:
+            read[0] = None
+        _save_parameters(
+            ctx,
+            parameters,
+            edge if _keeps_edge(section, needs_edge, needs_weight) else None,
+            y if section.keeps_output else None,
+            kept,
+            seed,
+            *read,
+        )
+        ctx.section, ctx.rows = section, h.shape[0]
+        if z is None:
+            return y
+        ctx.mark_non_differentiable(y)
+        return y, z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        section: Section = ctx.section
+        needs_edge, _, _, _, *needs = ctx.needs_input_grad
+        dy = gradients[-1]
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        dy = plain_gradient(dy)
+        parameters, (edge, y, kept, seed, *read) = _restore_parameters(ctx, len(needs))
+        if wants_torch(dy):
+            dx, found = differentiable_section(ctx, section, edge, parameters, dy, needs_edge, needs, seed)
+        else:
+            x = edge if edge is not None else dy.new_empty((ctx.rows, 0))
+            dx, found = section.backward(dy, x, y, kept, read, needs_edge, needs, seed)
+        return dx, None, None, None, *found
+
+
+class NetworkFunction(PlainFunction):
+    """(x, W_1 …, b_1 …) -> y: a whole network on the network path."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: NetworkPath, *parameters: Tensor | None) -> Tensor:
+        count = len(parameters) // 2
+        weights: Any = parameters[:count]
+        y, kept = path.forward(x, weights, parameters[count:], path.stores)
+        hidden, z = kept if path.stores else (None, None)
+        own = y if path.keeps_output else z
+        # Saved is what the kernels read; the other parameters may change before backward.
+        read = parameters
+        if path.stores:
+            read = (None, *weights[1:]) if not ctx.needs_input_grad[0] else weights
+        _save_parameters(ctx, parameters, x, hidden, own, *read)
+        ctx.path = path
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        path: NetworkPath = ctx.path
+        needs_x, _, *needs = ctx.needs_input_grad
+        parameters, (x, kept, own, *read) = _restore_parameters(ctx, len(needs))
+        dy = plain_gradient(dy)
+        if wants_torch(dy):
+            _check_versions(ctx, parameters)
+            dx, found = differentiable_backward(path.activations, path.dtype, x, parameters, dy, needs_x, needs)
+        else:
+            if path.stores:
+                read = [*(parameters[:1] if read[0] is None else read[:1]), *read[1:], *parameters[len(read) :]]
+            dx, found = path.backward(dy, x, kept, own, read, needs_x, needs)
+        return dx, None, *found
+
+
+# ------------------------------------------------------------ what is saved
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -44,6 +247,60 @@ def restore(ctx: Any) -> list[Any]:
     return tensors
 
 
+def _save_parameters(ctx: Any, parameters: tuple[Tensor | None, ...], *tensors: Tensor | None) -> None:
+    """Save tensors, and keep the parameters as the user has them, for differentiating a gradient.
+
+    Leaves are kept as they are, for they live as long as the module. Others are saved as well, and so freed after
+    backward.
+    """
+    are_leaves = all(map(_is_leaf, filter(_is_given, parameters)))
+    ctx.parameters = parameters if are_leaves else None
+    ctx.versions = versions(parameters)
+    save(ctx, *tensors, *(() if are_leaves else parameters))
+
+
+def _restore_parameters(ctx: Any, count: int) -> tuple[Sequence[Any], list[Any]]:
+    """The parameters, of which there are so many, and the tensors that were saved."""
+    tensors = restore(ctx)
+    if ctx.parameters is not None:
+        return ctx.parameters, tensors
+    return tensors[-count:], tensors[:-count]
+
+
+_is_leaf = operator.attrgetter("is_leaf")
+
+
+def _is_given(tensor: Tensor | None) -> bool:
+    return tensor is not None
+
+
+def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    """The versions of tensors: torch counts changes in place by them."""
+    try:
+        return [None if tensor is None else tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors made in inference mode have none
+        return [None if each is None or each.is_inference() else each._version for each in tensors]
+
+
+def _check_versions(ctx: Any, parameters: Sequence[Tensor | None], first: int = 0) -> None:
+    """Refuse to differentiate a gradient by parameters, of layer `first` on, that the forward has not computed with.
+
+    Raises:
+        RuntimeError: one was changed in place since.
+    """
+    layers = len(parameters) // 2
+    for index, (before, after) in enumerate(zip(ctx.versions, versions(parameters))):
+        if before != after:
+            name = f"{'weight' if index < layers else 'bias'} {first + index % layers}"
+            raise RuntimeError(
+                f"{name} was changed in place since the forward; "
+                f"its gradient can only be differentiated before that; change it later, or a clone of it"
+            )
+
+
+# ------------------------------------------------------------ gradients
+
+
 def plain_gradient(dy: Tensor) -> Tensor:
     """dy as kernels read it: dense, in memory as it lies."""
     if dy.layout != torch.strided:
@@ -53,16 +310,9 @@ def plain_gradient(dy: Tensor) -> Tensor:
     return dy.resolve_neg()
 
 
-def wants_torch(gradient: Tensor | None) -> bool:
+def wants_torch(gradient: Tensor) -> bool:
     """Whether a backward has to be plain torch: it is differentiated itself, or batched by vmap."""
-    if torch.is_grad_enabled() or is_transformed():
-        return True
-    return gradient is not None and is_batched(gradient)
-
-
-def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    """What tells whether tensors were changed in place, as torch tells it of those that it saves."""
-    return [None if each is None or each.is_inference() else each._version for each in tensors]
+    return torch.is_grad_enabled() or is_transformed() or is_batched(gradient)
 
 
 def through(activation: Activation, saved: Tensor, dh: Tensor, keeps_z: bool) -> Tensor:
@@ -76,11 +326,11 @@ def through(activation: Activation, saved: Tensor, dh: Tensor, keeps_z: bool) ->
 def dropout_factors(
     seed: Tensor | None, dropout: Dropout | None, rows: int, width: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """What a layer's Dropout multiplied by, (rows, width), in float32 at least: made again; None where it has none."""
+    """The factors that a layer's Dropout multiplied by, (rows, width), in float32 at least; None without Dropout."""
     if seed is None or dropout is None:
         return None
     ones = seed.new_ones((rows, width), dtype=torch.promote_types(dtype, torch.float32))
-    pointwise(ones, ones, ACTIVATIONS["identity"], seed=seed, dropout=dropout)
+    pointwise(ones, ones, IDENTITY, seed=seed, dropout=dropout)
     return ones
 
 
@@ -89,50 +339,88 @@ def dropped(h: Tensor, factors: Tensor | None) -> Tensor:
     return h if factors is None else (h * factors).to(h.dtype)
 
 
+def differentiable_section(
+    ctx: Any,
+    section: Section,
+    edge: Tensor | None,
+    parameters: Sequence[Any],
+    dy: Tensor,
+    needs_edge: bool,
+    needs: Sequence[bool],
+    seed: Tensor | None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """`Section.backward` in plain torch, for when its gradients are to be differentiated themselves."""
+    _check_versions(ctx, parameters, section.layers[0].index)
+    specs, first = section.layers, section.layers[0]
+    rows = dy.shape[0]
+    factors = [dropout_factors(seed, spec.dropout, rows, spec.width_out, section.dtype) for spec in specs]
+    if edge is None:  # of a single layer, and neither dW nor a derivative is wanted
+        edge = dy.new_zeros((rows, first.width_in))
+    with torch.enable_grad():
+        left = dropout_factors(seed, first.dropout_below, rows, first.width_in, section.dtype)
+        if not needs_edge:
+            h = edge  # where nothing below wants a gradient, the edge is h
+        elif first.below_keeps_z:
+            h = dropped(first.below(edge), left)
+        elif first.below is not IDENTITY:
+            h = _OutputOf.apply(edge, first.below, left)
+        else:
+            h = edge
+        dh, gradients = differentiable_backward(
+            [spec.activation for spec in specs],
+            section.dtype,
+            h,
+            parameters,
+            dy,
+            needs_edge,
+            needs,
+            factors,
+            from_output=section.is_last,
+        )
+        if dh is None or h is edge:
+            return dropped(dh, left) if dh is not None and first.below is IDENTITY else dh, gradients
+        (dz,) = torch.autograd.grad(h, edge, dh, create_graph=True)
+    return dz, gradients
+
+
 def differentiable_backward(
     activations: Sequence[Activation],
     dtype: torch.dtype,
     x: Tensor,
-    parameters: Sequence[Tensor | None],
-    versions_before: Sequence[int | None],
+    parameters: Sequence[Any],
     dy: Tensor,
     needs_x: bool,
     needs: Sequence[bool],
     factors: Sequence[Tensor | None] | None = None,
+    from_output: bool = True,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx, and the gradients of W_1 …, b_1 …, in plain torch: for when they are to be differentiated themselves.
 
-    `factors` are what each layer's Dropout multiplied by, or None.
-
-    Raises:
-        RuntimeError: a parameter is no longer what the forward computed with.
+    Args:
+        factors: what each layer's Dropout multiplied by, or None.
+        from_output: whether dy is the output's gradient; else that of the last layer's z.
     """
     layers = len(activations)
     factors = [None] * layers if factors is None else factors
-    for index, (before, after) in enumerate(zip(versions_before, versions(parameters))):
-        if before != after:
-            raise RuntimeError(
-                f"{'weight' if index < layers else 'bias'} {index % layers} was changed in place since the forward; "
-                f"its gradient can only be differentiated before that; change it later, or a clone of it"
-            )
     weights, biases = parameters[:layers], parameters[layers:]
     hs, saved = [x.to(dtype)], []
     dh: Tensor | None = dy
     gradients: list[Tensor | None] = [None] * len(parameters)
     with torch.enable_grad():
-        for weight, bias, activation, left in zip(weights, biases, activations, factors):
-            assert weight is not None
+        computed = layers if from_output else layers - 1  # z of the others is not needed
+        for weight, bias, activation, left in zip(weights[:computed], biases, activations, factors):
             z = F.linear(hs[-1], weight.to(dtype), None if bias is None else bias.to(dtype))
             h = activation(z)
             hs.append(dropped(h, left))
             saved.append(z if activation.keeps_preactivation else h)
         for index in reversed(range(layers)):
             weight, bias, activation = weights[index], biases[index], activations[index]
-            assert weight is not None
             assert dh is not None
-            dz = dropped(dh, factors[index])
-            if activation.name != "identity":
-                dz = through(activation, saved[index], dz, activation.keeps_preactivation)
+            dz = dh
+            if from_output or index + 1 < layers:
+                dz = dropped(dh, factors[index])
+                if activation is not IDENTITY:
+                    dz = through(activation, saved[index], dz, activation.keeps_preactivation)
             if needs[index]:
                 gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
             if bias is not None and needs[layers + index]:
@@ -141,3 +429,22 @@ def differentiable_backward(
                 return None, gradients
             dh = dz @ weight.to(dtype)
     return None if dh is None else dh.to(x.dtype), gradients
+
+
+class _OutputOf(torch.autograd.Function):
+    """h as a function of z, evaluated at an edge on which h stands for z: h -> h, with derivative a'(z) read off h.
+
+    `left` is what Dropout has multiplied h by, or None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, activation: Activation, left: Tensor | None) -> Tensor:
+        output = h.clone()
+        save(ctx, output, left)
+        ctx.activation = activation
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None]:
+        h, left = restore(ctx)
+        return ctx.activation.reference_backward(dropped(dh, left), h, *ctx.activation.values), None, None

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.dropout import draw_seed
 from ..reference import Layer
+from .autograd import run_layers, run_path
 from .layer_path import LayerPath
-from .network_path import NetworkPlan, run_network
+from .network_path import NetworkPath
 from .paths import find_path, precision_of, wants_gradients
-from .schedule import run_layers
 from .settings import Backend, TensorGuards, is_transformed, is_watched
 
 
@@ -31,7 +31,7 @@ class Decision:
         weights: tuple[Tensor, ...],
         biases: tuple[Tensor | None, ...],
         settings: tuple[object, ...],
-        path: NetworkPlan | LayerPath,
+        path: NetworkPath | LayerPath,
     ) -> None:
         self.path = path
         self.settings = settings
@@ -104,15 +104,6 @@ def run_operator(
         wants_gradients(x, layers),
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def run_path(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPlan | LayerPath
-) -> Tensor:
-    """x (M, d_0) -> y (M, d_L)."""
-    if isinstance(path, LayerPath):
-        return run_layers(x, weights, biases, path)
-    return run_network(x, tuple(weights), tuple(biases), path)
 
 
 def can_checkpoint(x: Any) -> bool:

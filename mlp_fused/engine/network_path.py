@@ -1,178 +1,33 @@
-"""The network path: a narrow network is one autograd.Function, (x, W_1 …, b_1 …) -> y, one launch."""
+"""The network path: the schedules of a narrow network whose layers run in one kernel."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..kernels import network, network_backward, network_forward
-from ..kernels.launch import Launches
-from ..kernels.network import Network
-from ..kernels.tile_config import TileConfig
-from .autograd import (
-    PlainFunction,
-    differentiable_backward,
-    plain_gradient,
-    restore,
-    save,
-    versions,
-    wants_torch,
+from ..kernels import network
+from ..kernels.network import Gradients, Network
+from ..kernels.network_backward import (
+    network_dgrad,
+    network_recompute,
+    network_recompute_sums,
+    network_wgrad,
+    network_wgrad_sums,
 )
-from .settings import profiler_enabled
+from ..kernels.network_forward import network_forward
+from ..kernels.partial_sums import Partial
+from ..kernels.tile_config import TileConfig
+from .layer_steps import sum_step
+from .schedule import Cache, Schedule, Step, Work, Writer, named, read
+from .torch_products import zeros_by_torch
 
-__all__ = ["Formulation", "NetworkPlan", "run_backward", "run_forward", "run_network"]
-
-
-def run_network(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], path: NetworkPlan) -> Tensor:
-    """The network path: x (M, d_0) -> y (M, d_L)."""
-    if path.formulation is None:
-        return run_forward(x, weights, biases, path)
-    return _NetworkFunction.call(x, path, *weights, *biases)
-
-
-def _ranged(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A profiler shows what a network launches under a range of its name."""
-
-    @functools.wraps(run)
-    def in_range(*arguments: Any, **keywords: Any) -> Any:
-        if not profiler_enabled():
-            return run(*arguments, **keywords)
-        with torch.profiler.record_function(run.__name__.replace("run_", "network ")):
-            return run(*arguments, **keywords)
-
-    return in_range
-
-
-@_ranged
-def run_forward(
-    x: Tensor, weights: tuple[Any, ...], biases: tuple[Any, ...], path: NetworkPlan, keep: bool = False
-) -> Any:
-    """y; with `keep`, (y, what is kept of the hidden layers, the last pre-activation where that one is needed)."""
-    net, rows = path.network, x.shape[0]
-    y = x.new_empty((rows, net.widths[-1]), dtype=net.dtype)
-    kept = z = None
-    if keep and net.layers > 1:
-        kept = x.new_empty((rows * net.starts[-1],), dtype=net.dtype)
-    if keep and net.keeps_z[-1]:
-        z = torch.empty_like(y)
-    if rows:
-        dtypes = [None if parameter is None else parameter.dtype for parameter in (*weights, *biases)]
-        key = (x.shape, x.stride(), x.dtype, x.get_device(), keep, *dtypes)
-        if not path.launches.again(key, x, y, weights, biases, kept, z, None):
-            made = network_forward.network_forward(x, weights, biases, y, net, path.forward, kept=kept, z=z)
-            path.launches.remember(key, made)
-    return (y, kept, z) if keep else y
-
-
-class _NetworkFunction(PlainFunction):
-    """(x, W_1 …, b_1 …) -> y: a whole network."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, path: NetworkPlan, *parameters: Tensor | None) -> Tensor:
-        ctx.path = path
-        layers = len(parameters) // 2
-        stored = path.formulation == "stored"
-        if stored:
-            y, kept, z = run_forward(x, parameters[:layers], parameters[layers:], path, keep=True)
-            own = None
-            if path.network.activates_output:
-                own = y if z is None else z
-        else:
-            y, kept, own = run_forward(x, parameters[:layers], parameters[layers:], path), None, None
-        # Saved is what the kernels read, and what has to be let go after backward; the rest may change before it.
-        read = range(0 if ctx.needs_input_grad[0] else 1, layers) if stored else range(2 * layers)
-        saved = [
-            each if index in read or (each is not None and not each.is_leaf) else None
-            for index, each in enumerate(parameters)
-        ]
-        save(ctx, x, kept, own, *saved)
-        ctx.others = [each if of_saved is None else None for each, of_saved in zip(parameters, saved)]
-        ctx.versions = versions(parameters)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, _, *needs = ctx.needs_input_grad
-        x, kept, own, *saved = restore(ctx)
-        parameters = [other if each is None else each for each, other in zip(saved, ctx.others)]
-        dy = plain_gradient(dy)
-        if wants_torch(dy):
-            net = ctx.path.network
-            dx, gradients = differentiable_backward(
-                net.activations, net.dtype, x, parameters, ctx.versions, dy, needs_x, needs
-            )
-        else:
-            dx, gradients = run_backward(ctx.path, x, kept, own, parameters, dy, needs_x, needs)
-        return dx, None, *gradients
-
-
-@_ranged
-def run_backward(
-    path: NetworkPlan,
-    x: Tensor,
-    kept: Tensor | None,
-    own: Tensor | None,
-    parameters: Sequence[Tensor | None],
-    dy: Tensor,
-    needs_x: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and the gradients of W_1 …, b_1 …, through the kernels, only those that are wanted."""
-    net = path.network
-    rows, layers = x.shape[0], net.layers
-    weights: tuple[Any, ...] = tuple(parameters[:layers])
-    biases = tuple(parameters[layers:])
-    assert path.backward is not None
-    # Hooks on saved tensors may have given a parameter other strides, which the kernels are compiled for.
-    strides = tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b in zip(weights, biases))
-    if strides != net.strides:
-        net = network.network_of(net.widths, strides, net.activations, net.dtype, net.precision)
-    wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
-    make = torch.empty if rows else torch.zeros
-
-    def like(parameter: Tensor | None) -> Tensor:
-        assert parameter is not None
-        return make(parameter.shape, dtype=parameter.dtype, device=x.device)
-
-    dx = make(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
-    gradients = [like(parameter) if need else None for parameter, need in zip(parameters, needs)]
-    if rows == 0:
-        return dx, gradients
-    by_layer = (gradient for pair in zip(gradients[:layers], gradients[layers:]) for gradient in pair)
-    sums = tuple([gradient for gradient in by_layer if gradient is not None])
-    again = path if net is path.network else replace(path, network=net, launches=Launches())
-    launches = again.launches
-    dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
-    key = (x.shape, x.stride(), x.dtype, dy.stride(), x.get_device(), needs_x, *needs, *dtypes)
-    if path.formulation == "recompute":
-        if not launches.again(key, x, dy, dx, weights, biases, None, sums):
-            made = network_backward.network_recompute(x, dy, weights, biases, dx, sums, net, wanted, path.backward)
-            launches.remember(key, made)
-        return dx, gradients
-    if path.formulation == "replay":
-        y, kept, z = run_forward(x, weights, biases, again, keep=True)
-        own = None if not net.activates_output else y if z is None else z
-    dz = None if kept is None else torch.empty_like(kept)
-    last = None if own is None else torch.empty_like(own)
-    if last is not None or wanted.lowest + 1 < layers or needs_x:
-        of_chain = ("dgrad", *key)
-        if not launches.again(of_chain, dy, dx, weights, kept, own, dz, last):
-            launches.remember(
-                of_chain,
-                network_backward.network_dgrad(dy, weights, kept, own, dz, last, dx, net, wanted, path.backward),
-            )
-    if sums:
-        dy = dy if last is None else last
-        of_sums = ("wgrad", *key)
-        if not launches.again(of_sums, x, dy, kept, dz, sums):
-            launches.remember(of_sums, network_backward.network_wgrad(x, dy, kept, dz, sums, net, wanted, path.wgrad))
-    return dx, gradients
-
+__all__ = ["Formulation", "NetworkPath"]
 
 # How the network path trains. recompute: one backward kernel runs the forward again. stored: the forward keeps one
 # tensor of each hidden layer. replay: x alone is kept, and backward begins with the forward that stores.
@@ -180,33 +35,32 @@ Formulation = Literal["recompute", "stored", "replay"]
 
 
 @dataclass(frozen=True, eq=False)
-class NetworkPlan:
-    """The network path for some layers on a device: its tiles, and how it trains, with the reason."""
+class NetworkPath:
+    """The network path for some layers on a device: its tiles, and how it trains, with the reason.
+
+    Attributes:
+        formulation: how it trains; None for inference only.
+        backward_tile: of the kernel that recomputes, or of the one that takes dz down the layers.
+    """
 
     network: Network
-    forward: TileConfig
-    formulation: Formulation | None  # None: for inference only
+    forward_tile: TileConfig
+    formulation: Formulation | None
     reason: str
-    backward: TileConfig | None  # of the kernel that recomputes, or of the chain of dz
-    wgrad: TileConfig
-    launches: Launches = field(default_factory=Launches, repr=False)  # that were made
+    backward_tile: TileConfig | None
+    wgrad_tile: TileConfig
+    cache: Cache = field(default_factory=Cache, repr=False)
 
-    def kept_elements(self, rows: int) -> int:
-        """How many elements are kept for backward."""
-        if self.formulation is None:
-            return 0
-        net = self.network
-        if self.formulation != "stored":
-            return rows * net.widths[0]
-        return rows * (net.widths[0] + net.starts[-1] + net.activates_output * net.widths[-1])
+    drops = False
+    hands_z = False
 
-    def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
-        """Of what a forward stores besides x and y, all of the network's dtype."""
-        net = self.network
-        if self.formulation != "stored":
-            return []
-        hidden = [(rows * net.starts[-1],)] if net.layers > 1 else []
-        return hidden + ([(rows, net.widths[-1])] if net.keeps_z[-1] else [])
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @property
+    def activations(self) -> tuple[Any, ...]:
+        return self.network.activations
 
     @property
     def explanation(self) -> str:
@@ -218,3 +72,261 @@ class NetworkPlan:
         }
         trains = f"; {how[self.formulation]}{self.reason}" if self.formulation else ""
         return f"the weights fit on the chip{trains}"
+
+    @property
+    def stores(self) -> bool:
+        """True if the forward keeps more than x."""
+        return self.formulation == "stored"
+
+    @property
+    def keeps_output(self) -> bool:
+        """True if backward reads the network's output itself."""
+        return self.stores and self.network.activates_output and not self.network.keeps_z[-1]
+
+    def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
+        """The shapes of what a forward keeps besides x and y, all of the network's dtype."""
+        net = self.network
+        if not self.stores:
+            return []
+        hidden = [(rows * net.starts[-1],)] if net.layers > 1 else []
+        return hidden + ([(rows, net.widths[-1])] if net.keeps_z[-1] else [])
+
+    # ------------------------------------------------------------ forward
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], keep: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """y, and with `keep` what is kept of the hidden layers and the last pre-activation, None where there is not."""
+        tensors = (x, *weights, *biases)
+        pointers, aligned = read(tensors)
+        key = (keep, aligned, x.shape, x.stride(), x.dtype, x.get_device())
+        schedule = self.cache.get(key)
+        if schedule is None:
+            given = named({"x": x}, weights, biases)
+            schedule = self.cache[key] = self.write_forward(given, x.shape[0], keep)
+        y, *kept = schedule.run(tensors, pointers)
+        return y, kept
+
+    def write_forward(self, given: Mapping[str, Tensor | None], rows: int, keep: bool) -> Schedule:
+        """One step: all layers."""
+        writer = Writer(given, self.dtype, rows)
+        step = self._forward_step(writer, "network forward", keep)
+        if rows:
+            writer.steps.append(step)
+        return writer.finish("y", *((step.operands["kept"], step.operands["z"]) if keep else ()))
+
+    def _forward_step(self, writer: Writer, kind: str, keep: bool) -> Step:
+        net, rows, tile = self.network, writer.rows, self.forward_tile
+        y = writer.allocate("y", rows, net.widths[-1])
+        kept = writer.allocate("kept", rows * net.starts[-1]) if keep and net.layers > 1 else None
+        z = writer.allocate("z", rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
+
+        run = partial(network_forward, network=net, tile=tile)
+
+        weights, biases = _parameters(writer, net.layers)
+        operands = {"x": "x", "y": y, "weights": weights, "biases": biases, "kept": kept, "z": z, "h": None}
+        elements = self._ends(rows) + self._parameters_elements(writer)
+        elements += (rows * net.starts[-1]) * (kept is not None) + rows * net.widths[-1] * (z is not None)
+        return self._step(kind, operands, ("y", "kept", "z"), run, self._flops(rows), elements, tile)
+
+    # ------------------------------------------------------------ backward
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        kept: Tensor | None,
+        own: Tensor | None,
+        parameters: Sequence[Tensor | None],
+        needs_x: bool,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dx, and the gradients of the weights and then of the biases, those that are needed.
+
+        Args:
+            kept: of the hidden layers, and `own` of the last one, z or y: where the forward stores them.
+            parameters: the weights, then the biases, as the user has them.
+        """
+        tensors = (dy, x, kept, own, *parameters)
+        pointers, aligned = read(tensors)
+        # Hooks on saved tensors may have given the weights other strides, too.
+        strides = [tensor.stride() for tensor in (x, dy, *parameters[: self.network.layers]) if tensor is not None]
+        key = (needs_x, *needs, aligned, x.shape, x.dtype, x.get_device(), *strides)
+        schedule = self.cache.get(key)
+        if schedule is None:
+            count = len(parameters) // 2
+            given = named({"dy": dy, "x": x, "kept": kept, "own": own}, parameters[:count], parameters[count:])
+            schedule = self.cache[key] = self.write_backward(given, x.shape[0], needs_x, needs)
+        dx, *gradients = schedule.run(tensors, pointers)
+        return dx, gradients
+
+    def write_backward(
+        self, given: Mapping[str, Tensor | None], rows: int, needs_x: bool, needs: Sequence[bool]
+    ) -> Schedule:
+        """One step that recomputes; or one for every dz and one for all dW and db. Another one adds partial sums."""
+        writer = Writer(given, self.dtype, rows)
+        path = self._with_strides(given)
+        net, layers = path.network, self.network.layers
+        wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
+        x = given["x"]
+        assert x is not None
+        dx = writer.allocate("dx", rows, net.widths[0], dtype=x.dtype) if needs_x else None
+        gradients: list[str | None] = []
+        for place, need in enumerate(needs):
+            name = f"weight[{place}]" if place < layers else f"bias[{place - layers}]"
+            parameter = given[name]
+            if not need or parameter is None:
+                gradients.append(None)
+                continue
+            gradients.append(writer.allocate(f"d {name}", *parameter.shape, dtype=parameter.dtype))
+        by_layer = (name for pair in zip(gradients[:layers], gradients[layers:]) for name in pair)
+        sums = tuple(name for name in by_layer if name is not None)
+        if not rows:
+            writer.steps += [
+                Step("zeros", "network", self._label, {"total": total}, ("total",), zeros_by_torch) for total in sums
+            ]
+        elif self.formulation == "recompute":
+            writer.steps += path._recompute_steps(writer, dx, sums, wanted)
+        else:
+            kept, own = writer.has("kept"), writer.has("own")
+            if self.formulation == "replay":
+                writer.steps.append(path._forward_step(writer, "network again", keep=True))
+                kept = writer.has("kept")
+                own = (writer.has("z") or "y") if net.activates_output else None
+            writer.steps += path._stored_steps(writer, dx, kept, own, sums, wanted)
+        return writer.finish(dx, *gradients)
+
+    def _with_strides(self, given: Mapping[str, Tensor | None]) -> NetworkPath:
+        """The path for parameters of these strides: hooks on saved tensors may have given them others."""
+        net = self.network
+        strides = []
+        for place in range(net.layers):
+            weight, bias = given[f"weight[{place}]"], given[f"bias[{place}]"]
+            assert weight is not None
+            strides.append((*weight.stride(), 0 if bias is None else bias.stride(0)))
+        if tuple(strides) == net.strides:
+            return self
+        net = network.network_of(net.widths, tuple(strides), net.activations, net.dtype, net.precision)
+        return NetworkPath(net, self.forward_tile, self.formulation, self.reason, self.backward_tile, self.wgrad_tile)
+
+    def _recompute_steps(self, writer: Writer, dx: str | None, sums: tuple[str, ...], wanted: Gradients) -> list[Step]:
+        net, tile, rows = self.network, self.backward_tile, writer.rows
+        assert tile is not None
+        sums_of_all = network_recompute_sums(rows, net, wanted, tile)
+
+        run = partial(network_recompute, network=net, gradients=wanted, tile=tile)
+
+        weights, biases = _parameters(writer, net.layers)
+        whole = _allocate_partial(writer, sums_of_all)
+        operands = {
+            "x": "x",
+            "dy": "dy",
+            "dx": dx,
+            "weights": weights,
+            "biases": biases,
+            "h": None,
+            "partial": whole,
+        }
+        again = self._flops(rows, end=net.layers - 1 + net.activates_output)
+        elements = self._ends(rows) + self._parameters_elements(writer) + wanted.starts[-1]
+        elements += rows * net.widths[0] * (dx is not None)
+        flops = again + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
+        step = self._step("network recompute", operands, ("dx", "partial"), run, flops, elements, tile)
+        return [step, *self._sum_steps(whole, sums, sums_of_all)]
+
+    def _stored_steps(
+        self,
+        writer: Writer,
+        dx: str | None,
+        kept: str | None,
+        own: str | None,
+        sums: tuple[str, ...],
+        wanted: Gradients,
+    ) -> list[Step]:
+        net, rows = self.network, writer.rows
+        hidden, width_out = rows * net.starts[-1], net.widths[-1]
+        dz = writer.allocate("dz", hidden) if kept else None
+        last = writer.allocate("last", rows, width_out) if own else None
+        steps = []
+        if last or wanted.lowest + 1 < net.layers or dx:
+            tile = self.backward_tile
+            assert tile is not None
+
+            run = partial(network_dgrad, network=net, gradients=wanted, tile=tile)
+
+            weights, _ = _parameters(writer, net.layers)
+            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept, "own": own}
+            operands |= {"dz": dz, "last": last}
+            # dy and what was kept are read, every dz written, the last layer's where it is not dy.
+            ends = rows * width_out * (1 + 2 * (own is not None))
+            elements = ends + 2 * hidden + rows * net.widths[0] * (dx is not None) + self._parameters_elements(writer)
+            flops = self._chain_flops(rows, wanted, dx)
+            steps.append(self._step("network dgrad", operands, ("dx", "dz", "last"), run, flops, elements, tile))
+        if sums:
+            sums_of_all = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
+            wgrad_tile = self.wgrad_tile
+
+            run = partial(network_wgrad, network=net, gradients=wanted, tile=wgrad_tile)
+
+            whole = _allocate_partial(writer, sums_of_all)
+            operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz, "partial": whole}
+            elements = self._ends(rows) + 2 * hidden + wanted.starts[-1]
+            flops = self._sum_flops(rows, wanted)
+            steps.append(self._step("network wgrad", operands, ("partial",), run, flops, elements, wgrad_tile))
+            steps += self._sum_steps(whole, sums, sums_of_all)
+        return steps
+
+    # ------------------------------------------------------------ what the steps share
+
+    def _step(
+        self,
+        kind: str,
+        operands: Mapping[str, Any],
+        writes: tuple[str, ...],
+        run: Any,
+        flops: int,
+        elements: int,
+        tile: TileConfig,
+    ) -> Step:
+        work = Work(flops, elements * self.dtype.itemsize)
+        return Step(kind, "network", self._label, operands, writes, run, work, None, tile)
+
+    def _sum_steps(self, whole: str, sums: tuple[str, ...], partial_sums: Partial) -> list[Step]:
+        return [sum_step("network", self._label, whole, sums, partial_sums)] if sums else []
+
+    @property
+    def _label(self) -> str:
+        return f"0-{self.network.layers - 1}: " + " -> ".join(map(str, self.network.widths))
+
+    def _ends(self, rows: int) -> int:
+        """Elements of x and y."""
+        return rows * (self.network.widths[0] + self.network.widths[-1])
+
+    def _parameters_elements(self, writer: Writer) -> int:
+        widths = itertools.pairwise(self.network.widths)
+        biased = [writer.has(f"bias[{place}]") is not None for place in range(self.network.layers)]
+        return sum(n * k + n * bias for (k, n), bias in zip(widths, biased))
+
+    def _flops(self, rows: int, start: int = 0, end: int | None = None) -> int:
+        """FLOPs of the products of some layers, by default of all."""
+        return sum(2 * rows * n * k for k, n in list(itertools.pairwise(self.network.widths))[start:end])
+
+    def _chain_flops(self, rows: int, wanted: Gradients, dx: str | None) -> int:
+        """FLOPs of dz from the output down to the lowest layer that a gradient is wanted of, and of dx."""
+        return self._flops(rows, wanted.lowest + 1) + (self._flops(rows, 0, 1) if dx else 0)
+
+    def _sum_flops(self, rows: int, wanted: Gradients) -> int:
+        """FLOPs of the weight gradients that are wanted."""
+        return sum(self._flops(rows, place, place + 1) for place, weight in enumerate(wanted.weights) if weight)
+
+
+def _parameters(writer: Writer, layers: int) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """The names of the weights and of the biases."""
+    return (
+        tuple(writer.has(f"weight[{place}]") for place in range(layers)),
+        tuple(writer.has(f"bias[{place}]") for place in range(layers)),
+    )
+
+
+def _allocate_partial(writer: Writer, sums: Partial) -> str:
+    return writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)

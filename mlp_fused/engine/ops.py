@@ -25,10 +25,9 @@ from .. import reference
 from ..kernels.activation import parse
 from ..reference import Layer
 from .autograd import plain_gradient
-from .layer_path import LayerPath
-from .network_path import NetworkPlan, run_backward, run_forward
+from .layer_path import LayerPath, Section
+from .network_path import NetworkPath
 from .paths import find_path, why_device
-from .schedule import cast, chained_backward, chained_forward, kept_shapes
 
 _SETTINGS = "bool[] biased, str[] activations, ScalarType dtype, str precision, bool? recompute, str backend"
 _library = torch.library.Library("mlp_fused", "DEF")
@@ -51,9 +50,10 @@ class _Settings(NamedTuple):
 
     def path(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], keep: bool
-    ) -> NetworkPlan | LayerPath:
+    ) -> NetworkPath | Section:
         layers = tuple(map(Layer, weights, biases, map(parse, self.activations)))
-        return find_path(x, layers, self.dtype, self.recompute, self.backend, self.precision, keep)
+        path = find_path(x, layers, self.dtype, self.recompute, self.backend, self.precision, keep)
+        return path.section(0, len(layers)) if isinstance(path, LayerPath) else path
 
     def of_all(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
         """One for each layer, None where it has no bias. (In a list with None, torch gives no tensor a gradient.)"""
@@ -72,18 +72,12 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
         raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
     path = call.path(x, weights, all_biases, keep)
     x, weights, all_biases = x.resolve_neg(), _plain(weights), _plain(all_biases)
-    if isinstance(path, NetworkPlan):
-        if path.formulation != "stored":
-            return run_forward(x, tuple(weights), tuple(all_biases), path), []
-        y, *stored = run_forward(x, tuple(weights), tuple(all_biases), path, keep=True)
-        return y, [each for each in stored if each is not None]
-    keep = keep and not call.recompute
-    weights_read = cast(weights, path)
-    y, kept = chained_forward(x.to(dtype), weights_read, all_biases, path, keep)
-    if not keep:
-        return y, []
-    converted = [read for read, weight in zip(weights_read, weights) if read is not weight]
-    return y, [each for each in (kept, *converted) if each is not None]
+    if isinstance(path, NetworkPath):
+        y, kept = path.forward(x, weights, all_biases, keep and path.stores)
+    else:
+        keep = keep and not call.recompute
+        y, _, *kept = path.forward(x.to(dtype), weights, all_biases, keep, None)
+    return y, [each for each in kept if each is not None] if keep else []
 
 
 def _mlp_by_torch(call: _Settings, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -151,12 +145,11 @@ def _mlp_fake(
     if not keep:
         return y, []
     path = call.path(x, weights, call.of_all(biases), keep)
-    if isinstance(path, NetworkPlan):
-        return y, [x.new_empty(shape, dtype=dtype) for shape in path.kept_shapes(rows)]
-    if call.recompute:
+    if call.recompute and isinstance(path, Section):
         return y, []
-    kept = [x.new_empty(shape, dtype=dtype) for shape in kept_shapes(path, rows)]
-    return y, kept + [weight.to(dtype) for weight in weights if weight.dtype != dtype]
+    kept = [x.new_empty(shape, dtype=dtype) for shape in path.kept_shapes(rows)]
+    cast = [weight for weight in weights if weight.dtype != dtype] if isinstance(path, Section) else []
+    return y, kept + [weight.new_empty(weight.shape, dtype=dtype) for weight in cast]
 
 
 def _mlp_backward(
@@ -176,25 +169,21 @@ def _mlp_backward(
     parameters = [*weights, *all_biases]
     dy, x, x_dtype = plain_gradient(dy), x.resolve_neg(), x.dtype
     left = iter(kept)
-    if isinstance(path, NetworkPlan):
-        hidden = own = None
-        if path.formulation == "stored":
-            net = path.network
-            hidden = next(left) if net.layers > 1 else None
-            own = None if not net.activates_output else next(left) if net.keeps_z[-1] else y
-        dx, gradients = run_backward(path, x, hidden, own, parameters, dy, needs_x, needs_parameters)
+    if isinstance(path, NetworkPath):
+        net = path.network
+        hidden = next(left) if path.stores and net.layers > 1 else None
+        own = y if path.keeps_output else next(left, None)
+        dx, gradients = path.backward(dy, x, hidden, own, parameters, needs_x, needs_parameters)
     else:
         x = x.to(dtype)
         if call.recompute:
-            weights_read = cast(weights, path)
-            y, hidden = chained_forward(x, weights_read, all_biases, path, keep=True)
+            y, _, hidden, *casts = path.forward(x, weights, all_biases, True, None)
         else:
-            hidden = next(left) if kept_shapes(path, x.shape[0]) else None
-            weights_read = [weight if weight.dtype == dtype else next(left) for weight in weights]
-        of_output = y if path.keeps_output else None
-        dx, gradients = chained_backward(
-            path, dy, of_output, x, hidden, weights_read, parameters, needs_x, needs_parameters
-        )
+            hidden = next(left) if path.kept_shapes(x.shape[0]) else None
+            casts = [None if weight.dtype == dtype else next(left) for weight in weights]
+        read = [weight if cast is None else cast for weight, cast in zip(weights, casts)]
+        output = y if path.keeps_output else None
+        dx, gradients = path.backward(dy, x, output, hidden, read, needs_x, needs_parameters, None)
     return [each for each in (None if dx is None else dx.to(x_dtype), *gradients) if each is not None]
 
 

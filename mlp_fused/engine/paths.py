@@ -20,7 +20,8 @@ from ..kernels.network import network_of
 from ..kernels.tile_config import TileConfig
 from . import table_files, tables
 from .layer_path import LayerPath, layer_path
-from .network_path import NetworkPlan
+from .layer_steps import Parameters, parameters_of
+from .network_path import NetworkPath
 from .settings import (
     DEBUG,
     DEFAULT_BACKEND,
@@ -306,7 +307,8 @@ def network_path(
     input_size: int = 0,
     drops: bool = False,
     torch_too: bool = False,
-) -> NetworkPlan | str:
+    parameters: tuple[Parameters, ...] = (),
+) -> NetworkPath | str:
     """The network path for these layers, or the reason why they take the layer path.
 
     The rule for training: where one pass over a tile fits in registers (`network_tiles.network_tile`), the backward
@@ -321,6 +323,7 @@ def network_path(
         input_size: bytes of an element of the input, where it is wider than `dtype`'s (under autocast).
         drops: whether Dropout that drops follows a layer.
         torch_too: whether the network is left to the layer path, which may run torch's products, where that is faster.
+        parameters: how they lie in memory; each has a path of its own, with its schedules.
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
@@ -344,7 +347,7 @@ def network_path(
     if torch_too and recompute is None and measured is None and dtype == torch.float32:
         return SLOW_NETWORK
     if not training:
-        return NetworkPlan(network, forward, None, "inference keeps nothing", None, wgrad)
+        return NetworkPath(network, forward, None, "inference keeps nothing", None, wgrad)
 
     one_pass, chain = tile("recompute"), tile("dgrad")
     size = dtype.itemsize
@@ -352,16 +355,16 @@ def network_path(
     moved = f"{size * ends} bytes a row, storing {size * (ends + 5 * sum(widths[1:-1]))}"
     if not isinstance(one_pass, str) and recompute is not False and (recompute or measured != "stored"):
         reason = "the user asks for it" if recompute else f"one pass fits in registers and moves {moved}"
-        return NetworkPlan(network, forward, "recompute", reason, one_pass, wgrad)
+        return NetworkPath(network, forward, "recompute", reason, one_pass, wgrad)
     if isinstance(chain, str):
         return f"its backward does not fit: {chain}"
     if recompute:
-        return NetworkPlan(network, forward, "replay", "the user asks for it", chain, wgrad)
+        return NetworkPath(network, forward, "replay", "the user asks for it", chain, wgrad)
     if recompute is False:
         reason = "the user asks for it"
     else:
         reason = one_pass if isinstance(one_pass, str) else f"it is {AS_MEASURED}"
-    return NetworkPlan(network, forward, "stored", reason, chain, wgrad)
+    return NetworkPath(network, forward, "stored", reason, chain, wgrad)
 
 
 def find_path(
@@ -372,10 +375,10 @@ def find_path(
     backend: Backend,
     precision: str | None = None,
     training: bool | None = None,
-) -> NetworkPlan | LayerPath:
+) -> NetworkPath | LayerPath:
     """The path that these layers take; `precision` and `training` are torch's setting and state unless given."""
     path = find_network(x, layers, dtype, recompute, precision, training, leaves_to_torch(backend))
-    return path if isinstance(path, NetworkPlan) else find_layers(x, layers, dtype, backend, precision)
+    return path if isinstance(path, NetworkPath) else find_layers(x, layers, dtype, backend, precision)
 
 
 def leaves_to_torch(backend: Backend) -> bool:
@@ -390,7 +393,7 @@ def find_layers(
     return layer_path(
         _widths(x, layers),
         tuple(layer.activation for layer in layers),
-        tuple((weight.dtype, None if bias is None else bias.dtype) for weight, bias, *_ in layers),
+        parameters_of(layers),
         dtype,
         precision or precision_of(dtype),
         leaves_to_torch(backend),
@@ -406,16 +409,15 @@ def find_network(
     precision: str | None = None,
     training: bool | None = None,
     torch_too: bool = False,
-) -> NetworkPlan | str:
+) -> NetworkPath | str:
     """The network path for these layers, or the reason why they take the layer path.
 
     With `torch_too`, they take it only where it is expected to be faster than torch.
     """
     if training is None:
         training = wants_gradients(x, layers)
-    strides = tuple(
-        (*map(int, weight.stride()), 0 if bias is None else int(bias.stride(0))) for weight, bias, *_ in layers
-    )
+    parameters = parameters_of(layers)
+    strides = tuple((*each.weight_stride, each.bias_stride) for each in parameters)
     widths = _widths(x, layers)
     activations = tuple(layer.activation for layer in layers)
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
@@ -423,7 +425,7 @@ def find_network(
     precision = precision or precision_of(dtype)
     drops = any(layer.dropout for layer in layers)
     return network_path(
-        widths, strides, activations, dtype, precision, device, training, recompute, wide, drops, torch_too
+        widths, strides, activations, dtype, precision, device, training, recompute, wide, drops, torch_too, parameters
     )
 
 

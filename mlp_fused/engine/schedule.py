@@ -1,382 +1,403 @@
-"""All layers at once: kernel after kernel, with memory for everything between them allocated in one piece.
+"""Schedules: the steps of a pass in order, over named buffers.
 
-Of a small network the host's part is the whole time. Here a repeated call finds all its launches by one key and fills
-in pointers; what lies between two kernels is a place in memory and never a tensor. Inference of any size goes this way,
-training where the host could not keep up with a layer after the other (`LAUNCH_BOUND`).
+A path writes its schedule once for a problem. Everything else reads it: it runs, through Triton the first time and from
+then on as one list of compiled kernels and pointers; it is compiled ahead; `explain` prints its steps; the profiler's
+ranges, the checks of MLP_FUSED_DEBUG and the counts of launches wrap a step in one place, here.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.activations import IDENTITY
-from ..kernels.dropout import draw_seed
-from ..kernels.launch import Launch, Program, Slots
-from ..kernels.layer_backward import WeightGradient
-from .autograd import (
-    PlainFunction,
-    differentiable_backward,
-    dropout_factors,
-    plain_gradient,
-    restore,
-    save,
-    versions,
-    wants_torch,
-)
-from .layer_path import LayerPath, layer_after_layer
-from .settings import DEBUG, profiler_enabled
+from ..kernels.launch import Launch, Program, has_descriptor_strides
+from ..kernels.tile_config import Problem, TileConfig
+from . import settings
 
-__all__ = ["cast", "chained_backward", "chained_forward", "kept_shapes", "run_layers"]
+__all__ = ["Buffer", "Cache", "Schedule", "Step", "Work", "Writer", "named", "read"]
 
-# Multiply-adds of a forward up to which all layers are one autograd.Function: 20 µs of an H200's bf16 forward and
-# backward, which the host can hardly launch faster.
-LAUNCH_BOUND = 2**31
-
-
-def run_layers(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    path: LayerPath,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """x (M, d_0) -> y (M, d_L) through a path's kernels, with gradients wherever they are wanted.
-
-    `seed` is that of the path's Dropout; by default a path that drops draws one.
-    """
-    if x.dtype != path.dtype:
-        x = x.to(path.dtype)
-    if path.drops and seed is None:
-        seed = draw_seed(x.device)
-    if not (torch.is_grad_enabled() and any(map(_requires_grad, filter(_given, (*weights, x, *biases))))):
-        return chained_forward(x, cast(weights, path), biases, path, False, seed)[0]
-    if (
-        weights[0].requires_grad  # and so keeps x
-        and x.shape[0] * path.multiply_adds <= LAUNCH_BOUND
-        and all(map(_is_leaf, filter(_given, (*weights, *biases))))  # others have to be let go after backward
-    ):
-        return _ChainFunction.call(x, path, seed, *weights, *biases)
-    return layer_after_layer(x, weights, biases, path, seed)
-
-
-_requires_grad, _is_leaf = operator.attrgetter("requires_grad"), operator.attrgetter("is_leaf")
-
-
-def _given(tensor: Tensor | None) -> bool:
-    return tensor is not None
-
-
-def cast(weights: Sequence[Tensor], path: LayerPath) -> Sequence[Tensor]:
-    """As the kernels read them."""
-    return [weight.to(path.dtype) for weight in weights] if path.casts else weights
+Operand = "str | tuple[str | None, ...] | None"  # a buffer's name, several, or no tensor
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A schedule's launches as one program."""
+class Work:
+    """FLOPs (a multiply-add is two) and bytes read from and written to the device's memory."""
 
-    program: Program
-    places: tuple[tuple[int, int], ...]  # of which its list of pointers is: the buffer, and where in it, in bytes
-    partial: int  # elements that the last buffer holds, for partial sums of weight gradients
-    partial_dtype: torch.dtype
+    flops: int
+    bytes: int
 
-    def run(self, buffers: Sequence[Tensor | None]) -> bool:
-        """Launch them all; or do nothing and return False, as `Program` does."""
-        bases = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
-        return self.program([None if (base := bases[buffer]) is None else base + at for buffer, at in self.places])
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The least seconds that it can take: max(FLOPs / peak, bytes / bandwidth)."""
+        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch of a kernel, or one call of torch.
+
+    Attributes:
+        kind: what it computes, such as "dgrad".
+        layer: whose, in words, such as "layer 0 (relu)".
+        label: the same in a table, such as "0: 784 -> 512".
+        operands: the buffer of each argument of `run`, by the argument's name; in the order of the kernel's tensors.
+        writes: the arguments that are written; the others are read.
+        run: takes the tensors by name; returns the launch, for replaying it, or None where it is torch that runs.
+        work: its FLOPs and bytes.
+        problem: the product; None where it is none.
+        tile: the kernel's; None where torch runs.
+        source: where the tile, or torch, comes from.
+    """
+
+    kind: str
+    layer: str
+    label: str
+    operands: Mapping[str, Any]
+    writes: tuple[str, ...]
+    run: Callable[..., Launch | None]
+    work: Work = Work(0, 0)
+    problem: Problem | None = None
+    tile: TileConfig | None = None
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        """The layer and what is computed."""
+        return self.kind if self.kind.startswith(self.layer) else f"{self.layer}: {self.kind}"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory that a schedule allocates: (shape), contiguous unless it has strides; or a part of another buffer.
+
+    Attributes:
+        of: the buffer that it is a part of, from its element `start` on, counted in elements of this one's dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    of: str | None = None
+    start: int = 0
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Elements between neighbours, by dimension."""
+        if self.strides is not None:
+            return self.strides
+        return tuple(itertools.accumulate(reversed(self.shape[1:]), operator.mul, initial=1))[::-1]
+
+
+Replay = Callable[[list[Any], list[Any]], object]  # takes all tensors, and their pointers
+
+CHECKED = ("h", "dz", "dx", "dw", "db")  # what is looked at under MLP_FUSED_DEBUG
 
 
 class Schedule:
-    """Kernels one after the other over places in some buffers: as tensors the first time, as pointers from then on."""
-
-    def __init__(self, rows: int, itemsize: int) -> None:
-        self.rows = rows
-        self.itemsize = itemsize
-        self.places: list[tuple[int, int]] = []  # as of `Prepared`
-        self.widths: list[int] = []  # of each place; 0: it is the buffer as it is
-        self.steps: list[tuple[Callable[..., Any], tuple[int, ...]]] = []
-        self.prepared: Prepared | None = None
-
-    def place(self, buffer: int, start: int = 0, width: int = 0) -> int:
-        """The slot of a buffer; or of (rows, width) in it, `start` elements on."""
-        self.places.append((buffer, start * self.itemsize))
-        self.widths.append(width)
-        return len(self.places) - 1
-
-    def run(self, buffers: Sequence[Tensor | None], prepared: Prepared | None) -> None:
-        """Launch them all. `prepared` is as the caller has read it: another thread may be preparing meanwhile."""
-        if prepared is not None and not profiler_enabled() and prepared.run(buffers):
-            return
-        made = [into(*[self._tensor(buffers, slot) for slot in slots]) for into, slots in self.steps]
-        if prepared is None and not DEBUG:  # a program checks nothing between
-            self.prepared = self._prepare(made, len(buffers) - 1)
-
-    def _tensor(self, buffers: Sequence[Tensor | None], slot: int) -> Tensor | None:
-        (buffer, at), width = self.places[slot], self.widths[slot]
-        whole = buffers[buffer]
-        if whole is None or width == 0:
-            return whole
-        start = at // self.itemsize
-        return whole[start : start + self.rows * width].view(self.rows, width)
-
-    def _prepare(self, made: Sequence[Any], buffer: int) -> Prepared | None:
-        """Of what the steps have made; None where one is torch's, or not aligned. `buffer` is that of partial sums."""
-        steps: list[tuple[Launch, Slots]] = []
-        places = list(self.places)
-        partial, partial_dtype = 0, torch.float32
-        for launch, (_, slots) in zip(made, self.steps):
-            if isinstance(launch, Launch):
-                steps.append((launch, slots))
-                continue
-            if not isinstance(launch, WeightGradient):
-                return None
-            (dz, h, dw, db), sums = slots, launch.partial
-            if not sums.size_w:  # h is not read then
-                h = dz
-            if launch.total is None:
-                steps.append((launch.products, (dz, h, dw, db)))
-                continue
-            whole, start_b = len(places), len(places) + 1
-            places += [(buffer, 0), (buffer, sums.start_b * sums.dtype.itemsize)]
-            partial, partial_dtype = max(partial, sums.splits * sums.columns), sums.dtype
-            into = (whole if sums.size_w else dw, start_b if sums.size_b else db)
-            totals = tuple(slot for slot, size in ((dw, sums.size_w), (db, sums.size_b)) if size)
-            steps += [(launch.products, (dz, h, *into)), (launch.total, (whole, totals))]
-        program = Program.of(steps)
-        return None if program is None else Prepared(program, tuple(places), partial, partial_dtype)
-
-
-def _room(rows: int, width: int) -> int:
-    """Elements for (rows, width), so that what follows is aligned as an allocation's beginning is."""
-    return -(-rows * width // 64) * 64
-
-
-class Forward:
-    """y, and what is kept for backward, for x, parameters of certain shapes and strides, and a seed where layers drop.
-
-    Attributes:
-        edges: of each layer, where in what is kept lies what backward reads of it: z, or h; None where y is that.
-    """
-
-    def __init__(self, path: LayerPath, rows: int, keep: bool) -> None:
-        count = len(path.layers)
-        self.schedule = schedule = Schedule(rows, path.dtype.itemsize)
-        x, kept, spare, y, seed, nothing = 0, *range(2 * count + 1, 2 * count + 6)
-        places: list[tuple[Any, Any]] = []  # of h and z
-        # The shape of what is kept, where anything is; and how much of it has its place.
-        self.kept = next(iter(kept_shapes(path, rows)), None) if keep else None
-        placed = 0
-        turns = [0, 0]  # sizes of the two places that layers which are not kept take in turn
-        for index, kernels in enumerate(path.layers):
-            size = _room(rows, kernels.width_out)
-            h = z = None
-            if keep and kernels.keeps_z:
-                z = placed
-                placed += size
-            elif keep and not kernels.last:
-                h = placed
-                placed += size
-            if h is None and not kernels.last:
-                turns[index % 2] = max(turns[index % 2], size)
-            places.append((h, z))
-        self.spare = sum(turns)
-        self.spares = any(h is None for h, _ in places[:-1])
-        self.edges = [h if z is None else z for h, z in places]
-        below, none, at_seed = schedule.place(x), schedule.place(nothing), schedule.place(seed)
-        for index, (kernels, (h, z)) in enumerate(zip(path.layers, places)):
-            width = kernels.width_out
-            at_z = none if z is None else schedule.place(kept, z, width)
-            if kernels.last:
-                at_h = schedule.place(y)
-            elif h is not None:
-                at_h = schedule.place(kept, h, width)
-            else:
-                at_h = schedule.place(spare, turns[0] * (index % 2), width)
-            parameters = schedule.place(1 + index), schedule.place(1 + count + index)
-            dropping = () if kernels.dropout is None else (at_seed,)
-            schedule.steps.append((kernels.forward_into, (below, *parameters, at_h, at_z, *dropping)))
-            below = at_h
-        self.width_out = path.layers[-1].width_out
-
-    def __call__(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], seed: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """y and what is kept."""
-        y = x.new_empty((self.schedule.rows, self.width_out))
-        kept = None if self.kept is None else x.new_empty(self.kept)
-        spare = x.new_empty((self.spare,)) if self.spares else None
-        self.schedule.run((x, *weights, *biases, kept, spare, y, seed, None), self.schedule.prepared)
-        return y, kept
-
-
-def kept_shapes(path: LayerPath, rows: int) -> list[tuple[int, ...]]:
-    """Of what a forward keeps besides x, y and the weights: one tensor, without a gap at its end; or nothing."""
-    widths = [each.width_out for each in path.layers if each.keeps_z or not each.last]
-    return [(sum(_room(rows, width) for width in widths[:-1]) + rows * widths[-1],)] if widths else []
-
-
-def chained_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    path: LayerPath,
-    keep: bool,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """y and, with `keep`, what is kept of the layers between; x and weights are of the path's dtype.
-
-    `seed` is that of the path's Dropout, where it drops.
-    """
-    strides = [None if each is None else each.stride() for each in (x, *weights, *biases)]
-    key = (keep, x.shape, x.get_device(), *strides)
-    forward = path.chains.get(key)
-    if forward is None:
-        forward = path.chains[key] = Forward(path, x.shape[0], keep)
-    return forward(x, weights, biases, seed)
-
-
-class Backward:
-    """dx and the gradients of all parameters, those that are wanted, from what a `Forward` kept."""
-
-    def __init__(
-        self, path: LayerPath, rows: int, needs_x: bool, needs: Sequence[bool], parameters: Sequence[Tensor | None]
-    ) -> None:
-        count = len(path.layers)
-        layers = path.layers
-        self.shape_of_x = (rows, layers[0].width_in) if needs_x else None
-        # torch.empty_like is the faster, and right where a parameter is contiguous.
-        self.gradients = [
-            (index, None if parameter.is_contiguous() else parameter.shape, parameter.dtype)
-            for index, (parameter, need) in enumerate(zip(parameters, needs))
-            if need and parameter is not None
-        ]
-        edges = Forward(path, rows, keep=True).edges
-        self.schedule = schedule = Schedule(rows, path.dtype.itemsize)
-        dy, y, x = 0, 1, 2
-        kept, spare, seed, dx, nothing = count + 3, count + 4, count + 5, count + 6, 3 * count + 7
-        none, at_seed = schedule.place(nothing), schedule.place(seed)
-        at_edge = [
-            schedule.place(y) if edge is None else schedule.place(kept, edge, kernels.width_out)
-            for kernels, edge in zip(layers, edges)
-        ]
-        biggest = max(_room(rows, kernels.width_out) for kernels in layers)
-        # dz takes two places in turn; a third is for what is rebuilt of a layer's output.
-        at_dz = [
-            schedule.place(spare, biggest * (index % 2), kernels.width_out) for index, kernels in enumerate(layers)
-        ]
-        self.spare = 3 * biggest
-        dz = schedule.place(dy)
-        activates, drops = path.activations[-1] is not IDENTITY, layers[-1].dropout is not None
-        if activates or drops:
-            slots = (dz, at_edge[-1] if activates else none, at_dz[-1], none, *((at_seed,) if drops else ()))
-            schedule.steps.append((layers[-1].output_gradient_into, slots))
-            dz = at_dz[-1]
-        for index in reversed(range(count)):
-            kernels = layers[index]
-            needs_weight, needs_bias = needs[index], needs[count + index]
-            h = at_edge[index - 1] if index else schedule.place(x)
-            below = none
-            if index or needs_x:
-                below = at_dz[index - 1] if index else schedule.place(dx)
-                saved, rebuilt = h if kernels.has_below else none, none
-                if needs_weight and kernels.below_keeps_z:
-                    h = rebuilt = schedule.place(spare, 2 * biggest, kernels.width_in)
-                slots = (dz, schedule.place(3 + index), saved, below, rebuilt)
-                dropping = () if kernels.dropout_below is None else (at_seed,)
-                schedule.steps.append((kernels.dgrad_into, (*slots, *dropping)))
-            if needs_weight or needs_bias:
-                dw = schedule.place(dx + 1 + index) if needs_weight else none
-                db = schedule.place(dx + 1 + count + index) if needs_bias else none
-                schedule.steps.append((kernels.wgrad_into, (dz, h if needs_weight else none, dw, db)))
-            dz = below
-
-    def __call__(
-        self,
-        dy: Tensor,
-        y: Tensor | None,
-        x: Tensor,
-        kept: Tensor | None,
-        weights: Sequence[Tensor | None],
-        parameters: Sequence[Tensor | None],
-        seed: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """dx, and the gradients of W_1 …, b_1 …; `parameters` are as the user has them, `weights` as kernels read."""
-        dx = None if self.shape_of_x is None else x.new_empty(self.shape_of_x)
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        for index, shape, dtype in self.gradients:
-            parameter: Any = parameters[index]
-            gradients[index] = torch.empty_like(parameter) if shape is None else dy.new_empty(shape, dtype=dtype)
-        spare, partial, prepared = dy.new_empty((self.spare,)), None, self.schedule.prepared
-        if prepared is not None and prepared.partial:
-            partial = dy.new_empty((prepared.partial,), dtype=prepared.partial_dtype)
-        buffers = (dy, y, x, *weights, kept, spare, seed, dx, *gradients, None, partial)
-        self.schedule.run(buffers, prepared)
-        return dx, gradients
-
-
-def chained_backward(
-    path: LayerPath,
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    kept: Tensor | None,
-    weights: Sequence[Tensor | None],
-    parameters: Sequence[Tensor | None],
-    needs_x: bool,
-    needs: Sequence[bool],
-    seed: Tensor | None = None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx and the gradients of W_1 …, b_1 …, those that are needed.
+    """Steps over the caller's tensors and buffers of its own.
 
     Args:
-        y: the output, where the last activation's derivative is read off it.
-        kept, seed: as of `chained_forward`.
-        weights: of the path's dtype; the first may be None where dx is not needed.
-        parameters: all of them as the user has them, of which the gradients take dtype and layout.
+        given: the names of the caller's tensors, in the order in which `run` takes them.
+        buffers: what is allocated, by name, and the parts of it.
+        returned: the names of the tensors that `run` returns; None gives None.
+        steps: in order.
     """
-    strides = [None if each is None else each.stride() for each in (dy, y, x, *weights, *parameters)]
-    key = (x.shape, x.get_device(), needs_x, *needs, *strides)
-    backward = path.chains.get(key)
-    if backward is None:
-        backward = path.chains[key] = Backward(path, x.shape[0], needs_x, needs, parameters)
-    return backward(dy, y, x, kept, weights, parameters, seed)
 
+    def __init__(
+        self,
+        given: Sequence[str],
+        buffers: Mapping[str, Buffer],
+        returned: Sequence[str | None],
+        steps: Sequence[Step],
+    ) -> None:
+        self.given = tuple(given)
+        self.buffers = dict(buffers)
+        self.returned = tuple(returned)
+        self.steps = tuple(steps)
+        allocated = {name: buffer for name, buffer in buffers.items() if buffer.of is None}
+        parts = {name: buffer for name, buffer in buffers.items() if buffer.of is not None}
+        # Every name's place in the list of pointers; the last one is no tensor's.
+        self._places: dict[str | None, int] = {
+            name: place for place, name in enumerate((*self.given, *allocated, *parts, None))
+        }
+        self._allocated = list(allocated.values())
+        self._templates: list[Tensor] | None = None
+        self._parts = [(self._places[buffer.of], buffer.start * buffer.dtype.itemsize) for buffer in parts.values()]
+        nothing = len(self.given) + len(allocated)
+        self._returned = [nothing if name is None else self._places[name] for name in self.returned]
+        self._launches: list[Launch | None] = [None] * len(self.steps)
+        self._replay: Replay | None = None
 
-class _ChainFunction(PlainFunction):
-    """(x, W_1 …, b_1 …) -> y, of which the first weight at least wants a gradient."""
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that are allocated while the steps run, besides what is given and returned."""
+        workspace = self.buffers.get(WORKSPACE)
+        return 0 if workspace is None else workspace.size * workspace.dtype.itemsize
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, path: LayerPath, seed: Tensor | None, *parameters: Any) -> Tensor:
-        count = len(path.layers)
-        weights = cast(parameters[:count], path)
-        y, kept = chained_forward(x, weights, parameters[count:], path, True, seed)
-        first = weights[0] if ctx.needs_input_grad[0] else None
-        save(ctx, x, y if path.keeps_output else None, kept, seed, first, *weights[1:])
-        ctx.path = path
-        # As the user has them, for a gradient that is differentiated; saved above is what the kernels read.
-        ctx.parameters, ctx.versions = parameters, versions(parameters)
-        return y
+    def run(self, tensors: Sequence[Tensor | None], pointers: list[Any]) -> list[Any]:
+        """Run all steps on the caller's tensors, whose addresses are `pointers`, as `read` gives them.
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        path: LayerPath = ctx.path
-        needs_x, _, _, *needs = ctx.needs_input_grad
-        x, y, kept, seed, *weights = restore(ctx)
-        dy = plain_gradient(dy)
-        if wants_torch(dy):
-            factors = [
-                dropout_factors(seed, kernels.dropout, x.shape[0], kernels.width_out, path.dtype)
-                for kernels in path.layers
-            ]
-            dx, gradients = differentiable_backward(
-                path.activations, path.dtype, x, ctx.parameters, ctx.versions, dy, needs_x, needs, factors
-            )
+        Returns:
+            The tensors that `returned` names.
+        """
+        everything: list[Any] = [*tensors]
+        templates = self._templates
+        if templates is None:
+            templates = self._templates = self._make_templates(everything[0])
+        for template in templates:
+            tensor = torch.empty_like(template)
+            everything.append(tensor)
+            pointers.append(tensor.data_ptr())
+        everything.append(None)
+        replay = self._replay
+        if replay is None or settings.profiler_enabled() or Program.is_hooked():
+            self._run_steps(everything)
         else:
-            dx, gradients = chained_backward(path, dy, y, x, kept, weights, ctx.parameters, needs_x, needs, seed)
-        return dx, None, None, *gradients
+            for place, at in self._parts:
+                pointers.append(pointers[place] + at)
+            pointers.append(None)
+            replay(everything, pointers)
+        return [everything[place] for place in self._returned]
+
+    def _make_templates(self, first: Tensor) -> list[Tensor]:
+        """Tensors of one element, seen as the buffers: `torch.empty_like` takes two thirds of `new_empty`'s time."""
+        return [
+            first.new_empty(1, dtype=buffer.dtype).expand(buffer.shape)
+            if buffer.size  # an expanded tensor without elements would have strides of 0
+            else first.new_empty(buffer.shape, dtype=buffer.dtype)
+            for buffer in self._allocated
+        ]
+
+    def _run_steps(self, everything: list[Tensor | None]) -> None:
+        """Run step after step, each under its name, and remember the launches."""
+        for index, step in enumerate(self.steps):
+            operands = {name: self._operand(everything, operand) for name, operand in step.operands.items()}
+            launch = self._launches[index]
+            if settings.profiler_enabled():
+                with torch.profiler.record_function(step.name):
+                    self._launches[index] = _run_step(step, operands, launch)
+            else:
+                self._launches[index] = _run_step(step, operands, launch)
+        if self._replay is None and not settings.DEBUG:  # a replay checks nothing between
+            self._replay = self._make_replay()
+
+    def _operand(self, everything: list[Tensor | None], operand: Any) -> Any:
+        """The tensor of that name; a tuple for a tuple."""
+        if isinstance(operand, tuple):
+            return tuple(self._operand(everything, each) for each in operand)
+        if operand is None:
+            return None
+        buffer = self.buffers.get(operand)
+        if buffer is None or buffer.of is None:
+            return everything[self._places[operand]]
+        whole = everything[self._places[buffer.of]]
+        assert whole is not None
+        whole = whole.view(buffer.dtype)
+        return whole.as_strided(buffer.shape, buffer.stride, whole.storage_offset() + buffer.start)
+
+    def _make_replay(self) -> Replay | None:
+        """Replay what the steps have launched; None where a kernel cannot be replayed, or there is no step."""
+        if not all(step.tile is None or (launch and launch.run) for step, launch in zip(self.steps, self._launches)):
+            return None
+        runs: list[Replay] = []
+        for is_kernel, group in itertools.groupby(zip(self.steps, self._launches), lambda pair: pair[1] is not None):
+            if is_kernel:  # kernels between two calls of torch are one program
+                program = Program([(launch, self._slots(step)) for step, launch in group if launch is not None])
+                runs.append(lambda everything, pointers, program=program: program(pointers))  # type: ignore[misc]
+            else:
+                runs += [functools.partial(self._run_torch, step) for step, _ in group]
+        return runs[0] if len(runs) == 1 else functools.partial(_run_all, runs) if runs else None
+
+    def _run_torch(self, step: Step, everything: list[Tensor | None], pointers: list[int | None]) -> None:
+        step.run(**{name: self._operand(everything, operand) for name, operand in step.operands.items()})
+
+    def _slots(self, step: Step) -> list[Any]:
+        """The places of a step's pointers."""
+        return [self._slot(operand) for operand in step.operands.values()]
+
+    def _slot(self, operand: Any) -> Any:
+        return tuple(map(self._slot, operand)) if isinstance(operand, tuple) else self._places[operand]
+
+
+def _run_all(runs: Sequence[Replay], everything: list[Tensor | None], pointers: list[int | None]) -> None:
+    for run in runs:
+        run(everything, pointers)
+
+
+def _run_step(step: Step, operands: dict[str, Any], launch: Launch | None) -> Launch | None:
+    """Run a step, again where it was launched before; under MLP_FUSED_DEBUG wait for it and check its results.
+
+    Raises:
+        FloatingPointError: a NaN or an infinity, under MLP_FUSED_DEBUG.
+    """
+    if settings.DEBUG:
+        return _run_checked(step, operands)
+    if launch is not None and launch(*operands.values()):
+        return launch
+    return step.run(**operands)
+
+
+def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
+    where = f"{step.layer}, {step.kind}"
+    device = next((each.device for each in operands.values() if isinstance(each, Tensor)), None)
+    _wait(device)  # an error of what was launched before is not this step's
+    try:
+        launch = step.run(**operands)
+        _wait(device)
+    except RuntimeError as error:
+        error.args = (f"{where}: {error}",)
+        raise
+    for name, tensor in operands.items():
+        if name not in step.writes or name not in CHECKED or tensor is None:
+            continue
+        if bad := int(tensor.numel() - tensor.isfinite().sum()):
+            raise FloatingPointError(f"{where}: {bad} of {tensor.numel()} elements of {name} are NaN or infinite")
+    return launch
+
+
+def _wait(device: torch.device | None) -> None:
+    """Wait for what was launched on a device; its errors are raised here."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
+    """The addresses of tensors, and whether each is a multiple of 16 bytes."""
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return pointers, not functools.reduce(operator.or_, filter(None, pointers), 0) & 15
+
+
+MOST_CACHED = 1024  # schedules of one path; beyond, it begins anew
+
+
+class Cache(dict[tuple[Any, ...], Schedule]):
+    """The schedules of a path by what they were written for: shapes, strides, dtypes and a device."""
+
+    def __setitem__(self, key: tuple[Any, ...], schedule: Schedule) -> None:
+        if len(self) >= MOST_CACHED:
+            self.clear()
+        super().__setitem__(key, schedule)
+
+
+@dataclass
+class Writer:
+    """A schedule that is being written.
+
+    Attributes:
+        given: the caller's tensors by name, or tensors like them; None where one is not given.
+        dtype: of what is allocated, unless said otherwise.
+        rows: of a batch.
+    """
+
+    given: Mapping[str, Tensor | None]
+    dtype: torch.dtype
+    rows: int
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        """True if the tensors are on a GPU, or stand for such."""
+        return any(tensor is not None and tensor.device.type != "cpu" for tensor in self.given.values())
+
+    def has(self, name: str) -> str | None:
+        """The name, if there is a tensor of that name."""
+        return name if name in self.buffers or self.given.get(name) is not None else None
+
+    def allocate(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> str:
+        self.buffers[name] = Buffer(shape, dtype or self.dtype)
+        return name
+
+    def part(self, name: str, of: str, start: int, *shape: int, strides: tuple[int, ...] | None = None) -> str:
+        """A part of an allocated buffer, or of a given one of the schedule's dtype."""
+        dtype = self.buffers[of].dtype if of in self.buffers else self.dtype
+        self.buffers[name] = Buffer(shape, dtype, of, start, strides)
+        return name
+
+    def share(self, name: str, of: str, *shape: int, dtype: torch.dtype) -> str:
+        """A part of a buffer that steps use one after the other: as large as the largest of them needs it."""
+        shared = self.buffers.get(of)
+        if shared is None or shared.size < math.prod(shape):
+            self.allocate(of, math.prod(shape), dtype=dtype)
+        return self.part(name, of, 0, *shape)
+
+    @functools.cached_property
+    def is_aligned(self) -> bool:
+        """True if every given tensor begins at a multiple of 16 bytes. A schedule is written for both cases apart."""
+        return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in self.given.values())
+
+    def are_describable(self, *names: str | None) -> bool:
+        """True if tensor descriptors can describe these (rows, columns): see `launch.describable`."""
+        return all(self._is_describable(name) for name in names if name is not None)
+
+    def _is_describable(self, name: str) -> bool:
+        buffer = self.buffers.get(name)
+        if buffer is not None:
+            is_aligned = self.is_aligned or buffer.of not in self.given
+            return is_aligned and has_descriptor_strides(buffer.stride, buffer.dtype.itemsize)
+        tensor = self.given[name]
+        assert tensor is not None
+        return self.is_aligned and has_descriptor_strides(tensor.stride(), tensor.itemsize)
+
+    def finish(self, *returned: str | None) -> Schedule:
+        """The schedule. What it neither is given nor returns lies in one piece of memory."""
+        used = _names(step.operands.values() for step in self.steps) | set(returned)
+        used |= {buffer.of for name, buffer in self.buffers.items() if name in used}
+        buffers = {name: buffer for name, buffer in self.buffers.items() if name in used}
+        start = 0
+        inner: dict[str, int] = {}  # where each begins, in bytes
+        for name, buffer in buffers.items():
+            if buffer.of is None and name not in returned:
+                inner[name] = start
+                start += -(-buffer.size * buffer.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        placed = {WORKSPACE: Buffer((start // self.dtype.itemsize,), self.dtype)} if inner else {}
+        for name, buffer in buffers.items():
+            base = name if buffer.of is None else buffer.of
+            if base in inner:
+                at = inner[base] // buffer.dtype.itemsize + buffer.start
+                placed[name] = replace(buffer, of=WORKSPACE, start=at)
+            else:
+                placed[name] = buffer
+        return Schedule(tuple(self.given), placed, returned, self.steps)
+
+
+WORKSPACE = "workspace"
+ALIGNMENT = 512  # bytes, as torch's allocator aligns
+
+
+def _names(operands: Iterable[Any]) -> set[str | None]:
+    names: set[str | None] = set()
+    for operand in operands:
+        if isinstance(operand, str) or operand is None:
+            names.add(operand)
+        else:
+            names |= _names(operand)
+    return names
+
+
+def named(
+    others: Mapping[str, Tensor | None],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] = (),
+    first: int = 0,
+) -> dict[str, Tensor | None]:
+    """Tensors by name, the parameters as "weight[0]" and "bias[0]", counted from `first`."""
+    parameters = (("weight", weights), ("bias", biases))
+    return dict(others) | {
+        f"{kind}[{index}]": tensor for kind, tensors in parameters for index, tensor in enumerate(tensors, first)
+    }

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor
 from .. import reference
 from ..dtypes import ARITHMETIC
 from ..engine import network_path
-from ..engine.network_path import run_network
+from ..engine.autograd import run_layers, run_network
+from ..engine.layer_steps import product_schedule
 from ..engine.paths import find_layers
-from ..engine.schedule import run_layers
-from ..engine.torch_products import dgrad_by_torch, forward_by_torch, wgrad_by_torch
-from ..kernels import tile_config
+from ..engine.schedule import Schedule, read
+from ..engine.tables import Choice
+from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.activations import ACTIVATIONS
-from ..kernels.layer_backward import dgrad, wgrad
-from ..kernels.layer_forward import layer_forward
 from ..reference import Layer
 from .tasks import Product, Whole, layer_activations
 
@@ -42,7 +41,7 @@ class Operands:
         dtype, self.precision = ARITHMETIC[product.dtype]
         activation = ACTIVATIONS[product.activation]
         active, again = product.activation != "identity", activation.keeps_preactivation
-        self.epilogue = () if self.kind == "wgrad" else (activation,)
+        self.activation = activation
         # Shape and scale of each operand: sums of about 1. None is not needed.
         wanted: list[tuple[tuple[int, ...], float] | None]
         if self.kind == "forward":  # x, W, b, h, z
@@ -60,6 +59,7 @@ class Operands:
             for each in wanted
         ]
         self.sets: list[Any] = list(zip(*made))
+        self.schedules: dict[tile_config.TileConfig | None, Schedule] = {}
 
     def written(self, run: Callable[[int], object]) -> list[Tensor]:
         """What a way writes, into the first set; what it leaves as it was is NaN."""
@@ -79,14 +79,31 @@ class Operands:
         results = [
             None if each is None else torch.empty_like(each, dtype=torch.float32) for each in tensors[self.inputs :]
         ]
-        BY_TORCH[self.kind](*inputs, *results, *self.epilogue)
+        tensors = [*inputs, *results]
+        self._schedule(tensors, None).run(tensors, read(tensors)[0])
         return [each for each in results if each is not None]
 
     def by_torch(self, index: int) -> None:
-        BY_TORCH[self.kind](*self.sets[index], *self.epilogue)
+        self.run(index, None)
 
     def by_kernel(self, index: int, tile: tile_config.TileConfig) -> None:
-        BY_KERNEL[self.kind](*self.sets[index], *self.epilogue, self.precision, tile)
+        self.run(index, tile)
+
+    def run(self, index: int, tile: tile_config.TileConfig | None) -> None:
+        """Run the product by a kernel of that tile; by torch without one."""
+        tensors = self.sets[index]
+        if tile not in self.schedules:
+            self.schedules[tile] = self._schedule(tensors, tile)
+        self.schedules[tile].run(tensors, read(tensors)[0])
+
+    def _schedule(self, tensors: Sequence[Any], tile: tile_config.TileConfig | None) -> Schedule:
+        device = devices.device_of(tensors[0])
+
+        def choose(problem: tile_config.Problem) -> Choice:
+            is_product = problem.kind == self.kind
+            return Choice(tile if is_product else layer_tiles.choose(problem, device), "")
+
+        return product_schedule(self.kind, tensors, self.activation, self.precision, choose)
 
     def turns(self, run: Callable[[int], object]) -> Callable[[], object]:
         """A call that takes the sets in turn."""
@@ -122,7 +139,7 @@ class Passes:
     def by_layers(self, x: Tensor) -> Tensor:
         return run_layers(x, self.weights, self.biases, find_layers(x, self.layers, self.dtype, "auto"))
 
-    def by_network(self, path: network_path.NetworkPlan, x: Tensor) -> Tensor:
+    def by_network(self, path: network_path.NetworkPath, x: Tensor) -> Tensor:
         return run_network(x, self.weights, self.biases, path)
 
     def __call__(self, path: Callable[[Tensor], Tensor], index: int) -> list[Tensor]:
@@ -137,14 +154,6 @@ class Passes:
         """A call that takes the inputs in turn."""
         indices = itertools.cycle(range(self.count))
         return lambda: self(path, next(indices))
-
-
-BY_TORCH: dict[str, Callable[..., object]] = {
-    "forward": forward_by_torch,
-    "dgrad": dgrad_by_torch,
-    "wgrad": wgrad_by_torch,
-}
-BY_KERNEL: dict[str, Callable[..., object]] = {"forward": layer_forward, "dgrad": dgrad, "wgrad": wgrad}
 
 
 def _sets(device: torch.device, nbytes: int) -> int:

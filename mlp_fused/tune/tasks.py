@@ -112,7 +112,7 @@ def list_tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterab
     for workload in workloads:
         each: list[Task] = [*products(workload)]
         for training in (True, False):
-            if isinstance(network_plan(workload, gpu, training, False), network_path.NetworkPlan):
+            if isinstance(network_plan(workload, gpu, training, False), network_path.NetworkPath):
                 each.append(Whole(workload, training))
         for task in each:
             first = found.setdefault(task.key, task)
@@ -125,19 +125,19 @@ def list_tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterab
     return sorted(ranked, key=lambda task: (task.known, isinstance(task, Whole), not task.anchor, -task.share))
 
 
-def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, network_path.NetworkPlan]:
+def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, network_path.NetworkPath]:
     """Of a network as a whole, the paths through its own kernels, by name."""
     found = {}
     for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
         path = network_plan(whole.workload, gpu, whole.training, recompute)
-        if isinstance(path, network_path.NetworkPlan) and path.formulation in (name, None):
+        if isinstance(path, network_path.NetworkPath) and path.formulation in (name, None):
             found[name] = path
     return found
 
 
 def network_plan(
     workload: Workload, gpu: devices.Device, training: bool, recompute: bool
-) -> network_path.NetworkPlan | str:
+) -> network_path.NetworkPath | str:
     """The network path, as if the user asked for it: no table is consulted."""
     dtype, precision = ARITHMETIC[workload.dtype]
     strides = tuple((k, 1, 1) for k in workload.widths[:-1])

@@ -115,12 +115,14 @@ from bench import measure
 from bench.problem import Problem
 from mlp_fused.compiling import compile_only
 from mlp_fused.kernels.devices import DEVICES
-from mlp_fused.kernels.launch import Launch
+from mlp_fused.kernels.launch import launched_by
 
-compile_only(DEVICES["NVIDIA H100"], None)
-Launch.through_triton = lambda launch, tensors: print(launch.kernel.__name__)
-for problem in (Problem((64, 64, 64), 2**20, "bf16"), Problem((784, 512, 10), 64)):
-    measure._compile(problem)
+def say(launch, tensors):
+    print(launch.kernel.__name__)
+
+with compile_only(DEVICES["NVIDIA H100"], None), launched_by(say):
+    for problem in (Problem((64, 64, 64), 2**20, "bf16"), Problem((784, 512, 10), 64)):
+        measure._compile(problem)
 """
     variables = environment() | {"MLP_FUSED_BACKEND": "triton"}  # no product is left to torch
     child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True)

@@ -1,0 +1,147 @@
+"""Schedules: whoever reads steps sees all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from mlp_fused import FusedMLP, memory
+from mlp_fused.engine import layer_path, schedule, settings
+from mlp_fused.engine.schedule import Step, Work
+from mlp_fused.kernels.activations import ACTIVATIONS, IDENTITY
+from mlp_fused.kernels.launch import count_launches, launched_by
+from mlp_fused.kernels.layer_forward import pointwise
+from mlp_fused.kernels.tile_config import TileConfig
+
+ROWS, WIDTHS = 40, (12, 300, 8)
+BYTES = 7 << 20
+TILE = TileConfig(16, 16)
+
+
+@pytest.fixture
+def dummy(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A step more after each layer's product: a copy of its output, or a broken one if a test says so."""
+    options: dict[str, Any] = {"activation": IDENTITY}
+    original = layer_path.forward_steps
+
+    def forward_steps(spec: Any, writer: Any, x: str, weight: str, h: str, *others: Any) -> list[Step]:
+        copy = writer.allocate(f"copy[{spec.index}]", writer.rows, spec.width_out)
+
+        def run(z: torch.Tensor, h: torch.Tensor) -> Any:
+            return pointwise(z, h, options["activation"], TILE)
+
+        steps = original(spec, writer, x, weight, h, *others)
+        return [
+            *steps,
+            Step("dummy", spec.name, spec.label, {"z": h, "h": copy}, ("h",), run, Work(0, BYTES), None, TILE),
+        ]
+
+    layer_path.layer_path.cache_clear()
+    monkeypatch.setattr(layer_path, "forward_steps", forward_steps)
+    yield options
+    layer_path.layer_path.cache_clear()
+
+
+@pytest.fixture
+def model(device: str) -> FusedMLP:
+    return FusedMLP(WIDTHS[0], list(WIDTHS[1:]), backend="triton", device=device)
+
+
+@pytest.fixture
+def x(device: str) -> torch.Tensor:
+    return torch.randn(ROWS, WIDTHS[0], device=device)
+
+
+def test_a_step_is_run(model: FusedMLP, x: torch.Tensor, dummy: Any) -> None:
+    with count_launches() as launches:
+        y = model(x)
+    assert launches == {"layer_forward_kernel": 2, "pointwise_kernel": 2}
+    torch.testing.assert_close(y, torch.nn.Sequential(*model)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_is_replayed(model: FusedMLP, x: torch.Tensor, dummy: Any, by_pointers: None) -> None:
+    model(x)  # prepares the launches
+    for _ in range(2):
+        with count_launches() as launches:
+            model(x)
+        assert launches == {"layer_forward_kernel": 2, "pointwise_kernel": 2}
+
+
+def test_a_step_is_explained(model: FusedMLP, dummy: Any) -> None:
+    plan = model.explain(ROWS)
+    (run,) = plan.runs
+    assert [step.kind for step in run.kernels][:4] == ["forward", "dummy", "forward", "dummy"]
+    assert plan.work.bytes > 2 * BYTES
+    assert str(plan).count("dummy") == 2
+
+
+def test_a_steps_buffers_are_counted(model: FusedMLP, dummy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        model.requires_grad_(False)
+        with_dummy = memory.need(model, rows=1000).working
+        layer_path.layer_path.cache_clear()
+        monkeypatch.undo()
+        without = memory.need(model, rows=1000).working
+    assert with_dummy - without >= 1000 * sum(WIDTHS[1:]) * 4
+
+
+def test_a_step_is_a_range_of_the_profiler(model: FusedMLP, x: torch.Tensor, dummy: Any) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        model(x)
+    names = {event.key for event in profiler.key_averages()}
+    assert {"layer 0 (relu): dummy", "layer 1 (identity): dummy"} <= names
+
+
+def test_a_step_is_compiled_ahead(model: FusedMLP, x: torch.Tensor, dummy: Any) -> None:
+    compiled: list[str] = []
+    with launched_by(lambda launch, tensors: compiled.append(launch.kernel.__name__)):
+        model.warmup(ROWS, training=False)
+    assert compiled == ["layer_forward_kernel", "pointwise_kernel"] * 2
+
+
+def test_a_step_is_checked(model: FusedMLP, x: torch.Tensor, dummy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "DEBUG", True)
+    model(x)
+    dummy["activation"] = ACTIVATIONS["exp"]
+    with pytest.raises(FloatingPointError, match=r"^layer 0 \(relu\), dummy: \d+ of 12000 elements of h are NaN or"):
+        model(1e4 * x)
+
+
+def test_what_is_neither_given_nor_returned_is_one_piece_of_memory(device: str) -> None:
+    """And each buffer in it begins where torch's allocator would let it begin."""
+    given = {"x": torch.randn(5, 3, device=device)}
+    writer = schedule.Writer(given, torch.float32, 5)
+    for name in ("a", "b", "c"):
+        writer.allocate(name, 5, 3, dtype=torch.float64 if name == "b" else None)
+    part = writer.part("part of b", "b", 3, 4, 3)
+    noted: dict[str, torch.Tensor] = {}
+
+    def run(**tensors: torch.Tensor) -> None:
+        noted.update(tensors)
+
+    operands = {name: name for name in ("x", "a", "b")} | {"part": part, "c": "c"}
+    writer.steps.append(Step("note", "a layer", "0", operands, ("a", "b", "part"), run))
+    (c,) = writer.finish("c").run([given["x"]], schedule.read([given["x"]])[0])
+    assert c is noted["c"]
+    assert noted["a"].untyped_storage().data_ptr() == noted["b"].untyped_storage().data_ptr()
+    assert noted["b"].data_ptr() - noted["a"].data_ptr() == schedule.ALIGNMENT
+    assert noted["part"].data_ptr() - noted["b"].data_ptr() == 3 * 8
+    assert noted["part"].shape == (4, 3)
+    assert noted["b"].dtype == torch.float64
+
+
+def test_a_schedule_for_one_tensor_off_alignment_serves_another(device: str, by_pointers: None) -> None:
+    """Any given tensor may be the one that does not begin at 16 bytes."""
+
+    def off(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(torch.Size(shape).numel() + 1, device=device)[1:].view(shape)
+
+    model = FusedMLP(64, [304, 64], backend="triton", device=device).requires_grad_(False)
+    x, weight = torch.randn(32, 64, device=device), model[0].weight
+    for input, parameter in ((off((32, 64)), weight), (x, torch.nn.Parameter(off((304, 64)))), (x, weight)):
+        model[0].weight = parameter
+        model(input)  # prepares the launches
+        torch.testing.assert_close(model(input), torch.nn.Sequential(*model)(input), rtol=1e-4, atol=1e-4)

@@ -194,7 +194,7 @@ def _how_to_make_a_tensor(x: Any, weight: object) -> str:
 
 
 def _how_to_convert(x: Tensor, parameter: Tensor) -> str:
-    """What to do about an input of another dtype than a parameter's."""
+    """The advice for an input of another dtype than a parameter's."""
     if x.is_complex() and not parameter.is_complex():
         return "take x.real, x.abs() or torch.view_as_real(x), which are real"
     convert = f"convert it with x.to({parameter.dtype})"

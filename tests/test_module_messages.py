@@ -110,7 +110,7 @@ def test_an_array_comes_with_the_code_that_converts_it(
 
 
 class Frame:
-    """What a DataFrame has."""
+    """A stand-in for a DataFrame."""
 
     def to_numpy(self) -> np.ndarray:
         return np.ones((5, 4))

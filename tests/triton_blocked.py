@@ -1,4 +1,4 @@
-"""What has to work where Triton cannot be imported, as on Windows and macOS.
+"""A program that has to work where Triton cannot be imported, as on Windows and macOS.
 
 test_without_triton.py runs these tests, in a process in which the import of Triton fails. No other run collects them.
 """
@@ -31,7 +31,8 @@ def steps(model: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     y = model(x)
     y.sum().backward()
-    return [y, x.grad, *(parameter.grad for parameter in model.parameters())]  # type: ignore[list-item]
+    gradients = [leaf.grad for leaf in (x, *model.parameters()) if leaf.grad is not None]
+    return [y, *gradients]
 
 
 def assert_same(one: nn.Module, other: nn.Module, x: Tensor) -> None:

@@ -107,5 +107,5 @@ def run_operator(
 
 
 def can_checkpoint(x: Any) -> bool:
-    """Whether gradients are recorded, and torch.utils.checkpoint works: not for torch.func or nested tensors."""
+    """True if gradients are recorded, and torch.utils.checkpoint works: not for torch.func or nested tensors."""
     return torch.is_grad_enabled() and not is_transformed() and not getattr(x, "is_nested", False)

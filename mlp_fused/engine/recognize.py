@@ -213,7 +213,7 @@ def resolve(
 
 
 def name_in_sentences(activation: Any) -> str:
-    """What sentences call a module, a class or a function that was given as an activation."""
+    """The name in sentences of a module, a class or a function that was given as an activation."""
     if isinstance(activation, nn.Module):
         return type(activation).__name__
     if isinstance(activation, type):

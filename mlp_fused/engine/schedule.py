@@ -218,7 +218,7 @@ class Schedule:
         for is_kernel, group in itertools.groupby(zip(self.steps, self._launches), lambda pair: pair[1] is not None):
             if is_kernel:  # kernels between two calls of torch are one program
                 program = Program([(launch, self._slots(step)) for step, launch in group if launch is not None])
-                runs.append(lambda everything, pointers, program=program: program(pointers))  # type: ignore[misc]
+                runs.append(functools.partial(_run_program, program))
             else:
                 runs += [functools.partial(self._run_torch, step) for step, _ in group]
         return runs[0] if len(runs) == 1 else functools.partial(_run_all, runs) if runs else None
@@ -232,6 +232,10 @@ class Schedule:
 
     def _slot(self, operand: Any) -> Any:
         return tuple(map(self._slot, operand)) if isinstance(operand, tuple) else self._places[operand]
+
+
+def _run_program(program: Program, everything: list[Any], pointers: list[Any]) -> None:
+    program(pointers)
 
 
 def _run_all(runs: Sequence[Replay], everything: list[Tensor | None], pointers: list[int | None]) -> None:

@@ -113,7 +113,7 @@ def trainable(device: str, **keywords: Any) -> tuple[nn.Module, torch.optim.Opti
 @pytest.mark.parametrize("widths", [(12, 16, 5), (12, 300, 300, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_captured_forward_and_backward(dtype: torch.dtype, widths: tuple[int, ...], device: str, path: str) -> None:
-    """By torch's own means, after `warmup`; all that the capture allocates is the pool's."""
+    """A training step captured by torch's own means, after `warmup`; all that it allocates is the pool's."""
     model = FusedMLP(widths[0], list(widths[1:]), activation_layer="gelu", backend="triton", device=device, dtype=dtype)
     static = torch.randn(9, 12, device=device, dtype=dtype)
     dy = torch.randn(9, 5, device=device, dtype=dtype)

@@ -127,7 +127,7 @@ def test_shared_weights_are_left_and_named() -> None:
 
 
 class Own(nn.Module):
-    """What everyone writes first: the activation is called in forward."""
+    """A module as everyone writes it first: the activation is called in forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def add_input(block: Block, output: Tensor, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def _own_patterns() -> Iterator[None]:
-    """What a test registers is gone after it."""
+    """Forget the patterns that a test registers, after it."""
     before = dict(PATTERNS)
     yield
     PATTERNS.clear()

@@ -102,7 +102,7 @@ def test_the_user_says_what_is_kept(recompute: bool, device: str) -> None:
 
 
 def kept_bytes(data: Data, call: Callable[[], object]) -> int:
-    """What a call saves for backward, parameters apart."""
+    """The bytes that a call saves for backward, parameters apart."""
     tensors = (*data.weights, *(bias for bias in data.biases if bias is not None))
     parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}
@@ -136,7 +136,7 @@ def test_one_tensor_is_kept_a_layer(activation: str, needs: str, path: str, devi
 
 @pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("silu", 0.58), ("relu", 1.0), ("tanh", 1.0)])
 def test_what_is_kept_beside_what_torch_keeps(activation: str, most: float, device: str) -> None:
-    """Of a network as the benches' middle one: four layers as wide as the input."""
+    """A network as the benches' middle one: four layers as wide as the input."""
     case = Case(16, (32,) * 5, torch.bfloat16, activation, needs="parameters")
     data, twin = make(case, device), make(case, device)
     ours = kept_bytes(data, partial(forward, case, data, "layer"))
@@ -147,7 +147,7 @@ def test_what_is_kept_beside_what_torch_keeps(activation: str, most: float, devi
 @pytest.mark.gpu
 @pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("relu", 1.0)])
 def test_memory_held_between_forward_and_backward(activation: str, most: float, device: str) -> None:
-    """By the allocator's own count; the output is the user's, and counted on neither side."""
+    """Count by the allocator; the output is the user's, and counted on neither side."""
     case = Case(4096, (512,) * 5, torch.bfloat16, activation, needs="parameters")
     data = make(case, device)
     held = []
@@ -176,7 +176,7 @@ def test_saved_tensors_that_come_back_with_other_strides(recompute: bool | None,
 
 
 def test_what_is_not_read_again_may_change(device: str) -> None:
-    """As in torch: the first weight where x needs no gradient, and every bias."""
+    """The first weight where x needs no gradient, and every bias may change, as in torch."""
     case = Case(widths=(5, 3), needs="parameters")
     data = make(case, device)
     y = forward(case, data, "network", recompute=False)

@@ -485,3 +485,23 @@ def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: s
             found = gradients(run_network(x, tuple(weights), (None, None), path), weights)
         for ours, theirs in zip(found, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backward_reads_the_strides_that_hooks_gave_a_bias(device: str) -> None:
+    """After a backward whose bias lay as the module's does."""
+    weights = [(torch.randn(n, k, device=device) / 4).requires_grad_() for k, n in ((20, 16), (16, 16))]
+    biases = [torch.randn(16, device=device).requires_grad_() for _ in range(2)]
+    x = torch.randn(23, 20, device=device)
+    layers = [Layer(*layer) for layer in zip(weights, biases, (GELU, IDENTITY))]
+    path = find_network(x, layers, torch.float32, recompute=True)
+    assert isinstance(path, NetworkPath)
+    expected = gradients(reference.mlp(x, weights, biases, [GELU, IDENTITY]), [*weights, *biases])
+
+    def spread(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, tensor], dim=1).flatten()[::2] if tensor.dim() == 1 else tensor
+
+    for unpack in (lambda tensor: tensor, spread):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            found = gradients(run_network(x, weights, biases, path), [*weights, *biases])
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -92,7 +92,7 @@ def test_one_model_is_right_whatever_changes_between_calls(path: str, device: st
 
 
 def test_models_of_the_same_shapes_share_no_launch_that_differs(path: str, device: str, poisoned: None) -> None:
-    """Of the same widths and the same dtype to compute in, with parameters of other dtypes, or without some."""
+    """Models of the same widths and dtype to compute in, with parameters of other dtypes, or without some."""
     x = torch.randn(9, 12, device=device)
     forms = [(torch.float32, torch.float32), (BF16, BF16), (torch.float32, BF16), (BF16, torch.float32), (BF16, None)]
     for of_weights, of_biases in (*forms, *forms[:2]):

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mlp_fused import FusedMLP, memory
+from mlp_fused import FusedMLP, explain, memory
 from mlp_fused.engine import layer_path, schedule, settings
+from mlp_fused.engine.layer_steps import parameters_of
 from mlp_fused.engine.schedule import Step, Work
 from mlp_fused.kernels.activations import ACTIVATIONS, IDENTITY
+from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.launch import count_launches, launched_by
 from mlp_fused.kernels.layer_forward import pointwise
 from mlp_fused.kernels.tile_config import TileConfig
@@ -145,3 +147,23 @@ def test_a_schedule_for_one_tensor_off_alignment_serves_another(device: str, by_
         model[0].weight = parameter
         model(input)  # prepares the launches
         torch.testing.assert_close(model(input), torch.nn.Sequential(*model)(input), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_of_its_own_takes_memory_for_what_it_writes_alone() -> None:
+    """Its backward holds the rebuilt output below, and no place for gradients of other layers."""
+    layers = explain.meta_layers((256, 512, 512, 256), [ACTIVATIONS["gelu"]] * 3, torch.float32, bias=True)
+    path = layer_path.layer_path(
+        (256, 512, 512, 256),
+        (ACTIVATIONS["gelu"],) * 3,
+        parameters_of(layers),
+        torch.float32,
+        "ieee",
+        False,
+        (0.0,) * 3,
+    )
+    rows = 4096
+    wide = torch.empty(rows, 512, device="meta")
+    given = schedule.named({"dy": wide, "x": wide, "y": None, "kept": None, "seed": None}, [layers[1].weight], first=1)
+    backward = path.section(1, 2).write_backward(given, rows, True, [True, False], path.choose(DEVICES["NVIDIA H100"]))
+    partial = sum(buffer.size for name, buffer in backward.buffers.items() if name == "partial")
+    assert backward.workspace_bytes == 4 * (rows * 512 + partial)

@@ -198,17 +198,11 @@ class Section:
         writer.allocate("y", rows, last.width_out)
         if keep and self.hands_z:
             writer.allocate(f"z[{last.index}]", rows, last.width_out)
-        # Layers that are not kept take two places in turn.
-        turns = [0, 0]
-        for place, spec in enumerate(self.layers[:-1]):
-            if writer.has(f"h[{spec.index}]") is None:
-                turns[place % 2] = max(turns[place % 2], room(rows, spec.width_out))
-        writer.allocate("work", sum(turns))
         below = "x"
         for place, (spec, cast) in enumerate(zip(self.layers, casts)):
             h = "y" if spec is last else f"h[{spec.index}]"
-            if writer.has(h) is None:
-                writer.part(h, "work", turns[0] * (place % 2), rows, spec.width_out)
+            if writer.has(h) is None:  # layers that are not kept take two places in turn
+                writer.share(h, f"h {place % 2}", rows, spec.width_out)
             z = writer.has(f"z[{spec.index}]") if keep else None
             weight = cast or f"weight[{spec.index}]"
             writer.steps += forward_steps(spec, writer, below, weight, h, z, choose)
@@ -259,14 +253,10 @@ class Section:
         if self.kept_shapes(rows):
             self._place_kept(writer)
         count, last = len(self.layers), self.layers[-1]
-        widths = [spec.width_in for spec in self.layers if spec.index] + [last.width_out]
-        biggest = max(room(rows, width) for width in widths)
-        # dz takes two places in turn; a third is for an output that is rebuilt.
-        writer.allocate("work", (2 + any(spec.below_keeps_z for spec in self.layers)) * biggest)
         dz = "dy"
         if self.is_last and (last.activation is not IDENTITY or last.dropout is not None):
             own = None if last.activation is IDENTITY else writer.has(f"z[{last.index}]") or "y"
-            dz = writer.part(f"dz[{last.index}]", "work", biggest * ((count - 1) % 2), rows, last.width_out)
+            dz = writer.share(f"dz[{last.index}]", f"dz {last.index % 2}", rows, last.width_out)
             writer.steps.append(output_gradient_step(last, writer, "dy", own, dz, choose))
         gradients: list[str | None] = [None] * (2 * count)
         for place in reversed(range(count)):
@@ -280,11 +270,11 @@ class Section:
             if needs_x or any(needs[:place]) or any(needs[count : count + place]):
                 if below is None:
                     into = writer.allocate("dx", rows, spec.width_in)
-                else:
-                    into = writer.part(f"dz[{below.index}]", "work", biggest * ((place - 1) % 2), rows, spec.width_in)
+                else:  # dz takes two places in turn
+                    into = writer.share(f"dz[{below.index}]", f"dz {below.index % 2}", rows, spec.width_in)
                 saved, rebuilt = None if spec.below is IDENTITY else h, None
                 if needs_weight and spec.below_keeps_z:
-                    h = rebuilt = writer.part(f"rebuilt[{spec.index}]", "work", 2 * biggest, rows, spec.width_in)
+                    h = rebuilt = writer.share(f"rebuilt[{spec.index}]", "rebuilt", rows, spec.width_in)
                 writer.steps += dgrad_steps(spec, writer, dz, f"weight[{spec.index}]", saved, into, rebuilt, choose)
             if needs_weight or needs_bias:
                 if needs_weight:

@@ -51,9 +51,6 @@ class NetworkPath:
     wgrad_tile: TileConfig
     cache: Cache = field(default_factory=Cache, repr=False)
 
-    drops = False
-    hands_z = False
-
     @property
     def dtype(self) -> torch.dtype:
         return self.network.dtype
@@ -149,8 +146,8 @@ class NetworkPath:
         """
         tensors = (dy, x, kept, own, *parameters)
         pointers, aligned = read(tensors)
-        # Hooks on saved tensors may have given the weights other strides, too.
-        strides = [tensor.stride() for tensor in (x, dy, *parameters[: self.network.layers]) if tensor is not None]
+        # Hooks on saved tensors may have given the parameters other strides, too.
+        strides = [tensor.stride() for tensor in (x, dy, *parameters) if tensor is not None]
         key = (needs_x, *needs, aligned, x.shape, x.dtype, x.get_device(), *strides)
         schedule = self.cache.get(key)
         if schedule is None:

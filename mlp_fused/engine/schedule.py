@@ -333,7 +333,7 @@ class Writer:
         self.buffers[name] = Buffer(shape, dtype, of, start, strides)
         return name
 
-    def share(self, name: str, of: str, *shape: int, dtype: torch.dtype) -> str:
+    def share(self, name: str, of: str, *shape: int, dtype: torch.dtype | None = None) -> str:
         """A part of a buffer that steps use one after the other: as large as the largest of them needs it."""
         shared = self.buffers.get(of)
         if shared is None or shared.size < math.prod(shape):

@@ -205,7 +205,7 @@ def has_hooks(module: Any) -> bool:
 
 
 def are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
-    """Whether the own attributes of modules show a hook, or a forward patched onto one."""
+    """True if the own attributes of modules show a hook, or a forward patched onto one."""
     for attributes in modules:  # a call of its own for each would double the time
         if (  # HOOKS, without a loop
             attributes["_forward_hooks"]

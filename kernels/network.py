@@ -1,11 +1,12 @@
 """A narrow network in one kernel: H_l = a_l(H_{l-1} W_lᵀ + b_l) for every layer, activations never leaving the chip.
 
 forward      x -> y in one launch; in training it may keep one tensor of each hidden layer
-recompute    x, dy -> dx and every dW and db: the forward again, then the chain of dz, a program's sums in registers
-dgrad        the same chain of dz from the tensors that the forward kept, dx at its end
-wgrad        every dW and db from the kept tensors and the chain's dz
+one_pass     dz down the layers with dx at its end, and every dW and db in registers; from the tensors that the forward
+             kept, or from x alone: the forward again
+dgrad        dz down the layers and dx from the tensors that the forward kept
+wgrad        every dW and db from the kept tensors and dgrad's dz
 
-recompute and wgrad leave fp32 sums of each program's rows, which `sum_partials` adds in a fixed order.
+one_pass and wgrad leave fp32 sums of each program's rows, which `sum_partials` adds in a fixed order.
 
 A program loads the weights once and goes through tiles of rows. Widths are filled up to the next power of two: weights
 with zeros, activations with zeros too, as a(0) need not be 0, nor finite.
@@ -52,6 +53,7 @@ class Network:
     keeps_z: tuple[bool, ...] = field(init=False)
     forwards: tuple[Any, ...] = field(init=False)
     backwards: tuple[Any, ...] = field(init=False)
+    forwards_and_slopes: tuple[Any, ...] = field(init=False)
     parameters: tuple[tuple[float, ...], ...] = field(init=False)
     rebuilds: tuple[Any, ...] = field(init=False)  # what gives a layer's input from what is kept; None: it is kept
     rebuild_parameters: tuple[tuple[float, ...], ...] = field(init=False)
@@ -70,6 +72,7 @@ class Network:
             "keeps_z": tuple(activation.keeps_preactivation for activation in self.activations),
             "forwards": tuple(activation.forward for activation in self.activations),
             "backwards": tuple(activation.backward for activation in self.activations),
+            "forwards_and_slopes": tuple(activation.forward_and_slope for activation in self.activations),
             "parameters": tuple(activation.constants(self.dtype) for activation in self.activations),
             "rebuilds": (None, *(a.forward if a.keeps_preactivation else None for a in self.activations[:-1])),
             "rebuild_parameters": ((), *(a.constants(self.dtype) for a in self.activations[:-1])),
@@ -81,7 +84,8 @@ class Network:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         # Compiled kernels are found on disk by the text of their constants; a function's is its source.
-        sources = [getattr(f, "cache_key", "") for f in (*derived["forwards"], *derived["backwards"])]
+        functions = (*derived["forwards"], *derived["backwards"], *derived["forwards_and_slopes"])
+        sources = [getattr(function, "cache_key", "") for function in functions]
         values = [derived[name] for name in ("sides", "keeps_z", "parameters", "activates_output")]
         key = (self.widths, self.strides, self.dtype, self.precision, values, sources)
         object.__setattr__(self, "cache_key", str(key))

@@ -1,4 +1,4 @@
-"""The backward of a narrow network, one kernel a formulation: see network.py."""
+"""The backward of a narrow network in two launches, every dz and then every dW and db: see network.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from .launch import Launch, cdiv, launch
 from .network import (
     Gradients,
     Network,
-    layer,
-    linear,
     load_rows,
     load_weight,
     matmul,
@@ -24,81 +22,7 @@ from .partial_sums import Partial
 from .tile import multiply, round_to, store
 from .tile_config import TileConfig
 
-__all__ = [
-    "network_dgrad", "network_recompute", "network_recompute_sums", "network_wgrad", "network_wgrad_sums",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["M"])
-def network_recompute_kernel(
-    x_ptr,  # (M, d_0)
-    dy_ptr,  # (M, d_L)
-    dx_ptr,  # (M, d_0), contiguous; or None
-    w_ptrs,
-    b_ptrs,
-    h_ptr,  # as the forward's, for tests; or None
-    partial_ptr,  # (programs, size), contiguous: every wanted dW and db, by GRADIENTS' starts
-    M,
-    size,
-    stride_xm,
-    stride_xk,
-    stride_dm,
-    stride_dn,
-    NET: tl.constexpr,
-    GRADIENTS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # columns of ones that db is a product with
-):
-    LAST: tl.constexpr = len(w_ptrs) - 1
-    LOWEST: tl.constexpr = GRADIENTS.lowest
-    ws = ()
-    for i in tl.static_range(LAST + 1):
-        ws = ws + (load_weight(w_ptrs[i], NET, i, OFFSET),)
-    dws, dbs = (), ()
-    for i in tl.static_range(LOWEST, LAST + 1):
-        dws = dws + (tl.full([NET.pads[i + 1], NET.pads[i]] if GRADIENTS.weights[i] else [1, 1], 0.0, NET.accumulator),)
-        dbs = dbs + (tl.full([NET.pads[i + 1], BLOCK_N] if GRADIENTS.biases[i] else [1, 1], 0.0, NET.accumulator),)
-    ones = round_to(tl.full([BLOCK_M, BLOCK_N], 1.0, NET.accumulator), NET.compute)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(OFFSET)
-        inside = rows < M
-        safe = tl.minimum(rows, M - 1)
-        hs = (load_rows(x_ptr, safe * stride_xm, None, stride_xk, NET, 0, OFFSET),)
-        # Of the rows beyond the last, no gradient: they add nothing to any sum.
-        dz = load_rows(dy_ptr, safe * stride_dm, inside, stride_dn, NET, LAST + 1, OFFSET)
-        kept = ()
-        for i in tl.static_range(LAST):
-            of_layer, h = layer(linear(hs[i], ws[i], b_ptrs[i], NET, i, BLOCK_M, OFFSET), NET, i)
-            kept = kept + (of_layer,)
-            hs = hs + (h,)
-            if h_ptr is not None:
-                start = M.to(OFFSET) * NET.starts[i] + rows * NET.widths[i + 1]
-                store_rows(h_ptr, start, inside, h, NET, i + 1)
-        if NET.activates_output:
-            own, h = layer(linear(hs[LAST], ws[LAST], b_ptrs[LAST], NET, LAST, BLOCK_M, OFFSET), NET, LAST)
-            dz = through(dz, own, NET, LAST)
-        sums_w, sums_b = (), ()
-        for i in tl.static_range(LAST, LOWEST - 1, -1):
-            dw = dws[i - LOWEST]
-            db = dbs[i - LOWEST]
-            if GRADIENTS.weights[i]:
-                dw = matmul(tl.trans(dz), hs[i], dw, NET)
-            if GRADIENTS.biases[i] and NET.sums_by_dot:
-                db = matmul(tl.trans(dz), ones, db, NET)
-            elif GRADIENTS.biases[i]:
-                db += tl.sum(dz.to(NET.accumulator), axis=0)[:, None]
-            sums_w = (dw,) + sums_w
-            sums_b = (db,) + sums_b
-            if i > LOWEST:
-                dz = through(multiply_back(dz, ws[i], NET, i, BLOCK_M), kept[i - 1], NET, i - 1)
-        if dx_ptr is not None:
-            store_rows(dx_ptr, rows * NET.widths[0], inside, multiply_back(dz, ws[0], NET, 0, BLOCK_M), NET, 0)
-        dws = sums_w
-        dbs = sums_b
-    partial_ptr += tl.program_id(0).to(OFFSET) * size
-    for i in tl.static_range(LOWEST, LAST + 1):
-        store_sums(partial_ptr, dws[i - LOWEST], dbs[i - LOWEST], 0, 0, NET, GRADIENTS, i)
+__all__ = ["network_dgrad", "network_wgrad", "network_wgrad_sums", "store_sums"]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -241,11 +165,6 @@ def sum_layer(
     store_sums(partial_ptr, dw, db, n, k, NET, GRADIENTS, LAYER)
 
 
-def network_recompute_sums(rows: int, network: Network, gradients: Gradients, tile: TileConfig) -> Partial:
-    """The partial sums of `network_recompute`: one of each program."""
-    return Partial(tile.started(cdiv(rows, tile.block_m)), gradients.starts[-1], 0, partial_dtype(network))
-
-
 def network_wgrad_sums(rows: int, network: Network, gradients: Gradients, tile: TileConfig) -> Partial:
     """The partial sums of `network_wgrad`: one of each chunk of rows."""
     return Partial(cdiv(rows, _chunk(rows, gradients, tile)), gradients.starts[-1], 0, partial_dtype(network))
@@ -255,40 +174,6 @@ def _chunk(rows: int, gradients: Gradients, tile: TileConfig) -> int:
     """The rows that one program of `network_wgrad` sums, in whole blocks."""
     most = max(1, tile.programs // gradients.tile_starts[-1])
     return cdiv(cdiv(rows, most), tile.block_k) * tile.block_k
-
-
-def network_recompute(
-    x: Tensor,
-    dy: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    dx: Tensor | None,
-    partial: Tensor,
-    network: Network,
-    gradients: Gradients,
-    tile: TileConfig,
-    *,
-    h: Tensor | None = None,
-) -> Launch | None:
-    """dx, and partial sums of every dW and db that `gradients` names, from x and dy alone.
-
-    Args:
-        x, weights, biases, h: as in `forward`; dy (M, d_L), any strides.
-        dx: (M, d_0), contiguous, written; or None.
-        partial: written; of the shape that `network_recompute_sums` gives, for `sum_partials`.
-    """
-    rows = x.shape[0]
-    return launch(
-        network_recompute_kernel,
-        partial.shape[0],
-        x.device,
-        tile,
-        (x, dy, dx, weights, biases, h, partial),
-        (rows, partial.shape[1], *x.stride(), *dy.stride()),
-        NET=network,
-        GRADIENTS=gradients,
-        OFFSET=network_offset_type(network, rows, x, dy),
-    )
 
 
 def network_dgrad(
@@ -340,7 +225,7 @@ def network_wgrad(
     Args:
         x: (M, d_0), any strides; dy (M, d_L), any strides: the last layer's dz.
         kept, dz: as `forward` and `dgrad` wrote them.
-        partial: as in `network_recompute`, of the shape that `network_wgrad_sums` gives.
+        partial: written; of the shape that `network_wgrad_sums` gives, for `sum_partials`.
     """
     rows = x.shape[0]
     return launch(

@@ -13,7 +13,7 @@ import torch
 from .devices import BLACKWELL, DESCRIPTOR_ARCHITECTURES, Device
 from .tile_config import TileConfig
 
-__all__ = ["NetworkProblem", "network_tile", "network_wgrad_tile", "padded"]
+__all__ = ["NetworkProblem", "layer_groups", "network_tile", "network_wgrad_tile", "padded"]
 
 
 def padded(width: int) -> int:
@@ -21,7 +21,9 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-NetworkKind = Literal["forward", "recompute", "dgrad"]
+# recompute: the backward in one pass from x alone. stored: in one pass over what the forward stored. dgrad: of the pair
+# dgrad and wgrad.
+NetworkKind = Literal["forward", "recompute", "stored", "dgrad"]
 
 # A program that sums weight gradients takes this many rows at a time.
 WGRAD_ROWS = {2: 64, 4: 32, 8: 32}  # by bytes of an element
@@ -36,6 +38,17 @@ TENSOR_MEMORY = 384
 # What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
 RECOMPUTE_WORDS = {16: 80, 32: 136, 64: 84}
 RECOMPUTE_WORDS_FP32 = 72
+# With 128 rows a tile on a Hopper, 64 wide. Where no z is kept, 64 -> 64 -> 64 -> 64 -> 64 (144 words) spills 78 words
+# and is still faster than storing: 0.350 + 0.111 ms against 0.285 + 0.252 (H100, 2^20 rows, Triton 3.6).
+RECOMPUTE_WORDS_HOPPER = 144
+RECOMPUTE_WORDS_HOPPER_Z = 108  # where exponentials would be recomputed too
+# Sums that a thread may hold over stored tensors (see `sum_words`): 64 -> 64 -> 64 -> 64 -> 64, or one layer of 128.
+STORED_WORDS = 80
+# Architectures where one pass over stored tensors was measured faster than dgrad and wgrad: training takes 0.537 ms
+# against 0.944 at 64 -> 64 -> 64 -> 64 -> 64, 1.69 against 2.32 at 128 (H100, relu, bf16, 2^20 rows, Triton 3.6).
+# Elsewhere the backend "triton" alone runs it.
+STORED_MEASURED = (90,)
+ROWS_OF_ONES = 16  # that db is a product with, where tiles have no columns of ones
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,8 @@ def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
             return "the weights do not fit in registers, where this compiler keeps them"
     if problem.kind == "recompute":
         return _recompute_tile(problem, device)
+    if problem.kind == "stored":
+        return _stored_tile(problem, device)
     if tensor_memory(problem, 64, device) > TENSOR_MEMORY:
         return "the products of all layers do not fit in tensor memory"
     for tile in _network_tiles(problem, device):
@@ -123,24 +138,79 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
 
 
 def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
-    """Small tiles of rows, few warps: the sums that a thread holds are what counts."""
+    """Small tiles of rows and few warps up to 32 wide: the sums that a thread holds are what counts.
+
+    On an H100, 2^20 rows, Triton 3.6, with the sums added up: 32 wide 0.159 ms with 4 programs a multiprocessor, 0.174
+    with 8; 64 wide 0.350 ms with 128 rows a tile, 0.713 with 64.
+    """
     if problem.streams or problem.widest > 64:
         return "the sums of a wider layer's weight gradient do not fit in registers"
     if problem.on_fma_units:
         return "full fp32 products of the transposed activations do not fit in registers"
-    rows, warps = (64, 8) if problem.widest == 64 else (32, 2)
-    # db is a product with the fewest columns of ones that the tensor core's instruction takes; with one, a plain sum.
-    ones = 1 if problem.dtype.itemsize > 2 else 8 if device.backend == "cuda" and problem.widest < 64 else 16
-    tile = TileConfig(rows, ones, num_warps=warps, programs=16 // warps * device.multiprocessors)
     if problem.widest == 64 and (device.arch not in DESCRIPTOR_ARCHITECTURES or problem.dtype.itemsize > 2):
         return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
-    if problem.widest == 64 and min(problem.pads) < 64:
+    hopper = device.arch == 90
+    if problem.widest == 64 and min(problem.pads) < 64 and not hopper:
         return "beside 64-wide layers, the sums of narrower ones do not fit in registers"
-    limit = RECOMPUTE_WORDS[problem.widest] if problem.dtype.itemsize == 2 else RECOMPUTE_WORDS_FP32
+    if problem.widest == 64 and hopper:
+        tile = TileConfig(128, num_warps=8, programs=device.multiprocessors)
+        limit = RECOMPUTE_WORDS_HOPPER_Z if any(problem.keeps_z[:-1]) else RECOMPUTE_WORDS_HOPPER
+    else:
+        rows, warps = (64, 8) if problem.widest == 64 else (32, 2)
+        # db is a product with the fewest columns of ones that the tensor core's instruction takes.
+        ones = 0 if problem.dtype.itemsize > 2 else 8 if device.backend == "cuda" and problem.widest < 64 else 16
+        resident = 4 if problem.widest == 32 and hopper else 16 // warps
+        tile = TileConfig(rows, ones, num_warps=warps, programs=resident * device.multiprocessors)
+        limit = RECOMPUTE_WORDS[problem.widest] if problem.dtype.itemsize == 2 else RECOMPUTE_WORDS_FP32
     words = held_words(problem, tile)
     if words > limit:
         return f"the weight gradients' sums and the activations take {words} registers a thread, more than {limit}"
     return tile
+
+
+def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
+    """The tile of one pass over the stored tensors, layer groups being `layer_groups`."""
+    if problem.streams or problem.widest > 128 or problem.dtype.itemsize > 2:
+        return "the sums of a layer's weight gradient do not fit in registers"
+    if device.arch not in DESCRIPTOR_ARCHITECTURES:
+        return "the products' operands are in registers here, where the weight gradients' sums would be"
+    if problem.widest < 64:
+        return "layers below 64 wide are half a wgmma instruction's rows"
+    widest_sums = max(sum_words(n, k, TileConfig(64, num_warps=8)) for n, k in problem.held)
+    if widest_sums > STORED_WORDS:
+        return "the sums of a layer's weight gradient do not fit in registers"
+    # On an H100, 2^20 rows, Triton 3.6: 64 wide 0.296 ms with 128 rows a tile and 2 stages, 0.285 through descriptors,
+    # 0.331 with 64 rows and 3 stages; 128 wide 1.043 ms layer by layer, 1.147 by pairs.
+    forms = [(128, 2), (128, 1), (64, 1)] if problem.widest == 64 else [(64, 3), (64, 2), (64, 1)]
+    for rows, stages in forms if device.arch == 90 else [(64, 1)]:
+        tile = TileConfig(rows, num_warps=8, num_stages=stages, programs=device.multiprocessors, descriptors=True)
+        if network_shared_memory(problem, tile, device) <= device.shared_memory:
+            return tile
+    return "the weights and a tile of every layer do not fit in shared memory"
+
+
+def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, int], ...]:
+    """The layers (low, high) of each launch of the pass over stored tensors, the highest first.
+
+    As many layers as have their sums fit in registers: every launch more writes and reads another dz.
+    """
+    groups = []
+    high = len(problem.pads) - 1
+    while high > 0:
+        low, words = high, 0.0
+        while low > 0:
+            words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
+            if words > STORED_WORDS and low < high:
+                break
+            low -= 1
+        groups.append((low, high))
+        high = low
+    return tuple(groups)
+
+
+def sum_words(n: int, k: int, tile: TileConfig) -> float:
+    """32-bit words of the fp32 sums of a layer's dW and db that a thread holds."""
+    return n * (k + (tile.block_n or ROWS_OF_ONES)) / (tile.num_warps * 32)
 
 
 def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
@@ -148,7 +218,7 @@ def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
     elements = tile.num_warps * 32
     words = 0.0
     for n, k, keeps in zip(problem.pads[1:], problem.pads, problem.keeps_z):
-        words += (n * k + n * tile.block_n) / elements
+        words += sum_words(n, k, tile) if problem.dtype.itemsize == 2 else (n * k + n) / elements
         words += tile.block_m * k * (1 + keeps) * problem.dtype.itemsize / 4 / elements
     return round(words)
 
@@ -164,6 +234,8 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
         in_flight = tile.num_stages * (tile.block_m + problem.pads[1]) * tile.block_k * staged + rows
     elif problem.kind == "recompute":
         in_flight = rows * 2 * len(problem.pads)  # every layer's input and dz, as operands
+    elif problem.kind == "stored":
+        return max(_stored_shared_memory(problem, tile, group) for group in layer_groups(problem, tile))
     elif problem.kind == "dgrad" and tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages * len(problem.pads))
     elif tile.num_stages > 1:
@@ -171,6 +243,16 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     else:
         in_flight = rows * (1 if device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units else 2)
     return weights + in_flight + 2048
+
+
+def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tuple[int, int]) -> int:
+    """Bytes of a launch's weights, of the tensors in flight, and of every h that is rebuilt and dz, as operands."""
+    low, high = group
+    pads = problem.pads[low : high + 1]
+    weights = sum(n * k for n, k in zip(pads[1:], pads))
+    operands = max((high - low - 1) * (1 + any(problem.keeps_z[low : high - 1])) + 1, 2)
+    tensors = len(pads) * max(tile.num_stages - 1, 1) + operands
+    return (weights + tile.block_m * max(pads) * tensors) * problem.dtype.itemsize + 2048
 
 
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:

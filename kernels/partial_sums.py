@@ -10,8 +10,12 @@ from .launch import Launch, cdiv, launch, offset_type
 from .tile import store
 from .tile_config import TileConfig
 
-# A sum over partials is bound by memory, and by latency where one row follows the other: 32 rows at a time.
+# A sum over partials is bound by memory, and by latency where one row follows the other: many rows at a time.
+# On an H100, Triton 3.6, 1056 partials of 4224 columns took 5.3 µs with 32 columns and 128 rows a tile, 19.0 with 64
+# and 32.
 SUM_PARTIALS = TileConfig(64, block_k=32, num_warps=4)
+SUM_MANY_PARTIALS = TileConfig(32, block_k=128, num_warps=8)
+MANY = 128
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -39,6 +43,11 @@ def sum_partials_kernel(
         store(sum_ptrs[i] + at, total, (at >= 0) & (at < sizes[i]))
 
 
+def sum_partials_tile(splits: int) -> TileConfig:
+    """The tile for a sum over so many partials."""
+    return SUM_MANY_PARTIALS if splits >= MANY else SUM_PARTIALS
+
+
 def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] | None = None) -> Launch | None:
     """[sums …] = Σ_s partial[s], always in one order: the same bits every run.
 
@@ -51,11 +60,12 @@ def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] 
     sizes = tuple(total.numel() for total in sums)
     starts = tuple(itertools.accumulate(sizes[:-1], initial=0) if starts is None else starts)
     assert starts[-1] + sizes[-1] <= size
+    tile = sum_partials_tile(splits)
     return launch(
         sum_partials_kernel,
-        cdiv(size, SUM_PARTIALS.block_m),
+        cdiv(size, tile.block_m),
         partial.device,
-        SUM_PARTIALS,
+        tile,
         (partial, tuple(sums)),
         (starts, sizes, splits, size),
         OFFSET=offset_type(partial),

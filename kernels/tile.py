@@ -16,6 +16,7 @@ __all__ = [
     "activate",
     "differentiate",
     "dot",
+    "in_layout",
     "load_tile",
     "multiply",
     "operand",
@@ -148,6 +149,18 @@ def differentiate(dh, saved, BACKWARD: tl.constexpr, PARAMETERS: tl.constexpr):
     else:
         tl.static_assert(len(PARAMETERS) == 2, "an activation has at most two parameters")
         return BACKWARD(dh, saved, PARAMETERS[0], PARAMETERS[1])
+
+
+@triton.jit
+def in_layout(value, like):
+    """An fp32 `value` in the layout of `like`, so that what is computed from both is computed once. NVIDIA's alone."""
+    if INTERPRETED:
+        return value
+    else:
+        # An instruction of both operands, which the compiler neither moves nor repeats in another layout.
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r", [value, like], dtype=tl.float32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

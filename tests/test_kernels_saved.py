@@ -71,7 +71,7 @@ def test_a_network_is_one_launch_forward_and_at_most_three_backward(recompute: b
     sums = 0 if needs in ("input", "nothing") else 1
     chain = 0 if needs in ("last layer", "nothing") else 1
     if recompute:
-        wanted = {"network_recompute_kernel": int(needs != "nothing"), "sum_partials_kernel": sums}
+        wanted = {"network_one_pass_kernel": int(needs != "nothing"), "sum_partials_kernel": sums}
     else:
         wanted = {"network_dgrad_kernel": chain, "network_wgrad_kernel": sums, "sum_partials_kernel": sums}
     assert launches == {name: count for name, count in wanted.items() if count}

@@ -17,7 +17,7 @@ from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.calls import run_kernels
 from mlp_fused.engine.network_path import NetworkPath
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.kernels import network, network_backward, network_forward
+from mlp_fused.kernels import network, network_forward, network_one_pass
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.devices import Device, describe
 from mlp_fused.kernels.launch import cdiv, count_launches, offset_type
@@ -217,10 +217,11 @@ def test_the_network_recomputes_the_very_bits_of_its_forward(
     tile = path.forward_tile if device == "cuda" else path.backward_tile
     network_forward.network_forward(x, weights, biases, y, net, tile, h=hidden)
     nothing = network.gradients_of(net.widths, (False,) * 3, (False,) * 3, True)
-    sums = network_backward.network_recompute_sums(x.shape[0], net, nothing, path.backward_tile)
+    sums = network_one_pass.network_one_pass_sums(x.shape[0], net, nothing, path.backward_tile)
     partial, *_ = sums.allocate(x.device)
-    network_backward.network_recompute(
-        x, dy, weights, biases, torch.empty_like(x), partial, net, nothing, path.backward_tile, h=again
+    dx = torch.empty_like(x)
+    network_one_pass.network_one_pass(
+        x, dy, weights, biases, None, None, None, dx, partial, net, nothing, path.backward_tile, h=again
     )
     assert not hidden.isnan().any()
     assert torch.equal(hidden, again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -136,8 +137,10 @@ def network(
         ((32,) * 7, "gelu", "stored"),
         ((64,) * 3, "gelu", "recompute"),
         ((64,) * 4, "relu", "recompute"),
-        ((64,) * 5, "relu", "stored"),
-        ((16, 64, 64, 16), "relu", "stored"),
+        ((64,) * 5, "relu", "recompute"),
+        ((64,) * 5, "gelu", "stored"),
+        ((64,) * 6, "relu", "stored"),
+        ((16, 64, 64, 16), "relu", "recompute"),
         ((128,) * 5, "relu", "stored"),
         ((128, 64, 64, 64, 64, 64, 3), "relu", "stored"),
         ((784, 64, 64, 10), "relu", "stored"),
@@ -161,6 +164,66 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
     assert isinstance(inference, network_path.NetworkPath)
     assert inference.formulation is None
     assert inference.forward_tile == path.forward_tile
+
+
+def form(path: network_path.NetworkPath | str) -> str:
+    """How a path's backward runs, as tests/data/h100/narrow.jsonl has it."""
+    assert isinstance(path, network_path.NetworkPath)
+    if path.formulation == "recompute":
+        return "recompute"
+    launches = len(path.groups)
+    return "dgrad and wgrad" if not launches else "one launch" if launches == 1 else f"{launches} launches"
+
+
+def test_the_backward_has_the_form_that_was_fastest_on_a_hopper() -> None:
+    lines = (Path(__file__).parent / "data" / "h100" / "narrow.jsonl").read_text().splitlines()
+    readings: dict[tuple[tuple[int, ...], str, str], dict[str, float]] = {}
+    for row in map(json.loads, lines):
+        key = (tuple(row["widths"]), row["activation"], row["dtype"])
+        readings.setdefault(key, {})[row["form"]] = row["train"]
+    assert len(readings) == 5
+    for (widths, activation, dtype), train in readings.items():
+        path = network(widths, activation, getattr(torch, dtype), "NVIDIA H100")
+        assert form(path) == min(train, key=lambda form: train[form]), (widths, activation)
+
+
+@pytest.mark.parametrize(
+    ("widths", "activation", "groups"),
+    [
+        ((64,) * 5, "gelu", ((0, 4),)),
+        ((64,) * 7, "relu", ((2, 6), (0, 2))),
+        ((128,) * 4, "relu", ((2, 3), (1, 2), (0, 1))),
+        ((128, 64, 64, 64), "relu", ((0, 3),)),
+        ((784, 64, 64, 10), "relu", ()),  # whose first layer is streamed
+        ((64, 256, 64), "relu", ()),
+        ((32,) * 9, "relu", ()),
+    ],
+    ids=str,
+)
+def test_layers_whose_sums_fit_share_a_launch(
+    widths: tuple[int, ...], activation: str, groups: tuple[tuple[int, int], ...]
+) -> None:
+    path = network(widths, activation, recompute=False)
+    assert isinstance(path, network_path.NetworkPath)
+    assert path.groups == groups
+
+
+def test_one_pass_over_stored_tensors_is_automatic_only_where_it_was_measured() -> None:
+    """Kernels that are asked for by name run it on a Blackwell too; other devices have no tile for it."""
+    activations = (ACTIVATIONS["gelu"],) * 3 + (ACTIVATIONS["identity"],)
+    launches = {}
+    for name, device in DEVICES.items():
+        for torch_too in (True, False):
+            path = paths.network_path(
+                (64,) * 5, ((64, 1, 1),) * 4, activations, torch.bfloat16, "ieee", device, True, torch_too=torch_too
+            )
+            assert isinstance(path, network_path.NetworkPath)
+            launches[name, torch_too] = len(path.groups)
+    assert launches == {
+        ("NVIDIA A100", True): 0, ("NVIDIA A100", False): 0, ("NVIDIA H100", True): 1, ("NVIDIA H100", False): 1,
+        ("NVIDIA H200", True): 1, ("NVIDIA H200", False): 1, ("NVIDIA B200", True): 0, ("NVIDIA B200", False): 1,
+        ("AMD MI300X", True): 0, ("AMD MI300X", False): 0,
+    }  # fmt: skip
 
 
 def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
@@ -306,7 +369,7 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     M, d, last = 1000, 64, 16
     weights = 2 * (d * d + d) + last * d + last
     products = [2 * M * d * d, 2 * M * d * d, 2 * M * d * last]
-    path = network((d, d, d, last))
+    path = network((d, d, d, last), device="NVIDIA A100")
     assert isinstance(path, network_path.NetworkPath)
     assert path.formulation == "stored"
     forward, dgrad, wgrad, _ = steps_of(path, (d, d, d, last), needs_x=False)
@@ -314,6 +377,19 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
     assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
+    in_one_pass = network((d, d, d, last), recompute=False)
+    assert isinstance(in_one_pass, network_path.NetworkPath)
+    forward, backward, _ = steps_of(in_one_pass, (d, d, d, last), needs_x=False)
+    assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
+    ends = M * d + M * last
+    assert backward.work == explain.Work(sum(products) + sum(products[1:]), 2 * (ends + hidden + 2 * weights))
+    by_layers = network((2 * d,) * 3, recompute=False)
+    assert isinstance(by_layers, network_path.NetworkPath)
+    _, upper, lower, _ = steps_of(by_layers, (2 * d,) * 3, needs_x=True)
+    # h and dy read, dz written; then x and dz read, dx written
+    for step in (upper, lower):
+        each = (2 * d) ** 2
+        assert step.work == explain.Work(2 * 2 * M * each, 2 * (3 * M * 2 * d + 2 * (each + 2 * d)))
     again = network((d, d, d))
     assert isinstance(again, network_path.NetworkPath)
     forward, recompute, _ = steps_of(again, (d, d, d), needs_x=True)

@@ -23,7 +23,7 @@ from ..kernels.devices import Device
 from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad_products, wgrad_sums
 from ..kernels.layer_forward import layer_forward, pointwise
-from ..kernels.partial_sums import SUM_PARTIALS, Partial, sum_partials
+from ..kernels.partial_sums import Partial, sum_partials, sum_partials_tile
 from ..kernels.tile_config import Kind, Problem
 from . import tables
 from .schedule import Schedule, Step, Work, Writer
@@ -267,7 +267,7 @@ def sum_step(
     work = Work(0, sums.splits * sums.columns * sums.dtype.itemsize)
     run = partial(sum_partials, starts=starts)
     operands = {"partial": whole, "sums": totals}
-    return Step("sum_partials", name, label, operands, ("sums",), run, work, None, SUM_PARTIALS)
+    return Step("sum_partials", name, label, operands, ("sums",), run, work, None, sum_partials_tile(sums.splits))
 
 
 def product_schedule(

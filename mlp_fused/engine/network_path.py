@@ -13,14 +13,9 @@ from torch import Tensor
 
 from ..kernels import network
 from ..kernels.network import Gradients, Network
-from ..kernels.network_backward import (
-    network_dgrad,
-    network_recompute,
-    network_recompute_sums,
-    network_wgrad,
-    network_wgrad_sums,
-)
+from ..kernels.network_backward import network_dgrad, network_wgrad, network_wgrad_sums
 from ..kernels.network_forward import network_forward
+from ..kernels.network_one_pass import network_one_pass, network_one_pass_sums
 from ..kernels.partial_sums import Partial
 from ..kernels.tile_config import TileConfig
 from .layer_steps import sum_step
@@ -40,7 +35,9 @@ class NetworkPath:
 
     Attributes:
         formulation: how it trains; None for inference only.
-        backward_tile: of the kernel that recomputes, or of the one that takes dz down the layers.
+        backward_tile: of the backward in one pass, or of the kernel that takes dz down the layers.
+        groups: the layers (low, high) of each launch of one pass over stored tensors, the highest first; without any,
+            one launch takes dz down the layers and another one sums the weight gradients.
     """
 
     network: Network
@@ -49,6 +46,7 @@ class NetworkPath:
     reason: str
     backward_tile: TileConfig | None
     wgrad_tile: TileConfig
+    groups: tuple[tuple[int, int], ...] = ()
     cache: Cache = field(default_factory=Cache, repr=False)
 
     @property
@@ -160,7 +158,7 @@ class NetworkPath:
     def write_backward(
         self, given: Mapping[str, Tensor | None], rows: int, needs_x: bool, needs: Sequence[bool]
     ) -> Schedule:
-        """One step that recomputes; or one for every dz and one for all dW and db. Another one adds partial sums."""
+        """One pass, or a step for every dz and one for all dW and db. The last step adds partial sums."""
         writer = Writer(given, self.dtype, rows)
         path = self._with_strides(given)
         net, layers = path.network, self.network.layers
@@ -183,14 +181,17 @@ class NetworkPath:
                 Step("zeros", "network", self._label, {"total": total}, ("total",), zeros_by_torch) for total in sums
             ]
         elif self.formulation == "recompute":
-            writer.steps += path._recompute_steps(writer, dx, sums, wanted)
+            writer.steps += path._one_pass_steps(writer, dx, None, None, sums, wanted, ((0, layers),))
         else:
             kept, own = writer.has("kept"), writer.has("own")
             if self.formulation == "replay":
                 writer.steps.append(path._forward_step(writer, "network again", keep=True))
                 kept = writer.has("kept")
                 own = (writer.has("z") or "y") if net.activates_output else None
-            writer.steps += path._stored_steps(writer, dx, kept, own, sums, wanted)
+            if self.groups:
+                writer.steps += path._one_pass_steps(writer, dx, kept, own, sums, wanted, self.groups)
+            else:
+                writer.steps += path._stored_steps(writer, dx, kept, own, sums, wanted)
         return writer.finish(dx, *gradients)
 
     def _with_strides(self, given: Mapping[str, Tensor | None]) -> NetworkPath:
@@ -204,32 +205,50 @@ class NetworkPath:
         if tuple(strides) == net.strides:
             return self
         net = network.network_of(net.widths, tuple(strides), net.activations, net.dtype, net.precision)
-        return NetworkPath(net, self.forward_tile, self.formulation, self.reason, self.backward_tile, self.wgrad_tile)
+        return NetworkPath(
+            net, self.forward_tile, self.formulation, self.reason, self.backward_tile, self.wgrad_tile, self.groups
+        )
 
-    def _recompute_steps(self, writer: Writer, dx: str | None, sums: tuple[str, ...], wanted: Gradients) -> list[Step]:
+    def _one_pass_steps(
+        self,
+        writer: Writer,
+        dx: str | None,
+        kept: str | None,
+        own: str | None,
+        sums: tuple[str, ...],
+        wanted: Gradients,
+        groups: Sequence[tuple[int, int]],
+    ) -> list[Step]:
         net, tile, rows = self.network, self.backward_tile, writer.rows
         assert tile is not None
-        sums_of_all = network_recompute_sums(rows, net, wanted, tile)
-
-        run = partial(network_recompute, network=net, gradients=wanted, tile=tile)
-
+        lowest = wanted.lowest
+        groups = [(max(low, lowest), high) for low, high in groups if high > lowest]
+        if not groups:
+            return []
+        sums_of_all = network_one_pass_sums(rows, net, wanted, tile)
         weights, biases = _parameters(writer, net.layers)
         whole = _allocate_partial(writer, sums_of_all)
-        operands = {
-            "x": "x",
-            "dy": "dy",
-            "dx": dx,
-            "weights": weights,
-            "biases": biases,
-            "h": None,
-            "partial": whole,
-        }
-        again = self._flops(rows, end=net.layers - 1 + net.activates_output)
-        elements = self._ends(rows) + self._parameters_elements(writer) + wanted.starts[-1]
-        elements += rows * net.widths[0] * (dx is not None)
-        flops = again + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
-        step = self._step("network recompute", operands, ("dx", "partial"), run, flops, elements, tile)
-        return [step, *self._sum_steps(whole, sums, sums_of_all)]
+        operands = {"x": "x", "dy": "dy", "weights": weights, "biases": biases, "kept": kept, "own": own, "h": None}
+        operands |= {"dz": writer.allocate("dz", rows * net.starts[-1]) if len(groups) > 1 else None}
+        operands |= {"dx": dx, "partial": whole}
+        recompute = self.formulation == "recompute"
+        steps = []
+        for low, high in groups:
+            run = partial(network_one_pass, network=net, gradients=wanted, tile=tile, group=(low, high))
+            # A layer's input is read where it is stored, dz of the highest layer, and written below the lowest one.
+            columns = [*net.widths[:1], net.widths[-1]] if recompute else [*net.widths[low:high], net.widths[high]]
+            columns += [net.widths[-1]] if own and high == net.layers else []
+            columns += [net.widths[low]] if low > lowest or (dx and low == 0) else []
+            elements = rows * sum(columns) + self._parameters_elements(writer, low, high)
+            elements += sum(net.widths[i + 1] * net.widths[i] * wanted.weights[i] for i in range(low, high))
+            elements += sum(net.widths[i + 1] * wanted.biases[i] for i in range(low, high))
+            flops = self._flops(rows, low + (low == lowest and not (dx and low == 0)), high)
+            flops += sum(self._flops(rows, i, i + 1) for i in range(low, high) if wanted.weights[i])
+            if recompute:
+                flops += self._flops(rows, end=net.layers - 1 + net.activates_output)
+            kind = "network recompute" if recompute else "network one pass"
+            steps.append(self._step(kind, operands, ("dx", "dz", "partial"), run, flops, elements, tile))
+        return [*steps, *self._sum_steps(whole, sums, sums_of_all)]
 
     def _stored_steps(
         self,
@@ -299,10 +318,10 @@ class NetworkPath:
         """Elements of x and y."""
         return rows * (self.network.widths[0] + self.network.widths[-1])
 
-    def _parameters_elements(self, writer: Writer) -> int:
-        widths = itertools.pairwise(self.network.widths)
+    def _parameters_elements(self, writer: Writer, low: int = 0, high: int | None = None) -> int:
+        widths = list(itertools.pairwise(self.network.widths))
         biased = [writer.has(f"bias[{place}]") is not None for place in range(self.network.layers)]
-        return sum(n * k + n * bias for (k, n), bias in zip(widths, biased))
+        return sum(n * k + n * bias for (k, n), bias in list(zip(widths, biased))[low:high])
 
     def _flops(self, rows: int, start: int = 0, end: int | None = None) -> int:
         """FLOPs of the products of some layers, by default of all."""

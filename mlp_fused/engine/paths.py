@@ -312,9 +312,10 @@ def network_path(
     """The network path for these layers, or the reason why they take the layer path.
 
     The rule for training: where one pass over a tile fits in registers (`network_tiles.network_tile`), the backward
-    recomputes, as storing moves five more tensors of each hidden layer (written; read for dz and for dW; dz written and
-    read). A measured table overrules it, and the user overrules both. The choice does not depend on the rows of a
-    batch, so that batches of every size take one path: it is that of the largest batch measured.
+    recomputes, as storing moves two more tensors of each hidden layer, or five where not even one pass over what is
+    stored fits (written; read for dz and for dW; dz written and read). A measured table overrules it, and the user
+    overrules both. The choice does not depend on the rows of a batch, so that batches of every size take one path: it
+    is that of the largest batch measured.
 
     Args:
         widths: of the input to the output.
@@ -331,9 +332,11 @@ def network_path(
         return "Dropout is fused layer by layer"
     network = network_of(widths, strides, activations, dtype, precision)
 
+    def problem(kind: network_tiles.NetworkKind) -> network_tiles.NetworkProblem:
+        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision, input_size)
+
     def tile(kind: network_tiles.NetworkKind) -> TileConfig | str:
-        problem = network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision, input_size)
-        return network_tiles.network_tile(problem, device)
+        return network_tiles.network_tile(problem(kind), device)
 
     forward = tile("forward")
     if isinstance(forward, str):
@@ -349,22 +352,25 @@ def network_path(
     if not training:
         return NetworkPath(network, forward, None, "inference keeps nothing", None, wgrad)
 
-    one_pass, chain = tile("recompute"), tile("dgrad")
+    one_pass, chain, stored = tile("recompute"), tile("dgrad"), tile("stored")
+    groups: tuple[tuple[int, int], ...] = ()
+    if not isinstance(stored, str) and (not torch_too or device.arch in network_tiles.STORED_MEASURED):
+        groups, chain = network_tiles.layer_groups(problem("stored"), stored), stored
     size = dtype.itemsize
     ends = 2 * widths[0] + 2 * widths[-1]
-    moved = f"{size * ends} bytes a row, storing {size * (ends + 5 * sum(widths[1:-1]))}"
+    moved = f"{size * ends} bytes a row, storing {size * (ends + (2 if groups else 5) * sum(widths[1:-1]))}"
     if not isinstance(one_pass, str) and recompute is not False and (recompute or measured != "stored"):
         reason = "the user asks for it" if recompute else f"one pass fits in registers and moves {moved}"
         return NetworkPath(network, forward, "recompute", reason, one_pass, wgrad)
     if isinstance(chain, str):
         return f"its backward does not fit: {chain}"
     if recompute:
-        return NetworkPath(network, forward, "replay", "the user asks for it", chain, wgrad)
+        return NetworkPath(network, forward, "replay", "the user asks for it", chain, wgrad, groups)
     if recompute is False:
         reason = "the user asks for it"
     else:
         reason = one_pass if isinstance(one_pass, str) else f"it is {AS_MEASURED}"
-    return NetworkPath(network, forward, "stored", reason, chain, wgrad)
+    return NetworkPath(network, forward, "stored", reason, chain, wgrad, groups)
 
 
 def find_path(

@@ -1,0 +1,315 @@
+"""The backward of a narrow network in one pass over its rows: every dW, every db and dx from one launch.
+
+    h_l = a_l(z_l)                       stored by the forward, rebuilt from the stored z, or recomputed from x
+    dW_l += dz_lᵀ h_{l-1}                in registers, over all rows of a program
+    db_l += Σ_rows dz_l
+    dz_{l-1} = (dz_l W_l) ⊙ a_{l-1}'(saved_{l-1})
+
+Each program writes its sums to its own row of `partial`, and `sum_partials` adds them in a fixed order.
+
+Where the sums of all layers do not fit in registers, a launch takes the layers LOW <= l < HIGH, the highest group
+first. It reads the dz that the launch before it wrote and writes dz for the next.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .language import tl, triton
+from .launch import Launch, by_columns, cdiv, describable, launch
+from .network import (
+    Gradients,
+    Network,
+    clear_padding,
+    layer,
+    linear,
+    load_rows,
+    load_weight,
+    matmul,
+    multiply_back,
+    network_offset_type,
+    partial_dtype,
+    store_rows,
+    through,
+)
+from .network_backward import store_sums
+from .partial_sums import Partial
+from .tile import activate, differentiate, in_layout, round_to
+from .tile_config import TileConfig
+
+__all__ = ["network_one_pass", "network_one_pass_sums"]
+
+ONES = tl.constexpr(16)  # rows of ones in db's product, the fewest that a tensor core's instruction takes
+
+
+@triton.jit
+def rows_through(
+    ptr, M, NET: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr, DESCRIPTORS: tl.constexpr, stride
+):  # fmt: skip
+    """What M rows as wide as NET's width AT are read through: a descriptor, or their pointer."""
+    if DESCRIPTORS:
+        return tl.make_tensor_descriptor(ptr, [M, NET.widths[AT]], [stride, 1], [BLOCK_M, NET.pads[AT]])
+    else:
+        return ptr
+
+
+@triton.jit
+def read_rows(
+    source, tile, rows, mask, stride, stride_k, NET: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr,
+    OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows from `rows_through`. Rows beyond the last are zeros through a descriptor, else where masked."""
+    if DESCRIPTORS:
+        return round_to(source.load([tile * BLOCK_M, 0]), NET.compute)
+    else:
+        return load_rows(source, rows * stride, mask, stride_k, NET, AT, OFFSET)
+
+
+@triton.jit
+def no_weight_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Zeros for a layer's dW, or dWᵀ; one element where it is not wanted."""
+    if not GRADIENTS.weights[LAYER]:
+        return tl.full([1, 1], 0.0, NET.accumulator)
+    elif TRANSPOSED:
+        return tl.full([NET.pads[LAYER], NET.pads[LAYER + 1]], 0.0, NET.accumulator)
+    else:
+        return tl.full([NET.pads[LAYER + 1], NET.pads[LAYER]], 0.0, NET.accumulator)
+
+
+@triton.jit
+def no_bias_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeros for a layer's db: rows or columns that are all alike; one element where it is not wanted."""
+    if not GRADIENTS.biases[LAYER]:
+        return tl.full([1, 1], 0.0, NET.accumulator)
+    elif BLOCK_N > 0:
+        return tl.full([NET.pads[LAYER + 1], BLOCK_N], 0.0, NET.accumulator)
+    else:
+        return tl.full([ONES if NET.sums_by_dot else 1, NET.pads[LAYER + 1]], 0.0, NET.accumulator)
+
+
+@triton.jit
+def add_rows(dz, ones, db, NET: tl.constexpr, BLOCK_N: tl.constexpr):
+    """db + Σ_rows dz."""
+    if BLOCK_N > 0:
+        return matmul(tl.trans(dz), ones, db, NET)
+    elif NET.sums_by_dot:
+        return matmul(ones, dz, db, NET)
+    else:
+        return db + tl.sum(dz.to(NET.accumulator), axis=0)[None, :]
+
+
+@triton.jit
+def rebuild(z, dh, NET: tl.constexpr, LAYER: tl.constexpr):
+    """(h, dz) from a stored z: h = a(z) and dz = dh ⊙ a'(z), which share an exponential where both have one."""
+    FORWARD: tl.constexpr = NET.forwards[LAYER]
+    BACKWARD: tl.constexpr = NET.backwards[LAYER]
+    BOTH: tl.constexpr = NET.forwards_and_slopes[LAYER]
+    PARAMETERS: tl.constexpr = NET.parameters[LAYER]
+    z = z.to(NET.accumulator)
+    # h and dz are read by different products. In two layouts, what they share would be computed twice.
+    if BOTH is not None:
+        h, slope = BOTH(z)
+        h = in_layout(h, dh)
+        dz = dh * slope
+    else:
+        z = in_layout(z, dh)
+        h = activate(z, FORWARD, PARAMETERS)
+        dz = differentiate(dh, z, BACKWARD, PARAMETERS)
+    h = round_to(clear_padding(h, NET, LAYER + 1), NET.compute)
+    return h, round_to(clear_padding(dz, NET, LAYER + 1), NET.compute)
+
+
+@triton.jit
+def rebuild_output(z, NET: tl.constexpr, LAYER: tl.constexpr):
+    """h = a(z) from a stored z."""
+    FORWARD: tl.constexpr = NET.forwards[LAYER]
+    PARAMETERS: tl.constexpr = NET.parameters[LAYER]
+    h = activate(z.to(NET.accumulator), FORWARD, PARAMETERS)
+    return round_to(clear_padding(h, NET, LAYER + 1), NET.compute)
+
+
+@triton.jit(do_not_specialize=["M"])
+def network_one_pass_kernel(
+    x_ptr,  # (M, d_0)
+    dy_ptr,  # (M, d_L)
+    dx_ptr,  # (M, d_0), contiguous; or None
+    w_ptrs,
+    b_ptrs,
+    kept_ptr,  # as the forward's; None: the hidden layers are recomputed from x
+    own_ptr,  # (M, d_L), contiguous: what is kept of the last layer; None: it has no activation, or is recomputed
+    dz_ptr,  # as kept_ptr: dz between two groups of layers; None where one launch takes all layers
+    h_ptr,  # as kept_ptr, every recomputed h, for tests; or None
+    partial_ptr,  # (programs, size), contiguous: every wanted dW and db, by GRADIENTS' starts
+    M,
+    size,
+    stride_xm,
+    stride_xk,
+    stride_dm,
+    stride_dn,
+    NET: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # whether x, dy and the stored tensors are read through tensor descriptors
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr = 0,  # columns of ones that db is a product with; 0: rows of ones
+):
+    LAST: tl.constexpr = len(w_ptrs) - 1
+    LOWEST: tl.constexpr = GRADIENTS.lowest
+    RECOMPUTE: tl.constexpr = kept_ptr is None
+    BASE: tl.constexpr = 0 if RECOMPUTE else LOW  # the first layer whose input is held
+    # The first layer whose weight is held.
+    FIRST: tl.constexpr = BASE if RECOMPUTE or LOW > LOWEST or dx_ptr is not None else LOW + 1
+    ws = ()
+    for i in tl.static_range(FIRST, HIGH):
+        ws = ws + (load_weight(w_ptrs[i], NET, i, OFFSET),)
+    dws, dbs = (), ()
+    for i in tl.static_range(LOW, HIGH):
+        dws = dws + (no_weight_sum(NET, GRADIENTS, i, not RECOMPUTE),)
+        dbs = dbs + (no_bias_sum(NET, GRADIENTS, i, BLOCK_N),)
+    ones = round_to(tl.full([BLOCK_M, BLOCK_N] if BLOCK_N > 0 else [ONES, BLOCK_M], 1.0, NET.accumulator), NET.compute)
+    if HIGH > LAST:
+        dz_rows = rows_through(dy_ptr, M, NET, HIGH, BLOCK_M, DESCRIPTORS, stride_dm)
+    else:
+        dz_rows = dz_ptr + M.to(OFFSET) * NET.starts[HIGH - 1]
+        stride_dm = NET.widths[HIGH]
+        stride_dn = 1
+    sources = ()  # of each layer's input, as it is stored
+    for i in tl.static_range(BASE, BASE + 1 if RECOMPUTE else HIGH):
+        if i == 0:
+            sources = sources + (rows_through(x_ptr, M, NET, 0, BLOCK_M, DESCRIPTORS, stride_xm),)
+        else:
+            layer_ptr = kept_ptr + M.to(OFFSET) * NET.starts[i - 1]
+            sources = sources + (rows_through(layer_ptr, M, NET, i, BLOCK_M, DESCRIPTORS, NET.widths[i]),)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(OFFSET)
+        inside = rows < M
+        safe = tl.minimum(rows, M - 1)
+        # Rows beyond the last have no gradient and add nothing to any sum.
+        BY_DESCRIPTOR: tl.constexpr = DESCRIPTORS and HIGH > LAST
+        dz = read_rows(dz_rows, tile, safe, inside, stride_dm, stride_dn, NET, HIGH, BLOCK_M, OFFSET, BY_DESCRIPTOR)
+        saved, hs = (), ()
+        for i in tl.static_range(BASE, HIGH):
+            if i == 0:
+                h = read_rows(sources[0], tile, safe, None, stride_xm, stride_xk, NET, 0, BLOCK_M, OFFSET, DESCRIPTORS)
+                kept = h
+            elif RECOMPUTE:
+                z = linear(hs[i - 1], ws[i - 1], b_ptrs[i - 1], NET, i - 1, BLOCK_M, OFFSET)
+                kept, h = layer(z, NET, i - 1)
+                if h_ptr is not None:
+                    start = M.to(OFFSET) * NET.starts[i - 1] + rows * NET.widths[i]
+                    store_rows(h_ptr, start, inside, h, NET, i)
+            else:
+                h = read_rows(
+                    sources[i - BASE], tile, safe, None, NET.widths[i], 1, NET, i, BLOCK_M, OFFSET, DESCRIPTORS
+                )
+                kept = h
+            saved = saved + (kept,)
+            hs = hs + (h,)
+        if HIGH > LAST and NET.activates_output:
+            if own_ptr is not None:
+                own = load_rows(own_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
+            else:
+                own, h = layer(linear(hs[LAST], ws[LAST], b_ptrs[LAST], NET, LAST, BLOCK_M, OFFSET), NET, LAST)
+            dz = through(dz, own, NET, LAST)
+        sums_w, sums_b = (), ()
+        for i in tl.static_range(HIGH - 1, LOW - 1, -1):
+            h = hs[i - BASE]
+            # The product down to the layer below comes first: the sums' products run while its result is used.
+            if i > LOW:
+                dh = multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M)
+            if not RECOMPUTE and NET.rebuilds[i] is not None:
+                if i > LOW:
+                    h, below = rebuild(h, dh, NET, i - 1)
+                else:
+                    h = rebuild_output(h, NET, i - 1)
+            dw = dws[i - LOW]
+            db = dbs[i - LOW]
+            if GRADIENTS.weights[i] and RECOMPUTE:
+                dw = matmul(tl.trans(dz), h, dw, NET)
+            elif GRADIENTS.weights[i]:
+                dw = matmul(tl.trans(h), dz, dw, NET)
+            if GRADIENTS.biases[i]:
+                db = add_rows(dz, ones, db, NET, BLOCK_N)
+            sums_w = (dw,) + sums_w
+            sums_b = (db,) + sums_b
+            if i > LOW and (RECOMPUTE or NET.rebuilds[i] is None):
+                dz = through(dh, saved[i - BASE], NET, i - 1)
+            elif i > LOW:
+                dz = below
+            elif i > LOWEST:
+                dz = through(multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M), saved[i - BASE], NET, i - 1)
+        if LOW > LOWEST:
+            start = M.to(OFFSET) * NET.starts[LOW - 1] + rows * NET.widths[LOW]
+            store_rows(dz_ptr, start, inside, dz, NET, LOW)
+        elif dx_ptr is not None:
+            store_rows(dx_ptr, rows * NET.widths[0], inside, multiply_back(dz, ws[0], NET, 0, BLOCK_M), NET, 0)
+        dws = sums_w
+        dbs = sums_b
+    partial_ptr += tl.program_id(0).to(OFFSET) * size
+    for i in tl.static_range(LOW, HIGH):
+        dw = dws[i - LOW] if RECOMPUTE else tl.trans(dws[i - LOW])
+        db = dbs[i - LOW] if BLOCK_N > 0 else tl.trans(dbs[i - LOW])
+        store_sums(partial_ptr, dw, db, 0, 0, NET, GRADIENTS, i)
+
+
+def network_one_pass_sums(rows: int, network: Network, gradients: Gradients, tile: TileConfig) -> Partial:
+    """The partial sums of `network_one_pass`: one of each program."""
+    return Partial(tile.started(cdiv(rows, tile.block_m)), gradients.starts[-1], 0, partial_dtype(network))
+
+
+def network_one_pass(
+    x: Tensor,
+    dy: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    kept: Tensor | None,
+    own: Tensor | None,
+    dz: Tensor | None,
+    dx: Tensor | None,
+    partial: Tensor,
+    network: Network,
+    gradients: Gradients,
+    tile: TileConfig,
+    group: tuple[int, int] | None = None,
+    *,
+    h: Tensor | None = None,
+) -> Launch | None:
+    """dx, and partial sums of every dW and db that `gradients` names.
+
+    Args:
+        x: (M, d_0), any strides; dy (M, d_L), any strides.
+        weights, biases, h: as in `forward`.
+        kept: as `forward` wrote it; None: the hidden layers are recomputed.
+        own: (M, d_L), contiguous: what is kept of the last layer; None without activation, or without `kept`.
+        dz: as kept. Read and written where a launch takes a group of layers.
+        dx: (M, d_0), contiguous, written; or None.
+        partial: written; of the shape that `network_one_pass_sums` gives, for `sum_partials`.
+        group: the layers low <= i < high of this launch; None: all. The highest group is launched first.
+    """
+    rows = x.shape[0]
+    low, high = group or (gradients.lowest, network.layers)
+    return launch(
+        network_one_pass_kernel,
+        partial.shape[0],
+        x.device,
+        tile,
+        (x, dy, dx if low == 0 else None, weights, biases, kept, own, dz, h, partial),
+        (rows, partial.shape[1], *x.stride(), *dy.stride()),
+        NET=network,
+        GRADIENTS=gradients,
+        LOW=max(low, gradients.lowest),
+        HIGH=high,
+        OFFSET=network_offset_type(network, rows, x, dy),
+        DESCRIPTORS=tile.descriptors and _describable(x, dy, kept, network),
+    )
+
+
+def _describable(x: Tensor, dy: Tensor, kept: Tensor | None, network: Network) -> bool:
+    """True if tensor descriptors can read all rows: they begin at 16 bytes, and zeros beyond the last do no harm."""
+    # Zeros in place of h add nothing where a'(0) is finite, as every piecewise polynomial's is.
+    hidden = network.activations[:-1]
+    harmless = all(activation.piecewise and not activation.keeps_preactivation for activation in hidden)
+    stored = kept is None or all(width * kept.itemsize % 16 == 0 for width in network.widths[1:-1])
+    return harmless and stored and describable(x, dy) and by_columns(x) and by_columns(dy)

@@ -1,0 +1,107 @@
+"""The backward of a network in one pass, in each of its forms, over the table of cases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, HALVES, Case, Data, check, gradients, make, oracle
+from kernel_runs import by_torch, case_id, find
+from torch import Tensor
+
+from mlp_fused.engine.autograd import run_network
+from mlp_fused.engine.network_path import NetworkPath
+from mlp_fused.kernels.launch import count_launches
+from mlp_fused.kernels.tile_config import TileConfig
+
+# Small tiles and three programs, so that most sizes of the table are several tiles a program.
+FORMS = {
+    "stored": TileConfig(32, programs=3, descriptors=True),
+    "stored by layers": TileConfig(16, 16, programs=3),
+    "recompute": TileConfig(32, programs=3),
+}
+
+
+def path_in(form: str, case: Case, data: Data) -> NetworkPath:
+    """The network path of a case with its backward in one form."""
+    path = find(case, data)[2]
+    assert isinstance(path, NetworkPath)
+    layers = len(case.widths) - 1
+    groups = {"stored": ((0, layers),), "stored by layers": tuple((i, i + 1) for i in reversed(range(layers)))}
+    return NetworkPath(
+        path.network,
+        path.forward_tile,
+        "recompute" if form == "recompute" else "stored",
+        "a test",
+        FORMS[form],
+        path.wgrad_tile,
+        groups.get(form, ()),
+    )
+
+
+def forward(form: str, case: Case, data: Data) -> Tensor:
+    """y by a network whose backward has that form."""
+    x = data.x.reshape(-1, data.x.shape[-1])
+    y = run_network(x, tuple(data.weights), tuple(data.biases), path_in(form, case, data))
+    return y.view(*data.x.shape[:-1], y.shape[-1])
+
+
+def is_one_pass(case: Case) -> bool:
+    """True if a case is a network in 16 bits, whose sums fit in registers."""
+    return case.dtype in HALVES and max(case.widths) <= 128 and case.dropout == 0
+
+
+def parameters() -> list[object]:
+    """Every case in one form by turns; the plain ones of each activation, and the other forms, with `-m full`."""
+    listed = []
+    forms = list(FORMS)
+    for turn, case in enumerate(case for case in CASES if is_one_pass(case)):
+        for form in forms:
+            waits = form != forms[turn % 3]
+            listed.append(pytest.param(form, case, marks=pytest.mark.full if waits else ()))
+    return listed
+
+
+@pytest.mark.parametrize(("form", "case"), parameters(), ids=case_id)
+def test_gradients_in_one_pass(form: str, case: Case, device: str, poisoned: None) -> None:
+    data = make(case, device)
+    with count_launches() as launches:
+        ours = gradients(data, forward(form, case, data))
+    assert not {"network_dgrad_kernel", "network_wgrad_kernel"} & launches.keys()
+    check(case, oracle(case, data), ours, by_torch(case, data))
+
+
+WIDE = Case(130, (24, 48, 40, 16), torch.bfloat16, needs="everything")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "mish", "tanh"])
+@pytest.mark.parametrize("needs", ["everything", "input", "first layer", "last layer", "weights", "biases"])
+def test_what_is_wanted_in_one_pass(needs: str, activation: str, form: str, device: str, poisoned: None) -> None:
+    """With an activation at the output, and without the gradients that nobody asks for."""
+    case = replace(WIDE, needs=needs, activation=activation, output_activation=activation)
+    data = make(case, device)
+    with count_launches() as launches:
+        ours = gradients(data, forward(form, case, data))
+    by_layers = {"last layer": 1}.get(needs, 3)
+    assert launches["network_one_pass_kernel"] == (by_layers if form == "stored by layers" else 1)
+    check(case, oracle(case, data), ours, by_torch(case, data))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_same_bits_in_one_pass(activation: str, form: str, device: str, poisoned: None) -> None:
+    case = replace(WIDE, rows=1100, activation=activation, dtype=torch.float16)
+    runs = [gradients(data, forward(form, case, data)) for data in (make(case, device), make(case, device))]
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded", "expanded gradient"])
+def test_rows_that_no_descriptor_describes(layout: str, device: str, poisoned: None) -> None:
+    """x and dy of any strides, and of widths that are no multiple of 16 bytes."""
+    for widths in ((24, 48, 40, 16), (20, 31, 24, 17)):
+        case = replace(WIDE, widths=widths, layout=layout)  # type: ignore[arg-type]
+        data = make(case, device)
+        check(case, oracle(case, data), gradients(data, forward("stored", case, data)), by_torch(case, data))

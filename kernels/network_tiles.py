@@ -42,8 +42,9 @@ RECOMPUTE_WORDS_FP32 = 72
 # and is still faster than storing: 0.350 + 0.111 ms against 0.285 + 0.252 (H100, 2^20 rows, Triton 3.6).
 RECOMPUTE_WORDS_HOPPER = 144
 RECOMPUTE_WORDS_HOPPER_Z = 108  # where exponentials would be recomputed too
-# Sums that a thread may hold over stored tensors (see `sum_words`): 64 -> 64 -> 64 -> 64 -> 64, or one layer of 128.
-STORED_WORDS = 80
+# Words that a thread may hold over stored tensors (see `layer_groups`): 64 -> 64 -> 64 -> 64 -> 64, or one layer of 128.
+STORED_WORDS = 92
+REBUILT_WORDS = 4  # for each h that is rebuilt from z: with 4 of them beside the sums of 4 layers, 68 words spill
 # Architectures where one pass over stored tensors was measured faster than dgrad and wgrad: training takes 0.537 ms
 # against 0.944 at 64 -> 64 -> 64 -> 64 -> 64, 1.69 against 2.32 at 128 (H100, relu, bf16, 2^20 rows, Triton 3.6).
 # Elsewhere the backend "triton" alone runs it.
@@ -183,7 +184,13 @@ def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
     # 0.331 with 64 rows and 3 stages; 128 wide 1.043 ms layer by layer, 1.147 by pairs.
     forms = [(128, 2), (128, 1), (64, 1)] if problem.widest == 64 else [(64, 3), (64, 2), (64, 1)]
     for rows, stages in forms if device.arch == 90 else [(64, 1)]:
-        tile = TileConfig(rows, num_warps=8, num_stages=stages, programs=device.multiprocessors, descriptors=True)
+        tile = TileConfig(
+            rows,
+            num_warps=8,
+            num_stages=stages,
+            programs=device.multiprocessors,
+            descriptors=problem.widest == 64,
+        )
         if network_shared_memory(problem, tile, device) <= device.shared_memory:
             return tile
     return "the weights and a tile of every layer do not fit in shared memory"
@@ -200,6 +207,7 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
         low, words = high, 0.0
         while low > 0:
             words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
+            words += REBUILT_WORDS * (low > 1 and problem.keeps_z[low - 2])
             if words > STORED_WORDS and low < high:
                 break
             low -= 1

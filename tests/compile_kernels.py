@@ -24,6 +24,7 @@ import torch
 
 from mlp_fused import ACTIVATIONS
 from mlp_fused.engine.autograd import run_network
+from mlp_fused.engine.network_path import NetworkPath
 from mlp_fused.engine.paths import network_path
 from mlp_fused.kernels import (
     devices,
@@ -32,6 +33,7 @@ from mlp_fused.kernels import (
     layer_tiles,
     network_backward,
     network_forward,
+    network_one_pass,
     network_tiles,
     partial_sums,
     tile_config,
@@ -114,14 +116,31 @@ def networks(full: bool) -> list[NetworkCompilation]:
 
 
 def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
-    """One reading a kernel, or the reason why the network takes the layer path."""
+    """One reading a kernel, or the reason why the network takes the layer path.
+
+    Where the backend "triton" has another backward than "auto", the kernels of both.
+    """
     device, dtype = TARGETS[row.target], getattr(torch, row.dtype)
     layers = len(row.widths) - 1
     activations = (ACTIVATIONS[row.activation],) * (layers - 1) + (ACTIVATIONS["identity"],)
     strides = tuple((k, 1, 1) for k in row.widths[:-1])
-    path = network_path(row.widths, strides, activations, dtype, row.precision, device, training=True)
-    if isinstance(path, str):
-        return [{"id": row.id, "kernel": "layer path", "reason": path}]
+    readings = []
+    backwards = set()
+    for torch_too in (True, False) if dtype.itemsize == 2 else (False,):
+        path = network_path(
+            row.widths, strides, activations, dtype, row.precision, device, training=True, torch_too=torch_too
+        )
+        if isinstance(path, str):
+            return [{"id": row.id, "kernel": "layer path", "reason": path}]
+        if path.groups not in backwards:
+            backwards.add(path.groups)
+            readings += compile_path(row, path)
+    return readings
+
+
+def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, Any]]:
+    """One reading a kernel of a network path."""
+    device, dtype = TARGETS[row.target], getattr(torch, row.dtype)
     rows = 2**20
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -142,10 +161,12 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
     readings = []
     for launched in capture(infer if row.input else train, device):
         kind = launched.kernel.__name__.removeprefix("network_").removesuffix("_kernel")
+        if kind == "one_pass":
+            kind = "recompute" if path.formulation == "recompute" else "stored"
         reading = read(launched, device)
         tile = launched.tile
         counted = 0
-        if kind in ("forward", "recompute", "dgrad"):
+        if kind in ("forward", "recompute", "stored", "dgrad"):
             problem = network_tiles.NetworkProblem(kind, path.network.pads, path.network.keeps_z, dtype, row.precision)
             counted = network_tiles.network_shared_memory(problem, tile, device)
         readings.append({"id": row.id, "kernel": kind, "tile": str(tile), "counted": counted, **reading})
@@ -251,7 +272,7 @@ def capture(call: Callable[[], None], device: Device) -> list[Launch]:
     ) -> None:
         launched.append(Launch(kernel, tile, (*tensors, *scalars), constants))
 
-    modules = (layer_forward, layer_backward, network_forward, network_backward, partial_sums)
+    modules = (layer_forward, layer_backward, network_forward, network_backward, network_one_pass, partial_sums)
     before = [module.launch for module in modules]
     device_of = devices.device_of
     try:
@@ -359,6 +380,7 @@ def read_cubin(compiled: Any) -> dict[str, int]:
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     assert found, usage.stdout
     ptx = compiled.asm["ptx"]
@@ -366,6 +388,7 @@ def read_cubin(compiled: Any) -> dict[str, int]:
         "registers": int(found[1]),
         "spills": int(found[2]) // 4,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "waits": len(re.findall(r"WARPGROUP\.DEPBAR", sass.stdout)),  # one a product where these are serialised
         "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
@@ -397,6 +420,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         "shared",
         "counted",
         "wgmma",
+        "waits",
         "tcgen05",
         "mma",
         "mfma",

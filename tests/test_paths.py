@@ -192,6 +192,7 @@ def test_the_backward_has_the_form_that_was_fastest_on_a_hopper() -> None:
     [
         ((64,) * 5, "gelu", ((0, 4),)),
         ((64,) * 7, "relu", ((2, 6), (0, 2))),
+        ((64,) * 7, "gelu", ((3, 6), (0, 3))),
         ((128,) * 4, "relu", ((2, 3), (1, 2), (0, 1))),
         ((128, 64, 64, 64), "relu", ((0, 3),)),
         ((784, 64, 64, 10), "relu", ()),  # whose first layer is streamed

@@ -138,11 +138,13 @@ def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, network_path.N
 def network_plan(
     workload: Workload, gpu: devices.Device, training: bool, recompute: bool
 ) -> network_path.NetworkPath | str:
-    """The network path, as if the user asked for it: no table is consulted."""
+    """The network path that the backend "auto" takes, as if the user asked for it: no table is consulted."""
     dtype, precision = ARITHMETIC[workload.dtype]
     strides = tuple((k, 1, 1) for k in workload.widths[:-1])
     activations = tuple(layer_activations(workload))
-    return paths.network_path(workload.widths, strides, activations, dtype, precision, gpu, training, recompute)
+    return paths.network_path(
+        workload.widths, strides, activations, dtype, precision, gpu, training, recompute, torch_too=True
+    )
 
 
 def layer_activations(workload: Workload) -> list[Activation]:

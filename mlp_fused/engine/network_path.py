@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from ..kernels.network_backward import (
 from ..kernels.network_forward import network_forward
 from ..kernels.partial_sums import Partial
 from ..kernels.tile_config import TileConfig
-from .layer_steps import sum_step
-from .schedule import Cache, Schedule, Step, Work, Writer, named, read
+from .layer_steps import add_sums
+from .schedule import Cache, Schedule, Writer, named, read
+from .tables import Choice
 from .torch_products import zeros_by_torch
 
 __all__ = ["Formulation", "NetworkPath"]
@@ -88,6 +90,16 @@ class NetworkPath:
         hidden = [(rows * net.starts[-1],)] if net.layers > 1 else []
         return hidden + ([(rows, net.widths[-1])] if net.keeps_z[-1] else [])
 
+    @functools.cached_property
+    def strides(self) -> list[tuple[int, ...]]:
+        """The strides of the weights and then of the biases."""
+        return [each[:2] for each in self.network.strides] + [each[2:] for each in self.network.strides]
+
+    def parameters_read(self, needs_x: bool) -> range:
+        """The parameters that a backward reads, by their places: the weights, then the biases."""
+        layers = self.network.layers
+        return range(0 if needs_x else 1, layers) if self.stores else range(2 * layers)
+
     # ------------------------------------------------------------ forward
 
     def forward(
@@ -107,24 +119,21 @@ class NetworkPath:
     def write_forward(self, given: Mapping[str, Tensor | None], rows: int, keep: bool) -> Schedule:
         """One step: all layers."""
         writer = Writer(given, self.dtype, rows)
-        step = self._forward_step(writer, "network forward", keep)
-        if rows:
-            writer.steps.append(step)
-        return writer.finish("y", *((step.operands["kept"], step.operands["z"]) if keep else ()))
+        kept, z = self._add_forward(writer, "network forward", keep)
+        return writer.finish("y", *((kept, z) if keep else ()))
 
-    def _forward_step(self, writer: Writer, kind: str, keep: bool) -> Step:
+    def _add_forward(self, writer: Writer, kind: str, keep: bool) -> tuple[str | None, str | None]:
+        """All layers, and with `keep` what is kept: of the hidden layers, and the last pre-activation."""
         net, rows, tile = self.network, writer.rows, self.forward_tile
         y = writer.allocate("y", rows, net.widths[-1])
         kept = writer.allocate("kept", rows * net.starts[-1]) if keep and net.layers > 1 else None
         z = writer.allocate("z", rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
-
-        run = partial(network_forward, network=net, tile=tile)
-
-        weights, biases = _parameters(writer, net.layers)
+        weights, biases = self._parameters(writer)
         operands = {"x": "x", "y": y, "weights": weights, "biases": biases, "kept": kept, "z": z, "h": None}
-        elements = self._ends(rows) + self._parameters_elements(writer)
-        elements += (rows * net.starts[-1]) * (kept is not None) + rows * net.widths[-1] * (z is not None)
-        return self._step(kind, operands, ("y", "kept", "z"), run, self._flops(rows), elements, tile)
+        run = partial(network_forward, network=net, tile=tile)
+        if rows:
+            self._add(writer, kind, operands, ("y", "kept", "z"), run, tile, self._flops(rows))
+        return kept, z
 
     # ------------------------------------------------------------ backward
 
@@ -146,9 +155,7 @@ class NetworkPath:
         """
         tensors = (dy, x, kept, own, *parameters)
         pointers, aligned = read(tensors)
-        # Hooks on saved tensors may have given the parameters other strides, too.
-        strides = [tensor.stride() for tensor in (x, dy, *parameters) if tensor is not None]
-        key = (needs_x, *needs, aligned, x.shape, x.dtype, x.get_device(), *strides)
+        key = (needs_x, *needs, aligned, x.shape, x.stride(), x.dtype, x.get_device(), dy.stride())
         schedule = self.cache.get(key)
         if schedule is None:
             count = len(parameters) // 2
@@ -162,8 +169,7 @@ class NetworkPath:
     ) -> Schedule:
         """One step that recomputes; or one for every dz and one for all dW and db. Another one adds partial sums."""
         writer = Writer(given, self.dtype, rows)
-        path = self._with_strides(given)
-        net, layers = path.network, self.network.layers
+        net, layers = self.network, self.network.layers
         wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
         x = given["x"]
         assert x is not None
@@ -179,130 +185,103 @@ class NetworkPath:
         by_layer = (name for pair in zip(gradients[:layers], gradients[layers:]) for name in pair)
         sums = tuple(name for name in by_layer if name is not None)
         if not rows:
-            writer.steps += [
-                Step("zeros", "network", self._label, {"total": total}, ("total",), zeros_by_torch) for total in sums
-            ]
+            for total in sums:
+                writer.add("zeros", self, {"total": total}, ("total",), zeros_by_torch)
         elif self.formulation == "recompute":
-            writer.steps += path._recompute_steps(writer, dx, sums, wanted)
+            self._add_recompute(writer, dx, sums, wanted)
         else:
             kept, own = writer.has("kept"), writer.has("own")
             if self.formulation == "replay":
-                writer.steps.append(path._forward_step(writer, "network again", keep=True))
-                kept = writer.has("kept")
-                own = (writer.has("z") or "y") if net.activates_output else None
-            writer.steps += path._stored_steps(writer, dx, kept, own, sums, wanted)
+                kept, z = self._add_forward(writer, "network again", keep=True)
+                own = (z or "y") if net.activates_output else None
+            self._add_stored(writer, dx, kept, own, sums, wanted)
         return writer.finish(dx, *gradients)
 
-    def _with_strides(self, given: Mapping[str, Tensor | None]) -> NetworkPath:
-        """The path for parameters of these strides: hooks on saved tensors may have given them others."""
-        net = self.network
-        strides = []
-        for place in range(net.layers):
-            weight, bias = given[f"weight[{place}]"], given[f"bias[{place}]"]
-            assert weight is not None
-            strides.append((*weight.stride(), 0 if bias is None else bias.stride(0)))
-        if tuple(strides) == net.strides:
-            return self
-        net = network.network_of(net.widths, tuple(strides), net.activations, net.dtype, net.precision)
-        return NetworkPath(net, self.forward_tile, self.formulation, self.reason, self.backward_tile, self.wgrad_tile)
-
-    def _recompute_steps(self, writer: Writer, dx: str | None, sums: tuple[str, ...], wanted: Gradients) -> list[Step]:
+    def _add_recompute(self, writer: Writer, dx: str | None, totals: tuple[str, ...], wanted: Gradients) -> None:
+        """One kernel: the forward again, dz down the layers, and every sum."""
         net, tile, rows = self.network, self.backward_tile, writer.rows
         assert tile is not None
-        sums_of_all = network_recompute_sums(rows, net, wanted, tile)
-
         run = partial(network_recompute, network=net, gradients=wanted, tile=tile)
-
-        weights, biases = _parameters(writer, net.layers)
-        whole = _allocate_partial(writer, sums_of_all)
-        operands = {
-            "x": "x",
-            "dy": "dy",
-            "dx": dx,
-            "weights": weights,
-            "biases": biases,
-            "h": None,
-            "partial": whole,
-        }
+        weights, biases = self._parameters(writer)
+        operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases, "h": None}
         again = self._flops(rows, end=net.layers - 1 + net.activates_output)
-        elements = self._ends(rows) + self._parameters_elements(writer) + wanted.starts[-1]
-        elements += rows * net.widths[0] * (dx is not None)
         flops = again + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
-        step = self._step("network recompute", operands, ("dx", "partial"), run, flops, elements, tile)
-        return [step, *self._sum_steps(whole, sums, sums_of_all)]
+        sums = network_recompute_sums(rows, net, wanted, tile)
+        self._add_summed(writer, "network recompute", operands, run, tile, flops, totals, sums)
 
-    def _stored_steps(
+    def _add_stored(
         self,
         writer: Writer,
         dx: str | None,
         kept: str | None,
         own: str | None,
-        sums: tuple[str, ...],
+        totals: tuple[str, ...],
         wanted: Gradients,
-    ) -> list[Step]:
-        net, rows = self.network, writer.rows
-        hidden, width_out = rows * net.starts[-1], net.widths[-1]
-        dz = writer.allocate("dz", hidden) if kept else None
-        last = writer.allocate("last", rows, width_out) if own else None
-        steps = []
+    ) -> None:
+        """One kernel for every dz, and one for every sum."""
+        net, rows, tile = self.network, writer.rows, self.backward_tile
+        dz = writer.allocate("dz", rows * net.starts[-1]) if kept else None
+        last = writer.allocate("last", rows, net.widths[-1]) if own else None
         if last or wanted.lowest + 1 < net.layers or dx:
-            tile = self.backward_tile
             assert tile is not None
-
             run = partial(network_dgrad, network=net, gradients=wanted, tile=tile)
-
-            weights, _ = _parameters(writer, net.layers)
-            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept, "own": own}
-            operands |= {"dz": dz, "last": last}
-            # dy and what was kept are read, every dz written, the last layer's where it is not dy.
-            ends = rows * width_out * (1 + 2 * (own is not None))
-            elements = ends + 2 * hidden + rows * net.widths[0] * (dx is not None) + self._parameters_elements(writer)
+            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": self._parameters(writer)[0]}
+            operands |= {"kept": kept, "own": own, "dz": dz, "last": last}
             flops = self._chain_flops(rows, wanted, dx)
-            steps.append(self._step("network dgrad", operands, ("dx", "dz", "last"), run, flops, elements, tile))
-        if sums:
-            sums_of_all = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
-            wgrad_tile = self.wgrad_tile
-
-            run = partial(network_wgrad, network=net, gradients=wanted, tile=wgrad_tile)
-
-            whole = _allocate_partial(writer, sums_of_all)
-            operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz, "partial": whole}
-            elements = self._ends(rows) + 2 * hidden + wanted.starts[-1]
+            self._add(writer, "network dgrad", operands, ("dx", "dz", "last"), run, tile, flops)
+        if totals:
+            run = partial(network_wgrad, network=net, gradients=wanted, tile=self.wgrad_tile)
+            operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
+            sums = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
             flops = self._sum_flops(rows, wanted)
-            steps.append(self._step("network wgrad", operands, ("partial",), run, flops, elements, wgrad_tile))
-            steps += self._sum_steps(whole, sums, sums_of_all)
-        return steps
+            self._add_summed(writer, "network wgrad", operands, run, self.wgrad_tile, flops, totals, sums)
 
     # ------------------------------------------------------------ what the steps share
 
-    def _step(
+    def _add(
         self,
+        writer: Writer,
         kind: str,
         operands: Mapping[str, Any],
         writes: tuple[str, ...],
         run: Any,
-        flops: int,
-        elements: int,
         tile: TileConfig,
-    ) -> Step:
-        work = Work(flops, elements * self.dtype.itemsize)
-        return Step(kind, "network", self._label, operands, writes, run, work, None, tile)
+        flops: int,
+        moved: Mapping[str, Any] | None = None,
+    ) -> None:
+        writer.add(kind, self, operands, writes, run, flops=flops, choice=Choice(tile, ""), moved=moved)
 
-    def _sum_steps(self, whole: str, sums: tuple[str, ...], partial_sums: Partial) -> list[Step]:
-        return [sum_step("network", self._label, whole, sums, partial_sums)] if sums else []
+    def _add_summed(
+        self,
+        writer: Writer,
+        kind: str,
+        operands: Mapping[str, Any],
+        run: Any,
+        tile: TileConfig,
+        flops: int,
+        totals: tuple[str, ...],
+        sums: Partial,
+    ) -> None:
+        """A kernel that writes partial sums, and one that adds them."""
+        whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
+        moved = {**operands, "partial": totals}
+        self._add(writer, kind, {**operands, "partial": whole}, ("dx", "partial"), run, tile, flops, moved)
+        if totals:
+            add_sums(self, writer, whole, totals, sums)
 
     @property
-    def _label(self) -> str:
+    def name(self) -> str:
+        return "network"
+
+    @property
+    def label(self) -> str:
         return f"0-{self.network.layers - 1}: " + " -> ".join(map(str, self.network.widths))
 
-    def _ends(self, rows: int) -> int:
-        """Elements of x and y."""
-        return rows * (self.network.widths[0] + self.network.widths[-1])
-
-    def _parameters_elements(self, writer: Writer) -> int:
-        widths = itertools.pairwise(self.network.widths)
-        biased = [writer.has(f"bias[{place}]") is not None for place in range(self.network.layers)]
-        return sum(n * k + n * bias for (k, n), bias in zip(widths, biased))
+    def _parameters(self, writer: Writer) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+        """The names of the weights and of the biases."""
+        layers = range(self.network.layers)
+        weights = tuple(writer.has(f"weight[{layer}]") for layer in layers)
+        return weights, tuple(writer.has(f"bias[{layer}]") for layer in layers)
 
     def _flops(self, rows: int, start: int = 0, end: int | None = None) -> int:
         """FLOPs of the products of some layers, by default of all."""
@@ -315,15 +294,3 @@ class NetworkPath:
     def _sum_flops(self, rows: int, wanted: Gradients) -> int:
         """FLOPs of the weight gradients that are wanted."""
         return sum(self._flops(rows, place, place + 1) for place, weight in enumerate(wanted.weights) if weight)
-
-
-def _parameters(writer: Writer, layers: int) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-    """The names of the weights and of the biases."""
-    return (
-        tuple(writer.has(f"weight[{place}]") for place in range(layers)),
-        tuple(writer.has(f"bias[{place}]") for place in range(layers)),
-    )
-
-
-def _allocate_partial(writer: Writer, sums: Partial) -> str:
-    return writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)

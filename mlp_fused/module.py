@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from . import memory
 from .engine import paths, settings
 from .engine.autograd import run_path
-from .engine.calls import Decision, can_checkpoint, run_kernels
+from .engine.calls import can_checkpoint, run_kernels
 from .engine.layer_path import LayerPath
 from .engine.originals import (
     Dropout,
@@ -26,7 +26,7 @@ from .engine.originals import (
 )
 from .engine.paths import find_path
 from .engine.recognize import find, name_in_sentences, resolve
-from .engine.runs import LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
+from .engine.runs import Decision, LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
 from .engine.settings import are_hooked, call_settings, has_function_mode, has_global_hooks, policy_dtype
 from .errors import first_line, real_number, whole_number
 from .explain import Plan, checked_rows, explain

@@ -457,15 +457,15 @@ def test_warmup_compiles_for_dropout_and_draws_nothing(device: str) -> None:
     model = FusedMLP(300, [300, 24], dropout=0.5, backend="triton").to(device).eval()
     before = generator_state(device)
     seen: list[object] = []
-    write = layer_path.forward_steps
+    write = layer_path.add_forward
 
-    def note(spec: layer_steps.LayerSpec, *arguments: Any) -> Any:
+    def note(spec: layer_steps.LayerSpec, *arguments: Any) -> None:
         seen.append(spec.dropout)
-        return write(spec, *arguments)
+        write(spec, *arguments)
 
     layer_path.layer_path.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_path, "forward_steps", note)
+        patch.setattr(layer_path, "add_forward", note)
         model.warmup(8)
     layer_path.layer_path.cache_clear()
     assert torch.equal(generator_state(device), before)

@@ -376,21 +376,23 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     forward, dgrad, wgrad, _ = steps_of(path, (d, d, d, last), needs_x=False)
     hidden = 2 * M * d
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
+    matrices = 2 * d * d + last * d
+    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + matrices))
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     in_one_pass = network((d, d, d, last), recompute=False)
     assert isinstance(in_one_pass, network_path.NetworkPath)
     forward, backward, _ = steps_of(in_one_pass, (d, d, d, last), needs_x=False)
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    ends = M * d + M * last
-    assert backward.work == explain.Work(sum(products) + sum(products[1:]), 2 * (ends + hidden + 2 * weights))
+    # x, h, dy and all weights but the first are read, the gradients are written
+    moved = M * d + hidden + M * last + matrices - d * d + weights
+    assert backward.work == explain.Work(sum(products) + sum(products[1:]), 2 * moved)
     by_layers = network((2 * d,) * 3, recompute=False)
     assert isinstance(by_layers, network_path.NetworkPath)
     _, upper, lower, _ = steps_of(by_layers, (2 * d,) * 3, needs_x=True)
     # h and dy read, dz written; then x and dz read, dx written
     for step in (upper, lower):
         each = (2 * d) ** 2
-        assert step.work == explain.Work(2 * 2 * M * each, 2 * (3 * M * 2 * d + 2 * (each + 2 * d)))
+        assert step.work == explain.Work(2 * 2 * M * each, 2 * (3 * M * 2 * d + 2 * each + 2 * d))
     again = network((d, d, d))
     assert isinstance(again, network_path.NetworkPath)
     forward, recompute, _ = steps_of(again, (d, d, d), needs_x=True)

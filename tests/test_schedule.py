@@ -11,7 +11,8 @@ import torch
 from mlp_fused import FusedMLP, explain, memory
 from mlp_fused.engine import layer_path, schedule, settings
 from mlp_fused.engine.layer_steps import parameters_of
-from mlp_fused.engine.schedule import Step, Work
+from mlp_fused.engine.schedule import Step
+from mlp_fused.engine.tables import Choice
 from mlp_fused.kernels.activations import ACTIVATIONS, IDENTITY
 from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.launch import count_launches, launched_by
@@ -19,7 +20,6 @@ from mlp_fused.kernels.layer_forward import pointwise
 from mlp_fused.kernels.tile_config import TileConfig
 
 ROWS, WIDTHS = 40, (12, 300, 8)
-BYTES = 7 << 20
 TILE = TileConfig(16, 16)
 
 
@@ -27,22 +27,19 @@ TILE = TileConfig(16, 16)
 def dummy(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A step more after each layer's product: a copy of its output, or a broken one if a test says so."""
     options: dict[str, Any] = {"activation": IDENTITY}
-    original = layer_path.forward_steps
+    original = layer_path.add_forward
 
-    def forward_steps(spec: Any, writer: Any, x: str, weight: str, h: str, *others: Any) -> list[Step]:
+    def add_forward(spec: Any, writer: Any, x: str, weight: str, h: str, *others: Any) -> None:
         copy = writer.allocate(f"copy[{spec.index}]", writer.rows, spec.width_out)
 
         def run(z: torch.Tensor, h: torch.Tensor) -> Any:
             return pointwise(z, h, options["activation"], TILE)
 
-        steps = original(spec, writer, x, weight, h, *others)
-        return [
-            *steps,
-            Step("dummy", spec.name, spec.label, {"z": h, "h": copy}, ("h",), run, Work(0, BYTES), None, TILE),
-        ]
+        original(spec, writer, x, weight, h, *others)
+        writer.add("dummy", spec, {"z": h, "h": copy}, ("h",), run, choice=Choice(TILE, ""))
 
     layer_path.layer_path.cache_clear()
-    monkeypatch.setattr(layer_path, "forward_steps", forward_steps)
+    monkeypatch.setattr(layer_path, "add_forward", add_forward)
     yield options
     layer_path.layer_path.cache_clear()
 
@@ -72,11 +69,22 @@ def test_a_step_is_replayed(model: FusedMLP, x: torch.Tensor, dummy: Any, by_poi
         assert launches == {"layer_forward_kernel": 2, "pointwise_kernel": 2}
 
 
+def test_steps_that_were_compiled_ahead_are_replayed(model: FusedMLP, x: torch.Tensor, by_pointers: None) -> None:
+    with launched_by(lambda launch, tensors: None):
+        model(x)
+    model(x)  # prepares the launches
+    with count_launches() as launches:
+        model(x)
+    assert launches == {"layer_forward_kernel": 2}
+
+
 def test_a_step_is_explained(model: FusedMLP, dummy: Any) -> None:
     plan = model.explain(ROWS)
     (run,) = plan.runs
     assert [step.kind for step in run.kernels][:4] == ["forward", "dummy", "forward", "dummy"]
-    assert plan.work.bytes > 2 * BYTES
+    assert [step.work.bytes for step in run.kernels if step.kind == "dummy"] == [
+        2 * 4 * ROWS * width for width in WIDTHS[1:]
+    ]
     assert str(plan).count("dummy") == 2
 
 

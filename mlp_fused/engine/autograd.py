@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -161,18 +161,10 @@ class SectionFunction(PlainFunction):
         weights: Any = parameters[:count]
         y, z, kept, *casts = section.forward(h, weights, parameters[count:], True, seed)
         needs_edge, _, _, _, needs_weight, *_ = ctx.needs_input_grad
-        read = [weight if cast is None else cast for weight, cast in zip(weights, casts)]
+        edge_read = edge if _keeps_edge(section, needs_edge, needs_weight) else None
         if not needs_edge:
-            read[0] = None
-        _save_parameters(
-            ctx,
-            parameters,
-            edge if _keeps_edge(section, needs_edge, needs_weight) else None,
-            y if section.keeps_output else None,
-            kept,
-            seed,
-            *read,
-        )
+            casts[0] = None
+        save(ctx, parameters, edge_read, y if section.keeps_output else None, kept, seed, *casts)
         ctx.section, ctx.rows = section, h.shape[0]
         if z is None:
             return y
@@ -187,12 +179,19 @@ class SectionFunction(PlainFunction):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         dy = plain_gradient(dy)
-        parameters, (edge, y, kept, seed, *read) = _restore_parameters(ctx, len(needs))
+        parameters, (edge, y, kept, seed, *casts) = restore(ctx)
         if wants_torch(dy):
             dx, found = differentiable_section(ctx, section, edge, parameters, dy, needs_edge, needs, seed)
         else:
             x = edge if edge is not None else dy.new_empty((ctx.rows, 0))
-            dx, found = section.backward(dy, x, y, kept, read, needs_edge, needs, seed)
+            weights: Sequence[Any] = [weight if cast is None else cast for weight, cast in zip(parameters, casts)]
+            if not needs_edge:  # which the first weight is read for alone
+                weights = [None, *weights[1:]]
+            read = [place for place, (weight, cast) in enumerate(zip(weights, casts)) if weight is not cast]
+            check_unchanged(ctx, parameters, read, section.layers[0].index)
+            y, kept = contiguous(y), contiguous(kept)
+            weights = laid_out(weights, section.strides)
+            dx, found = section.backward(dy, x, y, kept, weights, needs_edge, needs, seed)
         return dx, None, None, None, *found
 
 
@@ -205,12 +204,7 @@ class NetworkFunction(PlainFunction):
         weights: Any = parameters[:count]
         y, kept = path.forward(x, weights, parameters[count:], path.stores)
         hidden, z = kept if path.stores else (None, None)
-        own = y if path.keeps_output else z
-        # Saved is what the kernels read; the other parameters may change before backward.
-        read = parameters
-        if path.stores:
-            read = (None, *weights[1:]) if not ctx.needs_input_grad[0] else weights
-        _save_parameters(ctx, parameters, x, hidden, own, *read)
+        save(ctx, parameters, x, hidden, y if path.keeps_output else z)
         ctx.path = path
         return y
 
@@ -218,60 +212,45 @@ class NetworkFunction(PlainFunction):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         path: NetworkPath = ctx.path
         needs_x, _, *needs = ctx.needs_input_grad
-        parameters, (x, kept, own, *read) = _restore_parameters(ctx, len(needs))
+        parameters, (x, kept, own) = restore(ctx)
         dy = plain_gradient(dy)
         if wants_torch(dy):
-            _check_versions(ctx, parameters)
+            check_unchanged(ctx, parameters, range(len(parameters)))
             dx, found = differentiable_backward(path.activations, path.dtype, x, parameters, dy, needs_x, needs)
         else:
-            if path.stores:
-                read = [*(parameters[:1] if read[0] is None else read[:1]), *read[1:], *parameters[len(read) :]]
-            dx, found = path.backward(dy, x, kept, own, read, needs_x, needs)
+            check_unchanged(ctx, parameters, path.parameters_read(needs_x))
+            parameters = laid_out(parameters, path.strides)
+            dx, found = path.backward(dy, x, contiguous(kept), contiguous(own), parameters, needs_x, needs)
         return dx, None, *found
 
 
 # ------------------------------------------------------------ what is saved
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save tensors for backward. None is left out: graph drawers ask everything that is saved for its size."""
+def save(ctx: Any, parameters: Sequence[Tensor | None], *tensors: Tensor | None) -> None:
+    """Save tensors for backward, and keep the parameters as the user has them, with their versions.
+
+    Leaves are kept as they are, for they live as long as the module. Others are saved as well, and so freed after
+    backward. None is left out: graph drawers ask everything that is saved for its size.
+    """
+    are_leaves = False not in [parameter is None or parameter.is_leaf for parameter in parameters]
+    ctx.parameters = parameters if are_leaves else None
+    ctx.versions = versions(parameters)
+    if not are_leaves:
+        tensors += (*parameters,)
     ctx.absent = [index for index, tensor in enumerate(tensors) if tensor is None]
     ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
 
 
-def restore(ctx: Any) -> list[Any]:
-    """The arguments of `save`, in order, None included."""
+def restore(ctx: Any) -> tuple[Sequence[Any], list[Any]]:
+    """The parameters, and the tensors that `save` was given beside them, in order, None included."""
     tensors = list(ctx.saved_tensors)
     for index in ctx.absent:
         tensors.insert(index, None)
-    return tensors
-
-
-def _save_parameters(ctx: Any, parameters: tuple[Tensor | None, ...], *tensors: Tensor | None) -> None:
-    """Save tensors, and keep the parameters as the user has them, for differentiating a gradient.
-
-    Leaves are kept as they are, for they live as long as the module. Others are saved as well, and so freed after
-    backward.
-    """
-    are_leaves = all(map(_is_leaf, filter(_is_given, parameters)))
-    ctx.parameters = parameters if are_leaves else None
-    ctx.versions = versions(parameters)
-    save(ctx, *tensors, *(() if are_leaves else parameters))
-
-
-def _restore_parameters(ctx: Any, count: int) -> tuple[Sequence[Any], list[Any]]:
-    """The parameters, of which there are so many, and the tensors that were saved."""
-    tensors = restore(ctx)
     if ctx.parameters is not None:
         return ctx.parameters, tensors
-    return tensors[-count:], tensors[:-count]
-
-
-_is_leaf = operator.attrgetter("is_leaf")
-
-
-def _is_given(tensor: Tensor | None) -> bool:
-    return tensor is not None
+    count = len(tensors) - len(ctx.versions)
+    return tensors[count:], tensors[:count]
 
 
 def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
@@ -282,20 +261,44 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
         return [None if each is None or each.is_inference() else each._version for each in tensors]
 
 
-def _check_versions(ctx: Any, parameters: Sequence[Tensor | None], first: int = 0) -> None:
-    """Refuse to differentiate a gradient by parameters, of layer `first` on, that the forward has not computed with.
+def check_unchanged(ctx: Any, parameters: Sequence[Any], read: Iterable[int], first: int = 0) -> None:
+    """Refuse a backward with parameters that the forward has not computed with.
+
+    Args:
+        read: the places of those that the backward reads.
+        first: the index of their first layer.
 
     Raises:
-        RuntimeError: one was changed in place since.
+        RuntimeError: one was changed in place since the forward, in torch's words.
     """
-    layers = len(parameters) // 2
-    for index, (before, after) in enumerate(zip(ctx.versions, versions(parameters))):
-        if before != after:
-            name = f"{'weight' if index < layers else 'bias'} {first + index % layers}"
+    before = ctx.versions
+    for place in read:
+        if before[place] is not None and before[place] != parameters[place]._version:
+            layers = len(parameters) // 2
+            name = f"{'weight' if place < layers else 'bias'} {first + place % layers}"
             raise RuntimeError(
-                f"{name} was changed in place since the forward; "
-                f"its gradient can only be differentiated before that; change it later, or a clone of it"
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{name} is at version {parameters[place]._version}; the forward computed with version "
+                f"{before[place]}; change it after backward, or change a clone of it"
             )
+
+
+def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequence[Any]:
+    """The tensors with these strides, which `parameter.data = …` or hooks on saved tensors may have changed."""
+    found = [stride if tensor is None else tensor.stride() for tensor, stride in zip(tensors, strides)]
+    if found == strides:
+        return tensors
+    return [
+        None
+        if tensor is None
+        else torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        for tensor, stride in zip(tensors, strides)
+    ]
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """What kernels have written, which hooks on saved tensors may have given other strides."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 # ------------------------------------------------------------ gradients
@@ -350,7 +353,7 @@ def differentiable_section(
     seed: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """`Section.backward` in plain torch, for when its gradients are to be differentiated themselves."""
-    _check_versions(ctx, parameters, section.layers[0].index)
+    check_unchanged(ctx, parameters, range(len(parameters)), section.layers[0].index)
     specs, first = section.layers, section.layers[0]
     rows = dy.shape[0]
     factors = [dropout_factors(seed, spec.dropout, rows, spec.width_out, section.dtype) for spec in specs]
@@ -440,11 +443,11 @@ class _OutputOf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, activation: Activation, left: Tensor | None) -> Tensor:
         output = h.clone()
-        save(ctx, output, left)
+        save(ctx, (), output, left)
         ctx.activation = activation
         return output
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None]:
-        h, left = restore(ctx)
+        _, (h, left) = restore(ctx)
         return ctx.activation.reference_backward(dropped(dh, left), h, *ctx.activation.values), None, None

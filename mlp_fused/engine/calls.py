@@ -1,4 +1,4 @@
-"""From a call to the path that runs it; a call that repeats finds its path again."""
+"""From a call to the path that runs it, which is decided anew."""
 
 from __future__ import annotations
 
@@ -13,54 +13,8 @@ from ..kernels.dropout import draw_seed
 from ..reference import Layer
 from .autograd import run_layers, run_path
 from .layer_path import LayerPath
-from .network_path import NetworkPath
 from .paths import find_path, precision_of, wants_gradients
-from .settings import Backend, TensorGuards, is_transformed, is_watched
-
-
-class Decision:
-    """The path that a call took; later calls that it holds for take it without deciding again.
-
-    Whether it holds is asked of torch.compile's guards, which compare every tensor's type, dtype, device, sizes,
-    strides, requires_grad and dispatch keys (inference mode, lazy negation …) in C++: a tenth of the time of deciding.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        weights: tuple[Tensor, ...],
-        biases: tuple[Tensor | None, ...],
-        settings: tuple[object, ...],
-        path: NetworkPath | LayerPath,
-    ) -> None:
-        self.path = path
-        self.settings = settings
-        self.biased = [bias is not None for bias in biases]
-        self.all_biased = all(self.biased)
-        parameters = [*weights, *(bias for bias in biases if bias is not None)]
-        self.guards = TensorGuards(
-            x,
-            *parameters,
-            dynamic_dims_sizes=[[None, x.shape[1]], *(list(each.shape) for each in parameters)],
-            dynamic_dims_strides=[[None, None], *(list(each.stride()) for each in parameters)],
-        )
-
-    @staticmethod
-    def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
-        """Whether such a call can be remembered: guards refuse a tensor that stands twice."""
-        return TensorGuards is not None and not x.is_neg() and len(set(map(id, weights))) == len(weights)
-
-    def holds(
-        self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]
-    ) -> bool:
-        """Whether a call with these would decide the same."""
-        if settings != self.settings:
-            return False
-        if not self.all_biased:
-            if [bias is not None for bias in biases] != self.biased:
-                return False
-            biases = tuple(bias for bias in biases if bias is not None)
-        return self.guards.check(x, *weights, *biases)  # not where a bias has become None
+from .settings import Backend, is_transformed, is_watched
 
 
 def run_kernels(

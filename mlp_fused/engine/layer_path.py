@@ -27,12 +27,12 @@ from .layer_steps import (
     Choose,
     LayerSpec,
     Parameters,
-    cast_step,
+    add_cast,
+    add_dgrad,
+    add_forward,
+    add_output_gradient,
+    add_wgrad,
     choose_tile,
-    dgrad_steps,
-    forward_steps,
-    output_gradient_step,
-    wgrad_steps,
 )
 from .schedule import Cache, Schedule, Step, Work, Writer, named, read
 
@@ -129,6 +129,13 @@ class Section:
         self.cast = [spec.parameters.weight != path.dtype for spec in self.layers]
         self.cache = Cache()
 
+    @functools.cached_property
+    def strides(self) -> list[tuple[int, ...]]:
+        """The strides of the weights as the kernels read them."""
+        return [
+            (spec.width_in, 1) if cast else spec.parameters.weight_stride for spec, cast in zip(self.layers, self.cast)
+        ]
+
     # ------------------------------------------------------------ what is kept
 
     @functools.cached_property
@@ -193,7 +200,9 @@ class Section:
             writer.allocate("kept", *shapes[0])
             self._place_kept(writer)
         casts = [f"cast[{spec.index}]" if cast else None for spec, cast in zip(self.layers, self.cast)]
-        writer.steps += [cast_step(spec, writer, cast) for spec, cast in zip(self.layers, casts) if cast]
+        for spec, cast in zip(self.layers, casts):
+            if cast:
+                add_cast(spec, writer, cast)
         last = self.layers[-1]
         writer.allocate("y", rows, last.width_out)
         if keep and self.hands_z:
@@ -204,8 +213,7 @@ class Section:
             if writer.has(h) is None:  # layers that are not kept take two places in turn
                 writer.share(h, f"h {place % 2}", rows, spec.width_out)
             z = writer.has(f"z[{spec.index}]") if keep else None
-            weight = cast or f"weight[{spec.index}]"
-            writer.steps += forward_steps(spec, writer, below, weight, h, z, choose)
+            add_forward(spec, writer, below, cast or f"weight[{spec.index}]", h, z, choose)
             below = h
         edge = f"z[{last.index}]" if keep and self.hands_z else None
         return writer.finish("y", edge, writer.has("kept") if keep else None, *casts)
@@ -230,13 +238,11 @@ class Section:
             x: the edge from below.
             y: the output, where `keeps_output` says so.
             kept: as `forward` gave it.
-            weights: of the path's dtype; the first may be None where dx is not needed.
+            weights: of the path's dtype and strides; the first may be None where dx is not needed.
         """
         tensors = (dy, x, y, kept, seed, *weights)
         pointers, aligned = read(tensors)
-        # Hooks on saved tensors may have given the others other strides, too.
-        strides = [None if tensor is None else tensor.stride() for tensor in tensors]
-        key = (needs_x, *needs, aligned, x.shape, x.get_device(), *strides)
+        key = (needs_x, *needs, aligned, x.shape, x.stride(), x.get_device(), dy.stride())
         schedule = self.cache.get(key)
         if schedule is None:
             given = named({"dy": dy, "x": x, "y": y, "kept": kept, "seed": seed}, weights, first=self.layers[0].index)
@@ -257,7 +263,7 @@ class Section:
         if self.is_last and (last.activation is not IDENTITY or last.dropout is not None):
             own = None if last.activation is IDENTITY else writer.has(f"z[{last.index}]") or "y"
             dz = writer.share(f"dz[{last.index}]", f"dz {last.index % 2}", rows, last.width_out)
-            writer.steps.append(output_gradient_step(last, writer, "dy", own, dz, choose))
+            add_output_gradient(last, writer, "dy", own, dz, choose)
         gradients: list[str | None] = [None] * (2 * count)
         for place in reversed(range(count)):
             spec = self.layers[place]
@@ -275,7 +281,7 @@ class Section:
                 saved, rebuilt = None if spec.below is IDENTITY else h, None
                 if needs_weight and spec.below_keeps_z:
                     h = rebuilt = writer.share(f"rebuilt[{spec.index}]", "rebuilt", rows, spec.width_in)
-                writer.steps += dgrad_steps(spec, writer, dz, f"weight[{spec.index}]", saved, into, rebuilt, choose)
+                add_dgrad(spec, writer, dz, f"weight[{spec.index}]", saved, into, rebuilt, choose)
             if needs_weight or needs_bias:
                 if needs_weight:
                     gradients[place] = writer.allocate(
@@ -286,7 +292,7 @@ class Section:
                         f"db[{spec.index}]", spec.width_out, dtype=spec.parameters.bias
                     )
                 dw, db = gradients[place], gradients[count + place]
-                writer.steps += wgrad_steps(spec, writer, dz, h, dw, db, choose)
+                add_wgrad(spec, writer, dz, h, dw, db, choose)
             if into is None:
                 break
             dz = into

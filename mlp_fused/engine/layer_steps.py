@@ -26,15 +26,15 @@ from ..kernels.layer_forward import layer_forward, pointwise
 from ..kernels.partial_sums import Partial, sum_partials, sum_partials_tile
 from ..kernels.tile_config import Kind, Problem
 from . import tables
-from .schedule import Schedule, Step, Work, Writer
+from .schedule import Layers, Schedule, Writer
 from .torch_products import cast_by_torch, dgrad_by_torch, linear_by_torch, linear_relu_by_torch, wgrad_by_torch
 
 if TYPE_CHECKING:
     from ..reference import Layer
 
 __all__ = [
-    "Choose", "LayerSpec", "Parameters", "cast_step", "choose_tile", "dgrad_steps", "forward_steps",
-    "output_gradient_step", "parameters_of", "product_schedule", "sum_step", "wgrad_steps",
+    "Choose", "LayerSpec", "Parameters", "add_cast", "add_dgrad", "add_forward", "add_output_gradient", "add_sums",
+    "add_wgrad", "choose_tile", "parameters_of", "product_schedule",
 ]  # fmt: skip
 
 
@@ -124,73 +124,57 @@ class LayerSpec:
         precision = self.precision if k else "ieee"
         return Problem(kind, m, n, k, self.dtype, precision, aligned, activation.name)
 
-    def step(
-        self,
-        kind: str,
-        operands: Mapping[str, Any],
-        writes: tuple[str, ...],
-        run: Callable[..., Any],
-        work: Work,
-        problem: Problem,
-        choice: tables.Choice,
-    ) -> Step:
-        """A step of this layer."""
-        return Step(kind, self.name, self.label, operands, writes, run, work, problem, choice.tile, choice.source)
 
-
-def cast_step(spec: LayerSpec, writer: Writer, cast: str) -> Step:
+def add_cast(spec: LayerSpec, writer: Writer, cast: str) -> None:
     """A weight as the kernels read it: in the dtype that they compute in."""
-    elements = spec.width_in * spec.width_out
     writer.allocate(cast, spec.width_out, spec.width_in)
-    operands = {"weight": f"weight[{spec.index}]", "cast": cast}
-    work = Work(0, elements * (spec.parameters.weight.itemsize + spec.dtype.itemsize))
-    return Step("cast", spec.name, spec.label, operands, ("cast",), cast_by_torch, work)
+    writer.add("cast", spec, {"weight": f"weight[{spec.index}]", "cast": cast}, ("cast",), cast_by_torch)
 
 
-def forward_steps(
-    spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z: str | None, choose: Choose
-) -> list[Step]:
+def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z: str | None, choose: Choose) -> None:
     """h = a(x Wᵀ + b), and z where it is kept: one kernel, or torch's product and a(·) as a kernel."""
     rows, n, k = writer.rows, spec.width_out, spec.width_in
-    bias = writer.has(f"bias[{spec.index}]")
-    are_describable = writer.are_describable(x, weight, h, z)
-    problem = spec.problem("forward", rows, n, k, are_describable, spec.activation)
+    problem = spec.problem("forward", rows, n, k, writer.are_describable(x, weight, h, z), spec.activation)
     choice = choose(problem)
-    elements = rows * k + n * k + n * (bias is not None) + (1 + (z is not None)) * rows * n
-    work = Work(2 * rows * n * k, elements * spec.dtype.itemsize)
-    operands: dict[str, Any] = {"x": x, "weight": weight, "bias": bias}
+    add = partial(writer.add, "forward", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
+    operands: dict[str, Any] = {"x": x, "weight": weight, "bias": writer.has(f"bias[{spec.index}]")}
     if choice.tile is not None:
         options: dict[str, Any] = {"activation": spec.activation, "precision": spec.precision, "tile": choice.tile}
         run = partial(layer_forward, **options, dropout=spec.dropout)
-        operands |= {"h": h, "z": z, **_seed(spec.dropout)}
-        return [spec.step("forward", operands, ("h", "z"), run, work, problem, choice)]
+        return add(operands | {"h": h, "z": z, **_seed(spec.dropout)}, ("h", "z"), run)
     is_plain_relu = spec.activation.name == "relu" and spec.dropout is None
-    if is_plain_relu and z is None and bias is not None and writer.on_gpu:
-        return [spec.step("forward", operands | {"h": h}, ("h",), linear_relu_by_torch, work, problem, choice)]
+    if is_plain_relu and z is None and operands["bias"] and writer.on_gpu:
+        return add(operands | {"h": h}, ("h",), linear_relu_by_torch)
     product = z or h
-    steps = [spec.step("forward", operands | {"z": product}, ("z",), linear_by_torch, work, problem, choice)]
+    add(operands | {"z": product}, ("z",), linear_by_torch)
     if spec.activation is not IDENTITY or spec.dropout is not None:
-        pass_over = spec.problem("output_gradient", rows, n)
-        choice = choose(pass_over)
-        run = partial(pointwise, activation=spec.activation, tile=choice.tile, dropout=spec.dropout)
-        moved = Work(0, 2 * rows * n * spec.dtype.itemsize)
-        names = {"z": product, "h": h, **_seed(spec.dropout)}
-        steps.append(spec.step("activation", names, ("h",), run, moved, pass_over, choice))
-    return steps
+        _add_pointwise(spec, writer, "activation", {"z": product, "h": h}, n, choose)
+    return None
 
 
-def output_gradient_step(spec: LayerSpec, writer: Writer, dh: str, saved: str | None, dz: str, choose: Choose) -> Step:
-    """dz = dh ⊙ a'(saved), through Dropout."""
-    rows, n = writer.rows, spec.width_out
-    problem = spec.problem("output_gradient", rows, n)
+def _add_pointwise(
+    spec: LayerSpec, writer: Writer, kind: str, operands: Mapping[str, Any], width: int, choose: Choose
+) -> None:
+    """What is done element by element, as a kernel: the layer's activation, or a derivative, its own or the one below.
+
+    The derivative below follows a product of torch's.
+    """
+    problem = spec.problem("output_gradient", writer.rows, width)
     choice = choose(problem)
-    run = partial(output_gradient, activation=spec.activation, tile=choice.tile, dropout=spec.dropout)
-    operands = {"dh": dh, "saved": saved, "dz": dz, "h": None, **_seed(spec.dropout)}
-    work = Work(0, (2 + (saved is not None)) * rows * n * spec.dtype.itemsize)
-    return spec.step("output_gradient", operands, ("dz",), run, work, problem, choice)
+    own = kind != "derivative"
+    activation, dropout = (spec.activation, spec.dropout) if own else (spec.below, spec.dropout_below)
+    kernel = pointwise if kind == "activation" else output_gradient
+    run = partial(kernel, activation=activation, tile=choice.tile, dropout=dropout)
+    writer.add(kind, spec, {**operands, **_seed(dropout)}, ("dz", "h"), run, problem=problem, choice=choice)
 
 
-def dgrad_steps(
+def add_output_gradient(spec: LayerSpec, writer: Writer, dh: str, saved: str | None, dz: str, choose: Choose) -> None:
+    """dz = dh ⊙ a'(saved), through Dropout."""
+    operands = {"dh": dh, "saved": saved, "dz": dz, "h": None}
+    _add_pointwise(spec, writer, "output_gradient", operands, spec.width_out, choose)
+
+
+def add_dgrad(
     spec: LayerSpec,
     writer: Writer,
     dz: str,
@@ -199,29 +183,22 @@ def dgrad_steps(
     dx: str,
     rebuilt: str | None,
     choose: Choose,
-) -> list[Step]:
+) -> None:
     """dx = (dz W) ⊙ a_below'(saved), and the layer below's output again: one kernel, or torch's product and one."""
     rows, n, k = writer.rows, spec.width_out, spec.width_in
     are_describable = writer.are_describable(dz, weight, saved, dx, rebuilt)
     problem = spec.problem("dgrad", rows, k, n, are_describable, spec.below)
     choice = choose(problem)
-    tensors = 1 + (saved is not None) + (rebuilt is not None)
-    work = Work(2 * rows * n * k, (rows * n + n * k + tensors * rows * k) * spec.dtype.itemsize)
+    add = partial(writer.add, "dgrad", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
     operands: dict[str, Any] = {"dz": dz, "weight": weight}
     if choice.tile is not None:
         options: dict[str, Any] = {"below": spec.below, "precision": spec.precision, "tile": choice.tile}
         run = partial(dgrad, **options, dropout=spec.dropout_below)
-        operands |= {"saved": saved, "dx": dx, "h": rebuilt, **_seed(spec.dropout_below)}
-        return [spec.step("dgrad", operands, ("dx", "h"), run, work, problem, choice)]
-    steps = [spec.step("dgrad", operands | {"dx": dx}, ("dx",), dgrad_by_torch, work, problem, choice)]
+        add(operands | {"saved": saved, "dx": dx, "h": rebuilt, **_seed(spec.dropout_below)}, ("dx", "h"), run)
+        return
+    add(operands | {"dx": dx}, ("dx",), dgrad_by_torch)
     if saved is not None or spec.dropout_below is not None:
-        pass_over = spec.problem("output_gradient", rows, k)
-        choice = choose(pass_over)
-        run = partial(output_gradient, activation=spec.below, tile=choice.tile, dropout=spec.dropout_below)
-        moved = Work(0, (1 + tensors) * rows * k * spec.dtype.itemsize)
-        names = {"dh": dx, "saved": saved, "dz": dx, "h": rebuilt, **_seed(spec.dropout_below)}
-        steps.append(spec.step("derivative", names, ("dz", "h"), run, moved, pass_over, choice))
-    return steps
+        _add_pointwise(spec, writer, "derivative", {"dh": dx, "saved": saved, "dz": dx, "h": rebuilt}, k, choose)
 
 
 def _seed(dropout: Dropout | None) -> dict[str, str]:
@@ -229,45 +206,44 @@ def _seed(dropout: Dropout | None) -> dict[str, str]:
     return {"seed": "seed"} if dropout else {}
 
 
-def wgrad_steps(
-    spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, db: str | None, choose: Choose
-) -> list[Step]:
+def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, db: str | None, choose: Choose) -> None:
     """dW = dzᵀ h and db = Σ_rows dz: one kernel, and where it splits the rows one that adds its partial sums."""
     rows, n, k = writer.rows, spec.width_out, spec.width_in if dw else 1
     problem = spec.problem("wgrad", n, k, rows, writer.are_describable(dz, h if dw else None))
     choice = choose(problem)
     size_w, size_b = n * k * (dw is not None), n * (db is not None)
-    elements = rows * n + rows * k * (dw is not None) + size_w + size_b
-    work = Work(2 * rows * size_w, elements * spec.dtype.itemsize)
+    add = partial(writer.add, "wgrad", spec, flops=2 * rows * size_w, problem=problem, choice=choice)
     operands: dict[str, Any] = {"dz": dz, "h": h if dw else None, "dw": dw, "db": db}
     if choice.tile is None:
-        return [spec.step("wgrad", operands, ("dw", "db"), wgrad_by_torch, work, problem, choice)]
+        return add(operands, ("dw", "db"), wgrad_by_torch)
     sums = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
     run = partial(wgrad_products, width_in=k, tile=choice.tile, partial=sums)
+    moved = dict(operands)
     if dw is None:  # the kernel takes a tensor, and does not read it
         operands["h"] = dz
     if sums.splits == 1:
-        return [spec.step("wgrad", operands, ("dw", "db"), run, work, problem, choice)]
+        return add(operands, ("dw", "db"), run)
     whole = writer.share(f"partial[{spec.index}]", "partial", sums.splits, sums.columns, dtype=sums.dtype)
     operands["dw"] = whole if dw else None
     if db:
         shape, strides = (sums.splits, n), (sums.columns, 1)
         operands["db"] = writer.part(f"partial db[{spec.index}]", "partial", sums.start_b, *shape, strides=strides)
-    totals = tuple(total for total in (dw, db) if total)
-    return [
-        spec.step("wgrad", operands, ("dw", "db"), run, work, problem, choice),
-        sum_step(spec.name, spec.label, whole, totals, sums, sums.starts),
-    ]
+    add(operands, ("dw", "db"), run, moved=moved)
+    return add_sums(spec, writer, whole, tuple(total for total in (dw, db) if total), sums, sums.starts)
 
 
-def sum_step(
-    name: str, label: str, whole: str, totals: tuple[str, ...], sums: Partial, starts: Sequence[int] | None = None
-) -> Step:
-    """Add partial sums of gradients, in a fixed order."""
-    work = Work(0, sums.splits * sums.columns * sums.dtype.itemsize)
-    run = partial(sum_partials, starts=starts)
-    operands = {"partial": whole, "sums": totals}
-    return Step("sum_partials", name, label, operands, ("sums",), run, work, None, sum_partials_tile(sums.splits))
+def add_sums(
+    layers: Layers,
+    writer: Writer,
+    whole: str,
+    totals: tuple[str, ...],
+    sums: Partial,
+    starts: Sequence[int] | None = None,
+) -> None:
+    """Add partial sums of gradients, in a fixed order. The step that makes them counts the gradients' bytes."""
+    operands, moved = {"partial": whole, "sums": totals}, {"partial": whole}
+    run, choice = partial(sum_partials, starts=starts), tables.Choice(sum_partials_tile(sums.splits), "")
+    writer.add("sum_partials", layers, operands, ("sums",), run, choice=choice, moved=moved)
 
 
 def product_schedule(
@@ -291,10 +267,9 @@ def product_schedule(
     }[kind]
     writer = Writer(dict(zip(names, (a, b, c, d, e))), dtype, rows)
     if kind == "forward":
-        writer.steps += forward_steps(spec, writer, "x", "weight[0]", "h", writer.has("z"), choose)
+        add_forward(spec, writer, "x", "weight[0]", "h", writer.has("z"), choose)
     elif kind == "dgrad":
-        saved, rebuilt = writer.has("saved"), writer.has("rebuilt")
-        writer.steps += dgrad_steps(spec, writer, "dz", "weight[0]", saved, "dx", rebuilt, choose)
+        add_dgrad(spec, writer, "dz", "weight[0]", writer.has("saved"), "dx", writer.has("rebuilt"), choose)
     else:
-        writer.steps += wgrad_steps(spec, writer, "dz", "h", writer.has("dw"), writer.has("db"), choose)
+        add_wgrad(spec, writer, "dz", "h", writer.has("dw"), writer.has("db"), choose)
     return writer.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from ..kernels.network_forward import network_forward
 from ..kernels.network_one_pass import network_one_pass, network_one_pass_sums
 from ..kernels.partial_sums import Partial
 from ..kernels.tile_config import TileConfig
-from .layer_steps import sum_step
-from .schedule import Cache, Schedule, Step, Work, Writer, named, read
+from .layer_steps import add_sums
+from .schedule import Cache, Schedule, Writer, named, read
+from .tables import Choice
 from .torch_products import zeros_by_torch
 
 __all__ = ["Formulation", "NetworkPath"]
@@ -86,6 +88,16 @@ class NetworkPath:
         hidden = [(rows * net.starts[-1],)] if net.layers > 1 else []
         return hidden + ([(rows, net.widths[-1])] if net.keeps_z[-1] else [])
 
+    @functools.cached_property
+    def strides(self) -> list[tuple[int, ...]]:
+        """The strides of the weights and then of the biases."""
+        return [each[:2] for each in self.network.strides] + [each[2:] for each in self.network.strides]
+
+    def parameters_read(self, needs_x: bool) -> range:
+        """The parameters that a backward reads, by their places: the weights, then the biases."""
+        layers = self.network.layers
+        return range(0 if needs_x else 1, layers) if self.stores else range(2 * layers)
+
     # ------------------------------------------------------------ forward
 
     def forward(
@@ -105,24 +117,21 @@ class NetworkPath:
     def write_forward(self, given: Mapping[str, Tensor | None], rows: int, keep: bool) -> Schedule:
         """One step: all layers."""
         writer = Writer(given, self.dtype, rows)
-        step = self._forward_step(writer, "network forward", keep)
-        if rows:
-            writer.steps.append(step)
-        return writer.finish("y", *((step.operands["kept"], step.operands["z"]) if keep else ()))
+        kept, z = self._add_forward(writer, "network forward", keep)
+        return writer.finish("y", *((kept, z) if keep else ()))
 
-    def _forward_step(self, writer: Writer, kind: str, keep: bool) -> Step:
+    def _add_forward(self, writer: Writer, kind: str, keep: bool) -> tuple[str | None, str | None]:
+        """All layers, and with `keep` what is kept: of the hidden layers, and the last pre-activation."""
         net, rows, tile = self.network, writer.rows, self.forward_tile
         y = writer.allocate("y", rows, net.widths[-1])
         kept = writer.allocate("kept", rows * net.starts[-1]) if keep and net.layers > 1 else None
         z = writer.allocate("z", rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
-
-        run = partial(network_forward, network=net, tile=tile)
-
-        weights, biases = _parameters(writer, net.layers)
+        weights, biases = self._parameters(writer)
         operands = {"x": "x", "y": y, "weights": weights, "biases": biases, "kept": kept, "z": z, "h": None}
-        elements = self._ends(rows) + self._parameters_elements(writer)
-        elements += (rows * net.starts[-1]) * (kept is not None) + rows * net.widths[-1] * (z is not None)
-        return self._step(kind, operands, ("y", "kept", "z"), run, self._flops(rows), elements, tile)
+        run = partial(network_forward, network=net, tile=tile)
+        if rows:
+            self._add(writer, kind, operands, ("y", "kept", "z"), run, tile, self._flops(rows))
+        return kept, z
 
     # ------------------------------------------------------------ backward
 
@@ -144,9 +153,7 @@ class NetworkPath:
         """
         tensors = (dy, x, kept, own, *parameters)
         pointers, aligned = read(tensors)
-        # Hooks on saved tensors may have given the parameters other strides, too.
-        strides = [tensor.stride() for tensor in (x, dy, *parameters) if tensor is not None]
-        key = (needs_x, *needs, aligned, x.shape, x.dtype, x.get_device(), *strides)
+        key = (needs_x, *needs, aligned, x.shape, x.stride(), x.dtype, x.get_device(), dy.stride())
         schedule = self.cache.get(key)
         if schedule is None:
             count = len(parameters) // 2
@@ -160,8 +167,7 @@ class NetworkPath:
     ) -> Schedule:
         """One pass, or a step for every dz and one for all dW and db. The last step adds partial sums."""
         writer = Writer(given, self.dtype, rows)
-        path = self._with_strides(given)
-        net, layers = path.network, self.network.layers
+        net, layers = self.network, self.network.layers
         wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
         x = given["x"]
         assert x is not None
@@ -177,151 +183,154 @@ class NetworkPath:
         by_layer = (name for pair in zip(gradients[:layers], gradients[layers:]) for name in pair)
         sums = tuple(name for name in by_layer if name is not None)
         if not rows:
-            writer.steps += [
-                Step("zeros", "network", self._label, {"total": total}, ("total",), zeros_by_torch) for total in sums
-            ]
+            for total in sums:
+                writer.add("zeros", self, {"total": total}, ("total",), zeros_by_torch)
         elif self.formulation == "recompute":
-            writer.steps += path._one_pass_steps(writer, dx, None, None, sums, wanted, ((0, layers),))
+            self._add_recompute(writer, dx, sums, wanted)
         else:
             kept, own = writer.has("kept"), writer.has("own")
             if self.formulation == "replay":
-                writer.steps.append(path._forward_step(writer, "network again", keep=True))
-                kept = writer.has("kept")
-                own = (writer.has("z") or "y") if net.activates_output else None
+                kept, z = self._add_forward(writer, "network again", keep=True)
+                own = (z or "y") if net.activates_output else None
             if self.groups:
-                writer.steps += path._one_pass_steps(writer, dx, kept, own, sums, wanted, self.groups)
+                self._add_one_pass(writer, dx, kept, own, sums, wanted)
             else:
-                writer.steps += path._stored_steps(writer, dx, kept, own, sums, wanted)
+                self._add_stored(writer, dx, kept, own, sums, wanted)
         return writer.finish(dx, *gradients)
 
-    def _with_strides(self, given: Mapping[str, Tensor | None]) -> NetworkPath:
-        """The path for parameters of these strides: hooks on saved tensors may have given them others."""
-        net = self.network
-        strides = []
-        for place in range(net.layers):
-            weight, bias = given[f"weight[{place}]"], given[f"bias[{place}]"]
-            assert weight is not None
-            strides.append((*weight.stride(), 0 if bias is None else bias.stride(0)))
-        if tuple(strides) == net.strides:
-            return self
-        net = network.network_of(net.widths, tuple(strides), net.activations, net.dtype, net.precision)
-        return NetworkPath(
-            net, self.forward_tile, self.formulation, self.reason, self.backward_tile, self.wgrad_tile, self.groups
-        )
-
-    def _one_pass_steps(
-        self,
-        writer: Writer,
-        dx: str | None,
-        kept: str | None,
-        own: str | None,
-        sums: tuple[str, ...],
-        wanted: Gradients,
-        groups: Sequence[tuple[int, int]],
-    ) -> list[Step]:
+    def _add_recompute(self, writer: Writer, dx: str | None, totals: tuple[str, ...], wanted: Gradients) -> None:
+        """One kernel: the forward again, dz down the layers, and every sum."""
         net, tile, rows = self.network, self.backward_tile, writer.rows
         assert tile is not None
-        lowest = wanted.lowest
-        groups = [(max(low, lowest), high) for low, high in groups if high > lowest]
-        if not groups:
-            return []
-        sums_of_all = network_one_pass_sums(rows, net, wanted, tile)
-        weights, biases = _parameters(writer, net.layers)
-        whole = _allocate_partial(writer, sums_of_all)
-        operands = {"x": "x", "dy": "dy", "weights": weights, "biases": biases, "kept": kept, "own": own, "h": None}
-        operands |= {"dz": writer.allocate("dz", rows * net.starts[-1]) if len(groups) > 1 else None}
-        operands |= {"dx": dx, "partial": whole}
-        recompute = self.formulation == "recompute"
-        steps = []
-        for low, high in groups:
-            run = partial(network_one_pass, network=net, gradients=wanted, tile=tile, group=(low, high))
-            # A layer's input is read where it is stored, dz of the highest layer, and written below the lowest one.
-            columns = [*net.widths[:1], net.widths[-1]] if recompute else [*net.widths[low:high], net.widths[high]]
-            columns += [net.widths[-1]] if own and high == net.layers else []
-            columns += [net.widths[low]] if low > lowest or (dx and low == 0) else []
-            elements = rows * sum(columns) + self._parameters_elements(writer, low, high)
-            elements += sum(net.widths[i + 1] * net.widths[i] * wanted.weights[i] for i in range(low, high))
-            elements += sum(net.widths[i + 1] * wanted.biases[i] for i in range(low, high))
-            flops = self._flops(rows, low + (low == lowest and not (dx and low == 0)), high)
-            flops += sum(self._flops(rows, i, i + 1) for i in range(low, high) if wanted.weights[i])
-            if recompute:
-                flops += self._flops(rows, end=net.layers - 1 + net.activates_output)
-            kind = "network recompute" if recompute else "network one pass"
-            steps.append(self._step(kind, operands, ("dx", "dz", "partial"), run, flops, elements, tile))
-        return [*steps, *self._sum_steps(whole, sums, sums_of_all)]
+        run = partial(network_one_pass, network=net, gradients=wanted, tile=tile)
+        weights, biases = self._parameters(writer)
+        operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases}
+        operands |= {"kept": None, "own": None, "dz": None, "h": None}
+        again = self._flops(rows, end=net.layers - 1 + net.activates_output)
+        flops = again + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
+        sums = network_one_pass_sums(rows, net, wanted, tile)
+        self._add_summed(writer, "network recompute", operands, run, tile, flops, totals, sums)
 
-    def _stored_steps(
+    def _add_one_pass(
         self,
         writer: Writer,
         dx: str | None,
         kept: str | None,
         own: str | None,
-        sums: tuple[str, ...],
+        totals: tuple[str, ...],
         wanted: Gradients,
-    ) -> list[Step]:
-        net, rows = self.network, writer.rows
-        hidden, width_out = rows * net.starts[-1], net.widths[-1]
-        dz = writer.allocate("dz", hidden) if kept else None
-        last = writer.allocate("last", rows, width_out) if own else None
-        steps = []
+    ) -> None:
+        """One kernel for dz and every sum, launched for each group of layers."""
+        net, rows, tile, lowest = self.network, writer.rows, self.backward_tile, wanted.lowest
+        assert tile is not None
+        groups = [(max(low, lowest), high) for low, high in self.groups if high > lowest]
+        if not groups:
+            return
+        sums = network_one_pass_sums(rows, net, wanted, tile)
+        whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
+        dz = writer.allocate("dz", rows * net.starts[-1]) if len(groups) > 1 else None
+        weights = self._parameters(writer)[0]
+
+        def hidden(whole: str | None, layer: int) -> str:
+            """A layer's part of what is kept, or of dz."""
+            assert whole is not None
+            width = net.widths[layer + 1]
+            return writer.part(f"{whole}[{layer}]", whole, rows * net.starts[layer], rows, width)
+
+        for low, high in groups:
+            layers, top = range(low, high), high == net.layers
+            goes_below = low > lowest or (low == 0 and dx is not None)
+            operands: dict[str, Any] = {"x": "x", "dy": "dy", "dx": None if low else dx, "weights": weights}
+            operands |= {"biases": (None,) * net.layers, "kept": kept, "own": own if top else None}
+            operands |= {"dz": dz, "h": None, "partial": whole}
+            moved = {
+                "inputs": tuple(hidden(kept, i - 1) if i else "x" for i in layers),
+                "dz": "dy" if top else hidden(dz, high - 1),
+                "own": operands["own"],
+                "weights": weights[low if goes_below else low + 1 : high],
+                "dx": hidden(dz, low - 1) if low > lowest else operands["dx"],
+                "partial": tuple(f"d {each}[{i}]" for i in layers for each in ("weight", "bias")),
+            }
+            run = partial(network_one_pass, network=net, gradients=wanted, tile=tile, group=(low, high))
+            flops = self._flops(rows, low if goes_below else low + 1, high)
+            flops += sum(self._flops(rows, i, i + 1) for i in layers if wanted.weights[i])
+            self._add(writer, "network one pass", operands, ("dx", "dz", "partial"), run, tile, flops, moved)
+        if totals:
+            add_sums(self, writer, whole, totals, sums)
+
+    def _add_stored(
+        self,
+        writer: Writer,
+        dx: str | None,
+        kept: str | None,
+        own: str | None,
+        totals: tuple[str, ...],
+        wanted: Gradients,
+    ) -> None:
+        """One kernel for every dz, and one for every sum."""
+        net, rows, tile = self.network, writer.rows, self.backward_tile
+        dz = writer.allocate("dz", rows * net.starts[-1]) if kept else None
+        last = writer.allocate("last", rows, net.widths[-1]) if own else None
         if last or wanted.lowest + 1 < net.layers or dx:
-            tile = self.backward_tile
             assert tile is not None
-
             run = partial(network_dgrad, network=net, gradients=wanted, tile=tile)
-
-            weights, _ = _parameters(writer, net.layers)
-            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept, "own": own}
-            operands |= {"dz": dz, "last": last}
-            # dy and what was kept are read, every dz written, the last layer's where it is not dy.
-            ends = rows * width_out * (1 + 2 * (own is not None))
-            elements = ends + 2 * hidden + rows * net.widths[0] * (dx is not None) + self._parameters_elements(writer)
+            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": self._parameters(writer)[0]}
+            operands |= {"kept": kept, "own": own, "dz": dz, "last": last}
             flops = self._chain_flops(rows, wanted, dx)
-            steps.append(self._step("network dgrad", operands, ("dx", "dz", "last"), run, flops, elements, tile))
-        if sums:
-            sums_of_all = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
-            wgrad_tile = self.wgrad_tile
-
-            run = partial(network_wgrad, network=net, gradients=wanted, tile=wgrad_tile)
-
-            whole = _allocate_partial(writer, sums_of_all)
-            operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz, "partial": whole}
-            elements = self._ends(rows) + 2 * hidden + wanted.starts[-1]
+            self._add(writer, "network dgrad", operands, ("dx", "dz", "last"), run, tile, flops)
+        if totals:
+            run = partial(network_wgrad, network=net, gradients=wanted, tile=self.wgrad_tile)
+            operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
+            sums = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
             flops = self._sum_flops(rows, wanted)
-            steps.append(self._step("network wgrad", operands, ("partial",), run, flops, elements, wgrad_tile))
-            steps += self._sum_steps(whole, sums, sums_of_all)
-        return steps
+            self._add_summed(writer, "network wgrad", operands, run, self.wgrad_tile, flops, totals, sums)
 
     # ------------------------------------------------------------ what the steps share
 
-    def _step(
+    def _add(
         self,
+        writer: Writer,
         kind: str,
         operands: Mapping[str, Any],
         writes: tuple[str, ...],
         run: Any,
-        flops: int,
-        elements: int,
         tile: TileConfig,
-    ) -> Step:
-        work = Work(flops, elements * self.dtype.itemsize)
-        return Step(kind, "network", self._label, operands, writes, run, work, None, tile)
+        flops: int,
+        moved: Mapping[str, Any] | None = None,
+    ) -> None:
+        writer.add(kind, self, operands, writes, run, flops=flops, choice=Choice(tile, ""), moved=moved)
 
-    def _sum_steps(self, whole: str, sums: tuple[str, ...], partial_sums: Partial) -> list[Step]:
-        return [sum_step("network", self._label, whole, sums, partial_sums)] if sums else []
+    def _add_summed(
+        self,
+        writer: Writer,
+        kind: str,
+        operands: Mapping[str, Any],
+        run: Any,
+        tile: TileConfig,
+        flops: int,
+        totals: tuple[str, ...],
+        sums: Partial,
+    ) -> None:
+        """A kernel that writes partial sums, and one that adds them."""
+        whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
+        moved = {**operands, "partial": totals}
+        self._add(writer, kind, {**operands, "partial": whole}, ("dx", "partial"), run, tile, flops, moved)
+        if totals:
+            add_sums(self, writer, whole, totals, sums)
 
     @property
-    def _label(self) -> str:
+    def name(self) -> str:
+        return "network"
+
+    @property
+    def label(self) -> str:
         return f"0-{self.network.layers - 1}: " + " -> ".join(map(str, self.network.widths))
 
-    def _ends(self, rows: int) -> int:
-        """Elements of x and y."""
-        return rows * (self.network.widths[0] + self.network.widths[-1])
-
-    def _parameters_elements(self, writer: Writer, low: int = 0, high: int | None = None) -> int:
-        widths = list(itertools.pairwise(self.network.widths))
-        biased = [writer.has(f"bias[{place}]") is not None for place in range(self.network.layers)]
-        return sum(n * k + n * bias for (k, n), bias in list(zip(widths, biased))[low:high])
+    def _parameters(self, writer: Writer) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+        """The names of the weights and of the biases."""
+        layers = range(self.network.layers)
+        weights = tuple(writer.has(f"weight[{layer}]") for layer in layers)
+        return weights, tuple(writer.has(f"bias[{layer}]") for layer in layers)
 
     def _flops(self, rows: int, start: int = 0, end: int | None = None) -> int:
         """FLOPs of the products of some layers, by default of all."""
@@ -334,15 +343,3 @@ class NetworkPath:
     def _sum_flops(self, rows: int, wanted: Gradients) -> int:
         """FLOPs of the weight gradients that are wanted."""
         return sum(self._flops(rows, place, place + 1) for place, weight in enumerate(wanted.weights) if weight)
-
-
-def _parameters(writer: Writer, layers: int) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-    """The names of the weights and of the biases."""
-    return (
-        tuple(writer.has(f"weight[{place}]") for place in range(layers)),
-        tuple(writer.has(f"bias[{place}]") for place in range(layers)),
-    )
-
-
-def _allocate_partial(writer: Writer, sums: Partial) -> str:
-    return writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)

@@ -168,7 +168,7 @@ def _mlp_backward(
     needs_x, *needs_parameters = _of_all_needs(needs, call.biased)
     parameters = [*weights, *all_biases]
     dy, x, x_dtype = plain_gradient(dy), x.resolve_neg(), x.dtype
-    left = iter(kept)
+    y, left = y.contiguous(), iter([each.contiguous() for each in kept])
     if isinstance(path, NetworkPath):
         net = path.network
         hidden = next(left) if path.stores and net.layers > 1 else None

@@ -1,4 +1,4 @@
-"""A network's children, split into runs that kernels can take; and whether a child has changed since."""
+"""A network's children, split into runs that kernels can take, whether they have changed, and a run's last paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
 from ..reference import Layer
 from . import paths
-from .calls import Decision
+from .layer_path import LayerPath
+from .network_path import NetworkPath
 from .originals import (
     ADDMM,
     DROPOUT,
@@ -32,7 +33,7 @@ from .originals import (
     why_replaced,
 )
 from .recognize import POINTWISE, find, functions_called, path_of
-from .settings import are_hooked, has_function_mode, has_global_hooks, has_hooks, is_loaded_instance
+from .settings import TensorGuards, are_hooked, has_function_mode, has_global_hooks, has_hooks, is_loaded_instance
 
 
 class Parent(Protocol):
@@ -59,6 +60,51 @@ class LinearWithActivation(nn.Module):
     def parts(self) -> tuple[Any, Activation]:
         """`linear` and `activation`, what runs one after the other."""
         return self._modules["linear"], self.activation
+
+
+class Decision:
+    """The path that a call took; later calls that it holds for take it without deciding again.
+
+    Whether it holds is asked of torch.compile's guards, which compare every tensor's type, dtype, device, sizes,
+    strides, requires_grad and dispatch keys (inference mode, lazy negation …) in C++: a tenth of the time of deciding.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, ...],
+        biases: tuple[Tensor | None, ...],
+        settings: tuple[object, ...],
+        path: NetworkPath | LayerPath,
+    ) -> None:
+        self.path = path
+        self.settings = settings
+        self.biased = [bias is not None for bias in biases]
+        self.all_biased = all(self.biased)
+        parameters = [*weights, *(bias for bias in biases if bias is not None)]
+        self.guards = TensorGuards(
+            x,
+            *parameters,
+            dynamic_dims_sizes=[[None, x.shape[1]], *(list(each.shape) for each in parameters)],
+            dynamic_dims_strides=[[None, None], *(list(each.stride()) for each in parameters)],
+        )
+
+    @staticmethod
+    def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+        """Whether such a call can be remembered: guards refuse a tensor that stands twice."""
+        return TensorGuards is not None and not x.is_neg() and len(set(map(id, weights))) == len(weights)
+
+    def holds(
+        self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]
+    ) -> bool:
+        """Whether a call with these would decide the same."""
+        if settings != self.settings:
+            return False
+        if not self.all_biased:
+            if [bias is not None for bias in biases] != self.biased:
+                return False
+            biases = tuple(bias for bias in biases if bias is not None)
+        return self.guards.check(x, *weights, *biases)  # not where a bias has become None
 
 
 class Run:

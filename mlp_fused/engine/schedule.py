@@ -7,24 +7,25 @@ ranges, the checks of MLP_FUSED_DEBUG and the counts of launches wrap a step in 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..kernels.launch import Launch, Program, has_descriptor_strides
+from ..kernels.language import allocation, driver
+from ..kernels.launch import Launch, counters, has_descriptor_strides, is_hooked
 from ..kernels.tile_config import Problem, TileConfig
 from . import settings
+from .tables import Choice
 
-__all__ = ["Buffer", "Cache", "Schedule", "Step", "Work", "Writer", "named", "read"]
-
-Operand = "str | tuple[str | None, ...] | None"  # a buffer's name, several, or no tensor
+__all__ = ["Buffer", "Cache", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "named", "read"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,48 @@ Replay = Callable[[list[Any], list[Any]], object]  # takes all tensors, and thei
 CHECKED = ("h", "dz", "dx", "dw", "db")  # what is looked at under MLP_FUSED_DEBUG
 
 
+class Program:
+    """Compiled kernels, launched one after the other on one device with pointers to fill in.
+
+    The device and its stream are looked up once for all of them. Memory has to be aligned to 16 bytes.
+
+    Args:
+        launches: which have run before, each with the places of its pointers in a list.
+    """
+
+    def __init__(self, launches: Sequence[tuple[Launch, Sequence[int]]]) -> None:
+        self.launches = [launch for launch, _ in launches]
+        self.index = self.launches[0].index
+        self.allocate = next((launch.allocate for launch in self.launches if launch.needs_scratch), None)
+        self.steps = [
+            (launch.run, launch.programs, launch.binary, _take(places), launch.rest) for launch, places in launches
+        ]
+
+    def __call__(self, tensors: object, pointers: list[Any]) -> None:
+        """Launch them all."""
+        for launch in self.launches if counters else ():
+            launch.count()
+        index = self.index
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self(tensors, pointers)
+        stream = 0 if index is None else driver.active.get_current_stream(index)
+        token = allocation._allocator.set(self.allocate) if self.allocate else None
+        try:
+            for run, programs, binary, take, rest in self.steps:
+                run(programs, 1, 1, stream, *binary, None, None, None, *take(pointers), *rest)
+        finally:
+            if token is not None:
+                allocation._allocator.reset(token)
+        return None
+
+
+def _take(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes what stands in these places, as a tuple."""
+    take = operator.itemgetter(*places)
+    return take if len(places) > 1 else lambda items: (take(items),)
+
+
 class Schedule:
     """Steps over the caller's tensors and buffers of its own.
 
@@ -116,6 +159,7 @@ class Schedule:
         buffers: what is allocated, by name, and the parts of it.
         returned: the names of the tensors that `run` returns; None gives None.
         steps: in order.
+        is_aligned: whether all given tensors begin at a multiple of 16 bytes, in every run.
     """
 
     def __init__(
@@ -124,24 +168,28 @@ class Schedule:
         buffers: Mapping[str, Buffer],
         returned: Sequence[str | None],
         steps: Sequence[Step],
+        is_aligned: bool = True,
     ) -> None:
         self.given = tuple(given)
         self.buffers = dict(buffers)
         self.returned = tuple(returned)
         self.steps = tuple(steps)
+        self.is_aligned = is_aligned
         allocated = {name: buffer for name, buffer in buffers.items() if buffer.of is None}
         parts = {name: buffer for name, buffer in buffers.items() if buffer.of is not None}
-        # Every name's place in the list of pointers; the last one is no tensor's.
-        self._places: dict[str | None, int] = {
-            name: place for place, name in enumerate((*self.given, *allocated, *parts, None))
+        groups = dict.fromkeys(each for step in steps for each in step.operands.values() if isinstance(each, tuple))
+        # Where each operand's pointer stands in the list: a tensor's, none's, or several as a tuple.
+        self._places: dict[Any, int] = {
+            name: place for place, name in enumerate((*self.given, *allocated, None, *parts, *groups))
         }
         self._allocated = list(allocated.values())
         self._templates: list[Tensor] | None = None
         self._parts = [(self._places[buffer.of], buffer.start * buffer.dtype.itemsize) for buffer in parts.values()]
-        nothing = len(self.given) + len(allocated)
-        self._returned = [nothing if name is None else self._places[name] for name in self.returned]
+        self._groups = [_take([self._places[name] for name in group]) for group in groups]
+        self._returned = [self._places[name] for name in self.returned]
         self._launches: list[Launch | None] = [None] * len(self.steps)
         self._replay: Replay | None = None
+        self._replays: list[Replay] = []  # of each step
 
     @property
     def workspace_bytes(self) -> int:
@@ -155,26 +203,29 @@ class Schedule:
         Returns:
             The tensors that `returned` names.
         """
-        everything: list[Any] = [*tensors]
         templates = self._templates
         if templates is None:
-            templates = self._templates = self._make_templates(everything[0])
-        for template in templates:
-            tensor = torch.empty_like(template)
-            everything.append(tensor)
-            pointers.append(tensor.data_ptr())
-        everything.append(None)
-        replay = self._replay
-        if replay is None or settings.profiler_enabled() or Program.is_hooked():
+            templates = self._templates = self._make_templates(tensors[0])
+        allocated = [*map(torch.empty_like, templates)]
+        everything = [*tensors, *allocated, None]
+        if self._replay is None or is_hooked():
             self._run_steps(everything)
         else:
+            pointers += map(Tensor.data_ptr, allocated)
+            pointers.append(None)
             for place, at in self._parts:
                 pointers.append(pointers[place] + at)
-            pointers.append(None)
-            replay(everything, pointers)
+            for group in self._groups:
+                pointers.append(group(pointers))
+            if settings.profiler_enabled():
+                for step, replay in zip(self.steps, self._replays):
+                    with torch.profiler.record_function(step.name):
+                        replay(everything, pointers)
+            else:
+                self._replay(everything, pointers)
         return [everything[place] for place in self._returned]
 
-    def _make_templates(self, first: Tensor) -> list[Tensor]:
+    def _make_templates(self, first: Any) -> list[Tensor]:
         """Tensors of one element, seen as the buffers: `torch.empty_like` takes two thirds of `new_empty`'s time."""
         return [
             first.new_empty(1, dtype=buffer.dtype).expand(buffer.shape)
@@ -184,17 +235,24 @@ class Schedule:
         ]
 
     def _run_steps(self, everything: list[Tensor | None]) -> None:
-        """Run step after step, each under its name, and remember the launches."""
-        for index, step in enumerate(self.steps):
-            operands = {name: self._operand(everything, operand) for name, operand in step.operands.items()}
-            launch = self._launches[index]
-            if settings.profiler_enabled():
-                with torch.profiler.record_function(step.name):
-                    self._launches[index] = _run_step(step, operands, launch)
-            else:
-                self._launches[index] = _run_step(step, operands, launch)
+        """Run step after step, each under its name, and remember the launches for a replay."""
+        for place, step in enumerate(self.steps):
+            named = settings.profiler_enabled()
+            with torch.profiler.record_function(step.name) if named else contextlib.nullcontext():
+                self._run_step(place, everything)
         if self._replay is None and not settings.DEBUG:  # a replay checks nothing between
-            self._replay = self._make_replay()
+            self._remember()
+
+    def _run_step(self, place: int, everything: list[Tensor | None], pointers: object = None) -> None:
+        """Run a step: kernels through Triton."""
+        step, launch = self.steps[place], self._launches[place]
+        operands = {name: self._operand(everything, operand) for name, operand in step.operands.items()}
+        if settings.DEBUG:
+            _run_checked(step, operands)
+        elif launch is not None:
+            launch.through_triton(tuple(operands.values()))
+        else:
+            self._launches[place] = step.run(**operands)
 
     def _operand(self, everything: list[Tensor | None], operand: Any) -> Any:
         """The tensor of that name; a tuple for a tuple."""
@@ -210,53 +268,55 @@ class Schedule:
         whole = whole.view(buffer.dtype)
         return whole.as_strided(buffer.shape, buffer.stride, whole.storage_offset() + buffer.start)
 
-    def _make_replay(self) -> Replay | None:
-        """Replay what the steps have launched; None where a kernel cannot be replayed, or there is no step."""
-        if not all(step.tile is None or (launch and launch.run) for step, launch in zip(self.steps, self._launches)):
-            return None
-        runs: list[Replay] = []
-        for is_kernel, group in itertools.groupby(zip(self.steps, self._launches), lambda pair: pair[1] is not None):
-            if is_kernel:  # kernels between two calls of torch are one program
-                program = Program([(launch, self._slots(step)) for step, launch in group if launch is not None])
-                runs.append(functools.partial(_run_program, program))
-            else:
-                runs += [functools.partial(self._run_torch, step) for step, _ in group]
-        return runs[0] if len(runs) == 1 else functools.partial(_run_all, runs) if runs else None
+    def _remember(self) -> None:
+        """Replay the steps from now on: compiled kernels by their pointers, the others as they are."""
+        if any(launch is not None and launch.run is None for launch in self._launches):
+            return  # one has only been compiled ahead, or is interpreted
+        places = range(len(self.steps))
+        replays = self._replays = list(map(self._replay_of, places))
+        if self.is_aligned:  # neighbouring kernels are one program
+            replays = []
+            for is_program, group in itertools.groupby(places, lambda place: type(self._replays[place]) is Program):
+                these = list(group)
+                replays += [self._program(these)] if is_program else [self._replays[place] for place in these]
+        self._replay = replays[0] if len(replays) == 1 else functools.partial(_replay_all, replays)
 
-    def _run_torch(self, step: Step, everything: list[Tensor | None], pointers: list[int | None]) -> None:
-        step.run(**{name: self._operand(everything, operand) for name, operand in step.operands.items()})
+    def _replay_of(self, place: int) -> Replay:
+        """One step again. Where memory may be misaligned, its own memory tells whether the launch serves."""
+        again = functools.partial(self._run_step, place)
+        launch = self._launches[place]
+        if launch is None:
+            return again
+        program = self._program([place])
+        return program if self.is_aligned else functools.partial(_replay_if_aligned, program, again)
 
-    def _slots(self, step: Step) -> list[Any]:
-        """The places of a step's pointers."""
-        return [self._slot(operand) for operand in step.operands.values()]
-
-    def _slot(self, operand: Any) -> Any:
-        return tuple(map(self._slot, operand)) if isinstance(operand, tuple) else self._places[operand]
-
-
-def _run_program(program: Program, everything: list[Any], pointers: list[Any]) -> None:
-    program(pointers)
-
-
-def _run_all(runs: Sequence[Replay], everything: list[Tensor | None], pointers: list[int | None]) -> None:
-    for run in runs:
-        run(everything, pointers)
+    def _program(self, places: Iterable[int]) -> Program:
+        """The compiled kernels of these steps."""
+        launches: Any = self._launches
+        return Program(
+            [(launches[at], [self._places[each] for each in self.steps[at].operands.values()]) for at in places]
+        )
 
 
-def _run_step(step: Step, operands: dict[str, Any], launch: Launch | None) -> Launch | None:
-    """Run a step, again where it was launched before; under MLP_FUSED_DEBUG wait for it and check its results.
+def _replay_if_aligned(program: Program, again: Replay, everything: list[Any], pointers: list[Any]) -> None:
+    """Launch a program of one kernel on aligned memory; otherwise run its step again."""
+    ((_, _, _, take, _),) = program.steps
+    flat = (each for pointer in take(pointers) for each in (pointer if type(pointer) is tuple else (pointer,)))
+    is_aligned = not functools.reduce(operator.or_, filter(None, flat), 0) & 15
+    (program if is_aligned else again)(everything, pointers)
 
-    Raises:
-        FloatingPointError: a NaN or an infinity, under MLP_FUSED_DEBUG.
-    """
-    if settings.DEBUG:
-        return _run_checked(step, operands)
-    if launch is not None and launch(*operands.values()):
-        return launch
-    return step.run(**operands)
+
+def _replay_all(replays: Sequence[Replay], everything: list[Any], pointers: list[Any]) -> None:
+    for replay in replays:
+        replay(everything, pointers)
 
 
 def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
+    """Run a step, wait for it and check its results.
+
+    Raises:
+        FloatingPointError: a NaN or an infinity.
+    """
     where = f"{step.layer}, {step.kind}"
     device = next((each.device for each in operands.values() if isinstance(each, Tensor)), None)
     _wait(device)  # an error of what was launched before is not this step's
@@ -275,7 +335,7 @@ def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
 
 
 def _wait(device: torch.device | None) -> None:
-    """Wait for what was launched on a device; its errors are raised here."""
+    """Wait for what was launched on a device, whose errors are raised here."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -296,6 +356,19 @@ class Cache(dict[tuple[Any, ...], Schedule]):
         if len(self) >= MOST_CACHED:
             self.clear()
         super().__setitem__(key, schedule)
+
+
+BY_TORCH = Choice(None, "")
+
+
+class Layers(Protocol):
+    """One layer or several, by their name in words and in a table."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
 
 
 @dataclass
@@ -322,6 +395,42 @@ class Writer:
     def has(self, name: str) -> str | None:
         """The name, if there is a tensor of that name."""
         return name if name in self.buffers or self.given.get(name) is not None else None
+
+    def add(
+        self,
+        kind: str,
+        layer: Layers,
+        operands: Mapping[str, Any],
+        writes: tuple[str, ...],
+        run: Callable[..., Launch | None],
+        *,
+        flops: int = 0,
+        problem: Problem | None = None,
+        choice: Choice = BY_TORCH,
+        moved: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add a step of some layers. The bytes of its work are those of its operands, each moved once.
+
+        Args:
+            moved: the tensors that are counted where they are not the operands.
+        """
+        work = Work(flops, self._bytes(operands if moved is None else moved, writes))
+        self.steps.append(
+            Step(kind, layer.name, layer.label, operands, writes, run, work, problem, choice.tile, choice.source)
+        )
+
+    def _bytes(self, operands: Mapping[str, Any], writes: tuple[str, ...]) -> int:
+        """The bytes of the tensors that are read, and of those that are written."""
+        read = _names(operand for name, operand in operands.items() if name not in writes)
+        written = _names(operands.get(name) for name in writes)
+        return sum(map(self._size, read)) + sum(map(self._size, written))
+
+    def _size(self, name: str | None) -> int:
+        """Bytes of a tensor."""
+        buffer, tensor = self.buffers.get(name or ""), self.given.get(name or "")
+        if buffer is not None:
+            return buffer.size * buffer.dtype.itemsize
+        return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
     def allocate(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> str:
         self.buffers[name] = Buffer(shape, dtype or self.dtype)
@@ -377,7 +486,7 @@ class Writer:
                 placed[name] = replace(buffer, of=WORKSPACE, start=at)
             else:
                 placed[name] = buffer
-        return Schedule(tuple(self.given), placed, returned, self.steps)
+        return Schedule(tuple(self.given), placed, returned, self.steps, self.is_aligned)
 
 
 WORKSPACE = "workspace"

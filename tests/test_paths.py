@@ -312,7 +312,7 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     forward, dgrad, wgrad, _ = steps_of(path, (d, d, d, last), needs_x=False)
     hidden = 2 * M * d
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + weights))
+    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + d * d + last * d))
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     again = network((d, d, d))
     assert isinstance(again, network_path.NetworkPath)

@@ -1,4 +1,4 @@
-"""Which tile and which path, decided without a GPU; FLOPs, bytes and floors."""
+"""Tiles and paths, decided without a GPU; FLOPs, bytes and floors."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequ
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """What kernels have written, which hooks on saved tensors may have given other strides."""
+    """The tensor, contiguous as kernels have written it: hooks on saved tensors may have given it other strides."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
@@ -314,7 +314,7 @@ def plain_gradient(dy: Tensor) -> Tensor:
 
 
 def wants_torch(gradient: Tensor) -> bool:
-    """Whether a backward has to be plain torch: it is differentiated itself, or batched by vmap."""
+    """True if a backward has to be plain torch: it is differentiated itself, or batched by vmap."""
     return torch.is_grad_enabled() or is_transformed() or is_batched(gradient)
 
 

@@ -63,7 +63,7 @@ class NetworkPath:
 
     @property
     def explanation(self) -> str:
-        """Why the network path, and why this formulation."""
+        """The reason for the network path and for this formulation."""
         how = {
             "recompute": "backward recomputes the forward in one pass: ",
             "stored": "the forward stores one tensor a hidden layer: ",

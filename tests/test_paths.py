@@ -1,4 +1,4 @@
-"""Which tile and which path, decided without a GPU; FLOPs, bytes and floors."""
+"""Tiles and paths, decided without a GPU; FLOPs, bytes and floors."""
 
 from __future__ import annotations
 
@@ -376,8 +376,7 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     forward, dgrad, wgrad, _ = steps_of(path, (d, d, d, last), needs_x=False)
     hidden = 2 * M * d
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    matrices = 2 * d * d + last * d
-    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + matrices))
+    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + d * d + last * d))
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     in_one_pass = network((d, d, d, last), recompute=False)
     assert isinstance(in_one_pass, network_path.NetworkPath)

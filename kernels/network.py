@@ -44,7 +44,7 @@ class Network:
     strides: tuple[tuple[int, int, int], ...]  # of each layer: W's rows, W's columns, b
     activations: tuple[Activation, ...]
     dtype: torch.dtype
-    precision: str  # how fp32 is multiplied: "ieee" or "tf32"
+    precision: str  # how fp32 is multiplied: "ieee", "tf32" or "bf16x6" (see tile.py)
 
     # Derived, as the kernels read them.
     pads: tuple[int, ...] = field(init=False)  # widths filled up

@@ -5,6 +5,8 @@ The numbers are what compiles without spilling, for sm_80 to sm_100 and gfx942.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +15,7 @@ import torch
 from .devices import BLACKWELL, DESCRIPTOR_ARCHITECTURES, Device
 from .tile_config import TileConfig
 
-__all__ = ["NetworkProblem", "layer_groups", "network_tile", "network_wgrad_tile", "padded"]
+__all__ = ["NetworkProblem", "layer_groups", "network_precision", "network_tile", "network_wgrad_tile", "padded"]
 
 
 def padded(width: int) -> int:
@@ -31,6 +33,12 @@ STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # of a wide first layer, at a time
 RESIDENT_INPUT = 256  # the widest input whose weight is held; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
+# Full fp32 by bf16x6 (see tile.py): where products of three parts fit in registers, and how few terms a sum may have to
+# err no more than 1.2 times what FMA units do (tests/test_tile_precision.py).
+WIDEST_SPLIT = 64
+NARROWEST_SPLIT = 8
+# The width at which float32 networks were measured faster than torch, by architecture. Only these multiply so.
+FP32_MEASURED: dict[int | str, int] = {90: 64}
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # a kernel's code grows with them, and the time to compile it
 AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
 # Of 512 columns: with more in use, triton 3.7 compiles an empty kernel without a word.
@@ -42,7 +50,7 @@ RECOMPUTE_WORDS_FP32 = 72
 # and is still faster than storing: 0.350 + 0.111 ms against 0.285 + 0.252 (H100, 2^20 rows, Triton 3.6).
 RECOMPUTE_WORDS_HOPPER = 144
 RECOMPUTE_WORDS_HOPPER_Z = 108  # where exponentials would be recomputed too
-# Words that a thread may hold over stored tensors (see `layer_groups`): the sums of 4 layers 64 wide, or of one 128 wide.
+# Words that a thread may hold over stored tensors (see `layer_groups`): sums of 4 layers 64 wide, or of one 128 wide.
 STORED_WORDS = 92
 REBUILT_WORDS = 4  # for each h that is rebuilt from z: with 4 of them beside the sums of 4 layers, 68 words spill
 # Architectures where one pass over stored tensors was measured faster than dgrad and wgrad: training takes 0.537 ms
@@ -50,6 +58,23 @@ REBUILT_WORDS = 4  # for each h that is rebuilt from z: with 4 of them beside th
 # Elsewhere the backend "triton" alone runs it.
 STORED_MEASURED = (90,)
 ROWS_OF_ONES = 16  # that db is a product with, where tiles have no columns of ones
+
+
+def network_precision(widths: tuple[int, ...], dtype: torch.dtype, precision: str, device: Device) -> str:
+    """The way in which a network's kernels multiply, for torch's setting of fp32: see tile.py.
+
+    On an H100, 64 -> 64 -> 64 -> 64 -> 64, 2^20 rows, Triton 3.6: forward 0.55 ms by bf16x6, 5.35 on FMA units, 1.74 in
+    torch; training 3.12, 7.30 and 5.30 ms.
+    """
+    fits = max(map(padded, widths)) <= WIDEST_SPLIT and min(widths) >= NARROWEST_SPLIT
+    full = dtype == torch.float32 and precision == "ieee"
+    return "bf16x6" if full and fits and device.arch in FP32_MEASURED else precision
+
+
+def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device: Device) -> bool:
+    """True if a float32 network's kernels were measured faster than torch: by bf16x6, and a forward in tf32."""
+    multiplied = ("bf16x6",) if training else ("bf16x6", "tf32")
+    return FP32_MEASURED.get(device.arch) == max(pads) and precision in multiplied
 
 
 @dataclass(frozen=True)
@@ -129,6 +154,12 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
         return [tile(64, 4, 1)]
     if problem.on_fma_units:
         return [tile(64, 8, 1)]
+    # On an H100, 64 wide as above: bf16x6 0.55 ms, 0.61 with 128 rows and 8 warps; tf32 0.29 ms, 0.41 with 128 and 8.
+    small = TileConfig(64, num_warps=4, programs=2 * device.multiprocessors)
+    if problem.precision == "bf16x6":
+        return [small]
+    if problem.precision == "tf32" and problem.kind == "forward" and problem.widest == 64 and device.arch == 90:
+        return [dataclasses.replace(small, num_stages=2), small]
     # Small tiles of rows where accumulators are wide: 128 x 128 ones fit only where a product's operands come from
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
     many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
@@ -146,7 +177,7 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
     """
     if problem.streams or problem.widest > 64:
         return "the sums of a wider layer's weight gradient do not fit in registers"
-    if problem.on_fma_units:
+    if problem.on_fma_units or problem.precision == "bf16x6":
         return "full fp32 products of the transposed activations do not fit in registers"
     if problem.widest == 64 and (device.arch not in DESCRIPTOR_ARCHITECTURES or problem.dtype.itemsize > 2):
         return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
@@ -235,7 +266,8 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     """Bytes that the weights, the loads in flight and a tile's conversions between layouts occupy at the most."""
     size = problem.dtype.itemsize
     in_registers = device.backend == "hip"
-    weights = 0 if in_registers else sum(n * k for n, k in problem.held) * size
+    held = 3 * 2 if problem.precision == "bf16x6" else size  # three bf16 parts of each weight, split once
+    weights = 0 if in_registers else sum(n * k for n, k in problem.held) * held
     staged = max(size, problem.input_size)
     rows = tile.block_m * problem.widest * staged
     if problem.streams:
@@ -265,6 +297,8 @@ def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tupl
 
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
     """The tile of the kernel that does every dW and db from kept tensors: by rows; its sides are the weights' own."""
+    if precision == "bf16x6":  # 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6)
+        return TileConfig(0, block_k=32, num_warps=4, num_stages=3, programs=2 * device.multiprocessors)
     rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else WGRAD_ROWS[dtype.itemsize]
     ahead = device.backend == "cuda" and isinstance(device.arch, int) and device.arch < 100
     return TileConfig(0, block_k=rows, num_warps=8, num_stages=3 if ahead else 2, programs=2 * device.multiprocessors)

@@ -167,7 +167,9 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
         tile = launched.tile
         counted = 0
         if kind in ("forward", "recompute", "stored", "dgrad"):
-            problem = network_tiles.NetworkProblem(kind, path.network.pads, path.network.keeps_z, dtype, row.precision)
+            problem = network_tiles.NetworkProblem(
+                kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision
+            )
             counted = network_tiles.network_shared_memory(problem, tile, device)
         readings.append({"id": row.id, "kernel": kind, "tile": str(tile), "counted": counted, **reading})
     return readings

@@ -383,7 +383,7 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     forward, backward, _ = steps_of(in_one_pass, (d, d, d, last), needs_x=False)
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
     # x, h, dy and all weights but the first are read, the gradients are written
-    moved = M * d + hidden + M * last + matrices - d * d + weights
+    moved = M * d + hidden + M * last + d * d + last * d + weights
     assert backward.work == explain.Work(sum(products) + sum(products[1:]), 2 * moved)
     by_layers = network((2 * d,) * 3, recompute=False)
     assert isinstance(by_layers, network_path.NetworkPath)

@@ -330,10 +330,11 @@ def network_path(
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
     if drops:
         return "Dropout is fused layer by layer"
-    network = network_of(widths, strides, activations, dtype, precision)
+    multiplied = network_tiles.network_precision(widths, dtype, precision, device)
+    network = network_of(widths, strides, activations, dtype, multiplied)
 
     def problem(kind: network_tiles.NetworkKind) -> network_tiles.NetworkProblem:
-        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision, input_size)
+        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, multiplied, input_size)
 
     def tile(kind: network_tiles.NetworkKind) -> TileConfig | str:
         return network_tiles.network_tile(problem(kind), device)
@@ -341,13 +342,14 @@ def network_path(
     forward = tile("forward")
     if isinstance(forward, str):
         return forward
-    wgrad = network_tiles.network_wgrad_tile(dtype, precision, device)
+    wgrad = network_tiles.network_wgrad_tile(dtype, multiplied, device)
     measured = None
     if recompute is None:
         measured = _measured_path(widths, activations, dtype, precision, training, device)
     if measured == "layer":
         return f"it is {AS_MEASURED}"
-    if torch_too and recompute is None and measured is None and dtype == torch.float32:
+    fast = dtype != torch.float32 or network_tiles.is_fp32_measured(network.pads, multiplied, training, device)
+    if torch_too and recompute is None and measured is None and not fast:
         return SLOW_NETWORK
     if not training:
         return NetworkPath(network, forward, None, "inference keeps nothing", None, wgrad)

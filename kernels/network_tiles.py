@@ -42,7 +42,7 @@ RECOMPUTE_WORDS_FP32 = 72
 # and is still faster than storing: 0.350 + 0.111 ms against 0.285 + 0.252 (H100, 2^20 rows, Triton 3.6).
 RECOMPUTE_WORDS_HOPPER = 144
 RECOMPUTE_WORDS_HOPPER_Z = 108  # where exponentials would be recomputed too
-# Words that a thread may hold over stored tensors (see `layer_groups`): the sums of 4 layers 64 wide, or of one 128 wide.
+# Words that a thread may hold over stored tensors (see `layer_groups`): sums of 4 layers 64 wide, or of one 128 wide.
 STORED_WORDS = 92
 REBUILT_WORDS = 4  # for each h that is rebuilt from z: with 4 of them beside the sums of 4 layers, 68 words spill
 # Architectures where one pass over stored tensors was measured faster than dgrad and wgrad: training takes 0.537 ms

@@ -195,6 +195,7 @@ def test_the_backward_has_the_form_that_was_fastest_on_a_hopper() -> None:
         ((64,) * 7, "gelu", ((3, 6), (0, 3))),
         ((128,) * 4, "relu", ((2, 3), (1, 2), (0, 1))),
         ((128, 64, 64, 64), "relu", ((0, 3),)),
+        ((40, 128, 128, 10), "relu", ((2, 3), (1, 2), (0, 1))),
         ((784, 64, 64, 10), "relu", ()),  # whose first layer is streamed
         ((64, 256, 64), "relu", ()),
         ((32,) * 9, "relu", ()),

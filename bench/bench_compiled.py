@@ -1,4 +1,4 @@
-"""What the kernels of narrow networks compile to for this GPU: registers, spills, shared memory, instructions."""
+"""The compiled kernels of narrow networks on this GPU: registers, spills, shared memory, instructions."""
 
 from __future__ import annotations
 

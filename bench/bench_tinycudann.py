@@ -50,7 +50,7 @@ BOUNDS = 2 * AGREEMENT["fp16"][0], 8 * AGREEMENT["fp16"][1]
 
 
 def runs(problem: Problem) -> bool:
-    """Whether FullyFusedMLP runs a problem as it is: without padding rows, in fp16, hidden layers of one width."""
+    """True if FullyFusedMLP runs a problem as it is: without padding rows, in fp16, hidden layers of one width."""
     hidden = set(problem.widths[1:-1])
     return (
         len(hidden) == 1
@@ -231,7 +231,7 @@ def tinycudann() -> Any:
 
 @pytest.mark.parametrize(("cell", "device"), CASES, ids=str)
 def test_tinycudann(benchmark: Any, tinycudann: Any, cell: Cell, device: str) -> None:
-    """What pytest-benchmark shows is the host's clock over single calls of ours, each waited for."""
+    """pytest-benchmark shows the host's clock over single calls of ours, each waited for."""
     benchmark.group = "tinycudann"
     if benchmark.disabled:
         benchmark.pedantic(prepare, (cell, device, tinycudann))

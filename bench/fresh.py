@@ -1,4 +1,4 @@
-"""What only the first call costs, in a process of its own: `python -m bench.fresh first_touch|warmup`, and
+"""The cost of the first call alone, in a process of its own: `python -m bench.fresh first_touch|warmup`, and
 `python -m bench.fresh lecture [--cpu] [--gpu]`.
 
 Prints one line of JSON: seconds by name, read off the host clock, each after waiting for the device unless it says

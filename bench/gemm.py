@@ -60,7 +60,7 @@ KERNELS = Kernels(layer_forward, dgrad, wgrad)
 
 
 class Operands(NamedTuple):
-    """What one call reads: a (M, ·) and b are the product's; `saved` and `bias` where the kernel reads one."""
+    """The operands of one call: a (M, ·) and b of the product; `saved` and `bias` where the kernel reads one."""
 
     a: Tensor  # x, dz or dz
     b: Tensor  # weight, weight or h
@@ -109,7 +109,7 @@ class Gemm:
 
     @property
     def precision(self) -> str:
-        """How fp32 is multiplied: torch's own setting."""
+        """Torch's own setting for products in fp32."""
         assert self.plan.problem is not None
         return self.plan.problem.precision
 
@@ -147,7 +147,7 @@ class Gemm:
 
     @cached_property
     def outputs(self) -> tuple[Tensor, ...]:
-        """What the kernel writes, the product's own tensor first: h, z; dx, h; dW, db."""
+        """The tensors that the kernel writes, the product's own first: h, z; dx, h; dW, db."""
         rows, (k, n) = self.problem.rows, self.problem.widths
         shapes: dict[str, list[tuple[int, ...]]] = {
             "layer_forward": [(rows, n)],
@@ -160,7 +160,7 @@ class Gemm:
 
     @cached_property
     def product(self) -> Tensor:
-        """What the bare product writes; not `outputs`, so that neither verifies the other's result."""
+        """The tensor that the bare product writes: none of `outputs`, so that neither verifies the other's result."""
         return torch.empty_like(self.outputs[0])
 
     def ours(self, i: int) -> tuple[Tensor, ...]:

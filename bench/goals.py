@@ -1,4 +1,4 @@
-"""What the benches are to show: the goals, once, and what some rows say of them.
+"""The goals of the benches, written once, and the verdict of rows on them.
 
 A goal is judged by the worst of its rows: with one over the bound it is missed. Rows measured on a CPU are of no goal.
 `python -m bench.goals bench/results/<gpu>.json` prints the report of a file; `pytest bench --benchmark` and gpu.py end

@@ -457,7 +457,7 @@ class Plan:
 
 
 def summary(row: CellRow) -> str:
-    """What a row says in half a line."""
+    """A row in half a line."""
     if isinstance(row, FailedRow):
         return f"{'failed' if row.unfinished is None else 'unfinished'}: {row.error}"
     if isinstance(row, TimedRow):
@@ -548,7 +548,7 @@ def main(
 
 
 def ending(outcome: Outcome) -> str:
-    """How tests or tuner ended, in a line."""
+    """The end of the tests or of the tuner, in a line."""
     status = f"status {outcome['status']}" if outcome["finished"] else "cut off"
     return f"{outcome['summary']} ({outcome['seconds']} s, {status})"
 

@@ -1,4 +1,4 @@
-"""What a result was measured on: GPU, driver, versions, CPU, and digests of the sources and of a user's own tiles."""
+"""The machine of a result: GPU, driver, versions, CPU, and digests of the sources and of a user's own tiles."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ LECTURE = {
 
 
 def _famous(seconds: dict[str, float]) -> Iterator[str]:
-    """Why a clock that does not wait reads 0.00 s."""
+    """The explanation of a clock that does not wait and reads 0.00 s."""
     if "product_returned_2" in seconds:
         read, done = seconds["product_returned_2"], seconds["product_2"]
         yield (

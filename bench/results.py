@@ -26,7 +26,7 @@ class UnfitError(ValueError):
 
 @dataclass(frozen=True)
 class Results:
-    """What one or more files of one machine hold.
+    """The results in one or more files of one machine.
 
     Attributes:
         machine: as machine.py has it.
@@ -44,7 +44,7 @@ class Results:
 
     @property
     def device(self) -> str:
-        """What the report is about: "cuda" where there is a GPU."""
+        """The device of the report: "cuda" where there is a GPU."""
         return "cpu" if self.machine["gpu"] is None else "cuda"
 
     @property

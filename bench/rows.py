@@ -142,7 +142,7 @@ class Copied:
 
     @property
     def nbytes(self) -> float:
-        """How many bytes it moved."""
+        """The bytes that it moved."""
         return 1e6 * self.gbps * self.ms
 
 

@@ -19,7 +19,7 @@ __all__ = ["DEVICES", "Device", "device_of", "device_slug", "named_device"]
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a tile, and a floor on a time, depend on."""
+    """A GPU as the choice of a tile and the floor of a time depend on it."""
 
     name: str
     backend: str  # "cuda" or "hip"
@@ -106,7 +106,7 @@ def pretended(device: Device) -> Iterator[None]:
 
 
 def describe(kind: str, index: int = 0) -> Device:
-    """What a torch device is, by its kind and index."""
+    """The `Device` of a torch device, by its kind and index."""
     return _pretended[-1] if _pretended else _describe(kind, index)
 
 

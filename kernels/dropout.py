@@ -24,7 +24,7 @@ SEED_BYTES = 8  # kept for backward, of all layers together
 
 
 class Dropout(NamedTuple):
-    """Of a layer's output.
+    """Dropout of a layer's output.
 
     Attributes:
         keep: 1 - p, the probability with which an element is kept; 0 drops them all.
@@ -36,7 +36,7 @@ class Dropout(NamedTuple):
 
 
 def keeps_preactivation(activation: Activation, drops: object) -> bool:
-    """Whether the pre-activation is kept for backward: also where the derivative is lost on what Dropout leaves."""
+    """True if backward keeps the pre-activation: also where Dropout's output no longer shows the derivative."""
     return activation.keeps_preactivation or (bool(drops) and not activation.scales)
 
 

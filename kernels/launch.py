@@ -1,4 +1,4 @@
-"""How every kernel is launched: on the device that its tensors are on, counted, with offsets wide enough.
+"""Launches of kernels: on the device of their tensors, counted, with offsets that are wide enough.
 
 Through Triton's own launcher a launch of twenty arguments costs its binding, hashing and checking anew each time. A
 `Launch` is made for given shapes, strides and dtypes, goes that way once, and then knows the compiled kernel: a
@@ -172,7 +172,7 @@ def offset_type(*tensors: Tensor | None) -> Any:
 
 
 def by_columns(tensor: Tensor) -> bool:
-    """Whether a tensor (rows, columns) is contiguous along its columns, rather than along its rows."""
+    """True if a tensor (rows, columns) is contiguous along its columns, rather than along its rows."""
     return tensor.stride(1) == 1
 
 
@@ -180,7 +180,7 @@ MOST_STRIDE = 2**40  # bytes from a row to the next, exclusively: cuTensorMapEnc
 
 
 def describable(*tensors: Tensor | None) -> bool:
-    """Whether tensor descriptors can describe these: 16-byte aligned, contiguous one way, whole 16 bytes the other."""
+    """True if tensor descriptors can describe these: 16-byte aligned, contiguous one way, whole 16 bytes the other."""
     return all(
         tensor is None or (has_descriptor_strides(tensor.stride(), tensor.itemsize) and tensor.data_ptr() % 16 == 0)
         for tensor in tensors

@@ -259,7 +259,7 @@ def dgrad(
 
 
 def _reads_output(activation: Activation, dropout: Dropout | None) -> bool:
-    """Whether what is saved is the pre-activation for Dropout's sake alone."""
+    """True if the pre-activation is saved for Dropout's sake alone."""
     return keeps_preactivation(activation, dropout) and not activation.keeps_preactivation
 
 

@@ -35,7 +35,7 @@ WGRAD_TILE = 128  # rows and columns of dW that one program sums, at most
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """What the kernels are compiled for: one object a network, by `network_of`.
+    """A network as its kernels are compiled for it: one object a network, made by `network_of`.
 
     Layer i maps width i to width i + 1.
     """
@@ -104,7 +104,7 @@ class Network:
 
     @functools.cached_property
     def is_wide(self) -> bool:
-        """Whether a parameter is so spread out in memory that offsets into it need 64 bits."""
+        """True if a parameter is so spread out in memory that offsets into it need 64 bits."""
         spans = (n * sn + k * sk for n, k, (sn, sk, _) in zip(self.widths[1:], self.widths, self.strides))
         return max(*spans, *(n * sb for n, (_, _, sb) in zip(self.widths[1:], self.strides))) >= 2**31
 
@@ -123,7 +123,7 @@ def network_of(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Which gradients a backward computes, and where each one's partial sums begin in a program's."""
+    """The gradients that a backward computes, and where the partial sums of each begin in a program's."""
 
     weights: tuple[bool, ...]
     biases: tuple[bool, ...]

@@ -71,7 +71,7 @@ class NetworkProblem:
 
     @property
     def streams(self) -> bool:
-        """Whether the first layer's weight passes by instead of being held."""
+        """True if the first layer's weight passes by instead of being held."""
         return self.pads[0] > (WIDEST_ON_FMA_UNITS if self.on_fma_units else RESIDENT_INPUT)
 
     @property
@@ -120,7 +120,7 @@ def tensor_memory(problem: NetworkProblem, rows: int, device: Device) -> int:
 
 
 def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
-    """What the forward and the chain of dz run with, the best first."""
+    """The tiles of the forward and of the chain of dz, the best first."""
     block_k = STREAMED_COLUMNS[problem.dtype.itemsize] if problem.streams else 0
 
     def tile(rows: int, warps: int, stages: int) -> TileConfig:

@@ -165,7 +165,7 @@ def in_layout(value, like):
 
 @triton.jit
 def tile_position(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Which (BLOCK_M, BLOCK_N) tile of an (M, N) output a program computes.
+    """The (BLOCK_M, BLOCK_N) tile of an (M, N) output that a program computes, as its row and column of tiles.
 
     Programs run through GROUP_M rows of tiles column by column, so that the ones in flight share operands in L2.
     """
@@ -182,7 +182,7 @@ def tile_position(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G
 def operand(
     ptr, size, length, stride_row, stride_k, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr,
 ):  # fmt: skip
-    """What an operand (size, length of the reduction) is loaded through: a descriptor, or with BY_K None its pointer.
+    """The descriptor that an operand (size, length of the reduction) is loaded through; its pointer if BY_K is None.
 
     BY_K says whether it is contiguous along the reduction, or along its rows.
     """
@@ -196,7 +196,7 @@ def operand(
 
 @triton.jit
 def result(ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """What a contiguous (M, N) tensor is read and written through by tiles: a descriptor, or its pointer."""
+    """The descriptor that a contiguous (M, N) tensor is read and written through by tiles, or its pointer."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     else:

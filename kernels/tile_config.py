@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How one program works: output tile block_m x block_n, block_k of the reduction at a time. 0: not used.
+    """The work of one program: an output tile block_m x block_n, block_k of the reduction at a time. 0: not used.
 
     In the kernels of whole networks block_m is rows, block_k the columns of a wide input at a time (of the weight
     gradients: rows), block_n the columns of ones that sum db.
@@ -62,11 +62,11 @@ class TileConfig:
 
     @property
     def rows(self) -> int:
-        """Of a network kernel: how many it takes at a time."""
+        """The rows that a network kernel takes at a time."""
         return self.block_m or self.block_k
 
     def started(self, items: int) -> int:
-        """How many programs are started for so many pieces of work: one each, or as many as a persistent kernel has."""
+        """The programs started for so many pieces of work: one each, or as many as a persistent kernel has."""
         return min(items, self.programs or items)
 
     @functools.cached_property

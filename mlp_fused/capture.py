@@ -66,7 +66,7 @@ def capture_step(
 
 
 class _CudaGraph:
-    """What a device does in a function, recorded to be done again."""
+    """The device's work in a function, recorded to be done again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -268,7 +268,7 @@ class CapturedStep:
 
 
 def _takes_rate_in_memory(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether a group's learning rate is one that the graph can be told of; one on the device it sees by itself."""
+    """True if the graph has to be given a group's learning rate; it sees one on the device by itself."""
     rate = group.get("lr")
     if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
         return False
@@ -312,7 +312,7 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any,
 
 
 class _Snapshot:
-    """What a training step changes, and how it is all put back in place."""
+    """The state that a training step changes, which can be put back in place."""
 
     def __init__(
         self,
@@ -363,7 +363,7 @@ class _Snapshot:
 
 
 def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any) -> None:
-    """What can be said before anything runs, and without a GPU."""
+    """Check the arguments before anything runs, and without a GPU."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it needs to be an nn.Module")
     if not callable(loss_fn):
@@ -401,7 +401,7 @@ def _checked_warmup(warmup: object) -> int:
 
 
 def _check_device(optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    """Whether there is a device that has graphs, and an optimizer that runs in one."""
+    """Check that the device has graphs, and that the optimizer runs in one."""
     if not x.is_cuda:
         raise RuntimeError(
             f"capture_step needs a CUDA device; x and the model are on {x.device}; "
@@ -417,7 +417,7 @@ def _check_device(optimizer: torch.optim.Optimizer, x: Tensor) -> None:
 def _check_state(
     optimizer: torch.optim.Optimizer, state: dict[Path, tuple[Any, Any, Any]], device: torch.device
 ) -> None:
-    """Whether all of the optimizer's state is where a graph can write it."""
+    """Check that all of the optimizer's state is where a graph can write it."""
     for _, key, value in state.values():
         if isinstance(value, Tensor) and value.device != device:
             raise RuntimeError(
@@ -431,7 +431,7 @@ def _check_same(
     before: dict[Path, tuple[Any, Any, Any]],
     after: dict[Path, tuple[Any, Any, Any]],
 ) -> None:
-    """Whether a step writes the optimizer's state in place; numbers that Python counts would stand still."""
+    """Check that a step writes the optimizer's state in place; numbers that Python counts would stand still."""
     for path in {**before, **after}:
         (_, key, old), (_, _, new) = before.get(path, (None, path[-1], None)), after.get(path, (None, None, None))
         if old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new):
@@ -442,7 +442,7 @@ def _check_same(
 
 
 def _cause(error: BaseException, outside: BaseException | None) -> str:
-    """What came first: torch reports a broken capture once more when it ends. `outside` was there before."""
+    """The first error: torch reports a broken capture once more when it ends. `outside` was there before."""
     while error.__context__ is not None and error.__context__ is not outside:
         error = error.__context__
     lines = str(error).strip().splitlines() or [""]

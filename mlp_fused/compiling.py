@@ -40,7 +40,7 @@ class NotYetError(Exception):
 
 
 def count_workers() -> int:
-    """How many compiling processes this machine has room for; 0 where it has one core, or no POSIX."""
+    """The compiling processes that this machine has room for; 0 where it has one core, or no POSIX."""
     if not hasattr(os, "sched_getaffinity"):
         return 0
     cores = len(os.sched_getaffinity(0))

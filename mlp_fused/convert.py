@@ -146,7 +146,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` replaced, and what it did not, and why; its `str` is for reading."""
+    """The modules that `fuse` replaced, and the others, each with the reason; its `str` is for reading."""
 
     replaced: tuple[Entry, ...]
     left: tuple[Entry, ...]
@@ -275,13 +275,13 @@ def _check_model(model: object) -> None:
 
 @dataclass(frozen=True)
 class _Shape:
-    """How a class is replaced: as nn.Sequential, or by a pattern of `known`, which is it or what it derives from."""
+    """The way to replace a class: as nn.Sequential, or by a pattern of `known`, which is it or a base of it."""
 
     pattern: Pattern | None
     known: type[nn.Module]
 
     def why_not(self, module: nn.Module) -> str | None:
-        """Why a module's code is not what the shape says; None where it is."""
+        """The difference between a module's code and the shape's; None where there is none."""
         kind = type(module)
         method = "forward" if self.pattern is None else self.pattern.method
         for each in dict.fromkeys(("forward", method)):
@@ -319,7 +319,7 @@ class _Shape:
         return None
 
     def chain(self, module: nn.Module) -> dict[str, Any]:
-        """What is called, in order, by its path."""
+        """The paths of the children that are called, in order."""
         if self.pattern is None:
             return dict(module._modules)
         return {path: _follow(module, path.split(".")) for path in self.pattern.chain}
@@ -332,7 +332,7 @@ RESERVED = tuple(name for kind in (FusedSequence, WithBackend) for name in vars(
 
 
 def _shape_of(kind: type[nn.Module]) -> _Shape | None:
-    """How a class is replaced; None where nothing is known of it."""
+    """The way to replace a class; None where nothing is known of it."""
     for known in kind.__mro__:
         if pattern := PATTERNS.get(path_of(known)):
             return _Shape(pattern, known)
@@ -392,7 +392,7 @@ def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _why_left_alone(chain: Mapping[str, Any], shared: Mapping[int, list[str]], name: str) -> str | None:
-    """Why a chain is left as it is for its parameters' sake."""
+    """The reason to leave a chain as it is, which lies in its parameters; None where there is none."""
     for path, link in chain.items():
         if why_unfused(link) is not None:
             continue

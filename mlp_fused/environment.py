@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, GPUs, the path taken, the tuned tiles, our environment switches."""
+"""The facts that a bug report needs: versions, GPUs, the path taken, the tuned tiles, our environment switches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SWITCHES = ("MLP_FUSED_BACKEND", *DISTORTING)
 
 
 def distorted(kind: str = "cuda") -> str | None:
-    """Why timings on a kind of device would mean nothing, or None: on any but a GPU, only those of kernels may."""
+    """The reason for which timings on a kind of device mean nothing, or None: off a GPU, only those of kernels may."""
     if kind != "cuda" and os.environ.get("MLP_FUSED_BACKEND") != "triton":
         return None
     for name, effect in DISTORTING.items():
@@ -104,7 +104,7 @@ def versions(driver: str | None = None) -> dict[str, str]:
 
 
 def _memory(gpu: int) -> str:
-    """What is free, whoever holds the rest."""
+    """The free memory, whoever holds the rest."""
     try:
         free, total = torch.cuda.mem_get_info(gpu)
     except RuntimeError as error:  # a GPU that is full, or broken, gives no context to ask it from
@@ -113,7 +113,7 @@ def _memory(gpu: int) -> str:
 
 
 def _processes(gpu: int) -> str:
-    """Which hold memory on it, as torch lists them where it can."""
+    """The processes that hold memory on it, as torch lists them where it can."""
     tool, package = ("nvidia-smi", "pynvml") if torch.version.hip is None else ("amd-smi process", "amdsmi")
     if importlib.util.find_spec(package) is None:
         of_pip = "nvidia-ml-py" if package == "pynvml" else package
@@ -145,7 +145,7 @@ def _driver() -> str:
 
 
 def _path_taken(device: str) -> str:
-    """What `backend="auto"` does with a network of the usual kind on this machine."""
+    """The path that `backend="auto"` takes for a network of the usual kind on this machine."""
     try:
         plan = FusedMLP(64, [512, 512, 10], device=device).explain(64)
     except Exception as error:  # whatever is broken belongs into the report, which has to reach its end

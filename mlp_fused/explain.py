@@ -148,7 +148,7 @@ def meta_layers(
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What runs for some neighbouring children of a network: the path, the reason, and their kernels.
+    """The plan for some neighbouring children of a network: the path, the reason, and their kernels.
 
     On the reference path the kernels are torch's own; the ones listed say what the work is at the least.
     """
@@ -161,7 +161,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What would run for a batch, and why. `str` is a table."""
+    """The plan for a batch, with the reasons. `str` is a table."""
 
     rows: int
     dtype: torch.dtype
@@ -178,7 +178,7 @@ class Plan:
 
     @property
     def reason(self) -> str:
-        """Why that path: the reasons of its runs."""
+        """The reason for that path: those of its runs."""
         return "; ".join(dict.fromkeys(run.reason for run in self.runs if run.path == self.path))
 
     @property
@@ -243,7 +243,7 @@ def _time(seconds: float) -> str:
 
 
 def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
-    """What plain torch keeps for backward, bytes: read off a run of the children on meta tensors, parameters apart."""
+    """The bytes that plain torch keeps for backward, parameters apart: seen in a run of them on meta tensors."""
     kept: dict[int, Tensor] = {}
     own: set[int] = set()
 
@@ -299,7 +299,7 @@ def _flat(children: Iterable[Any]) -> Iterator[Any]:
 
 
 def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
-    """Of the input to the output; empty where there is no layer."""
+    """The widths from the input to the output; empty where there is no layer."""
     return tuple(layer.weight.shape[1] for layer in layers[:1]) + tuple(layer.weight.shape[0] for layer in layers)
 
 

@@ -29,7 +29,7 @@ class Room:
 
 
 def room(device: torch.device) -> Room | None:
-    """That of a GPU; None of other devices."""
+    """The memory of a GPU; None for other devices."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -97,7 +97,7 @@ def gib(nbytes: int) -> str:
 
 
 def need(model: Any, rows: int, state: int = ADAM) -> Need:
-    """What a step of a network takes, under the mode of gradients and the autocast that are on.
+    """The memory that a step of a network takes, under the mode of gradients and the autocast that are on.
 
     Raises:
         ValueError: as `model.explain` does.
@@ -145,7 +145,7 @@ def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = A
 
 
 def _mends(model: Any, keeps: bool, wide: bool) -> list[str]:
-    """What takes less, in Python."""
+    """Ways to take less memory, in Python."""
     mends = ["fewer rows at once"]
     if keeps and not model.recompute:
         mends.append("recompute=True")

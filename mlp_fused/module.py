@@ -95,17 +95,17 @@ class WithBackend:
 
 
 class FusedSequence(WithBackend, nn.Module):
-    """What calls modules one after the other, and runs those of them that kernels can take as kernels."""
+    """A base of modules that call others one after the other, and run those as kernels that kernels can take."""
 
     _recompute: bool | None = None
     _segments: Segments | None = None  # remembered between calls
 
     def _links(self) -> tuple[Any, ...]:
-        """What is called, in order: modules, and functions of a tensor."""
+        """The children in the order of their calls: modules, and functions of a tensor."""
         return tuple(self._modules.values())
 
     def _link_names(self) -> tuple[str, ...]:
-        """By what names they are found."""
+        """The names of these children."""
         return tuple(self._modules)
 
     @property
@@ -177,7 +177,7 @@ class FusedSequence(WithBackend, nn.Module):
         return {**self.__dict__, "_segments": None}
 
     def _wants_kernels(self) -> bool:
-        """Whether the user asked for kernels even on a CPU, which is where the interpreter runs them."""
+        """True if the user asked for kernels even on a CPU, where the interpreter runs them."""
         return (settings.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
 
     def _forward_as_modules(self, input: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ class FusedSequence(WithBackend, nn.Module):
                 torch.autograd.grad(y, wanted, torch.zeros_like(y))
 
     def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> Plan:
-        """What would run for a batch of that many rows, and why: paths, kernels, tiles, FLOPs, bytes, the floor.
+        """The plan for a batch of that many rows, with reasons: paths, kernels, tiles, FLOPs, bytes, the floor.
 
         Args:
             batch_size: rows of the input.

@@ -1,4 +1,4 @@
-"""What `mlp-fused transfer --plot` draws, by matplotlib; and how all plots of this project look."""
+"""The figure of `mlp-fused transfer --plot`, by matplotlib, and the look of all plots of this project."""
 
 from __future__ import annotations
 

@@ -166,12 +166,12 @@ def _checked(name: torch.device | str | int) -> torch.device:
 
 
 def _target(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What a tensor is cast to: `dtype` where it is of floating point, otherwise nothing else than it is."""
+    """The dtype that a tensor is cast to: `dtype` where it is of floating point, otherwise its own."""
     return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
 
 
 class CopyTimer:
-    """How long the copies of a DevicePrefetcher took, and how long the device's own work waited for them.
+    """A timer of a DevicePrefetcher's copies, and of the time that the device's own work waited for them.
 
     Events in the two streams, which the host does not wait for before `read()`.
     """
@@ -232,7 +232,7 @@ class _Streams:
         return self._module.current_stream(self.device)
 
     def on_side(self) -> contextlib.AbstractContextManager[Any]:
-        """What is done within is done in the side stream, and what is allocated is allocated from its pool."""
+        """Within the block, work goes to the side stream, and memory comes from its pool."""
         return self._module.stream(self.side)
 
     def event(self, *, timing: bool = False) -> Any:
@@ -314,7 +314,7 @@ class _Slot:
 
 
 class _Later:
-    """What is moved by its own `to`, in the consumer's stream, when its turn comes."""
+    """An object that is moved by its own `to`, in the consumer's stream, when its turn comes."""
 
     def __init__(self, value: Any, *dtype: torch.dtype) -> None:
         self._value = value
@@ -382,7 +382,7 @@ class _Prefetched(Iterator[Batch]):
         return batch
 
     def __del__(self) -> None:
-        """What is copied from must outlive the copy, however the loop was left."""
+        """Keep the source of a copy alive until the copy has ended, however the loop was left."""
         if not sys.is_finalizing():
             for slot in getattr(self, "_slots", ()):
                 slot.wait()

@@ -102,7 +102,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Of readings in milliseconds, at least one."""
+        """The timing of readings in milliseconds, at least one."""
         values = list(values)
         low, median, high = quartiles(values)
         return cls(median, low, high, len(values))
@@ -130,7 +130,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Link:
-    """What the link between host and device reaches with pinned memory: bytes/s."""
+    """The speed of the link between host and device with pinned memory, in bytes/s."""
 
     to_device: float
     to_host: float
@@ -138,7 +138,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches: a large product (FLOP/s) and a large copy (bytes/s, read plus written)."""
+    """The speeds that the machine reaches: a large product (FLOP/s) and a large copy (bytes/s, read plus written)."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -149,7 +149,7 @@ def clamp(value: float, low: int, high: int) -> int:
 
 
 def rotation(nbytes: int, cache_bytes: int) -> int:
-    """How many input sets of `nbytes` it takes to fill the cache twice, at least one and at most MAX_SETS."""
+    """The input sets of `nbytes` that fill the cache twice, at least one and at most MAX_SETS."""
     return clamp(2 * cache_bytes / max(nbytes, 1), 1, MAX_SETS)
 
 
@@ -261,7 +261,7 @@ def time_apart(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> 
 
 
 def time_loop(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Spread:
-    """What a call costs in a loop, as `Timing.ms`, with its spread."""
+    """The time of a call in a loop, as `Timing.ms`, with its spread."""
     _, once = map(min, _one_by_one(timed, seconds / 2, clock))
     if timed.drain is not None:
         timed.drain()
@@ -269,7 +269,7 @@ def time_loop(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> S
 
 
 def _enough(timed: Timed, once: float, seconds: float) -> tuple[int, int]:
-    """How many readings to take of how many calls each, where a call takes `once` seconds.
+    """The number of readings, and of calls in each, where a call takes `once` seconds.
 
     Several short calls between two events, or the events themselves would be a good part of the reading.
     """

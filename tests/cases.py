@@ -193,7 +193,7 @@ def philox(seed: int, counter: Sequence[numpy.ndarray], rounds: int) -> list[num
 
 
 def factors(seed: int, layer: int, rows: int, width: int, p: float, first: int = 0) -> Tensor:
-    """What Dropout multiplies by, in float64, (rows, width): 1 / (1 - p) where an element is kept, else 0.
+    """The factors of Dropout in float64, (rows, width): 1 / (1 - p) where an element is kept, else 0.
 
     `first` is the first of the rows.
     """
@@ -206,7 +206,7 @@ def factors(seed: int, layer: int, rows: int, width: int, p: float, first: int =
 
 
 def factors_of(case: Case, device: torch.device | str) -> list[Tensor]:
-    """Of each layer of a case, when kernels draw from torch's generator at SEED."""
+    """The factors of each layer of a case, when kernels draw from torch's generator at SEED."""
     torch.manual_seed(SEED)
     seed = int(draw_seed(torch.device(device)))
     return [
@@ -316,7 +316,7 @@ def _lay_out(layout: Layout, x: Tensor, dy: Tensor, rows: int) -> tuple[Tensor, 
 def _near_kink(
     case: Case, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], left: Sequence[Tensor]
 ) -> Tensor:
-    """Which rows have a pre-activation so near to a kink that rounding decides on which side it falls."""
+    """The rows with a pre-activation so near to a kink that rounding decides on which side it falls."""
     h = x.double()
     near = torch.zeros(h.shape[0], dtype=torch.bool)
     for weight, bias, activation, factor in zip(weights, biases, case.activations, left):

@@ -255,7 +255,7 @@ def compile_one(row: Compilation) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What a launcher would launch."""
+    """A launch as a launcher would make it."""
 
     kernel: Any
     tile: TileConfig

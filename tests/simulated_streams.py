@@ -69,7 +69,7 @@ class Streams:
         self.happen()
 
     def happen(self) -> None:
-        """What streams do while the host does something else."""
+        """Let streams work while the host does something else."""
         for stream in self.eager:
             while self.step(stream):
                 pass

@@ -1,4 +1,4 @@
-"""What a tensor core makes of fp32 operands in three bf16 parts, and FMA units of the operands themselves, in numpy.
+"""A tensor core's product of fp32 operands in three bf16 parts, and FMA units' of the operands themselves, in numpy.
 
 Products of bf16 are exact. An instruction takes 16 of the reduction: it aligns their products and the accumulator to
 the largest of them, and truncates, both what lies a few bits below that one's last and the sum (Fasi, Higham, Mikaitis

@@ -233,7 +233,7 @@ def test_saved_tensor_hooks_see_and_give_back_what_is_kept(pair: Pair, device: s
 
 
 def _events_of(model: nn.Module, x: Tensor) -> tuple[list[Any], Tensor]:
-    """What hooks on a module, its output, input and parameters are told, in order; tensors as they come."""
+    """The events that hooks on a module, its output, input and parameters see, in order; tensors as they come."""
     told: list[Any] = []
     handles = [
         model.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),

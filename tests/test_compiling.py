@@ -38,7 +38,7 @@ NETWORK = Whole(Workload((16, 16, 16), 96, "bf16", "gelu"), training=True)
 
 
 def works() -> list[TileWork | PathWork]:
-    """Of each product a tile, of weight gradients one that splits; and every path of a network."""
+    """A tile of each product, of weight gradients one that splits; and every path of a network."""
     found: list[TileWork | PathWork] = []
     for product in (product for workload in WORKLOADS for product in tasks.products(workload)):
         tiles = layer_tiles.candidates(product.problem, H100)
@@ -49,7 +49,7 @@ def works() -> list[TileWork | PathWork]:
 
 
 def launch(work: TileWork | PathWork, device: torch.device) -> None:
-    """What measuring launches."""
+    """The launches of a measurement."""
     if isinstance(work, TileWork):
         operands.Operands(work.task, device).by_kernel(0, work.tile)
         return
@@ -59,7 +59,7 @@ def launch(work: TileWork | PathWork, device: torch.device) -> None:
 
 
 def compile_then_launch() -> dict[str, Any]:
-    """What came of compiling ahead; and of each compilation that launching led to, whether it was in the cache."""
+    """The results of compiling ahead; and for each compilation that launching led to, whether it was in the cache."""
     from test_launch import StandIn
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -81,7 +81,7 @@ def compile_then_launch() -> dict[str, Any]:
 
 
 def keys() -> list[tuple[str, str]]:
-    """Of the grid's first candidates our key, and Triton's, of which nothing is compiled."""
+    """Our key and Triton's for the grid's first candidates, of which nothing is compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction
 
@@ -106,7 +106,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process found that compiles for a GPU, its cache empty."""
+    """The findings of a process that compiles for a GPU, its cache empty."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cache = str(tmp_path_factory.mktemp("triton"))
     environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1]), "TRITON_CACHE_DIR": cache}

@@ -574,7 +574,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def results(device: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Of each process, what went wrong by check."""
+    """The failures of each process, by check."""
     count = 2 if device == "cpu" else min(2, torch.cuda.device_count())
     folder = tmp_path_factory.mktemp("results")
     (folder / device).mkdir()

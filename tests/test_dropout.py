@@ -39,7 +39,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def seed_of(seed: int, device: str) -> int:
-    """What a call draws after torch.manual_seed(seed)."""
+    """The seed that a call draws after torch.manual_seed(seed)."""
     torch.manual_seed(seed)
     return int(draw_seed(torch.device(device)))
 
@@ -135,7 +135,7 @@ def test_the_rate_the_scale_and_the_mean(p: float, device: str) -> None:
 
 
 def masks(count: int, device: str, rows: int = 256, width: int = 128) -> list[Tensor]:
-    """Of the layers of one call, +-1, p = 0.5."""
+    """The masks of the layers of one call, +-1, p = 0.5."""
     seed = draw_seed(torch.device(device))
     made = [torch.ones(rows, width, device=device) for _ in range(count)]
     for layer, each in enumerate(made):
@@ -144,7 +144,7 @@ def masks(count: int, device: str, rows: int = 256, width: int = 128) -> list[Te
 
 
 def test_layers_calls_rows_and_columns_are_independent(device: str) -> None:
-    """By their correlations, which for n pairs are about 1 / sqrt(n)."""
+    """Check their correlations, which for n pairs are about 1 / sqrt(n)."""
     first, second = masks(3, device), masks(3, device)
     assert set(first[0].unique().tolist()) == {-1.0, 1.0}
     for a, b in itertools.combinations([*first, *second], 2):
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: st
 
 
 def kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
-    """What a call saves for backward, bytes, parameters apart."""
+    """The bytes that a call saves for backward, parameters apart."""
     own = {each.untyped_storage().data_ptr() for each in parameters}
     found: dict[int, int] = {}
 
@@ -378,7 +378,7 @@ def kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
 
 @pytest.mark.parametrize("activation", NAMES)
 def test_nothing_is_kept_besides_but_the_seed(activation: str, path: str, device: str) -> None:
-    """Of every activation: no mask, and still one tensor a layer; torch keeps a byte an element more."""
+    """Every activation keeps no mask, and still one tensor a layer; torch keeps a byte an element more."""
     sizes = {}
     for p in (0.0, 0.5):
         # 320 wide, so that both are on the layer path; 64 rows, so that memory is not padded.

@@ -25,7 +25,10 @@ def test_explain_says_why_a_narrow_network_goes_layer_by_layer() -> None:
 
 
 def test_explain_counts_what_dropout_moves() -> None:
-    """gelu, which keeps z in any case, moves the same; tanh writes z and its output, and builds the latter again."""
+    """gelu, which keeps z in any case, moves the same; tanh writes z and its output, and builds the latter again.
+
+    The seed, of 8 bytes, is written once, and read by a forward and a dgrad.
+    """
     M, d = 4096, 512
 
     def moved(activation: str, p: float) -> int:
@@ -33,9 +36,9 @@ def test_explain_counts_what_dropout_moves() -> None:
         model[-1].p = 0.0
         return model.explain(M, device="NVIDIA H200").work.bytes
 
-    assert moved("gelu", 0.1) == moved("gelu", 0.0) + 8
-    assert moved("relu", 0.1) == moved("relu", 0.0) + 8
-    assert moved("tanh", 0.1) == moved("tanh", 0.0) + 8 + 2 * (2 * M * d)
+    assert moved("gelu", 0.1) == moved("gelu", 0.0) + 3 * 8
+    assert moved("relu", 0.1) == moved("relu", 0.0) + 3 * 8
+    assert moved("tanh", 0.1) == moved("tanh", 0.0) + 3 * 8 + 2 * (2 * M * d)
 
 
 class Mine(nn.Dropout):

@@ -17,7 +17,7 @@ from mlp_fused.engine import table_files
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """What `mlp-fused env` prints, by name."""
+    """The lines of `mlp-fused env`, by name."""
     assert call("env") == 0
     pairs = [line.split(":", 1) for line in capsys.readouterr().out.splitlines()]
     return {name: value.strip() for name, value in pairs}

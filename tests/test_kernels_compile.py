@@ -1,4 +1,4 @@
-"""What the kernels compile to for sm_80, sm_90, sm_100 and gfx942: it fits, it hardly spills, it uses tensor cores."""
+"""The compiled kernels for sm_80, sm_90, sm_100 and gfx942: they fit, hardly spill, and use tensor cores."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_specialised_warps_are_not_ignored(sample: dict[str, list[dict[str, Any]
 
 
 def traits(row: Compilation) -> set[tuple[Any, ...]]:
-    """What a row stands for: each of its fields and of its tile's, and what belongs together."""
+    """The traits of a row: each of its fields and of its tile's, and the combinations that belong together."""
     tile = row.tile
     fields = [(field.name, getattr(each, field.name)) for each in (row, tile) for field in dataclasses.fields(each)]
     return {(name, value) for name, value in fields if name != "tile"} | {
@@ -174,7 +174,7 @@ def spill_limit(row: NetworkCompilation, kernel: str, widest: int) -> int:
 
 
 def fits(row: NetworkCompilation) -> bool:
-    """Whether a network has to run as one kernel: in 16 bits, what the target can hold."""
+    """True if a network has to run as one kernel: in 16 bits, if the target can hold it."""
     held = sum(n * k for k, n in itertools.pairwise(row.widths)) * 2
     room = {"NVIDIA A100": 131072, "NVIDIA H100": 196608, "NVIDIA B200": 196608, "AMD MI300X": 49152}[row.target]
     return row.dtype != "float32" and held <= room and row.widths[0] <= 256

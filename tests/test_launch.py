@@ -125,7 +125,7 @@ def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]]:
-    """Of each kind of launch, what makes it of tensors, and such tensors."""
+    """The kinds of launches: a function that launches on tensors, and one that makes such tensors."""
     M, N, K = 500, 64, 48
     hopper = devices.DEVICES["NVIDIA H100"]
     tile = layer_tiles.choose(tile_config.Problem("wgrad", N, K, M, BF16), hopper)
@@ -300,7 +300,7 @@ def replay(made: launch.Launch, *tensors: Any) -> None:
 
 
 def chained(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
-    """What reaches the launcher in a step of all layers at once: kernel by kernel, then as one program.
+    """The calls of the launcher in a step of all layers at once: kernel by kernel, then as one program.
 
     And how many launches of a step go through Triton where hooks are to be told of them, and afterwards.
     """
@@ -334,7 +334,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What a process with stand-ins found."""
+    """The findings of a process with stand-ins."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)

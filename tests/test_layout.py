@@ -193,6 +193,23 @@ for command in ("train", "predict", "tune", "transfer"):
     )
 
 
+CLAUSES = {"What", "Of", "Whether", "How", "Which", "Why", "That", "Those"}
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    """A reader takes the first word for the subject, which a clause postpones."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    begun = {
+        f"{path.relative_to(ROOT)}: {documentation.splitlines()[0]}"
+        for path in files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, kinds)
+        and (documentation := ast.get_docstring(node))
+        and documentation.split()[0] in CLAUSES
+    }
+    assert begun == set()
+
+
 def test_no_module_changes_anothers_names() -> None:
     """A launcher, a device or a table is handed to the module that uses it."""
     changed = []

@@ -189,7 +189,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_repeated_call_sees_what_has_changed(change: str, device: str) -> None:
-    """What is remembered of one call holds for the next one only where nothing it depends on has changed."""
+    """A remembered path holds for the next call only where nothing that it depends on has changed."""
     torch.manual_seed(1)
     model = FusedMLP(20, [16, 4], activation_layer="gelu", backend="triton").to(device)
     x = torch.randn(9, 20, device=device)

@@ -1,4 +1,4 @@
-"""What computes in which precision: autocast, GradScaler, converted models, and torch's switches for fp32."""
+"""The precision of computations: autocast, GradScaler, converted models, and torch's switches for fp32."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_autocast_of_a_model_already_in_16_bits(stored: torch.dtype, make: Make,
 
 
 class Casts(TorchDispatchMode):
-    """How often tensors of each shape are cast from float32 to 16 bits."""
+    """A count of casts from float32 to 16 bits, by the shape of the tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def test_every_switch_of_fp32_is_seen_by_the_next_call(
     x = torch.randn(9, 20, device=device)
 
     def call() -> str:
-        """What it multiplied in."""
+        """The precision that it multiplied in."""
         with nullcontext() if training else torch.no_grad():
             y = model(x)
         if training:

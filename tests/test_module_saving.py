@@ -189,7 +189,7 @@ def test_checkpoints_cross_both_ways(twin: str, how: str, backend: str, device: 
 
 
 def test_a_checkpoint_of_a_gpu_loads_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU wrote: its storages are marked so, whatever machine this is."""
+    """A checkpoint with storages that are marked as a GPU's, whatever machine this is."""
     model, x = network("cpu", "auto"), rows("cpu")
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")

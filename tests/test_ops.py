@@ -35,7 +35,7 @@ def _nothing_compiled_before() -> Iterator[None]:
 
 
 def graphs() -> int:
-    """How many graphs torch.compile has made."""
+    """The number of graphs that torch.compile has made."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -277,7 +277,7 @@ def test_a_table_that_prefers_torch_is_followed(device: str, monkeypatch: pytest
 
 
 def test_a_device_is_asked_about_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU can do is told by caches and a driver, which a compiler must not look into."""
+    """Caches and a driver tell what a GPU can do; a compiler must not look into them."""
     monkeypatch.setattr(paths, "INTERPRETER", False)
     asked: list[str] = []
 
@@ -381,7 +381,7 @@ def test_compiled_ahead_of_time(device: str, tmp_path: Any) -> None:
 def test_flops_are_counted_as_torch_counts(
     widths: tuple[int, ...], needs_x: bool, frozen: tuple[int, ...], device: str
 ) -> None:
-    """By our formulas in the functional form; of a module, torch's counter hooks every child, which runs as itself."""
+    """Our formulas count the functional form; in a module, torch's counter hooks each child, which runs as itself."""
     model = make_model(widths, device)
     linears = [child for child in model if isinstance(child, nn.Linear)]
     for index in frozen:

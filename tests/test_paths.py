@@ -1,4 +1,4 @@
-"""Which tile and which path, decided without a GPU; FLOPs, bytes and floors."""
+"""Tiles and paths, decided without a GPU; FLOPs, bytes and floors."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
 
 
 def form(path: network_path.NetworkPath | str) -> str:
-    """How a path's backward runs, as tests/data/h100/narrow.jsonl has it."""
+    """The form of a path's backward, as tests/data/h100/narrow.jsonl has it."""
     assert isinstance(path, network_path.NetworkPath)
     if path.formulation == "recompute":
         return "recompute"
@@ -377,7 +377,7 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     forward, dgrad, wgrad, _ = steps_of(path, (d, d, d, last), needs_x=False)
     hidden = 2 * M * d
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    matrices = 2 * d * d + last * d
+    matrices = d * d + last * d  # all but the first
     assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + matrices))
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     in_one_pass = network((d, d, d, last), recompute=False)
@@ -385,7 +385,7 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     forward, backward, _ = steps_of(in_one_pass, (d, d, d, last), needs_x=False)
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
     # x, h, dy and all weights but the first are read, the gradients are written
-    moved = M * d + hidden + M * last + matrices - d * d + weights
+    moved = M * d + hidden + M * last + matrices + weights
     assert backward.work == explain.Work(sum(products) + sum(products[1:]), 2 * moved)
     by_layers = network((2 * d,) * 3, recompute=False)
     assert isinstance(by_layers, network_path.NetworkPath)

@@ -46,7 +46,7 @@ class Overwriting:
 
 
 def races(streams: Streams, memory: Sequence[Tensor], depth: int, **options: Any) -> list[str]:
-    """What a consumer that drops each batch as soon as it has launched its kernels finds wrong."""
+    """The races that a consumer finds who drops each batch as soon as its kernels are launched."""
     loader = Overwriting(memory)
     for batch, n in prefetch(loader, streams, depth, **options):
         expected = loader.expected[n]

@@ -52,7 +52,7 @@ def draw(inputs: str, m: int, n: int, k: int, seed: int) -> tuple[np.ndarray, np
 
 
 def assert_no_worse(x: np.ndarray, w: np.ndarray, ours: np.ndarray, torchs: np.ndarray) -> None:
-    """By the norm of the error, and by its largest entry relative to |x||w|ᵀ."""
+    """Compare the norms of errors, and their largest entries relative to |x||w|ᵀ."""
     true, magnitude = x @ w.T, np.abs(x) @ np.abs(w).T
     errors, limits = np.abs(ours - true), np.abs(torchs - true)
     assert np.linalg.norm(errors) <= np.linalg.norm(limits)

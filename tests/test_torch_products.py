@@ -151,7 +151,7 @@ def test_a_nan_survives_the_librarys_relu(dtype: torch.dtype, device: str) -> No
 
 
 def test_the_pointwise_kernel_is_launched_again(by_torch: None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows a product of torch's is prepared once, for a repeated call."""
+    """The kernel after a product of torch's is prepared once, for a repeated call."""
     prepared: list[str] = []
     inner = Launch.__init__
 

@@ -52,7 +52,7 @@ def test_what_lies_between_epochs_is_not_timed() -> None:
 
 
 class FakeEvent:
-    """What StepTimer needs of torch.cuda.Event: one millisecond apart; waits are counted."""
+    """A stand-in for torch.cuda.Event: one millisecond apart; waits are counted."""
 
     clock = itertools.count()
     waits = 0
@@ -89,7 +89,7 @@ def test_a_gpus_events_are_read_once_an_epoch(gpu_timer: StepTimer) -> None:
 
 
 def test_waiting_for_a_copy_is_no_loading(gpu_timer: StepTimer) -> None:
-    """Of 1 ms of loading each, 0.25 ms were the wait for a copy of 2 ms."""
+    """Each loading takes 1 ms, of which 0.25 ms were the wait for a copy of 2 ms."""
 
     @dataclasses.dataclass
     class At:

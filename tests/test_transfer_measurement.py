@@ -46,7 +46,7 @@ def test_every_part_is_read_off_the_right_clock() -> None:
 
 
 def test_the_crossing_is_where_the_stated_speeds_put_it() -> None:
-    """Of a CPU of 2 µs a row and a GPU whose step costs 100 µs and next to nothing a row: 50 rows."""
+    """A CPU of 2 µs a row and a GPU whose step costs 100 µs and next to nothing a row cross at 50 rows."""
     found = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
     assert found.crossings["resident"].rows == pytest.approx(50, rel=0.01)
     assert found.crossings["step"].rows == pytest.approx(50, rel=0.05)
@@ -265,7 +265,7 @@ def test_pinned_copies_reach_the_links_ceiling() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("device")
 def test_the_prefetchers_batches_are_the_steps() -> None:
-    """What `prefetched` times computes on the batch, and not on what lay there before."""
+    """The calls that `prefetched` times compute on the batch, and not on older memory."""
     x = torch.randn(64, 8)
     (there,) = next(iter(DevicePrefetcher([[x]], "cuda")))
     assert torch.equal(there.cpu(), x)

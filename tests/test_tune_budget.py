@@ -135,7 +135,7 @@ class Model(Compilers):
         self.queue = {**new, **self.queue} if first else {**self.queue, **new}
 
     def work(self) -> None:
-        """What the processes have begun by now."""
+        """The work that the processes have begun by now."""
         while self.queue and min(self.free) <= self.now:
             self.begin(next(iter(self.queue)))
 
@@ -161,7 +161,7 @@ class Model(Compilers):
 
 
 def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
-    """Of each part of the grid: its problems, the part of them that was reached, and of their candidates, all or the
+    """The parts of the grid: its problems, the part of them that was reached, and of their candidates, all or the
     first few.
     """
     counts: dict[Any, int] = {}

@@ -153,7 +153,7 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
 
 def test_what_was_measured_outlives_a_process_that_is_killed(clock: Clock, measured: Path) -> None:
     class KilledError(BaseException):
-        """What nothing has a chance to handle."""
+        """An error that nothing has a chance to handle."""
 
     def killed(call: Callable[[], object]) -> float:
         if len(clock.timed) == 7:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -297,7 +297,7 @@ def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequ
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """What kernels have written, which hooks on saved tensors may have given other strides."""
+    """The tensor, contiguous as kernels have written it: hooks on saved tensors may have given it other strides."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
@@ -314,16 +314,8 @@ def plain_gradient(dy: Tensor) -> Tensor:
 
 
 def wants_torch(gradient: Tensor) -> bool:
-    """Whether a backward has to be plain torch: it is differentiated itself, or batched by vmap."""
+    """True if a backward has to be plain torch: it is differentiated itself, or batched by vmap."""
     return torch.is_grad_enabled() or is_transformed() or is_batched(gradient)
-
-
-def through(activation: Activation, saved: Tensor, dh: Tensor, keeps_z: bool) -> Tensor:
-    """dz = dh a'(z), differentiable in dh and in what was saved: z, or the output."""
-    if keeps_z:
-        return torch.autograd.grad(activation(saved), saved, dh, create_graph=True)[0]
-    assert activation.reference_backward is not None
-    return activation.reference_backward(dh, saved, *activation.values)
 
 
 def dropout_factors(
@@ -354,36 +346,25 @@ def differentiable_section(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """`Section.backward` in plain torch, for when its gradients are to be differentiated themselves."""
     check_unchanged(ctx, parameters, range(len(parameters)), section.layers[0].index)
-    specs, first = section.layers, section.layers[0]
-    rows = dy.shape[0]
+    specs, first, rows = section.layers, section.layers[0], dy.shape[0]
     factors = [dropout_factors(seed, spec.dropout, rows, spec.width_out, section.dtype) for spec in specs]
     if edge is None:  # of a single layer, and neither dW nor a derivative is wanted
         edge = dy.new_zeros((rows, first.width_in))
-    with torch.enable_grad():
-        left = dropout_factors(seed, first.dropout_below, rows, first.width_in, section.dtype)
-        if not needs_edge:
-            h = edge  # where nothing below wants a gradient, the edge is h
-        elif first.below_keeps_z:
-            h = dropped(first.below(edge), left)
-        elif first.below is not IDENTITY:
-            h = _OutputOf.apply(edge, first.below, left)
-        else:
-            h = edge
-        dh, gradients = differentiable_backward(
-            [spec.activation for spec in specs],
-            section.dtype,
-            h,
-            parameters,
-            dy,
-            needs_edge,
-            needs,
-            factors,
-            from_output=section.is_last,
-        )
-        if dh is None or h is edge:
-            return dropped(dh, left) if dh is not None and first.below is IDENTITY else dh, gradients
-        (dz,) = torch.autograd.grad(h, edge, dh, create_graph=True)
-    return dz, gradients
+    left = dropout_factors(seed, first.dropout_below, rows, first.width_in, section.dtype)
+
+    def output_below(edge: Tensor) -> Tensor:
+        if not needs_edge or (first.below is IDENTITY and left is None):
+            return edge  # where nothing below wants a gradient, the edge is h
+        if first.below_keeps_z:
+            return dropped(first.below(edge), left)
+        return _OutputOf.apply(edge, first.below, left)
+
+    activations = [spec.activation for spec in specs]
+    if not section.is_last:  # dy is the gradient of the last layer's z
+        activations[-1], factors[-1] = IDENTITY, None
+    return differentiable_backward(
+        activations, section.dtype, edge, parameters, dy, needs_edge, needs, factors, output_below
+    )
 
 
 def differentiable_backward(
@@ -394,44 +375,28 @@ def differentiable_backward(
     dy: Tensor,
     needs_x: bool,
     needs: Sequence[bool],
-    factors: Sequence[Tensor | None] | None = None,
-    from_output: bool = True,
+    factors: Iterable[Tensor | None] = itertools.repeat(None),
+    output_below: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and the gradients of W_1 …, b_1 …, in plain torch: for when they are to be differentiated themselves.
+    """dx, and the gradients of W_1 …, b_1 …, by plain torch: for when they are to be differentiated themselves.
 
     Args:
         factors: what each layer's Dropout multiplied by, or None.
-        from_output: whether dy is the output's gradient; else that of the last layer's z.
+        output_below: what the first layer takes, as a function of x; by default x.
     """
     layers = len(activations)
-    factors = [None] * layers if factors is None else factors
-    weights, biases = parameters[:layers], parameters[layers:]
-    hs, saved = [x.to(dtype)], []
-    dh: Tensor | None = dy
-    gradients: list[Tensor | None] = [None] * len(parameters)
+    wanted = [needs_x, *needs]
     with torch.enable_grad():
-        computed = layers if from_output else layers - 1  # z of the others is not needed
-        for weight, bias, activation, left in zip(weights[:computed], biases, activations, factors):
-            z = F.linear(hs[-1], weight.to(dtype), None if bias is None else bias.to(dtype))
-            h = activation(z)
-            hs.append(dropped(h, left))
-            saved.append(z if activation.keeps_preactivation else h)
-        for index in reversed(range(layers)):
-            weight, bias, activation = weights[index], biases[index], activations[index]
-            assert dh is not None
-            dz = dh
-            if from_output or index + 1 < layers:
-                dz = dropped(dh, factors[index])
-                if activation is not IDENTITY:
-                    dz = through(activation, saved[index], dz, activation.keeps_preactivation)
-            if needs[index]:
-                gradients[index] = (dz.t() @ hs[index]).to(weight.dtype)
-            if bias is not None and needs[layers + index]:
-                gradients[layers + index] = dz.sum(0).to(bias.dtype)
-            if not (needs_x or any(needs[:index]) or any(needs[layers : layers + index])):
-                return None, gradients
-            dh = dz @ weight.to(dtype)
-    return None if dh is None else dh.to(x.dtype), gradients
+        # Views, so that a tensor that stands twice has a gradient for each place.
+        given = [each.view_as(each) if want else each for each, want in zip((x, *parameters), wanted)]
+        h = (given[0] if output_below is None else output_below(given[0])).to(dtype)
+        cast: list[Any] = [None if each is None else each.to(dtype) for each in given[1:]]
+        for weight, bias, activation, left in zip(cast, cast[layers:], activations, factors):
+            h = dropped(activation(F.linear(h, weight, bias)), left)
+        inputs = [each for each, want in zip(given, wanted) if want]
+        gradients = iter(torch.autograd.grad(h, inputs, dy, create_graph=True))
+    dx, *found = [next(gradients) if want else None for want in wanted]
+    return dx, found
 
 
 class _OutputOf(torch.autograd.Function):

@@ -155,7 +155,7 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
 def _add_pointwise(
     spec: LayerSpec, writer: Writer, kind: str, operands: Mapping[str, Any], width: int, choose: Choose
 ) -> None:
-    """What is done element by element, as a kernel: the layer's activation, or a derivative, its own or the one below.
+    """Add an elementwise kernel: the layer's activation, or a derivative, its own or the one below.
 
     The derivative below follows a product of torch's.
     """

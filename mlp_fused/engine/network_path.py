@@ -61,7 +61,7 @@ class NetworkPath:
 
     @property
     def explanation(self) -> str:
-        """Why the network path, and why this formulation."""
+        """The reason for the network path and for this formulation."""
         how = {
             "recompute": "backward recomputes the forward in one pass: ",
             "stored": "the forward stores one tensor a hidden layer: ",
@@ -274,10 +274,12 @@ class NetworkPath:
         if last or wanted.lowest + 1 < net.layers or dx:
             assert tile is not None
             run = partial(network_dgrad, network=net, gradients=wanted, tile=tile)
-            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": self._parameters(writer)[0]}
-            operands |= {"kept": kept, "own": own, "dz": dz, "last": last}
+            weights, _ = self._parameters(writer)
+            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept, "own": own}
+            operands |= {"dz": dz, "last": last}
+            moved = {**operands, "weights": weights if dx else weights[1:]}
             flops = self._chain_flops(rows, wanted, dx)
-            self._add(writer, "network dgrad", operands, ("dx", "dz", "last"), run, tile, flops)
+            self._add(writer, "network dgrad", operands, ("dx", "dz", "last"), run, tile, flops, moved)
         if totals:
             run = partial(network_wgrad, network=net, gradients=wanted, tile=self.wgrad_tile)
             operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}

@@ -39,7 +39,7 @@ _library.define(
 
 
 class _Settings(NamedTuple):
-    """What both operators take after their tensors, as in `_SETTINGS`."""
+    """The arguments of both operators after their tensors, as in `_SETTINGS`."""
 
     biased: Sequence[bool]  # of each layer: whether it has a bias; only these are given
     activations: Sequence[str]
@@ -124,7 +124,7 @@ class _NamesFunctions(TorchFunctionMode):
 
 
 def _of_all_needs(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:
-    """Of x, every weight and every layer's bias, where `needs` has only biases that there are."""
+    """The needs of x, every weight and every layer's bias, where `needs` has only biases that there are."""
     of_biases = iter(needs[1 + len(biased) :])
     return [*needs[: 1 + len(biased)], *(each and next(of_biases) for each in biased)]
 

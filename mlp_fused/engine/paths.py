@@ -86,7 +86,7 @@ def why_reference(
     recompute: bool | None = None,
     changed: str | None = None,
 ) -> str | None:
-    """Why these layers run as plain torch; None where the kernels take them.
+    """The reason for which these layers run as plain torch; None where the kernels take them.
 
     Args:
         x: the input, checked already.
@@ -125,7 +125,7 @@ def why_reference(
 def why_not(
     layers: Sequence[Layer], dtype: torch.dtype, device: torch.device, backend: Backend, planned: bool
 ) -> str | None:
-    """Why layers would not run on the kernels, as far as it can be told without an input; None where they would.
+    """The reason for which layers would not run on kernels, as far as it shows without an input, or None.
 
     `planned`: the device is one that is only thought of.
     """
@@ -137,7 +137,7 @@ def why_not(
 
 
 def wants_gradients(x: Tensor, layers: Sequence[Layer]) -> bool:
-    """Whether anything is kept for a backward: gradients are recorded, and of the input or some parameter."""
+    """True if a backward follows: gradients are recorded, and wanted for the input or some parameter."""
     return torch.is_grad_enabled() and (
         x.requires_grad
         or any(weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias, *_ in layers)
@@ -153,7 +153,7 @@ def why_torch(
     recompute: bool | None,
     device: devices.Device,
 ) -> str | None:
-    """Why a network that kernels could take runs as plain torch all the same: it was measured; None where it was not.
+    """The reason to run a network in plain torch that kernels could take: torch was faster; None where it was not.
 
     What was measured holds where the user leaves both the backend and `recompute` open. It does not depend on the rows
     of a batch (see `network_path`).
@@ -185,7 +185,7 @@ constant_to_compilers(_why_torch_here)
 
 @functools.lru_cache(maxsize=64)
 def _has_measured_networks(kind: str, index: int) -> bool:
-    """Whether a device's tables have networks at all: where they have none, a call has no microseconds to spare."""
+    """True if a device's tables have networks at all: where they have none, a call has no microseconds to spare."""
     return any(table.networks for table in tables.measured(devices.describe(kind, index)))
 
 
@@ -197,7 +197,7 @@ def _measured_path(
     training: bool,
     device: devices.Device,
 ) -> str | None:
-    """What was fastest as measured. A row is of one activation after every hidden layer, whatever the output's."""
+    """The path that was fastest as measured. A row has one activation after hidden layers, and any at the output."""
     names = {activation.name for activation in activations[:-1] or activations}
     if len(names) > 1:
         return None
@@ -247,7 +247,7 @@ def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, bac
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is torch's own; while a compiler or a mode watches, one of those that stand in for them."""
+    """True if a tensor is torch's own; while a compiler or a mode watches, one of those that stand in for them."""
     kind = type(tensor)
     return kind in (Tensor, nn.Parameter) or (is_watched() and kind.__name__ in STAND_INS)
 
@@ -256,7 +256,7 @@ STAND_INS = ("FakeTensor", "FunctionalTensor")
 
 
 def why_device(device: torch.device, backend: Backend) -> str | None:
-    """Why no kernel runs there."""
+    """The reason for which no kernel runs there; None where kernels do."""
     if device.type != "cpu":
         return _why_device_cannot(device.type, device.index or 0)
     if (DEFAULT_BACKEND if backend == "auto" else backend) != "triton":
@@ -436,10 +436,10 @@ def find_network(
 
 
 def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
-    """Of the input to the output; never symbolic, as the path depends on them."""
+    """The widths from the input to the output; never symbolic, as the path depends on them."""
     return (int(x.shape[1]), *(int(weight.shape[0]) for weight, *_ in layers))
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products in a dtype are multiplied: torch's setting, which is of fp32 alone."""
+    """The precision of products in a dtype: torch's setting, which is about fp32 alone."""
     return float32_precision() if dtype == torch.float32 else "ieee"

@@ -91,13 +91,13 @@ class Decision:
 
     @staticmethod
     def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
-        """Whether such a call can be remembered: guards refuse a tensor that stands twice."""
+        """True if such a call can be remembered: guards refuse a tensor that stands twice."""
         return TensorGuards is not None and not x.is_neg() and len(set(map(id, weights))) == len(weights)
 
     def holds(
         self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]
     ) -> bool:
-        """Whether a call with these would decide the same."""
+        """True if a call with these would take the same path."""
         if settings != self.settings:
             return False
         if not self.all_biased:
@@ -295,12 +295,12 @@ TRANSPOSED = ("transformers.pytorch_utils.Conv1D",)
 
 
 def _is_transposed(module: Any) -> bool:
-    """Whether a module is a Linear layer with its weight the other way round."""
+    """True if a module is a Linear layer whose weight is (in, out)."""
     return path_of(type(module)) in TRANSPOSED
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module is a Linear layer of any kind."""
+    """True if a module is a Linear layer of any kind."""
     # Tuples of classes here and below: torch 2.9 does not compile isinstance with a union.
     return isinstance(module, (Linear, LinearWithActivation)) or _is_transposed(module)
 

@@ -89,7 +89,7 @@ def constant_to_compilers(function: Any) -> None:
 
 
 def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
-    """What products of `dtype` are computed in on a kind of device: autocast's dtype where it is on, as nn.Linear."""
+    """The dtype that products of `dtype` are computed in on a kind of device: autocast's where it is on."""
     known = kind in ("cuda", "cpu") or torch.amp.is_autocast_available(kind)
     if known and torch.is_autocast_enabled(kind) and dtype.is_floating_point and dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -97,7 +97,7 @@ def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
 
 
 def float32_precision() -> str:
-    """How fp32 is multiplied, "tf32" or "ieee": torch's own setting, whichever of its switches was used."""
+    """The precision of fp32 products, "tf32" or "ieee": torch's own setting, by whichever of its switches."""
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
 
 
@@ -121,7 +121,7 @@ has_function_mode = torch._C._len_torch_function_stack  # how many TorchFunction
 
 
 def is_watched() -> bool:
-    """Whether a call is traced by a compiler, or seen by a dispatch mode: it is one of registered operators then."""
+    """True if a compiler traces a call, or a dispatch mode sees it: then it goes through registered operators."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -173,7 +173,7 @@ def is_loaded_instance(thing: object, module: str, name: str) -> bool:
 
 
 def policy_dtype(network: nn.Module) -> torch.dtype | None:
-    """What fully_shard casts a network's parameters to for a call; None where they stay what they are."""
+    """The dtype that fully_shard casts a network's parameters to for a call; None where they keep their own."""
     if not is_loaded_instance(network, "torch.distributed.fsdp", "FSDPModule"):
         return None
     sharded: Any = network

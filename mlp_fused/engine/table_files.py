@@ -71,7 +71,7 @@ class Gemm:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What two rows about the same product agree in."""
+        """The fields that two rows about the same product agree in."""
         return self.kind, self.rows, self.width_out, self.width_in, self.dtype, self.precision, self.activation
 
     @property
@@ -102,13 +102,13 @@ class Network:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What two rows about the same network agree in."""
+        """The fields that two rows about the same network agree in."""
         return self.widths, self.rows, self.dtype, self.precision, self.activation, self.training
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured on one device, with what."""
+    """The measurements of one device, with the versions that they were taken with."""
 
     device: str
     date: str  # ISO 8601, UTC
@@ -276,7 +276,7 @@ def _network(place: str, value: Any) -> Network:
 
 
 def _arithmetic(row: Gemm | Network) -> dict[str, bool]:
-    """What products and networks have alike, and whether a row has it right."""
+    """Check the fields that rows of products and of networks share, and return them."""
     precisions = ("ieee", "tf32") if row.dtype == "float32" else ("ieee",)
     return {
         "rows": _is_count(row.rows),

@@ -242,7 +242,7 @@ def _fitting(path: Path, table: Table, device: Device, level: int) -> Table:
 
 
 def _why_unfit(row: Gemm, device: Device) -> str | None:
-    """Why a row's tile does not run on a device; None where it does."""
+    """The reason for which a row's tile does not run on a device; None where it does."""
     if row.tile is None:
         return None
     if row.tile.warp_specialize and TRITON_VERSION < (3, 7):
@@ -287,7 +287,7 @@ def merge(old: Table, new: Table) -> Table:
 
 
 def _latest(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Of rows about the same problem, the last, in the place of the first."""
+    """The last one of rows about the same problem, in the place of the first."""
     latest: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         latest[row.key] = row

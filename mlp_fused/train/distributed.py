@@ -28,13 +28,13 @@ _ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks where all would say the same."""
+    """True if this process speaks where all would say the same."""
     rank, count, _ = _environment()
     return rank == 0 or count == 1
 
 
 def is_first_to_fail() -> bool:
-    """Whether no other process has asked this before: the others made the same mistake, or find their peer gone.
+    """True if no other process has asked this before: the others made the same mistake, or find their peer gone.
 
     So that one message is printed, by the process that knows why.
     """
@@ -48,7 +48,7 @@ def is_first_to_fail() -> bool:
 
 @functools.cache
 def _store(address: str, port: str) -> dist.Store:
-    """What all processes can read and write, one of them having failed or not."""
+    """The store that all processes can read and write, whether or not one of them has failed."""
     store, _, _ = next(dist.rendezvous("env://"))
     return store
 
@@ -143,7 +143,7 @@ class Part(Sampler[list[int]]):
 
     @property
     def weights(self) -> list[float]:
-        """Of each batch, what the mean over this part counts, where the mean of all parts is that of the batch."""
+        """The weight of this part's mean for each batch, so that the mean of all parts is that of the batch."""
         rows, size = len(self.batches.sampler), self.batches.batch_size  # type: ignore[arg-type]
         sizes = [min(size, rows - begin) for begin in range(0, rows, size)]
         return [len(range(self.rank, whole, self.count)) * self.count / whole for whole in sizes]

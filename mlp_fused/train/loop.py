@@ -146,7 +146,7 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
 
 
 def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.device) -> str:
-    """Which path the network takes for a batch of that many rows, and why.
+    """The path that the network takes for a batch of that many rows, and the reason.
 
     Raises:
         UserError: the Triton kernels were asked for and cannot run.
@@ -163,7 +163,7 @@ def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.devic
 
 @dataclass(frozen=True)
 class Result:
-    """What training gives.
+    """The result of a training.
 
     Attributes:
         model: the trained model, in eval mode: Sequential(scaling, network), for regression with an unscaling behind.
@@ -456,13 +456,13 @@ def _describe_steps(timer: StepTimer, warm: bool) -> str:
 
 
 def about_times(device: torch.device) -> str | None:
-    """What to say of times that were taken under a switch that distorts them."""
+    """The remark on times that were taken under a switch that distorts them."""
     reason = distorted(device.type)
     return reason and f"these times mean little: {reason}\n"
 
 
 def _mends(config: Config, saved: bool) -> list[str]:
-    """What takes less memory, by flags."""
+    """Ways to take less memory, by flags."""
     anew = " (begins anew)" if saved else ""
     mends = [f"a smaller --batch-size{anew}", "more GPUs, each a part of a batch (torchrun)"]
     return mends + [f"--dtype bf16{anew}"] * (config.dtype == "fp32")

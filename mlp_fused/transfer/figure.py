@@ -66,7 +66,7 @@ def step_figure(found: Transfer) -> Any:
 
 
 def _apart(sizes: list[int]) -> list[int]:
-    """Those of ascending sizes whose numbers do not run into each other on a log axis: the largest, and on down."""
+    """The sizes whose numbers do not run into each other on a log axis: the largest, and on down."""
     least = (sizes[-1] / sizes[0]) ** (1 / 12)
     shown: list[int] = []
     for size in reversed(sizes):

@@ -65,17 +65,17 @@ class OnGpu:
 
     @property
     def kernels(self) -> Spread:
-        """What the device works in a step, copies apart."""
+        """The device's work in a step, copies apart."""
         return self.forward.device if self.backward is None else self.forward.device + self.backward.device
 
     @property
     def issued(self) -> Spread:
-        """What the host takes to launch a step."""
+        """The host's time to launch a step."""
         return self.forward.returned if self.backward is None else self.forward.returned + self.backward.returned
 
     @property
     def parts(self) -> dict[str, Spread]:
-        """What goes on side by side in a loop that prefetches: the slowest of them bounds it."""
+        """The parts that go on side by side in a loop that prefetches: the slowest of them bounds it."""
         return {"copy": self.non_blocking.device, "launch": self.issued, "kernel": self.kernels}
 
     @property
@@ -178,7 +178,7 @@ def hidden(copied: float, computed: float, together: float) -> float:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What `measure` found; `print` it.
+    """The findings of `measure`; `print` them.
 
     Attributes:
         network: what was measured.
@@ -221,7 +221,7 @@ class Transfer:
 
     @property
     def explanation(self) -> str:
-        """Why the two clocks differ, in a line. Empty without a GPU."""
+        """The reason for which the two clocks differ, in a line. Empty without a GPU."""
         gpu = self.at_rows.gpu
         if gpu is None:
             return ""
@@ -234,7 +234,7 @@ class Transfer:
 
     @property
     def bounds(self) -> str:
-        """Which part bounds the step, in a line. Empty without a GPU."""
+        """The part that bounds the step, in a line. Empty without a GPU."""
         gpu = self.at_rows.gpu
         if gpu is None:
             return ""
@@ -262,7 +262,7 @@ class Transfer:
 
     @property
     def advice(self) -> list[str]:
-        """What to do, with what it saves. Empty without a GPU."""
+        """Advice, with the time that it saves. Empty without a GPU."""
         point = self.at_rows
         gpu, cpu = point.gpu, point.cpu.step
         if gpu is None:
@@ -379,7 +379,7 @@ def _lines(found: Transfer) -> Iterator[str]:
 
 
 def _moved(found: Transfer) -> dict[str, tuple[Measured, int, float]]:
-    """What moves bytes on the GPU: as measured, how many bytes it moves at least, and what is the most a second."""
+    """The GPU's copies and kernels that move bytes: their times, the bytes that they must move, the most a second."""
     point, link, memory = found.at_rows, found.link, found.memory
     assert point.gpu is not None
     assert link is not None

@@ -1,4 +1,4 @@
-"""What only the first call costs: the steps from a bare process to a network's first output, in order.
+"""The cost of the first call alone: the steps from a bare process to a network's first output, in order.
 
 A process has its context, its handles and its kernels once, so this is measured in processes of its own:
 `python -m mlp_fused.transfer.first_touch FILE` reads a pickled (model, batch) and prints one line of JSON,
@@ -93,7 +93,7 @@ def first_touch(model: nn.Module, batch: Sequence[Tensor]) -> dict[str, float]:
 def in_fresh_processes(
     model: nn.Module, batch: Sequence[Tensor], device: torch.device, run: Callable[..., Any] = run_json
 ) -> FirstTouch:
-    """Of two processes, one after the other: Triton's cache empty, then filled. All but `compiled` is the second's.
+    """The times of two processes: Triton's cache empty, then filled. Only `compiled` is the first's.
 
     Raises:
         RuntimeError: the model cannot be pickled, or a process failed; says why.

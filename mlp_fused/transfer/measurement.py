@@ -120,7 +120,7 @@ class Gpu:
         return in_fresh_processes(copy.deepcopy(model).cpu(), batch, self.device)
 
     def calls(self, model: nn.Module, batch: Sequence[Tensor], training: bool) -> dict[str, Timed]:
-        """What is timed for OnGpu's fields, by their names; batch lies in pageable memory."""
+        """The calls that are timed for OnGpu's fields, by their names; batch lies in pageable memory."""
         work = Work(model, training, self.device)
         nbytes = sum(tensor.nbytes for tensor in batch)
         sets = min(64, timing.rotation(nbytes, self.cache_bytes("cuda")))

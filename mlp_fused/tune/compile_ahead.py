@@ -23,7 +23,7 @@ class TileWork:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What those agree in that are one compiled kernel: of the sizes, what Triton and our launchers look at.
+        """The key that workloads with one compiled kernel share: it has what Triton and our launchers see of sizes.
 
         (Where two of one key are two kernels after all, the second is compiled where it is launched.)
         """

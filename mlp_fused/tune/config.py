@@ -83,7 +83,7 @@ class Config:
 
     @property
     def workloads(self) -> list[Workload]:
-        """What is to be measured."""
+        """The workloads to measure."""
         if not self.dims:
             return [*ANCHORS, *(workload for family in GRID for workload in family.workloads)]
         asked = Family(

@@ -62,7 +62,7 @@ class Operands:
         self.schedules: dict[tile_config.TileConfig | None, Schedule] = {}
 
     def written(self, run: Callable[[int], object]) -> list[Tensor]:
-        """What a way writes, into the first set; what it leaves as it was is NaN."""
+        """The tensors that a way writes, in the first set; elements that it leaves as they were are NaN."""
         results = [tensor for tensor in self.sets[0][self.inputs :] if tensor is not None]
         for result in results:
             result.fill_(torch.nan)
@@ -157,7 +157,7 @@ class Passes:
 
 
 def _sets(device: torch.device, nbytes: int) -> int:
-    """How many sets of operands of `nbytes` it takes to fill L2 twice, so that each comes from memory."""
+    """The sets of operands of `nbytes` that fill L2 twice, so that each comes from memory."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -35,7 +35,7 @@ class Product:
 
     @property
     def precision(self) -> str:
-        """How fp32 is multiplied."""
+        """The precision of fp32 products."""
         return ARITHMETIC[self.dtype][1]
 
     @property
@@ -45,7 +45,7 @@ class Product:
 
     @property
     def problem(self) -> tile_config.Problem:
-        """What a tile is chosen by."""
+        """The problem that a tile is chosen by."""
         return table_files.Gemm(*self.key, None, None, 1.0).problem
 
 
@@ -67,7 +67,7 @@ class Whole:
 
     @property
     def precision(self) -> str:
-        """How fp32 is multiplied."""
+        """The precision of fp32 products."""
         return ARITHMETIC[self.workload.dtype][1]
 
     @property
@@ -103,7 +103,7 @@ def products(workload: Workload) -> list[Product]:
 
 
 def list_tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterable[tuple[Any, ...]] = ()) -> list[Task]:
-    """What is to be measured, each once, in order.
+    """The tasks to measure, each once, in order.
 
     What is not `known` yet; products, then networks; anchors; what most of a network's FLOPs are in.
     """
@@ -126,7 +126,7 @@ def list_tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterab
 
 
 def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, network_path.NetworkPath]:
-    """Of a network as a whole, the paths through its own kernels, by name."""
+    """The paths of a whole network through its own kernels, by name."""
     found = {}
     for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
         path = network_plan(whole.workload, gpu, whole.training, recompute)

@@ -150,7 +150,7 @@ class Tuner:
                 self.notes.append(f"{task} was left out: it does not fit in the GPU's memory")
 
     def _weight(self, task: Task) -> int:
-        """Of its part of the time: how many readings it should have, torch's and those of our kernels."""
+        """The weight of a task's part of the time: the readings that it should have, torch's and our kernels'."""
         if isinstance(task, Product):
             count = len(self._candidates(task))
             readings = 1 + (count if task.anchor else min(FEW, count))
@@ -159,7 +159,7 @@ class Tuner:
         return readings * (ANCHOR_WEIGHT if task.anchor else 1)
 
     def _candidates(self, product: Product) -> tuple[tile_config.TileConfig, ...]:
-        """What was the fastest before, then by the rule's estimate."""
+        """The candidates: the fastest before, then by the rule's estimate."""
         before = self.old.get(product.key)
         first = (before.tile,) if before and before.tile else ()
         return tuple(dict.fromkeys((*first, *self.candidates(product.problem, self.gpu))))
@@ -183,7 +183,7 @@ class Tuner:
         self.compilers.ask({work.key: work for work in works}, first=table is not None)
 
     def _compiles(self, what: str, work: TileWork | PathWork, limit: float) -> bool:
-        """Whether it does, as soon as it has; raises NotYetError at the limit."""
+        """True if it compiles, as soon as it has; raises NotYetError at the limit."""
         reason = self.compilers.wait(work.key, limit - self.now())
         if reason is not None:
             self.notes.append(f"{what} was left out: {reason}")
@@ -390,7 +390,7 @@ def _gpu() -> torch.device:
 
 
 def _existing(path: Path, empty: table_files.Table, report: Callable[[str], None]) -> table_files.Table:
-    """What the file holds already and what still holds. Before minutes of measuring: whether it can be written."""
+    """The rows of the file that still hold. Check, before minutes of measuring, that it can be written."""
     try:
         old = table_files.read(path)
     except FileNotFoundError:

@@ -34,7 +34,7 @@ STARTING = 8  # pytest, torch and its compiler imported, the ceilings and the li
 
 
 def seconds_of_a_copy_row(problem: Problem) -> float:
-    """Of a simulated host, device and link, by the code that measures."""
+    """The seconds of a copy row on a simulated host, device and link, by the code that measures."""
     clock = HostAndDevice()
     nbytes = problem.rows * problem.widths[0] * (4 if problem.dtype == "fp32" else 2)
 

@@ -78,7 +78,7 @@ def made_up_copy(cell: Cell, chance: random.Random) -> CellRow:
 
 
 def made_up_ms(problem: Problem, phase: str, chance: random.Random | None) -> float:
-    """Of 2·rows·parameters FLOPs at 400 TFLOP/s, and 2 µs a kernel; with some luck."""
+    """The time of 2·rows·parameters FLOPs at 400 TFLOP/s, and 2 µs a kernel; with some luck."""
     parameters = sum(k * n for k, n in pairwise(problem.widths))
     rate = 50e12 if problem.dtype == "fp32" else 400e12
     ms = 1e3 * (2 if phase == "forward" else 6) * problem.rows * parameters / rate + 2e-3 * len(problem.widths)

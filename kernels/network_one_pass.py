@@ -46,7 +46,7 @@ ONES = tl.constexpr(16)  # rows of ones in db's product, the fewest that a tenso
 def rows_through(
     ptr, M, NET: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr, DESCRIPTORS: tl.constexpr, stride
 ):  # fmt: skip
-    """What M rows as wide as NET's width AT are read through: a descriptor, or their pointer."""
+    """The source of M rows as wide as NET's width AT: a descriptor, or their pointer."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [M, NET.widths[AT]], [stride, 1], [BLOCK_M, NET.pads[AT]])
     else:

@@ -50,8 +50,10 @@ RECOMPUTE_WORDS_FP32 = 72
 # and is still faster than storing: 0.350 + 0.111 ms against 0.285 + 0.252 (H100, 2^20 rows, Triton 3.6).
 RECOMPUTE_WORDS_HOPPER = 144
 RECOMPUTE_WORDS_HOPPER_Z = 108  # where exponentials would be recomputed too
-# Words that a thread may hold over stored tensors (see `layer_groups`): sums of 4 layers 64 wide, or of one 128 wide.
-STORED_WORDS = 92
+# Words that a thread may hold over stored tensors (see `layer_groups`), by the widest layer filled up: sums of 4 layers
+# 64 wide, or of one 128 wide. Another layer of 10 columns beside 128 -> 128 serialises relu's wgmma and spills 86 words
+# of gelu's.
+STORED_WORDS = {64: 92, 128: 80}
 REBUILT_WORDS = 4  # for each h that is rebuilt from z: with 4 of them beside the sums of 4 layers, 68 words spill
 # Architectures where one pass over stored tensors was measured faster than dgrad and wgrad: training takes 0.537 ms
 # against 0.944 at 64 -> 64 -> 64 -> 64 -> 64, 1.69 against 2.32 at 128 (H100, relu, bf16, 2^20 rows, Triton 3.6).
@@ -209,7 +211,7 @@ def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
     if problem.widest < 64:
         return "layers below 64 wide are half a wgmma instruction's rows"
     widest_sums = max(sum_words(n, k, TileConfig(64, num_warps=8)) for n, k in problem.held)
-    if widest_sums > STORED_WORDS:
+    if widest_sums > STORED_WORDS[problem.widest]:
         return "the sums of a layer's weight gradient do not fit in registers"
     # On an H100, 2^20 rows, Triton 3.6: 64 wide 0.296 ms with 128 rows a tile and 2 stages, 0.285 through descriptors,
     # 0.331 with 64 rows and 3 stages; 128 wide 1.043 ms layer by layer, 1.147 by pairs.
@@ -239,7 +241,7 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
         while low > 0:
             words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
             words += REBUILT_WORDS * (low > 1 and problem.keeps_z[low - 2])
-            if words > STORED_WORDS and low < high:
+            if words > STORED_WORDS[problem.widest] and low < high:
                 break
             low -= 1
         groups.append((low, high))

@@ -8,10 +8,13 @@ import pytest
 import torch
 from cases import CASES, HALVES, Case, Data, check, gradients, make, oracle
 from kernel_runs import by_torch, case_id, find
+from kernel_runs import forward as forward_by_rule
 from torch import Tensor
 
 from mlp_fused.engine.autograd import run_network
 from mlp_fused.engine.network_path import NetworkPath
+from mlp_fused.kernels.activations import ACTIVATIONS
+from mlp_fused.kernels.language import tl, triton
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.kernels.tile_config import TileConfig
 
@@ -105,3 +108,42 @@ def test_rows_that_no_descriptor_describes(layout: str, device: str, poisoned: N
         case = replace(WIDE, widths=widths, layout=layout)  # type: ignore[arg-type]
         data = make(case, device)
         check(case, oracle(case, data), gradients(data, forward("stored", case, data)), by_torch(case, data))
+
+
+@pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
+@pytest.mark.parametrize(("widths", "launches"), [((64, 64, 64, 64), 1), ((40, 128, 128, 10), 3)], ids=str)
+def test_the_rules_own_tiles(
+    widths: tuple[int, ...], launches: int, recompute: bool | None, device: str, poisoned: None
+) -> None:
+    """64 wide in one launch; 128 wide by layers, after the forward again where x alone is to be kept."""
+    case = Case(300, widths, torch.bfloat16, "gelu")
+    data = make(case, device)
+    y = forward_by_rule(case, data, "network", recompute)
+    with count_launches() as counted:
+        ours = gradients(data, y)
+    again = {"network_forward_kernel": 1} if recompute else {}
+    assert counted == {**again, "network_one_pass_kernel": launches, "sum_partials_kernel": 1}
+    check(case, oracle(case, data), ours, by_torch(case, data))
+
+
+@pytest.mark.parametrize("name", [name for name, each in ACTIVATIONS.items() if each.forward_and_slope is not None])
+def test_h_and_slope_together_are_forward_and_backward(name: str, device: str) -> None:
+    """In fp32, over every number that a 16-bit z can be but the infinite ones."""
+    z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    z = z[z.isfinite()].float().to(device)
+    h, slope = torch.empty_like(z), torch.empty_like(z)
+    function = ACTIVATIONS[name].forward_and_slope
+    both_kernel[(1,)](z, h, slope, z.numel(), function, 2**16)
+    wide = z.double().requires_grad_()
+    true = ACTIVATIONS[name](wide)
+    (true_slope,) = torch.autograd.grad(true.sum(), wide)
+    assert ((h - true.detach()).abs() <= 3e-7 * (1 + z.abs())).all()
+    assert ((slope - true_slope).abs() <= 3e-7).all()
+
+
+@triton.jit
+def both_kernel(z_ptr, h_ptr, slope_ptr, count, BOTH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    h, slope = BOTH(tl.load(z_ptr + at, mask=at < count, other=0.0))
+    tl.store(h_ptr + at, h, mask=at < count)
+    tl.store(slope_ptr + at, slope, mask=at < count)

@@ -167,7 +167,7 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
 
 
 def form(path: network_path.NetworkPath | str) -> str:
-    """How a path's backward runs, as tests/data/h100/narrow.jsonl has it."""
+    """The form of a path's backward, as tests/data/h100/narrow.jsonl has it."""
     assert isinstance(path, network_path.NetworkPath)
     if path.formulation == "recompute":
         return "recompute"
@@ -195,6 +195,7 @@ def test_the_backward_has_the_form_that_was_fastest_on_a_hopper() -> None:
         ((64,) * 7, "gelu", ((3, 6), (0, 3))),
         ((128,) * 4, "relu", ((2, 3), (1, 2), (0, 1))),
         ((128, 64, 64, 64), "relu", ((0, 3),)),
+        ((40, 128, 128, 10), "relu", ((2, 3), (1, 2), (0, 1))),
         ((784, 64, 64, 10), "relu", ()),  # whose first layer is streamed
         ((64, 256, 64), "relu", ()),
         ((32,) * 9, "relu", ()),
@@ -376,14 +377,15 @@ def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
     forward, dgrad, wgrad, _ = steps_of(path, (d, d, d, last), needs_x=False)
     hidden = 2 * M * d
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + d * d + last * d))
+    matrices = d * d + last * d  # all but the first
+    assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + matrices))
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     in_one_pass = network((d, d, d, last), recompute=False)
     assert isinstance(in_one_pass, network_path.NetworkPath)
     forward, backward, _ = steps_of(in_one_pass, (d, d, d, last), needs_x=False)
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
     # x, h, dy and all weights but the first are read, the gradients are written
-    moved = M * d + hidden + M * last + d * d + last * d + weights
+    moved = M * d + hidden + M * last + matrices + weights
     assert backward.work == explain.Work(sum(products) + sum(products[1:]), 2 * moved)
     by_layers = network((2 * d,) * 3, recompute=False)
     assert isinstance(by_layers, network_path.NetworkPath)

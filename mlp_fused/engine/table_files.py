@@ -2,14 +2,15 @@
 
 A file is one JSON object, one row a line:
 
-    {"schema": 2, "device": "NVIDIA H200", "arch": 90, "multiprocessors": 132, "date": "2026-01-31T12:00:00+00:00",
+    {"schema": 3, "device": "NVIDIA H200", "arch": 90, "multiprocessors": 132, "date": "2026-01-31T12:00:00+00:00",
      "versions": {"mlp_fused", "python", "torch", "triton", "cuda" or "hip", "driver": each a text},
      "gemms": [
       {"kind": "forward", "rows": 8192, "width_out": 4096, "width_in": 1024, "dtype": "bfloat16", "precision": "ieee",
-       "activation": "gelu", "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13}, …],
+       "activation": "gelu", "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13, "kernel": "0f1e…"}, …],
      "networks": [
       {"widths": [64, 64, 64], "rows": 1048576, "dtype": "float16", "precision": "ieee", "activation": "relu",
-       "training": true, "path": "recompute", "ms": {"recompute": 1.1, "stored": 1.4, "layer": 2.0, "torch": 3.0}}, …]}
+       "training": true, "path": "recompute", "ms": {"recompute": 1.1, "stored": 1.4, "layer": 2.0, "torch": 3.0},
+       "kernel": "2d3c…"}, …]}
 
 arch        as in `Device`: 90, "gfx942"
 kind        "forward", "dgrad" or "wgrad"
@@ -20,6 +21,8 @@ tile        the fields of `TileConfig` that are not at their defaults; null wher
 ms          milliseconds of our fastest tile, null where none ran; torch_ms torch's
 path        what was fastest: "recompute", "stored", "layer" or "torch" in training, "network", "layer" or "torch" in
             inference; the milliseconds of each that was measured are in ms
+kernel      the digest of the sources of the kernels that were measured (row_kernels.py); null where it is not known, as
+            in files of schema 1 and 2
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ from ..kernels.tile_config import Problem, TileConfig
 
 __all__ = ["Gemm", "Network", "Table", "read", "write"]
 
-SCHEMA = 2
-READABLE = (1, 2)
+SCHEMA = 3
+READABLE = (1, 2, 3)
 KINDS = ("forward", "dgrad", "wgrad")
 TRAINING_PATHS = ("recompute", "stored", "layer", "torch")
 INFERENCE_PATHS = ("network", "layer", "torch")
@@ -68,6 +71,7 @@ class Gemm:
     tile: TileConfig | None
     ms: float | None
     torch_ms: float
+    kernel: str | None = None  # the digest of the kernel's source
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -99,6 +103,7 @@ class Network:
     training: bool  # forward and backward; else inference
     path: str
     ms: Mapping[str, float]
+    kernel: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -117,6 +122,11 @@ class Table:
     networks: tuple[Network, ...] = ()
     arch: int | str | None = None  # None: of schema 1
     multiprocessors: int | None = None
+
+    @property
+    def rows(self) -> tuple[Gemm | Network, ...]:
+        """All rows."""
+        return (*self.gemms, *self.networks)
 
     def is_related(self, device: Device) -> bool:
         """True if the tiles of this table hold for a device: another one of the same architecture and size."""
@@ -194,7 +204,7 @@ def _parse(content: Any) -> Table:
         raise ValueError("it is not an object")
     schema = content.get("schema")
     if type(schema) is not int or schema not in READABLE:
-        raise ValueError(f"schema is {_shown(schema)}; it needs to be {' or '.join(map(str, READABLE))}")
+        raise ValueError(f"schema is {_shown(schema)}; it needs to be one of {', '.join(map(str, READABLE))}")
     content = {name: value for name, value in content.items() if name != "schema"}
     if schema == 1:
         content |= {"arch": None, "multiprocessors": None}
@@ -282,6 +292,7 @@ def _arithmetic(row: Gemm | Network) -> dict[str, bool]:
         "rows": _is_count(row.rows),
         "dtype": row.dtype in map(dtype_name, DTYPES.values()),
         "precision": row.precision in precisions,
+        "kernel": row.kernel is None or _is_text(row.kernel),
     }
 
 

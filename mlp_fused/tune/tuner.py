@@ -33,6 +33,7 @@ from torch import Tensor
 from ..agreement import BOUNDS, relative_error
 from ..compiling import Compilers, NotYetError, count_workers
 from ..engine import paths, table_files, tables
+from ..engine.row_kernels import is_outdated, stamped
 from ..environment import distorted, versions
 from ..errors import UserError, first_line
 from ..files import check_writable
@@ -219,7 +220,7 @@ class Tuner:
                     best = ms, tile
         ms_of_best, tile_of_best = best or (None, None)
         faster = ms_of_best is not None and ms_of_best < torch_ms
-        return table_files.Gemm(*product.key, tile_of_best if faster else None, ms_of_best, torch_ms)
+        return stamped(table_files.Gemm(*product.key, tile_of_best if faster else None, ms_of_best, torch_ms))
 
     def _network(self, whole: Whole) -> table_files.Network:
         passes = self.passes(whole, self.device)
@@ -239,7 +240,7 @@ class Tuner:
                     what, right, expected, *BOUNDS[whole.workload.dtype]
                 ):
                     ms[name] = self._milliseconds(what, passes.turns(run))
-        return table_files.Network(*whole.key, min(ms, key=lambda name: ms[name]), ms)
+        return stamped(table_files.Network(*whole.key, min(ms, key=lambda name: ms[name]), ms))
 
     def _milliseconds(self, what: str, call: Callable[[], object]) -> float:
         self.doing = what
@@ -337,7 +338,7 @@ def tune(
         compilers = Compilers(compile_ahead, gpu, target, count_workers() if on_gpu else 0)
     tuner = Tuner(device, gpu, time or EventClock(), now, compilers, old, empty, **parts)
 
-    known: list[tuple[Any, ...]] = [*(row.key for row in old.gemms), *(row.key for row in old.networks)]
+    known: list[tuple[Any, ...]] = [row.key for row in old.rows if not is_outdated(row)]
     asked = tasks(config.workloads, gpu, known)
     report(f"{len(asked)} problems on {gpu.name}, {config.minutes:g} minutes at the most, into {path}")
 

@@ -161,7 +161,11 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
     inference = network(widths, activation, training=False)
     assert isinstance(inference, network_path.NetworkPath)
     assert inference.formulation is None
-    assert inference.forward_tile == path.forward_tile
+    for which, stores in ((path, formulation == "stored"), (inference, False)):
+        problem = network_tiles.NetworkProblem(
+            "forward", which.network.pads, which.network.keeps_z, torch.bfloat16, stores=stores
+        )
+        assert which.forward_tile == network_tiles.network_tile(problem, H200)
 
 
 def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:

@@ -1,4 +1,4 @@
-"""Files of measured tables: their format, and reading and writing them.
+"""Files of measured tables and of readings: their format, and reading and writing them.
 
 A file is one JSON object, one row a line:
 
@@ -23,6 +23,10 @@ path        what was fastest: "recompute", "stored", "layer" or "torch" in train
             inference; the milliseconds of each that was measured are in ms
 kernel      the digest of the sources of the kernels that were measured (row_kernels.py); null where it is not known, as
             in files of schema 1 and 2
+
+A file of readings (`mlp-fused tune --readings FILE`) has `"readings": true` after its schema and is otherwise the same,
+but that its products have a row for each tile that was measured, whether faster than torch or not: `tile` is that tile,
+`ms` its time. A product of which no tile ran has one row without a tile. `bench.fit` reads both; only tables decide.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +47,7 @@ from ..kernels import tile_config
 from ..kernels.devices import Device, device_slug
 from ..kernels.tile_config import Problem, TileConfig
 
-__all__ = ["Gemm", "Network", "Table", "read", "write"]
+__all__ = ["Gemm", "Network", "Table", "fastest", "identity", "read", "write"]
 
 SCHEMA = 3
 READABLE = (1, 2, 3)
@@ -122,6 +126,7 @@ class Table:
     networks: tuple[Network, ...] = ()
     arch: int | str | None = None  # None: of schema 1
     multiprocessors: int | None = None
+    readings: bool = False  # whether products have a row for each tile that was measured, not the fastest alone
 
     @property
     def rows(self) -> tuple[Gemm | Network, ...]:
@@ -141,6 +146,24 @@ DEFAULTS = {
 }
 
 
+def identity(row: Gemm | Network, table: Table) -> tuple[Any, ...]:
+    """The key that tells a row of a table from its others: among readings, a product's tile too."""
+    return (*row.key, row.tile) if table.readings and isinstance(row, Gemm) else row.key
+
+
+def fastest(readings: Iterable[Gemm]) -> tuple[Gemm, ...]:
+    """The rows of a table from those of readings: of each product its fastest tile, or torch."""
+    best: dict[tuple[Any, ...], Gemm] = {}
+    for row in readings:
+        known = best.get(row.key)
+        if known is None or (row.ms is not None and (known.ms is None or row.ms < known.ms)):
+            best[row.key] = row
+    return tuple(
+        dataclasses.replace(row, tile=None) if row.ms is not None and row.ms >= row.torch_ms else row
+        for row in best.values()
+    )
+
+
 def write(path: Path, table: Table) -> None:
     """Write a table whole or not at all: whatever happens meanwhile, `path` holds the old one or the new one.
 
@@ -158,7 +181,8 @@ def write(path: Path, table: Table) -> None:
 
 
 def _text(table: Table) -> str:
-    head = {"schema": SCHEMA, "device": table.device, "arch": table.arch, "multiprocessors": table.multiprocessors}
+    head: dict[str, Any] = {"schema": SCHEMA, **({"readings": True} if table.readings else {})}
+    head |= {"device": table.device, "arch": table.arch, "multiprocessors": table.multiprocessors}
     head |= {"date": table.date, "versions": dict(table.versions)}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     for name, rows in (("gemms", table.gemms), ("networks", table.networks)):
@@ -220,13 +244,14 @@ def _parse(content: Any) -> Table:
         and {*VERSIONS} <= table.versions.keys() <= {*VERSIONS, *TOOLKITS}
         and len(table.versions) == len(VERSIONS) + 1
         and all(map(_is_text, table.versions.values())),
+        readings=type(table.readings) is bool,
         gemms=isinstance(table.gemms, list),
         networks=isinstance(table.networks, list),
     )
     gemms = [_gemm(f"gemms[{index}]", row, schema) for index, row in enumerate(table.gemms)]
     networks = [_network(f"networks[{index}]", row) for index, row in enumerate(table.networks)]
-    for name, rows in (("gemms", gemms), ("networks", networks)):
-        if len({row.key for row in rows}) < len(rows):
+    for name, keys in (("gemms", [identity(row, table) for row in gemms]), ("networks", [row.key for row in networks])):
+        if len(set(keys)) < len(keys):
             raise ValueError(f"two of its {name} are about the same problem")
     return dataclasses.replace(table, gemms=tuple(gemms), networks=tuple(networks))
 

@@ -33,7 +33,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -47,6 +47,7 @@ from .table_files import (
     Gemm,
     Network,
     Table,
+    identity,
     read,
 )
 
@@ -232,7 +233,7 @@ def related(device: Device) -> tuple[Table, ...]:
             table = read(path)
         except ValueError:  # of which `measured` warns on its own GPU
             continue
-        if table.is_related(device):
+        if table.is_related(device) and not table.readings:
             tables.append(table)
     return tuple(tables)
 
@@ -265,6 +266,8 @@ def measured(device: Device) -> tuple[Table, ...]:
 
 def _fitting(path: Path, table: Table, device: Device, level: int) -> Table:
     """The table without the tiles that the device cannot run. Raises ValueError where it is another device's."""
+    if table.readings:
+        raise ValueError(f"{path} has readings of every tile; it needs to be a table, as `mlp-fused tune --out` writes")
     if devices.device_slug(table.device) != devices.device_slug(device.name):
         raise ValueError(f"{path} was measured on {table.device}; it needs to be of {device.name}")
     outdated = sum(not holds(row) for row in table.rows)
@@ -320,14 +323,6 @@ def merge(old: Table, new: Table) -> Table:
     """
     if old.device != new.device:
         raise ValueError(f"the old table was measured on {old.device}; it needs to be of {new.device}")
-    return dataclasses.replace(
-        new, gemms=_latest((*old.gemms, *new.gemms)), networks=_latest((*old.networks, *new.networks))
-    )
-
-
-def _latest(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Of rows about the same problem, the last, in the place of the first."""
-    latest: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        latest[row.key] = row
-    return tuple(latest.values())
+    gemms = {identity(row, new): row for row in (*old.gemms, *new.gemms)}
+    networks = {row.key: row for row in (*old.networks, *new.networks)}
+    return dataclasses.replace(new, gemms=tuple(gemms.values()), networks=tuple(networks.values()))

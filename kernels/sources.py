@@ -40,36 +40,46 @@ def source_of(function: Any) -> Source | None:
         return None
 
 
-def kernels_in(module: str) -> list[Source]:
-    """All kernels of a module of this package."""
-    return [source(module, name) for name in _names(FOLDER / f"{module}.py") if name.endswith("_kernel")]
+def kernels_in(modules: str) -> list[Source]:
+    """All kernels of the modules of this package whose names match a pattern."""
+    files = sorted(FOLDER.glob(f"{modules}.py"))
+    return [(file, name) for file in files for name in _names(file) if name.endswith("_kernel")]
 
 
 def digest(sources: Iterable[Source | None], known: Mapping[str, object] | None = None) -> str:
     """The digest of functions and of what they call; `known` are constants that have one value in all of these."""
-    return _digest(tuple(each for each in sources if each), tuple(sorted((known or {}).items())))
+    constants = {"INTERPRETED": False, **(known or {})}
+    return _digest(tuple(each for each in sources if each), tuple(sorted(constants.items())))
+
+
+Constants = tuple[tuple[str, object], ...]
 
 
 @functools.lru_cache(maxsize=1024)
-def _digest(sources: tuple[Source, ...], known: tuple[tuple[str, object], ...]) -> str:
-    constants = {"INTERPRETED": False, **dict(known)}
+def _digest(sources: tuple[Source, ...], constants: Constants) -> str:
     texts: dict[Source, str] = {}
     for each in sources:
         _collect(each, constants, texts)
     return hashlib.sha256("\n".join(sorted(texts.values())).encode()).hexdigest()[:DIGITS]
 
 
-def _collect(place: Source, constants: Mapping[str, object], texts: dict[Source, str]) -> None:
+def _collect(place: Source, constants: Constants, texts: dict[Source, str]) -> None:
     """Add the text of a definition, and of every definition that it names."""
     definition = _names(place[0]).get(place[1])
     if isinstance(definition, tuple):
         _collect(definition, constants, texts)
     elif definition is not None and place not in texts:
-        names: set[str] = set()
-        texts[place] = _text(definition, constants, names)
-        own = _own_names(definition)
-        for name in sorted(names - own):
+        texts[place], names = _read(place, constants)
+        for name in names:
             _collect((place[0], name), constants, texts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(place: Source, constants: Constants) -> tuple[str, tuple[str, ...]]:
+    """The text of a definition, and the names that it reads besides its own arguments and variables."""
+    names: dict[str, bool] = {}
+    text = _text(_names(place[0])[place[1]], dict(constants), names)
+    return text, tuple(sorted(name for name, is_own in names.items() if not is_own))
 
 
 @functools.lru_cache(maxsize=256)
@@ -93,21 +103,15 @@ def _names(path: Path) -> dict[str, ast.stmt | Source]:
     return names
 
 
-def _own_names(definition: ast.stmt) -> set[str]:
-    """The arguments and variables of a function."""
-    if not isinstance(definition, ast.FunctionDef):
-        return set()
-    nodes = list(ast.walk(definition))
-    variables = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return variables | {node.arg for node in nodes if isinstance(node, ast.arg)}
-
-
 # Fields of a syntax tree that say nothing about what runs, or that only some versions of Python have.
 IGNORED = ("ctx", "kind", "type_comment", "type_params")
 
 
-def _text(node: Any, constants: Mapping[str, object], names: set[str]) -> str:
-    """A syntax tree as text, which depends on no version of Python; the names that it reads go to `names`."""
+def _text(node: Any, constants: Mapping[str, object], names: dict[str, bool]) -> str:
+    """A syntax tree as text, which depends on no version of Python.
+
+    The names in it go to `names`, with whether they are arguments or variables of its own.
+    """
     if isinstance(node, list):
         return "".join(_text(each, constants, names) for each in node if not _is_docstring(each))
     if isinstance(node, ast.If):
@@ -116,7 +120,9 @@ def _text(node: Any, constants: Mapping[str, object], names: set[str]) -> str:
             return _text(node.body if decided else node.orelse, constants, names)
     if isinstance(node, ast.AST):
         if isinstance(node, ast.Name):
-            names.add(node.id)
+            names[node.id] = names.get(node.id, False) or isinstance(node.ctx, ast.Store)
+        elif isinstance(node, ast.arg):
+            names[node.arg] = True
         fields = ((name, getattr(node, name, None)) for name in sorted(node._fields) if name not in IGNORED)
         texts = [f"{name}={_text(value, constants, names)}" for name, value in fields if value not in (None, [])]
         return f"{type(node).__name__}({','.join(texts)})"

@@ -30,7 +30,7 @@ PRODUCTS = {
 }
 DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # whether the epilogue has a derivative; None: no activation
 INFERENCE = ("network_forward", "layer_forward")  # modules
-TRAINING = (*INFERENCE, "network_backward", "layer_backward", "partial_sums")
+TRAINING = ("network*", "layer_*", "partial_sums")  # by their names, so that a new one counts by itself
 TILES = (source("network_tiles", "network_tile"), source("network_tiles", "network_wgrad_tile"))
 
 
@@ -51,7 +51,7 @@ def _digest_of_product(kind: str, activation: str | None, dtype: str, precision:
 
 @functools.lru_cache(maxsize=256)
 def _digest_of_network(training: bool, activation: str, dtype: str) -> str:
-    kernels = [kernel for module in (TRAINING if training else INFERENCE) for kernel in sources.kernels_in(module)]
+    kernels = [kernel for modules in (TRAINING if training else INFERENCE) for kernel in sources.kernels_in(modules)]
     return sources.digest((*kernels, *TILES, *_activation(activation, training)), _known(dtype, None))
 
 

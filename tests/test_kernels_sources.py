@@ -114,6 +114,13 @@ def test_a_branch_that_a_known_constant_rules_out_does_not_count(tmp_path: Path)
     assert digest(a, "bf16x6") != digest(b, "bf16x6")
 
 
+def test_a_new_branch_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    added = '        elif PRECISION == "fp16x3":\n            load = load * 5\n        elif INTERPRETED:'
+    a, b = written(tmp_path / "a"), written(tmp_path / "b", KERNEL.replace("        elif INTERPRETED:", added))
+    assert digest(a, "ieee") == digest(b, "ieee")
+    assert digest(a) != digest(b)
+
+
 def test_a_function_without_a_file_has_no_source() -> None:
     scope: dict[str, object] = {}
     exec("def typed_in(z): return z", scope)

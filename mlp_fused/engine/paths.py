@@ -331,13 +331,15 @@ def network_path(
         return "Dropout is fused layer by layer"
     network = network_of(widths, strides, activations, dtype, precision)
 
-    def tile(kind: network_tiles.NetworkKind) -> TileConfig | str:
-        problem = network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision, input_size)
+    def tile(kind: network_tiles.NetworkKind, stores: bool = False) -> TileConfig | str:
+        problem = network_tiles.NetworkProblem(
+            kind, network.pads, network.keeps_z, dtype, precision, input_size, stores
+        )
         return network_tiles.network_tile(problem, device)
 
-    forward = tile("forward")
-    if isinstance(forward, str):
-        return forward
+    forward, storing = tile("forward"), tile("forward", stores=True)
+    if isinstance(forward, str) or isinstance(storing, str):
+        return str(storing)
     wgrad = network_tiles.network_wgrad_tile(dtype, precision, device)
     measured = None
     if recompute is None:
@@ -359,12 +361,12 @@ def network_path(
     if isinstance(chain, str):
         return f"its backward does not fit: {chain}"
     if recompute:
-        return NetworkPath(network, forward, "replay", "the user asks for it", chain, wgrad)
+        return NetworkPath(network, storing, "replay", "the user asks for it", chain, wgrad)
     if recompute is False:
         reason = "the user asks for it"
     else:
         reason = one_pass if isinstance(one_pass, str) else f"it is {AS_MEASURED}"
-    return NetworkPath(network, forward, "stored", reason, chain, wgrad)
+    return NetworkPath(network, storing, "stored", reason, chain, wgrad)
 
 
 def find_path(

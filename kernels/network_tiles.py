@@ -34,13 +34,19 @@ RESIDENT_INPUT = 256  # the widest input whose weight is held; a wider one is st
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
 # Full fp32 by bf16x6 (see tile.py): where products of three parts fit in registers, and how few terms a sum may have to
-# err no more than 1.2 times what FMA units do (tests/test_tile_precision.py).
+# err no more than 1.5 times what FMA units do (tests/test_tile_precision.py).
 WIDEST_SPLIT = 64
 NARROWEST_SPLIT = 8
 # The width at which float32 networks were measured faster than torch, by architecture. Only these multiply so.
 FP32_MEASURED: dict[int | str, int] = {90: 64}
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # a kernel's code grows with them, and the time to compile it
 AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
+# Tiles of a forward that stores nothing, of 16-bit layers all of this width: rows, warps, stages, and programs a
+# multiprocessor. The fastest on an H100 (tests/data/h100/narrow.log), with relu; 64 wide, gelu had another.
+INFERENCE = {16: (128, 4, 3, 8), 32: (128, 8, 2, 4), 64: (128, 8, 1, 3)}
+INFERENCE_KEEPING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
+MARGIN = 2048  # bytes of shared memory that `network_shared_memory` adds to what it counts
+RESERVED = 1024  # bytes of a multiprocessor's shared memory that the system takes for each program
 # Of 512 columns: with more in use, triton 3.7 compiles an empty kernel without a word.
 TENSOR_MEMORY = 384
 # What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
@@ -89,6 +95,7 @@ class NetworkProblem:
     dtype: torch.dtype
     precision: str = "ieee"
     input_size: int = 0  # bytes of an element of the input, where it is wider than what is computed in (autocast)
+    stores: bool = False  # forward: whether it writes what a backward reads
 
     @property
     def on_fma_units(self) -> bool:
@@ -130,7 +137,7 @@ def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
         return _stored_tile(problem, device)
     if tensor_memory(problem, 64, device) > TENSOR_MEMORY:
         return "the products of all layers do not fit in tensor memory"
-    for tile in _network_tiles(problem, device):
+    for tile in (*_inference_tiles(problem, device), *_network_tiles(problem, device)):
         if network_shared_memory(problem, tile, device) <= device.shared_memory:
             return tile
     return "the weights and a tile of rows do not fit in shared memory"
@@ -142,6 +149,23 @@ def tensor_memory(problem: NetworkProblem, rows: int, device: Device) -> int:
         return 0
     pads = problem.pads[1:] if problem.streams else problem.pads
     return max(sum(problem.pads[1:]), sum(pads[:-1])) * rows // 128
+
+
+def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
+    """The measured tile of a forward that stores nothing, on as many programs as have shared memory at a time.
+
+    Networks without a reading have none: narrower inputs, and wider ones that are cast, which take more registers.
+    """
+    if problem.kind != "forward" or problem.stores or device.arch != 90 or problem.dtype.itemsize != 2:
+        return []
+    measured = INFERENCE_KEEPING_Z if any(problem.keeps_z) else INFERENCE
+    if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size:
+        return []
+    rows, warps, stages, programs = measured[problem.widest]
+    tile = TileConfig(rows, num_warps=warps, num_stages=stages)
+    needed = network_shared_memory(problem, tile, device) - MARGIN + RESERVED
+    fitting = max(1, (device.shared_memory + RESERVED) // needed)
+    return [dataclasses.replace(tile, programs=min(programs, fitting) * device.multiprocessors)]
 
 
 def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
@@ -159,8 +183,9 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # On an H100, 64 wide as above: bf16x6 0.55 ms, 0.61 with 128 rows and 8 warps; tf32 0.29 ms, 0.41 with 128 and 8.
     small = TileConfig(64, num_warps=4, programs=2 * device.multiprocessors)
     if problem.precision == "bf16x6":
-        return [small]
-    if problem.precision == "tf32" and problem.kind == "forward" and problem.widest == 64 and device.arch == 90:
+        return [dataclasses.replace(small, precision="bf16x6")]
+    inference = problem.kind == "forward" and not problem.stores
+    if problem.precision == "tf32" and inference and problem.widest == 64 and device.arch == 90:
         return [dataclasses.replace(small, num_stages=2), small]
     # Small tiles of rows where accumulators are wide: 128 x 128 ones fit only where a product's operands come from
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
@@ -284,7 +309,7 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
         in_flight = rows * (1 + tile.num_stages)
     else:
         in_flight = rows * (1 if device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units else 2)
-    return weights + in_flight + 2048
+    return weights + in_flight + MARGIN
 
 
 def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tuple[int, int]) -> int:
@@ -300,7 +325,8 @@ def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tupl
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
     """The tile of the kernel that does every dW and db from kept tensors: by rows; its sides are the weights' own."""
     if precision == "bf16x6":  # 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6)
-        return TileConfig(0, block_k=32, num_warps=4, num_stages=3, programs=2 * device.multiprocessors)
+        programs = 2 * device.multiprocessors
+        return TileConfig(0, block_k=32, num_warps=4, num_stages=3, programs=programs, precision="bf16x6")
     rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else WGRAD_ROWS[dtype.itemsize]
     ahead = device.backend == "cuda" and isinstance(device.arch, int) and device.arch < 100
     return TileConfig(0, block_k=rows, num_warps=8, num_stages=3 if ahead else 2, programs=2 * device.multiprocessors)

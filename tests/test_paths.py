@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mlp_fused import ACTIVATIONS, FusedMLP, explain
 from mlp_fused.engine import network_path, paths, settings, table_files, tables
 from mlp_fused.engine.autograd import saved_bytes
+from mlp_fused.engine.row_kernels import stamped
 from mlp_fused.engine.schedule import Step
 from mlp_fused.kernels import devices, layer_tiles, network_tiles, tile_config
 from mlp_fused.kernels.activations import IDENTITY
@@ -120,11 +121,14 @@ def network(
     precision: str = "ieee",
     training: bool = True,
     recompute: bool | None = None,
+    torch_too: bool = False,
 ) -> network_path.NetworkPath | str:
     """The network path for contiguous parameters."""
     activations = (ACTIVATIONS[activation],) * (len(widths) - 2) + (ACTIVATIONS["identity"],)
     strides = tuple((k, 1, 1) for k in widths[:-1])
-    return paths.network_path(widths, strides, activations, dtype, precision, DEVICES[device], training, recompute)
+    return paths.network_path(
+        widths, strides, activations, dtype, precision, DEVICES[device], training, recompute, torch_too=torch_too
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,11 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
     inference = network(widths, activation, training=False)
     assert isinstance(inference, network_path.NetworkPath)
     assert inference.formulation is None
-    assert inference.forward_tile == path.forward_tile
+    for which, stores in ((path, formulation == "stored"), (inference, False)):
+        problem = network_tiles.NetworkProblem(
+            "forward", which.network.pads, which.network.keeps_z, torch.bfloat16, stores=stores
+        )
+        assert which.forward_tile == network_tiles.network_tile(problem, H200)
 
 
 def form(path: network_path.NetworkPath | str) -> str:
@@ -234,6 +242,33 @@ def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
     assert isinstance(network((128,) * 3, dtype=torch.float32, precision="tf32"), network_path.NetworkPath)
 
 
+@pytest.mark.parametrize(
+    ("width", "precision", "training", "device", "automatic"),
+    [
+        (64, "ieee", True, "NVIDIA H100", True),
+        (64, "ieee", False, "NVIDIA H100", True),
+        (64, "tf32", False, "NVIDIA H100", True),
+        (64, "tf32", True, "NVIDIA H100", False),
+        (32, "ieee", True, "NVIDIA H100", False),
+        (64, "ieee", True, "NVIDIA A100", False),
+        (64, "ieee", True, "NVIDIA B200", False),
+    ],
+)
+def test_a_float32_network_is_one_kernel_where_that_was_measured_faster(
+    width: int, precision: str, training: bool, device: str, automatic: bool
+) -> None:
+    """By 3.2 times in a forward and 1.7 in training (tests/data/h100/narrow.log); asked for by name it is elsewhere."""
+    asked, left_open = (
+        network((width,) * 5, "relu", torch.float32, device, precision, training, torch_too=torch_too)
+        for torch_too in (False, True)
+    )
+    assert isinstance(asked, network_path.NetworkPath)
+    assert (left_open == paths.SLOW_NETWORK) != automatic
+    split = precision == "ieee" and device == "NVIDIA H100"
+    assert asked.network.precision == ("bf16x6" if split else precision)
+    assert ("three bf16 parts" in asked.explanation) == split
+
+
 def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -> None:
     narrow, wide = (32,) * 5, (128,) * 5
     formulations = {}
@@ -248,7 +283,7 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
     }  # fmt: skip
 
     def row(width: int, path: str, training: bool = True, rows: int = 4096) -> table_files.Network:
-        return table_files.Network((width,) * 5, rows, "bfloat16", "ieee", "relu", training, path, {path: 1.0})
+        return stamped(table_files.Network((width,) * 5, rows, "bfloat16", "ieee", "relu", training, path, {path: 1.0}))
 
     rows = (
         row(32, "recompute"), row(32, "stored", rows=8192), row(16, "layer"), row(16, "layer", training=False),
@@ -288,7 +323,8 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
         table_files.Gemm("forward", 64, 300, 300, "float32", "ieee", "relu", None, 2.0, 1.0),
         table_files.Gemm("forward", 64, 20, 300, "float32", "ieee", "identity", tile, 1.0, 2.0),
     ]
-    table = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, tuple(gemms), tuple(networks))
+    rows = tuple(map(stamped, gemms)), tuple(map(stamped, networks))
+    table = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, *rows)
     table_files.write(tables.user_path(device.name), table)
     paths.forget_tables()
     monkeypatch.setattr(paths, "why_device", lambda device, backend: None)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mlp_fused.kernels import layer_tiles
+from mlp_fused.kernels import layer_tiles, network_tiles
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.language import ROWS_OF_16_ELEMENTS, tl, triton
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
@@ -73,6 +73,20 @@ def test_six_products_on_a_tensor_core_err_no_more_than_fp32(inputs: str) -> Non
     for k, seed in itertools.product(LENGTHS, range(3)):
         x, w = draw(inputs, 32, 32, k, seed)
         assert_no_worse(x, w, tensor_core.bf16x6(x, w), tensor_core.fma(x, w))
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_short_sums_of_a_network_err_little_more_than_fp32(inputs: str) -> None:
+    """The network path multiplies so from NARROWEST_SPLIT terms on; one product errs 2.3 times what an FMA does."""
+    narrowest = network_tiles.NARROWEST_SPLIT
+    for k in (narrowest, narrowest + 1, 12, 16, 20, 33):
+        errors = np.zeros((2, 3))
+        for seed in range(3):
+            x, w = draw(inputs, 64, 64, k, seed)
+            for row, product in enumerate((tensor_core.bf16x6, tensor_core.fma)):
+                errors[row, seed] = np.linalg.norm(product(x, w) - x @ w.T)
+        ours, theirs = np.linalg.norm(errors, axis=1)
+        assert ours <= 1.5 * theirs, (k, ours / theirs)
 
 
 @pytest.mark.parametrize("inputs", [inputs for inputs in INPUTS if "positive" in inputs])

@@ -68,7 +68,8 @@ class NetworkPath:
             "replay": "backward begins with the forward again: ",
         }
         trains = f"; {how[self.formulation]}{self.reason}" if self.formulation else ""
-        return f"the weights fit on the chip{trains}"
+        split = "; float32 is multiplied in three bf16 parts" if self.network.precision == "bf16x6" else ""
+        return f"the weights fit on the chip{split}{trains}"
 
     @property
     def stores(self) -> bool:

@@ -1,9 +1,10 @@
-"""Fit the rates of the estimate to a measured table: `python -m bench.fit kernels/tuned/<gpu>.json`.
+"""Fit the rates of the estimate to a measured table, or to readings: `python -m bench.fit kernels/tuned/<gpu>.json`.
 
 seconds = Σ rate · term for each row (kernels/estimate.py). The rates minimise the squared relative errors, with three
 constraints: none is negative, a unit that multiplies is no faster than `FLOORS` allows, and rates that the readings
 leave open stay near `EXPECTED`. The time of a row that has no tile, because torch won, is that of the tile with the
-least estimated time. The command prints the rates and their errors, and writes kernels/rates.json.
+least estimated time. A file of readings (`mlp-fused tune --readings`) has a row for every tile. The command prints the
+rates and their errors, and writes kernels/rates.json.
 """
 
 from __future__ import annotations
@@ -87,7 +88,11 @@ def fit(rows: Sequence[Row], device: Device) -> Rates:
     """The rates for some rows of a table that was measured on a device."""
     rates = Rates(**{side: dict.fromkeys(("16", "32"), expected) for side, expected in EXPECTED.items()})
     torch_rates = _solve(
-        "torch", [(bits_of(row.problem), torch_terms(row.problem, device), 1e-3 * row.torch_ms) for row in rows]
+        "torch",
+        [
+            (bits_of(row.problem), torch_terms(row.problem, device), 1e-3 * row.torch_ms)
+            for row in table_files.fastest(rows)
+        ],
     )
     measured = [(row, row.ms) for row in rows if row.ms is not None]
     for _ in range(ROUNDS):
@@ -178,7 +183,9 @@ def device_of(table: table_files.Table) -> Device:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="fit kernels/rates.json to a measured table")
-    parser.add_argument("table", type=Path, metavar="TABLE.json", help="as mlp-fused tune writes it")
+    parser.add_argument(
+        "table", type=Path, metavar="TABLE.json", help="as mlp-fused tune writes it by --out or --readings"
+    )
     options = parser.parse_args(arguments)
     try:
         table = table_files.read(options.table)
@@ -188,14 +195,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     rates = fit(table.gemms, device)
     versions = ", ".join(f"{name} {table.versions[name]}" for name in ("torch", "triton", "driver"))
-    origin = f"{len(table.gemms)} products on {table.device}, {table.date[:10]}, {versions}"
+    what = "readings of products" if table.readings else "products"
+    origin = f"{len(table.gemms)} {what} on {table.device}, {table.date[:10]}, {versions}"
     text = json.dumps({"fitted to": origin, "rates": asdict(rates)}, indent=1)
     RATES_FILE.write_text(text + "\n")
     print(text)
     for side, found in errors(table.gemms, device, rates).items():
         middle, ninth = statistics.median(found), statistics.quantiles(found, n=10)[-1]
         print(f"{side}: median error {middle:.1%}, {ninth:.1%} in nine of ten")
-    verdict = judge(choices(table.gemms, device, rates))
+    verdict = judge(choices(table_files.fastest(table.gemms), device, rates))
     print(f"chosen by these rates: {verdict.regret:.3f} of the faster one's time, torch where it is clearly faster in")
     print(f"{verdict.torch:.1%}, ours where it is clearly faster in {verdict.ours:.1%}")
     return 0

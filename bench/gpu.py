@@ -8,7 +8,9 @@ these are another state of the sources.
 
 The plan reserves ANCHOR_RESERVE seconds for every anchor that is still to be measured, so that the anchors have rows
 however long tests and tuner take. Ten minutes leave about 300 seconds beside them: up to 240 for the tests, then half
-of what those leave for the tuner; five minutes or less leave none, and tests and tuner wait for a later call. An anchor
+of what those leave for the tuner; five minutes or less leave none, and tests and tuner wait for a later call. With
+`--minutes 10 --tests-share 0 --tune-share 0.66` the tuner has three minutes: by a model of its time on 16 cores
+(test_tune_budget.py), every problem of the grid then has readings, and the anchors one of every tile. An anchor
 gets an equal part of the time left for the anchors still to come. One that takes longer is kept as far as it was
 measured, and measured again before the rest of the grid. Once the anchors have rows, nothing is reserved: with
 `--minutes 8 --tests-share 0 --tune-share 0.75` the tuner then has 337 seconds, in which by a model of its time
@@ -19,15 +21,17 @@ that run out of time get SIGINT, so that they say what they found, and a few sec
 timed, their kernels are compiled on all cores but two.
 
 DIR then holds tests.log, tests_alone.log, failures.txt (every failed test, written the moment that it fails), tune.log,
-worker.log, tuned_<gpu>.json and <gpu>.json, which goes to bench/results/; <gpu> is the device's name by
-`mlp_fused.kernels.devices.device_slug`. That file is written after every row, whole or not at all:
+worker.log, tuned_<gpu>.json, readings_<gpu>.json (the time of every tile and path that the tuner measured, for
+`python -m bench.fit`) and <gpu>.json, which goes to bench/results/; <gpu> is the device's name by
+`mlp_fused.kernels.devices.device_slug`. The last file is written after every row, whole or not at all:
 
     schema      3
     machine     see machine.py: GPU, driver, versions, CPU, digests of the sources and of the user's own table
     started, updated    UTC, ISO 8601
     tests       {"finished", "status", "summary", "seconds"} of both test commands, or null; the summary is the last
                 line of each one's output, the status the larger of the two, null where their time was up
-    tune        the same of `python -m mlp_fused tune`, the last time that it ran, and its "file"; or null
+    tune        the same of `python -m mlp_fused tune`, the last time that it ran, and the names of its "file" and its
+                "readings"; or null
     ceilings    one entry a call: date, FLOP/s by dtype, bytes/s of a copy on the device
     rows        by id, in the order measured: see rows.py
 
@@ -359,11 +363,13 @@ def run_tests(results: Results, directory: Path, root: Path, seconds: float, run
 
 def run_tuner(results: Results, directory: Path, root: Path, seconds: float, run: Run = run_module) -> None:
     """`python -m mlp_fused tune` in a child process, its output in tune.log, ended after `seconds`."""
-    file = directory.resolve() / f"tuned_{results.path.stem}.json"
+    files = {name: directory.resolve() / f"{name}_{results.path.stem}.json" for name in ("tuned", "readings")}
     minutes = max(0.0, seconds - TUNE_GRACE) / 60
-    command = ["mlp_fused", "tune", "--minutes", f"{minutes:.2f}", "--out", str(file)]
+    command = ["mlp_fused", "tune", "--minutes", f"{minutes:.2f}"]
+    command += ["--out", str(files["tuned"]), "--readings", str(files["readings"])]
     outcome = run(command, root, directory / "tune.log", seconds, TUNE_STOP)
-    results.content["tune"] = {**outcome, "file": file.name if file.exists() else None}
+    there = {name: file.name if file.exists() else None for name, file in files.items()}
+    results.content["tune"] = {**outcome, "file": there["tuned"], "readings": there["readings"]}
     results.save()
 
 

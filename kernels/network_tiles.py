@@ -5,6 +5,7 @@ The numbers are what compiles without spilling, for sm_80 to sm_100 and gfx942.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,12 @@ WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # a kernel's code grows with them, and the time to compile it
 AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
+# Tiles of a forward that stores nothing, of 16-bit layers all of this width: rows, warps, stages, and programs a
+# multiprocessor. The fastest on an H100 (tests/data/h100/narrow.log), with relu; 64 wide, gelu had another.
+INFERENCE = {16: (128, 4, 3, 8), 32: (128, 8, 2, 4), 64: (128, 8, 1, 3)}
+INFERENCE_KEEPING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
+MARGIN = 2048  # bytes of shared memory that `network_shared_memory` adds to what it counts
+RESERVED = 1024  # bytes of a multiprocessor's shared memory that the system takes for each program
 # Of 512 columns: with more in use, triton 3.7 compiles an empty kernel without a word.
 TENSOR_MEMORY = 384
 # What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
@@ -64,6 +71,7 @@ class NetworkProblem:
     dtype: torch.dtype
     precision: str = "ieee"
     input_size: int = 0  # bytes of an element of the input, where it is wider than what is computed in (autocast)
+    stores: bool = False  # forward: whether it writes what a backward reads
 
     @property
     def on_fma_units(self) -> bool:
@@ -105,7 +113,7 @@ def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
         return _stored_tile(problem, device)
     if tensor_memory(problem, 64, device) > TENSOR_MEMORY:
         return "the products of all layers do not fit in tensor memory"
-    for tile in _network_tiles(problem, device):
+    for tile in (*_inference_tiles(problem, device), *_network_tiles(problem, device)):
         if network_shared_memory(problem, tile, device) <= device.shared_memory:
             return tile
     return "the weights and a tile of rows do not fit in shared memory"
@@ -117,6 +125,23 @@ def tensor_memory(problem: NetworkProblem, rows: int, device: Device) -> int:
         return 0
     pads = problem.pads[1:] if problem.streams else problem.pads
     return max(sum(problem.pads[1:]), sum(pads[:-1])) * rows // 128
+
+
+def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
+    """The measured tile of a forward that stores nothing, on as many programs as have shared memory at a time.
+
+    Networks without a reading have none: narrower inputs, and wider ones that are cast, which take more registers.
+    """
+    if problem.kind != "forward" or problem.stores or device.arch != 90 or problem.dtype.itemsize != 2:
+        return []
+    measured = INFERENCE_KEEPING_Z if any(problem.keeps_z) else INFERENCE
+    if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size:
+        return []
+    rows, warps, stages, programs = measured[problem.widest]
+    tile = TileConfig(rows, num_warps=warps, num_stages=stages)
+    needed = network_shared_memory(problem, tile, device) - MARGIN + RESERVED
+    fitting = max(1, (device.shared_memory + RESERVED) // needed)
+    return [dataclasses.replace(tile, programs=min(programs, fitting) * device.multiprocessors)]
 
 
 def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
@@ -252,7 +277,7 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
         in_flight = rows * (1 + tile.num_stages)
     else:
         in_flight = rows * (1 if device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units else 2)
-    return weights + in_flight + 2048
+    return weights + in_flight + MARGIN
 
 
 def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tuple[int, int]) -> int:

@@ -11,11 +11,20 @@ from .tile import store
 from .tile_config import TileConfig
 
 # A sum over partials is bound by memory, and by latency where one row follows the other: many rows at a time.
-# On an H100, Triton 3.6, 1056 partials of 4224 columns took 5.3 µs with 32 columns and 128 rows a tile, 19.0 with 64
-# and 32.
-SUM_PARTIALS = TileConfig(64, block_k=32, num_warps=4)
-SUM_MANY_PARTIALS = TileConfig(32, block_k=128, num_warps=8)
-MANY = 128
+SUM_PARTIALS = TileConfig(64, block_k=32, num_warps=4)  # of few partials
+SUM_OF_MORE = TileConfig(32, block_k=64, num_warps=4)
+SUM_OF_MANY = TileConfig(32, block_k=128, num_warps=8)
+FEW_COLUMNS = 8192  # by 32, they make programs for no more than the multiprocessors of a large GPU, twice
+
+
+def sum_tile(splits: int, columns: int) -> TileConfig:
+    """The tile of `sum_partials`: the fastest on an H100 of those in tests/data/h100/narrow.log.
+
+    It depends on the shape of the partial sums alone, so that the order of a sum, and its bits, do too.
+    """
+    if splits <= SUM_PARTIALS.block_k:
+        return SUM_PARTIALS
+    return SUM_OF_MANY if splits > SUM_OF_MORE.block_k and columns <= FEW_COLUMNS else SUM_OF_MORE
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -43,11 +52,6 @@ def sum_partials_kernel(
         store(sum_ptrs[i] + at, total, (at >= 0) & (at < sizes[i]))
 
 
-def sum_partials_tile(splits: int) -> TileConfig:
-    """The tile for a sum over so many partials."""
-    return SUM_MANY_PARTIALS if splits >= MANY else SUM_PARTIALS
-
-
 def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] | None = None) -> Launch | None:
     """[sums …] = Σ_s partial[s], always in one order: the same bits every run.
 
@@ -57,10 +61,10 @@ def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] 
         starts: the columns at which they begin; None: one after the other.
     """
     splits, size = partial.shape
+    tile = sum_tile(splits, size)
     sizes = tuple(total.numel() for total in sums)
     starts = tuple(itertools.accumulate(sizes[:-1], initial=0) if starts is None else starts)
     assert starts[-1] + sizes[-1] <= size
-    tile = sum_partials_tile(splits)
     return launch(
         sum_partials_kernel,
         cdiv(size, tile.block_m),

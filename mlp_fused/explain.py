@@ -29,6 +29,7 @@ from .engine.runs import (
 )
 from .engine.schedule import Schedule, Step, Work, named
 from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
+from .engine.tables import is_path_outdated
 from .errors import count, listed, whole_number
 from .kernels import devices
 from .kernels.activation import Activation
@@ -419,8 +420,24 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             continue
         workspace = max(workspace, *(schedule.workspace_bytes for schedule in passes if schedule is not None))
         kept += saved_bytes(path, rows, input_size, needs_input_grad, trainable, biased)
+        assert gpu is not None
+        note = "" if model._recompute is not None else _note(widths, activations, dtype, precision, training, gpu)
         if isinstance(path, NetworkPath):
-            runs.append(RunPlan(names, "network", path.explanation, steps))
+            runs.append(RunPlan(names, "network", path.explanation + note, steps))
         else:
-            runs.append(RunPlan(names, "layer", str(network), steps))
+            runs.append(RunPlan(names, "layer", str(network) + note, steps))
     return Plan(rows, dtype, precision, gpu, tuple(runs), kept, workspace)
+
+
+def _note(
+    widths: tuple[int, ...],
+    activations: Sequence[Activation],
+    dtype: torch.dtype,
+    precision: str,
+    training: bool,
+    gpu: devices.Device,
+) -> str:
+    """The end of the reason for a network whose reading is not used, as kernels have changed since."""
+    names = {activation.name for activation in activations[:-1] or activations}
+    outdated = len(names) == 1 and is_path_outdated(widths, dtype, precision, names.pop(), training, gpu)
+    return "; it was measured with older kernels, which does not count" if outdated else ""

@@ -41,7 +41,7 @@ from mlp_fused.kernels import (
 from mlp_fused.kernels.devices import DEVICES, Device
 from mlp_fused.kernels.dropout import Dropout
 from mlp_fused.kernels.layer_tiles import choose
-from mlp_fused.kernels.partial_sums import SUM_PARTIALS
+from mlp_fused.kernels.partial_sums import SUM_OF_MANY, SUM_OF_MORE, SUM_PARTIALS
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 # One device an architecture.
@@ -83,7 +83,7 @@ class NetworkCompilation:
     precision: str
     activation: str
     widths: tuple[int, ...]
-    input: str = ""  # of another dtype than the network, and then of the forward in inference alone
+    input: str = ""  # its dtype, and then the forward in inference alone
 
     @property
     def id(self) -> str:
@@ -112,6 +112,9 @@ def networks(full: bool) -> list[NetworkCompilation]:
         for widths, of_input in itertools.product(((64,) * 5, (784, 64, 64, 10)), ("uint8", "float16")):
             if dtype == torch.bfloat16 and (full or (target, len(widths)) == ("NVIDIA H100", 5)):
                 found.append(NetworkCompilation(target, name, precision, "relu", widths, of_input))
+        if dtype == torch.bfloat16 and (full or target == "NVIDIA H100"):  # the tiles of inference
+            for width, activation in ((16, "relu"), (32, "relu"), (64, "relu"), (64, "gelu")):
+                found.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
     return found
 
 
@@ -128,7 +131,7 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
     backwards = set()
     for torch_too in (True, False) if dtype.itemsize == 2 else (False,):
         path = network_path(
-            row.widths, strides, activations, dtype, row.precision, device, training=True, torch_too=torch_too
+            row.widths, strides, activations, dtype, row.precision, device, training=not row.input, torch_too=torch_too
         )
         if isinstance(path, str):
             return [{"id": row.id, "kernel": "layer path", "reason": path}]
@@ -169,7 +172,10 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
         if kind in ("forward", "recompute", "stored", "dgrad"):
             problem = network_tiles.NetworkProblem(kind, path.network.pads, path.network.keeps_z, dtype, row.precision)
             counted = network_tiles.network_shared_memory(problem, tile, device)
-        readings.append({"id": row.id, "kernel": kind, "tile": str(tile), "counted": counted, **reading})
+        threads = 32 * tile.num_warps * tile.programs // device.multiprocessors  # of a multiprocessor
+        readings.append(
+            {"id": row.id, "kernel": kind, "tile": str(tile), "counted": counted, "threads": threads, **reading}
+        )
     return readings
 
 
@@ -213,7 +219,8 @@ def compilations(full: bool) -> list[Compilation]:
             tile = dataclasses.replace(choose(Problem(kind, m, n, k, torch.bfloat16, aligned=False), device), split=1)
             activation = "identity" if kind == "wgrad" else "gelu"
             found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(1, 1)))
-        found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", SUM_PARTIALS))
+        for tile in (SUM_PARTIALS, SUM_OF_MORE, SUM_OF_MANY):
+            found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", tile))
     return list(dict.fromkeys(found))
 
 

@@ -21,8 +21,9 @@ def test_every_flag_of_tune_reaches_its_configuration() -> None:
 
     assert call("tune", run=run) == 0
     flags = "--dims 784 512 10 --dims 4 2 --batch 64 128 --dtype tf32 fp16 --activation gelu --minutes 2.5 --out t.json"
+    flags += " --readings r.json"
     assert call("tune", *flags.split(), run=run) == 0
-    told = TuneConfig(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json")
+    told = TuneConfig(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json", "r.json")
     assert seen == [TuneConfig(), told]
     for field in dataclasses.fields(TuneConfig):
         assert "--" + field.name in flags
@@ -50,6 +51,10 @@ TUNE_MISTAKES = {
     "batch without dims": (("--batch", "4"), "--batch is of networks that --dims gives"),
     "dtype": (("--dims", "4", "2", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
     "minutes": (("--minutes", "-1"), "--minutes is -1.0; it needs to be a finite number above 0"),
+    "one file for both": (
+        ("--out", "t", "--readings", "t"),
+        "--readings is t, as --out is; it needs to be another file",
+    ),
     "no such flag": (("--minute", "1"), "unrecognized arguments: --minute 1"),
 }
 

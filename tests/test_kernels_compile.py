@@ -150,6 +150,8 @@ def network_holds(row: NetworkCompilation, readings: list[dict[str, Any]]) -> No
             continue  # its registers and instructions are reported, not bounded
         widest = max(row.widths[1:] if row.widths[0] > 256 else row.widths)
         assert found["spills"] <= spill_limit(row, found["kernel"], widest), found
+        if row.target == "NVIDIA H100" and row.input == row.dtype:
+            assert -(-found["registers"] // 8) * 8 * found["threads"] <= 65536, found  # all programs at a time
         in_one_pass = found["kernel"] in ("recompute", "stored")
         if row.target == "NVIDIA H100" and in_one_pass and widest >= 64:
             # Sums of rows by 16 rows of ones are mma. Where products are serialised, each wgmma is waited for.

@@ -38,8 +38,8 @@ AREAS: dict[str, tuple[str, ...]] = {
     "bench": ("bench",),
 }  # fmt: skip
 ENGINE = (
-    "settings", "recognize", "originals", "table_files", "tables", "torch_products", "schedule", "layer_steps",
-    "layer_path", "network_path", "autograd", "paths", "calls", "ops", "runs",
+    "settings", "recognize", "originals", "table_files", "row_kernels", "tables", "torch_products", "schedule",
+    "layer_steps", "layer_path", "network_path", "autograd", "paths", "calls", "ops", "runs",
 )  # fmt: skip
 LONGEST = 600
 LONGER = {"kernels/activations.py": "the table of activations, each with its two kernels and its twin"}

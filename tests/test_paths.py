@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mlp_fused import ACTIVATIONS, FusedMLP, explain
 from mlp_fused.engine import network_path, paths, settings, table_files, tables
 from mlp_fused.engine.autograd import saved_bytes
+from mlp_fused.engine.row_kernels import stamped
 from mlp_fused.engine.schedule import Step
 from mlp_fused.kernels import devices, layer_tiles, network_tiles, tile_config
 from mlp_fused.kernels.activations import IDENTITY
@@ -163,7 +164,11 @@ def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: s
     inference = network(widths, activation, training=False)
     assert isinstance(inference, network_path.NetworkPath)
     assert inference.formulation is None
-    assert inference.forward_tile == path.forward_tile
+    for which, stores in ((path, formulation == "stored"), (inference, False)):
+        problem = network_tiles.NetworkProblem(
+            "forward", which.network.pads, which.network.keeps_z, torch.bfloat16, stores=stores
+        )
+        assert which.forward_tile == network_tiles.network_tile(problem, H200)
 
 
 def form(path: network_path.NetworkPath | str) -> str:
@@ -248,7 +253,7 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
     }  # fmt: skip
 
     def row(width: int, path: str, training: bool = True, rows: int = 4096) -> table_files.Network:
-        return table_files.Network((width,) * 5, rows, "bfloat16", "ieee", "relu", training, path, {path: 1.0})
+        return stamped(table_files.Network((width,) * 5, rows, "bfloat16", "ieee", "relu", training, path, {path: 1.0}))
 
     rows = (
         row(32, "recompute"), row(32, "stored", rows=8192), row(16, "layer"), row(16, "layer", training=False),
@@ -288,7 +293,8 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
         table_files.Gemm("forward", 64, 300, 300, "float32", "ieee", "relu", None, 2.0, 1.0),
         table_files.Gemm("forward", 64, 20, 300, "float32", "ieee", "identity", tile, 1.0, 2.0),
     ]
-    table = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, tuple(gemms), tuple(networks))
+    rows = tuple(map(stamped, gemms)), tuple(map(stamped, networks))
+    table = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", VERSIONS, *rows)
     table_files.write(tables.user_path(device.name), table)
     paths.forget_tables()
     monkeypatch.setattr(paths, "why_device", lambda device, backend: None)

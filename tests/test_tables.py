@@ -15,54 +15,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from table_rows import FORWARD, H200, NARROW, OTHER, TILE, VERSIONS, estimated, install, problem, table
 
 import mlp_fused
 from mlp_fused.engine import paths, table_files, tables
+from mlp_fused.engine.row_kernels import is_outdated
 from mlp_fused.engine.table_files import Gemm, Network, Table
 from mlp_fused.kernels import layer_tiles
-from mlp_fused.kernels.devices import DEVICES, Device
+from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 
-H200 = DEVICES["NVIDIA H200"]
 DATA = Path(__file__).with_name("data") / "h100"
-VERSIONS = {
-    "mlp_fused": "0.1.0",
-    "python": "3.12.1",
-    "torch": "2.13.0",
-    "triton": ".".join(map(str, tables.TRITON_VERSION)) + ".1",
-    "cuda": "13.0",
-    "driver": "5",
-}
-TILE = TileConfig(64, 32, 64, 8, 4, 3, programs=132, descriptors=True)
-OTHER = TileConfig(16, 32, 64, 8, 4, 2)
-FORWARD = Gemm("forward", 1024, 512, 256, "bfloat16", "ieee", "relu", TILE, 0.25, 0.5)
-NARROW = Network((64, 64, 64), 4096, "float16", "ieee", "relu", True, "stored", {"stored": 1.0, "torch": 2.0})
-
-
-def table(*rows: Gemm | Network, device: str = H200.name) -> Table:
-    gemms = tuple(row for row in rows if isinstance(row, Gemm))
-    networks = tuple(row for row in rows if isinstance(row, Network))
-    return Table(device, "2026-01-31T12:00:00+00:00", VERSIONS, gemms, networks)
-
-
-def install(user: Table | None = None, packaged: Table | None = None) -> None:
-    for path, written in ((tables.user_path, user), (tables.packaged_path, packaged)):
-        if written is not None:
-            table_files.write(path(written.device), written)
-    paths.forget_tables()
-
-
-def problem(rows: int = 1024, **others: Any) -> Problem:
-    return dataclasses.replace(FORWARD.problem, m=rows, **others)
-
-
-def estimated(problem: Problem, device: Device = H200) -> TileConfig | None:
-    """The choice for a product that was not measured: a tile, or None for torch's product."""
-    return None if layer_tiles.why_torch(problem, device) else layer_tiles.choose(problem, device)
 
 
 MILLISECONDS = st.floats(1e-6, 1e6)
 WIDTH = st.integers(1, 2**20)
+KERNEL = st.none() | st.just("0123456789abcdef")
 POWERS = st.sampled_from([16, 32, 64, 128, 256])
 
 
@@ -80,7 +48,10 @@ def gemms(draw: st.DrawFn) -> Gemm:
     tile = draw(st.sampled_from([tile, None]))  # type: ignore[assignment]
     ms = draw(MILLISECONDS) if tile else draw(st.none() | MILLISECONDS)
     activation = draw(st.sampled_from([None, "identity", "relu", "gelu"]))
-    return Gemm(kind, draw(WIDTH), draw(WIDTH), draw(WIDTH), dtype, precision, activation, tile, ms, draw(MILLISECONDS))
+    times = ms, draw(MILLISECONDS)
+    return Gemm(
+        kind, draw(WIDTH), draw(WIDTH), draw(WIDTH), dtype, precision, activation, tile, *times, kernel=draw(KERNEL)
+    )
 
 
 @st.composite
@@ -90,7 +61,8 @@ def networks(draw: st.DrawFn) -> Network:
     ms = draw(st.dictionaries(st.sampled_from(paths), MILLISECONDS, min_size=1))
     dtype = draw(st.sampled_from(["float16", "bfloat16", "float32"]))
     widths = tuple(draw(st.lists(WIDTH, min_size=2, max_size=6)))
-    return Network(widths, draw(WIDTH), dtype, "ieee", "gelu", training, draw(st.sampled_from(sorted(ms))), ms)
+    path = draw(st.sampled_from(sorted(ms)))
+    return Network(widths, draw(WIDTH), dtype, "ieee", "gelu", training, path, ms, draw(KERNEL))
 
 
 TABLES = st.builds(
@@ -146,8 +118,8 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
 
 # A change of a good file's content; the sentence after the file's name, a regular expression.
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "schema": (lambda t: t.update(schema=3), "schema is 3; it needs to be 1 or 2"),
-    "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be 1 or 2"),
+    "schema": (lambda t: t.update(schema=4), "schema is 4; it needs to be one of 1, 2, 3"),
+    "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be one of 1, 2, 3"),
     "no gemms": (lambda t: t.pop("gemms"), r"gemms is \[\], which"),
     "arch": (lambda t: t.update(arch=9.0), r"arch is 9\.0, which"),
     "multiprocessors": (lambda t: t.update(multiprocessors=0), "multiprocessors is 0, which"),
@@ -174,6 +146,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no ms": (lambda t: gemm(t, ms=None), r"gemms\[0\]\.ms is null, which"),
     "NaN": (lambda t: gemm(t, torch_ms=float("nan")), r"gemms\[0\]\.torch_ms is NaN, which"),
     "huge": (lambda t: gemm(t, torch_ms=10**400), r"gemms\[0\]\.torch_ms is 10+\.\.\., which"),
+    "kernel": (lambda t: gemm(t, kernel=7), r"gemms\[0\]\.kernel is 7, which"),
+    "network's kernel": (lambda t: net(t, kernel=""), r'networks\[0\]\.kernel is "", which'),
     "twice": (lambda t: t["gemms"].append(t["gemms"][0]), "two of its gemms are about the same problem"),
     "tile": (lambda t: gemm(t, tile=[64]), r"gemms\[0\]\.tile .*not a mapping"),
     "field": (lambda t: tile(t, block_l=16), r"gemms\[0\]\.tile got an unexpected keyword argument 'block_l'"),
@@ -346,11 +320,12 @@ def test_rows_of_schema_1_hold_for_every_activation_that_no_other_row_names(meas
     assert (old.arch, old.multiprocessors) == (None, None)
     assert {row.activation for row in old.gemms if row.kind == "wgrad"} == {"identity"}
     assert {row.activation for row in old.gemms if row.kind != "wgrad"} == {None}
+    assert {row.kernel for row in old.gemms} == {None}
     unnamed = dataclasses.replace(FORWARD, activation=None, tile=OTHER)
     install(table(FORWARD, unnamed))
     assert tables.tile_for(problem(), H200) == TILE
     assert tables.tile_for(problem(activation="gelu"), H200) == OTHER
-    table_files.write(measured / "new.json", old)  # as schema 2, which says that it does not know them
+    table_files.write(measured / "new.json", old)  # as schema 3, which says that it does not know them
     assert table_files.read(measured / "new.json") == old
 
 
@@ -393,6 +368,8 @@ def test_the_packaged_tables_hold(measured: Path, monkeypatch: pytest.MonkeyPatc
         device = dataclasses.replace(like, name=packaged.device)
         for row in packaged.gemms:
             same_triton = packaged.versions["triton"].startswith(".".join(map(str, tables.TRITON_VERSION)))
+            if is_outdated(row):
+                continue
             if row.tile is None or same_triton or row.tile in layer_tiles.candidates(row.problem, device):
                 assert tables.choice_for(row.problem, device) == tables.Choice(row.tile, f"measured on {device.name}")
 
@@ -418,7 +395,7 @@ def test_merging_keeps_what_was_not_measured_again() -> None:
     old = table(FORWARD, other, NARROW)
     new = dataclasses.replace(table(again), date="2027-01-01T00:00:00+00:00")
     merged = tables.merge(old, new)
-    assert merged == dataclasses.replace(new, gemms=(again, other), networks=(NARROW,))
+    assert merged == dataclasses.replace(new, gemms=table(again, other).gemms, networks=table(NARROW).networks)
     with pytest.raises(ValueError, match="measured on NVIDIA H200; it needs to be of NVIDIA H100"):
         tables.merge(old, table(device="NVIDIA H100"))
 

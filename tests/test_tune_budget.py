@@ -120,11 +120,11 @@ class Model(Compilers):
     BOOT = 8.0  # seconds until a process is there
     TILE, PATH = 2.0, 8.0  # of compiling a product by a tile, a network's path
     LAYER = 3.0  # of compiling what a path of layers needs beside its products' kernels
-    READING = 0.12  # seconds of a reading, and of making and checking what is read
 
     def __init__(self) -> None:
         super().__init__(compile_ahead.compile_ahead, DEVICES["NVIDIA H200"], None, 0)
         self.now = 0.0
+        self.reading = 0.0  # seconds of a reading, and of making and checking what is read
         self.free = [self.BOOT] * 14
         self.queue: dict[Any, Any] = {}
         self.done: dict[Any, float] = {}
@@ -156,7 +156,7 @@ class Model(Compilers):
         return None
 
     def read(self, call: Callable[[], object]) -> float:
-        self.now += self.READING
+        self.now += self.reading
         return 1e-3
 
 
@@ -195,8 +195,11 @@ def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
 
     model, device = Model(), DEVICES["NVIDIA H200"]
     empty = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
-    fast = tuner.Tuner(CPU, device, model.read, lambda: model.now, model, empty, empty, NoOperands, NoPasses)
+    fast = tuner.Tuner(
+        CPU, device, model.read, lambda: model.now, model, empty, lambda rows: empty, NoOperands, NoPasses
+    )
     asked = list_tasks(Config().workloads, device)
+    model.reading = tuner.AROUND_READING + tuner.reading_seconds(seconds, sum(map(fast.count_readings, asked)))
     fast.measure(asked, seconds)
     assert model.now < seconds + Model.PATH
     parts: dict[str, list[tuple[int, float]]] = {}
@@ -215,6 +218,19 @@ def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
         part: (len(each), *(sum(column) / len(each) for column in zip(*each)))  # type: ignore[misc]
         for part, each in parts.items()
     }
+
+
+def test_in_three_minutes_every_problem_of_the_grid_has_readings() -> None:
+    """`bench/gpu.py --minutes 10 --tests-share 0 --tune-share 0.66` gives the tuner so much beside all anchors."""
+    parts = shares(180)
+    assert all(reached == 1 for _, reached, _ in parts.values())
+    assert parts["anchors"][2] == 1  # every candidate
+    assert parts["networks"][2] == 1  # every path
+
+
+@pytest.mark.parametrize(("seconds", "readings", "each"), [(10, 1000, 0.01), (100, 1000, 0.03), (3600, 1000, 0.05)])
+def test_a_reading_is_shorter_where_time_is_short(seconds: float, readings: int, each: float) -> None:
+    assert tuner.reading_seconds(seconds, readings) == pytest.approx(each)
 
 
 def test_what_eight_minutes_of_a_gpu_are_spent_on() -> None:

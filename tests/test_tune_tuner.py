@@ -34,6 +34,7 @@ from simulated_tuning import (
 from mlp_fused import timing
 from mlp_fused.engine import network_path, paths, table_files, tables
 from mlp_fused.engine.recognize import resolve
+from mlp_fused.engine.row_kernels import is_outdated
 from mlp_fused.environment import DISTORTING
 from mlp_fused.errors import UserError
 from mlp_fused.kernels.devices import INTERPRETED_DEVICE
@@ -58,6 +59,7 @@ def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> Non
         assert (row.tile, row.ms, row.torch_ms) == (FAST, pytest.approx(1), pytest.approx(3))
         assert tables.tile_for(row.problem, INTERPRETED_DEVICE) == FAST
     assert clock.timed == ["torch", SLOW, FAST] * PRODUCTS
+    assert not any(map(is_outdated, table.rows))
     assert table_files.read(path()) == table
     assert table.device == INTERPRETED_DEVICE.name
     assert set(table.versions) == {"mlp_fused", "python", "torch", "triton", "cuda", "driver"}
@@ -232,6 +234,19 @@ def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> N
         assert table.versions == now
         assert sentence in said
         assert ("dropped" in said) == bool(sentence)
+
+
+def test_a_row_of_an_older_kernel_is_measured_again_before_those_of_todays(clock: Clock, measured: Path) -> None:
+    table, _ = run(clock)
+    *others, last = table.gemms
+    older = dataclasses.replace(last, kernel="0" * 16)
+    table_files.write(path(), dataclasses.replace(table, gemms=(*others, older)))
+    clock.each = 10.0
+    clock.timed.clear()
+    table, said = run(clock, dataclasses.replace(DIMS, minutes=0.5))
+    assert "the first of them" in said
+    assert not is_outdated(table.gemms[-1])
+    assert table.gemms[-1].key == last.key
 
 
 def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

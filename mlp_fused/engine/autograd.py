@@ -334,6 +334,15 @@ def dropped(h: Tensor, factors: Tensor | None) -> Tensor:
     return h if factors is None else (h * factors).to(h.dtype)
 
 
+def activated(z: Tensor, activation: Activation) -> Tensor:
+    """a(z), differentiable twice: torch differentiates some activations once only."""
+    if activation.reference_backward is None:
+        return activation(z)
+    with torch.no_grad():
+        h = activation(z)
+    return _FromOutput.call(z, h, activation, None)
+
+
 def differentiable_section(
     ctx: Any,
     section: Section,
@@ -357,7 +366,7 @@ def differentiable_section(
             return edge  # where nothing below wants a gradient, the edge is h
         if first.below_keeps_z:
             return dropped(first.below(edge), left)
-        return _OutputOf.apply(edge, first.below, left)
+        return _FromOutput.call(edge, edge.detach(), first.below, left)
 
     activations = [spec.activation for spec in specs]
     if not section.is_last:  # dy is the gradient of the last layer's z
@@ -392,27 +401,27 @@ def differentiable_backward(
         h = (given[0] if output_below is None else output_below(given[0])).to(dtype)
         cast: list[Any] = [None if each is None else each.to(dtype) for each in given[1:]]
         for weight, bias, activation, left in zip(cast, cast[layers:], activations, factors):
-            h = dropped(activation(F.linear(h, weight, bias)), left)
+            h = dropped(activated(F.linear(h, weight, bias), activation), left)
         inputs = [each for each, want in zip(given, wanted) if want]
         gradients = iter(torch.autograd.grad(h, inputs, dy, create_graph=True))
     dx, *found = [next(gradients) if want else None for want in wanted]
     return dx, found
 
 
-class _OutputOf(torch.autograd.Function):
-    """h as a function of z, evaluated at an edge on which h stands for z: h -> h, with derivative a'(z) read off h.
+class _FromOutput(PlainFunction):
+    """(z, h) -> h = a(z) as Dropout left it, with the derivative a'(z) that is read off h.
 
-    `left` is what Dropout has multiplied h by, or None.
+    `left` is what Dropout has multiplied h by, or None. Where an edge stands for z and is h, both are the edge.
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, activation: Activation, left: Tensor | None) -> Tensor:
+    def forward(ctx: Any, z: Tensor, h: Tensor, activation: Activation, left: Tensor | None) -> Tensor:
         output = h.clone()
         save(ctx, (), output, left)
         ctx.activation = activation
         return output
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None, None]:
         _, (h, left) = restore(ctx)
-        return ctx.activation.reference_backward(dropped(dh, left), h, *ctx.activation.values), None, None
+        return ctx.activation.reference_backward(dropped(dh, left), h, *ctx.activation.values), None, None, None

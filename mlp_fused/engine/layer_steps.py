@@ -23,7 +23,7 @@ from ..kernels.devices import Device
 from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad_products, wgrad_sums
 from ..kernels.layer_forward import layer_forward, pointwise
-from ..kernels.partial_sums import Partial, sum_partials, sum_partials_tile
+from ..kernels.partial_sums import Partial, sum_partials, sum_tile
 from ..kernels.tile_config import Kind, Problem
 from . import tables
 from .schedule import Layers, Schedule, Writer
@@ -242,7 +242,7 @@ def add_sums(
 ) -> None:
     """Add partial sums of gradients, in a fixed order. The step that makes them counts the gradients' bytes."""
     operands, moved = {"partial": whole, "sums": totals}, {"partial": whole}
-    run, choice = partial(sum_partials, starts=starts), tables.Choice(sum_partials_tile(sums.splits), "")
+    run, choice = partial(sum_partials, starts=starts), tables.Choice(sum_tile(sums.splits, sums.columns), "")
     writer.add("sum_partials", layers, operands, ("sums",), run, choice=choice, moved=moved)
 
 

@@ -332,15 +332,15 @@ def network_path(
         return "Dropout is fused layer by layer"
     network = network_of(widths, strides, activations, dtype, precision)
 
-    def problem(kind: network_tiles.NetworkKind) -> network_tiles.NetworkProblem:
-        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision, input_size)
+    def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:
+        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, precision, input_size, stores)
 
-    def tile(kind: network_tiles.NetworkKind) -> TileConfig | str:
-        return network_tiles.network_tile(problem(kind), device)
+    def tile(kind: network_tiles.NetworkKind, stores: bool = False) -> TileConfig | str:
+        return network_tiles.network_tile(problem(kind, stores), device)
 
-    forward = tile("forward")
-    if isinstance(forward, str):
-        return forward
+    forward, storing = tile("forward"), tile("forward", stores=True)
+    if isinstance(forward, str) or isinstance(storing, str):
+        return str(storing)
     wgrad = network_tiles.network_wgrad_tile(dtype, precision, device)
     measured = None
     if recompute is None:
@@ -365,12 +365,12 @@ def network_path(
     if isinstance(chain, str):
         return f"its backward does not fit: {chain}"
     if recompute:
-        return NetworkPath(network, forward, "replay", "the user asks for it", chain, wgrad, groups)
+        return NetworkPath(network, storing, "replay", "the user asks for it", chain, wgrad, groups)
     if recompute is False:
         reason = "the user asks for it"
     else:
         reason = one_pass if isinstance(one_pass, str) else f"it is {AS_MEASURED}"
-    return NetworkPath(network, forward, "stored", reason, chain, wgrad, groups)
+    return NetworkPath(network, storing, "stored", reason, chain, wgrad, groups)
 
 
 def find_path(

@@ -270,7 +270,7 @@ class Schedule:
 
     def _remember(self) -> None:
         """Replay the steps from now on: compiled kernels by their pointers, the others as they are."""
-        if any(launch is not None and launch.run is None for launch in self._launches):
+        if any(launch is not None and launch.programs and launch.run is None for launch in self._launches):
             return  # one has only been compiled ahead, or is interpreted
         places = range(len(self.steps))
         replays = self._replays = list(map(self._replay_of, places))
@@ -285,7 +285,7 @@ class Schedule:
         """One step again. Where memory may be misaligned, its own memory tells whether the launch serves."""
         again = functools.partial(self._run_step, place)
         launch = self._launches[place]
-        if launch is None:
+        if launch is None or launch.run is None:
             return again
         program = self._program([place])
         return program if self.is_aligned else functools.partial(_replay_if_aligned, program, again)

@@ -1,15 +1,16 @@
-"""Files of measured tables: their format, and reading and writing them.
+"""Files of measured tables and of readings: their format, and reading and writing them.
 
 A file is one JSON object, one row a line:
 
-    {"schema": 2, "device": "NVIDIA H200", "arch": 90, "multiprocessors": 132, "date": "2026-01-31T12:00:00+00:00",
+    {"schema": 3, "device": "NVIDIA H200", "arch": 90, "multiprocessors": 132, "date": "2026-01-31T12:00:00+00:00",
      "versions": {"mlp_fused", "python", "torch", "triton", "cuda" or "hip", "driver": each a text},
      "gemms": [
       {"kind": "forward", "rows": 8192, "width_out": 4096, "width_in": 1024, "dtype": "bfloat16", "precision": "ieee",
-       "activation": "gelu", "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13}, …],
+       "activation": "gelu", "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13, "kernel": "0f1e…"}, …],
      "networks": [
       {"widths": [64, 64, 64], "rows": 1048576, "dtype": "float16", "precision": "ieee", "activation": "relu",
-       "training": true, "path": "recompute", "ms": {"recompute": 1.1, "stored": 1.4, "layer": 2.0, "torch": 3.0}}, …]}
+       "training": true, "path": "recompute", "ms": {"recompute": 1.1, "stored": 1.4, "layer": 2.0, "torch": 3.0},
+       "kernel": "2d3c…"}, …]}
 
 arch        as in `Device`: 90, "gfx942"
 kind        "forward", "dgrad" or "wgrad"
@@ -20,6 +21,12 @@ tile        the fields of `TileConfig` that are not at their defaults; null wher
 ms          milliseconds of our fastest tile, null where none ran; torch_ms torch's
 path        what was fastest: "recompute", "stored", "layer" or "torch" in training, "network", "layer" or "torch" in
             inference; the milliseconds of each that was measured are in ms
+kernel      the digest of the sources of the kernels that were measured (row_kernels.py); null where it is not known, as
+            in files of schema 1 and 2
+
+A file of readings (`mlp-fused tune --readings FILE`) has `"readings": true` after its schema and is otherwise the same,
+but that its products have a row for each tile that was measured, whether faster than torch or not: `tile` is that tile,
+`ms` its time. A product of which no tile ran has one row without a tile. `bench.fit` reads both; only tables decide.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,10 +47,10 @@ from ..kernels import tile_config
 from ..kernels.devices import Device, device_slug
 from ..kernels.tile_config import Problem, TileConfig
 
-__all__ = ["Gemm", "Network", "Table", "read", "write"]
+__all__ = ["Gemm", "Network", "Table", "fastest", "identity", "read", "write"]
 
-SCHEMA = 2
-READABLE = (1, 2)
+SCHEMA = 3
+READABLE = (1, 2, 3)
 KINDS = ("forward", "dgrad", "wgrad")
 TRAINING_PATHS = ("recompute", "stored", "layer", "torch")
 INFERENCE_PATHS = ("network", "layer", "torch")
@@ -68,6 +75,7 @@ class Gemm:
     tile: TileConfig | None
     ms: float | None
     torch_ms: float
+    kernel: str | None = None  # the digest of the kernel's source
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -99,6 +107,7 @@ class Network:
     training: bool  # forward and backward; else inference
     path: str
     ms: Mapping[str, float]
+    kernel: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -117,6 +126,12 @@ class Table:
     networks: tuple[Network, ...] = ()
     arch: int | str | None = None  # None: of schema 1
     multiprocessors: int | None = None
+    readings: bool = False  # whether products have a row for each tile that was measured, not the fastest alone
+
+    @property
+    def rows(self) -> tuple[Gemm | Network, ...]:
+        """All rows."""
+        return (*self.gemms, *self.networks)
 
     def is_related(self, device: Device) -> bool:
         """True if the tiles of this table hold for a device: another one of the same architecture and size."""
@@ -129,6 +144,24 @@ class Table:
 DEFAULTS = {
     field.name: 0 if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(TileConfig)
 }
+
+
+def identity(row: Gemm | Network, table: Table) -> tuple[Any, ...]:
+    """The key that tells a row of a table from its others: among readings, a product's tile too."""
+    return (*row.key, row.tile) if table.readings and isinstance(row, Gemm) else row.key
+
+
+def fastest(readings: Iterable[Gemm]) -> tuple[Gemm, ...]:
+    """The rows of a table from those of readings: of each product its fastest tile, or torch."""
+    best: dict[tuple[Any, ...], Gemm] = {}
+    for row in readings:
+        known = best.get(row.key)
+        if known is None or (row.ms is not None and (known.ms is None or row.ms < known.ms)):
+            best[row.key] = row
+    return tuple(
+        dataclasses.replace(row, tile=None) if row.ms is not None and row.ms >= row.torch_ms else row
+        for row in best.values()
+    )
 
 
 def write(path: Path, table: Table) -> None:
@@ -148,7 +181,8 @@ def write(path: Path, table: Table) -> None:
 
 
 def _text(table: Table) -> str:
-    head = {"schema": SCHEMA, "device": table.device, "arch": table.arch, "multiprocessors": table.multiprocessors}
+    head: dict[str, Any] = {"schema": SCHEMA, **({"readings": True} if table.readings else {})}
+    head |= {"device": table.device, "arch": table.arch, "multiprocessors": table.multiprocessors}
     head |= {"date": table.date, "versions": dict(table.versions)}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     for name, rows in (("gemms", table.gemms), ("networks", table.networks)):
@@ -194,7 +228,7 @@ def _parse(content: Any) -> Table:
         raise ValueError("it is not an object")
     schema = content.get("schema")
     if type(schema) is not int or schema not in READABLE:
-        raise ValueError(f"schema is {_shown(schema)}; it needs to be {' or '.join(map(str, READABLE))}")
+        raise ValueError(f"schema is {_shown(schema)}; it needs to be one of {', '.join(map(str, READABLE))}")
     content = {name: value for name, value in content.items() if name != "schema"}
     if schema == 1:
         content |= {"arch": None, "multiprocessors": None}
@@ -210,13 +244,14 @@ def _parse(content: Any) -> Table:
         and {*VERSIONS} <= table.versions.keys() <= {*VERSIONS, *TOOLKITS}
         and len(table.versions) == len(VERSIONS) + 1
         and all(map(_is_text, table.versions.values())),
+        readings=type(table.readings) is bool,
         gemms=isinstance(table.gemms, list),
         networks=isinstance(table.networks, list),
     )
     gemms = [_gemm(f"gemms[{index}]", row, schema) for index, row in enumerate(table.gemms)]
     networks = [_network(f"networks[{index}]", row) for index, row in enumerate(table.networks)]
-    for name, rows in (("gemms", gemms), ("networks", networks)):
-        if len({row.key for row in rows}) < len(rows):
+    for name, keys in (("gemms", [identity(row, table) for row in gemms]), ("networks", [row.key for row in networks])):
+        if len(set(keys)) < len(keys):
             raise ValueError(f"two of its {name} are about the same problem")
     return dataclasses.replace(table, gemms=tuple(gemms), networks=tuple(networks))
 
@@ -282,6 +317,7 @@ def _arithmetic(row: Gemm | Network) -> dict[str, bool]:
         "rows": _is_count(row.rows),
         "dtype": row.dtype in map(dtype_name, DTYPES.values()),
         "precision": row.precision in precisions,
+        "kernel": row.kernel is None or _is_text(row.kernel),
     }
 
 

@@ -14,6 +14,9 @@ A related GPU has the same architecture and as many multiprocessors (H100 and H2
 where a product has more than `COMPUTE_BOUND` FLOPs a byte so does its choice between torch and a tile. Below, bandwidth
 decides, and the estimate knows this GPU's. Milliseconds are never carried from one GPU to another.
 
+A row says which kernels were measured (row_kernels.py). A row of kernels that have changed since then holds no more,
+unless it is for torch: the estimate decides, and the choice's source says so.
+
 Under another Triton (by its first two numbers) than `versions` has, what was faster is still the best guess, but a tile
 may spill or not compile: of the tiles only those hold that are among `layer_tiles.candidates` here. The logger
 `mlp_fused` says so once: a warning for the user's own table, which `mlp-fused tune` measures again, INFO for the
@@ -30,7 +33,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -39,10 +42,12 @@ from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.devices import Device
 from ..kernels.language import HAS_TRITON, TRITON_VERSION
 from ..kernels.tile_config import Problem, TileConfig
+from .row_kernels import holds, is_outdated
 from .table_files import (
     Gemm,
     Network,
     Table,
+    identity,
     read,
 )
 
@@ -51,6 +56,7 @@ __all__ = [
     "asked_first",
     "choice_for",
     "forget",
+    "is_path_outdated",
     "measured",
     "merge",
     "packaged_path",
@@ -65,6 +71,7 @@ logger = logging.getLogger("mlp_fused")
 PACKAGED = Path(layer_tiles.__file__).parent / "tuned"
 FARTHEST = 2  # a row holds for so many times its rows, and for so small a part of them
 COMPUTE_BOUND = 200  # FLOPs a byte of a product from which a related GPU's choice holds
+WITH_OLDER = "with an older kernel"
 
 
 @dataclass(frozen=True)
@@ -91,26 +98,39 @@ def choice_for(problem: Problem, device: Device) -> Choice:
     """
     for table in measured(device):
         if row := _row_for(problem, table, device):
-            return Choice(row.tile, f"measured on {table.device}")
+            return Choice(row.tile, f"measured on {table.device}{_with(row)}")
     reason = layer_tiles.why_torch(problem, device)
     for table in related(device):
         if row := _row_for(problem, table, device):
             if _flops_a_byte(problem) > COMPUTE_BOUND:
-                return Choice(row.tile, f"measured on {table.device}")
+                return Choice(row.tile, f"measured on {table.device}{_with(row)}")
             if reason is None and row.tile is not None:
                 return Choice(row.tile, f"tile measured on {table.device}")
             break
-    return Choice(None if reason else layer_tiles.choose(problem, device), reason or "estimated")
+    source = reason or "estimated"
+    for table in measured(device):
+        if _row_for(problem, table, device, outdated=True):
+            source += f"; measured on {table.device} {WITH_OLDER}"
+            break
+    return Choice(None if reason else layer_tiles.choose(problem, device), source)
 
 
-def _row_for(problem: Problem, table: Table, device: Device) -> Gemm | None:
-    """The row of a table that holds for a problem: of its activation, else of one that is not named."""
+def _with(row: Gemm) -> str:
+    return f" {WITH_OLDER}" if is_outdated(row) else ""
+
+
+def _row_for(problem: Problem, table: Table, device: Device, outdated: bool = False) -> Gemm | None:
+    """The row of a table that holds for a problem: of its activation, else of one that is not named.
+
+    With `outdated`, the row that would hold if its kernel had not changed.
+    """
     width_out, width_in = problem.widths
     wanted = (problem.kind, width_out, width_in, dtype_name(problem.dtype), problem.precision)
     rows = [
         row
         for row in table.gemms
         if (row.kind, row.width_out, row.width_in, row.dtype, row.precision) == wanted
+        and holds(row) != outdated
         and (problem.aligned or row.tile is None or not row.tile.descriptors)
         and (row.tile is None or _is_of_this_triton(table) or row.tile in _known(row, problem.aligned, device))
     ]
@@ -144,16 +164,31 @@ def path_for(
     """
     wanted = (widths, dtype_name(dtype), precision, activation, training)
     for table in measured(device):
-        found = [
-            row
-            for row in table.networks
-            if (row.widths, row.dtype, row.precision, row.activation, row.training) == wanted
-        ]
+        found = [row for row in _networks(table, *wanted) if holds(row)]
         if rows is None and found:
             return max(found, key=lambda row: row.rows).path
         if rows is not None and (nearest := _nearest(found, rows)):
             return nearest.path
     return None
+
+
+def is_path_outdated(
+    widths: tuple[int, ...], dtype: torch.dtype, precision: str, activation: str, training: bool, device: Device
+) -> bool:
+    """True if a network's paths were measured, and all of it with kernels that have changed since."""
+    wanted = (widths, dtype_name(dtype), precision, activation, training)
+    rows = [row for table in measured(device) for row in _networks(table, *wanted)]
+    return bool(rows) and not any(map(holds, rows))
+
+
+def _networks(
+    table: Table, widths: tuple[int, ...], dtype: str, precision: str, activation: str, training: bool
+) -> list[Network]:
+    """A table's rows of one network, of any batch."""
+    wanted = (widths, dtype, precision, activation, training)
+    return [
+        row for row in table.networks if (row.widths, row.dtype, row.precision, row.activation, row.training) == wanted
+    ]
 
 
 def _nearest(measured: Iterable[Row], rows: int) -> Row | None:
@@ -198,7 +233,7 @@ def related(device: Device) -> tuple[Table, ...]:
             table = read(path)
         except ValueError:  # of which `measured` warns on its own GPU
             continue
-        if table.is_related(device):
+        if table.is_related(device) and not table.readings:
             tables.append(table)
     return tuple(tables)
 
@@ -231,8 +266,15 @@ def measured(device: Device) -> tuple[Table, ...]:
 
 def _fitting(path: Path, table: Table, device: Device, level: int) -> Table:
     """The table without the tiles that the device cannot run. Raises ValueError where it is another device's."""
+    if table.readings:
+        raise ValueError(f"{path} has readings of every tile; it needs to be a table, as `mlp-fused tune --out` writes")
     if devices.device_slug(table.device) != devices.device_slug(device.name):
         raise ValueError(f"{path} was measured on {table.device}; it needs to be of {device.name}")
+    outdated = sum(not holds(row) for row in table.rows)
+    if outdated:
+        rows = "one row was" if outdated == 1 else f"{outdated} rows were"
+        unused = f"{rows} measured with older kernels, and not used"
+        logger.log(level, "%s: %s; `mlp-fused tune` measures anew", path, unused)
     whys = [_why_unfit(row, device) for row in table.gemms]
     unfit = [f"gemms[{index}].tile {why}" for index, why in enumerate(whys) if why is not None]
     if unfit:
@@ -281,14 +323,6 @@ def merge(old: Table, new: Table) -> Table:
     """
     if old.device != new.device:
         raise ValueError(f"the old table was measured on {old.device}; it needs to be of {new.device}")
-    return dataclasses.replace(
-        new, gemms=_latest((*old.gemms, *new.gemms)), networks=_latest((*old.networks, *new.networks))
-    )
-
-
-def _latest(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The last one of rows about the same problem, in the place of the first."""
-    latest: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        latest[row.key] = row
-    return tuple(latest.values())
+    gemms = {identity(row, new): row for row in (*old.gemms, *new.gemms)}
+    networks = {row.key: row for row in (*old.networks, *new.networks)}
+    return dataclasses.replace(new, gemms=tuple(gemms.values()), networks=tuple(networks.values()))

@@ -59,6 +59,12 @@ class Config:
         metavar="FILE",
         help="the table to write, or to add to (default: your own, ~/.cache/mlp_fused/<gpu>.json, which is read)",
     )
+    readings: str | None = option(
+        None,
+        metavar="FILE",
+        help="also write the time of every tile and path that is measured, not of the fastest alone, or add them to "
+        "those in FILE (default: none are kept)",
+    )
 
     def __post_init__(self) -> None:
         given: Any = self.dims
@@ -74,6 +80,8 @@ class Config:
                 )
         if self.batch is not None and (not self.batch or min(self.batch) < 1):
             raise UserError(f"--batch is {shown(self.batch)}; it needs to be 1 or more")
+        if self.readings is not None and self.readings == self.out:
+            raise UserError(f"--readings is {self.readings}, as --out is; it needs to be another file")
         if not 0 < self.minutes < math.inf:
             raise UserError(f"--minutes is {self.minutes}; it needs to be a finite number above 0")
         try:

@@ -9,13 +9,13 @@ more memory than L2 holds, random numbers in them. The measuring process compile
 little otherwise: the kernels are compiled ahead by others (compiling.py).
 
 The time is shared by how many readings each problem should have: all of its candidates in an anchor, the first `FEW` of
-all others; what one leaves is for those after it. So there is time for candidates beyond those few where all of them
+all others; what one leaves is for those after it. Where that is more than there is time for, each is timed for less
+long. So there is time for candidates beyond those few where all of them
 have had theirs, and where time is short the anchors come first, by `ANCHOR_WEIGHT`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import itertools
@@ -23,7 +23,6 @@ import math
 import statistics
 import time as times
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,9 @@ from torch import Tensor
 from ..agreement import BOUNDS, relative_error
 from ..compiling import Compilers, NotYetError, count_workers
 from ..engine import paths, table_files, tables
+from ..engine.row_kernels import is_outdated, stamped
 from ..environment import distorted, versions
 from ..errors import UserError, first_line
-from ..files import check_writable
 from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.language import driver
 from ..progress import progress
@@ -43,12 +42,16 @@ from ..timing import Timed, between_events
 from .compile_ahead import PathWork, TileWork, compile_ahead
 from .config import Config
 from .operands import Operands, Passes, float32_set_to
+from .output import Output
 from .tasks import Product, Row, Task, Whole, list_tasks, network_paths
 
 __all__ = ["tune"]
 
 FEW = 4  # candidates of a product that every one should have measured
 ANCHOR_WEIGHT = 16  # of a reading of an anchor
+NETWORK_WEIGHT = 1.7  # of a reading of a network, where no path is left out for want of time, as a product's tiles are
+SHORTEST_READING, LONGEST_READING = 0.01, 0.05  # seconds that are timed for one number
+AROUND_READING = 0.07  # seconds of loading a kernel, and of making and checking what is read
 
 
 Clock = Callable[[Callable[[], object]], float]  # seconds that one call takes
@@ -69,13 +72,14 @@ class Tuner:
         now: seconds of a clock that the time limit goes by.
         compilers: what compiles ahead.
         old: what was measured before.
-        new: a table without rows, for what is measured now.
+        table: returns the table of what was measured now, from its rows, beside what was measured before.
         operands, passes: make the tensors of a product, and of a network.
         candidates: the tiles for a problem on `gpu`, the likeliest first.
         synchronize: waits for the device, and raises RuntimeError if it is broken.
 
     Attributes:
-        rows: what was measured.
+        rows: what was measured: of each problem the fastest.
+        readings: the same, with a row for each tile of a product that was measured.
         notes: what was left out and why, a sentence each.
         doing: what runs on the device, or ran last.
     """
@@ -88,7 +92,7 @@ class Tuner:
         now: Callable[[], float],
         compilers: Compilers,
         old: table_files.Table,
-        new: table_files.Table,
+        table: Callable[[list[Row]], table_files.Table],
         operands: Callable[..., Operands] = Operands,
         passes: Callable[..., Passes] = Passes,
         candidates: Callable[..., Sequence[tile_config.TileConfig]] = layer_tiles.candidates,
@@ -102,19 +106,12 @@ class Tuner:
         self.operands, self.passes = operands, passes
         self.candidates, self.synchronize = candidates, synchronize
         self.old = {row.key: row for row in old.gemms}
-        self.tables = old, new
+        self.table = table
         self.rows: list[Row] = []
+        self.readings: list[Row] = []
         self.notes: list[str] = []
         self.doing = ""
         self.deadline = math.inf
-
-    @property
-    def table(self) -> table_files.Table:
-        """All rows: what was measured now, and of what was there before the rest."""
-        old, new = self.tables
-        gemms = tuple(row for row in self.rows if isinstance(row, table_files.Gemm))
-        networks = tuple(row for row in self.rows if isinstance(row, table_files.Network))
-        return tables.merge(old, replace(new, gemms=gemms, networks=networks))
 
     def measure(self, tasks: Sequence[Task], seconds: float, keep: Callable[[], object] = lambda: None) -> None:
         """As many tasks as there is time for; each may take its part of what is left, and is followed by `keep`.
@@ -129,7 +126,7 @@ class Tuner:
             left = self.deadline - self.now()
             rest = sum(weight for weight, later in zip(weights[index:], tasks[index:]) if later.known == task.known)
             if isinstance(task, Whole) and (index == 0 or isinstance(tasks[index - 1], Product)):
-                self._ask_paths(tasks[index:], self.table)
+                self._ask_paths(tasks[index:], self.table(self.rows))
             self.doing = str(task)
             try:
                 if left <= 0:
@@ -139,6 +136,7 @@ class Tuner:
                         self.rows.append(self._product(task, self.now() + left * weights[index] / rest))
                     else:
                         self.rows.append(self._network(task))
+                        self.readings.append(self.rows[-1])
                 keep()
             except NotYetError:
                 self.notes.append(
@@ -149,14 +147,17 @@ class Tuner:
             except torch.OutOfMemoryError:
                 self.notes.append(f"{task} was left out: it does not fit in the GPU's memory")
 
-    def _weight(self, task: Task) -> int:
-        """The weight of a task's part of the time: the readings that it should have, torch's and our kernels'."""
+    def count_readings(self, task: Task) -> int:
+        """The readings that a task should have: torch's, and those of our kernels."""
         if isinstance(task, Product):
             count = len(self._candidates(task))
-            readings = 1 + (count if task.anchor else min(FEW, count))
-        else:
-            readings = 2 + len(network_paths(task, self.gpu))
-        return readings * (ANCHOR_WEIGHT if task.anchor else 1)
+            return 1 + (count if task.anchor else min(FEW, count))
+        return 2 + len(network_paths(task, self.gpu))
+
+    def _weight(self, task: Task) -> float:
+        """The weight of a task's part of the time."""
+        weight = NETWORK_WEIGHT if isinstance(task, Whole) else 1
+        return self.count_readings(task) * weight * (ANCHOR_WEIGHT if task.anchor else 1)
 
     def _candidates(self, product: Product) -> tuple[tile_config.TileConfig, ...]:
         """The candidates: the fastest before, then by the rule's estimate."""
@@ -195,19 +196,19 @@ class Tuner:
         expected = operands.in_float32()
         # Sums of k products in fp32, added in another order, differ by about sqrt(k) roundings.
         bound = BOUNDS[product.dtype][0] + math.sqrt(product.problem.k) * 2**-24
-        best: tuple[float, tile_config.TileConfig] | None = None
+        readings: list[table_files.Gemm] = []
         begun = self.now()
         for index, tile in enumerate(self._candidates(product)):
             what, asked = f"{product}, {tile}", self.now()
             try:
-                if best is not None and asked + (asked - begun) / index > limit:  # one more would not end in time
+                if readings and asked + (asked - begun) / index > limit:  # one more would not end in time
                     break
-                compiles = self._compiles(what, TileWork(product, tile), limit if best else self.deadline)
+                compiles = self._compiles(what, TileWork(product, tile), limit if readings else self.deadline)
             except NotYetError:
-                if best is None:
+                if not readings:
                     raise
                 break
-            if best is None:  # what it had to wait for a first tile is no part of its time
+            if not readings:  # what it had to wait for a first tile is no part of its time
                 waited = self.now() - asked
                 begun, limit = begun + waited, limit + waited
             if not compiles:
@@ -215,11 +216,11 @@ class Tuner:
             ours = functools.partial(operands.by_kernel, tile=tile)
             if self._is_right(what, functools.partial(operands.written, ours), expected, bound):
                 ms = self._milliseconds(what, operands.turns(ours))
-                if best is None or ms < best[0]:
-                    best = ms, tile
-        ms_of_best, tile_of_best = best or (None, None)
-        faster = ms_of_best is not None and ms_of_best < torch_ms
-        return table_files.Gemm(*product.key, tile_of_best if faster else None, ms_of_best, torch_ms)
+                readings.append(stamped(table_files.Gemm(*product.key, tile, ms, torch_ms)))
+        readings = readings or [stamped(table_files.Gemm(*product.key, None, None, torch_ms))]
+        self.readings += readings
+        (row,) = table_files.fastest(readings)
+        return stamped(row)
 
     def _network(self, whole: Whole) -> table_files.Network:
         passes = self.passes(whole, self.device)
@@ -231,7 +232,7 @@ class Tuner:
         runs: dict[str, Callable[[Tensor], Tensor]] = {"layer": passes.by_layers}
         for name, path in network_paths(whole, self.gpu).items():
             runs[name] = functools.partial(passes.by_network, path)
-        with paths.decided_by(self.table):
+        with paths.decided_by(self.table(self.rows)):
             for name, run in runs.items():
                 what = f"{whole}, {name}"
                 right = functools.partial(passes, run, 0)
@@ -239,7 +240,7 @@ class Tuner:
                     what, right, expected, *BOUNDS[whole.workload.dtype]
                 ):
                     ms[name] = self._milliseconds(what, passes.turns(run))
-        return table_files.Network(*whole.key, min(ms, key=lambda name: ms[name]), ms)
+        return stamped(table_files.Network(*whole.key, min(ms, key=lambda name: ms[name]), ms))
 
     def _milliseconds(self, what: str, call: Callable[[], object]) -> float:
         self.doing = what
@@ -271,6 +272,11 @@ class Tuner:
         return True
 
 
+def reading_seconds(seconds: float, readings: int) -> float:
+    """The time that the clock of one reading runs, where so many have to fit into so many seconds."""
+    return max(SHORTEST_READING, min(LONGEST_READING, seconds / max(1, readings) - AROUND_READING))
+
+
 class EventClock:
     """Seconds that a GPU works on a call: the median of some readings between two events.
 
@@ -278,8 +284,10 @@ class EventClock:
     not in the reading.
     """
 
-    SECONDS = 0.05  # for one number
     MOST_CALLS = 20  # between two events, which would be a good part of one short call's reading
+
+    def __init__(self, seconds: float = LONGEST_READING) -> None:
+        self.seconds = seconds  # for one number
 
     def __call__(self, call: Callable[[], object]) -> float:
         call()
@@ -290,7 +298,7 @@ class EventClock:
         torch.cuda.synchronize()
         once = times.perf_counter() - begun
         calls = max(1, min(self.MOST_CALLS, math.ceil(200e-6 / once)))
-        rounds = max(5, min(50, math.ceil(self.SECONDS / (once * calls))))
+        rounds = max(5, min(50, math.ceil(self.seconds / (once * calls))))
         spin = 2 * issued * calls + 50e-6
         return 1e-3 * statistics.median(between_events(Timed(lambda _: call()), rounds, calls, spin))
 
@@ -328,38 +336,27 @@ def tune(
     device = device or _gpu()
     gpu = devices.describe(device.type, device.index or 0)
     path = Path(config.out) if config.out is not None else tables.user_path(gpu.name)
+    readings = None if config.readings is None else Path(config.readings)
     utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     empty = table_files.Table(gpu.name, utc, versions(), arch=gpu.arch, multiprocessors=gpu.multiprocessors)
-    old = _existing(path, empty, report)
+    output = Output(path, readings, empty, report, now)
     if compilers is None:
         on_gpu = device.type == "cuda"
         target = driver.active.get_current_target() if on_gpu else None
         compilers = Compilers(compile_ahead, gpu, target, count_workers() if on_gpu else 0)
-    tuner = Tuner(device, gpu, time or EventClock(), now, compilers, old, empty, **parts)
-
-    known: list[tuple[Any, ...]] = [*(row.key for row in old.gemms), *(row.key for row in old.networks)]
-    asked = tasks(config.workloads, gpu, known)
+    tuner = Tuner(device, gpu, time or EventClock(), now, compilers, output.old, output.table, **parts)
+    asked = tasks(config.workloads, gpu, [row.key for row in output.old.rows if not is_outdated(row)])
+    if time is None:
+        count = sum(map(tuner.count_readings, asked))
+        tuner.time = EventClock(reading_seconds(60 * config.minutes, count))
     report(f"{len(asked)} problems on {gpu.name}, {config.minutes:g} minutes at the most, into {path}")
 
     def save() -> str:
-        """Write what was measured so far; says so."""
-        if not tuner.rows:
-            return f"nothing was measured; {path} is as it was"
-        try:
-            table_files.write(path, tuner.table)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is as it was") from None
-        paths.forget_tables()
-        return f"{len(tuner.rows)} of {len(asked)} problems were measured, and are in {path}"
-
-    def keep() -> None:
-        """The same without a word: a kernel that hangs leaves a process no other end than being killed."""
-        with contextlib.suppress(OSError):  # which `save` will tell of
-            table_files.write(path, tuner.table)
+        return output.save(tuner.rows, tuner.readings, len(asked))
 
     try:
         with compilers:
-            tuner.measure(asked, 60 * config.minutes, keep)
+            tuner.measure(asked, 60 * config.minutes, lambda: output.keep(tuner.rows, tuner.readings))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {save()}") from None
     except RuntimeError as error:  # the GPU's; after one of its errors nothing else runs in this process
@@ -372,7 +369,7 @@ def tune(
     if tuner.rows:
         report(summary(tuner.rows))
     report(written)
-    return table_files.read(path) if tuner.rows else old
+    return table_files.read(path) if tuner.rows else output.old
 
 
 def _gpu() -> torch.device:
@@ -387,34 +384,6 @@ def _gpu() -> torch.device:
     if (reason := distorted()) is not None:
         raise UserError(reason)
     return device
-
-
-def _existing(path: Path, empty: table_files.Table, report: Callable[[str], None]) -> table_files.Table:
-    """The rows of the file that still hold. Check, before minutes of measuring, that it can be written."""
-    try:
-        old = table_files.read(path)
-    except FileNotFoundError:
-        old = empty
-    except ValueError as error:
-        raise UserError(f"{error}, so it will not be overwritten; delete it, or name another with --out") from None
-    if old.device != empty.device:
-        raise UserError(f"{path} was measured on {old.device}, this is {empty.device}; name another file with --out")
-    try:
-        path.resolve().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {path.resolve().parent}, the folder of --out: {error.strerror}") from None
-    check_writable(path, "--out")
-    if old.versions != empty.versions:
-        names = [
-            name for name in {**old.versions, **empty.versions} if old.versions.get(name) != empty.versions.get(name)
-        ]
-        then, today = (
-            ", ".join(f"{name} {table.versions.get(name, 'none')}" for name in names) for table in (old, empty)
-        )
-        dropped = len(old.gemms) + len(old.networks)
-        report(f"{path} was measured with {then}; this is {today}, so its {dropped} rows are dropped")
-        return empty
-    return old
 
 
 def summary(rows: Sequence[Row]) -> str:

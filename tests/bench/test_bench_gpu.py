@@ -156,13 +156,19 @@ FOREVER = 1e9
 QUICK = {"tests": 100.0, "tests_alone": 40.0, "tune": 1.0}
 
 
-def ten_minutes(results: gpu.Results, needed: dict[str, float], **rows: Any) -> tuple[Commands, Simulated, Clock]:
+def ten_minutes(
+    results: gpu.Results,
+    needed: dict[str, float],
+    tests_share: float = gpu.TESTS_SHARE,
+    tune_share: float = gpu.TUNE_SHARE,
+    **rows: Any,
+) -> tuple[Commands, Simulated, Clock]:
     """Run gpu.py's plan for ten minutes with commands and rows that take so long."""
     clock = Clock()
     commands, worker = Commands(clock, **needed), Simulated(clock, {}, **rows)
     plan = gpu.Plan(results, results.path.parent, worker, 600 - gpu.RESERVE, commands, clock, say=lambda line: None)
     todo = results.todo(GRID)
-    plan.tests_and_tuner(sum(cell.anchor for cell in todo), gpu.TESTS_SHARE, gpu.TUNE_SHARE)
+    plan.tests_and_tuner(sum(cell.anchor for cell in todo), tests_share, tune_share)
     plan.measure(todo)
     assert clock.now <= 600 - gpu.RESERVE
     return commands, worker, clock
@@ -193,6 +199,16 @@ def test_quick_tests_leave_their_time_to_the_tuner_and_to_rows(tmp_path: Path) -
     ((name, seconds),) = again.ran
     assert (name, seconds) == ("tune", gpu.TUNE_SHARE * (600 - gpu.RESERVE))
     assert not set(ANCHOR_CELLS) & {cell for cell, _ in worker.asked}
+
+
+def test_the_tuner_can_have_three_minutes_beside_the_anchors(tmp_path: Path) -> None:
+    """Three minutes are enough for readings of the whole grid (tests/test_tune_budget.py)."""
+    results = results_in(tmp_path)
+    commands, _, _ = ten_minutes(results, {"tune": FOREVER}, tests_share=0.0, tune_share=0.66)
+    ((name, seconds),) = commands.ran
+    assert name == "tune"
+    assert 180 < seconds - gpu.TUNE_GRACE < 185
+    assert set(ANCHORS) <= results.rows.keys()
 
 
 def test_kernels_are_compiled_ahead_those_of_the_anchors_first(tmp_path: Path) -> None:
@@ -369,9 +385,11 @@ parser = argparse.ArgumentParser()
 parser.add_argument("command", choices=["tune"])
 parser.add_argument("--minutes", type=float, required=True)
 parser.add_argument("--out", type=pathlib.Path, required=True)
+parser.add_argument("--readings", type=pathlib.Path, required=True)
 options = parser.parse_args()
-again = options.out.exists()
+again = options.out.exists() and options.readings.exists()
 options.out.write_text("{}")
+options.readings.write_text("{}")
 print("carried on" if again else "begun", options.minutes)
 """
 
@@ -389,10 +407,11 @@ def test_the_tuner_has_a_share_of_the_time_and_may_fail(tmp_path: Path) -> None:
 
     refused = tune("import sys; sys.exit('tune: there is no such command')")
     assert (refused["finished"], refused["status"], refused["file"]) == (True, 1, None)
+    assert refused["readings"] is None
     assert gpu.ending(refused).startswith("tune: there is no such command (")
     found = tune(TUNER)
     assert (found["status"], found["summary"]) == (0, "begun 0.75")  # minutes; the rest is grace
-    assert found["file"] == "tuned_nvidia_h200.json"
+    assert (found["file"], found["readings"]) == ("tuned_nvidia_h200.json", "readings_nvidia_h200.json")
     assert tune(TUNER)["summary"] == "carried on 0.75"
     slow = tune(TUNER + "time.sleep(600)", seconds=2)
     assert (slow["finished"], slow["status"]) == (False, None)

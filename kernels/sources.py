@@ -1,0 +1,147 @@
+"""Digests of kernels' sources, so that a reading can say which kernel it was taken of.
+
+A digest covers functions and all functions and constants of their package that these name, read as syntax from the
+files. So it is the same on every machine, Python and Triton, and does not change with comments, docstrings, formatting,
+or the file that a function lies in. Names from language.py stand for Triton itself and end the search, as do classes.
+
+Branches that are not compiled do not count: those of Triton's interpreter, and those that a test of a known constant
+such as `PRECISION == "bf16x6"` rules out. A new way of multiplying fp32 leaves the digests of 16-bit products alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Source", "digest", "kernels_in", "source", "source_of"]
+
+Source = tuple[Path, str]  # a file, and the name of a function at its top level
+
+DIGITS = 16
+FOLDER = Path(__file__).resolve().parent
+
+
+def source(module: str, name: str) -> Source:
+    """Where a function of this package is written."""
+    return FOLDER / f"{module}.py", name
+
+
+def source_of(function: Any) -> Source | None:
+    """Where a function is written, `@triton.jit` ones included; None for one that has no file."""
+    function = getattr(function, "fn", function)
+    try:
+        return Path(inspect.getfile(function)).resolve(), function.__name__
+    except (TypeError, OSError):
+        return None
+
+
+def kernels_in(modules: str) -> list[Source]:
+    """All kernels of the modules of this package whose names match a pattern."""
+    files = sorted(FOLDER.glob(f"{modules}.py"))
+    return [(file, name) for file in files for name in _names(file) if name.endswith("_kernel")]
+
+
+def digest(sources: Iterable[Source | None], known: Mapping[str, object] | None = None) -> str:
+    """The digest of functions and of what they call; `known` are constants that have one value in all of these."""
+    constants = {"INTERPRETED": False, **(known or {})}
+    return _digest(tuple(each for each in sources if each), tuple(sorted(constants.items())))
+
+
+Constants = tuple[tuple[str, object], ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(sources: tuple[Source, ...], constants: Constants) -> str:
+    texts: dict[Source, str] = {}
+    for each in sources:
+        _collect(each, constants, texts)
+    return hashlib.sha256("\n".join(sorted(texts.values())).encode()).hexdigest()[:DIGITS]
+
+
+def _collect(place: Source, constants: Constants, texts: dict[Source, str]) -> None:
+    """Add the text of a definition, and of every definition that it names."""
+    definition = _names(place[0]).get(place[1])
+    if isinstance(definition, tuple):
+        _collect(definition, constants, texts)
+    elif definition is not None and place not in texts:
+        texts[place], names = _read(place, constants)
+        for name in names:
+            _collect((place[0], name), constants, texts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(place: Source, constants: Constants) -> tuple[str, tuple[str, ...]]:
+    """The text of a definition, and the names that it reads besides its own arguments and variables."""
+    names: dict[str, bool] = {}
+    text = _text(_names(place[0])[place[1]], dict(constants), names)
+    return text, tuple(sorted(name for name, is_own in names.items() if not is_own))
+
+
+@functools.lru_cache(maxsize=256)
+def _names(path: Path) -> dict[str, ast.stmt | Source]:
+    """The functions and constants at the top of a file by name, and where those come from that it imports."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):  # a function that was typed in
+        return {}
+    names: dict[str, ast.stmt | Source] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            names[node.name] = node
+        elif isinstance(node, ast.Assign):
+            names |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names[node.target.id] = node
+        elif isinstance(node, ast.ImportFrom) and node.level == 1 and node.module not in (None, "language"):
+            file = path.with_name(f"{node.module}.py")
+            names |= {alias.asname or alias.name: (file, alias.name) for alias in node.names}
+    return names
+
+
+# Fields of a syntax tree that say nothing about what runs, or that only some versions of Python have.
+IGNORED = ("ctx", "kind", "type_comment", "type_params")
+
+
+def _text(node: Any, constants: Mapping[str, object], names: dict[str, bool]) -> str:
+    """A syntax tree as text, which depends on no version of Python.
+
+    The names in it go to `names`, with whether they are arguments or variables of its own.
+    """
+    if isinstance(node, list):
+        return "".join(_text(each, constants, names) for each in node if not _is_docstring(each))
+    if isinstance(node, ast.If):
+        decided = _decide(node.test, constants)
+        if decided is not None:
+            return _text(node.body if decided else node.orelse, constants, names)
+    if isinstance(node, ast.AST):
+        if isinstance(node, ast.Name):
+            names[node.id] = names.get(node.id, False) or isinstance(node.ctx, ast.Store)
+        elif isinstance(node, ast.arg):
+            names[node.arg] = True
+        fields = ((name, getattr(node, name, None)) for name in sorted(node._fields) if name not in IGNORED)
+        texts = [f"{name}={_text(value, constants, names)}" for name, value in fields if value not in (None, [])]
+        return f"{type(node).__name__}({','.join(texts)})"
+    return repr(node)
+
+
+def _is_docstring(node: Any) -> bool:
+    """True if a statement is a text alone, which does nothing."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _decide(test: ast.expr, constants: Mapping[str, object]) -> bool | None:
+    """The value of a condition as far as the known constants decide it; None if they do not."""
+    match test:
+        case ast.Name(id=name) if name in constants:
+            return bool(constants[name])
+        case ast.Compare(left=ast.Name(id=name), ops=[ast.Eq()], comparators=[ast.Constant(value=value)]):
+            return constants[name] == value if name in constants else None
+        case ast.BoolOp(op=ast.And(), values=parts):
+            return False if any(_decide(part, constants) is False for part in parts) else None
+        case _:
+            return None

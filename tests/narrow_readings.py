@@ -1,0 +1,60 @@
+"""The readings of tests/data/h100/narrow.log: forwards of narrow networks and sums of partial sums, by their tiles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlp_fused.kernels.tile_config import TileConfig
+
+LOG = Path(__file__).with_name("data") / "h100" / "narrow.log"
+NETWORKS = {  # widths, dtype, activation
+    "n16": ((16,) * 5, "bfloat16", "relu"),
+    "n32": ((32,) * 5, "bfloat16", "relu"),
+    "n64": ((64,) * 5, "bfloat16", "relu"),
+    "g64": ((64,) * 5, "bfloat16", "gelu"),
+}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward of a network over 2^20 rows in microseconds, by a tile and programs a multiprocessor."""
+
+    network: str
+    tile: TileConfig  # its programs are those of one multiprocessor
+    us: float
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of (splits, columns) partial sums in microseconds."""
+
+    splits: int
+    columns: int
+    tile: TileConfig
+    us: float
+
+
+def forwards(text: str | None = None) -> Iterator[Forward]:
+    """Forwards that store nothing."""
+    for line in (LOG.read_text() if text is None else text).splitlines():
+        found = re.match(r"(\w+) +forward +m(\d+) w(\d+) s(\d+) ", line)
+        if not found or found[1] not in NETWORKS:
+            continue
+        rows, warps, stages = map(int, found.groups()[1:])
+        for programs, ms in re.findall(r"x(\d+) (\d+\.\d+)", line.partition(" err ")[2]):
+            tile = TileConfig(rows, num_warps=warps, num_stages=stages, programs=int(programs))
+            yield Forward(found[1], tile, 1e3 * float(ms))
+
+
+def sums() -> Iterator[Sum]:
+    for line in LOG.read_text().splitlines():
+        found = re.match(r"n32 +sum +sum (\d+)x(\d+) w(\d+) ", line)
+        if not found:
+            continue
+        block_m, block_k, warps = map(int, found.groups())
+        tile = TileConfig(block_m, block_k=block_k, num_warps=warps)
+        for splits, columns, us in re.findall(r"(\d+)x(\d+): ([\d.]+) us", line):
+            yield Sum(int(splits), int(columns), tile, float(us))

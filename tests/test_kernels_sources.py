@@ -1,0 +1,159 @@
+"""Digests of kernels' sources: what changes one, and what does not."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from mlp_fused import ACTIVATIONS
+from mlp_fused.kernels import sources
+
+KERNEL = '''"""A kernel."""
+from .language import tl, triton
+from .helpers import load as fetch
+
+ROUNDS = 7
+UNUSED = 1
+
+
+@triton.jit
+def kernel(x_ptr, PRECISION: tl.constexpr):
+    """Doubles x."""
+    load = fetch(x_ptr)  # a name of its own
+    for _ in range(ROUNDS):
+        if PRECISION == "bf16x6":
+            load = split(load)
+        elif INTERPRETED:
+            load = load * 3
+        else:
+            load = load * 2
+    tl.store(x_ptr, load)
+
+
+def split(value):
+    return value + 1
+
+
+def launcher(x):
+    return kernel[(1,)](x)
+'''
+HELPERS = """from .language import tl, triton
+
+def load(ptr):
+    return tl.load(ptr)
+"""
+
+
+def written(folder: Path, kernel: str = KERNEL, helpers: str = HELPERS) -> sources.Source:
+    """A package of two files; where its kernel is."""
+    folder.mkdir()
+    (folder / "kernel.py").write_text(kernel)
+    (folder / "helpers.py").write_text(helpers)
+    return folder / "kernel.py", "kernel"
+
+
+def digest(place: sources.Source, precision: str | None = None) -> str:
+    return sources.digest([place], {"PRECISION": precision} if precision else None)
+
+
+def test_a_digest_is_the_same_in_every_process_and_under_every_python(tmp_path: Path) -> None:
+    """These digests were computed by Python 3.10, 3.11, 3.12 and 3.13."""
+    place = written(tmp_path / "a")
+    assert digest(place) == "eed0f23e42886a9e"
+    assert digest(place, "ieee") == "5aaa90df6108504b"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Doubles x.", "Writes 2 x."),
+        ("  # a name of its own", ""),
+        ("range(ROUNDS)", "range( ROUNDS )"),
+        ("UNUSED = 1", "UNUSED = 2"),
+        ("return kernel[(1,)](x)", "return kernel[(2,)](x)"),
+        ("load * 3", "load * 4"),  # of the interpreter
+    ],
+)
+def test_what_does_not_run_on_a_gpu_does_not_count(old: str, new: str, tmp_path: Path) -> None:
+    assert old in KERNEL
+    assert digest(written(tmp_path / "a")) == digest(written(tmp_path / "b", KERNEL.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("load * 2", "load * 4"),
+        ("ROUNDS = 7", "ROUNDS = 8"),
+        ("value + 1", "value + 2"),
+        ("x_ptr, PRECISION: tl.constexpr", "x_ptr, PRECISION"),
+        ("@triton.jit\n", '@triton.jit(do_not_specialize=["x_ptr"])\n'),
+    ],
+)
+def test_a_change_of_a_kernel_or_of_what_it_names_counts(old: str, new: str, tmp_path: Path) -> None:
+    assert old in KERNEL
+    assert digest(written(tmp_path / "a")) != digest(written(tmp_path / "b", KERNEL.replace(old, new)))
+
+
+def test_a_change_of_an_imported_function_counts(tmp_path: Path) -> None:
+    changed = HELPERS.replace("tl.load(ptr)", "tl.load(ptr + 1)")
+    assert digest(written(tmp_path / "a")) != digest(written(tmp_path / "b", helpers=changed))
+
+
+def test_a_function_that_moved_is_the_same(tmp_path: Path) -> None:
+    definition = "def split(value):\n    return value + 1\n"
+    moved = KERNEL.replace(definition, "").replace("import load as fetch", "import load as fetch, split")
+    assert digest(written(tmp_path / "a")) == digest(written(tmp_path / "b", moved, HELPERS + "\n" + definition))
+
+
+def test_a_branch_that_a_known_constant_rules_out_does_not_count(tmp_path: Path) -> None:
+    a = written(tmp_path / "a")
+    b = written(tmp_path / "b", KERNEL.replace("value + 1", "value + 2"))  # what bf16x6 alone calls
+    assert digest(a, "ieee") == digest(b, "ieee")
+    assert digest(a, "bf16x6") != digest(b, "bf16x6")
+
+
+def test_a_new_branch_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    added = '        elif PRECISION == "fp16x3":\n            load = load * 5\n        elif INTERPRETED:'
+    a, b = written(tmp_path / "a"), written(tmp_path / "b", KERNEL.replace("        elif INTERPRETED:", added))
+    assert digest(a, "ieee") == digest(b, "ieee")
+    assert digest(a) != digest(b)
+
+
+def test_a_function_without_a_file_has_no_source() -> None:
+    scope: dict[str, object] = {}
+    exec("def typed_in(z): return z", scope)
+    place = sources.source_of(scope["typed_in"])
+    assert sources.digest([place]) == sources.digest([])
+    assert sources.source_of(print) is None
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_found(name: str) -> None:
+    activation = ACTIVATIONS[name]
+    nothing = sources.digest([])
+    digests = {sources.digest([sources.source_of(each)]) for each in (activation.forward, activation.backward)}
+    assert len(digests) == 2
+    assert nothing not in digests
+
+
+def test_the_kernels_of_modules() -> None:
+    assert [name for _, name in sources.kernels_in("network_forward")] == ["network_forward_kernel"]
+    assert {"network_forward_kernel", "network_dgrad_kernel"} <= {name for _, name in sources.kernels_in("network*")}
+
+
+def test_names_that_a_kernel_calls_are_followed() -> None:
+    """Every function of ours that a kernel calls is in its text."""
+    path, name = sources.source("layer_forward", "layer_forward_kernel")
+    texts: dict[sources.Source, str] = {}
+    sources._collect((path, name), (), texts)
+    called = {
+        node.func.id
+        for each, text in texts.items()
+        for node in ast.walk(sources._names(each[0])[each[1]])  # type: ignore[arg-type]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    parameters = {"FORWARD", "BACKWARD"}
+    builtin = {"len", "range", "float"}
+    assert called - parameters - builtin <= {each for _, each in texts}

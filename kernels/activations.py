@@ -315,8 +315,8 @@ def gelu_forward(z):
 
 
 @triton.jit
-def gelu_slope_parts(z):
-    """(e, t, p): a'(-t) = e p at t = |z|, where a'(z) = Φ(z) + z φ(z) and e = exp(-t²/2).
+def gelu_backward(dh, z):
+    """dh (Φ(z) + z φ(z)), which at -t is 1 minus its value at t, and there exp(-t²/2) p(t).
 
     p is fitted on 0 <= t <= 6 for the least largest error of the product (2e-8).
     """
@@ -334,21 +334,29 @@ def gelu_slope_parts(z):
     p = p * t + 0.24997257
     p = p * t - 0.79788285
     p = p * t + 0.49999997
-    return e, t, p
-
-
-@triton.jit
-def gelu_backward(dh, z):
-    """dh a'(z), which at -t is 1 minus its value at t."""
-    e, _, p = gelu_slope_parts(z)
     tail = e * p
     return dh * tl.where(z < 0, tail, 1 - tail)
 
 
 @triton.jit
 def gelu_forward_and_slope(z):
-    """z Φ(z) and a'(z) from one exponential and one polynomial: Φ(-t) = a'(-t) + t φ(t) = e (p + t / sqrt(2 pi))."""
-    e, t, p = gelu_slope_parts(z)
+    """z Φ(z) and a'(z) from one exponential and one polynomial: Φ(-t) = a'(-t) + t φ(t) at t = |z|."""
+    # gelu_backward's polynomial once more: in a function that both call, its digest, and so the measured rows of gelu's
+    # dgrad, would change; and from gelu_backward's result h takes an eighth more instructions.
+    t = tl.abs(z)
+    e = tl.exp2(t * t * -0.7213475204444817)
+    t = tl.minimum(t, 8.0)
+    p = t * -3.1554299e-07 + 7.708778e-06
+    p = p * t - 8.4770982e-05
+    p = p * t + 0.00056365272
+    p = p * t - 0.0025900903
+    p = p * t + 0.0090038478
+    p = p * t - 0.025471818
+    p = p * t + 0.061923932
+    p = p * t - 0.13280578
+    p = p * t + 0.24997257
+    p = p * t - 0.79788285
+    p = p * t + 0.49999997
     slope = e * p
     tail = e * (p + t * 0.3989422804014327)
     return z * tl.where(z < 0, tail, 1 - tail), tl.where(z < 0, slope, 1 - slope)

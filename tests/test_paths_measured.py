@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from narrow_readings import float32_ms
 
 from bench.readings import CELLS, TF32
 from mlp_fused import ACTIVATIONS, explain
@@ -94,6 +95,9 @@ def expected(name: str, phase: str) -> Expected:
     strides = tuple((k, 1, 1) for k, _ in shapes)
     path = paths.network_path(cell.widths, strides, activations, dtype, precision, H100, training, torch_too=True)
     if isinstance(path, network_path.NetworkPath):
+        if path.network.precision == "bf16x6":  # the kernels that were measured in the cell were FMA units'
+            ours = float32_ms(path.forward_tile, path.backward_tile, path.wgrad_tile)
+            return Expected("network", ours, torchs, ("reading of the experiment",))
         return Expected("network", ours, torchs, ("reading of the network",))
     layers = explain.meta_layers(cell.widths, activations, dtype, bias=True)
     no_dropout = (0.0,) * len(shapes)

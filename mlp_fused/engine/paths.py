@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import operator
@@ -334,11 +333,11 @@ def network_path(
     multiplied = network_tiles.network_precision(widths, dtype, precision, device)
     network = network_of(widths, strides, activations, dtype, multiplied)
 
-    def problem(kind: network_tiles.NetworkKind) -> network_tiles.NetworkProblem:
-        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, multiplied, input_size)
+    def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:
+        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, multiplied, input_size, stores)
 
     def tile(kind: network_tiles.NetworkKind, stores: bool = False) -> TileConfig | str:
-        return network_tiles.network_tile(dataclasses.replace(problem(kind), stores=stores), device)
+        return network_tiles.network_tile(problem(kind, stores), device)
 
     forward, storing = tile("forward"), tile("forward", stores=True)
     if isinstance(forward, str) or isinstance(storing, str):

@@ -453,12 +453,12 @@ def _paragraph(text: str) -> list[str]:
 def _conditions(content: Record) -> str:
     """Return the sentences on the GPU, the versions and the figure."""
     origin = content["origin"]
-    versions = origin["versions"]
+    versions, copy_rate = origin["versions"], content["ceilings"]["memory_gbps"] / 1e3
     return (
         f"Measured on one {origin['gpu']} on {origin['date']}: mlp_fused at commit {origin['commit']}, "
         f"torch {versions['torch']}, Triton {versions['triton']}, Python {versions['python']}, "
         f"driver {origin['driver']}, tiny-cuda-nn {versions['tinycudann']}. The vertical bars are the memory floor: "
-        f"the most rows a second that the GPU's memory allows, at the {content['ceilings']['memory_gbps'] / 1e3:.2f} TB/s "
+        f"the most rows a second that the GPU's memory allows, at the {copy_rate:.2f} TB/s "
         "of a large copy. In training, tiny-cuda-nn is compared with the gradient of x computed, eager without it. All "
         f"readings and how they were taken: [{FOLDER}]({FOLDER}/{slug(content)}.md)."
     )

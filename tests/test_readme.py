@@ -112,6 +112,11 @@ def test_every_model_that_fuse_is_tested_on_is_in_the_table() -> None:
     assert models == {model.id for model in MODELS}
 
 
+def test_the_readme_of_the_kernels_names_every_file() -> None:
+    named = set(links("kernels/README.md"))
+    assert {path.name for path in (ROOT / "kernels").glob("*.py")} - {"__init__.py"} <= named
+
+
 def test_the_glossary_has_one_line_for_each_of_25_terms() -> None:
     terms = [row[0] for row in rows("glossary")]
     assert len(terms) == len(set(terms)) == 25

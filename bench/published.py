@@ -429,38 +429,52 @@ TABLE = (
 )
 
 
-def readme_picture(content: Record, name: str) -> str:
-    """A figure as it stands in the README."""
+def readme_picture(content: Record, name: str, folder: str = FOLDER) -> str:
+    """Return a figure as a README shows it; `folder` is the path from the README to bench/results."""
     plot = figures(content)[name]
-    light, dark = (f"{FOLDER}/{file_name(slug(content), name, theme, plot)}" for theme in (plots.LIGHT, plots.DARK))
+    light, dark = (f"{folder}/{file_name(slug(content), name, theme, plot)}" for theme in (plots.LIGHT, plots.DARK))
     return picture(light, dark, plot.alt)
 
 
 def readme(content: Record) -> str:
-    """The README's block of measured numbers: a figure, ten networks, and what they were measured with."""
-    origin, networks, page_file = content["origin"], beside_eager(content), f"{FOLDER}/{slug(content)}.md"
-    versions, small = origin["versions"], networks["latency-n64"]["training"]
-    tools = f"torch {versions['torch']}, Triton {versions['triton']}, Python {versions['python']}"
-    measured_with = (
-        f"One {origin['gpu']} (driver {origin['driver']}, {tools}, tiny-cuda-nn {versions['tinycudann']}), "
-        f"{origin['date']}, mlp_fused at {origin['commit']}. The memory floor: {FLOOR}; the copy reaches "
-        f"{content['ceilings']['memory_gbps'] / 1e3:.2f} TB/s. In training, tiny-cuda-nn is compared with the gradient "
-        f"of x, eager without it. All readings, and how they were taken: [{FOLDER}]({page_file})."
+    """Return the README's block of measured numbers: a figure, its conditions, ten networks, and how to read them."""
+    header = ("network", "inference: ours", "eager", "speed", "training: ours", "eager", "speed")
+    networks = beside_eager(content)
+    lines = [readme_picture(content, "throughput"), "", *_paragraph(_conditions(content)), ""]
+    lines += table(header, (_readme_row(networks[cell]) for cell in TABLE))
+    lines += _paragraph(_explanation(networks["latency-n64"]["training"]))
+    return "\n".join(lines) + "\n"
+
+
+def _paragraph(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, break_on_hyphens=False)
+
+
+def _conditions(content: Record) -> str:
+    """Return the sentences on the GPU, the versions and the figure."""
+    origin = content["origin"]
+    versions, copy_rate = origin["versions"], content["ceilings"]["memory_gbps"] / 1e3
+    return (
+        f"Measured on one {origin['gpu']} on {origin['date']}: mlp_fused at commit {origin['commit']}, "
+        f"torch {versions['torch']}, Triton {versions['triton']}, Python {versions['python']}, "
+        f"driver {origin['driver']}, tiny-cuda-nn {versions['tinycudann']}. The vertical bars are the memory floor: "
+        f"the most rows a second that the GPU's memory allows, at the {copy_rate:.2f} TB/s "
+        "of a large copy. In training, tiny-cuda-nn is compared with the gradient of x computed, eager without it. All "
+        f"readings and how they were taken: [{FOLDER}]({FOLDER}/{slug(content)}.md)."
     )
+
+
+def _explanation(small: Record) -> str:
+    """Return the sentences on how to read the table; `small` is a network whose time is mostly Python overhead."""
     loop, kernels, eager = (
         number(milliseconds(small, *which)) for which in (("ours", "loop"), ("ours", "device"), ("eager", "loop"))
     )
-    explained = (
-        "Milliseconds of the GPU's kernels; training is forward and backward; speed is eager's time over ours. Below 1 "
-        'the kernels that were measured are slower: there `backend="auto"` takes torch\'s own, wherever a reading says '
-        f"that torch is faster. A caller also waits for Python: training {label(small)}, takes {loop} ms a call in a "
-        f"loop, {kernels} ms of it in kernels; eager takes {eager} ms."
+    return (
+        "Times are milliseconds of GPU kernels. Training is a forward and a backward. Speed is eager PyTorch's time "
+        "divided by ours: below 1x, our kernels are slower. Where a reading says that PyTorch is faster, "
+        '`backend="auto"` runs PyTorch\'s own product instead. Python overhead comes on top: a training call of '
+        f"{label(small)} takes {loop} ms in a loop, of which {kernels} ms are kernels. Eager takes {eager} ms."
     )
-    header = ("network", "inference: ours", "eager", "speed", "training: ours", "eager", "speed")
-    lines = [readme_picture(content, "throughput"), "", *textwrap.wrap(measured_with, 120, break_on_hyphens=False), ""]
-    lines += [*table(header, (_readme_row(networks[cell]) for cell in TABLE))]
-    lines += textwrap.wrap(explained, 120, break_on_hyphens=False)
-    return "\n".join(lines) + "\n"
 
 
 def _readme_row(phases: Mapping[str, Record]) -> list[str]:

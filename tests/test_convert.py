@@ -7,10 +7,8 @@ import functools
 import importlib
 import io
 import pickle
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from libraries import needs
 from models_to_fuse import Deep, sequences
 from torch import Tensor, nn
 
-from mlp_fused import PATTERNS, fuse, unfuse
+from mlp_fused import fuse, unfuse
 from mlp_fused.engine.recognize import CLASSES, find
 from mlp_fused.engine.runs import is_linear
 from mlp_fused.kernels.activations import ACTIVATIONS
@@ -566,28 +564,3 @@ def test_the_encoders_inference_operator_stays_torchs(device: str) -> None:
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
         assert launches == {"network_forward_kernel": 1}
-
-
-# --- What is left alone, and named. ---
-
-
-# --- Arguments. ---
-
-
-def test_the_readmes_table_points_at_tests_that_are_here() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    listed = re.search(r"<!-- fuse -->\n(.*?)<!-- /fuse -->", readme, re.DOTALL)
-    assert listed
-    lines = [line for line in listed[1].strip().splitlines() if line.startswith("|")][2:]
-    known = {each.id for each in MODELS}
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_convert*.py"))
-    for line in lines:
-        names = re.findall(r"`(test_\w+)(?:\[(\w+)\])?`", line)
-        assert names, line
-        for name, model in names:
-            assert f"def {name}(" in tests, line
-            assert not model or model in known, line
-    covered = {model for line in lines for _, model in re.findall(r"`(test_\w+)\[(\w+)\]`", line)}
-    assert covered == known, "each model of the table is in the README's"
-    for path in PATTERNS:
-        assert path.rsplit(".", 1)[1] in listed[1], path

@@ -1,4 +1,4 @@
-"""Where things are: imports point one way, no file is a drawer, and the wheel holds what the checkout does."""
+"""Where things are: imports point one way, no file is a drawer, and sdist and wheel hold what they should."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import functools
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from readme import READMES, ROOT, links, text_of
 
 # From the bottom to the top: a module imports from its own area and from those before it.
 AREAS: dict[str, tuple[str, ...]] = {
@@ -147,10 +147,17 @@ assert callable(transfer.measure) and callable(train) and callable(tune)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """The distribution of a kind, "sdist" or "wheel", that setuptools builds of a source folder."""
+    script = f"from setuptools import build_meta; import sys; build_meta.build_{kind}(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, str(folder)], cwd=source, check=True, capture_output=True)
+    return next(folder.glob("*.whl" if kind == "wheel" else "*.tar.gz"))
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from what git has."""
-    folder = tmp_path_factory.mktemp("wheel")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in a source distribution that is built of the files that git has."""
+    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
     for name in tracked():
         old, new = ROOT / name, source / name
@@ -159,9 +166,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             new.symlink_to(os.readlink(old))
         else:
             new.write_bytes(old.read_bytes())
-    build = "from setuptools import build_meta as b; import sys; print(b.build_wheel(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
+    with tarfile.open(build("sdist", source, folder)) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    return next((folder / "unpacked").iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that is built of the source distribution."""
+    return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_sdist_holds_the_readmes_and_the_targets_of_their_links(name: str, unpacked: Path) -> None:
+    assert (unpacked / name).read_text() == text_of(name)
+    for link in links(name):
+        if not link.startswith("https://"):
+            assert ((unpacked / name).parent / link.partition("#")[0]).exists(), link
 
 
 def test_the_wheel_holds_the_package(wheel: Path) -> None:

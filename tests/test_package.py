@@ -1,4 +1,4 @@
-"""The package as a whole: versions, names, files, and the README's own code."""
+"""The package as a whole: versions, names and files."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import mlp_fused
-from mlp_fused import ACTIVATIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,32 +48,3 @@ def test_the_top_level_is_the_one_that_was_agreed() -> None:
     visible = {name for name in top if not name.startswith(".")}
     folders, files = {"kernels", "mlp_fused", "bench", "tests"}, {"pyproject.toml", "README.md"}
     assert visible <= folders | files | {"LICENSE", "CHANGELOG.md", "CITATION.cff"}
-
-
-def readme_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.alone
-def test_the_readmes_python_runs_in_order(tmp_path: Path) -> None:
-    blocks = readme_blocks()
-    assert len(blocks) >= 4
-    script = tmp_path / "readme.py"  # a file, as @triton.jit reads its function's source
-    script.write_text("\n".join(blocks))
-    run = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-
-
-def test_the_readme_lists_every_activation() -> None:
-    text = (ROOT / "README.md").read_text()
-    listed = re.search(r"<!-- activations -->\n(.*?)<!-- /activations -->", text, re.DOTALL)
-    assert listed
-    assert re.findall(r"`(\w+)`", listed[1]) == list(ACTIVATIONS)

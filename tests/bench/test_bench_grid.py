@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from readme import READMES
 from stand_ins import (
     HostAndDevice,
     environment,
@@ -127,7 +128,7 @@ def test_the_rows_of_a_cpu_take_less_than_a_minute_of_two_cores(monkeypatch: pyt
 def words_after_k() -> set[str]:
     """Each `-k WORD` of a bench command in a README or a docstring."""
     files = [
-        ROOT / "README.md",
+        *(ROOT / name for name in READMES),
         *(path for folder in ("bench", "kernels", "mlp_fused") for path in (ROOT / folder).rglob("*")),
     ]
     texts = [path.read_text() for path in files if path.suffix in (".md", ".py") and path.is_file()]

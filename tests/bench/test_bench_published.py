@@ -1,4 +1,4 @@
-"""The figures' data, the tables and the README against the raw logs, which are read here by other means."""
+"""The figures' data, the tables and the READMEs against the raw logs, which are read here by other means."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from readme import READMES, readme, text_of
 
 from bench import published, report
 from bench.results import load
@@ -193,21 +194,15 @@ def test_the_committed_page_and_figures_are_made_of_the_file(content: Record) ->
             assert len(drawn) < 150_000
 
 
-# The README
+# The READMEs
 
 
-README = (ROOT / "README.md").read_text()
-
-
-def block(name: str = "measured") -> str:
-    found = re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
-    assert found
-    return found[1]
+TEXTS = {name: text_of(name) for name in READMES}
 
 
 def test_the_readme_s_measured_block_is_made_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(FILE), "--table"]) == 0
-    assert block() == capsys.readouterr().out, "python -m bench.report FILE --table prints the block"
+    assert readme("measured") == capsys.readouterr().out, "python -m bench.report FILE --table prints the block"
 
 
 def test_every_number_of_the_readme_s_table_is_a_reading() -> None:
@@ -219,7 +214,11 @@ def test_every_number_of_the_readme_s_table_is_a_reading() -> None:
                 ours, eager = (cell["dev"][f"{phase} {system}"] for system in ("ours", "eager"))
                 speed = eager / ours
                 readings.add((f"{ours:#.3g}", f"{eager:#.3g}", f"{speed:.2f}x" if speed < 1.995 else f"{speed:.1f}x"))
-    rows = [[each.strip() for each in line.strip("|").split("|")] for line in block().splitlines() if line[:1] == "|"]
+    rows = [
+        [each.strip() for each in line.strip("|").split("|")]
+        for line in readme("measured").splitlines()
+        if line[:1] == "|"
+    ]
     header, _, *rows = rows
     assert len(header) == 7
     assert 1 <= len(rows) <= 10
@@ -230,7 +229,7 @@ def test_every_number_of_the_readme_s_table_is_a_reading() -> None:
 
 def test_the_readme_s_output_of_transfer_is_the_log_s_shortened() -> None:
     log = (RAW / "transfer.log").read_text().splitlines()
-    _, *shown, _ = block("transfer").splitlines()
+    _, *shown, _ = readme("transfer").splitlines()
     shown = [line for line in shown if line and line != "…"]
     places = [log.index(line) for line in shown]
     assert places == sorted(places)
@@ -243,7 +242,7 @@ def test_the_readme_s_output_of_tune_has_the_readings_of_the_products() -> None:
         (product["kind"], product["width_in"], product["width_out"], product["rows"], product["dtype"]): product
         for product in table["gemms"]
     }
-    text = block("tune")
+    text = readme("tune")
     rows = re.findall(
         r"^(\w+) (\d+) -> (\d+), (\d+) rows, (\w+) +([\d.]+) +([\d.]+) +([\d.]+)  (.*)$", text, re.MULTILINE
     )
@@ -258,20 +257,23 @@ def test_the_readme_s_output_of_tune_has_the_readings_of_the_products() -> None:
     assert table["device"] in text
 
 
-def test_what_the_readme_says_of_tests_and_train_is_in_the_file(content: Record) -> None:
+def test_statements_on_tests_and_training_are_in_the_file(content: Record) -> None:
     origin = content["origin"]
-    assert f"{origin['tests']['passed']} of {origin['tests']['gpu_tests']} GPU tests passed" in README
-    assert f"accuracy is {origin['train']['accuracy']} after {origin['train']['epochs']} epochs" in README
+    passed = f"{origin['tests']['passed']} of {origin['tests']['gpu_tests']} GPU tests passed"
+    assert passed in TEXTS["bench/README.md"]
+    accuracy = f"accuracy is {origin['train']['accuracy']} after {origin['train']['epochs']} epochs"
+    assert accuracy in TEXTS["mlp_fused/README.md"].replace("\n", " ")
 
 
-def test_the_readme_s_pictures_and_links_exist(content: Record) -> None:
-    linked = re.findall(r'(?:srcset|src)="([^"]+)"', README) + re.findall(r"\]\(([^)#]+?)\)", README)
-    local = [link for link in linked if not link.startswith("http")]
-    assert len(local) > 4
-    for link in local:
-        assert (ROOT / link).is_file(), link
-    pictures = re.findall("^<picture>.*</picture>$", README, re.MULTILINE)
-    assert pictures == [published.readme_picture(content, name) for name in ("throughput", "step")]
+@pytest.mark.parametrize(
+    ("name", "figure", "folder"),
+    [("README.md", "throughput", "bench/results"), ("mlp_fused/README.md", "step", "../bench/results")],
+)
+def test_pictures_are_those_of_the_file(name: str, figure: str, folder: str, content: Record) -> None:
+    pictures = re.findall("^<picture>.*</picture>$", TEXTS[name], re.MULTILINE)
+    assert pictures == [published.readme_picture(content, figure, folder)]
+    for link in re.findall(r'(?:srcset|src)="([^"]+)"', pictures[0]):
+        assert ((ROOT / name).parent / link).is_file()
 
 
 # The command

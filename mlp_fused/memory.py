@@ -81,7 +81,7 @@ class Need:
         ]
         if self.room is not None:
             limit, allocated = gib(self.room.limit), gib(self.room.allocated)
-            lines.append(f"Of {self.device} this process can have {limit}; its tensors take {allocated}.")
+            lines.append(f"This process can have {limit} of {self.device}; its tensors take {allocated}.")
         if self.fits == 0:
             lines.append("Not even one row would fit.")
         elif self.fits is not None and self.fits < self.rows:

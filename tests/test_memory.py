@@ -56,7 +56,7 @@ def test_a_forward_that_runs_out_says_what_is_kept_and_what_would_fit(full: pyte
     assert text.startswith(
         f"{TORCHS}\nmlp_fused: for 4096 rows the network keeps {kept / 2**20:.1f} MiB for backward and works with "
         f"about {working / 2**20:.1f} MiB more, beside {4 * parameters / 2**20:.1f} MiB of parameters, gradients "
-        "and an optimizer's state (2 tensors a parameter). Of cpu this process can have 3.0 MiB; its tensors take "
+        "and an optimizer's state (2 tensors a parameter). This process can have 3.0 MiB of cpu; its tensors take "
         "1.0 MiB."
     )
     assert 2048 <= fits < 4096

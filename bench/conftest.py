@@ -32,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def measures(config: pytest.Config) -> bool:
-    return config.option.benchmark or config.option.benchmark_enable or config.option.benchmark_only
+    option = config.option
+    return bool(option.benchmark or option.benchmark_enable or option.benchmark_only)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -157,7 +157,7 @@ class Results:
         if not self.path.exists():
             return new
         try:
-            old = json.loads(self.path.read_text())
+            old: dict[str, Any] = json.loads(self.path.read_text())
             differs = [name for name in SAME if old["machine"].get(name) != machine.get(name)]
             if old["schema"] != SCHEMA:
                 differs.append("schema")
@@ -255,13 +255,15 @@ class MeasuringWorker:
         self.worker: Worker | None = None
 
     def measure(self, cell: Cell, seconds: float) -> CellRow:
-        return self._do(cell, seconds)
+        row: CellRow = self._do(cell, seconds)
+        return row
 
     def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
         self._do(problems, seconds)
 
     def ceilings(self, seconds: float) -> Outcome:
-        return self._do(None, seconds)
+        outcome: Outcome = self._do(None, seconds)
+        return outcome
 
     def _do(self, job: Job, seconds: float) -> Any:
         """The answer of the process. Raises CutOffError after `seconds`, RowError where the job raised or it died."""

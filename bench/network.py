@@ -100,7 +100,8 @@ class Bench:
         with torch.no_grad():
             y = self.eager(x)
         y.requires_grad_()
-        return torch.autograd.grad(F.cross_entropy(y, target), y)[0]
+        gradient: Tensor = torch.autograd.grad(F.cross_entropy(y, target), y)[0]
+        return gradient
 
     def timed(self, module: Callable[[Tensor], Tensor], phase: str) -> Timed:
         """A phase of `module`; its calls return what is verified: the output first (backward has none), gradients."""

@@ -154,7 +154,9 @@ def floor_ms(network: Record, content: Record) -> float:
     first, last = network["widths"][0], network["widths"][-1]
     elements = first + last if network["phase"] == "inference" else 2 * (first + last)
     elements += first * bool(network["input_gradient"])
-    return network["rows"] * elements * ITEMSIZE[network["dtype"]] / (1e6 * content["ceilings"]["memory_gbps"])
+    bytes_per_ms: float = 1e6 * content["ceilings"]["memory_gbps"]
+    moved: int = network["rows"] * elements * ITEMSIZE[network["dtype"]]
+    return moved / bytes_per_ms
 
 
 SYSTEM_SERIES = {

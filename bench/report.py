@@ -372,7 +372,7 @@ def readings_in(paths: Sequence[Path]) -> dict[str, Any] | None:
         UnfitError: one of several files holds published readings, or one cannot be read.
     """
     for path in paths:
-        content = load(path)
+        content: dict[str, Any] = load(path)
         if published.is_published(content):
             if len(paths) > 1:
                 raise UnfitError(

@@ -49,7 +49,8 @@ class Results:
 
     @property
     def name(self) -> str:
-        return self.machine["gpu"] or self.machine["cpu"]
+        name: str = self.machine["gpu"] or self.machine["cpu"]
+        return name
 
     def row(self, cell: Cell) -> Row | None:
         return self.rows.get((str(cell), self.device))

@@ -399,7 +399,8 @@ class UnfitRowError(ValueError):
 
 def to_json(row: Row) -> dict[str, Any]:
     """A row as plain values, with its kind."""
-    return _plain(row)
+    plain: dict[str, Any] = _plain(row)
+    return plain
 
 
 def from_json(content: Mapping[str, Any]) -> Row:

@@ -125,6 +125,8 @@ class CapturedStep:
         graph: Any,
         warmup: int,
     ) -> None:
+        self.loss: Tensor
+        self.output: Tensor | None
         self.model = model
         self.loss_fn = loss_fn
         self.optimizer = optimizer

@@ -98,7 +98,8 @@ def _path(kind: object, argument: str) -> str:
 
 
 def _bert_finish(layer: Any, output: Tensor, input: Tensor) -> Tensor:
-    return layer.output.LayerNorm(output + input)
+    normalized: Tensor = layer.output.LayerNorm(output + input)
+    return normalized
 
 
 register_pattern(
@@ -458,7 +459,8 @@ class _Fused:
 
     def __prepare_scriptable__(self) -> nn.Module:
         """The module as it was before `fuse`, for torch.jit.script."""
-        return plain_twin(self, self._unfused)
+        twin: nn.Module = plain_twin(self, self._unfused)
+        return twin
 
 
 def _remake(kind: Any, *arguments: Any) -> nn.Module:
@@ -510,7 +512,7 @@ def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
 
     @functools.wraps(original)
     def method(self: Any, *arguments: Any, **keywords: Any) -> Tensor:
-        current = getattr(kind, pattern.method)
+        current: Callable[..., Tensor] = getattr(kind, pattern.method)
         if current is not original:  # somebody has replaced it on the class since
             return current(self, *arguments, **keywords)
         if len(arguments) == 1 and not keywords:
@@ -523,7 +525,7 @@ def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
             inner = _follow(self, path)
             if has_hooks(inner) or path_of(type(inner)) != target:
                 return original(self, input)
-        output = self._forward(input)
+        output: Tensor = self._forward(input)
         return output if finish is None else finish(self, output, input)
 
     return {"_links": links, "_link_names": lambda self: pattern.chain, pattern.method: method}

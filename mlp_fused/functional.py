@@ -104,7 +104,8 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
         return run_kernels(x, layers, dtype, recompute, backend)
     weights, biases, activations, _ = zip(*layers)
     if recompute and can_checkpoint(x):
-        return checkpoint(reference.mlp, x, weights, biases, activations, use_reentrant=False)
+        y: Tensor = checkpoint(reference.mlp, x, weights, biases, activations, use_reentrant=False)
+        return y
     return reference.mlp(x, weights, biases, activations)
 
 

@@ -53,7 +53,7 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     return batch
 
 
-def _map_sparse(tensor: Tensor, function: Callable[[Any], Any]) -> Tensor:
+def _map_sparse(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A sparse tensor is a container of its indices and values."""
     if tensor.layout is torch.strided or not is_on_the_host(tensor):
         return function(tensor)

@@ -117,9 +117,11 @@ class FusedSequence(WithBackend, nn.Module):
     def recompute(self, recompute: bool | None) -> None:
         self._recompute = settings.check_recompute(recompute)
 
-    def _forward(self, input: Any) -> Tensor:
+    def _forward(self, input: object) -> Tensor:
         if Sequential.forward is not SEQUENTIAL_FORWARD and isinstance(self, Sequential):
-            return Sequential.forward(self, input)
+            replaced: Any = Sequential.forward
+            output: Tensor = replaced(self, input)
+            return output
         if not isinstance(input, Tensor):  # torch.fx traces with proxies
             return self._forward_as_modules(input)
         if not self._wants_kernels() and input.device.type == "cpu" and not (self._recompute and can_checkpoint(input)):
@@ -169,7 +171,8 @@ class FusedSequence(WithBackend, nn.Module):
         if run.linears and self._recompute and can_checkpoint(input):
             # nn.Dropout draws random numbers in here. torch puts its generator back for the second run, since 2.10 also
             # within a CUDA graph's capture, which 2.9 refuses.
-            return checkpoint(run.call, input, use_reentrant=False)
+            output: Tensor = checkpoint(run.call, input, use_reentrant=False)
+            return output
         return run.call(input)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,12 +183,12 @@ class FusedSequence(WithBackend, nn.Module):
         """True if the user asked for kernels even on a CPU, where the interpreter runs them."""
         return (settings.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
 
-    def _forward_as_modules(self, input: Tensor) -> Tensor:
+    def _forward_as_modules(self, input: Any) -> Tensor:
         """The modules called as they are, on a CPU and under torch.compile.
 
         A mistake in the input is explained after the fact: nothing was launched by then.
         """
-        output = input
+        output: Tensor = input
         # Whether Dropout that drops nothing may be left out; asked once a call, and never in a graph that is traced.
         idle: bool | None = None if isinstance(input, Tensor) else False
         try:
@@ -371,7 +374,8 @@ class FusedLinear(FusedSequence, LinearWithActivation):
             super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        parent: Any = super()
+        parent.__setstate__(state)
         if "linear" not in self._modules:
             self._become_parent()
 

@@ -141,7 +141,8 @@ class DevicePrefetcher(Generic[Batch]):
                 return leaf.to(self.device, _target(leaf, self.dtype))
             return leaf if self.device.type == "cpu" else leaf.to(self.device)
 
-        return map_leaves(batch, move)
+        moved: Batch = map_leaves(batch, move)
+        return moved
 
 
 def _has_streams(device: torch.device) -> bool:
@@ -233,7 +234,8 @@ class _Streams:
 
     def on_side(self) -> contextlib.AbstractContextManager[Any]:
         """Within the block, work goes to the side stream, and memory comes from its pool."""
-        return self._module.stream(self.side)
+        block: contextlib.AbstractContextManager[Any] = self._module.stream(self.side)
+        return block
 
     def event(self, *, timing: bool = False) -> Any:
         return self._module.Event(enable_timing=timing)
@@ -478,7 +480,7 @@ class _Prefetched(Iterator[Batch]):
             streams.wait(current, ahead.event)
         for moved in ahead.moved:
             streams.keep(moved, current)
-        batch = ahead.batch
+        batch: Batch = ahead.batch
         if ahead.later:
             batch = map_leaves(batch, lambda leaf: leaf.to(streams.device) if isinstance(leaf, _Later) else leaf)
         return batch

@@ -16,4 +16,5 @@ def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=description, leave=False, disable=None)  # None: where stderr is no terminal
+    shown: Iterable[Item] = tqdm(items, desc=description, leave=False, disable=None)  # None: if stderr is no terminal
+    return shown

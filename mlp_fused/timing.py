@@ -185,7 +185,8 @@ class Clock:
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that have passed."""
-        return start.elapsed_time(end)
+        elapsed: float = start.elapsed_time(end)
+        return elapsed
 
     def spin(self, seconds: float) -> None:
         """Keep the device busy for so long."""
@@ -202,7 +203,8 @@ def cycles_per_second() -> float:
     torch.cuda._sleep(cycles)
     end.record()
     torch.cuda.synchronize()
-    return cycles / (1e-3 * start.elapsed_time(end))
+    seconds: float = 1e-3 * start.elapsed_time(end)
+    return cycles / seconds
 
 
 CLOCK = Clock()

@@ -251,3 +251,67 @@ def test_no_module_changes_anothers_names() -> None:
                 if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id in ours
             ]
     assert changed == []
+
+
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """True if a function is decorated by triton.jit, with arguments or without."""
+    decorators = (node.func if isinstance(node, ast.Call) else node for node in function.decorator_list)
+    return any(ast.unparse(decorator) in ("jit", "triton.jit") for decorator in decorators)
+
+
+def host_functions(
+    node: ast.AST, in_class: bool = False
+) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
+    """The functions in a tree that no kernel contains, each with True if it is a method."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if is_kernel(child):
+                continue
+            yield child, in_class
+        yield from host_functions(child, isinstance(child, ast.ClassDef))
+
+
+def unannotated(tree: ast.AST) -> list[str]:
+    """The arguments and returns without an annotation, "function(argument)" or "function ->"."""
+    missing = []
+    for function, is_method in host_functions(tree):
+        given = function.args
+        arguments = [*given.posonlyargs, *given.args]
+        if is_method and "staticmethod" not in map(ast.unparse, function.decorator_list):
+            del arguments[0]  # self or cls
+        arguments += [*given.kwonlyargs, *(argument for argument in (given.vararg, given.kwarg) if argument)]
+        missing += [f"{function.name}({argument.arg})" for argument in arguments if argument.annotation is None]
+        missing += [f"{function.name} ->"] * (function.returns is None)
+    return missing
+
+
+def test_every_kernel_modules_host_functions_are_annotated() -> None:
+    """Type checking of these modules leaves out the codes that would report them, because kernels have no types."""
+    missing = {
+        name: found
+        for name, path in modules().items()
+        if name.startswith("mlp_fused.kernels") and (found := unannotated(ast.parse(path.read_text())))
+    }
+    assert missing == {}
+
+
+def test_missing_annotations_are_found_outside_kernels() -> None:
+    source = """
+@triton.jit
+def kernel(x):
+    def inner(y): ...
+
+@triton.jit(do_not_specialize=["M"])
+def specialized(x, M): ...
+
+@functools.cache
+def cached(x, *rest: int, key=None) -> int:
+    def inner(y: int): ...
+
+class Tile:
+    def rows(self, y) -> int: ...
+
+    @staticmethod
+    def columns(y) -> int: ...
+"""
+    assert unannotated(ast.parse(source)) == ["cached(x)", "cached(key)", "inner ->", "rows(y)", "columns(y)"]

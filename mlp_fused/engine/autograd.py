@@ -41,7 +41,8 @@ def run_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
     """The network path: x (M, d_0) -> y (M, d_L)."""
     if path.formulation is None:
         return path.forward(x, weights, biases, False)[0]
-    return NetworkFunction.call(x, path, *weights, *biases)
+    y: Tensor = NetworkFunction.call(x, path, *weights, *biases)
+    return y
 
 
 def run_layers(
@@ -61,7 +62,7 @@ def run_layers(
         seed = draw_seed(x.device)
     end = len(path.layers)
     first = _first_trainable(x, weights, biases) if torch.is_grad_enabled() else end
-    h = x
+    h: Tensor = x
     if first:  # nothing is kept of the layers before
         section = path.section(0, first)
         h = section.forward(h, weights[:first], biases[:first], False, seed)[0]
@@ -159,6 +160,7 @@ class SectionFunction(PlainFunction):
         ctx.set_materialize_grads(False)
         count = len(section.layers)
         weights: Any = parameters[:count]
+        y: Tensor
         y, z, kept, *casts = section.forward(h, weights, parameters[count:], True, seed)
         needs_edge, _, _, _, needs_weight, *_ = ctx.needs_input_grad
         edge_read = edge if _keeps_edge(section, needs_edge, needs_weight) else None
@@ -340,7 +342,8 @@ def activated(z: Tensor, activation: Activation) -> Tensor:
         return activation(z)
     with torch.no_grad():
         h = activation(z)
-    return _FromOutput.call(z, h, activation, None)
+    differentiable: Tensor = _FromOutput.call(z, h, activation, None)
+    return differentiable
 
 
 def differentiable_section(
@@ -366,7 +369,8 @@ def differentiable_section(
             return edge  # where nothing below wants a gradient, the edge is h
         if first.below_keeps_z:
             return dropped(first.below(edge), left)
-        return _FromOutput.call(edge, edge.detach(), first.below, left)
+        output: Tensor = _FromOutput.call(edge, edge.detach(), first.below, left)
+        return output
 
     activations = [spec.activation for spec in specs]
     if not section.is_last:  # dy is the gradient of the last layer's z

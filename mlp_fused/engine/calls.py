@@ -30,6 +30,7 @@ def run_kernels(
         x = x.reshape(-1, shape[-1])
     weights, biases, *_ = zip(*layers)
     path = find_path(x, layers, dtype, recompute, backend)
+    y: Tensor
     if recompute and isinstance(path, LayerPath) and can_checkpoint(x):
         # The seed is drawn outside, because the checkpointed function runs twice and has to drop the same elements.
         # It draws nothing else, so no generator has to be put back, which torch 2.9 cannot do within a graph's capture.
@@ -45,6 +46,7 @@ def run_operator(
 ) -> Tensor:
     """The same by a registered operator (ops.py), which is what a compiler or a dispatch mode sees."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor
     y, _ = torch.ops.mlp_fused.mlp(
         rows,
         [layer.weight for layer in layers],

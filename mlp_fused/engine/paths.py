@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 
 from ..dtypes import DTYPES
 from ..kernels import devices, network_tiles
@@ -224,7 +225,7 @@ def decided_by(table: table_files.Table) -> Iterator[None]:
 
 
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:
-    if torch.jit.is_tracing():
+    if is_tracing():
         return "the call is being traced by torch.jit"
     if is_exporting_to_onnx():
         return "the call is being exported to ONNX"

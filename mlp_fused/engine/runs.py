@@ -104,7 +104,8 @@ class Decision:
             if [bias is not None for bias in biases] != self.biased:
                 return False
             biases = tuple(bias for bias in biases if bias is not None)
-        return self.guards.check(x, *weights, *biases)  # not where a bias has become None
+        same: bool = self.guards.check(x, *weights, *biases)  # not where a bias has become None
+        return same
 
 
 class Run:
@@ -307,7 +308,8 @@ def is_linear(module: Any) -> bool:
 
 def linear_weight(linear: Any) -> Tensor:
     """The weight of a Linear layer as (out, in)."""
-    return linear.weight.t() if _is_transposed(linear) else linear.weight
+    weight: Tensor = linear.weight
+    return weight.t() if _is_transposed(linear) else weight
 
 
 def name_of(child: Any) -> str:

@@ -60,6 +60,7 @@ def check_backend(backend: object, argument: str = "backend") -> Backend:
     Raises:
         ValueError: it is not "auto", "triton" or "reference".
     """
+    known: Backend
     for known in get_args(Backend):
         if backend == known:
             return known
@@ -127,12 +128,14 @@ def is_watched() -> bool:
 
 def forward_mode_level() -> int:
     """The level of forward-mode differentiation; -1 where it is not active."""
-    return forward_ad._current_level
+    level: int = forward_ad._current_level
+    return level
 
 
 def storage_id(tensor: Tensor) -> int:
     """A number that tensors on the same memory share."""
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
@@ -177,7 +180,8 @@ def policy_dtype(network: nn.Module) -> torch.dtype | None:
     if not is_loaded_instance(network, "torch.distributed.fsdp", "FSDPModule"):
         return None
     sharded: Any = network
-    return sharded._get_fsdp_state()._mp_policy.param_dtype
+    dtype: torch.dtype | None = sharded._get_fsdp_state()._mp_policy.param_dtype
+    return dtype
 
 
 def end_allocation(index: int, pool: Any, allocator: Any = torch._C) -> None:

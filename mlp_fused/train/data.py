@@ -263,7 +263,8 @@ def _check_names(file: Any, path: str, names: Sequence[str], needed: str) -> Non
 
 def _read_array(file: Any, path: str, name: str) -> np.ndarray:
     try:
-        return file[name]
+        array: np.ndarray = file[name]
+        return array
     except Exception as error:  # a damaged or a pickled member: zipfile's, zlib's and numpy's errors
         if "Object arrays" in str(error):
             fix = f"{name}.astype(float)"
@@ -327,7 +328,8 @@ def _dtype(array: np.ndarray) -> np.dtype:
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         fits = array.dtype.itemsize < 8 or not array.size or int(array.max()) < 2**63
         return np.dtype(f"i{min(2 * array.dtype.itemsize, 8)}" if fits else "u8")
-    return array.dtype.newbyteorder("=")
+    native: np.dtype = array.dtype.newbyteorder("=")
+    return native
 
 
 def to_classes(y: np.ndarray) -> tuple[Tensor, tuple[str, ...] | None]:

@@ -8,12 +8,15 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, Sampler
+
+if TYPE_CHECKING:  # torch.distributed has its modules only where torch was built with it
+    from torch.distributed.distributed_c10d import Store
 
 __all__ = ["Part", "Processes", "is_first", "is_first_to_fail", "join"]
 
@@ -47,9 +50,11 @@ def is_first_to_fail() -> bool:
 
 
 @functools.cache
-def _store(address: str, port: str) -> dist.Store:
+def _store(address: str, port: str) -> Store:
     """The store that all processes can read and write, whether or not one of them has failed."""
-    store, _, _ = next(dist.rendezvous("env://"))
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous("env://"))[0]
     return store
 
 
@@ -110,11 +115,13 @@ def join(pick_device: Callable[[int | None], torch.device]) -> Iterator[Processe
     if count == 1:
         yield Processes(pick_device(None))
         return
+    from torch.distributed.distributed_c10d import PrefixStore
+
     device = pick_device(local)
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore(f"group {next(_joined)}", _store(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])),
+        store=PrefixStore(f"group {next(_joined)}", _store(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])),
         rank=rank,
         world_size=count,
         device_id=device if on_gpu else None,

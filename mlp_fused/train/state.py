@@ -12,12 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError, first_line
-from .config import (
-    MAY_CHANGE,
-    Config,
-    flag,
-    shown,
-)
+from ..flags import flag, shown
+from .config import MAY_CHANGE, Config
 from .data import Data
 from .distributed import Processes
 from .tasks import Epoch

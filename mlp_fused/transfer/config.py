@@ -127,16 +127,18 @@ def run(config: Config, *, report: Callable[[str], None] = print, seconds: float
 
 
 def _network(config: Config) -> FusedMLP:
+    model: Any
     if config.checkpoint is None:
         first, *rest = config.dims or DIMS
         try:
-            model: Any = FusedMLP(first, rest, activation_layer=config.activation or ACTIVATION)
+            model = FusedMLP(first, rest, activation_layer=config.activation or ACTIVATION)
         except RuntimeError as error:
             raise UserError(f"--dims {shown(config.dims or DIMS)} makes no network here: {first_line(error)}") from None
     else:
         trained = make_model(config.checkpoint, load_checkpoint(config.checkpoint), backend=None)
         model = trained.get_submodule("network")
-    return model.to(DTYPES[config.dtype])
+    network: FusedMLP = model.to(DTYPES[config.dtype])
+    return network
 
 
 def _check_plot(path: Path) -> Path:

@@ -147,7 +147,8 @@ def crossing(sizes: Sequence[int], cpu: Sequence[Spread], gpu: Sequence[Spread])
             return 0.0
         i = lost[-1]
         part = -ahead[i] / (ahead[i + 1] - ahead[i])
-        return sizes[i] * (sizes[i + 1] / sizes[i]) ** part
+        growth: float = (sizes[i + 1] / sizes[i]) ** part
+        return sizes[i] * growth
 
     return Crossing(
         where(lambda c: c.ms, lambda g: g.ms),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.jit._trace import is_tracing
 
 from ..dtypes import DTYPES
 from ..kernels import devices, network_tiles
@@ -31,6 +30,7 @@ from .settings import (
     float32_precision,
     forward_mode_level,
     is_exporting_to_onnx,
+    is_tracing,
     is_transformed,
     is_watched,
     is_zero_tensor,

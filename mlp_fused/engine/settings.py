@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.jit._trace import is_tracing
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 try:
@@ -43,6 +44,7 @@ __all__ = [
     "is_batched",
     "is_exporting_to_onnx",
     "is_loaded_instance",
+    "is_tracing",
     "is_transformed",
     "is_watched",
     "is_zero_tensor",

@@ -1,9 +1,9 @@
 """class Activation: a pointwise activation, declared once; `register_activation` adds one to the table.
 
 An activation is a pair of functions of one element, `forward(z) -> h` and `backward(dh, saved) -> dz`, written for
-Triton and handed to the kernels, and their twins in plain torch. `saved` is the one tensor kept for backward: the
-output h where the derivative can be read off it accurately, the pre-activation z otherwise. Parameters (a slope, an
-alpha) follow as compile-time constants, in their declared order.
+Triton and handed to the kernels, and their twins in plain torch. `saved` is the one tensor saved for backward: the
+output h where the derivative can be computed from it accurately, the pre-activation z otherwise. Parameters (a slope,
+an alpha) follow as compile-time constants, in the order of their declaration.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ Kept = Literal["output", "preactivation"]
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """h = forward(z), dz = backward(dh, saved): one pointwise activation, its parameters bound.
+    """h = forward(z), dz = backward(dh, saved): one pointwise activation, with the values of its parameters.
 
     Attributes:
-        name: what users write.
+        name: the name that users write.
         forward: `@triton.jit` function (z, *parameters) -> h.
         backward: `@triton.jit` function (dh, saved, *parameters) -> dz.
-        saves: which tensor `backward` reads, "output" or "preactivation"; or a function of the parameters that says so.
+        saves: the tensor that `backward` reads, "output" or "preactivation"; or a function of the parameters that
+            returns one of the two.
         reference: forward in plain torch, (z, *parameters) -> h. It looks torch's functions up on every call, so that
-            one that is replaced is seen.
-        reference_backward: backward in plain torch where the output is kept, (dh, h, *parameters) -> dz.
-        forward_and_slope: `@triton.jit` function z -> (h, a'(z)) for an activation without parameters, where the two
-            take fewer instructions together than `forward` and `backward` do, with what the compiler shares. Results
-            are rounded to 16 bits.
+            a replaced function takes effect.
+        reference_backward: backward in plain torch, (dh, h, *parameters) -> dz. Needed where the output is saved.
+        forward_and_slope: `@triton.jit` function z -> (h, a'(z)), for an activation without parameters. Given only
+            where it takes fewer instructions than `forward` and `backward`, after the compiler has merged their common
+            parts. Its results are accurate enough to be rounded to 16 bits.
         parameters: parameter names, in order, with their values.
-        module: the `nn.Module` class that this is, its parameters being attributes of the same names.
-        matches: which instances of `module`, where not all of them.
+        module: the `nn.Module` class of this activation. The parameters are its attributes, by the same names.
+        matches: a test for the instances of `module` that are this activation; by default all.
         kinks: the points where the derivative jumps.
-        rounds_parameters: whether parameters act as values of the tensor's dtype (bounds to compare an output with).
-        scales: whether the derivative may be read off any positive multiple of the output, as Dropout leaves it.
-        piecewise: whether forward and backward are piecewise polynomials, a few instructions an element; the estimated
+        rounds_parameters: True if parameters are rounded to the tensor's dtype, because outputs are compared with them.
+        scales: True if the derivative can be computed from any positive multiple of the output, as after Dropout.
+        piecewise: True if forward and backward are piecewise polynomials, a few instructions an element. The estimated
             time of a kernel depends on it.
     """
 
@@ -64,11 +65,11 @@ class Activation:
     scales: bool = False
     piecewise: bool = False
 
-    # Derived once: they are read on the path of every call.
+    # Computed once, because every call reads them.
     values: tuple[float, ...] = field(init=False, repr=False)  # the parameters' values, in order
-    keeps: Kept = field(init=False, repr=False)  # which tensor backward reads with these parameters
+    keeps: Kept = field(init=False, repr=False)  # the tensor that backward reads, with these parameters
     keeps_preactivation: bool = field(init=False, repr=False)
-    spec: str = field(init=False, repr=False)  # name and parameter values, exactly, as `parse` reads them
+    spec: str = field(init=False, repr=False)  # name and exact parameter values, in the form that `parse` reads
 
     def __post_init__(self) -> None:
         values = tuple(self.parameters.values())
@@ -83,14 +84,14 @@ class Activation:
             object.__setattr__(self, name, value)
 
     def constants(self, dtype: torch.dtype) -> tuple[float, ...]:
-        """The parameters as the kernels for `dtype` take them."""
+        """The parameter values to compile into kernels for `dtype`."""
         return _rounded(self.values, dtype) if self.rounds_parameters else self.values
 
     def bind(self, **parameters: float) -> Activation:
         """The same activation with other parameter values.
 
         Raises:
-            TypeError: a parameter it does not have, or a value that is not a number.
+            TypeError: the activation has no such parameter, or a value is not a number.
         """
         unknown = parameters.keys() - self.parameters.keys()
         if unknown:
@@ -110,7 +111,7 @@ class Activation:
         return self.reference(z, *self.values)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.name, tuple(self.parameters.items()))  # by name: functions are not for pickling
+        return _restore, (self.name, tuple(self.parameters.items()))  # by name: the functions cannot be pickled
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
@@ -121,7 +122,7 @@ _BOUND: dict[tuple[str, tuple[tuple[str, float], ...]], Activation] = {}
 
 
 def bound(declared: Activation, parameters: tuple[tuple[str, float], ...]) -> Activation:
-    """One object per activation and parameter values, so that caches may key on identity."""
+    """The activation with these parameter values; always the same object, so that caches may key on identity."""
     values = dict(parameters)
     if values == declared.parameters:
         return declared
@@ -134,7 +135,7 @@ def _rounded(values: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]
 
 
 def _restore(name: str, parameters: tuple[tuple[str, float], ...]) -> Activation:
-    """The activation of a pickle, which names this function in activations.py, where the table is filled."""
+    """The activation in a pickle. Pickles name this function in activations.py, so that loading fills the table."""
     if name not in ACTIVATIONS:
         raise ValueError(f"the activation {name!r} is not registered; call register_activation before loading")
     return ACTIVATIONS[name].bind(**dict(parameters))
@@ -148,10 +149,10 @@ ACTIVATIONS: dict[str, Activation] = {}
 
 @functools.lru_cache(maxsize=1024)
 def parse(spec: str) -> Activation:
-    """The activation of which that is the `spec`.
+    """The activation with this `spec`.
 
     Raises:
-        KeyError: it is not registered.
+        KeyError: no activation of this name is registered.
     """
     name, *values = spec.split(":")
     pairs = (value.split("=") for value in values)
@@ -175,13 +176,13 @@ def register_activation(
     scales: bool = False,
     piecewise: bool = False,
 ) -> Activation:
-    """h = forward(z), dz = backward(dh, saved): add an activation to the table, under a new name.
+    """Add an activation to the table, under a new name: h = forward(z), dz = backward(dh, saved).
 
-    See `Activation` for what each argument is. `forward` and `backward` are `@triton.jit` functions of fp32 values
-    (fp64 under the interpreter); `reference` is what runs on a CPU, for fp64, and when a gradient is differentiated.
+    `Activation` describes the arguments. `forward` and `backward` are `@triton.jit` functions of fp32 values (under the
+    interpreter also fp64). `reference` runs on a CPU, for fp64, and when a gradient is differentiated.
 
     Raises:
-        ValueError: the name is taken, `saves` is unknown, or the output is kept and `reference_backward` is missing.
+        ValueError: the name is taken, `saves` is unknown, or the output is saved and `reference_backward` is missing.
         TypeError: `forward` or `backward` is not a `@triton.jit` function, or `reference` cannot be called.
     """
     if not isinstance(name, str) or not name:

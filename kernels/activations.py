@@ -1,6 +1,6 @@
-"""ACTIVATIONS: every activation, declared once. `activation.py` says what a declaration is.
+"""ACTIVATIONS: the table of all activations. `activation.py` describes an entry.
 
-Names, error texts, the mapping from `nn.Module` classes, test ids and the README's list all come from the table.
+Names, error texts, the mapping from `nn.Module` classes and test ids all come from the table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .language import tl, triton
 __all__ = ["ACTIVATIONS", "BUILT_IN", "IDENTITY", "_restore"]  # pickles name `_restore` here
 
 
-# --- Elementary functions that Triton's language lacks, each relatively accurate near 0 and safe at infinity. ---
+# --- Elementary functions that Triton's language lacks. All have a small relative error near 0, and none overflows. ---
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
-# --- The table. Forward, derivative and their torch twins stand together; whoever changes one sees the others. ---
+# --- The table. Forward, derivative and their torch twins stand together, so that a change of one sees the others. ---
 
 
 @triton.jit
@@ -164,7 +164,7 @@ register_activation(
     parameters={"min_val": -1.0, "max_val": 1.0},
     module=nn.Hardtanh,
     kinks=lambda min_val, max_val: (min_val, max_val),
-    rounds_parameters=True,  # an output that was clamped equals the rounded bound
+    rounds_parameters=True,  # a clamped output equals the bound after rounding
     piecewise=True,
 )
 
@@ -294,11 +294,11 @@ register_activation(
 
 @triton.jit
 def gelu_forward(z):
-    """z Φ(z), the tail Φ(-|z|) as 2^p(|z|).
+    """z Φ(z), with the tail Φ(-|z|) computed as 2^p(|z|).
 
-    p is log2 Φ(-t), fitted on 0 <= t <= 6 for the least largest error of Φ (4e-8, that of fp32 itself); beyond, its
-    leading coefficient takes it to -inf. A polynomial and one exponential, with no branch, are a third of erf's
-    instructions, and the tail has no cancellation.
+    The polynomial p approximates log2 Φ(-t). It is fitted on 0 <= t <= 6 to minimise the largest error of Φ, which is
+    4e-8, as small as fp32's own rounding. Beyond 6, its leading coefficient takes it to -inf. A polynomial and one
+    exponential, with no branch, take a third of erf's instructions, and the tail has no cancellation.
     """
     t = tl.abs(z)
     p = t * -2.6499466e-08 + 8.0473228e-07
@@ -316,13 +316,14 @@ def gelu_forward(z):
 
 @triton.jit
 def gelu_backward(dh, z):
-    """dh (Φ(z) + z φ(z)), which at -t is 1 minus its value at t, and there exp(-t²/2) p(t).
+    """dh a'(z) with the slope a'(z) = Φ(z) + z φ(z).
 
-    p is fitted on 0 <= t <= 6 for the least largest error of the product (2e-8).
+    At -t, for t >= 0, the slope is exp(-t²/2) p(t). At t it is 1 minus that. The polynomial p is fitted on 0 <= t <= 6
+    to minimise the largest error of this product, which is 2e-8.
     """
     t = tl.abs(z)
     e = tl.exp2(t * t * -0.7213475204444817)  # log2(e) / 2
-    t = tl.minimum(t, 8.0)  # where e is all that counts, and p must not overflow
+    t = tl.minimum(t, 8.0)  # beyond 8, e alone makes the tail negligible; p must not overflow
     p = t * -3.1554299e-07 + 7.708778e-06
     p = p * t - 8.4770982e-05
     p = p * t + 0.00056365272
@@ -341,8 +342,8 @@ def gelu_backward(dh, z):
 @triton.jit
 def gelu_forward_and_slope(z):
     """z Φ(z) and a'(z) from one exponential and one polynomial: Φ(-t) = a'(-t) + t φ(t) at t = |z|."""
-    # gelu_backward's polynomial once more: in a function that both call, its digest, and so the measured rows of gelu's
-    # dgrad, would change; and from gelu_backward's result h takes an eighth more instructions.
+    # This repeats gelu_backward's polynomial. A shared function would change the digest of gelu's dgrad, and so drop
+    # its measured rows. Computing h from gelu_backward's result would take an eighth more instructions.
     t = tl.abs(z)
     e = tl.exp2(t * t * -0.7213475204444817)
     t = tl.minimum(t, 8.0)
@@ -433,7 +434,10 @@ register_activation("silu", silu_forward, silu_backward, reference=lambda z: F.s
 
 @triton.jit
 def mish_gate(z):
-    """tanh(softplus(z)) = n / d, and 1 - gate = rest / d, from e = exp(-|z|) alone, so that nothing overflows."""
+    """(n, rest, d) with gate = tanh(softplus(z)) = n / d and 1 - gate = rest / d.
+
+    They are computed from e = exp(-|z|) alone, so nothing overflows.
+    """
     e = tl.exp(-tl.abs(z))
     n = tl.where(z < 0, e * (e + 2), 1 + 2 * e)
     rest = tl.where(z < 0, 2.0, 2 * e * e)
@@ -455,12 +459,12 @@ def mish_backward(dh, z):
 
 @triton.jit
 def mish_forward_and_slope(z):
-    """z gate and its derivative from one exponential and one division."""
+    """z · gate(z) and its derivative, from one exponential and one division."""
     n, rest, d = mish_gate(z)
     e = tl.exp(-tl.abs(z))
     inverse = 1 / (d * (1 + e))
     gate = n * (1 + e) * inverse
-    sigmoid_part = tl.where(z < 0, e, 1.0)  # of sigmoid(z) = sigmoid_part / (1 + e)
+    sigmoid_part = tl.where(z < 0, e, 1.0)  # sigmoid(z) = sigmoid_part / (1 + e)
     return z * gate, gate + z * (sigmoid_part * rest * inverse) * (1 + gate)
 
 
@@ -504,14 +508,14 @@ SOFTPLUS_LINEAR = tl.constexpr(LINEAR_FROM)
 @triton.jit
 def softplus_backward(dh, saved, beta, threshold):
     if beta > 0 and threshold >= SOFTPLUS_LINEAR:
-        slope = -expm1(-beta * saved)  # of the output: sigmoid(beta z) = 1 - exp(-beta h)
+        slope = -expm1(-beta * saved)  # `saved` is the output h: sigmoid(beta z) = 1 - exp(-beta h)
     else:
         slope = tl.where(saved * beta > threshold, 1.0, sigmoid(saved * beta))
     return dh * slope
 
 
 def _softplus_keeps(beta: float, threshold: float) -> Kept:
-    # Below that threshold the function jumps, and h alone does not tell on which side z was.
+    # With a smaller threshold the function jumps there, and h alone does not tell on which side z was.
     return "output" if beta > 0 and threshold >= LINEAR_FROM else "preactivation"
 
 
@@ -731,7 +735,9 @@ register_activation("sine", sine_forward, sine_backward, reference=lambda z: tor
 
 @triton.jit
 def step_forward(z):
-    return tl.where(z >= 0, 1.0, tl.where(z < 0, 0.0, z))  # neither: NaN stays NaN, so that a fault is seen
+    return tl.where(
+        z >= 0, 1.0, tl.where(z < 0, 0.0, z)
+    )  # NaN fails both comparisons and stays NaN, so that a fault is seen
 
 
 @triton.jit

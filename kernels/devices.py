@@ -1,4 +1,4 @@
-"""Devices: what the choice of a tile, and a floor on a time, depend on."""
+"""GPUs: the properties that the choice of a tile and the floor of a time depend on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["DEVICES", "Device", "device_of", "device_slug", "named_device"]
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as the choice of a tile and the floor of a time depend on it."""
+    """A GPU: the properties that the choice of a tile and the floor of a time depend on."""
 
     name: str
     backend: str  # "cuda" or "hip"
-    arch: int | str  # as triton's GPUTarget has it: 90, "gfx942"
+    arch: int | str  # in the form of triton's GPUTarget: 90, "gfx942"
     multiprocessors: int
-    shared_memory: int  # bytes a program may use
+    shared_memory: int  # the most bytes that one program can use
     warp_size: int = 32
     bandwidth: float | None = None  # bytes a second, from the data sheet; None where unknown
     tensor_16: float | None = None  # FLOP a second, dense, 16-bit operands
@@ -33,7 +33,7 @@ class Device:
     fma_32: float | None = None
 
     def peak(self, dtype: torch.dtype, precision: str = "ieee") -> float | None:
-        """FLOP a second that the data sheet promises for products of this dtype, multiplied so (see tile.py)."""
+        """FLOP a second, from the data sheet, for products of this dtype and precision (see tile.py)."""
         if precision == "bf16x6":
             return self.tensor_16 / 6 if self.tensor_16 else None
         if dtype == torch.float32:
@@ -52,21 +52,21 @@ DEVICES = {
         Device("AMD MI300X", "hip", "gfx942", 304, 65536, 64, 5.3e12, 1307e12, 654e12, 163e12),
     )
 }
-# The interpreter takes the tiles of a small Hopper, so that the same rules are exercised.
+# The interpreter uses the tiles of a small Hopper GPU, so that tests exercise the same rules.
 INTERPRETED_DEVICE = Device("Triton's interpreter", "cuda", 90, 4, 232448)
 BLACKWELL = (100, 103)
 DESCRIPTOR_ARCHITECTURES = (90, 100, 103)
 
 
-# Parts of a GPU's full name that its record stands for anyway: the product line, the module, the memory.
+# Words of a GPU's full name that `named_device` ignores: the product line, the module, the memory.
 IMPLIED = re.compile(r"instinct|tesla|oam|sxm\d*|hbm\w*|80gb|141gb|180gb|192gb")
 
 
 def named_device(name: str) -> Device | None:
-    """The device in `DEVICES` that a name means: "NVIDIA H100", "h100" or "A100-SXM4-80GB"; None if there is none.
+    """The device in `DEVICES` with such a name: "NVIDIA H100", "h100" or "A100-SXM4-80GB"; None if there is none.
 
     Raises:
-        ValueError: the name fits several.
+        ValueError: several devices fit the name.
     """
     words = {word for word in _words(name) if not IMPLIED.fullmatch(word)}
     fitting = [device for known, device in DEVICES.items() if words and words <= _words(known)]
@@ -88,7 +88,7 @@ def device_slug(name: str) -> str:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """The device a tensor is on; the interpreter's for a CPU tensor."""
+    """The `Device` of a tensor; `INTERPRETED_DEVICE` for a CPU tensor."""
     return describe(tensor.device.type, tensor.device.index or 0)
 
 
@@ -97,7 +97,7 @@ _pretended: list[Device] = []
 
 @contextlib.contextmanager
 def pretended(device: Device) -> Iterator[None]:
-    """Within the block, every tensor is on this device."""
+    """Within the block, describe every torch device as this device, to choose tiles for a GPU that is not there."""
     _pretended.append(device)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Dropout in an epilogue: h = m ⊙ a(z) / (1 - p), m ~ Bernoulli(1 - p), never stored.
+"""Dropout in an epilogue: h = m ⊙ a(z) / (1 - p), m ~ Bernoulli(1 - p). The mask m is never stored.
 
-m is a function of a seed, the layer, the row and the column by counter-based random numbers: Philox 4x32 (Salmon,
-Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So the backward makes it again, by
-whatever tile. As in torch, what is dropped is multiplied by 0: NaN and infinities do not vanish.
+m is a function of a seed, the layer, the row and the column, by counter-based random numbers: Philox 4x32 (Salmon,
+Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So the backward computes the same mask
+again, with any tile. As in torch, dropped elements are multiplied by 0, so NaN and infinities become NaN.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .tile_config import TileConfig
 
 __all__ = ["SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "keeps_preactivation", "of_launch"]
 
-ROUNDS = tl.constexpr(7)  # which pass BigCrush (there); Triton's own default is 10
+ROUNDS = tl.constexpr(7)  # enough to pass BigCrush, by the paper above; Triton's default is 10
 
-SEED_BYTES = 8  # kept for backward, of all layers together
+SEED_BYTES = 8  # saved for backward: one seed for all layers together
 
 
 class Dropout(NamedTuple):
     """Dropout of a layer's output.
 
     Attributes:
-        keep: 1 - p, the probability with which an element is kept; 0 drops them all.
-        layer: which layer; with one seed, each has random numbers of its own.
+        keep: 1 - p, the probability that an element is kept; 0 drops all.
+        layer: the layer's number. It gives layers with the same seed different random numbers.
     """
 
     keep: float
@@ -36,36 +36,39 @@ class Dropout(NamedTuple):
 
 
 def keeps_preactivation(activation: Activation, drops: object) -> bool:
-    """True if backward keeps the pre-activation: also where Dropout's output no longer shows the derivative."""
+    """True if the pre-activation is saved for backward, also because Dropout's output does not give the derivative."""
     return activation.keeps_preactivation or (bool(drops) and not activation.scales)
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """From torch's generator of the device: by the device itself, so that a replayed CUDA graph draws anew."""
+    """A seed from torch's generator of the device. The device draws it, so a replayed CUDA graph draws a new one."""
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def of_launch(
     tensors: tuple[Tensor | None, ...], seed: Tensor | None, dropout: Dropout | None
 ) -> tuple[tuple[Tensor | None, ...], tuple[float | None, ...]]:
-    """A launch's tensors, and the first of its scalars, of a kernel with `seed_ptr`, `keep` and `layer` between them.
+    """(tensors, first scalars) of a launch whose kernel takes `seed_ptr`, `keep` and `layer` after its other tensors.
 
-    Without dropout these three are constants: the kernel is compiled, and launched, as if it had no such thing.
+    Without dropout these three are None, which Triton compiles in as constants: the kernel has no code for Dropout.
     """
     assert (seed is None) == (dropout is None)
     return (tensors, (None, None, None)) if dropout is None else ((*tensors, seed), dropout)
 
 
 def epilogue_parts(tile: TileConfig, dropout: Dropout | None) -> int:
-    """In how many parts a tile's epilogue is done: with Dropout in twice as many, as random numbers take registers."""
+    """The number of parts of a tile's epilogue. Dropout doubles it, because its random numbers take registers."""
     more = 2 * tile.parts
     return tile.parts if dropout is None or tile.block_n < 16 * more else more
 
 
 @triton.jit
 def factors(seed_ptr, keep, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """1 / keep where an element is kept, else 0: (BLOCK_M, BLOCK_N), from row m and column n on, a multiple of 16."""
-    # Volatile, so that the random numbers of an epilogue's later parts are not made, and held, before they are needed.
+    """1 / keep where an element is kept, else 0: (BLOCK_M, BLOCK_N), beginning at row m and column n.
+
+    n is a multiple of 16.
+    """
+    # Volatile: otherwise the compiler draws the random numbers of all parts of an epilogue first, and holds them.
     seed = tl.load(seed_ptr, volatile=True)
     scale = 1.0 / tl.where(keep > 0, keep, 1.0)
     limit = tl.ceil(keep * 2.0**24).to(tl.int32)
@@ -74,10 +77,10 @@ def factors(seed_ptr, keep, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 @triton.jit
 def random_bits(seed, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """24 random bits each, (BLOCK_M, BLOCK_N).
+    """24 random bits for each element of a tile, (BLOCK_M, BLOCK_N).
 
-    Philox gives four numbers at a time. They go to the columns that differ in bits 0 and 3, which the accumulators of
-    tensor cores hold in one thread: so none has to change it.
+    Philox gives four numbers at a time. They go to four columns whose numbers differ in bits 0 and 3. One thread holds
+    these four columns of a tensor core's accumulator, so no number moves to another thread.
     """
     rows = (m + tl.arange(0, BLOCK_M)).to(tl.uint32)
     fours = (n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)

@@ -3,9 +3,10 @@
     seconds = Σ rate · term
 
 A term is the time of one part of the work at the rates of the GPU's data sheet: bytes over bandwidth, FLOPs over peak,
-launches. Its rate is how many times as long that part takes, fitted to readings (rates.json, written by
-`python -m bench.fit`). So readings of one GPU serve others through their data sheets. Rates are of 16-bit or of 32-bit
-products; names with a kind in front are of that kind alone.
+launches. Its rate is a factor, the measured time of that part over the data sheet's, fitted to readings (rates.json,
+written by `python -m bench.fit`). So the readings of one GPU serve for others, through their data sheets. There are
+rates for 16-bit and for 32-bit products. A term whose name begins with a kind (forward, dgrad, wgrad) is for that kind
+alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["RATES", "RATES_FILE", "Rates", "bits_of", "kernel_seconds", "kernel_
 
 @dataclass(frozen=True, eq=False)
 class Rates:
-    """Rates by the bits of a product's operands, "16" or "32", then by the term's name."""
+    """Fitted factors, by the bits of a product's operands ("16" or "32"), then by the name of the term."""
 
     kernel: Mapping[str, Mapping[str, float]]
     torch: Mapping[str, Mapping[str, float]]
@@ -34,22 +35,23 @@ class Rates:
 RATES_FILE = Path(__file__).parent / "rates.json"
 RATES = Rates(**json.loads(RATES_FILE.read_text())["rates"])
 
-# The units that terms without a rate on the data sheet are counted in.
-LAUNCH = 5e-6  # seconds of a launch
-SUM_LAUNCH = 4e-6  # of the sum over partials, behind its products
-BLOCK = 1e-7  # of waiting for one block of a reduction
-TILE = 1e-6  # of filling the pipeline for a tile and ending it
-STEP = 1e-9  # of one step of a reduction in torch's product
-SPLIT = 1 / 21e9  # of splitting one operand into three parts
-FUNCTION_FLOPS = 100  # of an activation of one element
-TILE_SIDE = 128  # of the tiles that torch's library is taken to have
-MOST_IDLE = 30.0  # times the busy multiprocessors that may be idle in a product of few tiles
-THIN = 16  # columns of an output up to which torch's product is slower than its bytes
+# Unit times, in seconds, for the terms that have no rate on a data sheet.
+LAUNCH = 5e-6  # one launch
+SUM_LAUNCH = 4e-6  # the launch that adds partial sums, right after the products
+BLOCK = 1e-7  # waiting for one block of a reduction
+TILE = 1e-6  # filling the pipeline for a tile, and ending it
+STEP = 1e-9  # one step of a reduction in torch's product
+SPLIT = 1 / 21e9  # splitting one element of an operand into three parts
+# Other assumptions.
+FUNCTION_FLOPS = 100  # FLOPs of an activation for one element
+TILE_SIDE = 128  # the assumed side of the tiles in torch's library
+MOST_IDLE = 30.0  # limit of the term "idle": idle multiprocessors over busy ones, in a product of few tiles
+THIN = 16  # the widest output for which torch's product takes longer than its bytes need
 
 
 @dataclass(frozen=True)
 class _Sheet:
-    """The rates of a data sheet, of the whole device."""
+    """The rates on a data sheet, for the whole device."""
 
     bandwidth: float
     fma: float
@@ -64,7 +66,7 @@ class _Sheet:
 
 @functools.lru_cache(maxsize=64)
 def _sheet_of(device: Device) -> _Sheet:
-    """The device's own rates; unknown ones are those of a device of its architecture, by multiprocessors."""
+    """The device's rates. Unknown ones are scaled by multiprocessors from a known device of the same architecture."""
     alike = next((known for known in DEVICES.values() if known.arch == device.arch), DEVICES["NVIDIA H100"])
     share = device.multiprocessors / alike.multiprocessors
 
@@ -77,12 +79,12 @@ def _sheet_of(device: Device) -> _Sheet:
 
 @dataclass(frozen=True)
 class _Tensors:
-    """Elements of a product's tensors."""
+    """The numbers of elements in the tensors of a product."""
 
     operands: int
     output: int
-    saved: int  # read by the derivative, or written as the pre-activation or as h again
-    pointwise: int  # read and written by torch's passes after the bare product
+    saved: int  # the saved tensor, read or written by our epilogue, and h where dgrad computes it again
+    pointwise: int  # all that torch's pointwise passes read and write after the product
 
 
 def _tensors(problem: Problem) -> _Tensors:
@@ -93,7 +95,7 @@ def _tensors(problem: Problem) -> _Tensors:
         saved = output * (active and keeps_z)  # z
         pointwise = 2 * output * (active and activation.name != "relu")  # relu is in torch's own epilogue
     elif problem.kind == "dgrad":
-        saved = output * (active + (active and keeps_z))  # what was saved; h again
+        saved = output * (active + (active and keeps_z))  # the saved tensor is read; h is written again
         pointwise = output * (3 * active + (active and keeps_z))
     else:
         saved, pointwise = 0, problem.m * problem.k  # the sum over dz's rows
@@ -101,17 +103,20 @@ def _tensors(problem: Problem) -> _Tensors:
 
 
 def bits_of(problem: Problem) -> str:
-    """The name under which the rates of such products stand."""
+    """The key of a product's rates in `Rates`: "16" or "32"."""
     return "16" if problem.dtype.itemsize == 2 else "32"
 
 
 def kernel_terms(problem: Problem, tile: TileConfig, device: Device) -> dict[str, float]:
-    """Seconds at the data sheet's rates of each part of a kernel's work: its busiest multiprocessor's, or all."""
+    """Seconds of each part of a kernel's work at the data sheet's rates.
+
+    Terms of launches and memory count the whole device, the others its busiest multiprocessor.
+    """
     sheet, tensors, size = _sheet_of(device), _tensors(problem), problem.dtype.itemsize
     share = 1 / device.multiprocessors
     length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
-    tiles = -(-count_tiles(problem, tile) * tile.split // device.multiprocessors)  # of the busiest multiprocessor
-    turns = -(-tiles // resident(problem, tile, device))  # programs side by side hide each other's epilogues
+    tiles = -(-count_tiles(problem, tile) * tile.split // device.multiprocessors)  # on the busiest multiprocessor
+    turns = -(-tiles // resident(problem, tile, device))  # resident programs hide each other's epilogues
     elements = tiles * tile.block_m * tile.block_n
     operands = tiles * (tile.block_m + tile.block_n) * length
     unit, peak = _unit(problem, tile, device, sheet)
@@ -139,7 +144,7 @@ def kernel_terms(problem: Problem, tile: TileConfig, device: Device) -> dict[str
 
 
 def _unit(problem: Problem, tile: TileConfig, device: Device, sheet: _Sheet) -> tuple[str, float]:
-    """The name of the unit that multiplies, and its peak rate."""
+    """The name of the hardware unit that multiplies, and its peak rate."""
     if on_fma_units(problem, tile.precision):
         return "FMA", sheet.fma
     if tile.precision == "bf16x6":
@@ -149,7 +154,7 @@ def _unit(problem: Problem, tile: TileConfig, device: Device, sheet: _Sheet) -> 
 
 
 def torch_terms(problem: Problem, device: Device) -> dict[str, float]:
-    """Seconds at the data sheet's rates of each part of torch's product and of the pointwise passes around it."""
+    """Seconds of each part of torch's product, and of the pointwise passes after it, at the data sheet's rates."""
     sheet, tensors, size = _sheet_of(device), _tensors(problem), problem.dtype.itemsize
     kind = problem.kind
     product = 2 * problem.m * problem.n * problem.k / sheet.peak(problem)
@@ -162,7 +167,7 @@ def torch_terms(problem: Problem, device: Device) -> dict[str, float]:
         "idle": product * min(idle, MOST_IDLE),
         "memory": memory,
     }
-    if kind != "wgrad":  # whose library splits long reductions
+    if kind != "wgrad":  # torch's library splits the long reductions of wgrad
         terms[f"{kind} length"] = problem.k * STEP
     if tensors.pointwise:
         terms[f"{kind} pointwise"] = tensors.pointwise * size / sheet.bandwidth
@@ -176,12 +181,12 @@ def torch_terms(problem: Problem, device: Device) -> dict[str, float]:
 
 
 def kernel_seconds(problem: Problem, tile: TileConfig, device: Device, rates: Rates = RATES) -> float:
-    """Estimated seconds of a product and its epilogue in our kernel, by a tile."""
+    """Estimated seconds of a product and its epilogue in our kernel, with this tile."""
     return _weighted(kernel_terms(problem, tile, device), rates.kernel[bits_of(problem)])
 
 
 def torch_seconds(problem: Problem, device: Device, rates: Rates = RATES) -> float:
-    """Estimated seconds of the same by torch: the product, then pointwise passes."""
+    """Estimated seconds of a product in torch, followed by torch's pointwise passes."""
     return _weighted(torch_terms(problem, device), rates.torch[bits_of(problem)])
 
 

@@ -1,6 +1,7 @@
-"""Triton, or a stand-in for it where it cannot be imported; the one place that `triton` and `tl` are imported from.
+"""Triton, or a stand-in where it cannot be imported. Every other module imports `triton` and `tl` from here.
 
-The stand-in lets the kernels' modules be imported (the activation table is in one); its functions cannot be launched.
+With the stand-in, the kernels' modules can still be imported (one of them has the activation table). Its functions
+cannot be launched.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 NOT_INSTALLED = "Triton is not installed"
-OLDEST = "3.5"  # as pyproject.toml requires it on Linux; elsewhere nothing else checks it
+OLDEST = "3.5"  # pyproject.toml requires the same, but on Linux only
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -39,7 +40,7 @@ def _why(error: Exception) -> str:
     return f"Triton cannot be used: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-# The module `triton` may come from another distribution, such as triton-windows: nothing asks for the name of one.
+# The module `triton` may come from another distribution, such as triton-windows, so no distribution's name is checked.
 WHY_NO_TRITON: str | None = None
 try:
     import triton
@@ -50,12 +51,12 @@ try:
     import triton.language as tl
     from triton.runtime import _allocation as allocation
     from triton.runtime.driver import driver
-except Exception as error:  # ImportError, or what a broken installation raises: OSError for a missing library
+except Exception as error:  # not only ImportError: a broken installation raises OSError for a missing library
     WHY_NO_TRITON = _why(error)
     TRITON_VERSION = (0, 0)
 
     class _StandIn:
-        """Answers every attribute with itself; as a decorator (`jit`) it returns what it decorates."""
+        """Stands for any attribute of Triton. Used as a decorator (`jit`), it returns the function unchanged."""
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
@@ -73,7 +74,7 @@ HAS_TRITON = WHY_NO_TRITON is None
 INTERPRETER: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED = tl.constexpr(INTERPRETER)  # the same, readable inside a kernel
 
-# In Triton 3.5's interpreter, rows in a tensor descriptor need 16 elements, where elsewhere they need 16 bytes.
+# Rows in a tensor descriptor need a multiple of 16 bytes; in Triton 3.5's interpreter, a multiple of 16 elements.
 ROWS_OF_16_ELEMENTS = INTERPRETER and TRITON_VERSION < (3, 6)
 
 
@@ -82,4 +83,5 @@ def _decorated():
     pass
 
 
-JIT_FUNCTION: Any = type(_decorated)  # under the interpreter another class, which in Triton 3.5 has no base of Triton's
+# Under the interpreter this is another class. In Triton 3.5 the two have no common base.
+JIT_FUNCTION: Any = type(_decorated)

@@ -1,8 +1,8 @@
 """Launches of kernels: on the device of their tensors, counted, with offsets that are wide enough.
 
-Through Triton's own launcher a launch of twenty arguments costs its binding, hashing and checking anew each time. A
-`Launch` is made for given shapes, strides and dtypes, goes that way once, and then knows the compiled kernel: a
-schedule goes straight to it from then on, with nothing but pointers to fill in (engine/schedule.py, `Program`).
+Triton's own launcher binds, hashes and checks all arguments, about twenty, on every launch. A `Launch` belongs to fixed
+shapes, strides and dtypes. Its first launch goes through Triton's launcher, and it then keeps the compiled kernel.
+After that, a schedule calls the compiled kernel directly, and only fills in pointers (engine/schedule.py, `Program`).
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _hooks = triton.knobs.runtime
 
 Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
 
-counters: list[dict[str, int]] = []  # what `count_launches` counts into
+counters: list[dict[str, int]] = []  # the dicts that active `count_launches` blocks count into
 
 Launcher = Callable[["Launch", Tensors], None]
 
 _launchers: list[Launcher] = []
 
-# Held while Triton launches, which compiles and loads a kernel the first time: two threads would race in its loading.
-# Replayed launches do not take it. Reentrant, as hooks that Triton calls may launch kernels themselves.
+# Held while Triton's launcher runs: it compiles and loads a kernel at the first launch, and two threads would race
+# there. Replayed launches do not take it. Reentrant, because hooks that Triton calls may launch kernels themselves.
 _through_triton = threading.RLock()
 
 
 class Launch:
-    """`programs` instances of a kernel for tensors of certain shapes, strides and dtypes, by a tile.
+    """A launch of `programs` instances of a kernel, with a tile, for tensors of fixed shapes, strides and dtypes.
 
-    A kernel's parameters are its tensors, its integers (`scalars`), and its constants, in that order.
+    The parameters of a kernel are its tensors, its integers (`scalars`), and its constants, in that order.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Launch:
         self.index = device.index
         self.scalars = scalars
         self.constants = {**constants, **tile.constants}
-        # Of the compiled kernel, once there is one.
+        # Set once the kernel is compiled.
         self.run: Any = None
         self.binary: tuple[Any, ...] = ()
-        self.rest: tuple[Any, ...] = ()  # what follows the pointers: integers, and all constants
+        self.rest: tuple[Any, ...] = ()  # the arguments after the pointers: integers, and all constants
         self.needs_scratch = False
 
     def through_triton(self, tensors: Tensors) -> None:
-        """Launch it by Triton's launcher, which compiles it for these tensors' alignment if need be; one at a time."""
+        """Launch through Triton's launcher, one thread at a time. It compiles the kernel if it has to."""
         if self.programs == 0:
             return
         if _launchers:
@@ -84,19 +84,19 @@ class Launch:
             self.keep(compiled, len(tensors))
 
     def keep(self, compiled: Any, tensors: int) -> None:
-        """Remember the compiled kernel, of whose parameters so many are tensors, and all its arguments but those."""
+        """Keep the compiled kernel and all its arguments but the tensors, which are its first `tensors` parameters."""
         constants = self.kernel.params[tensors + len(self.scalars) :]
         self.rest = (*self.scalars, *(self.constants.get(each.name, each.default) for each in constants))
-        self.needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0) > 0  # AMD's has no such thing
+        self.needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0) > 0  # missing on AMD
         self.binary = (compiled.function, compiled.packed_metadata)
         self.run = compiled.run
 
     def allocate(self, size: int, alignment: int, stream: int | None) -> Tensor:
-        """Memory for the tensor descriptors that a kernel makes, from torch's own pool."""
+        """Memory for the tensor descriptors that a kernel creates, from torch's caching allocator."""
         return torch.empty(size, dtype=torch.int8, device=self.device)
 
     def count(self) -> None:
-        """Count it, where somebody counts."""
+        """Count this launch in every active `count_launches` block."""
         for counter in counters:
             counter[self.kernel.__name__] = counter.get(self.kernel.__name__, 0) + 1
 
@@ -110,10 +110,11 @@ def launch(
     scalars: tuple[Any, ...],
     **constants: Any,
 ) -> Launch | None:
-    """Launch a kernel, or nothing where there is no program.
+    """Launch a kernel; do nothing if `programs` is 0.
 
     Returns:
-        The `Launch`, for a replay; None where a tensor is not aligned to 16 bytes, as later ones may well be.
+        The `Launch`, for a replay. None if a tensor is not 16-byte aligned: the kernel was then compiled for unaligned
+        tensors, and later ones may be aligned.
     """
     made = Launch(kernel, programs, device, tile, scalars, constants)
     made.through_triton(tensors)
@@ -121,7 +122,7 @@ def launch(
 
 
 def is_hooked() -> bool:
-    """True if a hook, a profiler's for example, has to be told of each launch, as Triton's own launcher does."""
+    """True if Triton has a launch hook, a profiler's for example, that must be called on every launch."""
     return _has_calls(_hooks.launch_enter_hook) or _has_calls(_hooks.launch_exit_hook)
 
 
@@ -136,7 +137,7 @@ def _aligned(tensors: Tensors) -> bool:
 
 @contextlib.contextmanager
 def count_launches() -> Iterator[dict[str, int]]:
-    """Within the block, count kernel launches: a dict from the kernel's name to their number."""
+    """Within the block, count kernel launches. The dict maps a kernel's name to its number of launches."""
     counter: dict[str, int] = {}
     counters.append(counter)
     try:
@@ -147,9 +148,9 @@ def count_launches() -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def launched_by(launcher: Launcher) -> Iterator[None]:
-    """Within the block, `launcher(launch, tensors)` takes the place of Triton's launcher, to compile ahead for example.
+    """Within the block, call `launcher(launch, tensors)` instead of Triton's launcher, to compile ahead for example.
 
-    It is for all threads.
+    This applies to all threads.
     """
     _launchers.append(launcher)
     try:
@@ -164,7 +165,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def offset_type(*tensors: Tensor | None) -> Any:
-    """The integer type for offsets: 64 bits where any tensor's last element lies at 2^31 or beyond."""
+    """The integer type for offsets: 64 bits if the last element of any tensor has an offset of 2^31 or more."""
     for tensor in tensors:
         if tensor is not None and sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) >= 2**31:
             return tl.int64
@@ -172,15 +173,18 @@ def offset_type(*tensors: Tensor | None) -> Any:
 
 
 def by_columns(tensor: Tensor) -> bool:
-    """True if a tensor (rows, columns) is contiguous along its columns, rather than along its rows."""
+    """True if neighbouring columns of a (rows, columns) tensor are adjacent in memory."""
     return tensor.stride(1) == 1
 
 
-MOST_STRIDE = 2**40  # bytes from a row to the next, exclusively: cuTensorMapEncodeTiled's globalStrides
+MOST_STRIDE = 2**40  # a stride must be smaller than this many bytes: globalStrides of cuTensorMapEncodeTiled
 
 
 def describable(*tensors: Tensor | None) -> bool:
-    """True if tensor descriptors can describe these: 16-byte aligned, contiguous one way, whole 16 bytes the other."""
+    """True if tensor descriptors can describe these tensors.
+
+    A tensor must be 16-byte aligned. One of its strides must be 1, the other a multiple of 16 bytes.
+    """
     return all(
         tensor is None or (has_descriptor_strides(tensor.stride(), tensor.itemsize) and tensor.data_ptr() % 16 == 0)
         for tensor in tensors
@@ -188,7 +192,7 @@ def describable(*tensors: Tensor | None) -> bool:
 
 
 def has_descriptor_strides(stride: Sequence[int], itemsize: int) -> bool:
-    """True if tensor descriptors can describe a tensor (rows, columns) of these strides, wherever it begins."""
+    """True if tensor descriptors can describe a (rows, columns) tensor with these strides, apart from its alignment."""
     far, near = stride if stride[1] == 1 else stride[::-1]
     nbytes = far * itemsize
     whole = nbytes % 16 == 0 and not (ROWS_OF_16_ELEMENTS and far % 16)

@@ -1,10 +1,10 @@
-"""One layer backward: dz where it has an activation of its own, dgrad into the layer below, wgrad with db.
+"""The backward of one layer: the output gradient of the last layer, then dgrad and wgrad of every layer.
 
-dz = dh ⊙ a'(saved)                           output_gradient (and h again, likewise)
-dz_below = (dz W) ⊙ a_below'(saved_below)     dgrad (and h_below again, where it was not kept)
+dz = dh ⊙ a'(saved)                           output_gradient (and h again, where z was saved)
+dz_below = (dz W) ⊙ a_below'(saved_below)     dgrad (and h_below again, where z_below was saved)
 dW = dzᵀ h_below,  db = Σ_rows dz             wgrad
 
-Where Dropout follows an activation, the gradient is dropped from as the output was, and so is an output built again.
+Where Dropout follows an activation, its mask is applied to the gradient too, and to an h that is computed again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def output_gradient_kernel(
     saved_ptr,  # (M, N), contiguous; None where there is no activation
     dz_ptr,  # (M, N), contiguous; may be dh
     h_ptr,  # (M, N), contiguous: the output, rebuilt from its pre-activation; or None
-    seed_ptr,  # (1,), of Dropout; or None where nothing is dropped, and so the next two
+    seed_ptr,  # (1,), Dropout's seed; without Dropout this and the next two are None
     keep,
     layer,
     M,
@@ -51,7 +51,7 @@ def output_gradient_kernel(
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
     PARAMETERS: tl.constexpr,
-    READS_OUTPUT: tl.constexpr,  # whether z was saved, and BACKWARD is of the output
+    READS_OUTPUT: tl.constexpr,  # True if z was saved, but BACKWARD reads the output
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,14 +90,14 @@ def output_gradient(
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
-    """dz = dh ⊙ a'(saved), and h = a(saved) where `h` is given (saved is then the pre-activation); all (M, N).
+    """Launch dz = dh ⊙ a'(saved), and h = a(saved) if `h` is given. `saved` is then the pre-activation. All are (M, N).
 
     Args:
-        dh: any strides, 0 included; of what `dropout` left.
+        dh: any strides, 0 included; with `dropout`, the gradient of its output.
         saved: contiguous; None for the identity.
-        dz: contiguous, written; may be dh itself. h likewise, or None.
+        dz: contiguous, written; may be dh itself. h: contiguous, written; or None.
 
-    Returns what `layer_forward` does, as do all launchers here.
+    Returns the launch, as `layer_forward` does.
     """
     M, N = dh.shape
     assert dz.shape == (M, N)
@@ -127,7 +127,7 @@ def output_gradient(
 def dgrad_kernel(
     dz_ptr,  # (M, N)
     w_ptr,  # (N, K)
-    saved_ptr,  # (M, K), contiguous: what the layer below kept; None where it has no activation
+    saved_ptr,  # (M, K), contiguous: the tensor that the layer below saved; None where it has no activation
     dx_ptr,  # (M, K), contiguous
     h_ptr,  # (M, K), contiguous: the layer below's output, rebuilt from its pre-activation; or None
     seed_ptr,  # as in `output_gradient_kernel`, of the layer below
@@ -147,14 +147,14 @@ def dgrad_kernel(
     PRECISION: tl.constexpr,
     OFFSET: tl.constexpr,
     EVEN_N: tl.constexpr,
-    DZ_BY_N: tl.constexpr,  # through a descriptor: whether it is contiguous along N; None: through pointers
+    DZ_BY_N: tl.constexpr,  # True if dz is contiguous along N, to load by a descriptor; None: load by pointers
     W_BY_N: tl.constexpr,
     PARTS: tl.constexpr,
-    EARLY: tl.constexpr,  # whether what was saved is asked for before the products, and waits in registers
+    EARLY: tl.constexpr,  # True if the saved tile is loaded before the products, and waits in registers
     WARP_SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # of dx's columns, K
-    BLOCK_K: tl.constexpr,  # of the reduction, N
+    BLOCK_N: tl.constexpr,  # along dx's columns, K
+    BLOCK_K: tl.constexpr,  # along the reduction, N
     GROUP_M: tl.constexpr,
 ):
     DESCRIPTORS: tl.constexpr = DZ_BY_N is not None
@@ -167,7 +167,7 @@ def dgrad_kernel(
     if h_ptr is not None:
         hs = result(h_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
-    # What waits is one tile's; flattened, the loop would hold it once for every stage.
+    # With EARLY the loop is not flattened: a flattened one would hold a waiting tile for every pipeline stage.
     for tile in tl.range(
         tl.program_id(0), tiles, tl.num_programs(0),
         flatten=DESCRIPTORS and not (EARLY or WARP_SPECIALIZE), warp_specialize=WARP_SPECIALIZE,
@@ -216,13 +216,13 @@ def dgrad(
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
-    """dx = (dz W) ⊙ a'(saved), and h = a(saved) where `h` is given (saved is then the pre-activation).
+    """Launch dx = (dz W) ⊙ a'(saved), and h = a(saved) if `h` is given. `saved` is then the pre-activation.
 
     Args:
-        dz: (M, N), any strides, as is weight (N, K); M, N, K at least 1.
-        saved: (M, K), contiguous, what the activation `below` kept; None for the identity.
-        dx: (M, K), contiguous, written; h likewise, or None.
-        dropout: of the layer below.
+        dz, weight: (M, N) and (N, K), any strides; M, N, K at least 1.
+        saved: (M, K), contiguous: the tensor saved for the activation `below`; None for the identity.
+        dx: (M, K), contiguous, written. h: (M, K), contiguous, written; or None.
+        dropout: the Dropout of the layer below.
     """
     (M, N), K = dz.shape, weight.shape[1]
     assert weight.shape == (N, K)
@@ -259,7 +259,7 @@ def dgrad(
 
 
 def _reads_output(activation: Activation, dropout: Dropout | None) -> bool:
-    """True if the pre-activation is saved for Dropout's sake alone."""
+    """True if backward reads the output, and the pre-activation was saved because of Dropout alone."""
     return keeps_preactivation(activation, dropout) and not activation.keeps_preactivation
 
 
@@ -276,16 +276,16 @@ def wgrad_kernel(
     stride_dn,
     stride_hm,
     stride_hk,
-    stride_split,  # of dw_ptr and db_ptr
-    chunk,  # rows summed by one program, whole blocks
+    stride_split,  # elements from one split to the next, in dw_ptr and db_ptr
+    chunk,  # rows that one program sums; whole blocks
     splits,
     PRECISION: tl.constexpr,
     OFFSET: tl.constexpr,
-    DZ_BY_M: tl.constexpr,  # through a descriptor: whether it is contiguous along M; None: through pointers
+    DZ_BY_M: tl.constexpr,  # True if dz is contiguous along M, to load by a descriptor; None: load by pointers
     H_BY_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # of dW's rows, N
-    BLOCK_N: tl.constexpr,  # of dW's columns, K
-    BLOCK_K: tl.constexpr,  # of the rows that are summed, M
+    BLOCK_M: tl.constexpr,  # along dW's rows, N
+    BLOCK_N: tl.constexpr,  # along dW's columns, K
+    BLOCK_K: tl.constexpr,  # along the rows that are summed, M
     GROUP_M: tl.constexpr,
 ):
     dz = operand(dz_ptr, N, M, stride_dn, stride_dm, BLOCK_M, BLOCK_K, DZ_BY_M)
@@ -297,7 +297,7 @@ def wgrad_kernel(
         begin = split.to(tl.int32) * chunk
         end = begin + tl.minimum(chunk, M - begin)  # begin + chunk may be more than 32 bits hold
         start = split * stride_split
-        # The first of a row of tiles sums db besides; the others are spared it.
+        # Only the first tile in a row of tiles also sums db.
         if db_ptr is not None and tile_k == 0:
             sum_rows(
                 dz, h, dw_ptr, db_ptr, start, tile_n, tile_k, begin, end, N, K,
@@ -318,7 +318,7 @@ def sum_rows(
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, DZ_BY_M: tl.constexpr, H_BY_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW, and of db where it is given, over the rows begin <= m < end, to where `start` says."""
+    """Store one tile of dW, and of db if it is given, summed over the rows begin <= m < end, at offset `start`."""
     n, k = tile_n * BLOCK_M, tile_k * BLOCK_N
     dw, db = multiply(
         dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
@@ -333,7 +333,7 @@ def sum_rows(
 
 
 def wgrad_sums(rows: int, tile: tile_config.TileConfig, dtype: torch.dtype, size_w: int, size_b: int) -> Partial:
-    """The partial sums of `wgrad`: as many as programs share a tile's rows. With one alone, nothing is split."""
+    """The partial sums of `wgrad`: one for every program that shares a tile's rows. One means that nothing is split."""
     splits = max(1, cdiv(rows, _chunk(rows, tile)))
     return Partial(splits, size_w, size_b, torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -352,18 +352,19 @@ def wgrad_products(
     tile: tile_config.TileConfig,
     partial: Partial,
 ) -> Launch | None:
-    """dW = dzᵀ h and db = Σ_rows dz, or where rows are split their partial sums.
+    """Launch dW = dzᵀ h and db = Σ_rows dz, or their partial sums if the rows are split.
 
-    Where dW has too few tiles to fill the device, the rows are split over programs, whose partial sums, in fp32, a
-    second kernel adds in a fixed order.
+    If dW has too few tiles to fill the device, the rows are split between programs. Each writes a partial sum in fp32,
+    and a second kernel adds the partial sums in a fixed order.
 
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
-        h: (M, K), any strides; not read where only db is wanted.
-        dw: (N, K), contiguous, written, of any float dtype, or None; split, where dW's begin in the partial sums.
-        db: (N,) likewise.
-        width_in: K; 1 where only db is wanted.
-        partial: as `wgrad_sums` gives it.
+        h: (M, K), any strides; not read if only db is wanted.
+        dw: (N, K), contiguous, written, of any float dtype; or None. If rows are split: the part of the partial sums
+            where those of dW begin.
+        db: (N,), as dw.
+        width_in: K; 1 if only db is wanted.
+        partial: the result of `wgrad_sums`.
     """
     (M, N), K = dz.shape, width_in
     h = dz if h is None else h
@@ -393,12 +394,12 @@ def wgrad(
     precision: str,
     tile: tile_config.TileConfig | None = None,
 ) -> None:
-    """dW = dzᵀ h and db = Σ_rows dz, each where it is given: the products, and where rows are split their sum.
+    """Launch dW = dzᵀ h if `dw` is given and db = Σ_rows dz if `db` is, and add the partial sums if rows are split.
 
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
-        h: (M, K), any strides; None where only db is wanted.
-        dw: (N, K), contiguous, written, of any float dtype; db (N,) likewise.
+        h: (M, K), any strides; None if only db is wanted.
+        dw: (N, K), contiguous, written, of any float dtype; or None. db: (N,), as dw.
     """
     M, N = dz.shape
     K = 1 if dw is None else dw.shape[1]

@@ -1,6 +1,6 @@
-"""h = a(x Wᵀ + b): one layer forward, its bias, activation and dropout in the epilogue of one GEMM.
+"""h = a(x Wᵀ + b): the forward of one layer, with bias, activation and dropout in the epilogue of one GEMM.
 
-h = a(z) alone, for a product that was done elsewhere, is `pointwise`.
+`pointwise` computes h = a(z) alone, where PyTorch has computed the product.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def layer_forward_kernel(
     w_ptr,  # (N, K)
     b_ptr,  # (N,), or None
     h_ptr,  # (M, N), contiguous
-    z_ptr,  # (M, N), contiguous, or None where the pre-activation is not kept
-    seed_ptr,  # (1,), of Dropout; or None where nothing is dropped, and so the next two
+    z_ptr,  # (M, N), contiguous, or None where the pre-activation is not saved
+    seed_ptr,  # (1,), Dropout's seed; without Dropout this and the next two are None
     keep,
     layer,
     M,
@@ -37,11 +37,11 @@ def layer_forward_kernel(
     stride_bn,
     FORWARD: tl.constexpr,
     PARAMETERS: tl.constexpr,
-    ROUND_Z: tl.constexpr,  # whether the activation sees z as it is kept: rounded to the dtype
+    ROUND_Z: tl.constexpr,  # True if the activation reads z rounded to the dtype, as it is saved
     PRECISION: tl.constexpr,
     OFFSET: tl.constexpr,
     EVEN_K: tl.constexpr,
-    X_BY_K: tl.constexpr,  # through a descriptor: whether it is contiguous along K; None: through pointers
+    X_BY_K: tl.constexpr,  # True if x is contiguous along K, to load by a descriptor; None: load by pointers
     W_BY_K: tl.constexpr,
     PARTS: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -58,7 +58,7 @@ def layer_forward_kernel(
     if z_ptr is not None:
         zs = result(z_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    # Flattened, a tile's first blocks are loaded while the one before it ends.
+    # A flattened loop loads a tile's first blocks while the tile before it ends.
     for tile in tl.range(
         tl.program_id(0), tiles, tl.num_programs(0),
         flatten=DESCRIPTORS and not WARP_SPECIALIZE, warp_specialize=WARP_SPECIALIZE,
@@ -98,18 +98,18 @@ def layer_forward(
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
-    """h = a(x Wᵀ + b), and z = x Wᵀ + b where `z` is given; with `dropout`, h is what it leaves of that.
+    """Launch h = a(x Wᵀ + b), and z = x Wᵀ + b if `z` is given. `dropout` is applied to h.
 
     Args:
-        x: (M, K), any strides, as are weight (N, K) and bias (N,) or None; M, N, K at least 1.
-        h: (M, N), contiguous, written; z likewise, or None.
+        x, weight, bias: (M, K), (N, K) and (N,), any strides; bias may be None; M, N, K at least 1.
+        h: (M, N), contiguous, written. z: (M, N), contiguous, written; or None.
         precision: torch's setting for fp32, "ieee" or "tf32".
-        tile: instead of the one that `layer_tiles.choose` gives.
-        seed: (1,), int64, given with `dropout`, as in all launchers.
+        tile: the tile to use; None: the choice of `layer_tiles.choose`.
+        seed: (1,), int64, given together with `dropout`, as in all launchers.
 
     Returns:
-        The launch, for doing the same with other tensors of these shapes, strides and dtypes, a seed the last; see
-        `launch`.
+        The launch, which can be repeated on other tensors of these shapes, strides and dtypes. A seed is the last of
+        its tensors. See `launch`.
     """
     (M, K), N = x.shape, weight.shape[0]
     assert weight.shape == (N, K)
@@ -179,12 +179,12 @@ def pointwise(
     seed: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Launch | None:
-    """h = a(z), or what `dropout` leaves of it, both (M, N), contiguous; h is written, and may be z itself."""
+    """Launch h = a(z), with `dropout` applied to h. Both are (M, N), contiguous; h is written, and may be z itself."""
     M, N = z.shape
     assert h.shape == (M, N)
     assert z.is_contiguous()
     assert h.is_contiguous()
-    # The tile is that of the other pointwise kernel.
+    # The same tile as the other pointwise kernel, output_gradient.
     tile = tile or layer_tiles.choose(
         tile_config.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), devices.device_of(h)
     )

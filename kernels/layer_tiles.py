@@ -1,6 +1,6 @@
-"""Tiles of the layer kernels, from the problem and the device alone: the candidates, by their estimated time.
+"""Candidate tiles of the layer kernels, sorted by estimated time. They depend on the problem and the device alone.
 
-What is left out is what spills (tests/compile_kernels.py).
+Tiles that spill registers are left out (tests/compile_kernels.py).
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from .tile_config import Problem, TileConfig, count_tiles, on_fma_units, residen
 
 __all__ = ["SHORTEST_SPLIT", "candidates", "choose", "why_torch"]
 
-# Output tiles, the larger ones first; those with a side of 256 only through descriptors.
+# Output tiles, the larger ones first. Those with a side of 256 are used only through descriptors.
 OUTPUT_TILES = (
     (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32),
     (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
 )  # fmt: skip
-LONGEST_SIDE = 128  # of all others
+LONGEST_SIDE = 128  # of all other tiles
 LONGEST_UNALIGNED = 64
-# bf16x6 holds three 16-bit parts of each operand besides; on Blackwell, products beyond this overflow tensor memory.
+# The largest output tile of bf16x6, by architecture: it also holds three 16-bit parts of each operand. On Blackwell,
+# larger products overflow tensor memory.
 LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
-WAITING_WORDS = 32  # what a thread may hold of a saved tile over dgrad's products
+WAITING_WORDS = 32  # the most words of a saved tile that a thread may hold during dgrad's products
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_tile_precision.py).
 SHORTEST_SPLIT = 64
-# Estimates are off by a tenth in the median: torch runs unless its estimated time is this many times ours.
+# Estimates are off by a tenth in the median. Our kernel runs only if torch's estimated time is this many times ours.
 MARGIN = 1.08
-FEW_ROWS = 16  # up to which our kernels take five times as long as torch (1 row, NVIDIA H100, torch 2.11, triton 3.6)
-BLOCK_K = {"bf16x6": 32, "tf32": 32, "ieee": 16}  # of fp32; 16-bit operands: 64
+# Up to this many rows, torch computes products: our kernels take five times as long (1 row, NVIDIA H100, torch 2.11,
+# triton 3.6).
+FEW_ROWS = 16
+BLOCK_K = {"bf16x6": 32, "tf32": 32, "ieee": 16}  # for fp32; 16-bit operands have 64
 
 
 def _power_of_two(size: int, least: int, most: int) -> int:
-    """The next power of two, at least `least` (a tensor core's side is 16) and at most `most`."""
+    """`size` rounded up to a power of two, at least `least` (16, the side of a tensor core) and at most `most`."""
     return max(least, min(most, 1 << max(0, size - 1).bit_length()))
 
 
@@ -47,7 +50,7 @@ def choose(problem: Problem, device: Device, rates: Rates = RATES) -> TileConfig
 
 
 def candidates(problem: Problem, device: Device, rates: Rates = RATES) -> tuple[TileConfig, ...]:
-    """The tiles that run a problem, sorted by estimated time, the least first: the ones worth measuring."""
+    """The tiles worth measuring for a problem, the one with the least estimated time first."""
     return _candidates(problem, device, rates)
 
 
@@ -67,10 +70,10 @@ def _candidates(problem: Problem, device: Device, rates: Rates) -> tuple[TileCon
 
 
 def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | None:
-    """The reason to leave a product to torch that was not measured; None where our kernel is expected to be faster.
+    """The reason to leave an unmeasured product to torch; None if our kernel is expected to be faster.
 
-    An estimate never overrules a reading: kernels that were measured slower than torch stay with torch here until a
-    newer kernel was measured faster.
+    An estimate never overrules a measurement. The kinds of products whose kernels were measured to be slower than torch
+    are left to torch, until a newer kernel is measured to be faster.
     """
     if problem.kind == "output_gradient":
         return None
@@ -83,11 +86,12 @@ def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | N
 
 
 def _specialized(problem: Problem, device: Device, tiles: Sequence[TileConfig]) -> list[TileConfig]:
-    """Tiles to measure that the rule never chooses: with a warp that only loads, which Triton documents for Blackwell
-    alone, and compiles as meant here on Hopper, with four warps.
+    """Warp-specialised tiles, in which one warp only loads. They are worth measuring, but the rule never chooses them.
+
+    Triton documents them for Blackwell alone. On Hopper, with four warps, it compiles them as meant too.
     """
     wanted = problem.kind in ("forward", "dgrad") and problem.dtype.itemsize == 2
-    if device.arch != 90 or not wanted or TRITON_VERSION < (3, 7):  # whose compiler fails at them
+    if device.arch != 90 or not wanted or TRITON_VERSION < (3, 7):  # older compilers fail on them
         return []
     return [
         dataclasses.replace(tile, num_warps=4, num_stages=3, parts=4, early=False, warp_specialize=True)
@@ -104,11 +108,11 @@ def _precisions(problem: Problem, device: Device) -> tuple[str, ...]:
 
 
 def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block_n: int) -> Iterator[TileConfig]:
-    """The tiles with such an output, if they fit."""
+    """The tiles with an output of (block_m, block_n), if they fit."""
     fma = on_fma_units(problem, precision)
     descriptors = problem.aligned and device.arch in DESCRIPTOR_ARCHITECTURES and not fma
     splits = precision == "bf16x6"
-    # Of the tiles with a long side, Blackwell's take 16-bit operands, and no fewer than 128 rows.
+    # On Blackwell, tiles with a long side do not spill only with 16-bit operands and at least 128 rows.
     spills = device.arch in BLACKWELL and (problem.dtype.itemsize > 2 or block_m == 64)
     if max(block_m, block_n) > LONGEST_SIDE and (splits or not descriptors or spills):
         return
@@ -118,12 +122,12 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
     block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)
     longest = 64 if problem.dtype.itemsize == 2 else BLOCK_K[precision]
     if max(sides) > LONGEST_SIDE and ((block_m, block_n) != sides or problem.k < longest):
-        return  # what is left of it is one of the others
-    if not problem.aligned and not fma:  # loads of single elements, each with a pointer of its own
+        return  # cut down to the problem's size, it equals another tile
+    if not problem.aligned and not fma:  # elements are loaded one by one, which takes a pointer for every element
         longest //= 2
         if max(block_m, block_n) > LONGEST_UNALIGNED:
             return
-    wgmma_alone = descriptors and not splits  # operands come from shared memory: four warps hold larger products
+    wgmma_alone = descriptors and not splits  # operands stay in shared memory, so four warps can hold larger products
     eight = block_m * block_n >= 128 * 128 and block_m > 64 if wgmma_alone else block_m * block_n > 64 * 64
     tile = TileConfig(
         block_m,
@@ -144,7 +148,7 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
             deep = dataclasses.replace(deep, programs=programs)
         yield deep
         if problem.kind == "wgrad":
-            # A split of fewer than 8 blocks of rows costs more to add up than it gains.
+            # A split of fewer than 8 blocks of rows gains less than adding its partial sums costs.
             room = device.multiprocessors * resident(problem, deep, device) // count_tiles(problem, deep)
             split = min(room, problem.k // (8 * deep.block_k))
             if split > 1:
@@ -152,13 +156,13 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
 
 
 def _depths(problem: Problem, device: Device, tile: TileConfig) -> Iterator[tuple[int, int]]:
-    """(stages, parts): the deepest pipeline that fits; and the one with which two programs fit beside each other."""
-    if device.backend == "hip":  # that pipeline takes two
+    """(stages, parts) of the deepest pipeline that fits, then of the deepest with which two programs fit together."""
+    if device.backend == "hip":  # AMD's pipeline has two stages
         yield 2, 1
         return
     parts = [1]
     if problem.kind != "wgrad" and tile.descriptors:
-        # Beside many sums of a thread, or what was saved, only so many elements go through an activation at a time.
+        # A thread that holds many accumulators, or a saved tile, has few registers left for the epilogue.
         sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
         least = sums // 32 if sums > 64 or problem.kind == "dgrad" else 1
         parts = [count for count in (1, 2, 4) if least <= count <= tile.block_n // 32] or [1]

@@ -1,15 +1,17 @@
-"""A narrow network in one kernel: H_l = a_l(H_{l-1} W_lᵀ + b_l) for every layer, activations never leaving the chip.
+"""A narrow network in one kernel: H_l = a_l(H_{l-1} W_lᵀ + b_l) for every layer. Activations never leave the chip.
 
-forward      x -> y in one launch; in training it may keep one tensor of each hidden layer
-one_pass     dz down the layers with dx at its end, and every dW and db in registers; from the tensors that the forward
-             kept, or from x alone: the forward again
-dgrad        dz down the layers and dx from the tensors that the forward kept
-wgrad        every dW and db from the kept tensors and dgrad's dz
+There are four kernels. This file has what they share.
 
-one_pass and wgrad leave fp32 sums of each program's rows, which `sum_partials` adds in a fixed order.
+forward      x -> y in one launch; in training it may save one tensor for each hidden layer
+one_pass     every dz, dW and db, and dx, in one launch, with the sums in registers. It reads the tensors that the
+             forward saved, or recomputes them from x
+dgrad        every dz, and dx, from the tensors that the forward saved
+wgrad        every dW and db, from the saved tensors and dgrad's dz
 
-A program loads the weights once and goes through tiles of rows. Widths are filled up to the next power of two: weights
-with zeros, activations with zeros too, as a(0) need not be 0, nor finite.
+one_pass and wgrad write fp32 sums over the rows of each program. `sum_partials` adds them in a fixed order.
+
+A program loads the weights once and goes through tiles of rows. Widths are padded to the next power of two with zeros.
+The padding of an activation is set to zero too, as a(0) need not be 0, nor even finite.
 """
 
 from __future__ import annotations
@@ -35,30 +37,30 @@ WGRAD_TILE = 128  # rows and columns of dW that one program sums, at most
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A network as its kernels are compiled for it: one object a network, made by `network_of`.
+    """The compile-time description of a network. `network_of` returns the same object for the same network.
 
     Layer i maps width i to width i + 1.
     """
 
     widths: tuple[int, ...]
-    strides: tuple[tuple[int, int, int], ...]  # of each layer: W's rows, W's columns, b
+    strides: tuple[tuple[int, int, int], ...]  # for each layer: strides of W's rows, of W's columns, and of b
     activations: tuple[Activation, ...]
     dtype: torch.dtype
-    precision: str  # how fp32 is multiplied: "ieee", "tf32" or "bf16x6" (see tile.py)
+    precision: str  # the way fp32 is multiplied: "ieee", "tf32" or "bf16x6" (see tile.py)
 
-    # Derived, as the kernels read them.
-    pads: tuple[int, ...] = field(init=False)  # widths filled up
-    sides: tuple[int, ...] = field(init=False)  # of dW's tile at each width
-    starts: tuple[int, ...] = field(init=False)  # elements a row of kept tensors before each hidden layer's
+    # Derived from the fields above, for the kernels to read.
+    pads: tuple[int, ...] = field(init=False)  # widths padded to a power of two
+    sides: tuple[int, ...] = field(init=False)  # for each width, the side of dW's tile
+    starts: tuple[int, ...] = field(init=False)  # for each hidden layer, elements a row of the saved tensors before it
     keeps_z: tuple[bool, ...] = field(init=False)
     forwards: tuple[Any, ...] = field(init=False)
     backwards: tuple[Any, ...] = field(init=False)
     forwards_and_slopes: tuple[Any, ...] = field(init=False)
     parameters: tuple[tuple[float, ...], ...] = field(init=False)
-    rebuilds: tuple[Any, ...] = field(init=False)  # what gives a layer's input from what is kept; None: it is kept
+    rebuilds: tuple[Any, ...] = field(init=False)  # from the saved tensor to a layer's input; None: the input is saved
     rebuild_parameters: tuple[tuple[float, ...], ...] = field(init=False)
     activates_output: bool = field(init=False)
-    sums_by_dot: bool = field(init=False)  # db as a product with ones: on tensor cores only, and exact in 16 bits only
+    sums_by_dot: bool = field(init=False)  # db is a product with ones on tensor cores; only 16-bit ones are exact there
     compute: Any = field(init=False)
     accumulator: Any = field(init=False)
     cache_key: str = field(init=False)
@@ -83,7 +85,7 @@ class Network:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        # Compiled kernels are found on disk by the text of their constants; a function's is its source.
+        # Triton finds a compiled kernel on disk by the text of its constants. A function is represented by its source.
         functions = (*derived["forwards"], *derived["backwards"], *derived["forwards_and_slopes"])
         sources = [getattr(function, "cache_key", "") for function in functions]
         values = [derived[name] for name in ("sides", "keeps_z", "parameters", "activates_output")]
@@ -99,12 +101,12 @@ class Network:
 
     @functools.cached_property
     def row_elements(self) -> int:
-        """Elements a row of the largest tensor that has rows."""
+        """The number of elements in one row of the largest tensor."""
         return max(*self.widths, self.starts[-1])
 
     @functools.cached_property
     def is_wide(self) -> bool:
-        """True if a parameter is so spread out in memory that offsets into it need 64 bits."""
+        """True if the strides of a parameter are so large that its offsets need 64 bits."""
         spans = (n * sn + k * sk for n, k, (sn, sk, _) in zip(self.widths[1:], self.widths, self.strides))
         return max(*spans, *(n * sb for n, (_, _, sb) in zip(self.widths[1:], self.strides))) >= 2**31
 
@@ -117,20 +119,20 @@ def network_of(
     dtype: torch.dtype,
     precision: str,
 ) -> Network:
-    """The one object for a network, so that kernels are found by identity."""
+    """The `Network`; always the same object for the same arguments, so that kernels are found by its identity."""
     return Network(widths, strides, activations, dtype, precision)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients that a backward computes, and where the partial sums of each begin in a program's."""
+    """The gradients that a backward computes, and the offset of each in a program's row of partial sums."""
 
     weights: tuple[bool, ...]
     biases: tuple[bool, ...]
-    lowest: int  # the lowest layer that anything is wanted of
+    lowest: int  # the lowest layer that needs a gradient
     weight_starts: tuple[int, ...]
     bias_starts: tuple[int, ...]
-    starts: tuple[int, ...]  # of all that are wanted, layer by layer, the weight first; and the end
+    starts: tuple[int, ...]  # the offsets of the wanted gradients, layer by layer, the weight first; and the end
     tile_starts: tuple[int, ...]  # the first program of each layer in `wgrad`, and the end
 
 
@@ -138,7 +140,7 @@ class Gradients:
 def gradients_of(
     widths: tuple[int, ...], weights: tuple[bool, ...], biases: tuple[bool, ...], input: bool
 ) -> Gradients:
-    """The gradients wanted of a network, by layer; and of its input."""
+    """The `Gradients` of a network. `weights`, `biases` and `input` are True where a gradient is wanted."""
     wanted = [weight or bias for weight, bias in zip(weights, biases)]
     lowest = 0 if input else wanted.index(True) if True in wanted else len(wanted)
     sizes, tiles = [], []
@@ -167,7 +169,10 @@ def matmul(a, b, acc, NET: tl.constexpr):
 
 @triton.jit
 def load_rows(ptr, offsets, mask, stride, NET: tl.constexpr, AT: tl.constexpr, OFFSET: tl.constexpr):
-    """Rows as wide as NET's width AT, rounded to its dtype. offsets and mask (None: all) are the rows', (rows, 1)."""
+    """Load rows of NET.widths[AT] elements, and round them to NET's dtype.
+
+    `offsets` and `mask` have one element for each row, (rows, 1); a mask of None loads every row.
+    """
     cols = tl.arange(0, NET.pads[AT])[None, :]
     ptrs = ptr + offsets + cols.to(OFFSET) * stride
     if NET.pads[AT] > NET.widths[AT]:
@@ -182,7 +187,7 @@ def load_rows(ptr, offsets, mask, stride, NET: tl.constexpr, AT: tl.constexpr, O
 
 @triton.jit
 def store_rows(ptr, offsets, mask, rows, NET: tl.constexpr, AT: tl.constexpr):
-    """Rows as wide as NET's width AT, their columns contiguous."""
+    """Store rows of NET.widths[AT] elements, whose columns are contiguous."""
     cols = tl.arange(0, NET.pads[AT])[None, :]
     if NET.pads[AT] > NET.widths[AT]:
         mask = mask & (cols < NET.widths[AT])
@@ -191,7 +196,7 @@ def store_rows(ptr, offsets, mask, rows, NET: tl.constexpr, AT: tl.constexpr):
 
 @triton.jit
 def clear_padding(rows, NET: tl.constexpr, AT: tl.constexpr):
-    """Zeros in the columns beyond NET's width AT."""
+    """`rows`, with zeros in the columns beyond NET.widths[AT]."""
     if NET.pads[AT] > NET.widths[AT]:
         rows = tl.where(tl.arange(0, NET.pads[AT])[None, :] < NET.widths[AT], rows, 0.0)
     return rows
@@ -199,7 +204,7 @@ def clear_padding(rows, NET: tl.constexpr, AT: tl.constexpr):
 
 @triton.jit
 def load_weight(ptr, NET: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr):
-    """W, (d_l, d_{l-1}) filled up."""
+    """The weight of a layer, (d_l, d_{l-1}), padded."""
     rows = tl.arange(0, NET.pads[LAYER + 1])[:, None]
     offsets = rows.to(OFFSET) * NET.strides[LAYER][0]
     mask = rows < NET.widths[LAYER + 1] if NET.pads[LAYER + 1] > NET.widths[LAYER + 1] else None
@@ -208,9 +213,9 @@ def load_weight(ptr, NET: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexp
 
 @triton.jit
 def broadcast_bias(ptr, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.constexpr, OFFSET: tl.constexpr):
-    """b in every row, or zeros: what z is added to.
+    """The bias in every row, or zeros: the initial accumulator of z.
 
-    Read where it is used, from cache: biases held over the loop cost more registers than they have elements.
+    The bias is read from cache in every use. Held over the loop, it would take more registers than it has elements.
     """
     z = tl.full([BLOCK_M, NET.pads[LAYER + 1]], 0.0, NET.accumulator)
     if ptr is not None:
@@ -235,7 +240,7 @@ def linear_streamed(
     x_ptr, offsets, w_ptr, b_ptr, stride_xk, NET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """The first layer's z = x Wᵀ + b, from x and W by BLOCK_K columns at a time."""
+    """z = x Wᵀ + b of a wide first layer, which loads BLOCK_K columns of x and W at a time."""
     z = broadcast_bias(b_ptr, NET, 0, BLOCK_M, OFFSET)
     rows = tl.arange(0, NET.pads[1])[:, None]
     for k in tl.range(0, NET.widths[0], BLOCK_K):
@@ -249,9 +254,9 @@ def linear_streamed(
 
 @triton.jit
 def layer(z, NET: tl.constexpr, LAYER: tl.constexpr):
-    """(kept, h) from z: h = a(z), and the one tensor that is kept of the layer, h itself or z.
+    """(saved tensor, h) from z: h = a(z), and the saved tensor is h itself or z.
 
-    The forward and the backward that recomputes it both go through here: they see the same bits.
+    The forward and a backward that recomputes it both call this function, so they compute the same bits.
     """
     FORWARD: tl.constexpr = NET.forwards[LAYER]
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
@@ -267,7 +272,7 @@ def layer(z, NET: tl.constexpr, LAYER: tl.constexpr):
 
 @triton.jit
 def through(dh, kept, NET: tl.constexpr, LAYER: tl.constexpr):
-    """dz = dh ⊙ a'(kept)."""
+    """dz = dh ⊙ a'(z), from the saved tensor `kept`."""
     BACKWARD: tl.constexpr = NET.backwards[LAYER]
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
     dz = differentiate(dh.to(NET.accumulator), kept.to(NET.accumulator), BACKWARD, PARAMETERS)
@@ -276,7 +281,7 @@ def through(dh, kept, NET: tl.constexpr, LAYER: tl.constexpr):
 
 @triton.jit
 def multiply_back(dz, w, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.constexpr):
-    """dh of the layer below: dz W."""
+    """dz W: dh of the layer below."""
     return matmul(dz, w, tl.full([BLOCK_M, NET.pads[LAYER]], 0.0, NET.accumulator), NET)
 
 
@@ -285,7 +290,7 @@ def partial_dtype(network: Network) -> torch.dtype:
 
 
 def network_offset_type(network: Network, rows: int, *strided: Tensor) -> Any:
-    """The integer type for offsets: 64 bits where any element lies at 2^31 or beyond."""
+    """The integer type for offsets: 64 bits if any element has an offset of 2^31 or more."""
     if rows * network.row_elements >= 2**31 or network.is_wide:
         return tl.int64
     scattered = [tensor for tensor in strided if not tensor.is_contiguous()]

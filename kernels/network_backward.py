@@ -1,4 +1,4 @@
-"""The backward of a narrow network in two launches, every dz and then every dW and db: see network.py."""
+"""The backward of a narrow network in two launches: first every dz, then every dW and db. See network.py."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def network_dgrad_kernel(
     dy_ptr,  # (M, d_L)
     dx_ptr,  # (M, d_0), contiguous; or None
     w_ptrs,
-    kept_ptr,  # as the forward's
-    own_ptr,  # (M, d_L), contiguous: what is kept of the last layer; None where it has no activation
-    dz_ptr,  # as kept_ptr, written
-    last_ptr,  # (M, d_L), contiguous, written: the last layer's dz; None where it is dy
+    kept_ptr,  # the saved tensors of the hidden layers, as the forward wrote them
+    own_ptr,  # (M, d_L), contiguous: the saved tensor of the last layer; None where it has no activation
+    dz_ptr,  # dz of every hidden layer, laid out as kept_ptr, written
+    last_ptr,  # (M, d_L), contiguous, written: dz of the last layer; None where it equals dy
     M,
     stride_dm,
     stride_dn,
@@ -41,10 +41,10 @@ def network_dgrad_kernel(
     LOWEST: tl.constexpr,  # the lowest layer whose dz is wanted
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr = 0,  # of dx, where the first layer is streamed
+    BLOCK_K: tl.constexpr = 0,  # columns of dx at a time, where the first layer is streamed
 ):
     LAST: tl.constexpr = len(w_ptrs) - 1
-    # The first layer whose weight is held.
+    # The first layer whose weight stays on the chip.
     FIRST: tl.constexpr = 0 if dx_ptr is not None and BLOCK_K == 0 else LOWEST + 1
     ws = ()
     for i in tl.static_range(FIRST, LAST + 1):
@@ -78,7 +78,7 @@ def network_dgrad_kernel(
 
 @triton.jit
 def store_sums(ptr, dw, db, n, k, NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr):
-    """The wanted ones of dW and db to their places among a program's sums; n and k are dW's first row and column."""
+    """Store dW and db, if they are wanted, among a program's partial sums; n and k are dW's first row and column."""
     N: tl.constexpr = NET.widths[LAYER + 1]
     K: tl.constexpr = NET.widths[LAYER]
     if GRADIENTS.weights[LAYER]:
@@ -86,7 +86,7 @@ def store_sums(ptr, dw, db, n, k, NET: tl.constexpr, GRADIENTS: tl.constexpr, LA
         cols = k + tl.arange(0, dw.shape[1])[None, :]
         tl.store(ptr + GRADIENTS.weight_starts[LAYER] + rows * K + cols, dw, mask=(rows < N) & (cols < K))
     if GRADIENTS.biases[LAYER]:
-        # The columns of a product with ones are all alike; the first is written, by the first of a row of tiles.
+        # All columns of a product with ones are equal. The first is written, by the first tile in a row of tiles.
         rows = n + tl.arange(0, db.shape[0])[:, None]
         cols = k + tl.arange(0, db.shape[1])[None, :]
         tl.store(ptr + GRADIENTS.bias_starts[LAYER] + rows + cols, db, mask=(rows < N) & (cols == 0))
@@ -95,12 +95,12 @@ def store_sums(ptr, dw, db, n, k, NET: tl.constexpr, GRADIENTS: tl.constexpr, LA
 @triton.jit(do_not_specialize=["M", "chunk"])
 def network_wgrad_kernel(
     x_ptr,  # (M, d_0)
-    dy_ptr,  # (M, d_L): the last layer's dz
-    kept_ptr,  # as the forward's
-    dz_ptr,  # as the chain's
+    dy_ptr,  # (M, d_L): dz of the last layer
+    kept_ptr,  # the saved tensors, as the forward wrote them
+    dz_ptr,  # dz of the hidden layers, as dgrad wrote it
     partial_ptr,  # (splits, size), contiguous
     M,
-    chunk,  # rows summed by one program
+    chunk,  # rows that one program sums
     size,
     stride_xm,
     stride_xk,
@@ -146,7 +146,7 @@ def sum_layer(
     dz_ptr, h_ptr, partial_ptr, tile, begin, end, stride_zm, stride_zn, stride_hm, stride_hk,
     NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a layer's dW = dzᵀ h, and db, over the rows begin <= m < end."""
+    """Store one tile of a layer's dW = dzᵀ h, and of db, summed over the rows begin <= m < end."""
     N: tl.constexpr = NET.widths[LAYER + 1]
     K: tl.constexpr = NET.widths[LAYER]
     TILES_K: tl.constexpr = tl.cdiv(NET.widths[LAYER], NET.sides[LAYER]) if GRADIENTS.weights[LAYER] else 1
@@ -166,7 +166,7 @@ def sum_layer(
 
 
 def network_wgrad_sums(rows: int, network: Network, gradients: Gradients, tile: TileConfig) -> Partial:
-    """The partial sums of `network_wgrad`: one of each chunk of rows."""
+    """The partial sums of `network_wgrad`: one for each chunk of rows."""
     return Partial(cdiv(rows, _chunk(rows, gradients, tile)), gradients.starts[-1], 0, partial_dtype(network))
 
 
@@ -188,12 +188,14 @@ def network_dgrad(
     gradients: Gradients,
     tile: TileConfig,
 ) -> Launch | None:
-    """The chain of dz from dy down to the lowest layer that a gradient is wanted of, and dx.
+    """Launch dz of every layer, from dy down to the lowest layer that needs a gradient, and dx.
 
     Args:
         dy: (M, d_L), any strides.
-        kept: as `forward` wrote it; own (M, d_L), contiguous: what is kept of the last layer, None without activation.
-        dz: as kept, written; last (M, d_L), contiguous: the last layer's dz, written where own is given.
+        kept: the saved tensors of the hidden layers, as `network_forward` wrote them.
+        own: (M, d_L), contiguous: the saved tensor of the last layer; None if it has no activation.
+        dz: dz of the hidden layers, laid out as kept, written.
+        last: (M, d_L), contiguous: dz of the last layer, written if own is given.
         dx: (M, d_0), contiguous, written; or None.
     """
     rows = dy.shape[0]
@@ -220,12 +222,13 @@ def network_wgrad(
     gradients: Gradients,
     tile: TileConfig,
 ) -> Launch | None:
-    """Partial sums of every dW and db that `gradients` names.
+    """Launch the partial sums of every dW and db in `gradients`.
 
     Args:
-        x: (M, d_0), any strides; dy (M, d_L), any strides: the last layer's dz.
-        kept, dz: as `forward` and `dgrad` wrote them.
-        partial: written; of the shape that `network_wgrad_sums` gives, for `sum_partials`.
+        x: (M, d_0), any strides.
+        dy: (M, d_L), any strides: dz of the last layer.
+        kept, dz: as `network_forward` and `network_dgrad` wrote them.
+        partial: written, in the shape of `network_wgrad_sums`; the input of `sum_partials`.
     """
     rows = x.shape[0]
     return launch(

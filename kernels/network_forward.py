@@ -16,28 +16,28 @@ __all__ = ["network_forward"]
 def network_forward_kernel(
     x_ptr,  # (M, d_0)
     y_ptr,  # (M, d_L), contiguous
-    w_ptrs,  # of each layer (d_l, d_{l-1})
-    b_ptrs,  # of each layer (d_l,), or None
-    kept_ptr,  # of each hidden layer (M, d_l), contiguous, one after the other; None where nothing is kept
-    z_ptr,  # (M, d_L), contiguous: the last pre-activation; None where it is not kept
-    h_ptr,  # as kept_ptr, every hidden H, for tests; or None
+    w_ptrs,  # (d_l, d_{l-1}) for each layer
+    b_ptrs,  # (d_l,) for each layer; or None
+    kept_ptr,  # the saved tensors, (M, d_l) for each hidden layer, one after the other, contiguous; or None
+    z_ptr,  # (M, d_L), contiguous: the last pre-activation; None where it is not saved
+    h_ptr,  # every hidden H, laid out as kept_ptr, for tests; or None
     M,
     stride_xm,
     stride_xk,
     NET: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr = 0,  # of the first layer, where it is streamed
+    BLOCK_K: tl.constexpr = 0,  # columns of x at a time, where the first layer is streamed
 ):
     LAST: tl.constexpr = len(w_ptrs) - 1
-    FIRST: tl.constexpr = 1 if BLOCK_K > 0 else 0  # the first layer whose weight is held
+    FIRST: tl.constexpr = 1 if BLOCK_K > 0 else 0  # the first layer whose weight stays on the chip
     ws = ()
     for i in tl.static_range(FIRST, LAST + 1):
         ws = ws + (load_weight(w_ptrs[i], NET, i, OFFSET),)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(OFFSET)
         inside = rows < M
-        offsets = tl.minimum(rows, M - 1) * stride_xm  # beyond the last row, the last row again
+        offsets = tl.minimum(rows, M - 1) * stride_xm  # a tile that is not full loads the last row again
         if BLOCK_K > 0:
             z = linear_streamed(x_ptr, offsets, w_ptrs[0], b_ptrs[0], stride_xk, NET, BLOCK_M, BLOCK_K, OFFSET)
         else:
@@ -69,17 +69,17 @@ def network_forward(
     z: Tensor | None = None,
     h: Tensor | None = None,
 ) -> Launch | None:
-    """y = H_L, and what is kept for backward where tensors for it are given.
+    """Launch y = H_L, and write the tensors to save for backward if they are given.
 
     Args:
         x: (M, d_0), any strides and real dtype; M at least 1. It may lie in pinned memory of the host.
-        weights, biases: of each layer (d_l, d_{l-1}) and (d_l,), by the network's strides, of any float dtype.
+        weights, biases: (d_l, d_{l-1}) and (d_l,) for each layer, with the network's strides, of any float dtype.
         y: (M, d_L), contiguous, written, as are all that follow.
-        kept: M Σ d_l elements over the hidden layers: of each in turn (M, d_l).
+        kept: the saved tensors, (M, d_l) for each hidden layer, one after the other: M Σ d_l elements.
         z: (M, d_L), the last pre-activation.
-        h: as kept, every hidden layer's output, to compare with what a backward recomputes.
+        h: the output of every hidden layer, laid out as kept, to compare with the ones that a backward recomputes.
 
-    Returns what `launch` does.
+    Returns the launch, as `launch` does.
     """
     rows = x.shape[0]
     return launch(

@@ -7,8 +7,9 @@
 
 Each program writes its sums to its own row of `partial`, and `sum_partials` adds them in a fixed order.
 
-Where the sums of all layers do not fit in registers, a launch takes the layers LOW <= l < HIGH, the highest group
-first. It reads the dz that the launch before it wrote and writes dz for the next.
+If the sums of all layers do not fit in registers, the layers are divided into groups. A launch takes one group, the
+layers LOW <= l < HIGH, and the highest group comes first. A launch reads the dz that the launch before it wrote, and
+writes dz for the next.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ from .tile_config import TileConfig
 
 __all__ = ["network_one_pass", "network_one_pass_sums"]
 
-ONES = tl.constexpr(16)  # rows of ones in db's product, the fewest that a tensor core's instruction takes
+ONES = tl.constexpr(16)  # rows of ones in the product that gives db: the fewest that a tensor core takes
 
 
 @triton.jit
 def rows_through(
     ptr, M, NET: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr, DESCRIPTORS: tl.constexpr, stride
 ):  # fmt: skip
-    """The source of M rows as wide as NET's width AT: a descriptor, or their pointer."""
+    """The source of M rows of NET.widths[AT] elements, for `read_rows`: a descriptor, or a pointer."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [M, NET.widths[AT]], [stride, 1], [BLOCK_M, NET.pads[AT]])
     else:
@@ -58,7 +59,10 @@ def read_rows(
     source, tile, rows, mask, stride, stride_k, NET: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr,
     OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows from `rows_through`. Rows beyond the last are zeros through a descriptor, else where masked."""
+    """A tile of rows from a source by `rows_through`.
+
+    Rows beyond the last are zeros if they come through a descriptor or are masked.
+    """
     if DESCRIPTORS:
         return round_to(source.load([tile * BLOCK_M, 0]), NET.compute)
     else:
@@ -67,7 +71,7 @@ def read_rows(
 
 @triton.jit
 def no_weight_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Zeros for a layer's dW, or dWᵀ; one element where it is not wanted."""
+    """The initial sum, zeros, of a layer's dW or dWᵀ; a single element if dW is not wanted."""
     if not GRADIENTS.weights[LAYER]:
         return tl.full([1, 1], 0.0, NET.accumulator)
     elif TRANSPOSED:
@@ -78,7 +82,7 @@ def no_weight_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexp
 
 @triton.jit
 def no_bias_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Zeros for a layer's db: rows or columns that are all alike; one element where it is not wanted."""
+    """The initial sum, zeros, of a layer's db, whose rows or columns are all equal; one element if db is not wanted."""
     if not GRADIENTS.biases[LAYER]:
         return tl.full([1, 1], 0.0, NET.accumulator)
     elif BLOCK_N > 0:
@@ -100,13 +104,13 @@ def add_rows(dz, ones, db, NET: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def rebuild(z, dh, NET: tl.constexpr, LAYER: tl.constexpr):
-    """(h, dz) from a stored z: h = a(z) and dz = dh ⊙ a'(z), which share an exponential where both have one."""
+    """(h, dz) from a stored z: h = a(z) and dz = dh ⊙ a'(z). They share an exponential if both have one."""
     FORWARD: tl.constexpr = NET.forwards[LAYER]
     BACKWARD: tl.constexpr = NET.backwards[LAYER]
     BOTH: tl.constexpr = NET.forwards_and_slopes[LAYER]
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
     z = z.to(NET.accumulator)
-    # h and dz are read by different products. In two layouts, what they share would be computed twice.
+    # Different products read h and dz. If these had different layouts, their common parts would be computed twice.
     if BOTH is not None:
         h, slope = BOTH(z)
         h = in_layout(h, dh)
@@ -135,11 +139,11 @@ def network_one_pass_kernel(
     dx_ptr,  # (M, d_0), contiguous; or None
     w_ptrs,
     b_ptrs,
-    kept_ptr,  # as the forward's; None: the hidden layers are recomputed from x
-    own_ptr,  # (M, d_L), contiguous: what is kept of the last layer; None: it has no activation, or is recomputed
-    dz_ptr,  # as kept_ptr: dz between two groups of layers; None where one launch takes all layers
-    h_ptr,  # as kept_ptr, every recomputed h, for tests; or None
-    partial_ptr,  # (programs, size), contiguous: every wanted dW and db, by GRADIENTS' starts
+    kept_ptr,  # the saved tensors, as the forward wrote them; None: the hidden layers are recomputed from x
+    own_ptr,  # (M, d_L), contiguous: the saved tensor of the last layer; None: no activation, or recomputed
+    dz_ptr,  # dz between two groups of layers, laid out as kept_ptr; None where one launch takes all layers
+    h_ptr,  # every recomputed h, laid out as kept_ptr, for tests; or None
+    partial_ptr,  # (programs, size), contiguous: every wanted dW and db, at the offsets in GRADIENTS
     M,
     size,
     stride_xm,
@@ -151,15 +155,15 @@ def network_one_pass_kernel(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     OFFSET: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,  # whether x, dy and the stored tensors are read through tensor descriptors
+    DESCRIPTORS: tl.constexpr,  # True if x, dy and the stored tensors are read through tensor descriptors
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr = 0,  # columns of ones that db is a product with; 0: rows of ones
+    BLOCK_N: tl.constexpr = 0,  # columns of ones in the product that gives db; 0: it has rows of ones
 ):
     LAST: tl.constexpr = len(w_ptrs) - 1
     LOWEST: tl.constexpr = GRADIENTS.lowest
     RECOMPUTE: tl.constexpr = kept_ptr is None
-    BASE: tl.constexpr = 0 if RECOMPUTE else LOW  # the first layer whose input is held
-    # The first layer whose weight is held.
+    BASE: tl.constexpr = 0 if RECOMPUTE else LOW  # the first layer whose input stays on the chip
+    # The first layer whose weight stays on the chip.
     FIRST: tl.constexpr = BASE if RECOMPUTE or LOW > LOWEST or dx_ptr is not None else LOW + 1
     ws = ()
     for i in tl.static_range(FIRST, HIGH):
@@ -175,7 +179,7 @@ def network_one_pass_kernel(
         dz_rows = dz_ptr + M.to(OFFSET) * NET.starts[HIGH - 1]
         stride_dm = NET.widths[HIGH]
         stride_dn = 1
-    sources = ()  # of each layer's input, as it is stored
+    sources = ()  # for each layer, the source of its stored input
     for i in tl.static_range(BASE, BASE + 1 if RECOMPUTE else HIGH):
         if i == 0:
             sources = sources + (rows_through(x_ptr, M, NET, 0, BLOCK_M, DESCRIPTORS, stride_xm),)
@@ -216,7 +220,7 @@ def network_one_pass_kernel(
         sums_w, sums_b = (), ()
         for i in tl.static_range(HIGH - 1, LOW - 1, -1):
             h = hs[i - BASE]
-            # The product down to the layer below comes first: the sums' products run while its result is used.
+            # The product for the layer below comes first, so that the products for dW and db run while it is used.
             if i > LOW:
                 dh = multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M)
             if not RECOMPUTE and NET.rebuilds[i] is not None:
@@ -255,7 +259,7 @@ def network_one_pass_kernel(
 
 
 def network_one_pass_sums(rows: int, network: Network, gradients: Gradients, tile: TileConfig) -> Partial:
-    """The partial sums of `network_one_pass`: one of each program."""
+    """The partial sums of `network_one_pass`: one for each program."""
     return Partial(tile.started(cdiv(rows, tile.block_m)), gradients.starts[-1], 0, partial_dtype(network))
 
 
@@ -276,16 +280,16 @@ def network_one_pass(
     *,
     h: Tensor | None = None,
 ) -> Launch | None:
-    """dx, and partial sums of every dW and db that `gradients` names.
+    """Launch dx, and the partial sums of every dW and db in `gradients`.
 
     Args:
-        x: (M, d_0), any strides; dy (M, d_L), any strides.
-        weights, biases, h: as in `forward`.
-        kept: as `forward` wrote it; None: the hidden layers are recomputed.
-        own: (M, d_L), contiguous: what is kept of the last layer; None without activation, or without `kept`.
-        dz: as kept. Read and written where a launch takes a group of layers.
+        x, dy: (M, d_0) and (M, d_L), any strides.
+        weights, biases, h: as in `network_forward`.
+        kept: the saved tensors, as `network_forward` wrote them; None: the hidden layers are recomputed.
+        own: (M, d_L), contiguous: the saved tensor of the last layer; None without an activation, or without `kept`.
+        dz: dz of the hidden layers, laid out as kept. Read and written if a launch takes only a group of layers.
         dx: (M, d_0), contiguous, written; or None.
-        partial: written; of the shape that `network_one_pass_sums` gives, for `sum_partials`.
+        partial: written, in the shape of `network_one_pass_sums`; the input of `sum_partials`.
         group: the layers low <= i < high of this launch; None: all. The highest group is launched first.
     """
     rows = x.shape[0]
@@ -307,8 +311,8 @@ def network_one_pass(
 
 
 def _describable(x: Tensor, dy: Tensor, kept: Tensor | None, network: Network) -> bool:
-    """True if tensor descriptors can read all rows: they begin at 16 bytes, and zeros beyond the last do no harm."""
-    # Zeros in place of h add nothing where a'(0) is finite, as every piecewise polynomial's is.
+    """True if tensor descriptors can read all rows: rows are 16-byte aligned, and zeros after the last do no harm."""
+    # Zeros instead of h add nothing to a sum if a'(0) is finite, as it is for every piecewise polynomial.
     hidden = network.activations[:-1]
     harmless = all(activation.piecewise and not activation.keeps_preactivation for activation in hidden)
     stored = kept is None or all(width * kept.itemsize % 16 == 0 for width in network.widths[1:-1])

@@ -1,6 +1,6 @@
 """Tiles of the network kernels, chosen from the problem and the device alone.
 
-The numbers are what compiles without spilling, for sm_80 to sm_100 and gfx942.
+The limits below are those up to which the kernels compile without spills, for sm_80 to sm_100 and gfx942.
 """
 
 from __future__ import annotations
@@ -19,57 +19,61 @@ __all__ = ["NetworkProblem", "layer_groups", "network_precision", "network_tile"
 
 
 def padded(width: int) -> int:
-    """A width as the network kernels hold it: the next power of two, at least a tensor core's side, 16."""
+    """A width padded for the network kernels: the next power of two, at least 16, the side of a tensor core."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-# recompute: the backward in one pass from x alone. stored: in one pass over what the forward stored. dgrad: of the pair
-# dgrad and wgrad.
+# recompute: the backward in one pass, from x alone. stored: the backward in one pass over the tensors that the forward
+# stored. dgrad: the first of the two kernels dgrad and wgrad.
 NetworkKind = Literal["forward", "recompute", "stored", "dgrad"]
 
 # A program that sums weight gradients takes this many rows at a time.
 WGRAD_ROWS = {2: 64, 4: 32, 8: 32}  # by bytes of an element
-STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # of a wide first layer, at a time
-RESIDENT_INPUT = 256  # the widest input whose weight is held; a wider one is streamed
+STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # columns of a wide first layer at a time, likewise
+RESIDENT_INPUT = 256  # the widest input whose weight stays on the chip; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
-# Full fp32 by bf16x6 (see tile.py): where products of three parts fit in registers, and how few terms a sum may have to
-# err no more than 1.5 times what FMA units do (tests/test_tile_precision.py).
+# Full fp32 by bf16x6 (see tile.py): the widest layer whose products of three parts fit in registers, and the narrowest
+# one, for which the error is at most 1.5 times that of FMA units (tests/test_tile_precision.py).
 WIDEST_SPLIT = 64
 NARROWEST_SPLIT = 8
-# The width at which float32 networks were measured faster than torch, by architecture. Only these multiply so.
+# The padded width at which float32 networks were measured to be faster than torch, by architecture. Only these
+# architectures multiply by bf16x6.
 FP32_MEASURED: dict[int | str, int] = {90: 64}
-MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # a kernel's code grows with them, and the time to compile it
-AMD_WEIGHT_WORDS = 192  # a lane's share of the weights, which that compiler keeps in registers
-# Tiles of a forward that stores nothing, of 16-bit layers all of this width: rows, warps, stages, and programs a
-# multiprocessor. The fastest on an H100 (tests/data/h100/narrow.log), with relu; 64 wide, gelu had another.
+MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # the time to compile a kernel grows with its layers
+AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps weights in registers
+# Tiles of a forward that stores nothing, for 16-bit networks whose layers all have this width: rows, warps, stages, and
+# programs on one multiprocessor. These were the fastest on an H100 with relu (tests/data/h100/narrow.log). At a width
+# of 64, gelu had another one.
 INFERENCE = {16: (128, 4, 3, 8), 32: (128, 8, 2, 4), 64: (128, 8, 1, 3)}
 INFERENCE_KEEPING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
 MARGIN = 2048  # bytes of shared memory that `network_shared_memory` adds to what it counts
-RESERVED = 1024  # bytes of a multiprocessor's shared memory that the system takes for each program
-# Of 512 columns: with more in use, triton 3.7 compiles an empty kernel without a word.
+RESERVED = 1024  # bytes of shared memory that CUDA reserves for each program
+# Columns of tensor memory, of 512. If a kernel uses more, triton 3.7 compiles an empty kernel without an error.
 TENSOR_MEMORY = 384
-# What a thread may hold over a tile where the forward is recomputed (see `held_words`), by the widest layer filled up.
+# The most words that a thread may hold during a tile of the recompute kernel (see `held_words`), by the padded width of
+# the widest layer.
 RECOMPUTE_WORDS = {16: 80, 32: 136, 64: 84}
 RECOMPUTE_WORDS_FP32 = 72
-# With 128 rows a tile on a Hopper, 64 wide. Where no z is kept, 64 -> 64 -> 64 -> 64 -> 64 (144 words) spills 78 words
-# and is still faster than storing: 0.350 + 0.111 ms against 0.285 + 0.252 (H100, 2^20 rows, Triton 3.6).
+# The same for a Hopper GPU, 64 wide, with 128 rows a tile. If no z is saved, 64 -> 64 -> 64 -> 64 -> 64 (144 words)
+# spills 78 words and is still faster than storing: backward and forward take 0.350 + 0.111 ms instead of 0.285 + 0.252
+# (H100, 2^20 rows, Triton 3.6).
 RECOMPUTE_WORDS_HOPPER = 144
-RECOMPUTE_WORDS_HOPPER_Z = 108  # where exponentials would be recomputed too
-# Words that a thread may hold over stored tensors (see `layer_groups`), by the widest layer filled up: sums of 4 layers
-# 64 wide, or of one 128 wide. Another layer of 10 columns beside 128 -> 128 serialises relu's wgmma and spills 86 words
-# of gelu's.
+RECOMPUTE_WORDS_HOPPER_Z = 108  # if exponentials would have to be recomputed too
+# The most words that a thread may hold in the pass over stored tensors (see `layer_groups`), by the padded width of the
+# widest layer. They are the sums of 4 layers 64 wide, or of one 128 wide. A further layer of 10 columns besides
+# 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
 STORED_WORDS = {64: 92, 128: 80}
-REBUILT_WORDS = 4  # for each h that is rebuilt from z: with 4 of them beside the sums of 4 layers, 68 words spill
-# Architectures where one pass over stored tensors was measured faster than dgrad and wgrad: training takes 0.537 ms
-# against 0.944 at 64 -> 64 -> 64 -> 64 -> 64, 1.69 against 2.32 at 128 (H100, relu, bf16, 2^20 rows, Triton 3.6).
-# Elsewhere the backend "triton" alone runs it.
+REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4 layers and 4 such h, 68 words spill
+# Architectures on which one pass over stored tensors was measured to be faster than dgrad and wgrad: training takes
+# 0.537 ms instead of 0.944 at 64 -> 64 -> 64 -> 64 -> 64, and 1.69 instead of 2.32 at 128 (H100, relu, bf16, 2^20 rows,
+# Triton 3.6). On other architectures it runs only with the backend "triton".
 STORED_MEASURED = (90,)
-ROWS_OF_ONES = 16  # that db is a product with, where tiles have no columns of ones
+ROWS_OF_ONES = 16  # rows of ones in the product that gives db, in tiles without columns of ones
 
 
 def network_precision(widths: tuple[int, ...], dtype: torch.dtype, precision: str, device: Device) -> str:
-    """The way in which a network's kernels multiply, for torch's setting of fp32: see tile.py.
+    """The precision of a network's kernels (see tile.py); `precision` is torch's setting for fp32.
 
     On an H100, 64 -> 64 -> 64 -> 64 -> 64, 2^20 rows, Triton 3.6: forward 0.55 ms by bf16x6, 5.35 on FMA units, 1.74 in
     torch; training 3.12, 7.30 and 5.30 ms.
@@ -80,22 +84,22 @@ def network_precision(widths: tuple[int, ...], dtype: torch.dtype, precision: st
 
 
 def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device: Device) -> bool:
-    """True if a float32 network's kernels were measured faster than torch: by bf16x6, and a forward in tf32."""
+    """True if a float32 network's kernels were measured to be faster than torch: bf16x6, and the forward in tf32."""
     multiplied = ("bf16x6",) if training else ("bf16x6", "tf32")
     return FP32_MEASURED.get(device.arch) == max(pads) and precision in multiplied
 
 
 @dataclass(frozen=True)
 class NetworkProblem:
-    """A network kernel's work, apart from its rows: what a tile is chosen by."""
+    """A network kernel's work, by which a tile is chosen. It does not depend on the number of rows."""
 
     kind: NetworkKind
-    pads: tuple[int, ...]  # widths filled up, of the input to the output
-    keeps_z: tuple[bool, ...]  # of each layer: whether its pre-activation is needed besides its output
+    pads: tuple[int, ...]  # padded widths, from the input to the output
+    keeps_z: tuple[bool, ...]  # for each layer: True if backward needs its pre-activation
     dtype: torch.dtype
     precision: str = "ieee"
-    input_size: int = 0  # bytes of an element of the input, where it is wider than what is computed in (autocast)
-    stores: bool = False  # forward: whether it writes what a backward reads
+    input_size: int = 0  # bytes of an element of the input, if it has more than `dtype` (under autocast)
+    stores: bool = False  # forward: True if it writes the tensors that a backward reads
 
     @property
     def on_fma_units(self) -> bool:
@@ -103,23 +107,23 @@ class NetworkProblem:
 
     @property
     def streams(self) -> bool:
-        """True if the first layer's weight passes by instead of being held."""
+        """True if the first layer's weight is streamed through the chip, because it is too wide to stay there."""
         return self.pads[0] > (WIDEST_ON_FMA_UNITS if self.on_fma_units else RESIDENT_INPUT)
 
     @property
     def held(self) -> list[tuple[int, int]]:
-        """The weights that a program holds, (width out, width in) filled up."""
+        """The weights that stay on the chip, as padded (width out, width in)."""
         shapes = list(zip(self.pads[1:], self.pads))
         return shapes[1:] if self.streams else shapes
 
     @property
     def widest(self) -> int:
-        """The widest tile of activations."""
+        """The padded width of the widest tile of activations."""
         return max(self.pads[1:] if self.streams else self.pads)
 
 
 def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
-    """The tile of a network kernel, or the reason why it has none."""
+    """The tile of a network kernel, or the reason why none fits."""
     if max(problem.pads[1:]) > WIDEST_HIDDEN:
         return f"a width is over {WIDEST_HIDDEN}"
     most = MOST_LAYERS_ON_FMA_UNITS if problem.on_fma_units else MOST_LAYERS
@@ -144,7 +148,7 @@ def network_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
 
 
 def tensor_memory(problem: NetworkProblem, rows: int, device: Device) -> int:
-    """Columns of a Blackwell's tensor memory that all layers' accumulators occupy; 0 on other devices."""
+    """The columns of Blackwell's tensor memory that the accumulators of all layers occupy; 0 on other devices."""
     if device.arch not in BLACKWELL:
         return 0
     pads = problem.pads[1:] if problem.streams else problem.pads
@@ -152,9 +156,10 @@ def tensor_memory(problem: NetworkProblem, rows: int, device: Device) -> int:
 
 
 def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
-    """The measured tile of a forward that stores nothing, on as many programs as have shared memory at a time.
+    """The measured tile of a forward that stores nothing, with as many programs as fit in shared memory at a time.
 
-    Networks without a reading have none: narrower inputs, and wider ones that are cast, which take more registers.
+    The list is empty for networks without a reading: those with an input narrower than the widest layer, and those that
+    cast their input (under autocast), which takes more registers.
     """
     if problem.kind != "forward" or problem.stores or device.arch != 90 or problem.dtype.itemsize != 2:
         return []
@@ -169,7 +174,7 @@ def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig
 
 
 def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
-    """The tiles of the forward and of the chain of dz, the best first."""
+    """The tiles of the forward and of dgrad, the best first."""
     block_k = STREAMED_COLUMNS[problem.dtype.itemsize] if problem.streams else 0
 
     def tile(rows: int, warps: int, stages: int) -> TileConfig:
@@ -180,27 +185,28 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
         return [tile(64, 4, 1)]
     if problem.on_fma_units:
         return [tile(64, 8, 1)]
-    # On an H100, 64 wide as above: bf16x6 0.55 ms, 0.61 with 128 rows and 8 warps; tf32 0.29 ms, 0.41 with 128 and 8.
+    # On an H100, 64 wide as above, these tiles take 0.55 ms in bf16x6 and 0.29 ms in tf32. With 128 rows and 8 warps it
+    # is 0.61 and 0.41 ms.
     small = TileConfig(64, num_warps=4, programs=2 * device.multiprocessors)
     if problem.precision == "bf16x6":
         return [dataclasses.replace(small, precision="bf16x6")]
     inference = problem.kind == "forward" and not problem.stores
     if problem.precision == "tf32" and inference and problem.widest == 64 and device.arch == 90:
         return [dataclasses.replace(small, num_stages=2), small]
-    # Small tiles of rows where accumulators are wide: 128 x 128 ones fit only where a product's operands come from
+    # Wide accumulators need tiles of few rows. Accumulators of 128 x 128 fit only if a product's operands come from
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
     many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
     rows = 128 if many and tensor_memory(problem, 128, device) <= TENSOR_MEMORY else 64
-    # The next tile of rows is loaded while this one computes. The chain of dz would so load every kept tensor.
+    # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor.
     ahead = [3, 2] if problem.streams else [2] if problem.kind == "forward" or problem.widest <= 32 else []
     return [tile(rows, 8, stages) for stages in (*ahead, 1)]
 
 
 def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
-    """Small tiles of rows and few warps up to 32 wide: the sums that a thread holds are what counts.
+    """The tile of the recompute kernel. Up to 32 wide it has few rows and few warps; the sums in registers decide.
 
-    On an H100, 2^20 rows, Triton 3.6, with the sums added up: 32 wide 0.159 ms with 4 programs a multiprocessor, 0.174
-    with 8; 64 wide 0.350 ms with 128 rows a tile, 0.713 with 64.
+    Times on an H100, 2^20 rows, Triton 3.6, including the addition of partial sums: 32 wide 0.159 ms with 4 programs a
+    multiprocessor, 0.174 with 8; 64 wide 0.350 ms with 128 rows a tile, 0.713 with 64.
     """
     if problem.streams or problem.widest > 64:
         return "the sums of a wider layer's weight gradient do not fit in registers"
@@ -216,7 +222,7 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
         limit = RECOMPUTE_WORDS_HOPPER_Z if any(problem.keeps_z[:-1]) else RECOMPUTE_WORDS_HOPPER
     else:
         rows, warps = (64, 8) if problem.widest == 64 else (32, 2)
-        # db is a product with the fewest columns of ones that the tensor core's instruction takes.
+        # db is a product with columns of ones, as few as a tensor core's instruction takes.
         ones = 0 if problem.dtype.itemsize > 2 else 8 if device.backend == "cuda" and problem.widest < 64 else 16
         resident = 4 if problem.widest == 32 and hopper else 16 // warps
         tile = TileConfig(rows, ones, num_warps=warps, programs=resident * device.multiprocessors)
@@ -228,7 +234,7 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
 
 
 def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
-    """The tile of one pass over the stored tensors, layer groups being `layer_groups`."""
+    """The tile of the one pass over stored tensors, whose groups of layers `layer_groups` gives."""
     if problem.streams or problem.widest > 128 or problem.dtype.itemsize > 2:
         return "the sums of a layer's weight gradient do not fit in registers"
     if device.arch not in DESCRIPTOR_ARCHITECTURES:
@@ -238,8 +244,8 @@ def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
     widest_sums = max(sum_words(n, k, TileConfig(64, num_warps=8)) for n, k in problem.held)
     if widest_sums > STORED_WORDS[problem.widest]:
         return "the sums of a layer's weight gradient do not fit in registers"
-    # On an H100, 2^20 rows, Triton 3.6: 64 wide 0.296 ms with 128 rows a tile and 2 stages, 0.285 through descriptors,
-    # 0.331 with 64 rows and 3 stages; 128 wide 1.043 ms layer by layer, 1.147 by pairs.
+    # On an H100, 2^20 rows, Triton 3.6. 64 wide: 0.296 ms with 128 rows a tile and 2 stages, 0.285 with the same
+    # through descriptors, 0.331 with 64 rows and 3 stages. 128 wide: 1.043 ms layer by layer, 1.147 by pairs of layers.
     forms = [(128, 2), (128, 1), (64, 1)] if problem.widest == 64 else [(64, 3), (64, 2), (64, 1)]
     for rows, stages in forms if device.arch == 90 else [(64, 1)]:
         tile = TileConfig(
@@ -255,9 +261,10 @@ def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
 
 
 def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, int], ...]:
-    """The layers (low, high) of each launch of the pass over stored tensors, the highest first.
+    """The groups (low, high) of layers in the one pass over stored tensors, one for each launch, the highest first.
 
-    As many layers as have their sums fit in registers: every launch more writes and reads another dz.
+    A group has as many layers as have their sums fit in registers, because every further launch has to write and read
+    another dz.
     """
     groups = []
     high = len(problem.pads) - 1
@@ -275,12 +282,15 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
 
 
 def sum_words(n: int, k: int, tile: TileConfig) -> float:
-    """32-bit words of the fp32 sums of a layer's dW and db that a thread holds."""
+    """The number of 32-bit words in which a thread holds its part of the fp32 sums of a layer's dW and db."""
     return n * (k + (tile.block_n or ROWS_OF_ONES)) / (tile.num_warps * 32)
 
 
 def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
-    """32-bit words a thread holds over a recomputed tile: fp32 sums of dW and db, every layer's input and kept z."""
+    """The number of 32-bit words that a thread of the recompute kernel holds during a tile.
+
+    They are the fp32 sums of dW and db, every layer's input, and the z of the layers whose derivative needs it.
+    """
     elements = tile.num_warps * 32
     words = 0.0
     for n, k, keeps in zip(problem.pads[1:], problem.pads, problem.keeps_z):
@@ -290,7 +300,7 @@ def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
 
 
 def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Device) -> int:
-    """Bytes that the weights, the loads in flight and a tile's conversions between layouts occupy at the most."""
+    """The most bytes of shared memory for the weights, the loads in flight and conversions between layouts."""
     size = problem.dtype.itemsize
     in_registers = device.backend == "hip"
     held = 3 * 2 if problem.precision == "bf16x6" else size  # three bf16 parts of each weight, split once
@@ -313,7 +323,7 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
 
 
 def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tuple[int, int]) -> int:
-    """Bytes of a launch's weights, of the tensors in flight, and of every h that is rebuilt and dz, as operands."""
+    """The bytes of shared memory for a launch's weights, its tensors in flight, and its operands h and dz."""
     low, high = group
     pads = problem.pads[low : high + 1]
     weights = sum(n * k for n, k in zip(pads[1:], pads))
@@ -323,7 +333,7 @@ def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tupl
 
 
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
-    """The tile of the kernel that does every dW and db from kept tensors: by rows; its sides are the weights' own."""
+    """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`."""
     if precision == "bf16x6":  # 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6)
         programs = 2 * device.multiprocessors
         return TileConfig(0, block_k=32, num_warps=4, num_stages=3, programs=programs, precision="bf16x6")

@@ -10,17 +10,17 @@ from .launch import Launch, cdiv, launch, offset_type
 from .tile import store
 from .tile_config import TileConfig
 
-# A sum over partials is bound by memory, and by latency where one row follows the other: many rows at a time.
-SUM_PARTIALS = TileConfig(64, block_k=32, num_warps=4)  # of few partials
+# Adding partial sums is bound by memory. Row after row it would be bound by latency, so many rows are loaded at a time.
+SUM_PARTIALS = TileConfig(64, block_k=32, num_warps=4)  # for few partial sums
 SUM_OF_MORE = TileConfig(32, block_k=64, num_warps=4)
 SUM_OF_MANY = TileConfig(32, block_k=128, num_warps=8)
-FEW_COLUMNS = 8192  # by 32, they make programs for no more than the multiprocessors of a large GPU, twice
+FEW_COLUMNS = 8192  # in blocks of 32 columns, 256 programs: about two for each multiprocessor of a large GPU
 
 
 def sum_tile(splits: int, columns: int) -> TileConfig:
     """The tile of `sum_partials`: the fastest on an H100 of those in tests/data/h100/narrow.log.
 
-    It depends on the shape of the partial sums alone, so that the order of a sum, and its bits, do too.
+    It depends on the shape of the partial sums alone. So does the order of the additions, and with it every bit.
     """
     if splits <= SUM_PARTIALS.block_k:
         return SUM_PARTIALS
@@ -30,9 +30,9 @@ def sum_tile(splits: int, columns: int) -> TileConfig:
 @triton.jit(do_not_specialize=["splits"])
 def sum_partials_kernel(
     partial_ptr,  # (splits, size), contiguous
-    sum_ptrs,  # contiguous tensors, each some columns of partial
-    starts,  # the column at which each begins
-    sizes,  # how many each has
+    sum_ptrs,  # contiguous tensors, each the sum of some columns of partial
+    starts,  # the first column of each
+    sizes,  # the number of columns of each
     splits,
     size,
     OFFSET: tl.constexpr,
@@ -53,12 +53,12 @@ def sum_partials_kernel(
 
 
 def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] | None = None) -> Launch | None:
-    """[sums …] = Σ_s partial[s], always in one order: the same bits every run.
+    """Launch [sums …] = Σ_s partial[s], added in a fixed order, so that every run gives the same bits.
 
     Args:
         partial: (splits, columns), contiguous.
         sums: contiguous, written, of any float dtype.
-        starts: the columns at which they begin; None: one after the other.
+        starts: the columns at which the sums begin; None: the sums lie one after the other.
     """
     splits, size = partial.shape
     tile = sum_tile(splits, size)
@@ -78,7 +78,7 @@ def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] 
 
 @dataclass(frozen=True)
 class Partial:
-    """Memory for the partial sums of dW and db: (splits, columns), those of db from a column at 16 bytes on."""
+    """Memory for the partial sums of dW and db: (splits, columns). The columns of db begin 16-byte aligned."""
 
     splits: int
     size_w: int
@@ -87,7 +87,7 @@ class Partial:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The column at which each wanted one begins."""
+        """The columns at which dW and db begin; only of those that are wanted."""
         return ((0,) if self.size_w else ()) + ((self.start_b,) if self.size_b else ())
 
     @property
@@ -99,6 +99,6 @@ class Partial:
         return self.start_b + self.size_b
 
     def allocate(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """It as a whole, where dW's begin in it and where db's do."""
+        """(the whole buffer, its view for dW, its view for db). A view is None if that gradient is not wanted."""
         whole = torch.empty((self.splits, self.columns), dtype=self.dtype, device=device)
         return whole, whole if self.size_w else None, whole[:, self.start_b :] if self.size_b else None

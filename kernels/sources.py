@@ -1,11 +1,12 @@
-"""Digests of kernels' sources, so that a reading can say which kernel it was taken of.
+"""Digests of kernels' sources, so that a reading can name the version of the kernel that was measured.
 
-A digest covers functions and all functions and constants of their package that these name, read as syntax from the
-files. So it is the same on every machine, Python and Triton, and does not change with comments, docstrings, formatting,
-or the file that a function lies in. Names from language.py stand for Triton itself and end the search, as do classes.
+A digest covers functions, and all functions and constants of the package that they use. It is computed from the syntax
+trees of the files. So it is the same on every machine, Python and Triton, and comments, docstrings, formatting and the
+file of a function do not change it. Names imported from language.py are Triton's and are not followed; neither are
+classes.
 
-Branches that are not compiled do not count: those of Triton's interpreter, and those that a test of a known constant
-such as `PRECISION == "bf16x6"` rules out. A new way of multiplying fp32 leaves the digests of 16-bit products alone.
+Branches that are not compiled do not count: those for Triton's interpreter, and those that a known constant rules out,
+such as `PRECISION == "bf16x6"`. So a new way to multiply fp32 does not change the digests of 16-bit products.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def source(module: str, name: str) -> Source:
-    """Where a function of this package is written."""
+    """The file and name of a function of this package."""
     return FOLDER / f"{module}.py", name
 
 
 def source_of(function: Any) -> Source | None:
-    """Where a function is written, `@triton.jit` ones included; None for one that has no file."""
+    """The file and name of a function, which may be a `@triton.jit` one; None for one that has no file."""
     function = getattr(function, "fn", function)
     try:
         return Path(inspect.getfile(function)).resolve(), function.__name__
@@ -41,13 +42,13 @@ def source_of(function: Any) -> Source | None:
 
 
 def kernels_in(modules: str) -> list[Source]:
-    """All kernels of the modules of this package whose names match a pattern."""
+    """All kernels in the modules of this package whose names match the pattern `modules`."""
     files = sorted(FOLDER.glob(f"{modules}.py"))
     return [(file, name) for file in files for name in _names(file) if name.endswith("_kernel")]
 
 
 def digest(sources: Iterable[Source | None], known: Mapping[str, object] | None = None) -> str:
-    """The digest of functions and of what they call; `known` are constants that have one value in all of these."""
+    """The digest of functions and of all that they call. `known` has the values of constants that rule branches out."""
     constants = {"INTERPRETED": False, **(known or {})}
     return _digest(tuple(each for each in sources if each), tuple(sorted(constants.items())))
 
@@ -64,7 +65,7 @@ def _digest(sources: tuple[Source, ...], constants: Constants) -> str:
 
 
 def _collect(place: Source, constants: Constants, texts: dict[Source, str]) -> None:
-    """Add the text of a definition, and of every definition that it names."""
+    """Add the text of the definition at `place`, and of every definition that it uses, to `texts`."""
     definition = _names(place[0]).get(place[1])
     if isinstance(definition, tuple):
         _collect(definition, constants, texts)
@@ -76,7 +77,7 @@ def _collect(place: Source, constants: Constants, texts: dict[Source, str]) -> N
 
 @functools.lru_cache(maxsize=4096)
 def _read(place: Source, constants: Constants) -> tuple[str, tuple[str, ...]]:
-    """The text of a definition, and the names that it reads besides its own arguments and variables."""
+    """The text of a definition, and the names that it reads, without its own arguments and variables."""
     names: dict[str, bool] = {}
     text = _text(_names(place[0])[place[1]], dict(constants), names)
     return text, tuple(sorted(name for name, is_own in names.items() if not is_own))
@@ -84,10 +85,10 @@ def _read(place: Source, constants: Constants) -> tuple[str, tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=256)
 def _names(path: Path) -> dict[str, ast.stmt | Source]:
-    """The functions and constants at the top of a file by name, and where those come from that it imports."""
+    """The functions and constants at the top level of a file, by name, and the source of those that it imports."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError):  # a function that was typed in
+    except (OSError, ValueError, SyntaxError):  # for example a function typed into an interactive session
         return {}
     names: dict[str, ast.stmt | Source] = {}
     for node in tree.body:
@@ -103,14 +104,14 @@ def _names(path: Path) -> dict[str, ast.stmt | Source]:
     return names
 
 
-# Fields of a syntax tree that say nothing about what runs, or that only some versions of Python have.
+# Fields of a syntax tree that do not affect what runs, or that only some versions of Python have.
 IGNORED = ("ctx", "kind", "type_comment", "type_params")
 
 
 def _text(node: Any, constants: Mapping[str, object], names: dict[str, bool]) -> str:
-    """A syntax tree as text, which depends on no version of Python.
+    """A syntax tree as text, the same in every version of Python.
 
-    The names in it go to `names`, with whether they are arguments or variables of its own.
+    Adds its names to `names`: True for its own arguments and variables, False for others.
     """
     if isinstance(node, list):
         return "".join(_text(each, constants, names) for each in node if not _is_docstring(each))
@@ -130,12 +131,12 @@ def _text(node: Any, constants: Mapping[str, object], names: dict[str, bool]) ->
 
 
 def _is_docstring(node: Any) -> bool:
-    """True if a statement is a text alone, which does nothing."""
+    """True if a statement is only a string, which does nothing."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _decide(test: ast.expr, constants: Mapping[str, object]) -> bool | None:
-    """The value of a condition as far as the known constants decide it; None if they do not."""
+    """The value of a condition, if the known constants decide it; None if they do not."""
     match test:
         case ast.Name(id=name) if name in constants:
             return bool(constants[name])

@@ -1,11 +1,14 @@
 """The tile arithmetic that every kernel shares: the one wrapper around tl.dot, the loop over the reduction, the store.
 
-Triton's interpreter multiplies bf16 operands wrongly and truncates when it rounds to bf16; `dot` and `round_to` are the
-places where this is put right, so kernels load, go through these, and store through `store`.
+Triton's interpreter multiplies bf16 operands wrongly, and truncates where it should round to bf16. Only `dot` and
+`round_to` correct this, so kernels multiply, round and store through `dot`, `round_to` and `store`.
 
-How operands are multiplied (PRECISION): "ieee", 16-bit operands as they are, fp32 on FMA units; "tf32", fp32 rounded to
-tf32 on tensor cores; "bf16x6", full fp32 accuracy on tensor cores: each operand is split into three bf16 parts, and six
-of their nine products are summed.
+PRECISION is the way in which operands are multiplied:
+
+- "ieee": 16-bit operands as they are, fp32 on FMA units;
+- "tf32": fp32 rounded to tf32, on tensor cores;
+- "bf16x6": full fp32 accuracy on tensor cores. Each operand is split into three bf16 parts, and six of their nine
+  products are added.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ __all__ = [
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, accumulated in acc's dtype."""
     if PRECISION == "bf16x6":
-        # The running sum stays outside: tensor cores round theirs toward zero, which over a long sum costs a hundred
-        # times fp32's error (Ootomo and Yokota, arXiv 2203.03341).
+        # The running sum stays outside the tensor cores: they round it toward zero, which makes the error of a long sum
+        # a hundred times that of fp32 (Ootomo and Yokota, arXiv 2203.03341).
         return acc + dot_split(a, b)
     else:
         if INTERPRETED:
@@ -48,10 +51,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def round_to_tf32(value):
-    """fp32 rounded to the 10 bits of a mantissa that tensor cores read, to nearest with ties away from zero.
+    """fp32 rounded to the 10 bits of mantissa that tensor cores read, to nearest with ties away from zero.
 
-    So cuBLAS does (pytorch issue 53635). Tensor cores cut the others off, with 2.6 times the error in a simulated
-    product. What is not finite stays as it is.
+    cuBLAS rounds the same way (pytorch issue 53635). Tensor cores by themselves cut the other bits off, which made the
+    error of a simulated product 2.6 times as large. NaN and infinities stay as they are.
     """
     bits = value.to(tl.uint32, bitcast=True)
     infinite: tl.constexpr = 0x7F800000
@@ -61,13 +64,13 @@ def round_to_tf32(value):
 
 @triton.jit
 def dot_split(a, b):
-    """a b of fp32 operands, from six products of their bf16 parts, the smallest first.
+    """a b of fp32 operands: the sum of six products of their bf16 parts, the smallest first.
 
-    The three products left out are below 2^-24 of |a||b|.
+    The three products that are left out are smaller than 2^-24 |a||b|.
     """
     a_high, a_middle, a_low = split_operand(a)
     b_high, b_middle, b_low = split_operand(b)
-    # A low part's scale is 2^-13, as that of two middle parts, one of them doubled; a middle part's is 2^-6.
+    # Scales: 2^-6 for middle, 2^-13 for low. Middle times middle has 2^-12, which is 2^-13 if one of them is doubled.
     small = dot(
         round_to(widen(a_middle) * 2.0, tl.bfloat16), b_middle, tl.zeros((a.shape[0], b.shape[1]), tl.float32), "ieee"
     )
@@ -75,20 +78,21 @@ def dot_split(a, b):
     small = dot(a_low, b_high, small, "ieee") * 2.0**-7
     small = dot(a_high, b_middle, small, "ieee")
     small = dot(a_middle, b_high, small, "ieee")
-    # Where an operand is not finite these are NaN, and the product of the high parts alone says what comes out.
+    # If an operand is not finite, this sum is NaN. The product of the high parts alone is then the result.
     small = tl.where(tl.abs(small) < float("inf"), small * 2.0**-6, 0.0)
     return dot(a_high, b_high, small, "ieee")
 
 
 @triton.jit
 def split_operand(value):
-    """(high, middle, low) in bf16: value = high + 2^-6 middle + 2^-13 low, exactly but for denormals, to 2^-147.
+    """(high, middle, low) in bf16 with value = high + 2^-6 middle + 2^-13 low, exactly; denormals to within 2^-147.
 
-    By the scales, parts of small numbers do not underflow, and products of large ones overflow no earlier than the
-    numbers' own. High is cut off, not rounded, for the same reason.
+    The scales keep the parts of small numbers from underflowing. Products of the parts of large numbers overflow no
+    earlier than products of the numbers themselves; high is truncated, not rounded, for the same reason.
     """
     bits = value.to(tl.uint32, bitcast=True)
-    # What has all its bits in the lower half, a tiny number or a NaN, keeps one: not 0, not infinite.
+    # A tiny number or a NaN may have all its bits in the lower half. One bit is set in the upper half, so that high is
+    # not 0 or infinite instead.
     one_up = ((bits & 0xFFFF) + 0xFFFF) & 0x10000
     tiny_or_nan = ((bits & 0x7FFFFFFF) - 0x10000).to(tl.uint32) >= 0x7F7F0000
     high_bits = (bits & 0xFFFF0000) | tl.where(tiny_or_nan, one_up, 0)
@@ -113,7 +117,7 @@ def round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def widen(value):
-    """A bf16 `value` in fp32, exactly; others as they are. (The interpreter's own conversion loses denormals.)"""
+    """A bf16 `value` converted to fp32, exactly; other dtypes unchanged. (The interpreter's own loses denormals.)"""
     if value.dtype != tl.bfloat16:
         return value
     if INTERPRETED:
@@ -141,7 +145,7 @@ def activate(z, FORWARD: tl.constexpr, PARAMETERS: tl.constexpr):
 
 @triton.jit
 def differentiate(dh, saved, BACKWARD: tl.constexpr, PARAMETERS: tl.constexpr):
-    """dz = dh a'(z), from what was saved of z."""
+    """dz = dh a'(z), from the saved tensor."""
     if len(PARAMETERS) == 0:
         return BACKWARD(dh, saved)
     elif len(PARAMETERS) == 1:
@@ -153,11 +157,11 @@ def differentiate(dh, saved, BACKWARD: tl.constexpr, PARAMETERS: tl.constexpr):
 
 @triton.jit
 def in_layout(value, like):
-    """An fp32 `value` in the layout of `like`, so that what is computed from both is computed once. NVIDIA's alone."""
+    """An fp32 `value` in the layout of `like`, so that nothing computed from both is computed twice. NVIDIA only."""
     if INTERPRETED:
         return value
     else:
-        # An instruction of both operands, which the compiler neither moves nor repeats in another layout.
+        # The compiler neither moves this instruction nor repeats it in another layout, because it reads both operands.
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r,r", [value, like], dtype=tl.float32, is_pure=False, pack=1
         )
@@ -165,9 +169,9 @@ def in_layout(value, like):
 
 @triton.jit
 def tile_position(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The (BLOCK_M, BLOCK_N) tile of an (M, N) output that a program computes, as its row and column of tiles.
+    """(row, column) of the (BLOCK_M, BLOCK_N) tile of an (M, N) output that a program computes, counted in tiles.
 
-    Programs run through GROUP_M rows of tiles column by column, so that the ones in flight share operands in L2.
+    Programs go through GROUP_M rows of tiles column by column, so that programs in flight share operands in L2.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -182,9 +186,9 @@ def tile_position(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G
 def operand(
     ptr, size, length, stride_row, stride_k, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr,
 ):  # fmt: skip
-    """The descriptor that an operand (size, length of the reduction) is loaded through; its pointer if BY_K is None.
+    """The tensor descriptor of an operand (size, length of the reduction); its pointer if BY_K is None.
 
-    BY_K says whether it is contiguous along the reduction, or along its rows.
+    BY_K is True if the operand is contiguous along the reduction, False if it is along its rows.
     """
     if BY_K is None:
         return ptr
@@ -196,7 +200,7 @@ def operand(
 
 @triton.jit
 def result(ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """The descriptor that a contiguous (M, N) tensor is read and written through by tiles, or its pointer."""
+    """The tensor descriptor by which tiles of a contiguous (M, N) tensor are loaded and stored; else its pointer."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     else:
@@ -235,7 +239,7 @@ def store_tile(target, value, m, n, M, N, OFFSET: tl.constexpr, DESCRIPTORS: tl.
 
 @triton.jit
 def split_columns(value, PARTS: tl.constexpr):
-    """The left, …, right parts of a tile's columns, a power of two of them."""
+    """A tile's columns split into PARTS equal parts, from left to right; PARTS is a power of two."""
     if PARTS == 1:
         return (value,)
     else:
@@ -263,22 +267,23 @@ def multiply(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     OFFSET: tl.constexpr,  # the integer type that holds any element's offset
-    A_BY_K: tl.constexpr,  # as `operand`'s BY_K
+    A_BY_K: tl.constexpr,  # BY_K of `operand`
     B_BY_K: tl.constexpr,
-    EVEN: tl.constexpr,  # whether every block of k is whole
+    EVEN: tl.constexpr,  # True if every block of k is whole
     SUM_A: tl.constexpr,
     COMPUTE: tl.constexpr = None,  # the dtype that operands are rounded to; None: a's
     FORWARD: tl.constexpr = None,  # an activation that b is passed through
     PARAMETERS: tl.constexpr = None,  # (An empty tuple does not compile as a default on Triton 3.6.)
 ):
-    """Σ_k a[m, k] b[n, k] over begin <= k < end, (BLOCK_M, BLOCK_N); and with SUM_A, Σ_k a[m, k], (BLOCK_M, 1).
+    """(Σ_k a[m, k] b[n, k], Σ_k a[m, k]) over begin <= k < end, (BLOCK_M, BLOCK_N) and (BLOCK_M, 1).
 
-    Through descriptors, end is the operands' own, or whole blocks lie between begin and it.
+    The second is computed only with SUM_A. With descriptors, `end` must be the end of the operands, or whole blocks
+    after `begin`: a descriptor masks nothing before the end of its tensor.
     """
     A_DTYPE: tl.constexpr = a_source.dtype.element_ty if A_BY_K is None else a_source.dtype
     OPERAND: tl.constexpr = A_DTYPE if COMPUTE is None else COMPUTE
     DTYPE: tl.constexpr = tl.float64 if OPERAND.primitive_bitwidth == 64 else tl.float32
-    # A sum of 16-bit numbers is a product with ones, which tensor cores do beside the other; fp32 they would round.
+    # 16-bit numbers are summed as a product with ones, on tensor cores. These would round fp32 numbers.
     BY_DOT: tl.constexpr = OPERAND.primitive_bitwidth == 16
     acc = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     sums = tl.zeros((BLOCK_M, 16 if BY_DOT else BLOCK_K), DTYPE)
@@ -315,7 +320,7 @@ def multiply(
         if A_BY_K is None:
             a_ptrs += tl.full((), BLOCK_K, OFFSET) * stride_ak
             b_ptrs += tl.full((), BLOCK_K, OFFSET) * stride_bk
-    if BY_DOT:  # its columns are all alike
+    if BY_DOT:  # all columns are equal
         return acc, tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, sums, 0.0), axis=1)[:, None]
     else:
         return acc, tl.sum(sums, axis=1)[:, None]

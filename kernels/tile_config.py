@@ -13,8 +13,8 @@ Kind = Literal["forward", "dgrad", "wgrad", "output_gradient"]
 class Problem:
     """One kernel's work: an (m, n) output, a reduction of length k (0: none), operands of one dtype.
 
-    Forward: m rows, n = width out, k = width in. dgrad: n = width in, k = width out. wgrad: m = width out, n = width
-    in, k rows.
+    forward: m = rows, n = width out, k = width in. dgrad: m = rows, n = width in, k = width out. wgrad: m = width out,
+    n = width in, k = rows.
     """
 
     kind: Kind
@@ -23,8 +23,8 @@ class Problem:
     k: int
     dtype: torch.dtype
     precision: str = "ieee"  # torch's setting for fp32: "ieee" (full fp32 accuracy) or "tf32"
-    aligned: bool = True  # whether tensor descriptors can describe every tensor: rows that begin at 16 bytes
-    # The activation in the epilogue, by name. forward: the layer's own; dgrad: the one below; wgrad has none.
+    aligned: bool = True  # True if tensor descriptors can describe every tensor: all rows are 16-byte aligned
+    # The name of the activation in the epilogue. forward: the layer's own; dgrad: that of the layer below; wgrad: none.
     activation: str = "identity"
 
     @property
@@ -42,36 +42,36 @@ class Problem:
 class TileConfig:
     """The work of one program: an output tile block_m x block_n, block_k of the reduction at a time. 0: not used.
 
-    In the kernels of whole networks block_m is rows, block_k the columns of a wide input at a time (of the weight
-    gradients: rows), block_n the columns of ones that sum db.
+    In the network kernels, block_m is the number of rows at a time, block_k the number of columns of a wide input at a
+    time (in network_wgrad the number of rows), and block_n the number of columns of ones whose product with dz is db.
     """
 
     block_m: int
     block_n: int = 0
     block_k: int = 0
-    group_m: int = 0  # rows of tiles that are gone through column by column, for L2
+    group_m: int = 0  # this many rows of tiles are processed column by column, so that operands stay in L2
     num_warps: int = 4
     num_stages: int = 1  # blocks of the reduction in flight
-    split: int = 1  # how many programs share one output tile's reduction (weight gradients)
-    programs: int = 0  # of a persistent kernel: how many are started at the most; 0: one a tile
-    precision: str = "ieee"  # how operands are multiplied: see tile.py
-    descriptors: bool = False  # whether operands and results go through tensor descriptors (TMA)
-    parts: int = 1  # the epilogue goes through the columns in so many pieces, each with less shared memory
-    early: bool = False  # dgrad: whether the saved tile is asked for before the products
-    warp_specialize: bool = False  # whether a warp of its own loads
+    split: int = 1  # the number of programs that share one output tile's reduction (weight gradients)
+    programs: int = 0  # the most programs that a persistent kernel starts; 0: one for each tile
+    precision: str = "ieee"  # the way operands are multiplied: see tile.py
+    descriptors: bool = False  # True if operands and results go through tensor descriptors (TMA)
+    parts: int = 1  # the epilogue handles the columns in this many parts, to use less shared memory at a time
+    early: bool = False  # dgrad: True if the saved tile is loaded before the products
+    warp_specialize: bool = False  # True if one warp only loads
 
     @property
     def rows(self) -> int:
-        """The rows that a network kernel takes at a time."""
+        """The number of rows that a network kernel processes at a time."""
         return self.block_m or self.block_k
 
     def started(self, items: int) -> int:
-        """The programs started for so many pieces of work: one each, or as many as a persistent kernel has."""
+        """The number of programs to start for this many items of work: one for each item, but at most `programs`."""
         return min(items, self.programs or items)
 
     @functools.cached_property
     def constants(self) -> dict[str, int]:
-        """The keyword arguments of a launch."""
+        """The tile's keyword arguments for a launch: block sizes, warps and stages."""
         sizes = {name.upper(): getattr(self, name) for name in ("block_m", "block_n", "block_k", "group_m")}
         used = {name: size for name, size in sizes.items() if size}
         return {**used, "num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -88,11 +88,12 @@ class TileConfig:
 
 
 def is_aligned(width_in: int, width_out: int, dtype: torch.dtype) -> bool:
-    """True if tensor descriptors can describe a layer's tensors where these are contiguous: rows begin at 16 bytes."""
+    """True if tensor descriptors can describe a layer's tensors, if these are contiguous: rows are 16-byte aligned."""
     return width_in * dtype.itemsize % 16 == 0 and width_out * dtype.itemsize % 16 == 0
 
 
-EPILOGUE_TILES = {"forward": 1, "dgrad": 2, "wgrad": 0}  # of an output tile's size, in shared memory at a time
+# Output tiles that an epilogue holds in shared memory at a time.
+EPILOGUE_TILES = {"forward": 1, "dgrad": 2, "wgrad": 0}
 
 
 def on_fma_units(problem: Problem, precision: str) -> bool:
@@ -101,23 +102,25 @@ def on_fma_units(problem: Problem, precision: str) -> bool:
 
 
 def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
-    """Bytes of a layer kernel's shared memory at the most: operands in flight, and the tensors of its epilogue."""
+    """The most bytes of shared memory that a layer kernel uses: operands in flight, and tensors of the epilogue."""
     operands = (tile.block_m + tile.block_n) * tile.block_k
     used = tile.num_stages * operands * problem.dtype.itemsize
-    if tile.precision == "tf32" and device.arch in BLACKWELL:  # which turns operands that lie across the reduction
+    # Blackwell's tf32 products need operands that are contiguous along the reduction, and transpose the others.
+    if tile.precision == "tf32" and device.arch in BLACKWELL:
         turned = {"forward": 0, "dgrad": tile.block_n, "wgrad": tile.block_m + tile.block_n}[problem.kind]
         used += 2 * turned * tile.block_k * problem.dtype.itemsize
     parts = 3 * operands * 2 if tile.precision == "bf16x6" else 0
-    if not tile.descriptors:  # the pipeline's memory is the epilogue's after it
+    if not tile.descriptors:  # the epilogue reuses the pipeline's memory
         return max(used + parts, tile.block_m * tile.block_n * problem.dtype.itemsize)
     outputs = tile.block_m * tile.block_n // tile.parts * problem.dtype.itemsize * EPILOGUE_TILES[problem.kind]
-    return used + max(parts, outputs) + 4096  # barriers, and what is turned on its way
+    return used + max(parts, outputs) + 4096  # for barriers and for conversions between layouts
 
 
 def resident(problem: Problem, tile: TileConfig, device: Device) -> int:
-    """The programs that a multiprocessor runs at a time, at most 2: by shared memory, and by the sums in registers.
+    """The number of programs that a multiprocessor runs at a time, at most 2.
 
-    Beside 64 sums a thread there is room for an epilogue, but not for a derivative's.
+    Shared memory limits it, and the accumulators in registers do: beside 64 of them, a thread has registers for the
+    forward's epilogue, but not for a derivative.
     """
     sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
     fits = sums <= (32 if problem.kind == "dgrad" or tile.precision == "bf16x6" else 64)

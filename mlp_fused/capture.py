@@ -1,8 +1,8 @@
-"""capture_step: a whole training step, forward, backward and optimizer, recorded once as a CUDA graph.
+"""capture_step: a whole training step, forward, backward and optimizer, captured once as a CUDA graph.
 
-Of a small network the host's launches are the whole time; a replay is one launch. The recipe is torch's for capturing a
-whole network (https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture): warm up on a side stream,
-drop the gradients, capture. Around it stands what keeps everything else as it was.
+With a small network, almost all the time goes into kernel launches. A replay is one launch. The recipe is torch's
+whole-network capture (https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture): warm up on a side
+stream, set the gradients to None, capture. The code around it saves and restores everything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .errors import whole_number
 
 __all__ = ["CapturedStep", "capture_step"]
 
-# Those that take a learning rate in the device's memory without reading it back; of SGD, the fused form.
+# Optimizers that take a learning rate in the device's memory without reading it back. SGD does too, if it is fused.
 RATE_IN_MEMORY = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
 
 Path = tuple[Any, ...]
@@ -36,26 +36,29 @@ def capture_step(
     *,
     warmup: int = 3,
 ) -> CapturedStep:
-    """Record `loss_fn(model(x), y).backward(); optimizer.step()` as a CUDA graph: `loss = step(x, y)` replays it.
+    """Capture `loss_fn(model(x), y).backward(); optimizer.step()` as a CUDA graph: `loss = step(x, y)` replays it.
 
-    For any module. Nothing is trained by it: parameters, buffers, gradients, the optimizer's state and the random
-    number generators are afterwards as they were, also where it fails. What holds for every CUDA graph holds here:
-    Python runs while capturing and never again, so shapes, training or evaluation mode, autocast (the context around
-    this call; it covers model and loss) and TF32 are those of the capture, and nothing may wait for a result
-    (`.item()`, printing a tensor, `torch.nonzero`). Gradients are clipped, for example, by a hook of
-    `optimizer.register_step_pre_hook`, which is captured too. A `GradScaler` is not supported; bfloat16 needs none.
+    It takes any module. Capturing does not train: parameters, buffers, gradients, the optimizer's state and the random
+    number generators are the same afterwards, also if it fails.
+
+    The limits of CUDA graphs apply. Python runs only while the graph is captured. So shapes, training or evaluation
+    mode, TF32 and autocast stay as they are in the capture. (Autocast is the context around this call, and covers model
+    and loss.) Nothing may wait for a result (`.item()`, printing a tensor, `torch.nonzero`). To clip gradients, use a
+    hook of `optimizer.register_step_pre_hook`, which is captured too. `GradScaler` is not supported; bfloat16 needs
+    none.
 
     Args:
         model, loss_fn: the loss is `loss_fn(model(x), y)`, one element.
-        optimizer: its step is the last of the graph. One that takes `capturable` needs it to be True. The learning rate
-            may change between steps: Adam, AdamW, Adamax, NAdam, RAdam and SGD(fused=True) are told of it, whether it
-            is a number or a tensor; others have to be captured again.
-        x, y: a batch, as all later ones will be: shape, dtype and device.
-        warmup: how many steps are run (and undone) before the capture; DistributedDataParallel takes 11, and has to be
-            made under a stream that is not the default one: `with torch.cuda.stream(torch.cuda.Stream()): ...`.
+        optimizer: its step ends the graph. If it has an option `capturable`, that needs to be True. With Adam, AdamW,
+            Adamax, NAdam, RAdam and SGD(fused=True), the learning rate may change between steps, whether it is a number
+            or a tensor. With others, a new learning rate needs a new capture.
+        x, y: a batch with the shape, dtype and device of all later ones.
+        warmup: the number of steps that are run, and undone, before the capture. DistributedDataParallel needs 11, and
+            has to be created under a stream other than the default: `with torch.cuda.stream(torch.cuda.Stream()): ...`.
 
     Raises:
-        RuntimeError: no CUDA device, something is on another one, the optimizer cannot be captured, the step cannot.
+        RuntimeError: there is no CUDA device, a tensor is on another device, or the step or the optimizer cannot be
+            captured.
         TypeError: an argument of another kind.
         ValueError: `warmup` is below 1.
     """
@@ -66,16 +69,18 @@ def capture_step(
 
 
 class _CudaGraph:
-    """The device's work in a function, recorded to be done again."""
+    """A CUDA graph of the GPU's work in a function."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.graph = torch.cuda.CUDAGraph()
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()  # of the graph's memory; its own, so that it has a name
+        self.pool = (
+            torch.cuda.graph_pool_handle()
+        )  # a memory pool for this graph alone, so that `end_allocation` can name it
 
     def warm_up(self, function: Callable[[], Any]) -> None:
-        """Run it where it will be captured: kernels, libraries' handles and their workspaces are made before that."""
+        """Run the function on the stream of the capture, so that kernels, handles and workspaces exist before it."""
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -83,36 +88,37 @@ class _CudaGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def capture(self, function: Callable[[], Any]) -> Any:
-        """Record it; what it returns is written by every replay."""
+        """Capture the function. Every replay writes the tensors that it returns."""
         try:
             return self._record(self.graph, self.stream, self.pool, function)
         except BaseException:
             end_allocation(self.device.index, self.pool)
-            # For torch's random number generator a capture that broke is over when another one has ended well.
+            # torch's random number generator leaves a failed capture only when another capture has succeeded.
             memory = torch.empty(1, device=self.device)
             self._record(torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device), None, memory.zero_)
             raise
 
     def _record(self, graph: Any, stream: Any, pool: Any, function: Callable[[], Any]) -> Any:
-        # The stream stands here as well because torch.cuda.graph leaves it current where a capture fails.
-        # What other threads do meanwhile is no part of it: a DataLoader's, for one, allocates the memory that it pins.
+        # The stream is entered here too, because torch.cuda.graph leaves it current if the capture fails. Other threads
+        # may go on meanwhile ("thread_local"): a DataLoader's thread, for example, allocates pinned memory.
         recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         with torch.cuda.device(self.device), torch.cuda.stream(stream), recording:
             return function()
 
     def replay(self) -> None:
-        """Do on the current stream what was recorded."""
+        """Replay the graph on the current stream."""
         self.graph.replay()
 
 
 class CapturedStep:
-    """A training step that is replayed; made by `capture_step`.
+    """A captured training step, from `capture_step`. Calling it replays the step.
 
-    An optimizer that has made no step yet makes its state in the first call, which runs as it is; later ones replay.
+    If the optimizer has no state yet, the first call runs without the graph and creates the state. Later calls replay.
 
     Attributes:
-        loss: of the last step. The next step writes the same memory; `loss.clone()` stays.
-        output: the model's in that step, likewise, for a training accuracy; None where it is not one tensor.
+        loss: the loss of the last step. The next step overwrites it; use `loss.clone()` to keep it.
+        output: the model's output in that step, for a training accuracy. The next step overwrites it too. None if it is
+            not a single tensor.
     """
 
     def __init__(
@@ -154,7 +160,8 @@ class CapturedStep:
                 self.loss, self.output, *self._grads = graph.capture(self._step)
             except Exception as error:
                 cause = _cause(error, outside)
-                # A held graph keeps what accumulates the parameters' gradients, on the stream that it was made under.
+                # An autograd graph that is still referenced keeps the nodes that accumulate the parameters' gradients.
+                # They run on the stream on which they were created.
                 if "captur" in cause:
                     cause += "; where a loss or an output of an earlier step is still held, del it first"
                 raise RuntimeError(f"the step cannot be captured: {cause}") from error
@@ -169,8 +176,8 @@ class CapturedStep:
 
         Raises:
             TypeError: x or y is not a tensor.
-            RuntimeError: another shape, dtype or device than captured; the model or the optimizer was changed since in
-                a way that the graph cannot see.
+            RuntimeError: x or y has another shape, dtype or device than in the capture; or the model or the optimizer
+                was changed since then in a way that the graph cannot see.
         """
         for name, found, captured in (("x", x, self._x), ("y", y, self._y)):
             if not isinstance(found, Tensor):
@@ -194,11 +201,11 @@ class CapturedStep:
         return self.loss
 
     def _step(self) -> list[Any]:
-        """The training step itself; returns the loss, the output, and every parameter's gradient."""
+        """Run the training step. Returns the loss, the output, and the gradient of every parameter."""
         for parameter in self._parameters:
             parameter.grad = None
         enabled, dtype = self._autocast
-        # Autocast keeps the weights it casts until its outermost context ends, and would keep the graph's own.
+        # Autocast caches cast weights until its outermost context ends. It must not cache weights of the graph.
         torch.clear_autocast_cache()
         with torch.enable_grad(), torch.autocast(self._kind, dtype, enabled):
             output = self.model(self._x)
@@ -215,7 +222,7 @@ class CapturedStep:
         return [loss.detach(), output, *(parameter.grad for parameter in self._parameters)]
 
     def _step_as_it_is(self) -> None:
-        """The step without the graph, in which the optimizer makes its state; it is moved to where the graph has it."""
+        """Run the step without the graph. The optimizer creates its state, which is copied into the graph's memory."""
         for memory, value in zip((self.loss, self.output, *self._grads), self._step()):
             if memory is not None and value is not None:
                 memory.copy_(value)
@@ -226,7 +233,7 @@ class CapturedStep:
                 holder[key] = memory
 
     def _remember(self, modules: list[nn.Module]) -> None:
-        """All that the graph will take for granted."""
+        """Record everything that must not change between capture and replay."""
         self._owned = [
             (owned, name, tensor, tensor.data_ptr(), tensor.requires_grad)
             for module in modules
@@ -245,7 +252,7 @@ class CapturedStep:
         self._count = len(self._groups)
 
     def _check_unchanged(self, when: str, mend: str) -> None:
-        """Raise where something that the graph takes for granted is no longer so."""
+        """Raise an error if something changed that must not change between capture and replay."""
 
         def refuse(what: str) -> NoReturn:
             raise RuntimeError(f"{what} {when}; {mend}")
@@ -270,7 +277,7 @@ class CapturedStep:
 
 
 def _takes_rate_in_memory(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """True if the graph has to be given a group's learning rate; it sees one on the device by itself."""
+    """True if a group's learning rate has to be copied to the graph's memory. One that is on the device need not."""
     rate = group.get("lr")
     if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
         return False
@@ -278,7 +285,7 @@ def _takes_rate_in_memory(optimizer: torch.optim.Optimizer, group: dict[str, Any
 
 
 class _Rate:
-    """A parameter group's learning rate in memory, from where a graph reads it."""
+    """The learning rate of a parameter group, in the device memory from which the graph reads it."""
 
     def __init__(self, group: dict[str, Any], device: torch.device) -> None:
         self.group = group
@@ -286,7 +293,7 @@ class _Rate:
         self.memory = torch.tensor(self.value, device=device)
 
     def follow(self) -> None:
-        """Write what the group says, if that is something else by now."""
+        """Copy the group's learning rate to the device, if it has changed."""
         value = float(self.group["lr"])
         if value != self.value:
             self.memory.fill_(value)
@@ -294,7 +301,7 @@ class _Rate:
 
     @contextlib.contextmanager
     def instead(self) -> Iterator[None]:
-        """Within the block, the optimizer reads it from memory too."""
+        """Within the block, the group's learning rate is the tensor on the device."""
         given = self.group["lr"]
         self.group["lr"] = self.memory
         try:

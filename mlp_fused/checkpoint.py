@@ -1,8 +1,8 @@
-"""Checkpoint files of `mlp-fused train`: written whole, read without running anything, and made a model again.
+"""Checkpoint files of `mlp-fused train`: write them atomically, read them without executing code, rebuild the model.
 
-Format 2 holds the state_dict of Sequential(scaling, network), for regression with an unscaling behind, so that the
-model takes features as they are in the data's file. Format 1, which has no number, held the network's alone, and beside
-it the mean and scale of features in float32. It is read as what format 2 would have been.
+Format 2 has the state_dict of Sequential(scaling, network), or for regression Sequential(scaling, network, unscaling).
+So the model takes features as they are in the data file. Format 1, which has no number, had the state_dict of the
+network alone, and separately the mean and scale of the features in float32. It is converted to format 2 when read.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = [
 
 FORMAT = 2
 
-# A checkpoint's parts, and their types. "rounded": whether features are rounded to float32 before they are scaled, as
-# they were for format 1. "data" describes the data (`Data.description`), "history" has each epoch's losses and quality.
+# The parts of a checkpoint, and their types. "rounded" is True if features are rounded to float32 before they are
+# scaled, as in format 1. "data" is `Data.description`. "history" has the losses and the quality of each epoch.
 PARTS: dict[str, type] = {
     "format": int,
     "model": dict,
@@ -51,10 +51,10 @@ PARTS: dict[str, type] = {
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write the file whole or not at all: whatever happens meanwhile, `path` holds the old checkpoint or the new one.
+    """Write a checkpoint atomically: at any time, `path` has either the whole old file or the whole new one.
 
     Raises:
-        UserError: it cannot be written; the old one is still there.
+        UserError: it cannot be written. The old file is still there.
     """
     try:
         write_whole(path, lambda file: torch.save(dict(checkpoint), file))
@@ -66,10 +66,10 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Find out before hours of training, and not after them, that no checkpoint can be written.
+    """Check, before hours of training, that a checkpoint can be written.
 
     Raises:
-        UserError: nothing can be written there, or what would be replaced is no checkpoint.
+        UserError: `path` cannot be written, or is a file that is not a checkpoint.
     """
     check_writable(path, "--checkpoint")
     if path.exists():
@@ -80,18 +80,18 @@ def check_checkpoint(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """`PARTS` as `save_checkpoint` wrote them, on the CPU; nothing in the file is executed.
+    """The parts of a checkpoint (`PARTS`), on the CPU. No code in the file is executed.
 
-    A file of format 1 comes with the parts of format 2, and keeps its number: its digest of the data is of format 1.
+    A file of format 1 is converted to the parts of format 2. Its "format" stays 1, because its digest of the data does.
 
     Raises:
-        UserError: there is no such file, or it is not one of ours.
+        UserError: there is no such file, or it is not a checkpoint of `mlp-fused train`.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # a file of another kind: pickle's, zipfile's and torch's own errors
+    except Exception as error:  # for a file of another kind, pickle, zipfile and torch raise many errors
         raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if isinstance(checkpoint, dict):
         number = checkpoint.get("format", 1)
@@ -110,7 +110,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _from_format_1(old: dict[str, Any]) -> dict[str, Any] | None:
-    """The parts of format 2; None if the old ones are of other kinds."""
+    """The parts of format 2, from those of format 1; None if these have other types."""
     kinds = {"model": dict, "config": dict, "data": dict, "mean": Tensor, "scale": Tensor}
     if any(not isinstance(old.get(name), kind) for name, kind in kinds.items()):
         return None
@@ -130,7 +130,7 @@ def _from_format_1(old: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def make_scaling(path: str | Path, checkpoint: Mapping[str, Any]) -> Scaling:
-    """The scaling of features that the network of a checkpoint was trained with.
+    """The scaling of features with which the network of a checkpoint was trained.
 
     Raises:
         UserError: the checkpoint has none.
@@ -142,14 +142,14 @@ def make_scaling(path: str | Path, checkpoint: Mapping[str, Any]) -> Scaling:
         raise UserError(f"{path} is not a checkpoint of mlp-fused train") from None
 
 
-# features, outputs, the settings of `mlp-fused train` by name -> the network
+# (features, outputs, the settings of `mlp-fused train` by name) -> the network
 Build = Callable[[int, int, Mapping[str, Any]], nn.Module]
 
 
 def build_network(features: int, outputs: int, settings: Mapping[str, Any]) -> FusedMLP:
-    """The network of `mlp-fused train`: x (M, features) -> (M, outputs), by its settings.
+    """The network of `mlp-fused train`, x (M, features) -> (M, outputs).
 
-    Reads `hidden`, `activation`, `dropout` and `backend`. Raises what FusedMLP raises.
+    It reads the settings `hidden`, `activation`, `dropout` and `backend`. Raises the errors of FusedMLP.
     """
     model = FusedMLP(
         features,
@@ -158,7 +158,7 @@ def build_network(features: int, outputs: int, settings: Mapping[str, Any]) -> F
         dropout=settings["dropout"],
         backend=settings["backend"],
     )
-    del model[-1]  # the Dropout that torchvision's order puts after the last Linear: dropped outputs would be zeros
+    del model[-1]  # the Dropout after the last Linear, in torchvision's order: it would set outputs to zero
     return model
 
 
@@ -168,12 +168,12 @@ def make_model(
     build: Build = build_network,
     backend: Backend | None = "auto",
 ) -> nn.Sequential:
-    """The trained model of a checkpoint that was loaded from `path`, on the CPU and in eval mode.
+    """The trained model in a checkpoint that was loaded from `path`, on the CPU and in eval mode.
 
-    A backend of None is the one that trained.
+    A `backend` of None means the backend of the training.
 
     Raises:
-        UserError: the network cannot be made, or is not the one whose parameters the checkpoint has.
+        UserError: the network cannot be built, or does not fit the parameters in the checkpoint.
     """
     data = checkpoint["data"]
     try:

@@ -1,13 +1,13 @@
-"""Kernels compiled ahead by processes of their own, into Triton's cache on disk, for another process to load.
+"""Compile kernels ahead in separate processes, into Triton's cache on disk, from which another process loads them.
 
-A compiling process has no GPU and makes no context on one: in place of Triton's driver stands the target to compile
-for, in place of each launch `kernel.warmup`, which compiles what a launch of the same arguments would run, under the
-same key. It is given work that ends in launches, on tensors of the device "meta", which have shapes and no memory.
+A compiling process does not use the GPU and creates no context on it. Triton's driver is replaced by the target to
+compile for, and a launch by `kernel.warmup`, which compiles the kernel that the launch would run, under the same key.
+The process is given work that ends in launches, on tensors of the device "meta", which have shapes but no memory.
 
-It runs beside the process that measures: device events time the device, and the calls that are timed wait behind a
-kernel that spins until the host has issued them. What must not happen is that issuing them is held up for longer than
-that: so two cores are left free, and the compiling processes stand behind all others (`NICENESS`). With one core there
-are none of them; each kernel is then compiled where it is first launched, before it is timed.
+It runs at the same time as the process that measures. That process times by device events. The calls that it times wait
+on the GPU behind a kernel that spins until the host has issued all of them. Compiling must not delay the host for
+longer than this kernel spins. So two cores are left free, and the compiling processes have a low priority (`NICENESS`).
+With one core there are no compiling processes. A kernel is then compiled at its first launch, before it is timed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ NICENESS = 10
 
 
 class NotYetError(Exception):
-    """Something is not compiled in time."""
+    """A kernel was not compiled in time."""
 
 
 def count_workers() -> int:
-    """The compiling processes that this machine has room for; 0 where it has one core, or no POSIX."""
+    """The number of compiling processes for this machine; 0 if it has one core, or is no POSIX system."""
     if not hasattr(os, "sched_getaffinity"):
         return 0
     cores = len(os.sched_getaffinity(0))
@@ -48,17 +48,18 @@ def count_workers() -> int:
 
 
 class Compilers:
-    """Some processes that compile, in the order in which it was asked for; a `with` block ends them.
+    """Processes that compile work in the order of the requests. They end with the `with` block.
 
     Args:
-        compile: called in them with each piece of work; a function at the top of a module.
-        device: what is compiled for, as our rules know it.
-        target: the same, as Triton knows it.
-        workers: how many; 0: nothing is compiled ahead, and nothing waited for.
-        serve: what a process runs, given its end of a pipe, `compile`, `device` and `target`.
+        compile: a function at the top level of a module, which the processes call with each piece of work.
+        device: the device to compile for.
+        target: the same device as Triton's target.
+        workers: the number of processes; 0: nothing is compiled ahead, and `wait` returns at once.
+        serve: the function that a process runs. Its arguments are the process's end of a pipe, `compile`, `device` and
+            `target`.
 
     Attributes:
-        failure: why something, or anything from then on, was not compiled ahead.
+        failure: the reason why some work, or all later work, was not compiled ahead.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Compilers:
 
     def __enter__(self) -> Compilers:
         if self._threads:
-            resource_tracker.ensure_running()  # which would unblock Ctrl-C in the thread that first needs it
+            resource_tracker.ensure_running()  # if a thread started it later, it would unblock Ctrl-C there
         for thread in self._threads:
             thread.start()
         return self
@@ -98,7 +99,7 @@ class Compilers:
             thread.join()
 
     def ask(self, work: Mapping[Hashable, Any], first: bool = False) -> None:
-        """Have these compiled, after or, with `first`, before all that still waits; each key once."""
+        """Request work, after all waiting work or, with `first`, before it. A key is compiled only once."""
         with self._changed:
             if self._working:
                 new = {key: each for key, each in work.items() if key in self._waiting or key not in self._asked}
@@ -107,14 +108,14 @@ class Compilers:
                 self._changed.notify_all()
 
     def wait(self, key: Hashable, seconds: float) -> str | None:
-        """Until a piece of work is compiled, which now comes first.
+        """Wait until a piece of work is compiled. It is moved to the front of the waiting work.
 
         Returns:
-            None; or why it is not to be launched: a compiler died of it. What failed to compile otherwise, or was not
-            asked for, is compiled where it is launched, and says there what is wrong with it.
+            None; or the reason not to launch it: a compiling process died of it. Work that failed to compile in another
+            way, or was not requested, is compiled at its launch, which raises its error.
 
         Raises:
-            NotYetError: it takes longer than that.
+            NotYetError: it was not compiled within `seconds`.
         """
         with self._changed:
             if key in self._waiting:

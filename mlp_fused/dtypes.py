@@ -1,4 +1,4 @@
-"""The device that a command runs on, and the dtypes that the device has."""
+"""The device and the dtype of a command."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ DTYPES = {name: dtype for name, (dtype, precision) in ARITHMETIC.items() if prec
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Torch's own name, such as "float32"."""
+    """Torch's name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def pick_device(name: str, local: int | None = None) -> torch.device:
-    """The torch device of that name; for "auto" a CUDA GPU where there is one, else the CPU.
+    """The torch device with this name; for "auto" a CUDA GPU if there is one, else the CPU.
 
-    `local`: this process's number on its machine, where it is one of several, each of which has a GPU of its own.
+    `local` is the number of this process on its machine, if there are several processes. Each has its own GPU.
 
     Raises:
-        UserError: there is none such.
+        UserError: there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,7 @@ def check_dtype(name: DtypeName, device: torch.device) -> None:
     """Check that the device can train in this dtype.
 
     Raises:
-        UserError: it cannot.
+        UserError: the device cannot.
     """
     if name == "fp16" and device.type == "cpu":
         raise UserError("--dtype fp16 needs a GPU; on the CPU there are fp32 and bf16")
@@ -83,5 +83,5 @@ def check_dtype(name: DtypeName, device: torch.device) -> None:
 
 
 def autocast(name: DtypeName, device: torch.device) -> torch.autocast:
-    """Mixed precision in this dtype; without effect for fp32."""
+    """An autocast context for this dtype; disabled for fp32."""
     return torch.autocast(device.type, dtype=DTYPES[name], enabled=name != "fp32")

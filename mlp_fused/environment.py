@@ -30,7 +30,10 @@ SWITCHES = ("MLP_FUSED_BACKEND", *DISTORTING)
 
 
 def distorted(kind: str = "cuda") -> str | None:
-    """The reason for which timings on a kind of device mean nothing, or None: off a GPU, only those of kernels may."""
+    """The reason why times on a kind of device mean nothing; or None.
+
+    Without a GPU, the switches only affect kernels in the interpreter.
+    """
     if kind != "cuda" and os.environ.get("MLP_FUSED_BACKEND") != "triton":
         return None
     for name, effect in DISTORTING.items():
@@ -44,7 +47,7 @@ def _is_on(switch: str) -> bool:
 
 
 def describe() -> str:
-    """The report, one "name: value" a line. What cannot be found out is said so; nothing is raised."""
+    """The report, one "name: value" on each line. It raises nothing; a value that cannot be read says so."""
     entries = list(_entries())
     width = max(len(name) for name, _ in entries) + 1
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in entries)
@@ -87,9 +90,9 @@ def _version(package: str) -> str:
 
 
 def versions(driver: str | None = None) -> dict[str, str]:
-    """The versions that a measurement depends on besides the GPU, as a measured table has them.
+    """The versions on which a measurement depends, as they are in a measured table.
 
-    `driver` is the GPU driver's; by default that of this machine.
+    `driver` is the version of the GPU's driver; by default that of this machine.
     """
     toolkit = {"hip": torch.version.hip} if torch.version.hip else {"cuda": torch.version.cuda or "none"}
     found = {
@@ -104,16 +107,16 @@ def versions(driver: str | None = None) -> dict[str, str]:
 
 
 def _memory(gpu: int) -> str:
-    """The free memory, whoever holds the rest."""
+    """The free memory of a GPU, which counts the memory of all processes as used."""
     try:
         free, total = torch.cuda.mem_get_info(gpu)
-    except RuntimeError as error:  # a GPU that is full, or broken, gives no context to ask it from
+    except RuntimeError as error:  # a GPU that is full or broken allows no context, which the query needs
         return f"unknown: {str(error).splitlines()[0]}"
     return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
 def _processes(gpu: int) -> str:
-    """The processes that hold memory on it, as torch lists them where it can."""
+    """The processes that use memory of a GPU, as torch lists them."""
     tool, package = ("nvidia-smi", "pynvml") if torch.version.hip is None else ("amd-smi process", "amdsmi")
     if importlib.util.find_spec(package) is None:
         of_pip = "nvidia-ml-py" if package == "pynvml" else package
@@ -126,13 +129,13 @@ def _processes(gpu: int) -> str:
 
 
 def _tuned_tables(gpu: str) -> str:
-    """The user's and the package's, in the order in which they are asked."""
+    """The files of the user's table and of the package's, in the order in which they are read."""
     found = [str(path) for path in (tables.user_path(gpu), tables.packaged_path(gpu)) if os.path.isfile(path)]
     return ", then ".join(found) or "none for this GPU"
 
 
 def _driver() -> str:
-    """The version of the GPU's driver: as nvidia-smi has it, or Linux for an AMD GPU."""
+    """The version of the GPU's driver, from nvidia-smi, or from Linux for an AMD GPU."""
     amdgpu = Path("/sys/module/amdgpu/version")
     try:
         if nvidia_smi := shutil.which("nvidia-smi"):
@@ -148,6 +151,6 @@ def _path_taken(device: str) -> str:
     """The path that `backend="auto"` takes for a network of the usual kind on this machine."""
     try:
         plan = FusedMLP(64, [512, 512, 10], device=device).explain(64)
-    except Exception as error:  # whatever is broken belongs into the report, which has to reach its end
+    except Exception as error:  # any error belongs in the report, and must not end it
         return f"failed: {type(error).__name__}: {error}"
     return f"the {plan.path} path: {plan.reason}"

@@ -1,4 +1,4 @@
-"""The user's mistakes: the words that their sentences share, and what passes for a number."""
+"""Errors for users' mistakes: the helpers that their messages share, and the checks of numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["UserError", "count", "first_line", "listed", "real_number", "whole_n
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: one sentence that says what was found and what is needed."""
+    """A mistake that the user can fix. Its message is one sentence with the wrong value and the right ones."""
 
 
 def first_line(error: BaseException) -> str:
@@ -21,21 +21,21 @@ def first_line(error: BaseException) -> str:
 
 
 def listed(names: Iterable[object], most: int | None = None) -> str:
-    """Names as a sentence lists them, the first `most` of them; "none" if there are none."""
+    """The first `most` names, joined by commas; "none" if there are none."""
     words = [str(name) for name in names]
     return ", ".join(words[:most] + ["..."] * (most is not None and len(words) > most)) or "none"
 
 
 def count(number: float, noun: str, form: str = "") -> str:
-    """A whole number with its noun, in the plural unless the number is 1; `form` is "," for thousands set apart."""
+    """A whole number with its noun, in the plural unless the number is 1; `form` "," separates thousands."""
     return f"{round(number):{form}} {noun}{'s' * (round(number) != 1)}"
 
 
 def whole_number(value: Any) -> int | None:
     """`value` as a Python int, or None if it is not a whole number.
 
-    NumPy's integers, 0-d arrays and 0-d tensors of integers are whole numbers, as is whatever else has `__index__`,
-    except a bool.
+    Whole numbers are NumPy's integers, 0-d arrays and 0-d tensors of integers, and any object with `__index__` except a
+    bool.
     """
     value = _python_number(value)
     if isinstance(value, bool):
@@ -56,5 +56,5 @@ def real_number(value: Any) -> float | None:
 
 
 def _python_number(value: Any) -> Any:
-    """The Python number in a NumPy scalar, a 0-d array or a 0-d tensor; any other value as it is."""
+    """The Python number in a NumPy scalar, a 0-d array or a 0-d tensor; any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

@@ -1,4 +1,4 @@
-"""The plan for a batch: paths and their reasons, kernels, tiles, FLOPs, bytes, and the floor they give."""
+"""The plan for a batch: paths with their reasons, kernels, tiles, FLOPs, bytes, and the floor of the time."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def schedules_of(
     biases: Sequence[bool],
     needs_x: bool = False,
 ) -> tuple[Schedule, Schedule | None]:
-    """The schedules of a forward and of its backward, None without gradients.
+    """The schedules of a forward and of its backward; None for the backward if no gradient is wanted.
 
-    A kernel's bytes are its operands read once and its outputs written once, as they are when a tile's operands stay in
-    cache; partial sums of weight gradients are those of the step that adds them.
+    The bytes of a kernel count every operand read once and every output written once, as if operands stayed in cache.
+    The bytes of partial sums count in the step that adds them.
 
     Args:
-        layers: of which shapes and strides are read, and no number.
-        dtype: of the input.
-        weights, biases, needs_x: whether the gradient of each parameter, and of the input, is wanted.
+        layers: the layers, for their shapes and strides. Their values are not read.
+        dtype: the dtype of the input.
+        weights, biases, needs_x: True where the gradient of a weight, of a bias or of the input is wanted.
     """
     training = any(weights) or any(biases) or needs_x
     x = torch.empty((rows, layers[0].weight.shape[1]), dtype=dtype, device="meta")
@@ -97,10 +97,10 @@ def work(
     device: devices.Device | None = None,
     precision: str = "ieee",
 ) -> dict[str, Work]:
-    """The work of a network on the path it takes: {"inference": ..., "forward": ..., "backward": ...}.
+    """The work of a network on its path, as {"inference": ..., "forward": ..., "backward": ...}.
 
-    "forward" is that of training, which also keeps what backward needs. `widths` are in -> hidden ... -> out. Without a
-    device, it is the layer path's.
+    "forward" is the forward of training, which also writes the saved tensors. `widths` are in -> hidden ... -> out.
+    Without a device, the path is the layer path.
     """
     count = len(widths) - 1
     activations = tuple([resolve(activation)] * (count - 1) + [resolve(output_activation)])
@@ -125,7 +125,7 @@ def work(
             biases=[training and bias] * count,
             needs_x=training and needs_input_grad,
         )
-        # Partial sums are no part of the work, but of how it is done.
+        # Partial sums depend on the kernels, not on the network, so they do not count.
         schedule = schedules[backward]
         steps = () if schedule is None else schedule.steps
         return sum((step.work for step in steps if step.kind != "sum_partials"), Work(0, 0))
@@ -136,7 +136,7 @@ def work(
 def meta_layers(
     widths: Sequence[int], activations: Sequence[Activation], dtype: torch.dtype, bias: bool
 ) -> list[Layer]:
-    """Layers without numbers."""
+    """Layers on the device "meta", which have shapes but no values."""
     return [
         Layer(
             torch.empty((n, k), dtype=dtype, device="meta"),
@@ -149,9 +149,9 @@ def meta_layers(
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The plan for some neighbouring children of a network: the path, the reason, and their kernels.
+    """The plan for one run of a network: its children, the path, the reason, and the kernels.
 
-    On the reference path the kernels are torch's own; the ones listed say what the work is at the least.
+    On the reference path, torch's own kernels run. The listed ones then only give a lower bound for the work.
     """
 
     children: str
@@ -170,16 +170,16 @@ class Plan:
     device: devices.Device | None  # None: not a GPU
     runs: tuple[RunPlan, ...]
     kept_bytes: int
-    workspace_bytes: int = 0  # of the kernels: what the largest pass allocates while it runs
+    workspace_bytes: int = 0  # the bytes that the largest pass on the kernels allocates while it runs
 
     @property
     def path(self) -> str:
-        """ "network" or "layer", the first run's on kernels; "reference" where there is none."""
+        """ "network" or "layer", the path of the first run on kernels; "reference" if no run is on kernels."""
         return next((run.path for run in self.runs if run.path != "reference"), "reference")
 
     @property
     def reason(self) -> str:
-        """The reason for that path: those of its runs."""
+        """The reasons of the runs on this path."""
         return "; ".join(dict.fromkeys(run.reason for run in self.runs if run.path == self.path))
 
     @property
@@ -189,7 +189,7 @@ class Plan:
 
     @property
     def floor(self) -> float | None:
-        """The least seconds for all kernels one after another on this device; None where its peaks are not known."""
+        """The shortest time in seconds for all kernels one after another; None if the device's peaks are not known."""
         floors = [self._floor(run, kernel) for run in self.runs for kernel in run.kernels]
         return None if None in floors else sum(floor for floor in floors if floor is not None)
 
@@ -244,7 +244,7 @@ def _time(seconds: float) -> str:
 
 
 def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
-    """The bytes that plain torch keeps for backward, parameters apart: seen in a run of them on meta tensors."""
+    """(output, bytes saved for backward without parameters) of children in plain torch, from a run on meta tensors."""
     kept: dict[int, Tensor] = {}
     own: set[int] = set()
 
@@ -285,7 +285,7 @@ def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
 
 
 def _unhooked(module: nn.Module) -> nn.Module:
-    """The same module without hooks."""
+    """A copy of a module, with the same parameters, without hooks."""
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     for hooks in HOOKS:
@@ -300,7 +300,7 @@ def _flat(children: Iterable[Any]) -> Iterator[Any]:
 
 
 def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
-    """The widths from the input to the output; empty where there is no layer."""
+    """The widths from the input to the output; empty if there is no layer."""
     return tuple(layer.weight.shape[1] for layer in layers[:1]) + tuple(layer.weight.shape[0] for layer in layers)
 
 
@@ -308,7 +308,7 @@ def checked_rows(batch_size: object, least: int) -> int:
     """`batch_size` as a Python int.
 
     Raises:
-        ValueError: it is no whole number, or below `least`.
+        ValueError: it is not a whole number, or is below `least`.
     """
     rows = whole_number(batch_size)
     if rows is None or rows < least:
@@ -320,7 +320,7 @@ def _torch_device(device: Any) -> torch.device:
     """The torch device that a user named.
 
     Raises:
-        ValueError: torch has none of that name, or no GPU here.
+        ValueError: torch has no device of this name, or cannot use a GPU here.
     """
     known = f"the name of a GPU to plan for ({listed(devices.DEVICES)}, or a short form such as h100)"
     try:
@@ -333,14 +333,14 @@ def _torch_device(device: Any) -> torch.device:
 
 
 def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any) -> Plan:
-    """The plan of a model for a batch of that many rows: see `FusedMLP.explain`."""
+    """The plan of a model for a batch of this size: see `FusedMLP.explain`."""
     rows = checked_rows(batch_size, least=0)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("the network has no parameters; there is nothing to explain")
     known = devices.named_device(device) if isinstance(device, str) else None
     where = torch.device("meta") if known else parameter.device if device is None else _torch_device(device)
-    given = policy_dtype(model) or parameter.dtype  # to a call
+    given = policy_dtype(model) or parameter.dtype  # the dtype of a call's input
     dtype = dtype or compute_dtype(given, where.type)
     precision = float32_precision() if dtype == torch.float32 else "ieee"
     gpu = known
@@ -362,7 +362,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             reason = why_not(layers, dtype, where, model._backend, planned=known is not None)
         trainable = [layer.weight.requires_grad for layer in layers]
         biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
-        needs_input_grad = flow.requires_grad  # of the input itself never; of an inner run's mostly
+        needs_input_grad = flow.requires_grad  # False for the network's input, mostly True for the input of a later run
         input_size = dtype.itemsize if runs else max(dtype.itemsize, given.itemsize)
         flow, kept_by_torch = _kept_by_torch(run.children, flow)
         widths, activations = _widths(layers), tuple(layer.activation for layer in layers)
@@ -388,7 +388,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
                 torch_too=not model._wants_kernels(),
             )
         path: NetworkPath | LayerPath | None = network if isinstance(network, NetworkPath) else None
-        if layers and path is None and 0 not in widths:  # of the reference too: the least that the work takes
+        if layers and path is None and 0 not in widths:  # also on the reference path: a lower bound of the work
             path = layer_path(
                 widths,
                 activations,
@@ -437,7 +437,7 @@ def _note(
     training: bool,
     gpu: devices.Device,
 ) -> str:
-    """The end of the reason for a network whose reading is not used, as kernels have changed since."""
+    """A note to add to the reason, if a network's reading is not used because its kernels have changed."""
     names = {activation.name for activation in activations[:-1] or activations}
     outdated = len(names) == 1 and is_path_outdated(widths, dtype, precision, names.pop(), training, gpu)
     return "; it was measured with older kernels, which does not count" if outdated else ""

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Write files atomically: whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ __all__ = ["check_writable", "write_all", "write_whole"]
 
 
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`, which holds the old file or the new one at any time.
+    """Let `write` fill a temporary file, then rename it to `path`. At any time, `path` is the whole old or new file.
 
     Raises:
-        OSError: the file cannot be written. So may whatever `write` raises; the old file is still there.
+        OSError: the file cannot be written. Errors of `write` are raised too. The old file is then still there.
     """
-    path = Path(path).resolve()  # a link stays one
+    path = Path(path).resolve()  # a symbolic link is not replaced; the file that it points to is
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # the bytes before the name: a crash must not leave an empty file under it
+            os.fsync(file.fileno())  # before the rename: a crash must not leave an empty file under the name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path, flag: str) -> None:
-    """Find out before the work, and not after it, that the file of a flag cannot be written.
+    """Check, before any work is done, that the file of a flag can be written.
 
     Raises:
-        UserError: the path is a folder, or no file can be made beside it.
+        UserError: the path is a folder, or no file can be created in its folder.
     """
     path = Path(path).resolve()
     if path.is_dir():
@@ -48,12 +48,12 @@ def check_writable(path: str | Path, flag: str) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """A name in the same folder, so that replacing is one step of the file system."""
+    """A path in the same folder, so that renaming it to `path` is atomic."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:
-    """Write these files, whole or not at all, and none before all have found room."""
+    """Write these files atomically. None is replaced before all have been written in full."""
     temporaries = {path.resolve(): _temporary(path.resolve()) for path in files}
     try:
         for temporary, content in zip(temporaries.values(), files.values()):

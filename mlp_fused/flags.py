@@ -1,4 +1,4 @@
-"""Flags of a command from the fields of its Config: a new field is a new flag."""
+"""Command-line flags from the fields of a command's Config. A new field gives a new flag."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import UserError, listed, real_number, whole_number
 __all__ = ["DEVICE_HELP", "add_flags", "check_fields", "flag", "option", "shown"]
 
 
-# The help of every --device.
+# The help text of every --device.
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 ... (default: {default}, a GPU where there is one)"
 
 
@@ -25,14 +25,14 @@ def option(
     group: str = "",
     may_be_empty: bool = False,
 ) -> Any:
-    """A field of a Config, with what its flag shows.
+    """A field of a Config, with the help of its flag.
 
     Args:
-        default: the value without the flag; by default the flag has to be given.
-        help: what the flag does; "{default}" stands for the default as it would be typed.
-        metavar: what stands for the value.
-        group: the heading that the flag is listed under.
-        may_be_empty: whether the flag of a tuple may stand without a value.
+        default: the value without the flag. Without a default, the flag is required.
+        help: the help text; "{default}" is replaced by the default as a user would type it.
+        metavar: the placeholder for the value, in the help.
+        group: the heading under which the flag is listed.
+        may_be_empty: True if the flag of a tuple may have no value.
     """
     metadata = {"help": help, "metavar": metavar, "group": group, "may_be_empty": may_be_empty}
     return dataclasses.field(default=default, metadata=metadata)
@@ -44,17 +44,18 @@ def flag(name: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as it would be typed."""
+    """A value as a user would type it."""
     return " ".join(map(str, value)) or "empty" if isinstance(value, list | tuple) else str(value)
 
 
 def check_fields(config: Any) -> None:
-    """Check the numbers, sequences and choices of a Config by their types, and store Python's own in their place.
+    """Check the numbers, sequences and choices of a Config by their types, and convert them to Python's own types.
 
-    A grid of settings may come from NumPy or torch; a checkpoint holds only what `torch.load(weights_only=True)` reads.
+    Settings may come from NumPy or torch, but a checkpoint may only have types that `torch.load(weights_only=True)`
+    reads.
 
     Raises:
-        UserError: a field has a value of another kind, or one that is not among its choices.
+        UserError: a value has another type, or is not among the field's choices.
     """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):

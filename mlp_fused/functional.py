@@ -1,4 +1,4 @@
-"""linear_act and mlp: checks, and which path runs, decided once for calls that repeat."""
+"""linear_act and mlp, the functional forms, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def linear_act(
     """h = a(x Wᵀ + b): a linear layer with its activation.
 
     Args:
-        x: (..., K), any strides, rows included that are none.
+        x: (..., K), any strides; there may be no rows.
         weight: (N, K).
         bias: (N,), or None.
         activation: a name of `ACTIVATIONS`, an `nn.Module` class or instance, a function such as `torch.relu`; None is
@@ -74,17 +74,17 @@ def mlp(
 
     Args:
         x: (..., d_0).
-        weights: of each layer, (d_l, d_{l-1}).
-        biases: of each layer, (d_l,) or None; None for none at all.
-        activation: after every layer but the last, as in `linear_act`.
-        output_activation: after the last layer.
+        weights: (d_l, d_{l-1}) for each layer.
+        biases: (d_l,) or None for each layer; None if no layer has a bias.
+        activation: the activation after every layer but the last, as in `linear_act`.
+        output_activation: the activation after the last layer.
         backend: as in `linear_act`.
-        recompute: what is kept for backward. True: x alone, hidden layers are computed again. False: one tensor of each
-            layer. None: whatever is faster.
+        recompute: True: save only x for backward, and compute the hidden layers again. False: save one tensor for each
+            layer. None: the faster one.
 
     Raises:
-        As `linear_act`; and ValueError where there is no layer, or not one bias a layer; TypeError for another
-        `recompute`.
+        The errors of `linear_act`; ValueError: there is no layer, or the number of biases is another; TypeError:
+        `recompute` is not True, False or None.
     """
     if len(weights) == 0:
         raise ValueError("weights is empty; it needs one weight for each layer")
@@ -118,7 +118,7 @@ def _why_changed(layers: Sequence[Layer]) -> str | None:
 
 
 def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
-    """The dtype that the products are computed in: x's, or autocast's where it is on.
+    """Check the tensors of a call. Returns the dtype of the products: x's, or autocast's if that is on.
 
     Raises:
         TypeError: something is not a tensor.
@@ -131,9 +131,9 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
         )
     device = x.device
     dtype = compute_dtype(x.dtype, device.type)
-    if x.is_nested:  # plain torch takes it, and checks it; a strided one has no shape to ask for
+    if x.is_nested:  # plain torch runs and checks it; a strided nested tensor has no shape to check here
         return dtype
-    # Autocast brings floating-point dtypes together; it shows in the dtype, or in x being of autocast's already.
+    # Autocast allows different floating-point dtypes. It is on if it changes x's dtype, or if x has its dtype already.
     mixed = dtype != x.dtype or (dtype in HALVES and torch.is_autocast_enabled(device.type))
     width = x.shape[-1] if x.dim() else None
     for index, (weight, bias, *_) in enumerate(layers):
@@ -162,7 +162,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
                 if index == 0
                 else f"layer {index} takes {weight.shape[1]} features, layer {index - 1} gives {width}"
             )
-            # Images (N, C, H, W) that were not flattened.
+            # For example images (N, C, H, W) that were not flattened.
             flat = index == 0 and x.dim() > 2 and x.shape[1:].numel() == weight.shape[1]
             fix = "; flatten each row with x.flatten(1)" if flat else ""
             raise RuntimeError(f"{found}, the width of weight {index} {tuple(weight.shape)}{fix}")
@@ -180,7 +180,7 @@ def _autocast_casts(dtype: torch.dtype) -> bool:
 
 
 def _how_to_make_a_tensor(x: Any, weight: object) -> str:
-    """Code that makes a tensor of the weight's dtype from what was given in the place of one."""
+    """Code, for an error message, that converts an argument that is no tensor to a tensor of the weight's dtype."""
     to_numpy = callable(getattr(x, "to_numpy", None))  # a DataFrame's
     if not isinstance(x, np.ndarray) and not to_numpy:
         return "torch.as_tensor"
@@ -195,10 +195,10 @@ def _how_to_make_a_tensor(x: Any, weight: object) -> str:
 
 
 def _how_to_convert(x: Tensor, parameter: Tensor) -> str:
-    """The advice for an input of another dtype than a parameter's."""
+    """Advice, for an error message, on an input whose dtype is not the parameter's."""
     if x.is_complex() and not parameter.is_complex():
         return "take x.real, x.abs() or torch.view_as_real(x), which are real"
     convert = f"convert it with x.to({parameter.dtype})"
     helps = _autocast_casts(x.dtype) and _autocast_casts(parameter.dtype)
-    is_on = compute_dtype(torch.float32, x.device.type) != torch.float32  # and did not help
+    is_on = compute_dtype(torch.float32, x.device.type) != torch.float32  # autocast is on and did not help
     return f"{convert}, or compute in a lower precision under torch.autocast" if helps and not is_on else convert

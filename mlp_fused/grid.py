@@ -17,9 +17,10 @@ class Workload:
     """A network and its batch.
 
     Attributes:
-        widths: of the input to the output, (d_0, …, d_L).
-        rows: of the batch, x (rows, d_0).
-        activation: after every hidden layer.
+        widths: the widths from the input to the output, (d_0, …, d_L).
+        rows: the batch size; x is (rows, d_0).
+        dtype: the name of the dtype.
+        activation: the activation after every hidden layer.
     """
 
     widths: tuple[int, ...]
@@ -33,9 +34,9 @@ class Family:
     """Every combination of some networks, batches, dtypes and activations.
 
     Attributes:
-        name: several families may have one, and are one in the benches.
-        layouts: the ways in which the input lies in memory, see bench/problem.py. Only the benches measure each.
-        cross_entropy: the benches' training step has the cross entropy as its loss.
+        name: the name. Families with the same name are one family in the benches.
+        layouts: the memory layouts of the input, see bench/problem.py. Only the benches measure all of them.
+        cross_entropy: True if the loss of the benches' training step is the cross entropy.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Nested batches: a function of each tensor, in containers of the same kinds."""
+"""Nested batches: apply a function to every tensor in them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["map_leaves"]
 
 
 def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
-    """`function` of each tensor of a batch, and of each object that moves itself, in containers of the same kind.
+    """The batch with `function` applied to every tensor, and to every object that has a method `to`.
 
-    A container in which nothing changed is the same object; containers are never changed in place.
+    Containers keep their types. A container in which nothing changes is returned itself. No container is changed in
+    place.
     """
     if isinstance(batch, Tensor):
         return _map_sparse(batch, function)
@@ -54,7 +55,7 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _map_sparse(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A sparse tensor is a container of its indices and values."""
+    """Apply `function` to a tensor; for a sparse tensor on the host, to its indices and values."""
     if tensor.layout is torch.strided or not is_on_the_host(tensor):
         return function(tensor)
     if tensor.layout is torch.sparse_coo:
@@ -77,7 +78,7 @@ def _map_sparse(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
-    """`mapped` in a mapping of the same kind, other state of it kept; a dict where it cannot be made."""
+    """`mapped` as a mapping of the batch's type, with its other attributes; a dict if that cannot be created."""
     if type(batch) is dict:
         return mapped
     try:
@@ -94,7 +95,7 @@ def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
 
 
 def _sequence_like(batch: Sequence[Any], items: list[Any]) -> Any:
-    """`items` in a sequence of the same kind, other state of it kept; a list where it cannot be made."""
+    """`items` as a sequence of the batch's type, with its other attributes; a list if that cannot be created."""
     if type(batch) is list:
         return items
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -118,7 +119,7 @@ def _assign(sequence: MutableSequence[Any], items: Iterable[Any]) -> None:
 
 
 def is_on_the_host(tensor: Tensor) -> bool:
-    """Numbers in the host's memory, in torch's own kind of tensor, and nothing else to it."""
+    """True if a tensor is a plain torch tensor in the host's memory, without gradients, quantisation or lazy views."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"

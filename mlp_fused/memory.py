@@ -1,4 +1,4 @@
-"""Out of memory: what a network needs for a batch, what its device has, and which batch would fit."""
+"""Explain an out-of-memory error: the network's need for a batch, the device's memory, and a batch that would fit."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .errors import count
 
 __all__ = ["ADAM", "Need", "Room", "add", "explain", "need", "room"]
 
-OURS = "\nmlp_fused: "  # before what is added to an error
-ADAM = 2  # tensors that the optimizer keeps of each parameter
-# Tensors as wide as the widest layer that a step of plain torch holds at once besides what is kept: input, output, and
-# two gradients. The kernels' workspace, which is known, stands for all but one of them.
+OURS = "\nmlp_fused: "  # begins the text that is added to an error
+ADAM = 2  # tensors that Adam keeps for each parameter
+# A step of plain torch holds about this many tensors at once besides the saved ones: input, output and two gradients,
+# each as wide as the widest layer. For the kernels, only one is counted, because their workspace is known.
 WORKING = 4
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of a device: what torch's allocator can have in this process at the most, and what its tensors take."""
+    """Bytes of a device: the most that torch's allocator can get in this process, and the bytes of its tensors."""
 
     limit: int
     allocated: int
 
 
 def room(device: torch.device) -> Room | None:
-    """The memory of a GPU; None for other devices."""
+    """Memory limit and usage of a GPU; None for other devices."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -39,16 +39,17 @@ def room(device: torch.device) -> Room | None:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of a step.
+    """The bytes that a step needs.
 
     Attributes:
-        rows: of the batch.
-        kept: for backward, as `explain` counts it; 0 where no gradients are recorded.
-        working: besides, while it computes; about.
-        fixed: whatever the batch: parameters and buffers, and in training gradients and the optimizer's state.
-        device: the parameters'.
-        room: what that has.
-        state: tensors that the optimizer keeps of each parameter.
+        rows: the batch size.
+        kept: bytes saved for backward, as `explain` counts them; 0 if no gradients are recorded.
+        working: an estimate of the further bytes while the step computes.
+        fixed: bytes that do not depend on the batch: parameters and buffers, and in training gradients and the
+            optimizer's state.
+        device: the device of the parameters.
+        room: the memory of that device.
+        state: the number of tensors that the optimizer keeps for each parameter.
     """
 
     rows: int
@@ -61,11 +62,11 @@ class Need:
 
     @property
     def fits(self) -> int | None:
-        """About how many rows would fit, a power of two or 0; None where the device's memory is not known."""
+        """An estimate of the rows that would fit, a power of two or 0; None if the device's memory is not known."""
         if self.room is None or not self.rows:
             return None
         step = self.kept + self.working
-        # What is allocated and not accounted for here is somebody else's, and stays.
+        # Memory that is allocated and not counted here belongs to other tensors, and stays allocated.
         held = max(self.fixed, self.room.allocated - step)
         rows = max(0, self.room.limit - held) * self.rows // max(step, 1)
         return 1 << rows.bit_length() - 1 if rows else 0
@@ -92,12 +93,12 @@ class Need:
 
 
 def gib(nbytes: int) -> str:
-    """Bytes as people read them."""
+    """Bytes in GiB or MiB, for messages."""
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def need(model: Any, rows: int, state: int = ADAM) -> Need:
-    """The memory that a step of a network takes, under the mode of gradients and the autocast that are on.
+    """The memory that a step of a network needs, with gradients and autocast on or off as they are now.
 
     Raises:
         ValueError: as `model.explain` does.
@@ -121,31 +122,31 @@ def need(model: Any, rows: int, state: int = ADAM) -> Need:
 
 
 def add(error: BaseException, text: str) -> None:
-    """The same exception, of the same class and traceback, with a line after its own.
+    """Add a line to an exception's message. Its class and traceback stay.
 
-    (`add_note` is of Python 3.11, and no part of str(error), which is what gets logged.)
+    (`add_note` needs Python 3.11, and its text is not in str(error), which programs log.)
     """
     error.args = (f"{error}\n{text}",)
 
 
 def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = ADAM, mends: Sequence[str] = ()) -> None:
-    """Add to the error what the network needs for so many rows, which batch would fit, and what takes less.
+    """Add to the error the memory that the network needs for `rows`, a batch that would fit, and ways to use less.
 
-    A network within another one has been told of already, and is taken for a part of it. One that `model.explain` does
-    not know leaves the error as it was.
+    For a network within a network, the text of the outer one replaces that of the inner one. If `model.explain` fails,
+    the error does not change.
     """
     try:
         found = need(model, rows, state)
-        # Autocast computes in 16 bits what is float32, and leaves float64 as it is.
+        # Autocast would help a network that computes in float32. It does not change float64.
         wide = settings.compute_dtype(next(model.parameters()).dtype, found.device.type) == torch.float32
-    except Exception:  # anybody's modules may stand in a network; what explains an error must not hide it
+    except Exception:  # a network may have modules of any kind; an explanation must not hide the error
         return
     error.args = (str(error).partition(OURS)[0],)
     add(error, f"{OURS.strip()} {found} Less is taken by {', '.join(mends or _mends(model, found.kept > 0, wide))}.")
 
 
 def _mends(model: Any, keeps: bool, wide: bool) -> list[str]:
-    """Ways to take less memory, in Python."""
+    """Ways to use less memory, for users of the Python interface."""
     mends = ["fewer rows at once"]
     if keeps and not model.recompute:
         mends.append("recompute=True")

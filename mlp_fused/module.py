@@ -1,4 +1,4 @@
-"""FusedLinear and FusedMLP: nn.Linear and nn.Sequential, whose forward and backward run as fused kernels on a GPU."""
+"""FusedLinear and FusedMLP: an nn.Linear and an nn.Sequential that run as fused kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def plain_twin(module: Any, kind: type[nn.Module]) -> Any:
     return twin
 
 
-REMEMBERED = ("_backend", "_recompute", "_segments")  # attributes that a fused module has of its own
+REMEMBERED = ("_backend", "_recompute", "_segments")  # attributes that only fused modules have
 
 
 class Pointwise(nn.Module):
-    """h = a(z) by the activation's name, in plain torch: for the ones that torch.nn has no class for.
+    """h = a(z) in plain torch: a module for activations that have no class in torch.nn.
 
     Args:
-        activation: a name, an `nn.Module` class or instance, a function of torch's.
-        parameters: the activation's own, such as `negative_slope=0.2`.
+        activation: a name, an `nn.Module` class or instance, or a function of torch.
+        parameters: parameters of the activation, such as `negative_slope=0.2`.
     """
 
     def __init__(
@@ -70,17 +70,18 @@ class Pointwise(nn.Module):
         return str(self.activation)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """The traced function, for torch.jit.script, which cannot read the table."""
+        """The traced module, for torch.jit.script, which cannot compile the table of activations."""
         traced: nn.Module = torch.jit.trace(self, torch.zeros(1, 1))
         return traced
 
 
-# None where it is not torch's own, so that it is called.
+# nn.Sequential's own forward; None if it was replaced before the import. A replacement is called instead of the
+# kernels.
 SEQUENTIAL_FORWARD = Sequential.forward if why_changed(Sequential, Sequential) is None else None
 
 
 class WithBackend:
-    """A module with the user's choice of what computes it."""
+    """A module with the attribute `backend`, the user's choice."""
 
     _backend: settings.Backend = "auto"
 
@@ -95,10 +96,10 @@ class WithBackend:
 
 
 class FusedSequence(WithBackend, nn.Module):
-    """A base of modules that call others one after the other, and run those as kernels that kernels can take."""
+    """A sequence of modules. Consecutive Linear, activation and Dropout modules run as fused kernels."""
 
     _recompute: bool | None = None
-    _segments: Segments | None = None  # remembered between calls
+    _segments: Segments | None = None  # cached between calls
 
     def _links(self) -> tuple[Any, ...]:
         """The children in the order of their calls: modules, and functions of a tensor."""
@@ -110,7 +111,7 @@ class FusedSequence(WithBackend, nn.Module):
 
     @property
     def recompute(self) -> bool | None:
-        """True, False, or None for whatever is faster; may be assigned."""
+        """True, False, or None for the faster one; may be assigned."""
         return self._recompute
 
     @recompute.setter
@@ -147,7 +148,7 @@ class FusedSequence(WithBackend, nn.Module):
         return input
 
     def _run(self, run: Run, input: Tensor) -> Tensor:
-        """One run: as the last call took it where nothing has changed since, or decided anew."""
+        """Call one run, by the path of an earlier call if nothing has changed since, else by a new decision."""
         if run.linears:
             kind = input.device.type if isinstance(input, Tensor) and input.dim() == 2 else ""
             repeats = kind in ("cuda", "cpu") and not torch.compiler.is_compiling()
@@ -158,25 +159,27 @@ class FusedSequence(WithBackend, nn.Module):
                     if decision.holds(input, weights, biases, now):
                         return run_path(input, weights, biases, decision.path)
             if any(run.dropouts) and settings.is_watched():
-                return run.call(input)  # no operator draws random numbers
+                return run.call(input)  # the registered operators do not draw random numbers
             layers = run.layers()
             dtype = check_call(input, layers)
             if paths.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
                 if repeats and not settings.is_watched() and Decision.can_hold(input, weights):
                     path = find_path(input, layers, dtype, self._recompute, self._backend)
-                    if not (self._recompute and isinstance(path, LayerPath)):  # which torch's checkpoint runs
+                    if not (
+                        self._recompute and isinstance(path, LayerPath)
+                    ):  # run_kernels runs those under torch's checkpoint
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
                         return run_path(input, weights, biases, path)
                 return run_kernels(input, layers, dtype, self._recompute, self._backend)
         if run.linears and self._recompute and can_checkpoint(input):
-            # nn.Dropout draws random numbers in here. torch puts its generator back for the second run, since 2.10 also
-            # within a CUDA graph's capture, which 2.9 refuses.
+            # nn.Dropout draws random numbers in here, so torch has to restore its generator for the second run. While a
+            # CUDA graph is captured, torch 2.10 can do that; 2.9 raises an error.
             output: Tensor = checkpoint(run.call, input, use_reentrant=False)
             return output
         return run.call(input)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is only remembered between calls: kernels are not for pickling."""
+        """The attributes without the cache between calls, because kernels cannot be pickled."""
         return {**self.__dict__, "_segments": None}
 
     def _wants_kernels(self) -> bool:
@@ -184,12 +187,12 @@ class FusedSequence(WithBackend, nn.Module):
         return (settings.DEFAULT_BACKEND if self._backend == "auto" else self._backend) == "triton"
 
     def _forward_as_modules(self, input: Any) -> Tensor:
-        """The modules called as they are, on a CPU and under torch.compile.
+        """Call the modules themselves, on a CPU and under torch.compile.
 
-        A mistake in the input is explained after the fact: nothing was launched by then.
+        The input is checked only after an error, because nothing was launched by then.
         """
         output: Tensor = input
-        # Whether Dropout that drops nothing may be left out; asked once a call, and never in a graph that is traced.
+        # True if Dropout with p = 0 may be skipped; None: not checked yet. It is never skipped while a graph is traced.
         idle: bool | None = None if isinstance(input, Tensor) else False
         try:
             for child in self._links():
@@ -198,7 +201,7 @@ class FusedSequence(WithBackend, nn.Module):
                         watched = has_global_hooks() or (has_function_mode() and why_mode())
                         idle = not watched and is_dropout_torchs()
                     if idle:
-                        continue  # it does nothing, at the price of two calls
+                        continue  # it would do nothing, in the time of two calls
                 output = child(output)
         except (RuntimeError, TypeError):
             first = self._links()[0]
@@ -208,17 +211,20 @@ class FusedSequence(WithBackend, nn.Module):
         return output
 
     def warmup(self, *batch_sizes: int, training: bool = True) -> float:
-        """Compile ahead what batches of these sizes need, so that the first of them does not wait; returns seconds.
+        """Compile the kernels for batches of these sizes ahead, so that the first batch does not wait for it.
 
-        Every run of layers is gone through once without gradients, and with `training` once forward and backward, on
-        zeros, in the dtype that a call would compute in (call it under autocast where the model runs under it). Norms
-        are left out, Dropout drops where gradients are recorded, and torch's generators are put back: no statistics
-        change, no random number is used up, no `.grad` is written. A batch of about the same size needs nothing else;
-        one of another order of magnitude may take other tiles.
+        Every run of layers runs on zeros, once without gradients, and with `training` once more forward and backward.
+        The dtype is that of a call, so call `warmup` under autocast if the model runs under it. The model does not
+        change: norms are not called, no `.grad` is written, and torch's generators are restored. Dropout is active in
+        the passes that record gradients. Batches of about the same size need nothing else. One of another order of
+        magnitude may select other tiles.
+
+        Returns:
+            The seconds that it took.
 
         Raises:
             ValueError: no batch size, or one below 1.
-            RuntimeError: as a call does, where backend="triton" cannot run.
+            RuntimeError: backend="triton" cannot run, as in a call.
         """
         if not batch_sizes:
             raise ValueError("batch_sizes is empty; it needs one number of rows or more")
@@ -227,7 +233,7 @@ class FusedSequence(WithBackend, nn.Module):
         devices = {parameter.device for parameter in self.parameters() if parameter.is_cuda}
         with torch.inference_mode(False), torch.random.fork_rng([device.index for device in devices]):
             for differentiable in (False, True)[: 1 + training]:
-                below = False  # whether anything before a run needs gradients
+                below = False  # True if anything before the run needs gradients
                 for run in runs_of(self._links(), differentiable):
                     trainable = below or any(
                         parameter.requires_grad
@@ -252,7 +258,7 @@ class FusedSequence(WithBackend, nn.Module):
         return time.perf_counter() - begun
 
     def _warm_up(self, x: Tensor, layers: list[Layer], differentiable: bool) -> None:
-        """One run's kernels, launched for their own sake."""
+        """Launch the kernels of one run, to compile them."""
         with torch.set_grad_enabled(differentiable):
             dtype = check_call(x, layers)
             if paths.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
@@ -264,31 +270,33 @@ class FusedSequence(WithBackend, nn.Module):
                 torch.autograd.grad(y, wanted, torch.zeros_like(y))
 
     def explain(self, batch_size: int, dtype: torch.dtype | None = None, device: Any = None) -> Plan:
-        """The plan for a batch of that many rows, with reasons: paths, kernels, tiles, FLOPs, bytes, the floor.
+        """Explain how a batch of this size runs: paths with their reasons, kernels, tiles, FLOPs, bytes, the floor.
 
         Args:
-            batch_size: rows of the input.
-            dtype: what the products are computed in; by default autocast's where it is on, else the parameters', or
-                that of fully_shard's policy for mixed precision.
-            device: a torch device, by default the parameters'; or the name of one in `DEVICES`, such as "NVIDIA H200"
-                or "h200", to ask about a GPU that is not there.
+            batch_size: the number of rows of the input.
+            dtype: the dtype of the products. By default autocast's if it is on, else that of fully_shard's policy for
+                mixed precision or of the parameters.
+            device: a torch device, by default that of the parameters; or a name in `DEVICES`, such as "NVIDIA H200" or
+                "h200", for a GPU that this machine need not have.
 
         Returns:
             A record whose `str` is a table. Its numbers are for a training step in which the input needs no gradient.
 
         Raises:
-            ValueError: a negative batch size, a device that is not known, a network without parameters or one that is
-                not over rows of features.
+            ValueError: a negative batch size, an unknown device, or a network without parameters or whose input is not
+                rows of features.
         """
         return explain(self, batch_size, dtype, device)
 
 
 for method in (FusedSequence.explain, FusedSequence.warmup):
-    method.__qualname__ = method.__name__  # Python's sentences about arguments show it; users know no FusedSequence
+    method.__qualname__ = (
+        method.__name__
+    )  # Python's errors about arguments show it, and users do not know FusedSequence
 
 
 def _delegated(name: str) -> Any:
-    """An attribute of a FusedLinear that is its `linear`'s."""
+    """A property of FusedLinear that reads the attribute of its child `linear`."""
 
     def read(layer: FusedLinear) -> Any:
         return getattr(layer.linear, name)
@@ -300,25 +308,25 @@ def _delegated(name: str) -> Any:
 
 
 class FusedLinear(FusedSequence, LinearWithActivation):
-    """h = a(x Wᵀ + b): an `nn.Linear` with its activation, a fused kernel on a GPU, plain torch elsewhere.
+    """h = a(x Wᵀ + b): an `nn.Linear` with its activation. It runs as a fused kernel on a GPU, else in plain torch.
 
-    The `nn.Linear` is its child `linear`. Whatever acts on every `nn.Linear` of a model, such as an initialiser, a
-    quantiser or an adapter, finds that child and leaves the activation in place. `state_dict` keys and parameter names
-    are `linear.weight` and `linear.bias`; `load_state_dict` also takes `weight` and `bias`, as an `nn.Linear` has them.
-    `weight`, `bias`, `in_features` and `out_features` of the layer are the child's.
+    The `nn.Linear` is its child `linear`. Initialisers, quantisers and adapters, which act on every `nn.Linear` of a
+    model, find that child and leave the activation in place. `state_dict` keys and parameter names are `linear.weight`
+    and `linear.bias`. `load_state_dict` also accepts the keys of an `nn.Linear`, `weight` and `bias`. The layer's
+    attributes `weight`, `bias`, `in_features` and `out_features` are those of the child.
 
     Args:
-        in_features, out_features, bias, device, dtype: as `nn.Linear`.
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         activation: a name, an `nn.Module` class or instance, a function such as `torch.relu`; None is the identity.
-        backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
+        backend: "auto", "triton" (an error if the kernels cannot run) or "reference" (plain torch).
 
     Attributes:
         linear: the `nn.Linear`.
-        activation: the activation's row of the table.
+        activation: the `Activation`, an entry of `ACTIVATIONS`.
 
     Raises:
         ValueError: a negative width, an unknown activation or backend.
-        TypeError: a width that is not a whole number, an activation of another kind.
+        TypeError: a width that is not a whole number, or an `activation` that is none of the above.
     """
 
     in_features = _delegated("in_features")
@@ -357,7 +365,7 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         return f"activation={self.activation}"
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """The nn.Sequential of the same computation, for torch.jit.script."""
+        """An nn.Sequential that computes the same, for torch.jit.script."""
         activation = _activation_maker(self.activation, {}, "activation")()
         return nn.Sequential(OrderedDict(linear=self.linear, activation=activation)).train(self.training)
 
@@ -368,7 +376,7 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         return ("linear", "activation")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in DELEGATED:  # nn.Module takes a parameter for itself before it looks for a property
+        if name in DELEGATED:  # nn.Module would register a parameter before it looks for a property
             setattr(self.linear, name, value)
         else:
             super().__setattr__(name, value)
@@ -380,7 +388,7 @@ class FusedLinear(FusedSequence, LinearWithActivation):
             self._become_parent()
 
     def _become_parent(self) -> None:
-        """Give the parameters to a child: the layer was pickled when it was an nn.Linear itself."""
+        """Move the parameters to a child `linear`. The layer comes from an old pickle, in which it was an nn.Linear."""
         attributes: Any = self.__dict__
         weight, bias = (self._parameters.pop(name) for name in ("weight", "bias"))
         width_in, width_out = (attributes.pop(name) for name in ("in_features", "out_features"))
@@ -389,7 +397,7 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         self.linear = linear
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        for name in ("weight", "bias"):  # an nn.Linear's keys; torch reports one that stands beside our own
+        for name in ("weight", "bias"):  # keys of an nn.Linear; next to our own key, torch reports them as unexpected
             own = f"{prefix}linear.{name}"
             if prefix + name in state_dict and own not in state_dict:
                 state_dict[own] = state_dict.pop(prefix + name)
@@ -400,30 +408,31 @@ DELEGATED = frozenset(name for name, member in vars(FusedLinear).items() if isin
 
 
 class FusedMLP(FusedSequence, nn.Sequential):
-    """H_l = a(H_{l-1} W_lᵀ + b_l): `torchvision.ops.MLP`'s arguments, children and keys; fused kernels on a GPU.
+    """H_l = a(H_{l-1} W_lᵀ + b_l): a multi-layer perceptron that runs as fused kernels on a GPU.
 
-    Its children are the real `nn.Linear`, norm, activation and `nn.Dropout` modules: every hidden layer is Linear,
-    norm, activation, Dropout; then the last Linear, the output activation, and Dropout. On a CPU they run as they are;
-    on kernels Dropout draws other random numbers than nn.Dropout, from the same generator.
+    Its arguments, children and `state_dict` keys are those of `torchvision.ops.MLP`. A hidden layer is a Linear, a norm
+    if there is one, an activation and Dropout. The last layer is a Linear, the output activation if there is one, and
+    Dropout. On a CPU these modules run themselves. On the kernels, Dropout draws other random numbers than nn.Dropout,
+    from the same generator.
 
     Args:
         in_channels: width of the input.
         hidden_channels: width of every layer, the output's last; a sequence, an array or a tensor.
-        norm_layer: called with a width, makes the module between a hidden Linear and its activation.
-        activation_layer: an `nn.Module` class, anything that makes a module when called, an instance, a name, or a
-            function of torch's such as `torch.relu`.
-        inplace: passed to the activation and to Dropout where given.
-        bias: whether the Linear layers have one.
+        norm_layer: a function from a width to the module between a hidden Linear and its activation.
+        activation_layer: an `nn.Module` class or instance, a function that returns a module, a name, or a function of
+            torch such as `torch.relu`.
+        inplace: passed to the activation and to Dropout if given.
+        bias: True if the Linear layers have a bias.
         dropout: the probability of Dropout.
-        output_activation: after the last Linear, as `activation_layer`.
-        recompute: what is kept for backward. True: the input alone (of each run of layers, where norms stand between
-            them), hidden layers are computed again. False: one tensor of each layer. None: whatever is faster.
-        backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
-        device, dtype: of the parameters.
+        output_activation: the activation after the last Linear, given as `activation_layer`.
+        recompute: True: save only the input for backward, and compute the hidden layers again. Norms split the layers
+            into runs, and the input of each run is saved. False: save one tensor for each layer. None: the faster one.
+        backend: "auto", "triton" (an error if the kernels cannot run) or "reference" (plain torch).
+        device, dtype: those of the parameters.
 
     Raises:
         ValueError: a negative width, no layer at all, a probability outside [0, 1], an unknown activation or backend.
-        TypeError: a width that is not a whole number, `hidden_channels` that is not a sequence.
+        TypeError: a width that is not a whole number, or `hidden_channels` that is not a sequence.
     """
 
     def __init__(
@@ -471,9 +480,9 @@ class FusedMLP(FusedSequence, nn.Sequential):
     def from_sequential(
         cls, sequential: nn.Sequential, *, recompute: bool | None = None, backend: settings.Backend = "auto"
     ) -> FusedMLP:
-        """The same network, fused: it takes over `sequential`'s own modules, so parameters and state_dict keys are one.
+        """A FusedMLP with the modules of `sequential` itself, and so with the same parameters and `state_dict` keys.
 
-        Children that are not a Linear, an activation or Dropout run as themselves.
+        Children that are not a Linear, an activation or Dropout are called as modules.
 
         Raises:
             TypeError: `sequential` is not an nn.Sequential.
@@ -509,12 +518,12 @@ class FusedMLP(FusedSequence, nn.Sequential):
 
 
 def _twin(parameter: Tensor) -> Tensor:
-    """The same memory, as a leaf of its own; one made under torch.inference_mode takes no gradients."""
+    """A new leaf on the same memory. If the parameter was created under torch.inference_mode, it needs no gradient."""
     return parameter.detach().requires_grad_(parameter.requires_grad and not parameter.is_inference())
 
 
 def _raise_if_wrong(input: Tensor, linear: Any) -> None:
-    """Raise `check_call`'s sentence, in place of torch's, where the input does not fit the layer."""
+    """Raise the error of `check_call`, which is clearer than torch's, if the input does not fit the layer."""
     try:
         check_call(input, (Layer(linear_weight(linear), linear.bias, IDENTITY),))
     except (RuntimeError, TypeError) as sentence:
@@ -554,7 +563,7 @@ def _checked_probability(probability: object, argument: str) -> float:
 def _activation_maker(
     activation: str | Activation | nn.Module | Callable[..., Any] | None, in_place: dict[str, bool], argument: str
 ) -> Callable[[], nn.Module]:
-    """A function that makes one activation module a layer."""
+    """A function that returns a new activation module for every layer."""
     if isinstance(activation, nn.Module):
         return lambda: copy.deepcopy(activation)
     if activation is None or isinstance(activation, str | Activation) or find(activation) is not None:
@@ -569,10 +578,10 @@ def _activation_maker(
 
 
 def _called(make: Callable[..., Any], in_place: dict[str, bool], argument: str) -> nn.Module:
-    """The module that `make` makes.
+    """The module that `make` returns.
 
     Raises:
-        TypeError: it makes none.
+        TypeError: it returns no module.
     """
     try:
         module = make(**in_place)

@@ -35,7 +35,7 @@ Cast = Literal["before", "after"]
 
 
 def _of_the_loader(name: str) -> Any:
-    """An attribute of a DevicePrefetcher that is its loader's."""
+    """A property of DevicePrefetcher that reads the attribute of its loader."""
 
     def read(prefetcher: DevicePrefetcher[Any]) -> Any:
         try:
@@ -184,7 +184,7 @@ class CopyTimer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was timed."""
+        """Discard all times."""
         self._pending.clear()
         self.batches = 0
         self._copied = self._waited = 0.0
@@ -244,15 +244,15 @@ class _Streams:
         event.record(stream)
 
     def wait(self, stream: Any, event: Any) -> None:
-        """The stream waits, the host does not."""
+        """Make the stream wait, not the host."""
         stream.wait_event(event)
 
     def synchronize(self, event: Any) -> None:
-        """The host waits."""
+        """Make the host wait."""
         event.synchronize()
 
     def keep(self, moved: Any, stream: Any) -> None:
-        """Not to be given out again, once it is dropped, before the stream has done what it was given until then."""
+        """Keep memory from being reused after it is freed, until the work that the stream has now is done."""
         moved.record_stream(stream)
 
     def pinned(self, nbytes: int) -> Tensor:
@@ -292,7 +292,7 @@ class _Slot:
         self.sources: list[Any] = []  # pinned by others, and copied from where they are
 
     def wait(self) -> None:
-        """Until nothing copies from it any more."""
+        """Wait until no copy reads from this memory any more."""
         if self.event is not None:
             self._streams.synchronize(self.event)
             self.event = None
@@ -340,7 +340,7 @@ class _Ahead:
 
 @dataclass
 class _Failed:
-    """In the place of a batch: what the loader raised instead of it."""
+    """An error that the loader raised, in the queue instead of a batch."""
 
     error: Exception
 

@@ -11,10 +11,11 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], description: str) -> Iterable[Item]:
-    """The items, with a progress bar where there is a terminal to draw it on, and tqdm to draw it."""
+    """The items, with a progress bar if tqdm is installed and stderr is a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
         return items
-    shown: Iterable[Item] = tqdm(items, desc=description, leave=False, disable=None)  # None: if stderr is no terminal
+    # None: disabled if stderr is not a terminal
+    shown: Iterable[Item] = tqdm(items, desc=description, leave=False, disable=None)
     return shown

@@ -1,8 +1,8 @@
-"""Features and targets brought near 0 and 1, column by column, by modules that are saved with the network.
+"""Modules that scale features and targets, column by column. They are saved with the network.
 
-`nn.Sequential(scaling, network)` takes features as they are in the file; for regression an `Unscaling` behind it gives
-values in the targets' own units. All of it is computed in float64: a float32 holds a time in unix seconds to within 64
-seconds, and a network that is given such numbers learns from what the rounding left.
+`nn.Sequential(scaling, network)` takes features as they are in the file. For regression, an `Unscaling` at the end
+gives values in the units of the targets. Scaling is computed in float64: float32 rounds a time in unix seconds to
+within 64 seconds, and a network would only see the rounded times.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LISTED = 5  # columns that a sentence names
 
 
 class _Float64(nn.Module):
-    """A module whose buffers stay float64 whatever it is cast to, as by half() or to(torch.bfloat16).
+    """A module whose buffers stay float64 when it is cast, for example by half() or to(torch.bfloat16).
 
-    They stay on the CPU where the device has no float64, such as MPS. The buffer `like` alone follows casts.
+    If a device has no float64, such as MPS, they stay on the CPU. Only the buffer `like` follows casts.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -1,4 +1,4 @@
-"""Clocks: how long a call takes, and how fast this machine can be at all.
+"""Clocks: the time of a call, and the highest rates of this machine.
 
 On a GPU a call is timed by device events. Two numbers come out, both medians, in milliseconds:
 
@@ -108,7 +108,7 @@ class Spread:
         return cls(median, low, high, len(values))
 
     def __add__(self, other: Spread) -> Spread:
-        """One after the other; the quartiles as if both were late at once, which is the widest that they can be."""
+        """The sum of two timings. Its quartiles are as wide as they can be, as if both calls were slow together."""
         readings = min(self.readings, other.readings)
         return Spread(self.ms + other.ms, self.low + other.low, self.high + other.high, readings)
 
@@ -174,7 +174,7 @@ class Clock:
         return time.perf_counter()
 
     def synchronize(self) -> None:
-        """Wait for all that the device was given."""
+        """Wait for all work on the device."""
         torch.cuda.synchronize()
 
     def event(self) -> Any:
@@ -189,7 +189,7 @@ class Clock:
         return elapsed
 
     def spin(self, seconds: float) -> None:
-        """Keep the device busy for so long."""
+        """Keep the device busy for this time."""
         torch.cuda._sleep(int(seconds * cycles_per_second()))
 
 

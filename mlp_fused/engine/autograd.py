@@ -1,4 +1,4 @@
-"""The autograd.Function of a range of layers, and its gradient in plain torch, for differentiating it once more."""
+"""The autograd.Functions of the two paths, and their gradients in plain torch, which can be differentiated again."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from .settings import is_batched, is_transformed, is_zero_tensor
 
 __all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_bytes"]
 
-# Multiply-adds of a forward up to which all layers are one autograd.Function: 20 µs of an H200's bf16 forward and
-# backward, which the host can hardly launch faster. Larger layers are one each, so that their gradients are handed on
-# as they come, to DDP for example, and what they keep is freed layer by layer.
+# Up to this many multiply-adds in a forward, all layers are one autograd.Function. An H200 computes such a forward and
+# backward in bf16 in 20 µs, and Python can hardly launch it faster. Larger layers have one autograd.Function each:
+# their gradients are then passed on one by one, to DDP for example, and their saved tensors are freed layer by layer.
 LAUNCH_BOUND = 2**31
 
 
 def run_path(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPath | LayerPath
 ) -> Tensor:
-    """x (M, d_0) -> y (M, d_L), with gradients wherever they are wanted."""
+    """Run a path, x (M, d_0) -> y (M, d_L), and record the gradients that are wanted."""
     run: Any = run_layers if isinstance(path, LayerPath) else run_network
     result: Tensor = run(x, weights, biases, path)
     return result
 
 
 def run_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPath) -> Tensor:
-    """The network path: x (M, d_0) -> y (M, d_L)."""
+    """Run the network path, x (M, d_0) -> y (M, d_L)."""
     if path.formulation is None:
         return path.forward(x, weights, biases, False)[0]
     y: Tensor = NetworkFunction.call(x, path, *weights, *biases)
@@ -52,9 +52,9 @@ def run_layers(
     path: LayerPath,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """The layer path: x (M, d_0) -> y (M, d_L).
+    """Run the layer path, x (M, d_0) -> y (M, d_L).
 
-    `seed` is that of the path's Dropout; by default a path that drops draws one.
+    `seed` is the seed of the path's Dropout; by default, a path with Dropout draws one.
     """
     if x.dtype != path.dtype:
         x = x.to(path.dtype)
@@ -63,7 +63,7 @@ def run_layers(
     end = len(path.layers)
     first = _first_trainable(x, weights, biases) if torch.is_grad_enabled() else end
     h: Tensor = x
-    if first:  # nothing is kept of the layers before
+    if first:  # the layers before need no gradient and save nothing
         section = path.section(0, first)
         h = section.forward(h, weights[:first], biases[:first], False, seed)[0]
         if first == end:
@@ -78,9 +78,10 @@ def run_layers(
 
 
 def _bounds(path: LayerPath, rows: int, first: int, keeps_x: bool) -> list[int]:
-    """Where the sections from layer `first` on begin, and the end of the last.
+    """The first layers of the sections, from layer `first` on, and the end of the last section.
 
-    A section of several layers keeps its input; where the first layer's weight does not need it, each layer is one.
+    A section of several layers always saves its input. If the first layer's weight does not need the input, every layer
+    is a section of its own.
     """
     end = len(path.layers)
     is_small = rows * path.multiply_adds <= LAUNCH_BOUND
@@ -95,11 +96,11 @@ def saved_bytes(
     weights: Sequence[bool],
     biases: Sequence[bool],
 ) -> int:
-    """Bytes that a forward saves for backward, parameters apart.
+    """The bytes that a forward saves for backward, without the parameters.
 
     Args:
         input_size: bytes of an element of the input.
-        needs_x, weights, biases: whether the gradient of the input and of each parameter is wanted.
+        needs_x, weights, biases: True where the gradient of the input, of a weight or of a bias is wanted.
     """
     size = path.dtype.itemsize
     if isinstance(path, NetworkPath):
@@ -123,12 +124,12 @@ def saved_bytes(
 
 
 def _keeps_edge(section: Section, needs_edge: bool, needs_weight: bool) -> bool:
-    """True if the edge from below is saved. A single layer needs it for dW and for the derivative below alone."""
+    """True if the edge from below is saved. A single layer needs it only for dW and for the derivative below."""
     return len(section.layers) > 1 or needs_weight or (needs_edge and section.layers[0].below is not IDENTITY)
 
 
 def _first_trainable(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
-    """The first layer of which, or of whose input, a gradient is wanted; the number of layers where there is none."""
+    """The first layer whose input or parameters need a gradient; the number of layers if none does."""
     if x.requires_grad:
         return 0
     for index, (weight, bias) in enumerate(zip(weights, biases)):
@@ -138,19 +139,19 @@ def _first_trainable(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tens
 
 
 class PlainFunction(torch.autograd.Function):
-    """An autograd.Function of plain tensors alone."""
+    """An autograd.Function for plain tensors, without support for torch.func transforms."""
 
     @classmethod
     def call(cls, *arguments: Any) -> Any:
-        """`apply` without its search for tensors of torch.func transforms, which never come here: 2 µs less."""
+        """Call `apply` without its search for tensors of torch.func transforms, which saves 2 µs. None come here."""
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
 class SectionFunction(PlainFunction):
-    """(edge, h, W …, b …) -> h of a section of the layer path, and the edge beside it where that is z.
+    """A section of the layer path: (edge, h, W …, b …) -> h, or (h, edge) if the edge to the next section is z.
 
-    The edge from below is what the layer below keeps: z, or h itself. Its gradient is dz. The last section returns the
-    network's output, whose gradient is dy.
+    The edge from below is the saved tensor of the layer below, z or h itself. Its gradient is dz. The last section
+    returns the network's output, whose gradient is dy.
     """
 
     @staticmethod
@@ -187,7 +188,7 @@ class SectionFunction(PlainFunction):
         else:
             x = edge if edge is not None else dy.new_empty((ctx.rows, 0))
             weights: Sequence[Any] = [weight if cast is None else cast for weight, cast in zip(parameters, casts)]
-            if not needs_edge:  # which the first weight is read for alone
+            if not needs_edge:  # the first weight is read only to compute the gradient of the edge
                 weights = [None, *weights[1:]]
             read = [place for place, (weight, cast) in enumerate(zip(weights, casts)) if weight is not cast]
             check_unchanged(ctx, parameters, read, section.layers[0].index)
@@ -198,7 +199,7 @@ class SectionFunction(PlainFunction):
 
 
 class NetworkFunction(PlainFunction):
-    """(x, W_1 …, b_1 …) -> y: a whole network on the network path."""
+    """A whole network on the network path: (x, W_1 …, b_1 …) -> y."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, path: NetworkPath, *parameters: Tensor | None) -> Tensor:
@@ -230,10 +231,11 @@ class NetworkFunction(PlainFunction):
 
 
 def save(ctx: Any, parameters: Sequence[Tensor | None], *tensors: Tensor | None) -> None:
-    """Save tensors for backward, and keep the parameters as the user has them, with their versions.
+    """Save tensors and parameters for backward, with the versions of the parameters.
 
-    Leaves are kept as they are, for they live as long as the module. Others are saved as well, and so freed after
-    backward. None is left out: graph drawers ask everything that is saved for its size.
+    Parameters that are all leaves are stored on `ctx`, because they live as long as the module. Others are saved by
+    autograd, so that backward frees them. A tensor that is None is not saved, because graph drawers ask every saved
+    tensor for its size.
     """
     are_leaves = False not in [parameter is None or parameter.is_leaf for parameter in parameters]
     ctx.parameters = parameters if are_leaves else None
@@ -245,7 +247,7 @@ def save(ctx: Any, parameters: Sequence[Tensor | None], *tensors: Tensor | None)
 
 
 def restore(ctx: Any) -> tuple[Sequence[Any], list[Any]]:
-    """The parameters, and the tensors that `save` was given beside them, in order, None included."""
+    """(parameters, tensors) as they were given to `save`, in the same order, None included."""
     tensors = list(ctx.saved_tensors)
     for index in ctx.absent:
         tensors.insert(index, None)
@@ -256,22 +258,22 @@ def restore(ctx: Any) -> tuple[Sequence[Any], list[Any]]:
 
 
 def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    """The versions of tensors: torch counts changes in place by them."""
+    """The versions of tensors, by which torch counts in-place changes."""
     try:
         return [None if tensor is None else tensor._version for tensor in tensors]
-    except RuntimeError:  # tensors made in inference mode have none
+    except RuntimeError:  # tensors created in inference mode have no version
         return [None if each is None or each.is_inference() else each._version for each in tensors]
 
 
 def check_unchanged(ctx: Any, parameters: Sequence[Any], read: Iterable[int], first: int = 0) -> None:
-    """Refuse a backward with parameters that the forward has not computed with.
+    """Raise an error if a parameter that the backward reads was changed in place since the forward.
 
     Args:
-        read: the places of those that the backward reads.
+        read: the indices in `parameters` that the backward reads.
         first: the index of their first layer.
 
     Raises:
-        RuntimeError: one was changed in place since the forward, in torch's words.
+        RuntimeError: with the wording of torch's own error.
     """
     before = ctx.versions
     for place in read:
@@ -286,7 +288,7 @@ def check_unchanged(ctx: Any, parameters: Sequence[Any], read: Iterable[int], fi
 
 
 def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequence[Any]:
-    """The tensors with these strides, which `parameter.data = …` or hooks on saved tensors may have changed."""
+    """The tensors with these strides, copied if `parameter.data = …` or hooks on saved tensors changed the strides."""
     found = [stride if tensor is None else tensor.stride() for tensor, stride in zip(tensors, strides)]
     if found == strides:
         return tensors
@@ -299,7 +301,7 @@ def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequ
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, contiguous as kernels have written it: hooks on saved tensors may have given it other strides."""
+    """The tensor, made contiguous again if hooks on saved tensors changed its strides."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
@@ -307,7 +309,7 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def plain_gradient(dy: Tensor) -> Tensor:
-    """dy as kernels read it: dense, in memory as it lies."""
+    """dy as a tensor that kernels can read: dense, with its own memory, without lazy negation."""
     if dy.layout != torch.strided:
         dy = dy.to_dense()
     elif is_zero_tensor(dy):
@@ -316,14 +318,14 @@ def plain_gradient(dy: Tensor) -> Tensor:
 
 
 def wants_torch(gradient: Tensor) -> bool:
-    """True if a backward has to be plain torch: it is differentiated itself, or batched by vmap."""
+    """True if a backward has to run in plain torch, because it is itself differentiated or batched by vmap."""
     return torch.is_grad_enabled() or is_transformed() or is_batched(gradient)
 
 
 def dropout_factors(
     seed: Tensor | None, dropout: Dropout | None, rows: int, width: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """The factors that a layer's Dropout multiplied by, (rows, width), in float32 at least; None without Dropout."""
+    """The mask over 1 - p of a layer's Dropout, (rows, width), in float32 or float64; None without Dropout."""
     if seed is None or dropout is None:
         return None
     ones = seed.new_ones((rows, width), dtype=torch.promote_types(dtype, torch.float32))
@@ -332,12 +334,12 @@ def dropout_factors(
 
 
 def dropped(h: Tensor, factors: Tensor | None) -> Tensor:
-    """h as Dropout leaves it."""
+    """h with Dropout's factors applied, in h's dtype."""
     return h if factors is None else (h * factors).to(h.dtype)
 
 
 def activated(z: Tensor, activation: Activation) -> Tensor:
-    """a(z), differentiable twice: torch differentiates some activations once only."""
+    """a(z), which can be differentiated twice. torch itself can differentiate some activations only once."""
     if activation.reference_backward is None:
         return activation(z)
     with torch.no_grad():
@@ -356,17 +358,17 @@ def differentiable_section(
     needs: Sequence[bool],
     seed: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """`Section.backward` in plain torch, for when its gradients are to be differentiated themselves."""
+    """Compute `Section.backward` in plain torch, so that its gradients can be differentiated."""
     check_unchanged(ctx, parameters, range(len(parameters)), section.layers[0].index)
     specs, first, rows = section.layers, section.layers[0], dy.shape[0]
     factors = [dropout_factors(seed, spec.dropout, rows, spec.width_out, section.dtype) for spec in specs]
-    if edge is None:  # of a single layer, and neither dW nor a derivative is wanted
+    if edge is None:  # the edge of a single layer that needs neither dW nor a derivative was not saved
         edge = dy.new_zeros((rows, first.width_in))
     left = dropout_factors(seed, first.dropout_below, rows, first.width_in, section.dtype)
 
     def output_below(edge: Tensor) -> Tensor:
         if not needs_edge or (first.below is IDENTITY and left is None):
-            return edge  # where nothing below wants a gradient, the edge is h
+            return edge  # if nothing below needs a gradient, the edge is h
         if first.below_keeps_z:
             return dropped(first.below(edge), left)
         output: Tensor = _FromOutput.call(edge, edge.detach(), first.below, left)
@@ -391,16 +393,16 @@ def differentiable_backward(
     factors: Iterable[Tensor | None] = itertools.repeat(None),
     output_below: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and the gradients of W_1 …, b_1 …, by plain torch: for when they are to be differentiated themselves.
+    """dx, and the gradients of W_1 …, b_1 …, in plain torch, so that they can be differentiated.
 
     Args:
-        factors: what each layer's Dropout multiplied by, or None.
-        output_below: what the first layer takes, as a function of x; by default x.
+        factors: for each layer, Dropout's mask over 1 - p; or None.
+        output_below: a function from x to the input of the first layer; by default, the input is x.
     """
     layers = len(activations)
     wanted = [needs_x, *needs]
     with torch.enable_grad():
-        # Views, so that a tensor that stands twice has a gradient for each place.
+        # Views, so that a tensor that is given twice has a gradient for each of its uses.
         given = [each.view_as(each) if want else each for each, want in zip((x, *parameters), wanted)]
         h = (given[0] if output_below is None else output_below(given[0])).to(dtype)
         cast: list[Any] = [None if each is None else each.to(dtype) for each in given[1:]]
@@ -413,9 +415,9 @@ def differentiable_backward(
 
 
 class _FromOutput(PlainFunction):
-    """(z, h) -> h = a(z) as Dropout left it, with the derivative a'(z) that is read off h.
+    """(z, h) -> h, which is a(z) after Dropout. The derivative a'(z) is computed from h.
 
-    `left` is what Dropout has multiplied h by, or None. Where an edge stands for z and is h, both are the edge.
+    `left` are the factors that Dropout has multiplied h by, or None. If the edge is h, it is passed as z too.
     """
 
     @staticmethod

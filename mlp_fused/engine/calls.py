@@ -1,4 +1,4 @@
-"""From a call to the path that runs it, which is decided anew."""
+"""Run a call: find its path, and run that."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .settings import Backend, is_transformed, is_watched
 def run_kernels(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
 ) -> Tensor:
-    """x (..., K) through kernels that compute in `dtype`, with gradients wherever they are wanted."""
+    """Run layers on the kernels, x (..., K) -> y, computing in `dtype`, and record the gradients that are wanted."""
     if is_watched():
         return run_operator(x, layers, dtype, recompute, backend)
     shape = x.shape
-    if x.is_neg():  # a view that negates lazily; kernels read memory as it lies
+    if x.is_neg():  # a lazily negated view; kernels would read the memory without the negation
         x = x.resolve_neg()
     if len(shape) != 2:
         x = x.reshape(-1, shape[-1])
@@ -32,8 +32,9 @@ def run_kernels(
     path = find_path(x, layers, dtype, recompute, backend)
     y: Tensor
     if recompute and isinstance(path, LayerPath) and can_checkpoint(x):
-        # The seed is drawn outside, because the checkpointed function runs twice and has to drop the same elements.
-        # It draws nothing else, so no generator has to be put back, which torch 2.9 cannot do within a graph's capture.
+        # The seed is drawn here, because the checkpointed function runs twice and has to drop the same elements. The
+        # function draws nothing else, so `checkpoint` need not restore a generator (preserve_rng_state), which torch
+        # 2.9 cannot do while a graph is captured.
         seed = draw_seed(x.device) if path.drops else None
         y = checkpoint(run_layers, x, weights, biases, path, seed, use_reentrant=False, preserve_rng_state=False)
     else:
@@ -44,7 +45,7 @@ def run_kernels(
 def run_operator(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
 ) -> Tensor:
-    """The same by a registered operator (ops.py), which is what a compiler or a dispatch mode sees."""
+    """Run layers through the registered operator (ops.py), for compilers and dispatch modes."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y: Tensor
     y, _ = torch.ops.mlp_fused.mlp(
@@ -63,5 +64,5 @@ def run_operator(
 
 
 def can_checkpoint(x: Any) -> bool:
-    """True if gradients are recorded, and torch.utils.checkpoint works: not for torch.func or nested tensors."""
+    """True if gradients are recorded, and neither torch.func nor a nested tensor rules out torch.utils.checkpoint."""
     return torch.is_grad_enabled() and not is_transformed() and not getattr(x, "is_nested", False)

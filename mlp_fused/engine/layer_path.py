@@ -1,9 +1,11 @@
-"""The layer path: the schedules of neighbouring layers, forward and backward, a kernel for each product.
+"""The layer path: the schedules of neighbouring layers, forward and backward, with one kernel for each product.
 
-A section is a range of a network's layers. Within it, one tensor a layer is kept for backward: the pre-activation z, or
-the output h where the derivative can be read off it. What a section hands to the next one is its edge: that same
-tensor, whose gradient by agreement is dz, so that a layer's dgrad ends in the derivative of the layer below, whichever
-section that is in. Users never see an edge.
+A section is a range of a network's layers, and one autograd.Function. It saves one tensor for each of its layers: the
+pre-activation z, or the output h if the derivative can be computed from it.
+
+A section passes the saved tensor of its last layer to the next section. This tensor is called the edge. By convention,
+the gradient of an edge is dz. So dgrad can always apply the derivative of the layer below, also if that layer is in
+another section. Users never see an edge.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ class LayerPath:
     """The layer path for some layers.
 
     Attributes:
-        layers: what they are.
-        dtype: of their products.
-        torch_too: whether a product is left to torch where that is expected to be faster.
-        multiply_adds: of a row.
-        sections: the ranges of layers that have run, by their first layer and their end.
+        layers: the description of each layer.
+        dtype: the dtype of the products.
+        torch_too: True if a product is left to torch where torch is expected to be faster.
+        multiply_adds: the multiply-adds of one row.
+        sections: the sections that have run, by their first layer and their end.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -63,7 +65,7 @@ class LayerPath:
 
     @functools.cached_property
     def drops(self) -> bool:
-        """True if any layer drops."""
+        """True if any layer has active Dropout."""
         return any(layer.dropout for layer in self.layers)
 
     def choose(self, device: Device) -> Choose:
@@ -71,7 +73,7 @@ class LayerPath:
         return functools.partial(choose_tile, device=device, torch_too=self.torch_too)
 
     def section(self, first: int, end: int) -> Section:
-        """The layers from `first` on, up to but not `end`."""
+        """The section of the layers first <= i < end."""
         section = self.sections.get((first, end))
         if section is None:
             section = self.sections[first, end] = Section(self, first, end)
@@ -88,11 +90,11 @@ def layer_path(
     torch_too: bool,
     dropouts: tuple[float, ...],
 ) -> LayerPath:
-    """The one path for such layers.
+    """The layer path for these layers; always the same object for the same arguments.
 
     Args:
-        parameters: each layer's, as `parameters_of` gives them.
-        dropouts: the probability of each layer's Dropout, 0 where it has none.
+        parameters: the dtypes and strides of each layer's parameters, as `parameters_of` gives them.
+        dropouts: for each layer, the probability of its Dropout; 0 if it has none.
     """
     drops = [Dropout(1.0 - p, index) if p else None for index, p in enumerate(dropouts)]
     layers = [
@@ -104,12 +106,12 @@ def layer_path(
     return LayerPath(tuple(layers), dtype, torch_too, sum(map(operator.mul, widths, widths[1:])))
 
 
-# One random seed a call, of all layers that drop.
+# The random seed of a call, for all layers with Dropout. `explain` shows it as a step.
 SEED = Step("seed", "all layers", "all", {}, (), lambda: None, Work(0, SEED_BYTES))
 
 
 def room(rows: int, width: int) -> int:
-    """Elements for (rows, width), so that what follows is aligned as an allocation's beginning is."""
+    """The number of elements of (rows, width), rounded up so that the next tensor in the same buffer is aligned."""
     return -(-rows * width // 64) * 64
 
 
@@ -117,8 +119,8 @@ class Section:
     """A range of a path's layers, with the schedules that were written for it.
 
     Attributes:
-        layers: those layers.
-        is_last: whether the section's output is the network's.
+        layers: the layers of the section.
+        is_last: True if the section's output is the network's output.
     """
 
     def __init__(self, path: LayerPath, first: int, end: int) -> None:
@@ -131,7 +133,7 @@ class Section:
 
     @functools.cached_property
     def strides(self) -> list[tuple[int, ...]]:
-        """The strides of the weights as the kernels read them."""
+        """The strides of the weights that the kernels read, after a cast if there is one."""
         return [
             (spec.width_in, 1) if cast else spec.parameters.weight_stride for spec, cast in zip(self.layers, self.cast)
         ]
@@ -140,28 +142,28 @@ class Section:
 
     @functools.cached_property
     def keeps_output(self) -> bool:
-        """True if backward reads the network's output itself: the last derivative is read off it."""
+        """True if backward reads the network's output, to compute the derivative of the last activation from it."""
         last = self.layers[-1]
         return self.is_last and last.activation is not IDENTITY and not last.keeps_z
 
     @functools.cached_property
     def hands_z(self) -> bool:
-        """True if the edge to the next section is z, beside h."""
+        """True if the edge to the next section is z, a tensor besides h."""
         return not self.is_last and self.layers[-1].keeps_z
 
     def kept(self) -> list[tuple[LayerSpec, bool]]:
-        """The layers that keep a tensor within the section, and whether it is z."""
+        """The layers that save a tensor within the section, with True if that tensor is z, False if it is h."""
         inner = [(spec, spec.keeps_z) for spec in self.layers[:-1]]
         last = self.layers[-1]
         return inner + ([(last, True)] if self.is_last and last.keeps_z else [])
 
     def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
-        """The shapes of what a forward keeps besides x, y and the weights: one tensor or none."""
+        """The shapes of the tensors that a forward saves besides x, y and the weights: one tensor or none."""
         widths = [spec.width_out for spec, _ in self.kept()]
         return [(sum(room(rows, width) for width in widths[:-1]) + rows * widths[-1],)] if widths else []
 
     def _place_kept(self, writer: Writer) -> None:
-        """The parts of "kept", by their names."""
+        """Name the parts of the buffer "kept"."""
         start = 0
         for spec, is_z in self.kept():
             name = f"{'z' if is_z else 'h'}[{spec.index}]"
@@ -180,8 +182,9 @@ class Section:
     ) -> list[Any]:
         """[y, z, kept, casts …] for x of the path's dtype.
 
-        z is the edge where that is z. kept is what backward reads besides x, y and the weights, with `keep`; casts are
-        the weights as the kernels read them, where they are of another dtype. None stands for what there is not.
+        z is given only if it is the edge. With `keep`, kept is the buffer of the tensors that backward reads besides x,
+        y and the weights. casts are the weights in the path's dtype, for those that have another one. Anything that
+        does not exist is None.
         """
         tensors = (x, seed, *weights, *biases)
         pointers, aligned = read(tensors)
@@ -194,7 +197,7 @@ class Section:
         return schedule.run(tensors, pointers)
 
     def write_forward(self, given: Mapping[str, Tensor | None], rows: int, keep: bool, choose: Choose) -> Schedule:
-        """The forward's steps: z = h W^T + b and h = a(z), layer after layer."""
+        """Write the steps of the forward: z = h W^T + b and h = a(z), layer after layer."""
         writer = Writer(given, self.dtype, rows)
         if keep and (shapes := self.kept_shapes(rows)):
             writer.allocate("kept", *shapes[0])
@@ -210,7 +213,7 @@ class Section:
         below = "x"
         for place, (spec, cast) in enumerate(zip(self.layers, casts)):
             h = "y" if spec is last else f"h[{spec.index}]"
-            if writer.has(h) is None:  # layers that are not kept take two places in turn
+            if writer.has(h) is None:  # outputs that are not saved alternate between two buffers
                 writer.share(h, f"h {place % 2}", rows, spec.width_out)
             z = writer.has(f"z[{spec.index}]") if keep else None
             add_forward(spec, writer, below, cast or f"weight[{spec.index}]", h, z, choose)
@@ -231,14 +234,14 @@ class Section:
         needs: Sequence[bool],
         seed: Tensor | None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """dx and the gradients of the weights and then of the biases, those that are needed.
+        """(dx, [dW …, db …]), with None for gradients that are not needed.
 
         Args:
-            dy: the gradient of the network's output; of an inner section, the edge's: dz.
+            dy: the gradient of the network's output. In a section that is not the last, the gradient of its edge: dz.
             x: the edge from below.
-            y: the output, where `keeps_output` says so.
-            kept: as `forward` gave it.
-            weights: of the path's dtype and strides; the first may be None where dx is not needed.
+            y: the output, if `keeps_output` is True.
+            kept: the buffer that `forward` returned.
+            weights: the weights, in the path's dtype and strides. The first may be None if dx is not needed.
         """
         tensors = (dy, x, y, kept, seed, *weights)
         pointers, aligned = read(tensors)
@@ -254,7 +257,7 @@ class Section:
     def write_backward(
         self, given: Mapping[str, Tensor | None], rows: int, needs_x: bool, needs: Sequence[bool], choose: Choose
     ) -> Schedule:
-        """The backward's steps: from dy down, dz of the layer below, then dW and db of the layer itself."""
+        """Write the steps of the backward, from the last layer down: dz of the layer below, then dW and db."""
         writer = Writer(given, self.dtype, rows)
         if self.kept_shapes(rows):
             self._place_kept(writer)
@@ -276,7 +279,7 @@ class Section:
             if needs_x or any(needs[:place]) or any(needs[count : count + place]):
                 if below is None:
                     into = writer.allocate("dx", rows, spec.width_in)
-                else:  # dz takes two places in turn
+                else:  # dz alternates between two buffers
                     into = writer.share(f"dz[{below.index}]", f"dz {below.index % 2}", rows, spec.width_in)
                 saved, rebuilt = None if spec.below is IDENTITY else h, None
                 if needs_weight and spec.below_keeps_z:

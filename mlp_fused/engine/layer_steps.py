@@ -1,7 +1,7 @@
-"""The steps of a layer: forward, dz of its output, dgrad, wgrad; each a kernel, or torch's product and what follows it.
+"""The steps of a layer. A product is one of our kernels, or torch's product followed by a pointwise kernel.
 
 z = h_below W^T + b, h = a(z)                        forward
-dz = dh ⊙ a'(saved)                                  output_gradient, of the network's last layer
+dz = dh ⊙ a'(saved)                                  output_gradient, for the network's last layer
 dz_below = (dz W) ⊙ a_below'(saved_below)            dgrad
 dW = dz^T h_below, db = Σ_rows dz                    wgrad
 """
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class Parameters(NamedTuple):
-    """The dtypes and strides of a layer's parameters: a schedule holds for parameters that lie so in memory."""
+    """The dtypes and strides of a layer's parameters. A schedule is valid only for parameters with these."""
 
     weight: torch.dtype
     weight_stride: tuple[int, ...]
@@ -64,7 +64,7 @@ Choose = Callable[[Problem], tables.Choice]  # a tile for a problem, or torch
 
 
 def choose_tile(problem: Problem, device: Device, torch_too: bool) -> tables.Choice:
-    """The tile for a problem on a device, or torch where that is expected to be faster, if it may be taken."""
+    """The tile for a problem on a device; or torch, with `torch_too`, if torch is expected to be faster."""
     if problem.kind == "output_gradient":
         return tables.Choice(layer_tiles.choose(problem, device), "")
     choice = tables.choice_for(problem, device)
@@ -78,15 +78,15 @@ class LayerSpec:
     """One layer of a path.
 
     Attributes:
-        index: which one, from 0.
-        below: the layer below's activation; the identity for the first layer.
-        activation: its own.
-        dtype: what it computes in.
+        index: the layer's number, from 0.
+        below: the activation of the layer below; the identity for the first layer.
+        activation: the layer's own activation.
+        dtype: the dtype that it computes in.
         precision: torch's setting for fp32.
-        width_in, width_out: how wide.
-        parameters: of which dtypes they are, which their gradients have.
-        dropout: of its output; None where nothing is dropped.
-        dropout_below: of the layer below's.
+        width_in, width_out: its widths.
+        parameters: the dtypes and strides of its parameters. Gradients have the same dtypes.
+        dropout: the Dropout of its output; None where nothing is dropped.
+        dropout_below: the Dropout of the layer below.
     """
 
     index: int
@@ -102,7 +102,7 @@ class LayerSpec:
 
     @functools.cached_property
     def keeps_z(self) -> bool:
-        """True if the pre-activation is kept for backward, rather than the output."""
+        """True if the pre-activation is saved for backward, False if the output is."""
         return keeps_preactivation(self.activation, self.dropout)
 
     @functools.cached_property
@@ -126,13 +126,13 @@ class LayerSpec:
 
 
 def add_cast(spec: LayerSpec, writer: Writer, cast: str) -> None:
-    """A weight as the kernels read it: in the dtype that they compute in."""
+    """Add the cast of a weight to the dtype that the kernels compute in."""
     writer.allocate(cast, spec.width_out, spec.width_in)
     writer.add("cast", spec, {"weight": f"weight[{spec.index}]", "cast": cast}, ("cast",), cast_by_torch)
 
 
 def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z: str | None, choose: Choose) -> None:
-    """h = a(x Wᵀ + b), and z where it is kept: one kernel, or torch's product and a(·) as a kernel."""
+    """Add h = a(x Wᵀ + b), and z where it is saved: one kernel, or torch's product and then a kernel for a(·)."""
     rows, n, k = writer.rows, spec.width_out, spec.width_in
     problem = spec.problem("forward", rows, n, k, writer.are_describable(x, weight, h, z), spec.activation)
     choice = choose(problem)
@@ -155,9 +155,9 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
 def _add_pointwise(
     spec: LayerSpec, writer: Writer, kind: str, operands: Mapping[str, Any], width: int, choose: Choose
 ) -> None:
-    """Add an elementwise kernel: the layer's activation, or a derivative, its own or the one below.
+    """Add an elementwise kernel: the layer's activation, or the derivative of its own activation or of the one below.
 
-    The derivative below follows a product of torch's.
+    `kind` is "activation", "output_gradient", or "derivative" for the one below, which follows torch's product.
     """
     problem = spec.problem("output_gradient", writer.rows, width)
     choice = choose(problem)
@@ -169,7 +169,7 @@ def _add_pointwise(
 
 
 def add_output_gradient(spec: LayerSpec, writer: Writer, dh: str, saved: str | None, dz: str, choose: Choose) -> None:
-    """dz = dh ⊙ a'(saved), through Dropout."""
+    """Add dz = dh ⊙ a'(saved), with the mask of the layer's Dropout."""
     operands = {"dh": dh, "saved": saved, "dz": dz, "h": None}
     _add_pointwise(spec, writer, "output_gradient", operands, spec.width_out, choose)
 
@@ -184,7 +184,10 @@ def add_dgrad(
     rebuilt: str | None,
     choose: Choose,
 ) -> None:
-    """dx = (dz W) ⊙ a_below'(saved), and the layer below's output again: one kernel, or torch's product and one."""
+    """Add dx = (dz W) ⊙ a_below'(saved), and h of the layer below again if `rebuilt` is given.
+
+    It is one kernel, or torch's product and then a kernel for the derivative.
+    """
     rows, n, k = writer.rows, spec.width_out, spec.width_in
     are_describable = writer.are_describable(dz, weight, saved, dx, rebuilt)
     problem = spec.problem("dgrad", rows, k, n, are_describable, spec.below)
@@ -202,12 +205,12 @@ def add_dgrad(
 
 
 def _seed(dropout: Dropout | None) -> dict[str, str]:
-    """The operand of a step that drops."""
+    """The additional operand of a step with Dropout: its seed."""
     return {"seed": "seed"} if dropout else {}
 
 
 def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, db: str | None, choose: Choose) -> None:
-    """dW = dzᵀ h and db = Σ_rows dz: one kernel, and where it splits the rows one that adds its partial sums."""
+    """Add dW = dzᵀ h and db = Σ_rows dz: one kernel, and a second one that adds partial sums if the rows are split."""
     rows, n, k = writer.rows, spec.width_out, spec.width_in if dw else 1
     problem = spec.problem("wgrad", n, k, rows, writer.are_describable(dz, h if dw else None))
     choice = choose(problem)
@@ -219,7 +222,7 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     sums = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
     run = partial(wgrad_products, width_in=k, tile=choice.tile, partial=sums)
     moved = dict(operands)
-    if dw is None:  # the kernel takes a tensor, and does not read it
+    if dw is None:  # the kernel needs a tensor here, but does not read it
         operands["h"] = dz
     if sums.splits == 1:
         return add(operands, ("dw", "db"), run)
@@ -240,7 +243,7 @@ def add_sums(
     sums: Partial,
     starts: Sequence[int] | None = None,
 ) -> None:
-    """Add partial sums of gradients, in a fixed order. The step that makes them counts the gradients' bytes."""
+    """Add the step that adds partial sums of gradients. The bytes of the gradients count in the step before it."""
     operands, moved = {"partial": whole, "sums": totals}, {"partial": whole}
     run, choice = partial(sum_partials, starts=starts), tables.Choice(sum_tile(sums.splits, sums.columns), "")
     writer.add("sum_partials", layers, operands, ("sums",), run, choice=choice, moved=moved)
@@ -249,11 +252,11 @@ def add_sums(
 def product_schedule(
     kind: str, tensors: Sequence[Any], activation: Activation, precision: str, choose: Choose
 ) -> Schedule:
-    """One product over tensors that are all given: for measuring it.
+    """The schedule of a single product, to measure it. All its tensors are given.
 
     Args:
-        tensors: forward: x, W, b, h, z; dgrad: dz, W, saved, dx, h; wgrad: dz, h, dW, db. The last of each may be None.
-        activation: the layer's own in a forward, the one below in a dgrad.
+        tensors: forward: x, W, b, h, z; dgrad: dz, W, saved, dx, h; wgrad: dz, h, dW, db. z, h and db may be None.
+        activation: in a forward the layer's own; in a dgrad that of the layer below.
     """
     a, b, c, d, e = (*tensors, None)[:5]
     rows, dtype = a.shape[0], a.dtype

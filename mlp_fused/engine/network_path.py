@@ -26,20 +26,21 @@ from .torch_products import zeros_by_torch
 
 __all__ = ["Formulation", "NetworkPath"]
 
-# How the network path trains. recompute: one backward kernel runs the forward again. stored: the forward keeps one
-# tensor of each hidden layer. replay: x alone is kept, and backward begins with the forward that stores.
+# The way the network path trains. recompute: one backward kernel runs the forward again. stored: the forward saves one
+# tensor for each hidden layer. replay: only x is saved, and backward begins with the forward that stores.
 Formulation = Literal["recompute", "stored", "replay"]
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkPath:
-    """The network path for some layers on a device: its tiles, and how it trains, with the reason.
+    """The network path for some layers on a device: its tiles and its formulation of training, with the reason.
 
     Attributes:
-        formulation: how it trains; None for inference only.
-        backward_tile: of the backward in one pass, or of the kernel that takes dz down the layers.
-        groups: the layers (low, high) of each launch of one pass over stored tensors, the highest first; without any,
-            one launch takes dz down the layers and another one sums the weight gradients.
+        formulation: the way it trains; None for inference only.
+        reason: the reason for the formulation.
+        backward_tile: the tile of the backward in one pass, or of network_dgrad.
+        groups: for the one pass over stored tensors, the layers (low, high) of each launch, the highest first. If it is
+            empty, network_dgrad and network_wgrad run instead.
     """
 
     network: Network
@@ -73,16 +74,16 @@ class NetworkPath:
 
     @property
     def stores(self) -> bool:
-        """True if the forward keeps more than x."""
+        """True if the forward saves more than x."""
         return self.formulation == "stored"
 
     @property
     def keeps_output(self) -> bool:
-        """True if backward reads the network's output itself."""
+        """True if backward reads the network's output, to compute the last derivative from it."""
         return self.stores and self.network.activates_output and not self.network.keeps_z[-1]
 
     def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
-        """The shapes of what a forward keeps besides x and y, all of the network's dtype."""
+        """The shapes of the tensors that a forward saves besides x and y, all in the network's dtype."""
         net = self.network
         if not self.stores:
             return []
@@ -95,7 +96,7 @@ class NetworkPath:
         return [each[:2] for each in self.network.strides] + [each[2:] for each in self.network.strides]
 
     def parameters_read(self, needs_x: bool) -> range:
-        """The parameters that a backward reads, by their places: the weights, then the biases."""
+        """The indices of the parameters that a backward reads, in the list of weights and then biases."""
         layers = self.network.layers
         return range(0 if needs_x else 1, layers) if self.stores else range(2 * layers)
 
@@ -104,7 +105,7 @@ class NetworkPath:
     def forward(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], keep: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """y, and with `keep` what is kept of the hidden layers and the last pre-activation, None where there is not."""
+        """(y, []), or with `keep` (y, [saved tensors of the hidden layers or None, last pre-activation or None])."""
         tensors = (x, *weights, *biases)
         pointers, aligned = read(tensors)
         key = (keep, aligned, x.shape, x.stride(), x.dtype, x.get_device())
@@ -116,13 +117,13 @@ class NetworkPath:
         return y, kept
 
     def write_forward(self, given: Mapping[str, Tensor | None], rows: int, keep: bool) -> Schedule:
-        """One step: all layers."""
+        """Write the single step of the forward, which computes all layers."""
         writer = Writer(given, self.dtype, rows)
         kept, z = self._add_forward(writer, "network forward", keep)
         return writer.finish("y", *((kept, z) if keep else ()))
 
     def _add_forward(self, writer: Writer, kind: str, keep: bool) -> tuple[str | None, str | None]:
-        """All layers, and with `keep` what is kept: of the hidden layers, and the last pre-activation."""
+        """Add the forward. Returns the names of the hidden layers' saved tensors and of the last pre-activation."""
         net, rows, tile = self.network, writer.rows, self.forward_tile
         y = writer.allocate("y", rows, net.widths[-1])
         kept = writer.allocate("kept", rows * net.starts[-1]) if keep and net.layers > 1 else None
@@ -146,11 +147,12 @@ class NetworkPath:
         needs_x: bool,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """dx, and the gradients of the weights and then of the biases, those that are needed.
+        """(dx, [dW …, db …]), with None for gradients that are not needed.
 
         Args:
-            kept: of the hidden layers, and `own` of the last one, z or y: where the forward stores them.
-            parameters: the weights, then the biases, as the user has them.
+            kept: the saved tensors of the hidden layers, if the forward stores them.
+            own: the saved tensor of the last layer, z or y, if the forward stores it.
+            parameters: the user's weights, then the biases.
         """
         tensors = (dy, x, kept, own, *parameters)
         pointers, aligned = read(tensors)
@@ -166,7 +168,7 @@ class NetworkPath:
     def write_backward(
         self, given: Mapping[str, Tensor | None], rows: int, needs_x: bool, needs: Sequence[bool]
     ) -> Schedule:
-        """One pass, or a step for every dz and one for all dW and db. The last step adds partial sums."""
+        """Write the backward: one pass; or a step for every dz and one for all dW and db. A last step adds the sums."""
         writer = Writer(given, self.dtype, rows)
         net, layers = self.network, self.network.layers
         wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
@@ -200,7 +202,7 @@ class NetworkPath:
         return writer.finish(dx, *gradients)
 
     def _add_recompute(self, writer: Writer, dx: str | None, totals: tuple[str, ...], wanted: Gradients) -> None:
-        """One kernel: the forward again, dz down the layers, and every sum."""
+        """Add one kernel that recomputes the forward and computes every dz, dW and db, and the step that adds sums."""
         net, tile, rows = self.network, self.backward_tile, writer.rows
         assert tile is not None
         run = partial(network_one_pass, network=net, gradients=wanted, tile=tile)
@@ -221,7 +223,7 @@ class NetworkPath:
         totals: tuple[str, ...],
         wanted: Gradients,
     ) -> None:
-        """One kernel for dz and every sum, launched for each group of layers."""
+        """Add one launch for each group of layers, which computes dz, dW and db; and the step that adds the sums."""
         net, rows, tile, lowest = self.network, writer.rows, self.backward_tile, wanted.lowest
         assert tile is not None
         groups = [(max(low, lowest), high) for low, high in self.groups if high > lowest]
@@ -233,7 +235,7 @@ class NetworkPath:
         weights = self._parameters(writer)[0]
 
         def hidden(whole: str | None, layer: int) -> str:
-            """A layer's part of what is kept, or of dz."""
+            """The name of a layer's part of the saved tensors, or of dz."""
             assert whole is not None
             width = net.widths[layer + 1]
             return writer.part(f"{whole}[{layer}]", whole, rows * net.starts[layer], rows, width)
@@ -268,7 +270,7 @@ class NetworkPath:
         totals: tuple[str, ...],
         wanted: Gradients,
     ) -> None:
-        """One kernel for every dz, and one for every sum."""
+        """Add one kernel for every dz, one for every dW and db, and the step that adds the sums."""
         net, rows, tile = self.network, writer.rows, self.backward_tile
         dz = writer.allocate("dz", rows * net.starts[-1]) if kept else None
         last = writer.allocate("last", rows, net.widths[-1]) if own else None
@@ -314,7 +316,7 @@ class NetworkPath:
         totals: tuple[str, ...],
         sums: Partial,
     ) -> None:
-        """A kernel that writes partial sums, and one that adds them."""
+        """Add a kernel that writes partial sums, and the one that adds them."""
         whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
         moved = {**operands, "partial": totals}
         self._add(writer, kind, {**operands, "partial": whole}, ("dx", "partial"), run, tile, flops, moved)
@@ -340,7 +342,7 @@ class NetworkPath:
         return sum(2 * rows * n * k for k, n in list(itertools.pairwise(self.network.widths))[start:end])
 
     def _chain_flops(self, rows: int, wanted: Gradients, dx: str | None) -> int:
-        """FLOPs of dz from the output down to the lowest layer that a gradient is wanted of, and of dx."""
+        """FLOPs of every dz, from the output down to the lowest layer that needs a gradient, and of dx."""
         return self._flops(rows, wanted.lowest + 1) + (self._flops(rows, 0, 1) if dx else 0)
 
     def _sum_flops(self, rows: int, wanted: Gradients) -> int:

@@ -1,11 +1,10 @@
-"""The layers as registered operators: for torch.compile, torch.export, and whatever watches torch's dispatcher.
+"""The layers as registered operators, for torch.compile, torch.export and dispatch modes.
 
-    mlp_fused::mlp           x, weights, biases -> y, and what is kept for backward
-    mlp_fused::mlp_backward  dy, x, y, what is kept, weights, biases -> the gradients that are needed
+    mlp_fused::mlp           x, weights, biases -> y, saved tensors
+    mlp_fused::mlp_backward  dy, x, y, saved tensors, weights, biases -> the gradients that are needed
 
-`functional.run_operator` calls them. Eager calls do not come here, as the dispatcher would cost each of them
-microseconds. By which path an operator runs, and what it keeps, depends on everything but the number of rows, which may
-be symbolic.
+`calls.run_operator` calls them. Eager calls do not come here, because the dispatcher would add microseconds to each.
+The path of an operator and its saved tensors do not depend on the number of rows, which may be symbolic.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _library.define(
 class _Settings(NamedTuple):
     """The arguments of both operators after their tensors, as in `_SETTINGS`."""
 
-    biased: Sequence[bool]  # of each layer: whether it has a bias; only these are given
+    biased: Sequence[bool]  # for each layer: True if it has a bias; only existing biases are passed
     activations: Sequence[str]
     dtype: torch.dtype
     precision: str
@@ -56,7 +55,7 @@ class _Settings(NamedTuple):
         return path.section(0, len(layers)) if isinstance(path, LayerPath) else path
 
     def of_all(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
-        """One for each layer, None where it has no bias. (In a list with None, torch gives no tensor a gradient.)"""
+        """A bias or None for each layer. (Operators take no None: in a list with None, no tensor gets a gradient.)"""
         given = iter(biases)
         return [next(given) if each else None for each in self.biased]
 
@@ -66,7 +65,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
     call = _Settings(*of_both)
     dtype, all_biases = call.dtype, call.of_all(biases)
     reason = why_device(x.device, call.backend)
-    if reason is not None and not keep:  # exported on a GPU, and loaded where there is none
+    if reason is not None and not keep:  # a program that was exported on a GPU runs without one
         return _mlp_by_torch(call, x, weights, all_biases), []
     if reason is not None:
         raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
@@ -81,7 +80,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
 
 
 def _mlp_by_torch(call: _Settings, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """y in plain torch, computed in the operator's dtype."""
+    """y, computed in plain torch and in the operator's dtype."""
     cast_biases = [None if bias is None else bias.to(call.dtype) for bias in biases]
     cast_weights = [weight.to(call.dtype) for weight in weights]
     return reference.mlp(x.to(call.dtype), cast_weights, cast_biases, list(map(parse, call.activations)))
@@ -90,12 +89,14 @@ def _mlp_by_torch(call: _Settings, x: Tensor, weights: Sequence[Tensor], biases:
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The operator `mlp_fused::mlp` as torch's Linear and activation, for `ExportedProgram.run_decompositions`.
 
-    A program that was exported on a GPU holds this operator. Tools that translate or quantise programs know torch's:
+    A program that was exported on a GPU contains this operator. Tools that translate or quantise programs only know
+    torch's own operators:
 
         program = program.run_decompositions(mlp_fused.decompositions())  # aten.linear, aten.relu, …
         program = program.run_decompositions(mlp_fused.decompositions(), …)
 
-    The numbers are plain torch's. A program for training, whose backward is the operator's own, stays as it is.
+    The results are those of plain torch. A program for training is not changed: its backward is an operator of this
+    package too.
     """
     return {torch.ops.mlp_fused.mlp.default: _decompose}
 
@@ -111,7 +112,7 @@ def _decompose(
 
 
 class _NamesFunctions(TorchFunctionMode):
-    """A mode that writes each function's name into the graph, where quantisers look for Linears and activations."""
+    """A function mode that writes the name of each function into the graph, for quantisers to find Linears by."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -124,13 +125,13 @@ class _NamesFunctions(TorchFunctionMode):
 
 
 def _of_all_needs(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:
-    """The needs of x, every weight and every layer's bias, where `needs` has only biases that there are."""
+    """The needs of x, of every weight and of every layer's bias. `needs` has only the biases that exist."""
     of_biases = iter(needs[1 + len(biased) :])
     return [*needs[: 1 + len(biased)], *(each and next(of_biases) for each in biased)]
 
 
 def _plain(tensors: Sequence[Any]) -> list[Any]:
-    """Without lazy negation: kernels read memory as it lies."""
+    """The tensors without lazy negation, which kernels would not see."""
     return [each if each is None else each.resolve_neg() for each in tensors]
 
 
@@ -224,7 +225,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
 
 
 def _parted(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Lists of those sizes, one after the other."""
+    """`items` split into consecutive lists of these sizes."""
     left = iter(items)
     return [list(itertools.islice(left, size)) for size in sizes]
 
@@ -247,8 +248,8 @@ torch.library.register_autograd("mlp_fused::mlp_backward", _refuse, lib=_library
 def _flop_formula(operator: Any) -> Callable[[Any], Any]:
     """Register the decorated function as torch's formula for the FLOPs of an operator.
 
-    torch's module imports Triton. It prints a line where there is none, and fails where a broken one raises anything
-    but ImportError: then nothing can count FLOPs, and there is nothing to register.
+    torch's module imports Triton. Without Triton it logs a line, which is silenced here. If a broken Triton raises
+    anything but ImportError, the import fails. Then nothing can count FLOPs, and nothing is registered.
     """
     logger = logging.getLogger("torch.utils.flop_counter")
     level = logger.level
@@ -264,7 +265,7 @@ def _flop_formula(operator: Any) -> Callable[[Any], Any]:
 
 @_flop_formula(torch.ops.mlp_fused.mlp)
 def _mlp_flops(x: tuple[int, ...], weights: list[tuple[int, ...]], *settings: Any, **others: Any) -> int:
-    """2 M N K a layer, as torch counts a Linear."""
+    """2 M N K for each layer, as torch counts a Linear."""
     return sum(2 * x[0] * n * k for n, k in weights)
 
 
@@ -272,7 +273,7 @@ def _mlp_flops(x: tuple[int, ...], weights: list[tuple[int, ...]], *settings: An
 def _mlp_backward_flops(
     dy: tuple[int, ...], x: Any, y: Any, kept: Any, weights: list[tuple[int, ...]], *settings: Any, **others: Any
 ) -> int:
-    """2 M N K for each weight's gradient, and for each layer through which one goes further down."""
+    """2 M N K for each weight's gradient, and for each layer whose input needs a gradient."""
     _, biased, *_, needs = settings
     layers, needs = len(weights), _of_all_needs(needs, biased)
     flops = 0

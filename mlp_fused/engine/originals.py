@@ -1,8 +1,8 @@
-"""Is the code that a kernel stands for still torch's own?
+"""Checks that the code that a kernel replaces is still torch's own.
 
-A kernel computes what torch's classes and functions compute. Anybody may replace those at any time: a method on a class
-(`nn.Linear.forward`, `nn.Module.__call__`), a function in a module (`torch.nn.functional.linear`), everything under a
-TorchFunctionMode. Layers for which that has happened run as modules, where the replacement takes effect.
+A kernel computes the same as torch's classes and functions. Users may replace those at any time: a method on a class
+(`nn.Linear.forward`, `nn.Module.__call__`), a function in a module (`torch.nn.functional.linear`), or everything under
+a TorchFunctionMode. Layers that would call a replacement run as modules, so that it takes effect.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ __all__ = [
     "why_replaced",
 ]
 
-# Torch's classes, also where their names in torch.nn are given to something else later.
+# Torch's own classes, taken at import, in case somebody assigns another class to their names in torch.nn later.
 Dropout, Identity, Linear, Sequential = nn.Dropout, nn.Identity, nn.Linear, nn.Sequential
-# Torch's functions that their calls look up.
+# The names of torch's functions that calls of these classes look up.
 LINEAR, ADDMM, DROPOUT = "torch.nn.functional.linear", "torch.addmm", "torch.nn.functional.dropout"
 
 # The methods that a call of a module goes through before its forward, and the classes that define them.
@@ -55,18 +55,19 @@ METHODS: dict[str, type] = {
 }
 PARAMETERS = ("weight", "bias")  # a class that has one hides the parameter of that name
 ALIASES = {"__call__": "_wrapped_call_impl"}  # nn.Module's function is defined under this name
-# The libraries whose classes are compared with their files. Other classes count as original as they are first seen.
+# The libraries whose classes are compared with the files that define them. Other classes count as original when they
+# are first seen.
 LIBRARIES = ("torch", "mlp_fused", "timm", "transformers")
-# Torch's own tracers, whose function modes and methods record a call and change nothing in it.
+# Torch's own tracers. Their function modes and methods only record a call.
 TRACERS = ("torch._dynamo.", "torch._export.", "torch.export.", "torch.fx.")
 
 _read = operator.attrgetter(*METHODS, "forward")
 
 
 def why_changed(kind: type, known: type) -> str | None:
-    """The reason why a call of class `kind` is not what class `known` of a library computes; None where it is.
+    """The reason why calling a `kind` need not compute the same as the library's class `known`; None if it does.
 
-    Every method is looked up along the classes that `kind` derives from.
+    Every method is looked up in the classes that `kind` derives from.
     """
     code = (*_read(kind), torch.compiler.is_compiling())
     before, reason = _CHANGED.get(kind, (None, None))
@@ -76,8 +77,10 @@ def why_changed(kind: type, known: type) -> str | None:
     return reason
 
 
-_CHANGED: dict[type, tuple[tuple[Any, ...] | None, str | None]] = {}  # the last answer, and the code that it is about
-_FIRST: dict[tuple[type, str], Any] = {}  # the methods that classes of other libraries had at first
+_CHANGED: dict[
+    type, tuple[tuple[Any, ...] | None, str | None]
+] = {}  # for each class, the last answer and the code that it is valid for
+_FIRST: dict[tuple[type, str], Any] = {}  # the methods of other libraries' classes, as they were first seen
 
 
 def _why_changed(kind: type, known: type) -> str | None:
@@ -93,13 +96,13 @@ def _why_changed(kind: type, known: type) -> str | None:
 
 
 def why_method_changed(kind: type, name: str) -> str | None:
-    """The reason why a method is not the one that the file of its class defines; None where it is."""
+    """The reason why a method is not the one that the file of its class defines; None if it is."""
     owner, method = _owner(kind, name), getattr(kind, name)
     return None if _is_own(method, owner, name) else f"{owner.__name__}.{name} was replaced by {_place(method)}"
 
 
 def why_hidden(kind: type) -> str | None:
-    """The reason why a class does not compute with the parameters in its instances; None where it does."""
+    """The reason why a class does not compute with the parameters of its instances; None if it does."""
     for name in PARAMETERS:
         if hasattr(kind, name):
             return f"{_owner(kind, name).__name__} has a {name} of its own"
@@ -107,7 +110,7 @@ def why_hidden(kind: type) -> str | None:
 
 
 def why_replaced(functions: tuple[str, ...], activation: str = "") -> str | None:
-    """The reason why one of these functions, or of those that an activation calls, is not torch's own; or None."""
+    """The name and place of the replacement, if one of these functions or of an activation's is replaced; else None."""
     for name in (*functions, *functions_called(activation)):
         function = look_up(name)
         if function is not _OWN.get(name):
@@ -117,11 +120,11 @@ def why_replaced(functions: tuple[str, ...], activation: str = "") -> str | None
     return None
 
 
-_OWN: dict[str, Any] = {}  # functions that were found to be torch's own
+_OWN: dict[str, Any] = {}  # functions that were checked and are torch's own
 
 
 def why_mode() -> str | None:
-    """The reason why torch's functions may do something else now: a TorchFunctionMode that is active; None for none.
+    """A sentence that names an active TorchFunctionMode, which may change torch's functions; None without one.
 
     Torch's device mode and its tracers do not count.
     """
@@ -137,7 +140,7 @@ constant_to_compilers(why_replaced)
 
 
 def _owner(kind: type, name: str) -> type:
-    """The class that defines a method, among those that `kind` derives from."""
+    """The class that defines a method: `kind` or one of its base classes."""
     return next(base for base in kind.__mro__ if name in vars(base))
 
 
@@ -151,13 +154,13 @@ def _is_own(method: Any, owner: type, name: str) -> bool:
 
 
 def _is_tracers(method: Any) -> bool:
-    """True if a method is one that torch's tracers put in the place of nn.Module's while they follow a call."""
+    """True if a method is one with which torch's tracers replace nn.Module's while they trace a call."""
     path = _path(method).replace("/", ".")
     return any(f".{tracer}" in path for tracer in TRACERS)
 
 
 def _is_of_library(kind: type) -> bool:
-    """True if a class is one of `LIBRARIES`' own, found in its module under its name."""
+    """True if a class belongs to one of `LIBRARIES`, and is still in its module under its name."""
     module, name = kind.__module__, kind.__qualname__
     return module.partition(".")[0] in LIBRARIES and getattr(sys.modules.get(module), name, None) is kind
 
@@ -172,42 +175,42 @@ def _is_torchs(function: Any, name: str) -> bool:
 
 
 def _is_of_file(function: Any, module: str, qualname: str) -> bool:
-    """True if a function is written in a module's own file under that name. A wrapper around it is not."""
+    """True if a function is defined in a module's own file under that name; False for a wrapper around it."""
     if not isinstance(function, FunctionType) or (function.__module__, function.__qualname__) != (module, qualname):
         return False
     return _path(function).removesuffix("/__init__").endswith("/" + module.replace(".", "/"))
 
 
 def _path(function: Any) -> str:
-    """The file that a function is written in, without its suffix; "" where none is known."""
+    """The file that defines a function, without its suffix; "" if it is unknown."""
     code = getattr(function, "__code__", None)
     return "/" + os.path.splitext(code.co_filename.replace(os.sep, "/"))[0] if code else ""
 
 
 def _place(function: Any) -> str:
-    """A function and where it is written, for sentences."""
+    """A function's name, with its file and line, for error messages."""
     code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(function).__name__)
     return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})" if code else f"{function.__module__}.{name}"
 
 
 class Absent:
-    """A last base class, so that looking up a parameter finds nothing instead of failing."""
+    """The last base class of `_joint`: looking up a parameter's name gives None instead of an AttributeError."""
 
     weight = bias = None
 
 
 @functools.lru_cache(maxsize=256)
 def _joint(kinds: tuple[type, ...]) -> type:
-    """A class derived from all of these, along which a method that any of them has got is found by one look-up.
+    """A class derived from all of these. One look-up on it finds a method that was added to any of them.
 
-    Their own forwards are those of its attributes `kind0`, `kind1` …
+    Its attributes `kind0`, `kind1` … are the classes themselves, whose forwards are read from there.
     """
     return type("Joint", (*kinds, nn.Module, Absent), {f"kind{index}": kind for index, kind in enumerate(kinds)})
 
 
 class Code:
-    """The methods and functions that calls of some classes come down to: `now` reads them, in 0.3 µs."""
+    """The methods and functions that calls of some classes run. `now` reads them, in 0.3 µs."""
 
     def __init__(self, kinds: Iterable[type], functions: Iterable[str]) -> None:
         kinds = sorted(set(kinds), key=lambda kind: (-len(kind.__mro__), kind.__qualname__))
@@ -224,7 +227,7 @@ class Code:
         self._read_torch = operator.itemgetter(*(own_names["torch"] or ["addmm"]))
 
     def now(self) -> tuple[Any, ...]:
-        """All of them, to be compared with what they were before."""
+        """All these methods and functions as they are now, to compare with an earlier result."""
         return (
             self._read_joint(self._joint),
             self._read_functional(F.__dict__),
@@ -233,14 +236,14 @@ class Code:
         )
 
 
-# Of a call of nn.Dropout, as they were at import, or nothing where they were not torch's own.
+# The methods and the function that a call of nn.Dropout runs, read at import; None if they were not torch's own then.
 _DROPOUT = (
     (_read(Dropout), look_up(DROPOUT)) if not (why_changed(Dropout, Dropout) or why_replaced((DROPOUT,))) else None
 )
 
 
 def is_dropout_torchs() -> bool:
-    """True if a call of nn.Dropout does what torch's own code does, so that one with p = 0 may be left out."""
+    """True if a call of nn.Dropout runs torch's own code, so that one with p = 0 may be skipped."""
     return (_read(Dropout), F.dropout) == _DROPOUT
 
 

@@ -1,4 +1,4 @@
-"""The path that runs for a problem, and the reason."""
+"""Decide which path a call takes, and why."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ logger = logging.getLogger("mlp_fused")
 
 AS_MEASURED = "faster as measured on this device"
 SLOW_NETWORK = "one kernel for a float32 network was slower than torch where measured"
-OLDEST_CAPABILITY = 80  # compute capability 8.0, the oldest that the kernels are compiled and tested for
+OLDEST_CAPABILITY = 80  # 8.0 is the oldest compute capability that the kernels are compiled and tested for
 
 
 def _why_device_cannot(kind: str, index: int) -> str | None:
     return _why_device_of_index_cannot(kind, index)
 
 
-constant_to_compilers(_why_device_cannot)  # they would look through a cache, and into the driver
+constant_to_compilers(_why_device_cannot)  # otherwise compilers trace through the cache and into the driver
 
 
 @functools.lru_cache(maxsize=64)
@@ -87,14 +87,14 @@ def why_reference(
     recompute: bool | None = None,
     changed: str | None = None,
 ) -> str | None:
-    """The reason for which these layers run as plain torch; None where the kernels take them.
+    """The reason why these layers run as plain torch; None if the kernels run them.
 
     Args:
-        x: the input, checked already.
-        dtype: what the products are computed in (autocast's where it is on).
-        backend: the user's wish; "auto" is MLP_FUSED_BACKEND's where that is set.
-        recompute: the user's wish.
-        changed: the reason why the functions that the kernels stand for are not torch's own, if they are not.
+        x: the input, already checked.
+        dtype: the dtype of the products (autocast's, if that is on).
+        backend: the user's choice; "auto" means MLP_FUSED_BACKEND if that is set.
+        recompute: the user's choice.
+        changed: the reason why the functions that the kernels replace are not torch's own; None if they are.
 
     Raises:
         RuntimeError: the backend is "triton" and the kernels cannot run.
@@ -126,9 +126,9 @@ def why_reference(
 def why_not(
     layers: Sequence[Layer], dtype: torch.dtype, device: torch.device, backend: Backend, planned: bool
 ) -> str | None:
-    """The reason for which layers would not run on kernels, as far as it shows without an input, or None.
+    """The reason why layers would not run on kernels, as far as it can be known without an input; or None.
 
-    `planned`: the device is one that is only thought of.
+    `planned` is True if the device is only described, and need not exist on this machine.
     """
     if backend == "auto":
         backend = DEFAULT_BACKEND
@@ -154,10 +154,10 @@ def why_torch(
     recompute: bool | None,
     device: devices.Device,
 ) -> str | None:
-    """The reason to run a network in plain torch that kernels could take: torch was faster; None where it was not.
+    """The reason to run plain torch although the kernels could run: torch was measured to be faster. None otherwise.
 
-    What was measured holds where the user leaves both the backend and `recompute` open. It does not depend on the rows
-    of a batch (see `network_path`).
+    The measurement is used if the user chose neither the backend nor `recompute`. It does not depend on the batch size
+    (see `network_path`).
     """
     if recompute is not None:
         return None
@@ -174,7 +174,7 @@ def _why_torch_here(
     precision: str,
     training: bool,
 ) -> str | None:
-    """`why_torch` of a device of torch's, by values that a compiler takes as constants."""
+    """Call `why_torch` for a torch device. All arguments are values that a compiler can treat as constants."""
     if not _has_measured_networks(kind, index):
         return None
     of_specs = tuple(map(parse, activations))
@@ -186,7 +186,7 @@ constant_to_compilers(_why_torch_here)
 
 @functools.lru_cache(maxsize=64)
 def _has_measured_networks(kind: str, index: int) -> bool:
-    """True if a device's tables have networks at all: where they have none, a call has no microseconds to spare."""
+    """True if a device's tables have any networks. If not, every call saves the microseconds of a look-up."""
     return any(table.networks for table in tables.measured(devices.describe(kind, index)))
 
 
@@ -198,7 +198,7 @@ def _measured_path(
     training: bool,
     device: devices.Device,
 ) -> str | None:
-    """The path that was fastest as measured. A row has one activation after hidden layers, and any at the output."""
+    """The path that was measured to be fastest. A row has one activation for all hidden layers, any for the output."""
     names = {activation.name for activation in activations[:-1] or activations}
     if len(names) > 1:
         return None
@@ -206,9 +206,9 @@ def _measured_path(
 
 
 def forget_tables() -> None:
-    """Decide by the measured tables as they are on disk now: for after one was written.
+    """Read the measured tables from disk again, after one was written.
 
-    A model that has run already goes on as it did, until something else about its calls changes.
+    A model that has already run continues as before, until something else about its calls changes.
     """
     tables.forget()
     for cache in (_has_measured_networks, network_path, layer_path):
@@ -217,7 +217,7 @@ def forget_tables() -> None:
 
 @contextlib.contextmanager
 def decided_by(table: table_files.Table) -> Iterator[None]:
-    """Within the block, decide by a table before those on disk."""
+    """Within the block, this table takes precedence over those on disk."""
     with tables.asked_first(table):
         forget_tables()
         yield
@@ -248,7 +248,7 @@ def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, bac
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """True if a tensor is torch's own; while a compiler or a mode watches, one of those that stand in for them."""
+    """True if a tensor is no subclass. Under a compiler or a dispatch mode, torch's stand-ins count as plain too."""
     kind = type(tensor)
     return kind in (Tensor, nn.Parameter) or (is_watched() and kind.__name__ in STAND_INS)
 
@@ -257,7 +257,7 @@ STAND_INS = ("FakeTensor", "FunctionalTensor")
 
 
 def why_device(device: torch.device, backend: Backend) -> str | None:
-    """The reason for which no kernel runs there; None where kernels do."""
+    """The reason why no kernel runs on a device; None if kernels do."""
     if device.type != "cpu":
         return _why_device_cannot(device.type, device.index or 0)
     if (DEFAULT_BACKEND if backend == "auto" else backend) != "triton":
@@ -283,7 +283,7 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
         if 0 in weight.shape:
             return "a width is zero"
         if torch.compiler.is_compiling():
-            continue  # the operator makes tensors plain itself
+            continue  # the operator resolves lazy negation itself
         if weight.is_neg() or (bias is not None and bias.is_neg()):
             return "a parameter is negated lazily (resolve_neg() makes it plain)"
     return None
@@ -291,7 +291,7 @@ def _why_layers(layers: Sequence[Layer], dtype: torch.dtype, device: torch.devic
 
 @functools.cache
 def log_once(reason: str) -> None:
-    """Log a reason for which plain torch runs, the first time that it is one."""
+    """Log the reason why plain torch runs, once for each reason."""
     logger.info("plain torch runs instead of the kernels: %s", reason)
 
 
@@ -312,20 +312,21 @@ def network_path(
 ) -> NetworkPath | str:
     """The network path for these layers, or the reason why they take the layer path.
 
-    The rule for training: where one pass over a tile fits in registers (`network_tiles.network_tile`), the backward
-    recomputes, as storing moves two more tensors of each hidden layer, or five where not even one pass over what is
-    stored fits (written; read for dz and for dW; dz written and read). A measured table overrules it, and the user
-    overrules both. The choice does not depend on the rows of a batch, so that batches of every size take one path: it
-    is that of the largest batch measured.
+    The rule for training: if one pass over a tile fits in registers (`network_tiles.network_tile`), the backward
+    recomputes the hidden layers. Storing them moves two more tensors for each hidden layer, or five if not even one
+    pass over the stored tensors fits: the saved tensor is written, read for dz and read for dW; dz is written and read.
+
+    A measured table overrules this rule, and the user overrules both. The choice does not depend on the batch size, so
+    that batches of every size take the same path. A table decides by the largest batch that was measured.
 
     Args:
-        widths: of the input to the output.
-        strides: of each layer: the weight's two and the bias's.
-        recompute: the user's wish: True keeps x alone, False keeps a tensor of each hidden layer, None leaves it open.
-        input_size: bytes of an element of the input, where it is wider than `dtype`'s (under autocast).
-        drops: whether Dropout that drops follows a layer.
-        torch_too: whether the network is left to the layer path, which may run torch's products, where that is faster.
-        parameters: how they lie in memory; each has a path of its own, with its schedules.
+        widths: the widths from the input to the output.
+        strides: for each layer, the weight's two strides and the bias's.
+        recompute: the user's choice: True saves only x, False saves a tensor for each hidden layer, None is no choice.
+        input_size: bytes of an element of the input, if it has more than `dtype` (under autocast).
+        drops: True if an active Dropout follows a layer.
+        torch_too: True if the layer path, which may run torch's products, is taken where that is faster.
+        parameters: the dtypes and strides of the parameters. Others get another path, with its own schedules.
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
@@ -385,20 +386,20 @@ def find_path(
     precision: str | None = None,
     training: bool | None = None,
 ) -> NetworkPath | LayerPath:
-    """The path that these layers take; `precision` and `training` are torch's setting and state unless given."""
+    """The path of these layers. By default, `precision` and `training` are taken from torch's present state."""
     path = find_network(x, layers, dtype, recompute, precision, training, leaves_to_torch(backend))
     return path if isinstance(path, NetworkPath) else find_layers(x, layers, dtype, backend, precision)
 
 
 def leaves_to_torch(backend: Backend) -> bool:
-    """True if torch runs the products that it is expected to run faster: unless the user asks for kernels."""
+    """True if torch may run the products that it is expected to run faster: the backend is not "triton"."""
     return (DEFAULT_BACKEND if backend == "auto" else backend) != "triton"
 
 
 def find_layers(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend, precision: str | None = None
 ) -> LayerPath:
-    """The layer path for these layers; with the backend "triton" no product of it is torch's."""
+    """The layer path for these layers. With the backend "triton", it leaves no product to torch."""
     return layer_path(
         _widths(x, layers),
         tuple(layer.activation for layer in layers),
@@ -421,7 +422,7 @@ def find_network(
 ) -> NetworkPath | str:
     """The network path for these layers, or the reason why they take the layer path.
 
-    With `torch_too`, they take it only where it is expected to be faster than torch.
+    With `torch_too`, they take the network path only if it is expected to be faster than torch.
     """
     if training is None:
         training = wants_gradients(x, layers)
@@ -439,10 +440,10 @@ def find_network(
 
 
 def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
-    """The widths from the input to the output; never symbolic, as the path depends on them."""
+    """The widths from the input to the output, as plain integers, because the path depends on them."""
     return (int(x.shape[1]), *(int(weight.shape[0]) for weight, *_ in layers))
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """The precision of products in a dtype: torch's setting, which is about fp32 alone."""
+    """The precision of products in a dtype: torch's setting for fp32, "ieee" for others."""
     return float32_precision() if dtype == torch.float32 else "ieee"

@@ -1,4 +1,4 @@
-"""The activation of the table that a name, a module or a function is."""
+"""Find the activation in the table for a name, a module or a function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["resolve"]
 
 
 def is_users(kind: type) -> bool:
-    """True if a user registered a module class, whose word is taken for what it computes."""
+    """True if a user registered this module class as an activation. The user's word for what it computes is trusted."""
     return any(activation.module is kind for name, activation in ACTIVATIONS.items() if name not in BUILT_IN)
 
 
@@ -36,7 +36,7 @@ def _by_module(kind: Any) -> tuple[Activation, ...]:
     return cached
 
 
-# The same functions as other libraries' modules: by path, as none of these need be installed.
+# Module classes of other libraries that compute an activation. They are given by path, as they need not be installed.
 CLASSES: dict[str, str] = {
     "transformers.activations.AccurateGELUActivation": "gelu_tanh",
     "transformers.activations.FastGELUActivation": "gelu_tanh",
@@ -60,7 +60,7 @@ CLASSES: dict[str, str] = {
     "timm.layers.activations.Tanh": "tanh",
 }
 
-# Functions of torch that compute an activation, by the names under which modules and their users look them up.
+# Functions of torch that compute an activation, by the names under which modules and users look them up.
 FUNCTIONS: dict[str, str] = {
     "torch.nn.functional.relu": "relu",
     "torch.relu": "relu",
@@ -89,7 +89,7 @@ FUNCTIONS: dict[str, str] = {
     "torch.sin": "sine",
 }
 
-# Functions that a part of an activation is computed with, in its reference or in a module that it stands for.
+# Other functions that an activation calls, in its reference or in a module of it.
 CALLED: dict[str, tuple[str, ...]] = {
     "squared_relu": ("torch.nn.functional.relu", "torch.relu"),
     "threshold": ("torch.nn.functional.threshold",),
@@ -101,7 +101,7 @@ CALLED: dict[str, tuple[str, ...]] = {
 
 @functools.cache
 def _place(name: str) -> tuple[dict[str, Any], str]:
-    """The attributes of the module in which a function of torch is found, and its name there."""
+    """The attributes of the module that has a function of torch, and the function's name there."""
     module, _, own_name = name.rpartition(".")
     return vars(F if module == F.__name__ else torch), own_name
 
@@ -117,20 +117,20 @@ _BY_FUNCTION: dict[Callable[..., Tensor], str] = {look_up(name): activation for 
 
 @functools.lru_cache(maxsize=256)
 def functions_called(activation: str) -> tuple[str, ...]:
-    """The names of torch's functions that an activation of that name is computed with."""
+    """The names of the functions of torch that the activation of this name calls."""
     return (*(name for name, computed in FUNCTIONS.items() if computed == activation), *CALLED.get(activation, ()))
 
 
 def path_of(kind: type) -> str:
-    """A class by its full name, such as "torch.nn.modules.activation.GELU"."""
+    """The full name of a class, such as "torch.nn.modules.activation.GELU"."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-POINTWISE = "mlp_fused.module.Pointwise"  # the module class that computes the record in its `activation`
+POINTWISE = "mlp_fused.module.Pointwise"  # the module class that has its activation as an attribute
 
 
 def find(module: Callable[..., Any]) -> Activation | None:
-    """The activation that a module or function is, its parameters read off it; None where it is none of the table's."""
+    """The activation that a module or function computes, with its parameters; None if it is not in the table."""
     if isinstance(module, Activation):
         return module
     if not isinstance(module, nn.Module):
@@ -147,13 +147,13 @@ def find(module: Callable[..., Any]) -> Activation | None:
     name = CLASSES.get(path_of(kind))
     if name is None:
         return None
-    inner = getattr(module, "act", None)  # the function that some of them call, torch's or a method of their own
+    inner = getattr(module, "act", None)  # some of these classes call a function: torch's, or a method of their own
     known = inner is None or getattr(inner, "__self__", None) is module or find(inner) is ACTIVATIONS[name]
     return ACTIVATIONS[name] if known else None
 
 
 def _find_function(function: Callable[..., Any]) -> Activation | None:
-    """The activation that a function of torch's is, or a `functools.partial` of one with its parameters."""
+    """The activation that a function of torch computes, or a `functools.partial` of one, which has its parameters."""
     keywords: dict[str, Any] = {}
     if isinstance(function, functools.partial):
         if function.args:
@@ -172,7 +172,7 @@ def resolve(
     activation: str | Activation | nn.Module | type[nn.Module] | Callable[..., Tensor] | None,
     argument: str = "activation",
 ) -> Activation:
-    """The table's row for a name, an `nn.Module` class or instance, or a function of torch's; None is the identity.
+    """The activation for a name, an `nn.Module` class or instance, or a function of torch; the identity for None.
 
     Raises:
         ValueError: the name, the module or the function is not in the table.
@@ -213,7 +213,7 @@ def resolve(
 
 
 def name_in_sentences(activation: Any) -> str:
-    """The name in sentences of a module, a class or a function that was given as an activation."""
+    """A name, for error messages, of a module, class or function that was given as an activation."""
     if isinstance(activation, nn.Module):
         return type(activation).__name__
     if isinstance(activation, type):

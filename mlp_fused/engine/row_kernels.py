@@ -1,11 +1,11 @@
-"""The kernels that a row of a measured table was taken of, by the digest of their sources.
+"""Digests of the kernels that a row of a measured table is about.
 
-forward, dgrad, wgrad   the product's kernel, what its epilogue calls of the activation, the sum of partial sums
-networks                every kernel of the network's path and of the path of layers that the row compares, with the
-                        activation, and the rule that gives a network kernel its tile, which such a row does not have
+forward, dgrad, wgrad   the product's kernel, the activation's functions in its epilogue, the sum of partial sums
+networks                every kernel of the network path and of the layer path, which the row compares; the activation;
+                        and the rule that chooses a network kernel's tile, because such a row has no tile
 
-A row with another digest is of an older kernel and holds no more, except where torch was faster: a kernel takes torch's
-place when it was measured, not when it was changed.
+A row with another digest was measured with an older kernel, and is no longer used. A row in which torch was faster is
+still used: a changed kernel replaces torch only after it was measured.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ PRODUCTS = {
     "dgrad": (source("layer_backward", "dgrad_kernel"),),
     "wgrad": (source("layer_backward", "wgrad_kernel"), source("partial_sums", "sum_partials_kernel")),
 }
-DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # whether the epilogue has a derivative; None: no activation
+DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # True if the epilogue has a derivative; None: no activation
 INFERENCE = ("network_forward", "layer_forward")  # modules
-TRAINING = ("network*", "layer_*", "partial_sums")  # by their names, so that a new one counts by itself
+TRAINING = ("network*", "layer_*", "partial_sums")  # patterns, so that a new module is included automatically
 TILES = (source("network_tiles", "network_tile"), source("network_tiles", "network_wgrad_tile"))
 
 
 def current_digest(row: Gemm | Network) -> str:
-    """The digest of the kernels as they are now that run a row's problem."""
+    """The digest of the present kernels for a row's problem."""
     if isinstance(row, Network):
         return _digest_of_network(row.training, row.activation, row.dtype)
     precision = None if row.tile is None else row.tile.precision
@@ -64,9 +64,9 @@ def _activation(name: str | None, derives: bool) -> tuple[Source | None, ...]:
 
 
 def _known(dtype: str, precision: str | None) -> dict[str, object]:
-    """The constants of a row's kernels: 16-bit operands are multiplied one way.
+    """The known constants of a row's kernels: their PRECISION, if there is only one.
 
-    bf16x6 multiplies its parts another way, and a row without a tile does not say which way its fp32 was multiplied.
+    bf16x6 calls itself with another PRECISION for its parts. A row without a tile does not say how fp32 was multiplied.
     """
     if dtype != "float32":
         return {"PRECISION": "ieee"}
@@ -74,16 +74,16 @@ def _known(dtype: str, precision: str | None) -> dict[str, object]:
 
 
 def stamped(row: Row) -> Row:
-    """The row as measured with the kernels as they are now."""
+    """The row, marked as measured with the present kernels."""
     return dataclasses.replace(row, kernel=current_digest(row))
 
 
 def is_outdated(row: Gemm | Network) -> bool:
-    """True if a row was measured with other kernels than those of today, or does not say with which."""
+    """True if a row was measured with other kernels than the present ones, or does not name its kernels."""
     return row.kernel != current_digest(row)
 
 
 def holds(row: Gemm | Network) -> bool:
-    """True if a row's choice is taken: of today's kernels, or for torch."""
+    """True if a row is used: it was measured with the present kernels, or torch was faster."""
     by_torch = row.tile is None if isinstance(row, Gemm) else row.path == "torch"
     return by_torch or not is_outdated(row)

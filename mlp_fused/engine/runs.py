@@ -1,4 +1,4 @@
-"""A network's children, split into runs that kernels can take, whether they have changed, and a run's last paths."""
+"""Split a network's children into runs for the kernels, detect changes of the children, and keep a run's last paths."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Parent(Protocol):
 
 
 class LinearWithActivation(nn.Module):
-    """A module with a child `linear` and an `activation`: what FusedLinear is."""
+    """A module with a child `linear` and an `activation`: the base class of FusedLinear."""
 
     linear: nn.Linear
     activation: Activation
-    declared: type  # the class that derives from this one itself, whose code a kernel stands for
+    declared: type  # the direct subclass of this class, FusedLinear, whose code a kernel replaces
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -58,15 +58,16 @@ class LinearWithActivation(nn.Module):
 
     @property
     def parts(self) -> tuple[Any, Activation]:
-        """`linear` and `activation`, what runs one after the other."""
+        """(linear, activation), which run in this order."""
         return self._modules["linear"], self.activation
 
 
 class Decision:
-    """The path that a call took; later calls that it holds for take it without deciding again.
+    """The path that a call took. Later calls of the same kind take it without deciding again.
 
-    Whether it holds is asked of torch.compile's guards, which compare every tensor's type, dtype, device, sizes,
-    strides, requires_grad and dispatch keys (inference mode, lazy negation …) in C++: a tenth of the time of deciding.
+    The guards of torch.compile compare a call with this one: every tensor's type, dtype, device, sizes, strides,
+    requires_grad and dispatch keys (inference mode, lazy negation …), in C++. This takes a tenth of the time of a new
+    decision.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Decision:
 
     @staticmethod
     def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
-        """True if such a call can be remembered: guards refuse a tensor that stands twice."""
+        """True if the decision for such a call can be kept. Guards do not accept the same tensor twice."""
         return TensorGuards is not None and not x.is_neg() and len(set(map(id, weights))) == len(weights)
 
     def holds(
@@ -104,31 +105,31 @@ class Decision:
             if [bias is not None for bias in biases] != self.biased:
                 return False
             biases = tuple(bias for bias in biases if bias is not None)
-        same: bool = self.guards.check(x, *weights, *biases)  # not where a bias has become None
+        same: bool = self.guards.check(x, *weights, *biases)  # False if a bias has become None
         return same
 
 
 class Run:
-    """Neighbouring children: Linear layers with activations, which kernels can take; or one that runs as itself."""
+    """Consecutive children that the kernels compute together; or a single child that is called as a module."""
 
     def __init__(self, children: list[Any], reason: str | None = None) -> None:
         self.children = children
         self.linears: list[tuple[nn.Module, Activation]] = []
-        self.dropouts: list[float] = []  # after each of them, 0 where nothing is dropped
-        self.owned: list[dict[str, Any]] = []  # the linears' dicts of parameters
-        self.transposed: list[bool] = []  # which of the linears' weights are (in, out)
+        self.dropouts: list[float] = []  # for each Linear, the probability of its Dropout; 0 if nothing is dropped
+        self.owned: list[dict[str, Any]] = []  # for each Linear, its dict `_parameters`
+        self.transposed: list[bool] = []  # for each Linear, True if its weight is (in, out)
         self.any_transposed = False
-        self.reason = reason  # why it runs as itself
+        self.reason = reason  # the reason why the child is called as a module
         self.decisions: list[Decision] = []  # the last two paths: training and evaluation alternate
 
     def call(self, input: Tensor) -> Tensor:
-        """The children as they are."""
+        """Call the children as modules, one after the other."""
         for child in self.children:
             input = child(input)
         return input
 
     def parameters(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Weights (out, in) and biases."""
+        """(weights, biases), the weights as (out, in)."""
         weights = tuple([owned["weight"] for owned in self.owned])
         if self.any_transposed:
             weights = tuple([each.t() if across else each for each, across in zip(weights, self.transposed)])
@@ -138,9 +139,9 @@ class Run:
         return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears), self.dropouts))
 
     def gathered_layers(self, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Layer, ...]:
-        """The layers as a call finds them: FSDP gathers parameters before a forward, and shares them out after it.
+        """The layers with whole parameters, as in a call: FSDP gathers them before a forward and shards them after it.
 
-        Those are zeros here, on their own device and of their own dtype, or others.
+        Parameters that FSDP manages are replaced by zeros, with `device` and `dtype` if given, else with their own.
         """
         layers = []
         for (linear, _), layer in zip(self.linears, self.layers()):
@@ -153,7 +154,7 @@ class Run:
 
 
 class Segments:
-    """The runs of a network, and what tells whether they still are: looked at on every call, as children may change."""
+    """The runs of a network, and a record of its children by which every call checks that the runs are still valid."""
 
     def __init__(self, model: Parent) -> None:
         self.children = model._links()
@@ -164,10 +165,10 @@ class Segments:
         self.dicts = [part.__dict__ for part in self.parts if isinstance(part, nn.Module)]
         self.plain = self._are_called_plainly()
         if not self.plain:
-            return  # the next call parts the children again
+            return  # the next call splits the children into runs again
         self.code = _code_of(self.parts)
         self.state = self.code.now()
-        # What an activation is by, whether Dropout drops, and which Linear a FusedLinear has.
+        # The attributes on which the runs depend: parameters of activations, Dropout's p and mode, FusedLinear's child.
         settings: list[tuple[dict[str, Any], str]] = []
         for child in self.children:
             if isinstance(child, LinearWithActivation):
@@ -185,11 +186,11 @@ class Segments:
                     if path_of(type(child)) == POINTWISE
                     else set(activation.parameters if activation else ())
                 )
-                # What is computed, or a buffer, or no plain value, may change unseen.
+                # Properties, buffers and values that are not plain may change without notice.
                 self.plain &= decisive <= set(names)
                 self.plain &= all(isinstance(child.__dict__[name], PLAIN) for name in names)
             settings += [(child.__dict__, name) for name in names]
-        # As columns, which `map` goes through without a call a row.
+        # As columns, so that `map` goes through them without a Python call for each row.
         self.holders = [holder for holder, _ in settings]
         self.names = [name for _, name in settings]
         self.values = [*map(dict.get, self.holders, self.names)]
@@ -197,7 +198,7 @@ class Segments:
         self.owned_names = [name for run in self.runs for _ in run.owned for name in PARAMETERS]
 
     def hold(self, model: Parent) -> bool:
-        """True if the children are the same, of the same kind, settings and code, without hooks or patches."""
+        """True if the children are the same, with the same classes, settings and code, and without hooks or patches."""
         return (
             self.plain
             and model._links() == self.children
@@ -213,13 +214,13 @@ class Segments:
         return not (are_hooked(self.dicts) or has_global_hooks() or (has_function_mode() and why_mode()))
 
     def log_reasons(self) -> None:
-        """Log each reason, once a process, for which a Linear layer runs as a module."""
+        """Log the reasons why Linear layers run as modules, each once in a process."""
         for run in self.runs:
             if run.reason and is_linear(run.children[0]):
                 paths.log_once(run.reason)
 
     def refuse_split(self, model: Parent) -> None:
-        """Refuse layers that no one process has. (Others with hooks run as themselves, whatever the backend.)
+        """Raise an error if a layer is split over processes. (Others with hooks run as modules, with any backend.)
 
         Raises:
             RuntimeError: a Linear is split over processes.
@@ -233,15 +234,15 @@ class Segments:
 
 
 def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool = True) -> list[Run]:
-    """The children of a network, parted into runs.
+    """The children of a network, split into runs.
 
     Args:
-        training: as if in that mode, instead of each child's own.
-        drops: whether a run may drop; otherwise Dropout that does runs as itself.
+        training: the mode to assume for all children; None: each child's own.
+        drops: False if a run must not have active Dropout, which is then called as a module.
     """
     runs: list[Run] = []
     run: Run | None = None
-    takes_activation = False  # whether the run's last Linear is still without one, and nothing dropped from it
+    takes_activation = False  # True if the run's last Linear has neither an activation nor Dropout yet
     everywhere = why_modules()
     for child in children:
         why = everywhere or why_unfused(child)
@@ -260,7 +261,7 @@ def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool =
             run is not None
             and everywhere is None
             and (p := _dropout(child, training)) is not None
-            and not (p and (run.dropouts[-1] or not drops))  # a second one has a mask of its own
+            and not (p and (run.dropouts[-1] or not drops))  # a second Dropout would need a mask of its own
         ):
             if p:
                 run.dropouts[-1] = p
@@ -291,7 +292,7 @@ def why_modules() -> str | None:
     return why_changed(Sequential, Sequential) or why_mode()
 
 
-# Linear layers whose weight is (in, out), by path as none of these need be installed.
+# Linear layers whose weight is (in, out). They are given by path, as they need not be installed.
 TRANSPOSED = ("transformers.pytorch_utils.Conv1D",)
 
 
@@ -313,14 +314,14 @@ def linear_weight(linear: Any) -> Tensor:
 
 
 def name_of(child: Any) -> str:
-    """The name of a module, function or activation in sentences."""
+    """The name of a module, function or activation, for error messages."""
     if isinstance(child, Activation):
         return str(child)
     return type(child).__name__ if isinstance(child, nn.Module) else getattr(child, "__name__", type(child).__name__)
 
 
 def why_unfused(module: Any) -> str | None:
-    """The reason why a module is no plain Linear layer, which kernels may take in place of a call; None where it is."""
+    """The reason why kernels cannot replace a call of this module; None if it is a plain Linear layer."""
     if not is_linear(module):
         return f"{name_of(module)} has no kernel"
     if isinstance(module, LinearWithActivation):
@@ -343,13 +344,13 @@ def why_unfused(module: Any) -> str | None:
 def why_called(
     child: Any, known: type | None = None, functions: tuple[str, ...] = (), activation: Activation = IDENTITY
 ) -> str | None:
-    """The reason why a child must be called: a hook, or code that is not the library's; None where there is none.
+    """The reason why a child must be called: it has a hook, or its code is not the library's. None otherwise.
 
     Args:
         child: a module or a function.
-        known: the class that a kernel stands for, by default the child's own.
+        known: the class whose code a kernel replaces; by default the child's own class.
         functions: the names of torch's functions that a call looks up.
-        activation: what the child computes, if it is an activation.
+        activation: the activation that the child computes, if it is one.
     """
     if isinstance(child, nn.Module):
         if has_hooks(child):
@@ -367,7 +368,7 @@ def _why_hooked(module: nn.Module) -> str:
 
 
 def _code_of(parts: Iterable[Any]) -> Code:
-    """The code that calls of those parts of a network come down to that a kernel could take the place of."""
+    """The code that runs in calls of those parts of a network that a kernel could replace."""
     kinds: list[type] = []
     functions: list[str] = []
     for part in parts:
@@ -388,7 +389,7 @@ def _code_of(parts: Iterable[Any]) -> Code:
 
 
 SPLIT = "the weight is a DTensor, split over processes, whose parts hooks bring together"
-UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes that no activation is by
+UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes on which no activation depends
 PLAIN = (bool, int, float, str, NoneType, Activation, BuiltinFunctionType, MethodType, functools.partial)
 
 
@@ -397,18 +398,18 @@ def is_split(tensor: object) -> bool:
 
 
 def stand_in(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros like a tensor; like the whole of a DTensor."""
+    """Zeros with a tensor's shape and strides; for a DTensor, those of the whole tensor."""
     like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
     return like.zero_().requires_grad_(tensor.requires_grad)
 
 
 def _dropout(module: Any, training: bool | None) -> float | None:
-    """The probability with which a module drops, 0 where it is idle or the identity; None: it is neither."""
+    """The probability with which a Dropout drops; 0 if it is inactive or an Identity; None for other modules."""
     if type(module) is Identity:
         return 0.0 if why_called(module) is None else None
     p: Any = module.p if type(module) is Dropout else None
     if not (type(p) in (int, float) or isinstance(p, Real)) or not 0 <= float(p) <= 1:
-        return None  # or Dropout that torch refuses
+        return None  # not Dropout, or with a p for which torch raises an error
     if why_called(module, functions=(DROPOUT,)) is not None:
         return None
     return float(p) if (module.training if training is None else training) else 0.0

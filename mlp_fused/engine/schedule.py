@@ -1,8 +1,8 @@
 """Schedules: the steps of a pass in order, over named buffers.
 
-A path writes its schedule once for a problem. Everything else reads it: it runs, through Triton the first time and from
-then on as one list of compiled kernels and pointers; it is compiled ahead; `explain` prints its steps; the profiler's
-ranges, the checks of MLP_FUSED_DEBUG and the counts of launches wrap a step in one place, here.
+A path writes a schedule once for a problem. Everything else reads the schedule. The first run goes through Triton.
+Later runs replay one list of compiled kernels, with new pointers. Compiling ahead and `explain` use the same steps. The
+profiler's ranges, the checks of MLP_FUSED_DEBUG and the counts of launches are all added here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Buffer", "Cache", "Layers", "Program", "Schedule", "Step", "Work", "
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs (a multiply-add is two) and bytes read from and written to the device's memory."""
+    """FLOPs, where a multiply-add counts as two, and bytes read from and written to the device's memory."""
 
     flops: int
     bytes: int
@@ -39,7 +39,7 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least seconds that it can take: max(FLOPs / peak, bytes / bandwidth)."""
+        """The shortest time in seconds: max(FLOPs / peak, bytes / bandwidth)."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
@@ -48,16 +48,16 @@ class Step:
     """One launch of a kernel, or one call of torch.
 
     Attributes:
-        kind: what it computes, such as "dgrad".
-        layer: whose, in words, such as "layer 0 (relu)".
-        label: the same in a table, such as "0: 784 -> 512".
-        operands: the buffer of each argument of `run`, by the argument's name; in the order of the kernel's tensors.
+        kind: the name of the computation, such as "dgrad".
+        layer: the name of the layer, such as "layer 0 (relu)".
+        label: the layer in a table, such as "0: 784 -> 512".
+        operands: the name of the buffer for each argument of `run`, in the order of the kernel's tensors.
         writes: the arguments that are written; the others are read.
-        run: takes the tensors by name; returns the launch, for replaying it, or None where it is torch that runs.
-        work: its FLOPs and bytes.
-        problem: the product; None where it is none.
-        tile: the kernel's; None where torch runs.
-        source: where the tile, or torch, comes from.
+        run: a function that takes the tensors by name. It returns the launch, to replay it, or None if torch runs.
+        work: FLOPs and bytes of the step.
+        problem: the problem of a product; None for other steps.
+        tile: the tile of the kernel; None if torch runs.
+        source: the origin of the choice of this tile, or of torch.
     """
 
     kind: str
@@ -73,16 +73,17 @@ class Step:
 
     @property
     def name(self) -> str:
-        """The layer and what is computed."""
+        """The layer and the kind."""
         return self.kind if self.kind.startswith(self.layer) else f"{self.layer}: {self.kind}"
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory that a schedule allocates: (shape), contiguous unless it has strides; or a part of another buffer.
+    """Memory that a schedule allocates, contiguous unless strides are given; or a part of another buffer.
 
     Attributes:
-        of: the buffer that it is a part of, from its element `start` on, counted in elements of this one's dtype.
+        of: the name of the buffer that this one is a part of; None if it is allocated itself.
+        start: the offset of the part, in elements of this buffer's dtype.
     """
 
     shape: tuple[int, ...]
@@ -93,29 +94,29 @@ class Buffer:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """Elements between neighbours, by dimension."""
+        """The strides, in elements."""
         if self.strides is not None:
             return self.strides
         return tuple(itertools.accumulate(reversed(self.shape[1:]), operator.mul, initial=1))[::-1]
 
 
-Replay = Callable[[list[Any], list[Any]], object]  # takes all tensors, and their pointers
+Replay = Callable[[list[Any], list[Any]], object]  # a function of all tensors and all pointers
 
-CHECKED = ("h", "dz", "dx", "dw", "db")  # what is looked at under MLP_FUSED_DEBUG
+CHECKED = ("h", "dz", "dx", "dw", "db")  # the arguments that MLP_FUSED_DEBUG checks
 
 
 class Program:
-    """Compiled kernels, launched one after the other on one device with pointers to fill in.
+    """Compiled kernels that are launched one after the other on one device, with new pointers.
 
-    The device and its stream are looked up once for all of them. Memory has to be aligned to 16 bytes.
+    The device and its stream are looked up once for all of them. Memory has to be 16-byte aligned.
 
     Args:
-        launches: which have run before, each with the places of its pointers in a list.
+        launches: launches that have run before, each with the indices of its pointers in the list of all pointers.
     """
 
     def __init__(self, launches: Sequence[tuple[Launch, Sequence[int]]]) -> None:
@@ -127,7 +128,7 @@ class Program:
         ]
 
     def __call__(self, tensors: object, pointers: list[Any]) -> None:
-        """Launch them all."""
+        """Launch all kernels."""
         for launch in self.launches if counters else ():
             launch.count()
         index = self.index
@@ -146,20 +147,20 @@ class Program:
 
 
 def _take(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes what stands in these places, as a tuple."""
+    """A function that returns the items at these indices, as a tuple."""
     take = operator.itemgetter(*places)
     return take if len(places) > 1 else lambda items: (take(items),)
 
 
 class Schedule:
-    """Steps over the caller's tensors and buffers of its own.
+    """Steps that work on the caller's tensors and on buffers of the schedule.
 
     Args:
         given: the names of the caller's tensors, in the order in which `run` takes them.
-        buffers: what is allocated, by name, and the parts of it.
+        buffers: the allocated buffers and their parts, by name.
         returned: the names of the tensors that `run` returns; None gives None.
-        steps: in order.
-        is_aligned: whether all given tensors begin at a multiple of 16 bytes, in every run.
+        steps: the steps, in order.
+        is_aligned: True if all given tensors are 16-byte aligned in every run.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Schedule:
         allocated = {name: buffer for name, buffer in buffers.items() if buffer.of is None}
         parts = {name: buffer for name, buffer in buffers.items() if buffer.of is not None}
         groups = dict.fromkeys(each for step in steps for each in step.operands.values() if isinstance(each, tuple))
-        # Where each operand's pointer stands in the list: a tensor's, none's, or several as a tuple.
+        # The index of each operand in the list of pointers. An operand is a tensor, None, or a tuple of tensors.
         self._places: dict[Any, int] = {
             name: place for place, name in enumerate((*self.given, *allocated, None, *parts, *groups))
         }
@@ -189,16 +190,16 @@ class Schedule:
         self._returned = [self._places[name] for name in self.returned]
         self._launches: list[Launch | None] = [None] * len(self.steps)
         self._replay: Replay | None = None
-        self._replays: list[Replay] = []  # of each step
+        self._replays: list[Replay] = []  # for each step
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes that are allocated while the steps run, besides what is given and returned."""
+        """The bytes of buffers that are neither given nor returned, allocated while the steps run."""
         workspace = self.buffers.get(WORKSPACE)
         return 0 if workspace is None else workspace.size * workspace.dtype.itemsize
 
     def run(self, tensors: Sequence[Tensor | None], pointers: list[Any]) -> list[Any]:
-        """Run all steps on the caller's tensors, whose addresses are `pointers`, as `read` gives them.
+        """Run all steps on the caller's tensors. `pointers` are their addresses, as `read` returns them.
 
         Returns:
             The tensors that `returned` names.
@@ -226,7 +227,10 @@ class Schedule:
         return [everything[place] for place in self._returned]
 
     def _make_templates(self, first: Any) -> list[Tensor]:
-        """Tensors of one element, seen as the buffers: `torch.empty_like` takes two thirds of `new_empty`'s time."""
+        """Tensors of one element, expanded to the buffers' shapes, as arguments of `torch.empty_like`.
+
+        It takes two thirds of the time of `new_empty`.
+        """
         return [
             first.new_empty(1, dtype=buffer.dtype).expand(buffer.shape)
             if buffer.size  # an expanded tensor without elements would have strides of 0
@@ -235,16 +239,16 @@ class Schedule:
         ]
 
     def _run_steps(self, everything: list[Tensor | None]) -> None:
-        """Run step after step, each under its name, and remember the launches for a replay."""
+        """Run the steps one by one, name them to the profiler, and keep the launches for a replay."""
         for place, step in enumerate(self.steps):
             named = settings.profiler_enabled()
             with torch.profiler.record_function(step.name) if named else contextlib.nullcontext():
                 self._run_step(place, everything)
-        if self._replay is None and not settings.DEBUG:  # a replay checks nothing between
+        if self._replay is None and not settings.DEBUG:  # a replay could not check results between steps
             self._remember()
 
     def _run_step(self, place: int, everything: list[Tensor | None], pointers: object = None) -> None:
-        """Run a step: kernels through Triton."""
+        """Run a step; kernels go through Triton's launcher."""
         step, launch = self.steps[place], self._launches[place]
         operands = {name: self._operand(everything, operand) for name, operand in step.operands.items()}
         if settings.DEBUG:
@@ -255,7 +259,7 @@ class Schedule:
             self._launches[place] = step.run(**operands)
 
     def _operand(self, everything: list[Tensor | None], operand: Any) -> Any:
-        """The tensor of that name; a tuple for a tuple."""
+        """The tensor with the name `operand`; for a tuple of names, a tuple of tensors."""
         if isinstance(operand, tuple):
             return tuple(self._operand(everything, each) for each in operand)
         if operand is None:
@@ -269,12 +273,12 @@ class Schedule:
         return whole.as_strided(buffer.shape, buffer.stride, whole.storage_offset() + buffer.start)
 
     def _remember(self) -> None:
-        """Replay the steps from now on: compiled kernels by their pointers, the others as they are."""
+        """Prepare the replay of later runs: compiled kernels get new pointers; other steps run as before."""
         if any(launch is not None and launch.programs and launch.run is None for launch in self._launches):
-            return  # one has only been compiled ahead, or is interpreted
+            return  # a kernel was only compiled ahead, or runs in the interpreter
         places = range(len(self.steps))
         replays = self._replays = list(map(self._replay_of, places))
-        if self.is_aligned:  # neighbouring kernels are one program
+        if self.is_aligned:  # consecutive kernels become one Program
             replays = []
             for is_program, group in itertools.groupby(places, lambda place: type(self._replays[place]) is Program):
                 these = list(group)
@@ -282,7 +286,7 @@ class Schedule:
         self._replay = replays[0] if len(replays) == 1 else functools.partial(_replay_all, replays)
 
     def _replay_of(self, place: int) -> Replay:
-        """One step again. Where memory may be misaligned, its own memory tells whether the launch serves."""
+        """The replay of one step. If memory may be misaligned, every run checks whether the launch can be used."""
         again = functools.partial(self._run_step, place)
         launch = self._launches[place]
         if launch is None or launch.run is None:
@@ -291,7 +295,7 @@ class Schedule:
         return program if self.is_aligned else functools.partial(_replay_if_aligned, program, again)
 
     def _program(self, places: Iterable[int]) -> Program:
-        """The compiled kernels of these steps."""
+        """The `Program` of the compiled kernels of these steps."""
         launches: Any = self._launches
         return Program(
             [(launches[at], [self._places[each] for each in self.steps[at].operands.values()]) for at in places]
@@ -299,7 +303,7 @@ class Schedule:
 
 
 def _replay_if_aligned(program: Program, again: Replay, everything: list[Any], pointers: list[Any]) -> None:
-    """Launch a program of one kernel on aligned memory; otherwise run its step again."""
+    """Launch a program of one kernel if its memory is aligned; otherwise call `again`, which runs its step."""
     ((_, _, _, take, _),) = program.steps
     flat = (each for pointer in take(pointers) for each in (pointer if type(pointer) is tuple else (pointer,)))
     is_aligned = not functools.reduce(operator.or_, filter(None, flat), 0) & 15
@@ -315,11 +319,11 @@ def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
     """Run a step, wait for it and check its results.
 
     Raises:
-        FloatingPointError: a NaN or an infinity.
+        FloatingPointError: a result is NaN or infinite.
     """
     where = f"{step.layer}, {step.kind}"
     device = next((each.device for each in operands.values() if isinstance(each, Tensor)), None)
-    _wait(device)  # an error of what was launched before is not this step's
+    _wait(device)  # raises the errors of earlier launches, which are not this step's
     try:
         launch = step.run(**operands)
         _wait(device)
@@ -335,22 +339,22 @@ def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
 
 
 def _wait(device: torch.device | None) -> None:
-    """Wait for what was launched on a device, whose errors are raised here."""
+    """Wait for all launches on a device. Their errors are raised here."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def read(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
-    """The addresses of tensors, and whether each is a multiple of 16 bytes."""
+    """(the addresses of tensors, True if all are multiples of 16 bytes)."""
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     return pointers, not functools.reduce(operator.or_, filter(None, pointers), 0) & 15
 
 
-MOST_CACHED = 1024  # schedules of one path; beyond, it begins anew
+MOST_CACHED = 1024  # the most schedules of one path; then its cache is cleared
 
 
 class Cache(dict[tuple[Any, ...], Schedule]):
-    """The schedules of a path by what they were written for: shapes, strides, dtypes and a device."""
+    """The schedules of a path, by the shapes, strides, dtypes and device that they were written for."""
 
     def __setitem__(self, key: tuple[Any, ...], schedule: Schedule) -> None:
         if len(self) >= MOST_CACHED:
@@ -362,7 +366,7 @@ BY_TORCH = Choice(None, "")
 
 
 class Layers(Protocol):
-    """One layer or several, by their name in words and in a table."""
+    """One or several layers, with a name for messages and a label for tables."""
 
     @property
     def name(self) -> str: ...
@@ -376,9 +380,9 @@ class Writer:
     """A schedule that is being written.
 
     Attributes:
-        given: the caller's tensors by name, or tensors like them; None where one is not given.
-        dtype: of what is allocated, unless said otherwise.
-        rows: of a batch.
+        given: the caller's tensors by name, or tensors like them; None for one that is not given.
+        dtype: the default dtype of buffers.
+        rows: the batch size.
     """
 
     given: Mapping[str, Tensor | None]
@@ -389,11 +393,11 @@ class Writer:
 
     @property
     def on_gpu(self) -> bool:
-        """True if the tensors are on a GPU, or stand for such."""
+        """True if the tensors are on a GPU, or stand for tensors on one."""
         return any(tensor is not None and tensor.device.type != "cpu" for tensor in self.given.values())
 
     def has(self, name: str) -> str | None:
-        """The name, if there is a tensor of that name."""
+        """`name`, if there is a tensor with this name; else None."""
         return name if name in self.buffers or self.given.get(name) is not None else None
 
     def add(
@@ -409,10 +413,10 @@ class Writer:
         choice: Choice = BY_TORCH,
         moved: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add a step of some layers. The bytes of its work are those of its operands, each moved once.
+        """Add a step. Its work counts the bytes of its operands, each read or written once.
 
         Args:
-            moved: the tensors that are counted where they are not the operands.
+            moved: the tensors whose bytes count, if they are not the operands.
         """
         work = Work(flops, self._bytes(operands if moved is None else moved, writes))
         self.steps.append(
@@ -420,13 +424,13 @@ class Writer:
         )
 
     def _bytes(self, operands: Mapping[str, Any], writes: tuple[str, ...]) -> int:
-        """The bytes of the tensors that are read, and of those that are written."""
+        """The bytes that are read plus the bytes that are written."""
         read = _names(operand for name, operand in operands.items() if name not in writes)
         written = _names(operands.get(name) for name in writes)
         return sum(map(self._size, read)) + sum(map(self._size, written))
 
     def _size(self, name: str | None) -> int:
-        """Bytes of a tensor."""
+        """The bytes of the tensor or buffer with this name."""
         buffer, tensor = self.buffers.get(name or ""), self.given.get(name or "")
         if buffer is not None:
             return buffer.size * buffer.dtype.itemsize
@@ -437,13 +441,13 @@ class Writer:
         return name
 
     def part(self, name: str, of: str, start: int, *shape: int, strides: tuple[int, ...] | None = None) -> str:
-        """A part of an allocated buffer, or of a given one of the schedule's dtype."""
+        """Name a part of an allocated buffer, or of a given tensor of the schedule's dtype."""
         dtype = self.buffers[of].dtype if of in self.buffers else self.dtype
         self.buffers[name] = Buffer(shape, dtype, of, start, strides)
         return name
 
     def share(self, name: str, of: str, *shape: int, dtype: torch.dtype | None = None) -> str:
-        """A part of a buffer that steps use one after the other: as large as the largest of them needs it."""
+        """Name a use of a buffer that several steps use in turn. The buffer gets the size of its largest use."""
         shared = self.buffers.get(of)
         if shared is None or shared.size < math.prod(shape):
             self.allocate(of, math.prod(shape), dtype=dtype)
@@ -451,11 +455,11 @@ class Writer:
 
     @functools.cached_property
     def is_aligned(self) -> bool:
-        """True if every given tensor begins at a multiple of 16 bytes. A schedule is written for both cases apart."""
+        """True if every given tensor is 16-byte aligned. The two cases have different schedules."""
         return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in self.given.values())
 
     def are_describable(self, *names: str | None) -> bool:
-        """True if tensor descriptors can describe these (rows, columns): see `launch.describable`."""
+        """True if tensor descriptors can describe these (rows, columns) tensors: see `launch.describable`."""
         return all(self._is_describable(name) for name in names if name is not None)
 
     def _is_describable(self, name: str) -> bool:
@@ -468,12 +472,12 @@ class Writer:
         return self.is_aligned and has_descriptor_strides(tensor.stride(), tensor.itemsize)
 
     def finish(self, *returned: str | None) -> Schedule:
-        """The schedule. What it neither is given nor returns lies in one piece of memory."""
+        """The finished schedule. Buffers that are neither given nor returned share one allocation, the workspace."""
         used = _names(step.operands.values() for step in self.steps) | set(returned)
         used |= {buffer.of for name, buffer in self.buffers.items() if name in used}
         buffers = {name: buffer for name, buffer in self.buffers.items() if name in used}
         start = 0
-        inner: dict[str, int] = {}  # where each begins, in bytes
+        inner: dict[str, int] = {}  # the offset of each in the workspace, in bytes
         for name, buffer in buffers.items():
             if buffer.of is None and name not in returned:
                 inner[name] = start
@@ -490,7 +494,7 @@ class Writer:
 
 
 WORKSPACE = "workspace"
-ALIGNMENT = 512  # bytes, as torch's allocator aligns
+ALIGNMENT = 512  # bytes; torch's allocator aligns to the same
 
 
 def _names(operands: Iterable[Any]) -> set[str | None]:
@@ -509,7 +513,7 @@ def named(
     biases: Sequence[Tensor | None] = (),
     first: int = 0,
 ) -> dict[str, Tensor | None]:
-    """Tensors by name, the parameters as "weight[0]" and "bias[0]", counted from `first`."""
+    """`others` together with the parameters, which are named "weight[i]" and "bias[i]" with i from `first` on."""
     parameters = (("weight", weights), ("bias", biases))
     return dict(others) | {
         f"{kind}[{index}]": tensor for kind, tensors in parameters for index, tensor in enumerate(tensors, first)

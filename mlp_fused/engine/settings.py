@@ -1,4 +1,4 @@
-"""Switches: the environment's, torch's own, and every private name of torch that the package uses."""
+"""Switches of the environment and of torch, and every private name of torch that the package uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ try:
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
 
     TensorGuards: Any = _TensorGuards
-except ImportError:  # it is no public name; without it, every call decides anew
+except ImportError:  # the name is private; without it, every call decides its path again
     TensorGuards = None
 
 __all__ = [
@@ -57,7 +57,7 @@ Backend = Literal["auto", "triton", "reference"]
 
 
 def check_backend(backend: object, argument: str = "backend") -> Backend:
-    """`backend`, if it is one.
+    """`backend`, if it is a valid choice.
 
     Raises:
         ValueError: it is not "auto", "triton" or "reference".
@@ -80,9 +80,9 @@ def check_recompute(recompute: object) -> bool | None:
     raise TypeError(f"recompute is {recompute!r}; it needs to be True, False or None")
 
 
-# Synchronise and check after every kernel. Both are read once, as a call has no microsecond to spare for them.
+# True: synchronise and check after every kernel. Both variables are read once, to save time in every call.
 DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
-# What "auto" means in this process.
+# The meaning of "auto" in this process.
 DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
 
 
@@ -92,7 +92,7 @@ def constant_to_compilers(function: Any) -> None:
 
 
 def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
-    """The dtype that products of `dtype` are computed in on a kind of device: autocast's where it is on."""
+    """The dtype in which products of `dtype` are computed on a kind of device: autocast's dtype, if it is on."""
     known = kind in ("cuda", "cpu") or torch.amp.is_autocast_available(kind)
     if known and torch.is_autocast_enabled(kind) and dtype.is_floating_point and dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -100,11 +100,11 @@ def compute_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
 
 
 def float32_precision() -> str:
-    """The precision of fp32 products, "tf32" or "ieee": torch's own setting, by whichever of its switches."""
+    """The precision of fp32 products, "tf32" or "ieee", from torch's own setting, whichever switch set it."""
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
 
 
-constant_to_compilers(float32_precision)  # they compile anew where the setting is another
+constant_to_compilers(float32_precision)  # compilers recompile when the setting changes
 
 
 def is_exporting_to_onnx() -> bool:
@@ -120,11 +120,11 @@ constant_to_compilers(is_exporting_to_onnx)
 addmm_activation = torch._addmm_activation  # a(b + x Wᵀ) with relu or gelu in the library's own epilogue
 profiler_enabled = torch._C._autograd._profiler_enabled
 is_transformed = torch._C._are_functorch_transforms_active  # True under torch.func's transforms
-has_function_mode = torch._C._len_torch_function_stack  # how many TorchFunctionModes are active
+has_function_mode = torch._C._len_torch_function_stack  # the number of active TorchFunctionModes
 
 
 def is_watched() -> bool:
-    """True if a compiler traces a call, or a dispatch mode sees it: then it goes through registered operators."""
+    """True if a compiler traces the call or a dispatch mode sees it. It then goes through registered operators."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -135,18 +135,18 @@ def forward_mode_level() -> int:
 
 
 def storage_id(tensor: Tensor) -> int:
-    """A number that tensors on the same memory share."""
+    """A number that identifies a tensor's storage."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
-    """True if a tensor stands for zeros without memory, as the gradient of what does not depend on an input may."""
+    """True if a tensor is torch's ZeroTensor, zeros without memory. Some gradients are, if they are always zero."""
     return tensor._is_zerotensor()
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """True if a tensor is a batch of vmap's."""
+    """True if a tensor is batched by vmap."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
@@ -157,7 +157,7 @@ def function_modes() -> list[type]:
 
 
 def call_settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
-    """All that a path is decided by besides what `Decision` compares of tensors, in a form that can be compared."""
+    """All settings on which the choice of a path depends, to compare. (`Decision` compares the tensors.)"""
     return (
         backend,
         recompute,
@@ -172,13 +172,13 @@ def call_settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[
 
 
 def is_loaded_instance(thing: object, module: str, name: str) -> bool:
-    """`isinstance` with a class that takes long to import; False while its module is not imported."""
+    """True if `thing` is an instance of a class that is slow to import; False while its module is not imported."""
     imported = sys.modules.get(module)
     return imported is not None and isinstance(thing, getattr(imported, name, ()))
 
 
 def policy_dtype(network: nn.Module) -> torch.dtype | None:
-    """The dtype that fully_shard casts a network's parameters to for a call; None where they keep their own."""
+    """The dtype to which fully_shard casts a network's parameters in a call; None if it does not cast them."""
     if not is_loaded_instance(network, "torch.distributed.fsdp", "FSDPModule"):
         return None
     sharded: Any = network
@@ -187,23 +187,29 @@ def policy_dtype(network: nn.Module) -> torch.dtype | None:
 
 
 def end_allocation(index: int, pool: Any, allocator: Any = torch._C) -> None:
-    """End a capture that broke for the device's allocator as well, and release the capture's pool.
+    """Tell the device's allocator that a failed capture has ended, and release the capture's memory pool.
 
-    torch's `CUDAGraph.capture_end` raises before it does so. On an H100 with torch 2.11.0, the allocator then believed
-    for the rest of the process that a capture was under way: memory that several streams had used was never free again,
-    and `torch.cuda.empty_cache()` did nothing. Both names are private, and may be missing in another torch.
+    torch's `CUDAGraph.capture_end` raises an error before it does this. On an H100 with torch 2.11.0, the allocator
+    then acted for the rest of the process as if the capture went on: memory that several streams had used was never
+    freed, and `torch.cuda.empty_cache()` did nothing. Both functions are private, and may be missing in another torch.
 
     Args:
-        index, pool: the device's, and the pool that the capture was given.
-        allocator: where the private functions are found.
+        index: the index of the device.
+        pool: the memory pool of the capture.
+        allocator: the module that has the private functions.
     """
-    # A RuntimeError says that the capture has ended for the allocator too; then the graph releases its pool itself.
+    # A RuntimeError means that the allocator knows of the end already. Then the graph releases its pool itself.
     with contextlib.suppress(AttributeError, TypeError, RuntimeError):
         allocator._cuda_endAllocateToPool(index, pool)
         allocator._cuda_releasePool(index, pool)
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of every nn.Module
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)  # attributes of every nn.Module
 
 
 def has_hooks(module: Any) -> bool:
@@ -211,8 +217,8 @@ def has_hooks(module: Any) -> bool:
 
 
 def are_hooked(modules: Sequence[dict[str, Any]]) -> bool:
-    """True if the own attributes of modules show a hook, or a forward patched onto one."""
-    for attributes in modules:  # a call of its own for each would double the time
+    """True if the `__dict__` of any module has a hook, or a patched forward."""
+    for attributes in modules:  # one call for all: a call for each module would double the time
         if (  # HOOKS, without a loop
             attributes["_forward_hooks"]
             or attributes["_forward_pre_hooks"]

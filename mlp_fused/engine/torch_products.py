@@ -1,8 +1,8 @@
-"""The three products of a layer as torch does them best: what runs where torch's library is faster as measured.
+"""The three products of a layer by torch, for products that torch computes faster than our kernels.
 
-Each writes the tensors that the kernel of the same product writes, but for what is done element by element: activations
-and derivatives follow as a kernel of their own. Between the two a result is rounded to its dtype, as it is in plain
-torch; float32 is multiplied as torch's own switch says. Only called where no gradient is recorded.
+A function here writes the same tensors as the kernel of the same product, but without activation or derivative. These
+follow in a pointwise kernel. Between the two, the result is rounded to its dtype, as in plain torch. float32 follows
+torch's own switch. The functions are called only while no gradient is recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def linear_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -
     """z = x Wᵀ + b.
 
     Args:
-        x: (M, K), any strides, as are weight (N, K), of the same dtype, and bias (N,), of any, or None.
+        x, weight: (M, K) and (N, K), any strides, the same dtype.
+        bias: (N,), any stride and dtype; or None.
         z: (M, N), contiguous, written.
     """
     if bias is None:
@@ -38,17 +39,17 @@ def linear_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -
 
 
 def linear_relu_by_torch(x: Tensor, weight: Tensor, bias: Tensor, h: Tensor) -> None:
-    """h = relu(x Wᵀ + b) on a GPU, with relu in the library's own epilogue; as `linear_by_torch`."""
+    """h = relu(x Wᵀ + b) on a GPU, with relu in the epilogue of torch's library. Arguments as in `linear_by_torch`."""
     addmm_activation(bias if bias.dtype == x.dtype else bias.to(x.dtype), x, weight.t(), out=h)
 
 
 def cast_by_torch(weight: Tensor, cast: Tensor) -> None:
-    """A weight in another dtype."""
+    """Copy a weight into a tensor of another dtype."""
     cast.copy_(weight)
 
 
 def zeros_by_torch(total: Tensor) -> None:
-    """A sum over no rows."""
+    """Write zeros: the sum over no rows."""
     total.zero_()
 
 
@@ -56,26 +57,28 @@ def dgrad_by_torch(dz: Tensor, weight: Tensor, dx: Tensor) -> None:
     """dx = dz W.
 
     Args:
-        dz: (M, N), any strides, as is weight (N, K), of the same dtype.
+        dz, weight: (M, N) and (N, K), any strides, the same dtype.
         dx: (M, K), contiguous, written.
     """
     torch.mm(dz, weight, out=dx)
 
 
 def wgrad_by_torch(dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:
-    """dW = dzᵀ h and db = Σ_rows dz, each where it is given.
+    """dW = dzᵀ h if `dw` is given, and db = Σ_rows dz if `db` is.
 
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
-        h: (M, K), any strides, dz's dtype; None where only db is wanted.
-        dw: (N, K), contiguous, written, of any float dtype; db (N,) likewise.
+        h: (M, K), any strides, dz's dtype; None if only db is wanted.
+        dw: (N, K), contiguous, written, of any float dtype; or None. db: (N,), as dw.
     """
     if dw is not None:
         assert h is not None
         if dw.dtype == dz.dtype:
             torch.mm(dz.t(), h, out=dw)
         elif dw.dtype == torch.float32 and dz.dtype in _HALVES and dz.is_cuda and torch.version.hip is None:
-            torch.mm(dz.t(), h, out_dtype=torch.float32, out=dw)  # the sums are fp32 already: nothing is rounded
+            torch.mm(
+                dz.t(), h, out_dtype=torch.float32, out=dw
+            )  # the accumulators are fp32 anyway, so nothing is rounded
         else:
             dw.copy_(torch.mm(dz.t(), h))
     if db is not None:

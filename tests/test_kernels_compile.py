@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -41,8 +42,16 @@ def run_script(*options: str) -> list[dict[str, Any]]:
 
 
 def compiled(request: pytest.FixtureRequest, *options: str) -> dict[str, list[dict[str, Any]]]:
-    """The readings by their rows' ids; and as a table, in the summary."""
-    readings = run_script(*options)
+    """The readings by their rows' ids; and as a table, in the summary. All workers share one compilation."""
+    folder = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all of them share
+    path = folder / f"compiled{''.join(options)}.json"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_text(json.dumps(run_script(*options)))
+    readings = json.loads(path.read_text())
     request.config.stash.setdefault(COMPILED, []).extend(table(readings))
     found: dict[str, list[dict[str, Any]]] = {}
     for reading in readings:

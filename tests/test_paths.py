@@ -257,7 +257,7 @@ def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
 def test_a_float32_network_is_one_kernel_where_that_was_measured_faster(
     width: int, precision: str, training: bool, device: str, automatic: bool
 ) -> None:
-    """By 3.2 times in a forward and 1.7 in training (tests/data/h100/narrow.log); asked for by name it is elsewhere."""
+    """A forward was 3.2 times faster, training 1.7 (tests/data/h100/narrow.log). Elsewhere it has to be asked for."""
     asked, left_open = (
         network((width,) * 5, "relu", torch.float32, device, precision, training, torch_too=torch_too)
         for torch_too in (False, True)

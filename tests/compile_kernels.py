@@ -381,7 +381,7 @@ def launch(row: Compilation) -> None:
 
 
 def read_cubin(compiled: Any) -> dict[str, int]:
-    """From cuobjdump and the PTX. A spilled word is four bytes of stack. Waits are read for the one-pass kernel alone."""
+    """From cuobjdump and the PTX. A spilled word is four bytes of stack. Waits are read for one-pass kernels alone."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -151,7 +151,7 @@ def test_names_that_a_kernel_calls_are_followed() -> None:
     called = {
         node.func.id
         for each, text in texts.items()
-        for node in ast.walk(sources._names(each[0])[each[1]])  # type: ignore[arg-type]
+        for node in ast.walk(sources._names(each[0])[each[1]])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     parameters = {"FORWARD", "BACKWARD"}

@@ -105,7 +105,7 @@ def test_the_same_bits_in_one_pass(activation: str, form: str, device: str, pois
 def test_rows_that_no_descriptor_describes(layout: str, device: str, poisoned: None) -> None:
     """x and dy of any strides, and of widths that are no multiple of 16 bytes."""
     for widths in ((24, 48, 40, 16), (20, 31, 24, 17)):
-        case = replace(WIDE, widths=widths, layout=layout)  # type: ignore[arg-type]
+        case = replace(WIDE, widths=widths, layout=layout)
         data = make(case, device)
         check(case, oracle(case, data), gradients(data, forward("stored", case, data)), by_torch(case, data))
 

@@ -20,7 +20,7 @@ def forward(
     widths: tuple[int, ...], activation: str = "relu", dtype: str = "bfloat16", device: Device = H100, **others: int
 ) -> TileConfig:
     keeps_z = (ACTIVATIONS[activation].keeps_preactivation,) * (len(widths) - 2) + (False,)
-    problem = NetworkProblem("forward", tuple(map(padded, widths)), keeps_z, getattr(torch, dtype), **others)  # type: ignore[arg-type]
+    problem = NetworkProblem("forward", tuple(map(padded, widths)), keeps_z, getattr(torch, dtype), **others)
     tile = network_tile(problem, device)
     assert isinstance(tile, TileConfig)
     assert network_shared_memory(problem, tile, device) <= device.shared_memory
@@ -67,4 +67,4 @@ def test_no_more_programs_start_than_have_shared_memory() -> None:
 )
 def test_networks_without_a_reading_keep_their_tiles(others: dict[str, object]) -> None:
     problem = {"widths": (64,) * 5, **others}
-    assert forward(**problem) == forward(**problem, stores=True)  # type: ignore[arg-type]
+    assert forward(**problem) == forward(**problem, stores=True)

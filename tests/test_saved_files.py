@@ -322,7 +322,7 @@ def test_a_saved_program_with_the_operator_trains(path: Path) -> None:
 
 @files("table_schema_*.json")
 def test_rows_of_a_saved_table_are_taken(path: Path, measured: Path) -> None:
-    """As the user's own table, under its Triton: torch is the choice of every row that is for it.
+    """Take a saved table as the user's own, under its Triton: torch is the choice of every row that is for it.
 
     Tables before schema 3 do not say which kernels their tiles and paths were measured with, so these do not hold.
     """

@@ -135,7 +135,7 @@ def test_readings_outlive_a_process_that_is_killed(clock: Clock, config: Config)
     def killed(call: object) -> float:
         if len(clock.timed) == 9:
             raise KilledError
-        return Clock.__call__(clock, call)  # type: ignore[arg-type]
+        return Clock.__call__(clock, call)
 
     with pytest.raises(KilledError):
         tuner.tune(

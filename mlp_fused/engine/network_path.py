@@ -132,7 +132,8 @@ class NetworkPath:
         operands = {"x": "x", "y": y, "weights": weights, "biases": biases, "kept": kept, "z": z, "h": None}
         run = partial(network_forward, network=net, tile=tile)
         if rows:
-            self._add(writer, kind, operands, ("y", "kept", "z"), run, tile, self._flops(rows))
+            flops = self._flops(rows)
+            writer.add(kind, self, operands, ("y", "kept", "z"), run, flops=flops, choice=Choice(tile, ""))
         return kept, z
 
     # ------------------------------------------------------------ backward
@@ -234,11 +235,11 @@ class NetworkPath:
         dz = writer.allocate("dz", rows * net.starts[-1]) if len(groups) > 1 else None
         weights = self._parameters(writer)[0]
 
-        def hidden(whole: str | None, layer: int) -> str:
+        def hidden(tensor: str | None, layer: int) -> str:
             """The name of a layer's part of the saved tensors, or of dz."""
-            assert whole is not None
+            assert tensor is not None
             width = net.widths[layer + 1]
-            return writer.part(f"{whole}[{layer}]", whole, rows * net.starts[layer], rows, width)
+            return writer.part(f"{tensor}[{layer}]", tensor, rows * net.starts[layer], rows, width)
 
         for low, high in groups:
             layers, top = range(low, high), high == net.layers
@@ -257,7 +258,8 @@ class NetworkPath:
             run = partial(network_one_pass, network=net, gradients=wanted, tile=tile, group=(low, high))
             flops = self._flops(rows, low if goes_below else low + 1, high)
             flops += sum(self._flops(rows, i, i + 1) for i in layers if wanted.weights[i])
-            self._add(writer, "network one pass", operands, ("dx", "dz", "partial"), run, tile, flops, moved)
+            writes, choice = ("dx", "dz", "partial"), Choice(tile, "")
+            writer.add("network one pass", self, operands, writes, run, flops=flops, choice=choice, moved=moved)
         if totals:
             add_sums(self, writer, whole, totals, sums)
 
@@ -282,7 +284,8 @@ class NetworkPath:
             operands |= {"dz": dz, "last": last}
             moved = {**operands, "weights": weights if dx else weights[1:]}
             flops = self._chain_flops(rows, wanted, dx)
-            self._add(writer, "network dgrad", operands, ("dx", "dz", "last"), run, tile, flops, moved)
+            writes, choice = ("dx", "dz", "last"), Choice(tile, "")
+            writer.add("network dgrad", self, operands, writes, run, flops=flops, choice=choice, moved=moved)
         if totals:
             run = partial(network_wgrad, network=net, gradients=wanted, tile=self.wgrad_tile)
             operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
@@ -291,19 +294,6 @@ class NetworkPath:
             self._add_summed(writer, "network wgrad", operands, run, self.wgrad_tile, flops, totals, sums)
 
     # ------------------------------------------------------------ what the steps share
-
-    def _add(
-        self,
-        writer: Writer,
-        kind: str,
-        operands: Mapping[str, Any],
-        writes: tuple[str, ...],
-        run: Any,
-        tile: TileConfig,
-        flops: int,
-        moved: Mapping[str, Any] | None = None,
-    ) -> None:
-        writer.add(kind, self, operands, writes, run, flops=flops, choice=Choice(tile, ""), moved=moved)
 
     def _add_summed(
         self,
@@ -319,7 +309,9 @@ class NetworkPath:
         """Add a kernel that writes partial sums, and the one that adds them."""
         whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
         moved = {**operands, "partial": totals}
-        self._add(writer, kind, {**operands, "partial": whole}, ("dx", "partial"), run, tile, flops, moved)
+        operands = {**operands, "partial": whole}
+        writes, choice = ("dx", "partial"), Choice(tile, "")
+        writer.add(kind, self, operands, writes, run, flops=flops, choice=choice, moved=moved)
         if totals:
             add_sums(self, writer, whole, totals, sums)
 

@@ -19,14 +19,14 @@ class Output:
     """The files of a tuning: what they held before, and what is written, each whole or not at all.
 
     Args:
-        path: of the table.
-        readings: of the readings; None where they are not kept.
-        empty: a table without rows, for what is measured now.
-        report: is told of rows that are dropped.
-        now: seconds of a clock.
+        path: the file of the table.
+        readings: the file of the readings; None: they are not written.
+        empty: a table without rows, with the device and versions of this run.
+        report: called with a sentence about rows that are dropped.
+        now: a clock, in seconds.
 
     Raises:
-        UserError: a file cannot be written, or is of something else.
+        UserError: a file cannot be written, or holds something else.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Output:
         self.written = now()
 
     def table(self, rows: list[Row]) -> table_files.Table:
-        """All rows: those measured now, and of those from before the rest."""
+        """The rows of this run, and those from before that it has not measured again."""
         return tables.merge(self.old, _filled(self.empty, rows))
 
     def save(self, rows: list[Row], readings: list[Row], asked: int) -> str:
-        """Write what was measured so far of the problems that were asked for, and say so."""
+        """Write the rows measured so far, and return a sentence about them."""
         if not rows:
             return f"nothing was measured; {self.path} is as it was"
         _write(self.path, self.table(rows))
@@ -61,8 +61,8 @@ class Output:
         return f"{written}; {len(readings)} readings are in {self.readings_path}"
 
     def keep(self, rows: list[Row], readings: list[Row]) -> None:
-        """The same without a word: a kernel that hangs leaves a process no other end than being killed."""
-        with contextlib.suppress(OSError):  # which `save` will tell of
+        """Write the rows measured so far, without a sentence: a process whose kernel hangs can only be killed."""
+        with contextlib.suppress(OSError):  # `save` reports it
             table_files.write(self.path, self.table(rows))
             if self.readings_path is not None and self.now() - self.written >= READINGS_EVERY:
                 table_files.write(self.readings_path, self._all_readings(readings))
@@ -86,7 +86,7 @@ def _write(path: Path, table: table_files.Table) -> None:
 
 
 def _existing(path: Path, empty: table_files.Table, flag: str, report: Callable[[str], None]) -> table_files.Table:
-    """The content of the file of a flag that still holds. It is found out now whether the file can be written."""
+    """The rows of a flag's file that still hold. Raises an error at once if the file cannot be written."""
     try:
         old = table_files.read(path)
     except FileNotFoundError:

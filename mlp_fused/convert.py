@@ -1,8 +1,8 @@
-"""fuse(model): networks that exist, in place; unfuse(model) undoes it.
+"""fuse(model) runs the MLPs of an existing model on fused kernels, in place; unfuse(model) undoes it.
 
-A module that is replaced stays the object that it is, with its parameters, children, hooks and keys; what changes is
-its class, to one derived from its own that goes by the same name. Which modules: `nn.Sequential`, and the shapes of
-the table `PATTERNS`.
+`fuse` replaces every `nn.Sequential`, and every module of a class in the table `PATTERNS`. A replaced module stays the
+same object, with its parameters, children, hooks and state_dict keys. Only its class changes, to a subclass of the same
+name.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ __all__ = ["PATTERNS", "FuseReport", "Pattern", "fuse", "register_pattern", "unf
 
 @dataclass(frozen=True)
 class Pattern:
-    """y = finish(module, (link_n ∘ … ∘ link_1)(x), x): what one method of a known class computes.
+    """The computation of one method of a known class: y = finish(module, (link_n ∘ … ∘ link_1)(x), x).
 
     Attributes:
-        target: the class's full name, such as "timm.layers.mlp.Mlp"; a subclass counts where it keeps the method.
-        chain: what the method calls, in order: paths of attributes, modules or functions of one tensor.
-        method: its name; it takes the tensor, and nothing else.
-        within: modules whose own call is left out, as the chain goes into them: their paths, with their classes' full
+        target: the class's full name, such as "timm.layers.mlp.Mlp". Subclasses that inherit the method are included.
+        chain: the links, in order: the attribute paths of the modules, or functions of one tensor, that the method
+            calls.
+        method: the method's name. It takes one tensor and nothing else.
+        within: the modules that contain links. Their own forward is not called. Maps their paths to their classes' full
             names.
-        finish: what the method does after the chain, with the module, the chain's output and the input.
-        note: what a user should know, for the report.
+        finish: the rest of the method: a function of the module, the output of the last link, and the input.
+        note: a sentence for the report.
     """
 
     target: str
@@ -61,27 +62,27 @@ def register_pattern(
     finish: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
     note: str = "",
 ) -> Pattern:
-    """Add a known shape to the table that `fuse` goes by; see `Pattern` for what each argument is.
+    """Add a pattern to `PATTERNS`, the table of classes that `fuse` replaces. See `Pattern` for the arguments.
 
-    A class may be given itself or by its full name, so that its library need not be imported.
+    A class can be given by its full name, so that its library need not be imported.
 
     Raises:
         ValueError: the class has a pattern already, the chain is empty, or the class has no such method.
-        TypeError: an argument of another kind.
+        TypeError: an argument has the wrong type.
     """
     path = _path(target, "target")
     if path in PATTERNS:
         raise ValueError(f"target {path} has a pattern already")
     if isinstance(chain, str) or not isinstance(chain, Iterable) or not all(isinstance(each, str) for each in chain):
         raise TypeError(
-            f'chain is {chain!r}; it needs to be names of attributes in order, such as ["fc1", "act", "fc2"]'
+            f'chain is {chain!r}; it needs to be a list of attribute names, in order, such as ["fc1", "act", "fc2"]'
         )
     if not chain:
-        raise ValueError("chain is empty; it needs the names of what the method calls, in order")
+        raise ValueError("chain is empty; it needs the attribute names of the modules that the method calls, in order")
     if not isinstance(method, str):
         raise TypeError(f"method is {method!r}; it needs to be a method's name")
     if isinstance(target, type) and not callable(getattr(target, method, None)):
-        raise ValueError(f"method is {method!r}, which {target.__name__} has not")
+        raise ValueError(f"method is {method!r}, but {target.__name__} has no such method")
     if finish is not None and not callable(finish):
         raise TypeError(f"finish is {finish!r}; it needs to be a function (module, output, input) -> output")
     inner = {name: _path(kind, f"within[{name!r}]") for name, kind in (within or {}).items()}
@@ -106,8 +107,8 @@ register_pattern(
     nn.TransformerEncoderLayer,
     ["linear1", "activation", "dropout", "linear2", "dropout2"],
     method="_ff_block",
-    note="in inference torch runs the whole layer as one operator of its own wherever it can, and still does; "
-    "torch.backends.mha.set_fastpath_enabled(False) turns that off",
+    note="in inference torch may still run the whole layer as one operator; "
+    "torch.backends.mha.set_fastpath_enabled(False) prevents that",
 )
 register_pattern(
     nn.TransformerDecoderLayer,
@@ -127,18 +128,18 @@ register_pattern(
 )
 register_pattern("transformers.models.gpt2.modeling_gpt2.GPT2MLP", ["c_fc", "act", "c_proj", "dropout"])
 register_pattern("transformers.models.vit.modeling_vit.ViTMLP", ["fc1", "activation_fn", "fc2"])
-# Before transformers 5.9, where ViTLayer's own forward calls ViTOutput: its Linear is out of reach.
+# For transformers before 5.9: there, ViTLayer's forward calls ViTOutput, whose Linear this pattern cannot include.
 register_pattern("transformers.models.vit.modeling_vit.ViTIntermediate", ["dense", "intermediate_act_fn"])
 
-# Children of an MLP whose activation is multiplied by another Linear's output.
+# Names of children that show a gated MLP: its activation is multiplied by the output of another Linear.
 GATED = ({"gate_proj", "up_proj"}, {"fc1_g", "fc1_x"})
-# Such MLPs whose children do not show it.
+# Classes of gated MLPs whose children do not show it.
 GATED_CLASSES = ("timm.layers.mlp.GluMlp",)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A module in a report: its name in the model, its class's name, and what was done or why not."""
+    """A module in a report: its name in the model, the name of its class, and what was fused or why nothing was."""
 
     name: str
     kind: str
@@ -147,7 +148,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """The modules that `fuse` replaced, and the others, each with the reason; its `str` is for reading."""
+    """The modules that `fuse` replaced, and the ones that it did not, with the reasons. `print` it to read it."""
 
     replaced: tuple[Entry, ...]
     left: tuple[Entry, ...]
@@ -174,26 +175,30 @@ def fuse(
 ) -> FuseReport:
     """Run the MLPs inside a model on fused kernels, in place; parameters, state_dict keys and hooks stay.
 
-    Replaced are, at any depth: `nn.Sequential` (and subclasses that keep its forward, such as `torchvision.ops.MLP`)
-    where a Linear is followed by an activation, and the known shapes of `PATTERNS`. A replaced module is the same
-    object, an instance of its old class and printed as before; it gains `FusedMLP`'s `explain`, `warmup`, `backend` and
-    `recompute`. A child with hooks, a parametrization or a forward of its own (LoRA, quantised) is called as itself,
-    also where it gets them later; a module whose weights are shared or quantised is left alone. Call it before
-    `fully_shard` and `torch.compile`.
+    `fuse` replaces, at any depth, every `nn.Sequential` in which a Linear is followed by an activation, and every
+    module of a class in `PATTERNS`. A subclass of `nn.Sequential` counts if it inherits forward, as
+    `torchvision.ops.MLP` does. A replaced module is the same object. It is still an instance of its old class and
+    prints as before, and it gains `FusedMLP`'s `explain`, `warmup`, `backend` and `recompute`.
+
+    A child is called as a module, and not fused, while it has hooks, a parametrization, or a forward of its own (LoRA,
+    quantization). A module with shared or quantized weights is not replaced. Call `fuse` before `fully_shard` and
+    `torch.compile`.
 
     Args:
         model: any module.
-        filter_fn: called with each module that would be replaced and its name in the model ("" for the model itself),
-            in torchao's order; False leaves that module alone, not those inside it.
-        backend, recompute: as in `FusedMLP`, for every module that is replaced.
+        filter_fn: a function (module, name) -> bool, called with each module that would be replaced and its name in the
+            model ("" for the model itself); the arguments have the order of torchao's. If it returns False, the module
+            is not replaced; modules inside it still may be.
+        backend, recompute: as in `FusedMLP`, for every replaced module.
 
     Returns:
-        What was replaced, what was not, and why; `print` it.
+        The replaced modules, and the others with the reasons.
 
     Raises:
-        TypeError: `model` is no module, `filter_fn` no function or its answer not True or False, another `recompute`.
-        ValueError: an unknown backend.
-        Nothing is changed then.
+        TypeError: `model` is no module, `filter_fn` is no function or returns something other than True or False, or
+            `recompute` is neither True, False nor None.
+        ValueError: the backend is unknown.
+        The model is then unchanged.
     """
     _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
@@ -205,7 +210,7 @@ def fuse(
     chosen: list[Any] = []
     replaced: list[Entry] = []
     left: list[Entry] = []
-    links: set[int] = set()  # of what is replaced, or was looked at and left for a reason of its own
+    links: set[int] = set()  # ids of the children of modules that were replaced, or that are in `left` already
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, FusedSequence):
@@ -221,15 +226,15 @@ def fuse(
             fused, apart = _what_runs(chain)
             reason = _why_left_alone(chain, shared, name)
             if reason is None and not fused:
-                reason = "; ".join(["no Linear in it is followed by an activation that has a kernel", *apart])
+                reason = "; ".join(["no Linear in it is followed by an activation with a kernel", *apart])
             links.update(map(id, chain.values()))
         else:
             links.update(id(each) for each in module.children() if is_linear(each))
         if reason is None and filter_fn is not None:
             answer = filter_fn(module, name)
             if not isinstance(answer, bool):
-                raise TypeError(f"filter_fn gave {answer!r} for {name!r}; it needs to give True or False")
-            reason = None if answer else "filter_fn said no"
+                raise TypeError(f"filter_fn returned {answer!r} for {name!r}; it needs to return True or False")
+            reason = None if answer else "filter_fn returned False"
         if reason is not None:
             left.append(Entry(name, kind, reason))
             continue
@@ -246,21 +251,24 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> tuple[str, ...]:
-    """Undo `fuse`: every module that it replaced is what it was. Returns their names; none is no mistake.
+    """Undo `fuse`: give every replaced module its old class again.
 
-    Call it before `torch.save(model, file)` for a file that can be loaded without mlp_fused.
+    Call it before `torch.save(model, file)`, and the file can be loaded without mlp_fused.
+
+    Returns:
+        The names of the modules, in the model's order; empty if `fuse` had replaced none.
 
     Raises:
         TypeError: `model` is no module.
-        RuntimeError: the class of one of them was changed again after `fuse`; nothing is changed then.
+        RuntimeError: the class of a replaced module was changed again after `fuse`. The model is then unchanged.
     """
     _check_model(model)
     found: list[tuple[str, Any]] = [each for each in model.named_modules() if isinstance(each[1], _Fused)]
     for name, module in found:
         if "_unfused" not in vars(type(module)):
             raise RuntimeError(
-                f"{name or 'the model'} became {type(module).__name__} after fuse, as by fully_shard; "
-                "call unfuse before that"
+                f"the class of {name or 'the model'} was changed to {type(module).__name__} after fuse, by fully_shard "
+                "for example; call unfuse before that"
             )
     for _, module in found:
         module.__class__ = module._unfused
@@ -276,18 +284,18 @@ def _check_model(model: object) -> None:
 
 @dataclass(frozen=True)
 class _Shape:
-    """The way to replace a class: as nn.Sequential, or by a pattern of `known`, which is it or a base of it."""
+    """The way to replace a class: by its pattern or, without one, as nn.Sequential. `known` is the class to replace."""
 
     pattern: Pattern | None
     known: type[nn.Module]
 
     def why_not(self, module: nn.Module) -> str | None:
-        """The difference between a module's code and the shape's; None where there is none."""
+        """The reason why this module cannot be replaced; None if it can."""
         kind = type(module)
         method = "forward" if self.pattern is None else self.pattern.method
         for each in dict.fromkeys(("forward", method)):
             if getattr(kind, each, None) is not getattr(self.known, each, None):
-                return f"{kind.__name__} has a {each} of its own, in which an activation cannot be seen; {MEND}"
+                return f"{kind.__name__} has a {each} of its own, in which an activation cannot be seen; {HINT}"
         if hasattr(kind, method) and (why := why_method_changed(kind, method)) is not None:
             return why
         if method in module.__dict__:
@@ -298,7 +306,7 @@ class _Shape:
         if self.pattern is None:
             return None
         library = self.known.__module__.split(".")[0]
-        drifted = f"this version of {library} is not the one that the pattern is of"
+        drifted = f"the pattern is for another version of {library}"
         if not hasattr(kind, method):
             return f"{kind.__name__} has no {method}; {drifted}"
         try:
@@ -316,24 +324,24 @@ class _Shape:
             tops = {path.split(".")[0] for path in self.pattern.chain}
             for name, child in module.named_children():
                 if name not in tops:
-                    return f"it has a {name} ({name_of(child)}), which the pattern does not know; {drifted}"
+                    return f"it has a {name} ({name_of(child)}), which the pattern does not have; {drifted}"
         return None
 
     def chain(self, module: nn.Module) -> dict[str, Any]:
-        """The paths of the children that are called, in order."""
+        """The children that are called, by path, in order."""
         if self.pattern is None:
             return dict(module._modules)
         return {path: _follow(module, path.split(".")) for path in self.pattern.chain}
 
 
-MEND = "where one follows, FusedLinear(…, activation=…) in the Linear's place is the mend"
+HINT = "if one follows, replace the Linear by FusedLinear(…, activation=…)"
 
-# What a replaced module gains, and must not have had.
+# Attributes that a replaced module gains. A module that has one of them already cannot be replaced.
 RESERVED = tuple(name for kind in (FusedSequence, WithBackend) for name in vars(kind) if not name.startswith("__"))
 
 
 def _shape_of(kind: type[nn.Module]) -> _Shape | None:
-    """The way to replace a class; None where nothing is known of it."""
+    """The way to replace a class; None if there is none."""
     for known in kind.__mro__:
         if pattern := PATTERNS.get(path_of(known)):
             return _Shape(pattern, known)
@@ -348,8 +356,8 @@ def _follow(module: Any, path: Iterable[str]) -> Any:
 
 
 def _what_runs(chain: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """In words: the runs of Linear layers with activations, and what is called as itself between them and why."""
-    # Dropout is taken as one that drops nothing: what is replaced does not depend on the mode that the model is in.
+    """(fused, apart): a text for each fused run of layers, and one for each child that is called as a module."""
+    # Dropout counts as an identity, so that the result does not depend on the mode (train or eval) of the model.
     steady = {
         name: nn.Identity() if type(link) is nn.Dropout and not has_hooks(link) else link
         for name, link in chain.items()
@@ -369,11 +377,12 @@ def _what_runs(chain: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         else:
             ((link, name),) = named
             if type(link) is not nn.Identity or has_hooks(link):
-                apart.append(f"{name} is called as itself: {_why_itself(link, run.reason)}")
+                apart.append(f"{name} is called as a module: {_why_called(link, run.reason)}")
     return fused, apart
 
 
-def _why_itself(link: Any, reason: str | None) -> str:
+def _why_called(link: Any, reason: str | None) -> str:
+    """The reason why a child is called as a module."""
     if has_hooks(link):
         return "it has hooks, or a forward patched onto it"
     if is_linear(link):
@@ -385,7 +394,7 @@ def _why_itself(link: Any, reason: str | None) -> str:
 
 
 def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """The names of every parameter that has several, by its id."""
+    """The names of each parameter that has more than one, by the parameter's id."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -393,7 +402,7 @@ def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _why_left_alone(chain: Mapping[str, Any], shared: Mapping[int, list[str]], name: str) -> str | None:
-    """The reason to leave a chain as it is, which lies in its parameters; None where there is none."""
+    """The reason why the parameters of a chain keep its module from being replaced; None if they do not."""
     for path, link in chain.items():
         if why_unfused(link) is not None:
             continue
@@ -407,14 +416,14 @@ def _why_left_alone(chain: Mapping[str, Any], shared: Mapping[int, list[str]], n
             if others:
                 return f"its {path}.{key} is shared with {others[0]}"
             if type(parameter) not in (Tensor, nn.Parameter):
-                return f"its {path}.{key} is {type(parameter).__name__}, no plain tensor (quantised, or sharded)"
+                return f"its {path}.{key} is {type(parameter).__name__}, not a plain tensor (quantized or sharded)"
             if not parameter.is_floating_point():
                 return f"its {path}.{key} is {parameter.dtype}"
     return None
 
 
 def _other_linears(model: nn.Module, links: set[int]) -> list[Entry]:
-    """Linear layers in no chain, each with who calls it."""
+    """An entry for each Linear that is in no chain, with the module that calls it."""
     entries: dict[int, Entry] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
@@ -422,7 +431,7 @@ def _other_linears(model: nn.Module, links: set[int]) -> list[Entry]:
             continue
         kind = name_of(module)
         if not name:
-            entries[id(module)] = Entry(name, kind, f"an activation after it cannot be seen; {MEND}")
+            entries[id(module)] = Entry(name, kind, f"an activation after it cannot be seen; {HINT}")
             continue
         caller = name.rpartition(".")[0]
         while caller and isinstance(modules[caller], nn.ModuleList | nn.ModuleDict):
@@ -431,7 +440,7 @@ def _other_linears(model: nn.Module, links: set[int]) -> list[Entry]:
         if _is_gated(by):
             entries[id(by)] = Entry(caller, name_of(by), "it is gated: its activation is multiplied by another product")
             continue
-        called = f"called in {name_of(by)}'s own forward, where an activation cannot be seen; {MEND}"
+        called = f"called in {name_of(by)}'s own forward, where an activation cannot be seen; {HINT}"
         entries[id(module)] = Entry(name, kind, why_unfused(module) or called)
     return list(entries.values())
 
@@ -440,11 +449,11 @@ def _is_gated(module: nn.Module) -> bool:
     return path_of(type(module)) in GATED_CLASSES or any(names <= module._modules.keys() for names in GATED)
 
 
-NEW: Any = vars(copyreg)["__newobj__"]  # how pickle makes an object without calling its constructor
+NEW: Any = vars(copyreg)["__newobj__"]  # pickle's function that makes an object without calling its constructor
 
 
 class _Fused:
-    """A module that `fuse` replaced: its class is made for its old one, under whose name it is pickled."""
+    """Base of the classes that `fuse` gives to modules. Instances are pickled under their old class, `_unfused`."""
 
     _unfused: Any
 
@@ -464,7 +473,7 @@ class _Fused:
 
 
 def _remake(kind: Any, *arguments: Any) -> nn.Module:
-    """A replaced module without its state, for pickle and copy."""
+    """Make a replaced module without its state, for pickle and copy."""
     if _shape_of(kind) is None:
         raise RuntimeError(
             f"{path_of(kind)} was fused by a pattern that is not registered here; call register_pattern before loading"
@@ -482,7 +491,7 @@ def _fused_class(kind: Any) -> Any:
 
 @functools.cache
 def _derive(kind: Any, target: str) -> Any:
-    """A class of `kind`'s own methods and, after them, FusedMLP's; or the chain's of the pattern of that name."""
+    """The subclass of `kind` that `fuse` uses: a FusedMLP, or for a pattern's target a FusedSequence of its chain."""
     members: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -500,7 +509,7 @@ def _derive(kind: Any, target: str) -> Any:
 
 
 def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
-    """The members that a class derived from `kind` has of a pattern: its chain, and the method that runs it."""
+    """The members of a subclass of `kind` that come from its pattern: the chain, and the method that runs it."""
     original: Callable[..., Tensor] = getattr(kind, pattern.method)
     steps = tuple(tuple(path.split(".")) for path in pattern.chain)
     within = tuple((tuple(path.split(".")), target) for path, target in pattern.within.items())
@@ -513,7 +522,7 @@ def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
     @functools.wraps(original)
     def method(self: Any, *arguments: Any, **keywords: Any) -> Tensor:
         current: Callable[..., Tensor] = getattr(kind, pattern.method)
-        if current is not original:  # somebody has replaced it on the class since
+        if current is not original:  # the class's method was replaced after `fuse`
             return current(self, *arguments, **keywords)
         if len(arguments) == 1 and not keywords:
             (input,) = arguments

@@ -429,7 +429,7 @@ def test_every_activation_of_transformers_is_known_or_named(device: str) -> None
         layer.mlp.activation_fn = ACT2FN["gelu_10"]
     report = fuse(network)
     assert report.replaced == ()
-    assert "activation_fn is called as itself: transformers.activations.ClippedGELUActivation has no kernel" in str(
+    assert "activation_fn is called as a module: transformers.activations.ClippedGELUActivation has no kernel" in str(
         report
     )
 
@@ -467,7 +467,7 @@ def test_timms_mlp_with_a_norm_has_its_runs_fused(device: str) -> None:
     x = torch.randn(5, 16, device=device)
     expected = mlp(x)
     report = fuse(mlp, backend="triton")
-    assert "fc1 + gelu; norm is called as itself: normalization.LayerNorm has no kernel" in str(report)
+    assert "fc1 + gelu; norm is called as a module: normalization.LayerNorm has no kernel" in str(report)
     with count_launches() as launches:
         torch.testing.assert_close(mlp(x=x), expected, rtol=1e-5, atol=1e-5)
     assert launches == {"network_forward_kernel": 2}
@@ -490,7 +490,7 @@ def test_timms_mlp_of_convolutions_is_left_and_named() -> None:
 
     report = fuse(Mlp(16, 24, use_conv=True))
     assert "the model itself (Mlp): no Linear in it is followed by an activation" in str(report)
-    assert "fc1 is called as itself: conv.Conv2d has no kernel" in str(report)
+    assert "fc1 is called as a module: conv.Conv2d has no kernel" in str(report)
 
 
 def test_vits_intermediate_of_older_transformers(device: str) -> None:
@@ -545,7 +545,7 @@ def test_an_unknown_function_is_named() -> None:
 
     report = fuse(Encoder(wave))
     assert [entry.name for entry in report.replaced] == ["decoder"]
-    assert "activation is called as itself: wave has no kernel" in str(report)
+    assert "activation is called as a module: wave has no kernel" in str(report)
 
 
 def test_the_encoders_inference_operator_stays_torchs(device: str) -> None:

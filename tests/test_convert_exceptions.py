@@ -25,7 +25,7 @@ def test_a_child_with_hooks_is_called_as_itself_and_named(device: str) -> None:
     seen: list[int] = []
     model[0].register_forward_pre_hook(lambda *arguments: seen.append(1))
     report = fuse(model, backend="triton")
-    assert "2 + tanh; 0 is called as itself: it has hooks" in str(report)
+    assert "2 + tanh; 0 is called as a module: it has hooks" in str(report)
     with count_launches() as launches:
         model(torch.randn(3, 8, device=device))
     assert launches == {"network_forward_kernel": 1}
@@ -76,10 +76,10 @@ def patched() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (parametrized, "0 is called as itself: its weight is parametrized"),
-        (Adapted, "0 is called as itself: Adapted has a forward of its own"),
+        (parametrized, "0 is called as a module: its weight is parametrized"),
+        (Adapted, "0 is called as a module: Adapted has a forward of its own"),
         (Wrapped, "0.base_layer (Linear): called in Wrapped's own forward"),
-        (patched, "0 is called as itself: it has hooks, or a forward patched onto it"),
+        (patched, "0 is called as a module: it has hooks, or a forward patched onto it"),
     ],
     ids=["parametrized", "LoRA", "LoRA around", "patched"],
 )
@@ -103,7 +103,7 @@ def test_quantised_weights_are_left_and_named() -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Quantised))
     report = fuse(model)
     assert report.replaced == ()
-    assert "its 0.weight is Quantised, no plain tensor" in str(report)
+    assert "its 0.weight is Quantised, not a plain tensor" in str(report)
 
 
 def test_shared_weights_are_left_and_named() -> None:
@@ -142,7 +142,7 @@ def test_an_activation_in_somebodys_own_forward_is_said_to_be_unseen() -> None:
     assert report.replaced == ()
     text = str(report)
     assert "0.fc1, 0.fc2 (Linear): called in Own's own forward, where an activation cannot be seen" in text
-    assert "FusedLinear(…, activation=…) in the Linear's place is the mend" in text
+    assert "replace the Linear by FusedLinear(…, activation=…)" in text
     mended = Own()
     mended.fc1 = FusedLinear(8, 8, activation="relu")
     assert [entry.text for entry in fuse(mended).left if entry.name == "fc1"] == ["it is fused already"]
@@ -194,7 +194,7 @@ def test_unfuse_says_where_it_cannot() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     fuse(model)
     model[1].__class__ = type("FSDPSequential", (type(model[1]),), {})
-    with pytest.raises(RuntimeError, match="1 became FSDPSequential after fuse.*call unfuse before that"):
+    with pytest.raises(RuntimeError, match="1 was changed to FSDPSequential after fuse.*call unfuse before that"):
         unfuse(model)
     assert isinstance(model[0], FusedMLP)
 
@@ -210,7 +210,7 @@ def test_filter_fn_is_asked_as_torchao_asks() -> None:
     report = fuse(model, choose)
     assert asked == [("Sequential", "body.0"), ("Sequential", "tail"), ("Sequential", "tail.3")]
     assert [entry.name for entry in report.replaced] == ["body.0", "tail.3"]
-    assert [entry.name for entry in report.left if entry.text == "filter_fn said no"] == ["tail"]
+    assert [entry.name for entry in report.left if entry.text == "filter_fn returned False"] == ["tail"]
     assert type(model.tail) is nn.Sequential
 
 
@@ -223,8 +223,12 @@ def fail(module: nn.Module, name: str) -> bool:
     [
         ({"model": [nn.Linear(1, 1)]}, TypeError, "model is list; it needs to be an nn.Module"),
         ({"filter_fn": "tail"}, TypeError, "filter_fn is 'tail'; it needs to be a function"),
-        ({"filter_fn": lambda module, name: name}, TypeError, "filter_fn gave 'body.0' for 'body.0'"),
-        ({"filter_fn": lambda module, name: None if name == "tail.3" else True}, TypeError, "gave None for 'tail.3'"),
+        ({"filter_fn": lambda module, name: name}, TypeError, "filter_fn returned 'body.0' for 'body.0'"),
+        (
+            {"filter_fn": lambda module, name: None if name == "tail.3" else True},
+            TypeError,
+            "returned None for 'tail.3'",
+        ),
         ({"filter_fn": fail}, KeyError, "body.0"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'; it needs to be one of"),
         ({"recompute": 1}, TypeError, "recompute is 1; it needs to be True, False or None"),
@@ -304,13 +308,13 @@ def test_a_class_that_is_no_longer_what_the_pattern_says_is_left() -> None:
     more.scale = nn.Linear(1, 1)
     del fewer.act
     for block, reason in (
-        (more, "it has a scale (Linear), which the pattern does not know"),
+        (more, "it has a scale (Linear), which the pattern does not have"),
         (fewer, "'Block' object has no attribute 'act'"),
     ):
         report = fuse(block)
         assert report.replaced == ()
         assert reason in str(report)
-        assert f"this version of {__name__} is not the one that the pattern is of" in str(report)
+        assert f"the pattern is for another version of {__name__}" in str(report)
 
 
 @pytest.mark.usefixtures("_own_patterns")
@@ -336,10 +340,10 @@ def test_a_pattern_goes_before_nn_sequential(device: str) -> None:
         (("Block", ["up"]), TypeError, "target is 'Block'; it needs to be an nn.Module class or its full name"),
         ((3, ["up"]), TypeError, "target is 3"),
         (("timm.layers.mlp.Mlp", ["fc1"]), ValueError, "target timm.layers.mlp.Mlp has a pattern already"),
-        ((Block, "up"), TypeError, "chain is 'up'; it needs to be names of attributes"),
+        ((Block, "up"), TypeError, "chain is 'up'; it needs to be a list of attribute names"),
         ((Block, [3]), TypeError, "chain is [3]"),
         ((Block, []), ValueError, "chain is empty"),
-        ((Block, ["up"], {"method": "ff"}), ValueError, "method is 'ff', which Block has not"),
+        ((Block, ["up"], {"method": "ff"}), ValueError, "method is 'ff', but Block has no such method"),
         ((Block, ["up"], {"method": 1}), TypeError, "method is 1"),
         ((Block, ["up"], {"finish": 1}), TypeError, "finish is 1; it needs to be a function"),
         ((Block, ["up"], {"within": {"up": 1}}), TypeError, "within['up'] is 1"),

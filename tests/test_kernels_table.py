@@ -116,25 +116,27 @@ UNALIGNED = ("sliced", "strided parameters")  # layouts of tensors that do not b
     "case", [in_turn("persistent", case) for case in CASES if case.layout not in UNALIGNED], ids=case_id
 )
 def test_all_layers_at_once_through_the_table(
-    case: Case, by_pointers: None, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    case: Case, device: str, by_pointers: None, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Persistent tiles; a repeated call, whose launches are prepared and filled with pointers."""
-    all_layers_at_once(case, monkeypatch)
+    all_layers_at_once(case, device, monkeypatch)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.layout in UNALIGNED], ids=case_id)
-def test_all_layers_at_once_without_alignment(case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    all_layers_at_once(case, monkeypatch)
+def test_all_layers_at_once_without_alignment(
+    case: Case, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_layers_at_once(case, device, monkeypatch)
 
 
-def all_layers_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def all_layers_at_once(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     layer_path.layer_path.cache_clear()
     monkeypatch.setattr(
         tables, "choice_for", lambda problem, device: tables.Choice(of_kind("persistent", problem), "a test")
     )
     for _ in range(2):
-        data = make(case)
+        data = make(case, device)
         with count_launches() as launches:
             ours = gradients(data, forward(case, data, "run"))
     layer_path.layer_path.cache_clear()

@@ -157,6 +157,23 @@ def test_a_schedule_for_one_tensor_off_alignment_serves_another(device: str, by_
         torch.testing.assert_close(model(input), torch.nn.Sequential(*model)(input), rtol=1e-4, atol=1e-4)
 
 
+def test_a_schedule_holds_no_memory_between_runs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Memory that the first run takes within a CUDA graph would belong to the graph, and be held by the schedule."""
+    schedules: list[schedule.Schedule] = []
+    original = schedule.Schedule.run
+
+    def run(self: schedule.Schedule, *arguments: Any) -> Any:
+        schedules.append(self)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(schedule.Schedule, "run", run)
+    model = FusedMLP(12, [300, 8], backend="triton", device=device)
+    model(torch.randn(ROWS, 12, device=device)).sum().backward()
+    held = [tensor for each in schedules for tensor in vars(each)["_templates"]]
+    assert held
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
+
+
 def test_a_layer_of_its_own_takes_memory_for_what_it_writes_alone() -> None:
     """Its backward holds the rebuilt output below, and no place for gradients of other layers."""
     layers = explain.meta_layers((256, 512, 512, 256), [ACTIVATIONS["gelu"]] * 3, torch.float32, bias=True)

@@ -230,7 +230,7 @@ def test_an_earlier_loss_that_is_still_held_is_in_no_graphs_way_or_the_error_nam
     try:
         capture_step(model, cross_entropy, optimizer, x, y)
     except RuntimeError as error:
-        assert str(error).endswith("where a loss or an output of an earlier step is still held, del it first")  # noqa: PT017
+        assert str(error).endswith("if a variable still holds a loss or an output of an earlier step, del it first")  # noqa: PT017
     del loss
     assert capture_step(model, cross_entropy, optimizer, x, y)(x, y).isfinite()
 

@@ -218,7 +218,7 @@ def forget_tables() -> None:
 @contextlib.contextmanager
 def decided_by(table: table_files.Table) -> Iterator[None]:
     """Within the block, this table takes precedence over those on disk."""
-    with tables.asked_first(table):
+    with tables.preferred(table):
         forget_tables()
         yield
     forget_tables()

@@ -50,7 +50,7 @@ def kernels_in(modules: str) -> list[Source]:
 def digest(sources: Iterable[Source | None], known: Mapping[str, object] | None = None) -> str:
     """The digest of functions and of all that they call. `known` has the values of constants that rule branches out."""
     constants = {"INTERPRETED": False, **(known or {})}
-    return _digest(tuple(each for each in sources if each), tuple(sorted(constants.items())))
+    return _digest(tuple(source for source in sources if source), tuple(sorted(constants.items())))
 
 
 Constants = tuple[tuple[str, object], ...]
@@ -59,8 +59,8 @@ Constants = tuple[tuple[str, object], ...]
 @functools.lru_cache(maxsize=1024)
 def _digest(sources: tuple[Source, ...], constants: Constants) -> str:
     texts: dict[Source, str] = {}
-    for each in sources:
-        _collect(each, constants, texts)
+    for source in sources:
+        _collect(source, constants, texts)
     return hashlib.sha256("\n".join(sorted(texts.values())).encode()).hexdigest()[:DIGITS]
 
 
@@ -114,7 +114,7 @@ def _text(node: Any, constants: Mapping[str, object], names: dict[str, bool]) ->
     Adds its names to `names`: True for its own arguments and variables, False for others.
     """
     if isinstance(node, list):
-        return "".join(_text(each, constants, names) for each in node if not _is_docstring(each))
+        return "".join(_text(item, constants, names) for item in node if not _is_docstring(item))
     if isinstance(node, ast.If):
         decided = _decide(node.test, constants)
         if decided is not None:

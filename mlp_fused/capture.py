@@ -139,7 +139,7 @@ class CapturedStep:
         self._kind = x.device.type
         self._autocast = torch.is_autocast_enabled(self._kind), torch.get_autocast_dtype(self._kind)
         self._training = model.training
-        modules = [module for each in (model, loss_fn) if isinstance(each, nn.Module) for module in each.modules()]
+        modules = [module for owner in (model, loss_fn) if isinstance(owner, nn.Module) for module in owner.modules()]
         own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
         optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._parameters = list({id(parameter): parameter for parameter in (*own, *optimized)}.values())
@@ -245,7 +245,7 @@ class CapturedStep:
             (group, name, value)
             for group in self._groups
             for name, value in group.items()
-            if name != "params" and not (name == "lr" and any(group is each for each in rated))
+            if name != "params" and not (name == "lr" and any(group is other for other in rated))
         ]
         self._count = len(self._groups)
 
@@ -269,9 +269,9 @@ class CapturedStep:
         if len(self._groups) != self._count:
             refuse("a parameter group was added")
         for group, name, value in self._hyperparameters:
-            found = group.get(name)
-            if found is not value and (isinstance(found, Tensor) or isinstance(value, Tensor) or found != value):
-                refuse(f"the optimizer's {name} was changed from {value} to {found}")
+            now = group.get(name)
+            if now is not value and (isinstance(now, Tensor) or isinstance(value, Tensor) or now != value):
+                refuse(f"the optimizer's {name} was changed from {value} to {now}")
 
 
 def _takes_rate_in_memory(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
@@ -337,9 +337,9 @@ class _Snapshot:
         self.grads = [(parameter, parameter.grad) for parameter in parameters]
         self.state = dict(_leaves(optimizer.state))
         self.parameters = set(optimizer.state)
-        tensors = [*parameters, *(each for _, owned in self.buffers for each in owned.values())]
+        tensors = [*parameters, *(buffer for _, owned in self.buffers for buffer in owned.values())]
         tensors += [value for _, _, value in self.state.values()]
-        self.values = [(each, each.detach().clone()) for each in tensors if isinstance(each, Tensor)]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors if isinstance(tensor, Tensor)]
         self.random = torch.get_rng_state()
         self.random_of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -391,9 +391,9 @@ def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any) -
         )
     if y.device != x.device:
         raise RuntimeError(f"y is on {y.device}, x on {x.device}; move it with y.to({str(x.device)!r})")
-    modules = [each for each in (model, loss_fn) if isinstance(each, nn.Module)]
+    modules = [module for module in (model, loss_fn) if isinstance(module, nn.Module)]
     of_optimizer = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    for tensor in (*(each for module in modules for each in (*module.parameters(), *module.buffers())), *of_optimizer):
+    for tensor in (*(own for module in modules for own in (*module.parameters(), *module.buffers())), *of_optimizer):
         if tensor.device != x.device:
             raise RuntimeError(
                 f"x is on {x.device}, the model's parameters on {tensor.device}; "

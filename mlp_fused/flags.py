@@ -69,7 +69,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0:
             raise UserError(f"{name} is {value!r}; it needs to be a sequence")
-        return tuple(_checked(each, get_args(hint)[0], name) for each in value)
+        return tuple(_checked(item, get_args(hint)[0], name) for item in value)
     if get_origin(hint) is Literal:
         for choice in get_args(hint):
             if value == choice:
@@ -84,7 +84,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
 
 
 def _without_none(hint: Any) -> Any:
-    (other,) = (each for each in get_args(hint) if each is not types.NoneType)
+    (other,) = (kind for kind in get_args(hint) if kind is not types.NoneType)
     return other
 
 

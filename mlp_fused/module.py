@@ -264,7 +264,7 @@ class FusedSequence(WithBackend, nn.Module):
             if paths.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
                 return
             y = run_kernels(x, layers, dtype, self._recompute, self._backend)
-            leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
+            leaves = [tensor for layer in layers for tensor in layer[:2] if tensor is not None] + [x]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             if differentiable and wanted:
                 torch.autograd.grad(y, wanted, torch.zeros_like(y))
@@ -569,8 +569,8 @@ def _activation_maker(
     if activation is None or isinstance(activation, str | Activation) or find(activation) is not None:
         resolved = resolve(activation, argument)
         kind = resolved.module
-        if kind is not None and find(made := kind(**resolved.parameters)) is resolved:
-            return lambda: kind(**resolved.parameters, **(in_place if hasattr(made, "inplace") else {}))
+        if kind is not None and find(module := kind(**resolved.parameters)) is resolved:
+            return lambda: kind(**resolved.parameters, **(in_place if hasattr(module, "inplace") else {}))
         return lambda: Pointwise(resolved)
     if not callable(activation):
         raise TypeError(f"{argument} is {activation!r}; it needs to be a name, an nn.Module class or instance, or None")

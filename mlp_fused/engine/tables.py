@@ -169,10 +169,10 @@ def path_for(
     """
     wanted = (widths, dtype_name(dtype), precision, activation, training)
     for table in measured(device):
-        found = [row for row in _networks(table, *wanted) if holds(row)]
-        if rows is None and found:
-            return max(found, key=lambda row: row.rows).path
-        if rows is not None and (nearest := _nearest(found, rows)):
+        rows_of_network = [row for row in _networks(table, *wanted) if holds(row)]
+        if rows is None and rows_of_network:
+            return max(rows_of_network, key=lambda row: row.rows).path
+        if rows is not None and (nearest := _nearest(rows_of_network, rows)):
             return nearest.path
     return None
 

@@ -33,12 +33,15 @@ STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # columns of a wide first layer at a t
 RESIDENT_INPUT = 256  # the widest input whose weight stays on the chip; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
-# Full fp32 by bf16x6 (see tile.py): the widest layer whose products of three parts fit in registers, and the narrowest
-# one, for which the error is at most 1.5 times that of FMA units (tests/test_tile_precision.py).
-WIDEST_SPLIT = 64
-NARROWEST_SPLIT = 8
-# The padded width at which float32 networks were measured to be faster than torch, by architecture. Only these
-# architectures multiply by bf16x6.
+# The ways to multiply fp32 by 16-bit parts (see tile.py) that the rule chooses from, the first that it finds, on the
+# architectures in FP32_MEASURED. A way is listed once it was measured. "fp16x3" and "fp16x1" run where asked for.
+SPLITS = ("bf16x6",)
+SPLIT_ACCURACY = {"fp16x3": "ieee", "bf16x6": "ieee", "fp16x1": "tf32"}  # torch's setting that each of them fulfils
+SPLIT_BYTES = {"fp16x3": 4, "bf16x6": 6, "fp16x1": 2}  # bytes of a number's parts
+WIDEST_SPLIT = 64  # the widest layer whose products of parts fit in registers
+# The narrowest layer, for which the error is at most 1.5 times that of FMA units (tests/test_tile_precision.py).
+NARROWEST_SPLIT = {"fp16x3": 32, "bf16x6": 8, "fp16x1": 1}
+# The padded width at which float32 networks were measured to be faster than torch, by architecture.
 FP32_MEASURED: dict[int | str, int] = {90: 64}
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # the time to compile a kernel grows with its layers
 AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps weights in registers
@@ -72,21 +75,31 @@ STORED_MEASURED = (90,)
 ROWS_OF_ONES = 16  # rows of ones in the product that gives db, in tiles without columns of ones
 
 
-def network_precision(widths: tuple[int, ...], dtype: torch.dtype, precision: str, device: Device) -> str:
-    """The precision of a network's kernels (see tile.py); `precision` is torch's setting for fp32.
+def network_precision(
+    widths: tuple[int, ...], dtype: torch.dtype, precision: str, device: Device, splits: Sequence[str] | None = None
+) -> str:
+    """The precision of a network's kernels (see tile.py).
+
+    `precision` is torch's setting for fp32. The first of `splits` that has this accuracy takes its place; by default
+    SPLITS, where this was measured.
 
     On an H100, 64 -> 64 -> 64 -> 64 -> 64, 2^20 rows, Triton 3.6: forward 0.55 ms by bf16x6, 5.35 on FMA units, 1.74 in
     torch; training 3.12, 7.30 and 5.30 ms.
     """
-    fits = max(map(padded, widths)) <= WIDEST_SPLIT and min(widths) >= NARROWEST_SPLIT
-    full = dtype == torch.float32 and precision == "ieee"
-    return "bf16x6" if full and fits and device.arch in FP32_MEASURED else precision
+    if splits is None:
+        splits = SPLITS if device.arch in FP32_MEASURED else ()
+    if dtype == torch.float32 and max(map(padded, widths)) <= WIDEST_SPLIT:
+        for split in splits:
+            if SPLIT_ACCURACY[split] == precision and min(widths) >= NARROWEST_SPLIT[split]:
+                return split
+    return precision
 
 
 def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device: Device) -> bool:
-    """True if a float32 network's kernels were measured to be faster than torch: bf16x6, and the forward in tf32."""
-    multiplied = ("bf16x6",) if training else ("bf16x6", "tf32")
-    return FP32_MEASURED.get(device.arch) == max(pads) and precision in multiplied
+    """True if a float32 network's kernels were measured to be faster than torch: by parts, and the forward in tf32."""
+    accuracy = SPLIT_ACCURACY.get(precision)
+    multiplied = accuracy == "ieee" or (not training and "tf32" in (precision, accuracy))
+    return FP32_MEASURED.get(device.arch) == max(pads) and multiplied
 
 
 @dataclass(frozen=True)
@@ -188,9 +201,11 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # On an H100, 64 wide as above, these tiles take 0.55 ms in bf16x6 and 0.29 ms in tf32. With 128 rows and 8 warps it
     # is 0.61 and 0.41 ms.
     small = TileConfig(64, num_warps=4, programs=2 * device.multiprocessors)
-    if problem.precision == "bf16x6":
-        return [dataclasses.replace(small, precision="bf16x6")]
     inference = problem.kind == "forward" and not problem.stores
+    if problem.precision in SPLIT_ACCURACY:
+        # With two stages, x of the next tile is loaded during this one; in bf16x6 there is no shared memory for it.
+        stages = 2 if inference and problem.precision != "bf16x6" else 1
+        return [dataclasses.replace(small, num_stages=stages, precision=problem.precision)]
     if problem.precision == "tf32" and inference and problem.widest == 64 and device.arch == 90:
         return [dataclasses.replace(small, num_stages=2), small]
     # Wide accumulators need tiles of few rows. Accumulators of 128 x 128 fit only if a product's operands come from
@@ -210,7 +225,7 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
     """
     if problem.streams or problem.widest > 64:
         return "the sums of a wider layer's weight gradient do not fit in registers"
-    if problem.on_fma_units or problem.precision == "bf16x6":
+    if problem.on_fma_units or SPLIT_ACCURACY.get(problem.precision) == "ieee":
         return "full fp32 products of the transposed activations do not fit in registers"
     if problem.widest == 64 and (device.arch not in DESCRIPTOR_ARCHITECTURES or problem.dtype.itemsize > 2):
         return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
@@ -303,7 +318,7 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     """The most bytes of shared memory for the weights, the loads in flight and conversions between layouts."""
     size = problem.dtype.itemsize
     in_registers = device.backend == "hip"
-    held = 3 * 2 if problem.precision == "bf16x6" else size  # three bf16 parts of each weight, split once
+    held = SPLIT_BYTES.get(problem.precision, size)  # of a weight, which is split once
     weights = 0 if in_registers else sum(n * k for n, k in problem.held) * held
     staged = max(size, problem.input_size)
     rows = tile.block_m * problem.widest * staged
@@ -334,9 +349,12 @@ def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tupl
 
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
     """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`."""
-    if precision == "bf16x6":  # 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6)
+    if precision in SPLIT_ACCURACY:
+        # bf16x6: 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6). The others have their
+        # maxima to find in every block of rows, which larger ones have fewer of.
+        rows, stages = (32, 3) if precision == "bf16x6" else (64, 2)
         programs = 2 * device.multiprocessors
-        return TileConfig(0, block_k=32, num_warps=4, num_stages=3, programs=programs, precision="bf16x6")
+        return TileConfig(0, block_k=rows, num_warps=4, num_stages=stages, programs=programs, precision=precision)
     rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else WGRAD_ROWS[dtype.itemsize]
     ahead = device.backend == "cuda" and isinstance(device.arch, int) and device.arch < 100
     return TileConfig(0, block_k=rows, num_warps=8, num_stages=3 if ahead else 2, programs=2 * device.multiprocessors)

@@ -33,15 +33,16 @@ STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # columns of a wide first layer at a t
 RESIDENT_INPUT = 256  # the widest input whose weight stays on the chip; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
-# The ways to multiply fp32 by 16-bit parts (see tile.py) that the rule chooses from, the first that it finds, on the
-# architectures in FP32_MEASURED. A way is listed once it was measured. "fp16x3" and "fp16x1" run where asked for.
+# The ways to multiply fp32 by 16-bit parts (see tile.py) that the rule chooses from, the first that it finds. A way is
+# listed once it was measured. "fp16x3" and "fp16x1" run only where they are asked for.
 SPLITS = ("bf16x6",)
 SPLIT_ACCURACY = {"fp16x3": "ieee", "bf16x6": "ieee", "fp16x1": "tf32"}  # torch's setting that each of them fulfils
 SPLIT_BYTES = {"fp16x3": 4, "bf16x6": 6, "fp16x1": 2}  # bytes of a number's parts
 WIDEST_SPLIT = 64  # the widest layer whose products of parts fit in registers
 # The narrowest layer, for which the error is at most 1.5 times that of FMA units (tests/test_tile_precision.py).
 NARROWEST_SPLIT = {"fp16x3": 32, "bf16x6": 8, "fp16x1": 1}
-# The padded width at which float32 networks were measured to be faster than torch, by architecture.
+# The padded width at which float32 networks were measured to be faster than torch, by architecture. Only these
+# architectures multiply by parts.
 FP32_MEASURED: dict[int | str, int] = {90: 64}
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # the time to compile a kernel grows with its layers
 AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps weights in registers
@@ -80,16 +81,16 @@ def network_precision(
 ) -> str:
     """The precision of a network's kernels (see tile.py).
 
-    `precision` is torch's setting for fp32. The first of `splits` that has this accuracy takes its place; by default
-    SPLITS, where this was measured.
+    `precision` is torch's setting for fp32. The first of `splits` (by default SPLITS) that has this accuracy takes its
+    place on a Hopper GPU. Elsewhere the parts of the weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills
+    622 words on an A100, and needs more than a B200's tensor memory, so that Triton 3.7 compiles an empty kernel.
 
     On an H100, 64 -> 64 -> 64 -> 64 -> 64, 2^20 rows, Triton 3.6: forward 0.55 ms by bf16x6, 5.35 on FMA units, 1.74 in
     torch; training 3.12, 7.30 and 5.30 ms.
     """
-    if splits is None:
-        splits = SPLITS if device.arch in FP32_MEASURED else ()
-    if dtype == torch.float32 and max(map(padded, widths)) <= WIDEST_SPLIT:
-        for split in splits:
+    fits = max(map(padded, widths)) <= WIDEST_SPLIT
+    if dtype == torch.float32 and fits and device.arch in FP32_MEASURED:
+        for split in SPLITS if splits is None else splits:
             if SPLIT_ACCURACY[split] == precision and min(widths) >= NARROWEST_SPLIT[split]:
                 return split
     return precision

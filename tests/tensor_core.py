@@ -2,7 +2,8 @@
 
 Products of bf16 and of fp16 are exact. An instruction takes 16 of the reduction: it aligns their products and the
 accumulator to the largest of them, and truncates, both what lies a few bits below that one's last and the sum (Fasi,
-Higham, Mikaitis and Pranesh, PeerJ CS 7:e330; Ootomo and Yokota, arXiv 2203.03341). Arrays are float64 that hold fp32 numbers.
+Higham, Mikaitis and Pranesh, PeerJ CS 7:e330; Ootomo and Yokota, arXiv 2203.03341). Arrays are float64 that hold fp32
+numbers.
 """
 
 from __future__ import annotations

@@ -109,6 +109,8 @@ def test_products_beyond_the_largest_number_are_infinite(device: str) -> None:
 
 def scaled_path(case: Case, data: Data, precision: str = "fp16x3") -> NetworkPath:
     """The network path of a case with products of scaled parts, however narrow its layers are."""
+    if devices.device_of(data.x).arch not in network_tiles.FP32_MEASURED:
+        pytest.skip("the parts of the weights do not fit on this GPU")
     path = find(case, data)[2]
     assert isinstance(path, NetworkPath)
     net, device = path.network, devices.device_of(data.x)
@@ -222,6 +224,8 @@ def test_scaled_parts_run_where_they_are_asked_for() -> None:
     assert precision((64,) * 5, "tf32") == "fp16x1"
     assert precision((128,) * 5, "tf32") == "tf32"
     assert precision((64,) * 5, "ieee", None) == network_tiles.SPLITS[0]
+    b200 = devices.DEVICES["NVIDIA B200"]  # tensor memory does not hold the sums, and the compiler does not say so
+    assert network_tiles.network_precision((64,) * 5, torch.float32, "ieee", b200, every) == "ieee"
     assert network_tiles.network_precision((64,) * 5, torch.bfloat16, "ieee", device, every) == "ieee"
 
 

@@ -73,6 +73,11 @@ REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4
 # 0.537 ms instead of 0.944 at 64 -> 64 -> 64 -> 64 -> 64, and 1.69 instead of 2.32 at 128 (H100, relu, bf16, 2^20 rows,
 # Triton 3.6). On other architectures it runs only with the backend "triton".
 STORED_MEASURED = (90,)
+# The same pass with products of scaled parts: rows of a tile, warps, and programs a multiprocessor; None until it is
+# measured to be faster than dgrad and wgrad. With 64 rows and 4 warps a launch takes one layer and spills 24 words
+# (gelu 32). With 128 rows and 8 warps it takes two layers of relu and spills 276.
+STORED_SCALED: tuple[int, int, int] | None = None
+STORED_WORDS_SCALED = 40
 ROWS_OF_ONES = 16  # rows of ones in the product that gives db, in tiles without columns of ones
 
 
@@ -251,12 +256,20 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
 
 def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
     """The tile of the one pass over stored tensors, whose groups of layers `layer_groups` gives."""
-    if problem.streams or problem.widest > 128 or problem.dtype.itemsize > 2:
+    scaled = problem.precision == "fp16x3"
+    if problem.streams or problem.widest > 128 or (problem.dtype.itemsize > 2 and not scaled):
         return "the sums of a layer's weight gradient do not fit in registers"
     if device.arch not in DESCRIPTOR_ARCHITECTURES:
         return "the products' operands are in registers here, where the weight gradients' sums would be"
     if problem.widest < 64:
         return "layers below 64 wide are half a wgmma instruction's rows"
+    if scaled:
+        if STORED_SCALED is None:
+            return "one pass over stored float32 tensors is not measured"
+        rows, warps, programs = STORED_SCALED
+        return TileConfig(
+            rows, num_warps=warps, programs=programs * device.multiprocessors, precision=problem.precision
+        )
     widest_sums = max(sum_words(n, k, TileConfig(64, num_warps=8)) for n, k in problem.held)
     if widest_sums > STORED_WORDS[problem.widest]:
         return "the sums of a layer's weight gradient do not fit in registers"
@@ -282,6 +295,7 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
     A group has as many layers as have their sums fit in registers, because every further launch has to write and read
     another dz.
     """
+    most = STORED_WORDS_SCALED if problem.precision == "fp16x3" else STORED_WORDS[problem.widest]
     groups = []
     high = len(problem.pads) - 1
     while high > 0:
@@ -289,7 +303,7 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
         while low > 0:
             words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
             words += REBUILT_WORDS * (low > 1 and problem.keeps_z[low - 2])
-            if words > STORED_WORDS[problem.widest] and low < high:
+            if words > most and low < high:
                 break
             low -= 1
         groups.append((low, high))

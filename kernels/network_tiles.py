@@ -51,6 +51,14 @@ AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps
 # of 64, gelu had another one.
 INFERENCE = {16: (128, 4, 3, 8), 32: (128, 8, 2, 4), 64: (128, 8, 1, 3)}
 INFERENCE_KEEPING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
+# Tiles of products of scaled parts: rows, warps, stages, and programs on one multiprocessor, the best first. With two
+# stages, the next tile of rows is loaded during this one. Not measured yet.
+SCALED = {
+    "inference": ((64, 4, 2, 2),),
+    "forward": (),
+    "dgrad": ((128, 8, 2, 1),),
+    "any": ((64, 4, 1, 2), (128, 8, 1, 1), (64, 4, 1, 1)),
+}
 MARGIN = 2048  # bytes of shared memory that `network_shared_memory` adds to what it counts
 RESERVED = 1024  # bytes of shared memory that CUDA reserves for each program
 # Columns of tensor memory, of 512. If a kernel uses more, triton 3.7 compiles an empty kernel without an error.
@@ -208,10 +216,10 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # is 0.61 and 0.41 ms.
     small = TileConfig(64, num_warps=4, programs=2 * device.multiprocessors)
     inference = problem.kind == "forward" and not problem.stores
+    if problem.precision == "bf16x6":
+        return [dataclasses.replace(small, precision="bf16x6")]
     if problem.precision in SPLIT_ACCURACY:
-        # With two stages, x of the next tile is loaded during this one; in bf16x6 there is no shared memory for it.
-        stages = 2 if inference and problem.precision != "bf16x6" else 1
-        return [dataclasses.replace(small, num_stages=stages, precision=problem.precision)]
+        return _scaled_tiles(problem, device)
     if problem.precision == "tf32" and inference and problem.widest == 64 and device.arch == 90:
         return [dataclasses.replace(small, num_stages=2), small]
     # Wide accumulators need tiles of few rows. Accumulators of 128 x 128 fit only if a product's operands come from
@@ -221,6 +229,18 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor.
     ahead = [3, 2] if problem.streams else [2] if problem.kind == "forward" or problem.widest <= 32 else []
     return [tile(rows, 8, stages) for stages in (*ahead, 1)]
+
+
+def _scaled_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
+    """The tiles of products of scaled parts whose programs all fit in shared memory at a time, the best first."""
+    kind = problem.kind if problem.stores or problem.kind != "forward" else "inference"
+    tiles = []
+    for rows, warps, stages, programs in SCALED[kind] + SCALED["any"]:
+        tile = TileConfig(rows, num_warps=warps, num_stages=stages, precision=problem.precision)
+        needed = network_shared_memory(problem, tile, device) - MARGIN + RESERVED
+        if programs * needed <= device.shared_memory + RESERVED:
+            tiles.append(dataclasses.replace(tile, programs=programs * device.multiprocessors))
+    return tiles
 
 
 def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
@@ -343,6 +363,8 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
         in_flight = rows * 2 * len(problem.pads)  # every layer's input and dz, as operands
     elif problem.kind == "stored":
         return max(_stored_shared_memory(problem, tile, group) for group in layer_groups(problem, tile))
+    elif problem.kind == "dgrad" and tile.num_stages > 1 and problem.precision in SPLIT_ACCURACY:
+        in_flight = rows * ((tile.num_stages - 1) * (len(problem.pads) - 1) + 1)  # every saved tensor and dy; dx
     elif problem.kind == "dgrad" and tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages * len(problem.pads))
     elif tile.num_stages > 1:

@@ -174,7 +174,7 @@ def test_gradients_by_scaled_parts(form: str, case: Case, device: str, poisoned:
 WIDE = Case(300, (64, 64, 48, 64), activation="gelu")
 
 
-@pytest.mark.parametrize(("activation", "form"), zip(["relu", "gelu", "tanh", "silu"], FORMS))
+@pytest.mark.parametrize(("activation", "form"), list(zip(["relu", "gelu", "tanh", "silu"], FORMS)))
 def test_a_network_64_wide_errs_little_more_than_torch(activation: str, form: str, device: str, poisoned: None) -> None:
     """By the norm of each tensor. A library that sums in another order than one FMA after the other may err less."""
     case = replace(WIDE, activation=activation, rows=2000)
@@ -249,6 +249,34 @@ def test_scaled_parts_run_where_they_are_asked_for() -> None:
     b200 = devices.DEVICES["NVIDIA B200"]  # tensor memory does not hold the sums, and the compiler does not say so
     assert network_tiles.network_precision((64,) * 5, torch.float32, "ieee", b200, every) == "ieee"
     assert network_tiles.network_precision((64,) * 5, torch.bfloat16, "ieee", device, every) == "ieee"
+
+
+@pytest.mark.parametrize("layers", [1, 4, 5, 8, 12])
+@pytest.mark.parametrize("stores", [False, True])
+@pytest.mark.parametrize("kind", ["forward", "dgrad"])
+def test_all_programs_of_a_tile_fit_in_shared_memory(kind: NetworkKind, stores: bool, layers: int) -> None:
+    device = devices.DEVICES["NVIDIA H100"]
+    problem = NetworkProblem(kind, (64,) * (layers + 1), (False,) * layers, torch.float32, "fp16x3", stores=stores)
+    tile = network_tile(problem, device)
+    if isinstance(tile, str):
+        assert layers > 10
+    else:
+        bytes_of_one = network_tiles.network_shared_memory(problem, tile, device) - network_tiles.MARGIN + 1024
+        assert tile.programs // device.multiprocessors * bytes_of_one <= 228 * 1024
+
+
+def test_one_pass_by_scaled_parts_takes_as_many_layers_as_its_sums_allow() -> None:
+    relu, gelu = (
+        NetworkProblem("stored", (64,) * 5, (keeps_z,) * 4, torch.float32, "fp16x3") for keeps_z in (False, True)
+    )
+    small, large = TileConfig(64, num_warps=4), TileConfig(128, num_warps=8)
+    by_layers = ((3, 4), (2, 3), (1, 2), (0, 1))
+    assert network_tiles.layer_groups(relu, large) == ((2, 4), (0, 2))
+    assert network_tiles.layer_groups(gelu, large) == by_layers
+    assert network_tiles.layer_groups(relu, small) == by_layers
+    for tile, problem in ((small, gelu), (large, relu)):
+        device = devices.DEVICES["NVIDIA H100"]
+        assert network_tiles.network_shared_memory(problem, tile, device) <= device.shared_memory
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -46,7 +46,7 @@ class Network:
     strides: tuple[tuple[int, int, int], ...]  # for each layer: strides of W's rows, of W's columns, and of b
     activations: tuple[Activation, ...]
     dtype: torch.dtype
-    precision: str  # the way fp32 is multiplied: "ieee", "tf32" or "bf16x6" (see tile.py)
+    precision: str  # the way fp32 is multiplied: "ieee", "tf32", "bf16x6", "fp16x3" or "fp16x1" (see tile.py)
 
     # Derived from the fields above, for the kernels to read.
     pads: tuple[int, ...] = field(init=False)  # widths padded to a power of two

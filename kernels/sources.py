@@ -48,7 +48,10 @@ def kernels_in(modules: str) -> list[Source]:
 
 
 def digest(sources: Iterable[Source | None], known: Mapping[str, object] | None = None) -> str:
-    """The digest of functions and of all that they call. `known` has the values of constants that rule branches out."""
+    """The digest of functions and of all that they call.
+
+    `known` has the values of constants that rule branches out. A frozenset has every value that a constant may have.
+    """
     constants = {"INTERPRETED": False, **(known or {})}
     return _digest(tuple(source for source in sources if source), tuple(sorted(constants.items())))
 
@@ -141,7 +144,10 @@ def _decide(test: ast.expr, constants: Mapping[str, object]) -> bool | None:
         case ast.Name(id=name) if name in constants:
             return bool(constants[name])
         case ast.Compare(left=ast.Name(id=name), ops=[ast.Eq()], comparators=[ast.Constant(value=value)]):
-            return constants[name] == value if name in constants else None
+            known = constants.get(name)
+            if isinstance(known, frozenset):
+                return None if value in known else False
+            return known == value if name in constants else None
         case ast.BoolOp(op=ast.And(), values=parts):
             return False if any(_decide(part, constants) is False for part in parts) else None
         case _:

@@ -195,7 +195,7 @@ class Plan:
 
     def _floor(self, run: RunPlan, step: Step) -> float | None:
         tile = step.tile if run.path != "reference" else None
-        precision = "bf16x6" if tile and tile.precision == "bf16x6" else self.precision
+        precision = tile.precision if tile and tile.precision in devices.PRODUCTS_OF_PARTS else self.precision
         peak = self.device and self.device.peak(self.dtype, precision)
         return step.work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
 

@@ -112,6 +112,11 @@ def networks(full: bool) -> list[NetworkCompilation]:
         for widths, of_input in itertools.product(((64,) * 5, (784, 64, 64, 10)), ("uint8", "float16")):
             if dtype == torch.bfloat16 and (full or (target, len(widths)) == ("NVIDIA H100", 5)):
                 found.append(NetworkCompilation(target, name, precision, "relu", widths, of_input))
+        if (dtype, precision, target) == (torch.float32, "ieee", "NVIDIA H100"):  # by scaled parts
+            listed = itertools.product(("fp16x3", "fp16x1"), (32, 64), ("relu", "gelu"))
+            for turn, (split, width, activation) in enumerate(listed):
+                if full or turn in (2, 3, 7):  # 64 wide
+                    found.append(NetworkCompilation(target, name, split, activation, (width,) * 5))
         if dtype == torch.bfloat16 and (full or target == "NVIDIA H100"):  # the tiles of inference
             for width, activation in ((16, "relu"), (32, "relu"), (64, "relu"), (64, "gelu")):
                 found.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
@@ -129,9 +134,19 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
     strides = tuple((k, 1, 1) for k in row.widths[:-1])
     readings = []
     backwards = set()
+    precision = network_tiles.SPLIT_ACCURACY.get(row.precision, row.precision)
+    splits = None if precision == row.precision else (row.precision,)
     for torch_too in (True, False) if dtype.itemsize == 2 else (False,):
         path = network_path(
-            row.widths, strides, activations, dtype, row.precision, device, training=not row.input, torch_too=torch_too
+            row.widths,
+            strides,
+            activations,
+            dtype,
+            precision,
+            device,
+            training=not row.input,
+            torch_too=torch_too,
+            splits=splits,
         )
         if isinstance(path, str):
             return [{"id": row.id, "kernel": "layer path", "reason": path}]

@@ -1,7 +1,8 @@
-"""fp32 by six products of bf16 parts: its error against torch's own fp32, and numbers that are not ordinary."""
+"""fp32 by products of 16-bit parts: its error against torch's own fp32, and numbers that are not ordinary."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -75,18 +76,47 @@ def test_six_products_on_a_tensor_core_err_no_more_than_fp32(inputs: str) -> Non
         assert_no_worse(x, w, tensor_core.bf16x6(x, w), tensor_core.fma(x, w))
 
 
+def relative_error(product: Callable, inputs: str, k: int, outputs: int = 64) -> float:
+    """The norm of a product's errors over that of FMA units', for k terms."""
+    errors = np.zeros((2, 3))
+    for seed in range(3):
+        x, w = draw(inputs, 64, outputs, k, seed)
+        for row, each in enumerate((product, tensor_core.fma)):
+            errors[row, seed] = np.linalg.norm(each(x, w) - x @ w.T)
+    ours, theirs = np.linalg.norm(errors, axis=1)
+    return ours / theirs
+
+
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_short_sums_of_a_network_err_little_more_than_fp32(inputs: str) -> None:
-    """The network path multiplies so from NARROWEST_SPLIT terms on; one product errs 2.3 times what an FMA does."""
-    narrowest = network_tiles.NARROWEST_SPLIT
+@pytest.mark.parametrize("split", ["bf16x6", "fp16x3"])
+def test_short_sums_of_a_network_err_little_more_than_fp32(split: str, inputs: str) -> None:
+    """The network path multiplies so from NARROWEST_SPLIT terms on.
+
+    One product of bf16x6 errs 2.3 times what an FMA does. Sums of 8 terms in fp16x3 err twice as much.
+    """
+    narrowest = network_tiles.NARROWEST_SPLIT[split]
     for k in (narrowest, narrowest + 1, 12, 16, 20, 33):
-        errors = np.zeros((2, 3))
-        for seed in range(3):
-            x, w = draw(inputs, 64, 64, k, seed)
-            for row, product in enumerate((tensor_core.bf16x6, tensor_core.fma)):
-                errors[row, seed] = np.linalg.norm(product(x, w) - x @ w.T)
-        ours, theirs = np.linalg.norm(errors, axis=1)
-        assert ours <= 1.5 * theirs, (k, ours / theirs)
+        if k >= narrowest:
+            assert relative_error(getattr(tensor_core, split), inputs, k) <= 1.5, k
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_sums_of_64_scaled_products_err_no_more_than_fp32(inputs: str) -> None:
+    """The widest layer that is multiplied so. If a tensor core summed all 64 terms, positive ones would err more."""
+    assert relative_error(tensor_core.fp16x3, inputs, 64) <= 1.03
+    if "positive" in inputs:
+        assert relative_error(functools.partial(tensor_core.fp16x3, terms=64), inputs, 64) > 1.5
+
+
+def test_scaled_parts_add_up() -> None:
+    """To 22 bits down to 2^-28 of the largest; below, to within 2^-50 of the largest."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(-60, 1, 100_000)
+    values = tensor_core.to_fp32(np.ldexp(1 + rng.random(sizes.shape), sizes) * rng.choice([-1, 1], sizes.shape))
+    high, low = tensor_core.scaled_parts(values, 14)
+    error = np.abs((high + low / 2.0**11) / 2.0**14 - values)
+    assert (error <= np.maximum(2.0**-23 * np.abs(values), 2.0**-50)).all()
+    assert np.abs(high).max() <= 2.0**15
 
 
 @pytest.mark.parametrize("inputs", [inputs for inputs in INPUTS if "positive" in inputs])

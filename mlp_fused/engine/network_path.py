@@ -31,6 +31,13 @@ __all__ = ["Formulation", "NetworkPath"]
 Formulation = Literal["recompute", "stored", "replay"]
 
 
+SPLIT = {  # the explanation of a precision (see kernels/tile.py)
+    "bf16x6": "; float32 is multiplied in three bf16 parts",
+    "fp16x3": "; float32 is multiplied in two scaled fp16 parts",
+    "fp16x1": "; tf32 is multiplied as scaled fp16",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class NetworkPath:
     """The network path for some layers on a device: its tiles and its formulation of training, with the reason.
@@ -69,7 +76,7 @@ class NetworkPath:
             "replay": "backward begins with the forward again: ",
         }
         trains = f"; {how[self.formulation]}{self.reason}" if self.formulation else ""
-        split = "; float32 is multiplied in three bf16 parts" if self.network.precision == "bf16x6" else ""
+        split = SPLIT.get(self.network.precision, "")
         return f"the weights fit on the chip{split}{trains}"
 
     @property

@@ -309,6 +309,7 @@ def network_path(
     drops: bool = False,
     torch_too: bool = False,
     parameters: tuple[Parameters, ...] = (),
+    splits: tuple[str, ...] | None = None,
 ) -> NetworkPath | str:
     """The network path for these layers, or the reason why they take the layer path.
 
@@ -327,12 +328,13 @@ def network_path(
         drops: True if an active Dropout follows a layer.
         torch_too: True if the layer path, which may run torch's products, is taken where that is faster.
         parameters: the dtypes and strides of the parameters. Others get another path, with its own schedules.
+        splits: the ways to multiply fp32 by 16-bit parts, for `network_tiles.network_precision`; None: the rule's.
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
     if drops:
         return "Dropout is fused layer by layer"
-    multiplied = network_tiles.network_precision(widths, dtype, precision, device)
+    multiplied = network_tiles.network_precision(widths, dtype, precision, device, splits)
     network = network_of(widths, strides, activations, dtype, multiplied)
 
     def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:

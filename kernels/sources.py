@@ -6,7 +6,8 @@ file of a function do not change it. Names imported from language.py are Triton'
 classes.
 
 Branches that are not compiled do not count: those for Triton's interpreter, and those that a known constant rules out,
-such as `PRECISION == "bf16x6"`. So a new way to multiply fp32 does not change the digests of 16-bit products.
+such as `PRECISION == "bf16x6"`. So a new way to multiply fp32 does not change the digests of 16-bit products. A known
+constant may also be a tuple of its possible values, which rules out all others.
 """
 
 from __future__ import annotations
@@ -141,7 +142,10 @@ def _decide(test: ast.expr, constants: Mapping[str, object]) -> bool | None:
         case ast.Name(id=name) if name in constants:
             return bool(constants[name])
         case ast.Compare(left=ast.Name(id=name), ops=[ast.Eq()], comparators=[ast.Constant(value=value)]):
-            return constants[name] == value if name in constants else None
+            known = constants.get(name)
+            if isinstance(known, tuple):
+                return None if value in known else False
+            return known == value if name in constants else None
         case ast.BoolOp(op=ast.And(), values=parts):
             return False if any(_decide(part, constants) is False for part in parts) else None
         case _:

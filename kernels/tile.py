@@ -8,7 +8,9 @@ PRECISION is the way in which operands are multiplied:
 - "ieee": 16-bit operands as they are, fp32 on FMA units;
 - "tf32": fp32 rounded to tf32, on tensor cores;
 - "bf16x6": full fp32 accuracy on tensor cores. Each operand is split into three bf16 parts, and six of their nine
-  products are added.
+  products are added;
+- "fp16x3": full fp32 accuracy on tensor cores, for layers whose operands were split before: see planes.py;
+- "redo": "ieee", for the output tiles alone that "fp16x3" leaves to it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ __all__ = [
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, accumulated in acc's dtype."""
-    if PRECISION == "bf16x6":
+    if PRECISION == "redo":
+        return dot(a, b, acc, "ieee")
+    elif PRECISION == "bf16x6":
         # The running sum stays outside the tensor cores: they round it toward zero, which makes the error of a long sum
         # a hundred times that of fp32 (Ootomo and Yokota, arXiv 2203.03341).
         return acc + dot_split(a, b)

@@ -64,13 +64,14 @@ def _activation(name: str | None, derives: bool) -> tuple[Source | None, ...]:
 
 
 def _known(dtype: str, precision: str | None) -> dict[str, object]:
-    """The known constants of a row's kernels: their PRECISION, if there is only one.
+    """The known constants of a row's kernels: their PRECISION, or a tuple if there are several.
 
     bf16x6 calls itself with another PRECISION for its parts. A row without a tile does not say how fp32 was multiplied.
+    No row was measured with "fp16x3".
     """
     if dtype != "float32":
         return {"PRECISION": "ieee"}
-    return {} if precision in (None, "bf16x6") else {"PRECISION": precision}
+    return {"PRECISION": ("bf16x6", "ieee", "tf32") if precision in (None, "bf16x6") else precision}
 
 
 def stamped(row: Row) -> Row:

@@ -36,6 +36,8 @@ class Device:
         """FLOP a second, from the data sheet, for products of this dtype and precision (see tile.py)."""
         if precision == "bf16x6":
             return self.tensor_16 / 6 if self.tensor_16 else None
+        if precision == "fp16x3":
+            return self.tensor_16 / 3 if self.tensor_16 else None
         if dtype == torch.float32:
             return self.tensor_tf32 if precision == "tf32" else self.fma_32
         return self.tensor_16 if dtype in (torch.float16, torch.bfloat16) else None

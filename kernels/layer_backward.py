@@ -189,9 +189,7 @@ def dgrad_kernel(
             whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
             waiting = split_columns(whole, PARTS)
         if PRECISION == "fp16x3":
-            product = multiply_planes(
-                dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False
-            )
+            product = multiply_planes(dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False)
         else:
             product, _ = multiply(
                 dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,

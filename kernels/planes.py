@@ -37,7 +37,8 @@ from .tile import dot
 from .tile_config import TileConfig
 
 __all__ = [
-    "BLOCK_SHAPE", "Operand", "info_shape", "is_flagged", "matrix", "multiply_planes", "plane_operand", "planes_shape", "split",
+    "BLOCK_SHAPE", "Operand", "info_shape", "is_flagged", "matrix", "multiply_planes", "plane_operand", "planes_shape",
+    "redo_tile", "split",
 ]  # fmt: skip
 
 SIDE = tl.constexpr(128)  # of a block with one exponent
@@ -147,6 +148,13 @@ def split(x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None) -
 Operand = Tensor | tuple[Tensor, Tensor]
 
 
+def redo_tile(tile: TileConfig) -> TileConfig:
+    """The tile with which "redo" follows a product with `tile`. It splits the reduction in the same way."""
+    if tile.split == 1:
+        return TileConfig(128, 64, 16, tile.group_m, 8, 3, precision="redo")
+    return TileConfig(128, 64, tile.block_k, tile.group_m, 8, 1, split=tile.split, precision="redo")
+
+
 def matrix(operand: Operand) -> Tensor:
     """The matrix that stands for an operand of a product: itself, or the high plane of one that is split.
 
@@ -211,18 +219,16 @@ def multiply_planes(
     b_high, b_low, b_info = b
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(begin, end, BLOCK_K):
-        exponent = tl.load(a_info + block_place(m, k, M, K, A_BY_K)) + tl.load(
-            b_info + block_place(n, k, N, K, B_BY_K)
-        )
+        exponent = tl.load(a_info + block_place(m, k, M, K, A_BY_K)) + tl.load(b_info + block_place(n, k, N, K, B_BY_K))
         high_a = a_high.load([m, k]) if A_BY_K else tl.trans(a_high.load([k, m]))
         high_b = tl.trans(b_high.load([n, k])) if B_BY_K else b_high.load([k, n])
         low_a = a_low.load([m, k]) if A_BY_K else tl.trans(a_low.load([k, m]))
         low_b = tl.trans(b_low.load([n, k])) if B_BY_K else b_low.load([k, n])
         high = dot(high_a, high_b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
+        acc = tl.fma(high, power_of_two(-exponent), acc)  # on other units, while the next products are computed
         low = dot(low_a, high_b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
         low = dot(high_a, low_b, low, "ieee")
         acc = tl.fma(low, power_of_two(-exponent - LOW), acc)
-        acc = tl.fma(high, power_of_two(-exponent), acc)
     return acc
 
 

@@ -147,6 +147,9 @@ def meta_layers(
     ]
 
 
+OWN_STEPS = ("sum_partials", "cast", "split", "redo")  # kinds of steps that torch's own products do not have
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """The plan for one run of a network: its children, the path, the reason, and the kernels.
@@ -195,7 +198,8 @@ class Plan:
 
     def _floor(self, run: RunPlan, step: Step) -> float | None:
         tile = step.tile if run.path != "reference" else None
-        precision = "bf16x6" if tile and tile.precision == "bf16x6" else self.precision
+        on_tensor_cores = tile is not None and tile.precision in ("bf16x6", "fp16x3")
+        precision = tile.precision if tile is not None and on_tensor_cores else self.precision
         peak = self.device and self.device.peak(self.dtype, precision)
         return step.work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
 
@@ -415,7 +419,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             steps = seed + tuple(step for schedule in passes if schedule is not None for step in schedule.steps)
         if path is None or reason is not None:
             kept += kept_by_torch
-            shown = tuple(step for step in steps if step.kind not in ("sum_partials", "cast"))
+            shown = tuple(step for step in steps if step.kind not in OWN_STEPS)
             runs.append(RunPlan(names, "reference", reason or "", shown))
             continue
         workspace = max(workspace, *(schedule.workspace_bytes for schedule in passes if schedule is not None))

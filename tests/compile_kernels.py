@@ -327,7 +327,8 @@ def source(launched: Launch) -> Any:
             return tuple(describe(element, (*path, index), free) for index, element in enumerate(value))
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "uint8": "u8"}
+            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+            short["uint8"] = "u8"
             return "*" + short[str(value.dtype)[6:]]
         if value is None or (value == 1 and not free):
             constexprs[path] = value

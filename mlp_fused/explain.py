@@ -125,10 +125,10 @@ def work(
             biases=[training and bias] * count,
             needs_x=training and needs_input_grad,
         )
-        # Partial sums depend on the kernels, not on the network, so they do not count.
+        # Partial sums and planes depend on the kernels, not on the network, so they do not count.
         schedule = schedules[backward]
         steps = () if schedule is None else schedule.steps
-        return sum((step.work for step in steps if step.kind != "sum_partials"), Work(0, 0))
+        return sum((step.work for step in steps if step.kind not in ("sum_partials", "split")), Work(0, 0))
 
     return {"inference": total(False, False), "forward": total(True, False), "backward": total(True, True)}
 

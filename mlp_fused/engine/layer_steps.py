@@ -192,7 +192,8 @@ def _add_kernel(
     for side, (name, shape) in enumerate(shapes.items()):
         planes[name] = _add_split(spec, writer, side, operands[name], *shape)
         plain[name] = (operands[name], planes[name][1])
-    add({**operands, **planes}, writes, partial(run, tile=choice.tile), moved=moved and {**moved, **planes})
+    read = {name: of_planes for name, (of_planes, _) in planes.items()}
+    add({**operands, **planes}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
     redo = tables.Choice(redo_tile(choice.tile), choice.source)
     again = {**operands, **plain}
     return writer.add("redo", spec, again, writes, partial(run, tile=redo.tile), choice=redo, moved={})
@@ -291,11 +292,11 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
         return add(operands, ("dw", "db"), wgrad_by_torch)
     shapes = {"dz": (rows, n), "h": (rows, k)}
     from_split = choice.tile.precision == "fp16x3"  # db is then summed where dz is split
+    moved = dict(operands)
     if from_split:
         operands["db"], size_b = None, 0
     sums = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
     run = partial(wgrad_products, width_in=k, partial=sums)
-    moved = dict(operands)
     totals = tuple(total for total in (operands["dw"], operands["db"]) if total)
     if dw is None:  # the kernel needs a tensor here, but does not read it
         operands["h"] = dz

@@ -16,11 +16,11 @@ more; the first is more for elements above 2^-27 of the largest. So the error of
 for small elements 2^-50 (|a| times the largest |b| of each block, and the reverse), plus the rounding of sums. A row of
 small elements beside a row of large ones would lose its bits, so `split` flags a block:
 
-- for products that sum along its rows, if the largest element of any of its rows is smaller than 2^-26 of the block's
+- for products that sum along its rows, if the largest element of any of its rows is smaller than 2^-24 of the block's
   largest one (rows of zeros do not count);
 - for products that sum along its columns, if this holds for any of its columns;
 - for both, if an element is not finite or at least 2^78, or if the largest element of a row or column is smaller than
-  2^-68. So 2^-(e_a + e_b) is always a normal number.
+  2^-66. So 2^-(e_a + e_b) is always a normal number.
 
 A second launch of the same layer kernel, with PRECISION "redo", computes the output tiles that meet a flagged block
 again, from the fp32 operands on FMA units. Its programs return at once if nothing is flagged.
@@ -49,7 +49,7 @@ TOP = tl.constexpr(14)  # the largest element of a block lies between 2^TOP and 
 # Limits of exponents. With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32 numbers.
 LEAST, MOST = tl.constexpr(-63), tl.constexpr(57)
 LOW = tl.constexpr(11)  # the low plane is scaled by 2^LOW
-SMALLEST = tl.constexpr(2.0**-11)  # a row whose largest scaled element is smaller is flagged
+SMALLEST = tl.constexpr(2.0**-9)  # a row whose largest scaled element is smaller is flagged
 ROWS_FLAGGED, COLUMNS_FLAGGED = tl.constexpr(1), tl.constexpr(2)  # bits of a block's flags
 
 
@@ -105,7 +105,8 @@ def split_kernel(
     tl.store(info_ptr + tl.program_id(0), exponent)
     tl.store(info_ptr + tl.num_programs(0) + tl.program_id(0), flags)
     if sums_ptr is not None:
-        tl.store(sums_ptr + block_m.to(OFFSET) * N + cols, tl.sum(value, axis=0), mask=cols < N)
+        few = tl.sum(tl.reshape(value, (BLOCK_M // 8, 8, BLOCK_N)), axis=1)  # a tree of sums errs less than a chain
+        tl.store(sums_ptr + block_m.to(OFFSET) * N + cols, tl.sum(few, axis=0), mask=cols < N)
 
 
 def planes_shape(rows: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

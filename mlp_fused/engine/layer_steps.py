@@ -78,10 +78,11 @@ def choose_tile(
     """
     if problem.kind == "output_gradient":
         return tables.Choice(layer_tiles.choose(problem, device), "")
-    if float32 == "auto" and (not torch_too or device.arch in layer_tiles.PLANES_MEASURED):
-        planes = layer_tiles.planes_tile(problem, device)
-        if planes is not None:
-            return tables.Choice(planes, "asked for")
+    planes = layer_tiles.planes_tile(problem, device) if float32 == "auto" else None
+    if planes is not None and not torch_too:
+        return tables.Choice(planes, "asked for")
+    if planes is not None and layer_tiles.prefers_planes(problem, planes, device):
+        return tables.Choice(planes, "estimated")
     choice = tables.choice_for(problem, device)
     if choice.tile is None and not torch_too:
         return tables.Choice(layer_tiles.choose(problem, device), "asked for")

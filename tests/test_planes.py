@@ -13,7 +13,10 @@ from split_operands import launches, split_by_kernel
 from torch import Tensor
 
 from mlp_fused import FusedMLP
+from mlp_fused.engine import settings
+from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.layer_steps import choose_tile
+from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.settings import Float32, check_float32
 from mlp_fused.explain import Plan
 from mlp_fused.kernels import layer_tiles
@@ -26,6 +29,7 @@ from mlp_fused.kernels.layer_backward import dgrad, wgrad_products, wgrad_sums
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.planes import redo_tile
 from mlp_fused.kernels.tile_config import Kind, Problem, TileConfig
+from mlp_fused.reference import Layer
 
 pytestmark = pytest.mark.skipif(ROWS_OF_16_ELEMENTS, reason="rows here are whole 16 bytes, not whole 16 elements")
 
@@ -329,3 +333,14 @@ def test_redo_splits_the_reduction_as_the_product_does(kind: Kind, device: Devic
         sums, again = (wgrad_sums(k, each, torch.float32, m * n, 0) for each in (tile, redo_tile(tile)))
         assert sums == again
         assert 128 % tile.block_m == 128 % tile.block_n == 128 % tile.block_k == 0
+
+
+def test_debugging_checks_results_after_redo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with planes of numbers too large for them are NaN, until the next step computes them again."""
+    monkeypatch.setattr(settings, "DEBUG", True)
+    x, layers = torch.full((256, 256), 2.0**80), [Layer(torch.full((256, 256), 2.0**-80), None, ACTIVATIONS["relu"])]
+    y = run_layers(x, [layers[0].weight], [None], find_layers(x, layers, torch.float32, "triton"))
+    assert y.equal(torch.full((256, 256), 256.0))
+    x[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"layer 0 \(relu\), redo: 256 of 65536 elements of h are NaN or inf"):
+        run_layers(x, [layers[0].weight], [None], find_layers(x, layers, torch.float32, "triton"))

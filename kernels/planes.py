@@ -37,18 +37,19 @@ from .tile import dot
 from .tile_config import TileConfig
 
 __all__ = [
-    "BLOCK_SHAPE", "Operand", "info_shape", "is_flagged", "matrix", "multiply_planes", "plane_operand", "planes_shape",
-    "redo_tile", "split",
+    "SIDE", "SPLIT", "Operand", "info_shape", "is_flagged", "matrix", "multiply_planes", "plane_operand",
+    "planes_shape", "redo_tile", "split",
 ]  # fmt: skip
 
-SIDE = tl.constexpr(128)  # of a block with one exponent
-BLOCK_SHAPE = (128, 128)
-SPLIT = TileConfig(*BLOCK_SHAPE, num_warps=8)
+# Device functions take these two as defaults. Triton's cache key of a kernel has the constants of a function that it
+# calls once only if the function was compiled before: the key would depend on the order of compilations.
+SIDE = 128  # of a block with one exponent
+LOW = 11  # the low plane is scaled by 2^LOW
 
+SPLIT = TileConfig(SIDE, SIDE, num_warps=8)
 TOP = tl.constexpr(14)  # the largest element of a block lies between 2^TOP and 2 * 2^TOP
 # Limits of exponents. With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32 numbers.
 LEAST, MOST = tl.constexpr(-63), tl.constexpr(57)
-LOW = tl.constexpr(11)  # the low plane is scaled by 2^LOW
 SMALLEST = tl.constexpr(2.0**-9)  # a row whose largest scaled element is smaller is flagged
 ROWS_FLAGGED, COLUMNS_FLAGGED = tl.constexpr(1), tl.constexpr(2)  # bits of a block's flags
 
@@ -80,6 +81,7 @@ def split_kernel(
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LOW: tl.constexpr = LOW,
 ):
     blocks_n = tl.cdiv(N, BLOCK_N)
     block_m = tl.program_id(0) // blocks_n
@@ -117,7 +119,7 @@ def planes_shape(rows: int, width: int) -> tuple[tuple[int, int, int], tuple[int
 
 def info_shape(rows: int, width: int) -> tuple[int, int, int]:
     """The shape of the int32 tensor with the exponents and flags of a (rows, width) tensor's blocks."""
-    return 2, cdiv(rows, BLOCK_SHAPE[0]), cdiv(width, BLOCK_SHAPE[1])
+    return 2, cdiv(rows, SIDE), cdiv(width, SIDE)
 
 
 def split(x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None) -> Launch | None:
@@ -187,7 +189,7 @@ def plane_operand(
 
 
 @triton.jit
-def block_place(at, k, size, length, BY_K: tl.constexpr):
+def block_place(at, k, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
     """The index in an operand's info of the block at row `at` of the product and index k of the reduction."""
     if BY_K:
         return (at // SIDE) * tl.cdiv(length, SIDE) + k // SIDE
@@ -211,6 +213,7 @@ def multiply_planes(
     BLOCK_K: tl.constexpr,
     A_BY_K: tl.constexpr,
     B_BY_K: tl.constexpr,
+    LOW: tl.constexpr = LOW,
 ):
     """Σ_k a[m, k] b[n, k] over begin <= k < end, (BLOCK_M, BLOCK_N). `begin` is a multiple of BLOCK_K.
 
@@ -234,7 +237,7 @@ def multiply_planes(
 
 
 @triton.jit
-def is_flagged(info_ptr, at, begin, end, size, length, BY_K: tl.constexpr):
+def is_flagged(info_ptr, at, begin, end, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
     """True if a product of the rows from `at` (within one block) over begin <= k < end meets a flagged block."""
     flags_ptr = info_ptr + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
     found = tl.zeros((SIDE,), tl.int32)

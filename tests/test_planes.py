@@ -255,6 +255,10 @@ def test_a_tensor_is_split_once_a_pass_and_every_product_is_followed_by_redo() -
         *("split", "split", "dgrad", "redo", "split", "wgrad", "redo", "sum_partials"),
         *("split", "split", "wgrad", "redo", "sum_partials"),
     ]
+    assert [step.operands["x"] for step in steps if step.operands.get("sums") and step.kind == "split"] == [
+        "dy",
+        "dz[0]",
+    ]
 
 
 def test_explain_names_the_form_and_counts_the_planes() -> None:

@@ -191,7 +191,7 @@ def _add_kernel(
         return add(operands, writes, partial(run, tile=choice.tile), moved=moved)
     planes, plain = {}, {}
     for side, (name, shape) in enumerate(shapes.items()):
-        planes[name] = _add_split(spec, writer, side, operands[name], *shape)
+        planes[name] = _add_split(spec, writer, side, operands[name], shape, with_sums=name == "dz")
         plain[name] = (operands[name], planes[name][1])
     read = {name: of_planes for name, (of_planes, _) in planes.items()}
     add({**operands, **planes}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
@@ -200,25 +200,27 @@ def _add_kernel(
     return writer.add("redo", spec, again, writes, partial(run, tile=redo.tile), choice=redo, moved={})
 
 
-def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, rows: int, width: int) -> tuple[str, str]:
+def _add_split(
+    spec: LayerSpec, writer: Writer, side: int, x: str, shape: tuple[int, int], with_sums: bool
+) -> tuple[str, str]:
     """The names of the planes and the info of x. Add the step that splits it, unless the last one of this side did.
 
-    The first factor of every product has one buffer for its planes, and the second factor another. With the first
-    factor, partial sums over its rows are computed, from which wgrad has db.
+    The first factor of every product has one buffer for its planes, and the second factor another. `with_sums` adds
+    partial sums over the rows of x, from which wgrad has db.
     """
     planes, info, sums = (f"{part} {side} of {x}" for part in ("planes", "info", "sums"))
     of_side = (step for step in reversed(writer.steps) if step.operands.get("planes", "").startswith(f"planes {side}"))
     last = next(of_side, None)
     if last is not None and last.operands["x"] == x:
         return planes, info
-    shape, strides = planes_shape(rows, width)
-    blocks = info_shape(rows, width)
+    of_planes, strides = planes_shape(*shape)
+    blocks = info_shape(*shape)
     writer.share(planes, f"planes {side}", 2 * strides[0], dtype=torch.float16)
-    writer.part(planes, f"planes {side}", 0, *shape, strides=strides)
+    writer.part(planes, f"planes {side}", 0, *of_planes, strides=strides)
     writer.share(info, f"info {side}", *blocks, dtype=torch.int32)
     operands: dict[str, Any] = {"x": x, "planes": planes, "info": info, "sums": None}
-    if side == 0:
-        operands["sums"] = writer.share(sums, "sums of rows", blocks[1], width)
+    if with_sums:
+        operands["sums"] = writer.share(sums, "sums of rows", blocks[1], shape[1])
     writer.add("split", spec, operands, ("planes", "info", "sums"), split, choice=tables.Choice(SPLIT, ""))
     return planes, info
 

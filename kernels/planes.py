@@ -240,9 +240,9 @@ def multiply_planes(
 def is_flagged(info_ptr, at, begin, end, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
     """True if a product of the rows from `at` (within one block) over begin <= k < end meets a flagged block."""
     flags_ptr = info_ptr + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
-    found = tl.zeros((SIDE,), tl.int32)
-    for first in range(begin // SIDE, tl.cdiv(end, SIDE), SIDE):
-        block = first + tl.arange(0, SIDE)
+    found = tl.zeros((32,), tl.int32)  # in every warp, so that no warp waits for another
+    for first in range(begin // SIDE, tl.cdiv(end, SIDE), 32):
+        block = first + tl.arange(0, 32)
         places = block_place(at, block * SIDE, size, length, BY_K)
         found |= tl.load(flags_ptr + places, mask=block < tl.cdiv(end, SIDE), other=0)
     return tl.max(found & (ROWS_FLAGGED if BY_K else COLUMNS_FLAGGED), axis=0) > 0

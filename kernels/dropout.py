@@ -46,8 +46,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def of_launch(
-    tensors: tuple[Tensor | None, ...], seed: Tensor | None, dropout: Dropout | None
-) -> tuple[tuple[Tensor | None, ...], tuple[float | None, ...]]:
+    tensors: tuple[Tensor | tuple[Tensor, Tensor] | None, ...], seed: Tensor | None, dropout: Dropout | None
+) -> tuple[tuple[Tensor | tuple[Tensor, Tensor] | None, ...], tuple[float | None, ...]]:
     """(tensors, first scalars) of a launch whose kernel takes `seed_ptr`, `keep` and `layer` after its other tensors.
 
     Without dropout these three are None, which Triton compiles in as constants: the kernel has no code for Dropout.

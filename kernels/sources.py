@@ -6,7 +6,8 @@ file of a function do not change it. Names imported from language.py are Triton'
 classes.
 
 Branches that are not compiled do not count: those for Triton's interpreter, and those that a known constant rules out,
-such as `PRECISION == "bf16x6"`. So a new way to multiply fp32 does not change the digests of 16-bit products.
+such as `PRECISION == "bf16x6"`. So a new way to multiply fp32 does not change the digests of 16-bit products. A known
+constant may also be a tuple of its possible values, which rules out all others.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ PRECISION is the way in which operands are multiplied:
 - "tf32": fp32 rounded to tf32, on tensor cores;
 - "bf16x6": full fp32 accuracy on tensor cores. Each operand is split into three bf16 parts, and six of their nine
   products are added;
-- "fp16x3": nearly full fp32 accuracy on tensor cores. Each operand is scaled and split into two fp16 parts, and three
-  of their four products are added;
-- "fp16x1": the accuracy of tf32. The product of the high parts of "fp16x3", whose mantissas have tf32's 10 bits.
+- "fp16x3": full fp32 accuracy on tensor cores. Each operand is scaled and split into two fp16 parts, and three of their
+  four products are added. The operands of layers are split before (planes.py), those of networks in registers;
+- "fp16x1": the accuracy of tf32. The product of the high parts of "fp16x3", whose mantissas have tf32's 10 bits;
+- "redo": "ieee", for the output tiles alone that "fp16x3" leaves to it (planes.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ __all__ = [
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, accumulated in acc's dtype."""
-    if PRECISION == "bf16x6":
+    if PRECISION == "redo":
+        return dot(a, b, acc, "ieee")
+    elif PRECISION == "bf16x6":
         # The running sum stays outside the tensor cores: they round it toward zero, which makes the error of a long sum
         # a hundred times that of fp32 (Ootomo and Yokota, arXiv 2203.03341).
         return acc + dot_split(a, b)

@@ -26,7 +26,7 @@ DISTORTING = {
     "MLP_FUSED_DEBUG": "waits for each kernel and checks its results",
     "TRITON_INTERPRET": "runs the kernels in an interpreter",
 }
-SWITCHES = ("MLP_FUSED_BACKEND", *DISTORTING)
+SWITCHES = ("MLP_FUSED_BACKEND", "MLP_FUSED_FP32", *DISTORTING)
 
 
 def distorted(kind: str = "cuda") -> str | None:

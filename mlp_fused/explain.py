@@ -125,10 +125,10 @@ def work(
             biases=[training and bias] * count,
             needs_x=training and needs_input_grad,
         )
-        # Partial sums depend on the kernels, not on the network, so they do not count.
+        # Partial sums and planes depend on the kernels, not on the network, so they do not count.
         schedule = schedules[backward]
         steps = () if schedule is None else schedule.steps
-        return sum((step.work for step in steps if step.kind != "sum_partials"), Work(0, 0))
+        return sum((step.work for step in steps if step.kind not in ("sum_partials", "split")), Work(0, 0))
 
     return {"inference": total(False, False), "forward": total(True, False), "backward": total(True, True)}
 
@@ -145,6 +145,9 @@ def meta_layers(
         )
         for (k, n), activation in zip(itertools.pairwise(widths), activations)
     ]
+
+
+OWN_STEPS = ("sum_partials", "cast", "split", "redo")  # kinds of steps that torch's own products do not have
 
 
 @dataclass(frozen=True)
@@ -415,7 +418,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             steps = seed + tuple(step for schedule in passes if schedule is not None for step in schedule.steps)
         if path is None or reason is not None:
             kept += kept_by_torch
-            shown = tuple(step for step in steps if step.kind not in ("sum_partials", "cast"))
+            shown = tuple(step for step in steps if step.kind not in OWN_STEPS)
             runs.append(RunPlan(names, "reference", reason or "", shown))
             continue
         workspace = max(workspace, *(schedule.workspace_bytes for schedule in passes if schedule is not None))

@@ -36,6 +36,7 @@ from mlp_fused.kernels import (
     network_one_pass,
     network_tiles,
     partial_sums,
+    planes,
     tile_config,
 )
 from mlp_fused.kernels.devices import DEVICES, Device
@@ -238,7 +239,24 @@ def compilations(full: bool) -> list[Compilation]:
             found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(1, 1)))
         for tile in (SUM_PARTIALS, SUM_OF_MORE, SUM_OF_MANY):
             found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", tile))
+        found.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT))
+        for kind, activation in (("forward", "gelu"), ("dgrad", "gelu"), ("wgrad", "identity")):
+            tile = planes_tile(kind, target)
+            for each in (tile, planes.redo_tile(tile)):
+                found.append(Compilation(kind, target, "float32", "ieee", activation, each))
     return list(dict.fromkeys(found))
+
+
+def planes_tile(kind: tile_config.Kind, target: str) -> TileConfig:
+    """The tile of "fp16x3" on Hopper; on other targets, where nothing chooses this form yet, one that fits."""
+    tile = layer_tiles.planes_tile(Problem(kind, 8192, 4096, 1024, torch.float32), DEVICES["NVIDIA H100"])
+    assert tile is not None
+    sizes = {
+        "NVIDIA A100": {"block_m": 64, "block_k": 32},
+        "NVIDIA B200": {"block_n": 64, "num_stages": 1, "parts": 2},
+        "AMD MI300X": {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 1, "parts": 1},
+    }
+    return dataclasses.replace(tile, split=1, **sizes.get(target, {}))
 
 
 def sample(tiles: list[TileConfig], turn: int) -> list[TileConfig]:
@@ -296,7 +314,7 @@ def capture(call: Callable[[], None], device: Device) -> list[Launch]:
     ) -> None:
         launched.append(Launch(kernel, tile, (*tensors, *scalars), constants))
 
-    modules = (layer_forward, layer_backward, network_forward, network_backward, network_one_pass, partial_sums)
+    modules = (layer_forward, layer_backward, network_forward, network_backward, network_one_pass, partial_sums, planes)
     before = [module.launch for module in modules]
     device_of = devices.device_of
     try:
@@ -322,7 +340,7 @@ def read(launched: Launch, device: Device) -> dict[str, Any]:
         target=GPUTarget(device.backend, device.arch, device.warp_size),
         options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
-    reading = read_cubin(compiled) if device.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
+    reading = read_cubin(compiled, tile.precision) if device.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
     return {"shared": compiled.metadata.shared, "shared_limit": device.shared_memory, **reading}
 
 
@@ -342,7 +360,8 @@ def source(launched: Launch) -> Any:
             return tuple(describe(element, (*path, index), free) for index, element in enumerate(value))
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "uint8": "u8"}
+            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+            short["uint8"] = "u8"
             return "*" + short[str(value.dtype)[6:]]
         if value is None or (value == 1 and not free):
             constexprs[path] = value
@@ -375,28 +394,50 @@ def launch(row: Compilation) -> None:
     x, w, b, dz, z = tensor(M, K), tensor(N, K), tensor(N), tensor(M, N), tensor(M, K)
     keeps, precision, tile = activation.keeps_preactivation, row.precision, row.tile
     dropping: dict[str, Any] = {}
+
+    def operand(whole: torch.Tensor) -> planes.Operand:
+        if tile.precision not in ("fp16x3", "redo"):
+            return whole
+        both, info = _split(whole)
+        return (whole if tile.precision == "redo" else both), info
+
     if row.dropout:
         dropping = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "dropout": Dropout(0.9, 1)}
     if row.kernel == "forward":
         z = tensor(M, N) if keeps else None
-        layer_forward.layer_forward(x, w, b, tensor(M, N), z, activation, precision, tile, **dropping)
+        layer_forward.layer_forward(operand(x), operand(w), b, tensor(M, N), z, activation, precision, tile, **dropping)
     elif row.kernel == "dgrad":
         h = tensor(M, K) if keeps else None
-        layer_backward.dgrad(dz, w, z, tensor(M, K), h, activation, precision, tile, **dropping)
+        layer_backward.dgrad(operand(dz), operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
     elif row.kernel == "output_gradient":
         layer_backward.output_gradient(
             dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None, **dropping
         )
     elif row.kernel == "pointwise":
         layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile, **dropping)
+    elif row.kernel == "split":
+        planes.split(x, *_split(x), tensor(planes.info_shape(M, K)[1], K))
+    elif isinstance(operand(x), tuple):
+        sums = layer_backward.wgrad_sums(M, tile, dtype, N * K, 0)
+        layer_backward.wgrad_products(operand(dz), operand(x), tensor(N, K), None, K, tile, sums)
     else:
         tile = tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
         split = 4 if row.kernel == "sum_partials" else 1
         layer_backward.wgrad(dz, x, w, b, precision, dataclasses.replace(tile, split=split))
 
 
-def read_cubin(compiled: Any) -> dict[str, int]:
-    """From cuobjdump and the PTX. A spilled word is four bytes of stack. Waits are read for one-pass kernels alone."""
+def _split(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The planes of a tensor and their info, without values."""
+    shape, strides = planes.planes_shape(*whole.shape)
+    both = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
+    return both, torch.empty(planes.info_shape(*whole.shape), dtype=torch.int32, device="meta")
+
+
+def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
+    """From cuobjdump and the PTX. A spilled word is four bytes of stack.
+
+    Waits are read for one-pass kernels and products of planes alone.
+    """
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -405,9 +446,8 @@ def read_cubin(compiled: Any) -> dict[str, int]:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
         ptx, waits = compiled.asm["ptx"], 0
-        if (
-            "one_pass" in compiled.metadata.name and "wgmma" in ptx
-        ):  # reading machine code takes as long as compiling it
+        slow = "one_pass" in compiled.metadata.name or precision == "fp16x3"
+        if slow and "wgmma" in ptx:  # reading machine code takes as long as compiling it
             sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
             waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one a product where these are serialised
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
@@ -422,6 +462,7 @@ def read_cubin(compiled: Any) -> dict[str, int]:
         "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         "setmaxnreg": len(re.findall(r"setmaxnreg", ptx)),
+        "to_16_bits": len(re.findall(r"cvt\.rn\S*\.b?f16", ptx)),
     }
 
 
@@ -455,6 +496,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         "tma",
         "cp_async",
         "setmaxnreg",
+        "to_16_bits",
     )
     names = [f"{row['id']} {row.get('kernel', '')} {row.get('tile', '')}".strip() for row in rows]
     width = max(map(len, names))

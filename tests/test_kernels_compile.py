@@ -94,7 +94,7 @@ def holds(row: Compilation, found: dict[str, Any]) -> None:
     tile = row.tile
     for instruction in ("wgmma", "tcgen05", "mma"):
         assert (found[instruction] > 0) == (instruction == products(row)), found
-    assert (found["tma"] > 0) == tile.descriptors, found
+    assert (found["tma"] > 0) == (tile.descriptors and row.target != "NVIDIA A100"), found  # it has other copies
     assert (found["setmaxnreg"] > 0) == tile.warp_specialize, found
     if row.target == "NVIDIA A100" and row.dtype != "float32" and row.aligned and tile.num_stages > 1:
         assert found["cp_async"] > 0, found
@@ -102,7 +102,7 @@ def holds(row: Compilation, found: dict[str, Any]) -> None:
 
 def products(row: Compilation) -> str | None:
     """The one instruction that multiplies; None: no tensor core's."""
-    if row.dtype == "float32" and row.tile.precision == "ieee":
+    if row.dtype == "float32" and row.tile.precision in ("ieee", "redo"):
         return None
     whole = row.tile.block_m >= 64  # an instruction of the newer kinds multiplies 64 rows
     return {"NVIDIA H100": "wgmma", "NVIDIA B200": "tcgen05"}.get(row.target, "mma") if whole else "mma"
@@ -119,6 +119,15 @@ def test_specialised_warps_are_not_ignored(sample: dict[str, list[dict[str, Any]
     assert {row.kernel for row in rows} == {"forward", "dgrad"}
     for row in rows:
         assert sample[row.id][0]["setmaxnreg"] > 0, row.id
+
+
+def test_planes_are_multiplied_without_conversions(sample: dict[str, list[dict[str, Any]]]) -> None:
+    """As in the sketch that an H100 ran at 166 to 182 TFLOP/s: 12 wgmma and 3 waits for a block, no spills."""
+    rows = [row for row in SAMPLE if row.tile.precision == "fp16x3" and row.target == "NVIDIA H100"]
+    assert {row.kernel for row in rows} == set(GEMMS)
+    for row in rows:
+        (found,) = sample[row.id]
+        assert (found["wgmma"], found["waits"], found["to_16_bits"], found["spills"]) == (12, 3, 0, 0), found
 
 
 def traits(row: Compilation) -> set[tuple[Any, ...]]:

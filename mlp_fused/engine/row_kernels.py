@@ -31,7 +31,7 @@ PRODUCTS = {
 DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # True if the epilogue has a derivative; None: no activation
 INFERENCE = ("network_forward", "layer_forward")  # modules
 TRAINING = ("network*", "layer_*", "partial_sums")  # patterns, so that a new module is included automatically
-OF_LAYERS = frozenset({"ieee", "tf32", "bf16x6"})  # every PRECISION of the layer kernels
+MEASURED = frozenset({"ieee", "tf32", "bf16x6"})  # every PRECISION of a row; "fp16x3" and "redo" have none
 TILES = (source("network_tiles", "network_tile"), source("network_tiles", "network_wgrad_tile"))
 
 
@@ -72,7 +72,7 @@ def _known(dtype: str, precision: str | None) -> dict[str, object]:
     """
     if dtype != "float32":
         return {"PRECISION": "ieee"}
-    return {"PRECISION": OF_LAYERS if precision in (None, "bf16x6") else precision}
+    return {"PRECISION": MEASURED if precision in (None, "bf16x6") else precision}
 
 
 def stamped(row: Row) -> Row:

@@ -69,6 +69,9 @@ REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4
 # 0.537 ms instead of 0.944 at 64 -> 64 -> 64 -> 64 -> 64, and 1.69 instead of 2.32 at 128 (H100, relu, bf16, 2^20 rows,
 # Triton 3.6). On other architectures it runs only with the backend "triton".
 STORED_MEASURED = (90,)
+# Architectures on which a network with Dropout was measured to be faster in one kernel than by layers. On other ones it
+# runs so only with the backend "triton".
+DROPOUT_MEASURED: tuple[int | str, ...] = ()
 ROWS_OF_ONES = 16  # rows of ones in the product that gives db, in tiles without columns of ones
 
 

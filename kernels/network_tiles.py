@@ -65,6 +65,7 @@ RECOMPUTE_WORDS_HOPPER_Z = 108  # if exponentials would have to be recomputed to
 # 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
 STORED_WORDS = {64: 92, 128: 80}
 REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4 layers and 4 such h, 68 words spill
+REBUILT_WORDS_DROPPED = 12  # the same with Dropout: with the sums of 4 layers and 3 such h, up to 152 words spill
 # Architectures on which one pass over stored tensors was measured to be faster than dgrad and wgrad: training takes
 # 0.537 ms instead of 0.944 at 64 -> 64 -> 64 -> 64 -> 64, and 1.69 instead of 2.32 at 128 (H100, relu, bf16, 2^20 rows,
 # Triton 3.6). On other architectures it runs only with the backend "triton".
@@ -103,6 +104,7 @@ class NetworkProblem:
     precision: str = "ieee"
     input_size: int = 0  # bytes of an element of the input, if it has more than `dtype` (under autocast)
     stores: bool = False  # forward: True if it writes the tensors that a backward reads
+    drops: bool = False  # True if a layer has Dropout, whose random numbers take registers
 
     @property
     def on_fma_units(self) -> bool:
@@ -162,12 +164,12 @@ def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig
     """The measured tile of a forward that stores nothing, with as many programs as fit in shared memory at a time.
 
     The list is empty for networks without a reading: those with an input narrower than the widest layer, and those that
-    cast their input (under autocast), which takes more registers.
+    cast their input (under autocast) or have Dropout, which takes more registers.
     """
     if problem.kind != "forward" or problem.stores or device.arch != 90 or problem.dtype.itemsize != 2:
         return []
     measured = INFERENCE_KEEPING_Z if any(problem.keeps_z) else INFERENCE
-    if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size:
+    if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size or problem.drops:
         return []
     rows, warps, stages, programs = measured[problem.widest]
     tile = TileConfig(rows, num_warps=warps, num_stages=stages)
@@ -200,8 +202,10 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
     many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
     rows = 128 if many and tensor_memory(problem, 128, device) <= TENSOR_MEMORY else 64
-    # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor.
-    ahead = [3, 2] if problem.streams else [2] if problem.kind == "forward" or problem.widest <= 32 else []
+    # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor. Over
+    # 64 wide, random numbers leave no registers for it: with gelu, 68 words would spill instead of 18.
+    fits = not (problem.drops and problem.widest > 64)
+    ahead = [3, 2] if problem.streams else [2] if (problem.kind == "forward" and fits) or problem.widest <= 32 else []
     return [tile(rows, 8, stages) for stages in (*ahead, 1)]
 
 
@@ -269,13 +273,14 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
     A group has as many layers as have their sums fit in registers, because every further launch has to write and read
     another dz.
     """
+    rebuilt = REBUILT_WORDS_DROPPED if problem.drops else REBUILT_WORDS
     groups = []
     high = len(problem.pads) - 1
     while high > 0:
         low, words = high, 0.0
         while low > 0:
             words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
-            words += REBUILT_WORDS * (low > 1 and problem.keeps_z[low - 2])
+            words += rebuilt * (low > 1 and problem.keeps_z[low - 2])
             if words > STORED_WORDS[problem.widest] and low < high:
                 break
             low -= 1

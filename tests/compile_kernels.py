@@ -84,11 +84,14 @@ class NetworkCompilation:
     activation: str
     widths: tuple[int, ...]
     input: str = ""  # its dtype, and then the forward in inference alone
+    dropout: bool = False  # after every layer
 
     @property
     def id(self) -> str:
         words = ["network", "x".join(map(str, self.widths)), self.target, self.dtype, self.precision, self.activation]
-        return "-".join([*words, *([f"of_{self.input}"] if self.input else [])]).replace(" ", "")
+        words += [f"of_{self.input}"] if self.input else []
+        words += ["dropout"] if self.dropout else []
+        return "-".join(words).replace(" ", "")
 
 
 def networks(full: bool) -> list[NetworkCompilation]:
@@ -115,6 +118,14 @@ def networks(full: bool) -> list[NetworkCompilation]:
         if dtype == torch.bfloat16 and (full or target == "NVIDIA H100"):  # the tiles of inference
             for width, activation in ((16, "relu"), (32, "relu"), (64, "relu"), (64, "gelu")):
                 found.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
+        # relu draws its mask once, gelu again with z, tanh keeps z for Dropout's sake alone.
+        dropping = [*((width,) * 5 for width in (16, 32, 64, 128)), (16, 64, 64, 16), (784, 128, 128, 10)]
+        for turn, (widths, activation) in enumerate(itertools.product(dropping, ("relu", "gelu", "tanh"))):
+            if dtype.itemsize == 4 and (widths, precision) != ((64,) * 5, "ieee"):
+                continue
+            has_its_turn = target == "NVIDIA H100" or turn % 8 == list(TARGETS).index(target)
+            if full or (dtype in (torch.bfloat16, torch.float32) and has_its_turn):
+                found.append(NetworkCompilation(target, name, precision, activation, widths, dropout=True))
     return found
 
 
@@ -129,10 +140,10 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
     strides = tuple((k, 1, 1) for k in row.widths[:-1])
     readings = []
     backwards = set()
-    for torch_too in (True, False) if dtype.itemsize == 2 else (False,):
-        path = network_path(
-            row.widths, strides, activations, dtype, row.precision, device, training=not row.input, torch_too=torch_too
-        )
+    dropouts = (0.1,) * layers if row.dropout else ()
+    for torch_too in (True, False) if dtype.itemsize == 2 and not row.dropout else (False,):
+        of_row = (row.widths, strides, activations, dtype, row.precision, device)
+        path = network_path(*of_row, training=not row.input, dropouts=dropouts, torch_too=torch_too)
         if isinstance(path, str):
             return [{"id": row.id, "kernel": "layer path", "reason": path}]
         if path.groups not in backwards:
@@ -171,7 +182,7 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
         counted = 0
         if kind in ("forward", "recompute", "stored", "dgrad"):
             problem = network_tiles.NetworkProblem(
-                kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision
+                kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision, drops=path.drops
             )
             counted = network_tiles.network_shared_memory(problem, tile, device)
         threads = 32 * tile.num_warps * tile.programs // device.multiprocessors  # of a multiprocessor

@@ -339,7 +339,9 @@ def network_path(
     drops = dropouts_of(dropouts)
 
     def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:
-        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, multiplied, input_size, stores)
+        return network_tiles.NetworkProblem(
+            kind, network.pads, network.keeps_z, dtype, multiplied, input_size, stores, any(dropouts)
+        )
 
     def tile(kind: network_tiles.NetworkKind, stores: bool = False) -> TileConfig | str:
         return network_tiles.network_tile(problem(kind, stores), device)

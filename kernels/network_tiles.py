@@ -340,11 +340,15 @@ def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tupl
     return (weights + tile.block_m * max(pads) * tensors) * problem.dtype.itemsize + 2048
 
 
-def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
-    """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`."""
+def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device, rebuilds: bool = False) -> TileConfig:
+    """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`.
+
+    `rebuilds` is True if a layer's input is computed again with Dropout's mask. Sums 128 wide leave registers for 32
+    rows of random numbers; with 64 rows, 74 words would spill.
+    """
     if precision == "bf16x6":  # 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6)
         programs = 2 * device.multiprocessors
         return TileConfig(0, block_k=32, num_warps=4, num_stages=3, programs=programs, precision="bf16x6")
-    rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else WGRAD_ROWS[dtype.itemsize]
+    rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else 32 if rebuilds else WGRAD_ROWS[dtype.itemsize]
     ahead = device.backend == "cuda" and isinstance(device.arch, int) and device.arch < 100
     return TileConfig(0, block_k=rows, num_warps=8, num_stages=3 if ahead else 2, programs=2 * device.multiprocessors)

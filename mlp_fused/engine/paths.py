@@ -349,7 +349,8 @@ def network_path(
     forward, storing = tile("forward"), tile("forward", stores=True)
     if isinstance(forward, str) or isinstance(storing, str):
         return str(storing)
-    wgrad = network_tiles.network_wgrad_tile(dtype, multiplied, device)
+    rebuilds = any(keeps_z and drops for keeps_z, drops in zip(network.keeps_z[:-1], network.drops))
+    wgrad = network_tiles.network_wgrad_tile(dtype, multiplied, device, rebuilds)
     measured = None
     if recompute is None:
         measured = _measured_path(widths, activations, dtype, precision, training, device)

@@ -5,8 +5,8 @@ wide     512 -> 512 -> 512 -> 512 -> 512 with gelu, layer by layer. For each ele
          the other dh: 2 + 2 + 1 and 2 + 1 + 2 bytes. Fused, it moves none of these. So a step over M rows and three
          such layers is expected to move 30 * 512 * M bytes less, 252 MB for 16384 rows, and its backward to keep
          3 * 512 * M bytes less.
-narrow   networks of four layers of one width over 2^20 rows: in one kernel, and layer by layer. A network takes one
-         kernel with the backend "auto" on the architectures of `network_tiles.DROPOUT_MEASURED`.
+narrow   networks of four layers of one width over 2^20 rows: in one kernel, and layer by layer. "auto" takes
+         one kernel at the widths in `network_tiles.DROPOUT_MEASURED`.
 """
 
 from __future__ import annotations

@@ -70,9 +70,9 @@ REBUILT_WORDS_DROPPED = 12  # the same with Dropout: with the sums of 4 layers a
 # 0.537 ms instead of 0.944 at 64 -> 64 -> 64 -> 64 -> 64, and 1.69 instead of 2.32 at 128 (H100, relu, bf16, 2^20 rows,
 # Triton 3.6). On other architectures it runs only with the backend "triton".
 STORED_MEASURED = (90,)
-# Architectures on which a network with Dropout was measured to be faster in one kernel than by layers. On other ones it
-# runs so only with the backend "triton".
-DROPOUT_MEASURED: tuple[int | str, ...] = ()
+# By architecture, the padded widths at which 16-bit networks with Dropout were measured to be faster in one kernel than
+# layer by layer. Others take one kernel only with the backend "triton".
+DROPOUT_MEASURED: dict[int | str, tuple[int, ...]] = {}
 ROWS_OF_ONES = 16  # rows of ones in the product that gives db, in tiles without columns of ones
 
 
@@ -91,6 +91,11 @@ def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device
     """True if a float32 network's kernels were measured to be faster than torch: bf16x6, and the forward in tf32."""
     multiplied = ("bf16x6",) if training else ("bf16x6", "tf32")
     return FP32_MEASURED.get(device.arch) == max(pads) and precision in multiplied
+
+
+def is_dropout_measured(pads: Sequence[int], dtype: torch.dtype, device: Device) -> bool:
+    """True if a network with Dropout was measured to be faster in one kernel than layer by layer."""
+    return dtype.itemsize == 2 and max(pads) in DROPOUT_MEASURED.get(device.arch, ())
 
 
 @dataclass(frozen=True)

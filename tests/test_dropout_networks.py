@@ -17,7 +17,7 @@ from mlp_fused.kernels.activation import Activation
 from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.dropout import redraws
 from mlp_fused.kernels.launch import Launch, count_launches, launched_by
-from mlp_fused.kernels.network_tiles import DROPOUT_MEASURED
+from mlp_fused.kernels.network_tiles import is_dropout_measured
 from mlp_fused.kernels.tile_config import TileConfig
 from mlp_fused.reference import Layer
 
@@ -181,7 +181,7 @@ def test_auto_takes_one_kernel_only_where_it_was_measured(name: str) -> None:
     problem = ((64, 64, 64), ((64, 1, 1),) * 2, (ACTIVATIONS["relu"],) * 2, BF16, "ieee", device)
     for training in (True, False):
         path = network_path(*problem, training, dropouts=(0.1, 0.0), torch_too=True)
-        measured = device.arch in DROPOUT_MEASURED
+        measured = is_dropout_measured((64,), BF16, device)
         assert isinstance(path, NetworkPath) if measured else path == UNMEASURED_DROPOUT
         assert isinstance(network_path(*problem, training, dropouts=(0.1, 0.0)), NetworkPath)
         assert isinstance(network_path(*problem, training, dropouts=(0.0, 0.0), torch_too=True), NetworkPath)

@@ -332,8 +332,6 @@ def network_path(
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
-    if any(dropouts) and torch_too and device.arch not in network_tiles.DROPOUT_MEASURED:
-        return UNMEASURED_DROPOUT
     multiplied = network_tiles.network_precision(widths, dtype, precision, device)
     network = network_of(widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)))
     drops = dropouts_of(dropouts)
@@ -349,6 +347,8 @@ def network_path(
     forward, storing = tile("forward"), tile("forward", stores=True)
     if isinstance(forward, str) or isinstance(storing, str):
         return str(storing)
+    if any(dropouts) and torch_too and not network_tiles.is_dropout_measured(network.pads, dtype, device):
+        return UNMEASURED_DROPOUT
     rebuilds = any(keeps_z and drops for keeps_z, drops in zip(network.keeps_z[:-1], network.drops))
     wgrad = network_tiles.network_wgrad_tile(dtype, multiplied, device, rebuilds)
     measured = None

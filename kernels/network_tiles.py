@@ -331,16 +331,20 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     elif tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages)
     else:
-        in_flight = rows * (1 if device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units else 2)
+        once = device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units and not problem.drops
+        in_flight = rows * (1 if once else 2)
     return weights + in_flight + MARGIN
 
 
 def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tuple[int, int]) -> int:
-    """The bytes of shared memory for a launch's weights, its tensors in flight, and its operands h and dz."""
+    """The bytes of shared memory for a launch's weights, its tensors in flight, and its operands h and dz.
+
+    With Dropout, the compiler takes up to two more tiles.
+    """
     low, high = group
     pads = problem.pads[low : high + 1]
     weights = sum(n * k for n, k in zip(pads[1:], pads))
-    operands = max((high - low - 1) * (1 + any(problem.keeps_z[low : high - 1])) + 1, 2)
+    operands = max((high - low - 1) * (1 + any(problem.keeps_z[low : high - 1])) + 1, 2) + 2 * problem.drops
     tensors = len(pads) * max(tile.num_stages - 1, 1) + operands
     return (weights + tile.block_m * max(pads) * tensors) * problem.dtype.itemsize + 2048
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import devices, layer_tiles, tile_config
 from .activation import Activation
-from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
+from .dropout import Dropout, epilogue_parts, factors, of_launch, reads_output
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 from .partial_sums import Partial, sum_partials
@@ -119,7 +119,7 @@ def output_gradient(
         FORWARD=activation.forward,
         BACKWARD=activation.backward,
         PARAMETERS=activation.constants(dz.dtype),
-        READS_OUTPUT=_reads_output(activation, dropout),
+        READS_OUTPUT=reads_output(activation, dropout),
         OFFSET=offset_type(dh, dz),
     )
 
@@ -262,7 +262,7 @@ def dgrad(
         FORWARD=below.forward,
         BACKWARD=below.backward,
         PARAMETERS=below.constants(dx.dtype),
-        READS_OUTPUT=_reads_output(below, dropout),
+        READS_OUTPUT=reads_output(below, dropout),
         PRECISION=tile.precision,
         OFFSET=offset_type(of_dz, of_weight, dx),
         EVEN_N=N % tile.block_k == 0,
@@ -272,11 +272,6 @@ def dgrad(
         EARLY=tile.early,
         WARP_SPECIALIZE=tile.warp_specialize,
     )
-
-
-def _reads_output(activation: Activation, dropout: Dropout | None) -> bool:
-    """True if backward reads the output, and the pre-activation was saved because of Dropout alone."""
-    return keeps_preactivation(activation, dropout) and not activation.keeps_preactivation
 
 
 @triton.jit(do_not_specialize=["M", "chunk", "splits"])

@@ -77,6 +77,7 @@ RECOMPUTE_WORDS_HOPPER_Z = 108  # if exponentials would have to be recomputed to
 # 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
 STORED_WORDS = {64: 92, 128: 80}
 REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4 layers and 4 such h, 68 words spill
+REBUILT_WORDS_DROPPED = 12  # the same with Dropout: with the sums of 4 layers and 3 such h, up to 152 words spill
 # Architectures on which one pass over stored tensors was measured to be faster than dgrad and wgrad: training takes
 # 0.537 ms instead of 0.944 at 64 -> 64 -> 64 -> 64 -> 64, and 1.69 instead of 2.32 at 128 (H100, relu, bf16, 2^20 rows,
 # Triton 3.6). On other architectures it runs only with the backend "triton".
@@ -86,6 +87,9 @@ STORED_MEASURED = (90,)
 # (gelu 32). With 128 rows and 8 warps it takes two layers of relu and spills 276.
 STORED_SCALED: tuple[int, int, int] | None = None
 STORED_WORDS_SCALED = 40
+# By architecture, the padded widths at which 16-bit networks with Dropout were measured to be faster in one kernel than
+# layer by layer. Others take one kernel only with the backend "triton".
+DROPOUT_MEASURED: dict[int | str, tuple[int, ...]] = {}
 ROWS_OF_ONES = 16  # rows of ones in the product that gives db, in tiles without columns of ones
 
 
@@ -116,6 +120,11 @@ def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device
     return FP32_MEASURED.get(device.arch) == max(pads) and multiplied
 
 
+def is_dropout_measured(pads: Sequence[int], dtype: torch.dtype, device: Device) -> bool:
+    """True if a network with Dropout was measured to be faster in one kernel than layer by layer."""
+    return dtype.itemsize == 2 and max(pads) in DROPOUT_MEASURED.get(device.arch, ())
+
+
 @dataclass(frozen=True)
 class NetworkProblem:
     """A network kernel's work, by which a tile is chosen. It does not depend on the number of rows."""
@@ -127,6 +136,7 @@ class NetworkProblem:
     precision: str = "ieee"
     input_size: int = 0  # bytes of an element of the input, if it has more than `dtype` (under autocast)
     stores: bool = False  # forward: True if it writes the tensors that a backward reads
+    drops: bool = False  # True if a layer has Dropout, whose random numbers take registers
 
     @property
     def on_fma_units(self) -> bool:
@@ -186,12 +196,12 @@ def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig
     """The measured tile of a forward that stores nothing, with as many programs as fit in shared memory at a time.
 
     The list is empty for networks without a reading: those with an input narrower than the widest layer, and those that
-    cast their input (under autocast), which takes more registers.
+    cast their input (under autocast) or have Dropout, which takes more registers.
     """
     if problem.kind != "forward" or problem.stores or device.arch != 90 or problem.dtype.itemsize != 2:
         return []
     measured = INFERENCE_KEEPING_Z if any(problem.keeps_z) else INFERENCE
-    if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size:
+    if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size or problem.drops:
         return []
     rows, warps, stages, programs = measured[problem.widest]
     tile = TileConfig(rows, num_warps=warps, num_stages=stages)
@@ -226,8 +236,10 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
     many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
     rows = 128 if many and tensor_memory(problem, 128, device) <= TENSOR_MEMORY else 64
-    # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor.
-    ahead = [3, 2] if problem.streams else [2] if problem.kind == "forward" or problem.widest <= 32 else []
+    # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor. Over
+    # 64 wide, random numbers leave no registers for it: with gelu, 68 words would spill instead of 18.
+    fits = not (problem.drops and problem.widest > 64)
+    ahead = [3, 2] if problem.streams else [2] if (problem.kind == "forward" and fits) or problem.widest <= 32 else []
     return [tile(rows, 8, stages) for stages in (*ahead, 1)]
 
 
@@ -316,13 +328,14 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
     another dz.
     """
     most = STORED_WORDS_SCALED if problem.precision == "fp16x3" else STORED_WORDS[problem.widest]
+    rebuilt = REBUILT_WORDS_DROPPED if problem.drops else REBUILT_WORDS
     groups = []
     high = len(problem.pads) - 1
     while high > 0:
         low, words = high, 0.0
         while low > 0:
             words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
-            words += REBUILT_WORDS * (low > 1 and problem.keeps_z[low - 2])
+            words += rebuilt * (low > 1 and problem.keeps_z[low - 2])
             if words > most and low < high:
                 break
             low -= 1
@@ -370,28 +383,36 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     elif tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages)
     else:
-        in_flight = rows * (1 if device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units else 2)
+        once = device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units and not problem.drops
+        in_flight = rows * (1 if once else 2)
     return weights + in_flight + MARGIN
 
 
 def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tuple[int, int]) -> int:
-    """The bytes of shared memory for a launch's weights, its tensors in flight, and its operands h and dz."""
+    """The bytes of shared memory for a launch's weights, its tensors in flight, and its operands h and dz.
+
+    With Dropout, the compiler takes up to two more tiles.
+    """
     low, high = group
     pads = problem.pads[low : high + 1]
     weights = sum(n * k for n, k in zip(pads[1:], pads))
-    operands = max((high - low - 1) * (1 + any(problem.keeps_z[low : high - 1])) + 1, 2)
+    operands = max((high - low - 1) * (1 + any(problem.keeps_z[low : high - 1])) + 1, 2) + 2 * problem.drops
     tensors = len(pads) * max(tile.num_stages - 1, 1) + operands
     return (weights + tile.block_m * max(pads) * tensors) * problem.dtype.itemsize + 2048
 
 
-def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
-    """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`."""
+def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device, rebuilds: bool = False) -> TileConfig:
+    """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`.
+
+    `rebuilds` is True if a layer's input is computed again with Dropout's mask. Sums 128 wide leave registers for 32
+    rows of random numbers; with 64 rows, 74 words would spill.
+    """
     if precision in SPLIT_ACCURACY:
         # bf16x6: 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6). The others have their
         # maxima to find in every block of rows, which larger ones have fewer of.
         rows, stages = (32, 3) if precision == "bf16x6" else (64, 2)
         programs = 2 * device.multiprocessors
         return TileConfig(0, block_k=rows, num_warps=4, num_stages=stages, programs=programs, precision=precision)
-    rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else WGRAD_ROWS[dtype.itemsize]
+    rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else 32 if rebuilds else WGRAD_ROWS[dtype.itemsize]
     ahead = device.backend == "cuda" and isinstance(device.arch, int) and device.arch < 100
     return TileConfig(0, block_k=rows, num_warps=8, num_stages=3 if ahead else 2, programs=2 * device.multiprocessors)

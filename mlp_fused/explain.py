@@ -65,17 +65,17 @@ def schedules_of(
     dy = torch.empty((rows, layers[-1].weight.shape[0]), dtype=path.dtype, device="meta")
     needs = [*weights, *biases]
     parameters = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if path.drops else None
     if isinstance(path, NetworkPath):
-        forward = path.write_forward(named({"x": x}, *parameters), rows, training and path.stores)
+        forward = path.write_forward(named({"x": x, "seed": seed}, *parameters), rows, training and path.stores)
         if not training:
             return forward, None
         kept = torch.empty(rows * path.network.starts[-1], dtype=path.dtype, device="meta")
         has_own = path.stores and path.network.activates_output
         others = {"kept": kept if path.stores and len(layers) > 1 else None, "own": dy if has_own else None}
-        backward = path.write_backward(named({"dy": dy, "x": x, **others}, *parameters), rows, needs_x, needs)
-        return forward, backward
+        given = named({"dy": dy, "x": x, "seed": seed, **others}, *parameters)
+        return forward, path.write_backward(given, rows, needs_x, needs)
     section = path.section(0, len(layers))
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if path.drops else None
     given = named({"x": x.to(path.dtype), "seed": seed}, *parameters)
     choose = path.choose(device)
     forward = section.write_forward(given, rows, training, choose)
@@ -387,7 +387,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
                 training,
                 model._recompute,
                 input_size if input_size > dtype.itemsize else 0,
-                drops=any(run.dropouts),
+                dropouts=tuple(run.dropouts) if any(run.dropouts) else (),
                 torch_too=not model._wants_kernels(),
             )
         path: NetworkPath | LayerPath | None = network if isinstance(network, NetworkPath) else None
@@ -414,7 +414,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
                 biases=biased,
                 needs_x=needs_input_grad,
             )
-            seed = (SEED,) if isinstance(path, LayerPath) and path.drops else ()
+            seed = (SEED,) if path.drops else ()
             steps = seed + tuple(step for schedule in passes if schedule is not None for step in schedule.steps)
         if path is None or reason is not None:
             kept += kept_by_torch

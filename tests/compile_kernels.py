@@ -85,11 +85,14 @@ class NetworkCompilation:
     activation: str
     widths: tuple[int, ...]
     input: str = ""  # its dtype, and then the forward in inference alone
+    dropout: bool = False  # after every layer
 
     @property
     def id(self) -> str:
         words = ["network", "x".join(map(str, self.widths)), self.target, self.dtype, self.precision, self.activation]
-        return "-".join([*words, *([f"of_{self.input}"] if self.input else [])]).replace(" ", "")
+        words += [f"of_{self.input}"] if self.input else []
+        words += ["dropout"] if self.dropout else []
+        return "-".join(words).replace(" ", "")
 
 
 def networks(full: bool) -> list[NetworkCompilation]:
@@ -121,6 +124,15 @@ def networks(full: bool) -> list[NetworkCompilation]:
         if dtype == torch.bfloat16 and (full or target == "NVIDIA H100"):  # the tiles of inference
             for width, activation in ((16, "relu"), (32, "relu"), (64, "relu"), (64, "gelu")):
                 found.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
+        # relu draws its mask once, gelu again with z, tanh keeps z for Dropout's sake alone.
+        dropping = [*((width,) * 5 for width in (16, 32, 64, 128)), (16, 64, 64, 16), (784, 128, 128, 10)]
+        for turn, (widths, activation) in enumerate(itertools.product(dropping, ("relu", "gelu", "tanh"))):
+            if dtype.itemsize == 4 and (widths, precision) != ((64,) * 5, "ieee"):
+                continue
+            has_its_turn = turn % 4 == list(TARGETS).index(target)
+            has_its_turn |= target == "NVIDIA H100" and widths == (64,) * 5
+            if full or (dtype == torch.bfloat16 and has_its_turn):
+                found.append(NetworkCompilation(target, name, precision, activation, widths, dropout=True))
     return found
 
 
@@ -135,9 +147,10 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
     strides = tuple((k, 1, 1) for k in row.widths[:-1])
     readings = []
     backwards = set()
+    dropouts = (0.1,) * layers if row.dropout else ()
     precision = network_tiles.SPLIT_ACCURACY.get(row.precision, row.precision)
     splits = None if precision == row.precision else (row.precision,)
-    for torch_too in (True, False) if dtype.itemsize == 2 else (False,):
+    for torch_too in (True, False) if dtype.itemsize == 2 and not row.dropout else (False,):
         path = network_path(
             row.widths,
             strides,
@@ -146,6 +159,7 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
             precision,
             device,
             training=not row.input,
+            dropouts=dropouts,
             torch_too=torch_too,
             splits=splits,
         )
@@ -187,7 +201,7 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
         counted = 0
         if kind in ("forward", "recompute", "stored", "dgrad"):
             problem = network_tiles.NetworkProblem(
-                kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision
+                kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision, drops=path.drops
             )
             counted = network_tiles.network_shared_memory(problem, tile, device)
         threads = 32 * tile.num_warps * tile.programs // device.multiprocessors  # of a multiprocessor

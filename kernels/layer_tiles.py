@@ -37,7 +37,7 @@ SHORTEST_SPLIT = 64
 # "fp16x3", full fp32 from operands that are split into fp16 planes (planes.py): the architectures that it may run on,
 # and those where it was measured to be at least 1.3 times as fast as torch, so that the backend "auto" uses it.
 PLANES: tuple[int | str, ...] = (90,)
-PLANES_MEASURED: tuple[int | str, ...] = ()
+PLANES_MEASURED: tuple[int | str, ...] = (90,)
 SHORTEST_PLANES = 256  # the shortest side of a product for which its operands are split
 PLANES_MARGIN = 1.3  # a product by planes runs only if torch's estimated time is this many times its own
 # The rate of products by planes on a multiprocessor, as a share of the data sheet's for 16 bits: 166 of 989 TFLOP/s

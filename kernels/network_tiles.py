@@ -33,17 +33,18 @@ STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # columns of a wide first layer at a t
 RESIDENT_INPUT = 256  # the widest input whose weight stays on the chip; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
-# The ways to multiply fp32 by 16-bit parts (see tile.py) that the rule chooses from, the first that it finds. A way is
-# listed once it was measured. "fp16x3" and "fp16x1" run only where they are asked for.
-SPLITS = ("bf16x6",)
+# The ways to multiply fp32 by 16-bit parts (see tile.py), the fastest first.
+SPLITS = ("fp16x3", "bf16x6", "fp16x1")
 SPLIT_ACCURACY = {"fp16x3": "ieee", "bf16x6": "ieee", "fp16x1": "tf32"}  # torch's setting that each of them fulfils
 SPLIT_BYTES = {"fp16x3": 4, "bf16x6": 6, "fp16x1": 2}  # bytes of a number's parts
 WIDEST_SPLIT = 64  # the widest layer whose products of parts fit in registers
 # The narrowest layer, for which the error is at most 1.5 times that of FMA units (tests/test_tile_precision.py).
 NARROWEST_SPLIT = {"fp16x3": 32, "bf16x6": 8, "fp16x1": 1}
-# The padded width at which float32 networks were measured to be faster than torch, by architecture. Only these
-# architectures multiply by parts.
-FP32_MEASURED: dict[int | str, int] = {90: 64}
+# The padded widths at which float32 networks were measured to be faster than torch, by architecture and by the way to
+# multiply. Only these architectures multiply by parts.
+FP32_MEASURED: dict[int | str, dict[str, tuple[int, ...]]] = {
+    90: {"fp16x3": (32, 64), "bf16x6": (64,), "fp16x1": (64,), "tf32": (64,)},
+}
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # the time to compile a kernel grows with its layers
 AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps weights in registers
 # Tiles of a forward that stores nothing, for 16-bit networks whose layers all have this width: rows, warps, stages, and
@@ -51,14 +52,14 @@ AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps
 # of 64, gelu had another one.
 INFERENCE = {16: (128, 4, 3, 8), 32: (128, 8, 2, 4), 64: (128, 8, 1, 3)}
 INFERENCE_KEEPING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
-# Tiles of products of scaled parts: rows, warps, stages, and programs on one multiprocessor, the best first. With two
-# stages, the next tile of rows is loaded during this one. Not measured yet.
-SCALED = {
-    "inference": ((64, 4, 2, 2),),
-    "forward": (),
-    "dgrad": ((128, 8, 2, 1),),
-    "any": ((64, 4, 1, 2), (128, 8, 1, 1), (64, 4, 1, 1)),
-}
+# Tiles of products of scaled parts: rows, warps, stages, and programs on one multiprocessor. With two stages, the next
+# tile of rows is loaded during this one. With these, 4 layers of relu over 2^20 rows take, on an H200 with Triton 3.6:
+# 64 wide 0.360 ms for inference (0.198 in fp16x1), 0.520 for the forward that stores, 0.684 for dgrad; 32 wide 0.138,
+# 0.192 and 0.260 ms. SCALED has the tiles for networks whose weights leave no room for these, the fastest first.
+SCALED_32 = {"inference": (64, 4, 2, 4), "forward": (64, 4, 1, 4), "dgrad": (64, 4, 1, 4)}
+SCALED_64 = {"inference": (64, 4, 1, 2), "forward": (64, 4, 2, 2), "dgrad": (64, 4, 2, 2)}
+SCALED_ONE_PART = {"inference": (64, 4, 1, 3)}
+SCALED = ((64, 4, 1, 2), (128, 8, 1, 1), (64, 4, 1, 1))
 MARGIN = 2048  # bytes of shared memory that `network_shared_memory` adds to what it counts
 RESERVED = 1024  # bytes of shared memory that CUDA reserves for each program
 # Columns of tensor memory, of 512. If a kernel uses more, triton 3.7 compiles an empty kernel without an error.
@@ -82,11 +83,6 @@ REBUILT_WORDS_DROPPED = 12  # the same with Dropout: with the sums of 4 layers a
 # 0.537 ms instead of 0.944 at 64 -> 64 -> 64 -> 64 -> 64, and 1.69 instead of 2.32 at 128 (H100, relu, bf16, 2^20 rows,
 # Triton 3.6). On other architectures it runs only with the backend "triton".
 STORED_MEASURED = (90,)
-# The same pass with products of scaled parts: rows of a tile, warps, and programs a multiprocessor; None until it is
-# measured to be faster than dgrad and wgrad. With 64 rows and 4 warps a launch takes one layer and spills 24 words
-# (gelu 32). With 128 rows and 8 warps it takes two layers of relu and spills 276.
-STORED_SCALED: tuple[int, int, int] | None = None
-STORED_WORDS_SCALED = 40
 # By architecture, the padded widths at which 16-bit networks with Dropout were measured to be faster in one kernel than
 # layer by layer. Others take one kernel only with the backend "triton".
 DROPOUT_MEASURED: dict[int | str, tuple[int, ...]] = {}
@@ -102,8 +98,9 @@ def network_precision(
     place on a Hopper GPU. Elsewhere the parts of the weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills
     622 words on an A100, and needs more than a B200's tensor memory, so that Triton 3.7 compiles an empty kernel.
 
-    On an H100, 64 -> 64 -> 64 -> 64 -> 64, 2^20 rows, Triton 3.6: forward 0.55 ms by bf16x6, 5.35 on FMA units, 1.74 in
-    torch; training 3.12, 7.30 and 5.30 ms.
+    64 -> 64 -> 64 -> 64 -> 64, relu, 2^20 rows, Triton 3.6, on an H200: inference 0.360 ms by fp16x3, 0.550 by bf16x6,
+    1.51 in torch; training 1.86 by fp16x3 (the sum of its kernels), 2.71 by bf16x6, 4.55 in torch. On FMA units an H100
+    takes 5.35 and 7.30 ms.
     """
     fits = max(map(padded, widths)) <= WIDEST_SPLIT
     if dtype == torch.float32 and fits and device.arch in FP32_MEASURED:
@@ -115,9 +112,9 @@ def network_precision(
 
 def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device: Device) -> bool:
     """True if a float32 network's kernels were measured to be faster than torch: by parts, and the forward in tf32."""
-    accuracy = SPLIT_ACCURACY.get(precision)
-    multiplied = accuracy == "ieee" or (not training and "tf32" in (precision, accuracy))
-    return FP32_MEASURED.get(device.arch) == max(pads) and multiplied
+    has_training = SPLIT_ACCURACY.get(precision) == "ieee"
+    widths = FP32_MEASURED.get(device.arch, {}).get(precision, ())
+    return max(pads) in widths and (has_training or not training)
 
 
 def is_dropout_measured(pads: Sequence[int], dtype: torch.dtype, device: Device) -> bool:
@@ -244,13 +241,19 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
 
 
 def _scaled_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
-    """The tiles of products of scaled parts whose programs all fit in shared memory at a time, the best first."""
+    """The tiles of products of scaled parts: the measured one, then those whose programs all fit in shared memory.
+
+    Not all programs of the measured one may fit at a time: dgrad's took 0.684 ms in two waves, and 0.943 with one stage,
+    where all fit.
+    """
     kind = problem.kind if problem.stores or problem.kind != "forward" else "inference"
+    table = SCALED_ONE_PART if problem.precision == "fp16x1" else SCALED_32 if problem.widest <= 32 else SCALED_64
     tiles = []
-    for rows, warps, stages, programs in SCALED[kind] + SCALED["any"]:
+    measured = (table[kind],) if kind in table else ()
+    for rows, warps, stages, programs in measured + SCALED:
         tile = TileConfig(rows, num_warps=warps, num_stages=stages, precision=problem.precision)
         needed = network_shared_memory(problem, tile, device) - MARGIN + RESERVED
-        if programs * needed <= device.shared_memory + RESERVED:
+        if (rows, warps, stages, programs) in measured or programs * needed <= device.shared_memory + RESERVED:
             tiles.append(dataclasses.replace(tile, programs=programs * device.multiprocessors))
     return tiles
 
@@ -288,20 +291,14 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
 
 def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
     """The tile of the one pass over stored tensors, whose groups of layers `layer_groups` gives."""
-    scaled = problem.precision == "fp16x3"
-    if problem.streams or problem.widest > 128 or (problem.dtype.itemsize > 2 and not scaled):
+    # By fp16x3 one pass takes 1.41 ms layer by layer and 3.33 by pairs of layers, dgrad and wgrad 1.34 ms (64 wide, 4
+    # layers, 2^20 rows, H200, Triton 3.6).
+    if problem.streams or problem.widest > 128 or problem.dtype.itemsize > 2:
         return "the sums of a layer's weight gradient do not fit in registers"
     if device.arch not in DESCRIPTOR_ARCHITECTURES:
         return "the products' operands are in registers here, where the weight gradients' sums would be"
     if problem.widest < 64:
         return "layers below 64 wide are half a wgmma instruction's rows"
-    if scaled:
-        if STORED_SCALED is None:
-            return "one pass over stored float32 tensors is not measured"
-        rows, warps, programs = STORED_SCALED
-        return TileConfig(
-            rows, num_warps=warps, programs=programs * device.multiprocessors, precision=problem.precision
-        )
     widest_sums = max(sum_words(n, k, TileConfig(64, num_warps=8)) for n, k in problem.held)
     if widest_sums > STORED_WORDS[problem.widest]:
         return "the sums of a layer's weight gradient do not fit in registers"
@@ -327,7 +324,6 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
     A group has as many layers as have their sums fit in registers, because every further launch has to write and read
     another dz.
     """
-    most = STORED_WORDS_SCALED if problem.precision == "fp16x3" else STORED_WORDS[problem.widest]
     rebuilt = REBUILT_WORDS_DROPPED if problem.drops else REBUILT_WORDS
     groups = []
     high = len(problem.pads) - 1
@@ -336,7 +332,7 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
         while low > 0:
             words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
             words += rebuilt * (low > 1 and problem.keeps_z[low - 2])
-            if words > most and low < high:
+            if words > STORED_WORDS[problem.widest] and low < high:
                 break
             low -= 1
         groups.append((low, high))
@@ -409,8 +405,9 @@ def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device, rebui
     """
     if precision in SPLIT_ACCURACY:
         # bf16x6: 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6). The others have their
-        # maxima to find in every block of rows, which larger ones have fewer of.
-        rows, stages = (32, 3) if precision == "bf16x6" else (64, 2)
+        # maxima to find in every block of rows, which larger ones have fewer of: fp16x3 takes 0.652 ms, 0.784 with 2
+        # stages, 0.823 with 32 rows (H200).
+        rows, stages = (32, 3) if precision == "bf16x6" else (64, 3)
         programs = 2 * device.multiprocessors
         return TileConfig(0, block_k=rows, num_warps=4, num_stages=stages, programs=programs, precision=precision)
     rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else 32 if rebuilds else WGRAD_ROWS[dtype.itemsize]

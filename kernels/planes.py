@@ -107,7 +107,8 @@ def split_kernel(
     tl.store(info_ptr + tl.program_id(0), exponent)
     tl.store(info_ptr + tl.num_programs(0) + tl.program_id(0), flags)
     if sums_ptr is not None:
-        few = tl.sum(tl.reshape(value, (BLOCK_M // 8, 8, BLOCK_N)), axis=1)  # a tree of sums errs less than a chain
+        # Sums of sums err less than one long sum. A thread has every eighth row, so the first two sums are its own.
+        few = tl.sum(tl.sum(tl.reshape(value, (BLOCK_M // 32, 4, 8, BLOCK_N)), axis=0), axis=0)
         tl.store(sums_ptr + block_m.to(OFFSET) * N + cols, tl.sum(few, axis=0), mask=cols < N)
 
 

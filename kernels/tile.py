@@ -116,11 +116,6 @@ def split_operand(value):
 # errs up to twice as much as a chain of FMAs. Two sums of 32, added in fp32, err no more
 # (tests/test_tile_precision.py).
 TERMS_INSIDE = tl.constexpr(32)
-# True if the two products with low parts are one of twice the terms: the tensor core is waited for half as often, and
-# `b` takes half as much shared memory again.
-JOINED = tl.constexpr(False)
-# True if the product of the low parts is added too, which takes an eighth off the error of sums of 64.
-LOW_BY_LOW = tl.constexpr(False)
 
 
 @triton.jit
@@ -153,18 +148,9 @@ def dot_scaled(a, b, PARTS: tl.constexpr):
     if PARTS == 2:
         a_lows = split_columns(a_low, COUNT)
         b_lows = split_columns(tl.trans(b_low), COUNT)
-        if LOW_BY_LOW:
-            for i in tl.static_range(COUNT):
-                total = dot(a_lows[i], tl.trans(b_lows[i]), total, "ieee")
-            total *= 1 / LOW_SCALE
-        if JOINED:
-            a_both = join_columns(a_high, a_low)
-            b_both = join_columns(tl.trans(b_low), tl.trans(b_high))
-            total = dot(a_both, tl.trans(b_both), total, "ieee")
-        else:
-            for i in tl.static_range(COUNT):
-                total = dot(a_highs[i], tl.trans(b_lows[i]), total, "ieee")
-                total = dot(a_lows[i], tl.trans(b_highs[i]), total, "ieee")
+        for i in tl.static_range(COUNT):
+            total = dot(a_highs[i], tl.trans(b_lows[i]), total, "ieee")
+            total = dot(a_lows[i], tl.trans(b_highs[i]), total, "ieee")
         # If an operand is not finite, this sum is NaN, and any number replaces it: the product of the high parts alone
         # is then infinite or NaN. A GPU's maximum of NaN and a number is the number.
         total = tl.where(total == total, total, 0.0) if INTERPRETED else tl.maximum(total, -1e38)
@@ -332,12 +318,6 @@ def store_tile(target, value, m, n, M, N, OFFSET: tl.constexpr, DESCRIPTORS: tl.
     else:
         offsets, mask = tile_offsets(m, n, M, N, value.shape[0], value.shape[1], OFFSET)
         store(target + offsets, value, mask)
-
-
-@triton.jit
-def join_columns(left, right):
-    """The columns of two tiles of one shape, side by side."""
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit

@@ -1,7 +1,8 @@
-"""The readings of tests/data/h100/narrow.log: forwards of narrow networks and sums of partial sums, by their tiles."""
+"""Readings of narrow networks' kernels by their tiles: of tests/data/h100/narrow.log and h200/narrow_float32.jsonl."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from mlp_fused.kernels.tile_config import TileConfig
 
 LOG = Path(__file__).with_name("data") / "h100" / "narrow.log"
+FLOAT32 = Path(__file__).with_name("data") / "h200" / "narrow_float32.jsonl"
 NETWORKS = {  # widths, dtype, activation
     "n16": ((16,) * 5, "bfloat16", "relu"),
     "n32": ((32,) * 5, "bfloat16", "relu"),
@@ -58,6 +60,21 @@ def sums() -> Iterator[Sum]:
         tile = TileConfig(block_m, block_k=block_k, num_warps=warps)
         for splits, columns, us in re.findall(r"(\d+)x(\d+): ([\d.]+) us", line):
             yield Sum(int(splits), int(columns), tile, float(us))
+
+
+def scaled_ms(width: int, forward: TileConfig, dgrad: TileConfig | None, wgrad: TileConfig) -> tuple[float, float]:
+    """Milliseconds of four layers of relu in full fp32 on an H200 by fp16x3, and torch's: a forward, or training."""
+    readings = [json.loads(line) for line in FLOAT32.read_text().splitlines()]
+    ms = {reading["timed"]: reading["ms"] for reading in readings if "timed" in reading}
+
+    def kernel(kind: str, rows: int, tile: TileConfig) -> float:
+        name = f"W{width} relu {kind} fp16x3 m{rows} w{tile.num_warps} s{tile.num_stages} x{tile.programs // 132}"
+        return float(ms[name])
+
+    if dgrad is None:
+        return kernel("forward", forward.block_m, forward), ms[f"W{width} relu forward eager"]
+    both = kernel("dgrad", dgrad.block_m, dgrad) + kernel("wgrad", wgrad.block_k, wgrad)
+    return kernel("keeping", forward.block_m, forward) + both, ms[f"W{width} relu train eager"]
 
 
 def float32_ms(forward: TileConfig, chain: TileConfig | None, sums: TileConfig) -> float:

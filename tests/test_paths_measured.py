@@ -15,12 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from narrow_readings import float32_ms
+from narrow_readings import scaled_ms
 
 from bench.readings import CELLS, TF32
 from mlp_fused import ACTIVATIONS, explain
 from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine import network_path, paths, table_files, tables
+from mlp_fused.engine.layer_steps import choose_tile
 from mlp_fused.kernels import devices, estimate, layer_tiles, tile_config
 
 DATA = Path(__file__).with_name("data") / "h100"
@@ -95,9 +96,9 @@ def expected(name: str, phase: str) -> Expected:
     strides = tuple((k, 1, 1) for k, _ in shapes)
     path = paths.network_path(cell.widths, strides, activations, dtype, precision, H100, training, torch_too=True)
     if isinstance(path, network_path.NetworkPath):
-        if path.network.precision == "bf16x6":  # the kernels that were measured in the cell were FMA units'
-            ours = float32_ms(path.forward_tile, path.backward_tile, path.wgrad_tile)
-            return Expected("network", ours, torchs, ("reading of the experiment",))
+        if path.network.precision == "fp16x3":  # the kernels that were measured in the cell were FMA units'
+            times = scaled_ms(cell.widths[0], path.forward_tile, path.backward_tile, path.wgrad_tile)
+            return Expected("network", *times, ("reading on an H200",))
         return Expected("network", ours, torchs, ("reading of the network",))
     layers = explain.meta_layers(cell.widths, activations, dtype, bias=True)
     no_dropout = (0.0,) * len(shapes)
@@ -113,12 +114,24 @@ def expected(name: str, phase: str) -> Expected:
         for each in schedule.steps
         if each.kind in ("forward", "dgrad", "wgrad")
     ]
+    tiles = [choose_tile(problem, H100, torch_too=True).tile for problem in products if problem is not None]
+    if all(tile is not None and tile.precision == "fp16x3" for tile in tiles):
+        return Expected("layer, by planes", *planes_ms(cell.widths, training), ("reading on an H200",))
     steps = [step(problem) for problem in products if problem is not None]
     lines = tuple(line for _, _, line in steps)
     if all(by_torch for _, by_torch, _ in steps):
         return Expected("layer, all of it torch's", torchs, torchs, lines)
     rest = [ms for kernel, (ms, _) in reading["kernels"][f"{phase} ours"] if "at::" in kernel or "anonymous" in kernel]
     return Expected("layer", sum(ms for ms, _, _ in steps) + sum(rest), torchs, lines)
+
+
+def planes_ms(widths: tuple[int, ...], training: bool) -> tuple[float, float]:
+    """Milliseconds of a network on an H200 in full fp32, whose products read planes, and torch's."""
+    for line in map(json.loads, (DATA.with_name("h200") / "planes.jsonl").read_text().splitlines()):
+        if line["part"] == "nets" and line["case"].startswith("x".join(map(str, widths)) + " gelu"):
+            ours, torchs, _ = line["times"]["training" if training else "forward"]
+            return ours, torchs
+    raise AssertionError(f"{widths} was not measured")
 
 
 def phases(name: str) -> list[str]:
@@ -163,7 +176,7 @@ def test_exceptions_are_few_and_needed() -> None:
 
 
 def test_choices_are_as_listed() -> None:
-    """After an intended change: `python tests/test_paths_measured.py > tests/data/h100/choices.txt`; read the diff."""
+    """After an intended change: PYTHONPATH=. python tests/test_paths_measured.py > tests/data/h100/choices.txt"""
     assert "".join(f"{line}\n" for line in lines()) == (DATA / "choices.txt").read_text()
 
 

@@ -155,7 +155,7 @@ def test_the_same_bits_twice(tile: TileConfig, ours: Product, torchs: Product, d
 
 # Powers of two by which the rows or columns of operands differ: (first rows, first columns, second rows, second ones).
 SPREADS = {
-    "rows of x from 1e-38 to 1e37": ("forward", (124, 0, 0, 0)),
+    "rows of x from 1e-35 to 1e35": ("forward", (117, 0, 0, 0)),  # sums of larger ones overflow
     "rows of W": ("forward", (0, 0, 24, 0)),
     "columns of both": ("forward", (0, 12, 0, 12)),
     "rows of dz": ("dgrad", (20, 0, 0, 0)),

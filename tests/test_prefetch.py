@@ -450,7 +450,7 @@ def test_passes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device is cuda, and torch .* can use none here; cpu always can be used"):
+    with pytest.raises(ValueError, match="device is cuda, but torch .* can use none here; cpu always can be used"):
         DevicePrefetcher([], "cuda")
 
 

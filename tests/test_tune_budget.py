@@ -87,7 +87,7 @@ def test_what_does_not_compile_is_left_out(clock: Clock, measured: Path) -> None
     compilers = FewCompilers({})
     compilers.failure = "they end with status 1"
     tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts)
-    assert "kernels were compiled at their launch, as compiling ahead failed: they end with status 1" in said
+    assert "kernels were compiled at their launch, because compiling ahead failed: they end with status 1" in said
 
 
 def test_what_is_not_compiled_in_time_is_not_reached(clock: Clock, measured: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> N
         (
             {**{name: old[name] for name in old if name != "cuda"}, "hip": "7"},
             0,
-            "with cuda 13.0, hip none; this is cuda",
+            "with cuda 13.0, hip none, but here is cuda",
         ),
     ):
         path().unlink(missing_ok=True)

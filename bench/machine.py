@@ -58,7 +58,7 @@ def machine() -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """Return a digest of the sources that affect times, in twelve hex digits: package, kernels, tuned tiles, benches."""
+    """Return a digest in twelve hex digits of the sources that affect times: package, kernels, tuned tiles, benches."""
     patterns = ("mlp_fused/*.py", "mlp_fused/[!k]*/*.py", "kernels/*.py", "kernels/tuned/*.json")
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     paths += [ROOT / "bench" / name for name in MEASURING]

@@ -179,7 +179,7 @@ def device_of(table: table_files.Table) -> Device:
     for name, device in DEVICES.items():
         if name in table.device and (table.arch, table.multiprocessors) == (device.arch, device.multiprocessors):
             return device
-    raise ValueError(f"the table is of {table.device}; it needs to be one of: {', '.join(DEVICES)}")
+    raise ValueError(f"the table is from {table.device}; it needs to be from one of: {', '.join(DEVICES)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -457,7 +457,7 @@ D = TypeVar("D")
 def _instance(cls: type[D], content: Any) -> D:
     """Make a dataclass from the plain values of its fields."""
     if not isinstance(content, Mapping):
-        raise UnfitRowError(f"{cls.__name__} is {content!r}; it needs to be its fields")
+        raise UnfitRowError(f"{cls.__name__} is {content!r}; it needs to be a mapping with its fields")
     hints = _hints(cls)  # type: ignore[arg-type]
     required = {field.name for field in fields(cls) if field.default is field.default_factory}  # type: ignore[arg-type]
     if missing := required - set(content):

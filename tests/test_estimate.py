@@ -117,4 +117,4 @@ def test_a_table_without_a_data_sheet_cannot_be_fitted(tmp_path: Path, capsys: p
     path = tmp_path / "t.json"
     table_files.write(path, dataclasses.replace(TABLE, device="NVIDIA RTX 9000"))
     assert fit.main([str(path)]) == 2
-    assert "NVIDIA RTX 9000 has no data sheet; it needs to be one of: NVIDIA A100" in capsys.readouterr().err
+    assert "the table is from NVIDIA RTX 9000; it needs to be from one of: NVIDIA A100" in capsys.readouterr().err

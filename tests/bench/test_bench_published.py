@@ -293,7 +293,7 @@ def test_files_of_both_kinds_go_through_one_command(tmp_path: Path, capsys: pyte
     other = tmp_path / "other.json"
     other.write_text('{"schema": 2}')
     assert report.main([str(other), str(FILE), "--out", str(tmp_path / "none")]) == 2
-    assert "holds published readings, which do not mix with others" in capsys.readouterr().err
+    assert "has published readings, which cannot be merged with other files" in capsys.readouterr().err
     assert report.main([str(other), "--table"]) == 2
-    assert f"{other} holds no published readings" in capsys.readouterr().err
+    assert f"{other} has no published readings" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -54,7 +54,7 @@ def test_ids_are_unique_and_every_network_names_every_system(content: Record) ->
     networks = content["networks"]
     assert len({network["id"] for network in networks}) == len(networks)
     assert {tuple(network["systems"]) for network in networks} == {readings.SYSTEMS}
-    with pytest.raises(ValueError, match=r"^narrow64 was computed by jax, which SYSTEMS does not name$"):
+    with pytest.raises(ValueError, match=r"^narrow64 has the systems jax; they need to be in SYSTEMS$"):
         readings.network("narrow64", CELLS["narrow64"], "inference", {"jax": readings.reading(1.0)})
 
 

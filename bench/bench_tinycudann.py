@@ -70,6 +70,7 @@ CASES = [
 
 
 def padded(width: int) -> int:
+    """Return a width rounded up to a multiple of ALIGNMENT."""
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 

@@ -32,12 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def measures(config: pytest.Config) -> bool:
+    """True if rows are measured, not just run once."""
     option = config.option
     return bool(option.benchmark or option.benchmark_enable or option.benchmark_only)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to measure in parallel, or with a switch that distorts times."""
     if not measures(config):
         config.option.benchmark_disable = True
     elif config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
@@ -48,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sort the rows in the order of the grid, mark those of a GPU, and skip those that do not run here."""
     position = {cell: number for number, cell in enumerate(GRID)}
     order = {}
     for item in items:
@@ -72,6 +75,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the reasons of skipped rows, and the report on the goals."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple))
     for reason, count in reasons.items():
@@ -84,6 +88,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Add the description of the machine to pytest-benchmark's file."""
     machine_info.update(machine())
 
 
@@ -91,10 +96,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def compiled(request: pytest.FixtureRequest) -> None:
     """Compile the kernels of all copy rows on a GPU, before the first of these rows is measured."""
     if measures(request.config) and torch.cuda.is_available():
-        compile_ahead(problems_of(request.session.items))
+        compile_ahead(copy_problems(request.session.items))
 
 
-def problems_of(items: Iterable[pytest.Item]) -> list[Problem]:
+def copy_problems(items: Iterable[pytest.Item]) -> list[Problem]:
     """Return the problems of the copy rows, without duplicates and without the rows that start new processes."""
     all_params = [getattr(getattr(item, "callspec", None), "params", {}) for item in items]
     cells = [params["cell"] for params in all_params if "cell" in params]

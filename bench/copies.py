@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.network import Bench
 from bench.rows import Copied, Throughput, Way
 from bench.verify import bounds_in_force, compare
-from bench.work import work_of
+from bench.work import phase_work
 from mlp_fused import timing
 from mlp_fused.prefetch import DevicePrefetcher, use_up
 from mlp_fused.timing import Timed
@@ -45,7 +45,9 @@ def copies(host: Tensor, device: torch.device, seconds: float, clock: timing.Clo
     return copied
 
 
-def copies_of(bench: Bench, seconds: float = timing.SECONDS, clock: timing.Clock = timing.CLOCK) -> dict[str, Copied]:
+def measured_copies(
+    bench: Bench, seconds: float = timing.SECONDS, clock: timing.Clock = timing.CLOCK
+) -> dict[str, Copied]:
     """Measure the copies of a bench's first input, unless they were measured before."""
     if bench.copies is None:
         bench.copies = copies(bench.host, bench.inputs[0].device, seconds, clock)
@@ -97,7 +99,7 @@ def ways(bench: Bench, prefetcher: Callable[..., Iterable[Tensor]] = DevicePrefe
 
 def on_the_cpu(bench: Bench) -> Timed | None:
     """Return a call of forward and backward on this CPU in fp32; None if it has more FLOPs than COPIED_CPU_FLOPS."""
-    if bench.dtype != torch.float32 or work_of(bench.problem, "training", "cpu").flops > COPIED_CPU_FLOPS:
+    if bench.dtype != torch.float32 or phase_work(bench.problem, "training", "cpu").flops > COPIED_CPU_FLOPS:
         return None
     model, host, gradient = copy.deepcopy(bench.eager).cpu(), bench.host, bench.gradients[0].cpu()
     parameters = list(model.parameters())

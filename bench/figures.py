@@ -108,13 +108,14 @@ def look(theme: Theme, series: Series) -> dict[str, Any]:
 
 
 def file_name(slug: str, name: str, theme: Theme, plot: Plot) -> str:
+    """Return the name of a plot's file: <slug>-<name>-<theme>.<kind>."""
     return f"{slug}-{name}-{theme.name}.{plot.kind}"
 
 
-def drawn(shown: Mapping[str, Plot], slug: str) -> dict[str, bytes]:
+def draw_all(by_name: Mapping[str, Plot], slug: str) -> dict[str, bytes]:
     """Return the files of the plots by name, for light and for dark pages."""
     return {
         file_name(slug, name, theme, plot): plot.draw(theme)
-        for name, plot in shown.items()
+        for name, plot in by_name.items()
         for theme in (plots.LIGHT, plots.DARK)
     }

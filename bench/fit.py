@@ -170,7 +170,7 @@ def errors(rows: Sequence[Row], device: Device, rates: Rates) -> dict[str, list[
     return relative
 
 
-def device_of(table: table_files.Table) -> Device:
+def table_device(table: table_files.Table) -> Device:
     """Return the record of the device on which a table was measured.
 
     Raises:
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         table = table_files.read(options.table)
-        device = device_of(table)
+        device = table_device(table)
     except (FileNotFoundError, ValueError) as error:
         print(f"cannot fit: {error}", file=sys.stderr)
         return 2

@@ -264,13 +264,16 @@ class MeasuringWorker:
         self.worker: Worker | None = None
 
     def measure(self, cell: Cell, seconds: float) -> CellRow:
+        """Measure the row of a cell."""
         row: CellRow = self._do(cell, seconds)
         return row
 
     def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
+        """Compile the kernels for the rows of these problems."""
         self._do(problems, seconds)
 
     def ceilings(self, seconds: float) -> Outcome:
+        """Measure the ceilings of the machine."""
         outcome: Outcome = self._do(None, seconds)
         return outcome
 

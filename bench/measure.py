@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.baselines import BASELINES, Baseline
-from bench.copies import COPY_SECONDS, copies_of, on_the_cpu, throughput, ways
+from bench.copies import COPY_SECONDS, measured_copies, on_the_cpu, throughput, ways
 from bench.gemm import GEMM_BASELINES, KERNELS, Gemm, Kernels, gemm_for
 from bench.machine import ROOT
 from bench.network import Bench, bench_for, release, synchronize
 from bench.problem import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from bench.rows import CellRow, Comparison, CopyRow, FreshRow, GemmRow, Kept, Kernel, Memory, NetworkPhase, NetworkRow
-from bench.work import against_floor, work_of
+from bench.work import against_floor, phase_work
 from mlp_fused import timing
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.dtypes import DTYPES
@@ -51,7 +51,7 @@ def why_not(cell: Cell, device: str) -> str | None:
             return "the row on the GPU also measures the product on the CPU"
         rows = cell.problem.rows
         return f"takes half a minute on a CPU; use `python -m bench.fresh lecture --cpu --rows {rows}`"
-    limit, needed = CPU_FLOPS[cell.problem.dtype], work_of(cell.problem, cell.phase, device)
+    limit, needed = CPU_FLOPS[cell.problem.dtype], phase_work(cell.problem, cell.phase, device)
     if needed.flops > limit:
         bits = "16 bits" if cell.problem.dtype != "fp32" else "fp32"
         return f"has more than {limit / 1e9:g} GFLOP in {bits}, too much for a CPU"
@@ -165,7 +165,7 @@ def _measure_network(cell: Cell, bench: Bench, report: Report) -> NetworkRow:
     """Measure the row of FusedMLP in one phase."""
     device, seconds = bench.device, seconds_for_a_number(bench.device)
     ours, timed = _measure_phase(bench, cell.phase, seconds)
-    copies = copies_of(bench) if device == "cuda" else None
+    copies = measured_copies(bench) if device == "cuda" else None
     measured_memory = memory(bench) if cell.phase == "training" and device == "cuda" else None
     comparisons: dict[str, Comparison] = {}
     failures: dict[str, str] = {}
@@ -200,7 +200,9 @@ def _measure_phase(bench: Bench, phase: str, seconds: float) -> tuple[NetworkPha
     timed = bench.timed(bench.model, phase)
     verified, first_call_s = bench.verify(timed, phase)
     measured = timing.time_call(timed, device, seconds)
-    floor = against_floor(work_of(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms)
+    floor = against_floor(
+        phase_work(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms
+    )
     ours = NetworkPhase(
         plan.path, plan.reason, plan.precision, timed.sets, verified, first_call_s, timing=measured, floor=floor
     )
@@ -211,7 +213,7 @@ def measure_copy(
     cell: Cell, bench: Bench, link: timing.Link, report: Report, clock: timing.Clock = timing.CLOCK
 ) -> CopyRow:
     """Measure the row of an input's copy and of the phases that compute on the input."""
-    copies = copies_of(bench, COPY_SECONDS, clock)
+    copies = measured_copies(bench, COPY_SECONDS, clock)
     copied = copies["pinned_side_stream"].ms
     loop = throughput(ways(bench), cell.problem.rows, copied, on_the_cpu(bench), clock)
     phases: dict[str, NetworkPhase] = {}
@@ -259,11 +261,11 @@ def _memory(bench: Bench, module: nn.Module) -> Kept:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     y = module(x)
-    kept = torch.cuda.memory_allocated() - before
+    saved = torch.cuda.memory_allocated() - before
     gradients = torch.autograd.grad(y, parameters, dy)
     peak = torch.cuda.max_memory_allocated() - before
     del y, gradients
-    return Kept(kept, peak)
+    return Kept(saved, peak)
 
 
 def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ours: timing.Timing) -> Comparison | str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.figures import LEGEND, WIDTH, Plot, Series, drawn, file_name, look
+from bench.figures import LEGEND, WIDTH, Plot, Series, draw_all, file_name, look
 from bench.markdown import NONE, folded, number, picture, table, times
 from bench.readings import FORMAT, SYSTEMS, Record
 from mlp_fused import plots
@@ -33,10 +33,10 @@ def slug(content: Record) -> str:
     return f"{device_slug(content['origin']['gpu'])}-{content['origin']['date']}"
 
 
-def files_of(content: Record) -> dict[str, bytes]:
+def report_files(content: Record) -> dict[str, bytes]:
     """Return the page and the figures, by file name."""
-    shown, name = figures(content), slug(content)
-    return {**drawn(shown, name), f"{name}.md": page(content, shown, name).encode()}
+    by_name, name = figures(content), slug(content)
+    return {**draw_all(by_name, name), f"{name}.md": page(content, by_name, name).encode()}
 
 
 def figures(content: Record) -> dict[str, Plot]:
@@ -173,30 +173,30 @@ SYSTEM_SERIES = {
 
 def throughput_plot(content: Record) -> Plot:
     """Plot the rows per second of narrow networks for ours, eager and tiny-cuda-nn, with the memory floor."""
-    shown, gpu = throughput(content), content["origin"]["gpu"]
+    entries, gpu = throughput(content), content["origin"]["gpu"]
 
     def describe(phase: str) -> str:
         return "; ".join(
             f"{shape(entry.network)}, {rows(entry.network)}: {number(1e-9 * entry.rates['ours'])} of at most "
             f"{number(1e-9 * entry.floor)}, {times(entry.over_eager)} eager, "
             f"{times(entry.over_tinycudann)} tiny-cuda-nn"
-            for entry in shown
+            for entry in entries
             if entry.network["phase"] == phase
         )
 
     alt = f"Billions of rows a second of narrow fp16 networks on {gpu}, and how many the memory allows."
     alt = f"{alt} Inference: {describe('inference')}. Training: {describe('training')}."
-    return Plot(alt, lambda theme: throughput_figure(theme, shown, gpu), "svg")
+    return Plot(alt, lambda theme: throughput_figure(theme, entries, gpu), "svg")
 
 
-def throughput_figure(theme: Theme, shown: list[Throughput], gpu: str) -> Any:
+def throughput_figure(theme: Theme, entries: list[Throughput], gpu: str) -> Any:
     """Draw a strip for each network, with a lane for each system, the floor, and the ratios on the right."""
     figure, axes = plots.blank(theme, WIDTH, 4.6)
     for lane, (name, series) in enumerate(SYSTEM_SERIES.items()):
         for dx in ("", " dx"):
             points = [
                 (1e-9 * entry.rates[name + dx], y + 0.25 * (lane - 1))
-                for y, entry in enumerate(shown)
+                for y, entry in enumerate(entries)
                 if name + dx in entry.rates
             ]
             style = look(theme, series) | {"ms": 7}
@@ -206,17 +206,17 @@ def throughput_figure(theme: Theme, shown: list[Throughput], gpu: str) -> Any:
                 axes.plot(*zip(*points), **style, label=None if dx else series.label)
     hollow = {"ls": "", "marker": "o", "mfc": "none", "mec": theme.ink, "mew": 1.4, "ms": 7}
     axes.plot([], [], **hollow, label="hollow: with the gradient of x")
-    for y, entry in enumerate(shown):
+    for y, entry in enumerate(entries):
         floor = None if y else "memory floor, as rows a second"
         axes.plot([1e-9 * entry.floor] * 2, [y - 0.4, y + 0.4], color=theme.ink, lw=2, label=floor)
         text = f"{times(entry.over_eager)} eager\n{times(entry.over_tinycudann)} tiny-cuda-nn"
         axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=theme.ink)
-    for y in range(1, len(shown)):
-        same = shown[y].network["phase"] == shown[y - 1].network["phase"]
+    for y in range(1, len(entries)):
+        same = entries[y].network["phase"] == entries[y - 1].network["phase"]
         axes.axhline(y - 0.5, color=theme.grid if same else theme.ink, lw=0.6 if same else 1.2)
-    names = [f"{entry.network['phase']}, {rows(entry.network)}\n{shape(entry.network)}" for entry in shown]
-    axes.set_yticks(range(len(shown)), names, fontsize=8)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+    names = [f"{entry.network['phase']}, {rows(entry.network)}\n{shape(entry.network)}" for entry in entries]
+    axes.set_yticks(range(len(entries)), names, fontsize=8)
+    axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set(xscale="log", xlabel="billion rows a second (further right is faster)")
     axes.set_title(f"Narrow networks, fp16, relu, no bias, as a caller waits for them\n{gpu}", fontsize=10)
     plots.finish(axes, theme, **LEGEND)
@@ -293,31 +293,31 @@ def speeds(content: Record) -> list[tuple[str, dict[str, float]]]:
 
 def speed_plot(content: Record) -> Plot:
     """Plot the time of eager's kernels / the time of ours, with a line for each network."""
-    shown, gpu = speeds(content), content["origin"]["gpu"]
-    slower = sum(min(ratios.values()) < 1 for _, ratios in shown)
-    ends = {"fastest": shown[0], "slowest": shown[-1]}
+    entries, gpu = speeds(content), content["origin"]["gpu"]
+    slower = sum(min(ratios.values()) < 1 for _, ratios in entries)
+    ends = {"fastest": entries[0], "slowest": entries[-1]}
     extremes = "; ".join(
         f"{end}: {name}, {', '.join(f'{phase} {times(value)}' for phase, value in ratios.items())}"
         for end, (name, ratios) in ends.items()
     )
     alt = (
-        f"Time of eager's kernels / ours for {len(shown)} networks on {gpu}, sorted by the slower of inference and "
-        f"training: {len(shown) - slower} are faster than eager in both, {slower} slower in at least one; {extremes}."
+        f"Time of eager's kernels / ours for {len(entries)} networks on {gpu}, sorted by the slower of inference and "
+        f"training: {len(entries) - slower} are faster than eager in both, {slower} slower in at least one; {extremes}."
     )
-    return Plot(alt, lambda theme: speed_figure(theme, shown, gpu), "svg")
+    return Plot(alt, lambda theme: speed_figure(theme, entries, gpu), "svg")
 
 
-def speed_figure(theme: Theme, shown: list[tuple[str, dict[str, float]]], gpu: str) -> Any:
+def speed_figure(theme: Theme, entries: list[tuple[str, dict[str, float]]], gpu: str) -> Any:
     """Draw a line for each network, with its ratios in inference and in training. A dashed line marks 1."""
-    figure, axes = plots.blank(theme, WIDTH, 1.7 + 0.21 * len(shown))
-    for y, (_, ratios) in enumerate(shown):
+    figure, axes = plots.blank(theme, WIDTH, 1.7 + 0.21 * len(entries))
+    for y, (_, ratios) in enumerate(entries):
         axes.plot([min(ratios.values()), max(ratios.values())], [y, y], color=theme.grid, lw=2)
     for phase, series in PHASE_SERIES.items():
-        points = [(ratios[phase], y) for y, (_, ratios) in enumerate(shown) if phase in ratios]
+        points = [(ratios[phase], y) for y, (_, ratios) in enumerate(entries) if phase in ratios]
         axes.plot(*zip(*points), **look(theme, series) | {"ms": 6}, label=series.label)
     axes.axvline(1, color=theme.ink, lw=1.2, ls="--", label="1: as fast as eager")
-    axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=8)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=8)
+    axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set(xscale="log", xlabel="time of eager's kernels / ours")
     axes.set_title(f"Our kernels and eager's: above 1, ours are faster\n{gpu}", fontsize=10)
     plots.finish(axes, theme, **LEGEND)
@@ -327,12 +327,12 @@ def speed_figure(theme: Theme, shown: list[tuple[str, dict[str, float]]], gpu: s
 # The page for bench/results
 
 
-def page(content: Record, shown: Mapping[str, Plot], slug: str) -> str:
+def page(content: Record, by_name: Mapping[str, Plot], slug: str) -> str:
     """Return all readings as tables, with the figures. The names of their files begin with `slug`."""
 
     def plot(name: str) -> Iterator[str]:
-        light, dark = (file_name(slug, name, theme, shown[name]) for theme in (plots.LIGHT, plots.DARK))
-        yield picture(light, dark, shown[name].alt)
+        light, dark = (file_name(slug, name, theme, by_name[name]) for theme in (plots.LIGHT, plots.DARK))
+        yield picture(light, dark, by_name[name].alt)
         yield ""
 
     lines = [f"# Measured on {content['origin']['gpu']}", "", *_provenance(content)]
@@ -368,7 +368,7 @@ def _tinycudann(content: Record) -> Iterator[str]:
         (
             f"{shape(network)}, {rows(network)}, {network['phase']}" + " with dx" * network["input_gradient"],
             number(floor_ms(network, content)),
-            *_times_of(network, systems, "loop"),
+            *_times(network, systems, "loop"),
         )
         for network in beside_tinycudann(content)
     )
@@ -379,7 +379,7 @@ def _headers(systems: Iterable[str], clock: str = "") -> list[str]:
     return [f"{system.replace('tinycudann', 'tiny-cuda-nn').replace('_', ' ')}{clock}" for system in systems]
 
 
-def _times_of(network: Record, systems: Iterable[str], clock: str) -> list[str]:
+def _times(network: Record, systems: Iterable[str], clock: str) -> list[str]:
     return [number(milliseconds(network, system, clock)) for system in systems]
 
 
@@ -404,9 +404,9 @@ def _eager(content: Record) -> Iterator[str]:
         (
             f"{label(network)}, {phase}",
             network["path"],
-            *_times_of(network, both, "device"),
+            *_times(network, both, "device"),
             times(ratio(network, "device")),
-            *_times_of(network, loops, "loop"),
+            *_times(network, loops, "loop"),
             times(ratio(network, "loop")),
         )
         for phases in beside_eager(content).values()
@@ -421,7 +421,7 @@ def _quack(content: Record) -> Iterator[str]:
     yield ""
     systems = ("ours", "eager", "quack", "quack_tuned")
     lines = (
-        (f"{shape(network)}, {rows(network)}, {network['phase']}", *_times_of(network, systems, "loop"))
+        (f"{shape(network)}, {rows(network)}, {network['phase']}", *_times(network, systems, "loop"))
         for network in content["networks"]
         if network["id"].startswith("quack")
     )
@@ -492,5 +492,5 @@ def _readme_row(phases: Mapping[str, Record]) -> list[str]:
         if network is None:
             row += [NONE] * 3
         else:
-            row += [*_times_of(network, ("ours", "eager"), "device"), times(ratio(network, "device"))]
+            row += [*_times(network, ("ours", "eager"), "device"), times(ratio(network, "device"))]
     return row

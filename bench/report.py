@@ -25,10 +25,10 @@ if __name__ == "__main__":
 
 from bench import goals, published
 from bench.copies import WAYS
-from bench.figures import Plot, drawn, file_name
+from bench.figures import Plot, draw_all, file_name
 from bench.markdown import folded, number, picture, table
 from bench.problem import COPIED_PHASES, FRESH_PHASES, GRID, Cell
-from bench.report_plots import COPYING, LABELS, plots_of
+from bench.report_plots import COPYING, LABELS, make_plots
 from bench.results import (
     COPIES,
     NETWORKS,
@@ -79,13 +79,13 @@ def spread(values: Sequence[float], unit: str = "x") -> str:
 # The Markdown
 
 
-def markdown(results: Results, shown: dict[str, Plot], slug: str) -> str:
-    """Return the report. `shown` has its plots by name; the names of their files begin with `slug`."""
+def markdown(results: Results, by_name: dict[str, Plot], slug: str) -> str:
+    """Return the report. `by_name` has its plots by name; the names of their files begin with `slug`."""
 
     def plot(name: str) -> Iterator[str]:
-        if name in shown:
-            light, dark = (file_name(slug, name, theme, shown[name]) for theme in (plots.LIGHT, plots.DARK))
-            yield picture(light, dark, shown[name].alt)
+        if name in by_name:
+            light, dark = (file_name(slug, name, theme, by_name[name]) for theme in (plots.LIGHT, plots.DARK))
+            yield picture(light, dark, by_name[name].alt)
             yield ""
 
     lines = [f"# Measured on {results.name}", ""]
@@ -365,11 +365,11 @@ def _calls(results: Results) -> Iterator[str]:
 # Writing
 
 
-def files_of(results: Results) -> dict[str, bytes]:
+def report_files(results: Results) -> dict[str, bytes]:
     """Return the content of the report and of its plots, by file name."""
     slug = device_slug(results.name)
-    shown = plots_of(results)
-    return {**drawn(shown, slug), f"{slug}.md": markdown(results, shown, slug).encode()}
+    by_name = make_plots(results)
+    return {**draw_all(by_name, slug), f"{slug}.md": markdown(results, by_name, slug).encode()}
 
 
 def readings_in(paths: Sequence[Path]) -> dict[str, Any] | None:
@@ -425,10 +425,10 @@ def write_report(paths: Sequence[Path], readings: dict[str, Any] | None, folder:
             'plots need matplotlib, which is not installed; install it (pip install "mlp_fused[plot]")'
         ) from None
     if readings is not None:
-        files, lines = published.files_of(readings), [f"{len(readings['networks'])} networks"]
+        files, lines = published.report_files(readings), [f"{len(readings['networks'])} networks"]
     else:
         results = merge([read(path) for path in paths])
-        files = files_of(results)
+        files = report_files(results)
         lines = [f"{count} rows of {name} were replaced by later ones" for name, count in results.replaced.items()]
         lines.append(f"{len(results.rows)} rows")
     try:

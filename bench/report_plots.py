@@ -43,7 +43,7 @@ PHASE_SERIES = {
 KEPT = {"kept": Series("saved for backward", "blue", "^"), "peak": Series("peak", "orange", "D")}
 
 
-def plots_of(results: Results) -> dict[str, Plot]:
+def make_plots(results: Results) -> dict[str, Plot]:
     """Return the plots that have rows, by name."""
     plots: dict[str, Plot | None] = {
         "copy": _copy_plot(results),

@@ -14,7 +14,7 @@ from mlp_fused.kernels import devices
 from mlp_fused.timing import Ceilings
 
 
-def work_of(problem: Problem, phase: str, device: str) -> Work:
+def phase_work(problem: Problem, phase: str, device: str) -> Work:
     """Return the FLOPs and bytes of a phase on its path on a device. A step includes the bytes of the loss and of Adam.
 
     Adam reads each parameter, its gradient and two moments, and writes the parameter and the moments. The cross entropy

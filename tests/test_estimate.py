@@ -16,7 +16,7 @@ from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 TABLE = table_files.read(Path(__file__).with_name("data") / "h100" / "products.json")
-H100 = fit.device_of(TABLE)
+H100 = fit.table_device(TABLE)
 FOLDS = 10
 
 

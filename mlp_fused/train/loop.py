@@ -156,11 +156,11 @@ def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.devic
     if not isinstance(model, FusedMLP):
         return "plain PyTorch modules"
     with autocast(config.dtype, device):
-        taken = model.explain(rows)
-    wanted = settings.DEFAULT_BACKEND if config.backend == "auto" else config.backend
-    if wanted == "triton" and taken.path == "reference":
-        raise UserError(f"the backend is triton, but {taken.reason}")
-    return f"the {taken.path} path ({taken.reason})"
+        explanation = model.explain(rows)
+    backend = settings.DEFAULT_BACKEND if config.backend == "auto" else config.backend
+    if backend == "triton" and explanation.path == "reference":
+        raise UserError(f"the backend is triton, but {explanation.reason}")
+    return f"the {explanation.path} path ({explanation.reason})"
 
 
 @dataclass(frozen=True)
@@ -259,15 +259,15 @@ def evaluate(
     device = processes.device
     rows = 0
     loss = torch.zeros((), device=device)
-    measured = [torch.zeros(measures, device=device)]
+    metrics = [torch.zeros(measures, device=device)]
     with torch.inference_mode(), autocast(dtype, device):
         for x, y in DevicePrefetcher(batches, device):
             outputs = model(x).float()
             loss += loss_function(outputs, y) * len(y)
-            measured.append(measure(outputs, y))
+            metrics.append(measure(outputs, y))
             rows += len(y)
-    *sums, rows_of_all = processes.sum([loss.item(), *torch.stack(measured).cpu().double().sum(dim=0).tolist(), rows])
-    return tuple(total / rows_of_all for total in sums)
+    *sums, all_rows = processes.sum([loss.item(), *torch.stack(metrics).cpu().double().sum(dim=0).tolist(), rows])
+    return tuple(total / all_rows for total in sums)
 
 
 def train(config: Config, *, build: Build = build_model, report: Callable[[str], None] = print) -> Result:

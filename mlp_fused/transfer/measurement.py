@@ -70,6 +70,7 @@ class Work:
         return [torch.randn_like(output) for output in outputs] if self.parameters else []
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Compute the gradients of all parameters."""
         torch.autograd.grad(outputs, self.parameters, gradients, allow_unused=True)
 
     def calls(self, batches: Sequence[Sequence[Tensor]]) -> dict[str, Timed]:
@@ -89,6 +90,7 @@ class Work:
         return {**calls, "resident": Timed(step, sets=len(batches))}
 
     def step(self, batch: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Run forward and, in training, backward. Return the outputs."""
         outputs = self.forward(batch)
         if self.parameters:
             self.backward(outputs, gradients)
@@ -108,15 +110,19 @@ class Gpu:
 
     @property
     def name(self) -> str:
+        """The name of the GPU."""
         return torch.cuda.get_device_name(self.device)
 
     def link(self) -> Link:
+        """Measure the rates of the link to the host, in bytes/s."""
         return timing.link(str(self.device))
 
     def memory(self) -> float:
+        """Measure the rate of a large copy in the GPU's memory, in bytes/s, read plus written."""
         return timing.memory_ceiling(str(self.device))
 
     def first_touch(self, model: nn.Module, batch: Sequence[Tensor]) -> FirstTouch:
+        """Measure the one-time costs of a process, in two new processes."""
         return in_fresh_processes(copy.deepcopy(model).cpu(), batch, self.device)
 
     def calls(self, model: nn.Module, batch: Sequence[Tensor], training: bool) -> dict[str, Timed]:

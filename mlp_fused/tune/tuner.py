@@ -52,7 +52,7 @@ FEW = 4  # the number of candidates that every product should have measured
 ANCHOR_WEIGHT = 16  # the weight of an anchor's reading when the time is divided
 NETWORK_WEIGHT = 1.7  # the weight of a network's reading; larger, because all paths of a network are always measured
 SHORTEST_READING, LONGEST_READING = 0.01, 0.05  # seconds of one reading
-AROUND_READING = 0.07  # seconds besides a reading: to load the kernel, make the operands and check the result
+AROUND_READING = 0.07  # seconds of overhead per reading: to load the kernel, make the operands and check the result
 
 
 Clock = Callable[[Callable[[], object]], float]  # seconds that one call takes

@@ -17,7 +17,7 @@ from stand_ins import (
 )
 
 from bench import conftest, fresh, goals
-from bench.conftest import problems_of
+from bench.conftest import copy_problems
 from bench.machine import ROOT
 from bench.problem import GRID
 from bench.results import read
@@ -60,7 +60,7 @@ def test_the_kernels_of_copy_rows_are_compiled_ahead() -> None:
         return SimpleNamespace(callspec=SimpleNamespace(params=params))
 
     rows = [item(cell=cell) for cell in GRID]
-    problems = problems_of([SimpleNamespace(), item(phase="copy"), *rows, *rows])  # type: ignore[list-item]
+    problems = copy_problems([SimpleNamespace(), item(phase="copy"), *rows, *rows])  # type: ignore[list-item]
     assert problems == [cell.problem for cell in GRID if cell.phase == "copy"]
 
 

@@ -244,7 +244,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, CellRow])
 def test_plots_are_labelled_and_told_apart_by_markers_and_colours(
     name: str, theme: plots.Theme, measured: results.Results
 ) -> None:
-    figure = report_plots.plots_of(measured)[name].figure(theme)
+    figure = report_plots.make_plots(measured)[name].figure(theme)
     (axes,) = figure.axes
     assert re.search(r"\(MB\)$| / ", axes.get_xlabel())
     assert re.search(r"\(.+\)$", axes.get_ylabel()) or all(label.get_text() for label in axes.get_yticklabels())

@@ -31,8 +31,7 @@ worker.log, tuned_<gpu>.json, readings_<gpu>.json (the times of all tiles and pa
     started, updated    UTC, ISO 8601
     tests       {"finished", "status", "summary", "seconds"} of both test commands, or null. The summary is the last
                 line of each output. The status is the larger of the two, or null if their time was up
-    tune        the same for the last run of `python -m mlp_fused tune`, and the names of its "file" and "readings"; or
-                null
+    tune        the same for the last run of `mlp-fused tune`, and the names of its "file" and "readings"; or null
     ceilings    one entry for each call: date, FLOP/s by dtype, bytes/s of a copy on the device
     rows        by id, in the order of measurement (see rows.py)
 

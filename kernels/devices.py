@@ -34,12 +34,15 @@ class Device:
 
     def peak(self, dtype: torch.dtype, precision: str = "ieee") -> float | None:
         """FLOP a second, from the data sheet, for products of this dtype and precision (see tile.py)."""
-        if precision == "bf16x6":
-            return self.tensor_16 / 6 if self.tensor_16 else None
+        if precision in PRODUCTS_OF_PARTS:
+            return self.tensor_16 / PRODUCTS_OF_PARTS[precision] if self.tensor_16 else None
         if dtype == torch.float32:
             return self.tensor_tf32 if precision == "tf32" else self.fma_32
         return self.tensor_16 if dtype in (torch.float16, torch.bfloat16) else None
 
+
+# 16-bit products for one of fp32, by the precision.
+PRODUCTS_OF_PARTS = {"bf16x6": 6, "fp16x3": 3, "fp16x1": 1}
 
 # Data sheets: NVIDIA's for A100 SXM, H100 SXM, H200 SXM and B200, AMD's for MI300X; dense rates, without sparsity.
 DEVICES = {

@@ -7,6 +7,8 @@ again, with any tile. As in torch, dropped elements are multiplied by 0, so NaN 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,10 @@ from .activation import Activation
 from .language import tl, triton
 from .tile_config import TileConfig
 
-__all__ = ["SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "keeps_preactivation", "of_launch"]
+__all__ = [
+    "SEED_BYTES", "Dropout", "draw_seed", "dropouts_of", "epilogue_parts", "factors", "keeps_preactivation",
+    "of_launch", "reads_output", "redraws", "scale_of",
+]  # fmt: skip
 
 ROUNDS = tl.constexpr(7)  # enough to pass BigCrush, by the paper above; Triton's default is 10
 
@@ -35,9 +40,37 @@ class Dropout(NamedTuple):
     layer: int
 
 
+def dropouts_of(probabilities: Iterable[float]) -> tuple[Dropout | None, ...]:
+    """Each layer's Dropout, from the probability with which it drops; None where that is 0."""
+    return tuple(Dropout(1.0 - p, layer) if p else None for layer, p in enumerate(probabilities))
+
+
 def keeps_preactivation(activation: Activation, drops: object) -> bool:
     """True if the pre-activation is saved for backward, also because Dropout's output does not give the derivative."""
     return activation.keeps_preactivation or (bool(drops) and not activation.scales)
+
+
+def reads_output(activation: Activation, drops: object) -> bool:
+    """True if backward reads the output, and the pre-activation was saved because of Dropout alone."""
+    return keeps_preactivation(activation, drops) and not activation.keeps_preactivation
+
+
+def redraws(activation: Activation, drops: object) -> bool:
+    """True if a layer's gradient needs the mask.
+
+    relu's does not: a dropped element is saved as 0, where relu has no gradient.
+    """
+    return bool(drops) and not _drops_gradient(activation)
+
+
+@functools.lru_cache(maxsize=256)
+def _drops_gradient(activation: Activation) -> bool:
+    """True if the derivative is computed from the output, also after Dropout, and is 0 where the output is 0."""
+    backward = activation.reference_backward
+    if backward is None or activation.keeps_preactivation or not activation.scales:
+        return False
+    one, zero = (torch.full((), value, device="cpu") for value in (1.0, 0.0))
+    return not backward(one, zero, *activation.values)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -46,8 +79,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def of_launch(
-    tensors: tuple[Tensor | None, ...], seed: Tensor | None, dropout: Dropout | None
-) -> tuple[tuple[Tensor | None, ...], tuple[float | None, ...]]:
+    tensors: tuple[Tensor | tuple[Tensor, Tensor] | None, ...], seed: Tensor | None, dropout: Dropout | None
+) -> tuple[tuple[Tensor | tuple[Tensor, Tensor] | None, ...], tuple[float | None, ...]]:
     """(tensors, first scalars) of a launch whose kernel takes `seed_ptr`, `keep` and `layer` after its other tensors.
 
     Without dropout these three are None, which Triton compiles in as constants: the kernel has no code for Dropout.
@@ -73,6 +106,12 @@ def factors(seed_ptr, keep, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     scale = 1.0 / tl.where(keep > 0, keep, 1.0)
     limit = tl.ceil(keep * 2.0**24).to(tl.int32)
     return tl.where(random_bits(seed, layer, m, n, BLOCK_M, BLOCK_N) < limit, scale, 0.0)
+
+
+@triton.jit
+def scale_of(keep):
+    """1 / keep, as in `factors`: the factor of every element that is kept."""
+    return 1.0 / tl.where(keep > 0, keep, 1.0)
 
 
 @triton.jit

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from . import devices, layer_tiles, tile_config
 from .activation import Activation
-from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
+from .dropout import Dropout, epilogue_parts, factors, of_launch, reads_output
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 from .partial_sums import Partial, sum_partials
+from .planes import Operand, is_flagged, matrix, multiply_planes, plane_operand
 from .tile import (
     activate,
     differentiate,
@@ -118,15 +119,15 @@ def output_gradient(
         FORWARD=activation.forward,
         BACKWARD=activation.backward,
         PARAMETERS=activation.constants(dz.dtype),
-        READS_OUTPUT=_reads_output(activation, dropout),
+        READS_OUTPUT=reads_output(activation, dropout),
         OFFSET=offset_type(dh, dz),
     )
 
 
 @triton.jit(do_not_specialize=["M", "layer"])
 def dgrad_kernel(
-    dz_ptr,  # (M, N)
-    w_ptr,  # (N, K)
+    dz_ptr,  # (M, N); with "fp16x3" and "redo" a tuple, as planes.matrix describes
+    w_ptr,  # (N, K), as dz
     saved_ptr,  # (M, K), contiguous: the tensor that the layer below saved; None where it has no activation
     dx_ptr,  # (M, K), contiguous
     h_ptr,  # (M, K), contiguous: the layer below's output, rebuilt from its pre-activation; or None
@@ -159,8 +160,18 @@ def dgrad_kernel(
 ):
     DESCRIPTORS: tl.constexpr = DZ_BY_N is not None
     PART_N: tl.constexpr = BLOCK_N // PARTS
-    dz = operand(dz_ptr, M, N, stride_dm, stride_dn, BLOCK_M, BLOCK_K, DZ_BY_N)
-    w = operand(w_ptr, K, N, stride_wk, stride_wn, BLOCK_N, BLOCK_K, W_BY_N)
+    if PRECISION == "redo":
+        tile_m, tile_n = tile_position(tl.program_id(0), M, K, BLOCK_M, BLOCK_N, GROUP_M)
+        dz_flagged = is_flagged(dz_ptr[1], tile_m * BLOCK_M, 0, N, M, N, True)
+        if not (dz_flagged or is_flagged(w_ptr[1], tile_n * BLOCK_N, 0, N, K, N, False)):
+            return
+        dz_ptr, w_ptr = dz_ptr[0], w_ptr[0]
+    if PRECISION == "fp16x3":
+        dz = plane_operand(dz_ptr, M, N, stride_dm, BLOCK_M, BLOCK_K, True)
+        w = plane_operand(w_ptr, K, N, stride_wn, BLOCK_N, BLOCK_K, False)
+    else:
+        dz = operand(dz_ptr, M, N, stride_dm, stride_dn, BLOCK_M, BLOCK_K, DZ_BY_N)
+        w = operand(w_ptr, K, N, stride_wk, stride_wn, BLOCK_N, BLOCK_K, W_BY_N)
     dxs = result(dx_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
     if saved_ptr is not None:
         kept = result(saved_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS and not EARLY)
@@ -177,10 +188,13 @@ def dgrad_kernel(
         if EARLY and saved_ptr is not None:
             whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
             waiting = split_columns(whole, PARTS)
-        product, _ = multiply(
-            dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_N, W_BY_N, EVEN_N, False,
-        )  # fmt: skip
+        if PRECISION == "fp16x3":
+            product = multiply_planes(dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False)
+        else:
+            product, _ = multiply(
+                dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_N, W_BY_N, EVEN_N, False,
+            )  # fmt: skip
         parts = split_columns(product, PARTS)
         for part in tl.static_range(PARTS):
             dx = parts[part]
@@ -205,8 +219,8 @@ def dgrad_kernel(
 
 
 def dgrad(
-    dz: Tensor,
-    weight: Tensor,
+    dz: Operand,
+    weight: Operand,
     saved: Tensor | None,
     dx: Tensor,
     h: Tensor | None,
@@ -219,54 +233,51 @@ def dgrad(
     """Launch dx = (dz W) ⊙ a'(saved), and h = a(saved) if `h` is given. `saved` is then the pre-activation.
 
     Args:
-        dz, weight: (M, N) and (N, K), any strides; M, N, K at least 1.
+        dz, weight: (M, N) and (N, K), any strides; M, N, K at least 1. Both are tuples if the tile's precision is
+            "fp16x3" or "redo": see `planes.matrix`.
         saved: (M, K), contiguous: the tensor saved for the activation `below`; None for the identity.
         dx: (M, K), contiguous, written. h: (M, K), contiguous, written; or None.
         dropout: the Dropout of the layer below.
     """
-    (M, N), K = dz.shape, weight.shape[1]
-    assert weight.shape == (N, K)
+    of_dz, of_weight = matrix(dz), matrix(weight)
+    (M, N), K = of_dz.shape, of_weight.shape[1]
+    assert of_weight.shape == (N, K)
     assert dx.shape == (M, K)
     assert dx.is_contiguous()
     assert saved is None or (saved.shape == dx.shape and saved.is_contiguous())
     assert h is None or (saved is not None and h.shape == dx.shape and h.is_contiguous())
-    aligned = describable(dz, weight, saved, dx, h)
+    aligned = describable(of_dz, of_weight, saved, dx, h)
     tile = tile or layer_tiles.choose(
-        tile_config.Problem("dgrad", M, K, N, dz.dtype, precision, aligned, below.name), devices.device_of(dz)
+        tile_config.Problem("dgrad", M, K, N, dx.dtype, precision, aligned, below.name), devices.device_of(dx)
     )
     assert aligned or not tile.descriptors
     tensors, dropping = of_launch((dz, weight, saved, dx, h), seed, dropout)
     return launch(
         dgrad_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(K, tile.block_n)),
-        dz.device,
+        dx.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *dz.stride(), *weight.stride()),
+        (*dropping, M, N, K, *of_dz.stride(), *of_weight.stride()),
         FORWARD=below.forward,
         BACKWARD=below.backward,
-        PARAMETERS=below.constants(dz.dtype),
-        READS_OUTPUT=_reads_output(below, dropout),
+        PARAMETERS=below.constants(dx.dtype),
+        READS_OUTPUT=reads_output(below, dropout),
         PRECISION=tile.precision,
-        OFFSET=offset_type(dz, weight, dx),
+        OFFSET=offset_type(of_dz, of_weight, dx),
         EVEN_N=N % tile.block_k == 0,
-        DZ_BY_N=by_columns(dz) if tile.descriptors else None,
-        W_BY_N=not by_columns(weight) if tile.descriptors else None,
+        DZ_BY_N=by_columns(of_dz) if tile.descriptors else None,
+        W_BY_N=not by_columns(of_weight) if tile.descriptors else None,
         PARTS=epilogue_parts(tile, dropout),
         EARLY=tile.early,
         WARP_SPECIALIZE=tile.warp_specialize,
     )
 
 
-def _reads_output(activation: Activation, dropout: Dropout | None) -> bool:
-    """True if backward reads the output, and the pre-activation was saved because of Dropout alone."""
-    return keeps_preactivation(activation, dropout) and not activation.keeps_preactivation
-
-
 @triton.jit(do_not_specialize=["M", "chunk", "splits"])
 def wgrad_kernel(
-    dz_ptr,  # (M, N)
-    h_ptr,  # (M, K)
+    dz_ptr,  # (M, N); with "fp16x3" and "redo" a tuple, as planes.matrix describes
+    h_ptr,  # (M, K), as dz
     dw_ptr,  # (splits, N, K), each split contiguous; None where only db is wanted
     db_ptr,  # (splits, N), each split contiguous; None where it is not wanted
     M,
@@ -288,8 +299,21 @@ def wgrad_kernel(
     BLOCK_K: tl.constexpr,  # along the rows that are summed, M
     GROUP_M: tl.constexpr,
 ):
-    dz = operand(dz_ptr, N, M, stride_dn, stride_dm, BLOCK_M, BLOCK_K, DZ_BY_M)
-    h = operand(h_ptr, K, M, stride_hk, stride_hm, BLOCK_N, BLOCK_K, H_BY_M)
+    if PRECISION == "redo":
+        tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(K, BLOCK_N)
+        tile_n, tile_k = tile_position(tl.program_id(0) % tiles, N, K, BLOCK_M, BLOCK_N, GROUP_M)
+        begin = tl.program_id(0) // tiles * chunk
+        end = begin + tl.minimum(chunk, M - begin)
+        dz_flagged = is_flagged(dz_ptr[1], tile_n * BLOCK_M, begin, end, N, M, False)
+        if not (dz_flagged or is_flagged(h_ptr[1], tile_k * BLOCK_N, begin, end, K, M, False)):
+            return
+        dz_ptr, h_ptr = dz_ptr[0], h_ptr[0]
+    if PRECISION == "fp16x3":
+        dz = plane_operand(dz_ptr, N, M, stride_dm, BLOCK_M, BLOCK_K, False)
+        h = plane_operand(h_ptr, K, M, stride_hm, BLOCK_N, BLOCK_K, False)
+    else:
+        dz = operand(dz_ptr, N, M, stride_dn, stride_dm, BLOCK_M, BLOCK_K, DZ_BY_M)
+        h = operand(h_ptr, K, M, stride_hk, stride_hm, BLOCK_N, BLOCK_K, H_BY_M)
     tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(K, BLOCK_N)
     for item in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
         tile_n, tile_k = tile_position(item % tiles, N, K, BLOCK_M, BLOCK_N, GROUP_M)
@@ -320,10 +344,13 @@ def sum_rows(
 ):  # fmt: skip
     """Store one tile of dW, and of db if it is given, summed over the rows begin <= m < end, at offset `start`."""
     n, k = tile_n * BLOCK_M, tile_k * BLOCK_N
-    dw, db = multiply(
-        dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_M, H_BY_M, False, db_ptr is not None,
-    )  # fmt: skip
+    if PRECISION == "fp16x3":  # db is summed where dz is split
+        dw = multiply_planes(dz, h, n, k, N, K, end, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False)
+    else:
+        dw, db = multiply(
+            dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_M, H_BY_M, False, db_ptr is not None,
+        )  # fmt: skip
     rows = n + tl.arange(0, BLOCK_M)[:, None]
     cols = k + tl.arange(0, BLOCK_N)[None, :]
     if dw_ptr is not None:
@@ -344,8 +371,8 @@ def _chunk(rows: int, tile: tile_config.TileConfig) -> int:
 
 
 def wgrad_products(
-    dz: Tensor,
-    h: Tensor | None,
+    dz: Operand,
+    h: Operand | None,
     dw: Tensor | None,
     db: Tensor | None,
     width_in: int,
@@ -359,30 +386,33 @@ def wgrad_products(
 
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
-        h: (M, K), any strides; not read if only db is wanted.
+        h: (M, K), any strides; not read if only db is wanted. Both are tuples if the tile's precision is "fp16x3" or
+            "redo": see `planes.matrix`.
         dw: (N, K), contiguous, written, of any float dtype; or None. If rows are split: the part of the partial sums
             where those of dW begin.
-        db: (N,), as dw.
+        db: (N,), as dw. None with "fp16x3" and "redo": `planes.split` sums the rows.
         width_in: K; 1 if only db is wanted.
         partial: the result of `wgrad_sums`.
     """
-    (M, N), K = dz.shape, width_in
     h = dz if h is None else h
-    assert describable(dz, h) or not tile.descriptors
+    of_dz, of_h = matrix(dz), matrix(h)
+    (M, N), K = of_dz.shape, width_in
+    assert describable(of_dz, of_h) or not tile.descriptors
+    assert db is None or tile.precision not in ("fp16x3", "redo")
     return launch(
         wgrad_kernel,
         tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * partial.splits),
-        dz.device,
+        of_dz.device,
         tile,
         (dz, h, dw, db),
         (
-            *(M, N, K, *dz.stride(), *h.stride()),
+            *(M, N, K, *of_dz.stride(), *of_h.stride()),
             *(partial.columns if partial.splits > 1 else 0, _chunk(M, tile), partial.splits),
         ),
         PRECISION=tile.precision,
-        OFFSET=offset_type(dz, h, dw, db),
-        DZ_BY_M=not by_columns(dz) if tile.descriptors else None,
-        H_BY_M=not by_columns(h) if tile.descriptors else None,
+        OFFSET=offset_type(of_dz, of_h, dw, db),
+        DZ_BY_M=not by_columns(of_dz) if tile.descriptors else None,
+        H_BY_M=not by_columns(of_h) if tile.descriptors else None,
     )
 
 

@@ -12,6 +12,7 @@ from .activation import Activation
 from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
+from .planes import Operand, is_flagged, matrix, multiply_planes, plane_operand
 from .tile import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
 
 __all__ = ["layer_forward", "pointwise"]
@@ -19,8 +20,8 @@ __all__ = ["layer_forward", "pointwise"]
 
 @triton.jit(do_not_specialize=["M", "layer"])
 def layer_forward_kernel(
-    x_ptr,  # (M, K)
-    w_ptr,  # (N, K)
+    x_ptr,  # (M, K); with "fp16x3" and "redo" a tuple, as planes.matrix describes
+    w_ptr,  # (N, K), as x
     b_ptr,  # (N,), or None
     h_ptr,  # (M, N), contiguous
     z_ptr,  # (M, N), contiguous, or None where the pre-activation is not saved
@@ -52,8 +53,18 @@ def layer_forward_kernel(
 ):
     DESCRIPTORS: tl.constexpr = X_BY_K is not None
     PART_N: tl.constexpr = BLOCK_N // PARTS
-    x = operand(x_ptr, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, X_BY_K)
-    w = operand(w_ptr, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, W_BY_K)
+    if PRECISION == "redo":
+        tile_m, tile_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        x_flagged = is_flagged(x_ptr[1], tile_m * BLOCK_M, 0, K, M, K, True)
+        if not (x_flagged or is_flagged(w_ptr[1], tile_n * BLOCK_N, 0, K, N, K, True)):
+            return
+        x_ptr, w_ptr = x_ptr[0], w_ptr[0]
+    if PRECISION == "fp16x3":
+        x = plane_operand(x_ptr, M, K, stride_xm, BLOCK_M, BLOCK_K, True)
+        w = plane_operand(w_ptr, N, K, stride_wn, BLOCK_N, BLOCK_K, True)
+    else:
+        x = operand(x_ptr, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, X_BY_K)
+        w = operand(w_ptr, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, W_BY_K)
     hs = result(h_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
     if z_ptr is not None:
         zs = result(z_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
@@ -65,10 +76,13 @@ def layer_forward_kernel(
     ):  # fmt: skip
         tile_m, tile_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m = tile_m * BLOCK_M
-        product, _ = multiply(
-            x, w, m, tile_n * BLOCK_N, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, X_BY_K, W_BY_K, EVEN_K, False,
-        )  # fmt: skip
+        if PRECISION == "fp16x3":
+            product = multiply_planes(x, w, m, tile_n * BLOCK_N, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True)
+        else:
+            product, _ = multiply(
+                x, w, m, tile_n * BLOCK_N, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, X_BY_K, W_BY_K, EVEN_K, False,
+            )  # fmt: skip
         parts = split_columns(product, PARTS)
         for part in tl.static_range(PARTS):
             z = parts[part]
@@ -87,8 +101,8 @@ def layer_forward_kernel(
 
 
 def layer_forward(
-    x: Tensor,
-    weight: Tensor,
+    x: Operand,
+    weight: Operand,
     bias: Tensor | None,
     h: Tensor,
     z: Tensor | None,
@@ -101,7 +115,8 @@ def layer_forward(
     """Launch h = a(x Wᵀ + b), and z = x Wᵀ + b if `z` is given. `dropout` is applied to h.
 
     Args:
-        x, weight, bias: (M, K), (N, K) and (N,), any strides; bias may be None; M, N, K at least 1.
+        x, weight, bias: (M, K), (N, K) and (N,), any strides; bias may be None; M, N, K at least 1. x and weight are
+            tuples if the tile's precision is "fp16x3" or "redo": see `planes.matrix`.
         h: (M, N), contiguous, written. z: (M, N), contiguous, written; or None.
         precision: torch's setting for fp32, "ieee" or "tf32".
         tile: the tile to use; None: the choice of `layer_tiles.choose`.
@@ -111,33 +126,34 @@ def layer_forward(
         The launch, which can be repeated on other tensors of these shapes, strides and dtypes. A seed is the last of
         its tensors. See `launch`.
     """
-    (M, K), N = x.shape, weight.shape[0]
-    assert weight.shape == (N, K)
+    of_x, of_weight = matrix(x), matrix(weight)
+    (M, K), N = of_x.shape, of_weight.shape[0]
+    assert of_weight.shape == (N, K)
     assert h.shape == (M, N)
     assert h.is_contiguous()
     assert z is None or (z.shape == h.shape and z.is_contiguous())
-    aligned = describable(x, weight, h, z)
+    aligned = describable(of_x, of_weight, h, z)
     tile = tile or layer_tiles.choose(
-        tile_config.Problem("forward", M, N, K, x.dtype, precision, aligned, activation.name),
-        devices.device_of(x),
+        tile_config.Problem("forward", M, N, K, h.dtype, precision, aligned, activation.name),
+        devices.device_of(h),
     )
     assert aligned or not tile.descriptors
     tensors, dropping = of_launch((x, weight, bias, h, z), seed, dropout)
     return launch(
         layer_forward_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
-        x.device,
+        h.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
+        (*dropping, M, N, K, *of_x.stride(), *of_weight.stride(), 0 if bias is None else bias.stride(0)),
         FORWARD=activation.forward,
-        PARAMETERS=activation.constants(x.dtype),
+        PARAMETERS=activation.constants(h.dtype),
         ROUND_Z=keeps_preactivation(activation, dropout),
         PRECISION=tile.precision,
-        OFFSET=offset_type(x, weight, bias, h),
+        OFFSET=offset_type(of_x, of_weight, bias, h),
         EVEN_K=K % tile.block_k == 0,
-        X_BY_K=by_columns(x) if tile.descriptors else None,
-        W_BY_K=by_columns(weight) if tile.descriptors else None,
+        X_BY_K=by_columns(of_x) if tile.descriptors else None,
+        W_BY_K=by_columns(of_weight) if tile.descriptors else None,
         PARTS=epilogue_parts(tile, dropout),
         WARP_SPECIALIZE=tile.warp_specialize,
     )

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .devices import BLACKWELL, DESCRIPTOR_ARCHITECTURES, Device
-from .estimate import RATES, Rates, kernel_seconds, torch_seconds
+from .estimate import LAUNCH, RATES, Rates, kernel_seconds, torch_seconds
 from .language import TRITON_VERSION
 from .tile_config import Problem, TileConfig, count_tiles, on_fma_units, resident, shared_memory
 
-__all__ = ["SHORTEST_SPLIT", "candidates", "choose", "why_torch"]
+__all__ = [
+    "PLANES_MEASURED", "SHORTEST_PLANES", "SHORTEST_SPLIT", "candidates", "choose", "planes_seconds", "planes_tile",
+    "prefers_planes", "why_torch",
+]  # fmt: skip
 
 # Output tiles, the larger ones first. Those with a side of 256 are used only through descriptors.
 OUTPUT_TILES = (
@@ -31,6 +34,16 @@ LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 6
 WAITING_WORDS = 32  # the most words of a saved tile that a thread may hold during dgrad's products
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_tile_precision.py).
 SHORTEST_SPLIT = 64
+# "fp16x3", full fp32 from operands that are split into fp16 planes (planes.py): the architectures that it may run on,
+# and those where it was measured to be at least 1.3 times as fast as torch, so that the backend "auto" uses it.
+PLANES: tuple[int | str, ...] = (90,)
+PLANES_MEASURED: tuple[int | str, ...] = ()
+SHORTEST_PLANES = 256  # the shortest side of a product for which its operands are split
+PLANES_MARGIN = 1.3  # a product by planes runs only if torch's estimated time is this many times its own
+# The rate of products by planes on a multiprocessor, as a share of the data sheet's for 16 bits: 166 of 989 TFLOP/s
+# (the slowest of the same loop with a scale a row, NVIDIA H100, torch 2.11, triton 3.6).
+PLANES_RATE = 0.168
+PLANES_LAUNCHES = 4 * LAUNCH  # two splits, the product, "redo"
 # Estimates are off by a tenth in the median. Our kernel runs only if torch's estimated time is this many times ours.
 MARGIN = 1.08
 # Up to this many rows, torch computes products: our kernels take five times as long (1 row, NVIDIA H100, torch 2.11,
@@ -67,6 +80,40 @@ def _candidates(problem: Problem, device: Device, rates: Rates) -> tuple[TileCon
     ]
     tiles.sort(key=lambda tile: kernel_seconds(problem, tile, device, rates))
     return tuple(dict.fromkeys([*tiles, *_specialized(problem, device, tiles)]))
+
+
+def planes_tile(problem: Problem, device: Device) -> TileConfig | None:
+    """The tile for a product in full fp32 from fp16 planes ("fp16x3"); None if it is not meant for this product."""
+    if device.arch not in PLANES or problem.dtype != torch.float32 or problem.precision != "ieee":
+        return None
+    if not problem.aligned or min(problem.m, problem.n, problem.k) < SHORTEST_PLANES:
+        return None
+    parts = 1 if problem.kind == "wgrad" else 4
+    tile = TileConfig(128, 128, 64, 8, 8, 3, precision="fp16x3", descriptors=True, parts=parts)
+    split = min(device.multiprocessors // count_tiles(problem, tile), problem.k // (8 * tile.block_k))
+    split = split if problem.kind == "wgrad" and split > 1 else 1
+    return dataclasses.replace(tile, split=split, programs=device.multiprocessors)
+
+
+def planes_seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
+    """Estimated seconds of a product by planes and of the split of both operands; infinite for an unknown device."""
+    if device.tensor_16 is None or device.bandwidth is None:
+        return float("inf")
+    programs = count_tiles(problem, tile) * tile.split
+    length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
+    flops = 2 * tile.block_m * tile.block_n * length * -(-programs // device.multiprocessors)
+    split = 2 * (problem.m + problem.n) * problem.k * problem.dtype.itemsize
+    rate = PLANES_RATE * device.tensor_16 / device.multiprocessors
+    return flops / rate + split / device.bandwidth + PLANES_LAUNCHES
+
+
+def prefers_planes(problem: Problem, tile: TileConfig, device: Device, rates: Rates = RATES) -> bool:
+    """True if a product by planes is so much faster than torch, as estimated, that the backend "auto" uses it.
+
+    Only on architectures where a measurement has shown this (`PLANES_MEASURED`).
+    """
+    ours, torchs = planes_seconds(problem, tile, device), torch_seconds(problem, device, rates)
+    return device.arch in PLANES_MEASURED and PLANES_MARGIN * ours <= torchs
 
 
 def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | None:

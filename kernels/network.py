@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
+from .dropout import factors, keeps_preactivation, reads_output, redraws, scale_of
 from .language import tl, triton
 from .launch import cdiv, offset_type
 from .network_tiles import padded
@@ -46,13 +47,16 @@ class Network:
     strides: tuple[tuple[int, int, int], ...]  # for each layer: strides of W's rows, of W's columns, and of b
     activations: tuple[Activation, ...]
     dtype: torch.dtype
-    precision: str  # the way fp32 is multiplied: "ieee", "tf32" or "bf16x6" (see tile.py)
+    precision: str  # the way fp32 is multiplied: "ieee", "tf32", "bf16x6", "fp16x3" or "fp16x1" (see tile.py)
+    drops: tuple[bool, ...]  # for each layer, True if it has Dropout. Its probability is an argument of the kernels
 
     # Derived from the fields above, for the kernels to read.
     pads: tuple[int, ...] = field(init=False)  # widths padded to a power of two
     sides: tuple[int, ...] = field(init=False)  # for each width, the side of dW's tile
     starts: tuple[int, ...] = field(init=False)  # for each hidden layer, elements a row of the saved tensors before it
     keeps_z: tuple[bool, ...] = field(init=False)
+    reads_output: tuple[bool, ...] = field(init=False)  # True if z is saved, but the derivative reads the output
+    redraws: tuple[bool, ...] = field(init=False)  # True if the layer's gradient needs Dropout's mask
     forwards: tuple[Any, ...] = field(init=False)
     backwards: tuple[Any, ...] = field(init=False)
     forwards_and_slopes: tuple[Any, ...] = field(init=False)
@@ -60,6 +64,7 @@ class Network:
     rebuilds: tuple[Any, ...] = field(init=False)  # from the saved tensor to a layer's input; None: the input is saved
     rebuild_parameters: tuple[tuple[float, ...], ...] = field(init=False)
     activates_output: bool = field(init=False)
+    differentiates_output: bool = field(init=False)  # False if dz of the last layer is dy
     sums_by_dot: bool = field(init=False)  # db is a product with ones on tensor cores; only 16-bit ones are exact there
     compute: Any = field(init=False)
     accumulator: Any = field(init=False)
@@ -67,18 +72,23 @@ class Network:
 
     def __post_init__(self) -> None:
         pads = tuple(padded(width) for width in self.widths)
+        keeps_z = tuple(map(keeps_preactivation, self.activations, self.drops))
+        activates_output = self.activations[-1].name != "identity"
         derived = {
             "pads": pads,
             "sides": tuple(min(pad, WGRAD_TILE) for pad in pads),
             "starts": tuple(itertools.accumulate(self.widths[1:-1], initial=0)),
-            "keeps_z": tuple(activation.keeps_preactivation for activation in self.activations),
+            "keeps_z": keeps_z,
+            "reads_output": tuple(map(reads_output, self.activations, self.drops)),
+            "redraws": tuple(map(redraws, self.activations, self.drops)),
             "forwards": tuple(activation.forward for activation in self.activations),
             "backwards": tuple(activation.backward for activation in self.activations),
             "forwards_and_slopes": tuple(activation.forward_and_slope for activation in self.activations),
             "parameters": tuple(activation.constants(self.dtype) for activation in self.activations),
-            "rebuilds": (None, *(a.forward if a.keeps_preactivation else None for a in self.activations[:-1])),
+            "rebuilds": (None, *(a.forward if keeps else None for a, keeps in zip(self.activations[:-1], keeps_z))),
             "rebuild_parameters": ((), *(a.constants(self.dtype) for a in self.activations[:-1])),
-            "activates_output": self.activations[-1].name != "identity",
+            "activates_output": activates_output,
+            "differentiates_output": activates_output or self.drops[-1],
             "sums_by_dot": self.dtype.itemsize == 2,
             "compute": getattr(tl, str(self.dtype).removeprefix("torch.")),
             "accumulator": tl.float64 if self.dtype == torch.float64 else tl.float32,
@@ -88,8 +98,10 @@ class Network:
         # Triton finds a compiled kernel on disk by the text of its constants. A function is represented by its source.
         functions = (*derived["forwards"], *derived["backwards"], *derived["forwards_and_slopes"])
         sources = [getattr(function, "cache_key", "") for function in functions]
-        values = [derived[name] for name in ("sides", "keeps_z", "parameters", "activates_output")]
-        key = (self.widths, self.strides, self.dtype, self.precision, values, sources)
+        values = [
+            derived[name] for name in ("sides", "keeps_z", "reads_output", "redraws", "parameters", "activates_output")
+        ]
+        key = (self.widths, self.strides, self.dtype, self.precision, self.drops, values, sources)
         object.__setattr__(self, "cache_key", str(key))
 
     def __repr__(self) -> str:
@@ -118,9 +130,13 @@ def network_of(
     activations: tuple[Activation, ...],
     dtype: torch.dtype,
     precision: str,
+    drops: tuple[bool, ...] = (),
 ) -> Network:
-    """The `Network`; always the same object for the same arguments, so that kernels are found by its identity."""
-    return Network(widths, strides, activations, dtype, precision)
+    """The `Network`; always the same object for the same arguments, so that kernels are found by its identity.
+
+    `drops` has True for each layer with Dropout; by default, no layer has it.
+    """
+    return Network(widths, strides, activations, dtype, precision, drops or (False,) * len(activations))
 
 
 @dataclass(frozen=True)
@@ -253,8 +269,29 @@ def linear_streamed(
 
 
 @triton.jit
-def layer(z, NET: tl.constexpr, LAYER: tl.constexpr):
-    """(saved tensor, h) from z: h = a(z), and the saved tensor is h itself or z.
+def drop(h, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
+    """The rows of h from row m on, after the layer's Dropout if it has one."""
+    if NET.drops[LAYER]:
+        h = h * factors(seed_ptr, keeps[LAYER], LAYER, m, 0, h.shape[0], h.shape[1])
+    return h
+
+
+@triton.jit
+def drop_gradient(dh, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
+    """dh of the layer's activation, from dh of its output after Dropout.
+
+    Without the mask, it is right only where the element was kept. Elsewhere the derivative is 0: see `redraws`.
+    """
+    if NET.redraws[LAYER]:
+        dh = drop(dh, seed_ptr, keeps, m, NET, LAYER)
+    elif NET.drops[LAYER]:
+        dh = dh * scale_of(keeps[LAYER])
+    return dh
+
+
+@triton.jit
+def layer(z, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
+    """(saved tensor, h) from z: h = a(z) after Dropout, and the saved tensor is h itself or z.
 
     The forward and a backward that recomputes it both call this function, so they compute the same bits.
     """
@@ -262,20 +299,30 @@ def layer(z, NET: tl.constexpr, LAYER: tl.constexpr):
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
     if NET.keeps_z[LAYER]:
         kept = round_to(z, NET.compute)
-        h = activate(kept.to(z.dtype), FORWARD, PARAMETERS)
+        h = drop(activate(kept.to(z.dtype), FORWARD, PARAMETERS), seed_ptr, keeps, m, NET, LAYER)
         return kept, round_to(clear_padding(h, NET, LAYER + 1), NET.compute)
     else:
-        h = activate(z, FORWARD, PARAMETERS)
+        h = drop(activate(z, FORWARD, PARAMETERS), seed_ptr, keeps, m, NET, LAYER)
         h = round_to(clear_padding(h, NET, LAYER + 1), NET.compute)
         return h, h
 
 
 @triton.jit
-def through(dh, kept, NET: tl.constexpr, LAYER: tl.constexpr):
-    """dz = dh ⊙ a'(z), from the saved tensor `kept`."""
+def differentiate_layer(dh, saved, NET: tl.constexpr, LAYER: tl.constexpr):
+    """dh ⊙ a'(z), from the saved tensor."""
+    FORWARD: tl.constexpr = NET.forwards[LAYER]
     BACKWARD: tl.constexpr = NET.backwards[LAYER]
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
-    dz = differentiate(dh.to(NET.accumulator), kept.to(NET.accumulator), BACKWARD, PARAMETERS)
+    if NET.reads_output[LAYER]:
+        saved = round_to(activate(saved, FORWARD, PARAMETERS), NET.compute).to(NET.accumulator)
+    return differentiate(dh, saved, BACKWARD, PARAMETERS)
+
+
+@triton.jit
+def through(dh, kept, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
+    """dz = dh ⊙ a'(z), from the saved tensor `kept`, with the mask of the layer's Dropout."""
+    dh = drop_gradient(dh.to(NET.accumulator), seed_ptr, keeps, m, NET, LAYER)
+    dz = differentiate_layer(dh, kept.to(NET.accumulator), NET, LAYER)
     return round_to(clear_padding(dz, NET, LAYER + 1), NET.compute)
 
 
@@ -283,6 +330,18 @@ def through(dh, kept, NET: tl.constexpr, LAYER: tl.constexpr):
 def multiply_back(dz, w, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.constexpr):
     """dz W: dh of the layer below."""
     return matmul(dz, w, tl.full([BLOCK_M, NET.pads[LAYER]], 0.0, NET.accumulator), NET)
+
+
+def dropping(
+    tensors: tuple[Any, ...], seed: Tensor | None, keeps: tuple[float | None, ...] | None
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(tensors, first scalars) of a launch whose kernel takes `seed_ptr` and `keeps` after its other tensors.
+
+    Without Dropout both are None, which Triton compiles in as constants: the kernel has no code for Dropout. `keeps`
+    are arguments, not constants, so that another probability compiles nothing.
+    """
+    assert (seed is None) == (keeps is None)
+    return (tensors, (None, None)) if seed is None else ((*tensors, seed), (keeps,))
 
 
 def partial_dtype(network: Network) -> torch.dtype:

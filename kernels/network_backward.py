@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .dropout import factors
 from .language import tl, triton
 from .launch import Launch, cdiv, launch
 from .network import (
     Gradients,
     Network,
+    dropping,
     load_rows,
     load_weight,
     matmul,
@@ -19,7 +21,7 @@ from .network import (
     through,
 )
 from .partial_sums import Partial
-from .tile import multiply, round_to, store
+from .tile import activate, multiply, round_to, store
 from .tile_config import TileConfig
 
 __all__ = ["network_dgrad", "network_wgrad", "network_wgrad_sums", "store_sums"]
@@ -34,6 +36,8 @@ def network_dgrad_kernel(
     own_ptr,  # (M, d_L), contiguous: the saved tensor of the last layer; None where it has no activation
     dz_ptr,  # dz of every hidden layer, laid out as kept_ptr, written
     last_ptr,  # (M, d_L), contiguous, written: dz of the last layer; None where it equals dy
+    seed_ptr,  # (1,), Dropout's seed; without Dropout this and the next are None
+    keeps,  # for each layer, the probability that an element is kept; None where the layer has no Dropout
     M,
     stride_dm,
     stride_dn,
@@ -54,15 +58,17 @@ def network_dgrad_kernel(
         inside = rows < M
         safe = tl.minimum(rows, M - 1)
         dz = load_rows(dy_ptr, safe * stride_dm, None, stride_dn, NET, LAST + 1, OFFSET)
-        if own_ptr is not None:
-            own = load_rows(own_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
-            dz = through(dz, own, NET, LAST)
+        if last_ptr is not None:
+            own = dz  # with Dropout alone, no tensor is saved
+            if own_ptr is not None:
+                own = load_rows(own_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
+            dz = through(dz, own, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
             store_rows(last_ptr, rows * NET.widths[LAST + 1], inside, dz, NET, LAST + 1)
         for i in tl.static_range(LAST, LOWEST, -1):
             start = M.to(OFFSET) * NET.starts[i - 1]
             dh = multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M)
             kept = load_rows(kept_ptr, start + safe * NET.widths[i], None, 1, NET, i, OFFSET)
-            dz = through(dh, kept, NET, i - 1)
+            dz = through(dh, kept, seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
             store_rows(dz_ptr, start + rows * NET.widths[i], inside, dz, NET, i)
         if dx_ptr is not None and BLOCK_K == 0:
             store_rows(dx_ptr, rows * NET.widths[0], inside, multiply_back(dz, ws[0], NET, 0, BLOCK_M), NET, 0)
@@ -99,6 +105,8 @@ def network_wgrad_kernel(
     kept_ptr,  # the saved tensors, as the forward wrote them
     dz_ptr,  # dz of the hidden layers, as dgrad wrote it
     partial_ptr,  # (splits, size), contiguous
+    seed_ptr,  # as in `network_dgrad_kernel`
+    keeps,
     M,
     chunk,  # rows that one program sums
     size,
@@ -130,20 +138,20 @@ def network_wgrad_kernel(
                 stride_zn = 1
             if i == 0:
                 sum_layer(
-                    dz, x_ptr, partial_ptr, which, begin, end, stride_zm, stride_zn, stride_xm, stride_xk,
-                    NET, GRADIENTS, i, OFFSET, BLOCK_K,
+                    dz, x_ptr, partial_ptr, seed_ptr, keeps, which, begin, end,
+                    stride_zm, stride_zn, stride_xm, stride_xk, NET, GRADIENTS, i, OFFSET, BLOCK_K,
                 )  # fmt: skip
             else:
                 h = kept_ptr + M.to(OFFSET) * NET.starts[i - 1]
                 sum_layer(
-                    dz, h, partial_ptr, which, begin, end, stride_zm, stride_zn, NET.widths[i], 1,
-                    NET, GRADIENTS, i, OFFSET, BLOCK_K,
+                    dz, h, partial_ptr, seed_ptr, keeps, which, begin, end,
+                    stride_zm, stride_zn, NET.widths[i], 1, NET, GRADIENTS, i, OFFSET, BLOCK_K,
                 )  # fmt: skip
 
 
 @triton.jit
 def sum_layer(
-    dz_ptr, h_ptr, partial_ptr, tile, begin, end, stride_zm, stride_zn, stride_hm, stride_hk,
+    dz_ptr, h_ptr, partial_ptr, seed_ptr, keeps, tile, begin, end, stride_zm, stride_zn, stride_hm, stride_hk,
     NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Store one tile of a layer's dW = dzᵀ h, and of db, summed over the rows begin <= m < end."""
@@ -157,12 +165,50 @@ def sum_layer(
     PARAMETERS: tl.constexpr = NET.rebuild_parameters[LAYER]
     n = tile // TILES_K * NET.sides[LAYER + 1]
     k = tile % TILES_K * NET.sides[LAYER]
-    dw, db = multiply(
-        dz_ptr, h_ptr, n, k, N, K, begin, end, stride_zn, stride_zm, stride_hk, stride_hm,
-        NET.sides[LAYER + 1], NET.sides[LAYER], BLOCK_K, PRECISION, OFFSET, None, None, False, SUM,
-        COMPUTE, FORWARD, PARAMETERS,
-    )  # fmt: skip
+    if FORWARD is not None and NET.drops[LAYER - 1]:
+        dw, db = multiply_dropped(
+            dz_ptr, h_ptr, seed_ptr, keeps, n, k, begin, end, stride_zm, stride_zn, NET, LAYER, OFFSET, BLOCK_K, SUM
+        )
+    else:
+        dw, db = multiply(
+            dz_ptr, h_ptr, n, k, N, K, begin, end, stride_zn, stride_zm, stride_hk, stride_hm,
+            NET.sides[LAYER + 1], NET.sides[LAYER], BLOCK_K, PRECISION, OFFSET, None, None, False, SUM,
+            COMPUTE, FORWARD, PARAMETERS,
+        )  # fmt: skip
     store_sums(partial_ptr, dw, db, n, k, NET, GRADIENTS, LAYER)
+
+
+@triton.jit
+def multiply_dropped(
+    dz_ptr, z_ptr, seed_ptr, keeps, n, k, begin, end, stride_zm, stride_zn,
+    NET: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """`multiply` for an input with Dropout of which z is saved: h = a(z) and its mask are computed again.
+
+    (Σ dzᵀ h, Σ dz) over the rows begin <= m < end, (sides[LAYER + 1], sides[LAYER]) and (sides[LAYER + 1], 1).
+    """
+    N: tl.constexpr = NET.sides[LAYER + 1]
+    ns = n + tl.arange(0, N)[None, :]
+    ks = k + tl.arange(0, NET.sides[LAYER])[None, :]
+    dw = tl.full([N, NET.sides[LAYER]], 0.0, NET.accumulator)
+    db = tl.full([16 if NET.sums_by_dot else 1, N], 0.0, NET.accumulator)  # in equal rows
+    for m in range(begin, end, BLOCK_K):
+        rows = m + tl.arange(0, BLOCK_K)[:, None]
+        dz_ptrs = dz_ptr + rows.to(OFFSET) * stride_zm + ns.to(OFFSET) * stride_zn
+        dz = round_to(tl.load(dz_ptrs, mask=(rows < end) & (ns < NET.widths[LAYER + 1]), other=0.0), NET.compute)
+        inside = (rows < end) & (ks < NET.widths[LAYER])
+        z = tl.load(z_ptr + rows.to(OFFSET) * NET.widths[LAYER] + ks, mask=inside, other=0.0)
+        FORWARD: tl.constexpr = NET.forwards[LAYER - 1]
+        PARAMETERS: tl.constexpr = NET.parameters[LAYER - 1]
+        h = activate(z.to(NET.accumulator), FORWARD, PARAMETERS)
+        h *= factors(seed_ptr, keeps[LAYER - 1], LAYER - 1, m, k, BLOCK_K, NET.sides[LAYER])
+        h = round_to(tl.where(inside, h, 0.0), NET.compute)  # a(0) need not be finite
+        dw = matmul(tl.trans(dz), h, dw, NET)
+        if SUM and NET.sums_by_dot:
+            db = matmul(round_to(tl.full([16, BLOCK_K], 1.0, NET.accumulator), NET.compute), dz, db, NET)
+        elif SUM:
+            db += tl.sum(dz.to(NET.accumulator), axis=0)[None, :]
+    return dw, tl.trans(db)
 
 
 def network_wgrad_sums(rows: int, network: Network, gradients: Gradients, tile: TileConfig) -> Partial:
@@ -187,6 +233,9 @@ def network_dgrad(
     network: Network,
     gradients: Gradients,
     tile: TileConfig,
+    *,
+    seed: Tensor | None = None,
+    keeps: tuple[float | None, ...] | None = None,
 ) -> Launch | None:
     """Launch dz of every layer, from dy down to the lowest layer that needs a gradient, and dx.
 
@@ -195,17 +244,19 @@ def network_dgrad(
         kept: the saved tensors of the hidden layers, as `network_forward` wrote them.
         own: (M, d_L), contiguous: the saved tensor of the last layer; None if it has no activation.
         dz: dz of the hidden layers, laid out as kept, written.
-        last: (M, d_L), contiguous: dz of the last layer, written if own is given.
+        last: (M, d_L), contiguous: dz of the last layer, written; None if it equals dy.
         dx: (M, d_0), contiguous, written; or None.
+        seed, keeps: as in `network_forward`.
     """
     rows = dy.shape[0]
+    tensors, dropouts = dropping((dy, dx, weights, kept, own, dz, last), seed, keeps)
     return launch(
         network_dgrad_kernel,
         tile.started(cdiv(rows, tile.block_m)),
         dy.device,
         tile,
-        (dy, dx, weights, kept, own, dz, last),
-        (rows, *dy.stride()),
+        tensors,
+        (*dropouts, rows, *dy.stride()),
         NET=network,
         LOWEST=gradients.lowest,
         OFFSET=network_offset_type(network, rows, dy),
@@ -221,6 +272,9 @@ def network_wgrad(
     network: Network,
     gradients: Gradients,
     tile: TileConfig,
+    *,
+    seed: Tensor | None = None,
+    keeps: tuple[float | None, ...] | None = None,
 ) -> Launch | None:
     """Launch the partial sums of every dW and db in `gradients`.
 
@@ -229,15 +283,17 @@ def network_wgrad(
         dy: (M, d_L), any strides: dz of the last layer.
         kept, dz: as `network_forward` and `network_dgrad` wrote them.
         partial: written, in the shape of `network_wgrad_sums`; the input of `sum_partials`.
+        seed, keeps: as in `network_forward`.
     """
     rows = x.shape[0]
+    tensors, dropouts = dropping((x, dy, kept, dz, partial), seed, keeps)
     return launch(
         network_wgrad_kernel,
         partial.shape[0] * gradients.tile_starts[-1],
         x.device,
         tile,
-        (x, dy, kept, dz, partial),
-        (rows, _chunk(rows, gradients, tile), partial.shape[1], *x.stride(), *dy.stride()),
+        tensors,
+        (*dropouts, rows, _chunk(rows, gradients, tile), partial.shape[1], *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         OFFSET=network_offset_type(network, rows, x, dy),

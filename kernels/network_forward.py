@@ -6,7 +6,17 @@ from torch import Tensor
 
 from .language import tl, triton
 from .launch import Launch, cdiv, launch
-from .network import Network, layer, linear, linear_streamed, load_rows, load_weight, network_offset_type, store_rows
+from .network import (
+    Network,
+    dropping,
+    layer,
+    linear,
+    linear_streamed,
+    load_rows,
+    load_weight,
+    network_offset_type,
+    store_rows,
+)
 from .tile_config import TileConfig
 
 __all__ = ["network_forward"]
@@ -21,6 +31,8 @@ def network_forward_kernel(
     kept_ptr,  # the saved tensors, (M, d_l) for each hidden layer, one after the other, contiguous; or None
     z_ptr,  # (M, d_L), contiguous: the last pre-activation; None where it is not saved
     h_ptr,  # every hidden H, laid out as kept_ptr, for tests; or None
+    seed_ptr,  # (1,), Dropout's seed; without Dropout this and the next are None
+    keeps,  # for each layer, the probability that an element is kept; None where the layer has no Dropout
     M,
     stride_xm,
     stride_xk,
@@ -44,14 +56,14 @@ def network_forward_kernel(
             h = load_rows(x_ptr, offsets, None, stride_xk, NET, 0, OFFSET)
             z = linear(h, ws[0], b_ptrs[0], NET, 0, BLOCK_M, OFFSET)
         for i in tl.static_range(LAST):
-            kept, h = layer(z, NET, i)
+            kept, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, i)
             start = M.to(OFFSET) * NET.starts[i] + rows * NET.widths[i + 1]
             if kept_ptr is not None:
                 store_rows(kept_ptr, start, inside, kept, NET, i + 1)
             if h_ptr is not None:
                 store_rows(h_ptr, start, inside, h, NET, i + 1)
             z = linear(h, ws[i + 1 - FIRST], b_ptrs[i + 1], NET, i + 1, BLOCK_M, OFFSET)
-        kept, h = layer(z, NET, LAST)
+        kept, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
         if z_ptr is not None:
             store_rows(z_ptr, rows * NET.widths[LAST + 1], inside, kept, NET, LAST + 1)
         store_rows(y_ptr, rows * NET.widths[LAST + 1], inside, h, NET, LAST + 1)
@@ -68,6 +80,8 @@ def network_forward(
     kept: Tensor | None = None,
     z: Tensor | None = None,
     h: Tensor | None = None,
+    seed: Tensor | None = None,
+    keeps: tuple[float | None, ...] | None = None,
 ) -> Launch | None:
     """Launch y = H_L, and write the tensors to save for backward if they are given.
 
@@ -78,17 +92,20 @@ def network_forward(
         kept: the saved tensors, (M, d_l) for each hidden layer, one after the other: M Σ d_l elements.
         z: (M, d_L), the last pre-activation.
         h: the output of every hidden layer, laid out as kept, to compare with the ones that a backward recomputes.
+        seed: (1,), int64, for a network with Dropout, as in all launchers.
+        keeps: for each layer, 1 - p; None where it has no Dropout. Given together with `seed`.
 
     Returns the launch, as `launch` does.
     """
     rows = x.shape[0]
+    tensors, dropouts = dropping((x, y, weights, biases, kept, z, h), seed, keeps)
     return launch(
         network_forward_kernel,
         tile.started(cdiv(rows, tile.block_m)),
         y.device,
         tile,
-        (x, y, weights, biases, kept, z, h),
-        (rows, *x.stride()),
+        tensors,
+        (*dropouts, rows, *x.stride()),
         NET=network,
         OFFSET=network_offset_type(network, rows, x),
     )

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .dropout import factors
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch
 from .network import (
     Gradients,
     Network,
     clear_padding,
+    differentiate_layer,
+    drop,
+    dropping,
     layer,
     linear,
     load_rows,
@@ -35,7 +39,7 @@ from .network import (
 )
 from .network_backward import store_sums
 from .partial_sums import Partial
-from .tile import activate, differentiate, in_layout, round_to
+from .tile import activate, in_layout, round_to
 from .tile_config import TileConfig
 
 __all__ = ["network_one_pass", "network_one_pass_sums"]
@@ -103,13 +107,15 @@ def add_rows(dz, ones, db, NET: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def rebuild(z, dh, NET: tl.constexpr, LAYER: tl.constexpr):
-    """(h, dz) from a stored z: h = a(z) and dz = dh ⊙ a'(z). They share an exponential if both have one."""
+def rebuild(z, dh, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
+    """(h, dz) from a stored z: h = a(z) and dz = dh ⊙ a'(z). They share an exponential, and Dropout's mask."""
     FORWARD: tl.constexpr = NET.forwards[LAYER]
-    BACKWARD: tl.constexpr = NET.backwards[LAYER]
     BOTH: tl.constexpr = NET.forwards_and_slopes[LAYER]
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
     z = z.to(NET.accumulator)
+    if NET.drops[LAYER]:
+        left = factors(seed_ptr, keeps[LAYER], LAYER, m, 0, dh.shape[0], dh.shape[1])
+        dh = dh * left
     # Different products read h and dz. If these had different layouts, their common parts would be computed twice.
     if BOTH is not None:
         h, slope = BOTH(z)
@@ -118,17 +124,19 @@ def rebuild(z, dh, NET: tl.constexpr, LAYER: tl.constexpr):
     else:
         z = in_layout(z, dh)
         h = activate(z, FORWARD, PARAMETERS)
-        dz = differentiate(dh, z, BACKWARD, PARAMETERS)
+        dz = differentiate_layer(dh, z, NET, LAYER)
+    if NET.drops[LAYER]:
+        h = h * left
     h = round_to(clear_padding(h, NET, LAYER + 1), NET.compute)
     return h, round_to(clear_padding(dz, NET, LAYER + 1), NET.compute)
 
 
 @triton.jit
-def rebuild_output(z, NET: tl.constexpr, LAYER: tl.constexpr):
-    """h = a(z) from a stored z."""
+def rebuild_output(z, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
+    """h = a(z) from a stored z, after Dropout."""
     FORWARD: tl.constexpr = NET.forwards[LAYER]
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
-    h = activate(z.to(NET.accumulator), FORWARD, PARAMETERS)
+    h = drop(activate(z.to(NET.accumulator), FORWARD, PARAMETERS), seed_ptr, keeps, m, NET, LAYER)
     return round_to(clear_padding(h, NET, LAYER + 1), NET.compute)
 
 
@@ -144,6 +152,8 @@ def network_one_pass_kernel(
     dz_ptr,  # dz between two groups of layers, laid out as kept_ptr; None where one launch takes all layers
     h_ptr,  # every recomputed h, laid out as kept_ptr, for tests; or None
     partial_ptr,  # (programs, size), contiguous: every wanted dW and db, at the offsets in GRADIENTS
+    seed_ptr,  # (1,), Dropout's seed; without Dropout this and the next are None
+    keeps,  # for each layer, the probability that an element is kept; None where the layer has no Dropout
     M,
     size,
     stride_xm,
@@ -200,7 +210,7 @@ def network_one_pass_kernel(
                 kept = h
             elif RECOMPUTE:
                 z = linear(hs[i - 1], ws[i - 1], b_ptrs[i - 1], NET, i - 1, BLOCK_M, OFFSET)
-                kept, h = layer(z, NET, i - 1)
+                kept, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
                 if h_ptr is not None:
                     start = M.to(OFFSET) * NET.starts[i - 1] + rows * NET.widths[i]
                     store_rows(h_ptr, start, inside, h, NET, i)
@@ -211,12 +221,14 @@ def network_one_pass_kernel(
                 kept = h
             saved = saved + (kept,)
             hs = hs + (h,)
-        if HIGH > LAST and NET.activates_output:
+        if HIGH > LAST and NET.differentiates_output:
+            own = dz  # with Dropout alone, no tensor is saved
             if own_ptr is not None:
                 own = load_rows(own_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
-            else:
-                own, h = layer(linear(hs[LAST], ws[LAST], b_ptrs[LAST], NET, LAST, BLOCK_M, OFFSET), NET, LAST)
-            dz = through(dz, own, NET, LAST)
+            elif NET.activates_output:
+                z = linear(hs[LAST], ws[LAST], b_ptrs[LAST], NET, LAST, BLOCK_M, OFFSET)
+                own, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
+            dz = through(dz, own, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
         sums_w, sums_b = (), ()
         for i in tl.static_range(HIGH - 1, LOW - 1, -1):
             h = hs[i - BASE]
@@ -225,9 +237,9 @@ def network_one_pass_kernel(
                 dh = multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M)
             if not RECOMPUTE and NET.rebuilds[i] is not None:
                 if i > LOW:
-                    h, below = rebuild(h, dh, NET, i - 1)
+                    h, below = rebuild(h, dh, seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
                 else:
-                    h = rebuild_output(h, NET, i - 1)
+                    h = rebuild_output(h, seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
             dw = dws[i - LOW]
             db = dbs[i - LOW]
             if GRADIENTS.weights[i] and RECOMPUTE:
@@ -239,11 +251,12 @@ def network_one_pass_kernel(
             sums_w = (dw,) + sums_w
             sums_b = (db,) + sums_b
             if i > LOW and (RECOMPUTE or NET.rebuilds[i] is None):
-                dz = through(dh, saved[i - BASE], NET, i - 1)
+                dz = through(dh, saved[i - BASE], seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
             elif i > LOW:
                 dz = below
             elif i > LOWEST:
-                dz = through(multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M), saved[i - BASE], NET, i - 1)
+                dh = multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M)
+                dz = through(dh, saved[i - BASE], seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
         if LOW > LOWEST:
             start = M.to(OFFSET) * NET.starts[LOW - 1] + rows * NET.widths[LOW]
             store_rows(dz_ptr, start, inside, dz, NET, LOW)
@@ -279,12 +292,14 @@ def network_one_pass(
     group: tuple[int, int] | None = None,
     *,
     h: Tensor | None = None,
+    seed: Tensor | None = None,
+    keeps: tuple[float | None, ...] | None = None,
 ) -> Launch | None:
     """Launch dx, and the partial sums of every dW and db in `gradients`.
 
     Args:
         x, dy: (M, d_0) and (M, d_L), any strides.
-        weights, biases, h: as in `network_forward`.
+        weights, biases, h, seed, keeps: as in `network_forward`.
         kept: the saved tensors, as `network_forward` wrote them; None: the hidden layers are recomputed.
         own: (M, d_L), contiguous: the saved tensor of the last layer; None without an activation, or without `kept`.
         dz: dz of the hidden layers, laid out as kept. Read and written if a launch takes only a group of layers.
@@ -294,13 +309,16 @@ def network_one_pass(
     """
     rows = x.shape[0]
     low, high = group or (gradients.lowest, network.layers)
+    tensors, dropouts = dropping(
+        (x, dy, dx if low == 0 else None, weights, biases, kept, own, dz, h, partial), seed, keeps
+    )
     return launch(
         network_one_pass_kernel,
         partial.shape[0],
         x.device,
         tile,
-        (x, dy, dx if low == 0 else None, weights, biases, kept, own, dz, h, partial),
-        (rows, partial.shape[1], *x.stride(), *dy.stride()),
+        tensors,
+        (*dropouts, rows, partial.shape[1], *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         LOW=max(low, gradients.lowest),
@@ -313,7 +331,7 @@ def network_one_pass(
 def _describable(x: Tensor, dy: Tensor, kept: Tensor | None, network: Network) -> bool:
     """True if tensor descriptors can read all rows: rows are 16-byte aligned, and zeros after the last do no harm."""
     # Zeros instead of h add nothing to a sum if a'(0) is finite, as it is for every piecewise polynomial.
-    hidden = network.activations[:-1]
-    harmless = all(activation.piecewise and not activation.keeps_preactivation for activation in hidden)
+    hidden = zip(network.activations[:-1], network.keeps_z)
+    harmless = all(activation.piecewise and not keeps_z for activation, keeps_z in hidden)
     stored = kept is None or all(width * kept.itemsize % 16 == 0 for width in network.widths[1:-1])
     return harmless and stored and describable(x, dy) and by_columns(x) and by_columns(dy)

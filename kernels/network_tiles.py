@@ -33,12 +33,16 @@ STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # columns of a wide first layer at a t
 RESIDENT_INPUT = 256  # the widest input whose weight stays on the chip; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
-# Full fp32 by bf16x6 (see tile.py): the widest layer whose products of three parts fit in registers, and the narrowest
-# one, for which the error is at most 1.5 times that of FMA units (tests/test_tile_precision.py).
-WIDEST_SPLIT = 64
-NARROWEST_SPLIT = 8
+# The ways to multiply fp32 by 16-bit parts (see tile.py) that the rule chooses from, the first that it finds. A way is
+# listed once it was measured. "fp16x3" and "fp16x1" run only where they are asked for.
+SPLITS = ("bf16x6",)
+SPLIT_ACCURACY = {"fp16x3": "ieee", "bf16x6": "ieee", "fp16x1": "tf32"}  # torch's setting that each of them fulfils
+SPLIT_BYTES = {"fp16x3": 4, "bf16x6": 6, "fp16x1": 2}  # bytes of a number's parts
+WIDEST_SPLIT = 64  # the widest layer whose products of parts fit in registers
+# The narrowest layer, for which the error is at most 1.5 times that of FMA units (tests/test_tile_precision.py).
+NARROWEST_SPLIT = {"fp16x3": 32, "bf16x6": 8, "fp16x1": 1}
 # The padded width at which float32 networks were measured to be faster than torch, by architecture. Only these
-# architectures multiply by bf16x6.
+# architectures multiply by parts.
 FP32_MEASURED: dict[int | str, int] = {90: 64}
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # the time to compile a kernel grows with its layers
 AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps weights in registers
@@ -47,6 +51,14 @@ AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps
 # of 64, gelu had another one.
 INFERENCE = {16: (128, 4, 3, 8), 32: (128, 8, 2, 4), 64: (128, 8, 1, 3)}
 INFERENCE_KEEPING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
+# Tiles of products of scaled parts: rows, warps, stages, and programs on one multiprocessor, the best first. With two
+# stages, the next tile of rows is loaded during this one. Not measured yet.
+SCALED = {
+    "inference": ((64, 4, 2, 2),),
+    "forward": (),
+    "dgrad": ((128, 8, 2, 1),),
+    "any": ((64, 4, 1, 2), (128, 8, 1, 1), (64, 4, 1, 1)),
+}
 MARGIN = 2048  # bytes of shared memory that `network_shared_memory` adds to what it counts
 RESERVED = 1024  # bytes of shared memory that CUDA reserves for each program
 # Columns of tensor memory, of 512. If a kernel uses more, triton 3.7 compiles an empty kernel without an error.
@@ -65,28 +77,52 @@ RECOMPUTE_WORDS_HOPPER_Z = 108  # if exponentials would have to be recomputed to
 # 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
 STORED_WORDS = {64: 92, 128: 80}
 REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4 layers and 4 such h, 68 words spill
+REBUILT_WORDS_DROPPED = 12  # the same with Dropout: with the sums of 4 layers and 3 such h, up to 152 words spill
 # Architectures on which one pass over stored tensors was measured to be faster than dgrad and wgrad: training takes
 # 0.537 ms instead of 0.944 at 64 -> 64 -> 64 -> 64 -> 64, and 1.69 instead of 2.32 at 128 (H100, relu, bf16, 2^20 rows,
 # Triton 3.6). On other architectures it runs only with the backend "triton".
 STORED_MEASURED = (90,)
+# The same pass with products of scaled parts: rows of a tile, warps, and programs a multiprocessor; None until it is
+# measured to be faster than dgrad and wgrad. With 64 rows and 4 warps a launch takes one layer and spills 24 words
+# (gelu 32). With 128 rows and 8 warps it takes two layers of relu and spills 276.
+STORED_SCALED: tuple[int, int, int] | None = None
+STORED_WORDS_SCALED = 40
+# By architecture, the padded widths at which 16-bit networks with Dropout were measured to be faster in one kernel than
+# layer by layer. Others take one kernel only with the backend "triton".
+DROPOUT_MEASURED: dict[int | str, tuple[int, ...]] = {}
 ROWS_OF_ONES = 16  # rows of ones in the product that gives db, in tiles without columns of ones
 
 
-def network_precision(widths: tuple[int, ...], dtype: torch.dtype, precision: str, device: Device) -> str:
-    """The precision of a network's kernels (see tile.py); `precision` is torch's setting for fp32.
+def network_precision(
+    widths: tuple[int, ...], dtype: torch.dtype, precision: str, device: Device, splits: Sequence[str] | None = None
+) -> str:
+    """The precision of a network's kernels (see tile.py).
+
+    `precision` is torch's setting for fp32. The first of `splits` (by default SPLITS) that has this accuracy takes its
+    place on a Hopper GPU. Elsewhere the parts of the weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills
+    622 words on an A100, and needs more than a B200's tensor memory, so that Triton 3.7 compiles an empty kernel.
 
     On an H100, 64 -> 64 -> 64 -> 64 -> 64, 2^20 rows, Triton 3.6: forward 0.55 ms by bf16x6, 5.35 on FMA units, 1.74 in
     torch; training 3.12, 7.30 and 5.30 ms.
     """
-    fits = max(map(padded, widths)) <= WIDEST_SPLIT and min(widths) >= NARROWEST_SPLIT
-    full = dtype == torch.float32 and precision == "ieee"
-    return "bf16x6" if full and fits and device.arch in FP32_MEASURED else precision
+    fits = max(map(padded, widths)) <= WIDEST_SPLIT
+    if dtype == torch.float32 and fits and device.arch in FP32_MEASURED:
+        for split in SPLITS if splits is None else splits:
+            if SPLIT_ACCURACY[split] == precision and min(widths) >= NARROWEST_SPLIT[split]:
+                return split
+    return precision
 
 
 def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device: Device) -> bool:
-    """True if a float32 network's kernels were measured to be faster than torch: bf16x6, and the forward in tf32."""
-    multiplied = ("bf16x6",) if training else ("bf16x6", "tf32")
-    return FP32_MEASURED.get(device.arch) == max(pads) and precision in multiplied
+    """True if a float32 network's kernels were measured to be faster than torch: by parts, and the forward in tf32."""
+    accuracy = SPLIT_ACCURACY.get(precision)
+    multiplied = accuracy == "ieee" or (not training and "tf32" in (precision, accuracy))
+    return FP32_MEASURED.get(device.arch) == max(pads) and multiplied
+
+
+def is_dropout_measured(pads: Sequence[int], dtype: torch.dtype, device: Device) -> bool:
+    """True if a network with Dropout was measured to be faster in one kernel than layer by layer."""
+    return dtype.itemsize == 2 and max(pads) in DROPOUT_MEASURED.get(device.arch, ())
 
 
 @dataclass(frozen=True)
@@ -100,6 +136,7 @@ class NetworkProblem:
     precision: str = "ieee"
     input_size: int = 0  # bytes of an element of the input, if it has more than `dtype` (under autocast)
     stores: bool = False  # forward: True if it writes the tensors that a backward reads
+    drops: bool = False  # True if a layer has Dropout, whose random numbers take registers
 
     @property
     def on_fma_units(self) -> bool:
@@ -159,12 +196,12 @@ def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig
     """The measured tile of a forward that stores nothing, with as many programs as fit in shared memory at a time.
 
     The list is empty for networks without a reading: those with an input narrower than the widest layer, and those that
-    cast their input (under autocast), which takes more registers.
+    cast their input (under autocast) or have Dropout, which takes more registers.
     """
     if problem.kind != "forward" or problem.stores or device.arch != 90 or problem.dtype.itemsize != 2:
         return []
     measured = INFERENCE_KEEPING_Z if any(problem.keeps_z) else INFERENCE
-    if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size:
+    if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size or problem.drops:
         return []
     rows, warps, stages, programs = measured[problem.widest]
     tile = TileConfig(rows, num_warps=warps, num_stages=stages)
@@ -188,18 +225,34 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # On an H100, 64 wide as above, these tiles take 0.55 ms in bf16x6 and 0.29 ms in tf32. With 128 rows and 8 warps it
     # is 0.61 and 0.41 ms.
     small = TileConfig(64, num_warps=4, programs=2 * device.multiprocessors)
+    inference = problem.kind == "forward" and not problem.stores
     if problem.precision == "bf16x6":
         return [dataclasses.replace(small, precision="bf16x6")]
-    inference = problem.kind == "forward" and not problem.stores
+    if problem.precision in SPLIT_ACCURACY:
+        return _scaled_tiles(problem, device)
     if problem.precision == "tf32" and inference and problem.widest == 64 and device.arch == 90:
         return [dataclasses.replace(small, num_stages=2), small]
     # Wide accumulators need tiles of few rows. Accumulators of 128 x 128 fit only if a product's operands come from
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
     many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
     rows = 128 if many and tensor_memory(problem, 128, device) <= TENSOR_MEMORY else 64
-    # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor.
-    ahead = [3, 2] if problem.streams else [2] if problem.kind == "forward" or problem.widest <= 32 else []
+    # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor. Over
+    # 64 wide, random numbers leave no registers for it: with gelu, 68 words would spill instead of 18.
+    fits = not (problem.drops and problem.widest > 64)
+    ahead = [3, 2] if problem.streams else [2] if (problem.kind == "forward" and fits) or problem.widest <= 32 else []
     return [tile(rows, 8, stages) for stages in (*ahead, 1)]
+
+
+def _scaled_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
+    """The tiles of products of scaled parts whose programs all fit in shared memory at a time, the best first."""
+    kind = problem.kind if problem.stores or problem.kind != "forward" else "inference"
+    tiles = []
+    for rows, warps, stages, programs in SCALED[kind] + SCALED["any"]:
+        tile = TileConfig(rows, num_warps=warps, num_stages=stages, precision=problem.precision)
+        needed = network_shared_memory(problem, tile, device) - MARGIN + RESERVED
+        if programs * needed <= device.shared_memory + RESERVED:
+            tiles.append(dataclasses.replace(tile, programs=programs * device.multiprocessors))
+    return tiles
 
 
 def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
@@ -210,7 +263,7 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
     """
     if problem.streams or problem.widest > 64:
         return "the sums of a wider layer's weight gradient do not fit in registers"
-    if problem.on_fma_units or problem.precision == "bf16x6":
+    if problem.on_fma_units or SPLIT_ACCURACY.get(problem.precision) == "ieee":
         return "full fp32 products of the transposed activations do not fit in registers"
     if problem.widest == 64 and (device.arch not in DESCRIPTOR_ARCHITECTURES or problem.dtype.itemsize > 2):
         return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
@@ -235,12 +288,20 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
 
 def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
     """The tile of the one pass over stored tensors, whose groups of layers `layer_groups` gives."""
-    if problem.streams or problem.widest > 128 or problem.dtype.itemsize > 2:
+    scaled = problem.precision == "fp16x3"
+    if problem.streams or problem.widest > 128 or (problem.dtype.itemsize > 2 and not scaled):
         return "the sums of a layer's weight gradient do not fit in registers"
     if device.arch not in DESCRIPTOR_ARCHITECTURES:
         return "the products' operands are in registers here, where the weight gradients' sums would be"
     if problem.widest < 64:
         return "layers below 64 wide are half a wgmma instruction's rows"
+    if scaled:
+        if STORED_SCALED is None:
+            return "one pass over stored float32 tensors is not measured"
+        rows, warps, programs = STORED_SCALED
+        return TileConfig(
+            rows, num_warps=warps, programs=programs * device.multiprocessors, precision=problem.precision
+        )
     widest_sums = max(sum_words(n, k, TileConfig(64, num_warps=8)) for n, k in problem.held)
     if widest_sums > STORED_WORDS[problem.widest]:
         return "the sums of a layer's weight gradient do not fit in registers"
@@ -266,14 +327,16 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
     A group has as many layers as have their sums fit in registers, because every further launch has to write and read
     another dz.
     """
+    most = STORED_WORDS_SCALED if problem.precision == "fp16x3" else STORED_WORDS[problem.widest]
+    rebuilt = REBUILT_WORDS_DROPPED if problem.drops else REBUILT_WORDS
     groups = []
     high = len(problem.pads) - 1
     while high > 0:
         low, words = high, 0.0
         while low > 0:
             words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
-            words += REBUILT_WORDS * (low > 1 and problem.keeps_z[low - 2])
-            if words > STORED_WORDS[problem.widest] and low < high:
+            words += rebuilt * (low > 1 and problem.keeps_z[low - 2])
+            if words > most and low < high:
                 break
             low -= 1
         groups.append((low, high))
@@ -303,7 +366,7 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     """The most bytes of shared memory for the weights, the loads in flight and conversions between layouts."""
     size = problem.dtype.itemsize
     in_registers = device.backend == "hip"
-    held = 3 * 2 if problem.precision == "bf16x6" else size  # three bf16 parts of each weight, split once
+    held = SPLIT_BYTES.get(problem.precision, size)  # of a weight, which is split once
     weights = 0 if in_registers else sum(n * k for n, k in problem.held) * held
     staged = max(size, problem.input_size)
     rows = tile.block_m * problem.widest * staged
@@ -313,30 +376,43 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
         in_flight = rows * 2 * len(problem.pads)  # every layer's input and dz, as operands
     elif problem.kind == "stored":
         return max(_stored_shared_memory(problem, tile, group) for group in layer_groups(problem, tile))
+    elif problem.kind == "dgrad" and tile.num_stages > 1 and problem.precision in SPLIT_ACCURACY:
+        in_flight = rows * ((tile.num_stages - 1) * (len(problem.pads) - 1) + 1)  # every saved tensor and dy; dx
     elif problem.kind == "dgrad" and tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages * len(problem.pads))
     elif tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages)
     else:
-        in_flight = rows * (1 if device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units else 2)
+        once = device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units and not problem.drops
+        in_flight = rows * (1 if once else 2)
     return weights + in_flight + MARGIN
 
 
 def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tuple[int, int]) -> int:
-    """The bytes of shared memory for a launch's weights, its tensors in flight, and its operands h and dz."""
+    """The bytes of shared memory for a launch's weights, its tensors in flight, and its operands h and dz.
+
+    With Dropout, the compiler takes up to two more tiles.
+    """
     low, high = group
     pads = problem.pads[low : high + 1]
     weights = sum(n * k for n, k in zip(pads[1:], pads))
-    operands = max((high - low - 1) * (1 + any(problem.keeps_z[low : high - 1])) + 1, 2)
+    operands = max((high - low - 1) * (1 + any(problem.keeps_z[low : high - 1])) + 1, 2) + 2 * problem.drops
     tensors = len(pads) * max(tile.num_stages - 1, 1) + operands
     return (weights + tile.block_m * max(pads) * tensors) * problem.dtype.itemsize + 2048
 
 
-def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device) -> TileConfig:
-    """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`."""
-    if precision == "bf16x6":  # 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6)
+def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device, rebuilds: bool = False) -> TileConfig:
+    """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`.
+
+    `rebuilds` is True if a layer's input is computed again with Dropout's mask. Sums 128 wide leave registers for 32
+    rows of random numbers; with 64 rows, 74 words would spill.
+    """
+    if precision in SPLIT_ACCURACY:
+        # bf16x6: 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6). The others have their
+        # maxima to find in every block of rows, which larger ones have fewer of.
+        rows, stages = (32, 3) if precision == "bf16x6" else (64, 2)
         programs = 2 * device.multiprocessors
-        return TileConfig(0, block_k=32, num_warps=4, num_stages=3, programs=programs, precision="bf16x6")
-    rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else WGRAD_ROWS[dtype.itemsize]
+        return TileConfig(0, block_k=rows, num_warps=4, num_stages=stages, programs=programs, precision=precision)
+    rows = 16 if dtype.itemsize >= 4 and precision == "ieee" else 32 if rebuilds else WGRAD_ROWS[dtype.itemsize]
     ahead = device.backend == "cuda" and isinstance(device.arch, int) and device.arch < 100
     return TileConfig(0, block_k=rows, num_warps=8, num_stages=3 if ahead else 2, programs=2 * device.multiprocessors)

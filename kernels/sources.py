@@ -6,7 +6,8 @@ file of a function do not change it. Names imported from language.py are Triton'
 classes.
 
 Branches that are not compiled do not count: those for Triton's interpreter, and those that a known constant rules out,
-such as `PRECISION == "bf16x6"`. So a new way to multiply fp32 does not change the digests of 16-bit products.
+such as `PRECISION == "bf16x6"`. So a new way to multiply fp32 does not change the digests of 16-bit products. A known
+constant may also be a tuple of its possible values, which rules out all others.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ def kernels_in(modules: str) -> list[Source]:
 
 
 def digest(sources: Iterable[Source | None], known: Mapping[str, object] | None = None) -> str:
-    """The digest of functions and of all that they call. `known` has the values of constants that rule branches out."""
+    """The digest of functions and of all that they call.
+
+    `known` has the values of constants that rule branches out. A frozenset has every value that a constant may have.
+    """
     constants = {"INTERPRETED": False, **(known or {})}
-    return _digest(tuple(each for each in sources if each), tuple(sorted(constants.items())))
+    return _digest(tuple(source for source in sources if source), tuple(sorted(constants.items())))
 
 
 Constants = tuple[tuple[str, object], ...]
@@ -59,8 +63,8 @@ Constants = tuple[tuple[str, object], ...]
 @functools.lru_cache(maxsize=1024)
 def _digest(sources: tuple[Source, ...], constants: Constants) -> str:
     texts: dict[Source, str] = {}
-    for each in sources:
-        _collect(each, constants, texts)
+    for source in sources:
+        _collect(source, constants, texts)
     return hashlib.sha256("\n".join(sorted(texts.values())).encode()).hexdigest()[:DIGITS]
 
 
@@ -114,7 +118,7 @@ def _text(node: Any, constants: Mapping[str, object], names: dict[str, bool]) ->
     Adds its names to `names`: True for its own arguments and variables, False for others.
     """
     if isinstance(node, list):
-        return "".join(_text(each, constants, names) for each in node if not _is_docstring(each))
+        return "".join(_text(item, constants, names) for item in node if not _is_docstring(item))
     if isinstance(node, ast.If):
         decided = _decide(node.test, constants)
         if decided is not None:
@@ -141,7 +145,10 @@ def _decide(test: ast.expr, constants: Mapping[str, object]) -> bool | None:
         case ast.Name(id=name) if name in constants:
             return bool(constants[name])
         case ast.Compare(left=ast.Name(id=name), ops=[ast.Eq()], comparators=[ast.Constant(value=value)]):
-            return constants[name] == value if name in constants else None
+            known = constants.get(name)
+            if isinstance(known, frozenset):
+                return None if value in known else False
+            return known == value if name in constants else None
         case ast.BoolOp(op=ast.And(), values=parts):
             return False if any(_decide(part, constants) is False for part in parts) else None
         case _:

@@ -8,7 +8,11 @@ PRECISION is the way in which operands are multiplied:
 - "ieee": 16-bit operands as they are, fp32 on FMA units;
 - "tf32": fp32 rounded to tf32, on tensor cores;
 - "bf16x6": full fp32 accuracy on tensor cores. Each operand is split into three bf16 parts, and six of their nine
-  products are added.
+  products are added;
+- "fp16x3": full fp32 accuracy on tensor cores. Each operand is scaled and split into two fp16 parts, and three of their
+  four products are added. The operands of layers are split before (planes.py), those of networks in registers;
+- "fp16x1": the accuracy of tf32. The product of the high parts of "fp16x3", whose mantissas have tf32's 10 bits;
+- "redo": "ieee", for the output tiles alone that "fp16x3" leaves to it (planes.py).
 """
 
 from __future__ import annotations
@@ -35,10 +39,16 @@ __all__ = [
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, accumulated in acc's dtype."""
-    if PRECISION == "bf16x6":
+    if PRECISION == "redo":
+        return dot(a, b, acc, "ieee")
+    elif PRECISION == "bf16x6":
         # The running sum stays outside the tensor cores: they round it toward zero, which makes the error of a long sum
         # a hundred times that of fp32 (Ootomo and Yokota, arXiv 2203.03341).
         return acc + dot_split(a, b)
+    elif PRECISION == "fp16x3":
+        return acc + dot_scaled(a, b, 2)
+    elif PRECISION == "fp16x1":
+        return acc + dot_scaled(a, b, 1)
     else:
         if INTERPRETED:
             a = widen(a).to(acc.dtype)
@@ -100,6 +110,93 @@ def split_operand(value):
     rest = (value - high_bits.to(tl.float32, bitcast=True)) * 2.0**6
     middle = round_to(rest, tl.bfloat16)
     return high, middle, round_to((rest - widen(middle)) * 2.0**7, tl.bfloat16)
+
+
+# A tensor core truncates the running sum after every 16 terms. The sum of 64 positive products that it adds up alone
+# errs up to twice as much as a chain of FMAs. Two sums of 32, added in fp32, err no more
+# (tests/test_tile_precision.py).
+TERMS_INSIDE = tl.constexpr(32)
+# True if the two products with low parts are one of twice the terms: the tensor core is waited for half as often, and
+# `b` takes half as much shared memory again.
+JOINED = tl.constexpr(False)
+# True if the product of the low parts is added too, which takes an eighth off the error of sums of 64.
+LOW_BY_LOW = tl.constexpr(False)
+
+
+@triton.jit
+def dot_scaled(a, b, PARTS: tl.constexpr):
+    """a b of fp32 operands, as products of their scaled fp16 parts.
+
+    Each row of `a`, and `b` as a whole, is multiplied by a power of two, which leaves the sum. So numbers of any size
+    have parts, and a row of `a` has the same relative error at any scale. A number keeps 22 bits down to 2^-28 of the
+    largest in its row of `a`, or in `b`. A smaller one has an absolute error of 2^-50 of that largest.
+
+    Infinities and NaN come out as in fp32, with one exception: an infinity times a number whose high part is 0, because
+    it is below 2^-40 of that largest, is NaN.
+
+    Args:
+        PARTS: 2 for the accuracy of fp32, 1 for that of tf32.
+    """
+    # Infinities in `b` affect only their own columns, so the other columns must keep their scale.
+    b_sizes = tl.where(tl.abs(b) < float("inf"), tl.abs(b), 0.0)
+    b_exponent = scaling_exponent(tl.max(tl.max(b_sizes, axis=1), axis=0), 126)
+    # The inverse of both scales has to be an fp32 number, if only a denormal one.
+    a_exponent = scaling_exponent(tl.max(tl.abs(a), axis=1), tl.minimum(149 - b_exponent, 126))
+    unscale = tl.minimum(power_of_two(-a_exponent) * power_of_two(-b_exponent), 2.0**127)
+    a_high, a_low = split_scaled(a * power_of_two(a_exponent)[:, None])
+    b_high, b_low = split_scaled(b * power_of_two(b_exponent))
+    COUNT: tl.constexpr = a.shape[1] // TERMS_INSIDE if PARTS == 2 and a.shape[1] > TERMS_INSIDE else 1
+    a_highs = split_columns(a_high, COUNT)
+    b_highs = split_columns(tl.trans(b_high), COUNT)
+    zeros = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    total = zeros
+    if PARTS == 2:
+        a_lows = split_columns(a_low, COUNT)
+        b_lows = split_columns(tl.trans(b_low), COUNT)
+        if LOW_BY_LOW:
+            for i in tl.static_range(COUNT):
+                total = dot(a_lows[i], tl.trans(b_lows[i]), total, "ieee")
+            total *= 1 / LOW_SCALE
+        if JOINED:
+            a_both = join_columns(a_high, a_low)
+            b_both = join_columns(tl.trans(b_low), tl.trans(b_high))
+            total = dot(a_both, tl.trans(b_both), total, "ieee")
+        else:
+            for i in tl.static_range(COUNT):
+                total = dot(a_highs[i], tl.trans(b_lows[i]), total, "ieee")
+                total = dot(a_lows[i], tl.trans(b_highs[i]), total, "ieee")
+        # If an operand is not finite, this sum is NaN, and any number replaces it: the product of the high parts alone
+        # is then infinite or NaN. A GPU's maximum of NaN and a number is the number.
+        total = tl.where(total == total, total, 0.0) if INTERPRETED else tl.maximum(total, -1e38)
+        total *= 1 / LOW_SCALE
+    total = dot(a_highs[0], tl.trans(b_highs[0]), total, "ieee")
+    for i in tl.static_range(1, COUNT):
+        # An FMA, because the compiler would turn a sum into the accumulator of the product.
+        total = tl.fma(dot(a_highs[i], tl.trans(b_highs[i]), zeros, "ieee"), 1.0, total)
+    return total * unscale[:, None]
+
+
+LOW_SCALE = tl.constexpr(2.0**11)  # keeps the low parts of small numbers from underflowing
+
+
+@triton.jit
+def split_scaled(value):
+    """(high, low) in fp16 with value = high + low / LOW_SCALE, to 22 bits."""
+    high = value.to(tl.float16)
+    return high, ((value - high.to(tl.float32)) * LOW_SCALE).to(tl.float16)
+
+
+@triton.jit
+def scaling_exponent(largest, most):
+    """The exponent of the power of two that brings `largest` into [2^14, 2^15), below fp16's limit; `most` at most."""
+    biased = largest.to(tl.int32, bitcast=True) >> 23
+    return tl.minimum(127 + 14 - biased, most)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent in fp32, for -126 <= exponent <= 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -235,6 +332,12 @@ def store_tile(target, value, m, n, M, N, OFFSET: tl.constexpr, DESCRIPTORS: tl.
     else:
         offsets, mask = tile_offsets(m, n, M, N, value.shape[0], value.shape[1], OFFSET)
         store(target + offsets, value, mask)
+
+
+@triton.jit
+def join_columns(left, right):
+    """The columns of two tiles of one shape, side by side."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit

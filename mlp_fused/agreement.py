@@ -15,10 +15,10 @@ __all__ = ["BOUNDS", "relative_error"]
 BOUNDS = {"fp32": (2e-5, 5e-3), "tf32": (5e-3, 2e-2), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖ in float32; infinity for a wrong shape, NaN where either tensor has one."""
-    if found.shape != expected.shape:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖ in float32; infinity for a wrong shape, NaN where either tensor has one."""
+    if actual.shape != expected.shape:
         return math.inf
     expected = expected.detach().float()
-    difference = (found.detach().float() - expected).norm().item()
+    difference = (actual.detach().float() - expected).norm().item()
     return difference / (expected.norm().item() or 1.0) if difference else 0.0

@@ -59,7 +59,7 @@ def capture_step(
     Raises:
         RuntimeError: there is no CUDA device, a tensor is on another device, or the step or the optimizer cannot be
             captured.
-        TypeError: an argument of another kind.
+        TypeError: an argument has the wrong type.
         ValueError: `warmup` is below 1.
     """
     _check_arguments(model, loss_fn, optimizer, x, y)
@@ -75,9 +75,7 @@ class _CudaGraph:
         self.device = device
         self.graph = torch.cuda.CUDAGraph()
         self.stream = torch.cuda.Stream(device)
-        self.pool = (
-            torch.cuda.graph_pool_handle()
-        )  # a memory pool for this graph alone, so that `end_allocation` can name it
+        self.pool = torch.cuda.graph_pool_handle()  # of this graph alone, so that `end_allocation` can name it
 
     def warm_up(self, function: Callable[[], Any]) -> None:
         """Run the function on the stream of the capture, so that kernels, handles and workspaces exist before it."""
@@ -141,7 +139,7 @@ class CapturedStep:
         self._kind = x.device.type
         self._autocast = torch.is_autocast_enabled(self._kind), torch.get_autocast_dtype(self._kind)
         self._training = model.training
-        modules = [module for each in (model, loss_fn) if isinstance(each, nn.Module) for module in each.modules()]
+        modules = [module for owner in (model, loss_fn) if isinstance(owner, nn.Module) for module in owner.modules()]
         own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
         optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._parameters = list({id(parameter): parameter for parameter in (*own, *optimized)}.values())
@@ -163,13 +161,13 @@ class CapturedStep:
                 # An autograd graph that is still referenced keeps the nodes that accumulate the parameters' gradients.
                 # They run on the stream on which they were created.
                 if "captur" in cause:
-                    cause += "; where a loss or an output of an earlier step is still held, del it first"
+                    cause += "; if a variable still holds a loss or an output of an earlier step, del it first"
                 raise RuntimeError(f"the step cannot be captured: {cause}") from error
-            self._check_unchanged("in the step itself", "a graph cannot follow that; change it in place")
+            self._check_unchanged("by the step itself", "a graph cannot repeat that; change it in place")
             _check_same(optimizer, before, dict(_leaves(optimizer.state)))
         finally:
             self._missing = snapshot.restore()
-        self._check_unchanged("in the first step", "train one step as it is, then capture")
+        self._check_unchanged("by the first step", "train one step without a graph, then capture")
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Train on one batch, and return its loss, which the next call overwrites.
@@ -185,7 +183,7 @@ class CapturedStep:
             if found.shape != captured.shape or found.dtype != captured.dtype or found.device != captured.device:
                 raise RuntimeError(
                     f"{name} is {_described(found)}; the step was captured for {_described(captured)}: "
-                    "take such a batch, or capture another step for this kind"
+                    "pass such a batch, or capture another step for this one"
                 )
         self._check_unchanged("since the capture", "capture the step again")
         self._x.copy_(x.detach())
@@ -193,7 +191,7 @@ class CapturedStep:
         for rate in self._rates:
             rate.follow()
         if self._missing:
-            self._step_as_it_is()
+            self._step_without_graph()
         else:
             self._graph.replay()
         for parameter, grad in zip(self._parameters, self._grads):
@@ -221,7 +219,7 @@ class CapturedStep:
         output = output.detach() if isinstance(output, Tensor) else None
         return [loss.detach(), output, *(parameter.grad for parameter in self._parameters)]
 
-    def _step_as_it_is(self) -> None:
+    def _step_without_graph(self) -> None:
         """Run the step without the graph. The optimizer creates its state, which is copied into the graph's memory."""
         for memory, value in zip((self.loss, self.output, *self._grads), self._step()):
             if memory is not None and value is not None:
@@ -247,15 +245,15 @@ class CapturedStep:
             (group, name, value)
             for group in self._groups
             for name, value in group.items()
-            if name != "params" and not (name == "lr" and any(group is each for each in rated))
+            if name != "params" and not (name == "lr" and any(group is other for other in rated))
         ]
         self._count = len(self._groups)
 
-    def _check_unchanged(self, when: str, mend: str) -> None:
+    def _check_unchanged(self, when: str, fix: str) -> None:
         """Raise an error if something changed that must not change between capture and replay."""
 
-        def refuse(what: str) -> NoReturn:
-            raise RuntimeError(f"{what} {when}; {mend}")
+        def refuse(change: str) -> NoReturn:
+            raise RuntimeError(f"{change} {when}; {fix}")
 
         for owned, name, tensor, pointer, requires_grad in self._owned:
             if owned.get(name) is not tensor or tensor.data_ptr() != pointer:
@@ -271,9 +269,9 @@ class CapturedStep:
         if len(self._groups) != self._count:
             refuse("a parameter group was added")
         for group, name, value in self._hyperparameters:
-            found = group.get(name)
-            if found is not value and (isinstance(found, Tensor) or isinstance(value, Tensor) or found != value):
-                refuse(f"the optimizer's {name} was changed from {value} to {found}")
+            now = group.get(name)
+            if now is not value and (isinstance(now, Tensor) or isinstance(value, Tensor) or now != value):
+                refuse(f"the optimizer's {name} was changed from {value} to {now}")
 
 
 def _takes_rate_in_memory(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
@@ -311,7 +309,10 @@ class _Rate:
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any, Any]]]:
-    """Everything in nested dicts and lists: how it is reached (a parameter by its id), and holder, key and value."""
+    """Yield (path, (container, key, value)) for everything in nested dicts and lists.
+
+    The path is the keys from the outermost container inwards. A key that is a parameter is replaced by its id.
+    """
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
         there = (*path, id(key) if isinstance(key, Tensor) else key)
         if isinstance(inner, dict | list):
@@ -321,7 +322,7 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any,
 
 
 class _Snapshot:
-    """The state that a training step changes, which can be put back in place."""
+    """A copy of the state that a training step changes, to restore it in place."""
 
     def __init__(
         self,
@@ -335,22 +336,22 @@ class _Snapshot:
         self.buffers = [(module._buffers, dict(module._buffers)) for module in modules]
         self.grads = [(parameter, parameter.grad) for parameter in parameters]
         self.state = dict(_leaves(optimizer.state))
-        self.known = set(optimizer.state)
-        tensors = [*parameters, *(each for _, owned in self.buffers for each in owned.values())]
+        self.parameters = set(optimizer.state)
+        tensors = [*parameters, *(buffer for _, owned in self.buffers for buffer in owned.values())]
         tensors += [value for _, _, value in self.state.values()]
-        self.values = [(each, each.detach().clone()) for each in tensors if isinstance(each, Tensor)]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors if isinstance(tensor, Tensor)]
         self.random = torch.get_rng_state()
         self.random_of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> dict[Path, Tensor]:
-        """Put everything back; returns what the optimizer's state has gained meanwhile, and loses here."""
+        """Restore everything. Returns the tensors that were added to the optimizer's state since, which it loses."""
         gained = {
             path: value
             for path, (_, _, value) in _leaves(self.optimizer.state)
             if path not in self.state and isinstance(value, Tensor)
         }
         for parameter in list(self.optimizer.state):
-            if parameter not in self.known:
+            if parameter not in self.parameters:
                 del self.optimizer.state[parameter]
         for path, (holder, key, _) in reversed(list(_leaves(self.optimizer.state))):
             if path not in self.state:
@@ -376,7 +377,7 @@ def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any) -
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it needs to be an nn.Module")
     if not callable(loss_fn):
-        raise TypeError(f"loss_fn is {type(loss_fn).__name__}; it needs to be called with the output and y")
+        raise TypeError(f"loss_fn is {type(loss_fn).__name__}; it needs to be a function (output, y) -> loss")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is {type(optimizer).__name__}; it needs to be a torch.optim.Optimizer")
     for name, tensor in (("x", x), ("y", y)):
@@ -385,18 +386,18 @@ def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any) -
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise RuntimeError(
-            f"the step of {type(optimizer).__name__} needs a closure, which it calls as often as the numbers ask for; "
-            "that cannot be captured; use an optimizer whose step needs none"
+            f"the step of {type(optimizer).__name__} calls a closure a number of times that depends on the loss, "
+            "which cannot be captured; use an optimizer whose step needs no closure"
         )
     if y.device != x.device:
         raise RuntimeError(f"y is on {y.device}, x on {x.device}; move it with y.to({str(x.device)!r})")
-    modules = [each for each in (model, loss_fn) if isinstance(each, nn.Module)]
+    modules = [module for module in (model, loss_fn) if isinstance(module, nn.Module)]
     of_optimizer = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    for tensor in (*(each for module in modules for each in (*module.parameters(), *module.buffers())), *of_optimizer):
+    for tensor in (*(own for module in modules for own in (*module.parameters(), *module.buffers())), *of_optimizer):
         if tensor.device != x.device:
             raise RuntimeError(
                 f"x is on {x.device}, the model's parameters on {tensor.device}; "
-                f"move it with x.to({str(tensor.device)!r}), or the model before its optimizer is made"
+                f"move it with x.to({str(tensor.device)!r}), or move the model before its optimizer is created"
             )
 
 
@@ -430,7 +431,7 @@ def _check_state(
     for _, key, value in state.values():
         if isinstance(value, Tensor) and value.device != device:
             raise RuntimeError(
-                f"{type(optimizer).__name__} keeps {key!r} on {value.device}, where a graph cannot advance it; "
+                f"{type(optimizer).__name__} keeps {key!r} on {value.device}, where a graph cannot change it; "
                 "use an optimizer that has the flag capturable, such as Adam(..., capturable=True)"
             )
 
@@ -440,18 +441,22 @@ def _check_same(
     before: dict[Path, tuple[Any, Any, Any]],
     after: dict[Path, tuple[Any, Any, Any]],
 ) -> None:
-    """Check that a step writes the optimizer's state in place; numbers that Python counts would stand still."""
+    """Check that a step writes the optimizer's state in place: a replay would not change a number in Python."""
     for path in {**before, **after}:
         (_, key, old), (_, _, new) = before.get(path, (None, path[-1], None)), after.get(path, (None, None, None))
         if old is not new and (isinstance(old, Tensor) or isinstance(new, Tensor) or old != new):
             raise RuntimeError(
-                f"{type(optimizer).__name__} replaces its {key!r} in every step, which a graph cannot; "
+                f"{type(optimizer).__name__} replaces its {key!r} in every step, which a graph cannot do; "
                 "use an optimizer that has the flag capturable, such as Adam(..., capturable=True)"
             )
 
 
 def _cause(error: BaseException, outside: BaseException | None) -> str:
-    """The first error: torch reports a broken capture once more when it ends. `outside` was there before."""
+    """The first error, as text. torch raises another when a failed capture ends.
+
+    Args:
+        outside: the exception that was being handled before, if any.
+    """
     while error.__context__ is not None and error.__context__ is not outside:
         error = error.__context__
     lines = str(error).strip().splitlines() or [""]

@@ -73,7 +73,7 @@ def register_pattern(
     path = _path(target, "target")
     if path in PATTERNS:
         raise ValueError(f"target {path} has a pattern already")
-    if isinstance(chain, str) or not isinstance(chain, Iterable) or not all(isinstance(each, str) for each in chain):
+    if isinstance(chain, str) or not isinstance(chain, Iterable) or not all(isinstance(name, str) for name in chain):
         raise TypeError(
             f'chain is {chain!r}; it needs to be a list of attribute names, in order, such as ["fc1", "act", "fc2"]'
         )
@@ -229,7 +229,7 @@ def fuse(
                 reason = "; ".join(["no Linear in it is followed by an activation with a kernel", *apart])
             links.update(map(id, chain.values()))
         else:
-            links.update(id(each) for each in module.children() if is_linear(each))
+            links.update(id(child) for child in module.children() if is_linear(child))
         if reason is None and filter_fn is not None:
             answer = filter_fn(module, name)
             if not isinstance(answer, bool):
@@ -263,7 +263,7 @@ def unfuse(model: nn.Module) -> tuple[str, ...]:
         RuntimeError: the class of a replaced module was changed again after `fuse`. The model is then unchanged.
     """
     _check_model(model)
-    found: list[tuple[str, Any]] = [each for each in model.named_modules() if isinstance(each[1], _Fused)]
+    found: list[tuple[str, Any]] = [entry for entry in model.named_modules() if isinstance(entry[1], _Fused)]
     for name, module in found:
         if "_unfused" not in vars(type(module)):
             raise RuntimeError(
@@ -293,9 +293,9 @@ class _Shape:
         """The reason why this module cannot be replaced; None if it can."""
         kind = type(module)
         method = "forward" if self.pattern is None else self.pattern.method
-        for each in dict.fromkeys(("forward", method)):
-            if getattr(kind, each, None) is not getattr(self.known, each, None):
-                return f"{kind.__name__} has a {each} of its own, in which an activation cannot be seen; {HINT}"
+        for name in dict.fromkeys(("forward", method)):
+            if getattr(kind, name, None) is not getattr(self.known, name, None):
+                return f"{kind.__name__} has a {name} of its own, in which an activation cannot be seen; {HINT}"
         if hasattr(kind, method) and (why := why_method_changed(kind, method)) is not None:
             return why
         if method in module.__dict__:
@@ -350,8 +350,8 @@ def _shape_of(kind: type[nn.Module]) -> _Shape | None:
 
 def _follow(module: Any, path: Iterable[str]) -> Any:
     for name in path:
-        found = module._modules.get(name)  # nn.Module's own look-up takes six times as long
-        module = getattr(module, name) if found is None else found
+        child = module._modules.get(name)  # nn.Module's own look-up takes six times as long
+        module = getattr(module, name) if child is None else child
     return module
 
 
@@ -398,7 +398,7 @@ def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {key: each for key, each in names.items() if len(each) > 1}
+    return {key: several for key, several in names.items() if len(several) > 1}
 
 
 def _why_left_alone(chain: Mapping[str, Any], shared: Mapping[int, list[str]], name: str) -> str | None:
@@ -412,7 +412,7 @@ def _why_left_alone(chain: Mapping[str, Any], shared: Mapping[int, list[str]], n
             if parameter is None:
                 continue
             full = ".".join(filter(None, (name, path, key)))
-            others = [each for each in shared.get(id(parameter), ()) if each != full]
+            others = [other for other in shared.get(id(parameter), ()) if other != full]
             if others:
                 return f"its {path}.{key} is shared with {others[0]}"
             if type(parameter) not in (Tensor, nn.Parameter):
@@ -478,8 +478,8 @@ def _remake(kind: Any, *arguments: Any) -> nn.Module:
         raise RuntimeError(
             f"{path_of(kind)} was fused by a pattern that is not registered here; call register_pattern before loading"
         )
-    made: nn.Module = NEW(_fused_class(kind), *arguments)
-    return made
+    module: nn.Module = NEW(_fused_class(kind), *arguments)
+    return module
 
 
 def _fused_class(kind: Any) -> Any:

@@ -26,7 +26,7 @@ DISTORTING = {
     "MLP_FUSED_DEBUG": "waits for each kernel and checks its results",
     "TRITON_INTERPRET": "runs the kernels in an interpreter",
 }
-SWITCHES = ("MLP_FUSED_BACKEND", *DISTORTING)
+SWITCHES = ("MLP_FUSED_BACKEND", "MLP_FUSED_FP32", *DISTORTING)
 
 
 def distorted(kind: str = "cuda") -> str | None:
@@ -95,7 +95,7 @@ def versions(driver: str | None = None) -> dict[str, str]:
     `driver` is the version of the GPU's driver; by default that of this machine.
     """
     toolkit = {"hip": torch.version.hip} if torch.version.hip else {"cuda": torch.version.cuda or "none"}
-    found = {
+    versions = {
         "mlp_fused": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -103,7 +103,7 @@ def versions(driver: str | None = None) -> dict[str, str]:
         **toolkit,
         "driver": _driver() if driver is None else driver,
     }
-    return {name: " ".join(version.split()) for name, version in found.items()}  # a line each
+    return {name: " ".join(version.split()) for name, version in versions.items()}  # a line each
 
 
 def _memory(gpu: int) -> str:
@@ -130,8 +130,8 @@ def _processes(gpu: int) -> str:
 
 def _tuned_tables(gpu: str) -> str:
     """The files of the user's table and of the package's, in the order in which they are read."""
-    found = [str(path) for path in (tables.user_path(gpu), tables.packaged_path(gpu)) if os.path.isfile(path)]
-    return ", then ".join(found) or "none for this GPU"
+    tables_here = [str(path) for path in (tables.user_path(gpu), tables.packaged_path(gpu)) if os.path.isfile(path)]
+    return ", then ".join(tables_here) or "none for this GPU"
 
 
 def _driver() -> str:

@@ -65,17 +65,17 @@ def schedules_of(
     dy = torch.empty((rows, layers[-1].weight.shape[0]), dtype=path.dtype, device="meta")
     needs = [*weights, *biases]
     parameters = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if path.drops else None
     if isinstance(path, NetworkPath):
-        forward = path.write_forward(named({"x": x}, *parameters), rows, training and path.stores)
+        forward = path.write_forward(named({"x": x, "seed": seed}, *parameters), rows, training and path.stores)
         if not training:
             return forward, None
         kept = torch.empty(rows * path.network.starts[-1], dtype=path.dtype, device="meta")
         has_own = path.stores and path.network.activates_output
         others = {"kept": kept if path.stores and len(layers) > 1 else None, "own": dy if has_own else None}
-        backward = path.write_backward(named({"dy": dy, "x": x, **others}, *parameters), rows, needs_x, needs)
-        return forward, backward
+        given = named({"dy": dy, "x": x, "seed": seed, **others}, *parameters)
+        return forward, path.write_backward(given, rows, needs_x, needs)
     section = path.section(0, len(layers))
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if path.drops else None
     given = named({"x": x.to(path.dtype), "seed": seed}, *parameters)
     choose = path.choose(device)
     forward = section.write_forward(given, rows, training, choose)
@@ -125,10 +125,10 @@ def work(
             biases=[training and bias] * count,
             needs_x=training and needs_input_grad,
         )
-        # Partial sums depend on the kernels, not on the network, so they do not count.
+        # Partial sums and planes depend on the kernels, not on the network, so they do not count.
         schedule = schedules[backward]
         steps = () if schedule is None else schedule.steps
-        return sum((step.work for step in steps if step.kind != "sum_partials"), Work(0, 0))
+        return sum((step.work for step in steps if step.kind not in ("sum_partials", "split")), Work(0, 0))
 
     return {"inference": total(False, False), "forward": total(True, False), "backward": total(True, True)}
 
@@ -145,6 +145,9 @@ def meta_layers(
         )
         for (k, n), activation in zip(itertools.pairwise(widths), activations)
     ]
+
+
+OWN_STEPS = ("sum_partials", "cast", "split", "redo")  # kinds of steps that torch's own products do not have
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ class Plan:
 
     def _floor(self, run: RunPlan, step: Step) -> float | None:
         tile = step.tile if run.path != "reference" else None
-        precision = "bf16x6" if tile and tile.precision == "bf16x6" else self.precision
+        precision = tile.precision if tile and tile.precision in devices.PRODUCTS_OF_PARTS else self.precision
         peak = self.device and self.device.peak(self.dtype, precision)
         return step.work.floor(peak, self.device.bandwidth) if peak and self.device and self.device.bandwidth else None
 
@@ -384,7 +387,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
                 training,
                 model._recompute,
                 input_size if input_size > dtype.itemsize else 0,
-                drops=any(run.dropouts),
+                dropouts=tuple(run.dropouts) if any(run.dropouts) else (),
                 torch_too=not model._wants_kernels(),
             )
         path: NetworkPath | LayerPath | None = network if isinstance(network, NetworkPath) else None
@@ -411,11 +414,11 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
                 biases=biased,
                 needs_x=needs_input_grad,
             )
-            seed = (SEED,) if isinstance(path, LayerPath) and path.drops else ()
+            seed = (SEED,) if path.drops else ()
             steps = seed + tuple(step for schedule in passes if schedule is not None for step in schedule.steps)
         if path is None or reason is not None:
             kept += kept_by_torch
-            shown = tuple(step for step in steps if step.kind not in ("sum_partials", "cast"))
+            shown = tuple(step for step in steps if step.kind not in OWN_STEPS)
             runs.append(RunPlan(names, "reference", reason or "", shown))
             continue
         workspace = max(workspace, *(schedule.workspace_bytes for schedule in passes if schedule is not None))

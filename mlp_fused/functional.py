@@ -47,15 +47,15 @@ def linear_act(
         bias: (N,), or None.
         activation: a name of `ACTIVATIONS`, an `nn.Module` class or instance, a function such as `torch.relu`; None is
             the identity.
-        backend: "auto", "triton" (an error where the kernels cannot run) or "reference" (plain torch).
+        backend: "auto", "triton" (an error if the kernels cannot run) or "reference" (plain torch).
 
     Returns:
-        (..., N), of x's dtype (autocast's where it is on).
+        h, (..., N), in x's dtype, or autocast's if it is on.
 
     Raises:
         TypeError: x, weight or bias is not a tensor, or `activation` is none of the above.
         ValueError: an unknown activation or backend.
-        RuntimeError: shapes, dtypes or devices that do not fit together; backend="triton" where it cannot run.
+        RuntimeError: shapes, dtypes or devices do not fit together, or the kernels cannot run with backend="triton".
     """
     return _mlp(x, (Layer(weight, bias, resolve(activation)),), backend)
 
@@ -70,7 +70,7 @@ def mlp(
     backend: Backend = "auto",
     recompute: bool | None = None,
 ) -> Tensor:
-    """H_l = a_l(H_{l-1} W_lᵀ + b_l), H_0 = x: a whole network; returns the last H.
+    """H_l = a_l(H_{l-1} W_lᵀ + b_l), H_0 = x: a whole network.
 
     Args:
         x: (..., d_0).
@@ -82,9 +82,15 @@ def mlp(
         recompute: True: save only x for backward, and compute the hidden layers again. False: save one tensor for each
             layer. None: the faster one.
 
+    Returns:
+        The last H, (..., d_L), in x's dtype, or autocast's if it is on.
+
     Raises:
-        The errors of `linear_act`; ValueError: there is no layer, or the number of biases is another; TypeError:
-        `recompute` is not True, False or None.
+        TypeError: x, a weight or a bias is not a tensor, an `activation` is of another type, or `recompute` is neither
+            True, False nor None.
+        ValueError: there is no layer, the number of biases is not that of the weights, or an activation or the backend
+            is unknown.
+        RuntimeError: shapes, dtypes or devices do not fit together, or the kernels cannot run with backend="triton".
     """
     if len(weights) == 0:
         raise ValueError("weights is empty; it needs one weight for each layer")

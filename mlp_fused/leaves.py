@@ -43,7 +43,7 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     if moves_itself:
         return function(batch)
     if dataclasses.is_dataclass(batch):
-        names = [each.name for each in dataclasses.fields(batch) if hasattr(batch, each.name)]
+        names = [item.name for item in dataclasses.fields(batch) if hasattr(batch, item.name)]
         values = {name: map_leaves(getattr(batch, name), function) for name in names}
         if all(value is getattr(batch, name) for name, value in values.items()):
             return batch

@@ -106,14 +106,14 @@ def need(model: Any, rows: int, state: int = ADAM) -> Need:
     parameters = list(model.parameters())
     trainable = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
     training = torch.is_grad_enabled() and trainable > 0
-    found = model.explain(rows)
+    plan = model.explain(rows)
     widest = max(width for parameter in parameters if parameter.dim() == 2 for width in parameter.shape)
     fixed = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
     device = parameters[0].device
     return Need(
         rows,
-        found.kept_bytes if training else 0,
-        (1 if found.workspace_bytes else WORKING) * rows * widest * found.dtype.itemsize + found.workspace_bytes,
+        plan.kept_bytes if training else 0,
+        (1 if plan.workspace_bytes else WORKING) * rows * widest * plan.dtype.itemsize + plan.workspace_bytes,
         fixed + (1 + state) * trainable * training,
         device,
         room(device),
@@ -136,13 +136,13 @@ def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = A
     the error does not change.
     """
     try:
-        found = need(model, rows, state)
+        needed = need(model, rows, state)
         # Autocast would help a network that computes in float32. It does not change float64.
-        wide = settings.compute_dtype(next(model.parameters()).dtype, found.device.type) == torch.float32
+        wide = settings.compute_dtype(next(model.parameters()).dtype, needed.device.type) == torch.float32
     except Exception:  # a network may have modules of any kind; an explanation must not hide the error
         return
     error.args = (str(error).partition(OURS)[0],)
-    add(error, f"{OURS.strip()} {found} Less is taken by {', '.join(mends or _mends(model, found.kept > 0, wide))}.")
+    add(error, f"{OURS.strip()} {needed} Less is taken by {', '.join(mends or _mends(model, needed.kept > 0, wide))}.")
 
 
 def _mends(model: Any, keeps: bool, wide: bool) -> list[str]:

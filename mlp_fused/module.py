@@ -17,13 +17,7 @@ from .engine import paths, settings
 from .engine.autograd import run_path
 from .engine.calls import can_checkpoint, run_kernels
 from .engine.layer_path import LayerPath
-from .engine.originals import (
-    Dropout,
-    Sequential,
-    is_dropout_torchs,
-    why_changed,
-    why_mode,
-)
+from .engine.originals import Dropout, Sequential, is_dropout_torchs, why_changed, why_mode
 from .engine.paths import find_path
 from .engine.recognize import find, name_in_sentences, resolve
 from .engine.runs import Decision, LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
@@ -55,6 +49,12 @@ class Pointwise(nn.Module):
     Args:
         activation: a name, an `nn.Module` class or instance, or a function of torch.
         parameters: parameters of the activation, such as `negative_slope=0.2`.
+
+    Shape:
+        input of any shape -> the same shape and dtype.
+
+    Raises:
+        ValueError, TypeError: as in `FusedLinear`; or the activation does not have such a parameter.
     """
 
     def __init__(
@@ -165,9 +165,7 @@ class FusedSequence(WithBackend, nn.Module):
             if paths.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
                 if repeats and not settings.is_watched() and Decision.can_hold(input, weights):
                     path = find_path(input, layers, dtype, self._recompute, self._backend)
-                    if not (
-                        self._recompute and isinstance(path, LayerPath)
-                    ):  # run_kernels runs those under torch's checkpoint
+                    if not (self._recompute and isinstance(path, LayerPath)):  # those run under torch's checkpoint
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
                         return run_path(input, weights, biases, path)
                 return run_kernels(input, layers, dtype, self._recompute, self._backend)
@@ -264,7 +262,7 @@ class FusedSequence(WithBackend, nn.Module):
             if paths.why_reference(x, layers, dtype, self._backend, self._recompute) is not None:
                 return
             y = run_kernels(x, layers, dtype, self._recompute, self._backend)
-            leaves = [each for layer in layers for each in layer[:2] if each is not None] + [x]
+            leaves = [tensor for layer in layers for tensor in layer[:2] if tensor is not None] + [x]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             if differentiable and wanted:
                 torch.autograd.grad(y, wanted, torch.zeros_like(y))
@@ -290,9 +288,7 @@ class FusedSequence(WithBackend, nn.Module):
 
 
 for method in (FusedSequence.explain, FusedSequence.warmup):
-    method.__qualname__ = (
-        method.__name__
-    )  # Python's errors about arguments show it, and users do not know FusedSequence
+    method.__qualname__ = method.__name__  # for Python's errors about arguments: users do not know FusedSequence
 
 
 def _delegated(name: str) -> Any:
@@ -324,9 +320,13 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         linear: the `nn.Linear`.
         activation: the `Activation`, an entry of `ACTIVATIONS`.
 
+    Shape:
+        input (..., in_features) -> (..., out_features), in the input's dtype, or autocast's if it is on.
+
     Raises:
         ValueError: a negative width, an unknown activation or backend.
         TypeError: a width that is not a whole number, or an `activation` that is none of the above.
+        RuntimeError: in a call: the errors of `nn.Linear`, or the kernels cannot run with backend="triton".
     """
 
     in_features = _delegated("in_features")
@@ -430,9 +430,13 @@ class FusedMLP(FusedSequence, nn.Sequential):
         backend: "auto", "triton" (an error if the kernels cannot run) or "reference" (plain torch).
         device, dtype: those of the parameters.
 
+    Shape:
+        input (..., in_channels) -> (..., hidden_channels[-1]), in the input's dtype, or autocast's if it is on.
+
     Raises:
         ValueError: a negative width, no layer at all, a probability outside [0, 1], an unknown activation or backend.
         TypeError: a width that is not a whole number, or `hidden_channels` that is not a sequence.
+        RuntimeError: in a call, as `FusedLinear`.
     """
 
     def __init__(
@@ -569,8 +573,8 @@ def _activation_maker(
     if activation is None or isinstance(activation, str | Activation) or find(activation) is not None:
         resolved = resolve(activation, argument)
         kind = resolved.module
-        if kind is not None and find(made := kind(**resolved.parameters)) is resolved:
-            return lambda: kind(**resolved.parameters, **(in_place if hasattr(made, "inplace") else {}))
+        if kind is not None and find(module := kind(**resolved.parameters)) is resolved:
+            return lambda: kind(**resolved.parameters, **(in_place if hasattr(module, "inplace") else {}))
         return lambda: Pointwise(resolved)
     if not callable(activation):
         raise TypeError(f"{argument} is {activation!r}; it needs to be a name, an nn.Module class or instance, or None")
@@ -578,11 +582,7 @@ def _activation_maker(
 
 
 def _called(make: Callable[..., Any], in_place: dict[str, bool], argument: str) -> nn.Module:
-    """The module that `make` returns.
-
-    Raises:
-        TypeError: it returns no module.
-    """
+    """The module that `make` returns. Raises TypeError if it returns none."""
     try:
         module = make(**in_place)
     except TypeError as error:

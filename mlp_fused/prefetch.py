@@ -1,14 +1,14 @@
-"""DevicePrefetcher: the next batches are copied to the GPU while it computes on the last one.
+"""DevicePrefetcher: copy the next batches to the GPU while it computes on the current one.
 
-Batch n goes through slot n mod depth, which owns pinned memory and an event:
+Batch n goes through slot n mod depth. A slot has pinned memory and an event. Three sequences of work take part:
 
-    host        wait for the slot's event; ask the loader; copy pageable tensors into the slot's pinned memory
-    side        copy from pinned memory to new device memory; record the slot's event
-    consumer    wait for the event; compute
+    host               wait for the slot's event; get the batch from the loader; copy pageable tensors into the slot
+    side stream        copy from pinned memory to new device memory; record the slot's event
+    consumer's stream  wait for the event; compute
 
-The host's wait is what makes overwriting the slot's memory safe, the consumer's wait what makes reading the batch safe.
-Device memory belongs to the side stream's pool; `record_stream` keeps it from being given out again, once the batch is
-dropped, before the consumer's stream is done with it.
+The host waits so that it does not overwrite memory that is still being read. The consumer's stream waits so that it
+does not read a batch before it has arrived. Device memory is allocated in the side stream's pool. `record_stream` keeps
+it from being reused, after the batch is freed, before the consumer's stream is done with it.
 """
 
 from __future__ import annotations
@@ -50,39 +50,40 @@ def _of_the_loader(name: str) -> Any:
 
 
 class DevicePrefetcher(Generic[Batch]):
-    """`loader`'s batches on `device`, in its order, up to `depth` of them copied ahead on a stream of their own.
+    """Iterate over the loader's batches on a device. Up to `depth` batches are copied ahead, on a separate stream.
 
     for x, y in DevicePrefetcher(loader, "cuda"):
         ...
 
-    Length, re-iteration, exceptions (in their place, after the batches before them), the end of a worker, Ctrl-C and
-    leaving early are the loader's own, and so are `dataset`, `sampler`, `batch_size` and `batch_sampler`. On the CPU
-    its batches pass through as they are; on a device without streams, as mps is, each is moved when its turn comes.
+    It behaves as the loader does: the same batches in the same order, the same length, iterated again from the start.
+    An exception of the loader is raised after the batches before it. `dataset`, `sampler`, `batch_size` and
+    `batch_sampler` are the loader's. On the CPU batches are passed on unchanged. On a device without streams, such as
+    mps, a batch is moved when it is requested.
 
-    Tensors are found in tuples, namedtuples, lists, mappings, other sequences, dataclasses, PackedSequence, and sparse
-    tensors; what is no tensor passes through. They come as `tensor.to(device)` makes them, strides included. A tensor
-    that requires a gradient, one of a subclass, and any other object with a `to` is moved by its own `to` when its turn
-    comes; an object with `pin_memory` and `record_stream` besides is copied ahead as the tensors are.
+    Tensors are copied in tuples, namedtuples, lists, mappings, other sequences, dataclasses, PackedSequence and sparse
+    tensors. Objects without a method `to` are passed on unchanged. A copy has the strides that `tensor.to(device)`
+    gives. A tensor that requires a gradient, a tensor of a subclass, or another object with a method `to` is moved by
+    that method when the batch is requested. An object that also has `pin_memory` and `record_stream` is copied ahead.
 
-    Pageable tensors go through pinned memory that is used again. There is no thread: the calling thread copies them
-    there, at the speed of the host's memory, while the device works on what it was given (a step that waits for the
-    device, as `loss.item()` does, adds that to its own time). A loader that pins, such as DataLoader with
-    `pin_memory=True`, does it in a thread of its own; pinned tensors are copied from where they are. A loader that uses
-    its memory again may overwrite a pageable batch at once, and pinned batch n when it is asked for batch n + depth.
+    Pageable tensors are first copied to pinned memory, which is reused. The calling thread does this while the device
+    computes; there is no other thread. A step that waits for the device, as `loss.item()` does, leaves less time for
+    it. A loader that pins, such as DataLoader with `pin_memory=True`, uses a thread of its own, and its tensors are
+    copied from where they are. A loader that reuses its memory may overwrite a pageable batch at once, and pinned batch
+    n when batch n + depth is requested.
 
     Args:
         loader: any iterable of batches.
-        device: such as "cuda" (the current one), "cuda:1" or "cpu".
-        depth: how many batches are taken from the loader ahead of the one being computed on; 1 or more. So many more
-            batches lie in the device's memory.
-        dtype: what floating-point tensors are cast to; None for no cast.
-        cast: "before" the copy, by the host, so that fewer bytes are copied where dtype is the smaller one; or "after"
-            it, by the device.
-        timer: told how long the copies took and how long the device waited for them.
+        device: for example "cuda" (the current one), "cuda:1" or "cpu".
+        depth: the number of batches that are copied ahead, 1 or more. The device's memory has to hold them.
+        dtype: the dtype that floating-point tensors are cast to; None for no cast.
+        cast: "before" casts on the host before the copy, so that fewer bytes are copied if `dtype` is smaller. "after"
+            casts on the device.
+        timer: records the time of the copies, and the time that the device waited for them.
 
     Raises:
-        TypeError: loader is not iterable; depth is not an integer; dtype is not a torch.dtype.
-        ValueError: depth is below 1; dtype is not of floating point; cast is neither; there is no such device.
+        TypeError: `loader` is not iterable, `depth` is not an integer, or `dtype` is not a torch.dtype.
+        ValueError: `depth` is below 1, `dtype` is not a floating-point dtype, `cast` is unknown, or torch has no such
+            device.
     """
 
     dataset = _of_the_loader("dataset")
@@ -110,7 +111,7 @@ class DevicePrefetcher(Generic[Batch]):
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype is {dtype!r}; it needs to be a torch.dtype, such as torch.bfloat16")
         if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}; it needs to be of floating point, as the tensors are that it casts")
+            raise ValueError(f"dtype is {dtype}; it needs to be a floating-point dtype, such as torch.bfloat16")
         if cast not in get_args(Cast):
             raise ValueError(f"cast is {cast!r}; it needs to be one of {', '.join(map(repr, get_args(Cast)))}")
         self.loader = loader
@@ -134,7 +135,7 @@ class DevicePrefetcher(Generic[Batch]):
         return _Prefetched(batches, self._streams, self.depth, self.dtype, self.cast, self.timer)
 
     def _move(self, batch: Batch) -> Batch:
-        """Without streams: by each leaf's own `to`."""
+        """Move a batch to a device without streams, by the tensors' own `to`."""
 
         def move(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
@@ -150,7 +151,7 @@ def _has_streams(device: torch.device) -> bool:
 
 
 def _checked(name: torch.device | str | int) -> torch.device:
-    """The device, with its index where it has streams. ValueError where it is not there."""
+    """The device, with an index if it has streams. Raises ValueError if torch has no such device."""
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -159,25 +160,25 @@ def _checked(name: torch.device | str | int) -> torch.device:
         return device
     module: Any = torch.get_device_module(device)
     if not module.is_available():
-        raise ValueError(f"device is {device}, and torch {torch.__version__} can use none here; cpu always can be used")
+        raise ValueError(f"device is {device}, but torch {torch.__version__} finds no {device.type} device; use cpu")
     index = module.current_device() if device.index is None else device.index
     if index >= module.device_count():
-        raise ValueError(f"device is {device}; there are {module.device_count()}, counted from 0")
+        raise ValueError(f"device is {device}; it needs an index below {module.device_count()}, the number of devices")
     return torch.device(device.type, index)
 
 
 def _target(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor is cast to: `dtype` where it is of floating point, otherwise its own."""
+    """The dtype that a tensor is cast to: `dtype` for a floating-point tensor, its own for others."""
     return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
 
 
 class CopyTimer:
-    """A timer of a DevicePrefetcher's copies, and of the time that the device's own work waited for them.
+    """The time of a DevicePrefetcher's copies, and the time that the consumer's stream waited for them.
 
-    Events in the two streams, which the host does not wait for before `read()`.
+    It records events in both streams. The host waits for them only in `read()`.
     """
 
-    MOST_PENDING = 10_000  # batches; beyond, they are read at once
+    MOST_PENDING = 10_000  # batches whose events are kept before `read` is called
 
     def __init__(self) -> None:
         self._pending: list[tuple[Any, Any, Any, Any]] = []
@@ -190,15 +191,15 @@ class CopyTimer:
         self._copied = self._waited = 0.0
 
     def add(self, begun: Any, copied: Any, asked: Any, given: Any) -> None:
-        """A batch's events: around its copy in the side stream, around the wait for it in the consumer's."""
+        """Add a batch's events: around its copy in the side stream, and around the wait in the consumer's stream."""
         self._pending.append((begun, copied, asked, given))
         if len(self._pending) >= self.MOST_PENDING:
             self.read()
 
     def read(self) -> None:
-        """Add up what was timed so far, waiting for the device to reach it."""
+        """Wait for the recorded events, and add up their times."""
         if self._pending:
-            self._pending[-1][-1].synchronize()  # behind the others of its stream, and behind every copy waited for
+            self._pending[-1][-1].synchronize()  # the last event of all
         for begun, copied, asked, given in self._pending:
             self._copied += begun.elapsed_time(copied)
             self._waited += asked.elapsed_time(given)
@@ -207,22 +208,22 @@ class CopyTimer:
 
     @property
     def copy_ms(self) -> float:
-        """Mean milliseconds that a batch's copy took."""
+        """The mean time of a batch's copy, in milliseconds."""
         return self._copied / max(1, self.batches)
 
     @property
     def waited_ms(self) -> float:
-        """Mean milliseconds for which the device's own work waited for a batch's copy."""
+        """The mean time that the consumer's stream waited for a batch's copy, in milliseconds."""
         return self._waited / max(1, self.batches)
 
     @property
     def hidden(self) -> float:
-        """The part of the copies' time that other work of the device hid; 0 to 1."""
+        """The part of the copies' time during which the consumer's stream did not wait, from 0 to 1."""
         return max(0.0, 1 - self._waited / self._copied) if self._copied else 0.0
 
 
 class _Streams:
-    """Streams, events and memory of one device. Tests have one that is made up and finds out data races."""
+    """Streams, events and memory of one device. Tests pass a simulated one that detects data races."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -233,7 +234,7 @@ class _Streams:
         return self._module.current_stream(self.device)
 
     def on_side(self) -> contextlib.AbstractContextManager[Any]:
-        """Within the block, work goes to the side stream, and memory comes from its pool."""
+        """Within the block, work is issued to the side stream, and memory is allocated in its pool."""
         block: contextlib.AbstractContextManager[Any] = self._module.stream(self.side)
         return block
 
@@ -244,15 +245,15 @@ class _Streams:
         event.record(stream)
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Make the stream wait, not the host."""
+        """Make the stream wait for the event; the host goes on."""
         stream.wait_event(event)
 
     def synchronize(self, event: Any) -> None:
-        """Make the host wait."""
+        """Make the host wait for the event."""
         event.synchronize()
 
     def keep(self, moved: Any, stream: Any) -> None:
-        """Keep memory from being reused after it is freed, until the work that the stream has now is done."""
+        """Keep the tensor's memory from being reused, after it is freed, before the stream's present work is done."""
         moved.record_stream(stream)
 
     def pinned(self, nbytes: int) -> Tensor:
@@ -276,23 +277,23 @@ class _Streams:
 
 @functools.cache
 def _streams(device: torch.device) -> _Streams:
-    """The one of a device: memory is kept by stream, so that a stream for each pass would keep a pool for each."""
+    """The streams of a device. They are shared by all iterations, because each stream has a memory pool of its own."""
     return _Streams(device)
 
 
 class _Slot:
-    """Pinned memory for one batch, and the event behind the copies out of it. `event` is None while it is free."""
+    """Pinned memory for one batch. `event` is recorded after the copies from it, and None if there are none."""
 
     def __init__(self, streams: _Streams) -> None:
         self._streams = streams
         self._memory: list[Tensor] = []  # bytes, one for each tensor of a batch, as large as the largest so far
-        self._views: list[tuple[Any, Tensor]] = []  # of it, as the last batch had them
+        self._views: list[tuple[Any, Tensor]] = []  # for each, the last batch's (shape, strides, dtype) and tensor
         self._used = 0
         self.event: Any = None
-        self.sources: list[Any] = []  # pinned by others, and copied from where they are
+        self.sources: list[Any] = []  # tensors that the loader pinned, which are copied from where they are
 
     def wait(self) -> None:
-        """Wait until no copy reads from this memory any more."""
+        """Wait until all copies from this memory are done."""
         if self.event is not None:
             self._streams.synchronize(self.event)
             self.event = None
@@ -300,7 +301,7 @@ class _Slot:
         self._used = 0
 
     def stage(self, tensor: Tensor, stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The tensor in pinned memory, cast to `dtype`."""
+        """Copy a tensor into the pinned memory, cast to `dtype`. Returns the copy."""
         index, self._used = self._used, self._used + 1
         layout = (tensor.shape, stride, dtype)
         if index == len(self._memory):
@@ -316,7 +317,7 @@ class _Slot:
 
 
 class _Later:
-    """An object that is moved by its own `to`, in the consumer's stream, when its turn comes."""
+    """An object that is moved by its own `to`, in the consumer's stream, when its batch is requested."""
 
     def __init__(self, value: Any, *dtype: torch.dtype) -> None:
         self._value = value
@@ -328,13 +329,22 @@ class _Later:
 
 @dataclass
 class _Ahead:
-    """A batch on its way: what it will be, what of it the side stream allocated, and the event behind the copies."""
+    """A batch that is being copied.
+
+    Attributes:
+        batch: the batch on the device; its memory is valid after `event`.
+        moved: the tensors in it that were allocated in the side stream.
+        later: True if the batch has a `_Later`.
+        event: recorded after the copies.
+        begun: if copies are timed, recorded before the first one.
+        has_begun: True once `begun` is recorded.
+    """
 
     batch: Any = None
     moved: list[Any] = field(default_factory=list)
     later: bool = False
     event: Any = None
-    begun: Any = None  # before the first copy, where they are timed
+    begun: Any = None
     has_begun: bool = False
 
 
@@ -378,7 +388,7 @@ class _Prefetched(Iterator[Batch]):
         try:
             batch = self._hand_over(first)
             self._fill()
-        except BaseException:  # Ctrl-C while the loader worked on a later batch: this one is still to come
+        except BaseException:  # Ctrl-C while the loader prepared a later batch: this batch comes next
             self._ahead.appendleft(first)
             raise
         return batch
@@ -390,7 +400,7 @@ class _Prefetched(Iterator[Batch]):
                 slot.wait()
 
     def _fill(self) -> None:
-        """Take batches from the loader until `depth` are ahead. Past a failure that nobody has seen yet, none is."""
+        """Take batches from the loader until `depth` are ahead, or the loader raises an error."""
         while len(self._ahead) < len(self._slots) and not self._ended:
             if self._ahead and isinstance(self._ahead[-1], _Failed):
                 return
@@ -409,30 +419,30 @@ class _Prefetched(Iterator[Batch]):
             self._slot = next(self._turns)
 
     def _send(self, batch: Batch) -> _Ahead:
-        """Give the side stream a batch's copies."""
+        """Issue a batch's copies to the side stream."""
         streams, slot = self._streams, self._slot
         timing = self._timer is not None
         ahead = _Ahead(event=streams.event(timing=timing))
-        # Normal tensors, whatever the consumer's loop computes under: pinned memory is written again outside of it.
+        # No inference tensors, even in the consumer's inference_mode: pinned memory is written again outside of it.
         with torch.inference_mode(False), streams.on_side():
             if timing:
                 ahead.begun = streams.event(timing=True)
             try:
                 ahead.batch = map_leaves(batch, lambda leaf: self._start(leaf, ahead))
-            finally:  # also after a failure among the copies: those before it are under way
+            finally:  # even if a copy fails: the ones before it are under way
                 self._begin(ahead)
                 streams.record(ahead.event, streams.side)
                 slot.event = ahead.event
         return ahead
 
     def _begin(self, ahead: _Ahead) -> None:
-        """Note when the side stream comes to a batch's first copy: after what the host has to stage before it."""
+        """Record the event before a batch's first copy, once; the host has staged the tensor by then."""
         if ahead.begun is not None and not ahead.has_begun:
             self._streams.record(ahead.begun, self._streams.side)
             ahead.has_begun = True
 
     def _start(self, leaf: Any, ahead: _Ahead) -> Any:
-        """One leaf's copy."""
+        """Issue the copy of one leaf of a batch. Returns the copy, the leaf itself, or a `_Later`."""
         streams, slot = self._streams, self._slot
         if not isinstance(leaf, Tensor):
             if not (hasattr(leaf, "pin_memory") and hasattr(leaf, "record_stream")):
@@ -467,7 +477,7 @@ class _Prefetched(Iterator[Batch]):
         return target
 
     def _hand_over(self, ahead: _Ahead) -> Batch:
-        """The batch, for the consumer's stream."""
+        """Make the consumer's stream wait for a batch. Returns the batch."""
         streams = self._streams
         current = streams.current()
         if self._timer is not None:
@@ -487,6 +497,6 @@ class _Prefetched(Iterator[Batch]):
 
 
 def use_up(batches: Iterator[Any], count: int = 3) -> None:
-    """Take batches that were copied while the device was idle, `depth` and one: a loop's later ones are not ahead."""
+    """Take `count` batches, which were copied while the device was idle, so that a timed loop starts without them."""
     for _ in range(count):
         next(batches)

@@ -47,20 +47,20 @@ def _without_cast(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:
 
 
 class Scaling(_Float64):
-    """(x - mean) / scale, column by column, computed in float64 from x of any dtype, 64-bit integers exactly.
+    """y = (x - mean) / scale, column by column, computed in float64. x may have any dtype; 64-bit integers are exact.
 
-    `Scaling.fit(x)` takes the mean, and a quarter of the range as the scale, about the standard deviation of a
-    bell-shaped column. The standard deviation itself would blow up columns that are nearly always constant, such as
-    the pixels at an image's border: with it, 0.6 percentage points fewer of the digits are recognised.
+    `Scaling.fit(x)` uses the mean, and a quarter of the range as the scale. For a bell-shaped column this is about the
+    standard deviation. The standard deviation itself would give huge values in columns that are nearly constant, such
+    as the pixels at an image's border: with it, the accuracy on the digits is 0.6 percentage points lower.
 
     Args:
         mean, scale: (features,).
-        remainder: (features,), what float64 cannot hold of the mean, which matters beside integers of 2^53 and more.
-        rounding: a dtype that x is rounded to first; float32 in checkpoints of format 1, whose networks were trained
-            so.
+        remainder: (features,), the part of the mean that float64 cannot hold. It matters for integers of 2^53 and more.
+        rounding: a dtype that x is rounded to first. It is float32 in checkpoints of format 1, whose networks were
+            trained with it.
 
     Shape:
-        x (..., features) -> the same, in the dtype that the module is cast to (float32 unless it is).
+        x (..., features) -> (..., features), in the dtype that the module was cast to, by default float32.
     """
 
     mean: Tensor
@@ -87,7 +87,7 @@ class Scaling(_Float64):
 
     @classmethod
     def fit_targets(cls, y: Tensor) -> Scaling:
-        """The scaling of targets y (N, k), N > 0: by the standard deviation, so that predicting the mean has loss 1."""
+        """The scaling of targets y (N, k), N > 0, by the standard deviation, so that predicting the mean has loss 1."""
         mean, remainder, moved = _centre(y)
         varies = moved.amax(dim=0) > moved.amin(dim=0)
         return cls(mean, torch.where(varies, moved.std(dim=0, correction=0), 1.0), remainder)
@@ -102,7 +102,7 @@ class Scaling(_Float64):
         return (centred / self.scale).to(x.device, self.like.dtype)
 
     def in_parts(self, x: Tensor, rows: int = 2**16) -> Tensor:
-        """`self(x)`, which needs memory in float64 for so many rows at a time."""
+        """Return `self(x)`, computed for `rows` rows at a time, so that it needs float64 memory for these alone."""
         return torch.cat([self(part) for part in x.split(rows)])
 
     def extra_repr(self) -> str:
@@ -110,10 +110,10 @@ class Scaling(_Float64):
 
 
 class Unscaling(_Float64):
-    """y * scale + mean, column by column: what `Scaling(mean, scale)` undoes, in float64.
+    """x = y · scale + mean, column by column, in float64: the inverse of `Scaling(mean, scale)`.
 
     Shape:
-        y (..., k) -> the same, float64 always, as float32 would round what float64 was needed for.
+        y (..., k) -> (..., k), always float64: float32 would round large targets, such as a time in unix seconds.
     """
 
     mean: Tensor
@@ -140,9 +140,9 @@ def whole(scaling: Scaling, network: nn.Module, unscaling: Unscaling | None = No
 
 
 def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of x (N, k), the remainder that float64 cannot hold of it, and x less its first row.
+    """(mean of x (N, k), the part of the mean that float64 cannot hold, x minus its first row).
 
-    These differences are what is averaged, since a large mean cancels in them.
+    The mean is computed from these differences, because a large mean cancels in them.
     """
     zero = torch.zeros(x.shape[1], dtype=torch.float64)
     first = x[0].double()
@@ -156,7 +156,7 @@ def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _minus(x: Tensor, mean: Tensor, remainder: Tensor) -> Tensor:
-    """x - (mean + remainder) in float64; of 64-bit integers every bit counts."""
+    """x - (mean + remainder) in float64. For 64-bit integers no bit is lost."""
     if x.dtype not in (torch.int64, torch.uint64):
         return x.double() - mean - remainder
     bits = x.view(torch.int64)
@@ -170,7 +170,7 @@ def _minus(x: Tensor, mean: Tensor, remainder: Tensor) -> Tensor:
 
 
 def column_remarks(x: Tensor, scaled: Tensor) -> list[str]:
-    """A line for the columns of features x (N, features) that are constant, one for those that `scaled` lost."""
+    """A line about the constant columns of features x (N, features), and one about columns that `collapsed` finds."""
     remarks = []
     if columns := constant(x):
         remarks.append(f"constant in the training rows: {_name(columns, x)}")
@@ -188,15 +188,15 @@ def _name(columns: list[int], x: Tensor) -> str:
 
 
 def constant(x: Tensor) -> list[int]:
-    """The columns of x (N, features) that have one value."""
+    """The columns of x (N, features) that have a single value."""
     return (x == x[:1]).all(dim=0).nonzero().flatten().tolist()
 
 
 def collapsed(x: Tensor, scaled: Tensor) -> list[int]:
-    """The columns of x (N, features) of whose different values fewer than half are still different in `scaled`.
+    """The columns of x (N, features) that lose more than half of their different values in `scaled`.
 
-    They are counted in some thousand rows, evenly spaced. Outliers do that: float32 cannot tell 0.1 from 0.2 beside
-    10^9.
+    Outliers cause this: after a scaling by 10^9, float32 cannot tell 0.1 from 0.2. The values are counted in some
+    thousand rows, evenly spaced.
     """
     step = -(-len(x) // SAMPLE)
     before, after = (_different(rows[::step]) for rows in (x, scaled))

@@ -1,14 +1,16 @@
 """Clocks: the time of a call, and the highest rates of this machine.
 
-On a GPU a call is timed by device events. Two numbers come out, both medians, in milliseconds:
+On a GPU a call is timed by device events. The result is two medians, in milliseconds:
 
-    ms          what a call costs in a loop: calls issued one after the other without waiting, launch gaps included
-    kernel_ms   what the device works: the same calls queued up behind a spinning kernel, so that the host is out of it
+    ms          the time of a call in a loop: calls are issued one after the other without waiting. Gaps between
+                launches count
+    kernel_ms   the device's time: the same calls wait in the queue behind a spinning kernel until all are issued, so
+                the host's time does not count
 
-They agree where the device is the slower of the two. Inputs are rotated (`rotation`) so that they come from memory and
-not from the L2 that the last call left them in. On a CPU the host clock times whole calls, and the two are one number.
+They are equal where the device is slower than the host. Inputs are rotated (`rotation`), so that they come from memory
+and not from the L2 cache. On a CPU the host's clock times whole calls, and the two numbers are equal.
 
-`time_apart` reads one call by both clocks at once: the device's events inside, the host's clock outside.
+`time_apart` times one call by both clocks: the device's events inside, the host's clock outside.
 """
 
 from __future__ import annotations
@@ -57,10 +59,16 @@ MAX_SETS = 1024
 
 @dataclass(frozen=True)
 class Timed:
-    """A function to be timed: `call(i)` on input set i of `sets`, after an untimed `setup(i)` where there is one.
+    """A function to time.
 
-    One that `waits` returns when the device is done, as a copy of pageable memory does: nothing can be queued up behind
-    it. Before a loop is read, `drain` takes what was done ahead of it while the device was idle, as a prefetcher does.
+    Attributes:
+        call: the function; its argument is the number of an input set.
+        setup: if given, it is called before each call with the same argument, and not timed.
+        sets: the number of input sets.
+        waits: True if a call returns only when the device is done, as a copy of pageable memory does. Such calls cannot
+            be queued.
+        drain: if given, it is called before a loop is timed, to use up work that was done ahead while the device was
+            idle, as a prefetcher does.
     """
 
     call: Callable[[int], Any]
@@ -115,12 +123,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measured:
-    """One call by three clocks, milliseconds.
+    """The time of one call by three clocks, in milliseconds. The device is idle before the call.
 
     Attributes:
-        device: what the device works, between events around the call.
-        host: the host's clock, from calling until the device is done; the device stood idle before.
-        returned: the host's clock until it has the call back, which is all that a clock without a wait sees.
+        device: the time between device events around the call.
+        host: the host's time from the call until the device is done.
+        returned: the host's time until the call returns: the time that a clock without synchronization shows.
     """
 
     device: Spread
@@ -149,17 +157,17 @@ def clamp(value: float, low: int, high: int) -> int:
 
 
 def rotation(nbytes: int, cache_bytes: int) -> int:
-    """The input sets of `nbytes` that fill the cache twice, at least one and at most MAX_SETS."""
+    """The number of input sets of `nbytes` bytes that fill the cache twice; at least 1 and at most MAX_SETS."""
     return clamp(2 * cache_bytes / max(nbytes, 1), 1, MAX_SETS)
 
 
 def cache_bytes(device: str) -> int:
-    """Bytes of L2; 0 on a CPU, whose batch has just been made by the loader and lies in its cache in real use too."""
+    """Bytes of the L2 cache. 0 on a CPU: there the batch is in the cache in real use too, as a loader just wrote it."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
+    """(first quartile, median, third quartile)."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -167,10 +175,10 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 class Clock:
-    """The host's clock, and the events of the current CUDA or ROCm GPU. Tests have one that is made up."""
+    """The host's clock, and events on the current CUDA or ROCm GPU. Tests pass a simulated one."""
 
     def now(self) -> float:
-        """The host's clock, in seconds."""
+        """The host's time, in seconds."""
         return time.perf_counter()
 
     def synchronize(self) -> None:
@@ -195,7 +203,7 @@ class Clock:
 
 @lru_cache(maxsize=1)
 def cycles_per_second() -> float:
-    """Clock of the spinning kernel."""
+    """The clock rate of the spinning kernel, in cycles per second."""
     cycles = 10_000_000
     torch.cuda._sleep(20 * cycles)  # a GPU that was idle takes a tenth of a second to reach its clock rate
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -211,17 +219,17 @@ CLOCK = Clock()
 
 
 def time_call(timed: Timed, device: str, seconds: float = SECONDS, clock: Clock = CLOCK) -> Timing:
-    """Warm up, then read about `seconds` worth of calls, at least five (three where one takes ten times that)."""
+    """Warm up, then time calls for about `seconds`: at least 5 readings, or 3 if one call takes ten times that long."""
     return time_cuda(timed, seconds, clock) if device == "cuda" else time_cpu(timed, seconds, clock)
 
 
 def time_cpu(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Timing:
-    found = time_host(timed, seconds, clock)
-    return Timing(found.ms, found.ms, (found.low, found.high), found.readings, 1)
+    spread = time_host(timed, seconds, clock)
+    return Timing(spread.ms, spread.ms, (spread.low, spread.high), spread.readings, 1)
 
 
 def time_host(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Spread:
-    """Whole calls by the host's clock: for what the host does itself."""
+    """Time whole calls by the host's clock, for work that the host does itself."""
     readings: list[float] = []
     begun = clock.now()
     for count in itertools.count():
@@ -242,14 +250,14 @@ def time_cuda(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> T
     rounds, calls = _enough(timed, once, seconds)
     first, median, third = quartiles(between_events(timed, rounds, calls, clock=clock))
     kernel = median
-    if issued > 0.5 * once:  # the host may be the slower one; otherwise the queue never runs dry and ms is device time
+    if issued > 0.5 * once:  # the host may be slower than the device; otherwise `median` is the device's time
         spun = between_events(timed, min(rounds, 20), calls, _cover(issued, calls), clock)
         kernel = min(median, quartiles(spun)[1])
     return Timing(median, kernel, (first, third), rounds, calls)
 
 
 def time_apart(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> Measured:
-    """Device and host, each by its own clock; about `seconds`, at least five readings of each."""
+    """Time a call by the device's clock and by the host's, for about `seconds`, with at least 5 readings of each."""
     returned, done = _one_by_one(timed, seconds / 2, clock, at_least=6)
     issued, once = statistics.median(returned[1:]), statistics.median(done[1:])  # the first call is the warm-up
     rounds, calls = _enough(timed, once, seconds / 2)
@@ -271,21 +279,21 @@ def time_loop(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> S
 
 
 def _enough(timed: Timed, once: float, seconds: float) -> tuple[int, int]:
-    """The number of readings, and of calls in each, where a call takes `once` seconds.
+    """(number of readings, calls in each), for a call that takes `once` seconds.
 
-    Several short calls between two events, or the events themselves would be a good part of the reading.
+    A reading has several short calls, because the events take time too.
     """
     calls = 1 if timed.setup is not None else clamp(200e-6 / once, 1, 20)
     return clamp(seconds / (once * calls), 3 if once > 10 * seconds else 5, 100), calls
 
 
 def _cover(issued: float, calls: int) -> float:
-    """Seconds for which the device has to spin while the host issues so many calls."""
+    """The seconds that the device has to spin while the host issues this many calls."""
     return 2 * issued * calls + 1e-4
 
 
 def _one_by_one(timed: Timed, seconds: float, clock: Clock, at_least: int = 2) -> tuple[list[float], list[float]]:
-    """Seconds until the host has a call back, and until the call is done; the device idle before each."""
+    """(seconds until each call returns, seconds until it is done). The device is idle before each call."""
     returned: list[float] = []
     done: list[float] = []
     begun = clock.now()
@@ -301,7 +309,7 @@ def _one_by_one(timed: Timed, seconds: float, clock: Clock, at_least: int = 2) -
 
 
 def between_events(timed: Timed, rounds: int, calls: int, spin: float = 0.0, clock: Clock = CLOCK) -> list[float]:
-    """Milliseconds a call, one reading a round; with `spin`, the device first spins for so many seconds."""
+    """Milliseconds a call, one reading a round. In each round the device first spins for `spin` seconds."""
     readings = []
     for n in range(rounds):
         timed.prepare(n)
@@ -317,9 +325,9 @@ def between_events(timed: Timed, rounds: int, calls: int, spin: float = 0.0, clo
 
 @lru_cache(maxsize=8)
 def ceilings(device: str, dtype: str) -> Ceilings:
-    """Both ceilings, measured once a process: an n x n product of random numbers through torch, and a copy.
+    """The ceilings of a device, measured once in a process: torch's product of two random n x n matrices, and a copy.
 
-    n is 8192 on a GPU; on a CPU 1024, and 256 in 16 bits, which CPUs without 16-bit units multiply very slowly.
+    n is 8192 on a GPU and 1024 on a CPU; 256 on a CPU in 16 bits, because CPUs without 16-bit units are very slow.
     """
     n = 8192 if device == "cuda" else 1024 if dtype == "fp32" else 256
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
@@ -329,7 +337,7 @@ def ceilings(device: str, dtype: str) -> Ceilings:
 
 @lru_cache(maxsize=16)
 def memory_ceiling(device: str) -> float:
-    """Bytes a second that a device's memory reads plus writes in a large copy within it, measured once a process."""
+    """Bytes per second, read plus written, of a large copy within a device's memory; measured once in a process."""
     kind = torch.device(device).type
     source = torch.rand(2**28 if kind == "cuda" else 2**25, device=device)  # 1 GiB or 128 MiB
     target = torch.empty_like(source)
@@ -339,7 +347,7 @@ def memory_ceiling(device: str) -> float:
 
 @lru_cache(maxsize=16)
 def link(device: str) -> Link:
-    """A GPU's link, which is the current one, by copies of 256 MiB of pinned memory; measured once a process."""
+    """The link of the current GPU, by copies of 256 MiB of pinned memory; measured once in a process."""
     there = torch.rand(2**26, device=device)
     here = torch.empty_like(there, device="cpu", pin_memory=True)
 

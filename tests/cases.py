@@ -137,6 +137,10 @@ def _cases() -> list[Case]:
     # of tensors and masks were over the bound, of 64 rows and of one row that keeps half none.
     for rows, p in ((0, 0.9), (1, 0.5), (64, 0.9), (130, 0.9)):
         cases.append(Case(rows=rows, activation="silu", dtype=torch.bfloat16, dropout=p))
+    # By one kernel also: a wide input, several tiles of rows for each program.
+    for name in ("relu", "gelu"):
+        cases.append(Case(rows=130, widths=(300, 24, 33, 10), dtype=torch.bfloat16, activation=name, dropout=0.3))
+        cases.append(Case(rows=2100, widths=(5, 16, 7), activation=name, dropout=0.3))
     for widths in ((1, 1), (3, 130, 70, 2)):
         cases.append(Case(widths=widths, dropout=0.5))
         cases.append(Case(widths=widths, dropout=1.0))

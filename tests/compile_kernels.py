@@ -36,6 +36,7 @@ from mlp_fused.kernels import (
     network_one_pass,
     network_tiles,
     partial_sums,
+    planes,
     tile_config,
 )
 from mlp_fused.kernels.devices import DEVICES, Device
@@ -84,11 +85,14 @@ class NetworkCompilation:
     activation: str
     widths: tuple[int, ...]
     input: str = ""  # its dtype, and then the forward in inference alone
+    dropout: bool = False  # after every layer
 
     @property
     def id(self) -> str:
         words = ["network", "x".join(map(str, self.widths)), self.target, self.dtype, self.precision, self.activation]
-        return "-".join([*words, *([f"of_{self.input}"] if self.input else [])]).replace(" ", "")
+        words += [f"of_{self.input}"] if self.input else []
+        words += ["dropout"] if self.dropout else []
+        return "-".join(words).replace(" ", "")
 
 
 def networks(full: bool) -> list[NetworkCompilation]:
@@ -112,9 +116,23 @@ def networks(full: bool) -> list[NetworkCompilation]:
         for widths, of_input in itertools.product(((64,) * 5, (784, 64, 64, 10)), ("uint8", "float16")):
             if dtype == torch.bfloat16 and (full or (target, len(widths)) == ("NVIDIA H100", 5)):
                 found.append(NetworkCompilation(target, name, precision, "relu", widths, of_input))
+        if (dtype, precision, target) == (torch.float32, "ieee", "NVIDIA H100"):  # by scaled parts
+            listed = itertools.product(("fp16x3", "fp16x1"), (32, 64), ("relu", "gelu"))
+            for turn, (split, width, activation) in enumerate(listed):
+                if full or turn in (2, 3, 7):  # 64 wide
+                    found.append(NetworkCompilation(target, name, split, activation, (width,) * 5))
         if dtype == torch.bfloat16 and (full or target == "NVIDIA H100"):  # the tiles of inference
             for width, activation in ((16, "relu"), (32, "relu"), (64, "relu"), (64, "gelu")):
                 found.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
+        # relu draws its mask once, gelu again with z, tanh keeps z for Dropout's sake alone.
+        dropping = [*((width,) * 5 for width in (16, 32, 64, 128)), (16, 64, 64, 16), (784, 128, 128, 10)]
+        for turn, (widths, activation) in enumerate(itertools.product(dropping, ("relu", "gelu", "tanh"))):
+            if dtype.itemsize == 4 and (widths, precision) != ((64,) * 5, "ieee"):
+                continue
+            has_its_turn = turn % 4 == list(TARGETS).index(target)
+            has_its_turn |= target == "NVIDIA H100" and widths == (64,) * 5
+            if full or (dtype == torch.bfloat16 and has_its_turn):
+                found.append(NetworkCompilation(target, name, precision, activation, widths, dropout=True))
     return found
 
 
@@ -129,9 +147,21 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
     strides = tuple((k, 1, 1) for k in row.widths[:-1])
     readings = []
     backwards = set()
-    for torch_too in (True, False) if dtype.itemsize == 2 else (False,):
+    dropouts = (0.1,) * layers if row.dropout else ()
+    precision = network_tiles.SPLIT_ACCURACY.get(row.precision, row.precision)
+    splits = None if precision == row.precision else (row.precision,)
+    for torch_too in (True, False) if dtype.itemsize == 2 and not row.dropout else (False,):
         path = network_path(
-            row.widths, strides, activations, dtype, row.precision, device, training=not row.input, torch_too=torch_too
+            row.widths,
+            strides,
+            activations,
+            dtype,
+            precision,
+            device,
+            training=not row.input,
+            dropouts=dropouts,
+            torch_too=torch_too,
+            splits=splits,
         )
         if isinstance(path, str):
             return [{"id": row.id, "kernel": "layer path", "reason": path}]
@@ -171,7 +201,7 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
         counted = 0
         if kind in ("forward", "recompute", "stored", "dgrad"):
             problem = network_tiles.NetworkProblem(
-                kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision
+                kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision, drops=path.drops
             )
             counted = network_tiles.network_shared_memory(problem, tile, device)
         threads = 32 * tile.num_warps * tile.programs // device.multiprocessors  # of a multiprocessor
@@ -223,7 +253,24 @@ def compilations(full: bool) -> list[Compilation]:
             found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(1, 1)))
         for tile in (SUM_PARTIALS, SUM_OF_MORE, SUM_OF_MANY):
             found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", tile))
+        found.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT))
+        for kind, activation in (("forward", "gelu"), ("dgrad", "gelu"), ("wgrad", "identity")):
+            tile = planes_tile(kind, target)
+            for each in (tile, planes.redo_tile(tile)):
+                found.append(Compilation(kind, target, "float32", "ieee", activation, each))
     return list(dict.fromkeys(found))
+
+
+def planes_tile(kind: tile_config.Kind, target: str) -> TileConfig:
+    """The tile of "fp16x3" on Hopper; on other targets, where nothing chooses this form yet, one that fits."""
+    tile = layer_tiles.planes_tile(Problem(kind, 8192, 4096, 1024, torch.float32), DEVICES["NVIDIA H100"])
+    assert tile is not None
+    sizes = {
+        "NVIDIA A100": {"block_m": 64, "block_k": 32},
+        "NVIDIA B200": {"block_n": 64, "num_stages": 1, "parts": 2},
+        "AMD MI300X": {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 1, "parts": 1},
+    }
+    return dataclasses.replace(tile, split=1, **sizes.get(target, {}))
 
 
 def sample(tiles: list[TileConfig], turn: int) -> list[TileConfig]:
@@ -281,7 +328,7 @@ def capture(call: Callable[[], None], device: Device) -> list[Launch]:
     ) -> None:
         launched.append(Launch(kernel, tile, (*tensors, *scalars), constants))
 
-    modules = (layer_forward, layer_backward, network_forward, network_backward, network_one_pass, partial_sums)
+    modules = (layer_forward, layer_backward, network_forward, network_backward, network_one_pass, partial_sums, planes)
     before = [module.launch for module in modules]
     device_of = devices.device_of
     try:
@@ -307,7 +354,7 @@ def read(launched: Launch, device: Device) -> dict[str, Any]:
         target=GPUTarget(device.backend, device.arch, device.warp_size),
         options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
-    reading = read_cubin(compiled) if device.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
+    reading = read_cubin(compiled, tile.precision) if device.backend == "cuda" else read_amdgcn(compiled.asm["amdgcn"])
     return {"shared": compiled.metadata.shared, "shared_limit": device.shared_memory, **reading}
 
 
@@ -327,7 +374,8 @@ def source(launched: Launch) -> Any:
             return tuple(describe(element, (*path, index), free) for index, element in enumerate(value))
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "uint8": "u8"}
+            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64"}
+            short["uint8"] = "u8"
             return "*" + short[str(value.dtype)[6:]]
         if value is None or (value == 1 and not free):
             constexprs[path] = value
@@ -360,28 +408,50 @@ def launch(row: Compilation) -> None:
     x, w, b, dz, z = tensor(M, K), tensor(N, K), tensor(N), tensor(M, N), tensor(M, K)
     keeps, precision, tile = activation.keeps_preactivation, row.precision, row.tile
     dropping: dict[str, Any] = {}
+
+    def operand(whole: torch.Tensor) -> planes.Operand:
+        if tile.precision not in ("fp16x3", "redo"):
+            return whole
+        both, info = _split(whole)
+        return (whole if tile.precision == "redo" else both), info
+
     if row.dropout:
         dropping = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "dropout": Dropout(0.9, 1)}
     if row.kernel == "forward":
         z = tensor(M, N) if keeps else None
-        layer_forward.layer_forward(x, w, b, tensor(M, N), z, activation, precision, tile, **dropping)
+        layer_forward.layer_forward(operand(x), operand(w), b, tensor(M, N), z, activation, precision, tile, **dropping)
     elif row.kernel == "dgrad":
         h = tensor(M, K) if keeps else None
-        layer_backward.dgrad(dz, w, z, tensor(M, K), h, activation, precision, tile, **dropping)
+        layer_backward.dgrad(operand(dz), operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
     elif row.kernel == "output_gradient":
         layer_backward.output_gradient(
             dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None, **dropping
         )
     elif row.kernel == "pointwise":
         layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile, **dropping)
+    elif row.kernel == "split":
+        planes.split(x, *_split(x), tensor(planes.info_shape(M, K)[1], K))
+    elif isinstance(operand(x), tuple):
+        sums = layer_backward.wgrad_sums(M, tile, dtype, N * K, 0)
+        layer_backward.wgrad_products(operand(dz), operand(x), tensor(N, K), None, K, tile, sums)
     else:
         tile = tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
         split = 4 if row.kernel == "sum_partials" else 1
         layer_backward.wgrad(dz, x, w, b, precision, dataclasses.replace(tile, split=split))
 
 
-def read_cubin(compiled: Any) -> dict[str, int]:
-    """From cuobjdump and the PTX. A spilled word is four bytes of stack. Waits are read for one-pass kernels alone."""
+def _split(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The planes of a tensor and their info, without values."""
+    shape, strides = planes.planes_shape(*whole.shape)
+    both = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
+    return both, torch.empty(planes.info_shape(*whole.shape), dtype=torch.int32, device="meta")
+
+
+def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
+    """From cuobjdump and the PTX. A spilled word is four bytes of stack.
+
+    Waits are read for one-pass kernels and products of planes alone.
+    """
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -390,9 +460,8 @@ def read_cubin(compiled: Any) -> dict[str, int]:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
         ptx, waits = compiled.asm["ptx"], 0
-        if (
-            "one_pass" in compiled.metadata.name and "wgmma" in ptx
-        ):  # reading machine code takes as long as compiling it
+        slow = "one_pass" in compiled.metadata.name or precision == "fp16x3"
+        if slow and "wgmma" in ptx:  # reading machine code takes as long as compiling it
             sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
             waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one a product where these are serialised
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
@@ -407,6 +476,7 @@ def read_cubin(compiled: Any) -> dict[str, int]:
         "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         "setmaxnreg": len(re.findall(r"setmaxnreg", ptx)),
+        "to_16_bits": len(re.findall(r"cvt\.rn\S*\.b?f16", ptx)),
     }
 
 
@@ -440,6 +510,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         "tma",
         "cp_async",
         "setmaxnreg",
+        "to_16_bits",
     )
     names = [f"{row['id']} {row.get('kernel', '')} {row.get('tile', '')}".strip() for row in rows]
     width = max(map(len, names))

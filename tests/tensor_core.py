@@ -1,8 +1,9 @@
-"""A tensor core's product of fp32 operands in three bf16 parts, and FMA units' of the operands themselves, in numpy.
+"""Products of fp32 operands on a tensor core, in three bf16 or two fp16 parts, and on FMA units, in numpy.
 
-Products of bf16 are exact. An instruction takes 16 of the reduction: it aligns their products and the accumulator to
-the largest of them, and truncates, both what lies a few bits below that one's last and the sum (Fasi, Higham, Mikaitis
-and Pranesh, PeerJ CS 7:e330; Ootomo and Yokota, arXiv 2203.03341). Arrays are float64 that hold fp32 numbers.
+Products of bf16 and of fp16 are exact. An instruction takes 16 of the reduction: it aligns their products and the
+accumulator to the largest of them, and truncates, both what lies a few bits below that one's last and the sum (Fasi,
+Higham, Mikaitis and Pranesh, PeerJ CS 7:e330; Ootomo and Yokota, arXiv 2203.03341). Arrays are float64 that hold fp32
+numbers.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bf16x6", "fma", "parts"]
+__all__ = ["bf16x6", "fma", "fp16x3", "fp16x3_by_planes", "parts"]
 
 Array = NDArray[np.float64]
 
 STEP = 16  # of the reduction, in one instruction
 BITS_BELOW = 2  # the last bit of fp32, which the alignment keeps
+SIDE = 128  # of a block of elements with one exponent, as in kernels/planes.py
 MIDDLE, LOW = 2.0**6, 2.0**13  # scales of the parts below the highest, as in kernels/tile.py
 
 
@@ -38,7 +40,7 @@ def to_fp32(value: Array) -> Array:
 
 
 def dot(a: Array, b: Array, acc: Array) -> Array:
-    """acc + a bᵀ for bf16 numbers a (M, K) and b (N, K), as a tensor core accumulates it."""
+    """acc + a bᵀ for 16-bit numbers a (M, K) and b (N, K), as a tensor core accumulates it."""
     for k in range(0, a.shape[1], STEP):
         products = a[:, None, k : k + STEP] * b[None, :, k : k + STEP]
         terms = np.concatenate([products, acc[:, :, None]], axis=2)
@@ -66,6 +68,50 @@ def bf16x6(x: Array, w: Array, block: int = 32) -> Array:
         small = to_fp32(dot(low_a, high_b, dot(high_a, low_b, small)) * (MIDDLE / LOW))
         small = to_fp32(dot(middle_a, high_b, dot(high_a, middle_b, small)) / MIDDLE)
         acc = to_fp32(acc + dot(high_a, high_b, small))
+    return acc
+
+
+def scaled_parts(value: Array, exponent: NDArray[np.int32] | np.int32) -> tuple[Array, Array]:
+    """2^exponent value = high + low / 2^11, fp16 numbers."""
+    scaled = np.ldexp(value, exponent)
+    high = scaled.astype(np.float16).astype(np.float64)
+    return high, ((scaled - high) * 2.0**11).astype(np.float16).astype(np.float64)
+
+
+def fp16x3(x: Array, w: Array, terms: int = 32) -> Array:
+    """x wᵀ for x (M, K) and w (N, K): three products of scaled parts, of which so many terms are summed at a time."""
+    x_exponent, w_exponent = 15 - _exponent(np.abs(x).max(1)), 15 - _exponent(np.abs(w).max())
+    high_a, low_a = scaled_parts(x, x_exponent[:, None])
+    high_b, low_b = scaled_parts(w, w_exponent)
+    total = dot(low_a, high_b, dot(high_a, low_b, np.zeros((x.shape[0], w.shape[0])))) / 2.0**11
+    total = dot(high_a[:, :terms], high_b[:, :terms], total)
+    for k in range(terms, x.shape[1], terms):
+        block = slice(k, k + terms)
+        total = to_fp32(total + dot(high_a[:, block], high_b[:, block], np.zeros_like(total)))
+    return to_fp32(np.ldexp(total, -(x_exponent[:, None] + w_exponent)))
+
+
+def planes(a: Array) -> tuple[Array, Array, Array]:
+    """(high, low, exponent of each row and column) with a 2^exponent = high + low / 2^11, fp16 numbers: planes.py."""
+    exponents = np.zeros_like(a)
+    for m in range(0, a.shape[0], SIDE):
+        for k in range(0, a.shape[1], SIDE):
+            block = np.s_[m : m + SIDE, k : k + SIDE]
+            exponents[block] = np.clip(15 - _exponent(np.abs(a[block]).max()), -63, 57)
+    return *scaled_parts(a, exponents.astype(np.int32)), exponents
+
+
+def fp16x3_by_planes(x: Array, w: Array, block: int = 64) -> Array:
+    """x wᵀ for x (M, K) and w (N, K): three products of planes for a block of the reduction, added in fp32."""
+    high_x, low_x, exponent_x = planes(x)
+    high_w, low_w, exponent_w = planes(w)
+    acc = np.zeros((x.shape[0], w.shape[0]))
+    for k in range(0, x.shape[1], block):
+        part = np.s_[:, k : k + block]
+        scale = np.exp2(-exponent_x[:, k][:, None] - exponent_w[:, k])
+        acc = to_fp32(acc + dot(high_x[part], high_w[part], np.zeros_like(acc)) * scale)
+        low = dot(high_x[part], low_w[part], dot(low_x[part], high_w[part], np.zeros_like(acc)))
+        acc = to_fp32(acc + low * scale / 2**11)
     return acc
 
 

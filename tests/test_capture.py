@@ -167,13 +167,13 @@ def failing_loss(calls: int) -> Callable[[Tensor, Tensor], Any]:
 
 
 FAILURES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.optim.Optimizer], Any, type[Exception], str]] = {
-    "the capture": (network, adam, lambda: cross_entropy, RuntimeError, "^the step cannot be captured: RuntimeError: operation not permitted when stream is capturing; where a loss or an output of an earlier step is still held, del it first$"),
+    "the capture": (network, adam, lambda: cross_entropy, RuntimeError, "^the step cannot be captured: RuntimeError: operation not permitted when stream is capturing; if a variable still holds a loss or an output of an earlier step, del it first$"),
     "the loss, warming up": (network, adam, lambda: failing_loss(2), KeyError, "no such label"),
     "the loss, capturing": (network, adam, lambda: failing_loss(4), RuntimeError, "the step cannot be captured: KeyError: 'no such label'$"),
     "no loss": (network, adam, lambda: lambda output, y: 0.5, TypeError, "loss_fn returned float; it needs to return the loss, a tensor"),
     "counted in Python": (network, lambda model: Counts(model.parameters(), 0.1), lambda: cross_entropy, RuntimeError, "Counts replaces its 'count' in every step, which a graph cannot"),
-    "a buffer replaced": (Replaces, adam, lambda: cross_entropy, RuntimeError, "the model's mean was replaced, moved or converted in the step itself; .* change it in place"),
-    "a buffer made in the first step": (Lazy, adam, lambda: cross_entropy, RuntimeError, "the model's scale was replaced, moved or converted in the first step; train one step as it is, then capture"),
+    "a buffer replaced": (Replaces, adam, lambda: cross_entropy, RuntimeError, "the model's mean was replaced, moved or converted by the step itself; .* change it in place"),
+    "a buffer made in the first step": (Lazy, adam, lambda: cross_entropy, RuntimeError, "the model's scale was replaced, moved or converted by the first step; train one step without a graph, then capture"),
 }  # fmt: skip
 
 
@@ -357,12 +357,12 @@ GOOD = next(batches(1))
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no GPU": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD), RuntimeError, "capture_step needs a CUDA device; x and the model are on cpu; "),
     "model": (lambda: capture_step(cross_entropy, cross_entropy, adam(MODEL), *GOOD), TypeError, "model is function; it needs to be an nn.Module"),
-    "loss": (lambda: capture_step(MODEL, 3, adam(MODEL), *GOOD), TypeError, "loss_fn is int; it needs to be called with the output and y"),
+    "loss": (lambda: capture_step(MODEL, 3, adam(MODEL), *GOOD), TypeError, "loss_fn is int; it needs to be a function \\(output, y\\)"),
     "optimizer": (lambda: capture_step(MODEL, cross_entropy, None, *GOOD), TypeError, "optimizer is NoneType; it needs to be a torch.optim.Optimizer"),
     "x": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), [1], GOOD[1]), TypeError, "x is list; it needs to be a torch.Tensor"),
     "y elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), GOOD[0], GOOD[1].to("meta")), RuntimeError, r"y is on meta, x on cpu; move it with y.to\('cpu'\)"),
     "the model elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *(each.to("meta") for each in GOOD)), RuntimeError, "x is on meta, the model's parameters on cpu"),
-    "closure": (lambda: capture_step(MODEL, cross_entropy, torch.optim.LBFGS(MODEL.parameters()), *GOOD), RuntimeError, "the step of LBFGS needs a closure"),
+    "closure": (lambda: capture_step(MODEL, cross_entropy, torch.optim.LBFGS(MODEL.parameters()), *GOOD), RuntimeError, "the step of LBFGS calls a closure"),
     "no warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0), ValueError, "warmup is 0"),
     "half a warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0.5), TypeError, "warmup is 0.5"),
 }  # fmt: skip
@@ -392,7 +392,7 @@ def test_state_that_a_graph_cannot_advance_is_refused() -> None:
     optimizer = torch.optim.Adagrad(MODEL.parameters())
     state = dict(capture._leaves(optimizer.state))
     capture._check_state(optimizer, state, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="Adagrad keeps 'step' on cpu, where a graph cannot advance it"):
+    with pytest.raises(RuntimeError, match="Adagrad keeps 'step' on cpu, where a graph cannot change it"):
         capture._check_state(optimizer, state, torch.device("cuda", 0))
 
 

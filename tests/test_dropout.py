@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlp_fused import ACTIVATIONS, FusedMLP, reference
-from mlp_fused.engine import autograd, layer_path, layer_steps, tables
-from mlp_fused.engine.autograd import run_layers
-from mlp_fused.engine.paths import find_layers
+from mlp_fused.engine import autograd, layer_path, layer_steps, paths, tables
+from mlp_fused.engine.autograd import run_layers, run_path
+from mlp_fused.engine.paths import find_layers, find_path
 from mlp_fused.engine.settings import Backend
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.dropout import Dropout, draw_seed
@@ -30,11 +30,13 @@ from mlp_fused.kernels.tile_config import TileConfig
 from mlp_fused.reference import Layer
 
 
-@pytest.fixture(params=[pytest.param("layer", marks=pytest.mark.full), "run"])
+@pytest.fixture(params=[pytest.param("layer", marks=pytest.mark.full), "run", "network"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An autograd.Function a layer; or one for all layers."""
+    """An autograd.Function a layer; one for all layers, kernel by kernel; or one kernel for a whole network."""
     if request.param == "layer":
         monkeypatch.setattr(autograd, "LAUNCH_BOUND", -1)
+    if request.param != "network":
+        monkeypatch.setattr(paths, "find_network", lambda *arguments: "the other path is tested")
     return request.param
 
 
@@ -185,7 +187,7 @@ def test_runs_of_one_network_and_networks_draw_apart(device: str) -> None:
     x = torch.ones(40, 32, device=device)
     with count_launches() as launches:
         model(x)
-    assert launches == {"layer_forward_kernel": 2}
+    assert launches == {"network_forward_kernel": 2}
     first, second = (part(x) != 0 for part in parts)
     assert not torch.equal(first, second)
 
@@ -321,7 +323,7 @@ def run(leaves: list[Tensor], name: str, backend: Backend = "triton") -> Tensor:
     x, w0, b0, w1, b1 = leaves
     of = [Layer(w0, b0, ACTIVATIONS[name], 0.4), Layer(w1, b1, ACTIVATIONS[name], 0.4)]
     torch.manual_seed(4)
-    return run_layers(x, [w0, w1], [b0, b1], find_layers(x, of, x.dtype, backend))
+    return run_path(x, (w0, w1), (b0, b1), find_path(x, of, x.dtype, None, backend))
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "tanh"])
@@ -381,8 +383,9 @@ def test_nothing_is_kept_besides_but_the_seed(activation: str, path: str, device
     """Every activation keeps no mask, and still one tensor a layer; torch keeps a byte an element more."""
     sizes = {}
     for p in (0.0, 0.5):
-        # 320 wide, so that both are on the layer path; 64 rows, so that memory is not padded.
-        model = FusedMLP(16, [16, 320], activation_layer=activation, dropout=p, backend="triton").to(device)
+        # 320 wide is the layer path, with Dropout and without; of 64 rows, no memory is padded.
+        widths = [16, 16 if path == "network" else 320]
+        model = FusedMLP(16, widths, activation_layer=activation, dropout=p, backend="triton").to(device)
         x = torch.randn(64, 16, device=device)
         sizes[p] = kept(lambda model=model, x=x: model(x), list(model.parameters()))
         assert model.explain(64).kept_bytes == sizes[p]
@@ -393,18 +396,17 @@ def test_nothing_is_kept_besides_but_the_seed(activation: str, path: str, device
 def test_no_launch_is_added_but_the_seeds_and_explain_says_so(activation: str, path: str, device: str) -> None:
     counted = {}
     for p in (0.0, 0.5):
-        model = FusedMLP(
-            16, [16, 320], activation_layer=activation, output_activation=activation, dropout=p, backend="triton"
-        ).to(device)
+        options: dict[str, Any] = {"activation_layer": activation, "output_activation": activation, "dropout": p}
+        model = FusedMLP(16, [16, 16 if path == "network" else 320], **options, backend="triton").to(device)
         plan = model.explain(9)
         with count_launches() as launches:
             model(torch.randn(9, 16, device=device)).sum().backward()
         counted[p] = dict(launches)
         counted[p].pop("sum_partials_kernel", None)
-        kinds = [kernel.kind for run in plan.runs for kernel in run.kernels]
+        kinds = [kernel.kind for run in plan.runs for kernel in run.kernels if kernel.kind != "sum_partials"]
         assert kinds.count("seed") == (p > 0)
         assert sum(counted[p].values()) == len(kinds) - (p > 0)
-        assert plan.path == "layer"
+        assert plan.path == ("network" if path == "network" else "layer")
     assert counted[0.5] == counted[0.0]
 
 
@@ -430,7 +432,8 @@ def test_products_that_are_torchs_drop_as_the_kernels_do(
         with count_launches() as launches:
             y = run(leaves, name, backend)
             gradients = torch.autograd.grad(y.square().sum(), leaves)
-        assert ("layer_forward_kernel" in launches) == (backend == "triton")
+        kernel = "network_forward_kernel" if path == "network" else "layer_forward_kernel"
+        assert (kernel in launches) == (backend == "triton")
         found.append([y, *gradients])
     layer_path.layer_path.cache_clear()
     for ours, *torchs in zip(*found):
@@ -474,10 +477,11 @@ def test_warmup_compiles_for_dropout_and_draws_nothing(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 512], ids=["network", "layer"])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
-def test_a_replayed_cuda_graph_draws_anew(activation: str, device: str) -> None:
-    model = FusedMLP(512, [512, 512], activation_layer=activation, dropout=0.5, backend="triton").to(device)
-    x = torch.randn(256, 512, device=device)
+def test_a_replayed_cuda_graph_draws_anew(activation: str, width: int, device: str) -> None:
+    model = FusedMLP(width, [width] * 2, activation_layer=activation, dropout=0.5, backend="triton").to(device)
+    x = torch.randn(1024, width, device=device)
     leaves = list(model.parameters())
 
     def step() -> list[Tensor]:

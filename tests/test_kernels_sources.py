@@ -112,6 +112,9 @@ def test_a_branch_that_a_known_constant_rules_out_does_not_count(tmp_path: Path)
     b = written(tmp_path / "b", KERNEL.replace("value + 1", "value + 2"))  # what bf16x6 alone calls
     assert digest(a, "ieee") == digest(b, "ieee")
     assert digest(a, "bf16x6") != digest(b, "bf16x6")
+    several = [sources.digest([each], {"PRECISION": frozenset({"ieee", "tf32"})}) for each in (a, b)]
+    assert several[0] == several[1]
+    assert sources.digest([a], {"PRECISION": frozenset({"ieee", "bf16x6"})}) == sources.digest([a])
 
 
 def test_a_new_branch_leaves_the_others_as_they_were(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mlp_fused.engine.paths import find_layers
 from mlp_fused.kernels import network, network_forward, network_one_pass
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.devices import Device, describe
+from mlp_fused.kernels.dropout import draw_seed
 from mlp_fused.kernels.launch import cdiv, count_launches, offset_type
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
@@ -202,10 +203,11 @@ def test_backward_rebuilds_the_very_bits_of_the_forward(dtype: torch.dtype, devi
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "sigmoid"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids="dropout={}".format)
 def test_the_network_recomputes_the_very_bits_of_its_forward(
-    activation: str, dtype: torch.dtype, device: str, poisoned: None
+    dropout: float, activation: str, dtype: torch.dtype, device: str, poisoned: None
 ) -> None:
-    case = Case(100, (20, 32, 24, 17), dtype, activation)
+    case = Case(100, (20, 32, 24, 17), dtype, activation, dropout=dropout)
     data = make(case, device)
     x, layers, path = find(case, data)
     assert isinstance(path, NetworkPath)
@@ -217,13 +219,14 @@ def test_the_network_recomputes_the_very_bits_of_its_forward(
     hidden, again = (torch.empty(case.rows * net.starts[-1], dtype=dtype, device=device) for _ in range(2))
     # The interpreter's products are numpy's, whose last bit depends on how many rows there are.
     tile = path.forward_tile if device == "cuda" else path.backward_tile
-    network_forward.network_forward(x, weights, biases, y, net, tile, h=hidden)
+    seed = {"seed": draw_seed(x.device), "keeps": path.keeps} if dropout else {}
+    network_forward.network_forward(x, weights, biases, y, net, tile, h=hidden, **seed)
     nothing = network.gradients_of(net.widths, (False,) * 3, (False,) * 3, True)
     sums = network_one_pass.network_one_pass_sums(x.shape[0], net, nothing, path.backward_tile)
     partial, *_ = sums.allocate(x.device)
     dx = torch.empty_like(x)
     network_one_pass.network_one_pass(
-        x, dy, weights, biases, None, None, None, dx, partial, net, nothing, path.backward_tile, h=again
+        x, dy, weights, biases, None, None, None, dx, partial, net, nothing, path.backward_tile, h=again, **seed
     )
     assert not hidden.isnan().any()
     assert torch.equal(hidden, again)

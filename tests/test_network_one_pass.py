@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, HALVES, Case, Data, check, gradients, make, oracle
+from cases import CASES, HALVES, SEED, Case, Data, check, gradients, make, oracle
 from kernel_runs import by_torch, case_id, find
 from kernel_runs import forward as forward_by_rule
 from torch import Tensor
@@ -40,19 +40,21 @@ def path_in(form: str, case: Case, data: Data) -> NetworkPath:
         FORMS[form],
         path.wgrad_tile,
         groups.get(form, ()),
+        path.dropouts,
     )
 
 
 def forward(form: str, case: Case, data: Data) -> Tensor:
     """y by a network whose backward has that form."""
     x = data.x.reshape(-1, data.x.shape[-1])
+    torch.manual_seed(SEED)  # of Dropout
     y = run_network(x, tuple(data.weights), tuple(data.biases), path_in(form, case, data))
     return y.view(*data.x.shape[:-1], y.shape[-1])
 
 
 def is_one_pass(case: Case) -> bool:
     """True if a case is a network in 16 bits, whose sums fit in registers."""
-    return case.dtype in HALVES and max(case.widths) <= 128 and case.dropout == 0
+    return case.dtype in HALVES and max(case.widths) <= 128
 
 
 def parameters() -> list[object]:
@@ -83,19 +85,33 @@ WIDE = Case(130, (24, 48, 40, 16), torch.bfloat16, needs="everything")
 @pytest.mark.parametrize("needs", ["everything", "input", "first layer", "last layer", "weights", "biases"])
 def test_what_is_wanted_in_one_pass(needs: str, activation: str, form: str, device: str, poisoned: None) -> None:
     """With an activation at the output, and without the gradients that nobody asks for."""
-    case = replace(WIDE, needs=needs, activation=activation, output_activation=activation)
+    wanted_in_one_pass(replace(WIDE, needs=needs, activation=activation, output_activation=activation), form, device)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("activation", "output"), [("relu", "identity"), ("gelu", "tanh"), ("tanh", "relu")])
+@pytest.mark.parametrize("needs", ["everything", "first layer", "last layer", "biases"])
+def test_what_is_wanted_after_dropout(
+    needs: str, activation: str, output: str, form: str, device: str, poisoned: None
+) -> None:
+    case = replace(WIDE, needs=needs, activation=activation, output_activation=output, dropout=0.3)
+    wanted_in_one_pass(case, form, device)
+
+
+def wanted_in_one_pass(case: Case, form: str, device: str) -> None:
     data = make(case, device)
     with count_launches() as launches:
         ours = gradients(data, forward(form, case, data))
-    by_layers = {"last layer": 1}.get(needs, 3)
+    by_layers = {"last layer": 1}.get(case.needs, 3)
     assert launches["network_one_pass_kernel"] == (by_layers if form == "stored by layers" else 1)
     check(case, oracle(case, data), ours, by_torch(case, data))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_the_same_bits_in_one_pass(activation: str, form: str, device: str, poisoned: None) -> None:
-    case = replace(WIDE, rows=1100, activation=activation, dtype=torch.float16)
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids="dropout={}".format)
+def test_the_same_bits_in_one_pass(dropout: float, activation: str, form: str, device: str, poisoned: None) -> None:
+    case = replace(WIDE, rows=1100, activation=activation, dtype=torch.float16, dropout=dropout)
     runs = [gradients(data, forward(form, case, data)) for data in (make(case, device), make(case, device))]
     for name in runs[0]:
         assert torch.equal(runs[0][name], runs[1][name]), name

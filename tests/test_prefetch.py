@@ -421,7 +421,7 @@ def test_batches_are_taken_by_next_as_from_a_dataloader(streams: bool, late: Seq
         (([], "cpu", 1.5), {}, TypeError, "depth is 1.5; it needs to be an integer, 1 or more"),
         (([], "cpu", torch.tensor(True)), {}, TypeError, r"depth is tensor\(True\); it needs to be an integer"),
         (([], "cpu"), {"dtype": "bf16"}, TypeError, "dtype is 'bf16'; it needs to be a torch.dtype"),
-        (([], "cpu"), {"dtype": torch.int8}, ValueError, "dtype is torch.int8; it needs to be of floating point"),
+        (([], "cpu"), {"dtype": torch.int8}, ValueError, "dtype is torch.int8; it needs to be a floating-point dtype"),
         (([], "cpu"), {"cast": "never"}, ValueError, "cast is 'never'; it needs to be one of 'before', 'after'"),
         (([], "gpu"), {}, ValueError, "device is 'gpu'; it needs to be one that torch has here"),
         (([], None), {}, ValueError, "device is None; it needs to be one that torch has here"),
@@ -444,13 +444,13 @@ def test_passes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     module_of_ours._streams.cache_clear()
     assert passes[0]._streams is passes[1]._streams  # type: ignore[attr-defined]
     assert passes[0]._streams.device == torch.device("cuda:1")  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="device is cuda:2; there are 2, counted from 0"):
+    with pytest.raises(ValueError, match="device is cuda:2; it needs an index below 2"):
         DevicePrefetcher([], "cuda:2")
 
 
 def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device is cuda, but torch .* can use none here; cpu always can be used"):
+    with pytest.raises(ValueError, match="device is cuda, but torch .* finds no cuda device; use cpu"):
         DevicePrefetcher([], "cuda")
 
 

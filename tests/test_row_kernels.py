@@ -18,7 +18,7 @@ from mlp_fused.kernels import layer_tiles, sources
 
 FP32 = dataclasses.replace(FORWARD, dtype="float32", tile=dataclasses.replace(TILE, precision="bf16x6"))
 # Kernels that no row measures: what they do is part of a product's step, or of none.
-UNMEASURED = {"pointwise_kernel"}
+UNMEASURED = {"pointwise_kernel", "split_kernel"}
 
 
 def test_rows_differ_by_what_their_kernels_differ_in() -> None:
@@ -81,7 +81,7 @@ def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(
     assert tables.path_for(asked[0], None, *asked[1:]) is None
     assert tables.is_path_outdated(*asked)
     (record,) = caplog.records
-    said = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures anew"
+    said = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures again"
     assert record.getMessage() == f"{tables.user_path(H200.name)}: {said}"
 
 

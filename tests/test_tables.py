@@ -111,7 +111,7 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
 def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     bad = dataclasses.replace(FORWARD, torch_ms=0.0)
-    with pytest.raises(ValueError, match=r"gemms\[0\]\.torch_ms is 0\.0, which is no value of a table"):
+    with pytest.raises(ValueError, match=r"gemms\[0\]\.torch_ms is 0\.0, which is not a valid value"):
         table_files.write(tmp_path / "t.json", table(bad))
     assert not list(tmp_path.iterdir())
 
@@ -130,10 +130,10 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "two lines": (lambda t: t.update(device="a\nb"), r'device is "a\\nb", which'),
     "date": (lambda t: t.update(date="yesterday"), 'date is "yesterday", which'),
     "local time": (lambda t: t.update(date="2026-01-31T12:00:00"), "date is .*, which"),
-    "versions": (lambda t: t["versions"].pop("torch"), "versions is .*, which is no value"),
-    "two toolkits": (lambda t: t["versions"].update(hip="7"), "versions is .*, which is no value"),
-    "no toolkit": (lambda t: t["versions"].pop("cuda"), "versions is .*, which is no value"),
-    "version": (lambda t: t["versions"].update(torch=2), "versions is .*, which is no value"),
+    "versions": (lambda t: t["versions"].pop("torch"), "versions is .*, which is not a valid value"),
+    "two toolkits": (lambda t: t["versions"].update(hip="7"), "versions is .*, which is not a valid value"),
+    "no toolkit": (lambda t: t["versions"].pop("cuda"), "versions is .*, which is not a valid value"),
+    "version": (lambda t: t["versions"].update(torch=2), "versions is .*, which is not a valid value"),
     "gemms": (lambda t: t.update(gemms={}), "gemms is {}, which"),
     "row": (lambda t: t["gemms"].append(1), r"gemms\[1\] .*not a mapping"),
     "kind": (lambda t: gemm(t, kind="fgrad"), r'gemms\[0\]\.kind is "fgrad", which'),
@@ -148,7 +148,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "huge": (lambda t: gemm(t, torch_ms=10**400), r"gemms\[0\]\.torch_ms is 10+\.\.\., which"),
     "kernel": (lambda t: gemm(t, kernel=7), r"gemms\[0\]\.kernel is 7, which"),
     "network's kernel": (lambda t: net(t, kernel=""), r'networks\[0\]\.kernel is "", which'),
-    "twice": (lambda t: t["gemms"].append(t["gemms"][0]), "two of its gemms are about the same problem"),
+    "twice": (lambda t: t["gemms"].append(t["gemms"][0]), "two rows of its gemms are for the same problem"),
     "tile": (lambda t: gemm(t, tile=[64]), r"gemms\[0\]\.tile .*not a mapping"),
     "field": (lambda t: tile(t, block_l=16), r"gemms\[0\]\.tile got an unexpected keyword argument 'block_l'"),
     "block": (lambda t: tile(t, block_m=48), r"tile\.block_m is 48, which"),
@@ -396,7 +396,7 @@ def test_merging_keeps_what_was_not_measured_again() -> None:
     new = dataclasses.replace(table(again), date="2027-01-01T00:00:00+00:00")
     merged = tables.merge(old, new)
     assert merged == dataclasses.replace(new, gemms=table(again, other).gemms, networks=table(NARROW).networks)
-    with pytest.raises(ValueError, match="measured on NVIDIA H200; it needs to be of NVIDIA H100"):
+    with pytest.raises(ValueError, match="measured on NVIDIA H200; it needs to be measured on NVIDIA H100"):
         tables.merge(old, table(device="NVIDIA H100"))
 
 
@@ -428,7 +428,7 @@ def test_packaged_tables_are_good() -> None:
     [
         (b"{", "is not JSON: .+"),
         (b"{}", "is no measured table: schema is null; .+"),
-        (table(FORWARD, device="NVIDIA H100"), "was measured on NVIDIA H100; it needs to be of NVIDIA H200"),
+        (table(FORWARD, device="NVIDIA H100"), "was measured on NVIDIA H100; it needs to be measured on NVIDIA H200"),
     ],
     ids=["not JSON", "no table", "another device"],
 )
@@ -447,7 +447,7 @@ def test_a_broken_table_is_warned_of_once_and_not_used(
             assert tables.tile_for(problem(rows), H200) == TILE  # the packaged one's
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING")
-    mend = "it is not used; delete it, or let `mlp-fused tune` write a new one after that"
+    mend = "it is not used; delete it, or run `mlp-fused tune` after that to write a new one"
     assert re.match(f"{re.escape(str(path))}:? {sentence}; {mend}$", record.getMessage())
 
 
@@ -462,7 +462,9 @@ def test_of_a_table_only_tiles_that_do_not_fit_are_left_out(
         assert tables.tile_for(problem(2**13), H200) == TILE
     (record,) = caplog.records
     sentence = r"gemms\[0\]\.tile takes \d+ bytes of shared memory; NVIDIA H200 has 232448"
-    said = f"{re.escape(str(tables.user_path(H200.name)))}: {sentence}; {told} not used; `mlp-fused tune` measures anew"
+    said = (
+        f"{re.escape(str(tables.user_path(H200.name)))}: {sentence}; {told} not used; `mlp-fused tune` measures again"
+    )
     assert re.fullmatch(said, record.getMessage())
 
 
@@ -475,7 +477,7 @@ def test_specialised_warps_take_a_triton_that_compiles_them(
     mine = dataclasses.replace(table(dataclasses.replace(FORWARD, tile=tile)), versions=of_triton(*version))
     install(mine)
     assert (tables.tile_for(problem(), H200) == tile) == is_used
-    refused = f"{tables.user_path(H200.name)}: gemms[0].tile specialises warps; it needs Triton 3.7 or newer; this row"
+    refused = f"{tables.user_path(H200.name)}: gemms[0].tile specializes warps; it needs Triton 3.7 or newer; this row"
     assert [record.getMessage().startswith(refused) for record in caplog.records] == [True] * (not is_used)
 
 
@@ -502,15 +504,15 @@ def test_under_another_triton_tiles_hold_that_the_rule_knows(
     path = tables.user_path(H200.name) if whose == "user" else tables.packaged_path(H200.name)
     today = ".".join(map(str, tables.TRITON_VERSION))
     assert record.getMessage() == (
-        f"{path} was measured with Triton 3.4.0, this is {today}: of its tiles only those are used that the rule here "
-        "knows; `mlp-fused tune` measures anew"
+        f"{path} was measured with Triton 3.4.0, this is {today}: only those of its tiles are used that are candidates "
+        "here; `mlp-fused tune` measures again"
     )
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING" if whose == "user" else "INFO")
 
 
 def test_a_table_can_be_asked_before_those_on_disk(measured: Path) -> None:
     install(user=table(dataclasses.replace(FORWARD, tile=OTHER)))
-    with tables.asked_first(table(FORWARD)):
+    with tables.preferred(table(FORWARD)):
         tables.forget()
         assert tables.tile_for(problem(), H200) == TILE
         another = DEVICES["NVIDIA H100"]

@@ -159,10 +159,10 @@ def test_a_file_of_readings_has_a_row_for_each_tile(tmp_path: Path) -> None:
     table_files.write(tmp_path / "r.json", READINGS)
     assert table_files.read(tmp_path / "r.json") == READINGS
     assert json.loads((tmp_path / "r.json").read_text())["readings"] is True
-    with pytest.raises(ValueError, match="two of its gemms are about the same problem"):
+    with pytest.raises(ValueError, match="two rows of its gemms are for the same problem"):
         table_files.write(tmp_path / "t.json", dataclasses.replace(READINGS, readings=False))
     twice = dataclasses.replace(READINGS, gemms=(*READINGS.gemms, READINGS.gemms[0]))
-    with pytest.raises(ValueError, match="two of its gemms are about the same problem"):
+    with pytest.raises(ValueError, match="two rows of its gemms are for the same problem"):
         table_files.write(tmp_path / "r.json", twice)
 
 

@@ -39,9 +39,10 @@ def run_path(
 
 def run_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPath) -> Tensor:
     """Run the network path, x (M, d_0) -> y (M, d_L)."""
+    seed = draw_seed(x.device) if path.drops else None
     if path.formulation is None:
-        return path.forward(x, weights, biases, False)[0]
-    y: Tensor = NetworkFunction.call(x, path, *weights, *biases)
+        return path.forward(x, weights, biases, False, seed)[0]
+    y: Tensor = NetworkFunction.call(x, path, seed, *weights, *biases)
     return y
 
 
@@ -107,7 +108,7 @@ def saved_bytes(
         if path.formulation is None:
             return 0
         kept = sum(map(math.prod, path.kept_shapes(rows))) + rows * path.network.widths[-1] * path.keeps_output
-        return rows * path.network.widths[0] * input_size + kept * size
+        return rows * path.network.widths[0] * input_size + kept * size + SEED_BYTES * path.drops
     wanted = [needs_x, *map(operator.or_, weights, biases)]
     if not any(wanted):
         return 0
@@ -202,29 +203,34 @@ class NetworkFunction(PlainFunction):
     """A whole network on the network path: (x, W_1 …, b_1 …) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, path: NetworkPath, *parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, path: NetworkPath, seed: Tensor | None, *parameters: Tensor | None) -> Tensor:
         count = len(parameters) // 2
         weights: Any = parameters[:count]
-        y, kept = path.forward(x, weights, parameters[count:], path.stores)
+        y, kept = path.forward(x, weights, parameters[count:], path.stores, seed)
         hidden, z = kept if path.stores else (None, None)
-        save(ctx, parameters, x, hidden, y if path.keeps_output else z)
+        save(ctx, parameters, x, hidden, y if path.keeps_output else z, seed)
         ctx.path = path
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         path: NetworkPath = ctx.path
-        needs_x, _, *needs = ctx.needs_input_grad
-        parameters, (x, kept, own) = restore(ctx)
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        parameters, (x, kept, own, seed) = restore(ctx)
         dy = plain_gradient(dy)
         if wants_torch(dy):
             check_unchanged(ctx, parameters, range(len(parameters)))
-            dx, found = differentiable_backward(path.activations, path.dtype, x, parameters, dy, needs_x, needs)
+            factors = [
+                dropout_factors(seed, dropout, x.shape[0], width, path.dtype)
+                for dropout, width in zip(path.dropouts, path.network.widths[1:])
+            ]
+            arguments = (path.activations, path.dtype, x, parameters, dy, needs_x, needs)
+            dx, found = differentiable_backward(*arguments, factors or itertools.repeat(None))
         else:
             check_unchanged(ctx, parameters, path.parameters_read(needs_x))
             parameters = laid_out(parameters, path.strides)
-            dx, found = path.backward(dy, x, contiguous(kept), contiguous(own), parameters, needs_x, needs)
-        return dx, None, *found
+            dx, found = path.backward(dy, x, contiguous(kept), contiguous(own), parameters, needs_x, needs, seed)
+        return dx, None, None, *found
 
 
 # ------------------------------------------------------------ what is saved

@@ -24,7 +24,7 @@ from ..kernels import devices
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
 from ..kernels.devices import Device
-from ..kernels.dropout import SEED_BYTES, Dropout
+from ..kernels.dropout import SEED_BYTES, dropouts_of
 from .layer_steps import (
     Choose,
     LayerSpec,
@@ -96,7 +96,7 @@ def layer_path(
         parameters: the dtypes and strides of each layer's parameters, as `parameters_of` gives them.
         dropouts: for each layer, the probability of its Dropout; 0 if it has none.
     """
-    drops = [Dropout(1.0 - p, index) if p else None for index, p in enumerate(dropouts)]
+    drops = dropouts_of(dropouts)
     layers = [
         LayerSpec(index, below, activation, dtype, precision, k, n, stored, dropout, dropout_below)
         for index, (below, activation, (k, n), stored, dropout, dropout_below) in enumerate(

@@ -4,6 +4,11 @@ z = h_below W^T + b, h = a(z)                        forward
 dz = dh ⊙ a'(saved)                                  output_gradient, for the network's last layer
 dz_below = (dz W) ⊙ a_below'(saved_below)            dgrad
 dW = dz^T h_below, db = Σ_rows dz                    wgrad
+
+In full fp32, a product may take operands that are split into fp16 planes ("fp16x3"). Then it has further steps:
+
+planes of each operand, and partial sums for db      split
+the output tiles that planes do not serve            redo
 """
 
 from __future__ import annotations
@@ -24,8 +29,9 @@ from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad_products, wgrad_sums
 from ..kernels.layer_forward import layer_forward, pointwise
 from ..kernels.partial_sums import Partial, sum_partials, sum_tile
+from ..kernels.planes import SPLIT, info_shape, planes_shape, redo_tile, split
 from ..kernels.tile_config import Kind, Problem
-from . import tables
+from . import settings, tables
 from .schedule import Layers, Schedule, Writer
 from .torch_products import cast_by_torch, dgrad_by_torch, linear_by_torch, linear_relu_by_torch, wgrad_by_torch
 
@@ -63,10 +69,20 @@ def parameters_of(layers: Sequence[Layer]) -> tuple[Parameters, ...]:
 Choose = Callable[[Problem], tables.Choice]  # a tile for a problem, or torch
 
 
-def choose_tile(problem: Problem, device: Device, torch_too: bool) -> tables.Choice:
-    """The tile for a problem on a device; or torch, with `torch_too`, if torch is expected to be faster."""
+def choose_tile(
+    problem: Problem, device: Device, torch_too: bool, float32: settings.Float32 = settings.FLOAT32
+) -> tables.Choice:
+    """The tile for a problem on a device; or torch, with `torch_too`, if torch is expected to be faster.
+
+    `float32` is the user's choice for full fp32: see `settings.FLOAT32`.
+    """
     if problem.kind == "output_gradient":
         return tables.Choice(layer_tiles.choose(problem, device), "")
+    planes = layer_tiles.planes_tile(problem, device) if float32 == "auto" else None
+    if planes is not None and not torch_too:
+        return tables.Choice(planes, "asked for")
+    if planes is not None and layer_tiles.prefers_planes(problem, planes, device):
+        return tables.Choice(planes, "estimated")
     choice = tables.choice_for(problem, device)
     if choice.tile is None and not torch_too:
         return tables.Choice(layer_tiles.choose(problem, device), "asked for")
@@ -139,9 +155,11 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
     add = partial(writer.add, "forward", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
     operands: dict[str, Any] = {"x": x, "weight": weight, "bias": writer.has(f"bias[{spec.index}]")}
     if choice.tile is not None:
-        options: dict[str, Any] = {"activation": spec.activation, "precision": spec.precision, "tile": choice.tile}
+        options: dict[str, Any] = {"activation": spec.activation, "precision": spec.precision}
         run = partial(layer_forward, **options, dropout=spec.dropout)
-        return add(operands | {"h": h, "z": z, **_seed(spec.dropout)}, ("h", "z"), run)
+        operands |= {"h": h, "z": z, **_seed(spec.dropout)}
+        shapes = {"x": (rows, k), "weight": (n, k)}
+        return _add_kernel(spec, writer, add, operands, ("h", "z"), run, choice, shapes)
     is_plain_relu = spec.activation.name == "relu" and spec.dropout is None
     if is_plain_relu and z is None and operands["bias"] and writer.on_gpu:
         return add(operands | {"h": h}, ("h",), linear_relu_by_torch)
@@ -150,6 +168,61 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
     if spec.activation is not IDENTITY or spec.dropout is not None:
         _add_pointwise(spec, writer, "activation", {"z": product, "h": h}, n, choose)
     return None
+
+
+def _add_kernel(
+    spec: LayerSpec,
+    writer: Writer,
+    add: Callable[..., None],
+    operands: Mapping[str, Any],
+    writes: tuple[str, ...],
+    run: Callable[..., Any],
+    choice: tables.Choice,
+    shapes: Mapping[str, tuple[int, int]],
+    moved: Mapping[str, Any] | None = None,
+) -> None:
+    """Add a product by one of our kernels: `add` adds its step. `shapes` has the shapes of its two factors, by name.
+
+    If the kernel takes planes, add the split of both factors before it, unless they are split already, and the step
+    that computes flagged tiles again after it.
+    """
+    assert choice.tile is not None
+    if choice.tile.precision != "fp16x3":
+        return add(operands, writes, partial(run, tile=choice.tile), moved=moved)
+    planes, plain = {}, {}
+    for side, (name, shape) in enumerate(shapes.items()):
+        planes[name] = _add_split(spec, writer, side, operands[name], shape, with_sums=name == "dz")
+        plain[name] = (operands[name], planes[name][1])
+    read = {name: of_planes for name, (of_planes, _) in planes.items()}
+    add({**operands, **planes}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
+    redo = tables.Choice(redo_tile(choice.tile), choice.source)
+    again = {**operands, **plain}
+    return writer.add("redo", spec, again, writes, partial(run, tile=redo.tile), choice=redo, moved={})
+
+
+def _add_split(
+    spec: LayerSpec, writer: Writer, side: int, x: str, shape: tuple[int, int], with_sums: bool
+) -> tuple[str, str]:
+    """The names of the planes and the info of x. Add the step that splits it, unless the last one of this side did.
+
+    The first factor of every product has one buffer for its planes, and the second factor another. `with_sums` adds
+    partial sums over the rows of x, from which wgrad has db.
+    """
+    planes, info, sums = (f"{part} {side} of {x}" for part in ("planes", "info", "sums"))
+    of_side = (step for step in reversed(writer.steps) if step.operands.get("planes", "").startswith(f"planes {side}"))
+    last = next(of_side, None)
+    if last is not None and last.operands["x"] == x:
+        return planes, info
+    of_planes, strides = planes_shape(*shape)
+    blocks = info_shape(*shape)
+    writer.share(planes, f"planes {side}", 2 * strides[0], dtype=torch.float16)
+    writer.part(planes, f"planes {side}", 0, *of_planes, strides=strides)
+    writer.share(info, f"info {side}", *blocks, dtype=torch.int32)
+    operands: dict[str, Any] = {"x": x, "planes": planes, "info": info, "sums": None}
+    if with_sums:
+        operands["sums"] = writer.share(sums, "sums of rows", blocks[1], shape[1])
+    writer.add("split", spec, operands, ("planes", "info", "sums"), split, choice=tables.Choice(SPLIT, ""))
+    return planes, info
 
 
 def _add_pointwise(
@@ -195,9 +268,10 @@ def add_dgrad(
     add = partial(writer.add, "dgrad", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
     operands: dict[str, Any] = {"dz": dz, "weight": weight}
     if choice.tile is not None:
-        options: dict[str, Any] = {"below": spec.below, "precision": spec.precision, "tile": choice.tile}
+        options: dict[str, Any] = {"below": spec.below, "precision": spec.precision}
         run = partial(dgrad, **options, dropout=spec.dropout_below)
-        add(operands | {"saved": saved, "dx": dx, "h": rebuilt, **_seed(spec.dropout_below)}, ("dx", "h"), run)
+        operands |= {"saved": saved, "dx": dx, "h": rebuilt, **_seed(spec.dropout_below)}
+        _add_kernel(spec, writer, add, operands, ("dx", "h"), run, choice, {"dz": (rows, n), "weight": (n, k)})
         return
     add(operands | {"dx": dx}, ("dx",), dgrad_by_torch)
     if saved is not None or spec.dropout_below is not None:
@@ -219,20 +293,29 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     operands: dict[str, Any] = {"dz": dz, "h": h if dw else None, "dw": dw, "db": db}
     if choice.tile is None:
         return add(operands, ("dw", "db"), wgrad_by_torch)
-    sums = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
-    run = partial(wgrad_products, width_in=k, tile=choice.tile, partial=sums)
+    shapes = {"dz": (rows, n), "h": (rows, k)}
+    from_split = choice.tile.precision == "fp16x3"  # db is then summed where dz is split
     moved = dict(operands)
+    if from_split:
+        operands["db"], size_b = None, 0
+    sums = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
+    run = partial(wgrad_products, width_in=k, partial=sums)
+    totals = tuple(total for total in (operands["dw"], operands["db"]) if total)
     if dw is None:  # the kernel needs a tensor here, but does not read it
         operands["h"] = dz
-    if sums.splits == 1:
-        return add(operands, ("dw", "db"), run)
-    whole = writer.share(f"partial[{spec.index}]", "partial", sums.splits, sums.columns, dtype=sums.dtype)
-    operands["dw"] = whole if dw else None
-    if db:
-        shape, strides = (sums.splits, n), (sums.columns, 1)
-        operands["db"] = writer.part(f"partial db[{spec.index}]", "partial", sums.start_b, *shape, strides=strides)
-    add(operands, ("dw", "db"), run, moved=moved)
-    return add_sums(spec, writer, whole, tuple(total for total in (dw, db) if total), sums, sums.starts)
+    whole = f"partial[{spec.index}]"
+    if sums.splits > 1:
+        writer.share(whole, "partial", sums.splits, sums.columns, dtype=sums.dtype)
+        operands["dw"] = whole if dw else None
+        if operands["db"]:
+            shape, strides = (sums.splits, n), (sums.columns, 1)
+            operands["db"] = writer.part(f"partial db[{spec.index}]", "partial", sums.start_b, *shape, strides=strides)
+    _add_kernel(spec, writer, add, operands, ("dw", "db"), run, choice, shapes, moved)
+    if sums.splits > 1:
+        add_sums(spec, writer, whole, totals, sums, sums.starts)
+    if from_split and db:
+        add_sums(spec, writer, f"sums 0 of {dz}", (db,), Partial(info_shape(rows, n)[1], n, 0, spec.dtype))
+    return None
 
 
 def add_sums(

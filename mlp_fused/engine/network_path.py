@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import network
+from ..kernels.dropout import Dropout
 from ..kernels.network import Gradients, Network
 from ..kernels.network_backward import network_dgrad, network_wgrad, network_wgrad_sums
 from ..kernels.network_forward import network_forward
@@ -31,6 +32,13 @@ __all__ = ["Formulation", "NetworkPath"]
 Formulation = Literal["recompute", "stored", "replay"]
 
 
+SPLIT = {  # the explanation of a precision (see kernels/tile.py)
+    "bf16x6": "; float32 is multiplied in three bf16 parts",
+    "fp16x3": "; float32 is multiplied in two scaled fp16 parts",
+    "fp16x1": "; tf32 is multiplied as scaled fp16",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class NetworkPath:
     """The network path for some layers on a device: its tiles and its formulation of training, with the reason.
@@ -41,6 +49,7 @@ class NetworkPath:
         backward_tile: the tile of the backward in one pass, or of network_dgrad.
         groups: for the one pass over stored tensors, the layers (low, high) of each launch, the highest first. If it is
             empty, network_dgrad and network_wgrad run instead.
+        dropouts: each layer's Dropout, None where nothing is dropped; empty if no layer has Dropout.
     """
 
     network: Network
@@ -50,6 +59,7 @@ class NetworkPath:
     backward_tile: TileConfig | None
     wgrad_tile: TileConfig
     groups: tuple[tuple[int, int], ...] = ()
+    dropouts: tuple[Dropout | None, ...] = ()
     cache: Cache = field(default_factory=Cache, repr=False)
 
     @property
@@ -69,8 +79,20 @@ class NetworkPath:
             "replay": "backward begins with the forward again: ",
         }
         trains = f"; {how[self.formulation]}{self.reason}" if self.formulation else ""
-        split = "; float32 is multiplied in three bf16 parts" if self.network.precision == "bf16x6" else ""
+        split = SPLIT.get(self.network.precision, "")
         return f"the weights fit on the chip{split}{trains}"
+
+    @functools.cached_property
+    def drops(self) -> bool:
+        """True if any layer has active Dropout."""
+        return any(self.network.drops)
+
+    @property
+    def keeps(self) -> tuple[float | None, ...] | None:
+        """For each layer, the probability that an element is kept, None without Dropout; None if no layer has any."""
+        if not self.drops:
+            return None
+        return tuple(None if dropout is None else dropout.keep for dropout in self.dropouts)
 
     @property
     def stores(self) -> bool:
@@ -103,15 +125,23 @@ class NetworkPath:
     # ------------------------------------------------------------ forward
 
     def forward(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], keep: bool
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        keep: bool,
+        seed: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """(y, []), or with `keep` (y, [saved tensors of the hidden layers or None, last pre-activation or None])."""
-        tensors = (x, *weights, *biases)
+        """(y, []), or with `keep` (y, [saved tensors of the hidden layers or None, last pre-activation or None]).
+
+        `seed` is the seed of the path's Dropout, None without Dropout.
+        """
+        tensors = (x, seed, *weights, *biases)
         pointers, aligned = read(tensors)
         key = (keep, aligned, x.shape, x.stride(), x.dtype, x.get_device())
         schedule = self.cache.get(key)
         if schedule is None:
-            given = named({"x": x}, weights, biases)
+            given = named({"x": x, "seed": seed}, weights, biases)
             schedule = self.cache[key] = self.write_forward(given, x.shape[0], keep)
         y, *kept = schedule.run(tensors, pointers)
         return y, kept
@@ -130,7 +160,8 @@ class NetworkPath:
         z = writer.allocate("z", rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "y": y, "weights": weights, "biases": biases, "kept": kept, "z": z, "h": None}
-        run = partial(network_forward, network=net, tile=tile)
+        operands |= self._seed()
+        run = partial(network_forward, network=net, tile=tile, keeps=self.keeps)
         if rows:
             flops = self._flops(rows)
             writer.add(kind, self, operands, ("y", "kept", "z"), run, flops=flops, choice=Choice(tile, ""))
@@ -147,6 +178,7 @@ class NetworkPath:
         parameters: Sequence[Tensor | None],
         needs_x: bool,
         needs: Sequence[bool],
+        seed: Tensor | None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """(dx, [dW …, db …]), with None for gradients that are not needed.
 
@@ -154,14 +186,16 @@ class NetworkPath:
             kept: the saved tensors of the hidden layers, if the forward stores them.
             own: the saved tensor of the last layer, z or y, if the forward stores it.
             parameters: the user's weights, then the biases.
+            seed: the seed that the forward was given.
         """
-        tensors = (dy, x, kept, own, *parameters)
+        tensors = (dy, x, kept, own, seed, *parameters)
         pointers, aligned = read(tensors)
         key = (needs_x, *needs, aligned, x.shape, x.stride(), x.dtype, x.get_device(), dy.stride())
         schedule = self.cache.get(key)
         if schedule is None:
             count = len(parameters) // 2
-            given = named({"dy": dy, "x": x, "kept": kept, "own": own}, parameters[:count], parameters[count:])
+            others = {"dy": dy, "x": x, "kept": kept, "own": own, "seed": seed}
+            given = named(others, parameters[:count], parameters[count:])
             schedule = self.cache[key] = self.write_backward(given, x.shape[0], needs_x, needs)
         dx, *gradients = schedule.run(tensors, pointers)
         return dx, gradients
@@ -206,7 +240,7 @@ class NetworkPath:
         """Add one kernel that recomputes the forward and computes every dz, dW and db, and the step that adds sums."""
         net, tile, rows = self.network, self.backward_tile, writer.rows
         assert tile is not None
-        run = partial(network_one_pass, network=net, gradients=wanted, tile=tile)
+        run = partial(network_one_pass, network=net, gradients=wanted, tile=tile, keeps=self.keeps)
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases}
         operands |= {"kept": None, "own": None, "dz": None, "h": None}
@@ -246,7 +280,7 @@ class NetworkPath:
             goes_below = low > lowest or (low == 0 and dx is not None)
             operands: dict[str, Any] = {"x": "x", "dy": "dy", "dx": None if low else dx, "weights": weights}
             operands |= {"biases": (None,) * net.layers, "kept": kept, "own": own if top else None}
-            operands |= {"dz": dz, "h": None, "partial": whole}
+            operands |= {"dz": dz, "h": None, "partial": whole, **self._seed()}
             moved = {
                 "inputs": tuple(hidden(kept, i - 1) if i else "x" for i in layers),
                 "dz": "dy" if top else hidden(dz, high - 1),
@@ -254,8 +288,10 @@ class NetworkPath:
                 "weights": weights[low if goes_below else low + 1 : high],
                 "dx": hidden(dz, low - 1) if low > lowest else operands["dx"],
                 "partial": tuple(f"d {each}[{i}]" for i in layers for each in ("weight", "bias")),
+                **self._seed(),
             }
-            run = partial(network_one_pass, network=net, gradients=wanted, tile=tile, group=(low, high))
+            options: dict[str, Any] = {"network": net, "gradients": wanted, "tile": tile, "keeps": self.keeps}
+            run = partial(network_one_pass, **options, group=(low, high))
             flops = self._flops(rows, low if goes_below else low + 1, high)
             flops += sum(self._flops(rows, i, i + 1) for i in layers if wanted.weights[i])
             writes, choice = ("dx", "dz", "partial"), Choice(tile, "")
@@ -275,19 +311,19 @@ class NetworkPath:
         """Add one kernel for every dz, one for every dW and db, and the step that adds the sums."""
         net, rows, tile = self.network, writer.rows, self.backward_tile
         dz = writer.allocate("dz", rows * net.starts[-1]) if kept else None
-        last = writer.allocate("last", rows, net.widths[-1]) if own else None
+        last = writer.allocate("last", rows, net.widths[-1]) if net.differentiates_output else None
         if last or wanted.lowest + 1 < net.layers or dx:
             assert tile is not None
-            run = partial(network_dgrad, network=net, gradients=wanted, tile=tile)
+            run = partial(network_dgrad, network=net, gradients=wanted, tile=tile, keeps=self.keeps)
             weights, _ = self._parameters(writer)
             operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept, "own": own}
-            operands |= {"dz": dz, "last": last}
+            operands |= {"dz": dz, "last": last, **self._seed()}
             moved = {**operands, "weights": weights if dx else weights[1:]}
             flops = self._chain_flops(rows, wanted, dx)
             writes, choice = ("dx", "dz", "last"), Choice(tile, "")
             writer.add("network dgrad", self, operands, writes, run, flops=flops, choice=choice, moved=moved)
         if totals:
-            run = partial(network_wgrad, network=net, gradients=wanted, tile=self.wgrad_tile)
+            run = partial(network_wgrad, network=net, gradients=wanted, tile=self.wgrad_tile, keeps=self.keeps)
             operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
             sums = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
             flops = self._sum_flops(rows, wanted)
@@ -308,12 +344,16 @@ class NetworkPath:
     ) -> None:
         """Add a kernel that writes partial sums, and the one that adds them."""
         whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
-        moved = {**operands, "partial": totals}
-        operands = {**operands, "partial": whole}
+        moved = {**operands, "partial": totals, **self._seed()}
+        operands = {**operands, "partial": whole, **self._seed()}
         writes, choice = ("dx", "partial"), Choice(tile, "")
         writer.add(kind, self, operands, writes, run, flops=flops, choice=choice, moved=moved)
         if totals:
             add_sums(self, writer, whole, totals, sums)
+
+    def _seed(self) -> dict[str, str]:
+        """The last operand of a kernel with Dropout: its seed."""
+        return {"seed": "seed"} if self.drops else {}
 
     @property
     def name(self) -> str:

@@ -72,7 +72,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
     path = call.path(x, weights, all_biases, keep)
     x, weights, all_biases = x.resolve_neg(), _plain(weights), _plain(all_biases)
     if isinstance(path, NetworkPath):
-        y, kept = path.forward(x, weights, all_biases, keep and path.stores)
+        y, kept = path.forward(x, weights, all_biases, keep and path.stores, None)
     else:
         keep = keep and not call.recompute
         y, _, *kept = path.forward(x.to(dtype), weights, all_biases, keep, None)
@@ -174,7 +174,7 @@ def _mlp_backward(
         net = path.network
         hidden = next(left) if path.stores and net.layers > 1 else None
         own = y if path.keeps_output else next(left, None)
-        dx, gradients = path.backward(dy, x, hidden, own, parameters, needs_x, needs_parameters)
+        dx, gradients = path.backward(dy, x, hidden, own, parameters, needs_x, needs_parameters, None)
     else:
         x = x.to(dtype)
         if call.recompute:

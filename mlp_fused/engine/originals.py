@@ -171,7 +171,7 @@ def _is_torchs(function: Any, name: str) -> bool:
     if isinstance(function, BuiltinFunctionType):  # under a name such as log_sigmoid
         same = function.__name__.replace("_", "") == own_name.replace("_", "")
         return same and (function.__module__ or "").partition(".")[0] == "torch"
-    return any(_is_of_file(function, module, each) for each in (own_name, f"_{own_name}"))
+    return any(_is_of_file(function, module, name) for name in (own_name, f"_{own_name}"))
 
 
 def _is_of_file(function: Any, module: str, qualname: str) -> bool:

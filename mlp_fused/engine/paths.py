@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..dtypes import DTYPES
 from ..kernels import devices, network_tiles
 from ..kernels.activation import Activation, parse
+from ..kernels.dropout import dropouts_of
 from ..kernels.language import INTERPRETER, WHY_NO_TRITON
 from ..kernels.network import network_of
 from ..kernels.tile_config import TileConfig
@@ -55,6 +56,7 @@ logger = logging.getLogger("mlp_fused")
 
 AS_MEASURED = "faster as measured on this device"
 SLOW_NETWORK = "one kernel for a float32 network was slower than torch where measured"
+UNMEASURED_DROPOUT = 'one kernel for a network with Dropout was not measured; backend="triton" takes it'
 OLDEST_CAPABILITY = 80  # 8.0 is the oldest compute capability that the kernels are compiled and tested for
 
 
@@ -218,7 +220,7 @@ def forget_tables() -> None:
 @contextlib.contextmanager
 def decided_by(table: table_files.Table) -> Iterator[None]:
     """Within the block, this table takes precedence over those on disk."""
-    with tables.asked_first(table):
+    with tables.preferred(table):
         forget_tables()
         yield
     forget_tables()
@@ -306,9 +308,10 @@ def network_path(
     training: bool,
     recompute: bool | None = None,
     input_size: int = 0,
-    drops: bool = False,
+    dropouts: tuple[float, ...] = (),
     torch_too: bool = False,
     parameters: tuple[Parameters, ...] = (),
+    splits: tuple[str, ...] | None = None,
 ) -> NetworkPath | str:
     """The network path for these layers, or the reason why they take the layer path.
 
@@ -324,19 +327,21 @@ def network_path(
         strides: for each layer, the weight's two strides and the bias's.
         recompute: the user's choice: True saves only x, False saves a tensor for each hidden layer, None is no choice.
         input_size: bytes of an element of the input, if it has more than `dtype` (under autocast).
-        drops: True if an active Dropout follows a layer.
+        dropouts: for each layer, the probability of its Dropout; 0 if it has none. By default, no layer has Dropout.
         torch_too: True if the layer path, which may run torch's products, is taken where that is faster.
         parameters: the dtypes and strides of the parameters. Others get another path, with its own schedules.
+        splits: the ways to multiply fp32 by 16-bit parts, for `network_tiles.network_precision`; None: the rule's.
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
-    if drops:
-        return "Dropout is fused layer by layer"
-    multiplied = network_tiles.network_precision(widths, dtype, precision, device)
-    network = network_of(widths, strides, activations, dtype, multiplied)
+    multiplied = network_tiles.network_precision(widths, dtype, precision, device, splits)
+    network = network_of(widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)))
+    drops = dropouts_of(dropouts)
 
     def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:
-        return network_tiles.NetworkProblem(kind, network.pads, network.keeps_z, dtype, multiplied, input_size, stores)
+        return network_tiles.NetworkProblem(
+            kind, network.pads, network.keeps_z, dtype, multiplied, input_size, stores, any(dropouts)
+        )
 
     def tile(kind: network_tiles.NetworkKind, stores: bool = False) -> TileConfig | str:
         return network_tiles.network_tile(problem(kind, stores), device)
@@ -344,7 +349,10 @@ def network_path(
     forward, storing = tile("forward"), tile("forward", stores=True)
     if isinstance(forward, str) or isinstance(storing, str):
         return str(storing)
-    wgrad = network_tiles.network_wgrad_tile(dtype, multiplied, device)
+    if any(dropouts) and torch_too and not network_tiles.is_dropout_measured(network.pads, dtype, device):
+        return UNMEASURED_DROPOUT
+    rebuilds = any(keeps_z and drops for keeps_z, drops in zip(network.keeps_z[:-1], network.drops))
+    wgrad = network_tiles.network_wgrad_tile(dtype, multiplied, device, rebuilds)
     measured = None
     if recompute is None:
         measured = _measured_path(widths, activations, dtype, precision, training, device)
@@ -354,7 +362,7 @@ def network_path(
     if torch_too and recompute is None and measured is None and not fast:
         return SLOW_NETWORK
     if not training:
-        return NetworkPath(network, forward, None, "inference keeps nothing", None, wgrad)
+        return NetworkPath(network, forward, None, "inference keeps nothing", None, wgrad, (), drops)
 
     one_pass, chain, stored = tile("recompute"), tile("dgrad"), tile("stored")
     groups: tuple[tuple[int, int], ...] = ()
@@ -365,16 +373,16 @@ def network_path(
     moved = f"{size * ends} bytes a row, storing {size * (ends + (2 if groups else 5) * sum(widths[1:-1]))}"
     if not isinstance(one_pass, str) and recompute is not False and (recompute or measured != "stored"):
         reason = "the user asks for it" if recompute else f"one pass fits in registers and moves {moved}"
-        return NetworkPath(network, forward, "recompute", reason, one_pass, wgrad)
+        return NetworkPath(network, forward, "recompute", reason, one_pass, wgrad, (), drops)
     if isinstance(chain, str):
         return f"its backward does not fit: {chain}"
     if recompute:
-        return NetworkPath(network, storing, "replay", "the user asks for it", chain, wgrad, groups)
+        return NetworkPath(network, storing, "replay", "the user asks for it", chain, wgrad, groups, drops)
     if recompute is False:
         reason = "the user asks for it"
     else:
         reason = one_pass if isinstance(one_pass, str) else f"it is {AS_MEASURED}"
-    return NetworkPath(network, storing, "stored", reason, chain, wgrad, groups)
+    return NetworkPath(network, storing, "stored", reason, chain, wgrad, groups, drops)
 
 
 def find_path(
@@ -433,10 +441,9 @@ def find_network(
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
     device = devices.device_of(x)
     precision = precision or precision_of(dtype)
-    drops = any(layer.dropout for layer in layers)
-    return network_path(
-        widths, strides, activations, dtype, precision, device, training, recompute, wide, drops, torch_too, parameters
-    )
+    dropouts = tuple(layer.dropout for layer in layers) if any(layer.dropout for layer in layers) else ()
+    choice = (device, training, recompute, wide, dropouts, torch_too, parameters)
+    return network_path(widths, strides, activations, dtype, precision, *choice)
 
 
 def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:

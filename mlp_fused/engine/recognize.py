@@ -199,13 +199,13 @@ def resolve(
                 "pass an instance"
             ) from None
     if isinstance(module, nn.Module) or (callable(module) and not isinstance(module, type)):
-        found = find(module)
-        if found is None:
+        known = find(module)
+        if known is None:
             raise ValueError(
                 f"{argument} is {name_in_sentences(module)}, which has no kernel; it needs to be one of: "
                 f"{', '.join(ACTIVATIONS)}; or add it with register_activation"
             )
-        return found
+        return known
     raise TypeError(
         f"{argument} is {type(activation).__name__}; it needs to be a name, an nn.Module class or instance, a function "
         "such as torch.relu, or None"

@@ -31,6 +31,7 @@ PRODUCTS = {
 DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # True if the epilogue has a derivative; None: no activation
 INFERENCE = ("network_forward", "layer_forward")  # modules
 TRAINING = ("network*", "layer_*", "partial_sums")  # patterns, so that a new module is included automatically
+MEASURED = frozenset({"ieee", "tf32", "bf16x6"})  # every PRECISION of a row; "fp16x3" and "redo" have none
 TILES = (source("network_tiles", "network_tile"), source("network_tiles", "network_wgrad_tile"))
 
 
@@ -52,7 +53,8 @@ def _digest_of_product(kind: str, activation: str | None, dtype: str, precision:
 @functools.lru_cache(maxsize=256)
 def _digest_of_network(training: bool, activation: str, dtype: str) -> str:
     kernels = [kernel for modules in (TRAINING if training else INFERENCE) for kernel in sources.kernels_in(modules)]
-    return sources.digest((*kernels, *TILES, *_activation(activation, training)), _known(dtype, None))
+    known = {} if dtype == "float32" else _known(dtype, None)
+    return sources.digest((*kernels, *TILES, *_activation(activation, training)), known)
 
 
 def _activation(name: str | None, derives: bool) -> tuple[Source | None, ...]:
@@ -64,13 +66,13 @@ def _activation(name: str | None, derives: bool) -> tuple[Source | None, ...]:
 
 
 def _known(dtype: str, precision: str | None) -> dict[str, object]:
-    """The known constants of a row's kernels: their PRECISION, if there is only one.
+    """The known constants of a row's kernels: their PRECISION, or the values that it may have.
 
     bf16x6 calls itself with another PRECISION for its parts. A row without a tile does not say how fp32 was multiplied.
     """
     if dtype != "float32":
         return {"PRECISION": "ieee"}
-    return {} if precision in (None, "bf16x6") else {"PRECISION": precision}
+    return {"PRECISION": MEASURED if precision in (None, "bf16x6") else precision}
 
 
 def stamped(row: Row) -> Row:

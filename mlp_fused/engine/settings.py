@@ -24,6 +24,7 @@ except ImportError:  # the name is private; without it, every call decides its p
 __all__ = [
     "DEBUG",
     "DEFAULT_BACKEND",
+    "FLOAT32",
     "HOOKS",
     "Backend",
     "TensorGuards",
@@ -80,10 +81,28 @@ def check_recompute(recompute: object) -> bool | None:
     raise TypeError(f"recompute is {recompute!r}; it needs to be True, False or None")
 
 
-# True: synchronise and check after every kernel. Both variables are read once, to save time in every call.
+Float32 = Literal["auto", "ieee"]
+
+
+def check_float32(form: object) -> Float32:
+    """`form`, if it is a valid choice.
+
+    Raises:
+        ValueError: it is not "auto" or "ieee".
+    """
+    known: Float32
+    for known in get_args(Float32):
+        if form == known:
+            return known
+    raise ValueError(f"MLP_FUSED_FP32 is {form!r}; it needs to be one of: {', '.join(get_args(Float32))}")
+
+
+# True: synchronise and check after every kernel. All variables are read once, to save time in every call.
 DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
 # The meaning of "auto" in this process.
 DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
+# The way in which the layer kernels compute in full fp32. "ieee" does not split operands into fp16 planes.
+FLOAT32: Float32 = check_float32(os.environ.get("MLP_FUSED_FP32", "auto"))
 
 
 def constant_to_compilers(function: Any) -> None:

@@ -14,19 +14,21 @@ A file is one JSON object, one row a line:
 
 arch        as in `Device`: 90, "gfx942"
 kind        "forward", "dgrad" or "wgrad"
-activation  the one in the epilogue, by name: forward: the layer's own; dgrad: the one below; wgrad: "identity"
+activation  the name of the activation in the epilogue: for forward the layer's own, for dgrad that of the layer below,
+            for wgrad "identity"
 dtype       "float16", "bfloat16" or "float32"
-precision   how fp32 is multiplied: "ieee" or, for float32 alone, "tf32"
-tile        the fields of `TileConfig` that are not at their defaults; null where torch's own product is faster
-ms          milliseconds of our fastest tile, null where none ran; torch_ms torch's
-path        what was fastest: "recompute", "stored", "layer" or "torch" in training, "network", "layer" or "torch" in
-            inference; the milliseconds of each that was measured are in ms
-kernel      the digest of the sources of the kernels that were measured (row_kernels.py); null where it is not known, as
-            in files of schema 1 and 2
+precision   the way float32 is multiplied: "ieee" or "tf32"; always "ieee" for the other dtypes
+tile        the fields of `TileConfig` that differ from their defaults; null if torch's own product is faster
+ms          milliseconds of our fastest tile, null if none ran; for a network, milliseconds of each measured path
+torch_ms    milliseconds of torch's product
+path        the fastest path: "recompute", "stored", "layer" or "torch" in training, "network", "layer" or "torch" in
+            inference
+kernel      the digest of the sources of the measured kernels (row_kernels.py); null in files of schema 1 and 2
 
-A file of readings (`mlp-fused tune --readings FILE`) has `"readings": true` after its schema and is otherwise the same,
-but that its products have a row for each tile that was measured, whether faster than torch or not: `tile` is that tile,
-`ms` its time. A product of which no tile ran has one row without a tile. `bench.fit` reads both; only tables decide.
+A file of readings (`mlp-fused tune --readings FILE`) has the same format, with `"readings": true` after the schema. It
+has a row for every measured tile of a product, faster than torch or not: `tile` is that tile and `ms` its time. If no
+tile of a product ran, it has one row without a tile. `bench.fit` reads tables and readings; paths and tiles are chosen
+by tables alone.
 """
 
 from __future__ import annotations
@@ -60,9 +62,14 @@ VERSIONS = ("mlp_fused", "python", "torch", "triton", "driver")  # and one of th
 
 @dataclass(frozen=True)
 class Gemm:
-    """One product, measured. `tile` None: torch's own is faster; `ms` None: no tile of ours ran.
+    """The measurement of one product.
 
-    `activation` None: a row of schema 1, which does not name it.
+    Attributes:
+        tile: our fastest tile, or None if torch's product is faster. In readings, the measured tile.
+        ms: milliseconds of our fastest tile; None if none ran.
+        torch_ms: milliseconds of torch's product.
+        activation: the name of the activation in the epilogue; None in a row of schema 1, which has no names.
+        kernel: the digest of the kernel's source.
     """
 
     kind: str
@@ -75,16 +82,16 @@ class Gemm:
     tile: TileConfig | None
     ms: float | None
     torch_ms: float
-    kernel: str | None = None  # the digest of the kernel's source
+    kernel: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The fields that two rows about the same product agree in."""
+        """The fields that identify the product."""
         return self.kind, self.rows, self.width_out, self.width_in, self.dtype, self.precision, self.activation
 
     @property
     def problem(self) -> Problem:
-        """The product as the rule knows it."""
+        """The product, for `layer_tiles`."""
         m, n, k = {
             "forward": (self.rows, self.width_out, self.width_in),
             "dgrad": (self.rows, self.width_in, self.width_out),
@@ -97,36 +104,36 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Network:
-    """One whole network, measured: milliseconds of each path, and the fastest."""
+    """The measurement of one network: milliseconds of each path, and the fastest path."""
 
     widths: tuple[int, ...]
     rows: int
     dtype: str
     precision: str
-    activation: str  # of the hidden layers, by name
-    training: bool  # forward and backward; else inference
+    activation: str  # the name of the hidden layers' activation
+    training: bool  # forward and backward; False for inference
     path: str
     ms: Mapping[str, float]
     kernel: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The fields that two rows about the same network agree in."""
+        """The fields that identify the network and its batch."""
         return self.widths, self.rows, self.dtype, self.precision, self.activation, self.training
 
 
 @dataclass(frozen=True)
 class Table:
-    """The measurements of one device, with the versions that they were taken with."""
+    """The measurements of one device, with their date and the versions of the software."""
 
     device: str
     date: str  # ISO 8601, UTC
     versions: Mapping[str, str]
     gemms: tuple[Gemm, ...] = ()
     networks: tuple[Network, ...] = ()
-    arch: int | str | None = None  # None: of schema 1
+    arch: int | str | None = None  # None in schema 1
     multiprocessors: int | None = None
-    readings: bool = False  # whether products have a row for each tile that was measured, not the fastest alone
+    readings: bool = False  # True if products have a row for every measured tile
 
     @property
     def rows(self) -> tuple[Gemm | Network, ...]:
@@ -134,29 +141,29 @@ class Table:
         return (*self.gemms, *self.networks)
 
     def is_related(self, device: Device) -> bool:
-        """True if the tiles of this table hold for a device: another one of the same architecture and size."""
+        """True if the tiles of this table are valid for a device: another one of the same architecture and size."""
         is_other = device_slug(self.device) != device_slug(device.name)
         same = (self.arch, self.multiprocessors) == (device.arch, device.multiprocessors)
         return is_other and same and "MIG" not in self.device + device.name
 
 
-# 0, "not used", for the one field that has none.
+# The defaults of TileConfig's fields. Fields without one get 0, which means "not used".
 DEFAULTS = {
     field.name: 0 if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(TileConfig)
 }
 
 
 def identity(row: Gemm | Network, table: Table) -> tuple[Any, ...]:
-    """The key that tells a row of a table from its others: among readings, a product's tile too."""
+    """The key of a row, unique in its table. In readings it includes a product's tile."""
     return (*row.key, row.tile) if table.readings and isinstance(row, Gemm) else row.key
 
 
 def fastest(readings: Iterable[Gemm]) -> tuple[Gemm, ...]:
-    """The rows of a table from those of readings: of each product its fastest tile, or torch."""
+    """The rows of a table, made from readings: for each product the fastest tile, or torch."""
     best: dict[tuple[Any, ...], Gemm] = {}
     for row in readings:
-        known = best.get(row.key)
-        if known is None or (row.ms is not None and (known.ms is None or row.ms < known.ms)):
+        other = best.get(row.key)
+        if other is None or (row.ms is not None and (other.ms is None or row.ms < other.ms)):
             best[row.key] = row
     return tuple(
         dataclasses.replace(row, tile=None) if row.ms is not None and row.ms >= row.torch_ms else row
@@ -165,11 +172,11 @@ def fastest(readings: Iterable[Gemm]) -> tuple[Gemm, ...]:
 
 
 def write(path: Path, table: Table) -> None:
-    """Write a table whole or not at all: whatever happens meanwhile, `path` holds the old one or the new one.
+    """Write a table, whole or not at all: if it fails, `path` still has the old one.
 
     Raises:
-        OSError: it cannot be written.
-        ValueError: `read` would refuse it.
+        OSError: the file cannot be written.
+        ValueError: the table has a value that `read` would refuse.
     """
     text = _text(table)
     try:
@@ -202,11 +209,11 @@ def _plain(row: Gemm | Network) -> dict[str, Any]:
 
 
 def read(path: Path) -> Table:
-    """The table in a file, every value checked.
+    """Read a table from a file, and check every value.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or is no table: one sentence with the file, the place in it, and what it needs.
+        ValueError: the file cannot be read or is not a table; the message names the place in the file.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -223,7 +230,7 @@ def read(path: Path) -> Table:
 
 
 def _parse(content: Any) -> Table:
-    """The table in a file's content. Raises ValueError, which names the place."""
+    """The table in a file's content. Raises ValueError with the place of a bad value."""
     if not isinstance(content, dict):
         raise ValueError("it is not an object")
     schema = content.get("schema")
@@ -252,7 +259,7 @@ def _parse(content: Any) -> Table:
     networks = [_network(f"networks[{index}]", row) for index, row in enumerate(table.networks)]
     for name, keys in (("gemms", [identity(row, table) for row in gemms]), ("networks", [row.key for row in networks])):
         if len(set(keys)) < len(keys):
-            raise ValueError(f"two of its {name} are about the same problem")
+            raise ValueError(f"two rows of its {name} are for the same problem")
     return dataclasses.replace(table, gemms=tuple(gemms), networks=tuple(networks))
 
 
@@ -311,7 +318,7 @@ def _network(place: str, value: Any) -> Network:
 
 
 def _arithmetic(row: Gemm | Network) -> dict[str, bool]:
-    """Check the fields that rows of products and of networks share, and return them."""
+    """The fields that rows of products and of networks share, each with whether its value is valid."""
     precisions = ("ieee", "tf32") if row.dtype == "float32" else ("ieee",)
     return {
         "rows": _is_count(row.rows),
@@ -325,19 +332,19 @@ Fields = TypeVar("Fields", Table, Gemm, Network, TileConfig)
 
 
 def _construct(kind: type[Fields], place: str, value: Any, defaults: Mapping[str, Any] | None = None) -> Fields:
-    """A dataclass from an object of the file. Raises ValueError where it has other names than the fields."""
+    """Make a dataclass from an object of the file. Raises ValueError if its names are not the dataclass's fields."""
     try:
         return kind(**{**(defaults or {}), **value})
     except TypeError as error:
         raise ValueError(f"{place} {str(error).rpartition('__init__() ')[2]}") from None
 
 
-def _check(place: str, row: Any, **holds: object) -> None:
-    """Raise ValueError for the first field that does not hold."""
-    for name, right in holds.items():
-        if not right:
+def _check(place: str, row: Any, **valid: object) -> None:
+    """Raise ValueError for the first field that is not valid. `valid` has a truth value for each field."""
+    for name, is_valid in valid.items():
+        if not is_valid:
             where = f"{place}.{name}" if place else name
-            raise ValueError(f"{where} is {_shown(getattr(row, name))}, which is no value of a table")
+            raise ValueError(f"{where} is {_shown(getattr(row, name))}, which is not a valid value")
 
 
 def _shown(value: Any) -> str:

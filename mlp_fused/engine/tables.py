@@ -1,26 +1,31 @@
-"""Measured tables: which tile, and which path, was fastest on a device.
+"""Measured tables: the fastest tile of each product, and the fastest path of each network, by device.
 
-A choice comes from the first of these that knows the problem: the user's own table,
-`$XDG_CACHE_HOME/mlp_fused/<gpu>.json` (by default under ~/.cache), which `mlp-fused tune` writes; the packaged table,
-kernels/tuned/<gpu>.json; the packaged table of a related GPU; the estimate (layer_tiles.py). <gpu> is
-`kernels.devices.device_slug` of the device's name.
-`table_files.py` has the format.
+A choice comes from the first of these sources that has a row for the problem (<gpu> is `kernels.devices.device_slug` of
+the device's name):
 
-A row holds for its own widths, dtype, precision and activation, and for batches of half to twice the measured size. A
-file of schema 1 has no arch, no multiprocessors and no activations: its forward and dgrad rows (null here) hold for
-every activation that no other row names.
+1. The user's own table, `$XDG_CACHE_HOME/mlp_fused/<gpu>.json` (by default under ~/.cache). `mlp-fused tune` writes it.
+2. The packaged table, kernels/tuned/<gpu>.json.
+3. The packaged table of a related GPU.
+4. The estimate (layer_tiles.py), which has an answer for every problem.
 
-A related GPU has the same architecture and as many multiprocessors (H100 and H200; no MIG slices): its tiles hold, and
-where a product has more than `COMPUTE_BOUND` FLOPs a byte so does its choice between torch and a tile. Below, bandwidth
-decides, and the estimate knows this GPU's. Milliseconds are never carried from one GPU to another.
+`table_files.py` has the format of a table.
 
-A row says which kernels were measured (row_kernels.py). A row of kernels that have changed since then holds no more,
-unless it is for torch: the estimate decides, and the choice's source says so.
+A row is valid for its widths, dtype, precision and activation, and for batches of half to twice the measured size.
+Files of schema 1 have no activations: their forward and dgrad rows (activation None) are valid for every activation
+that has no row of its own.
 
-Under another Triton (by its first two numbers) than `versions` has, what was faster is still the best guess, but a tile
-may spill or not compile: of the tiles only those hold that are among `layer_tiles.candidates` here. The logger
-`mlp_fused` says so once: a warning for the user's own table, which `mlp-fused tune` measures again, INFO for the
-packaged one.
+A related GPU has the same architecture and the same number of multiprocessors, as H100 and H200 do; a MIG slice is not
+related. Its tiles are valid here. Its choice between torch and a tile is valid for products of more than
+`COMPUTE_BOUND` FLOPs a byte. Below that the bandwidth decides, and the estimate uses this GPU's. Milliseconds are never
+carried over from one GPU to another.
+
+A row records the kernels that were measured (row_kernels.py). If they have changed since, the row is valid only if it
+chooses torch. Otherwise the estimate decides, and the choice's source says so.
+
+A table that was measured with another Triton (another first or second version number) still has the best guess, but a
+tile may spill or fail to compile. So its tiles are used only if they are among `layer_tiles.candidates`. The logger
+`mlp_fused` reports this once: as a warning for the user's own table, which `mlp-fused tune` can measure again, and as
+INFO for a packaged one.
 """
 
 from __future__ import annotations
@@ -53,7 +58,6 @@ from .table_files import (
 
 __all__ = [
     "Choice",
-    "asked_first",
     "choice_for",
     "forget",
     "is_path_outdated",
@@ -61,6 +65,7 @@ __all__ = [
     "merge",
     "packaged_path",
     "path_for",
+    "preferred",
     "related",
     "tile_for",
     "user_path",
@@ -69,14 +74,14 @@ __all__ = [
 logger = logging.getLogger("mlp_fused")
 
 PACKAGED = Path(layer_tiles.__file__).parent / "tuned"
-FARTHEST = 2  # a row holds for so many times its rows, and for so small a part of them
-COMPUTE_BOUND = 200  # FLOPs a byte of a product from which a related GPU's choice holds
+FARTHEST = 2  # a row is valid for batches up to this many times larger or smaller than the measured one
+COMPUTE_BOUND = 200  # FLOPs a byte of a product above which a related GPU's choice of torch or a tile is valid
 WITH_OLDER = "with an older kernel"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A tile for a product, or torch's own product where `tile` is None; and where the choice comes from."""
+    """A tile for a product, or None for torch's own product, and the source of this choice."""
 
     tile: TileConfig | None
     source: str
@@ -86,15 +91,15 @@ Row = TypeVar("Row", Gemm, Network)
 
 
 def tile_for(problem: Problem, device: Device) -> TileConfig | None:
-    """The tile for a problem; None where torch's own product is taken."""
+    """The tile for a problem; None for torch's own product."""
     return choice_for(problem, device).tile
 
 
 @functools.lru_cache(maxsize=4096)
 def choice_for(problem: Problem, device: Device) -> Choice:
-    """The tile for a problem, or torch: as measured on this device, as on a related one, or as estimated.
+    """The choice for a problem: measured on this device or on a related one, else estimated.
 
-    A measured tile that goes through tensor descriptors does not hold for tensors that they cannot describe.
+    A measured tile that uses tensor descriptors is not valid for tensors that they cannot describe.
     """
     for table in measured(device):
         if row := _row_for(problem, table, device):
@@ -120,9 +125,9 @@ def _with(row: Gemm) -> str:
 
 
 def _row_for(problem: Problem, table: Table, device: Device, outdated: bool = False) -> Gemm | None:
-    """The row of a table that holds for a problem: of its activation, else of one that is not named.
+    """The row of a table that is valid for a problem: one of the same activation, else one without an activation.
 
-    With `outdated`, the row that would hold if its kernel had not changed.
+    With `outdated`, the row that would be valid if its kernel had not changed.
     """
     width_out, width_in = problem.widths
     wanted = (problem.kind, width_out, width_in, dtype_name(problem.dtype), problem.precision)
@@ -154,20 +159,20 @@ def path_for(
     training: bool,
     device: Device,
 ) -> str | None:
-    """The path that was fastest for a network as measured; None where it was not measured.
+    """The fastest measured path of a network; None if it was not measured.
 
     Args:
-        widths: of the input to the output.
-        rows: of the batch; None for a choice that does not depend on them: that of the largest batch measured.
-        activation: of the hidden layers, by name.
-        training: forward and backward; else inference.
+        widths: the widths from the input to the output.
+        rows: the rows of the batch; None for the path of the largest batch that was measured.
+        activation: the name of the hidden layers' activation.
+        training: True for forward and backward, False for inference.
     """
     wanted = (widths, dtype_name(dtype), precision, activation, training)
     for table in measured(device):
-        found = [row for row in _networks(table, *wanted) if holds(row)]
-        if rows is None and found:
-            return max(found, key=lambda row: row.rows).path
-        if rows is not None and (nearest := _nearest(found, rows)):
+        rows_of_network = [row for row in _networks(table, *wanted) if holds(row)]
+        if rows is None and rows_of_network:
+            return max(rows_of_network, key=lambda row: row.rows).path
+        if rows is not None and (nearest := _nearest(rows_of_network, rows)):
             return nearest.path
     return None
 
@@ -175,7 +180,7 @@ def path_for(
 def is_path_outdated(
     widths: tuple[int, ...], dtype: torch.dtype, precision: str, activation: str, training: bool, device: Device
 ) -> bool:
-    """True if a network's paths were measured, and all of it with kernels that have changed since."""
+    """True if a network's paths were measured, but only with kernels that have changed since."""
     wanted = (widths, dtype_name(dtype), precision, activation, training)
     rows = [row for table in measured(device) for row in _networks(table, *wanted)]
     return bool(rows) and not any(map(holds, rows))
@@ -184,7 +189,7 @@ def is_path_outdated(
 def _networks(
     table: Table, widths: tuple[int, ...], dtype: str, precision: str, activation: str, training: bool
 ) -> list[Network]:
-    """A table's rows of one network, of any batch."""
+    """The rows of a table for one network, of any batch."""
     wanted = (widths, dtype, precision, activation, training)
     return [
         row for row in table.networks if (row.widths, row.dtype, row.precision, row.activation, row.training) == wanted
@@ -192,7 +197,7 @@ def _networks(
 
 
 def _nearest(measured: Iterable[Row], rows: int) -> Row | None:
-    """The row whose batch is the nearest by ratio, where it is near enough."""
+    """The row whose batch is nearest by ratio; None if none is within `FARTHEST`."""
 
     def ratio(row: Row) -> float:
         return max(row.rows, rows) / max(1, min(row.rows, rows))
@@ -201,26 +206,26 @@ def _nearest(measured: Iterable[Row], rows: int) -> Row | None:
 
 
 def _is_of_this_triton(table: Table) -> bool:
-    if not HAS_TRITON:  # nothing compiles here: what is planned for a GPU is what the measured Triton would run
+    if not HAS_TRITON:  # nothing compiles here; `explain` shows what the measured Triton would run
         return True
     return table.versions["triton"].split(".")[:2] == [str(number) for number in TRITON_VERSION]
 
 
 def _known(row: Gemm, aligned: bool, device: Device) -> tuple[TileConfig, ...]:
-    """The tiles that the rule here would measure for a row's product."""
+    """The tiles that `mlp-fused tune` would measure for a row's product."""
     return layer_tiles.candidates(dataclasses.replace(row.problem, aligned=aligned), device)
 
 
 def user_path(device: str) -> Path:
-    """Where a user's own table of a device lies."""
+    """The file of the user's own table for a device."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):  # as the specification has it: not set, empty or relative
+    if not os.path.isabs(cache):  # unset, empty or relative: the XDG specification's cases for the default
         cache = os.path.expanduser("~/.cache")
     return Path(cache, "mlp_fused", f"{devices.device_slug(device)}.json")
 
 
 def packaged_path(device: str) -> Path:
-    """Where the table of a device lies that came with the package."""
+    """The file of the packaged table for a device."""
     return PACKAGED / f"{devices.device_slug(device)}.json"
 
 
@@ -231,7 +236,7 @@ def related(device: Device) -> tuple[Table, ...]:
     for path in sorted(PACKAGED.glob("*.json")):
         try:
             table = read(path)
-        except ValueError:  # of which `measured` warns on its own GPU
+        except ValueError:  # `measured` warns of it on its own GPU
             continue
         if table.is_related(device) and not table.readings:
             tables.append(table)
@@ -240,22 +245,24 @@ def related(device: Device) -> tuple[Table, ...]:
 
 @functools.lru_cache(maxsize=64)
 def measured(device: Device) -> tuple[Table, ...]:
-    """The tables of a device, the user's before the packaged one; what cannot be used is warned of and left out."""
-    tables = [table for table in _first if table.device == device.name]
+    """The tables of a device, the user's before the packaged one. Warns of a file that cannot be used, and omits it."""
+    tables = [table for table in _preferred if table.device == device.name]
     for path, level in ((user_path(device.name), logging.WARNING), (packaged_path(device.name), logging.INFO)):
         try:
             table = _fitting(path, read(path), device, level)
         except FileNotFoundError:
             continue
         except ValueError as error:
-            logger.warning("%s; it is not used; delete it, or let `mlp-fused tune` write a new one after that", error)
+            logger.warning(
+                "%s; it is not used; delete it, or run `mlp-fused tune` after that to write a new one", error
+            )
             continue
         if not _is_of_this_triton(table):
             then, today = table.versions["triton"], ".".join(map(str, TRITON_VERSION))
             logger.log(
                 level,
-                "%s was measured with Triton %s, this is %s: of its tiles only those are used that the rule here "
-                "knows; `mlp-fused tune` measures anew",
+                "%s was measured with Triton %s, this is %s: only those of its tiles are used that are candidates "
+                "here; `mlp-fused tune` measures again",
                 path,
                 then,
                 today,
@@ -265,64 +272,64 @@ def measured(device: Device) -> tuple[Table, ...]:
 
 
 def _fitting(path: Path, table: Table, device: Device, level: int) -> Table:
-    """The table without the tiles that the device cannot run. Raises ValueError where it is another device's."""
+    """The table without the tiles that the device cannot run. Raises ValueError if it is another device's table."""
     if table.readings:
         raise ValueError(f"{path} has readings of every tile; it needs to be a table, as `mlp-fused tune --out` writes")
     if devices.device_slug(table.device) != devices.device_slug(device.name):
-        raise ValueError(f"{path} was measured on {table.device}; it needs to be of {device.name}")
+        raise ValueError(f"{path} was measured on {table.device}; it needs to be measured on {device.name}")
     outdated = sum(not holds(row) for row in table.rows)
     if outdated:
         rows = "one row was" if outdated == 1 else f"{outdated} rows were"
         unused = f"{rows} measured with older kernels, and not used"
-        logger.log(level, "%s: %s; `mlp-fused tune` measures anew", path, unused)
+        logger.log(level, "%s: %s; `mlp-fused tune` measures again", path, unused)
     whys = [_why_unfit(row, device) for row in table.gemms]
     unfit = [f"gemms[{index}].tile {why}" for index, why in enumerate(whys) if why is not None]
     if unfit:
         rows = "this row is not used" if len(unfit) == 1 else f"this and {len(unfit) - 1} more rows are not used"
-        logger.log(level, "%s: %s; %s; `mlp-fused tune` measures anew", path, unfit[0], rows)
+        logger.log(level, "%s: %s; %s; `mlp-fused tune` measures again", path, unfit[0], rows)
     return dataclasses.replace(table, gemms=tuple(row for row, why in zip(table.gemms, whys) if why is None))
 
 
 def _why_unfit(row: Gemm, device: Device) -> str | None:
-    """The reason for which a row's tile does not run on a device; None where it does."""
+    """The reason why a row's tile cannot run on a device; None if it can."""
     if row.tile is None:
         return None
     if row.tile.warp_specialize and TRITON_VERSION < (3, 7):
-        return "specialises warps; it needs Triton 3.7 or newer"
+        return "specializes warps; it needs Triton 3.7 or newer"
     needed = tile_config.shared_memory(row.problem, row.tile, device)
     if needed > device.shared_memory:
         return f"takes {needed} bytes of shared memory; {device.name} has {device.shared_memory}"
     return None
 
 
-_first: tuple[Table, ...] = ()  # before those on disk
+_preferred: tuple[Table, ...] = ()  # these come before the tables on disk
 
 
 @contextlib.contextmanager
-def asked_first(table: Table) -> Iterator[None]:
-    """Within the block, `table` is asked before the others, as if it were on disk; see `forget` for both its ends."""
-    global _first
-    before, _first = _first, (table,)
+def preferred(table: Table) -> Iterator[None]:
+    """Within the block, `table` comes before the tables on disk. Call `forget` after entering and after leaving it."""
+    global _preferred
+    before, _preferred = _preferred, (table,)
     try:
         yield
     finally:
-        _first = before
+        _preferred = before
 
 
 def forget() -> None:
-    """Read the tables anew from now on: for after one was written."""
+    """Forget the tables, so that the next choice reads the files again. Call it after a file was written."""
     for cache in (measured, related, choice_for, path_for):
         cache.cache_clear()
 
 
 def merge(old: Table, new: Table) -> Table:
-    """Both tables' rows; where both measured the same, `new`'s. Date and versions are `new`'s.
+    """A table with the rows of both tables. `new` comes first: its rows, where both have one; its date and versions.
 
     Raises:
-        ValueError: they are of different devices.
+        ValueError: the tables are of different devices.
     """
     if old.device != new.device:
-        raise ValueError(f"the old table was measured on {old.device}; it needs to be of {new.device}")
+        raise ValueError(f"the old table was measured on {old.device}; it needs to be measured on {new.device}")
     gemms = {identity(row, new): row for row in (*old.gemms, *new.gemms)}
     networks = {row.key: row for row in (*old.networks, *new.networks)}
     return dataclasses.replace(new, gemms=tuple(gemms.values()), networks=tuple(networks.values()))

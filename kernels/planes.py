@@ -1,0 +1,248 @@
+"""fp32 operands split into two fp16 planes, once, before the products: PRECISION "fp16x3" of the layer kernels.
+
+x 2^e = high + 2^-11 low                                                              split
+a b = 2^-(e_a + e_b) (high_a high_b + 2^-11 (low_a high_b + high_a low_b))            multiply_planes
+
+Both planes are fp16. Every block of 128 x 128 elements has one exponent e, which brings the largest of them to between
+2^14 and 2^15. A block of the reduction meets one block of each operand, so 2^-(e_a + e_b) is one number, and all three
+products of a layer can read the same planes: forward sums over a row of blocks of x and W, dgrad over a row of dz and a
+column of W, wgrad over columns of dz and h.
+
+The sum over blocks of the reduction stays outside the tensor cores, which would round it toward zero. The product of
+the low planes is left out. It is at most 2^-22 |a||b|.
+
+Error. The planes hold an element to within 2^-23 of itself or 2^-50 of the largest element of its block, whichever is
+more; the first is more for elements above 2^-27 of the largest. So the error of an output is at most 2^-21 |a||b|, or
+for small elements 2^-50 (|a| times the largest |b| of each block, and the reverse), plus the rounding of sums. A row of
+small elements beside a row of large ones would lose its bits, so `split` flags a block:
+
+- for products that sum along its rows, if the largest element of any of its rows is smaller than 2^-24 of the block's
+  largest one (rows of zeros do not count);
+- for products that sum along its columns, if this holds for any of its columns;
+- for both, if an element is not finite or at least 2^78, or if the largest element of a row or column is smaller than
+  2^-66. So 2^-(e_a + e_b) is always a normal number.
+
+A second launch of the same layer kernel, with PRECISION "redo", computes the output tiles that meet a flagged block
+again, from the fp32 operands on FMA units. Its programs return at once if nothing is flagged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .language import tl, triton
+from .launch import Launch, cdiv, launch, offset_type
+from .tile import dot
+from .tile_config import TileConfig
+
+__all__ = [
+    "SIDE", "SPLIT", "Operand", "info_shape", "is_flagged", "matrix", "multiply_planes", "plane_operand",
+    "planes_shape", "redo_tile", "split",
+]  # fmt: skip
+
+# Device functions take these two as defaults. Triton's cache key of a kernel has the constants of a function that it
+# calls once only if the function was compiled before: the key would depend on the order of compilations.
+SIDE = 128  # of a block with one exponent
+LOW = 11  # the low plane is scaled by 2^LOW
+
+SPLIT = TileConfig(SIDE, SIDE, num_warps=8)
+TOP = tl.constexpr(14)  # the largest element of a block lies between 2^TOP and 2 * 2^TOP
+# Limits of exponents. With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32 numbers.
+LEAST, MOST = tl.constexpr(-63), tl.constexpr(57)
+SMALLEST = tl.constexpr(2.0**-9)  # a row whose largest scaled element is smaller is flagged
+ROWS_FLAGGED, COLUMNS_FLAGGED = tl.constexpr(1), tl.constexpr(2)  # bits of a block's flags
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent in fp32, for exponents from -126 to 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def has_small(most, scale):
+    """1 if the largest elements of any row (bits of fp32) are so small that the row loses bits; else 0."""
+    scaled = most.to(tl.float32, bitcast=True) * scale
+    return tl.max(((most > 0) & (scaled < SMALLEST)).to(tl.int32), axis=0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def split_kernel(
+    x_ptr,  # (M, N)
+    planes_ptr,  # (2, M, N): high, low; each plane M rows of `stride_row` elements
+    info_ptr,  # (2, blocks of rows, blocks of columns), contiguous: the blocks' exponents, then their flags
+    sums_ptr,  # (blocks of rows, N), contiguous: the sum of each block over its rows; or None
+    M,
+    N,
+    stride_m,
+    stride_n,
+    stride_row,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOW: tl.constexpr = LOW,
+):
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    block_m = tl.program_id(0) // blocks_n
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    offsets = rows.to(OFFSET)[:, None] * stride_m + cols.to(OFFSET)[None, :] * stride_n
+    value = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    # As integers, the bits of sizes have the order of the sizes, and those of NaN come last.
+    size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    most_of_rows, most_of_columns = tl.max(size, axis=1), tl.max(size, axis=0)
+    most = tl.max(most_of_rows, axis=0)
+    exponent = tl.minimum(tl.maximum(-(most >> 23) + (127 + TOP), LEAST), MOST)
+    scale = power_of_two(exponent)
+    flags = has_small(most_of_rows, scale) * ROWS_FLAGGED | has_small(most_of_columns, scale) * COLUMNS_FLAGGED
+    flags = tl.where((most >> 23) - 127 > TOP - LEAST, ROWS_FLAGGED | COLUMNS_FLAGGED, flags)
+    scaled = value * scale
+    high = scaled.to(tl.float16)
+    low = ((scaled - high.to(tl.float32)) * 2.0**LOW).to(tl.float16)
+    places = rows.to(OFFSET)[:, None] * stride_row + cols[None, :]
+    tl.store(planes_ptr + places, high, mask=mask)
+    tl.store(planes_ptr + M.to(tl.int64) * stride_row + places, low, mask=mask)
+    tl.store(info_ptr + tl.program_id(0), exponent)
+    tl.store(info_ptr + tl.num_programs(0) + tl.program_id(0), flags)
+    if sums_ptr is not None:
+        few = tl.sum(tl.reshape(value, (BLOCK_M // 8, 8, BLOCK_N)), axis=1)  # a tree of sums errs less than a chain
+        tl.store(sums_ptr + block_m.to(OFFSET) * N + cols, tl.sum(few, axis=0), mask=cols < N)
+
+
+def planes_shape(rows: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shape and strides of the planes of a (rows, width) tensor. Each row is 16-byte aligned."""
+    stride = cdiv(width, 8) * 8
+    return (2, rows, width), (rows * stride, stride, 1)
+
+
+def info_shape(rows: int, width: int) -> tuple[int, int, int]:
+    """The shape of the int32 tensor with the exponents and flags of a (rows, width) tensor's blocks."""
+    return 2, cdiv(rows, SIDE), cdiv(width, SIDE)
+
+
+def split(x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None) -> Launch | None:
+    """Launch the split of x into two planes, and the sums of its rows if `sums` is given.
+
+    Args:
+        x: (M, N), fp32, any strides.
+        planes: fp16, written, of the shape and strides of `planes_shape`.
+        info: int32, contiguous, written, of the shape of `info_shape`.
+        sums: (blocks of rows, N), fp32, contiguous, written: partial sums over rows, for `sum_partials`; or None.
+    """
+    M, N = x.shape
+    assert x.dtype == torch.float32
+    assert (planes.shape, planes.stride()) == planes_shape(M, N)
+    assert info.shape == info_shape(M, N)
+    assert info.is_contiguous()
+    assert sums is None or (sums.shape == (info.shape[1], N) and sums.is_contiguous())
+    return launch(
+        split_kernel,
+        info[0].numel(),
+        x.device,
+        SPLIT,
+        (x, planes, info, sums),
+        (M, N, *x.stride(), planes.stride(1)),
+        OFFSET=offset_type(x, planes[0]),
+    )
+
+
+Operand = Tensor | tuple[Tensor, Tensor]
+
+
+def redo_tile(tile: TileConfig) -> TileConfig:
+    """The tile with which "redo" follows a product with `tile`. It splits the reduction in the same way."""
+    if tile.split == 1:
+        return TileConfig(128, 64, 16, tile.group_m, 8, 3, precision="redo")
+    return TileConfig(128, 64, tile.block_k, tile.group_m, 8, 1, split=tile.split, precision="redo")
+
+
+def matrix(operand: Operand) -> Tensor:
+    """The matrix that stands for an operand of a product: itself, or the high plane of one that is split.
+
+    A split operand is a tuple (planes, info), and (fp32 tensor, info) with PRECISION "redo".
+    """
+    if isinstance(operand, Tensor):
+        return operand
+    return operand[0] if operand[0].dim() == 2 else operand[0][0]
+
+
+@triton.jit
+def plane_operand(
+    operand, size, length, stride_row, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr,
+):  # fmt: skip
+    """(descriptor of the high plane, of the low plane, pointer to the info) of an operand, like `tile.operand`.
+
+    BY_K is True if the reduction runs along its rows, False if it runs along its columns.
+    """
+    high_ptr = operand[0]
+    if BY_K:
+        low_ptr = high_ptr + size.to(tl.int64) * stride_row
+        high = tl.make_tensor_descriptor(high_ptr, [size, length], [stride_row, 1], [BLOCK, BLOCK_K])
+        low = tl.make_tensor_descriptor(low_ptr, [size, length], [stride_row, 1], [BLOCK, BLOCK_K])
+    else:
+        low_ptr = high_ptr + length.to(tl.int64) * stride_row
+        high = tl.make_tensor_descriptor(high_ptr, [length, size], [stride_row, 1], [BLOCK_K, BLOCK])
+        low = tl.make_tensor_descriptor(low_ptr, [length, size], [stride_row, 1], [BLOCK_K, BLOCK])
+    return high, low, operand[1]
+
+
+@triton.jit
+def block_place(at, k, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
+    """The index in an operand's info of the block at row `at` of the product and index k of the reduction."""
+    if BY_K:
+        return (at // SIDE) * tl.cdiv(length, SIDE) + k // SIDE
+    else:
+        return (k // SIDE) * tl.cdiv(size, SIDE) + at // SIDE
+
+
+@triton.jit
+def multiply_planes(
+    a,  # a `plane_operand` of M rows
+    b,  # a `plane_operand` of N rows
+    m,  # first row of a; a tile lies within one block of 128
+    n,  # first row of b
+    M,
+    N,
+    K,  # the length of the reduction
+    begin,
+    end,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    A_BY_K: tl.constexpr,
+    B_BY_K: tl.constexpr,
+    LOW: tl.constexpr = LOW,
+):
+    """Σ_k a[m, k] b[n, k] over begin <= k < end, (BLOCK_M, BLOCK_N). `begin` is a multiple of BLOCK_K.
+
+    `end` must be the end of the operands, or whole blocks after `begin`, as in `tile.multiply`.
+    """
+    a_high, a_low, a_info = a
+    b_high, b_low, b_info = b
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        exponent = tl.load(a_info + block_place(m, k, M, K, A_BY_K)) + tl.load(b_info + block_place(n, k, N, K, B_BY_K))
+        high_a = a_high.load([m, k]) if A_BY_K else tl.trans(a_high.load([k, m]))
+        high_b = tl.trans(b_high.load([n, k])) if B_BY_K else b_high.load([k, n])
+        low_a = a_low.load([m, k]) if A_BY_K else tl.trans(a_low.load([k, m]))
+        low_b = tl.trans(b_low.load([n, k])) if B_BY_K else b_low.load([k, n])
+        high = dot(high_a, high_b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
+        acc = tl.fma(high, power_of_two(-exponent), acc)  # on other units, while the next products are computed
+        low = dot(low_a, high_b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
+        low = dot(high_a, low_b, low, "ieee")
+        acc = tl.fma(low, power_of_two(-exponent - LOW), acc)
+    return acc
+
+
+@triton.jit
+def is_flagged(info_ptr, at, begin, end, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
+    """True if a product of the rows from `at` (within one block) over begin <= k < end meets a flagged block."""
+    flags_ptr = info_ptr + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
+    found = tl.zeros((32,), tl.int32)  # in every warp, so that no warp waits for another
+    for first in range(begin // SIDE, tl.cdiv(end, SIDE), 32):
+        block = first + tl.arange(0, 32)
+        places = block_place(at, block * SIDE, size, length, BY_K)
+        found |= tl.load(flags_ptr + places, mask=block < tl.cdiv(end, SIDE), other=0)
+    return tl.max(found & (ROWS_FLAGGED if BY_K else COLUMNS_FLAGGED), axis=0) > 0

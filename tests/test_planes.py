@@ -1,0 +1,345 @@
+"""fp32 operands split into fp16 planes: the planes, their flags, and products of them in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, check, gradients, make, oracle
+from kernel_runs import by_torch, case_id, forward
+from split_operands import launches, split_by_kernel
+from torch import Tensor
+
+from mlp_fused import FusedMLP
+from mlp_fused.engine import settings
+from mlp_fused.engine.autograd import run_layers
+from mlp_fused.engine.layer_steps import choose_tile
+from mlp_fused.engine.paths import find_layers
+from mlp_fused.engine.settings import Float32, check_float32
+from mlp_fused.explain import Plan
+from mlp_fused.kernels import layer_tiles
+from mlp_fused.kernels.activations import ACTIVATIONS
+from mlp_fused.kernels.devices import DEVICES, INTERPRETED_DEVICE, Device
+from mlp_fused.kernels.dropout import Dropout
+from mlp_fused.kernels.estimate import torch_seconds
+from mlp_fused.kernels.language import ROWS_OF_16_ELEMENTS
+from mlp_fused.kernels.layer_backward import dgrad, wgrad_products, wgrad_sums
+from mlp_fused.kernels.layer_forward import layer_forward
+from mlp_fused.kernels.planes import redo_tile
+from mlp_fused.kernels.tile_config import Kind, Problem, TileConfig
+from mlp_fused.reference import Layer
+
+pytestmark = pytest.mark.skipif(ROWS_OF_16_ELEMENTS, reason="rows here are whole 16 bytes, not whole 16 elements")
+
+TILE = TileConfig(64, 64, 32, 8, 4, 1, precision="fp16x3", descriptors=True, parts=2, programs=2)
+PRECISE, COARSE = 2.0**-23, 2.0**-50  # of an element, of the largest element of its block
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def largest_of_blocks(x: Tensor) -> Tensor:
+    """For each element, the size of the largest element of its block."""
+    sizes = torch.zeros_like(x)
+    for m in range(0, x.shape[0], 128):
+        for k in range(0, x.shape[1], 128):
+            block = x[m : m + 128, k : k + 128].abs()
+            sizes[m : m + 128, k : k + 128] = block.max()
+    return sizes
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "sliced": lambda x: torch.cat([x, x], 1)[:, 1 : x.shape[1] : 2],
+    "one row": lambda x: x[:1].expand(x.shape),
+    "one number": lambda x: x[:1, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(130, 257), (1, 1), (128, 256), (300, 44)], ids=str)
+def test_planes_hold_the_tensor(shape: tuple[int, int], layout: str, device: str) -> None:
+    x = LAYOUTS[layout](normal(*shape) * torch.exp2(normal(*shape, seed=1).mul(8).round())).to(device)
+    found = split_by_kernel(x)
+    error = (found.restored() - x.double()).abs()
+    assert (error <= torch.maximum(PRECISE * x.double().abs(), COARSE * largest_of_blocks(x).double())).all()
+    assert (found.info[0] == 14 - torch.frexp(largest_of_blocks(x)[::128, ::128]).exponent + 1).all()
+    assert found.planes.isfinite().all()
+    for sums, block in zip(found.sums.double(), x.double().split(128), strict=True):
+        assert ((sums - block.sum(0)).abs() <= 2.0**-18 * block.abs().sum(0)).all()
+
+
+ROWS, COLUMNS = 1, 2
+TOO_SMALL = 2.0**-28
+FLAGS: dict[str, tuple[Callable[[Tensor], object], int]] = {
+    "nothing": (lambda x: None, 0),
+    "a small row": (lambda x: x[7].mul_(TOO_SMALL), ROWS),
+    "a small column": (lambda x: x[:, 9].mul_(TOO_SMALL), COLUMNS),
+    "both": (lambda x: (x[7].mul_(TOO_SMALL), x[:, 9].mul_(TOO_SMALL)), ROWS | COLUMNS),
+    "rows of all sizes": (lambda x: x.mul_(torch.logspace(-23, 0, 128, base=2, device=x.device)[:, None]), 0),
+    "small elements": (lambda x: x[::2, ::2].mul_(2.0**-60), 0),
+    "zero rows and columns": (lambda x: (x[7].zero_(), x[:, 9].zero_()), 0),
+    "zeros": (lambda x: x.zero_(), 0),
+    "infinity": (lambda x: x[7, 9].fill_(torch.inf), ROWS | COLUMNS),
+    "minus infinity": (lambda x: x[7, 9].fill_(-torch.inf), ROWS | COLUMNS),
+    "nan": (lambda x: x[7, 9].fill_(torch.nan), ROWS | COLUMNS),
+    "huge": (lambda x: x.mul_(2.0**78), ROWS | COLUMNS),
+    "large": (lambda x: x.mul_(2.0**77), 0),
+    "small": (lambda x: x.mul_(2.0**-65), 0),
+    "tiny": (lambda x: x.mul_(2.0**-69), ROWS | COLUMNS),
+    "denormal": (lambda x: x.mul_(2.0**-130), ROWS | COLUMNS),
+}
+
+
+@pytest.mark.parametrize(("change", "flags"), FLAGS.values(), ids=FLAGS)
+def test_flags_of_a_block(change: Callable[[Tensor], object], flags: int, device: str) -> None:
+    """Elements lie between 1 and 2 before the change. The blocks beside it have no flag."""
+    x = (1 + torch.rand(128, 300, generator=torch.Generator().manual_seed(0))).to(device)
+    change(x[:, 128:256])
+    assert split_by_kernel(x).info[1].tolist() == [[0, flags, 0]]
+
+
+def by_forward(x: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
+    h = torch.full((x.shape[0], w.shape[0]), torch.nan, device=x.device)
+    for of_x, of_w, own in launches(x, w, tile):
+        layer_forward(of_x, of_w, None, h, None, ACTIVATIONS["identity"], "ieee", own)
+    return h
+
+
+def by_dgrad(dz: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
+    dx = torch.full((dz.shape[0], w.shape[1]), torch.nan, device=dz.device)
+    for of_dz, of_w, own in launches(dz, w, tile):
+        dgrad(of_dz, of_w, None, dx, None, ACTIVATIONS["identity"], "ieee", own)
+    return dx
+
+
+def by_wgrad(dz: Tensor, h: Tensor, tile: TileConfig) -> Tensor:
+    sums = wgrad_sums(dz.shape[0], tile, torch.float32, dz.shape[1] * h.shape[1], 0)
+    whole = torch.full((sums.splits, dz.shape[1], h.shape[1]), torch.nan, device=dz.device)
+    for of_dz, of_h, own in launches(dz, h, tile):
+        wgrad_products(of_dz, of_h, whole, None, h.shape[1], own, sums)
+    return whole.sum(0)
+
+
+# The kernel's product, torch's, and the shapes of its operands for M rows, N wide out, K wide in.
+PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]] = {
+    "forward": (by_forward, lambda x, w: x @ w.t(), lambda m, n, k: (normal(m, k), normal(n, k, seed=1))),
+    "dgrad": (by_dgrad, lambda dz, w: dz @ w, lambda m, n, k: (normal(m, n), normal(n, k, seed=1))),
+    "wgrad": (by_wgrad, lambda dz, h: dz.t() @ h, lambda m, n, k: (normal(m, n), normal(m, k, seed=1))),
+}
+every_product = pytest.mark.parametrize(("ours", "torchs", "draw"), PRODUCTS.values(), ids=PRODUCTS)
+Draw = Callable[..., tuple[Tensor, Tensor]]
+Product = Callable[..., Tensor]
+
+
+@every_product
+@pytest.mark.parametrize("shape", [(200, 136, 264), (130, 132, 44), (1, 4, 8), (64, 4, 300)], ids=str)
+def test_products_of_small_integers_are_exact(
+    shape: tuple[int, ...], ours: Product, torchs: Product, draw: Draw, device: str
+) -> None:
+    a, b = (operand.mul(10).round().to(device) for operand in draw(*shape))
+    for split in (1, 3):
+        assert ours(a, b, replace(TILE, split=split)).equal(torchs(a, b))
+
+
+@every_product
+@pytest.mark.parametrize("tile", [TILE, replace(TILE, block_m=128, block_n=128, block_k=64, num_warps=8)], ids=str)
+def test_the_same_bits_twice(tile: TileConfig, ours: Product, torchs: Product, draw: Draw, device: str) -> None:
+    a, b = (operand.to(device) for operand in draw(200, 136, 264))
+    assert ours(a, b, tile).equal(ours(a, b, tile))
+
+
+# Powers of two by which the rows or columns of operands differ: (first rows, first columns, second rows, second ones).
+SPREADS = {
+    "rows of x from 1e-38 to 1e37": ("forward", (124, 0, 0, 0)),
+    "rows of W": ("forward", (0, 0, 24, 0)),
+    "columns of both": ("forward", (0, 12, 0, 12)),
+    "rows of dz": ("dgrad", (20, 0, 0, 0)),
+    "rows of W against columns of dz": ("dgrad", (0, 10, 24, 0)),
+    "columns of W": ("dgrad", (0, 0, 0, 24)),
+    "rows of dz and h": ("wgrad", (20, 0, 10, 0)),
+    "columns of dz and h": ("wgrad", (0, 40, 0, 40)),
+}
+
+
+def spread(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x with rows and columns multiplied by powers of two, up to these and down to their inverses."""
+    generator = torch.Generator().manual_seed(3)
+    for axis, most in ((0, rows), (1, columns)):
+        shape = [1, 1]
+        shape[axis] = x.shape[axis]
+        x = x * torch.exp2(torch.randint(-most, most + 1, shape, generator=generator).float())
+    return x
+
+
+@pytest.mark.parametrize(("kind", "exponents"), SPREADS.values(), ids=SPREADS)
+def test_entries_err_no_more_than_those_of_torch(kind: str, exponents: tuple[int, ...], device: str) -> None:
+    """Each entry, beside |a||b|: at most twice torch's largest error, and four roundings; so do small rows too."""
+    ours, torchs, draw = PRODUCTS[kind]
+    a, b = draw(260, 260, 260)
+    a, b = spread(a, *exponents[:2]).to(device), spread(b, *exponents[2:]).to(device)
+    exact, size = torchs(a.double(), b.double()), torchs(a.double().abs(), b.double().abs())
+    normals = size > 2.0**-100
+    found, limit = (
+        ((each(a, b).double() - exact).abs() / size)[normals] for each in (lambda *x: ours(*x, TILE), torchs)
+    )
+    assert found.max() <= 2 * limit.max() + 4 * 2.0**-24
+
+
+def test_without_redo_small_rows_would_err_more(device: str) -> None:
+    """The second launch is what the test above depends on."""
+    x, w = normal(128, 128).to(device), normal(128, 128, seed=1).to(device)
+    x[5] *= 2.0**-40
+    (of_x, of_w, tile), _ = launches(x, w, TILE)
+    h = torch.full((128, 128), torch.nan, device=device)
+    layer_forward(of_x, of_w, None, h, None, ACTIVATIONS["identity"], "ieee", tile)
+    exact = x.double() @ w.double().t()
+    errors = (h.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    others = torch.arange(128, device=device) != 5
+    assert errors[5] > 1e-4
+    assert errors[others].max() < 1e-6
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.7])
+def test_the_epilogues_are_those_of_the_other_forms(keep: float, device: str) -> None:
+    """h, z, dx and the rebuilt h: equal bits, where the products are exact."""
+    x, w, dz = (
+        normal(*shape, seed=i).mul(4).round().to(device) for i, shape in enumerate([(66, 40), (36, 40), (66, 36)])
+    )
+    bias, z_below = normal(36, seed=3).to(device), normal(66, 40, seed=4).to(device)
+    gelu = ACTIVATIONS["gelu"]
+    options = {} if keep == 1 else {"seed": torch.tensor([5], device=device), "dropout": Dropout(keep, 1)}
+    found = []
+    for tile in (TILE, TileConfig(64, 32, 32, 8, 4, 1)):
+        h, z, dx, below = (torch.full(shape, torch.nan, device=device) for shape in [(66, 36)] * 2 + [(66, 40)] * 2)
+        for of_x, of_w, own in launches(x, w, tile):
+            layer_forward(of_x, of_w, bias, h, z, gelu, "ieee", own, **options)
+        for of_dz, of_w, own in launches(dz, w, tile):
+            dgrad(of_dz, of_w, z_below, dx, below, gelu, "ieee", own, **options)
+        found.append((h, z, dx, below))
+    assert all(ours.equal(others) for ours, others in zip(*found))
+
+
+WIDE = Case(rows=260, widths=(256, 264, 256), activation="relu", output_activation="gelu")
+WIDE_CASES = [
+    WIDE,
+    replace(WIDE, activation="gelu", output_activation="identity", dropout=0.3),
+    replace(WIDE, layout="transposed gradient", needs="parameters", output_activation="identity"),
+    replace(WIDE, bias=False, needs="weights"),
+    replace(WIDE, needs="biases"),
+]
+
+
+@pytest.mark.parametrize("case", WIDE_CASES, ids=case_id)
+def test_networks_by_planes(case: Case, device: str, poisoned: None) -> None:
+    data = make(case, device)
+    check(case, oracle(case, data), gradients(data, forward(case, data, "run")), by_torch(case, make(case, device)))
+
+
+def explained(*widths: int, backend: str = "triton") -> Plan:
+    """The plan of a training step over 8192 rows on an H100."""
+    model = FusedMLP(widths[0], list(widths[1:]), activation_layer=torch.nn.GELU, backend=backend, device="meta")
+    return model.explain(8192, device="h100")
+
+
+def test_a_tensor_is_split_once_a_pass_and_every_product_is_followed_by_redo() -> None:
+    steps = explained(1024, 4096, 1024).runs[0].kernels
+    kinds = [step.kind for step in steps]
+    # x, W0, h and W1; dz1, W1, h, dz0 and x.
+    assert kinds == [
+        *("split", "split", "forward", "redo") * 2,
+        *("split", "split", "dgrad", "redo", "split", "wgrad", "redo", "sum_partials"),
+        *("split", "split", "wgrad", "redo", "sum_partials"),
+    ]
+    assert [step.operands["x"] for step in steps if step.operands.get("sums") and step.kind == "split"] == [
+        "dy",
+        "dz[0]",
+    ]
+
+
+def test_explain_names_the_form_and_counts_the_planes() -> None:
+    plan = explained(1024, 4096, 1024)
+    assert "fp16x3" in str(plan)
+    by_auto = str(explained(1024, 4096, 1024, backend="auto"))
+    assert ("fp16x3" in by_auto) == (H100.arch in layer_tiles.PLANES_MEASURED)
+    # The backward: dz of the hidden layer and the rebuilt h, and two buffers of planes of the larger tensors.
+    hidden = 8192 * 4096 * 4
+    assert 4 * hidden <= plan.workspace_bytes <= 4.1 * hidden
+
+
+H100 = DEVICES["NVIDIA H100"]
+PROBLEM = Problem("forward", 8192, 4096, 1024, torch.float32)
+
+
+def test_planes_are_chosen_by_the_backend_triton_for_wide_products_on_hopper() -> None:
+    assert precision(PROBLEM) == "fp16x3"
+    assert precision(replace(PROBLEM, kind="wgrad", m=512, n=512, k=8192)) == "fp16x3"
+    for other in (
+        replace(PROBLEM, dtype=torch.bfloat16),
+        replace(PROBLEM, precision="tf32"),
+        replace(PROBLEM, aligned=False),
+        replace(PROBLEM, n=layer_tiles.SHORTEST_PLANES - 4),
+    ):
+        assert precision(other) != "fp16x3"
+    assert precision(PROBLEM, device=DEVICES["NVIDIA A100"]) != "fp16x3"
+    assert precision(PROBLEM, torch_too=True) == ("fp16x3" if H100.arch in layer_tiles.PLANES_MEASURED else None)
+
+
+def precision(
+    problem: Problem, device: Device = H100, torch_too: bool = False, float32: Float32 = "auto"
+) -> str | None:
+    """The way in which operands are multiplied; None for torch."""
+    tile = choose_tile(problem, device, torch_too, float32).tile
+    return tile and tile.precision
+
+
+# Products, and whether the estimate says that planes are 1.3 times as fast as torch on an H100.
+ESTIMATES = {
+    "wide": (PROBLEM, True),
+    "its wgrad": (Problem("wgrad", 4096, 1024, 8192, torch.float32), True),
+    "512 wide": (Problem("forward", 16384, 512, 512, torch.float32), True),
+    "a small batch": (Problem("forward", 256, 512, 784, torch.float32), False),
+    "a small product": (Problem("wgrad", 256, 256, 256, torch.float32), False),
+}
+
+
+@pytest.mark.parametrize(("problem", "faster"), ESTIMATES.values(), ids=ESTIMATES)
+def test_the_estimate_leaves_small_products_to_torch(problem: Problem, faster: bool) -> None:
+    tile = layer_tiles.planes_tile(problem, H100)
+    assert tile is not None
+    ratio = torch_seconds(problem, H100) / layer_tiles.planes_seconds(problem, tile, H100)
+    assert (ratio >= layer_tiles.PLANES_MARGIN) == faster
+    assert layer_tiles.planes_seconds(problem, tile, INTERPRETED_DEVICE) == torch.inf
+
+
+def test_the_switch_ieee_leaves_operands_whole() -> None:
+    assert precision(PROBLEM, float32="ieee") in ("ieee", "bf16x6")
+    assert check_float32("ieee") == "ieee"
+    with pytest.raises(ValueError, match="MLP_FUSED_FP32 is 'tf32'; it needs to be one of: auto, ieee"):
+        check_float32("tf32")
+
+
+@pytest.mark.parametrize("kind", ["forward", "dgrad", "wgrad"])
+@pytest.mark.parametrize("device", [H100, DEVICES["NVIDIA H200"], INTERPRETED_DEVICE], ids=lambda device: device.name)
+def test_redo_splits_the_reduction_as_the_product_does(kind: Kind, device: Device) -> None:
+    for m, n, k in ((256, 256, 256), (512, 512, 16384), (1024, 4096, 8193)):
+        tile = layer_tiles.planes_tile(Problem(kind, m, n, k, torch.float32), device)
+        assert tile is not None
+        sums, again = (wgrad_sums(k, each, torch.float32, m * n, 0) for each in (tile, redo_tile(tile)))
+        assert sums == again
+        assert 128 % tile.block_m == 128 % tile.block_n == 128 % tile.block_k == 0
+
+
+def test_debugging_checks_results_after_redo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with planes of numbers too large for them are NaN, until the next step computes them again."""
+    monkeypatch.setattr(settings, "DEBUG", True)
+    x, layers = torch.full((256, 256), 2.0**80), [Layer(torch.full((256, 256), 2.0**-80), None, ACTIVATIONS["relu"])]
+    y = run_layers(x, [layers[0].weight], [None], find_layers(x, layers, torch.float32, "triton"))
+    assert y.equal(torch.full((256, 256), 256.0))
+    x[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"layer 0 \(relu\), redo: 256 of 65536 elements of h are NaN or inf"):
+        run_layers(x, [layers[0].weight], [None], find_layers(x, layers, torch.float32, "triton"))

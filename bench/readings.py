@@ -211,14 +211,14 @@ def durations(text: str) -> list[float]:
 
 
 def transfer(text: str) -> Record:
-    """Parse the output of `mlp-fused transfer` for one network."""
+    """Parse the output of `mlp-fused transfer` for one network. Older logs have the title "every time after that"."""
     parts = dict(re.findall(r"^(\S.*)\n((?:  .+\n|\n(?=  ))+)", text, re.MULTILINE))
     by_title = {title.split(",")[0].split(" (")[0]: body for title, body in parts.items()}
     (network_line,) = re.findall(r"^(.+ parameters, input .+)$", text, re.MULTILINE)
     return {
         "network": network_line,
         "first_touch_ms": _first_touch(by_title["first touch"]),
-        "each_time": [*_each_time(by_title["every time after that"])],
+        "each_time": [*_each_time(by_title.get("after the first call") or by_title["every time after that"])],
         "on_cpu_ms": {
             name: durations(cells)[0]
             for name, cells in re.findall(r"^  (\w+) (?:on the CPU) +(.*)$", text, re.MULTILINE)

@@ -55,9 +55,9 @@ COMMANDS = {
         train.train,
     ),
     "predict": Command(
-        "predict with a trained network for the rows of a file",
-        "Predict with a trained network for the rows of a file, and write the label and the class probabilities of "
-        "each row, or the values of a regression.",
+        "predict the rows of a file with a trained network",
+        "Predict the rows of a file with a trained network. Write the label and the class probabilities of each row, "
+        "or the values of a regression.",
         predict.Config,
         predict.run,
     ),

@@ -110,8 +110,8 @@ def test_help_states_every_flag_and_its_default(
     assert ", ".join(ACTIVATIONS) in entries["--activation"]
     assert "0.001 for adam, 0.05 for sgd" in entries["--lr"]
     usage = re.sub(r"\s+", " ", next(iter(entries.values())))
-    assert "Features are scaled column by column in float64: minus the mean, divided by a quarter of the range" in usage
-    assert "The model in a checkpoint does this itself" in usage
+    assert "Each feature is scaled in float64: minus its mean, divided by a quarter of its range" in usage
+    assert "The model in a checkpoint includes the scaling" in usage
 
 
 def broken_zip() -> None:

@@ -58,7 +58,7 @@ def test_transfer_without_a_gpu_measures_the_cpu(folder: Path, capsys: pytest.Ca
     assert err == ""
     assert out.startswith("FusedMLP, 35 parameters, input (8, 6) bfloat16; training, 8 rows\n")
     assert "step on the CPU" in out
-    assert "not measured: the GPU: copies, launches, kernels and first touch (torch" in out
+    assert "not measured: the GPU's copies, launches, kernels and first touch (torch" in out
 
 
 @pytest.mark.usefixtures("no_gpu")

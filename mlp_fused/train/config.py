@@ -48,16 +48,15 @@ class Config:
         None,
         metavar="FILE.npz",
         group="data",
-        help="file with the arrays x (N, ...), unscaled features of any numeric dtype, and y (N,), whole numbers from "
-        "0 or class names; for a regression, y has numbers and the shape (N,) or (N, k). The arrays may also have "
-        "Keras's names: x_train and y_train, with x_test and y_test for validation (default: scikit-learn's 1797 "
-        "handwritten digits)",
+        help="file with x (N, ...), the unscaled features in any numeric dtype, and y (N,), the classes as whole "
+        "numbers from 0 or as names; for a regression, y (N,) or (N, k) has numbers. Keras's names also work: x_train "
+        "and y_train, with x_test and y_test for validation (default: scikit-learn's 1797 handwritten digits)",
     )
     task: TaskName = option(
         "classification",
         group="data",
-        help="classification minimizes the cross-entropy of the classes y; regression minimizes the mean squared "
-        "error of y, which is standardized for training; predictions are in the units of y (default: {default})",
+        help="classification minimizes the cross-entropy; regression minimizes the mean squared error of y scaled by "
+        "its standard deviation, and predicts in the units of y (default: {default})",
     )
     validation_fraction: float = option(
         0.2,

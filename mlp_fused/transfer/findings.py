@@ -366,7 +366,7 @@ def _lines(result: Transfer) -> Iterator[str]:
         yield from _columns([(name, _time(ms), note) for name, ms, note in steps], "<><")
     yield ""
     yield (
-        f"every time after that, {count(result.rows, 'row', ',')}, {point.bytes_in:,} bytes in, {point.bytes_out:,} "
+        f"after the first call, {count(result.rows, 'row', ',')}, {point.bytes_in:,} bytes in, {point.bytes_out:,} "
         "bytes out (medians ± quartiles)"
     )
     if point.gpu is not None:
@@ -424,8 +424,8 @@ PARTS = {
     "non_blocking": "  pinned, non_blocking",
     "to_host": "copy of the output to the host",
     "launch": "launch of a kernel",
-    "forward": "forward, its kernels",
-    "backward": "backward, its kernels",
+    "forward": "forward kernels",
+    "backward": "backward kernels",
 }
 
 
@@ -436,7 +436,7 @@ def _gpu_rows(result: Transfer, gpu: OnGpu) -> Iterator[tuple[str, ...]]:
         if (measured := getattr(gpu, name)) is not None:
             rate = (f"{rates[name][0]:.1f}", f"{rates[name][1]:.0%}") if name in rates else ("", "")
             yield label, *map(_spread, (measured.device, measured.host, measured.returned)), *rate
-    yield "into pinned memory, by the host", "", _spread(gpu.staging), "", "", ""
+    yield "host copy into pinned memory", "", _spread(gpu.staging), "", "", ""
 
 
 def _cpu_rows(cpu: OnCpu) -> Iterator[tuple[str, str]]:

@@ -208,7 +208,7 @@ def measure(
         raise ValueError(f"device is {chosen}; it needs to be a CUDA or ROCm GPU, or cpu")
     if chosen.type == "cpu":
         why = "device is cpu" if device is not None else f"torch {torch.__version__} can use no GPU here"
-        notes.append(f"the GPU: copies, launches, kernels and first touch ({why})")
+        notes.append(f"the GPU's copies, launches, kernels and first touch ({why})")
         if (reason := distorted("cpu")) is not None:
             notes.append(f"undistorted times ({reason})")
         return measure_on(None, model, batch, sizes, training, first_touch, seconds, notes)

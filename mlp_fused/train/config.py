@@ -146,8 +146,8 @@ class Config:
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
             ("workers", self.workers is None or self.workers >= 0, "0 or more"),
         )
-        for name, holds, need in checks:
-            if not holds:
+        for name, valid, need in checks:
+            if not valid:
                 raise UserError(f"{flag(name)} is {shown(getattr(self, name))}; it needs to be {need}")
         if self.resume and self.checkpoint is None:
             raise UserError("--resume needs --checkpoint FILE, the checkpoint to resume from")

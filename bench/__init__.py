@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest bench --benchmark` anywhere, `python bench/gpu.py --minutes 10 --out DIR` on a GPU."""
+"""Benchmarks. Run `pytest bench --benchmark` anywhere, or `python bench/gpu.py --minutes 10 --out DIR` on a GPU."""

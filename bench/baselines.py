@@ -1,4 +1,4 @@
-"""The baselines of a network: eager, torch's fused epilogue, CUDA graphs, torch.compile."""
+"""The baselines of a network: eager, PyTorch's fused epilogue, CUDA graphs, torch.compile."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from bench.problem import Cell
 from mlp_fused.capture import capture_step
 from mlp_fused.timing import Timed
 
-GRAPHED_SETS = 8  # a CUDA graph is tied to its input's address: one capture for each input rotated
+GRAPHED_SETS = 8  # the maximum number of inputs of a CUDA graph; each needs a capture of its own
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One side of a comparison: `build` returns the phase's function, which is verified against `reference`."""
+    """A baseline.
+
+    Attributes:
+        name: its name.
+        build: a function (bench, phase) that returns the call to time.
+        applies: a function (cell, device) that returns True if the baseline is measured in that cell.
+        reference: a function that makes, from the eager network, the network with which the results are compared.
+    """
 
     name: str
     build: Callable[[Bench, str], Timed]
@@ -29,7 +36,7 @@ class Baseline:
 
 
 def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:
-    """Hidden layers by torch's own fused epilogue. On CUDA its gelu is the tanh form, whatever the model's is."""
+    """Return a forward with PyTorch's fused epilogue in hidden layers. On CUDA its gelu is always the tanh form."""
     layers = [child for child in bench.eager if isinstance(child, nn.Linear)]
     use_gelu = bench.problem.activation == "gelu"
 
@@ -42,27 +49,27 @@ def addmm_activation(bench: Bench) -> Callable[[Tensor], Tensor]:
 
 
 def tanh_gelu(model: nn.Sequential) -> nn.Sequential:
-    """The same parameters with gelu in its tanh form."""
+    """Return the network with gelu in its tanh form, and the same parameters."""
     return nn.Sequential(*(nn.GELU("tanh") if isinstance(child, nn.GELU) else child for child in model))
 
 
 def graphed(timed: Timed, parameters: Sequence[nn.Parameter] = ()) -> Timed:
-    """The same calls as CUDA graphs, one a rotated input; an untimed setup is a graph of its own, replayed before."""
+    """Capture the calls as CUDA graphs, one for each input. The untimed setup is captured as a separate graph."""
     sets = min(timed.sets, GRAPHED_SETS)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # handles, workspaces and optimizer state are made outside of the capture
+        for _ in range(3):  # handles, workspaces and optimizer state must be allocated before the capture
             timed.prepare(0)
             timed(0)
     torch.cuda.current_stream().wait_stream(stream)
-    # The graphs share one pool: each is replayed whole before the next, and only the last one's outputs are read.
+    # The graphs can share one pool, because replays do not overlap and only the outputs of the last graph are read.
     pool = torch.cuda.graph_pool_handle()
     setups, graphs, outputs = [], [], None
     for i in range(sets):
         outputs = None
         for parameter in parameters:
-            parameter.grad = None  # as `outputs`: the last capture's memory goes back to the pool
+            parameter.grad = None  # like `outputs = None`, returns the memory of the previous capture to the pool
         if timed.setup is not None:
             setups.append(torch.cuda.CUDAGraph())
             with torch.cuda.graph(setups[-1], pool=pool, stream=stream):
@@ -82,7 +89,7 @@ def graphed(timed: Timed, parameters: Sequence[nn.Parameter] = ()) -> Timed:
 
 
 def compiled(mode: str | None) -> Callable[[Bench, str], Timed]:
-    """torch.compile for this very shape; fullgraph, or dynamo's limits would hand eager back without a word."""
+    """torch.compile for static shapes. Without fullgraph=True, dynamo could fall back to eager silently."""
 
     def build(bench: Bench, phase: str) -> Timed:
         if mode not in bench.compiled:
@@ -93,14 +100,14 @@ def compiled(mode: str | None) -> Callable[[Bench, str], Timed]:
 
 
 def captured(
-    model_of: Callable[[Bench], nn.Module], capture: Callable[..., Any] = capture_step
+    select_model: Callable[[Bench], nn.Module], capture: Callable[..., Any] = capture_step
 ) -> Callable[[Bench, str], Timed]:
-    """capture_step of a network: each call copies its batch in, and is one launch."""
+    """`capture_step` of a network: each call copies its batch and launches one CUDA graph."""
 
     def build(bench: Bench, phase: str) -> Timed:
         inputs, targets, parameters = bench.inputs, bench.targets, bench.parameters
-        step = capture(model_of(bench), F.cross_entropy, bench.optimizer(), inputs[0], targets[0])
-        step(inputs[0], targets[0])  # the first makes Adam's state, and is no replay
+        step = capture(select_model(bench), F.cross_entropy, bench.optimizer(), inputs[0], targets[0])
+        step(inputs[0], targets[0])  # the first call allocates Adam's state, and is not a replay
 
         def call(i: int) -> tuple[Any, ...]:
             step(inputs[i], targets[i])
@@ -112,7 +119,7 @@ def captured(
 
 
 def can_capture(cell: Cell, device: str) -> bool:
-    """Where launches are all there is: steps with a loss of their own."""
+    """True for steps with a loss on a GPU, the only phase that `capture_step` captures."""
     return device == "cuda" and cell.phase == "step" and cell.problem.cross_entropy
 
 

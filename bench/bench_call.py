@@ -1,12 +1,12 @@
-"""The Python of a call, without the kernels: our modules beside eager torch's on layers one wide.
+"""Measure the Python overhead of a call, without kernels, and compare it with eager PyTorch on layers of width 1.
 
-`pytest bench -k call --benchmark --benchmark-json FILE` writes the numbers to FILE. To compare two commits, run it in a
-checkout of each on the same machine, several times in alternation, and compare a row's `us` and `ratio`; a difference
-below their spread is none. Each row's `extra_info` has, in microseconds of a core a call:
+`pytest bench -k call --benchmark --benchmark-json FILE` writes the numbers to FILE. To compare two commits, run both on
+the same machine, several times in alternation, and compare `us` and `ratio`. A difference smaller than their spread
+means nothing. The `extra_info` of a row has these microseconds of CPU time per call:
 
     us, us_spread              ours: the median of 100 rounds, and their interquartile range
-    eager_us, eager_us_spread  the same for nn.Sequential of nn.Linear and activations, measured in the same rounds
-    ratio, ratio_spread        eager's time over ours, of each round: both run at the same speed of the machine
+    eager_us, eager_us_spread  the same for an nn.Sequential of nn.Linear and activations, in the same rounds
+    ratio, ratio_spread        eager's time / ours in each round, so that the speed of the machine cancels out
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Call = Callable[[Tensor], Any]
 
 
 def microseconds(call: Call, x: Tensor, calls: int) -> float:
-    """A call's mean time on its core: other processes of the machine do not count, as they do by the wall clock."""
+    """Return the mean CPU time of a call in microseconds. Unlike wall-clock time, it excludes other processes."""
     start = time.thread_time()
     for _ in range(calls):
         call(x)
@@ -42,10 +42,10 @@ def microseconds(call: Call, x: Tensor, calls: int) -> float:
 
 
 def measure(benchmark: Any, **systems: tuple[Call, Tensor]) -> int:
-    """Time the systems in turn, round by round, and store the figures that are listed above.
+    """Time the systems in turn, round by round, and store the numbers listed above in `extra_info`.
 
     Args:
-        systems: a function and its input, by name: `ours`, `eager`, and others.
+        systems: (function, input) by name: `ours`, `eager`, and others.
 
     Returns:
         The number of calls of `ours`.
@@ -64,17 +64,17 @@ def measure(benchmark: Any, **systems: tuple[Call, Tensor]) -> int:
 
 
 def tabulate(benchmark: Any, call: Call, x: Tensor) -> None:
-    """Give pytest-benchmark a few rounds for its own table, which is by the wall clock."""
+    """Run a few rounds for pytest-benchmark's own table, which shows wall-clock times."""
     benchmark.pedantic(call, (x,), rounds=10, iterations=100)
 
 
 def test_call_on_the_cpu(benchmark: Any) -> None:
-    """784→512→512→10, one row, on modules whose own forward does nothing, beside nn.Sequential of the same modules."""
+    """784→512→512→10, one row, with modules whose forward does nothing, against nn.Sequential of the same modules."""
     model = FusedMLP(784, [512, 512, 10])
     sequential = nn.Sequential(*(child for child in model if not isinstance(child, nn.Dropout)))
     x = torch.randn(1, 784)
     assert torch.equal(model(x), sequential(x))
-    for child in sequential:  # the same modules as the model's: products and their noise go, calls stay
+    for child in sequential:  # the model has the same modules; without products, only the overhead of calls remains
         child.forward = lambda x: x
     assert model(x) is sequential(x) is x
     measure(benchmark, ours=(model, x), eager=(sequential, x))
@@ -82,7 +82,7 @@ def test_call_on_the_cpu(benchmark: Any) -> None:
 
 
 def test_call_of_a_fused_linear_on_the_cpu(benchmark: Any) -> None:
-    """64→64 with relu, one row, beside nn.Sequential of the same two modules, products included."""
+    """64→64 with relu, one row, against nn.Sequential of the same two modules, including the products."""
     layer = FusedLinear(64, 64, activation="relu")
     sequential = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     x = torch.randn(1, 64)
@@ -94,13 +94,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 class Nothing:
-    """In place of a compiled kernel: counts its launches."""
+    """A stand-in for a compiled kernel that only counts its launches."""
 
     def __init__(self) -> None:
         self.launches = 0
 
     function = packed_metadata = None
-    metadata = types.SimpleNamespace(global_scratch_size=1)  # for descriptors, as most have on an H200
+    metadata = types.SimpleNamespace(global_scratch_size=1)  # scratch for descriptors, as most kernels have on an H200
 
     def run(self, *arguments: Any) -> None:
         self.launches += 1
@@ -108,33 +108,33 @@ class Nothing:
 
 @pytest.fixture
 def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
-    """Calls take the kernels' paths on CPU tensors, with an H200's tiles, and launch a compiled kernel: this one.
+    """Run the kernels' paths on CPU tensors with the tiles of an H200, and launch this stand-in as every kernel.
 
-    The C library keeps what memory is given back to it, as torch's allocator for GPUs does; else a gradient of a
-    megabyte is mapped and unmapped in each call, which takes longer than a launch.
+    The C library is set to keep freed memory, as PyTorch's CUDA allocator does. Otherwise every call would map and
+    unmap a gradient of a megabyte, which takes longer than a launch.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
-    instead = Nothing()
-    remembered = (layer_path, paths.network_path)
-    for cache in remembered:
+    stand_in = Nothing()
+    caches = (layer_path, paths.network_path)
+    for cache in caches:
         cache.cache_clear()
 
     def compile_to_nothing(launch: Launch, tensors: Any) -> None:
-        instead.launches += 1
-        launch.keep(instead, len(tensors))
+        stand_in.launches += 1
+        launch.keep(stand_in, len(tensors))
 
     monkeypatch.setattr(paths, "why_device", lambda device, backend: None)
     with launched_by(compile_to_nothing), devices.pretended(devices.DEVICES["NVIDIA H200"]):
-        yield instead
-    for cache in remembered:
+        yield stand_in
+    for cache in caches:
         cache.cache_clear()
 
 
 class Empty(torch.autograd.Function):
-    """The least that autograd asks of a network with as many parameters: nothing computed, gradients allocated."""
+    """An autograd.Function that computes nothing and allocates gradients: the minimum overhead of autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -148,16 +148,23 @@ class Empty(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Case:
-    """A module of ours on kernels; eager torch has as many layers and activations."""
+    """A module on kernels, and the size of the eager network to compare it with.
+
+    Attributes:
+        make: a function that makes the module.
+        widths: the widths of input and output.
+        layers, activations: the number of layers and activations.
+        launches: the number of launches in a forward.
+    """
 
     make: Callable[[], nn.Module]
-    widths: tuple[int, int]  # of the input and the output
+    widths: tuple[int, int]
     layers: int
     activations: int
-    launches: int  # of a forward
+    launches: int
 
     def one_wide(self) -> nn.Sequential:
-        """torch's modules, one wide: as many calls with next to no product in them."""
+        """Make an eager network with the same number of layers, of width 1, so that products take almost no time."""
         children = [child for _ in range(self.layers) for child in (nn.Linear(1, 1), nn.ReLU())]
         return nn.Sequential(*children[: self.layers + self.activations])
 
@@ -173,18 +180,18 @@ PHASES = ("inference", "training-forward", "training-backward")
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", CASES)
 def test_call(benchmark: Any, nothing: Nothing, name: str, phase: str) -> None:
-    """Python and autograd of one call with 64 rows in fp32, up to the launches, which do nothing.
+    """Python and autograd overhead of a call with 64 rows in fp32. Launches do nothing.
 
-    layer is a FusedLinear 64→64 with relu, network a FusedMLP 64→64→64→64→64 on the network path, wide a FusedMLP
-    784→512→512→10 on the layer path. inference is a forward under no_grad, training-forward a forward that records
-    gradients, training-backward that forward and its backward together. Eager is nn.Sequential of as many layers, one
-    wide, for one row. `empty_us` is one autograd.Function that computes nothing, with as many parameters: the least
-    that torch takes for any.
+    The modules are a FusedLinear 64→64 with relu (layer), a FusedMLP 64→64→64→64→64 on the network path (network) and a
+    FusedMLP 784→512→512→10 on the layer path (wide). The phases are a forward under no_grad (inference), a forward with
+    gradients enabled (training-forward), and this forward with its backward (training-backward). Eager is an
+    nn.Sequential with the same number of layers, of width 1, for one row. `empty_us` is the time of one
+    autograd.Function that computes nothing, with the same number of parameters.
     """
     case = CASES[name]
     model, eager = case.make(), case.one_wide()
     width_in, width_out = case.widths
-    x, one = torch.randn(64, width_in), torch.randn(1, 1)
+    x, scalar = torch.randn(64, width_in), torch.randn(1, 1)
 
     def in_phase(call: Call, module: nn.Module, dy: Tensor) -> Call:
         parameters = tuple(module.parameters())
@@ -195,7 +202,7 @@ def test_call(benchmark: Any, nothing: Nothing, name: str, phase: str) -> None:
     ours = in_phase(model, model, torch.randn(64, width_out))
     systems = {
         "ours": (ours, x),
-        "eager": (in_phase(eager, eager, one), one),
+        "eager": (in_phase(eager, eager, scalar), scalar),
         "empty": (in_phase(lambda x: empty.apply(x, *parameters), model, x), x),
     }
     with torch.set_grad_enabled(phase != "inference"):

@@ -1,4 +1,4 @@
-"""The compiled kernels of narrow networks on this GPU: registers, spills, shared memory, instructions."""
+"""Compile the kernels of narrow networks for this GPU: registers, spills, shared memory, instructions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 from bench.machine import ROOT
 
-TARGETS = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}  # one device an architecture
+TARGETS = {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}  # a device for each architecture
 SCRIPT = ROOT / "tests" / "compile_kernels.py"
 
 
 def target() -> str:
-    """The device compiled for that has this GPU's architecture; without a GPU, the H100."""
+    """Return the device of `TARGETS` with this GPU's architecture; without a GPU, the H100."""
     if not torch.cuda.is_available():
         return TARGETS[90]
     if torch.version.hip is not None:
@@ -28,12 +28,12 @@ def target() -> str:
 
 
 def test_compiled(benchmark: Any) -> None:
-    """`extra_info["compiled"]`: the readings, one a kernel, as tests/compile_kernels.py prints them."""
+    """Store one record for each kernel, as tests/compile_kernels.py prints them, in `extra_info["compiled"]`."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if benchmark.disabled:
-        pytest.skip("compiles for a minute: runs with --benchmark only")
+        pytest.skip("compiles for a minute; use --benchmark to run it")
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: `python tests/compile_kernels.py --networks` compiles for others, in minutes")
+        pytest.skip("no CUDA device; use `python tests/compile_kernels.py --networks` to compile for other GPUs")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "--networks", "--json", "--target", target()]
 

@@ -1,17 +1,17 @@
-"""Every cell of the grid on every device on which it means something. `-k` selects: by family, dtype, phase or device.
+"""Measure every cell of the grid. `-k` selects families, dtypes, phases or devices.
 
     seed     the network of a first course: 784→512→512→10, fp32, small batches, a step with cross entropy and Adam
-    narrow   widths of 16 to 128 over many rows: bound by memory and launches
-    middle   widths of 256 to 1024 in bf16: the pointwise traffic is a good part of the time
-    large    widths of 1024 to 16384 in bf16 and fp32: matrix products dominate
-    gemm     one kernel of the layer path by itself, beside cuBLAS's bare product and torch's whole way (see gemm.py)
-    odd      widths that no tile divides, rows that no vector load fits, transposed and sliced inputs
-    warmup   `model.warmup` in a fresh process, with Triton's cache empty and full
-    copy     the input's copy beside the computation on it; the cost of a first call; the lecture's product
+    narrow   widths from 16 to 128 and many rows: bound by memory and launches
+    middle   widths from 256 to 1024 in bf16: pointwise operations take much of the time
+    large    widths from 1024 to 16384 in bf16 and fp32: matrix products dominate
+    gemm     one kernel of the layer path, against cuBLAS's bare product and PyTorch's operations (see gemm.py)
+    odd      widths that no tile divides, rows that are not aligned, transposed and sliced inputs
+    warmup   `model.warmup` in a new process, with an empty and with a filled Triton cache
+    copy     the copy of the input against the computation on it; the cost of a first call; the lecture's product
 
-`pytest bench --benchmark -k copy` takes less than three minutes of an H100 with 16 cores beside it, by the model of its
-time in tests/bench/test_bench_grid.py: 98 rows, of each ten numbers that take `COPY_SECONDS` or a few calls; their
-kernels, compiled ahead; and the processes of the rows that begin with one.
+`pytest bench --benchmark -k copy` takes less than three minutes on an H100 with 16 CPU cores, according to a model of
+its time in tests/bench/test_bench_grid.py. It has 98 rows with ten numbers each, which take `COPY_SECONDS` or a few
+calls. Its kernels are compiled ahead, and some rows start new processes.
 """
 
 from __future__ import annotations

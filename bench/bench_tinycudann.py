@@ -1,14 +1,15 @@
-"""FusedMLP beside tiny-cuda-nn's FullyFusedMLP, in one process, on the narrow problems that both can run.
+"""Compare FusedMLP with tiny-cuda-nn's FullyFusedMLP, in one process, on the narrow problems that both can run.
 
 Both compute y = W_L relu(… relu(W_1 x)) with the same weights, without biases. tiny-cuda-nn runs through its PyTorch
-binding, as its users call it: that takes x in float32, twice our bytes, and rounds it and the float32 parameters to
-fp16 in every call; ours are fp16 from the start. Its JIT mode (version 2.0 and later) is left as it comes.
+binding, as its users call it. The binding takes x and the parameters in float32 and converts them to fp16 in every
+call, so it reads twice as many bytes of x as FusedMLP, whose tensors are in fp16. JIT fusion (version 2.0 and later)
+has its default setting.
 
-A row's extra_info is a `bench.rows.TinycudannRow`.
+The extra_info of a row is a `bench.rows.TinycudannRow`.
 
-What is used of tiny-cuda-nn stands in github.com/NVlabs/tiny-cuda-nn: bindings/torch/tinycudann/modules.py (dtypes,
-loss_scale, rows), src/fully_fused_mlp.cu (the matrices in `params`, fp16 sums), src/cpp_api.cu and
-include/tiny-cuda-nn/encodings/identity.h (how x is padded).
+Source: github.com/NVlabs/tiny-cuda-nn, bindings/torch/tinycudann/modules.py (dtypes, loss_scale, rows),
+src/fully_fused_mlp.cu (the matrices in `params`, fp16 sums), src/cpp_api.cu and
+include/tiny-cuda-nn/encodings/identity.h (the padding of x).
 """
 
 from __future__ import annotations
@@ -39,18 +40,19 @@ from mlp_fused.kernels import devices
 from mlp_fused.module import FusedMLP
 from mlp_fused.timing import Timed
 
-WIDTHS = (16, 32, 64, 128)  # of the hidden layers
-ALIGNMENT = 16  # elements: input and output widths are padded to a multiple
-ROWS = 256  # the binding pads x to a multiple
+WIDTHS = (16, 32, 64, 128)  # the widths of hidden layers that FullyFusedMLP supports
+ALIGNMENT = 16  # the binding pads input and output widths to a multiple of this
+ROWS = 256  # the binding pads the rows of x to a multiple of this
 
-# Relative errors, of the output and of each gradient. tiny-cuda-nn rounds its sums to fp16 every 16 terms: simulated
-# in torch with 8192 rows, that errs by up to 0.0012 in the output and 0.048 in gradients, most of it from relus that
-# a rounded pre-activation turns over. Another matrix, or the same one in another order, errs by about 1.
+# Bounds on the relative errors of the output and of each gradient. tiny-cuda-nn rounds its sums to fp16 every 16 terms.
+# Simulated in PyTorch with 8192 rows, this gives errors of up to 0.0012 in the output and 0.048 in gradients, mostly
+# because a rounded pre-activation can be on the other side of relu's kink. A wrong or transposed matrix would give an
+# error of about 1.
 BOUNDS = 2 * AGREEMENT["fp16"][0], 8 * AGREEMENT["fp16"][1]
 
 
 def runs(problem: Problem) -> bool:
-    """True if FullyFusedMLP runs a problem as it is: without padding rows, in fp16, hidden layers of one width."""
+    """True if FullyFusedMLP can run a problem without padding rows: fp16, relu, and hidden layers of one width."""
     hidden = set(problem.widths[1:-1])
     return (
         len(hidden) == 1
@@ -68,13 +70,14 @@ CASES = [
 
 
 def padded(width: int) -> int:
+    """Return a width rounded up to a multiple of ALIGNMENT."""
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 
 def pack(weights: Sequence[Tensor]) -> Tensor:
-    """W_1 … W_L, each (out, in), as `params`: one matrix after the other, padded, row-major, float32.
+    """Concatenate W_1 … W_L, each (out, in), to the flat tensor `params`: padded, row-major, float32.
 
-    The padding is zero. It has to be: tiny-cuda-nn pads x with ones.
+    The padding has to be zero, because tiny-cuda-nn pads x with ones.
     """
     flat = []
     for weight in weights:
@@ -84,14 +87,14 @@ def pack(weights: Sequence[Tensor]) -> Tensor:
 
 
 def unpack(params: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """The matrices (out, in) in `params` or in its gradient, without the padding."""
+    """Return the matrices (out, in) in `params` or in its gradient, without the padding."""
     shapes = [(n, k) for k, n in pairwise(widths)]
     flat = params.split([padded(n) * padded(k) for n, k in shapes])
     return [matrix.view(padded(n), padded(k))[:n, :k] for matrix, (n, k) in zip(flat, shapes, strict=True)]
 
 
 class Ours(Bench):
-    """A problem in FusedMLP, without biases."""
+    """A problem computed by FusedMLP, without biases."""
 
     @cached_property
     def model(self) -> FusedMLP:
@@ -104,9 +107,10 @@ class Ours(Bench):
 
 
 class Theirs(Bench):
-    """The same problem in tiny-cuda-nn: the same weights, inputs and dY.
+    """The same problem computed by tiny-cuda-nn, with the same weights, inputs and dY.
 
-    Raises ValueError where `tinycudann` has another number of parameters than the weights take.
+    Raises:
+        ValueError: the network of `tinycudann` has another number of parameters.
     """
 
     def __init__(self, ours: Ours, tinycudann: Any) -> None:
@@ -121,7 +125,7 @@ class Theirs(Bench):
             "n_hidden_layers": len(widths) - 2,
         }
         self.network: nn.Module = tinycudann.Network(widths[0], widths[-1], network_config=config)
-        # Ours has none. Gradients are in fp16: with the default of 128, sums over 2^21 rows pass its largest number.
+        # No loss scale, as in FusedMLP. Gradients are in fp16 and would overflow at 2^21 rows with the default of 128.
         self.network.loss_scale = 1.0
         [params] = self.parameters
         packed = pack(ours.parameters)
@@ -143,31 +147,32 @@ class Theirs(Bench):
         return self.ours.gradients
 
     def compare(self, timed: Timed, phase: str) -> tuple[Verified, float]:
-        """Relative errors of one call against ours, and the seconds of that first call.
+        """Return the relative errors of one call against FusedMLP, and the seconds of this first call.
 
-        Raises AssertionError where one passes BOUNDS, or where the output is not in fp16.
+        Raises:
+            AssertionError: an error exceeds BOUNDS, or the output is not in fp16.
         """
         last = timed.sets - 1
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         y, *flat = timed(last)
         synchronize(self.device)
-        seconds = time.perf_counter() - begun
-        assert y.dtype == torch.float16, f"tinycudann computes in {y.dtype}: it was built without fp16"
-        found = [y, *(matrix for params in flat for matrix in unpack(params, self.problem.widths))]
+        seconds = time.perf_counter() - begin
+        assert y.dtype == torch.float16, f"tinycudann computes in {y.dtype}; it needs to be built with fp16"
+        results = [y, *(matrix for params in flat for matrix in unpack(params, self.problem.widths))]
         expected = self.ours.timed(self.ours.model, phase)(last)
-        return compare(found, expected, BOUNDS, 1, "FusedMLP and tinycudann differ"), seconds
+        return compare(results, expected, BOUNDS, 1, "FusedMLP and tinycudann differ"), seconds
 
 
 @lru_cache(maxsize=1)
 def pair_for(problem: Problem, device: str, tinycudann: Any) -> tuple[Ours, Theirs]:
-    """The one pair that is kept: both phases of a problem stand side by side in the grid."""
+    """Return both sides of a problem. One pair is cached, because the grid has both phases of a problem in sequence."""
     ours = Ours(problem, device)
     return ours, Theirs(ours, tinycudann)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Our function and theirs, each with its relative errors and the seconds of its first call."""
+    """The calls of both sides, each with its relative errors and the seconds of its first call."""
 
     ours: Timed
     theirs: Timed
@@ -176,9 +181,10 @@ class Pair:
 
 
 def prepare(cell: Cell, device: str, tinycudann: Any) -> Pair:
-    """Both functions, verified: ours against eager, theirs against ours.
+    """Return both calls, verified: FusedMLP's against eager, tiny-cuda-nn's against FusedMLP.
 
-    Raises AssertionError where one is wrong.
+    Raises:
+        AssertionError: a result is wrong.
     """
     ours, theirs = pair_for(cell.problem, device, tinycudann)
     timed, their_timed = ours.timed(ours.model, cell.phase), theirs.timed(theirs.network, cell.phase)
@@ -186,7 +192,7 @@ def prepare(cell: Cell, device: str, tinycudann: Any) -> Pair:
 
 
 def measure_both(cell: Cell, device: str, tinycudann: Any) -> tuple[Timed, TinycudannRow]:
-    """Our function, and the row."""
+    """Measure both sides. Return the call of FusedMLP, and the row."""
     problem, phase = cell.problem, cell.phase
     ours, theirs = pair_for(problem, device, tinycudann)
     pair = prepare(cell, device, tinycudann)
@@ -214,7 +220,7 @@ def measure_both(cell: Cell, device: str, tinycudann: Any) -> tuple[Timed, Tinyc
 
 
 def load() -> Any:
-    """Module `tinycudann`; skips the test where there is none, or none for this GPU and this torch."""
+    """Import `tinycudann`. Skip the test if it is not installed, or does not load with this GPU and PyTorch."""
     try:
         return importlib.import_module("tinycudann")
     except ModuleNotFoundError as error:
@@ -231,7 +237,7 @@ def tinycudann() -> Any:
 
 @pytest.mark.parametrize(("cell", "device"), CASES, ids=str)
 def test_tinycudann(benchmark: Any, tinycudann: Any, cell: Cell, device: str) -> None:
-    """pytest-benchmark shows the host's clock over single calls of ours, each waited for."""
+    """Compare the two sides. pytest-benchmark's own table shows single calls of FusedMLP by the host's clock."""
     benchmark.group = "tinycudann"
     if benchmark.disabled:
         benchmark.pedantic(prepare, (cell, device, tinycudann))

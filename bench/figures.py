@@ -1,4 +1,4 @@
-"""Draw the plots of reports: series of points over log axes, in strips, for light and for dark pages."""
+"""Draw the plots of reports: points on log axes, and strips of points, for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Strips = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure for light and for dark pages.
+    """A plot for light and for dark pages.
 
     Attributes:
-        alt: what it shows, in words.
-        figure: returns the matplotlib figure for a theme.
-        kind: of the file, "png" or "svg".
+        alt: the alt text.
+        figure: a function from a theme to the matplotlib figure.
+        kind: the type of the file, "png" or "svg".
     """
 
     alt: str
@@ -28,20 +28,20 @@ class Plot:
     kind: str = "png"
 
     def draw(self, theme: Theme) -> bytes:
-        """The contents of the file; an svg has the words in it."""
+        """Return the content of the file. An svg includes the alt text."""
         return plots.file_of(self.figure(theme), self.kind, *([self.alt] if self.kind == "svg" else []))
 
 
 @dataclass(frozen=True)
 class Series:
-    """The look of some points: a colour by its name in the theme, and a marker."""
+    """The label of some points, the name of their color in the theme, and their marker."""
 
     label: str
     color: str
     marker: str
 
 
-WIDTH = 8  # inches; a README is about as many wide, so that letters are as large as drawn
+WIDTH = 8  # inches; about the width of a README, so that it shows the letters in their size
 LEGEND = {"fontsize": 9, "loc": "outside lower center", "ncols": 3}
 
 
@@ -54,33 +54,31 @@ def scatter(
     title: str,
     log_y: bool = True,
 ) -> Any:
-    """A figure of points on log axes, with a line at 1."""
+    """Plot points on log axes, with a line at y = 1."""
     figure, axes = plots.blank(theme, WIDTH, 4.6)
-    for name, each in points.items():
-        axes.plot(*zip(*each), **look(theme, series[name]), label=series[name].label)
+    for name, coordinates in points.items():
+        axes.plot(*zip(*coordinates), **look(theme, series[name]), label=series[name].label)
     axes.set(xscale="log", yscale="log" if log_y else "linear", xlabel=x, ylabel=y)
     axes.axhline(1, color=theme.ink, lw=1, ls="--")
     if not log_y:
-        axes.set_ylim(0, max(1.1, *(1.05 * y for each in points.values() for _, y in each)))
+        axes.set_ylim(0, max(1.1, *(1.05 * y for coordinates in points.values() for _, y in coordinates)))
     axes.set_title(title, fontsize=10)
     plots.finish(axes, theme, **LEGEND)
     return figure
 
 
 def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, title: str, log: bool) -> Any:
-    """A figure with a strip a group: in it a line of points for each series, and a bar at their median."""
-    present = [name for name in series if any(name in each for each in strips.values())]
+    """Plot one horizontal strip for each group: a line of points for each series, with a bar at their median."""
+    present = [name for name in series if any(name in group for group in strips.values())]
     lanes = max(2, len(present))
     figure, axes = plots.blank(theme, WIDTH, 1.6 + 0.09 * (lanes + 1) * len(strips))
     for name in present:
         shift = (present.index(name) - (len(present) - 1) / 2) / (lanes + 1)
-        xs = [(x, place + shift) for place, each in enumerate(strips.values()) for x in each.get(name, [])]
+        xs = [(x, y + shift) for y, group in enumerate(strips.values()) for x in group.get(name, [])]
         axes.plot(*zip(*xs), **look(theme, series[name]), label=series[name].label)
-        several = [
-            (each[name], place + shift) for place, each in enumerate(strips.values()) if len(each.get(name, ())) > 2
-        ]
-        middle = [(statistics.median(values), y) for values, y in several]
-        axes.plot([x for x, _ in middle], [y for _, y in middle], ls="", marker="|", ms=9, mew=2, color=theme.ink)
+        several = [(group[name], y + shift) for y, group in enumerate(strips.values()) if len(group.get(name, ())) > 2]
+        medians = [(statistics.median(values), y) for values, y in several]
+        axes.plot([x for x, _ in medians], [y for _, y in medians], ls="", marker="|", ms=9, mew=2, color=theme.ink)
     axes.set_yticks(range(len(strips)), list(strips))
     axes.set_ylim(len(strips) - 0.5, -0.5)
     axes.set(xlabel=label, xscale="log" if log else "linear")
@@ -96,7 +94,7 @@ def strip(theme: Theme, strips: Strips, series: dict[str, Series], label: str, t
 
 
 def look(theme: Theme, series: Series) -> dict[str, Any]:
-    """The marker of a series without a line, as arguments of `Axes.plot`."""
+    """Return the arguments of `Axes.plot` for the markers of a series, without a line."""
     color = getattr(theme, series.color)
     return {
         "ls": "",
@@ -110,13 +108,14 @@ def look(theme: Theme, series: Series) -> dict[str, Any]:
 
 
 def file_name(slug: str, name: str, theme: Theme, plot: Plot) -> str:
+    """Return the name of a plot's file: <slug>-<name>-<theme>.<kind>."""
     return f"{slug}-{name}-{theme.name}.{plot.kind}"
 
 
-def drawn(shown: Mapping[str, Plot], slug: str) -> dict[str, bytes]:
-    """The plots' files by name, for light and for dark pages."""
+def draw_all(by_name: Mapping[str, Plot], slug: str) -> dict[str, bytes]:
+    """Return the files of the plots by name, for light and for dark pages."""
     return {
         file_name(slug, name, theme, plot): plot.draw(theme)
-        for name, plot in shown.items()
+        for name, plot in by_name.items()
         for theme in (plots.LIGHT, plots.DARK)
     }

@@ -1,10 +1,10 @@
 """Fit the rates of the estimate to a measured table, or to readings: `python -m bench.fit kernels/tuned/<gpu>.json`.
 
-seconds = Σ rate · term for each row (kernels/estimate.py). The rates minimise the squared relative errors, with three
-constraints: none is negative, a unit that multiplies is no faster than `FLOORS` allows, and rates that the readings
-leave open stay near `EXPECTED`. The time of a row that has no tile, because torch won, is that of the tile with the
-least estimated time. A file of readings (`mlp-fused tune --readings`) has a row for every tile. The command prints the
-rates and their errors, and writes kernels/rates.json.
+The estimate is seconds = Σ rate · term for each row (kernels/estimate.py). The fit minimizes the squared relative
+errors, with three constraints: no rate is negative, the rate of a multiplying unit is at least its value in `FLOORS`,
+and rates that the readings do not determine stay near `EXPECTED`. If a row has no tile, because PyTorch was faster, its
+time counts for the tile with the shortest estimated time. A file of readings (`mlp-fused tune --readings`) has a row
+for every tile. The command prints the rates and their errors, and writes kernels/rates.json.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ Row = table_files.Gemm
 Terms = dict[str, float]
 
 KINDS = ("forward", "dgrad", "wgrad")
-PULL = 0.01  # weight of the distance from EXPECTED, beside the mean squared relative error
-ROUNDS = 3  # of choosing tiles for the rows that have none, and fitting again
+PULL = 0.01  # the weight of the distance from EXPECTED, relative to the mean squared relative error
+ROUNDS = 3  # the number of fits; before each, tiles are chosen for the rows without one
 
 
 def _each(value: float, name: str, *kinds: str) -> Terms:
+    """Return the same rate for several kinds of products."""
     return {f"{kind} {name}": value for kind in kinds}
 
 
@@ -80,12 +81,12 @@ EXPECTED: dict[str, Terms] = {
         "thin": 0.3,
     },
 }
-# Parts overlap in a kernel, so a rate may be below 1; one that no reading is bound by must not vanish.
+# The parts of a kernel overlap, so a rate may be below 1. A rate must not become 0 if no reading is bound by its part.
 FLOORS: Terms = {"FMA": 1.25, "bf16x6": 1.2, "tensor cores": 0.6, "mma.sync": 1.2, "L2": 0.36, "splitting": 0.5}
 
 
 def fit(rows: Sequence[Row], device: Device) -> Rates:
-    """The rates for some rows of a table that was measured on a device."""
+    """Fit the rates to rows that were measured on a device."""
     rates = Rates(**{side: dict.fromkeys(("16", "32"), expected) for side, expected in EXPECTED.items()})
     torch_rates = _solve(
         "torch",
@@ -105,19 +106,19 @@ def fit(rows: Sequence[Row], device: Device) -> Rates:
 
 
 def _solve(side: str, readings: Iterable[tuple[str, Terms, float]]) -> dict[str, Terms]:
-    """The rates of 16-bit and of 32-bit products from (bits, terms, seconds)."""
+    """Solve for the rates of 16-bit and of 32-bit products, from readings (bits, terms, seconds)."""
     readings = list(readings)
     names = list(EXPECTED[side])
     floors = np.array([FLOORS.get(name, 0.0) for name in names])
     expected = np.array([EXPECTED[side][name] for name in names])
     rates = {}
     for bits in ("16", "32"):
-        chosen = [(terms, seconds) for each, terms, seconds in readings if each == bits]
-        parts = np.array([[terms.get(name, 0.0) / seconds for name in names] for terms, seconds in chosen])
-        parts = parts.reshape(len(chosen), len(names))
-        pull = math.sqrt(PULL * len(chosen)) * 0.1 * np.eye(len(names))
-        system = np.vstack([parts, pull])
-        target = np.concatenate([1 - parts @ floors, pull @ (expected - floors)])
+        selected = [(terms, seconds) for reading_bits, terms, seconds in readings if reading_bits == bits]
+        relative = np.array([[terms.get(name, 0.0) / seconds for name in names] for terms, seconds in selected])
+        relative = relative.reshape(len(selected), len(names))
+        pull = math.sqrt(PULL * len(selected)) * 0.1 * np.eye(len(names))
+        system = np.vstack([relative, pull])
+        target = np.concatenate([1 - relative @ floors, pull @ (expected - floors)])
         solution, _ = nnls(system, target)
         rates[bits] = {name: round(float(rate), 3) for name, rate in zip(names, solution + floors)}
     return rates
@@ -125,12 +126,12 @@ def _solve(side: str, readings: Iterable[tuple[str, Terms, float]]) -> dict[str,
 
 @dataclass(frozen=True)
 class Verdict:
-    """A comparison of choices between torch and our kernels with readings.
+    """The quality of choices between PyTorch and the kernels, by readings.
 
     Attributes:
-        regret: geometric mean of the chosen one's time over the faster one's.
-        torch: the share of rows on which torch is chosen, where ours reaches less than 0.95 of its speed.
-        ours: the share of rows on which ours is chosen, where it is more than 1.1 times as fast.
+        regret: the geometric mean of (time of the choice) / (time of the faster one).
+        torch: among the rows in which the kernel has less than 0.95 of PyTorch's speed, the share that choose PyTorch.
+        ours: among the rows in which the kernel is more than 1.1 times as fast, the share that choose the kernel.
     """
 
     regret: float
@@ -139,7 +140,7 @@ class Verdict:
 
 
 def judge(choices: Iterable[tuple[Row, bool]]) -> Verdict:
-    """The verdict on (row, whether torch was chosen)."""
+    """Judge choices, which are pairs (row, True if PyTorch was chosen)."""
     regrets, torch_where_better, ours_where_better = [], [], []
     for row, torch_chosen in choices:
         assert row.ms is not None
@@ -149,63 +150,63 @@ def judge(choices: Iterable[tuple[Row, bool]]) -> Verdict:
             torch_where_better.append(torch_chosen)
         elif ratio > 1.1:
             ours_where_better.append(not torch_chosen)
-    shares = (statistics.fmean(each) for each in (torch_where_better, ours_where_better))
+    shares = (statistics.fmean(right) for right in (torch_where_better, ours_where_better))
     return Verdict(statistics.geometric_mean(regrets), *shares)
 
 
 def choices(rows: Iterable[Row], device: Device, rates: Rates) -> list[tuple[Row, bool]]:
-    """For each row that has a time of ours, whether the estimate leaves its product to torch."""
+    """Return (row, True if the estimate chooses PyTorch) for each row in which a kernel was measured."""
     return [(row, layer_tiles.why_torch(row.problem, device, rates) is not None) for row in rows if row.ms is not None]
 
 
 def errors(rows: Sequence[Row], device: Device, rates: Rates) -> dict[str, list[float]]:
-    """|estimated / measured - 1| of every row, by "kernel" and "torch"."""
-    found: dict[str, list[float]] = {"kernel": [], "torch": []}
+    """Return |estimated / measured - 1| for every row, for "kernel" and for "torch"."""
+    relative: dict[str, list[float]] = {"kernel": [], "torch": []}
     for row in rows:
-        found["torch"].append(abs(torch_seconds(row.problem, device, rates) / (1e-3 * row.torch_ms) - 1))
+        relative["torch"].append(abs(torch_seconds(row.problem, device, rates) / (1e-3 * row.torch_ms) - 1))
         if row.ms is not None:
             tile = row.tile or layer_tiles.choose(row.problem, device, rates)
-            found["kernel"].append(abs(kernel_seconds(row.problem, tile, device, rates) / (1e-3 * row.ms) - 1))
-    return found
+            relative["kernel"].append(abs(kernel_seconds(row.problem, tile, device, rates) / (1e-3 * row.ms) - 1))
+    return relative
 
 
-def device_of(table: table_files.Table) -> Device:
-    """The data sheet of the device that a table was measured on.
+def table_device(table: table_files.Table) -> Device:
+    """Return the record of the device on which a table was measured.
 
     Raises:
-        ValueError: there is none.
+        ValueError: kernels/devices.py has no record of it.
     """
     for name, device in DEVICES.items():
         if name in table.device and (table.arch, table.multiprocessors) == (device.arch, device.multiprocessors):
             return device
-    raise ValueError(f"{table.device} has no data sheet; it needs to be one of: {', '.join(DEVICES)}")
+    raise ValueError(f"the table is from {table.device}; it needs to be from one of: {', '.join(DEVICES)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="fit kernels/rates.json to a measured table")
     parser.add_argument(
-        "table", type=Path, metavar="TABLE.json", help="as mlp-fused tune writes it by --out or --readings"
+        "table", type=Path, metavar="TABLE.json", help="file that mlp-fused tune wrote (--out or --readings)"
     )
     options = parser.parse_args(arguments)
     try:
         table = table_files.read(options.table)
-        device = device_of(table)
+        device = table_device(table)
     except (FileNotFoundError, ValueError) as error:
-        print(f"nothing was fitted: {error}", file=sys.stderr)
+        print(f"cannot fit: {error}", file=sys.stderr)
         return 2
     rates = fit(table.gemms, device)
     versions = ", ".join(f"{name} {table.versions[name]}" for name in ("torch", "triton", "driver"))
-    what = "readings of products" if table.readings else "products"
-    origin = f"{len(table.gemms)} {what} on {table.device}, {table.date[:10]}, {versions}"
+    kind = "readings of products" if table.readings else "products"
+    origin = f"{len(table.gemms)} {kind} on {table.device}, {table.date[:10]}, {versions}"
     text = json.dumps({"fitted to": origin, "rates": asdict(rates)}, indent=1)
     RATES_FILE.write_text(text + "\n")
     print(text)
-    for side, found in errors(table.gemms, device, rates).items():
-        middle, ninth = statistics.median(found), statistics.quantiles(found, n=10)[-1]
-        print(f"{side}: median error {middle:.1%}, {ninth:.1%} in nine of ten")
+    for side, relative in errors(table.gemms, device, rates).items():
+        median, ninth = statistics.median(relative), statistics.quantiles(relative, n=10)[-1]
+        print(f"{side}: median error {median:.1%}, below {ninth:.1%} in nine of ten rows")
     verdict = judge(choices(table_files.fastest(table.gemms), device, rates))
-    print(f"chosen by these rates: {verdict.regret:.3f} of the faster one's time, torch where it is clearly faster in")
-    print(f"{verdict.torch:.1%}, ours where it is clearly faster in {verdict.ours:.1%}")
+    print(f"choices by these rates take {verdict.regret:.3f} of the faster one's time; where one is clearly faster,")
+    print(f"they choose PyTorch in {verdict.torch:.1%} and the kernels in {verdict.ours:.1%} of the rows")
     return 0
 
 

@@ -1,8 +1,7 @@
-"""The cost of the first call alone, in a process of its own: `python -m bench.fresh first_touch|warmup`, and
-`python -m bench.fresh lecture [--cpu] [--gpu]`.
+"""Measure first calls in a new process: `python -m bench.fresh first_touch|warmup`, `... lecture [--cpu] [--gpu]`.
 
-Prints one line of JSON: seconds by name, read off the host clock, each after waiting for the device unless it says
-"returned". Names that end in _2 are the same thing done a second time.
+It prints one line of JSON: seconds by name, by the host's clock, after a synchronization unless the name has
+"returned". Names that end in _2 are second calls.
 """
 
 from __future__ import annotations
@@ -24,63 +23,66 @@ from mlp_fused.transfer.first_touch import seconds
 
 
 def network(problem: Problem, device: str) -> FusedMLP:
+    """Make the network of a problem."""
     first, *rest = problem.widths
     return FusedMLP(first, rest, activation_layer=problem.activation, device=device, dtype=DTYPES[problem.dtype])
 
 
 def warmup(model: FusedMLP, x: Tensor) -> dict[str, float]:
-    """`model.warmup(rows)`, which compiles the kernels of a training step or loads them from Triton's cache, and then
-    a forward and backward, twice: the second is what the first costs where warmup left it nothing to do.
+    """Measure `model.warmup(rows)`, then a forward and backward, twice.
+
+    `warmup` compiles the kernels of a training step, or loads them from Triton's cache. If it prepared everything, the
+    first forward and backward takes as long as the second.
     """
     parameters = list(model.parameters())
-    found: dict[str, float] = {}
-    found["warmup"], _ = seconds(lambda: model.warmup(len(x)))
-    for again in ("", "_2"):
-        found["training" + again], _ = seconds(lambda: torch.autograd.grad(model(x).sum(), parameters))
-    return found
+    times: dict[str, float] = {}
+    times["warmup"], _ = seconds(lambda: model.warmup(len(x)))
+    for suffix in ("", "_2"):
+        times["training" + suffix], _ = seconds(lambda: torch.autograd.grad(model(x).sum(), parameters))
+    return times
 
 
 def first_touch(problem: Problem) -> dict[str, float]:
-    """The steps from a bare process to a network's output, FusedMLP's (see `mlp_fused.first_touch`)."""
+    """Measure the first calls of a process with a FusedMLP (see `mlp_fused.transfer.first_touch`), and verify them."""
     model = network(problem, "cpu")
     x = torch.randn(problem.rows, problem.widths[0], dtype=DTYPES[problem.dtype])
-    found = steps.first_touch(model, [x])
+    times = steps.first_touch(model, [x])
     with torch.no_grad():
-        children = nn.Sequential(*model)  # torch's own modules, one after the other
+        children = nn.Sequential(*model)  # the same modules, computed by PyTorch
         check(model(x.cuda()), children(x.cuda()), BOUNDS[problem.dtype][0])
-    return found
+    return times
 
 
 def lecture(n: int, *, cpu: bool, gpu: bool) -> dict[str, float]:
-    """An (n, n) fp32 product on the CPU; its operands copied to the GPU and multiplied there.
+    """Measure an (n, n) fp32 product on the CPU, and the copy of its operands to the GPU and the product there.
 
-    `product_returned` is when the host has the call back, which is all that a clock without a wait sees;
-    `product_device` is what passes on the device between events around it; `product` is when the product is there.
+    `product_returned` is the time until the call returns, which a clock without a synchronization would show.
+    `product_device` is the time between events around it. `product` is the time until the result is there.
     """
     a, b = torch.randn(n, n), torch.randn(n, n)
-    found: dict[str, float] = {}
-    for again in ("", "_2") if cpu else ():
-        found["cpu_product" + again], _ = seconds(lambda: a @ b)
-    for again in ("", "_2") if gpu else ():
-        found["copy" + again], (c, d) = seconds(lambda: (a.cuda(), b.cuda()))
+    times: dict[str, float] = {}
+    for suffix in ("", "_2") if cpu else ():
+        times["cpu_product" + suffix], _ = seconds(lambda: a @ b)
+    for suffix in ("", "_2") if gpu else ():
+        times["copy" + suffix], (c, d) = seconds(lambda: (a.cuda(), b.cuda()))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         start.record()
         product = c @ d
         end.record()
-        found["product_returned" + again] = time.perf_counter() - begun
+        times["product_returned" + suffix] = time.perf_counter() - begin
         torch.cuda.synchronize()
-        found["product" + again] = time.perf_counter() - begun
-        found["product_device" + again] = 1e-3 * start.elapsed_time(end)
-        check(product[:8].cpu(), a[:8] @ b, BOUNDS["tf32"][0])  # where the user's setting allows it
+        times["product" + suffix] = time.perf_counter() - begin
+        times["product_device" + suffix] = 1e-3 * start.elapsed_time(end)
+        check(product[:8].cpu(), a[:8] @ b, BOUNDS["tf32"][0])  # the user's settings may allow tf32
         del c, d, product
-    return found
+    return times
 
 
-def check(found: Tensor, expected: Tensor, bound: float) -> None:
-    """Raise AssertionError where the relative error passes a bound."""
-    error = relative_error(found, expected)
-    assert error <= bound, f"wrong by {error}, the bound is {bound}"
+def check(result: Tensor, expected: Tensor, bound: float) -> None:
+    """Raise an AssertionError if the relative error exceeds the bound."""
+    error = relative_error(result, expected)
+    assert error <= bound, f"the relative error is {error}; it needs to be at most {bound}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -98,13 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(reason)
     problem = Problem(tuple(options.widths), options.rows, options.dtype, options.activation)
     if options.what == "first_touch":
-        found = first_touch(problem)
+        times = first_touch(problem)
     elif options.what == "warmup":
         x = torch.randn(problem.rows, problem.widths[0], device="cuda", dtype=DTYPES[problem.dtype])
-        found = warmup(network(problem, "cuda"), x)
+        times = warmup(network(problem, "cuda"), x)
     else:
-        found = lecture(options.rows, cpu=options.cpu, gpu=options.gpu)
-    print(json.dumps(found))
+        times = lecture(options.rows, cpu=options.cpu, gpu=options.gpu)
+    print(json.dumps(times))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""One kernel of the layer path by itself, beside the bare matrix product inside it.
+"""Measure one kernel of the layer path, and the bare matrix product of the same operands.
 
-`Gemm(problem, phase, device)` has random operands of one layer (K, N) for M rows, and these functions of them:
+`Gemm(problem, phase, device)` has random operands of one layer, W (N, K) and M rows, and these methods:
 
     ours      the kernel with its tile
-    matmul    torch's matrix product of the same operands alone, into memory that is there: cuBLAS
-    eager     torch's whole way to the same tensors: the product, then what else the kernel does
-    errors    of ours and of eager against float64
+    matmul    PyTorch's matrix product alone, into allocated memory: cuBLAS
+    eager     PyTorch's operations for the same results: the product, then the rest of the kernel's work
+    errors    the errors of ours and of eager against float64
 
-What is read anew for each batch (x, dz, what was saved) is rotated; the weight and the outputs are not.
+Calls cycle through several sets of x, dz and the saved tensor, which change with every batch. The weight and the
+outputs are the same in all calls.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from mlp_fused.timing import Timed
 GEMM_BASELINES = ("matmul", "eager")
 
 FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda z: z, "relu": F.relu, "gelu": F.gelu}
-# dz from dh and what was kept: the output of a relu, the pre-activation of a gelu.
+# dz, from dh and the saved tensor: the output of a relu, the pre-activation of a gelu.
 BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda dh, h: torch.ops.aten.threshold_backward(dh, h, 0),
     "gelu": lambda dh, z: torch.ops.aten.gelu_backward(dh, z),
@@ -60,25 +61,26 @@ KERNELS = Kernels(layer_forward, dgrad, wgrad)
 
 
 class Operands(NamedTuple):
-    """The operands of one call: a (M, ·) and b of the product; `saved` and `bias` where the kernel reads one."""
+    """The operands of one call: a (M, ·) and b of the product, and bias and saved tensor if the kernel reads them."""
 
-    a: Tensor  # x, dz or dz
-    b: Tensor  # weight, weight or h
+    a: Tensor  # x in layer_forward, dz in dgrad and wgrad
+    b: Tensor  # the weight in layer_forward and dgrad, h in wgrad
     bias: Tensor | None = None
     saved: Tensor | None = None
 
     def double(self) -> Operands:
+        """Return the operands in float64."""
         optional = (None if t is None else t.double() for t in (self.bias, self.saved))
         return Operands(self.a.double(), self.b.double(), *optional)
 
 
 def kernel_step(problem: Problem, phase: str) -> Step:
-    """The kernel of a phase as mlp_fused.explain has it: its work, and the problem that its tile is chosen for."""
+    """Return the step of a phase's kernel in the schedule of mlp_fused: its work, and the problem of its tile."""
     dtype = DTYPES[problem.dtype]
     (k, n), activation, identity = problem.widths, resolve(problem.activation), resolve("identity")
     widths: tuple[int, ...] = (k, n)
     activations = [activation]
-    if phase == "dgrad":  # into a layer below, of any width
+    if phase == "dgrad":  # add a layer below, of any width, whose activation dgrad differentiates
         widths, activations = (1, k, n), [activation, identity]
     count, training = len(activations), phase != "layer_forward"
     precision = float32_precision() if dtype == torch.float32 else "ieee"
@@ -98,6 +100,8 @@ def kernel_step(problem: Problem, phase: str) -> Step:
 
 
 class Gemm:
+    """One kernel of the layer path with its operands. The module's docstring lists the methods."""
+
     def __init__(self, problem: Problem, phase: str, device: str, kernels: Kernels = KERNELS) -> None:
         self.problem = problem
         self.kernels = kernels
@@ -109,12 +113,13 @@ class Gemm:
 
     @property
     def precision(self) -> str:
-        """Torch's own setting for products in fp32."""
+        """The precision of fp32 products by PyTorch's setting."""
         assert self.plan.problem is not None
         return self.plan.problem.precision
 
     @cached_property
     def tile(self) -> tile_config.TileConfig:
+        """The tile that mlp_fused chooses."""
         assert self.plan.problem is not None
         tensors = [t for t in (*self.operands[0], *self.outputs) if t is not None and t.dim() == 2]
         aligned = all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
@@ -123,6 +128,7 @@ class Gemm:
 
     @cached_property
     def operands(self) -> list[Operands]:
+        """The sets of operands, enough that they are read from memory, not from L2."""
         torch.manual_seed(0)
         first = self._operands()
         rotated = sum(t.nbytes for t in first if t is not None and t.shape[0] == self.problem.rows)
@@ -147,7 +153,7 @@ class Gemm:
 
     @cached_property
     def outputs(self) -> tuple[Tensor, ...]:
-        """The tensors that the kernel writes, the product's own first: h, z; dx, h; dW, db."""
+        """The tensors that the kernel writes: (h, z), (dx, h) or (dW, db). The first is the result of the product."""
         rows, (k, n) = self.problem.rows, self.problem.widths
         shapes: dict[str, list[tuple[int, ...]]] = {
             "layer_forward": [(rows, n)],
@@ -155,15 +161,16 @@ class Gemm:
             "dgrad": [(rows, k)] * (1 + self.activation.keeps_preactivation),
             "wgrad": [(n, k), (n,)],
         }
-        # NaN: an entry that is never written is found
+        # They are filled with NaN, so that an entry which is never written is found.
         return tuple(torch.full(shape, torch.nan, device=self.device, dtype=self.dtype) for shape in shapes[self.phase])
 
     @cached_property
     def product(self) -> Tensor:
-        """The tensor that the bare product writes: none of `outputs`, so that neither verifies the other's result."""
+        """The output of the bare product. It is separate from `outputs`, so that it cannot hide a wrong kernel."""
         return torch.empty_like(self.outputs[0])
 
     def ours(self, i: int) -> tuple[Tensor, ...]:
+        """Run the kernel on set i of the operands, and return `outputs`."""
         a, b, bias, saved = self.operands[i]
         second = self.outputs[1] if len(self.outputs) > 1 else None
         if self.phase == "wgrad":
@@ -175,16 +182,17 @@ class Gemm:
         return self.outputs
 
     def _factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The two matrices whose product it is."""
+        """Return the two matrices of the product, transposed as needed."""
         if self.phase == "wgrad":
             return a.t(), b
         return (a, b) if self.phase == "dgrad" else (a, b.t())
 
     def matmul(self, i: int) -> Tensor:
+        """Compute the bare product of set i by PyTorch."""
         return torch.mm(*self._factors(self.operands[i].a, self.operands[i].b), out=self.product)
 
     def eager(self, i: int) -> tuple[Tensor, ...]:
-        """The tensors of `outputs`, but for dgrad's h: torch has kept that since its forward."""
+        """Compute the results of set i by PyTorch: `outputs`, without dgrad's h, which PyTorch saved in the forward."""
         return self._by_torch(self.operands[i])
 
     def _by_torch(self, operands: Operands) -> tuple[Tensor, ...]:
@@ -200,41 +208,46 @@ class Gemm:
         return (h, z) if self.phase == "layer_forward_z" else (h,)
 
     def expected(self, i: int) -> tuple[Tensor, ...]:
-        """Eager's tensors for all of `outputs`."""
-        found, saved = self.eager(i), self.operands[i].saved
-        if len(found) < len(self.outputs) and saved is not None:
-            return *found, FORWARDS[self.problem.activation](saved)
-        return found
+        """Compute all of `outputs` of set i by PyTorch."""
+        results, saved = self.eager(i), self.operands[i].saved
+        if len(results) < len(self.outputs) and saved is not None:
+            return *results, FORWARDS[self.problem.activation](saved)
+        return results
 
     def timed(self, name: str) -> Timed:
-        """`name`: "ours", "matmul" or "eager"."""
+        """Return the method "ours", "matmul" or "eager" as a call to time."""
         return Timed(getattr(self, name), sets=len(self.operands))
 
     def verify(self) -> Verified:
-        """Relative errors of one call of the kernel against eager. Raises AssertionError as `compare` does."""
-        found = self.ours(0)
-        outputs = len(found) if self.phase.startswith("layer_forward") else 0
-        return compare(found, self.expected(0), bounds_in_force(self.problem.dtype), outputs)
+        """Return the relative errors of one call of the kernel against eager.
+
+        Raises:
+            AssertionError: an error exceeds its bound, as in `compare`.
+        """
+        results = self.ours(0)
+        outputs = len(results) if self.phase.startswith("layer_forward") else 0
+        return compare(results, self.expected(0), bounds_in_force(self.problem.dtype), outputs)
 
     def errors(self) -> dict[str, GemmErrors]:
-        """Errors against float64, of ours and of eager: `norm`, ‖found - exact‖ / ‖exact‖, and `entry`, the largest
-        |found - exact| / (|a| |b|), of the tensor that the product goes into.
+        """Return the errors of ours and of eager against float64, in the first of `outputs`.
+
+        `norm` is ‖result - exact‖ / ‖exact‖, and `entry` is the largest |result - exact| / (|a| |b|).
         """
         operands = self.operands[0]
         exact = self._by_torch(operands.double())[0]
         left, right = self._factors(operands.a.double().abs_(), operands.b.double().abs_())
         scale = left @ right
         del left, right
-        found = {"ours": self.ours(0)[0], "eager": self.eager(0)[0]}
-        return {name: _errors(tensor, exact, scale) for name, tensor in found.items()}
+        results = {"ours": self.ours(0)[0], "eager": self.eager(0)[0]}
+        return {name: _errors(result, exact, scale) for name, result in results.items()}
 
 
-def _errors(found: Tensor, exact: Tensor, scale: Tensor) -> GemmErrors:
-    difference = (found.double() - exact).abs_()
+def _errors(result: Tensor, exact: Tensor, scale: Tensor) -> GemmErrors:
+    difference = (result.double() - exact).abs_()
     return GemmErrors((difference.norm() / exact.norm()).item(), difference.div_(scale).max().item())
 
 
 @lru_cache(maxsize=1)
 def gemm_for(problem: Problem, phase: str, device: str, kernels: Kernels = KERNELS) -> Gemm:
-    """The one Gemm that is kept, between the measurement and what repeats it."""
+    """Return the Gemm of a problem. One is cached, because the measurement and pytest-benchmark's rounds share it."""
     return Gemm(problem, phase, device, kernels)

@@ -1,46 +1,46 @@
-"""Everything a GPU is needed for, in one command: `python bench/gpu.py --minutes 10 --out DIR`.
+"""Run everything that needs a GPU, in one command: `python bench/gpu.py --minutes 10 --out DIR`.
 
-Runs the GPU tests, then the tuner, then the anchor cells, then the rest of the grid until the time is up, and says what
-all rows so far show of the goals (goals.py). Called again with the same DIR it carries on where it stopped: tests that
-were finished and rows that are there are not run again; the tuner is given its file again, and begins with what is not
-in it. The rows are measured with the tiles that the package comes with, not with those just tuned: in kernels/tuned/
-these are another state of the sources.
+It runs the GPU tests, the tuner, the anchor cells, and then the rest of the grid until the time is up. At the end it
+prints the report on the goals (goals.py) for all rows so far. Called again with the same DIR, it continues: finished
+tests and measured rows are not run again, and the tuner adds to its table, beginning with problems that are not in it.
+Rows are measured with the tiles of the package, not with those of this tuning run, because new files in kernels/tuned/
+would be another version of the sources.
 
-The plan reserves ANCHOR_RESERVE seconds for every anchor that is still to be measured, so that the anchors have rows
-however long tests and tuner take. Ten minutes leave about 300 seconds beside them: up to 240 for the tests, then half
-of what those leave for the tuner; five minutes or less leave none, and tests and tuner wait for a later call. With
-`--minutes 10 --tests-share 0 --tune-share 0.66` the tuner has three minutes: by a model of its time on 16 cores
-(test_tune_budget.py), every problem of the grid then has readings, and the anchors one of every tile. An anchor
-gets an equal part of the time left for the anchors still to come. One that takes longer is kept as far as it was
-measured, and measured again before the rest of the grid. Once the anchors have rows, nothing is reserved: with
-`--minutes 8 --tests-share 0 --tune-share 0.75` the tuner then has 337 seconds, in which by a model of its time
-(test_tune_budget.py) it measures every tile of the anchors, three or four of all other products, and every network.
+**Time.** ANCHOR_RESERVE seconds are reserved for every anchor that has no row yet, so that anchors get rows however
+long tests and tuner take. With `--minutes 10`, about 300 seconds remain: up to 240 for the tests, then half of the rest
+for the tuner. With 5 minutes or less, nothing remains, and tests and tuner are left for a later call. With
+`--minutes 10 --tests-share 0 --tune-share 0.66` the tuner has three minutes. According to a model of its time on 16
+cores (test_tune_budget.py), every problem of the grid then has readings, and the anchors have one of every tile.
 
-The tests run in two commands, `pytest -m 'gpu and not alone' -n auto` and `pytest -m 'gpu and alone'`. Tests and tuner
-that run out of time get SIGINT, so that they say what they found, and a few seconds later SIGKILL. Before rows are
+The time for anchors is divided equally among those still to come. If an anchor takes longer, the part that was measured
+is stored, and the anchor is measured again before the rest of the grid. Once all anchors have rows, nothing is
+reserved: with `--minutes 8 --tests-share 0 --tune-share 0.75` the tuner then has 337 seconds. According to the same
+model, it then measures every tile of the anchors, three or four of all other products, and every network.
+
+The tests run in two commands, `pytest -m 'gpu and not alone' -n auto` and `pytest -m 'gpu and alone'`. When their time
+is up, tests and tuner get SIGINT, so that they print their results, and a few seconds later SIGKILL. Before rows are
 timed, their kernels are compiled on all cores but two.
 
-DIR then holds tests.log, tests_alone.log, failures.txt (every failed test, written the moment that it fails), tune.log,
-worker.log, tuned_<gpu>.json, readings_<gpu>.json (the time of every tile and path that the tuner measured, for
-`python -m bench.fit`) and <gpu>.json, which goes to bench/results/; <gpu> is the device's name by
-`mlp_fused.kernels.devices.device_slug`. The last file is written after every row, whole or not at all:
+**Files.** DIR then has tests.log, tests_alone.log, failures.txt (every failed test, written when it fails), tune.log,
+worker.log, tuned_<gpu>.json, readings_<gpu>.json (the times of all tiles and paths that the tuner measured, for
+`python -m bench.fit`) and <gpu>.json, which goes to bench/results/. <gpu> is the name of the device by
+`mlp_fused.kernels.devices.device_slug`. The file <gpu>.json is written after every row, atomically:
 
     schema      3
-    machine     see machine.py: GPU, driver, versions, CPU, digests of the sources and of the user's own table
+    machine     GPU, driver, versions, CPU, digests of the sources and of the user's own table (see machine.py)
     started, updated    UTC, ISO 8601
-    tests       {"finished", "status", "summary", "seconds"} of both test commands, or null; the summary is the last
-                line of each one's output, the status the larger of the two, null where their time was up
-    tune        the same of `python -m mlp_fused tune`, the last time that it ran, and the names of its "file" and its
-                "readings"; or null
-    ceilings    one entry a call: date, FLOP/s by dtype, bytes/s of a copy on the device
-    rows        by id, in the order measured: see rows.py
+    tests       {"finished", "status", "summary", "seconds"} of both test commands, or null. The summary is the last
+                line of each output. The status is the larger of the two, or null if their time was up
+    tune        the same for the last run of `mlp-fused tune`, and the names of its "file" and "readings"; or null
+    ceilings    one entry for each call: date, FLOP/s by dtype, bytes/s of a copy on the device
+    rows        by id, in the order of measurement (see rows.py)
 
-Where GPU, versions, sources or the user's own table are not those of a file already there, that file is put aside under
-its date and a new one is started: numbers of two machines do not mix.
+If DIR already has a file of another GPU, other versions, sources or user's table, it is renamed to include its date,
+and a new file is started.
 
-A worker process does the measuring. A row that fails, hangs or breaks the CUDA context is recorded with its error, the
-worker is started afresh where it has to be, and the next row runs. So does everything after a tuner that fails. Exit
-status: 0; 1 where a test or a row failed; 2 where there is nothing to run on; 130 after Ctrl-C.
+**Failures.** A worker process does the measuring. If a row fails, hangs or breaks the CUDA context, its error is
+recorded, the worker is restarted if necessary, and the next row runs. A failure of the tuner does not stop the run
+either. Exit status: 0; 1 if a test or a row failed; 2 if there is nothing to run on; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 if __name__ in ("__main__", "__mp_main__"):
-    BEGUN = time.monotonic()  # importing torch takes seconds of the user's time
+    BEGIN = time.monotonic()  # importing torch takes seconds, which count
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -78,35 +78,36 @@ from mlp_fused.kernels.devices import device_slug
 from mlp_fused.processes import Worker
 from mlp_fused.timing import ceilings
 
-Outcome = dict[str, Any]  # what became of a command, or the ceilings
+Outcome = dict[str, Any]  # the outcome of a command, or the ceilings
 Measure = Callable[[Cell, str, Callable[[CellRow], None]], CellRow]
 CompileAhead = Callable[[list[Problem]], None]
 Job = Cell | list[Problem] | None  # measure a row, compile ahead, measure the ceilings
 Run = Callable[[list[str], Path, Path, float, float], Outcome]
 
 SCHEMA = 3
-RESERVE = 10.0  # seconds kept for ending: the last write, the worker's end
-SHORTEST = 10.0  # with less than this left, no row is begun
-ROW_SECONDS = 90.0
-ANCHOR_SECONDS = 240.0  # max-autotune times many tiles for each product
-ANCHOR_RESERVE = 32.5  # for each anchor: enough for ours, eager and a graph of it
-TESTS_SHARE = 0.8  # of what is not reserved: 240 seconds of ten minutes
-TUNE_SHARE = 0.5  # of what is not reserved and the tests leave
-GRACE = 20.0  # seconds from SIGINT to SIGKILL; pytest-xdist gives its workers 10 before it prints the failures
-TUNE_GRACE = 15.0  # seconds between the end that the tuner is told and the one that it is given
-TUNE_STOP = 5.0  # of those, from SIGINT to SIGKILL
-PREPARE_SHARE = 0.2  # of the time left for rows, at most, for the ceilings, and for compiling kernels ahead
-USUAL_ROW = 10.0  # seconds, by which is estimated how many rows will be reached
+# Times in seconds, and shares of the remaining time
+RESERVE = 10.0  # for the last write and the end of the worker
+SHORTEST = 10.0  # the minimum time to begin a row
+ROW_SECONDS = 90.0  # the limit of a row
+ANCHOR_SECONDS = 240.0  # the limit of an anchor; max-autotune times many tiles for each product
+ANCHOR_RESERVE = 32.5  # reserved for each anchor, enough for ours, eager and a CUDA graph of eager
+TESTS_SHARE = 0.8  # of the time that is not reserved: 240 seconds of ten minutes
+TUNE_SHARE = 0.5  # of the time that is not reserved and that the tests leave
+GRACE = 20.0  # from SIGINT to SIGKILL; pytest-xdist waits 10 seconds for its workers before it prints the failures
+TUNE_GRACE = 15.0  # from the tuner's own time limit to SIGKILL
+TUNE_STOP = 5.0  # from SIGINT to SIGKILL of the tuner
+PREPARE_SHARE = 0.2  # of the time for rows, at most, for the ceilings, and again for compiling ahead
+USUAL_ROW = 10.0  # an estimate of a row's time, for the number of rows to compile ahead
 
-# What `pytest` is told, by the log that its output goes to.
+# The arguments of `pytest`, by the name of the log.
 TESTS = {"tests.log": ["-m", "gpu and not alone", "-n", "auto"], "tests_alone.log": ["-m", "gpu and alone"]}
 
-# What must agree for rows to stand in one file.
+# The parts of the machine's description that must agree for rows in one file.
 SAME = ("gpu", "driver", "cuda", "torch", "triton", "python", "mlp_fused", "source", "user_table")
 
 
 class RowError(Exception):
-    """A row did not come back; `partial` is what had been measured of it."""
+    """The measurement of a row failed. `partial` is the part that was measured before, or None."""
 
     def __init__(self, message: str, partial: CellRow | None = None) -> None:
         super().__init__(message)
@@ -114,37 +115,40 @@ class RowError(Exception):
 
 
 class CutOffError(RowError):
-    """A row took longer than it was given."""
+    """The measurement of a row exceeded its time limit."""
 
 
 class Measurer(Protocol):
-    """A process that measures: each method raises CutOffError after `seconds`, RowError where it fails."""
+    """A process that measures.
+
+    The first three methods raise CutOffError after `seconds`, and RowError if the measurement fails.
+    """
 
     def measure(self, cell: Cell, seconds: float) -> CellRow:
-        """The row of a cell."""
+        """Measure the row of a cell."""
 
     def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
-        """Compile what the rows of these problems launch."""
+        """Compile the kernels for the rows of these problems."""
 
     def ceilings(self, seconds: float) -> Outcome:
-        """The machine's ceilings."""
+        """Measure the ceilings of the machine."""
 
     def close(self) -> None:
-        """End the process and what it started."""
+        """End the process and its child processes."""
 
 
 class Results:
-    """The results file: loaded if it is of this machine, written whole after every change."""
+    """The results file. An existing file of the same machine is loaded; `save` writes it atomically."""
 
     def __init__(self, directory: Path, machine: dict[str, Any], slug: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"{slug}.json"
-        self.note: str | None = None  # what became of an older file
+        self.note: str | None = None  # a sentence about an old file that was renamed
         self.rows: dict[str, CellRow] = {}
         self.content = self._load(machine)
 
     def _load(self, machine: dict[str, Any]) -> dict[str, Any]:
-        """The file's content without the rows, which go to `self.rows`; that of a new file where it is unfit."""
+        """Return the content of the file without its rows, which go to `self.rows`. Start a new file if it differs."""
         new = {
             "schema": SCHEMA,
             "machine": machine,
@@ -168,18 +172,20 @@ class Results:
         if not differs:
             self.rows = rows
             return old
-        aside = self.path.with_name(f"{self.path.stem}.until-{date.replace(':', '')}.json")
-        os.replace(self.path, aside)
-        self.note = f"{self.path.name} has another {', '.join(differs)}: put aside as {aside.name}, a new file begins"
+        renamed = self.path.with_name(f"{self.path.stem}.until-{date.replace(':', '')}.json")
+        os.replace(self.path, renamed)
+        self.note = (
+            f"{self.path.name} has another {', '.join(differs)}; renamed it to {renamed.name}, started a new file"
+        )
         return new
 
     def unfinished(self, cell: Cell) -> float:
-        """The seconds that a cell was given and that were too few; 0 for any other."""
+        """Return the seconds after which a cell was stopped unfinished; 0 for any other cell."""
         row = self.rows.get(str(cell))
         return row.unfinished or 0.0 if isinstance(row, FailedRow) else 0.0
 
     def todo(self, cells: Iterable[Cell], *, retry: bool = False) -> list[Cell]:
-        """The cells that have no row yet, or an unfinished one; with `retry`, also those whose row is an error."""
+        """Return the cells without a row or with an unfinished one. With `retry`, also those whose row failed."""
         return [
             cell
             for cell in cells
@@ -189,6 +195,7 @@ class Results:
         ]
 
     def save(self) -> None:
+        """Write the file atomically."""
         self.content["updated"] = now()
         rows = {name: to_json(row) for name, row in self.rows.items()}
         text = json.dumps({**self.content, "rows": rows}, indent=1)
@@ -196,16 +203,17 @@ class Results:
 
 
 def now() -> str:
+    """Return the date and time in UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def serve(connection: Connection, function: Measure, ahead: CompileAhead, device: str, log: Path) -> None:
-    """The worker: receives jobs, sends ("partial" | "done" | "error", answer). Ends when the other side does.
+    """Run the worker: receive jobs, and send ("partial" | "done" | "error", answer). It ends with the other side.
 
-    An error is sent with `broken`: whether the CUDA context is lost, so that nothing else can run in this process.
+    With an error it sends `broken`: True if the CUDA context is lost, so that nothing else can run in this process.
     """
     if hasattr(os, "setsid"):
-        os.setsid()  # so that it ends together with the compilers it starts
+        os.setsid()  # a process group, so that the compilers that it starts end with it
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -227,7 +235,7 @@ def serve(connection: Connection, function: Measure, ahead: CompileAhead, device
 
 
 def context_is_lost() -> bool:
-    """True if every CUDA call fails from now on, as after an illegal memory access."""
+    """True if all further CUDA calls fail, for example after an illegal memory access."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -236,14 +244,14 @@ def context_is_lost() -> bool:
 
 
 def all_ceilings(device: str) -> Outcome:
-    """The machine's ceilings: FLOP/s by dtype, bytes/s of a copy."""
-    found = {dtype: ceilings(device, dtype) for dtype in DTYPES}
-    flops = {dtype: ceiling.flops_per_second for dtype, ceiling in found.items()}
-    return {"date": now(), "flops_per_second": flops, "bytes_per_second": found["fp32"].bytes_per_second}
+    """Measure the ceilings of the machine: FLOP/s by dtype, and bytes/s of a copy."""
+    by_dtype = {dtype: ceilings(device, dtype) for dtype in DTYPES}
+    flops = {dtype: ceiling.flops_per_second for dtype, ceiling in by_dtype.items()}
+    return {"date": now(), "flops_per_second": flops, "bytes_per_second": by_dtype["fp32"].bytes_per_second}
 
 
 class MeasuringWorker:
-    """Measures one cell at a time in a process, which is started again after it had to be ended."""
+    """A `Measurer` that measures one cell at a time in a process. After a failure, it starts a new process."""
 
     def __init__(
         self, log: Path, device: str = "cuda", function: Measure = measure, ahead: CompileAhead = compile_ahead
@@ -255,18 +263,21 @@ class MeasuringWorker:
         self.worker: Worker | None = None
 
     def measure(self, cell: Cell, seconds: float) -> CellRow:
+        """Measure the row of a cell."""
         row: CellRow = self._do(cell, seconds)
         return row
 
     def compile_ahead(self, problems: list[Problem], seconds: float) -> None:
+        """Compile the kernels for the rows of these problems."""
         self._do(problems, seconds)
 
     def ceilings(self, seconds: float) -> Outcome:
+        """Measure the ceilings of the machine."""
         outcome: Outcome = self._do(None, seconds)
         return outcome
 
     def _do(self, job: Job, seconds: float) -> Any:
-        """The answer of the process. Raises CutOffError after `seconds`, RowError where the job raised or it died."""
+        """Send a job and return the answer. Raises CutOffError after `seconds`, RowError if the job fails."""
         worker = self._running()
         partial: CellRow | None = None
         deadline = time.monotonic() + seconds
@@ -285,30 +296,34 @@ class MeasuringWorker:
             worker.process.join(5)
             status = worker.process.exitcode
             self.close()
-            raise RowError(f"the process that measured it ended with status {status}", partial) from None
+            raise RowError(f"the measuring process ended with status {status}", partial) from None
         self.close()
         raise CutOffError(f"stopped after {seconds:.0f} s", partial)
 
     def _running(self) -> Worker:
-        """The process, started if there is none."""
+        """Return the process. Start it if it does not run."""
         if self.worker is None or not self.worker.process.is_alive():
             self.close()
             self.worker = Worker(serve, self.function, self.ahead, self.device, self.log)
         return self.worker
 
     def close(self) -> None:
-        """End the process and what it started."""
+        """End the process and its child processes."""
         if self.worker is not None:
             self.worker.close()
         self.worker = None
 
 
 def run_module(command: list[str], root: Path, log: Path, seconds: float, grace: float = GRACE) -> Outcome:
-    """`python -m` something in a child process, ended after `seconds`: {"finished", "status", "summary", "seconds"}.
+    """Run `python -m command` in a child process for at most `seconds`.
 
-    It gets SIGINT `grace` seconds before, or halfway where that is sooner; then its process group gets SIGKILL.
+    The process gets SIGINT `grace` seconds before the end, or after half the time if that is later. At the end, its
+    process group gets SIGKILL.
+
+    Returns:
+        {"finished", "status", "summary", "seconds"}; the summary is the last line of its output.
     """
-    begun = time.monotonic()
+    begin = time.monotonic()
     command = [sys.executable, "-m", *command]
     grace = min(grace, seconds / 2)
     status: int | None = None
@@ -325,12 +340,12 @@ def run_module(command: list[str], root: Path, log: Path, seconds: float, grace:
         "finished": status is not None,
         "status": status,
         "summary": lines[-1] if lines else "",
-        "seconds": round(time.monotonic() - begun, 1),
+        "seconds": round(time.monotonic() - begin, 1),
     }
 
 
 def stop(child: subprocess.Popen[bytes], grace: float) -> None:
-    """Ask a process to end by SIGINT, and after `grace` seconds kill its group, whatever it has started."""
+    """Send SIGINT to a process, and SIGKILL to its process group after `grace` seconds."""
     child.send_signal(signal.SIGINT)
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -342,14 +357,14 @@ def stop(child: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def run_tests(results: Results, directory: Path, root: Path, seconds: float, run: Run = run_module) -> None:
-    """The GPU tests in two child processes one after the other, both ended after `seconds`."""
+    """Run the GPU tests in two child processes, one after the other, for at most `seconds` together."""
     failures = directory.resolve() / "failures.txt"
     failures.unlink(missing_ok=True)
     outcomes: list[Outcome] = []
     for log, options in TESTS.items():
         left = seconds - sum(outcome["seconds"] for outcome in outcomes)
         if left <= GRACE:
-            outcomes.append({"finished": False, "status": None, "summary": "not begun", "seconds": 0.0})
+            outcomes.append({"finished": False, "status": None, "summary": "not started", "seconds": 0.0})
             continue
         command = ["pytest", *options, "-q", "--failures", str(failures), "tests"]
         outcomes.append(run(command, root, directory / log, left, GRACE))
@@ -364,35 +379,46 @@ def run_tests(results: Results, directory: Path, root: Path, seconds: float, run
 
 
 def run_tuner(results: Results, directory: Path, root: Path, seconds: float, run: Run = run_module) -> None:
-    """`python -m mlp_fused tune` in a child process, its output in tune.log, ended after `seconds`."""
+    """Run `python -m mlp_fused tune` in a child process for at most `seconds`. Its output goes to tune.log."""
     files = {name: directory.resolve() / f"{name}_{results.path.stem}.json" for name in ("tuned", "readings")}
     minutes = max(0.0, seconds - TUNE_GRACE) / 60
     command = ["mlp_fused", "tune", "--minutes", f"{minutes:.2f}"]
     command += ["--out", str(files["tuned"]), "--readings", str(files["readings"])]
     outcome = run(command, root, directory / "tune.log", seconds, TUNE_STOP)
-    there = {name: file.name if file.exists() else None for name, file in files.items()}
-    results.content["tune"] = {**outcome, "file": there["tuned"], "readings": there["readings"]}
+    written = {name: file.name if file.exists() else None for name, file in files.items()}
+    results.content["tune"] = {**outcome, "file": written["tuned"], "readings": written["readings"]}
     results.save()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of the work and its times: what it writes to, what runs and measures, what tells the time."""
+    """The order and the time limits of the work.
+
+    Attributes:
+        results: the results file.
+        directory: the folder of all files.
+        worker: the process that measures.
+        deadline: the end, by `clock`.
+        run: the function that runs the tests and the tuner.
+        clock: a clock in seconds.
+        say: called with each line of progress.
+    """
 
     results: Results
     directory: Path
     worker: Measurer
-    deadline: float  # by `clock`
+    deadline: float
     run: Run = run_module
     clock: Callable[[], float] = time.monotonic
     say: Callable[[str], None] = print
 
     @property
     def left(self) -> float:
+        """The seconds until the deadline."""
         return self.deadline - self.clock()
 
     def tests_and_tuner(self, anchors: int, tests_share: float, tune_share: float) -> None:
-        """Run the tests, unless they were finished before, and the tuner, in the time not reserved for anchors."""
+        """Run the tests, unless an earlier call finished them, and the tuner, in the time not reserved for anchors."""
         reserved, content = ANCHOR_RESERVE * anchors, self.results.content
         seconds = tests_share * (self.left - reserved)
         if seconds > GRACE and not (content["tests"] and content["tests"]["finished"]):
@@ -404,12 +430,12 @@ class Plan:
             self.say(f"tuner: {ending(content['tune'])}")
 
     def measure(self, todo: Sequence[Cell]) -> None:
-        """Measure the ceilings and the rows of these cells: the anchors, those again that need more time, the rest."""
+        """Measure the ceilings and the rows of these cells: anchors, then unfinished anchors again, then the rest."""
         try:
             self.results.content["ceilings"].append(self.worker.ceilings(max(1.0, PREPARE_SHARE * self.left)))
             self.results.save()
         except RowError as error:
-            self.say(f"the ceilings could not be measured: {error}")
+            self.say(f"cannot measure the ceilings: {error}")
         anchors = [cell for cell in todo if cell.anchor]
         self.compile(anchors)
         self.run_rows(anchors)
@@ -418,35 +444,35 @@ class Plan:
         self.run_rows(rest)
 
     def compile(self, cells: Iterable[Cell]) -> None:
-        """Compile ahead what these cells launch, but for those that are about compiling."""
+        """Compile the kernels of these cells ahead, except for cells that measure compiling."""
         problems = list(dict.fromkeys(cell.problem for cell in cells if cell.phase not in FRESH_PHASES))
-        begun, seconds = self.clock(), PREPARE_SHARE * self.left
+        begin, seconds = self.clock(), PREPARE_SHARE * self.left
         if not problems or seconds < SHORTEST:
             return
         try:
             self.worker.compile_ahead(problems, seconds)
         except RowError as error:
-            self.say(f"kernels are compiled where they are launched, as ahead it failed: {error}")
+            self.say(f"kernels are compiled at their launch, because compiling ahead failed: {error}")
         else:
-            self.say(f"the kernels of {len(problems)} problems were compiled in {self.clock() - begun:.1f} s")
+            self.say(f"compiled the kernels of {len(problems)} problems in {self.clock() - begin:.1f} s")
 
     def run_rows(self, cells: Sequence[Cell]) -> int:
-        """Measure cells in order until the deadline, writing and saying each row. Returns how many were written.
+        """Measure cells in order until the deadline. Write and report each row. Return the number of written rows.
 
-        A cell leaves the anchors after it that have no row their equal part of the time. A row that is cut off before
-        its own limit is unfinished, and stays to do; one that its own limit cuts off is an error.
+        The remaining time is divided equally among this cell and the later anchors without a row. A row that is stopped
+        by the deadline is unfinished and will be measured again. A row that is stopped by its own limit has failed.
         """
         done = 0
         for number, cell in enumerate(cells):
-            begun, left = self.clock(), self.left
+            begin, left = self.clock(), self.left
             if left < SHORTEST:
                 break
-            waiting = sum(each.anchor and str(each) not in self.results.rows for each in cells[number + 1 :])
+            waiting = sum(later.anchor and str(later) not in self.results.rows for later in cells[number + 1 :])
             seconds = left / (1 + waiting)
             if seconds <= self.results.unfinished(cell):
-                continue  # it would get no further than before
+                continue  # it would not get further than before
             row = self.row(cell, seconds)
-            spent = self.clock() - begun
+            spent = self.clock() - begin
             self.results.rows[str(cell)] = replace(row, seconds_spent=round(spent, 2))
             self.results.save()
             done += 1
@@ -455,7 +481,7 @@ class Plan:
         return done
 
     def row(self, cell: Cell, seconds: float) -> CellRow:
-        """A cell's row within its own limit or `seconds`; where measuring fails, the part measured before and why."""
+        """Measure a cell within its own limit and `seconds`. If it fails, return a FailedRow with the measured part."""
         limit = ANCHOR_SECONDS if cell.anchor else ROW_SECONDS
         try:
             return self.worker.measure(cell, min(limit, seconds))
@@ -465,55 +491,58 @@ class Plan:
 
 
 def summary(row: CellRow) -> str:
-    """A row in half a line."""
+    """Return a row in half a line."""
     if isinstance(row, FailedRow):
         return f"{'failed' if row.unfinished is None else 'unfinished'}: {row.error}"
     if isinstance(row, TimedRow):
-        speeds = [f"{each.speedup:.2f}x {name}" for name, each in row.baselines.items()]
+        speeds = [f"{baseline.speedup:.2f}x {name}" for name, baseline in row.baselines.items()]
         speeds += [f"{name} failed" for name in row.failures]
         timing, floor = row.ours.timing, row.ours.floor
         return f"{row.how}, {timing.ms:.4g} ms, {floor.ratio:.2f} of the floor, {', '.join(speeds)}"
     if isinstance(row, CopyRow):
-        pinned, ahead = row.copies["pinned"], row.throughput.ways["prefetched"]
+        pinned, prefetched = row.copies["pinned"], row.throughput.ways["prefetched"]
         ratios = (f"{pinned.ms / part.timing.kernel_ms:.2f} {phase}" for phase, part in row.phases.items())
-        moved = f"prefetched {ahead.examples_per_s:.3g} examples/s, {ahead.of_bound:.2f} of the bound"
-        return f"pinned {pinned.ms:.4g} ms = {', '.join(ratios)} of the kernels; {moved}"
+        loop = f"prefetched {prefetched.examples_per_s:.3g} examples/s, {prefetched.of_bound:.2f} of the bound"
+        return f"pinned {pinned.ms:.4g} ms = {', '.join(ratios)} of the kernels; {loop}"
     assert isinstance(row, FreshRow)
     return json.dumps(row.seconds)
 
 
 def why_nothing_runs() -> str | None:
-    """The reason not to measure a GPU here; None where it is measured."""
+    """Return the reason not to measure on this machine; None if it can be measured."""
     return why_not(GRID[0], "cuda") or distorted()
 
 
 def main(
     arguments: list[str] | None = None,
-    begun: float | None = None,
+    begin: float | None = None,
     *,
     refusal: Callable[[], str | None] = why_nothing_runs,
     machine: Callable[[], dict[str, Any]] = machine,
     worker: Callable[[Path], Measurer] = MeasuringWorker,
     run: Run = run_module,
 ) -> int:
-    """Do what the command line asks for, and return the exit status.
+    """Run the command line, and return the exit status.
 
     Args:
-        begun: when the time began to count, by time.monotonic(); by default now.
-        refusal: says why nothing can be measured, if so.
-        machine: describes what is measured on.
-        worker: starts what measures, with its log.
-        run: runs the tests and the tuner.
+        arguments: the arguments; by default those of `sys.argv`.
+        begin: the time at which the minutes begin, by time.monotonic(); by default now.
+        refusal: a function that returns the reason not to measure, or None.
+        machine: a function that describes the machine.
+        worker: a function that starts the measuring process, with its log.
+        run: the function that runs the tests and the tuner.
     """
-    begun = time.monotonic() if begun is None else begun
-    parser = argparse.ArgumentParser(description="GPU tests and benchmarks within a time limit")
-    parser.add_argument("--minutes", type=float, default=10.0, help="ends before this many minutes (default 10)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go; carried on from")
-    parser.add_argument("--cells", default="*", metavar="PATTERN", help='ids to run, such as "narrow-*-forward"')
-    shares = "part of the time not reserved for anchors"
-    parser.add_argument("--tests-share", type=float, default=TESTS_SHARE, help=f"{shares} for tests (0: none)")
-    parser.add_argument("--tune-share", type=float, default=TUNE_SHARE, help="then for the tuner (0: none)")
-    parser.add_argument("--retry", action="store_true", help="run rows again that failed")
+    begin = time.monotonic() if begin is None else begin
+    parser = argparse.ArgumentParser(description="run GPU tests and benchmarks within a time limit")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit (default: 10)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files, new or old")
+    parser.add_argument("--cells", default="*", metavar="PATTERN", help='ids of the rows, such as "narrow-*-forward"')
+    share = "share of the time not reserved for anchors"
+    parser.add_argument("--tests-share", type=float, default=TESTS_SHARE, help=f"{share}, for the tests (0: no tests)")
+    parser.add_argument(
+        "--tune-share", type=float, default=TUNE_SHARE, help="share of the rest, for the tuner (0: none)"
+    )
+    parser.add_argument("--retry", action="store_true", help="measure failed rows again")
     options = parser.parse_args(arguments)
 
     try:
@@ -522,8 +551,8 @@ def main(
         return refuse(str(error))
     if reason := refusal():
         return refuse(reason)
-    found = machine()
-    results = Results(options.out, found, device_slug(found["gpu"]))
+    description = machine()
+    results = Results(options.out, description, device_slug(description["gpu"]))
     if results.note:
         print(results.note, flush=True)
     results.save()
@@ -532,23 +561,23 @@ def main(
         print(line, flush=True)
 
     measurer = worker(options.out / "worker.log")
-    plan = Plan(results, options.out, measurer, begun + 60 * options.minutes - RESERVE, run=run, say=say)
+    plan = Plan(results, options.out, measurer, begin + 60 * options.minutes - RESERVE, run=run, say=say)
     try:
         todo = results.todo(cells, retry=options.retry)
         anchors = sum(cell.anchor for cell in todo)
         plan.tests_and_tuner(anchors, options.tests_share, options.tune_share)
-        say(f"{len(cells) - len(todo)} rows are there, {len(todo)} to go, {plan.left:.0f} s left")
+        say(f"{len(cells) - len(todo)} rows are measured, {len(todo)} remain, {plan.left:.0f} s left")
         if todo:
             plan.measure(todo)
     except KeyboardInterrupt:
-        say("interrupted; the rows so far are written")
+        say("interrupted; the measured rows are written")
         return 130
     finally:
         measurer.close()
     failures = [row for row in results.rows.values() if isinstance(row, FailedRow)]
     unfinished = sum(row.unfinished is not None for row in failures)
     failed = len(failures) - unfinished
-    say(f"{len(results.rows)} rows in {results.path}, {failed} of them failed, {unfinished} unfinished")
+    say(f"{len(results.rows)} rows in {results.path}: {failed} failed, {unfinished} unfinished")
     for line in goals.report(results.rows.values()):
         say(line)
     tests = results.content["tests"]
@@ -556,15 +585,16 @@ def main(
 
 
 def ending(outcome: Outcome) -> str:
-    """The end of the tests or of the tuner, in a line."""
+    """Return a line about the outcome of the tests or of the tuner."""
     status = f"status {outcome['status']}" if outcome["finished"] else "cut off"
     return f"{outcome['summary']} ({outcome['seconds']} s, {status})"
 
 
 def refuse(reason: str) -> int:
+    """Print the reason not to measure, and return the exit status."""
     print(f"nothing was measured: {reason}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(begun=BEGUN))
+    sys.exit(main(begin=BEGIN))

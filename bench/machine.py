@@ -1,4 +1,4 @@
-"""The machine of a result: GPU, driver, versions, CPU, and digests of the sources and of a user's own tiles."""
+"""Describe the machine of a result: GPU, driver, versions, CPU, and digests of the sources and of the user's tiles."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from mlp_fused.environment import distorted
 from mlp_fused.kernels.language import WHY_NO_TRITON, triton
 
 ROOT = Path(__file__).resolve().parent.parent
-# The files of bench/ that decide a timing.
+# The files of bench/ that affect times.
 MEASURING = ("baselines.py", "copies.py", "fresh.py", "gemm.py", "measure.py", "network.py", "problem.py", "work.py")
 
 
 def machine() -> dict[str, Any]:
-    """Names and versions; those of the GPU are None without one. Numbers from two of these that differ do not mix."""
-    found: dict[str, Any] = {
+    """Return names and versions; without a GPU, its entries are None.
+
+    Results with different descriptions must not be mixed in one file.
+    """
+    description: dict[str, Any] = {
         "gpu": None,
         "driver": None,
         "cuda": torch.version.cuda,
@@ -41,7 +44,7 @@ def machine() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
-        found |= {
+        description |= {
             "gpu": device.name,
             "driver": _driver(),
             "user_table": user_table_digest(device.name),
@@ -51,11 +54,11 @@ def machine() -> dict[str, Any]:
             "multiprocessors": device.multi_processor_count,
             "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
         }
-    return found
+    return description
 
 
 def source_digest() -> str:
-    """Twelve hex digits over the sources that decide a timing: package, kernels, tuned tiles, what measures."""
+    """Return a digest in twelve hex digits of the sources that affect times: package, kernels, tuned tiles, benches."""
     patterns = ("mlp_fused/*.py", "mlp_fused/[!k]*/*.py", "kernels/*.py", "kernels/tuned/*.json")
     paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     paths += [ROOT / "bench" / name for name in MEASURING]
@@ -66,7 +69,7 @@ def source_digest() -> str:
 
 
 def user_table_digest(gpu: str) -> str | None:
-    """Twelve hex digits over the user's own table of measured tiles, which comes before the package's; or None."""
+    """Return a digest of the user's own table of measured tiles, in twelve hex digits; None if there is no table."""
     path = tables.user_path(gpu)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
 

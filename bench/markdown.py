@@ -1,27 +1,27 @@
-"""Numbers, tables and pictures in the Markdown of reports."""
+"""Format numbers, tables and pictures in Markdown, for reports."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
-NONE = "-"  # stands for a number that was not measured
+NONE = "-"  # a number that was not measured
 
 
 def number(value: float | None) -> str:
-    """Three digits, or all that stand before the point."""
+    """Format a number with three digits, or more if it has more before the point."""
     if value is None:
         return NONE
     return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".removesuffix(".")
 
 
 def times(value: float | None) -> str:
-    """A ratio: two digits after the point below 2, one from there on."""
+    """Format a ratio, with two digits after the point below 2 and one from 2 on."""
     return NONE if value is None else f"{value:.2f}x" if value < 1.995 else f"{value:.1f}x"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The first column to the left, the others to the right."""
+    """Yield the lines of a table. The first column is aligned left, the others right."""
     yield f"| {' | '.join(header)} |"
     yield f"|---|{'---:|' * (len(header) - 1)}"
     for row in rows:
@@ -30,7 +30,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 
 
 def folded(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """Lines that a page shows when asked for."""
+    """Yield the lines of a section that is folded until a reader opens it."""
     yield f"<details><summary>{title}</summary>"
     yield ""
     yield from lines
@@ -39,7 +39,7 @@ def folded(title: str, lines: Iterable[str]) -> Iterator[str]:
 
 
 def picture(light: str, dark: str, alt: str) -> str:
-    """A picture that goes with a light and with a dark page, and the words for it."""
+    """Return a picture with files for light and for dark pages, and an alt text."""
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{html.escape(alt)}"></picture>'

@@ -1,4 +1,4 @@
-"""`measure(cell, device)`: one row of results. The only code that times a problem, under pytest and in gpu.py alike."""
+"""Measure one row of results: `measure(cell, device)`. pytest and gpu.py both use this code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.baselines import BASELINES, Baseline
-from bench.copies import COPY_SECONDS, copies_of, on_the_cpu, throughput, ways
+from bench.copies import COPY_SECONDS, measured_copies, on_the_cpu, throughput, ways
 from bench.gemm import GEMM_BASELINES, KERNELS, Gemm, Kernels, gemm_for
 from bench.machine import ROOT
 from bench.network import Bench, bench_for, release, synchronize
 from bench.problem import COPIED_PHASES, FRESH_PHASES, GEMM_PHASES, Cell, Problem
 from bench.rows import CellRow, Comparison, CopyRow, FreshRow, GemmRow, Kept, Kernel, Memory, NetworkPhase, NetworkRow
-from bench.work import against_floor, work_of
+from bench.work import against_floor, phase_work
 from mlp_fused import timing
 from mlp_fused.compiling import Compilers, NotYetError, count_workers
 from mlp_fused.dtypes import DTYPES
@@ -34,45 +34,46 @@ from mlp_fused.timing import Timed
 
 Report = Callable[[CellRow], None]
 
-# A CPU measures the rows of up to so many FLOPs and bytes, so that all of them together take a minute on two cores. In
-# 16 bits many CPUs multiply a hundred times slower than in 32.
+# The limits for rows on a CPU, so that all of them together take a minute on two cores. Many CPUs multiply a hundred
+# times slower in 16 bits than in 32.
 CPU_FLOPS = {"fp32": 10e9, "fp16": 0.1e9, "bf16": 0.1e9}
 CPU_BYTES = 0.15e9
-CPU_SECONDS = 0.05  # spent on one number there
-COMPILE_SECONDS = 60
+CPU_SECONDS = 0.05  # the time for one number on a CPU
+COMPILE_SECONDS = 60  # the time limit of `compile_ahead`
 
 
 def why_not(cell: Cell, device: str) -> str | None:
-    """The reason not to run a cell on a device here; None where it runs."""
+    """Return the reason not to run a cell on a device of this machine; None if it runs."""
     if device == "cuda":
         return None if torch.cuda.is_available() else f"no CUDA device (torch {torch.__version__})"
     if cell.phase == "lecture":
         if torch.cuda.is_available():
-            return "the row on the GPU has the product on the CPU beside it"
+            return "the row on the GPU also measures the product on the CPU"
         rows = cell.problem.rows
-        return f"half a minute on a CPU: `python -m bench.fresh lecture --cpu --rows {rows}` runs it"
-    limit, needed = CPU_FLOPS[cell.problem.dtype], work_of(cell.problem, cell.phase, device)
+        return f"takes half a minute on a CPU; use `python -m bench.fresh lecture --cpu --rows {rows}`"
+    limit, needed = CPU_FLOPS[cell.problem.dtype], phase_work(cell.problem, cell.phase, device)
     if needed.flops > limit:
         bits = "16 bits" if cell.problem.dtype != "fp32" else "fp32"
-        return f"more than {limit / 1e9:g} GFLOP in {bits}: not on a CPU"
+        return f"has more than {limit / 1e9:g} GFLOP in {bits}, too much for a CPU"
     if needed.bytes > CPU_BYTES:
-        return f"moves more than {CPU_BYTES / 1e9:g} GB: not on a CPU"
+        return f"moves more than {CPU_BYTES / 1e9:g} GB, too much for a CPU"
     return None
 
 
 def seconds_for_a_number(device: str) -> float:
-    """Seconds spent on one number of a row."""
+    """Return the seconds to spend on one number of a row."""
     return CPU_SECONDS if device == "cpu" else timing.SECONDS
 
 
 def compile_ahead(problems: Sequence[Problem], compilers: Compilers | None = None) -> None:
-    """Compile what FusedMLP launches for these on the current GPU, on all cores but two, before anything is timed.
+    """Compile the kernels of FusedMLP for these problems and the current GPU, on all cores but two.
 
-    One after the other, where they are first launched, the kernels of the copy rows would take longer to compile than
-    their rows to measure. What is not compiled here, for whatever reason, is compiled there.
+    Compiled one by one at their first launch, the kernels of the copy rows would take longer than the measurement.
+    Kernels that are not compiled here are compiled at their first launch.
     """
     with compilers or _compilers() as compilers:
-        # Those that differ in rows alone are often the same kernels: they are not to be compiled side by side.
+        # Problems that differ only in their rows often have the same kernels. Sorted by rows, they are far apart, so
+        # that two processes do not compile the same kernel at once.
         compilers.ask({problem: problem for problem in sorted(problems, key=lambda problem: problem.rows)})
         deadline = time.monotonic() + COMPILE_SECONDS
         with contextlib.suppress(NotYetError):
@@ -86,7 +87,7 @@ def _compilers() -> Compilers:
 
 
 def _compile(problem: Problem) -> None:
-    """In a process where `compiling.compile_only` holds: the path of a call, in inference and in training."""
+    """Run a call on its path, in inference and in training. Call it within `compiling.compile_only`."""
     dtype, widths = DTYPES[problem.dtype], problem.widths
 
     def make(*shape: int) -> Tensor:
@@ -106,9 +107,10 @@ def _compile(problem: Problem) -> None:
 
 
 def prepare(cell: Cell, device: str, kernels: Kernels = KERNELS) -> Timed:
-    """The function that a row times, verified: FusedMLP's phase, a kernel, or a copy row's pinned copy.
+    """Return the call that a row times, verified: a phase of FusedMLP, a kernel, or the pinned copy of a copy row.
 
-    Raises AssertionError where it is wrong.
+    Raises:
+        AssertionError: its result is wrong.
     """
     if cell.phase in GEMM_PHASES:
         gemm = gemm_for(cell.problem, cell.phase, device, kernels)
@@ -132,15 +134,17 @@ def measure(
     cpu_product: bool = True,
     kernels: Kernels = KERNELS,
 ) -> CellRow:
-    """The row of a cell.
+    """Measure the row of a cell.
 
     Args:
-        report: is handed the unfinished row after each baseline.
-        cpu_product: a lecture on the GPU has the product on the CPU beside it.
-        kernels: what a gemm row launches.
+        cell: the cell.
+        device: "cpu" or "cuda".
+        report: called with the unfinished row after each baseline.
+        cpu_product: True if the lecture's row on a GPU also measures the product on the CPU.
+        kernels: the launchers of the kernels in a gemm row.
 
     Raises:
-        AssertionError: FusedMLP is wrong. Raises what torch raises if it does not run; the error of a baseline is a
+        AssertionError: a result of FusedMLP is wrong. Errors of FusedMLP are raised too. The error of a baseline is a
             text in the row.
     """
     if cell.phase in FRESH_PHASES:
@@ -158,11 +162,11 @@ def measure(
 
 
 def _measure_network(cell: Cell, bench: Bench, report: Report) -> NetworkRow:
-    """The row of FusedMLP in one phase."""
+    """Measure the row of FusedMLP in one phase."""
     device, seconds = bench.device, seconds_for_a_number(bench.device)
     ours, timed = _measure_phase(bench, cell.phase, seconds)
-    copies = copies_of(bench) if device == "cuda" else None
-    held = memory(bench) if cell.phase == "training" and device == "cuda" else None
+    copies = measured_copies(bench) if device == "cuda" else None
+    measured_memory = memory(bench) if cell.phase == "training" and device == "cuda" else None
     comparisons: dict[str, Comparison] = {}
     failures: dict[str, str] = {}
 
@@ -172,7 +176,7 @@ def _measure_network(cell: Cell, bench: Bench, report: Report) -> NetworkRow:
             device,
             ours=ours,
             copies=copies,
-            memory=held,
+            memory=measured_memory,
             baselines=dict(comparisons),
             failures=dict(failures),
             repeat_ms=repeat_ms,
@@ -180,23 +184,25 @@ def _measure_network(cell: Cell, bench: Bench, report: Report) -> NetworkRow:
 
     for baseline in BASELINES:
         if baseline.applies(cell, device):
-            found = _measure_baseline(bench, baseline, cell.phase, ours.timing)
-            if isinstance(found, Comparison):
-                comparisons[baseline.name] = found
+            result = _measure_baseline(bench, baseline, cell.phase, ours.timing)
+            if isinstance(result, Comparison):
+                comparisons[baseline.name] = result
             else:
-                failures[baseline.name] = found
+                failures[baseline.name] = result
             report(row())
     return row(timing.time_call(timed, device, seconds).ms)
 
 
 def _measure_phase(bench: Bench, phase: str, seconds: float) -> tuple[NetworkPhase, Timed]:
-    """FusedMLP in a phase, and the function that was timed."""
+    """Measure FusedMLP in a phase. Return the measurement and the call that was timed."""
     problem, device = bench.problem, bench.device
     plan = bench.model.explain(problem.rows, bench.dtype)
     timed = bench.timed(bench.model, phase)
     verified, first_call_s = bench.verify(timed, phase)
     measured = timing.time_call(timed, device, seconds)
-    floor = against_floor(work_of(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms)
+    floor = against_floor(
+        phase_work(problem, phase, device), timing.ceilings(device, problem.dtype), measured.kernel_ms
+    )
     ours = NetworkPhase(
         plan.path, plan.reason, plan.precision, timed.sets, verified, first_call_s, timing=measured, floor=floor
     )
@@ -206,8 +212,8 @@ def _measure_phase(bench: Bench, phase: str, seconds: float) -> tuple[NetworkPha
 def measure_copy(
     cell: Cell, bench: Bench, link: timing.Link, report: Report, clock: timing.Clock = timing.CLOCK
 ) -> CopyRow:
-    """The row of an input's copy, beside the phases that compute on it."""
-    copies = copies_of(bench, COPY_SECONDS, clock)
+    """Measure the row of an input's copy and of the phases that compute on the input."""
+    copies = measured_copies(bench, COPY_SECONDS, clock)
     copied = copies["pinned_side_stream"].ms
     loop = throughput(ways(bench), cell.problem.rows, copied, on_the_cpu(bench), clock)
     phases: dict[str, NetworkPhase] = {}
@@ -223,7 +229,7 @@ def measure_copy(
 
 
 def _measure_gemm(cell: Cell, gemm: Gemm, report: Report) -> GemmRow:
-    """The row of a kernel by itself."""
+    """Measure the row of a single kernel."""
     release(gemm.device)
     timed = gemm.timed("ours")
     verified = gemm.verify()
@@ -232,20 +238,20 @@ def _measure_gemm(cell: Cell, gemm: Gemm, report: Report) -> GemmRow:
     ours = Kernel(str(gemm.tile), gemm.precision, timed.sets, verified, timing=measured, floor=floor)
     comparisons: dict[str, Comparison] = {}
     for name in GEMM_BASELINES:
-        comparisons[name] = _beside(measured, timing.time_call(gemm.timed(name), gemm.device))
+        comparisons[name] = _comparison(measured, timing.time_call(gemm.timed(name), gemm.device))
         report(GemmRow.of(cell, gemm.device, ours=ours, baselines=dict(comparisons)))
     repeat_ms = timing.time_call(timed, gemm.device).ms
     errors = gemm.errors() if gemm.problem.dtype == "fp32" else None
     return GemmRow.of(cell, gemm.device, ours=ours, baselines=comparisons, repeat_ms=repeat_ms, errors=errors)
 
 
-def _beside(ours: timing.Timing, theirs: timing.Timing, **values: Any) -> Comparison:
-    """A baseline's timing, and its times over ours."""
+def _comparison(ours: timing.Timing, theirs: timing.Timing, **values: Any) -> Comparison:
+    """Return the comparison of a baseline's timing with ours."""
     return Comparison(theirs, theirs.ms / ours.ms, theirs.kernel_ms / ours.kernel_ms, **values)
 
 
 def memory(bench: Bench) -> Memory:
-    """Bytes of a forward and backward, ours and eager's."""
+    """Measure the memory of a forward and backward, ours and eager's."""
     return Memory(_memory(bench, bench.model), _memory(bench, bench.eager))
 
 
@@ -255,17 +261,18 @@ def _memory(bench: Bench, module: nn.Module) -> Kept:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     y = module(x)
-    kept = torch.cuda.memory_allocated() - before
+    saved = torch.cuda.memory_allocated() - before
     gradients = torch.autograd.grad(y, parameters, dy)
     peak = torch.cuda.max_memory_allocated() - before
     del y, gradients
-    return Kept(kept, peak)
+    return Kept(saved, peak)
 
 
 def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ours: timing.Timing) -> Comparison | str:
-    """A baseline beside ours; the text of its error where it fails, out of memory or otherwise.
+    """Measure a baseline. Return its comparison with ours, or the text of its error.
 
-    Raises what it failed with where that left the device unusable: nothing after it would run.
+    Raises:
+        RuntimeError: the baseline's error left the device unusable, so that nothing can run after it.
     """
     try:
         timed = baseline.build(bench, phase)
@@ -274,11 +281,11 @@ def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ours: timing
         if baseline.name.startswith("compile"):  # one graph for inference, one for the three phases with gradients
             compile_s = bench.compile_seconds.setdefault((baseline.name, phase == "forward"), first_call_s)
         measured = timing.time_call(timed, bench.device, seconds_for_a_number(bench.device))
-        return _beside(ours, measured, verified=verified, first_call_s=first_call_s, compile_s=compile_s)
+        return _comparison(ours, measured, verified=verified, first_call_s=first_call_s, compile_s=compile_s)
     except Exception as error:
         return describe(error)
     finally:
-        timed = None  # type: ignore[assignment]  # frees a graph's pool before the next baseline asks for memory
+        timed = None  # type: ignore[assignment]  # free the pool of a CUDA graph before the next baseline
         for parameter in bench.parameters:
             parameter.grad = None
         synchronize(bench.device)
@@ -286,16 +293,15 @@ def _measure_baseline(bench: Bench, baseline: Baseline, phase: str, ours: timing
 
 
 def describe(error: BaseException) -> str:
-    """The error's class and the first lines of its text."""
+    """Return the class of an error and the first lines of its text."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:3])[:500]}"
 
 
 def _fresh(cell: Cell, device: str, cpu_product: bool) -> dict[str, dict[str, float]]:
-    """Seconds by name from fresh.py, by the state of Triton's cache: empty ("cold"), then filled ("warm").
+    """Run fresh.py. Return its seconds by name, with Triton's cache empty ("cold") and filled ("warm").
 
-    A lecture has no kernel of Triton's, and runs once ("any"); `cpu_product` is whether one on the GPU is set beside
-    the same product on the CPU.
+    The lecture has no Triton kernel and runs once ("any"). With `cpu_product`, it also measures the product on the CPU.
     """
     problem = cell.problem
     arguments = [cell.phase, "--rows", str(problem.rows), "--dtype", problem.dtype]

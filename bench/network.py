@@ -1,4 +1,4 @@
-"""`Bench(problem, device)`: a network as FusedMLP and as eager torch on the same parameters, and random inputs."""
+"""A network as FusedMLP and as eager PyTorch with the same parameters, and random inputs: `Bench(problem, device)`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from mlp_fused.dtypes import DTYPES
 from mlp_fused.module import FusedMLP
 from mlp_fused.timing import Timed
 
-LEARNING_RATE = 1e-5  # thousands of timed steps must not carry the parameters to infinity
-EPS = 1e-3  # Adam's default of 1e-8 is 0 in fp16, where a gradient of 0 would then give 0 / 0
-GRADIENT = 16.0  # standard deviation of a bias gradient: its square, which Adam keeps, has to fit in fp16
+LEARNING_RATE = 1e-5  # so small that parameters stay finite over thousands of timed steps
+EPS = 1e-3  # Adam's default of 1e-8 is 0 in fp16, where a gradient of 0 would give 0 / 0
+GRADIENT = 16.0  # standard deviation of a bias gradient; its square, a state of Adam, has to fit in fp16
 
 
 class Bench:
-    """One problem on one device: the model, eager on the same parameters, random inputs; built when first asked for."""
+    """One problem on one device: the model, the eager network with the same parameters, and random inputs.
+
+    They are made at their first use.
+    """
 
     def __init__(self, problem: Problem, device: str) -> None:
         self.problem = problem
@@ -37,8 +40,9 @@ class Bench:
 
     @cached_property
     def model(self) -> FusedMLP:
+        """The FusedMLP, with the same random parameters in every process."""
         if self.device == "cuda":
-            torch.compiler.reset()  # the last problem's graphs hold memory and count towards dynamo's limit
+            torch.compiler.reset()  # graphs of the previous problem use memory and count towards dynamo's limit
         release(self.device)
         torch.manual_seed(0)
         first, *rest = self.problem.widths
@@ -46,7 +50,7 @@ class Bench:
 
     @cached_property
     def eager(self) -> nn.Sequential:
-        """The same parameters in torch's own modules, as one would write them: without torchvision's idle Dropouts."""
+        """The same modules in an nn.Sequential, without the Dropout modules, which do nothing here."""
         return nn.Sequential(*(child for child in self.model if not isinstance(child, nn.Dropout)))
 
     @cached_property
@@ -55,6 +59,7 @@ class Bench:
 
     @cached_property
     def inputs(self) -> list[Tensor]:
+        """Random inputs (M, d_0), enough that they are read from memory, not from L2."""
         rows, width = self.problem.rows, self.problem.widths[0]
         nbytes = rows * width * self.dtype.itemsize
         sets = timing.rotation(nbytes, timing.cache_bytes(self.device))
@@ -72,26 +77,26 @@ class Bench:
 
     @cached_property
     def targets(self) -> list[Tensor]:
-        """One for each input: labels (M,) where the loss is the cross entropy, otherwise dY (M, d_L)."""
+        """A target for each input: labels (M,) if the loss is the cross entropy, otherwise dY (M, d_L)."""
         rows, width = self.problem.rows, self.problem.widths[-1]
         if self.problem.cross_entropy:
             return [torch.randint(width, (rows,), device=self.device) for _ in self.inputs]
-        scale = min(1.0, GRADIENT * rows**-0.5)  # a bias gradient is the sum over the rows
+        scale = min(1.0, GRADIENT * rows**-0.5)  # because a bias gradient is a sum over the rows
         return [torch.randn(rows, width, device=self.device, dtype=self.dtype).mul_(scale) for _ in self.inputs]
 
     @cached_property
     def host(self) -> Tensor:
-        """The first input in pageable memory of the host."""
+        """The first input in pageable host memory."""
         return self.inputs[0].cpu()
 
     @cached_property
     def pinned(self) -> Tensor:
-        """The same in pinned memory."""
+        """The first input in pinned host memory."""
         return self.host.pin_memory()
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        """dY (M, d_L) for each input: the target itself, or that of the cross entropy of eager's output."""
+        """dY (M, d_L) for each input: the target itself, or the gradient of the cross entropy of eager's output."""
         return [self._gradient(*pair) for pair in zip(self.inputs, self.targets, strict=True)]
 
     def _gradient(self, x: Tensor, target: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ class Bench:
         return gradient
 
     def timed(self, module: Callable[[Tensor], Tensor], phase: str) -> Timed:
-        """A phase of `module`; its calls return what is verified: the output first (backward has none), gradients."""
+        """Return a phase of `module` as a call, which returns the output (except in backward) and the gradients."""
         inputs, parameters = self.inputs, self.parameters
         if phase == "forward":
 
@@ -124,22 +129,22 @@ class Bench:
 
             return Timed(training, sets=len(inputs))
         if phase == "backward":
-            waiting: list[Tensor] = []
+            outputs: list[Tensor] = []  # the output of the forward in setup
 
             def setup(i: int) -> None:
-                waiting[:] = [module(inputs[i])]
+                outputs[:] = [module(inputs[i])]
 
             def backward(i: int) -> tuple[Tensor, ...]:
-                return torch.autograd.grad(waiting.pop(), parameters, gradients[i])
+                return torch.autograd.grad(outputs.pop(), parameters, gradients[i])
 
             return Timed(backward, setup, len(inputs))
-        raise ValueError(f"phase is {phase!r}, which is not a phase of a network")
+        raise ValueError(f"phase is {phase!r}; it needs to be forward, backward, training or step")
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam, the same for ours and for every baseline: capturable on a GPU, as a graphed step needs it.
+        """Make Adam, with the same settings for ours and every baseline. On a GPU it is capturable, for CUDA graphs.
 
-        Parameters and state stay finite over thousands of steps in every dtype. This changes nothing of what a step
-        costs: Adam's kernels read, compute and write the same, whatever the values, `lr` and `eps` are.
+        With these `lr` and `eps`, parameters and state stay finite over thousands of steps in every dtype. The values
+        do not change the time of Adam's kernels.
         """
         on_gpu = self.device == "cuda"
         return torch.optim.Adam(self.parameters, lr=LEARNING_RATE, eps=EPS, fused=on_gpu, capturable=on_gpu)
@@ -147,7 +152,7 @@ class Bench:
     def step(
         self, module: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer
     ) -> Callable[[int], tuple[Tensor, ...]]:
-        """A training step of `module` on an input; its calls return the output and the gradients."""
+        """Return a training step of `module` as a function of i, which returns the output and the gradients."""
         inputs, targets, parameters = self.inputs, self.targets, self.parameters
         cross_entropy = self.problem.cross_entropy
 
@@ -165,47 +170,49 @@ class Bench:
         return step
 
     def verify(self, timed: Timed, phase: str, reference: nn.Module | None = None) -> tuple[Verified, float]:
-        """Relative errors of one call against eager (or `reference`), and the seconds of that first call.
+        """Return the relative errors of one call against eager (or `reference`), and the seconds of this first call.
 
-        Raises AssertionError as `compare` does.
+        Raises:
+            AssertionError: an error exceeds its bound, as in `compare`.
         """
-        last = timed.sets - 1  # of a graph's captures, only the last one's outputs were kept
-        moved = self.parameters if phase == "step" else []
-        before = [p.detach().clone() for p in moved]
+        last = timed.sets - 1  # a graph only has the outputs of its last capture
+        changed = self.parameters if phase == "step" else []
+        before = [p.detach().clone() for p in changed]
 
         def restore() -> None:
             with torch.no_grad():
-                for p, value in zip(moved, before, strict=True):
+                for p, value in zip(changed, before, strict=True):
                     p.copy_(value)
 
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         timed.prepare(last)
-        found = timed(last)
+        results = timed(last)
         synchronize(self.device)
-        seconds = time.perf_counter() - begun
-        found = [tensor.detach().clone() for tensor in found]  # a graph's outputs are written again by its next replay
+        seconds = time.perf_counter() - begin
+        results = [tensor.detach().clone() for tensor in results]  # the next replay of a graph overwrites its outputs
         restore()
         eager = self.timed(reference or self.eager, phase)
         eager.prepare(last)
         expected = eager(last)
         restore()
         outputs = 0 if phase == "backward" else 1
-        return compare(found, expected, bounds_in_force(self.problem.dtype), outputs), seconds
+        return compare(results, expected, bounds_in_force(self.problem.dtype), outputs), seconds
 
 
 @lru_cache(maxsize=1)
 def bench_for(problem: Problem, device: str) -> Bench:
-    """The one Bench that is kept: cells of one problem stand side by side in the grid."""
+    """Return the Bench of a problem. One is cached, because cells of one problem follow each other in the grid."""
     return Bench(problem, device)
 
 
 def synchronize(device: str) -> None:
+    """Wait for the GPU; do nothing on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def release(device: str) -> None:
-    """Free the memory that nothing refers to any more."""
+    """Free the memory of unreachable objects."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

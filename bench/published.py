@@ -1,8 +1,8 @@
-"""Tables and figures of a file of published readings, which readings.py makes: for bench/results and the README.
+"""Make the tables and figures of a file of published readings, for bench/results and the README.
 
-The data of each figure is a function of the file: throughput, step_parts, speeds. `page` is the report beside the file
-and `readme` the README's block of measured numbers. `python -m bench.report FILE --out DIR` writes the page and the
-figures, `python -m bench.report FILE --table` prints the block.
+readings.py makes such a file. `throughput`, `step_parts` and `speeds` return the data of the figures, `page` the report
+for bench/results, and `readme` the README's block of measured numbers. `python -m bench.report FILE --out DIR` writes
+the page and the figures. `python -m bench.report FILE --table` prints the block.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.figures import LEGEND, WIDTH, Plot, Series, drawn, file_name, look
+from bench.figures import LEGEND, WIDTH, Plot, Series, draw_all, file_name, look
 from bench.markdown import NONE, folded, number, picture, table, times
 from bench.readings import FORMAT, SYSTEMS, Record
 from mlp_fused import plots
@@ -24,23 +24,23 @@ ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 def is_published(content: Any) -> bool:
-    """True if the content of a JSON file is that of published readings."""
+    """True if the content of a JSON file is published readings."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def slug(content: Record) -> str:
-    """The name of the file and of everything made of it: the GPU and the date."""
+    """Return the beginning of the names of all files: the GPU and the date."""
     return f"{device_slug(content['origin']['gpu'])}-{content['origin']['date']}"
 
 
-def files_of(content: Record) -> dict[str, bytes]:
-    """The page and the figures, by file name."""
-    shown, name = figures(content), slug(content)
-    return {**drawn(shown, name), f"{name}.md": page(content, shown, name).encode()}
+def report_files(content: Record) -> dict[str, bytes]:
+    """Return the page and the figures, by file name."""
+    by_name, name = figures(content), slug(content)
+    return {**draw_all(by_name, name), f"{name}.md": page(content, by_name, name).encode()}
 
 
 def figures(content: Record) -> dict[str, Plot]:
-    """The figures by name."""
+    """Return the figures by name."""
     return {"throughput": throughput_plot(content), "step": step_plot(content), "speed": speed_plot(content)}
 
 
@@ -48,7 +48,7 @@ def figures(content: Record) -> dict[str, Plot]:
 
 
 def shape(network: Record) -> str:
-    """The layers in words: "64 wide, 4 layers", or the widths where they differ."""
+    """Return the layers in words: "64 wide, 4 layers", or the widths if they differ."""
     widths = network["widths"]
     if len(set(widths)) == 1:
         return f"{widths[0]} wide, {len(widths) - 1} layers"
@@ -56,54 +56,56 @@ def shape(network: Record) -> str:
 
 
 def rows(network: Record) -> str:
+    """Return the number of rows in words."""
     return count(network["rows"], "row", ",")
 
 
 def label(network: Record) -> str:
-    """A network with its activation, dtype and rows; "tf32" is fp32 with tf32 allowed."""
+    """Return a network's layers, activation, dtype and rows in words. The dtype "tf32" is fp32 with tf32 allowed."""
     dtype = "tf32" if network["precision"] == "tf32" else network["dtype"]
     return f"{shape(network)}, {network['activation']}, {dtype}, {rows(network)}"
 
 
 def milliseconds(network: Record, system: str, clock: str) -> float | None:
-    """The time of a system by a clock, "loop" or "device"; None where it was not measured."""
+    """Return the time of a system by the clock "loop" or "device"; None if it was not measured."""
     reading = network["systems"][system]
     return None if reading is None else reading[f"{clock}_ms"]
 
 
 def ratio(network: Record, clock: str) -> float | None:
-    """Eager's time over ours; None where one of them was not measured."""
+    """Return eager's time / ours; None if one of them was not measured."""
     ours, eager = (milliseconds(network, system, clock) for system in ("ours", "eager"))
     return None if ours is None or eager is None else eager / ours
 
 
 def beside_eager(content: Record) -> dict[str, dict[str, Record]]:
-    """The networks whose kernels were timed beside eager's: name -> phase -> record."""
-    found: dict[str, dict[str, Record]] = {}
+    """Return the networks in which both our kernels and eager's were timed: name -> phase -> record."""
+    networks: dict[str, dict[str, Record]] = {}
     for network in content["networks"]:
         if ratio(network, "device") is not None:
             name = network["id"].removesuffix(f"-{network['phase']}")
-            found.setdefault(name, {})[network["phase"]] = network
-    return found
+            networks.setdefault(name, {})[network["phase"]] = network
+    return networks
 
 
-# Rows a second of narrow networks
+# Rows per second of narrow networks
 
 THEIRS = tuple(system for system in SYSTEMS if system.startswith("tinycudann"))
 FLOOR = (
-    "the bytes of a row over the rate of a large copy in the GPU's memory. Inference reads x and writes y; training "
-    "reads x twice, writes y and reads its gradient"
+    "the bytes of a row / the rate of a large copy in the GPU's memory. Inference reads x and writes y. Training reads "
+    "x twice, writes y and reads its gradient"
 )
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Rows a second of one network in one phase.
+    """The rows per second of one network in one phase.
 
     Attributes:
         network: its record without the gradient of x.
-        rates: by system, "ours", "eager" or "tinycudann", with " dx" behind it where the gradient of x is computed too.
-        floor: as many as the memory allows.
+        rates: the rows per second of "ours", "eager" and "tinycudann". A name ends in " dx" if the gradient of x is
+            also computed.
+        floor: the rows per second that the memory allows.
     """
 
     network: Record
@@ -112,29 +114,32 @@ class Throughput:
 
     @property
     def over_eager(self) -> float:
+        """Our rows per second / eager's."""
         return self.rates["ours"] / self.rates["eager"]
 
     @property
     def over_tinycudann(self) -> float:
+        """Our rows per second / tiny-cuda-nn's; in training, both with the gradient of x."""
         dx = " dx" if "tinycudann dx" in self.rates else ""
         return self.rates[f"ours{dx}"] / self.rates[f"tinycudann{dx}"]
 
 
 def throughput(content: Record) -> list[Throughput]:
-    """The networks that tiny-cuda-nn ran too, by loop, with tiny-cuda-nn in its fastest mode.
+    """Return the throughput of the networks that tiny-cuda-nn also ran, in a loop, with its fastest mode.
 
-    Inference comes before training, many rows before few, narrow before wide.
+    They are sorted by phase (inference first), by rows (many first), and by width (narrow first).
     """
-    found: dict[tuple[str, int, tuple[int, ...]], list[Record]] = {}
+    grouped: dict[tuple[str, int, tuple[int, ...]], list[Record]] = {}
     for network in beside_tinycudann(content):
-        found.setdefault((network["phase"], -network["rows"], tuple(network["widths"])), []).append(network)
+        grouped.setdefault((network["phase"], -network["rows"], tuple(network["widths"])), []).append(network)
     return [
         Throughput(records[0], _rates(records), 1e3 * records[0]["rows"] / floor_ms(records[0], content))
-        for _, records in sorted(found.items(), key=lambda item: item[0])
+        for _, records in sorted(grouped.items(), key=lambda item: item[0])
     ]
 
 
 def beside_tinycudann(content: Record) -> list[Record]:
+    """Return the records of the networks that tiny-cuda-nn also ran."""
     return [network for network in content["networks"] if network["id"].startswith("tinycudann-")]
 
 
@@ -143,14 +148,14 @@ def _rates(networks: Iterable[Record]) -> dict[str, float]:
     for network in networks:
         dx = " dx" if network["input_gradient"] else ""
         for name, systems in {"ours": ("ours",), "eager": ("eager",), "tinycudann": THEIRS}.items():
-            taken = [took for system in systems if (took := milliseconds(network, system, "loop")) is not None]
-            if taken:
-                rates[f"{name}{dx}"] = 1e3 * network["rows"] / min(taken)
+            times_ms = [ms for system in systems if (ms := milliseconds(network, system, "loop")) is not None]
+            if times_ms:
+                rates[f"{name}{dx}"] = 1e3 * network["rows"] / min(times_ms)
     return rates
 
 
 def floor_ms(network: Record, content: Record) -> float:
-    """The milliseconds that the memory takes for what FLOOR says, and for writing the gradient of x if computed."""
+    """Return the milliseconds of the floor: the bytes of FLOOR, and of writing the gradient of x if it is computed."""
     first, last = network["widths"][0], network["widths"][-1]
     elements = first + last if network["phase"] == "inference" else 2 * (first + last)
     elements += first * bool(network["input_gradient"])
@@ -167,31 +172,32 @@ SYSTEM_SERIES = {
 
 
 def throughput_plot(content: Record) -> Plot:
-    """Rows a second of narrow networks beside eager and tiny-cuda-nn, and the memory floor."""
-    shown, gpu = throughput(content), content["origin"]["gpu"]
+    """Plot the rows per second of narrow networks for ours, eager and tiny-cuda-nn, with the memory floor."""
+    entries, gpu = throughput(content), content["origin"]["gpu"]
 
-    def told(phase: str) -> str:
+    def describe(phase: str) -> str:
         return "; ".join(
-            f"{shape(each.network)}, {rows(each.network)}: {number(1e-9 * each.rates['ours'])} of at most "
-            f"{number(1e-9 * each.floor)}, {times(each.over_eager)} eager, {times(each.over_tinycudann)} tiny-cuda-nn"
-            for each in shown
-            if each.network["phase"] == phase
+            f"{shape(entry.network)}, {rows(entry.network)}: {number(1e-9 * entry.rates['ours'])} of at most "
+            f"{number(1e-9 * entry.floor)}, {times(entry.over_eager)} eager, "
+            f"{times(entry.over_tinycudann)} tiny-cuda-nn"
+            for entry in entries
+            if entry.network["phase"] == phase
         )
 
     alt = f"Billions of rows a second of narrow fp16 networks on {gpu}, and how many the memory allows."
-    alt = f"{alt} Inference: {told('inference')}. Training: {told('training')}."
-    return Plot(alt, lambda theme: throughput_figure(theme, shown, gpu), "svg")
+    alt = f"{alt} Inference: {describe('inference')}. Training: {describe('training')}."
+    return Plot(alt, lambda theme: throughput_figure(theme, entries, gpu), "svg")
 
 
-def throughput_figure(theme: Theme, shown: list[Throughput], gpu: str) -> Any:
-    """A strip a network, with a lane a system, the floor, and the ratios beside it."""
+def throughput_figure(theme: Theme, entries: list[Throughput], gpu: str) -> Any:
+    """Draw a strip for each network, with a lane for each system, the floor, and the ratios on the right."""
     figure, axes = plots.blank(theme, WIDTH, 4.6)
     for lane, (name, series) in enumerate(SYSTEM_SERIES.items()):
         for dx in ("", " dx"):
             points = [
-                (1e-9 * each.rates[name + dx], y + 0.25 * (lane - 1))
-                for y, each in enumerate(shown)
-                if name + dx in each.rates
+                (1e-9 * entry.rates[name + dx], y + 0.25 * (lane - 1))
+                for y, entry in enumerate(entries)
+                if name + dx in entry.rates
             ]
             style = look(theme, series) | {"ms": 7}
             if dx:
@@ -200,17 +206,17 @@ def throughput_figure(theme: Theme, shown: list[Throughput], gpu: str) -> Any:
                 axes.plot(*zip(*points), **style, label=None if dx else series.label)
     hollow = {"ls": "", "marker": "o", "mfc": "none", "mec": theme.ink, "mew": 1.4, "ms": 7}
     axes.plot([], [], **hollow, label="hollow: with the gradient of x")
-    for y, each in enumerate(shown):
+    for y, entry in enumerate(entries):
         floor = None if y else "memory floor, as rows a second"
-        axes.plot([1e-9 * each.floor] * 2, [y - 0.4, y + 0.4], color=theme.ink, lw=2, label=floor)
-        told = f"{times(each.over_eager)} eager\n{times(each.over_tinycudann)} tiny-cuda-nn"
-        axes.annotate(told, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=theme.ink)
-    for y in range(1, len(shown)):
-        same = shown[y].network["phase"] == shown[y - 1].network["phase"]
+        axes.plot([1e-9 * entry.floor] * 2, [y - 0.4, y + 0.4], color=theme.ink, lw=2, label=floor)
+        text = f"{times(entry.over_eager)} eager\n{times(entry.over_tinycudann)} tiny-cuda-nn"
+        axes.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=theme.ink)
+    for y in range(1, len(entries)):
+        same = entries[y].network["phase"] == entries[y - 1].network["phase"]
         axes.axhline(y - 0.5, color=theme.grid if same else theme.ink, lw=0.6 if same else 1.2)
-    names = [f"{each.network['phase']}, {rows(each.network)}\n{shape(each.network)}" for each in shown]
-    axes.set_yticks(range(len(shown)), names, fontsize=8)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
+    names = [f"{entry.network['phase']}, {rows(entry.network)}\n{shape(entry.network)}" for entry in entries]
+    axes.set_yticks(range(len(entries)), names, fontsize=8)
+    axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set(xscale="log", xlabel="billion rows a second (further right is faster)")
     axes.set_title(f"Narrow networks, fp16, relu, no bias, as a caller waits for them\n{gpu}", fontsize=10)
     plots.finish(axes, theme, **LEGEND)
@@ -218,11 +224,11 @@ def throughput_figure(theme: Theme, shown: list[Throughput], gpu: str) -> Any:
     return figure
 
 
-# One step taken apart
+# The parts of one step
 
 WHOLE = {
     "cpu_ms": Series("whole step on the CPU", "ink", "o"),
-    "usual_ms": Series("whole step, as usually written", "vermilion", "s"),
+    "usual_ms": Series("whole step, x.to(device)", "vermilion", "s"),
     "prefetched_ms": Series("whole step, prefetched", "orange", "D"),
 }
 PARTS = {
@@ -234,30 +240,30 @@ STEP_SERIES = {**WHOLE, **PARTS}
 
 
 def step_parts(content: Record) -> dict[str, list[tuple[int, float]]]:
-    """Milliseconds of whole steps and of a step's parts, by batch size."""
+    """Return (batch size, milliseconds) of whole steps and of their parts, by name."""
     return {name: [(step["rows"], step[name]) for step in content["transfer"]["steps"]] for name in STEP_SERIES}
 
 
 def step_plot(content: Record) -> Plot:
-    """One training step taken apart by batch size: copy, launches, kernels."""
+    """Plot the time of a training step and of its parts (copy, launches, kernels) against the batch size."""
     lines, gpu = step_parts(content), content["origin"]["gpu"]
-    told = "; ".join(
+    numbers = "; ".join(
         f"{step['rows']:,} rows: copy {number(step['copy_ms'])}, launches {number(step['launch_ms'])}, kernels "
-        f"{number(step['kernels_ms'])}, the whole as usually written {number(step['usual_ms'])}, prefetched "
+        f"{number(step['kernels_ms'])}, whole step with x.to(device) {number(step['usual_ms'])}, prefetched "
         f"{number(step['prefetched_ms'])}, on the CPU {number(step['cpu_ms'])}"
         for step in content["transfer"]["steps"]
     )
-    alt = f"Milliseconds of one training step taken apart, by batch size, on {gpu}. {told}."
-    title = f"One training step taken apart: {content['transfer']['network'].partition(', input')[0]}, fp32\n{gpu}"
+    alt = f"Milliseconds of a training step and of its parts, by batch size, on {gpu}. {numbers}."
+    title = f"A training step and its parts: {content['transfer']['network'].partition(', input')[0]}, fp32\n{gpu}"
     return Plot(alt, lambda theme: step_figure(theme, lines, title), "svg")
 
 
 def step_figure(theme: Theme, lines: Mapping[str, list[tuple[int, float]]], title: str) -> Any:
-    """Milliseconds against batch size: parts as full lines, whole steps as dotted ones."""
+    """Draw milliseconds against batch size. Parts are solid lines, whole steps are dotted."""
     figure, axes = plots.blank(theme, WIDTH, 4.8)
     for name, points in lines.items():
-        drawn_as = {"ls": "-", "lw": 2.2} if name in PARTS else {"ls": ":", "lw": 1.6}
-        style = look(theme, STEP_SERIES[name]) | {"ms": 7} | drawn_as
+        line = {"ls": "-", "lw": 2.2} if name in PARTS else {"ls": ":", "lw": 1.6}
+        style = look(theme, STEP_SERIES[name]) | {"ms": 7} | line
         axes.plot(*zip(*points), **style, label=STEP_SERIES[name].label)
     axes.set(xscale="log", yscale="log", xlabel="batch size (rows)", ylabel="time (milliseconds)")
     axes.set_xticks([batch for batch, _ in lines["copy_ms"]])
@@ -266,14 +272,14 @@ def step_figure(theme: Theme, lines: Mapping[str, list[tuple[int, float]]], titl
     return figure
 
 
-# Speed over eager
+# Speed against eager
 
 PHASE_SERIES = {"inference": Series("inference", "blue", "o"), "training": Series("training", "vermilion", "s")}
 
 
 def speeds(content: Record) -> list[tuple[str, dict[str, float]]]:
-    """Each network's ratios by phase, of the kernels' times. The order is that of the slower phase, fastest first."""
-    found: list[tuple[str, dict[str, float]]] = []
+    """Return (network, {phase: kernel time of eager / ours}), sorted by the slower phase, fastest network first."""
+    speed: list[tuple[str, dict[str, float]]] = []
     for phases in beside_eager(content).values():
         ratios = {
             "training" if phase == "step" else phase: value
@@ -281,58 +287,58 @@ def speeds(content: Record) -> list[tuple[str, dict[str, float]]]:
             if (value := ratio(network, "device")) is not None
         }
         name = label(next(iter(phases.values())))
-        found.append((f"{name}, a step with Adam" if "step" in phases else name, ratios))
-    return sorted(found, key=lambda item: -min(item[1].values()))
+        speed.append((f"{name}, a step with Adam" if "step" in phases else name, ratios))
+    return sorted(speed, key=lambda item: -min(item[1].values()))
 
 
 def speed_plot(content: Record) -> Plot:
-    """Eager's kernels' time over ours, a line a network."""
-    shown, gpu = speeds(content), content["origin"]["gpu"]
-    slower = sum(min(ratios.values()) < 1 for _, ratios in shown)
-    ends = {"fastest": shown[0], "slowest": shown[-1]}
-    told = "; ".join(
+    """Plot the time of eager's kernels / the time of ours, with a line for each network."""
+    entries, gpu = speeds(content), content["origin"]["gpu"]
+    slower = sum(min(ratios.values()) < 1 for _, ratios in entries)
+    ends = {"fastest": entries[0], "slowest": entries[-1]}
+    extremes = "; ".join(
         f"{end}: {name}, {', '.join(f'{phase} {times(value)}' for phase, value in ratios.items())}"
         for end, (name, ratios) in ends.items()
     )
     alt = (
-        f"Time of eager's kernels over ours for {len(shown)} networks on {gpu}, sorted by the slower of inference and "
-        f"training: {len(shown) - slower} are faster than eager in both, {slower} slower in at least one; {told}."
+        f"Time of eager's kernels / ours for {len(entries)} networks on {gpu}, sorted by the slower of inference and "
+        f"training: {len(entries) - slower} are faster than eager in both, {slower} slower in at least one; {extremes}."
     )
-    return Plot(alt, lambda theme: speed_figure(theme, shown, gpu), "svg")
+    return Plot(alt, lambda theme: speed_figure(theme, entries, gpu), "svg")
 
 
-def speed_figure(theme: Theme, shown: list[tuple[str, dict[str, float]]], gpu: str) -> Any:
-    """A line a network: its ratio in inference and in training, with 1 marked."""
-    figure, axes = plots.blank(theme, WIDTH, 1.7 + 0.21 * len(shown))
-    for y, (_, ratios) in enumerate(shown):
+def speed_figure(theme: Theme, entries: list[tuple[str, dict[str, float]]], gpu: str) -> Any:
+    """Draw a line for each network, with its ratios in inference and in training. A dashed line marks 1."""
+    figure, axes = plots.blank(theme, WIDTH, 1.7 + 0.21 * len(entries))
+    for y, (_, ratios) in enumerate(entries):
         axes.plot([min(ratios.values()), max(ratios.values())], [y, y], color=theme.grid, lw=2)
     for phase, series in PHASE_SERIES.items():
-        points = [(ratios[phase], y) for y, (_, ratios) in enumerate(shown) if phase in ratios]
+        points = [(ratios[phase], y) for y, (_, ratios) in enumerate(entries) if phase in ratios]
         axes.plot(*zip(*points), **look(theme, series) | {"ms": 6}, label=series.label)
     axes.axvline(1, color=theme.ink, lw=1.2, ls="--", label="1: as fast as eager")
-    axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=8)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set(xscale="log", xlabel="time of eager's kernels over ours (times)")
-    axes.set_title(f"Our kernels beside eager's: above 1 ours are faster\n{gpu}", fontsize=10)
+    axes.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=8)
+    axes.set_ylim(len(entries) - 0.5, -0.5)
+    axes.set(xscale="log", xlabel="time of eager's kernels / ours")
+    axes.set_title(f"Our kernels and eager's: above 1, ours are faster\n{gpu}", fontsize=10)
     plots.finish(axes, theme, **LEGEND)
     return figure
 
 
-# The page beside the file
+# The page for bench/results
 
 
-def page(content: Record, shown: Mapping[str, Plot], slug: str) -> str:
-    """All readings as tables, with the figures, whose files begin with `slug`."""
+def page(content: Record, by_name: Mapping[str, Plot], slug: str) -> str:
+    """Return all readings as tables, with the figures. The names of their files begin with `slug`."""
 
     def plot(name: str) -> Iterator[str]:
-        light, dark = (file_name(slug, name, theme, shown[name]) for theme in (plots.LIGHT, plots.DARK))
-        yield picture(light, dark, shown[name].alt)
+        light, dark = (file_name(slug, name, theme, by_name[name]) for theme in (plots.LIGHT, plots.DARK))
+        yield picture(light, dark, by_name[name].alt)
         yield ""
 
     lines = [f"# Measured on {content['origin']['gpu']}", "", *_provenance(content)]
     lines += ["## Narrow networks", "", *plot("throughput"), *_tinycudann(content)]
-    lines += ["## One step taken apart", "", *plot("step"), *_transfer(content)]
-    lines += ["## Beside eager PyTorch", "", *plot("speed"), *_eager(content), *_quack(content)]
+    lines += ["## A step and its parts", "", *plot("step"), *_transfer(content)]
+    lines += ["## Against eager PyTorch", "", *plot("speed"), *_eager(content), *_quack(content)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -355,14 +361,14 @@ def _provenance(content: Record) -> Iterator[str]:
 
 
 def _tinycudann(content: Record) -> Iterator[str]:
-    yield f"fp16, relu, no bias, by loop. The memory floor: {FLOOR}, and writes that of x where it is computed."
+    yield f"fp16, relu, no bias, timed in a loop. The memory floor: {FLOOR}, and writes the gradient of x (dx) if any."
     yield ""
     systems = ("ours", "eager", *THEIRS)
     lines = (
         (
             f"{shape(network)}, {rows(network)}, {network['phase']}" + " with dx" * network["input_gradient"],
             number(floor_ms(network, content)),
-            *_times_of(network, systems, "loop"),
+            *_times(network, systems, "loop"),
         )
         for network in beside_tinycudann(content)
     )
@@ -373,23 +379,23 @@ def _headers(systems: Iterable[str], clock: str = "") -> list[str]:
     return [f"{system.replace('tinycudann', 'tiny-cuda-nn').replace('_', ' ')}{clock}" for system in systems]
 
 
-def _times_of(network: Record, systems: Iterable[str], clock: str) -> list[str]:
+def _times(network: Record, systems: Iterable[str], clock: str) -> list[str]:
     return [number(milliseconds(network, system, clock)) for system in systems]
 
 
 def _transfer(content: Record) -> Iterator[str]:
-    found = content["transfer"]
-    yield f"{found['network']}."
+    transfer = content["transfer"]
+    yield f"{transfer['network']}."
     yield ""
     header = ("rows", *(series.label for series in STEP_SERIES.values()), "whole step, data on the GPU")
     columns = (*STEP_SERIES, "resident_ms")
-    lines = ((f"{step['rows']:,}", *(number(step[name]) for name in columns)) for step in found["steps"])
+    lines = ((f"{step['rows']:,}", *(number(step[name]) for name in columns)) for step in transfer["steps"])
     yield from table(header, lines)
     clocks = ("device_ms", "host_ms", "returned_ms", "gbps")
-    lines = ((each["name"], *(number(each[clock]) for clock in clocks)) for each in found["each_time"])
+    lines = ((part["name"], *(number(part[clock]) for clock in clocks)) for part in transfer["each_time"])
     yield from folded("Each part at the largest batch", table(("", "device", "host", "returned", "GB/s"), lines))
-    first = ((name, number(value)) for name, value in found["first_touch_ms"].items())
-    yield from folded("First touch, in a process of its own", table(("", "ms"), first))
+    first = ((name, number(value)) for name, value in transfer["first_touch_ms"].items())
+    yield from folded("First touch, in a new process", table(("", "ms"), first))
 
 
 def _eager(content: Record) -> Iterator[str]:
@@ -398,24 +404,24 @@ def _eager(content: Record) -> Iterator[str]:
         (
             f"{label(network)}, {phase}",
             network["path"],
-            *_times_of(network, both, "device"),
+            *_times(network, both, "device"),
             times(ratio(network, "device")),
-            *_times_of(network, loops, "loop"),
+            *_times(network, loops, "loop"),
             times(ratio(network, "loop")),
         )
         for phases in beside_eager(content).values()
         for phase, network in phases.items()
     )
-    header = ("", "path", *_headers(both, ", device"), "eager over ours", *_headers(loops, ", loop"), "eager over ours")
+    header = ("", "path", *_headers(both, ", device"), "eager / ours", *_headers(loops, ", loop"), "eager / ours")
     yield from table(header, lines)
 
 
 def _quack(content: Record) -> Iterator[str]:
-    yield f"Beside quack {content['origin']['versions']['quack']}: gelu_tanh, no bias, by loop, in two runs."
+    yield f"Against quack {content['origin']['versions']['quack']}: gelu_tanh, no bias, timed in a loop, in two runs."
     yield ""
     systems = ("ours", "eager", "quack", "quack_tuned")
     lines = (
-        (f"{shape(network)}, {rows(network)}, {network['phase']}", *_times_of(network, systems, "loop"))
+        (f"{shape(network)}, {rows(network)}, {network['phase']}", *_times(network, systems, "loop"))
         for network in content["networks"]
         if network["id"].startswith("quack")
     )
@@ -486,5 +492,5 @@ def _readme_row(phases: Mapping[str, Record]) -> list[str]:
         if network is None:
             row += [NONE] * 3
         else:
-            row += [*_times_of(network, ("ours", "eager"), "device"), times(ratio(network, "device"))]
+            row += [*_times(network, ("ours", "eager"), "device"), times(ratio(network, "device"))]
     return row

@@ -1,8 +1,7 @@
-"""One file for bench/results, from the raw logs of a run: `python -m bench.readings tests/data/h100 --out FILE`.
+"""Make a file for bench/results from the raw logs of a run: `python -m bench.readings tests/data/h100 --out FILE`.
 
-The folder holds origin.json (GPU, date, commit, versions, how it was timed) and what was measured: cells.jsonl
-(networks beside nn.Sequential), tinycudann.log, quack.log and transfer.log. bench/results/README.md says what the file
-holds.
+The folder has origin.json (GPU, date, commit, versions, method of timing) and the logs: cells.jsonl (networks against
+nn.Sequential), tinycudann.log, quack.log and transfer.log. bench/results/README.md describes the file.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ if __name__ == "__main__":
 from bench.problem import Problem
 from mlp_fused import files
 
-FORMAT = "readings"  # tells the file from those of bench/gpu.py, which hold a "schema"
+FORMAT = "readings"  # the value of "format"; files of bench/gpu.py have a "schema" instead
 
-# Whoever computes a network: ours; nn.Sequential as it is, compiled, and either's step captured; tiny-cuda-nn by its
-# PyTorch module or by the functions under it ("direct"), each also with its JIT fusion; quack as it is and autotuned.
+# The systems that compute a network. "eager" is nn.Sequential, "compile" is torch.compile of it. "captured" and
+# "captured_eager" are captured steps of ours and of nn.Sequential. tiny-cuda-nn runs as its PyTorch module, or by the
+# functions under it ("direct"), each with and without JIT fusion. quack runs with and without autotuning.
 SYSTEMS = (
     *("ours", "eager", "compile", "captured", "captured_eager"),
     *("tinycudann", "tinycudann_direct", "tinycudann_jit", "tinycudann_jit_direct", "quack", "quack_tuned"),
 )
 
-# The networks that cells.jsonl has by name.
+# The networks in cells.jsonl, by name.
 CELLS = {
     "seed": Problem((784, 512, 512, 10), 256, cross_entropy=True),
     "narrow32": Problem((32,) * 5, 2**20, "bf16"),
@@ -58,7 +58,7 @@ CELLS = {
 }
 TF32 = ("tf32-1024",)  # the cells that ran with tf32 allowed
 
-# The names that cells.jsonl has for phases and for systems.
+# The names of phases and systems in cells.jsonl.
 PHASES = {"fwd": "inference", "train": "training", "step": "step"}
 CELL_SYSTEMS = {
     **{name: name for name in ("ours", "eager", "compile")},
@@ -82,9 +82,9 @@ def network(
     difference: float | None = None,
     error_float64: Mapping[str, float] | None = None,
 ) -> Record:
-    """One network in one phase; None stands for what was not measured or not recorded."""
+    """Make the record of one network in one phase. Entries that were not measured or recorded are None."""
     if unknown := set(systems) - set(SYSTEMS):
-        raise ValueError(f"{name} was computed by {', '.join(sorted(unknown))}, which SYSTEMS does not name")
+        raise ValueError(f"{name} has the systems {', '.join(sorted(unknown))}; they need to be in SYSTEMS")
     return {
         "id": f"{name}-{phase}" + "-dx" * bool(input_gradient),
         "widths": list(problem.widths),
@@ -103,7 +103,7 @@ def network(
 
 
 def reading(loop_ms: float, spread: tuple[float, float] | None = None, device: Record | None = None) -> Record:
-    """The milliseconds of one system; `device` has those of its kernels."""
+    """Make the record of one system's milliseconds. `device` has the times of its kernels."""
     low, high = spread or (None, None)
     rest = device or {"device_ms": None, "kernels": None}
     return {"loop_ms": loop_ms, "loop_low_ms": low, "loop_high_ms": high, **rest}
@@ -113,7 +113,7 @@ def reading(loop_ms: float, spread: tuple[float, float] | None = None, device: R
 
 
 def cells(text: str) -> Iterator[Record]:
-    """The networks of cells.jsonl, one line a cell."""
+    """Yield the networks of cells.jsonl, which has one cell per line."""
     for line in text.splitlines():
         cell = json.loads(line)
         problem = CELLS[cell["cell"]]
@@ -147,51 +147,51 @@ def _cell_reading(cell: Record, name: str) -> Record:
 
 
 def tinycudann(text: str) -> Iterator[Record]:
-    """The networks of tinycudann.log: fp16, relu, no bias.
+    """Yield the networks of tinycudann.log: fp16, relu, no bias.
 
-    tiny-cuda-nn computes the gradient of x in every backward; eager's backward here does not.
+    In this log, every backward of tiny-cuda-nn computes the gradient of x, but eager's does not.
     """
     for title, body in re.findall(r"^(W\d+ hidden .*)\n((?:  .*\n)+)", text, re.MULTILINE):
         width, hidden, first, last, rows = map(int, re.findall(r"\d+", title))
         problem = Problem((first, *(width,) * hidden, last), rows, "fp16")
-        found = {who: ast.literal_eval(numbers) for who, numbers in re.findall(r"^  (\D+) (\{.*\})$", body, re.M)}
-        ours = found["ours"]
-        theirs = {"tinycudann": found["tcnn"], "tinycudann_jit": found.get("tcnn jit")}
+        logged = {name: ast.literal_eval(numbers) for name, numbers in re.findall(r"^  (\D+) (\{.*\})$", body, re.M)}
+        ours = logged["ours"]
+        theirs = {"tinycudann": logged["tcnn"], "tinycudann_jit": logged.get("tcnn jit")}
 
-        def of_theirs(name: str, theirs: Mapping[str, Record | None] = theirs) -> dict[str, Record]:
+        def their_readings(name: str, theirs: Mapping[str, Record | None] = theirs) -> dict[str, Record]:
             return {
-                f"{system}{suffix}": reading(numbers[f"{name}_{how}"])
+                f"{system}{suffix}": reading(numbers[f"{name}_{interface}"])
                 for system, numbers in theirs.items()
                 if numbers is not None
-                for how, suffix in (("user", ""), ("raw", "_direct"))
+                for interface, suffix in (("user", ""), ("raw", "_direct"))
             }
 
         phases: tuple[tuple[str, bool, dict[str, Record]], ...] = (
-            ("inference", False, _of_ours(ours, "inference", "eager_inference") | of_theirs("inference")),
-            ("training", False, _of_ours(ours, "fwd_bwd", "eager_fwd_bwd")),
-            ("training", True, _of_ours(ours, "fwd_bwd_dx") | of_theirs("fwd_bwd")),
+            ("inference", False, _our_readings(ours, "inference", "eager_inference") | their_readings("inference")),
+            ("training", False, _our_readings(ours, "fwd_bwd", "eager_fwd_bwd")),
+            ("training", True, _our_readings(ours, "fwd_bwd_dx") | their_readings("fwd_bwd")),
         )
         for phase, input_gradient, systems in phases:
             name = f"tinycudann-{problem}"
             yield network(name, problem, phase, systems, bias=False, input_gradient=input_gradient, path=ours["path"])
 
 
-def _of_ours(ours: Mapping[str, float], name: str, eager: str | None = None) -> dict[str, Record]:
+def _our_readings(ours: Mapping[str, float], name: str, eager: str | None = None) -> dict[str, Record]:
     return {"ours": reading(ours[name])} | ({} if eager is None else {"eager": reading(ours[eager])})
 
 
 def quack(text: str) -> Iterator[Record]:
-    """The network of quack.log, without and with quack's autotuning: gelu-tanh, no bias.
+    """Yield the network of quack.log, without and with quack's autotuning: gelu_tanh, no bias.
 
-    The log tells neither the dtype nor whether the backward computed the gradient of x.
+    The log has no dtype, and does not record if the backward computed the gradient of x.
     """
     for line in text.splitlines():
-        if not (found := re.match(r"(\d+)x([\d>-]+) tuned=(\w+) .*?: (\{.*?\});", line)):
+        if not (match := re.match(r"(\d+)x([\d>-]+) tuned=(\w+) .*?: (\{.*?\});", line)):
             continue
-        rows, widths, tuned, numbers = found.groups()
+        rows, widths, tuned, numbers = match.groups()
         problem = Problem(tuple(map(int, widths.split("->"))), int(rows), activation="gelu_tanh")
         names = {"ours": "ours", "eager": "eager", "quack": "quack_tuned" if tuned == "True" else "quack"}
-        times = {names[who]: both for who, both in ast.literal_eval(numbers).items()}
+        times = {names[system]: both for system, both in ast.literal_eval(numbers).items()}
         for i, phase in enumerate(("inference", "training")):
             systems = {system: reading(both[i]) for system, both in times.items()}
             input_gradient = None if phase == "training" else False
@@ -206,43 +206,44 @@ UNITS = {"s": 1e3, "ms": 1.0, "µs": 1e-3}
 
 
 def durations(text: str) -> list[float]:
-    """All the durations in a text, in milliseconds."""
+    """Return all times in a text, in milliseconds."""
     return [float(f"{float(value) * UNITS[unit]:.6g}") for value, unit in DURATION.findall(text)]
 
 
 def transfer(text: str) -> Record:
-    """The output of `mlp-fused transfer` for one network, part by part."""
+    """Parse the output of `mlp-fused transfer` for one network. Older logs have the title "every time after that"."""
     parts = dict(re.findall(r"^(\S.*)\n((?:  .+\n|\n(?=  ))+)", text, re.MULTILINE))
     by_title = {title.split(",")[0].split(" (")[0]: body for title, body in parts.items()}
-    (described,) = re.findall(r"^(.+ parameters, input .+)$", text, re.MULTILINE)
+    (network_line,) = re.findall(r"^(.+ parameters, input .+)$", text, re.MULTILINE)
     return {
-        "network": described,
+        "network": network_line,
         "first_touch_ms": _first_touch(by_title["first touch"]),
-        "each_time": [*_each_time(by_title["every time after that"])],
+        "each_time": [*_each_time(by_title.get("after the first call") or by_title["every time after that"])],
         "on_cpu_ms": {
-            name: durations(took)[0] for name, took in re.findall(r"^  (\w+) (?:on the CPU) +(.*)$", text, re.MULTILINE)
+            name: durations(cells)[0]
+            for name, cells in re.findall(r"^  (\w+) (?:on the CPU) +(.*)$", text, re.MULTILINE)
         },
         "steps": [*_steps(by_title["a step by batch size"])],
     }
 
 
 def _first_touch(body: str) -> dict[str, float]:
-    """Milliseconds of what only the first call costs; the forward's compiled and loaded kernels apart."""
-    found: dict[str, float] = {}
-    for name, took, note in re.findall(
+    """Return the milliseconds of first calls by name. The first forward has two, for compiled and loaded kernels."""
+    ms: dict[str, float] = {}
+    for name, time, note in re.findall(
         r"^  (\w+(?: \w+)?)? {2,}([\d.e+]+ (?:s|ms|µs))(?:  (.*))?$", body, re.MULTILINE
     ):
-        found[f"first forward, {note}" if note else name] = durations(took)[0]
-    return found
+        ms[f"first forward, {note}" if note else name] = durations(time)[0]
+    return ms
 
 
 def _each_time(body: str) -> Iterator[Record]:
-    """The copies, the launch and the kernels at the largest batch, by three clocks."""
+    """Yield the copies, the launch and the kernels at the largest batch, by three clocks."""
     for line in body.splitlines():
-        if not (took := durations(line)):
+        if not (times := durations(line)):
             continue
-        device, host, returned = took if len(took) == 3 else (None, took[0], None)
-        rate = re.search(r"([\d.]+) +(\d+)%$", line) if len(took) == 3 else None
+        device, host, returned = times if len(times) == 3 else (None, times[0], None)
+        rate = re.search(r"([\d.]+) +(\d+)%$", line) if len(times) == 3 else None
         yield {
             "name": re.split(r" {2,}", line.strip())[0],
             "device_ms": device,
@@ -257,18 +258,18 @@ STEP_COLUMNS = ("cpu_ms", "usual_ms", "prefetched_ms", "resident_ms", "copy_ms",
 
 
 def _steps(body: str) -> Iterator[Record]:
-    """A step by batch size: on the CPU, three ways on the GPU, its parts, and the part that bounds it."""
+    """Yield a step for each batch size: on the CPU, in three ways on the GPU, its parts, and the slowest part."""
     for rows, nbytes, rest in re.findall(r"^ +([\d,]+) +([\d,]+)  (.+)$", body, re.MULTILINE):
         yield {
             "rows": int(rows.replace(",", "")),
             "bytes": int(nbytes.replace(",", "")),
             **dict(zip(STEP_COLUMNS, durations(rest), strict=True)),
-            "bound": next(part for part, took in zip(STEP_COLUMNS, re.split(r"  +", rest.strip())) if took[0] == "*"),
+            "bound": next(part for part, cell in zip(STEP_COLUMNS, re.split(r"  +", rest.strip())) if cell[0] == "*"),
         }
 
 
 def ceilings(text: str) -> dict[str, float]:
-    """Rates of large copies, from their line in transfer.log; in the GPU's memory, read and written bytes count."""
+    """Parse the rates of large copies in transfer.log. In the GPU's memory, both read and written bytes count."""
     (line,) = re.findall(r"^ceilings: (.*)$", text, re.MULTILINE)
     to_device, to_host, memory = (float(value) for value in re.findall(r"([\d.]+) GB/s", line))
     return {"memory_gbps": memory, "to_device_gbps": to_device, "to_host_gbps": to_host}
@@ -278,7 +279,7 @@ def ceilings(text: str) -> dict[str, float]:
 
 
 def published(folder: Path) -> Record:
-    """The content of the file for bench/results, from a folder of raw logs."""
+    """Return the content of the file for bench/results, from a folder of raw logs."""
 
     def text(name: str) -> str:
         return (folder / name).read_text()
@@ -293,29 +294,29 @@ def published(folder: Path) -> Record:
 
 
 def written(content: Record) -> str:
-    """JSON with a network a line, in six digits."""
+    """Return the content as JSON, with one network per line and numbers of six digits."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: rounded(each) for name, each in value.items()}
+            return {name: rounded(item) for name, item in value.items()}
         if isinstance(value, list):
-            return [rounded(each) for each in value]
+            return [rounded(item) for item in value]
         return float(f"{value:.6g}") if isinstance(value, float) else value
 
     content = rounded(content)
-    lines = ",\n".join(f"  {json.dumps(each, ensure_ascii=False)}" for each in content["networks"])
+    lines = ",\n".join(f"  {json.dumps(network, ensure_ascii=False)}" for network in content["networks"])
     rest = json.dumps({**content, "networks": ["here"]}, indent=1, ensure_ascii=False)
     return rest.replace('[\n  "here"\n ]', f"[\n{lines}\n ]") + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="the raw logs of one run as one file for bench/results")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="origin.json and the logs, as in tests/data/h100")
+    parser = argparse.ArgumentParser(description="make a file for bench/results from the raw logs of a run")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with origin.json and the logs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     options = parser.parse_args(arguments)
     content = published(options.folder)
     files.write_all({options.out: written(content).encode()})
-    print(f"{len(content['networks'])} readings: {options.out}")
+    print(f"wrote {len(content['networks'])} readings to {options.out}")
     return 0
 
 

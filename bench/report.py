@@ -1,15 +1,14 @@
-"""From results to the tables and plots of a README: `python -m bench.report RESULTS.json [MORE.json ...] --out DIR`.
+"""Make a report with tables and plots from results: `python -m bench.report RESULTS.json [MORE.json ...] --out DIR`.
 
-RESULTS.json is what `pytest bench --benchmark --benchmark-json=FILE` or gpu.py wrote. Several files of one machine, one
-set of versions and one user's table are merged, by their dates: of two rows of the same thing the later one counts, and
-the report says how many were replaced. Files that do not belong together, or whose times a debugging switch distorts,
-are refused in one sentence.
+RESULTS.json is a file of `pytest bench --benchmark --benchmark-json=FILE` or of gpu.py. Several files are merged if
+they have the same machine, versions and user's table. If two files have the same row, the later one counts, and the
+report has the number of replaced rows. Files that differ, or whose times are distorted by a debug switch, are refused.
 
-DIR then holds <gpu>.md, every cell of the grid in it, measured or not, and its plots, each for light and for dark
-pages. They are written when all of them are there.
+DIR then has <gpu>.md, with every cell of the grid, measured or not, and its plots, for light and for dark pages. All
+files are written together at the end.
 
-The report of a file of published readings (see readings.py) is made by published.py, by the same command. In the place
-of `--out DIR`, `--table` prints the README's block of such a file.
+The same command makes the report of a file of published readings (see readings.py and published.py). For such a file,
+`--table` instead of `--out DIR` prints the README's block.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ if __name__ == "__main__":
 
 from bench import goals, published
 from bench.copies import WAYS
-from bench.figures import Plot, drawn, file_name
+from bench.figures import Plot, draw_all, file_name
 from bench.markdown import folded, number, picture, table
 from bench.problem import COPIED_PHASES, FRESH_PHASES, GRID, Cell
-from bench.report_plots import COPYING, LABELS, plots_of
+from bench.report_plots import COPYING, LABELS, make_plots
 from bench.results import (
     COPIES,
     NETWORKS,
@@ -49,13 +48,13 @@ from mlp_fused.files import write_all
 from mlp_fused.kernels.devices import device_slug
 
 NOT_MEASURED = "not measured"
-NOT_MEANT = "-"  # a baseline that a cell is not compared with
+NOT_MEANT = "-"  # the cell is not compared with this baseline
 
 # Numbers
 
 
 def speed(row: TimedRow, cell: Cell, name: str, device: str) -> str:
-    """A baseline's time over ours, or why there is none."""
+    """Return a baseline's time / ours, or the reason why there is none."""
     if name in row.failures:
         return "failed"
     if (value := speedup(row, cell, name)) is not None:
@@ -64,46 +63,46 @@ def speed(row: TimedRow, cell: Cell, name: str, device: str) -> str:
 
 
 def noise(row: TimedRow) -> str:
-    """The difference of our time before and after the baselines."""
-    ms, again = row.ours.timing.ms, row.repeat_ms
-    return NOT_MEASURED if again is None else f"{abs(again - ms) / ms:.0%}"
+    """Return the relative difference of our times before and after the baselines."""
+    ms, repeat_ms = row.ours.timing.ms, row.repeat_ms
+    return NOT_MEASURED if repeat_ms is None else f"{abs(repeat_ms - ms) / ms:.0%}"
 
 
 def spread(values: Sequence[float], unit: str = "x") -> str:
-    """The median, and the smallest to the largest."""
+    """Return the median, with the minimum and the maximum."""
     if not values:
         return NOT_MEASURED
-    middle = f"{number(statistics.median(values))}{unit}"
-    return middle if len(values) == 1 else f"{middle} ({number(min(values))} to {number(max(values))})"
+    median = f"{number(statistics.median(values))}{unit}"
+    return median if len(values) == 1 else f"{median} ({number(min(values))} to {number(max(values))})"
 
 
 # The Markdown
 
 
-def markdown(results: Results, shown: dict[str, Plot], slug: str) -> str:
-    """The report; `shown` are its plots by name, whose files begin with `slug`."""
+def markdown(results: Results, by_name: dict[str, Plot], slug: str) -> str:
+    """Return the report. `by_name` has its plots by name; the names of their files begin with `slug`."""
 
     def plot(name: str) -> Iterator[str]:
-        if name in shown:
-            light, dark = (file_name(slug, name, theme, shown[name]) for theme in (plots.LIGHT, plots.DARK))
-            yield picture(light, dark, shown[name].alt)
+        if name in by_name:
+            light, dark = (file_name(slug, name, theme, by_name[name]) for theme in (plots.LIGHT, plots.DARK))
+            yield picture(light, dark, by_name[name].alt)
             yield ""
 
     lines = [f"# Measured on {results.name}", ""]
     lines += _provenance(results)
     lines += ["## Summary", "", *_summary(results)]
     lines += ["```text", *goals.report(results.rows.values()), "```", ""]
-    lines += ["## Copy against kernel", "", *plot("copy"), *_copies(results), *plot("throughput")]
+    lines += ["## Copies and kernels", "", *plot("copy"), *_copies(results), *plot("throughput")]
     lines += [*_throughput(results), *_fresh(results)]
     lines += ["## Speed against each baseline", ""]
-    lines += ["A baseline's time over ours: above 1 we are faster.", "", *plot("speed"), *plot("products")]
+    lines += ["A baseline's time / ours: above 1, ours is faster.", "", *plot("speed"), *plot("products")]
     for family in (*NETWORKS, "gemm"):
         lines += _speeds(results, family)
     lines += [*_tinycudann(results), *_calls(results)]
     lines += ["## Distance from the floor", ""]
-    lines += ["The device's time over max(FLOPs / peak, bytes / bandwidth), both measured in the same process.", ""]
+    lines += ["Device time / max(FLOPs / peak, bytes / bandwidth); both rates are measured in the same process.", ""]
     lines += [*plot("floor"), *_floors(results)]
-    lines += ["## Memory kept for backward", "", *plot("memory"), *_memory(results)]
+    lines += ["## Memory saved for backward", "", *plot("memory"), *_memory(results)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -120,10 +119,10 @@ def _provenance(results: Results) -> Iterator[str]:
             ("Triton", machine["triton"] or "none"),
             ("Python", machine["python"]),
             ("mlp_fused", f"{machine['mlp_fused']}, sources {machine['source']}"),
-            ("measured tiles of the user's own", machine["user_table"] or "none"),
+            ("the user's own table of tiles", machine["user_table"] or "none"),
             ("CPU", machine["cpu"]),
             ("date", first if first == last else f"{first} to {last}"),
-            ("made of", ", ".join(results.names)),
+            ("files", ", ".join(results.names)),
         ),
     )
     for name, rows in results.replaced.items():
@@ -132,7 +131,7 @@ def _provenance(results: Results) -> Iterator[str]:
 
 
 def _summary(results: Results) -> Iterator[str]:
-    """A line for each family and phase: medians, and the smallest to the largest."""
+    """Yield a table with a line for each family and phase: medians, with minimum and maximum."""
 
     def lines() -> Iterator[tuple[str, ...]]:
         for (family, phase), cells in groups((*NETWORKS, "gemm")).items():
@@ -145,7 +144,7 @@ def _summary(results: Results) -> Iterator[str]:
                 spread([row.ours.floor.ratio for _, row in good]),
             )
 
-    yield from table(("", "measured", *LABELS.values(), "time over the floor"), lines())
+    yield from table(("", "measured", *LABELS.values(), "time / floor"), lines())
 
 
 def _speed_spread(good: Sequence[tuple[Cell, TimedRow]], name: str, cells: Sequence[Cell], device: str) -> str:
@@ -161,7 +160,7 @@ def _cells(
     header: Sequence[str],
     figures: Callable[[Cell, Any], list[str]],
 ) -> Iterator[str]:
-    """A folded table with a line for each cell; one sentence where none was measured."""
+    """Yield a folded table with a line for each cell, or one sentence if none was measured."""
     if all(results.row(cell) is None for cell in cells):
         yield f"{title}: {NOT_MEASURED} ({len(cells)} rows)."
         yield ""
@@ -194,7 +193,7 @@ def _speeds(results: Results, family: str) -> Iterator[str]:
             noise(row),
         ]
 
-    header = ("path or tile", "ms", "of it device", *(LABELS[name] for name in names), "noise")
+    header = ("path or tile", "ms", "device ms", *(LABELS[name] for name in names), "noise")
     yield from _cells(results, cells, family, header, figures)
 
 
@@ -210,21 +209,21 @@ def _floors(results: Results) -> Iterator[str]:
             number(floor.gbps),
         ]
 
-    header = ("floor, ms", "device, ms", "over the floor", "bound by", "TFLOP/s", "GB/s")
+    header = ("floor, ms", "device, ms", "device / floor", "bound by", "TFLOP/s", "GB/s")
     for family in (*NETWORKS, "gemm"):
         yield from _cells(results, [cell for cell in GRID if cell.family == family], family, header, figures)
 
 
 def _memory(results: Results) -> Iterator[str]:
     def figures(cell: Cell, row: NetworkRow) -> list[str]:
-        found = row.memory
-        if found is None:
+        memory = row.memory
+        if memory is None:
             return [NOT_MEASURED] * len(header)
-        kept = (side.kept_bytes / 2**20 for side in (found.ours, found.eager))
-        return [*map(number, kept), f"{found.kept_ratio:.2f}", f"{found.peak_ratio:.2f}"]
+        saved = (side.kept_bytes / 2**20 for side in (memory.ours, memory.eager))
+        return [*map(number, saved), f"{memory.kept_ratio:.2f}", f"{memory.peak_ratio:.2f}"]
 
-    header = ("ours kept, MiB", "eager's kept, MiB", "kept, ours over eager's", "peak, ours over eager's")
-    yield "Between forward and backward, the output included; the peak is that of both."
+    header = ("ours saved, MiB", "eager saved, MiB", "saved, ours / eager", "peak, ours / eager")
+    yield "Saved is the memory allocated between forward and backward, including the output. The peak is over both."
     yield ""
     for family in NETWORKS:
         if cells := [cell for cell in GRID if cell.family == family and cell.phase == "training"]:
@@ -237,92 +236,97 @@ def _copies(results: Results) -> Iterator[str]:
         pinned = row.copies["pinned_side_stream"]
         return [
             number(1e-6 * pinned.nbytes),
-            *(f"{number(each.ms)} ({number(each.gbps)})" for each in copied),
+            *(f"{number(copy.ms)} ({number(copy.gbps)})" for copy in copied),
             f"{1e9 * pinned.gbps / row.link.to_device:.0%}",
             *(f"{number(pinned.ms / row.phases[phase].timing.kernel_ms)}x" for phase in COPIED_PHASES),
         ]
 
     header = ["MB", "pageable, ms (GB/s)", "pinned", "pinned, side stream", "of the link"]
-    header += [f"over the {phase}'s kernels" for phase in COPIED_PHASES]
-    yield from _cells(results, COPIES, "Each input's copy, and its time over the kernels'", header, figures)
+    header += [f"copy / kernels of {phase}" for phase in COPIED_PHASES]
+    yield from _cells(results, COPIES, "Copies of the inputs, and their time / the kernels' time", header, figures)
 
 
 def _throughput(results: Results) -> Iterator[str]:
     def figures(cell: Cell, row: CopyRow) -> list[str]:
-        found = row.throughput
-        rates = [number(found.ways[way].examples_per_s) for way in WAYS]
-        shares = [f"{found.ways[way].of_bound:.0%}" for way in COPYING]
-        cpu = NOT_MEANT if found.cpu_ms is None else number(found.cpu_ms)
-        advised = {"cpu": "the CPU", **WAYS}[found.advised]
-        parts = [number(found.copy_ms), number(found.compute_ms), *shares, cpu]
-        return [*rates, *parts, advised, f"{number(found.over_fastest)}x"]
+        loop = row.throughput
+        rates = [number(loop.ways[way].examples_per_s) for way in WAYS]
+        shares = [f"{loop.ways[way].of_bound:.0%}" for way in COPYING]
+        cpu = NOT_MEANT if loop.cpu_ms is None else number(loop.cpu_ms)
+        advised = {"cpu": "the CPU", **WAYS}[loop.advised]
+        parts = [number(loop.copy_ms), number(loop.compute_ms), *shares, cpu]
+        return [*rates, *parts, advised, f"{number(loop.over_fastest)}x"]
 
     header = [f"{label}, examples/s" for label in WAYS.values()] + ["copy, ms", "compute, ms"]
     header += [f"{WAYS[way]}, of the bound" for way in COPYING]
-    header += ["on the CPU, ms", "advised", "its time over the fastest's"]
-    title = "Forward and backward on batches of the host; the bound is max(copy, compute)"
+    header += ["on the CPU, ms", "advised", "advised / fastest"]
+    title = "Forward and backward on batches from the host; the bound is max(copy, compute)"
     yield from _cells(results, COPIES, title, header, figures)
 
 
 def _fresh(results: Results) -> Iterator[str]:
-    """First touch, lecture and warm-up: seconds by name, for the first and for the second time."""
+    """Yield tables of first touch, lecture and warmup: milliseconds of first and second calls."""
     for cell in GRID:
         if cell.phase not in FRESH_PHASES:
             continue
-        found = {device: results.rows.get((str(cell), device)) for device in cell.devices}
-        good = {device: row for device, row in found.items() if isinstance(row, FreshRow)}
+        rows = {device: results.rows.get((str(cell), device)) for device in cell.devices}
+        good = {device: row for device, row in rows.items() if isinstance(row, FreshRow)}
         title = {
             "lecture": f"The lecture's product, {cell.problem.rows} x {cell.problem.rows}",
             "first_touch": f"First touch, `{cell.problem}`",
             "warmup": f"`model.warmup`, `{cell.problem}`",
         }[cell.phase]
         if not good:
-            failed = any(row is not None for row in found.values())
+            failed = any(row is not None for row in rows.values())
             yield f"{title}: {'failed' if failed else NOT_MEASURED}."
             yield ""
             continue
         states: dict[str, dict[str, float]] = {}
-        for row in reversed(good.values()):  # on the GPU last, which has the CPU's product beside it
+        for row in reversed(good.values()):  # the GPU's row last, because it also has the CPU's product
             for state, seconds in row.seconds.items():
                 states[state] = seconds | states.get(state, {}) if cell.phase == "lecture" else seconds
         yield f"### {title}"
         yield ""
-        for state, each in states.items():
+        for state, seconds in states.items():
             if state != "any":
                 yield f"Triton's cache {'empty' if state == 'cold' else 'filled'}:"
                 yield ""
-            names = [name for name in each if not name.endswith("_2")]
-            told = LECTURE if cell.phase == "lecture" else {}
+            names = [name for name in seconds if not name.endswith("_2")]
+            labels = LECTURE if cell.phase == "lecture" else {}
             lines = (
-                (told.get(name, name), number(1e3 * each[name]), number(1e3 * each[again]) if again in each else "")
-                for name, again in ((name, f"{name}_2") for name in names)
+                (
+                    labels.get(name, name),
+                    number(1e3 * seconds[name]),
+                    number(1e3 * seconds[f"{name}_2"]) if f"{name}_2" in seconds else "",
+                )
+                for name in names
             )
             yield from table(("", "first time, ms", "second time, ms"), lines)
         if cell.phase == "lecture":
-            yield from _famous(states["any"])
+            yield from _explain_lecture(states["any"])
 
 
-# What the clocks of fresh.py's lecture read.
+# The names of the times of fresh.py's lecture.
 LECTURE = {
     "cpu_product": "product on the CPU",
-    "copy": "both operands to the GPU, the first time with the context's creation",
-    "product_returned": "product on the GPU, the host's clock, not waiting",
-    "product": "product on the GPU, the host's clock, waiting",
+    "copy": "copy of both operands to the GPU; the first one includes creating the context",
+    "product_returned": "product on the GPU, by the host's clock without synchronization",
+    "product": "product on the GPU, by the host's clock with synchronization",
     "product_device": "product on the GPU, between events on the device",
 }
 
 
-def _famous(seconds: dict[str, float]) -> Iterator[str]:
-    """The explanation of a clock that does not wait and reads 0.00 s."""
+def _explain_lecture(seconds: dict[str, float]) -> Iterator[str]:
+    """Yield an explanation why a clock without synchronization shows 0.00 s."""
     if "product_returned_2" in seconds:
-        read, done = seconds["product_returned_2"], seconds["product_2"]
+        returned, done = seconds["product_returned_2"], seconds["product_2"]
         yield (
-            f"The second time, a clock that does not wait reads {read:.2f} s: after {1e6 * read:,.0f} µs the host has "
-            f"the call back. The product is there after {done:.4f} s, {number(done / read)} times as long."
+            f"Without synchronization, the host's clock shows {returned:.2f} s for the second product, because the "
+            f"call returns after {1e6 * returned:,.0f} µs. The product is done after {done:.4f} s, "
+            f"{number(done / returned)} times as long."
         )
         if "cpu_product_2" in seconds:
-            moved = seconds["copy_2"] + done
-            yield f"The CPU takes {seconds['cpu_product_2']:.4f} s; copies and product on the GPU take {moved:.4f} s."
+            gpu = seconds["copy_2"] + done
+            yield f"The CPU takes {seconds['cpu_product_2']:.4f} s; copies and product on the GPU take {gpu:.4f} s."
         yield ""
 
 
@@ -335,61 +339,64 @@ def _tinycudann(results: Results) -> Iterator[str]:
     lines = (
         (
             f"`{row.id.removeprefix('tinycudann-')}`",
-            *(number(ms) for each in (row.ours, row.tinycudann) for ms in (each.timing.ms, each.timing.kernel_ms)),
+            *(number(ms) for side in (row.ours, row.tinycudann) for ms in (side.timing.ms, side.timing.kernel_ms)),
             f"{number(row.speedup)}x",
             f"{number(row.kernel_speedup)}x",
         )
         for row in rows
     )
-    header = ("", "ours, ms", "of it device", "tiny-cuda-nn, ms", "of it device", "its time over ours", "device's")
+    header = (
+        *("", "ours, ms", "ours, device ms", "tiny-cuda-nn, ms", "tiny-cuda-nn, device ms"),
+        *("tiny-cuda-nn / ours", "tiny-cuda-nn / ours, device"),
+    )
     yield from folded("tiny-cuda-nn", table(header, lines))
 
 
 def _calls(results: Results) -> Iterator[str]:
     rows = [row for row in results.rows.values() if isinstance(row, CallRow)]
     if not rows:
-        yield f"The Python of a call: {NOT_MEASURED}."
+        yield f"Python overhead of a call: {NOT_MEASURED}."
         yield ""
         return
     lines = ((f"`{row.id.removeprefix('call-')}`", number(row.us), number(row.eager_us)) for row in rows)
-    yield from folded("The Python of a call", table(("", "ours, µs", "eager's, one wide, µs"), lines))
+    yield from folded("Python overhead of a call", table(("", "ours, µs", "eager with width 1, µs"), lines))
 
 
 # Writing
 
 
-def files_of(results: Results) -> dict[str, bytes]:
-    """Contents by name."""
+def report_files(results: Results) -> dict[str, bytes]:
+    """Return the content of the report and of its plots, by file name."""
     slug = device_slug(results.name)
-    shown = plots_of(results)
-    return {**drawn(shown, slug), f"{slug}.md": markdown(results, shown, slug).encode()}
+    by_name = make_plots(results)
+    return {**draw_all(by_name, slug), f"{slug}.md": markdown(results, by_name, slug).encode()}
 
 
 def readings_in(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """The content of a file of published readings; None where the files are of the other kind.
+    """Return the content of a file of published readings; None if the files are results of the benches.
 
     Raises:
-        UnfitError: one of several files holds published readings, or one cannot be read.
+        UnfitError: one of several files has published readings, or a file cannot be read.
     """
     for path in paths:
         content: dict[str, Any] = load(path)
         if published.is_published(content):
             if len(paths) > 1:
                 raise UnfitError(
-                    f"{path} holds published readings, which do not mix with others: make a report of each"
+                    f"{path} has published readings, which cannot be merged with other files: make a report of each"
                 )
             return content
     return None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="tables and plots of measured results")
+    parser = argparse.ArgumentParser(description="make tables and plots of measured results")
     parser.add_argument(
-        "results", type=Path, nargs="+", metavar="RESULTS.json", help="of one machine and one set of versions"
+        "results", type=Path, nargs="+", metavar="RESULTS.json", help="results of one machine and one set of versions"
     )
-    wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--out", type=Path, metavar="DIR", help="where the report and its plots go")
-    wanted.add_argument("--table", action="store_true", help="print the README's block of a file of published readings")
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--out", type=Path, metavar="DIR", help="folder for the report and its plots")
+    output.add_argument("--table", action="store_true", help="print the README's block of a file of published readings")
     options = parser.parse_args(arguments)
     try:
         readings = readings_in(options.results)
@@ -398,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif readings is not None:
             print(published.readme(readings), end="")
         else:
-            raise UnfitError(f"{options.results[0]} holds no published readings, of which the README's block is made")
+            raise UnfitError(f"{options.results[0]} has no published readings, which --table needs")
     except UnfitError as error:
         print(f"nothing was written: {error}", file=sys.stderr)
         return 2
@@ -406,29 +413,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_report(paths: Sequence[Path], readings: dict[str, Any] | None, folder: Path) -> None:
-    """Write the report of published readings, or of the results in some files, into a folder.
+    """Write the report of published readings, or of the results in several files, to a folder.
 
     Raises:
-        UnfitError: the results do not fit, matplotlib is missing, or the folder cannot be written into.
+        UnfitError: the results cannot be used, matplotlib is missing, or the folder cannot be written.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UnfitError('plots need matplotlib, which is not installed: pip install "mlp_fused[plot]"') from None
+        raise UnfitError(
+            'plots need matplotlib, which is not installed; install it (pip install "mlp_fused[plot]")'
+        ) from None
     if readings is not None:
-        files, told = published.files_of(readings), [f"{len(readings['networks'])} networks"]
+        files, lines = published.report_files(readings), [f"{len(readings['networks'])} networks"]
     else:
         results = merge([read(path) for path in paths])
-        files = files_of(results)
-        told = [f"{count} rows of {name} were replaced by later ones" for name, count in results.replaced.items()]
-        told.append(f"{len(results.rows)} rows")
+        files = report_files(results)
+        lines = [f"{count} rows of {name} were replaced by later ones" for name, count in results.replaced.items()]
+        lines.append(f"{len(results.rows)} rows")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_all({folder / name: content for name, content in files.items()})
     except OSError as error:
-        raise UnfitError(f"{folder} cannot be written into: {error.strerror}") from None
-    told[-1] += f", {len(files) - 1} plots: {folder / list(files)[-1]}"
-    print("\n".join(told))
+        raise UnfitError(f"cannot write into {folder}: {error.strerror}") from None
+    lines[-1] += f", {len(files) - 1} plots: {folder / list(files)[-1]}"
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

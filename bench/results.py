@@ -21,7 +21,7 @@ T = TypeVar("T", bound=Row)
 
 
 class UnfitError(ValueError):
-    """The files do not make a report; the text says why, in a sentence."""
+    """The files cannot be used for a report. The message gives the reason in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Results:
     """The results in one or more files of one machine.
 
     Attributes:
-        machine: as machine.py has it.
-        dates: when each file was written, ISO 8601.
-        names: the files', in the order of their dates.
-        rows: by id and device.
-        replaced: how many rows of each file a later file has again.
+        machine: the description by machine.py.
+        dates: the date of each file, ISO 8601.
+        names: the names of the files, in the order of their dates.
+        rows: the rows, by id and device.
+        replaced: for each file, the number of its rows that a later file also has.
     """
 
     machine: dict[str, Any]
@@ -44,75 +44,77 @@ class Results:
 
     @property
     def device(self) -> str:
-        """The device of the report: "cuda" where there is a GPU."""
+        """The device of the report: "cuda" if the machine has a GPU, else "cpu"."""
         return "cpu" if self.machine["gpu"] is None else "cuda"
 
     @property
     def name(self) -> str:
+        """The name of the GPU, or of the CPU without a GPU."""
         name: str = self.machine["gpu"] or self.machine["cpu"]
         return name
 
     def row(self, cell: Cell) -> Row | None:
+        """Return the row of a cell on the report's device; None if there is none."""
         return self.rows.get((str(cell), self.device))
 
     def measured(self, cells: Iterable[Cell], kind: type[T]) -> list[tuple[Cell, T]]:
-        """The cells that have a row of a kind, with the row; a row that failed is of another kind."""
-        found = [(cell, self.row(cell)) for cell in cells]
-        return [(cell, row) for cell, row in found if isinstance(row, kind)]
+        """Return (cell, row) for the cells that have a row of this class. Failed rows have another class."""
+        rows = [(cell, self.row(cell)) for cell in cells]
+        return [(cell, row) for cell, row in rows if isinstance(row, kind)]
 
 
 # Reading
 
 
 def load(path: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
-        UnfitError: it cannot be read.
+        UnfitError: the file cannot be read.
     """
     try:
         return json.loads(path.read_text())
     except OSError as error:
         raise UnfitError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise UnfitError(f"{path} is not JSON; it needs to be what --benchmark-json or bench/gpu.py wrote") from None
+        raise UnfitError(f"{path} is not JSON; it needs to be a file of --benchmark-json or bench/gpu.py") from None
 
 
 def read(path: Path) -> Results:
-    """The results in a file.
+    """Read the results in a file.
 
     Raises:
-        UnfitError: it cannot be read, is none of ours, holds no row, or is distorted.
+        UnfitError: the file cannot be read, has other content, has no rows, or its times are distorted.
     """
     content = load(path)
     try:
         if "benchmarks" in content:
             machine, date = content["machine_info"], content["datetime"]
-            rows = [each["extra_info"] for each in content["benchmarks"]]
+            rows = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
         else:
             machine, date, rows = content["machine"], content["updated"], list(content["rows"].values())
             if content["schema"] != SCHEMA:
-                raise UnfitError(f"{path} is of schema {content['schema']}; this report reads {SCHEMA}: measure anew")
+                raise UnfitError(f"{path} has schema {content['schema']}; it needs schema {SCHEMA}: measure again")
         rows = [from_json(row) for row in rows if "id" in row]
         missing = [name for name in (*ONE_MACHINE, "distorted") if name not in machine]
     except UnfitRowError as error:
         raise UnfitError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError):
-        raise UnfitError(f"{path} holds no results of --benchmark-json or bench/gpu.py") from None
+        raise UnfitError(f"{path} has no results of --benchmark-json or bench/gpu.py") from None
     if missing:
-        raise UnfitError(f"{path} does not say what it was measured on ({', '.join(missing)}): measure anew")
+        raise UnfitError(f"{path} does not describe its machine ({', '.join(missing)} missing): measure again")
     if machine["distorted"] is not None:
-        raise UnfitError(f"{path} was measured in vain: {machine['distorted']}")
+        raise UnfitError(f"{path} has distorted times: {machine['distorted']}")
     if not rows:
-        raise UnfitError(f"{path} holds no row that was measured")
+        raise UnfitError(f"{path} has no measured row")
     return Results(machine, (date,), (path.name,), {(row.id, row.device): row for row in rows})
 
 
 def merge(several: Sequence[Results]) -> Results:
-    """The rows of some files, those of a later one in place of an earlier one's.
+    """Merge the rows of several files. Rows of later files replace those of earlier ones.
 
     Raises:
-        UnfitError: they are of more than one machine, set of versions or user's table.
+        UnfitError: the files differ in their machine, versions or user's table.
     """
     first, *others = sorted(several, key=lambda results: results.dates)
     rows = dict(first.rows)
@@ -123,7 +125,7 @@ def merge(several: Sequence[Results]) -> Results:
         if differs:
             values = (f"{name} {other.machine[name]} instead of {first.machine[name]}" for name in differs)
             raise UnfitError(
-                f"{other.names[0]} and {first.names[0]} do not mix ({'; '.join(values)}): make a report of each"
+                f"{other.names[0]} and {first.names[0]} differ ({'; '.join(values)}): make a report of each"
             )
         for key, row in other.rows.items():
             if key in rows:
@@ -138,27 +140,27 @@ def merge(several: Sequence[Results]) -> Results:
 
 
 def groups(families: Sequence[str]) -> dict[tuple[str, str], list[Cell]]:
-    """The grid's cells by family and phase, in the order of both."""
-    found: dict[tuple[str, str], list[Cell]] = {}
+    """Return the cells of the grid by (family, phase), sorted by the order of families and phases."""
+    unsorted: dict[tuple[str, str], list[Cell]] = {}
     for cell in GRID:
         if cell.family in families:
-            found.setdefault((cell.family, cell.phase), []).append(cell)
-    return dict(sorted(found.items(), key=lambda each: (FAMILIES.index(each[0][0]), PHASES.index(each[0][1]))))
+            unsorted.setdefault((cell.family, cell.phase), []).append(cell)
+    return dict(sorted(unsorted.items(), key=lambda item: (FAMILIES.index(item[0][0]), PHASES.index(item[0][1]))))
 
 
 def is_meant(name: str, cell: Cell, device: str) -> bool:
     """True if a cell is compared with a baseline."""
     if cell.phase in GEMM_PHASES:
         return name in GEMM_BASELINES
-    return any(each.name == name and each.applies(cell, device) for each in BASELINES)
+    return any(baseline.name == name and baseline.applies(cell, device) for baseline in BASELINES)
 
 
 def speedup(row: TimedRow, cell: Cell, name: str) -> float | None:
-    """A baseline's time over ours: the device's time for a kernel by itself, otherwise that of a call.
+    """Return a baseline's time / ours: device times for a gemm row, times of a call otherwise.
 
-    None where it was not measured.
+    None if the baseline was not measured.
     """
-    found = row.baselines.get(name)
-    if found is None:
+    comparison = row.baselines.get(name)
+    if comparison is None:
         return None
-    return found.kernel_speedup if cell.phase in GEMM_PHASES else found.speedup
+    return comparison.kernel_speedup if cell.phase in GEMM_PHASES else comparison.speedup

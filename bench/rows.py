@@ -1,12 +1,12 @@
-"""The rows of a results file, a frozen dataclass for each kind, and their JSON.
+"""The rows of a results file: a frozen dataclass for each kind, and their JSON.
 
-    NetworkRow      FusedMLP in one phase, beside its baselines
-    GemmRow         one kernel of the layer path by itself, beside its baselines
-    CopyRow         the copy of an input, beside the kernels that compute on it
-    FreshRow        seconds of a first call, in a process of its own
+    NetworkRow      FusedMLP in one phase, and its baselines
+    GemmRow         one kernel of the layer path, and its baselines
+    CopyRow         the copy of an input, and the kernels that compute on it
+    FreshRow        seconds of first calls, in a new process
     FailedRow       a cell whose measurement failed or ran out of time
-    TinycudannRow   FusedMLP beside tiny-cuda-nn
-    CallRow         the Python of a call
+    TinycudannRow   FusedMLP and tiny-cuda-nn
+    CallRow         the Python overhead of a call
 
 All times named `ms` are medians in milliseconds (see mlp_fused/timing.py).
 """
@@ -27,7 +27,7 @@ from mlp_fused.timing import Ceilings, Link, Timing
 
 @dataclass(frozen=True)
 class Verified:
-    """Largest relative errors against eager, and the bounds that they were held to, of outputs and of gradients."""
+    """The largest relative errors of outputs and of gradients against eager, and the bounds on both."""
 
     output: float | None
     gradients: float | None
@@ -36,14 +36,15 @@ class Verified:
 
 @dataclass(frozen=True)
 class Floor:
-    """The work of a call, the rates at which the device did it, and the least time that it needs.
+    """The work of a call, the rates that the device reached, and the shortest time that the work allows.
 
     Attributes:
-        flops, bytes: by `mlp_fused.explain.work`, of the path that was taken; a step adds the loss's and Adam's bytes.
-        seconds: the larger of FLOPs and bytes over the ceilings.
-        bound: which of the two is the larger, "compute" or "memory".
-        ratio: the device's time over `seconds`.
-        ceilings: FLOP/s and bytes/s of a large product and a large copy in the same process.
+        flops, bytes: the work of the path, by `mlp_fused.explain.work`; a step includes the bytes of the loss and Adam.
+        tflops, gbps: the rates that were reached, in 1e12 FLOP/s and 1e9 bytes/s.
+        seconds: the floor, max(flops / (FLOP/s), bytes / (bytes/s)) with the rates in `ceilings`.
+        bound: "compute" if FLOPs decide the floor, "memory" if bytes do.
+        ratio: the device time / `seconds`.
+        ceilings: FLOP/s of a large product and bytes/s of a large copy, in the same process.
     """
 
     flops: int
@@ -61,9 +62,10 @@ class NetworkPhase:
     """FusedMLP in one phase.
 
     Attributes:
-        path, reason, precision: the path that it takes and why, and how fp32 is multiplied (from `explain`).
-        sets: how many inputs were rotated.
-        first_call_s: seconds of the first call, which compiles its kernels or loads them.
+        path, reason, precision: the path, the reason for it, and the precision of fp32 products, by `explain`.
+        sets: the number of inputs through which the calls cycled.
+        verified: the errors against eager.
+        first_call_s: seconds of the first call, which compiles or loads the kernels.
     """
 
     path: str
@@ -78,7 +80,7 @@ class NetworkPhase:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel with the tile that it ran with."""
+    """One kernel, with its tile."""
 
     tile: str
     precision: str
@@ -93,9 +95,9 @@ class Comparison:
     """A baseline.
 
     Attributes:
-        speedup, kernel_speedup: its `ms` and `kernel_ms` over ours.
-        compile_s: seconds of the first call of torch.compile's graph, even if an earlier phase made it. inductor's
-            cache on disk is used as it is, and a warm one shortens this.
+        speedup, kernel_speedup: its `ms` / ours, and its `kernel_ms` / ours.
+        compile_s: seconds of the first call of torch.compile's graph, also if an earlier phase compiled it. A filled
+            inductor cache on disk makes this shorter.
     """
 
     timing: Timing
@@ -108,7 +110,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that one side holds between forward and backward, output included, and its peak in both."""
+    """The bytes allocated between forward and backward, including the output, and the peak over both."""
 
     kept_bytes: int
     peak_bytes: int
@@ -116,25 +118,31 @@ class Kept:
 
 @dataclass(frozen=True)
 class Memory:
-    """A forward and backward on a GPU, above what was allocated before."""
+    """The memory of a forward and backward on a GPU, beyond the memory allocated before."""
 
     ours: Kept
     eager: Kept
 
     @property
     def kept_ratio(self) -> float:
-        """Our bytes over eager's."""
+        """Our `kept_bytes` / eager's."""
         return self.ours.kept_bytes / self.eager.kept_bytes
 
     @property
     def peak_ratio(self) -> float:
-        """Our peak over eager's."""
+        """Our `peak_bytes` / eager's."""
         return self.ours.peak_bytes / self.eager.peak_bytes
 
 
 @dataclass(frozen=True)
 class Copied:
-    """A copy to the device: by device events, and how long the host was held up; `gbps` is 1e9 bytes a second."""
+    """A copy to the device.
+
+    Attributes:
+        ms: the time between events on the device.
+        host_ms: the time until the call returns.
+        gbps: the rate in 1e9 bytes/s.
+    """
 
     ms: float
     host_ms: float
@@ -142,17 +150,19 @@ class Copied:
 
     @property
     def nbytes(self) -> float:
-        """The bytes that it moved."""
+        """The bytes of the copied tensor."""
         return 1e6 * self.gbps * self.ms
 
 
 @dataclass(frozen=True)
 class Way:
-    """A forward and backward in a loop, on batches that come in one way (see `bench.copies.WAYS`).
+    """A loop of forward and backward, with one way to copy batches (see `bench.copies.WAYS`).
 
     Attributes:
-        low, high: quartiles of `ms`, the time of a batch.
-        of_bound: the bound over `ms`; None for batches that are on the device already.
+        ms: the time of a batch.
+        low, high: the quartiles of `ms`.
+        examples_per_s: rows per second.
+        of_bound: `bound_ms` / `ms`; None for batches that are already on the device.
     """
 
     ms: float
@@ -164,14 +174,16 @@ class Way:
 
 @dataclass(frozen=True)
 class Throughput:
-    """A training loop that is fed from the host.
+    """A training loop with batches from the host.
 
     Attributes:
-        copy_ms, compute_ms: the pinned copy by itself; the loop on batches that are on the device.
-        bound_ms: the larger of the two, the time of a loop that hides all of one behind the other.
-        cpu_ms: a forward and backward on this CPU; None where it would take too long to be the fastest.
-        advised: the way, or "cpu", that `mlp-fused transfer` would advise.
-        over_fastest: the advised one's time over the fastest's, in a reading of its own for short steps.
+        ways: the loop with each way to copy batches.
+        copy_ms: the time of the pinned copy alone.
+        compute_ms: the time of the loop with batches that are already on the device.
+        bound_ms: max(copy_ms, compute_ms), the time of a loop with perfect overlap.
+        cpu_ms: the time of a forward and backward on the CPU; None if it is too slow to be measured.
+        advised: the way that `mlp-fused transfer` would advise, or "cpu".
+        over_fastest: the time of the advised way / the time of the fastest. For short steps, from a second reading.
     """
 
     ways: dict[str, Way]
@@ -185,7 +197,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class GemmErrors:
-    """Errors of a product against float64: by the norm, and of the worst entry (see `Gemm.errors`)."""
+    """Errors of a product against float64: of the norm, and of the worst entry (see `Gemm.errors`)."""
 
     norm: float
     entry: float
@@ -193,7 +205,7 @@ class GemmErrors:
 
 @dataclass(frozen=True)
 class OurSide:
-    """FusedMLP beside tiny-cuda-nn; `repeat_ms` is its time again after the other's, which shows the noise."""
+    """FusedMLP in a comparison with tiny-cuda-nn. `repeat_ms` is its time, measured again at the end, for the noise."""
 
     path: str
     reason: str
@@ -205,7 +217,7 @@ class OurSide:
 
 @dataclass(frozen=True)
 class TheirSide:
-    """tiny-cuda-nn; `jit_fusion` says whether its JIT mode was on."""
+    """tiny-cuda-nn. `jit_fusion` is True if its JIT fusion was on."""
 
     jit_fusion: bool
     verified: Verified
@@ -228,10 +240,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class CellRow(Row):
-    """The measurement of a cell of the grid, whose fields it repeats.
+    """The measurement of a cell of the grid, with the fields of the cell.
 
     Attributes:
-        seconds_spent: how long gpu.py took for the row.
+        seconds_spent: the seconds that gpu.py needed for the row.
     """
 
     family: str
@@ -246,7 +258,7 @@ class CellRow(Row):
 
     @classmethod
     def of(cls: type[T], cell: Cell, device: str, **values: Any) -> T:
-        """The row of a cell on a device, with the fields that were measured."""
+        """Make the row of a cell on a device. `values` are the measured fields."""
         problem = cell.problem
         return cls(
             id=str(cell),
@@ -265,12 +277,13 @@ class CellRow(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class TimedRow(CellRow):
-    """A function of ours, timed beside its baselines.
+    """A call of ours and its baselines.
 
     Attributes:
-        baselines: by name.
-        failures: the text of the error, by name of a baseline that failed.
-        repeat_ms: our time again after the baselines, which shows the noise; None in an unfinished row.
+        ours: our measurement.
+        baselines: the comparisons, by the name of the baseline.
+        failures: the error texts of failed baselines, by name.
+        repeat_ms: our time, measured again after the baselines, for the noise; None in an unfinished row.
     """
 
     ours: NetworkPhase | Kernel
@@ -286,11 +299,11 @@ class TimedRow(CellRow):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRow(TimedRow):
-    """FusedMLP in one phase, beside its baselines.
+    """FusedMLP in one phase, and its baselines.
 
     Attributes:
-        copies: the input's copies, by kind (see `bench.copies.copies`); None on a CPU.
-        memory: of a training row on a GPU.
+        copies: the copies of the input, by name (see `bench.copies.copies`); None on a CPU.
+        memory: the memory of a training row on a GPU, else None.
     """
 
     ours: NetworkPhase
@@ -300,10 +313,10 @@ class NetworkRow(TimedRow):
 
 @dataclass(frozen=True, kw_only=True)
 class GemmRow(TimedRow):
-    """One kernel of the layer path by itself, beside "matmul", the bare product, and "eager", torch's whole way.
+    """One kernel of the layer path. Its baselines are "matmul", the bare product, and "eager", PyTorch's operations.
 
     Attributes:
-        errors: in fp32, those of "ours" and of "eager".
+        errors: for fp32, the errors of "ours" and of "eager".
     """
 
     ours: Kernel
@@ -312,12 +325,13 @@ class GemmRow(TimedRow):
 
 @dataclass(frozen=True, kw_only=True)
 class CopyRow(CellRow):
-    """The copy of an input to the device, beside the kernels that compute on it.
+    """The copy of an input to the device, and the kernels that compute on it.
 
     Attributes:
-        copies: by kind (see `bench.copies.copies`).
-        link: what the link reaches with pinned memory.
-        phases: FusedMLP in the phases of COPIED_PHASES, as far as they were measured.
+        copies: the copies, by name (see `bench.copies.copies`).
+        link: the measured rates of the link with pinned memory.
+        throughput: training loops with batches from the host.
+        phases: FusedMLP in the phases of COPIED_PHASES that were measured.
     """
 
     copies: dict[str, Copied]
@@ -328,11 +342,11 @@ class CopyRow(CellRow):
 
 @dataclass(frozen=True, kw_only=True)
 class FreshRow(CellRow):
-    """Seconds by name, from a process of its own (see fresh.py).
+    """Seconds of first calls in a new process (see fresh.py).
 
     Attributes:
-        seconds: for "cold" and "warm", with Triton's cache empty and filled; a lecture, which has no kernel of
-            Triton's, has them for "any".
+        seconds: seconds by name, for an empty ("cold") and a filled ("warm") Triton cache. The lecture, which has no
+            Triton kernel, has only "any".
     """
 
     seconds: dict[str, dict[str, float]]
@@ -343,8 +357,9 @@ class FailedRow(CellRow):
     """A cell whose measurement failed.
 
     Attributes:
-        unfinished: the seconds that it was given, if it only needs more; it is measured again then.
-        measured: what was measured before.
+        error: the text of the error.
+        unfinished: the seconds after which it was stopped, if it only needs more time. It is then measured again.
+        measured: the part that was measured before.
     """
 
     error: str
@@ -354,12 +369,12 @@ class FailedRow(CellRow):
 
 @dataclass(frozen=True, kw_only=True)
 class TinycudannRow(Row):
-    """FusedMLP beside tiny-cuda-nn's FullyFusedMLP.
+    """FusedMLP and tiny-cuda-nn's FullyFusedMLP.
 
     Attributes:
-        phase: "forward" (without gradients) or "training" (and gradients of the parameters).
-        flops, bytes: by `mlp_fused.explain.work`, of the path that ours takes.
-        speedup, kernel_speedup: tiny-cuda-nn's `ms` and `kernel_ms` over ours.
+        phase: "forward" (without gradients) or "training" (with the gradients of the parameters).
+        flops, bytes: the work of our path, by `mlp_fused.explain.work`.
+        speedup, kernel_speedup: tiny-cuda-nn's `ms` / ours, and its `kernel_ms` / ours.
     """
 
     widths: tuple[int, ...]
@@ -375,7 +390,7 @@ class TinycudannRow(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class CallRow(Row):
-    """Microseconds of the Python of a call: ours, and eager's on layers one wide."""
+    """Microseconds of Python overhead of a call: ours, and eager's with layers of width 1."""
 
     us: float
     eager_us: float
@@ -394,36 +409,36 @@ KINDS: dict[str, type[Row]] = {
 
 
 class UnfitRowError(ValueError):
-    """The JSON of a row has other fields than the dataclass; the text is one sentence."""
+    """The JSON of a row does not have the fields of its dataclass. The message is one sentence."""
 
 
 def to_json(row: Row) -> dict[str, Any]:
-    """A row as plain values, with its kind."""
+    """Convert a row to plain values, with its kind."""
     plain: dict[str, Any] = _plain(row)
     return plain
 
 
 def from_json(content: Mapping[str, Any]) -> Row:
-    """The row in plain values.
+    """Make a row from plain values.
 
     Raises:
-        UnfitRowError: a field is missing, or unknown, or has a value of another type.
+        UnfitRowError: a field is missing, unknown, or has the wrong type.
     """
     name = content.get("id", "without an id")
     try:
         return _row(content)
     except UnfitRowError as error:
-        text = f"row {name}: {error}; it was written by another version of bench/rows.py, measure it again"
+        text = f"row {name}: {error}; another version of bench/rows.py wrote it, so measure it again"
         raise UnfitRowError(text) from None
 
 
 def _row(content: Mapping[str, Any]) -> Row:
-    if str(content.get("id")).startswith("call-"):  # bench_call.py writes no kind, and more readings than a report has
+    if str(content.get("id")).startswith("call-"):  # bench_call.py writes no kind, and more fields than a CallRow has
         known = {field.name for field in fields(CallRow)}
         return _instance(CallRow, {name: value for name, value in content.items() if name in known})
     kind = content.get("kind")
     if kind not in KINDS:
-        raise UnfitRowError(f"its kind is {kind!r}, which needs to be one of {', '.join(KINDS)}")
+        raise UnfitRowError(f"its kind is {kind!r}; it needs to be one of {', '.join(KINDS)}")
     return _instance(KINDS[kind], {name: value for name, value in content.items() if name != "kind"})
 
 
@@ -432,23 +447,23 @@ def _plain(value: Any) -> Any:
         kind = next(({"kind": name} for name, row in KINDS.items() if type(value) is row), {})
         return kind | {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 D = TypeVar("D")
 
 
 def _instance(cls: type[D], content: Any) -> D:
-    """The dataclass that has these fields."""
+    """Make a dataclass from the plain values of its fields."""
     if not isinstance(content, Mapping):
-        raise UnfitRowError(f"{content!r} stands where {cls.__name__} needs its fields")
+        raise UnfitRowError(f"{cls.__name__} is {content!r}; it needs to be a mapping with its fields")
     hints = _hints(cls)  # type: ignore[arg-type]
     required = {field.name for field in fields(cls) if field.default is field.default_factory}  # type: ignore[arg-type]
     if missing := required - set(content):
         raise UnfitRowError(f"{cls.__name__} has no {', '.join(sorted(missing))}")
     if unknown := set(content) - set(hints):
-        raise UnfitRowError(f"{cls.__name__} has a field {', '.join(sorted(unknown))}, which is unknown")
+        raise UnfitRowError(f"{cls.__name__} has an unknown field {', '.join(sorted(unknown))}")
     return cls(**{name: _value(hints[name], value, f"{cls.__name__}.{name}") for name, value in content.items()})
 
 
@@ -459,22 +474,22 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    """A value of a field's type."""
+    """Convert plain values to the type of a field."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        choices = [each for each in arguments if each is not type(None)]
+        choices = [argument for argument in arguments if argument is not type(None)]
         if value is None and len(choices) < len(arguments):
             return None
-        if len(choices) > 1:  # rows, which have their kinds
+        if len(choices) > 1:  # only unions of rows have several choices
             return _row(value)
         return _value(choices[0], value, name)
     if isinstance(hint, type) and is_dataclass(hint):
         return _instance(hint, value)
     if origin is dict and isinstance(value, Mapping):
-        return {key: _value(arguments[1], each, name) for key, each in value.items()}
+        return {key: _value(arguments[1], item, name) for key, item in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_value(arguments[0], each, name) for each in value)
+        return tuple(_value(arguments[0], item, name) for item in value)
     plain: Any = int | float if hint is float else hint
     if origin is None and isinstance(value, plain):
         return value
-    raise UnfitRowError(f"{name} is {value!r}, which is of another type")
+    raise UnfitRowError(f"{name} is {value!r}, which has the wrong type")

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a phase, and the floor of its time."""
+"""Compute the FLOPs and bytes of a phase, and the floor of its time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mlp_fused.kernels import devices
 from mlp_fused.timing import Ceilings
 
 
-def work_of(problem: Problem, phase: str, device: str) -> Work:
-    """FLOPs and bytes of a phase on the path that it takes on a device. A step adds what the loss and Adam move.
+def phase_work(problem: Problem, phase: str, device: str) -> Work:
+    """Return the FLOPs and bytes of a phase on its path on a device. A step includes the bytes of the loss and of Adam.
 
-    Adam reads the parameter, its gradient and two moments, and writes all but the gradient; the cross entropy reads the
-    logits and writes their gradient. Their FLOPs are not counted.
+    Adam reads each parameter, its gradient and two moments, and writes the parameter and the moments. The cross entropy
+    reads the logits and writes their gradient. The FLOPs of both are not counted.
     """
     if phase == "lecture":
         n = problem.rows
@@ -44,7 +44,10 @@ def work_of(problem: Problem, phase: str, device: str) -> Work:
 
 
 def against_floor(work: Work, ceilings: Ceilings, ms: float) -> Floor:
-    """The floor of the work's time, and the rates at which it was done in `ms` milliseconds."""
+    """Return the floor of the work's time, and the rates reached if the work took `ms` milliseconds.
+
+    The floor is max(FLOPs / (FLOP/s), bytes / (bytes/s)), with the rates in `ceilings`.
+    """
     seconds = 1e-3 * ms
     floor = work.floor(ceilings.flops_per_second, ceilings.bytes_per_second)
     by_flops = work.flops / ceilings.flops_per_second >= work.bytes / ceilings.bytes_per_second

@@ -1,4 +1,4 @@
-"""The command line: `mlp-fused train | predict | tune | transfer | env`; the same as `python -m mlp_fused`."""
+"""The command line, `mlp-fused train | predict | tune | transfer | env`, also as `python -m mlp_fused`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from .train.distributed import is_first, is_first_to_fail
 
 __all__ = ["main"]
 
-USER_ERROR = 2  # argparse's own exit status for a mistake on the command line
-FAILED = 1  # Python's own for an exception
-INTERRUPTED = 130  # a shell's for Ctrl-C: 128 + SIGINT
+# Exit statuses
+USER_ERROR = 2  # a mistake on the command line, as in argparse
+FAILED = 1  # an exception, as in Python
+INTERRUPTED = 130  # Ctrl-C, as in a shell: 128 + SIGINT
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it; of several processes, one alone says anything."""
+    """A parser that prints an error in one line, without the usage. Of several processes, only one prints."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if is_first():
             super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(_end(USER_ERROR, f"{self.prog}: {message} ({self.prog} --help lists what there is)"))
+        sys.exit(_end(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)"))
 
 
 class Command(NamedTuple):
-    """A command: what --help says of it, its settings, and what runs them."""
+    """A command: its texts in --help, its class of settings, and the function that runs it."""
 
     summary: str
     description: str
@@ -46,31 +47,31 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "train a network on handwritten digits, or on data of your own",
-        "Train a network, validate it after each epoch, and say where the time of its steps went. Features "
-        "are scaled column by column in float64: minus the mean, divided by a quarter of the range, both of the "
-        "training rows. The model in a checkpoint does this itself, so it takes features as they are in the file.",
+        "train a network on handwritten digits, or on your own data",
+        "Train a network, validate it after each epoch, and print the time of a training step by phase. Each feature "
+        "is scaled in float64: minus its mean, divided by a quarter of its range, over the training rows. The model "
+        "in a checkpoint includes the scaling, so its input is the features as they are in the file.",
         train.Config,
         train.train,
     ),
     "predict": Command(
-        "write what a trained network predicts for rows of a file",
-        "Write a trained network's predictions for the rows of a file: each row's label and the classes' "
-        "probabilities, or a regression's values.",
+        "predict the rows of a file with a trained network",
+        "Predict the rows of a file with a trained network. Write the label and the class probabilities of each row, "
+        "or the values of a regression.",
         predict.Config,
         predict.run,
     ),
     "tune": Command(
         "measure which tiles and paths are fastest on this GPU",
-        "Measure torch's own kernels and these on this GPU, for each product of a network, and for narrow "
-        "networks as a whole; and write what is fastest into a table that every later process reads.",
+        "Measure PyTorch and the Triton kernels on this GPU, for each product of a network, and for narrow networks as "
+        "a whole. Write the fastest into a table that later processes read.",
         tune.Config,
         tune.tune,
     ),
     "transfer": Command(
-        "take a network's time apart: first touch, copies, launches, kernels; and the CPU's beside it",
-        "Measure where a network's time goes on this GPU and on this CPU: what only the first call costs, "
-        "copies, launches, kernels; which part bounds a step, from which batch size on the GPU wins, and what to do.",
+        "measure the time of a network on GPU and CPU: first call, copies, launches, kernels",
+        "Measure the parts of a network's time on this GPU, and its time on this CPU: the first call, copies, launches "
+        "and kernels. Print which part bounds a step, from which batch size on the GPU is faster, and advice.",
         transfer.Config,
         transfer.run,
     ),
@@ -78,14 +79,14 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: each command's flags are the fields of its Config."""
+    """Make the parser. The flags of a command are the fields of its Config."""
     top = _Parser(
         prog="mlp-fused", description="The multi-layer perceptron as fused Triton kernels.", allow_abbrev=False
     )
     top.add_argument("--version", action="version", version=f"mlp-fused {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join([*COMMANDS, "env"]))
     commands.add_parser(
-        "env", help="print what a bug report needs: versions, GPU, driver, backend, switches", allow_abbrev=False
+        "env", help="print versions, GPU, driver, backend and switches, for a bug report", allow_abbrev=False
     )
     for name, command in COMMANDS.items():
         flags = commands.add_parser(name, help=command.summary, description=command.description, allow_abbrev=False)
@@ -94,22 +95,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _end(status: int, message: str) -> int:
-    """The exit status, the message being printed, by one of several processes."""
+    """Print the message, in one process only, and return the exit status."""
     if is_first_to_fail():
         print(message, file=sys.stderr, flush=True)
     else:
-        time.sleep(0.5)  # torchrun ends all processes when one has ended, and another one is about to print
+        time.sleep(0.5)  # torchrun ends all processes once one has ended; wait for the one that prints
     return status
 
 
 def main(argv: Sequence[str] | None = None, run: Callable[..., object] | None = None) -> int:
-    """Run a command, by default `sys.argv`'s, by `run` instead of its own function where that is given.
+    """Run a command and return the exit status: 0, 2 after a user's mistake or out of memory, or 130 after Ctrl-C.
 
-    The exit status: 0; 2 after a user's mistake, or out of memory; 130 after Ctrl-C.
+    Args:
+        argv: the arguments; by default those of `sys.argv`.
+        run: a function (config, report) to call instead of the command's own.
     """
     arguments = vars(parser().parse_args(argv))
     name = arguments.pop("command")
-    if name != "train" and not is_first():  # of several processes, one is enough
+    if name != "train" and not is_first():  # only train uses several processes
         return 0
     if name == "env":
         print(describe())

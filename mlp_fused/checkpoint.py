@@ -1,8 +1,8 @@
 """Checkpoint files of `mlp-fused train`: write them atomically, read them without executing code, rebuild the model.
 
-Format 2 has the state_dict of Sequential(scaling, network), or for regression Sequential(scaling, network, unscaling).
-So the model takes features as they are in the data file. Format 1, which has no number, had the state_dict of the
-network alone, and separately the mean and scale of the features in float32. It is converted to format 2 when read.
+Format 2 has the state_dict of Sequential(scaling, network), or for a regression Sequential(scaling, network,
+unscaling). So the model takes features as they are in the data file. Format 1 has the state_dict of the network alone,
+and separately the mean and scale of the features in float32; its files have no "format". It is converted when read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 FORMAT = 2
 
 # The parts of a checkpoint, and their types. "rounded" is True if features are rounded to float32 before they are
-# scaled, as in format 1. "data" is `Data.description`. "history" has the losses and the quality of each epoch.
+# scaled, as in format 1. "data" is `Data.description`. "history" has the losses and the metrics of each epoch.
 PARTS: dict[str, type] = {
     "format": int,
     "model": dict,
@@ -61,7 +61,7 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         where = Path(path).resolve()
         raise UserError(
-            f"cannot write the checkpoint {where}: {first_line(error)}; what was there before is as it was"
+            f"cannot write the checkpoint {where}: {first_line(error)}; the old file, if any, is unchanged"
         ) from error
 
 
@@ -82,7 +82,8 @@ def check_checkpoint(path: Path) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The parts of a checkpoint (`PARTS`), on the CPU. No code in the file is executed.
 
-    A file of format 1 is converted to the parts of format 2. Its "format" stays 1, because its digest of the data does.
+    A file of format 1 is converted to the parts of format 2, but its "format" and its digest of the data stay those of
+    format 1.
 
     Raises:
         UserError: there is no such file, or it is not a checkpoint of `mlp-fused train`.
@@ -97,8 +98,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         number = checkpoint.get("format", 1)
         if isinstance(number, int) and number > FORMAT:
             raise UserError(
-                f"{path} is a checkpoint of format {number}, and this mlp_fused reads up to {FORMAT}; "
-                "upgrade mlp_fused to read it"
+                f"{path} is a checkpoint of format {number}, but this mlp_fused reads formats up to {FORMAT}; "
+                "upgrade mlp_fused"
             )
         if "format" not in checkpoint:
             checkpoint = _from_format_1(checkpoint)
@@ -130,10 +131,10 @@ def _from_format_1(old: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def make_scaling(path: str | Path, checkpoint: Mapping[str, Any]) -> Scaling:
-    """The scaling of features with which the network of a checkpoint was trained.
+    """Return the scaling of features with which the network of a checkpoint was trained.
 
     Raises:
-        UserError: the checkpoint has none.
+        UserError: the checkpoint has no scaling.
     """
     try:
         mean, scale, remainder = (checkpoint["model"][f"scaling.{name}"] for name in ("mean", "scale", "remainder"))
@@ -147,9 +148,9 @@ Build = Callable[[int, int, Mapping[str, Any]], nn.Module]
 
 
 def build_network(features: int, outputs: int, settings: Mapping[str, Any]) -> FusedMLP:
-    """The network of `mlp-fused train`, x (M, features) -> (M, outputs).
+    """Build the network of `mlp-fused train`: x (M, features) -> y (M, outputs).
 
-    It reads the settings `hidden`, `activation`, `dropout` and `backend`. Raises the errors of FusedMLP.
+    It uses the settings `hidden`, `activation`, `dropout` and `backend`, and raises the errors of `FusedMLP`.
     """
     model = FusedMLP(
         features,
@@ -168,9 +169,13 @@ def make_model(
     build: Build = build_network,
     backend: Backend | None = "auto",
 ) -> nn.Sequential:
-    """The trained model in a checkpoint that was loaded from `path`, on the CPU and in eval mode.
+    """Build the trained model of a checkpoint, on the CPU and in eval mode.
 
-    A `backend` of None means the backend of the training.
+    Args:
+        path: the file of the checkpoint, for error messages.
+        checkpoint: the result of `load_checkpoint`.
+        build: a function (features, outputs, settings) -> network.
+        backend: the backend of the network; None for the backend of the training.
 
     Raises:
         UserError: the network cannot be built, or does not fit the parameters in the checkpoint.
@@ -186,5 +191,5 @@ def make_model(
         model = whole(make_scaling(path, checkpoint), network, unscaling)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} makes no network here: {first_line(error)}") from None
+        raise UserError(f"cannot build the network of {path}: {first_line(error)}") from None
     return model.eval()

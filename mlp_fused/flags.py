@@ -1,4 +1,4 @@
-"""Command-line flags from the fields of a command's Config. A new field gives a new flag."""
+"""Command-line flags, made from the fields of a command's Config. A new field gives a new flag."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DEVICE_HELP", "add_flags", "check_fields", "flag", "option", "shown"
 
 
 # The help text of every --device.
-DEVICE_HELP = "auto, cpu, cuda, cuda:1 ... (default: {default}, a GPU where there is one)"
+DEVICE_HELP = "cpu, cuda, cuda:1 ..., or auto for a GPU if there is one (default: {default})"
 
 
 def option(
@@ -25,26 +25,26 @@ def option(
     group: str = "",
     may_be_empty: bool = False,
 ) -> Any:
-    """A field of a Config, with the help of its flag.
+    """Return a dataclass field for a Config, with the help text of its flag.
 
     Args:
         default: the value without the flag. Without a default, the flag is required.
         help: the help text; "{default}" is replaced by the default as a user would type it.
         metavar: the placeholder for the value, in the help.
         group: the heading under which the flag is listed.
-        may_be_empty: True if the flag of a tuple may have no value.
+        may_be_empty: True if the flag of a tuple may be given without values.
     """
     metadata = {"help": help, "metavar": metavar, "group": group, "may_be_empty": may_be_empty}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag(name: str) -> str:
-    """The flag of a field."""
+    """Return the flag of a field: "batch_size" -> "--batch-size"."""
     return "--" + name.replace("_", "-")
 
 
 def shown(value: object) -> str:
-    """A value as a user would type it."""
+    """Return a value as a user would type it."""
     return " ".join(map(str, value)) or "empty" if isinstance(value, list | tuple) else str(value)
 
 
@@ -69,7 +69,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0:
             raise UserError(f"{name} is {value!r}; it needs to be a sequence")
-        return tuple(_checked(item, get_args(hint)[0], name) for item in value)
+        return tuple(_checked(element, get_args(hint)[0], name) for element in value)
     if get_origin(hint) is Literal:
         for choice in get_args(hint):
             if value == choice:
@@ -84,8 +84,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
 
 
 def _without_none(hint: Any) -> Any:
-    (other,) = (kind for kind in get_args(hint) if kind is not types.NoneType)
-    return other
+    (kind,) = (kind for kind in get_args(hint) if kind is not types.NoneType)
+    return kind
 
 
 def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
@@ -113,7 +113,7 @@ def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
 
 
 def _arguments(hint: Any) -> dict[str, Any]:
-    """argparse's arguments for a value of that type."""
+    """Return the arguments of `add_argument` for a value of the type `hint`."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = _without_none(hint)
     if hint is bool:

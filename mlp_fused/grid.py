@@ -14,7 +14,7 @@ ACTIVATION = "relu"
 
 @dataclass(frozen=True)
 class Workload:
-    """A network and its batch.
+    """A network and its batch size.
 
     Attributes:
         widths: the widths from the input to the output, (d_0, …, d_L).
@@ -31,11 +31,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Family:
-    """Every combination of some networks, batches, dtypes and activations.
+    """All combinations of some networks, batch sizes, dtypes and activations.
 
     Attributes:
-        name: the name. Families with the same name are one family in the benches.
-        layouts: the memory layouts of the input, see bench/problem.py. Only the benches measure all of them.
+        name: the name of the family. Entries of `GRID` with the same name belong to one family.
+        layouts: the memory layouts of the input, which are described in bench/problem.py. Only the benches use them.
         cross_entropy: True if the loss of the benches' training step is the cross entropy.
     """
 
@@ -49,7 +49,7 @@ class Family:
 
     @property
     def workloads(self) -> list[Workload]:
-        """The combinations, in the order of the fields."""
+        """The combinations: the last field, activation, varies fastest."""
         return [
             Workload(widths, rows, dtype, activation)
             for widths, rows, dtype, activation in itertools.product(

@@ -1,4 +1,4 @@
-"""Child processes: a worker that is sent jobs through a pipe, and a module that prints JSON."""
+"""Child processes: a worker that gets jobs through a pipe, and a module that prints JSON."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from typing import Any
 
 __all__ = ["Worker", "run_json"]
 
-PATIENCE = 300  # seconds for a module that prints JSON
+PATIENCE = 300  # seconds: the time limit of `run_json`
 
 
 class Worker:
-    """A spawned process that runs `serve(connection, *arguments)`, and our end of the pipe to it.
+    """A spawned process that runs `serve(connection, *arguments)`, with a pipe to it.
 
     Args:
-        serve: a function at the top of a module. It ends when `connection` is closed, which raises EOFError.
-        daemon: the process ends with this one, and may not have processes of its own.
+        serve: a function at the top level of a module. When this side closes the pipe, `connection.recv()` raises
+            EOFError, and `serve` must return.
+        daemon: True to end the process together with this one. It cannot start processes then.
 
     Attributes:
         process: the process.
-        connection: our end of the pipe.
+        connection: this side of the pipe.
     """
 
     def __init__(self, serve: Callable[..., None], *arguments: Any, daemon: bool = False) -> None:
@@ -40,13 +41,13 @@ class Worker:
     def kill(self) -> None:
         """Kill the process, and its group if it leads one."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            # `serve` may make it the leader of a group; before that, the process alone has to end.
+            # Kill the group only if `serve` has already made the process its leader.
             if self.process.pid is not None and os.getpgid(self.process.pid) == self.process.pid:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
 
     def close(self, grace: float = 1.0) -> None:
-        """Close the pipe, which ends the process; kill it if it still runs after `grace` seconds."""
+        """Close the pipe, which ends the process. Kill the process if it still runs after `grace` seconds."""
         self.connection.close()
         self.process.join(grace)
         if self.process.is_alive():
@@ -55,14 +56,14 @@ class Worker:
 
 
 def run_json(module: str, *arguments: str, environment: Mapping[str, str], folder: Path | None = None) -> Any:
-    """Run `python -m module` in a process of its own, and return the JSON in the last line that it prints.
+    """Run `python -m module *arguments` in a new process, and return the JSON in the last line that it prints.
 
     Args:
-        environment: the whole environment of the process.
-        folder: where it runs; by default here.
+        environment: all environment variables of the process.
+        folder: the working directory; by default the current one.
 
     Raises:
-        RuntimeError: it failed, or did not end within PATIENCE seconds.
+        RuntimeError: the process failed, or did not end within `PATIENCE` seconds.
     """
     command = [sys.executable, "-m", module, *arguments]
     try:

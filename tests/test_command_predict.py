@@ -33,9 +33,9 @@ def test_help_of_predict_states_every_flag_and_its_default(
     assert call("predict", "--help") == 0
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", capsys.readouterr().out)}
     for field in dataclasses.fields(predict.Config):
-        assert "default" in entries["--" + field.name]
-    assert "(default: auto, a GPU where there is one)" in entries["--device"]
-    assert "not scaled: the model does that" in entries["--data"]
+        assert "(required)" in entries["--" + field.name] or field.name == "device"
+    assert "or auto for a GPU if there is one (default: auto)" in entries["--device"]
+    assert "unscaled features" in entries["--data"]
 
 
 def test_train_then_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +43,7 @@ def test_train_then_predict(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert call("predict", "--checkpoint", "run.pt", "--data", "data.npz", "--out", "out.csv") == 0
     out, err = capsys.readouterr()
-    assert (out, err) == ("data.npz: 50 rows; labels, probabilities, classes are in out.csv\n", "")
+    assert (out, err) == ("data.npz: 50 rows; wrote labels, probabilities, classes to out.csv\n", "")
     assert len(Path("out.csv").read_text().splitlines()) == 51
 
 
@@ -56,18 +56,18 @@ def test_a_file_as_keras_has_them_is_trained_resumed_and_predicted(
     command = ("train", "--data", "keras.npz", *TINY, "--checkpoint", "run.pt")
     assert call(*command) == 0
     out, _ = capsys.readouterr()
-    assert "keras.npz: 3 features, 2 classes, 40 rows to train on, 10 to validate (the file's own)\n" in out
+    assert "keras.npz: 3 features, 2 classes, 40 training rows, 10 validation rows (from the file)\n" in out
     reported = float(re.findall(r"validation accuracy: ([\d.]+)", out)[-1])
     assert call(*command, "--resume", "--epochs", "3") == 0
     assert call(*command) == 0
     capsys.readouterr()
     assert call("predict", "--checkpoint", "run.pt", "--data", "keras.npz", "--out", "out.npz") == 0
     out, err = capsys.readouterr()
-    assert (out, err) == ("keras.npz: 10 rows of x_test; labels, probabilities, classes are in out.npz\n", "")
+    assert (out, err) == ("keras.npz: 10 rows of x_test; wrote labels, probabilities, classes to out.npz\n", "")
     assert (np.load("out.npz")["labels"] == y[40:]).mean() == pytest.approx(reported, abs=1e-4)
     np.savez("data.npz", x=x, y=y)
     assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt", "--resume", "--epochs", "3") == 2
-    assert "run.pt is the checkpoint of another run: --data has 50 rows" in capsys.readouterr().err
+    assert "run.pt is from another run: --data has 50 rows" in capsys.readouterr().err
 
 
 def test_one_row_is_one_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_one_row_is_one_row(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     np.savez("one.npz", x=np.load("data.npz")["x"][:1])
     capsys.readouterr()
     assert call("predict", "--checkpoint", "run.pt", "--data", "one.npz", "--out", "out.npz") == 0
-    assert capsys.readouterr().out == "one.npz: 1 row; labels, probabilities, classes are in out.npz\n"
+    assert capsys.readouterr().out == "one.npz: 1 row; wrote labels, probabilities, classes to out.npz\n"
 
 
 PREDICT_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -84,10 +84,10 @@ PREDICT_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("--checkpoint", "none.pt", "--data", "data.npz", "--out", "o.npz"),
         "there is no checkpoint none",
     ),
-    "suffix": (("--checkpoint", "a", "--data", "data.npz", "--out", "o.txt"), "--out is o.txt; it needs to be a name"),
+    "suffix": (("--checkpoint", "a", "--data", "data.npz", "--out", "o.txt"), "--out is o.txt; it needs to end in"),
     "its data": (
         ("--checkpoint", "a", "--data", "data.npz", "--out", "data.npz"),
-        "--out is data.npz, the file of --data",
+        "--out is data.npz, which is also --data",
     ),
 }
 

@@ -39,7 +39,7 @@ def messages(err: str) -> list[str]:
 
 def course(text: str) -> list[str]:
     quality = r"(?:accuracy \S+|R² \S+  RMSE [^ ,]+)"
-    return re.findall(rf"^epoch .* {quality}|^validation .*|^FusedMLP.*|.* rows to train on.*", text, re.M)
+    return re.findall(rf"^epoch .* {quality}|^validation .*|^FusedMLP.*|.* training rows, .*", text, re.M)
 
 
 @pytest.mark.alone
@@ -92,7 +92,7 @@ def test_ctrl_c_under_torchrun_leaves_the_last_checkpoint(folder: Path) -> None:
     assert "Traceback" not in out
     epoch = load_checkpoint("run.pt")["epoch"]
     assert epoch >= 3
-    carries_on = f"run.pt is the last checkpoint, after epoch {epoch}: the same command with --resume carries on"
+    carries_on = f"run.pt is the last checkpoint, after epoch {epoch}; add --resume to the same command to continue"
     assert messages(err) == [f"mlp-fused: stopped; {carries_on}"]
     assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "run.pt"]
 
@@ -123,7 +123,7 @@ sys.exit(main())
         ("UserError('broken in one process')", ""),
         (
             "torch.OutOfMemoryError('broken in one process')",
-            "\nstopped; run.pt is the last checkpoint, after epoch 1: the same command with --resume carries on\n",
+            "\nstopped; run.pt is the last checkpoint, after epoch 1; add --resume to the same command to continue\n",
         ),
     ],
     ids=["mistake", "out of memory"],

@@ -58,7 +58,7 @@ def test_transfer_without_a_gpu_measures_the_cpu(folder: Path, capsys: pytest.Ca
     assert err == ""
     assert out.startswith("FusedMLP, 35 parameters, input (8, 6) bfloat16; training, 8 rows\n")
     assert "step on the CPU" in out
-    assert "not measured: the GPU's part, which is copies, launches, kernels and first touch (no GPU that torch" in out
+    assert "not measured: the GPU's copies, launches, kernels and first touch (torch" in out
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -77,7 +77,7 @@ def test_transfer_of_a_trained_network_as_json(folder: Path, capsys: pytest.Capt
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_transfer_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("transfer", "--dims", "6", "5", "--batch", "4", "8", "--plot", "plot.svg", run=quick) == 0
-    assert capsys.readouterr().out.endswith("drawn into plot.svg\n")
+    assert capsys.readouterr().out.endswith("wrote the plot to plot.svg\n")
     assert Path("plot.svg").read_bytes().startswith(b"<?xml")
 
 
@@ -87,14 +87,14 @@ TRANSFER_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "batch": (("--batch", "0"), "--batch is 0; it needs to be 1 or more"),
     "dtype": (("--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
     "activation": (("--activation", "none"), "--activation is 'none'"),
-    "two networks": (("--dims", "4", "2", "--checkpoint", "a"), "--dims and --checkpoint are two networks; it needs"),
-    "two activations": (("--activation", "relu", "--checkpoint", "a"), "--activation and --checkpoint are two"),
+    "two networks": (("--dims", "4", "2", "--checkpoint", "a"), "--dims and --checkpoint are both given, but each"),
+    "two activations": (("--activation", "relu", "--checkpoint", "a"), "--activation and --checkpoint are both"),
     "no checkpoint": (("--checkpoint", "none.pt"), "there is no checkpoint none.pt"),
     "no such checkpoint": (("--checkpoint", "data.npz"), "data.npz cannot be read as a checkpoint"),
     "device": (("--device", "gpu"), "--device gpu cannot be used here"),
-    "kind of plot": (("--plot", "plot.pdf"), "--plot is plot.pdf; it needs to be a name that ends in .png or .svg"),
+    "kind of plot": (("--plot", "plot.pdf"), "--plot is plot.pdf; it needs to end in .png or .svg"),
     "no folder": (("--plot", "none/plot.png"), "cannot write into"),
-    "a network too large": (("--dims", "1", "1000000000000"), "--dims 1 1000000000000 makes no network here"),
+    "a network too large": (("--dims", "1", "1000000000000"), "--dims is 1 1000000000000; cannot build the network"),
 }
 
 
@@ -118,5 +118,5 @@ def test_a_mistake_in_transfer_is_one_sentence_and_exit_status_2(
 def test_matplotlib_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert call("transfer", "--plot", "plot.png") == 2
-    sentence = '--plot needs matplotlib, which is not installed: pip install "mlp_fused[plot]"'
+    sentence = '--plot needs matplotlib, which is not installed; install it (pip install "mlp_fused[plot]")'
     assert capsys.readouterr().err == f"mlp-fused: {sentence}\n"

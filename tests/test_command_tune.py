@@ -44,16 +44,16 @@ def test_help_of_tune_states_every_flag_and_its_default(
 
 
 TUNE_MISTAKES = {
-    "no GPU": ((), "tuning measures a GPU, and there is none that torch can use; mlp-fused env says what was found"),
-    "no GPU, a network": (("--dims", "4", "2"), "tuning measures a GPU, and there is none"),
+    "no GPU": ((), "mlp-fused tune needs a GPU, but PyTorch can use none here; mlp-fused env prints"),
+    "no GPU, a network": (("--dims", "4", "2"), "mlp-fused tune needs a GPU, but PyTorch can use none"),
     "one width": (("--dims", "4"), "--dims is 4; it needs to be two widths or more"),
     "no number": (("--dims", "4", "x"), "argument --dims: invalid int value: 'x'"),
-    "batch without dims": (("--batch", "4"), "--batch is of networks that --dims gives"),
+    "batch without dims": (("--batch", "4"), "--batch is given without --dims"),
     "dtype": (("--dims", "4", "2", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
     "minutes": (("--minutes", "-1"), "--minutes is -1.0; it needs to be a finite number above 0"),
     "one file for both": (
         ("--out", "t", "--readings", "t"),
-        "--readings is t, as --out is; it needs to be another file",
+        "--readings is t, the same as --out; it needs to be another file",
     ),
     "no such flag": (("--minute", "1"), "unrecognized arguments: --minute 1"),
 }
@@ -73,7 +73,7 @@ def test_a_mistake_in_tuning_is_one_sentence_and_exit_status_2(
 
 def test_ctrl_c_while_tuning(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(config: TuneConfig, report: object) -> None:
-        raise KeyboardInterrupt("stopped; 2 of 6 problems were measured, and are in t.json")
+        raise KeyboardInterrupt("stopped; measured 2 of 6 problems; the table is t.json")
 
     assert call("tune", run=interrupted) == 130
-    assert capsys.readouterr().err == "mlp-fused: stopped; 2 of 6 problems were measured, and are in t.json\n"
+    assert capsys.readouterr().err == "mlp-fused: stopped; measured 2 of 6 problems; the table is t.json\n"

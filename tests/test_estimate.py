@@ -16,7 +16,7 @@ from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 TABLE = table_files.read(Path(__file__).with_name("data") / "h100" / "products.json")
-H100 = fit.device_of(TABLE)
+H100 = fit.table_device(TABLE)
 FOLDS = 10
 
 
@@ -117,4 +117,4 @@ def test_a_table_without_a_data_sheet_cannot_be_fitted(tmp_path: Path, capsys: p
     path = tmp_path / "t.json"
     table_files.write(path, dataclasses.replace(TABLE, device="NVIDIA RTX 9000"))
     assert fit.main([str(path)]) == 2
-    assert "NVIDIA RTX 9000 has no data sheet; it needs to be one of: NVIDIA A100" in capsys.readouterr().err
+    assert "the table is from NVIDIA RTX 9000; it needs to be from one of: NVIDIA A100" in capsys.readouterr().err

@@ -68,22 +68,22 @@ def test_text_is_classes_by_name(dtype: str, shape: tuple[int, ...]) -> None:
 
 def test_names_beyond_ascii() -> None:
     assert to_classes(np.array(["Öl".encode(), b"Gas"]))[1] == ("Gas", "Öl")
-    with pytest.raises(UserError, match="^y has bytes that are not UTF-8; save text in their place, such as y.astype"):
+    with pytest.raises(UserError, match="^y has bytes that are not UTF-8; save text instead, such as y.astype"):
         to_classes(np.array([b"\xff\xfe", b"a"]))
 
 
 @pytest.mark.parametrize("y", [np.array(["a", "b"], object), np.array([1, 2], object)], ids=["text", "numbers"])
 def test_objects_are_refused_with_the_fix(y: np.ndarray) -> None:
     with pytest.raises(
-        UserError, match=r"^y is of dtype object; labels need to be whole .* or text \(y\.astype\(str\)"
+        UserError, match=r"^y has dtype object; labels need to be whole numbers or text; use .*, or y\.astype\(str\)$"
     ):
         to_classes(y)
-    numbers = r"is of dtype object; it needs to be real numbers \(.*\)"
-    with pytest.raises(UserError, match=rf"^y {numbers}; y\.astype\(float\) makes numbers of them$"):
+    numbers = r"has dtype object; it needs real numbers \(.*\)"
+    with pytest.raises(UserError, match=rf"^y {numbers}; use y\.astype\(float\)$"):
         to_targets(y)
-    with pytest.raises(UserError, match=rf"^x {numbers}; x\.astype\(float\) makes numbers of them$"):
+    with pytest.raises(UserError, match=rf"^x {numbers}; use x\.astype\(float\)$"):
         to_features(y)
-    with pytest.raises(UserError, match=r"^x is of dtype <U1; it needs to be real numbers \(integer, float or bool\)$"):
+    with pytest.raises(UserError, match=r"^x has dtype <U1; it needs real numbers \(integer, float or bool\)$"):
         to_features(y.astype("U1"))
 
 
@@ -96,7 +96,7 @@ def test_a_file_with_objects_is_refused_with_the_fix(tmp_path: Path, name: str) 
     with pytest.raises(UserError) as caught:
         load_data(path)
     assert str(caught.value) == (
-        f"{path}: {name} is an array of Python objects, and loading those can run code; save {fix} in its place"
+        f"{path}: {name} is an array of Python objects, and loading it could run code; save {fix} instead"
     )
 
 
@@ -136,16 +136,16 @@ def test_targets_of_a_regression(tmp_path: Path, y: np.ndarray, rows: list[Any],
     [
         (
             np.ones((2, 2, 2)),
-            r"y is of shape \(2, 2, 2\); it needs a number a row, \(N,\), or k numbers a row, \(N, k\)",
+            r"y has the shape \(2, 2, 2\); it needs one number per row, \(N,\), or k numbers per row, \(N, k\)",
         ),
-        (np.array(1.0), r"y is of shape \(\); it needs a number a row"),
-        (np.ones((2, 0)), r"y is of shape \(2, 0\); it needs a number a row"),
+        (np.array(1.0), r"y has the shape \(\); it needs one number per row"),
+        (np.ones((2, 0)), r"y has the shape \(2, 0\); it needs one number per row"),
         (
             np.array(["a", "b"]),
-            "y is of dtype <U1; it needs to be real .*; --task classification takes names of classes",
+            "y has dtype <U1; it needs real .*; use --task classification for class names",
         ),
-        (np.array([1j, 2]), "y is of dtype complex128; it needs to be real numbers"),
-        (np.array([1, np.nan]), "y has 1 value NaN, infinite or beyond float32, the first in row 1"),
+        (np.array([1j, 2]), "y has dtype complex128; it needs real numbers"),
+        (np.array([1, np.nan]), "y has 1 value that is NaN, infinite or beyond float32, the first in row 1"),
         (np.array([]), "x has 2 rows and y has 0 labels"),
     ],
     ids=["3-D", "a number", "no column", "text", "complex", "NaN", "empty"],
@@ -165,7 +165,7 @@ def remarks(y: Any, task: Any = "classification") -> list[str]:
     return Data("d", x, *to_classes(y)).remarks()
 
 
-FIX = "numpy.unique(y, return_inverse=True)[1] numbers the classes that occur, --task regression takes y as numbers"
+FIX = "use numpy.unique(y, return_inverse=True)[1] to number the classes, or --task regression to predict numbers"
 EVEN = np.arange(60)
 
 
@@ -180,12 +180,12 @@ EVEN = np.arange(60)
         (EVEN * 0, "y has only one class, 0, so there is nothing to learn"),
         (EVEN * 0 + 7, "y has only one class, 7, so there is nothing to learn"),
         (np.array(["elm"] * 9), "y has only one class, elm, so there is nothing to learn"),
-        (np.array(list("abc")), "y has 3 classes in 3 rows, ROWS; a class needs a name that recurs"),
+        (np.array(list("abc")), "y has 3 classes in 3 rows, ROWS; make sure that y has class names"),
     ],
     ids=["gaps", "from 1", "every row", "half", "years", "one", "one, not 0", "one name", "names"],
 )
 def test_classes_that_look_like_none_get_one_line(y: np.ndarray, line: str) -> None:
-    assert remarks(y) == [line.replace("ROWS", "fewer than two rows a class")]
+    assert remarks(y) == [line.replace("ROWS", "fewer than two rows per class")]
 
 
 @pytest.mark.parametrize("y", [EVEN % 2, EVEN % 30, np.array(["a", "b", "a", "b"])], ids=["two", "half", "names"])
@@ -207,10 +207,10 @@ def test_constant_targets_get_a_line() -> None:
     ids=["real numbers", "large integers", "negative", "-1 and 1", "-1.0 and 1.0", "real classes", "one-hot"],
 )
 def test_refused_labels_come_with_the_fix(y: np.ndarray) -> None:
-    with pytest.raises(UserError, match="--task regression takes y as numbers"):
+    with pytest.raises(UserError, match="--task regression to predict numbers"):
         to_labels(y)
     with pytest.raises(
-        UserError, match=r"numpy\.(unique\(y, return_inverse=True\)\[1\] numbers the|argmax\(y, axis=1\))"
+        UserError, match=r"numpy\.(unique\(y, return_inverse=True\)\[1\] to number the|argmax\(y, axis=1\))"
     ):
         to_labels(y)
 
@@ -266,7 +266,7 @@ def test_features_alone(tmp_path: Path) -> None:
     x, name = load_features(path)
     assert (x.tolist(), name) == ([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]], "x")
     np.savez(path, y=np.ones(3))
-    with pytest.raises(UserError, match=r"has no array x; it has y, and needs x \(a row an example\), or x_test$"):
+    with pytest.raises(UserError, match=r"has no array x; it has y, but needs x \(one example per row\), or x_test$"):
         load_features(path)
     np.savez(path, x_train=np.ones((3, 2)), x_test=np.zeros((1, 2)))
     x, name = load_features(path)
@@ -328,27 +328,33 @@ def test_the_same_rows_in_other_parts_are_other_data(tmp_path: Path) -> None:
 KERAS_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "features": (
         {"x_test": np.ones((2, 3))},
-        "x_train is int64 of shape (6, 2) and x_test float64 of shape (2, 3); the",
+        "x_train has dtype int64 and shape (6, 2), but x_test has dtype float64 and shape (2, 3); the",
     ),
     "kinds": (
         {"y_test": np.array(["a", "b"])},
-        "y_train is int64 of shape (6,) and y_test <U1 of shape (2,); the rows",
+        "y_train has dtype int64 and shape (6,), but y_test has dtype <U1 and shape (2,); the rows",
     ),
-    "a number": ({"x_test": 3.0}, "x_train is int64 of shape (6, 2) and x_test float64 of shape (); the rows of both"),
+    "a number": (
+        {"x_test": 3.0},
+        "x_train has dtype int64 and shape (6, 2), but x_test has dtype float64 and",
+    ),
     "lengths": (
         {"y_test": np.zeros(3)},
-        "x_test has 2 rows and y_test has 3 labels; there needs to be one label a row",
+        "x_test has 2 rows and y_test has 3 labels; there needs to be one label per row",
     ),
     "one label": (
         {"y_test": np.zeros(1)},
-        "x_test has 2 rows and y_test has 1 label; there needs to be one label a row",
+        "x_test has 2 rows and y_test has 1 label; there needs to be one label per row",
     ),
     "training": ({"y_train": np.zeros(5, int)}, "x_train has 6 rows and y_train has 5 labels; there needs to be one"),
     "empty": (
         {"x_test": np.ones((0, 2)), "y_test": np.zeros(0)},
-        "x_test has no rows; training and validation need one",
+        "x_test has no rows; training and validation need at least one",
     ),
-    "NaN": ({"x_test": [[1, np.nan], [1, 1]]}, "x has 1 value NaN, infinite or beyond float32, the first in row 6 ("),
+    "NaN": (
+        {"x_test": [[1, np.nan], [1, 1]]},
+        "x has 1 value that is NaN, infinite or beyond float32, the first in row 6",
+    ),
     "label": (
         {"y_test": [0, -1]},
         "y has 1 label outside 0 ... 65535, the first in row 7 (counted from 0): -1; labels",
@@ -367,19 +373,19 @@ def test_a_mistake_in_a_part_names_it(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["x_test", "y_train"])
 def test_a_part_of_objects_is_refused_with_the_fix(tmp_path: Path, name: str) -> None:
     fix = "y_train.astype(str) or y_train.astype(float)" if name == "y_train" else "x_test.astype(float)"
-    with pytest.raises(UserError, match=f"{name} is an array of Python objects.* save {re.escape(fix)} in its place$"):
+    with pytest.raises(UserError, match=f"{name} is an array of Python objects.* save {re.escape(fix)} instead$"):
         load(tmp_path, **{**KERAS, name: KERAS[name].astype(object)})
 
 
 def test_arrays_that_are_missing_are_named(tmp_path: Path) -> None:
     path = tmp_path / "d.npz"
-    needed = "x (a row an example) and y (a target a row), or x_train and y_train"
-    with pytest.raises(UserError, match=f"^{path} has no array y; it has x, and needs {re.escape(needed)}$"):
+    needed = "x (one example per row) and y (one target per row), or x_train and y_train"
+    with pytest.raises(UserError, match=f"^{path} has no array y; it has x, but needs {re.escape(needed)}$"):
         load(tmp_path, x=np.ones((3, 2)))
-    needed = "x_train (a row an example) and y_train (a target a row)"
+    needed = "x_train (one example per row) and y_train (one target per row)"
     found = "x_train, x_test"
     with pytest.raises(
-        UserError, match=f"^{path} has no array y_train; it has {found}, and needs {re.escape(needed)}$"
+        UserError, match=f"^{path} has no array y_train; it has {found}, but needs {re.escape(needed)}$"
     ):
         load(tmp_path, x_train=KERAS["x_train"], x_test=KERAS["x_test"])
 

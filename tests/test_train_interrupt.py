@@ -57,7 +57,7 @@ def test_a_peer_gone_after_ctrl_c_is_part_of_the_stop(tmp_path: Path) -> None:
             raise RuntimeError("Connection closed by peer")
 
     config = dataclasses.replace(TINY, data=write_data(tmp_path), epochs=2, checkpoint=str(tmp_path / "run.pt"))
-    with pytest.raises(KeyboardInterrupt, match="is the last checkpoint, after epoch 1:"):
+    with pytest.raises(KeyboardInterrupt, match="is the last checkpoint, after epoch 1;"):
         train(config, report=report)
 
 
@@ -80,5 +80,5 @@ def test_ctrl_c_that_a_finalizer_swallows_stops_training(tmp_path: Path) -> None
             Swallows()
 
     config = dataclasses.replace(TINY, data=write_data(tmp_path), epochs=100, checkpoint=str(tmp_path / "run.pt"))
-    with pytest.raises(KeyboardInterrupt, match="is the last checkpoint, after epoch 1:"):
+    with pytest.raises(KeyboardInterrupt, match="is the last checkpoint, after epoch 1;"):
         train(config, report=report)

@@ -63,10 +63,12 @@ def test_training_that_runs_out_keeps_the_last_checkpoint_and_goes_on_from_it(
     assert torchs == TORCHS
     assert ours.startswith("mlp_fused: for 16 rows the network keeps ")
     assert ours.endswith(
-        "Less is taken by a smaller --batch-size (begins anew), more GPUs, each a part of a batch (torchrun), "
-        "--dtype bf16 (begins anew)."
+        "Less is taken by a smaller --batch-size (restarts the training), more GPUs, which share each batch "
+        "(torchrun), --dtype bf16 (restarts the training)."
     )
-    assert where == f"stopped; {path} is the last checkpoint, after epoch 1: the same command with --resume carries on"
+    assert (
+        where == f"stopped; {path} is the last checkpoint, after epoch 1; add --resume to the same command to continue"
+    )
     assert [file.name for file in sorted(path.parent.iterdir())] == ["data.npz", "run.pt"]
     alone = train(dataclasses.replace(run, epochs=1, checkpoint=None), report=lambda text: None)
     for name, tensor in load_checkpoint(path)["model"].items():
@@ -86,9 +88,9 @@ def test_the_command_that_runs_out_says_so_in_place_of_a_traceback(
     torchs, ours, where = capsys.readouterr().err.splitlines()
     assert torchs == f"mlp-fused: {TORCHS}"
     assert (
-        "Less is taken by a smaller --batch-size, more GPUs, each a part of a batch (torchrun), --dtype bf16." in ours
+        "Less is taken by a smaller --batch-size, more GPUs, which share each batch (torchrun), --dtype bf16." in ours
     )
-    assert where == f"stopped before the end of the first epoch; nothing was written to {run.checkpoint}"
+    assert where == f"stopped before the end of the first epoch; no checkpoint was written to {run.checkpoint}"
     assert not Path(str(run.checkpoint)).exists()
 
 
@@ -107,10 +109,10 @@ def test_times_under_a_switch_that_distorts_are_marked(run: Config, monkeypatch:
     said: list[str] = []
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     train(run, report=said.append)
-    assert not any("mean little" in line for line in said)  # a CPU's are what they are
+    assert not any("distorted" in line for line in said)  # a CPU's are what they are
     said.clear()
     marked = loop.about_times(torch.device("cuda"))
     assert marked == (
-        "these times mean little: CUDA_LAUNCH_BLOCKING is set, which makes every launch wait for its kernel: "
+        "these times are distorted: CUDA_LAUNCH_BLOCKING is set, which makes every launch wait for its kernel: "
         "unset it to measure\n"
     )

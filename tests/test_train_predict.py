@@ -67,7 +67,7 @@ def test_a_new_process_predicts_with_the_reported_accuracy(arrays: dict[str, np.
     np.savez("raw.npz", x=arrays["x"])
     told = command("--checkpoint", "run.pt", "--data", "raw.npz", "--out", "out.npz")
     assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout == "raw.npz: 90 rows; labels, probabilities, classes are in out.npz\n"
+    assert told.stdout == "raw.npz: 90 rows; wrote labels, probabilities, classes to out.npz\n"
     out = np.load("out.npz")
     assert (out["labels"] == arrays["y"])[validation()].mean() == result.accuracy
     assert out["labels"].dtype == np.int64
@@ -93,7 +93,7 @@ def test_classes_by_name_come_back(arrays: dict[str, np.ndarray]) -> None:
 
 def test_other_names_are_another_run(arrays: dict[str, np.ndarray]) -> None:
     trained(NAMES[arrays["y"]], arrays, epochs=1)
-    with pytest.raises(UserError, match="90 rows, 4 features, 3 classes, it needs .* 3 classes of other values$"):
+    with pytest.raises(UserError, match="90 rows, 4 features, 3 classes, but needs .* 3 classes with other values$"):
         trained(np.array(list("abc"))[arrays["y"]], arrays, resume=True)
 
 
@@ -122,7 +122,7 @@ def test_a_regressions_values_have_the_targets_units_and_shape(
     assert result.r2 > 0.9
     np.savez("raw.npz", x=arrays["x"])
     told = command("--checkpoint", "run.pt", "--data", "raw.npz", "--out", "out.npz")
-    assert (told.returncode, told.stderr, told.stdout) == (0, "", "raw.npz: 90 rows; values are in out.npz\n")
+    assert (told.returncode, told.stderr, told.stdout) == (0, "", "raw.npz: 90 rows; wrote values to out.npz\n")
     values = np.load("out.npz")["values"]
     assert (values.shape, values.dtype) == (shape, np.float64)
     errors = (values - y)[validation()]
@@ -159,17 +159,20 @@ def test_many_rows_go_through_in_parts(arrays: dict[str, np.ndarray]) -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, str], str]] = {
-    "suffix": ({"out": "out.txt"}, "--out is out.txt; it needs to be a name that ends in .npz or .csv"),
-    "the data": ({"out": "data.npz"}, "--out is data.npz, the file of --data, which it would replace; give it another"),
-    "the checkpoint": ({"checkpoint": "x.npz", "out": "x.npz"}, "--out is x.npz, the file of --checkpoint, which it"),
+    "suffix": ({"out": "out.txt"}, "--out is out.txt; it needs to end in .npz or .csv"),
+    "the data": (
+        {"out": "data.npz"},
+        "--out is data.npz, which is also --data and would be replaced; give",
+    ),
+    "the checkpoint": ({"checkpoint": "x.npz", "out": "x.npz"}, "--out is x.npz, which is also --checkpoint and"),
     "no folder": ({"out": "none/out.npz"}, "cannot write into .*none, the folder of --out: No such file"),
     "a folder": ({"out": "folder.npz"}, "--out .*folder.npz is a folder; it needs to be a file"),
     "no checkpoint": ({"checkpoint": "none.pt"}, "there is no checkpoint none.pt"),
     "data for a checkpoint": ({"checkpoint": "wide.npz"}, "wide.npz cannot be read as a checkpoint"),
     "no data": ({"data": "none.npz"}, "there is no file none.npz"),
-    "other features": ({"data": "wide.npz"}, "x has 5 features a row, and the network of run.pt takes 4"),
-    "NaN": ({"data": "nan.npz"}, "nan.npz: x has 1 value NaN, infinite or beyond float32, the first in row 1"),
-    "no x": ({"data": "y.npz"}, r"y.npz has no array x; it has y, and needs x \(a row an example\)"),
+    "other features": ({"data": "wide.npz"}, "x has 5 features per row; the network of run.pt needs 4"),
+    "NaN": ({"data": "nan.npz"}, "nan.npz: x has 1 value that is NaN, infinite or beyond float32, the first in row 1"),
+    "no x": ({"data": "y.npz"}, r"y.npz has no array x; it has y, but needs x \(one example per row\)"),
     "device": ({"device": "gpu"}, "--device gpu cannot be used here"),
 }
 
@@ -203,7 +206,7 @@ def test_a_failed_write_leaves_the_old_file(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(
-            UserError, match=f"^cannot write the predictions {out}: .*No space left on device; what was"
+            UserError, match=f"^cannot write the predictions to {out}: .*No space left on device; the old file"
         ):
             module.run(module.Config("run.pt", "data.npz", out), report=lambda text: None)
     assert Path(out).read_bytes() == b"before"

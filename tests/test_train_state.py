@@ -112,22 +112,22 @@ def test_nothing_left_to_train(data: str, tmp_path: Path) -> None:
     assert_same_bits(again, whole)
     assert again.losses == []
     assert any("nothing left to train" in line for line in lines)
-    assert lines[-2].startswith(f"validation accuracy: {whole.accuracy:.4f} (class ")
+    assert lines[-2].startswith(f"validation accuracy: {whole.accuracy:.4f} (always predicting ")
 
 
 OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
-    "hidden": ({"hidden": (8, 8)}, "--hidden is 8 8, it needs 8"),
-    "no hidden": ({"hidden": ()}, "--hidden is empty, it needs 8"),
-    "activation": ({"activation": "relu"}, "--activation is relu, it needs gelu"),
-    "dropout": ({"dropout": 0.1}, "--dropout is 0.1, it needs 0.0"),
-    "optimizer": ({"optimizer": "sgd", "lr": 1e-3}, "--optimizer is sgd, it needs adam"),
-    "lr": ({"lr": 0.1}, "--lr is 0.1, it needs 0.001"),
-    "batch size": ({"batch_size": 8}, "--batch-size is 8, it needs 16"),
-    "dtype": ({"dtype": "bf16"}, "--dtype is bf16, it needs fp32"),
-    "seed": ({"seed": 1}, "--seed is 1, it needs 0"),
-    "split": ({"validation_fraction": 0.5}, "--validation-fraction is 0.5, it needs 0.2"),
-    "data": ({"data": None}, "--data has 1797 rows, 64 features, 10 classes, it needs 70 rows, 6 features, 3 classes"),
-    "two": ({"seed": 1, "lr": 0.1}, "--lr is 0.1, it needs 0.001; --seed is 1, it needs 0"),
+    "hidden": ({"hidden": (8, 8)}, "--hidden is 8 8, but needs to be 8"),
+    "no hidden": ({"hidden": ()}, "--hidden is empty, but needs to be 8"),
+    "activation": ({"activation": "relu"}, "--activation is relu, but needs to be gelu"),
+    "dropout": ({"dropout": 0.1}, "--dropout is 0.1, but needs to be 0.0"),
+    "optimizer": ({"optimizer": "sgd", "lr": 1e-3}, "--optimizer is sgd, but needs to be adam"),
+    "lr": ({"lr": 0.1}, "--lr is 0.1, but needs to be 0.001"),
+    "batch size": ({"batch_size": 8}, "--batch-size is 8, but needs to be 16"),
+    "dtype": ({"dtype": "bf16"}, "--dtype is bf16, but needs to be fp32"),
+    "seed": ({"seed": 1}, "--seed is 1, but needs to be 0"),
+    "split": ({"validation_fraction": 0.5}, "--validation-fraction is 0.5, but needs to be 0.2"),
+    "data": ({"data": None}, "--data has 1797 rows, 64 features, 10 classes, but needs 70 rows, 6 features, 3 classes"),
+    "two": ({"seed": 1, "lr": 0.1}, "--lr is 0.1, but needs to be 0.001; --seed is 1, but needs to be 0"),
 }
 
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_another_run(data: str, tmp_path: Path, changes: dict[st
     before = (tmp_path / "run.pt").read_bytes()
     with pytest.raises(UserError) as caught:
         run(config, epochs=2, resume=True, **changes)
-    assert str(caught.value) == f"{config.checkpoint} is the checkpoint of another run: {sentence}"
+    assert str(caught.value) == f"{config.checkpoint} is from another run: {sentence}"
     assert (tmp_path / "run.pt").read_bytes() == before
 
 
@@ -148,7 +148,7 @@ def test_other_values_of_the_same_sizes(data: str, tmp_path: Path) -> None:
     arrays = dict(np.load(data))
     arrays["x"][0, 0, 0] += 1
     np.savez(data, **arrays)
-    with pytest.raises(UserError, match="it needs 70 rows, 6 features, 3 classes of other values"):
+    with pytest.raises(UserError, match="but needs 70 rows, 6 features, 3 classes with other values"):
         run(config, epochs=2, resume=True)
 
 
@@ -161,7 +161,7 @@ def test_labels_of_other_classes_than_a_checkpoints(data: str, tmp_path: Path, c
     arrays = dict(np.load(data))
     np.savez(data, x=arrays["x"], y=np.arange(len(arrays["y"])) % classes)
     built: list[object] = []
-    with pytest.raises(UserError, match=f"--data has 70 rows, 6 features, {classes} classes, it needs .* 3 classes$"):
+    with pytest.raises(UserError, match=f"--data has 70 rows, 6 features, {classes} classes, but needs .* 3 classes$"):
         train(dataclasses.replace(config, epochs=2, resume=True), build=lambda *_: built.append(1), report=quiet)
     assert built == []
     assert (tmp_path / "run.pt").read_bytes() == before
@@ -240,7 +240,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(
     if isinstance(error, KeyboardInterrupt):
         assert "is the last checkpoint, after epoch 1" in str(caught.value)
     else:
-        assert f"cannot write the checkpoint {tmp_path / 'run.pt'}: {error}; what was there" in str(caught.value)
+        assert f"cannot write the checkpoint {tmp_path / 'run.pt'}: {error}; the old file" in str(caught.value)
     assert len(run(config, resume=True).history) == 3
 
 
@@ -277,19 +277,19 @@ class Interrupted(nn.Module):
 @pytest.mark.parametrize(
     ("calls", "checkpoint", "sentence"),
     [  # an epoch calls the network 4 + 1 times
-        (2, True, r"stopped before the end of the first epoch; nothing was written to .*run.pt"),
-        (5, True, r"stopped before the end of the first epoch; nothing was written to .*run.pt"),
+        (2, True, r"stopped before the end of the first epoch; no checkpoint was written to .*run.pt"),
+        (5, True, r"stopped before the end of the first epoch; no checkpoint was written to .*run.pt"),
         (
             6,
             True,
-            r"stopped; .*run.pt is the last checkpoint, after epoch 1: the same command with --resume carries on",
+            r"stopped; .*run.pt is the last checkpoint, after epoch 1; add --resume to the same command to continue",
         ),
         (
             15,
             True,
-            r"stopped; .*run.pt is the last checkpoint, after epoch 2: the same command with --resume carries on",
+            r"stopped; .*run.pt is the last checkpoint, after epoch 2; add --resume to the same command to continue",
         ),
-        (6, False, r"stopped; no checkpoint was asked for \(--checkpoint FILE\)"),
+        (6, False, r"stopped; no checkpoint was saved \(use --checkpoint FILE\)"),
     ],
 )
 def test_ctrl_c(data: str, tmp_path: Path, calls: int, checkpoint: bool, sentence: str) -> None:

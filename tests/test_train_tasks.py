@@ -65,10 +65,10 @@ def test_r2_and_rmse_are_those_of_the_models_values_in_the_targets_units(
 
     assert lines[-1] == (
         f"validation R²: {epoch.r2:.4f}, RMSE: {shown(epoch.rmse)} "
-        f"(predicting the training rows' mean: RMSE {shown(alone)})"
+        f"(always predicting the mean of the training rows: RMSE {shown(alone)})"
     )
     assert lines[0].endswith(
-        f"3 features, {len(rmse)} target{'s' * (len(rmse) != 1)}, 80 rows to train on, 20 to validate"
+        f"3 features, {len(rmse)} target{'s' * (len(rmse) != 1)}, 80 training rows, 20 validation rows"
     )
     assert sum(bool(re.match(r"epoch .* validation loss \S+  R² \S+  RMSE ", line)) for line in lines) == 10
 
@@ -152,14 +152,14 @@ def test_another_task_is_another_run(tmp_path: Path, begun: Any, resumed: Any) -
     before = path.read_bytes()
     with pytest.raises(UserError) as caught:
         run(tmp_path, epochs=2, task=resumed, checkpoint=str(path), resume=True)
-    assert str(caught.value) == f"{path} is the checkpoint of another run: --task is {resumed}, it needs {begun}"
+    assert str(caught.value) == f"{path} is from another run: --task is {resumed}, but needs to be {begun}"
     assert path.read_bytes() == before
 
 
 def test_another_task_is_named_before_the_targets_are_judged(tmp_path: Path) -> None:
     write(tmp_path)
     run(tmp_path, epochs=1, checkpoint=str(tmp_path / "run.pt"))
-    with pytest.raises(UserError, match="--task is classification, it needs regression$"):
+    with pytest.raises(UserError, match="--task is classification, but needs to be regression$"):
         run(tmp_path, task="classification", checkpoint=str(tmp_path / "run.pt"), resume=True)
 
 
@@ -168,7 +168,7 @@ def test_other_values_of_the_same_sizes(tmp_path: Path) -> None:
     run(tmp_path, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     arrays["y"][0] += 1e-9
     np.savez(tmp_path / "data.npz", **arrays)
-    with pytest.raises(UserError, match="100 rows, 3 features, 1 target of other values$"):
+    with pytest.raises(UserError, match="100 rows, 3 features, 1 target with other values$"):
         run(tmp_path, checkpoint=str(tmp_path / "run.pt"), resume=True)
 
 

@@ -42,7 +42,7 @@ def test_the_plot_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert axes.get_xlabel() == "batch size (rows)"
     assert axes.get_ylabel() == "time of a step (milliseconds)"
     lines = {line.get_label(): line for line in axes.lines}
-    cpu = lines["a step on this CPU"]
+    cpu = lines["step on the CPU"]
     assert list(cpu.get_xdata()) == list(SIZES)
     assert list(cpu.get_ydata()) == [point.cpu.step.ms for point in found.points]
     drawn = [line for line in axes.lines if not line.get_label().startswith("_")]
@@ -50,7 +50,7 @@ def test_the_plot_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert len({line.get_color() for line in drawn}) == 6
     marked = [line.get_xdata()[0] for line in axes.lines if line.get_label().startswith("_")]
     assert marked == [found.crossings["step"].rows]
-    assert any("the GPU wins" in text.get_text() for text in axes.texts)
+    assert any("the GPU is faster" in text.get_text() for text in axes.texts)
 
 
 @matplotlib

@@ -130,7 +130,7 @@ def test_a_network_of_ones_own(training: bool) -> None:
     assert found.at_rows.bytes_in == 4 * (8 * 4 + 3)
     assert (found.at_rows.cpu.backward is not None) is training
     assert found.at_rows.cpu.step.ms > 0
-    assert "no GPU that torch" in found.notes[0]
+    assert "can use no GPU here" in found.notes[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
@@ -144,14 +144,14 @@ def test_sizes_stand_around_the_batch() -> None:
 
 
 MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "no batch": (lambda: measure(nn.Linear(2, 2), []), TypeError, "batch needs to be a tensor, or several"),
+    "no batch": (lambda: measure(nn.Linear(2, 2), []), TypeError, "batch needs to be a tensor or a sequence of"),
     "no tensor": (lambda: measure(nn.Linear(2, 2), [1]), TypeError, "batch needs to be a tensor"),  # type: ignore[list-item]
     "no rows": (
         lambda: measure(nn.Linear(2, 2), torch.ones(0, 2)),
         ValueError,
-        r"shape \(0, 2\); it needs to have rows",
+        r"shape \(0, 2\); it needs at least one row",
     ),
-    "a number": (lambda: measure(nn.Linear(2, 2), torch.ones(())), ValueError, r"shape \(\); it needs to have rows"),
+    "a number": (lambda: measure(nn.Linear(2, 2), torch.ones(())), ValueError, r"shape \(\); it needs at least one"),
     "sizes": (lambda: measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=[0]), ValueError, r"sizes is \[0\]; it needs"),
     "frozen": (
         lambda: measure(nn.ReLU(), torch.ones(2, 2)),
@@ -162,7 +162,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "cuda": (
         lambda: measure(nn.Linear(2, 2), torch.ones(2, 2), device="cuda"),
         ValueError,
-        "device is cuda, and torch",
+        "device is cuda, but torch",
     ),
 }
 
@@ -191,7 +191,7 @@ def test_distorted_times_of_a_cpu_are_marked(backend: str, count: int, monkeypat
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=[2], seconds=0.001)
     assert len(found.notes) == count
-    assert ("not measured: times that mean something (" in str(found)) is (count == 2)
+    assert ("not measured: undistorted times (" in str(found)) is (count == 2)
 
 
 def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

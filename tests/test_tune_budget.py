@@ -41,8 +41,8 @@ def test_the_time_is_shared_and_what_was_not_reached_is_said(clock: Clock, measu
     assert clock.timed == ["torch", SLOW] * 2
     assert len(table.gemms) == 2
     missed = next(each for each in products(DIMS.workloads[0]) if each.key not in [row.key for row in table.gemms])
-    assert f"4 of 6 problems were not reached, the first of them {missed}; the same command again begins with" in said
-    assert f"2 of 6 problems were measured, and are in {path()}" in said
+    assert f"4 of 6 problems were not measured, from {missed} on; run the same command again" in said
+    assert f"measured 2 of 6 problems; the table is {path()}" in said
     # Again: what is missing, before what is there.
     table, said = run(clock, dataclasses.replace(DIMS, minutes=1.0))
     assert len(table.gemms) == 5
@@ -87,7 +87,7 @@ def test_what_does_not_compile_is_left_out(clock: Clock, measured: Path) -> None
     compilers = FewCompilers({})
     compilers.failure = "they end with status 1"
     tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts)
-    assert "kernels were compiled where they were launched, as ahead it failed: they end with status 1" in said
+    assert "kernels were compiled at their launch, because compiling ahead failed: they end with status 1" in said
 
 
 def test_what_is_not_compiled_in_time_is_not_reached(clock: Clock, measured: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_is_not_compiled_in_time_is_not_reached(clock: Clock, measured: Pat
     assert [row.tile for row in tuned({FAST: NotYetError}).gemms] == [SLOW] * PRODUCTS
     path().unlink()
     assert tuned({SLOW: NotYetError}).gemms == ()  # a row that says that torch is faster would be a guess
-    assert any(line.startswith("6 of 6 problems were not reached") for line in said)
+    assert any(line.startswith("6 of 6 problems were not measured") for line in said)
 
 
 def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, measured: Path) -> None:

@@ -46,7 +46,7 @@ def test_every_tile_that_was_measured_is_kept(clock: Clock, config: Config) -> N
     assert all(row.torch_ms == pytest.approx(3) for row in readings.gemms)
     assert not any(map(row_kernels.is_outdated, readings.rows))
     assert table_files.fastest(readings.gemms) == table.gemms
-    assert said.endswith(f"are in {path()}; {2 * PRODUCTS} readings are in {config.readings}")
+    assert said.endswith(f"the table is {path()}; {2 * PRODUCTS} readings are in {config.readings}")
 
 
 def test_a_tile_is_kept_where_torch_is_faster(clock: Clock, config: Config) -> None:
@@ -95,7 +95,7 @@ def test_readings_of_other_versions_are_not_overwritten(clock: Clock, config: Co
     text = Path(str(config.readings)).read_text()
     newer = {**tuner.versions(), "triton": "9.9"}
     with pytest.raises(
-        UserError, match=r"readings.json was measured with triton .*, this is triton 9\.9; name another"
+        UserError, match=r"readings.json was measured with triton .*, but here is triton 9\.9; use another"
     ):
         run(clock, config, versions=lambda: newer)
     assert Path(str(config.readings)).read_text() == text
@@ -103,9 +103,9 @@ def test_readings_of_other_versions_are_not_overwritten(clock: Clock, config: Co
 
 def test_a_table_and_readings_are_not_taken_for_each_other(clock: Clock, config: Config, measured: Path) -> None:
     run(clock, config)
-    with pytest.raises(UserError, match="readings.json holds readings of every tile; name another file with --out$"):
+    with pytest.raises(UserError, match="readings.json has readings of every tile; use another file for --out$"):
         run(clock, Config(out=config.readings))
-    with pytest.raises(UserError, match="holds a table; name another file with --readings$"):
+    with pytest.raises(UserError, match="has a table; use another file for --readings$"):
         run(clock, dataclasses.replace(config, readings=str(path()), out=str(measured / "other.json")))
 
 
@@ -119,7 +119,7 @@ def test_readings_are_written_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*No space left on device; what was there before is as it was$"):
+    with pytest.raises(UserError, match="cannot write .*No space left on device; the old file, if any, is unchanged$"):
         run(clock, config)
     assert Path(str(config.readings)).read_text() == text
 

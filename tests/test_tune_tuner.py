@@ -64,8 +64,8 @@ def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> Non
     assert table.device == INTERPRETED_DEVICE.name
     assert set(table.versions) == {"mlp_fused", "python", "torch", "triton", "cuda", "driver"}
     assert "forward 6 -> 5, relu, 8 rows, float32    3.0000   1.0000   3.00  16x16x16, 2 warps, 1 stages" in said
-    assert "Our kernels won 6 of 6; the worst ratio is 3.00, of " in said
-    assert said.endswith(f"6 of 6 problems were measured, and are in {path()}")
+    assert "our kernels are faster in 6 of 6 problems; the worst ratio is 3.00, of " in said
+    assert said.endswith(f"measured 6 of 6 problems; the table is {path()}")
 
 
 def test_torch_is_recorded_as_none(clock: Clock, measured: Path) -> None:
@@ -74,8 +74,8 @@ def test_torch_is_recorded_as_none(clock: Clock, measured: Path) -> None:
     for row in table.gemms:
         assert (row.tile, row.ms, row.torch_ms) == (None, pytest.approx(1), pytest.approx(0.5))
         assert tables.tile_for(row.problem, INTERPRETED_DEVICE) is None
-    assert "0.50  torch's own" in said
-    assert "Our kernels won 0 of 6; the worst ratio is 0.50" in said
+    assert "0.50  PyTorch" in said
+    assert "our kernels are faster in 0 of 6 problems; the worst ratio is 0.50" in said
 
 
 def test_what_fails_or_is_wrong_is_skipped_and_said(clock: Clock, measured: Path) -> None:
@@ -96,14 +96,13 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(clock: Clock, measured: Path
         f"forward 6 -> 5, relu, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: "
         "shared memory\n" in said
     )
-    assert (
-        f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: its result is not torch's (relative difference nan)" in said
-    )
+    sentence = "its result differs from PyTorch's (relative difference nan)"
+    assert f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: {sentence}" in said
 
     path().unlink()
     table, said = run(clock, candidates=lambda *_: (BROKEN,))
     assert [(row.tile, row.ms) for row in table.gemms] == [(None, None)] * PRODUCTS
-    assert said.count("-      -  torch's own") == PRODUCTS
+    assert said.count("-      -  PyTorch") == PRODUCTS
     assert table_files.read(path()) == table
 
 
@@ -125,7 +124,8 @@ def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
     config = dataclasses.replace(DIMS, dtype=(dtype,), activation=activation)
     table, said = run(clock, config, candidates=lambda *_: (WRONG, SLOW, FAST))
     assert [row.tile for row in table.gemms] == [FAST] * PRODUCTS
-    assert said.count("was left out") == said.count(f"{WRONG} was left out: its result is not torch's") == PRODUCTS
+    sentence = f"{WRONG} was left out: its result differs from PyTorch's"
+    assert said.count("was left out") == said.count(sentence) == PRODUCTS
 
 
 def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) -> None:
@@ -140,7 +140,7 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
 
     with pytest.raises(KeyboardInterrupt) as raised:
         tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now, **clock.parts)
-    assert str(raised.value) == f"stopped; 2 of 6 problems were measured, and are in {path()}"
+    assert str(raised.value) == f"stopped; measured 2 of 6 problems; the table is {path()}"
     after = table_files.read(path())
     assert after.gemms[:3] == before.gemms
     assert len(after.gemms) == 5
@@ -148,7 +148,7 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
 
     clock.timed = [None] * 7
     text = path().read_text()
-    with pytest.raises(KeyboardInterrupt, match="^stopped; nothing was measured; .* is as it was$"):
+    with pytest.raises(KeyboardInterrupt, match="^stopped; nothing was measured; .* is unchanged$"):
         tune(DIMS, report=lambda text: None, device=CPU, time=interrupted, now=lambda: clock.now, **clock.parts)
     assert path().read_text() == text
 
@@ -197,7 +197,7 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(at: str, clock: C
     tile = SLOW if at == "a timed call" else FAST
     with pytest.raises(UserError) as raised:
         tune(DIMS, report=lambda text: None, device=CPU, time=failing, now=lambda: clock.now, **clock.parts)
-    written = f"1 of 6 problems were measured, and are in {path()}"
+    written = f"measured 1 of 6 problems; the table is {path()}"
     assert str(raised.value) == f"the GPU failed at {second}, {tile}: {ILLEGAL}; {written}"
     assert [row.key for row in table_files.read(path()).gemms] == [first.key]
 
@@ -207,8 +207,8 @@ def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path) -
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     _, said = run(clock, operands=full)
-    assert said.count("was left out: it does not fit in the GPU's memory") == PRODUCTS
-    assert said.endswith(f"nothing was measured; {path()} is as it was")
+    assert said.count("was left out: it does not fit in GPU memory") == PRODUCTS
+    assert said.endswith(f"nothing was measured; {path()} is unchanged")
     assert not path().exists()
 
 
@@ -219,12 +219,12 @@ def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> N
         (
             {**old, "triton": "3.8", "driver": "590"},
             0,
-            f"{path()} was measured with triton 3.7, driver 580; this is triton 3.8, driver 590, so its 3 rows are",
+            f"{path()} was measured with triton 3.7, driver 580, but here is triton 3.8, driver 590; its 3 rows are",
         ),
         (
             {**{name: old[name] for name in old if name != "cuda"}, "hip": "7"},
             0,
-            "with cuda 13.0, hip none; this is cuda",
+            "with cuda 13.0, hip none, but here is cuda",
         ),
     ):
         path().unlink(missing_ok=True)
@@ -244,7 +244,7 @@ def test_a_row_of_an_older_kernel_is_measured_again_before_those_of_todays(clock
     clock.each = 10.0
     clock.timed.clear()
     table, said = run(clock, dataclasses.replace(DIMS, minutes=0.5))
-    assert "the first of them" in said
+    assert "problems were not measured, from" in said
     assert not is_outdated(table.gemms[-1])
     assert table.gemms[-1].key == last.key
 
@@ -259,12 +259,12 @@ def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatc
 
     out.write_text("{}")
     refused(
-        "notes.json is no measured table: .*, so it will not be overwritten; delete it, or name another with --out$"
+        "notes.json is no measured table: .*, so it will not be overwritten; delete it, or use another file for --out$"
     )
     assert out.read_text() == "{}"
     other = table_files.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", tuner.versions())
     table_files.write(out, other)
-    refused("notes.json was measured on NVIDIA H200, this is Triton's interpreter; name another file with --out$")
+    refused("notes.json was measured on NVIDIA H200, but this GPU is Triton's interpreter; use another file for --out$")
     out.unlink()
     out.mkdir()
     refused("notes.json cannot be read: Is a directory, so it will not be overwritten")
@@ -280,16 +280,16 @@ def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    refused("cannot write .*t.json: .*No space left on device; what was there before is as it was$")
+    refused("cannot write .*t.json: .*No space left on device; the old file, if any, is unchanged$")
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="^tuning measures a GPU, and there is none that torch can use; mlp-fused env"):
+    with pytest.raises(UserError, match="^mlp-fused tune needs a GPU, but PyTorch can use none here; mlp-fused env"):
         tune(DIMS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(UserError, match="^there are no kernels to tune: TRITON_INTERPRET=1 is set"):
+    with pytest.raises(UserError, match="^the kernels cannot run on cuda:0: TRITON_INTERPRET=1 is set"):
         tune(DIMS)
 
 
@@ -386,7 +386,7 @@ def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path) -> None:
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",))
     table, said = run(clock, config, tasks=only(Whole), passes=functools.partial(Wrong, clock))
     assert [set(row.ms) for row in table.networks] == [{"torch", "layer"}] * 2
-    assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result is not torch's" in said
+    assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result differs from PyTorch's" in said
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`mlp-fused train` and `mlp-fused predict`: train a network on a file of arrays, and use it."""
+"""`mlp-fused train` trains a network on a file of arrays. `mlp-fused predict` predicts with it."""
 
 from .config import Config, build_model, build_torch_model
 from .loop import Result, train

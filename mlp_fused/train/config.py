@@ -1,4 +1,4 @@
-"""The settings of `mlp-fused train` (`Config`), and the network that they describe (`build_model`)."""
+"""The settings of `mlp-fused train` (`Config`), and the network built from them (`build_model`)."""
 
 from __future__ import annotations
 
@@ -35,59 +35,73 @@ MOMENTUM = 0.9  # SGD's
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of `mlp-fused train`: each field is a flag, and its help says what it does.
+    """The settings of `mlp-fused train`. Each field is a command-line flag with a help text.
 
-    `hidden` are the widths of the hidden layers; without any the network is linear. `lr` None is
-    `LEARNING_RATES[optimizer]`. `epochs` counts all passes, those before a resumption included.
+    `hidden` has the widths of the hidden layers. If it is empty, the network is linear. If `lr` is None, the learning
+    rate is `LEARNING_RATES[optimizer]`. `epochs` counts all epochs, including those before a resume.
 
     Raises:
-        UserError: a value that cannot be used.
+        UserError: a value has the wrong type or is out of range.
     """
 
     data: str | None = option(
         None,
         metavar="FILE.npz",
         group="data",
-        help="arrays x (N, ...), any numeric dtype, not scaled, and y (N,), whole numbers from 0 or names of classes; "
-        "for a regression y (N,) or (N, k), numbers; or x_train and y_train, with x_test and y_test as the rows for "
-        "validation, as Keras's data sets have them (default: scikit-learn's 1797 handwritten digits)",
+        help="file with x (N, ...), the unscaled features in any numeric dtype, and y (N,), the classes as whole "
+        "numbers from 0 or as names; for a regression, y (N,) or (N, k) has numbers. Keras's names also work: x_train "
+        "and y_train, with x_test and y_test for validation (default: scikit-learn's 1797 handwritten digits)",
     )
     task: TaskName = option(
         "classification",
         group="data",
-        help="classification learns the classes y; regression the numbers y, by a squared error, scaled by their "
-        "standard deviation in training and back in predictions (default: {default})",
+        help="classification minimizes the cross-entropy; regression minimizes the mean squared error of y scaled by "
+        "its standard deviation, and predicts in the units of y (default: {default})",
     )
     validation_fraction: float = option(
         0.2,
-        metavar="PART",
+        metavar="FRACTION",
         group="data",
-        help="rows kept for validation, unless the file has its own (default: {default})",
+        help="fraction of the rows used for validation, unless the file has x_test and y_test (default: {default})",
     )
     batch_size: int = option(
         64,
         metavar="N",
         group="data",
-        help="rows per step, of all processes together under torchrun (default: {default})",
+        help="rows per training step; under torchrun, the total over all processes (default: {default})",
     )
     workers: int | None = option(
-        None, metavar="N", group="data", help="processes that load batches (default: 2 with a GPU, 0 without)"
+        None, metavar="N", group="data", help="worker processes of the DataLoader (default: 2 on a GPU, 0 on a CPU)"
     )
     hidden: tuple[int, ...] = option(
         (512, 512),
         metavar="WIDTH",
         group="network",
         may_be_empty=True,
-        help="widths of the hidden layers (default: {default})",
+        help="widths of the hidden layers; none for a linear network (default: {default})",
     )
     activation: str = option(
-        "gelu", metavar="NAME", group="network", help=f"{{default}} by default; one of: {', '.join(ACTIVATIONS)}"
+        "gelu",
+        metavar="NAME",
+        group="network",
+        help=f"activation of the hidden layers: {', '.join(ACTIVATIONS)} (default: {{default}})",
     )
-    dropout: float = option(0.0, metavar="P", group="network", help="after each hidden layer (default: {default})")
-    backend: Backend = option("auto", group="network", help="what computes it (default: {default})")
-    epochs: int = option(15, metavar="N", group="training", help="passes over the data, in all (default: {default})")
+    dropout: float = option(
+        0.0, metavar="P", group="network", help="dropout probability after each hidden layer (default: {default})"
+    )
+    backend: Backend = option(
+        "auto",
+        group="network",
+        help="triton runs the Triton kernels; reference runs plain PyTorch; auto chooses (default: {default})",
+    )
+    epochs: int = option(
+        15,
+        metavar="N",
+        group="training",
+        help="total number of epochs, including those before --resume (default: {default})",
+    )
     optimizer: OptimizerName = option(
-        "adam", group="training", help=f"sgd has momentum {MOMENTUM}; fused on a GPU (default: {{default}})"
+        "adam", group="training", help=f"sgd has momentum {MOMENTUM} (default: {{default}})"
     )
     lr: float | None = option(
         None,
@@ -98,20 +112,26 @@ class Config:
     dtype: DtypeName = option(
         "fp32",
         group="training",
-        help="bf16, fp16: mixed precision by autocast; fp16 needs a GPU (default: {default})",
+        help="bf16 and fp16 train with autocast; fp16 needs a GPU (default: {default})",
     )
     device: str = option("auto", group="training", help=DEVICE_HELP)
     seed: int = option(
-        0, metavar="N", group="training", help="of split, parameters, shuffling and dropout (default: {default})"
+        0,
+        metavar="N",
+        group="training",
+        help="random seed of the split, the initial parameters, the shuffling and the dropout (default: {default})",
     )
     checkpoint: str | None = option(
-        None, metavar="FILE", group="checkpoint", help="written after each epoch (default: none is written)"
+        None,
+        metavar="FILE",
+        group="checkpoint",
+        help="checkpoint file, written after each epoch (default: no checkpoint)",
     )
     resume: bool = option(
         False,
         group="checkpoint",
-        help="carry on from --checkpoint, with the flags that it was begun with; --epochs, --device, --backend and "
-        "--workers may differ (default: begin anew)",
+        help="resume training from --checkpoint, with the same flags as before; only --epochs, --device, --backend, "
+        "--workers and the path of --data may differ (default: start from the beginning)",
     )
 
     def __post_init__(self) -> None:
@@ -126,11 +146,11 @@ class Config:
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
             ("workers", self.workers is None or self.workers >= 0, "0 or more"),
         )
-        for name, holds, need in checks:
-            if not holds:
+        for name, valid, need in checks:
+            if not valid:
                 raise UserError(f"{flag(name)} is {shown(getattr(self, name))}; it needs to be {need}")
         if self.resume and self.checkpoint is None:
-            raise UserError("--resume needs --checkpoint FILE, the file to carry on from")
+            raise UserError("--resume needs --checkpoint FILE, the checkpoint to resume from")
 
     @property
     def learning_rate(self) -> float:
@@ -138,28 +158,28 @@ class Config:
         return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
 
 
-Build = Callable[[int, int, Config], nn.Module]  # features, outputs, configuration -> the network
+Build = Callable[[int, int, Config], nn.Module]  # (features, outputs, config) -> the network
 
-# A resumed run may be told these anew, since its numbers do not depend on them (the device and the backend only change
-# their rounding). The data may lie elsewhere; they are compared themselves.
+# Settings that may differ when a run is resumed, because they do not change its results. (The device and the backend
+# change only rounding.) The path of the data may differ, because the data themselves are compared.
 MAY_CHANGE = {"data", "epochs", "device", "backend", "workers", "checkpoint", "resume"}
 
 
 def build_model(features: int, outputs: int, config: Config) -> nn.Module:
-    """The network: x (M, features) -> (M, outputs).
+    """Build the network on the CPU, a `FusedMLP`: x (M, features) -> y (M, outputs).
 
     Raises:
-        UserError: an unknown activation; a network that memory does not hold.
+        UserError: the activation is unknown, or the network does not fit in memory.
     """
     try:
         return build_network(features, outputs, vars(config))
     except (TypeError, ValueError) as error:
         raise UserError(str(error).replace("activation_layer is", "--activation is")) from None
     except RuntimeError as error:
-        raise UserError(f"--hidden {shown(config.hidden)} makes no network here: {first_line(error)}") from None
+        raise UserError(f"--hidden is {shown(config.hidden)}; cannot build the network: {first_line(error)}") from None
 
 
 def build_torch_model(features: int, outputs: int, config: Config) -> nn.Module:
-    """`build_model`'s modules in a plain nn.Sequential: the same initial parameters, computed by torch."""
+    """Build the network of `build_model`, with the same initial parameters, as a plain `nn.Sequential`."""
     model = build_model(features, outputs, config)
     return nn.Sequential(*model.children())

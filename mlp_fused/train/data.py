@@ -1,6 +1,6 @@
-"""Rows of features with their targets: read from a file, checked, described, split.
+"""Features and targets: read them from a file, check them, describe them, split them.
 
-Features keep their dtype here; `scaling.Scaling` turns them into float32.
+Features keep their dtype here. `scaling.Scaling` converts them to float32.
 """
 
 from __future__ import annotations
@@ -31,28 +31,30 @@ __all__ = [
 ]
 
 TaskName = Literal["classification", "regression"]
-MOST_CLASSES = 2**16  # of data with fewer rows than that; a label beyond is no class but an id, and a network too large
-NUMBER_CLASSES = "numpy.unique(y, return_inverse=True)[1] numbers the classes that occur"
-AS_NUMBERS = "--task regression takes y as numbers"
+# The maximum number of classes, unless the data have more rows. A larger label is probably an id, and the network's
+# last layer would be too large.
+MOST_CLASSES = 2**16
+TO_NUMBER_CLASSES = "numpy.unique(y, return_inverse=True)[1] to number the classes"
+FOR_NUMBERS = "--task regression to predict numbers"
 
-# The arrays of a file with features and targets, by name; the second form is that of Keras's data sets, which have a
-# part of their own for validation, or none.
+# The names of the arrays of features and targets. Keras's data sets have the second pair. They may also have arrays for
+# validation.
 PAIRS = (("x", "y"), ("x_train", "y_train"))
 VALIDATION = ("x_test", "y_test")
-FEATURES, TARGETS = "a row an example", "a target a row"
+FEATURES, TARGETS = "one example per row", "one target per row"
 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows with their targets.
+    """Features and targets of N rows.
 
     Attributes:
-        name: the file's.
-        x: (N, features), finite, of any dtype but 16-bit and 32-bit unsigned integers.
-        y: classes (N,) int64 in 0 ... classes - 1, or for regression numbers (N, k).
-        names: the classes' names, where y was text.
-        shape: of a row's numbers in the file: () or (k,); None for classes.
-        validation_rows: the number of last rows that the file has for validation; 0 if a part is to be drawn.
+        name: the name of the file.
+        x: the features (N, features), finite; any dtype except uint16 and uint32.
+        y: the classes (N,), int64 from 0 to classes - 1; for a regression, the numbers (N, k).
+        names: the names of the classes if y was text in the file, else None.
+        shape: for a regression, the shape of one row of y in the file, () or (k,); for classes, None.
+        validation_rows: the number of rows, at the end, that the file has for validation; 0 if `split` draws them.
     """
 
     name: str
@@ -64,15 +66,17 @@ class Data:
 
     @property
     def classes(self) -> int:
+        """The number of classes."""
         return int(self.y.max()) + 1 if self.names is None else len(self.names)
 
     @property
     def outputs(self) -> int:
-        """The network's outputs: the classes, or the numbers of a row."""
+        """The number of outputs of the network: the number of classes, or k for a regression."""
         return self.classes if self.shape is None else self.y.shape[1]
 
     @property
     def sizes(self) -> dict[str, int]:
+        """The number of rows, of features, and of classes or targets, by name."""
         return {
             "rows": len(self.x),
             "features": self.x.shape[1],
@@ -81,7 +85,7 @@ class Data:
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """Sizes, names, and a digest of every value, which tell these data from others."""
+        """Sizes, class names and a digest of all values. Data with the same description are the same."""
         digest = hashlib.sha256()
         for array in (self.x, self.y):
             for rows in array.split(4096):
@@ -89,8 +93,8 @@ class Data:
         return {**self._sizes_and_names, "sha256": digest.hexdigest()}
 
     @property
-    def description_of_format_1(self) -> dict[str, Any]:
-        """The same with the digest that checkpoints of format 1 have, of features in float32."""
+    def format_1_description(self) -> dict[str, Any]:
+        """The description in checkpoints of format 1. Its digest is computed from the features in float32."""
         digest = hashlib.sha256(self.x.float().numpy().data)
         digest.update(self.y.numpy().data)
         return {**self._sizes_and_names, "sha256": digest.hexdigest()}
@@ -104,14 +108,14 @@ class Data:
         return described
 
     def split(self, validation_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Row numbers for training and for validation: the file's own parts, or else drawn by `split`."""
+        """Return the row numbers for training and for validation: those of the file, or drawn by `split`."""
         if self.validation_rows:
             training, validation = torch.arange(len(self.x)).tensor_split([len(self.x) - self.validation_rows])
             return training, validation
         return split(len(self.x), validation_fraction, seed)
 
     def remarks(self) -> list[str]:
-        """A line for classes that look as if they were none, or numbers that are all the same."""
+        """Return a line about labels that look wrong, or about targets that are all the same; none if all is well."""
         if self.shape is not None:
             constant = (self.y == self.y[:1]).all(dim=0).nonzero().flatten().tolist()
             numbers = f"column{'s' * (len(constant) != 1)} {listed(constant, 5)}, counted from 0"
@@ -121,22 +125,25 @@ class Data:
         if occurring == 1:
             return [f"y has only one class, {self.label(int(self.y[0]))}, so there is nothing to learn"]
         missing = classes - occurring
-        found = [f"{missing} of {classes} classes never occur{'s' * (missing == 1)} in y"] * (missing > 0)
-        found += [f"y has {classes} classes in {count(rows, 'row')}, fewer than two rows a class"] * (
+        problems = [f"{missing} of {classes} classes never occur{'s' * (missing == 1)} in y"] * (missing > 0)
+        problems += [f"y has {classes} classes in {count(rows, 'row')}, fewer than two rows per class"] * (
             2 * classes > rows
         )
-        if not found:
+        if not problems:
             return []
-        fix = "a class needs a name that recurs" if self.names else f"{NUMBER_CLASSES}, {AS_NUMBERS}"
-        return [f"{' and '.join(found)}; {fix}"]
+        fix = "make sure that y has class names" if self.names else f"use {TO_NUMBER_CLASSES}, or {FOR_NUMBERS}"
+        return [f"{' and '.join(problems)}; {fix}"]
 
     def label(self, number: int) -> str:
-        """A class's name, or its number."""
+        """Return the name of a class, or its number if it has no name."""
         return str(number) if self.names is None else self.names[number]
 
 
 def _canonical(rows: Tensor) -> Tensor:
-    """The values in float64, so that a dtype changes no digest; 64-bit integers that it cannot hold as they are."""
+    """Convert rows to float64, so that their digest does not depend on the dtype.
+
+    64-bit integers that float64 cannot represent stay as they are.
+    """
     doubles = rows.double()
     if rows.dtype in (torch.int64, torch.uint64) and bool((doubles.abs() >= 2.0**53).any()):
         return rows
@@ -144,20 +151,21 @@ def _canonical(rows: Tensor) -> Tensor:
 
 
 def load_data(path: str | None, task: TaskName = "classification") -> Data:
-    """The arrays of an npz file, or scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
+    """Load an npz file. Without a path, load scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
 
-    The file has x and y; or x_train and y_train, and if it also has x_test and y_test, they are for validation.
+    The file has the arrays x and y, or x_train and y_train. In the second case, x_test and y_test are the validation
+    rows, if the file has them.
 
     Raises:
-        UserError: the file or its arrays cannot be used; scikit-learn is not installed.
+        UserError: the file or its arrays cannot be used, or scikit-learn is not installed.
     """
     if path is None:
         try:
             from sklearn.datasets import load_digits
         except ImportError:
             raise UserError(
-                "the default data are scikit-learn's digits, and scikit-learn is not installed: "
-                'pip install "mlp_fused[demo]", or give data of your own with --data FILE.npz'
+                "the default data are the digits of scikit-learn, which is not installed; "
+                'install it (pip install "mlp_fused[demo]") or use --data FILE.npz'
             ) from None
         digits = load_digits()
         return _make_data("digits", digits.images, digits.target, task)
@@ -175,10 +183,10 @@ def load_data(path: str | None, task: TaskName = "classification") -> Data:
         for names, features, targets in zip(pairs, xs, ys):
             _check_lengths(names, len(features), len(targets))
         if len(x) < 2:
-            raise UserError("there is one row; training and validation need one each at the least")
+            raise UserError("there is only one row; training and validation need at least one row each")
     except UserError as error:
-        about = f" (x is {', then '.join(x_names)}; y is {', then '.join(y_names)})" if pair != PAIRS[0] else ""
-        raise UserError(f"{path}{about}: {error}") from None
+        names_used = f" (x is {', then '.join(x_names)}; y is {', then '.join(y_names)})" if pair != PAIRS[0] else ""
+        raise UserError(f"{path}{names_used}: {error}") from None
     return data
 
 
@@ -190,27 +198,27 @@ def _make_data(name: str, x: np.ndarray, y: np.ndarray, task: TaskName, validati
 
 
 def _join(names: Sequence[str], arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The rows of all arrays, one array's after the other's.
+    """Concatenate the rows of all arrays.
 
     Raises:
-        UserError: an array has no rows, or its rows are not like the first one's.
+        UserError: an array has no rows, or its rows differ from the first array's in shape or kind of dtype.
     """
     first, *others = arrays
     for name, other in zip(names[1:], others):
         alike = first.ndim and other.ndim and first.shape[1:] == other.shape[1:] and _kind(first) == _kind(other)
         if not alike:
             raise UserError(
-                f"{names[0]} is {first.dtype} of shape {first.shape} and {name} {other.dtype} of shape {other.shape}; "
-                "the rows of both need to be alike"
+                f"{names[0]} has dtype {first.dtype} and shape {first.shape}, but {name} has dtype {other.dtype} and "
+                f"shape {other.shape}; the rows of both need the same shape and kind of dtype"
             )
-        for each, array in ((names[0], first), (name, other)):
+        for array_name, array in ((names[0], first), (name, other)):
             if not len(array):
-                raise UserError(f"{each} has no rows; training and validation need one each at the least")
+                raise UserError(f"{array_name} has no rows; training and validation need at least one row each")
     return np.concatenate(arrays) if others else first
 
 
 def _kind(array: np.ndarray) -> str:
-    """The kind of an array's dtype; one kind for all real numbers."""
+    """Return the kind of an array's dtype. All real numbers are one kind."""
     return "number" if array.dtype.kind in "biuf" else array.dtype.kind
 
 
@@ -218,18 +226,18 @@ def _check_lengths(names: Sequence[str], rows: int, labels: int) -> None:
     if rows != labels:
         x, y = names
         raise UserError(
-            f"{x} has {count(rows, 'row')} and {y} has {count(labels, 'label')}; there needs to be one label a row"
+            f"{x} has {count(rows, 'row')} and {y} has {count(labels, 'label')}; there needs to be one label per row"
         )
 
 
 def load_features(path: str) -> tuple[Tensor, str]:
-    """The array x of an npz file as (N, features), or x_test if it has no x; and the array's name.
+    """Load the array x of an npz file, or x_test if there is no x. Return it as (N, features), and its name.
 
     Raises:
         UserError: the file or the array cannot be used.
     """
     with _open_npz(path, "numpy.savez(file, x=...)") as file:
-        name = next((each for each in ("x", VALIDATION[0]) if each in file.files), "x")
+        name = next((name for name in ("x", VALIDATION[0]) if name in file.files), "x")
         _check_names(file, path, (name,), f"x ({FEATURES}), or {VALIDATION[0]}")
         x = _read_array(file, path, name)
     try:
@@ -239,17 +247,17 @@ def load_features(path: str) -> tuple[Tensor, str]:
 
 
 def _open_npz(path: str, example: str) -> Any:
-    """The file, nothing pickled in which is loaded. `example` writes such a file."""
+    """Open an npz file without loading pickled objects. `example` is code that writes such a file, for the errors."""
     try:
         file = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
-    except Exception:  # numpy answers a file of another kind with errors of every class
-        raise UserError(f"{path} is not an npz file; {example} writes one") from None
+    except Exception:  # for a file of another kind, numpy raises many kinds of errors
+        raise UserError(f"{path} is not an npz file; write one with {example}") from None
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise UserError(f"{path} holds one array; it needs to be an npz file: {example}")
+        raise UserError(f"{path} has a single array; it needs to be an npz file: write it with {example}")
     return file
 
 
@@ -257,7 +265,7 @@ def _check_names(file: Any, path: str, names: Sequence[str], needed: str) -> Non
     missing = [name for name in names if name not in file.files]
     if missing:
         raise UserError(
-            f"{path} has no array {' and no array '.join(missing)}; it has {listed(file.files)}, and needs {needed}"
+            f"{path} has no array {' and no array '.join(missing)}; it has {listed(file.files)}, but needs {needed}"
         )
 
 
@@ -265,47 +273,49 @@ def _read_array(file: Any, path: str, name: str) -> np.ndarray:
     try:
         array: np.ndarray = file[name]
         return array
-    except Exception as error:  # a damaged or a pickled member: zipfile's, zlib's and numpy's errors
+    except Exception as error:  # for a damaged or pickled array, zipfile, zlib and numpy raise many kinds of errors
         if "Object arrays" in str(error):
             fix = f"{name}.astype(float)"
             if name.startswith("y"):
                 fix = f"{name}.astype(str) or {fix}"
             raise UserError(
-                f"{path}: {name} is an array of Python objects, and loading those can run code; save {fix} in its place"
+                f"{path}: {name} is an array of Python objects, and loading it could run code; save {fix} instead"
             ) from None
         raise UserError(f"cannot read array {name} of {path}: {first_line(error)}") from None
 
 
 def to_features(x: np.ndarray) -> Tensor:
-    """x (N, ...) of any real numeric dtype as (N, features), its values unchanged.
+    """Reshape x (N, ...), of any real dtype, to (N, features). The values stay the same.
 
     Raises:
-        UserError: no data; complex numbers, text, objects, dates; NaN, infinity or numbers beyond float32.
+        UserError: x is empty, has no real dtype (complex numbers, text, objects or dates), or has values that are NaN,
+            infinite or beyond float32.
     """
     if x.ndim == 0 or x.size == 0:
         raise UserError(
-            f"x is of shape {x.shape}, {'a single number' if x.ndim == 0 else 'empty'}; it needs rows of data"
+            f"x has the shape {x.shape}, {'a single number' if x.ndim == 0 else 'and is empty'}; it needs rows of data"
         )
     return _numbers("x", x)
 
 
 def to_targets(y: np.ndarray) -> Tensor:
-    """y (N,) or (N, k) of any real numeric dtype as (N, k), its values unchanged.
+    """Reshape y (N,) or (N, k), of any real dtype, to (N, k). The values stay the same.
 
     Raises:
-        UserError: another shape; complex numbers, text, objects, dates; NaN, infinity or numbers beyond float32.
+        UserError: y has another shape, has no real dtype (complex numbers, text, objects or dates), or has values that
+            are NaN, infinite or beyond float32.
     """
     if y.ndim not in (1, 2) or 0 in y.shape[1:]:
-        raise UserError(f"y is of shape {y.shape}; it needs a number a row, (N,), or k numbers a row, (N, k)")
+        raise UserError(f"y has the shape {y.shape}; it needs one number per row, (N,), or k numbers per row, (N, k)")
     return _numbers("y", y)
 
 
 def _numbers(name: str, array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "biuf":
-        fix = "; --task classification takes names of classes" if name == "y" and array.dtype.kind in "SUT" else ""
+        fix = "; use --task classification for class names" if name == "y" and array.dtype.kind in "SUT" else ""
         if array.dtype == object:
-            fix = f"; {name}.astype(float) makes numbers of them"
-        raise UserError(f"{name} is of dtype {array.dtype}; it needs to be real numbers (integer, float or bool){fix}")
+            fix = f"; use {name}.astype(float)"
+        raise UserError(f"{name} has dtype {array.dtype}; it needs real numbers (integer, float or bool){fix}")
     with np.errstate(over="ignore", invalid="ignore"):
         rows = torch.from_numpy(
             np.ascontiguousarray(array.reshape(len(array), math.prod(array.shape[1:])), dtype=_dtype(array))
@@ -315,14 +325,14 @@ def _numbers(name: str, array: np.ndarray) -> Tensor:
         if bad.any():
             first = int(bad.any(dim=1).nonzero()[0])
             raise UserError(
-                f"{name} has {count(int(bad.sum()), 'value')} NaN, infinite or beyond float32, the first in row "
-                f"{first} (counted from 0); mend or leave out those rows"
+                f"{name} has {count(int(bad.sum()), 'value')} that {'is' if bad.sum() == 1 else 'are'} NaN, infinite "
+                f"or beyond float32, the first in row {first} (counted from 0); fix or remove these rows"
             )
     return rows
 
 
 def _dtype(array: np.ndarray) -> np.dtype:
-    """The dtype in which torch has those values, and operators for it."""
+    """Return a dtype that has these values and that PyTorch's operators support."""
     if array.dtype.kind == "f":
         return np.dtype(f"f{min(array.dtype.itemsize, 8)}")
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
@@ -333,34 +343,33 @@ def _dtype(array: np.ndarray) -> np.dtype:
 
 
 def to_classes(y: np.ndarray) -> tuple[Tensor, tuple[str, ...] | None]:
-    """Labels (N,) or (N, 1) as int64 (N,), and the classes' names in alphabetical order if the labels are text.
+    """Convert labels (N,) or (N, 1) to int64 (N,). If they are text, also return the sorted names of the classes.
 
     Raises:
-        UserError: labels that are neither text nor whole numbers, or not one a row.
+        UserError: the labels are neither text nor whole numbers, or there is not one per row.
     """
-    y = _one_a_row(y)
+    y = _one_per_row(y)
     if y.dtype.kind not in "SUT":
         return to_labels(y), None
     if y.dtype.kind == "S":
         try:
             y = np.char.decode(y, "utf-8")
         except UnicodeDecodeError:
-            raise UserError("y has bytes that are not UTF-8; save text in their place, such as y.astype(str)") from None
+            raise UserError("y has bytes that are not UTF-8; save text instead, such as y.astype(str)") from None
     names, labels = np.unique(y, return_inverse=True)
     return torch.from_numpy(labels.astype(np.int64)), tuple(map(str, names))
 
 
 def to_labels(y: np.ndarray) -> Tensor:
-    """y (N,) or (N, 1), whole numbers of any real dtype, as int64 (N,).
+    """Convert y (N,) or (N, 1), whole numbers of any real dtype, to int64 (N,).
 
     Raises:
-        UserError: labels that are no numbers, not whole, negative, or too large to be classes.
+        UserError: a label is not a number, not whole, negative, or too large for a class.
     """
-    y = _one_a_row(y)
+    y = _one_per_row(y)
     if y.dtype.kind not in "biuf":
         raise UserError(
-            f"y is of dtype {y.dtype}; labels need to be whole numbers "
-            "(numpy.unique(y, return_inverse=True)[1]) or text (y.astype(str))"
+            f"y has dtype {y.dtype}; labels need to be whole numbers or text; use {TO_NUMBER_CLASSES}, or y.astype(str)"
         )
     if y.dtype.kind == "f":
         y = y.astype(np.float64)
@@ -371,28 +380,29 @@ def to_labels(y: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
 
 
-def _one_a_row(y: np.ndarray) -> np.ndarray:
+def _one_per_row(y: np.ndarray) -> np.ndarray:
     if y.ndim == 2 and y.shape[1] == 1:
         return y[:, 0]
     if y.ndim != 1:
         raise UserError(
-            f"y is of shape {y.shape}; it needs one label a row (numpy.argmax(y, axis=1) makes them of one-hot rows, "
-            f"{AS_NUMBERS})"
+            f"y has the shape {y.shape}; it needs one label per row; use numpy.argmax(y, axis=1) for one-hot rows, or "
+            f"{FOR_NUMBERS}"
         )
     return y
 
 
-def _refuse_labels(y: np.ndarray, bad: np.ndarray, what: str) -> None:
+def _refuse_labels(y: np.ndarray, bad: np.ndarray, problem: str) -> None:
+    """Raise a UserError about the labels in the mask `bad`, if there are any."""
     if bad.any():
         first = int(bad.argmax())
         raise UserError(
-            f"y has {count(int(bad.sum()), 'label')} {what}, the first in row {first} (counted from 0): {y[first]}; "
-            f"labels need to be 0, 1, ... up to the number of classes less one: {NUMBER_CLASSES}, {AS_NUMBERS}"
+            f"y has {count(int(bad.sum()), 'label')} {problem}, the first in row {first} (counted from 0): "
+            f"{y[first]}; labels need to be 0, 1, ..., classes - 1; use {TO_NUMBER_CLASSES}, or {FOR_NUMBERS}"
         )
 
 
 def split(rows: int, validation_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers for training and for validation, at least one each: a shuffle that depends on the seed alone."""
+    """Return random row numbers for training and for validation, at least one each. They depend only on the seed."""
     shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    kept = min(max(1, round(rows * validation_fraction)), rows - 1)
-    return shuffled[kept:], shuffled[:kept]
+    validation = min(max(1, round(rows * validation_fraction)), rows - 1)
+    return shuffled[validation:], shuffled[:validation]

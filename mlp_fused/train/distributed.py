@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: which one this is, and what they tell each other. Without it there is one."""
+"""The processes that torchrun starts, and the communication between them. Without torchrun there is one process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, Sampler
 
-if TYPE_CHECKING:  # torch.distributed has its modules only where torch was built with it
+if TYPE_CHECKING:  # some builds of PyTorch have no torch.distributed
     from torch.distributed.distributed_c10d import Store
 
 __all__ = ["Part", "Processes", "is_first", "is_first_to_fail", "join"]
 
 
 def _environment() -> tuple[int, int, int]:
-    """This process's number, how many there are, and its number on this machine, as torchrun sets them."""
+    """(rank, number of processes, rank on this machine), as torchrun sets them."""
     rank, count, local = (int(os.environ.get(name, alone)) for name, alone in _ALONE.items())
     return rank, count, local
 
@@ -31,27 +31,27 @@ _ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def is_first() -> bool:
-    """True if this process speaks where all would say the same."""
+    """True in the process that prints for all: the one of rank 0."""
     rank, count, _ = _environment()
     return rank == 0 or count == 1
 
 
 def is_first_to_fail() -> bool:
-    """True if no other process has asked this before: the others made the same mistake, or find their peer gone.
+    """True in the first process that fails, which then prints the error.
 
-    So that one message is printed, by the process that knows why.
+    The other processes fail after it, with the same error or because they lost their peer. They print nothing.
     """
     if _environment()[1] == 1:
         return True
     try:
         return _store(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]).add("failed", 1) == 1
-    except RuntimeError:  # the store went with the process that failed
+    except RuntimeError:  # the store is gone: the process that held it has failed
         return False
 
 
 @functools.cache
 def _store(address: str, port: str) -> Store:
-    """The store that all processes can read and write, whether or not one of them has failed."""
+    """The key-value store that all processes share. It still works after a process has failed."""
     from torch.distributed.rendezvous import rendezvous
 
     store: Store = next(rendezvous("env://"))[0]
@@ -60,56 +60,56 @@ def _store(address: str, port: str) -> Store:
 
 @dataclass(frozen=True)
 class Processes:
-    """One of `count` processes, from 0, and its device; every method is called by all of them alike."""
+    """The group of `count` processes, as seen by the one of rank `rank`. All processes call the same methods."""
 
     device: torch.device
     rank: int = 0
     count: int = 1
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Value by value, over the processes."""
+        """Return the sum of each value over the processes."""
         if self.count == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def gather(self, thing: Any) -> list[Any]:
-        """Every process's."""
-        things = [thing] * self.count
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in the order of their ranks."""
+        values = [value] * self.count
         if self.count > 1:
-            dist.all_gather_object(things, thing)
-        return things
+            dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
-        """For all to come here."""
+        """Wait until all processes have called this."""
         if self.count > 1:
             dist.barrier()
 
-    def take_over(self, tensors: Iterable[Tensor]) -> None:
-        """The first process's values, in place."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the tensors of rank 0 into those of all processes, in place."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, whose gradients are averaged over the processes."""
+        """Wrap the model in DistributedDataParallel, which averages gradients, if there is more than one process."""
         if self.count == 1:
             return model
         return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
 
 
-_joined = itertools.count()  # a name for each time that this process joins the others
+_joined = itertools.count()  # numbers the process groups, so that each has its own keys in the store
 
 
 @contextlib.contextmanager
 def join(pick_device: Callable[[int | None], torch.device]) -> Iterator[Processes]:
-    """The processes as torchrun's environment has them, together within the block: by NCCL on GPUs, else by gloo.
+    """Join the processes of torchrun into a group within the `with` block: NCCL on GPUs, gloo on CPUs.
 
-    Where one of them raises an exception, torchrun ends the others; by gloo they find it gone as well, and raise too.
+    If one process raises an exception, torchrun ends the others. With gloo they also notice that it is gone, and raise.
 
     Args:
-        pick_device: this process's number on its machine (None where it is alone) -> its device.
+        pick_device: a function from this process's rank on its machine (None for a single process) to its device.
     """
     rank, count, local = _environment()
     if count == 1:
@@ -127,13 +127,14 @@ def join(pick_device: Callable[[int | None], torch.device]) -> Iterator[Processe
         device_id=device if on_gpu else None,
     )
     yield Processes(device, rank, count)
-    dist.destroy_process_group()  # not after an exception: the others would find this one gone before it says why
+    dist.destroy_process_group()  # not after an exception: the others could fail and print before this process does
 
 
 class Part(Sampler[list[int]]):
-    """One process's rows of every batch, each `count`-th from the `rank`-th on, so that together they are the batch.
+    """Samples this process's part of every batch: `batch[rank::count]`. The parts of all processes make up the batch.
 
-    A process for which a last batch has no row gets one of another's, which `weights` does not count.
+    The last batch may have fewer rows than there are processes. A process without a row then gets the first row of the
+    batch, with weight 0 in `weights`.
     """
 
     def __init__(self, batches: BatchSampler, rank: int, count: int) -> None:
@@ -150,7 +151,10 @@ class Part(Sampler[list[int]]):
 
     @property
     def weights(self) -> list[float]:
-        """The weight of this part's mean for each batch, so that the mean of all parts is that of the batch."""
+        """The weight of this process's mean loss, for each batch: with it, the mean over all processes is the batch's.
+
+        It is (rows of this part) * count / (rows of the batch).
+        """
         rows, size = len(self.batches.sampler), self.batches.batch_size  # type: ignore[arg-type]
         sizes = [min(size, rows - begin) for begin in range(0, rows, size)]
         return [len(range(self.rank, whole, self.count)) * self.count / whole for whole in sizes]

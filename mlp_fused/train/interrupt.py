@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of training."""
+"""Handle Ctrl-C during training."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ Item = TypeVar("Item")
 
 
 class Interrupt:
-    """A context in which the first Ctrl-C waits for the end of the current step. The second one acts at once.
+    """A context manager that delays the first Ctrl-C until `check()`. The second one raises at once.
 
-    Python raises KeyboardInterrupt between any two bytecodes. Inside a DataLoader's queue or a `__del__` it leaves a
-    worker in the middle of a message, or is swallowed, and training carries on. `check()` raises it in a safe place.
+    By default, Python raises KeyboardInterrupt between any two bytecodes. Inside a DataLoader's queue it leaves a
+    message half sent. Inside a `__del__` it is swallowed, and training continues. `check()` raises it at a safe point.
 
-    A handler of the caller's own stays, and so does Python's where signals cannot be handled (other threads).
+    A signal handler set by the caller stays in place. Outside the main thread, where Python allows no signal handlers,
+    nothing changes.
 
     Args:
-        repeats: ignore every Ctrl-C after the first: torchrun, which gets it too, sends it again to its processes.
+        repeats: ignore every Ctrl-C after the first. torchrun receives Ctrl-C too, and sends it again to its processes.
     """
 
     def __init__(self, repeats: bool = False) -> None:
@@ -52,7 +53,7 @@ class Interrupt:
             raise KeyboardInterrupt
 
     def checked(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with a check before each of them."""
+        """Iterate over the items. Call `check` before each of them."""
         for item in items:
             self.check()
             yield item

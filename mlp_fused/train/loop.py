@@ -1,8 +1,8 @@
-"""Training a network as a first course teaches it: data, loaders, the loop, validation, checkpoints.
+"""Train a network: data loaders, the training loop, validation, checkpoints.
 
-`mlp-fused train` is `train(Config(...))` with a command line before it. The parts are modules of their own: `config`
-(the settings and the network), `data`, `tasks` (classification, regression), `state` (all that a resumption needs),
-`timer`, `distributed`; and, shared with other commands, `checkpoint` and `scaling`.
+`mlp-fused train` parses the command line into a `Config` and calls `train`. The other parts have their own modules:
+`config` (settings, network), `data`, `tasks` (classification, regression), `state` (everything that a checkpoint
+restores), `timer` and `distributed`. `checkpoint` and `scaling` are shared with other commands.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ __all__ = [
 Batches = Iterable[Sequence[Tensor]]
 
 SCALED = (
-    "features are scaled column by column: minus the mean, divided by a quarter of the range, both of the training "
-    "rows; the model in a checkpoint does this itself"
+    "each feature is scaled: minus its mean, divided by a quarter of its range, over the training rows; "
+    "the model in a checkpoint includes the scaling"
 )
-STATE: dict[str, int] = {"adam": 2, "sgd": 1}  # tensors that an optimizer keeps of each parameter
+STATE: dict[str, int] = {"adam": 2, "sgd": 1}  # tensors of optimizer state for each parameter
 
 
 class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Row i of x (N, features) with its label y[i], for a DataLoader."""
+    """Dataset of the pairs (x[i], y[i]), x (N, features), y (N, ...)."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x = x
@@ -105,17 +105,19 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
 def make_loader(
     dataset: ArrayDataset, config: Config, processes: Processes, order: torch.Generator | None = None
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of `config.batch_size` rows, shuffled anew each epoch by `order`; in the dataset's order without it.
+    """Make a DataLoader with batches of `config.batch_size` rows, over all processes.
 
-    Shuffled, each process gets its part of the batches that a single one would have; in order, its dataset is its own.
+    With the generator `order`, rows are shuffled in each epoch, and each process loads its part of every batch: then
+    `dataset` has the rows of all processes. Without `order`, rows keep their order, and `dataset` has the rows of this
+    process only.
 
-    The order of the rows does not depend on the number of workers. A loader draws its workers' seed from its generator
-    whenever they start, which is at each resumption too; so the shuffling has a generator of its own, whose state a
-    checkpoint holds.
+    The order of the rows does not depend on the number of workers. A DataLoader draws the seed of its workers from its
+    own generator whenever they start, also after a resume. So the shuffling uses another generator, `order`, whose
+    state is in the checkpoint.
     """
     on_gpu = processes.device.type == "cuda"
     workers = config.workers if config.workers is not None else 2 * on_gpu
-    size = min(config.batch_size, max(1, len(dataset)))  # a batch of all rows may be asked for by any large number
+    size = min(config.batch_size, max(1, len(dataset)))  # any batch size from len(dataset) on is one batch of all rows
     if order is None:
         part = Part(BatchSampler(SequentialSampler(dataset), -(-size // processes.count), False), 0, 1)
     else:
@@ -133,12 +135,12 @@ def make_loader(
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one answers it."""
+    """Ignore Ctrl-C in a worker process. The terminal sends it to every process; the main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """Adam, or SGD with momentum; one fused kernel a step on a GPU."""
+    """Make the optimizer: Adam, or SGD with momentum. On a GPU it is PyTorch's fused implementation."""
     fused = device.type == "cuda"
     if config.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=fused)
@@ -146,31 +148,31 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
 
 
 def _path_taken(model: nn.Module, rows: int, config: Config, device: torch.device) -> str:
-    """The path that the network takes for a batch of that many rows, and the reason.
+    """Describe the path of the network for a batch of `rows` rows, with the reason.
 
     Raises:
-        UserError: the Triton kernels were asked for and cannot run.
+        UserError: the backend is "triton", but the Triton kernels cannot run.
     """
     if not isinstance(model, FusedMLP):
-        return "torch's own modules"
+        return "plain PyTorch modules"
     with autocast(config.dtype, device):
-        taken = model.explain(rows)
-    wanted = settings.DEFAULT_BACKEND if config.backend == "auto" else config.backend
-    if wanted == "triton" and taken.path == "reference":
-        raise UserError(f"the backend is triton, but {taken.reason}")
-    return f"the {taken.path} path ({taken.reason})"
+        explanation = model.explain(rows)
+    backend = settings.DEFAULT_BACKEND if config.backend == "auto" else config.backend
+    if backend == "triton" and explanation.path == "reference":
+        raise UserError(f"the backend is triton, but {explanation.reason}")
+    return f"the {explanation.path} path ({explanation.reason})"
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a training.
+    """The result of `train`.
 
     Attributes:
-        model: the trained model, in eval mode: Sequential(scaling, network), for regression with an unscaling behind.
-            It takes features as they are in the file.
-        history: every epoch, those before a resumption included.
-        losses: the loss of each step that this call ran, in order.
-        timer: where the steps' time went.
+        model: the trained model in eval mode, Sequential(scaling, network), or for a regression Sequential(scaling,
+            network, unscaling). Its input is the features as they are in the file.
+        history: losses and metrics of every epoch, including those before a resume.
+        losses: the training loss of each step of this call, in order.
+        timer: the time of the steps, by phase.
     """
 
     model: nn.Sequential
@@ -180,24 +182,24 @@ class Result:
 
     @property
     def network(self) -> nn.Module:
-        """The model without the scaling."""
+        """The network in the model, without the scaling."""
         return self.model.get_submodule("network")
 
     @property
     def scaling(self) -> Scaling:
-        """The model's first module."""
+        """The scaling of the features, which is the first module of the model."""
         scaling = self.model.get_submodule("scaling")
         assert isinstance(scaling, Scaling)
         return scaling
 
     @property
     def accuracy(self) -> float | None:
-        """On the validation rows, after the last epoch; 0 to 1. None for a regression."""
+        """The validation accuracy after the last epoch, from 0 to 1. None for a regression."""
         return self.history[-1].accuracy
 
     @property
     def r2(self) -> float | None:
-        """R² on the validation rows, after the last epoch. None for a classification."""
+        """The validation R² after the last epoch. None for a classification."""
         return self.history[-1].r2
 
 
@@ -212,9 +214,10 @@ def train_epoch(
     timer: StepTimer,
     weights: Iterable[float] = itertools.repeat(1.0),
 ) -> list[float]:
-    """One step for each batch of x (M, features), y (M,). Returns the steps' losses, each times its weight.
+    """Run one training step for each batch: x (M, features) and y (M,), or (M, k) for a regression.
 
-    Losses stay on the device until the end: reading one would make the host wait for the device at each step.
+    Returns the loss of each step times its weight. Losses stay on the device until the end of the epoch, because
+    reading one would synchronize with the device.
     """
     model.train()
     losses = []
@@ -222,7 +225,7 @@ def train_epoch(
     for (x, y), weight in zip(DevicePrefetcher(batches, device, timer=timer.copies), weights):
         timer.mark("loading")
         with autocast(dtype, device):
-            loss = loss_function(model(x).float(), y)  # in fp32, whatever the model computes in
+            loss = loss_function(model(x).float(), y)  # the loss is computed in fp32 under autocast, too
             loss = loss if weight == 1 else loss * weight
         timer.mark("forward")
         scaler.scale(loss).backward()
@@ -245,50 +248,51 @@ def evaluate(
     measure: Callable[[Tensor, Tensor], Tensor] = correct,
     measures: int = 1,
 ) -> tuple[float, ...]:
-    """Mean loss, then the mean of each of the `measures` numbers that `measure(outputs, y)` sums over a batch.
+    """Return the mean loss and the mean metrics over all rows, (loss, metric, ...). Rows of all processes count.
 
-    By default this is the accuracy, from 0 to 1. The means are over the rows of all batches x (M, features),
-    y (M, ...), those of all processes.
+    A batch is x (M, features), y (M, ...). `measure(outputs, y)` returns the metrics (measures,), summed over the rows
+    of a batch. By default it counts the correct rows, and the mean is the accuracy, from 0 to 1.
 
-    eval() turns dropout off; inference_mode keeps nothing for a backward pass. Neither does the other's work.
+    Both eval() and inference_mode() are needed: eval() disables dropout, inference_mode() saves nothing for backward.
     """
     model.eval()
     device = processes.device
     rows = 0
     loss = torch.zeros((), device=device)
-    measured = [torch.zeros(measures, device=device)]
+    metrics = [torch.zeros(measures, device=device)]
     with torch.inference_mode(), autocast(dtype, device):
         for x, y in DevicePrefetcher(batches, device):
             outputs = model(x).float()
             loss += loss_function(outputs, y) * len(y)
-            measured.append(measure(outputs, y))
+            metrics.append(measure(outputs, y))
             rows += len(y)
-    *sums, rows_of_all = processes.sum([loss.item(), *torch.stack(measured).cpu().double().sum(dim=0).tolist(), rows])
-    return tuple(total / rows_of_all for total in sums)
+    *sums, all_rows = processes.sum([loss.item(), *torch.stack(metrics).cpu().double().sum(dim=0).tolist(), rows])
+    return tuple(total / all_rows for total in sums)
 
 
 def train(config: Config, *, build: Build = build_model, report: Callable[[str], None] = print) -> Result:
-    """Train a network as configured; under torchrun, together with the other processes, each on a part of the data.
+    """Train a network. Under torchrun, all processes train it together, each on a part of every batch.
 
-    Every process reads the data, and the checkpoint that it carries on from; the first alone reports, and writes. None
-    is to be used further after an exception in one of them.
+    Every process reads the data and the checkpoint to resume from. Only rank 0 reports and writes checkpoints. After an
+    exception in one process, end all of them.
 
     Args:
-        config: what to do.
-        build: (features, outputs, config) -> the network, initialised on the CPU.
-        report: is given what a user wants to read, piece by piece.
+        config: the settings.
+        build: a function (features, outputs, config) -> network, initialized on the CPU.
+        report: called with each line of progress.
 
     Raises:
-        UserError: a mistake that the user can mend; nothing that was there before is lost.
-        KeyboardInterrupt: Ctrl-C; its text says where the last checkpoint is.
-        torch.OutOfMemoryError: a GPU is full; its text says that too, and what takes less.
+        UserError: a mistake that the user can fix. An existing checkpoint is then unchanged.
+        KeyboardInterrupt: Ctrl-C was pressed. The message names the last checkpoint.
+        torch.OutOfMemoryError: the GPU memory is full. The message names the last checkpoint and ways to use less
+            memory.
     """
     with join(functools.partial(pick_device, config.device)) as processes:
-        return _train(config, processes, build, report if processes.rank == 0 else _say_nothing)
+        return _train(config, processes, build, report if processes.rank == 0 else _report_nothing)
 
 
-def _say_nothing(text: str) -> None:
-    """The report of all processes but the first."""
+def _report_nothing(text: str) -> None:
+    """Ignore a line of progress, in all processes except rank 0."""
 
 
 def _train(config: Config, processes: Processes, build: Build, report: Callable[[str], None]) -> Result:
@@ -296,18 +300,19 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     check_dtype(config.dtype, device)
     if config.batch_size % processes.count:
         raise UserError(
-            f"--batch-size is {config.batch_size}, for all {processes.count} processes together; "
-            f"it needs to be a multiple of {processes.count}"
+            f"--batch-size is {config.batch_size}; it needs to be a multiple of {processes.count}, the number of "
+            "processes, which share each batch"
         )
     path = None if config.checkpoint is None else Path(config.checkpoint)
     data, resumed = _read(path, config, is_first)
     training, validation = data.split(config.validation_fraction, config.seed)
-    # index_select here and below: torch 2.9 does not index uint64 by brackets
+    # index_select here and below, because x[rows] fails for uint64 in torch 2.9
     scaling = make_scaling(path, resumed) if path and resumed else Scaling.fit(data.x.index_select(0, training))
     task = make_task(data, training, validation)
-    mine = validation[processes.rank :: processes.count]
+    own_part = validation[processes.rank :: processes.count]
     training_set, validation_set = (
-        ArrayDataset(scaling.in_parts(data.x.index_select(0, rows)), task.targets[rows]) for rows in (training, mine)
+        ArrayDataset(scaling.in_parts(data.x.index_select(0, part)), task.targets[part])
+        for part in (training, own_part)
     )
     order = torch.Generator().manual_seed(config.seed)
     training_batches = make_loader(training_set, config, processes, order)
@@ -317,7 +322,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     model = whole(scaling, build(data.x.shape[1], data.outputs, config), task.unscaling).to(device)
     network = model.get_submodule("network")
     if not is_first:
-        torch.manual_seed(config.seed + processes.rank)  # Dropout drops otherwise in every process
+        torch.manual_seed(config.seed + processes.rank)  # so that Dropout draws other masks in every process
     optimizer = make_optimizer(network, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
     state = State(model, optimizer, scaler, order, processes)
@@ -331,9 +336,9 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     report(_describe_network(network, processes, path_taken))
     if resumed:
         state.restore(resumed, path)
-        report(f"carrying on from {path}, after epoch {len(state.history)}")
+        report(f"resuming from {path}, after epoch {len(state.history)}")
     elif path and path.exists():
-        report(f"{path} will be replaced after the first epoch; --resume would carry on from it")
+        report(f"{path} will be replaced after the first epoch; use --resume to continue from it")
 
     parallel = processes.parallel(network)
     part = training_batches.batch_sampler
@@ -346,12 +351,12 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
         try:
             for epoch in range(first, config.epochs + 1):
                 if epoch == first + 1:
-                    timer.reset()  # the first epoch compiled kernels, started workers, filled caches
+                    timer.reset()  # leave out the first epoch: it compiles kernels, starts workers and fills caches
                 began = time.perf_counter()
                 batches: Batches = training_batches
                 if is_first:
                     batches = progress(training_batches, f"epoch {epoch}/{config.epochs}")
-                losses_here = train_epoch(
+                own_losses = train_epoch(
                     parallel,
                     interrupt.checked(batches),
                     task.loss_function,
@@ -362,9 +367,9 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
                     timer,
                     part.weights,
                 )
-                steps = [total / processes.count for total in processes.sum(losses_here)]
-                processes.take_over(network.buffers())
-                loss, *measured = evaluate(
+                step_losses = [total / processes.count for total in processes.sum(own_losses)]
+                processes.broadcast(network.buffers())
+                validation_loss, *metrics = evaluate(
                     network,
                     interrupt.checked(validation_batches),
                     task.loss_function,
@@ -373,24 +378,25 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
                     task.measure,
                     task.measures,
                 )
-                if not math.isfinite(loss):
+                if not math.isfinite(validation_loss):
                     raise UserError(
-                        f"training diverged in epoch {epoch}: the validation loss is {loss}; "
-                        f"a learning rate below --lr {config.learning_rate} may help"
+                        f"training diverged in epoch {epoch}: the validation loss is {validation_loss}; "
+                        f"try a smaller learning rate than --lr {config.learning_rate}"
                     )
-                losses += steps
-                passed = task.epoch(sum(steps) / len(steps), loss, measured)
-                state.history.append(passed)
+                losses += step_losses
+                result = task.epoch(sum(step_losses) / len(step_losses), validation_loss, metrics)
+                state.history.append(result)
                 if path:
                     checkpoint = state.checkpoint()
                     if is_first:
-                        what = {"format": FORMAT, "rounded": scaling.rounding is not None, "data": data.description}
-                        save_checkpoint(path, {**what, "config": run_settings(config), **checkpoint})
+                        header = {"format": FORMAT, "rounded": scaling.rounding is not None, "data": data.description}
+                        save_checkpoint(path, {**header, "config": run_settings(config), **checkpoint})
                     processes.wait()
                     saved = epoch
                 report(
-                    f"epoch {epoch:>{len(str(config.epochs))}}/{config.epochs}  loss {passed.loss:.4f}  "
-                    f"validation loss {loss:.4f}  {task.describe(passed)}  {time.perf_counter() - began:.1f} s"
+                    f"epoch {epoch:>{len(str(config.epochs))}}/{config.epochs}  loss {result.loss:.4f}  "
+                    f"validation loss {validation_loss:.4f}  {task.describe(result)}  "
+                    f"{time.perf_counter() - began:.1f} s"
                 )
                 interrupt.check()
         except KeyboardInterrupt:
@@ -398,21 +404,21 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
         except torch.OutOfMemoryError as error:
             if isinstance(network, FusedMLP):
                 with autocast(config.dtype, device):
-                    memory.explain(error, network, rows, STATE[config.optimizer], _mends(config, saved > 0))
+                    memory.explain(error, network, rows, STATE[config.optimizer], _memory_hints(config, saved > 0))
             memory.add(error, _where_stopped(path, saved))
             raise
         except Exception:
             if not interrupt.received:
                 raise
-            # Another process has answered Ctrl-C already, and is gone.
+            # After Ctrl-C, the error only means that another process has already ended.
             raise KeyboardInterrupt(_where_stopped(path, saved)) from None
 
     if timer.steps:
         report(_describe_steps(timer, warm=config.epochs > first))
-        if marked := about_times(device):
-            report(marked)
+        if remark := about_times(device):
+            report(remark)
     else:
-        report(f"nothing left to train: {path} has {count(saved, 'epoch')} behind it, --epochs is {config.epochs}")
+        report(f"nothing left to train: {path} has {count(saved, 'epoch')}, and --epochs is {config.epochs}")
     report(task.summary(state.history[-1]))
     if path:
         report(f"checkpoint: {path}")
@@ -420,7 +426,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
 
 
 def _read(path: Path | None, config: Config, is_first: bool) -> tuple[Data, dict[str, Any] | None]:
-    """The data, and the checkpoint of this same run if it is to be carried on."""
+    """Load the data and, with --resume, the checkpoint. Check that they belong together."""
     resumed = load_checkpoint(path) if path and config.resume else None
     if resumed:
         check_same_run(resumed, config)
@@ -433,13 +439,13 @@ def _read(path: Path | None, config: Config, is_first: bool) -> tuple[Data, dict
 
 
 def _describe_data(data: Data, training: Tensor, validation: Tensor, scaled: Tensor) -> list[str]:
-    """Sizes, anything that looks wrong, and how the features were scaled."""
+    """Return lines with the sizes, the scaling, and anything that looks wrong."""
     classes = f"{data.outputs} class{'es' * (data.outputs != 1)}"
     outputs = classes if data.shape is None else count(data.outputs, "target")
-    own = " (the file's own)" if data.validation_rows else ""
+    source = " (from the file)" if data.validation_rows else ""
     sizes = (
-        f"{data.name}: {count(data.x.shape[1], 'feature')}, {outputs}, {count(len(training), 'row')} to train on, "
-        f"{len(validation)} to validate{own}"
+        f"{data.name}: {count(data.x.shape[1], 'feature')}, {outputs}, {count(len(training), 'training row')}, "
+        f"{count(len(validation), 'validation row')}{source}"
     )
     return [sizes, *data.remarks(), SCALED, *column_remarks(data.x.index_select(0, training), scaled)]
 
@@ -451,26 +457,26 @@ def _describe_network(network: nn.Module, processes: Processes, path_taken: str)
 
 
 def _describe_steps(timer: StepTimer, warm: bool) -> str:
-    about = "the first epoch, which warms up, left out" if warm else "warming up included"
-    return f"\nwhere a step's time went (mean of {count(timer.steps, 'step')}, {about}):\n{timer}\n"
+    warmup = "without the first epoch, which includes warmup" if warm else "including warmup"
+    return f"\ntime of a training step (mean of {count(timer.steps, 'step')}, {warmup}):\n{timer}\n"
 
 
 def about_times(device: torch.device) -> str | None:
-    """The remark on times that were taken under a switch that distorts them."""
+    """Return a warning if a debug switch distorts the times, else None."""
     reason = distorted(device.type)
-    return reason and f"these times mean little: {reason}\n"
+    return reason and f"these times are distorted: {reason}\n"
 
 
-def _mends(config: Config, saved: bool) -> list[str]:
-    """Ways to take less memory, by flags."""
-    anew = " (begins anew)" if saved else ""
-    mends = [f"a smaller --batch-size{anew}", "more GPUs, each a part of a batch (torchrun)"]
-    return mends + [f"--dtype bf16{anew}"] * (config.dtype == "fp32")
+def _memory_hints(config: Config, saved: bool) -> list[str]:
+    """Flags that reduce the memory. If a checkpoint was saved, say which of them cannot resume from it."""
+    restarts = " (restarts the training)" if saved else ""
+    hints = [f"a smaller --batch-size{restarts}", "more GPUs, which share each batch (torchrun)"]
+    return hints + [f"--dtype bf16{restarts}"] * (config.dtype == "fp32")
 
 
 def _where_stopped(path: Path | None, saved: int) -> str:
     if path is None:
-        return "stopped; no checkpoint was asked for (--checkpoint FILE)"
+        return "stopped; no checkpoint was saved (use --checkpoint FILE)"
     if not saved:
-        return f"stopped before the end of the first epoch; nothing was written to {path}"
-    return f"stopped; {path} is the last checkpoint, after epoch {saved}: the same command with --resume carries on"
+        return f"stopped before the end of the first epoch; no checkpoint was written to {path}"
+    return f"stopped; {path} is the last checkpoint, after epoch {saved}; add --resume to the same command to continue"

@@ -1,6 +1,6 @@
-"""Predictions of a trained network for the rows of a file.
+"""Predict with a trained network for the rows of a file.
 
-`mlp-fused predict` is `run(Config(...))` with a command line before it.
+`mlp-fused predict` parses the command line into a `Config` and calls `run`.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ from .data import load_features, to_features
 
 __all__ = ["Config", "Predictions", "load_model", "predict", "run"]
 
-ROWS = 4096  # that go through the network at once
+ROWS = 4096  # the batch size
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of `mlp-fused predict`: each field is a flag, and its help says what it does.
+    """The settings of `mlp-fused predict`. Each field is a command-line flag with a help text.
 
     Raises:
-        UserError: a value that cannot be used.
+        UserError: --out has another suffix than .npz and .csv, or is also an input file.
     """
 
-    checkpoint: str = option(metavar="FILE", help="what mlp-fused train --checkpoint wrote (no default)")
+    checkpoint: str = option(metavar="FILE", help="checkpoint file of mlp-fused train (required)")
     data: str = option(
         metavar="FILE.npz",
-        help="array x (N, ...) of features as in the training's file, not scaled: the model does that; or x_test where "
-        "there is no x (no default)",
+        help="file with the array x (N, ...), unscaled features as in the training's file; if it has no x, x_test is "
+        "used (required)",
     )
     out: str = option(
         metavar="FILE",
-        help="FILE.npz with arrays labels, probabilities and classes, for a regression values; or FILE.csv with the "
-        "same in columns (no default)",
+        help="file to write: FILE.npz with the arrays labels, probabilities and classes, or for a regression the array "
+        "values; or FILE.csv with the same in columns (required)",
     )
     device: str = option("auto", help=DEVICE_HELP)
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".npz", ".csv"):
-            raise UserError(f"--out is {self.out}; it needs to be a name that ends in .npz or .csv")
+            raise UserError(f"--out is {self.out}; it needs to end in .npz or .csv")
         for name in ("checkpoint", "data"):
             if Path(self.out).resolve() == Path(getattr(self, name)).resolve():
                 raise UserError(
-                    f"--out is {self.out}, the file of --{name}, which it would replace; give it another name"
+                    f"--out is {self.out}, which is also --{name} and would be replaced; give --out another name"
                 )
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions of a network for N rows.
+    """The predictions of a network for N rows. A classification has the first three arrays, a regression the last.
 
     Attributes:
-        labels: (N,), each row's likeliest class: its number, or its name where the training's labels were text.
-        probabilities: (N, classes) float32.
-        classes: (classes,), all that `labels` could be, in the order of the columns of `probabilities`.
-        values: of a regression, in the place of the three: float64 of the targets' shape, (N,) or (N, k).
+        labels: (N,), the most likely class of each row: its number, or its name if the training labels were text.
+        probabilities: (N, classes), softmax(outputs) in float32.
+        classes: (classes,), the class of each column of `probabilities`.
+        values: (N,) or (N, k), as in the training file; float64, in the units of the targets.
     """
 
     labels: np.ndarray | None = None
@@ -83,7 +83,7 @@ class Predictions:
         return {name: array for name, array in vars(self).items() if array is not None}
 
     def rows(self) -> Iterable[list[object]]:
-        """A table with a header: "label" and a column for each class, or "value" (numbered if there are several)."""
+        """Yield the header and rows of a table: label and the classes, or value (several: value 0, value 1 …)."""
         if self.labels is not None:
             assert self.classes is not None
             assert self.probabilities is not None
@@ -100,27 +100,31 @@ class Predictions:
 def predict(
     checkpoint: str | Path, x: np.ndarray | Tensor, device: str = "auto", batch_size: int = ROWS
 ) -> Predictions:
-    """The predictions of a checkpoint of `mlp-fused train` for features x (N, ...), as they are in the data's file.
+    """Predict for features x (N, ...) with the network of a checkpoint of `mlp-fused train`.
 
-    `batch_size` rows go through the network at once.
+    Args:
+        checkpoint: the file.
+        x: the features, unscaled, as in the training file.
+        device: "auto", "cpu", "cuda", "cuda:1" …
+        batch_size: the number of rows that the network computes at once.
 
     Raises:
-        UserError: a file or rows that cannot be used.
+        UserError: the checkpoint, the features, the device or the batch size cannot be used.
     """
     size = whole_number(batch_size)
     if size is None or size < 1:
-        raise UserError(f"batch_size is {batch_size!r}; it needs to be a number of rows, 1 or more")
+        raise UserError(f"batch_size is {batch_size!r}; it needs to be a whole number of rows, 1 or more")
     loaded = load_checkpoint(checkpoint)
     rows = to_features(x) if isinstance(x, np.ndarray) else x.reshape(len(x), -1)
     data, where = loaded["data"], pick_device(device)
     if rows.shape[1] != data["features"]:
         raise UserError(
-            f"x has {count(rows.shape[1], 'feature')} a row, and the network of {checkpoint} takes {data['features']}"
+            f"x has {count(rows.shape[1], 'feature')} per row; the network of {checkpoint} needs {data['features']}"
         )
     model = make_model(checkpoint, loaded)
     scaling, network, *unscaling = model.children()
-    network.to(where)  # it alone: the rows are here
-    dtype = loaded["config"]["dtype"]  # computed as in training, so that the accuracy is the one that was reported
+    network.to(where)  # scaling and unscaling stay on the CPU, where the rows are
+    dtype = loaded["config"]["dtype"]  # autocast as in training, so that the accuracy is the reported one
     with torch.inference_mode(), autocast("fp32" if (dtype, where.type) == ("fp16", "cpu") else dtype, where):
         parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(size)]
     outputs = torch.cat(parts)
@@ -131,14 +135,14 @@ def predict(
 
 
 def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions:
-    """Predict as configured, and write the file whole or not at all.
+    """Predict, and write the predictions to `config.out` atomically.
 
     Args:
-        config: what to do.
-        report: is given what a user wants to read.
+        config: the settings.
+        report: called with a line about the result.
 
     Raises:
-        UserError: a mistake that the user can fix; files are as they were.
+        UserError: a mistake that the user can fix. No file is then changed.
     """
     path = Path(config.out)
     check_writable(path, "--out")
@@ -149,10 +153,10 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions
         write_whole(path, lambda file: write(file, predictions))
     except OSError as error:
         raise UserError(
-            f"cannot write the predictions {path}: {first_line(error)}; what was there before is as it was"
+            f"cannot write the predictions to {path}: {first_line(error)}; the old file, if any, is unchanged"
         ) from error
-    of_name = "" if name == "x" else f" of {name}"
-    report(f"{config.data}: {count(len(x), 'row')}{of_name}; {', '.join(predictions.arrays)} are in {path}")
+    array = "" if name == "x" else f" of {name}"
+    report(f"{config.data}: {count(len(x), 'row')}{array}; wrote {', '.join(predictions.arrays)} to {path}")
     return predictions
 
 
@@ -163,22 +167,25 @@ def _write_npz(file: IO[bytes], predictions: Predictions) -> None:
 def _write_csv(file: IO[bytes], predictions: Predictions) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     csv.writer(text).writerows(predictions.rows())
-    text.detach()  # flushes, and leaves the file open
+    text.detach()  # flushes the text without closing the file
 
 
 def load_model(path: str | Path, build: Build = build_model) -> nn.Sequential:
-    """The trained model of a checkpoint, on the CPU and in eval mode: `nn.Sequential(scaling, network)`.
+    """Load the trained model of a checkpoint, on the CPU and in eval mode.
 
-    It takes features as they are in the data's file, (M, features) of any dtype, and gives logits (M, classes). A
-    regression's has a last module `unscaling`, and gives values (M, k) in the targets' units, in float64.
+    A classification's is `nn.Sequential(scaling, network)`: unscaled features (M, features) of any dtype -> logits
+    (M, classes). A regression's is `nn.Sequential(scaling, network, unscaling)`: unscaled features -> values (M, k) in
+    float64, in the units of the targets.
 
     Args:
-        path: what `--checkpoint` was.
-        build: (features, outputs, config) -> the network; what `train` was given.
+        path: the checkpoint file.
+        build: a function (features, outputs, config) -> network, the same as for `train`.
 
     Raises:
-        UserError: there is no such file, it is not one of ours, or the network is not the one that was trained.
+        UserError: there is no such file, it is not a checkpoint of `mlp-fused train`, or `build` makes another network.
     """
     return make_model(
-        path, load_checkpoint(path), lambda features, outputs, told: build(features, outputs, Training(**told))
+        path,
+        load_checkpoint(path),
+        lambda features, outputs, settings: build(features, outputs, Training(**settings)),
     )

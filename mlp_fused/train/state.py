@@ -1,4 +1,4 @@
-"""All that a run depends on: what a checkpoint holds of it, and whether a checkpoint is of the same run."""
+"""The state of a training run: save it in a checkpoint, restore it, check that a checkpoint is from the same run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from .tasks import Epoch
 
 @dataclass
 class State:
-    """All that the next epoch depends on, data and configuration apart. The loop draws no other random numbers."""
+    """Everything that the next epoch depends on, except the data and the settings.
+
+    The loop draws random numbers only from `order` and from PyTorch's generators, which `checkpoint` includes.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -31,6 +34,7 @@ class State:
     history: list[Epoch] = field(default_factory=list)
 
     def checkpoint(self) -> dict[str, Any]:
+        """Return the parts of a checkpoint, as plain types and tensors. All processes call it."""
         device = self.processes.device
         random = {
             "torch": torch.get_rng_state(),
@@ -46,17 +50,17 @@ class State:
         }
 
     def restore(self, checkpoint: dict[str, Any], path: Path | None) -> None:
-        """Put everything back as `checkpoint()` found it; a process that was not there then keeps the seed it has.
+        """Restore the state from a checkpoint. A process that the checkpointed run did not have keeps its own seed.
 
         Raises:
-            UserError: the checkpoint is of another network, or damaged.
+            UserError: the checkpoint belongs to another network, or is damaged.
         """
         device = self.processes.device
         on_gpu = device.type == "cuda"
         try:
             self.model.load_state_dict(checkpoint["model"])
             for group in checkpoint["optimizer"]["param_groups"]:
-                group["fused"] = on_gpu  # the device may be another one now
+                group["fused"] = on_gpu  # the checkpoint may come from another device
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
             for random in checkpoint["random"]["processes"][self.processes.rank :][:1]:
@@ -70,26 +74,26 @@ class State:
 
 
 def check_same_run(checkpoint: dict[str, Any], config: Config) -> None:
-    """Refuse to carry on with another network, another task, or another course of training."""
-    told, needed = run_settings(config), checkpoint["config"]
+    """Raise a UserError if the settings differ from the checkpoint's, except for those in `MAY_CHANGE`."""
+    given, needed = run_settings(config), checkpoint["config"]
     differences = [
-        f"{flag(name)} is {shown(value)}, it needs {shown(needed.get(name))}"
-        for name, value in told.items()
+        f"{flag(name)} is {shown(value)}, but needs to be {shown(needed.get(name))}"
+        for name, value in given.items()
         if name not in MAY_CHANGE and value != needed.get(name)
     ]
     if differences:
-        raise UserError(f"{config.checkpoint} is the checkpoint of another run: {'; '.join(differences)}")
+        raise UserError(f"{config.checkpoint} is from another run: {'; '.join(differences)}")
 
 
 def check_same_data(checkpoint: dict[str, Any], config: Config, data: Data) -> None:
-    """Refuse to carry on with other data."""
-    now = data.description_of_format_1 if checkpoint["format"] == 1 else data.description
-    then = checkpoint["data"]
-    if now != then:
-        same_sizes = data.sizes == {name: then.get(name) for name in data.sizes}
+    """Raise a UserError if the data are not those of the checkpoint's run."""
+    given = data.format_1_description if checkpoint["format"] == 1 else data.description
+    needed = checkpoint["data"]
+    if given != needed:
+        same_sizes = data.sizes == {name: needed.get(name) for name in data.sizes}
         raise UserError(
-            f"{config.checkpoint} is the checkpoint of another run: --data has {_sizes(now)}, it needs {_sizes(then)}"
-            + " of other values" * same_sizes
+            f"{config.checkpoint} is from another run: --data has {_sizes(given)}, but needs {_sizes(needed)}"
+            + " with other values" * same_sizes
         )
 
 
@@ -100,5 +104,5 @@ def _sizes(description: Mapping[str, Any]) -> str:
 
 
 def run_settings(config: Config) -> dict[str, Any]:
-    """The configuration in types that weights_only reads, the learning rate filled in."""
+    """Return the settings as types that `torch.load(weights_only=True)` reads, with the actual learning rate."""
     return {**dataclasses.asdict(config), "hidden": list(config.hidden), "lr": config.learning_rate}

@@ -1,4 +1,4 @@
-"""Where the time of training steps goes."""
+"""Measure the time of training steps, by phase."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ __all__ = ["StepTimer"]
 
 
 class StepTimer:
-    """Where the time of training steps goes: milliseconds by phase.
+    """Measure the time of training steps, in milliseconds by phase.
 
-    Each `mark(phase)` ends a phase that began at the mark before it, or at `start()`. On the CPU marks are read off the
-    host's clock. On a GPU they are events in its stream, which the host does not wait for: they are read once an epoch,
-    by `read()`. "loading" is then the time in which the device stood waiting for its next batch, "copy" that in which
-    it waited for the copy of one that was loaded, as `copies` has timed it: what hides behind its work costs nothing.
+    `mark(phase)` ends a phase, which began at the previous mark or at `start()`. On a CPU, a mark is a time of the
+    clock. On a GPU, it is an event in the current stream; `read()` reads the events once an epoch, so that steps do not
+    wait for the device. There, "loading" is the time in which the GPU was idle because no batch was loaded, and "copy"
+    the time in which it waited for the copy of a loaded batch, as measured by `copies`. Loading and copying that
+    overlap with the GPU's work do not count.
 
     Args:
-        device: where the steps run.
-        now: marks this moment: seconds on a CPU, an event with timing on a GPU; by default the clock, or the stream.
-        most_pending: marks that are kept before they are read.
+        device: the device of the steps.
+        now: a function that returns a mark: seconds on a CPU, a recorded event on a GPU. By default the clock, or an
+            event in the current stream.
+        most_pending: the maximum number of marks before they are read.
     """
 
     PHASES = ("loading", "copy", "forward", "backward", "optimizer")
-    MOST_PENDING = 10_000  # marks; beyond, they are read in mid-epoch: one wait in 2000 steps
+    MOST_PENDING = 10_000  # marks; a longer epoch reads them in between, which waits for the device once in 2000 steps
 
     def __init__(
         self, device: torch.device, now: Callable[[], Any] | None = None, most_pending: int = MOST_PENDING
@@ -42,7 +44,7 @@ class StepTimer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was timed."""
+        """Discard all times."""
         self.steps = 0
         self._pending.clear()
         self._milliseconds = dict.fromkeys(self.PHASES, 0.0)
@@ -50,19 +52,19 @@ class StepTimer:
             self.copies.reset()
 
     def start(self) -> None:
-        """The next phase begins now."""
+        """Start the first phase."""
         self.read()
         self._pending = [("start", self._now())]
 
     def mark(self, phase: str) -> None:
-        """The phase ends now, and the next one begins. "optimizer" is a step's last."""
+        """End a phase and start the next one. "optimizer" is the last phase of a step."""
         self._pending.append((phase, self._now()))
         self.steps += phase == self.PHASES[-1]
         if len(self._pending) >= self._most_pending:
             self.read()
 
     def read(self) -> None:
-        """Add up the phases marked so far, waiting for the device to reach the last mark."""
+        """Wait for the device to reach the last mark, and add up the phases."""
         if self._device.type != "cpu" and self._pending:
             self._pending[-1][1].synchronize()
         for (_, begin), (phase, end) in zip(self._pending, self._pending[1:]):
@@ -78,13 +80,13 @@ class StepTimer:
 
     @property
     def percent(self) -> dict[str, float]:
-        """Each phase's part of the sum of all."""
+        """The percentage of each phase in the sum of all phases."""
         whole = sum(self._totals.values())
         return {phase: 100 * total / whole if whole else 0.0 for phase, total in self._totals.items()}
 
     @property
     def _totals(self) -> dict[str, float]:
-        """Milliseconds by phase; the wait for a copy, which is within the loading that was marked, apart."""
+        """Milliseconds by phase. The wait for copies, which the marks count as loading, is moved to "copy"."""
         totals = dict(self._milliseconds)
         if self.copies is not None:
             waited = min(totals["loading"], self.copies.waited_ms * self.copies.batches)
@@ -99,14 +101,14 @@ class StepTimer:
         lines += [f"{phase:<10}{milliseconds:>10.3f}{percent:>9.1f}" for phase, milliseconds, percent in rows]
         if self.copies is not None and self.copies.batches:
             lines.append(
-                f"a batch's copy takes {self.copies.copy_ms:.3f} ms on a stream of its own: "
-                f"{self.copies.hidden:.0%} of it were hidden"
+                f"copying a batch takes {self.copies.copy_ms:.3f} ms on a separate stream; "
+                f"{self.copies.hidden:.0%} of it overlaps with other work"
             )
         return "\n".join(lines)
 
 
 def _moment(device: torch.device) -> Any:
-    """Now: the clock's seconds on a CPU, a recorded event on a GPU."""
+    """Return the current time in seconds on a CPU, or a recorded event on a GPU."""
     if device.type == "cpu":
         return time.perf_counter()
     event = torch.get_device_module(device).Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""`mlp-fused transfer`: how long the work takes, how long moving the data takes, and when the GPU is worth it."""
+"""`mlp-fused transfer`: measure the time of a network's work and of its data transfer, and compare GPU and CPU."""
 
 from .config import Config, run
 from .findings import Crossing, OnCpu, OnGpu, Point, Transfer, crossing

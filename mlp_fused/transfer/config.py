@@ -1,4 +1,4 @@
-"""`mlp-fused transfer`: its settings, and the measurement that they ask for."""
+"""The settings of `mlp-fused transfer` (`Config`), and the command (`run`)."""
 
 from __future__ import annotations
 
@@ -30,49 +30,50 @@ ACTIVATION = "relu"
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of `mlp-fused transfer`: each field is a flag, and its help says what it does.
+    """The settings of `mlp-fused transfer`. Each field is a command-line flag with a help text.
 
     Raises:
-        UserError: a value that cannot be used.
+        UserError: a value has the wrong type or is out of range.
     """
 
     dims: tuple[int, ...] | None = option(
         None,
         metavar="WIDTH",
         group="network",
-        help=f"its widths from the input to the output (default: {' '.join(map(str, DIMS))})",
+        help=f"widths of the network, from the input to the output (default: {' '.join(map(str, DIMS))})",
     )
     checkpoint: str | None = option(
         None,
         metavar="FILE",
         group="network",
-        help="that of a checkpoint of mlp-fused train instead (default: that of --dims)",
+        help="checkpoint of mlp-fused train, whose network is measured instead (default: the network of --dims)",
     )
     activation: str | None = option(
         None,
         metavar="NAME",
         group="network",
-        help=f"after every hidden layer of --dims; train --help lists them (default: {ACTIVATION})",
+        help=f"activation after every hidden layer of --dims; mlp-fused train --help lists them "
+        f"(default: {ACTIVATION})",
     )
     batch: tuple[int, ...] = option(
         BATCH,
         metavar="N",
-        group="what is measured",
-        help="batch sizes, rows; the largest is the one that is taken apart (default: {default})",
+        group="measurement",
+        help="batch sizes in rows; the parts of a step are printed for the largest (default: {default})",
     )
-    dtype: DtypeName = option("fp32", group="what is measured", help="of parameters and inputs (default: {default})")
+    dtype: DtypeName = option("fp32", group="measurement", help="dtype of parameters and inputs (default: {default})")
     inference: bool = option(
         False,
-        group="what is measured",
-        help="forward and the output copied back (default: forward and backward)",
+        group="measurement",
+        help="measure the forward and the copy of the output to the host (default: forward and backward)",
     )
-    device: str = option("auto", group="what is measured", help=DEVICE_HELP)
+    device: str = option("auto", group="measurement", help=DEVICE_HELP)
     json: bool = option(False, group="output", help="print JSON (default: a table)")
     plot: str | None = option(
         None,
         metavar="FILE",
         group="output",
-        help="draw time against batch size, into FILE.png or FILE.svg; needs matplotlib (default: none is drawn)",
+        help="plot time against batch size to FILE.png or FILE.svg; needs matplotlib (default: no plot)",
     )
 
     def __post_init__(self) -> None:
@@ -83,7 +84,9 @@ class Config:
             )
         for name in ("dims", "activation"):
             if self.checkpoint is not None and getattr(self, name) is not None:
-                raise UserError(f"--{name} and --checkpoint are two networks; it needs to be one of them")
+                raise UserError(
+                    f"--{name} and --checkpoint are both given, but each describes a network; leave out one"
+                )
         if not self.batch or min(self.batch) < 1:
             raise UserError(f"--batch is {shown(self.batch)}; it needs to be 1 or more")
         try:
@@ -93,37 +96,39 @@ class Config:
 
 
 def run(config: Config, *, report: Callable[[str], None] = print, seconds: float = SECONDS) -> Transfer:
-    """Measure as configured.
+    """Measure a network, report the result and, if `config.plot` is set, plot it.
 
     Args:
-        config: what to do.
-        report: is given what a user wants to read.
-        seconds: spent on one number, about.
+        config: the settings.
+        report: called with the text to print.
+        seconds: the approximate time spent on each measured number.
 
     Raises:
-        UserError: a mistake that the user can mend.
+        UserError: a mistake that the user can fix.
     """
     path = None if config.plot is None else _check_plot(Path(config.plot))
     device = pick_device(config.device)
     model = _network(config)
     width = next(model.parameters()).shape[1]
-    asked = None if config.device == "auto" and device.type == "cpu" else device
+    chosen = None if config.device == "auto" and device.type == "cpu" else device
     try:
         batch = torch.randn(max(config.batch), width, dtype=DTYPES[config.dtype])
-        found = measure(model, batch, sizes=config.batch, training=not config.inference, device=asked, seconds=seconds)
-    except (ValueError, RuntimeError) as error:  # of torch: out of memory, a kind of device that is not measured
+        result = measure(
+            model, batch, sizes=config.batch, training=not config.inference, device=chosen, seconds=seconds
+        )
+    except (ValueError, RuntimeError) as error:  # out of memory, or a device that cannot be measured
         raise UserError(first_line(error)) from None
-    report(json.dumps(found.as_dict(), indent=2) if config.json else str(found))
+    report(json.dumps(result.as_dict(), indent=2) if config.json else str(result))
     if path is not None:
         from .figure import draw
 
         try:
-            draw(found, path)
+            draw(result, path)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; what was there before is as it was") from None
+            raise UserError(f"cannot write {path}: {error.strerror}; the old file, if any, is unchanged") from None
         if not config.json:
-            report(f"drawn into {path}")
-    return found
+            report(f"wrote the plot to {path}")
+    return result
 
 
 def _network(config: Config) -> FusedMLP:
@@ -133,7 +138,8 @@ def _network(config: Config) -> FusedMLP:
         try:
             model = FusedMLP(first, rest, activation_layer=config.activation or ACTIVATION)
         except RuntimeError as error:
-            raise UserError(f"--dims {shown(config.dims or DIMS)} makes no network here: {first_line(error)}") from None
+            dims = shown(config.dims or DIMS)
+            raise UserError(f"--dims is {dims}; cannot build the network: {first_line(error)}") from None
     else:
         trained = make_model(config.checkpoint, load_checkpoint(config.checkpoint), backend=None)
         model = trained.get_submodule("network")
@@ -142,16 +148,18 @@ def _network(config: Config) -> FusedMLP:
 
 
 def _check_plot(path: Path) -> Path:
-    """Before minutes of measuring rather than after.
+    """Check, before minutes of measuring, that a plot can be written, and return its path.
 
     Raises:
-        UserError: no plot can be drawn there, or by nothing that is installed.
+        UserError: the suffix is unknown, matplotlib is missing, or the file cannot be written.
     """
     if path.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot is {path}; it needs to be a name that ends in .png or .svg")
+        raise UserError(f"--plot is {path}; it needs to end in .png or .svg")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError('--plot needs matplotlib, which is not installed: pip install "mlp_fused[plot]"') from None
+        raise UserError(
+            '--plot needs matplotlib, which is not installed; install it (pip install "mlp_fused[plot]")'
+        ) from None
     check_writable(path, "--plot")
     return path

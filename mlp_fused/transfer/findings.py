@@ -1,4 +1,4 @@
-"""The findings of a measurement: a table, advice, and from how many rows on the GPU wins."""
+"""The result of a measurement: its table, its advice, and the batch size from which on the GPU is faster."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .first_touch import FirstTouch
 
 __all__ = ["Crossing", "OnCpu", "OnGpu", "Point", "Transfer", "crossing"]
 
-WAYS = ("step", "non_waiting", "prefetched")  # of OnGpu, by which data of the host as they are come to a step
-GAIN = 0.05  # of a step's time; advice that promises less is not given
+WAYS = ("step", "non_waiting", "prefetched")  # fields of OnGpu: the ways to copy unchanged host data for a step
+GAIN = 0.05  # advice is given only if it saves more than this fraction of a step
 
 
 @dataclass(frozen=True)
 class OnCpu:
-    """One batch on the CPU: forward, backward (None for inference), both in one step."""
+    """Times of one batch on the CPU: forward, backward (None for inference), and a step, which is both."""
 
     forward: Spread
     backward: Spread | None
@@ -29,24 +29,25 @@ class OnCpu:
 
 @dataclass(frozen=True)
 class OnGpu:
-    """One batch on the GPU.
+    """Times of one batch on the GPU.
 
     Attributes:
-        pageable: its copy to the device, from the memory that a loader makes it in.
-        pinned: the same from pinned memory; the host waits for it.
-        non_blocking: the same, and the host does not wait.
-        to_host: the output's copy back, to pageable memory.
-        staging: copying the batch into pinned memory, by the host.
-        launch: the smallest kernel there is: one number.
-        forward: the network's kernels on a batch that lies on the device.
-        backward: those of every parameter's gradient; None for inference.
-        resident: a step in a loop, its batch on the device already.
-        step: a step in a loop as it is usually written: `x.to(device)`, forward, backward; for inference the copy of
-            the output back instead of the backward.
-        prefetched: the same through DevicePrefetcher, from a loader that pins (without, the host has `staging` to do).
-        non_waiting: the same from pinned memory, copied in the stream that computes; the host does not wait.
-        narrowed: as `prefetched`, of a batch that lies in pinned memory in 16 bits, and is widened on the device; None
-            where it has no float32 numbers.
+        pageable: the copy of the batch to the device from pageable memory.
+        pinned: the copy from pinned memory; the host waits for it.
+        non_blocking: the copy from pinned memory with non_blocking=True; the host does not wait.
+        to_host: the copy of the output to pageable memory.
+        staging: the host's copy of the batch into pinned memory.
+        launch: the launch of a kernel that sets one number.
+        forward: the forward kernels; the batch is on the device.
+        backward: the backward kernels, for the gradients of all parameters; None for inference.
+        resident: a step in a loop; the batch is already on the device.
+        step: a step in the usual loop: `x.to(device)`, forward, backward. For inference: `x.to(device)`, forward, copy
+            of the output to the host.
+        prefetched: the step with DevicePrefetcher and a loader that pins memory. (Without pinned memory, the host would
+            also need the time `staging`.)
+        non_waiting: the step with a non_blocking copy from pinned memory, in the stream of the kernels.
+        narrowed: the step as in `prefetched`, but the batch is in 16 bits on the host and converted to float32 on the
+            device; None if the batch has no float32 tensor.
     """
 
     pageable: Measured
@@ -65,36 +66,36 @@ class OnGpu:
 
     @property
     def kernels(self) -> Spread:
-        """The device's work in a step, copies apart."""
+        """The device time of a step's kernels, without copies."""
         return self.forward.device if self.backward is None else self.forward.device + self.backward.device
 
     @property
     def issued(self) -> Spread:
-        """The host's time to launch a step."""
+        """The host time to launch a step's kernels."""
         return self.forward.returned if self.backward is None else self.forward.returned + self.backward.returned
 
     @property
     def parts(self) -> dict[str, Spread]:
-        """The parts that go on side by side in a loop that prefetches: the slowest of them bounds it."""
+        """The times of copy, launch and kernels, which overlap in a loop with prefetching. The slowest bounds it."""
         return {"copy": self.non_blocking.device, "launch": self.issued, "kernel": self.kernels}
 
     @property
     def bound(self) -> str:
-        """The slowest of `parts`, by name."""
+        """The name of the slowest of `parts`."""
         return max(self.parts, key=lambda name: self.parts[name].ms)
 
     @property
     def hidden(self) -> float:
-        """The part of the copy that prefetching hides, 0 to 1: of a copy that could be hidden whole, 1."""
+        """The fraction of the possible overlap of copy and kernels that prefetching reaches, 0 to 1."""
         return hidden(self.non_blocking.device.ms, self.resident.ms, self.prefetched.ms)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One batch size: bytes in and out, and the times; `gpu` is None without one.
+    """The measurement of one batch size: the bytes of batch and output, and the times. `gpu` is None without a GPU.
 
-    `least` is the bytes that the forward's, and that the backward's kernels move at least: the batch, the output, the
-    parameters, and for backward the gradients of the last two.
+    `least` has the minimum bytes that the forward kernels move (batch, output, parameters), and that the backward
+    kernels move (the same, and the gradients of the parameters).
     """
 
     rows: int
@@ -107,10 +108,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Crossing:
-    """From how many rows on the GPU wins, interpolated between the sizes measured; `low` to `high` is its range.
+    """The batch size from which on the GPU is faster, interpolated between the measured sizes.
 
-    The range is that of the quartiles: the CPU slow and the GPU fast, and the other way about. 0 says that the GPU wins
-    at the smallest size measured already, infinity that it does not win at the largest.
+    Attributes:
+        rows: the batch size. 0 if the GPU is faster at every measured size, infinity if it is slower at the largest.
+        low: the batch size by the CPU's upper and the GPU's lower quartile.
+        high: the batch size by the CPU's lower and the GPU's upper quartile.
+        measured: the smallest and the largest measured size.
     """
 
     rows: float
@@ -120,11 +124,11 @@ class Crossing:
 
     def __str__(self) -> str:
         if self.rows == 0:
-            perhaps = "" if self.high == 0 else f" (by the spread perhaps only {_from(self.high)})"
-            return f"at every batch size measured, from {count(self.measured[0], 'row', ',')} on{perhaps}"
+            perhaps = "" if self.high == 0 else f" (by the quartiles, perhaps only {_from(self.high)})"
+            return f"at every measured batch size, from {count(self.measured[0], 'row', ',')} on{perhaps}"
         if self.rows == math.inf:
-            perhaps = "" if self.low == math.inf else f" (by the spread perhaps {_from(self.low)})"
-            return f"at no batch size measured, up to {count(self.measured[1], 'row', ',')}{perhaps}"
+            perhaps = "" if self.low == math.inf else f" (by the quartiles, perhaps {_from(self.low)})"
+            return f"at no measured batch size, up to {count(self.measured[1], 'row', ',')}{perhaps}"
         ends = [
             "below the smallest" if end == 0 else "above the largest" if end == math.inf else f"{end:,.0f}"
             for end in (self.low, self.high)
@@ -133,21 +137,22 @@ class Crossing:
 
 
 def crossing(sizes: Sequence[int], cpu: Sequence[Spread], gpu: Sequence[Spread]) -> Crossing:
-    """Where the GPU's time falls below the CPU's, for good as far as was measured; sizes ascending.
+    """Return the batch size from which on the GPU is faster at all larger measured sizes. `sizes` are ascending.
 
-    Between two sizes log(time) is taken to be linear in log(rows): times are sums of a constant and of powers.
+    Between two sizes, log(time) is interpolated linearly in log(rows), because a time is a constant plus a power of the
+    rows.
     """
 
-    def where(slow: Callable[[Spread], float], fast: Callable[[Spread], float]) -> float:
-        ahead = [math.log(slow(c) / fast(g)) for c, g in zip(cpu, gpu, strict=True)]
-        if ahead[-1] <= 0:
+    def where(cpu_ms: Callable[[Spread], float], gpu_ms: Callable[[Spread], float]) -> float:
+        log_speedup = [math.log(cpu_ms(c) / gpu_ms(g)) for c, g in zip(cpu, gpu, strict=True)]
+        if log_speedup[-1] <= 0:
             return math.inf
-        lost = [i for i, value in enumerate(ahead) if value <= 0]
-        if not lost:
+        slower = [i for i, value in enumerate(log_speedup) if value <= 0]
+        if not slower:
             return 0.0
-        i = lost[-1]
-        part = -ahead[i] / (ahead[i + 1] - ahead[i])
-        growth: float = (sizes[i + 1] / sizes[i]) ** part
+        i = slower[-1]
+        fraction = -log_speedup[i] / (log_speedup[i + 1] - log_speedup[i])
+        growth: float = (sizes[i + 1] / sizes[i]) ** fraction
         return sizes[i] * growth
 
     return Crossing(
@@ -159,38 +164,41 @@ def crossing(sizes: Sequence[int], cpu: Sequence[Spread], gpu: Sequence[Spread])
 
 
 def _from(rows: float) -> str:
-    """One end of a crossing's range."""
+    """Return one end of a crossing's range in words."""
     if rows == 0:
         return "at every one"
     return "at none" if rows == math.inf else f"from {rows:,.0f} on"
 
 
-def fastest(ms: Mapping[str, float]) -> str:
-    """The name of the least of some times; of those that are within GAIN of it, the one that stands first."""
-    least = min(ms.values())
-    return next(name for name, each in ms.items() if each <= (1 + GAIN) * least)
+def fastest(times: Mapping[str, float]) -> str:
+    """Return the name of the shortest time, or the first name whose time is within GAIN of it."""
+    least = min(times.values())
+    return next(name for name, time in times.items() if time <= (1 + GAIN) * least)
 
 
 def hidden(copied: float, computed: float, together: float) -> float:
-    """The part, 0 to 1, of what two things that take so long each could hide of each other, and did in one step."""
+    """The overlap of a copy and a computation as a fraction of the possible overlap, 0 to 1.
+
+    It is (copied + computed - together) / min(copied, computed).
+    """
     possible = min(copied, computed)
     return min(1.0, max(0.0, (copied + computed - together) / possible)) if possible else 1.0
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The findings of `measure`; `print` them.
+    """The result of `measure`. `print` it to read it.
 
     Attributes:
-        network: what was measured.
-        rows: the batch size that was asked about; `at_rows` is its point.
-        training: whether a step has a backward.
-        cpu, gpu: names; gpu is None where there is none.
-        link: what the link reaches with pinned memory, bytes/s.
-        memory: what the GPU's memory reaches in a large copy, bytes/s read plus written.
-        first_touch: what only the first call costs, in a process of its own.
-        points: one for each batch size, ascending.
-        notes: what is missing, and why.
+        network: a description of the network and its input.
+        rows: the batch size of the batch given to `measure`.
+        training: True if a step has a backward.
+        cpu, gpu: descriptions of the CPU and the GPU; gpu is None without a GPU.
+        link: the measured rates of the link with pinned memory, in bytes/s.
+        memory: the measured rate of the GPU's memory in a large copy, in bytes/s, read plus written.
+        first_touch: the one-time costs of a process, measured in new processes.
+        points: one Point for each batch size, ascending.
+        notes: the parts that were not measured, with the reasons.
     """
 
     network: str
@@ -206,55 +214,57 @@ class Transfer:
 
     @property
     def at_rows(self) -> Point:
+        """The point of the batch size `rows`."""
         return next(point for point in self.points if point.rows == self.rows)
 
     @property
     def crossings(self) -> dict[str, Crossing]:
-        """From which batch size on the GPU wins: by `step`, by `prefetched` and by `resident`. Empty without a GPU."""
+        """The crossings of the CPU's step with `step`, `prefetched` and `resident`, by name. Empty without a GPU."""
         on_gpu = [point.gpu for point in self.points if point.gpu is not None]
         if not on_gpu:
             return {}
         sizes, cpu = [point.rows for point in self.points], [point.cpu.step for point in self.points]
         return {
-            name: crossing(sizes, cpu, [getattr(each, name) for each in on_gpu])
+            name: crossing(sizes, cpu, [getattr(times, name) for times in on_gpu])
             for name in ("step", "prefetched", "resident")
         }
 
     @property
     def explanation(self) -> str:
-        """The reason for which the two clocks differ, in a line. Empty without a GPU."""
+        """A line that explains why the host's clock and the device's differ. Empty without a GPU."""
         gpu = self.at_rows.gpu
         if gpu is None:
             return ""
-        device, host, returned = (each.ms for each in (gpu.forward.device, gpu.forward.host, gpu.forward.returned))
+        forward = gpu.forward
+        device, host, returned = forward.device.ms, forward.host.ms, forward.returned.ms
         return (
-            f"of the forward's {_time(host)} by the host's clock the device works {_time(device)}; the other "
-            f"{_time(max(0.0, host - device))} are Python, launching and waiting; a clock that does not wait reads "
-            f"{_time(returned)}"
+            f"the forward takes {_time(host)} by the host's clock: {_time(device)} of kernels, and "
+            f"{_time(max(0.0, host - device))} of Python, launches and waiting; without a synchronization the clock "
+            f"would show {_time(returned)}"
         )
 
     @property
     def bounds(self) -> str:
-        """The part that bounds the step, in a line. Empty without a GPU."""
+        """A line with the copy's part of a step, and the part that bounds a prefetched step. Empty without a GPU."""
         gpu = self.at_rows.gpu
         if gpu is None:
             return ""
-        what = {
+        names = {
             "copy": "the copy to the device",
-            "launch": "the host, which launches",
-            "kernel": "the device, which computes",
+            "launch": "the launches",
+            "kernel": "the kernels",
         }
         parts = ", ".join(f"{name} {_time(part.ms)}" for name, part in gpu.parts.items())
         copied = gpu.pageable.host.ms
         return (
-            f"of a step of {count(self.rows, 'row', ',')} as usually written, {_time(gpu.step.ms)}, the copy is "
-            f"{_time(copied)} ({min(1.0, copied / gpu.step.ms):.0%}); prefetched it is bound by "
-            f"{what[gpu.bound]}: {parts}"
+            f"a step of {count(self.rows, 'row', ',')} with x.to(device) takes {_time(gpu.step.ms)}, of which the copy "
+            f"takes {_time(copied)} ({min(1.0, copied / gpu.step.ms):.0%}); with prefetching, {names[gpu.bound]} "
+            f"bound{'s' * (gpu.bound == 'copy')} it: {parts}"
         )
 
     @property
     def choice(self) -> str:
-        """The fastest way to do a step with data of the host: "cpu", or one of WAYS. Without a GPU, "cpu"."""
+        """The fastest way to compute a step if the data are on the host: "cpu" or one of WAYS."""
         point = self.at_rows
         times = {"cpu": point.cpu.step.ms}
         if point.gpu is not None:
@@ -263,54 +273,53 @@ class Transfer:
 
     @property
     def advice(self) -> list[str]:
-        """Advice, with the time that it saves. Empty without a GPU."""
+        """Advice, with the time of a step that it would give. Empty without a GPU."""
         point = self.at_rows
         gpu, cpu = point.gpu, point.cpu.step
         if gpu is None:
             return []
         advice = []
-        usual, ahead, resident = gpu.step.ms, gpu.prefetched.ms, gpu.resident.ms
+        usual, prefetched, resident = gpu.step.ms, gpu.prefetched.ms, gpu.resident.ms
         ways = {name: getattr(gpu, name).ms for name in WAYS}
         way, best = fastest(ways), min(ways.values())
         if self.choice == "cpu":
             advice.append(
                 f"stay on the CPU at {count(self.rows, 'row', ',')}: a step takes {_time(cpu.ms)} there and "
-                f"{_time(best)} on the GPU, which wins {self.crossings['prefetched']}"
+                f"{_time(best)} on the GPU, which is faster {self.crossings['prefetched']}"
             )
         if gpu.bound == "launch":
-            sizes, on_gpu = zip(*((each.rows, each.gpu) for each in self.points if each.gpu is not None))
-            filled = crossing(sizes, [each.kernels for each in on_gpu], [each.issued for each in on_gpu])
+            sizes, on_gpu = zip(*((point.rows, point.gpu) for point in self.points if point.gpu is not None))
+            filled = crossing(sizes, [times.kernels for times in on_gpu], [times.issued for times in on_gpu])
             advice.append(
-                f"take a larger batch: the device works {_time(gpu.kernels.ms)} of the {_time(gpu.issued.ms)} that the "
-                f"host takes to launch it; it has more work than that {filled}"
+                f"take a larger batch: launching takes {_time(gpu.issued.ms)}, and the kernels only "
+                f"{_time(gpu.kernels.ms)}; the kernels take longer {filled}"
             )
         if way == "prefetched":
             advice.append(
-                f"prefetch (mlp_fused.DevicePrefetcher) from a loader that pins (DataLoader's pin_memory=True): a step "
-                f"takes {_time(ahead)}, not {_time(usual)}; {gpu.hidden:.0%} of what could be hidden is"
+                f"prefetch with mlp_fused.DevicePrefetcher and a DataLoader with pin_memory=True: a step takes "
+                f"{_time(prefetched)} instead of {_time(usual)}; {gpu.hidden:.0%} of the possible overlap is reached"
             )
         elif way == "non_waiting":
             advice.append(
-                f"pin the batch in the loader (DataLoader's pin_memory=True), and copy it with non_blocking=True: a "
-                f"step takes {_time(gpu.non_waiting.ms)}, not {_time(usual)}"
+                f"pin the batch (DataLoader's pin_memory=True) and copy it with non_blocking=True: a step takes "
+                f"{_time(gpu.non_waiting.ms)} instead of {_time(usual)}"
             )
         if gpu.narrowed is not None and best - gpu.narrowed.ms > GAIN * best:
             advice.append(
-                f"keep the loader's data in 16 bits, prefetch them, and widen them on the GPU or compute under "
-                f"torch.autocast: half the bytes, {_time(gpu.narrowed.ms)} instead of {_time(best)} a step"
+                f"store the data on the host in 16 bits, prefetch them, and convert them to float32 on the GPU or use "
+                f"torch.autocast: with half the bytes a step takes {_time(gpu.narrowed.ms)} instead of {_time(best)}"
             )
         if best - resident > GAIN * best:
             advice.append(
-                f"keep the data on the GPU where they fit: a step on data that are there takes {_time(resident)} "
-                f"instead of {_time(best)}"
+                f"keep the data on the GPU if they fit: a step then takes {_time(resident)} instead of {_time(best)}"
             )
-        return advice or [f"nothing: all but {1 - resident / usual:.0%} of a step is the network's own work"]
+        return advice or [f"no advice: all but {1 - resident / usual:.0%} of a step is the work of the network"]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, those that follow from others included. Of crossings, infinity is None."""
+        """Return the values, including the derived ones, as plain types for JSON. In crossings, infinity is None."""
 
-        def ends(found: Crossing) -> dict[str, Any]:
-            values = dataclasses.asdict(found)
+        def finite(crossing: Crossing) -> dict[str, Any]:
+            values = dataclasses.asdict(crossing)
             return {name: None if value == math.inf else value for name, value in values.items()}
 
         gpu = self.at_rows.gpu
@@ -321,8 +330,9 @@ class Transfer:
             "choice": self.choice,
             "bounds": self.bounds,
             "explanation": self.explanation,
-            "rates": None if gpu is None else {name: list(each) for name, each in _rates(self)},  # GB/s, of ceiling
-            "crossings": {name: ends(found) for name, found in self.crossings.items()},
+            # GB/s, and the fraction of the ceiling
+            "rates": None if gpu is None else {name: list(rates) for name, rates in _rates(self)},
+            "crossings": {name: finite(crossing) for name, crossing in self.crossings.items()},
             "advice": self.advice,
         }
 
@@ -330,19 +340,20 @@ class Transfer:
         return "\n".join(_lines(self))
 
 
-def _lines(found: Transfer) -> Iterator[str]:
-    point = found.at_rows
-    yield f"{found.network}; {'training' if found.training else 'inference'}, {count(found.rows, 'row', ',')}"
-    yield f"CPU: {found.cpu}"
-    yield f"GPU: {found.gpu or 'none'}"
-    if found.link is not None and found.memory is not None:
+def _lines(result: Transfer) -> Iterator[str]:
+    """Yield the lines of the report. `bench.readings` parses its tables."""
+    point = result.at_rows
+    yield f"{result.network}; {'training' if result.training else 'inference'}, {count(result.rows, 'row', ',')}"
+    yield f"CPU: {result.cpu}"
+    yield f"GPU: {result.gpu or 'none'}"
+    if result.link is not None and result.memory is not None:
         yield (
-            f"ceilings: to the device {_rate(found.link.to_device)}, to the host {_rate(found.link.to_host)}, the "
-            f"GPU's memory {_rate(found.memory)}"
+            f"ceilings: to the device {_rate(result.link.to_device)}, to the host {_rate(result.link.to_host)}, the "
+            f"GPU's memory {_rate(result.memory)}"
         )
-    if (first := found.first_touch) is not None:
+    if (first := result.first_touch) is not None:
         yield ""
-        yield "first touch, in a process of its own"
+        yield "first touch, in a new process"
         steps = (
             ("context", first.context, ""),
             ("allocation", first.allocation, ""),
@@ -355,33 +366,36 @@ def _lines(found: Transfer) -> Iterator[str]:
         yield from _columns([(name, _time(ms), note) for name, ms, note in steps], "<><")
     yield ""
     yield (
-        f"every time after that, {count(found.rows, 'row', ',')}, {point.bytes_in:,} bytes in, {point.bytes_out:,} out "
-        "(medians, with their quartiles)"
+        f"after the first call, {count(result.rows, 'row', ',')}, {point.bytes_in:,} bytes in, {point.bytes_out:,} "
+        "bytes out (medians ± quartiles)"
     )
     if point.gpu is not None:
-        yield from _columns(list(_gpu_rows(found, point.gpu)), "<>>>>>")
-        yield "device: between events; host: from the call until the device is done; returned: until it comes back"
-        yield found.explanation
+        yield from _columns(list(_gpu_rows(result, point.gpu)), "<>>>>>")
+        yield (
+            "device: time between events; host: time from the call until the device is done; returned: time until the "
+            "call returns"
+        )
+        yield result.explanation
         yield ""
     yield from _columns(list(_cpu_rows(point.cpu)), "<>")
     yield ""
     yield "a step by batch size"
-    yield from _columns(list(_size_rows(found)), ">" * 9)
-    if found.crossings:
+    yield from _columns(list(_size_rows(result)), ">" * 9)
+    if result.crossings:
         yield ""
-        yield found.bounds
-        ways = {"step": "as usually written", "prefetched": "prefetched", "resident": "with the data on it"}
-        for name, each in found.crossings.items():
-            yield f"the GPU wins over this CPU, {ways[name]}: {each}"
+        yield result.bounds
+        ways = {"step": "with x.to(device)", "prefetched": "with prefetching", "resident": "with the data on the GPU"}
+        for name, crossing in result.crossings.items():
+            yield f"the GPU is faster than this CPU, {ways[name]}: {crossing}"
         yield ""
-        yield from (f"- {sentence}" for sentence in found.advice)
-    for note in found.notes:
+        yield from (f"- {sentence}" for sentence in result.advice)
+    for note in result.notes:
         yield f"not measured: {note}"
 
 
-def _moved(found: Transfer) -> dict[str, tuple[Measured, int, float]]:
-    """The GPU's copies and kernels that move bytes: their times, the bytes that they must move, the most a second."""
-    point, link, memory = found.at_rows, found.link, found.memory
+def _moved(result: Transfer) -> dict[str, tuple[Measured, int, float]]:
+    """Return (time, minimum bytes, ceiling in bytes/s) of each GPU copy and kernel that moves bytes, by name."""
+    point, link, memory = result.at_rows, result.link, result.memory
     assert point.gpu is not None
     assert link is not None
     assert memory is not None
@@ -396,9 +410,9 @@ def _moved(found: Transfer) -> dict[str, tuple[Measured, int, float]]:
     return moved if gpu.backward is None else {**moved, "backward": (gpu.backward, point.least[1], memory)}
 
 
-def _rates(found: Transfer) -> Iterator[tuple[str, tuple[float, float]]]:
-    """GB/s, and the part of the ceiling that they are, by the names of `_moved`; of what takes no time, none."""
-    for name, (measured, nbytes, ceiling) in _moved(found).items():
+def _rates(result: Transfer) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield (name, (GB/s, fraction of the ceiling)) for `_moved`. Entries without time or bytes are left out."""
+    for name, (measured, nbytes, ceiling) in _moved(result).items():
         if measured.device.ms and nbytes:
             rate = nbytes / (1e-3 * measured.device.ms)
             yield name, (1e-9 * rate, rate / ceiling)
@@ -410,19 +424,19 @@ PARTS = {
     "non_blocking": "  pinned, non_blocking",
     "to_host": "copy of the output to the host",
     "launch": "launch of a kernel",
-    "forward": "forward, its kernels",
-    "backward": "backward, its kernels",
+    "forward": "forward kernels",
+    "backward": "backward kernels",
 }
 
 
-def _gpu_rows(found: Transfer, gpu: OnGpu) -> Iterator[tuple[str, ...]]:
+def _gpu_rows(result: Transfer, gpu: OnGpu) -> Iterator[tuple[str, ...]]:
     yield "", "device", "host", "returned", "GB/s", "of ceiling"
-    rates = dict(_rates(found))
-    for name, told in PARTS.items():
+    rates = dict(_rates(result))
+    for name, label in PARTS.items():
         if (measured := getattr(gpu, name)) is not None:
             rate = (f"{rates[name][0]:.1f}", f"{rates[name][1]:.0%}") if name in rates else ("", "")
-            yield told, *map(_spread, (measured.device, measured.host, measured.returned)), *rate
-    yield "into pinned memory, by the host", "", _spread(gpu.staging), "", "", ""
+            yield label, *map(_spread, (measured.device, measured.host, measured.returned)), *rate
+    yield "host copy into pinned memory", "", _spread(gpu.staging), "", "", ""
 
 
 def _cpu_rows(cpu: OnCpu) -> Iterator[tuple[str, str]]:
@@ -432,23 +446,23 @@ def _cpu_rows(cpu: OnCpu) -> Iterator[tuple[str, str]]:
     yield "step on the CPU", _spread(cpu.step)
 
 
-def _size_rows(found: Transfer) -> Iterator[tuple[str, ...]]:
-    if found.gpu is None:
+def _size_rows(result: Transfer) -> Iterator[tuple[str, ...]]:
+    if result.gpu is None:
         yield "rows", "bytes in", "CPU"
-        for point in found.points:
+        for point in result.points:
             yield f"{point.rows:,}", f"{point.bytes_in:,}", _time(point.cpu.step.ms)
         return
-    yield "rows", "bytes in", "CPU", "GPU", "prefetched", "data there", "pinned copy", "launch", "kernel"
-    for point in found.points:
+    yield "rows", "bytes in", "CPU", "GPU", "prefetched", "data on GPU", "pinned copy", "launch", "kernel"
+    for point in result.points:
         assert point.gpu is not None
         steps = (point.cpu.step, point.gpu.step, point.gpu.prefetched, point.gpu.resident)
         parts = ("*" * (name == point.gpu.bound) + _time(part.ms) for name, part in point.gpu.parts.items())
         yield f"{point.rows:,}", f"{point.bytes_in:,}", *(_time(step.ms) for step in steps), *parts
-    yield ("* what bounds it",)
+    yield ("* the slowest part, which bounds the step",)
 
 
 def _columns(rows: Sequence[tuple[str, ...]], sides: str) -> Iterator[str]:
-    """Rows in columns, each to its side, `<` or `>`. A row of one cell is no row of the table."""
+    """Align rows in columns, `<` left or `>` right. A row with one cell is a line of its own."""
     widths = [max(len(row[i]) for row in rows if len(row) > 1) for i in range(len(rows[0]))]
     for row in rows:
         cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths))
@@ -456,7 +470,7 @@ def _columns(rows: Sequence[tuple[str, ...]], sides: str) -> Iterator[str]:
 
 
 def _time(ms: float) -> str:
-    """Three digits and a unit."""
+    """Return a time with three digits and a unit."""
     for unit, factor in (("s", 1e-3), ("ms", 1.0)):
         if ms * factor >= 1:
             return f"{ms * factor:.3g} {unit}" if ms * factor < 1000 else f"{ms * factor:.0f} {unit}"
@@ -464,7 +478,7 @@ def _time(ms: float) -> str:
 
 
 def _spread(spread: Spread) -> str:
-    """The median, and how far the quartiles are from it."""
+    """Return the median and, in percent of it, the larger distance of the quartiles."""
     around = max(spread.high - spread.ms, spread.ms - spread.low)
     return f"{_time(spread.ms)} ±{around / spread.ms if spread.ms else 0:.0%}"
 

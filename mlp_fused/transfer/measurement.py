@@ -1,8 +1,8 @@
-"""The time that a network's work takes and that moving its data takes, and when the GPU is worth it.
+"""Measure the parts of a network's time on a GPU, and compare it with the CPU.
 
-A GPU operation's time has parts: on its first call creating the context, allocating, compiling; then on every call the
-copy of its input, launching, and the kernels. `measure` takes them apart, for a network and batch of your own, and sets
-the CPU's time beside them. `mlp-fused transfer` is `run(Config(...))` with a command line before it.
+The first call on a GPU creates the context, allocates memory and compiles kernels. Every call copies its input,
+launches kernels, and waits for them. `measure` measures each of these parts for your network and batch, and the time on
+the CPU.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .first_touch import FirstTouch, in_fresh_processes
 
 __all__ = ["Gpu", "copy_calls", "measure"]
 
-LADDER = (1 / 16, 1 / 4, 1, 4, 16)  # of the batch's rows: what is measured where `sizes` does not say
-LOOPS = ("resident", "step", "prefetched", "non_waiting", "narrowed")
+LADDER = (1 / 16, 1 / 4, 1, 4, 16)  # the default `sizes`, as multiples of the batch size
+LOOPS = ("resident", "step", "prefetched", "non_waiting", "narrowed")  # fields of OnGpu that are measured as a loop
 
 
 def copy_calls(host: Sequence[Tensor], device: torch.device) -> dict[str, Timed]:
-    """The copies of pageable tensors to the device, into memory that is there: pageable, pinned, non_blocking."""
+    """Return three copies of pageable tensors to the device, by name: pageable, pinned, and pinned non_blocking."""
     pinned = [tensor.pin_memory() for tensor in host]
-    there = [torch.empty_like(tensor, device=device) for tensor in host]
+    targets = [torch.empty_like(tensor, device=device) for tensor in host]
 
     def copies(sources: Sequence[Tensor], non_blocking: bool) -> Callable[[int], None]:
         def call(_: int) -> None:
-            for target, source in zip(there, sources):
+            for target, source in zip(targets, sources):
                 target.copy_(source, non_blocking=non_blocking)
 
         return call
@@ -53,42 +53,44 @@ def copy_calls(host: Sequence[Tensor], device: torch.device) -> dict[str, Timed]
 
 
 class Work:
-    """A network and its batches on a device: forward, backward, a step. The network is a copy."""
+    """Forward, backward and a step of a network on a device. The network is a copy of `model`."""
 
     def __init__(self, model: nn.Module, training: bool, device: torch.device | str) -> None:
         self.model = copy.deepcopy(model).to(device).train(training)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad] if training else []
 
     def forward(self, batch: Sequence[Tensor]) -> list[Tensor]:
-        """The output's tensors; those that have gradients, in training."""
+        """Return the output tensors; in training, those that require a gradient."""
         with torch.set_grad_enabled(bool(self.parameters)):
             outputs = [leaf for leaf in tree_leaves(self.model(*batch)) if isinstance(leaf, Tensor)]
-        return [each for each in outputs if each.requires_grad] if self.parameters else outputs
+        return [output for output in outputs if output.requires_grad] if self.parameters else outputs
 
     def gradients(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Random ones of the outputs, in training."""
-        return [torch.randn_like(each) for each in outputs] if self.parameters else []
+        """Return random gradients of the outputs; none for inference."""
+        return [torch.randn_like(output) for output in outputs] if self.parameters else []
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Compute the gradients of all parameters."""
         torch.autograd.grad(outputs, self.parameters, gradients, allow_unused=True)
 
     def calls(self, batches: Sequence[Sequence[Tensor]]) -> dict[str, Timed]:
-        """Forward, backward where there is one, and `resident`, on batches that are on the device, taken in turn."""
+        """Return the calls to time, by name: forward, backward in training, and a step. They cycle through batches."""
         gradients = self.gradients(self.forward(batches[0]))
-        waiting: list[Sequence[Tensor]] = []
+        pending: list[Sequence[Tensor]] = []  # the outputs of the forward before a backward
 
         def setup(i: int) -> None:
-            waiting[:] = [self.forward(batches[i])]
+            pending[:] = [self.forward(batches[i])]
 
         def step(i: int) -> None:
             self.step(batches[i], gradients)
 
         calls = {"forward": Timed(lambda i: self.forward(batches[i]), sets=len(batches))}
         if self.parameters:
-            calls["backward"] = Timed(lambda _: self.backward(waiting.pop(), gradients), setup, len(batches))
+            calls["backward"] = Timed(lambda _: self.backward(pending.pop(), gradients), setup, len(batches))
         return {**calls, "resident": Timed(step, sets=len(batches))}
 
     def step(self, batch: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Run forward and, in training, backward. Return the outputs."""
         outputs = self.forward(batch)
         if self.parameters:
             self.backward(outputs, gradients)
@@ -96,9 +98,9 @@ class Work:
 
 
 class Gpu:
-    """The GPU that is measured: its name, its ceilings, its clock, and the calls that are timed.
+    """A GPU to measure: its name, its ceilings, its clock, and the calls to time.
 
-    Tests have one that is made up, with a link, a launch and kernels of stated speed.
+    Tests pass in a simulated GPU, with given speeds of link, launches and kernels.
     """
 
     def __init__(self, device: torch.device, cache_bytes: Callable[[str], int] = timing.cache_bytes) -> None:
@@ -108,33 +110,37 @@ class Gpu:
 
     @property
     def name(self) -> str:
+        """The name of the GPU."""
         return torch.cuda.get_device_name(self.device)
 
     def link(self) -> Link:
+        """Measure the rates of the link to the host, in bytes/s."""
         return timing.link(str(self.device))
 
     def memory(self) -> float:
+        """Measure the rate of a large copy in the GPU's memory, in bytes/s, read plus written."""
         return timing.memory_ceiling(str(self.device))
 
     def first_touch(self, model: nn.Module, batch: Sequence[Tensor]) -> FirstTouch:
+        """Measure the one-time costs of a process, in two new processes."""
         return in_fresh_processes(copy.deepcopy(model).cpu(), batch, self.device)
 
     def calls(self, model: nn.Module, batch: Sequence[Tensor], training: bool) -> dict[str, Timed]:
-        """The calls that are timed for OnGpu's fields, by their names; batch lies in pageable memory."""
+        """Return the calls to time, by the names of OnGpu's fields. `batch` is in pageable memory."""
         work = Work(model, training, self.device)
         nbytes = sum(tensor.nbytes for tensor in batch)
         sets = min(64, timing.rotation(nbytes, self.cache_bytes("cuda")))
-        there = [[tensor.to(self.device) for tensor in batch] for _ in range(sets)]
-        outputs = work.forward(there[0])
+        resident = [[tensor.to(self.device) for tensor in batch] for _ in range(sets)]
+        outputs = work.forward(resident[0])
         gradients = work.gradients(outputs)
-        outputs = [each.detach() for each in outputs]
+        outputs = [output.detach() for output in outputs]
         pinned, loaded = ([tensor.pin_memory() for tensor in batch] for _ in range(2))
-        one = torch.zeros(1, device=self.device)
+        number = torch.zeros(1, device=self.device)
         batches = iter(DevicePrefetcher(itertools.repeat(loaded), self.device))
         narrow = [tensor.bfloat16().pin_memory() if _is_wide(tensor) else tensor for tensor in loaded]
         narrowed = iter(DevicePrefetcher(itertools.repeat(narrow), self.device))
 
-        def back(tensors: Iterable[Tensor]) -> None:
+        def copy_to_host(tensors: Iterable[Tensor]) -> None:
             for tensor in tensors:
                 tensor.cpu()
 
@@ -143,25 +149,25 @@ class Gpu:
                 target.copy_(source)
 
         def step(x: Sequence[Tensor]) -> None:
-            made = work.step(x, gradients)
+            results = work.step(x, gradients)
             if not training:
-                back(made)
+                copy_to_host(results)
 
-        def widened(x: Sequence[Tensor]) -> list[Tensor]:
-            return [tensor.to(given.dtype) for tensor, given in zip(x, batch)]
+        def widen(x: Sequence[Tensor]) -> list[Tensor]:
+            return [tensor.to(original.dtype) for tensor, original in zip(x, batch)]
 
         calls = {
             **copy_calls(batch, self.device),
-            "to_host": Timed(lambda _: back(outputs), waits=True),
+            "to_host": Timed(lambda _: copy_to_host(outputs), waits=True),
             "staging": Timed(stage),
-            "launch": Timed(lambda _: one.fill_(1)),
-            **work.calls(there),
+            "launch": Timed(lambda _: number.fill_(1)),
+            **work.calls(resident),
             "step": Timed(lambda _: step([tensor.to(self.device) for tensor in batch])),
             "prefetched": Timed(lambda _: step(next(batches)), drain=partial(use_up, batches)),
             "non_waiting": Timed(lambda _: step([tensor.to(self.device, non_blocking=True) for tensor in loaded])),
         }
         if any(map(_is_wide, batch)):
-            calls["narrowed"] = Timed(lambda _: step(widened(next(narrowed))), drain=partial(use_up, narrowed))
+            calls["narrowed"] = Timed(lambda _: step(widen(next(narrowed))), drain=partial(use_up, narrowed))
         return calls
 
 
@@ -175,23 +181,25 @@ def measure(
     first_touch: bool = True,
     seconds: float = timing.SECONDS,
 ) -> Transfer:
-    """Take a network's time apart, on the GPU and on the CPU beside it. Neither model nor batch is changed or moved.
+    """Measure the parts of a network's time on the GPU, and its time on the CPU. Model and batch stay unchanged.
 
-    Without a GPU the CPU's part is measured, and the record says what is missing.
+    Without a GPU, only the CPU is measured, and the result's `notes` name the missing parts.
 
     Args:
         model: any module, called as `model(*batch)`.
-        batch: a tensor x (M, ...), or several that are the model's arguments; rows first.
-        sizes: the batch sizes to measure besides M, made of batch's rows; default: from M/16 to 16 M.
-        training: a step is forward and backward of every parameter; otherwise forward, and the output copied back.
-        device: the GPU; default: the current one, where there is one. "cpu" measures the CPU alone.
-        first_touch: whether to measure, in two fresh processes, what only the first call costs.
-        seconds: spent on one number, about.
+        batch: a tensor x (M, ...), or several tensors, the arguments of the model. The first dimension is the rows.
+        sizes: further batch sizes to measure, made by repeating or cutting rows; by default from M/16 to 16 M.
+        training: True for steps of forward and backward; False for steps of forward and a copy of the output to the
+            host.
+        device: the GPU; by default the current one, if there is one. With "cpu", only the CPU is measured.
+        first_touch: True to measure the one-time costs of a process, in two new processes.
+        seconds: the approximate time spent on each measured number.
 
     Raises:
-        TypeError: batch is neither a tensor nor several.
-        ValueError: there are no rows; a size is below 1; the device is neither a GPU that is there nor the CPU; the
-            environment has a switch that distorts a GPU's times; the model has nothing to train.
+        TypeError: `batch` is neither a tensor nor a sequence of tensors.
+        ValueError: the batch has no rows, a size is below 1, the device is neither "cpu" nor a GPU of this machine, a
+            debug switch in the environment distorts the times of a GPU, or `training` is True for a model without
+            trainable parameters.
     """
     gpu: Gpu | None = None
     notes: list[str] = []
@@ -199,13 +207,13 @@ def measure(
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {chosen}; it needs to be a CUDA or ROCm GPU, or cpu")
     if chosen.type == "cpu":
-        why = "as asked for" if device is not None else f"no GPU that torch {torch.__version__} can use"
-        notes.append(f"the GPU's part, which is copies, launches, kernels and first touch ({why})")
+        why = "device is cpu" if device is not None else f"torch {torch.__version__} can use no GPU here"
+        notes.append(f"the GPU's copies, launches, kernels and first touch ({why})")
         if (reason := distorted("cpu")) is not None:
-            notes.append(f"times that mean something ({reason})")
+            notes.append(f"undistorted times ({reason})")
         return measure_on(None, model, batch, sizes, training, first_touch, seconds, notes)
     if not torch.cuda.is_available():
-        raise ValueError(f"device is {chosen}, and torch {torch.__version__} can use none here; cpu always can be used")
+        raise ValueError(f"device is {chosen}, but torch {torch.__version__} can use no GPU here; use device='cpu'")
     if (reason := distorted()) is not None:
         raise ValueError(reason)
     gpu = Gpu(torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index))
@@ -224,36 +232,36 @@ def measure_on(
     notes: Sequence[str] = (),
     clock: timing.Clock = timing.CLOCK,
 ) -> Transfer:
-    """`measure` on that GPU, or on the CPU alone, which is read by `clock`."""
-    given = [batch] if isinstance(batch, Tensor) else list(batch)
-    if not given or not all(isinstance(tensor, Tensor) for tensor in given):
-        raise TypeError("batch needs to be a tensor, or several that are the model's arguments")
-    given = [tensor.detach().cpu().contiguous() for tensor in given]
-    if not given[0].dim() or not len(given[0]):
-        raise ValueError(f"batch is of shape {tuple(given[0].shape)}; it needs to have rows")
-    rows = len(given[0])
-    wanted = {max(1, round(part * rows)) for part in LADDER} if sizes is None else _checked_sizes(sizes)
+    """Do the work of `measure`, on the GPU `gpu` or without a GPU. `clock` times the CPU."""
+    tensors = [batch] if isinstance(batch, Tensor) else list(batch)
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise TypeError("batch needs to be a tensor or a sequence of tensors, the arguments of the model")
+    tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
+    if not tensors[0].dim() or not len(tensors[0]):
+        raise ValueError(f"batch has the shape {tuple(tensors[0].shape)}; it needs at least one row")
+    rows = len(tensors[0])
+    all_sizes = {max(1, round(multiple * rows)) for multiple in LADDER} if sizes is None else _checked_sizes(sizes)
     if training and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("training is True, and no parameter of the model requires a gradient; set training=False")
+        raise ValueError("training is True, but no parameter of the model requires a gradient; set training=False")
     notes = list(notes)
     link = memory = first = None
     if gpu is not None:
         link, memory = gpu.link(), gpu.memory()
         if first_touch:
             try:
-                first = gpu.first_touch(model, given)
+                first = gpu.first_touch(model, tensors)
             except RuntimeError as error:
                 notes.append(f"first touch: {first_line(error)}")
     points: list[Point] = []
     try:
-        for size in sorted(wanted | {rows}):
-            points.append(_point(gpu, model, _take(given, size), training, seconds, clock))
+        for size in sorted(all_sizes | {rows}):
+            points.append(_point(gpu, model, _take(tensors, size), training, seconds, clock))
     except torch.OutOfMemoryError as error:
-        if not points or points[-1].rows < rows:  # what was asked about
+        if not points or points[-1].rows < rows:  # the batch size of `batch` itself must be measured
             raise
         notes.append(f"{count(size, 'row', ',')} and more: {first_line(error)}")
     return Transfer(
-        network=_describe(model, given),
+        network=_describe(model, tensors),
         rows=rows,
         training=training,
         cpu=f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch",
@@ -267,25 +275,25 @@ def measure_on(
 
 
 def _checked_sizes(sizes: Iterable[object]) -> set[int]:
-    given = list(sizes)
-    wanted: set[int] = set()
-    for size in given:
+    values = list(sizes)
+    checked: set[int] = set()
+    for size in values:
         rows = whole_number(size)
         if rows is None or rows < 1:
-            raise ValueError(f"sizes is {given}; it needs to be whole numbers of rows, 1 or more")
-        wanted.add(rows)
-    return wanted
+            raise ValueError(f"sizes is {values}; it needs to be whole numbers of rows, 1 or more")
+        checked.add(rows)
+    return checked
 
 
 def _take(batch: Sequence[Tensor], size: int) -> list[Tensor]:
-    """So many rows, over and over; tensors without those rows stay as they are."""
+    """Return a batch of `size` rows, by repeating or cutting rows. Tensors with another number of rows stay as is."""
     rows = len(batch[0])
     order = torch.arange(size) % rows
     return [tensor[order] if tensor.dim() and len(tensor) == rows else tensor for tensor in batch]
 
 
 def _is_wide(tensor: Tensor) -> bool:
-    """True for float32: 16 bits are half the bytes, and autocast computes on them. It leaves float64 as it is."""
+    """True for float32, which could be copied in 16 bits. Autocast would compute with these, but not with float64."""
     return tensor.dtype == torch.float32
 
 
@@ -298,23 +306,24 @@ def _describe(model: nn.Module, batch: Sequence[Tensor]) -> str:
 def _point(
     gpu: Gpu | None, model: nn.Module, batch: Sequence[Tensor], training: bool, seconds: float, clock: timing.Clock
 ) -> Point:
+    """Measure one batch size."""
     work = Work(model, training, "cpu")
     outputs = work.forward(batch)
-    found = {name: timing.time_host(timed, seconds, clock) for name, timed in work.calls([batch]).items()}
+    cpu = {name: timing.time_host(timed, seconds, clock) for name, timed in work.calls([batch]).items()}
     parameters = sum(parameter.nbytes for parameter in work.model.parameters())
     bytes_in, bytes_out = (sum(tensor.nbytes for tensor in tensors) for tensors in (batch, outputs))
     on_gpu = None
     if gpu is not None:
-        read: dict[str, Any] = {}
+        times: dict[str, Any] = {}
         for name, timed in gpu.calls(model, batch, training).items():
-            reader = timing.time_host if name == "staging" else timing.time_loop if name in LOOPS else timing.time_apart
-            read[name] = reader(timed, seconds, gpu.clock)
-        on_gpu = OnGpu(**{"backward": None, "narrowed": None, **read})
+            timer = timing.time_host if name == "staging" else timing.time_loop if name in LOOPS else timing.time_apart
+            times[name] = timer(timed, seconds, gpu.clock)
+        on_gpu = OnGpu(**{"backward": None, "narrowed": None, **times})
     return Point(
         rows=len(batch[0]),
         bytes_in=bytes_in,
         bytes_out=bytes_out,
         least=(bytes_in + bytes_out + parameters, bytes_in + bytes_out + 2 * parameters),
-        cpu=OnCpu(found["forward"], found.get("backward"), found["resident"]),
+        cpu=OnCpu(cpu["forward"], cpu.get("backward"), cpu["resident"]),
         gpu=on_gpu,
     )

@@ -1,4 +1,4 @@
-"""`mlp-fused tune`: measure which tile, and which path, is the fastest on this GPU."""
+"""`mlp-fused tune`: measure which tiles and paths are fastest on this GPU."""
 
 from .config import Config
 from .tuner import tune

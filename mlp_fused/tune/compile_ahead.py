@@ -1,4 +1,4 @@
-"""Compile ahead what a measurement launches."""
+"""Compile kernels before the tuner launches them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from .tasks import Product, Whole, network_paths
 
 @dataclass(frozen=True)
 class TileWork:
-    """A product's kernel by a tile, to be compiled."""
+    """The kernel of a product with a tile, to compile ahead."""
 
     task: Product
     tile: tile_config.TileConfig
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The key that workloads with one compiled kernel share: it has what Triton and our launchers see of sizes.
+        """The key of the compiled kernel. It has the properties of sizes by which Triton and the launchers specialize.
 
-        (Where two of one key are two kernels after all, the second is compiled where it is launched.)
+        If two works with the same key need different kernels after all, the second kernel is compiled at its launch.
         """
-        each = (self.task.width_out, self.task.width_in)
-        widths = tuple((width == 1, width % 16 == 0, width % self.tile.block_k == 0) for width in each)
+        widths = (self.task.width_out, self.task.width_in)
+        specialized = tuple((width == 1, width % 16 == 0, width % self.tile.block_k == 0) for width in widths)
+        large = self.task.rows * max(widths) >= 2**31
         tile = replace(self.tile, programs=0, split=min(self.tile.split, 2))
-        return self.task.kind, self.task.dtype, self.task.activation, widths, self.task.rows * max(each) >= 2**31, tile
+        return self.task.kind, self.task.dtype, self.task.activation, specialized, large, tile
 
 
 @dataclass(frozen=True)
 class PathWork:
-    """A whole network's kernels on a path, to be compiled; on that of layers with the tiles that are in force."""
+    """The kernels of a whole network on a path, to compile ahead. The layer path uses the tiles of `table`."""
 
     task: Whole
     path: str
@@ -43,13 +44,13 @@ class PathWork:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """As above; a network's own kernels do not depend on the rows."""
+        """The key of the compiled kernels. Network kernels do not depend on the number of rows."""
         work = self.task.workload if self.path == "layer" else replace(self.task.workload, rows=1)
         return self.path, self.task.training, work
 
 
 def compile_ahead(work: TileWork | PathWork) -> None:
-    """Compile what measuring would launch, where `compiling.compile_only` holds."""
+    """Compile the kernels that measuring would launch. Call it within `compiling.compile_only`."""
     meta = torch.device("meta")
     with float32_set_to(work.task.precision):
         if isinstance(work, TileWork):

@@ -1,4 +1,4 @@
-"""The settings of `mlp-fused tune`, and what is measured."""
+"""The settings of `mlp-fused tune` (`Config`), and the workloads that it measures."""
 
 from __future__ import annotations
 
@@ -14,65 +14,68 @@ from ..grid import ACTIVATION, ANCHORS, GRID, Family, Workload
 
 __all__ = ["Config"]
 
-BATCHES = (64, 1024)  # what --dims is measured with where the flags do not say otherwise
-DTYPES: tuple[ArithmeticName, ...] = ("fp32", "bf16")
+BATCHES = (64, 1024)  # the default of --batch
+DTYPES: tuple[ArithmeticName, ...] = ("fp32", "bf16")  # the default of --dtype
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of `mlp-fused tune`: each field is a flag, and its help says what it does.
+    """The settings of `mlp-fused tune`. Each field is a command-line flag with a help text.
 
-    `dims` are networks, each by its widths; without any, the benches' grid is measured.
+    `dims` has the widths of each network to measure. If it is empty, the grid of the benches is measured.
 
     Raises:
-        UserError: a value that cannot be used.
+        UserError: a value has the wrong type or is out of range, or --batch, --dtype or --activation is given without
+            --dims.
     """
 
     dims: tuple[tuple[int, ...], ...] = option(
         (),
         metavar="WIDTH",
-        group="what is measured",
-        help="a network, by its widths from the input to the output, such as 784 512 10; may be given several times "
-        "(default: the grid of the benches)",
+        group="networks",
+        help="widths of a network, from the input to the output, such as 784 512 10; repeat the flag for several "
+        "networks (default: the grid of the benches)",
     )
     batch: tuple[int, ...] | None = option(
         None,
         metavar="N",
-        group="what is measured",
-        help=f"rows of a batch, with --dims (default: {' '.join(map(str, BATCHES))})",
+        group="networks",
+        help=f"batch sizes in rows, for the networks of --dims (default: {' '.join(map(str, BATCHES))})",
     )
     dtype: tuple[ArithmeticName, ...] | None = option(
         None,
-        group="what is measured",
-        help="what is computed in, with --dims; tf32 is fp32 where torch is allowed tf32 "
+        group="networks",
+        help="dtypes for the networks of --dims; tf32 is fp32 with PyTorch's TF32 products allowed "
         f"(default: {' '.join(DTYPES)})",
     )
     activation: str | None = option(
         None,
         metavar="NAME",
-        group="what is measured",
-        help=f"after every hidden layer, with --dims; train --help lists them (default: {ACTIVATION})",
+        group="networks",
+        help="activation after every hidden layer of --dims; mlp-fused train --help lists them "
+        f"(default: {ACTIVATION})",
     )
-    minutes: float = option(10.0, metavar="T", help="how long it may take, about (default: {default})")
+    minutes: float = option(10.0, metavar="T", help="approximate time limit in minutes (default: {default})")
     out: str | None = option(
         None,
         metavar="FILE",
-        help="the table to write, or to add to (default: your own, ~/.cache/mlp_fused/<gpu>.json, which is read)",
+        help="table to write; rows in it are kept (default: your own table, ~/.cache/mlp_fused/<gpu>.json, which "
+        "mlp_fused reads)",
     )
     readings: str | None = option(
         None,
         metavar="FILE",
-        help="also write the time of every tile and path that is measured, not of the fastest alone, or add them to "
-        "those in FILE (default: none are kept)",
+        help="file to which the times of all measured tiles and paths are also written, not only of the fastest; times "
+        "in it are kept (default: no file)",
     )
 
     def __post_init__(self) -> None:
-        given: Any = self.dims
-        object.__setattr__(self, "dims", () if given is None else given)  # the command line gives None
+        dims: Any = self.dims
+        object.__setattr__(self, "dims", () if dims is None else dims)  # None without the flag
         check_fields(self)
         for name in ("batch", "dtype", "activation"):
             if getattr(self, name) is not None and not self.dims:
-                raise UserError(f"--{name} is of networks that --dims gives; without --dims the grid is measured")
+                raise UserError(f"--{name} is given without --dims; add --dims, or leave it out to measure the grid")
         for widths in self.dims:
             if len(widths) < 2 or min(widths) < 1:
                 raise UserError(
@@ -81,7 +84,7 @@ class Config:
         if self.batch is not None and (not self.batch or min(self.batch) < 1):
             raise UserError(f"--batch is {shown(self.batch)}; it needs to be 1 or more")
         if self.readings is not None and self.readings == self.out:
-            raise UserError(f"--readings is {self.readings}, as --out is; it needs to be another file")
+            raise UserError(f"--readings is {self.readings}, the same as --out; it needs to be another file")
         if not 0 < self.minutes < math.inf:
             raise UserError(f"--minutes is {self.minutes}; it needs to be a finite number above 0")
         try:
@@ -94,7 +97,7 @@ class Config:
         """The workloads to measure."""
         if not self.dims:
             return [*ANCHORS, *(workload for family in GRID for workload in family.workloads)]
-        asked = Family(
-            "asked for", self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,)
+        family = Family(
+            "--dims", self.dims, self.batch or BATCHES, self.dtype or DTYPES, (self.activation or ACTIVATION,)
         )
-        return asked.workloads
+        return family.workloads

@@ -1,4 +1,4 @@
-"""The tensors of what is measured, in several sets, and its ways: by torch, by our kernels."""
+"""The tensors of the tuner's measurements, and the calls that it times: by PyTorch and by the kernels."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ..kernels.activations import ACTIVATIONS
 from ..reference import Layer
 from .tasks import Product, Whole, layer_activations
 
-MOST_SETS = 1024  # of operands to take in turn
+MOST_SETS = 1024  # the maximum number of sets of operands
 
 
 class Operands:
-    """The tensors of a product, in several sets, and its two ways: by torch, by our kernel.
+    """The tensors of a product, in several sets, and the product by PyTorch or by a kernel.
 
     Args:
-        count: the number of sets; by default so many that each comes from memory, not from L2.
+        count: the number of sets; by default enough that operands are read from memory, not from L2.
     """
 
     def __init__(self, product: Product, device: torch.device, count: int | None = None) -> None:
@@ -40,29 +40,29 @@ class Operands:
         M, N, K = product.rows, product.width_out, product.width_in
         dtype, self.precision = ARITHMETIC[product.dtype]
         activation = ACTIVATIONS[product.activation]
-        active, again = product.activation != "identity", activation.keeps_preactivation
+        active, saves_z = product.activation != "identity", activation.keeps_preactivation
         self.activation = activation
-        # Shape and scale of each operand: sums of about 1. None is not needed.
-        wanted: list[tuple[tuple[int, ...], float] | None]
+        # The shape and scale of each tensor, so that sums are about 1; None for a tensor that is not needed.
+        specs: list[tuple[tuple[int, ...], float] | None]
         if self.kind == "forward":  # x, W, b, h, z
-            wanted = [((M, K), 1.0), ((N, K), K**-0.5), ((N,), 1.0), ((M, N), 1.0), ((M, N), 1.0) if again else None]
+            specs = [((M, K), 1.0), ((N, K), K**-0.5), ((N,), 1.0), ((M, N), 1.0), ((M, N), 1.0) if saves_z else None]
         elif self.kind == "dgrad":  # dz, W, saved, dx, h
-            side = ((M, K), 1.0)
-            wanted = [((M, N), 1.0), ((N, K), N**-0.5), side if active else None, side, side if again else None]
+            x = ((M, K), 1.0)
+            specs = [((M, N), 1.0), ((N, K), N**-0.5), x if active else None, x, x if saves_z else None]
         else:  # dz, h, dW, db
-            wanted = [((M, N), M**-0.5), ((M, K), 1.0), ((N, K), 1.0), ((N,), 1.0)]
+            specs = [((M, N), M**-0.5), ((M, K), 1.0), ((N, K), 1.0), ((N,), 1.0)]
         self.inputs = 2 if self.kind == "wgrad" else 3  # the first tensors of a set are read, the others written
-        nbytes = sum(math.prod(each[0]) for each in wanted if each) * dtype.itemsize
+        nbytes = sum(math.prod(spec[0]) for spec in specs if spec) * dtype.itemsize
         self.count = _sets(device, nbytes) if count is None else count
-        made = [
-            _random(self.count, *each[0], dtype=dtype, device=device, scale=each[1]) if each else [None] * self.count
-            for each in wanted
+        tensors = [
+            _random(self.count, *spec[0], dtype=dtype, device=device, scale=spec[1]) if spec else [None] * self.count
+            for spec in specs
         ]
-        self.sets: list[Any] = list(zip(*made))
+        self.sets: list[Any] = list(zip(*tensors))
         self.schedules: dict[tile_config.TileConfig | None, Schedule] = {}
 
     def written(self, run: Callable[[int], object]) -> list[Tensor]:
-        """The tensors that a way writes, in the first set; elements that it leaves as they were are NaN."""
+        """Run on the first set, and return the output tensors. Elements that `run` does not write are NaN."""
         results = [tensor for tensor in self.sets[0][self.inputs :] if tensor is not None]
         for result in results:
             result.fill_(torch.nan)
@@ -70,27 +70,30 @@ class Operands:
         return results
 
     def in_float32(self) -> list[Tensor]:
-        """The results of the first set by torch in float32, from the same operands.
+        """Return the results of the first set, computed by PyTorch in float32 from the same operands.
 
-        In 16 bits torch's own results may be the worse side: over 2^20 rows, cuBLAS rounds partial sums to fp16.
+        In 16 bits, PyTorch could be less accurate than the kernels: over 2^20 rows, cuBLAS rounds partial sums to fp16.
         """
         tensors = self.sets[0]
-        inputs = [None if each is None else each.float() for each in tensors[: self.inputs]]
+        inputs = [None if tensor is None else tensor.float() for tensor in tensors[: self.inputs]]
         results = [
-            None if each is None else torch.empty_like(each, dtype=torch.float32) for each in tensors[self.inputs :]
+            None if tensor is None else torch.empty_like(tensor, dtype=torch.float32)
+            for tensor in tensors[self.inputs :]
         ]
         tensors = [*inputs, *results]
         self._schedule(tensors, None).run(tensors, read(tensors)[0])
-        return [each for each in results if each is not None]
+        return [result for result in results if result is not None]
 
     def by_torch(self, index: int) -> None:
+        """Compute the product of a set by PyTorch."""
         self.run(index, None)
 
     def by_kernel(self, index: int, tile: tile_config.TileConfig) -> None:
+        """Compute the product of a set by the kernel with this tile."""
         self.run(index, tile)
 
     def run(self, index: int, tile: tile_config.TileConfig | None) -> None:
-        """Run the product by a kernel of that tile; by torch without one."""
+        """Compute the product of a set, by the kernel with this tile or, if it is None, by PyTorch."""
         tensors = self.sets[index]
         if tile not in self.schedules:
             self.schedules[tile] = self._schedule(tensors, tile)
@@ -106,13 +109,13 @@ class Operands:
         return product_schedule(self.kind, tensors, self.activation, self.precision, choose)
 
     def turns(self, run: Callable[[int], object]) -> Callable[[], object]:
-        """A call that takes the sets in turn."""
+        """Return a call without arguments that cycles through the sets."""
         indices = itertools.cycle(range(self.count))
         return lambda: run(next(indices))
 
 
 class Passes:
-    """A network's tensors, the input in several sets, and a pass through it by one path or another."""
+    """The tensors of a network, with several inputs, and a pass through it on different paths."""
 
     def __init__(self, whole: Whole, device: torch.device) -> None:
         work = whole.workload
@@ -134,16 +137,19 @@ class Passes:
         self.dys = make(self.count, work.rows, work.widths[-1], scale=work.rows**-0.5) if self.training else []
 
     def by_torch(self, x: Tensor) -> Tensor:
+        """Compute y by PyTorch."""
         return reference.mlp(x, self.weights, self.biases, self.activations)
 
     def by_layers(self, x: Tensor) -> Tensor:
+        """Compute y on the layer path."""
         return run_layers(x, self.weights, self.biases, find_layers(x, self.layers, self.dtype, "auto"))
 
     def by_network(self, path: network_path.NetworkPath, x: Tensor) -> Tensor:
+        """Compute y on a network path."""
         return run_network(x, self.weights, self.biases, path)
 
     def __call__(self, path: Callable[[Tensor], Tensor], index: int) -> list[Tensor]:
-        """y, and in training the parameters' gradients."""
+        """Return y and, in training, the gradients of the parameters."""
         if not self.training:
             with torch.no_grad():
                 return [path(self.xs[index])]
@@ -151,13 +157,13 @@ class Passes:
         return [y.detach(), *torch.autograd.grad(y, self.parameters, self.dys[index])]
 
     def turns(self, path: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-        """A call that takes the inputs in turn."""
+        """Return a call without arguments that cycles through the inputs."""
         indices = itertools.cycle(range(self.count))
         return lambda: self(path, next(indices))
 
 
 def _sets(device: torch.device, nbytes: int) -> int:
-    """The sets of operands of `nbytes` that fill L2 twice, so that each comes from memory."""
+    """Return the number of sets of `nbytes` that fill L2 twice, so that operands are read from memory."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -165,14 +171,15 @@ def _sets(device: torch.device, nbytes: int) -> int:
 
 
 def _random(sets: int, *shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> list[Tensor]:
-    """As many tensors, of normal numbers; each begins at a multiple of 512 bytes, as torch allocates."""
+    """Return tensors of normal random numbers, aligned to 256 elements: at least to 512 bytes, as in PyTorch."""
     size = math.prod(shape)
     numbers = torch.randn(sets, -(-size // 256) * 256, dtype=dtype, device=device).mul_(scale)
-    return [each[:size].view(shape) for each in numbers]
+    return [row[:size].view(shape) for row in numbers]
 
 
 @contextlib.contextmanager
 def float32_set_to(precision: str) -> Iterator[None]:
+    """Set PyTorch's precision of float32 products within the `with` block."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = precision

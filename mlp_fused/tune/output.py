@@ -1,4 +1,4 @@
-"""The files of a tuning run: the table, and the readings where they are asked for."""
+"""The files of a tuning run: the table and, with --readings, the readings."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..errors import UserError, first_line
 from ..files import check_writable
 from .tasks import Row
 
-READINGS_EVERY = 10.0  # seconds after which readings are written again; the table is written after every row
+READINGS_EVERY = 10.0  # seconds between writes of the readings; the table is written after every row
 
 
 class Output:
-    """The files of a tuning: what they held before, and what is written, each whole or not at all.
+    """The files of a tuning run: their old rows, and methods that write new ones atomically.
 
     Args:
         path: the file of the table.
-        readings: the file of the readings; None: they are not written.
+        readings: the file of the readings, or None.
         empty: a table without rows, with the device and versions of this run.
         report: called with a sentence about rows that are dropped.
         now: a clock, in seconds.
 
     Raises:
-        UserError: a file cannot be written, or holds something else.
+        UserError: a file cannot be written, or exists and has other content.
     """
 
     def __init__(
@@ -40,28 +40,30 @@ class Output:
         self.path, self.readings_path, self.empty = path, readings, empty
         self.now = now
         self.old = _existing(path, empty, "--out", report)
-        before = replace(empty, readings=True)
-        self.old_readings = before if readings is None else _existing(readings, before, "--readings", report)
+        empty_readings = replace(empty, readings=True)
+        self.old_readings = (
+            empty_readings if readings is None else _existing(readings, empty_readings, "--readings", report)
+        )
         self.written = now()
 
     def table(self, rows: list[Row]) -> table_files.Table:
-        """The rows of this run, and those from before that it has not measured again."""
+        """Return a table of this run's rows, and of the old rows that it has not measured again."""
         return tables.merge(self.old, _filled(self.empty, rows))
 
-    def save(self, rows: list[Row], readings: list[Row], asked: int) -> str:
-        """Write the rows measured so far, and return a sentence about them."""
+    def save(self, rows: list[Row], readings: list[Row], problems: int) -> str:
+        """Write the rows and readings, and return a sentence about them. `problems` is the number of all problems."""
         if not rows:
-            return f"nothing was measured; {self.path} is as it was"
+            return f"nothing was measured; {self.path} is unchanged"
         _write(self.path, self.table(rows))
         paths.forget_tables()
-        written = f"{len(rows)} of {asked} problems were measured, and are in {self.path}"
+        sentence = f"measured {len(rows)} of {problems} problems; the table is {self.path}"
         if self.readings_path is None:
-            return written
+            return sentence
         _write(self.readings_path, self._all_readings(readings))
-        return f"{written}; {len(readings)} readings are in {self.readings_path}"
+        return f"{sentence}; {len(readings)} readings are in {self.readings_path}"
 
     def keep(self, rows: list[Row], readings: list[Row]) -> None:
-        """Write the rows measured so far, without a sentence: a process whose kernel hangs can only be killed."""
+        """Write the rows and readings during the run, because a process with a hanging kernel can only be killed."""
         with contextlib.suppress(OSError):  # `save` reports it
             table_files.write(self.path, self.table(rows))
             if self.readings_path is not None and self.now() - self.written >= READINGS_EVERY:
@@ -82,22 +84,24 @@ def _write(path: Path, table: table_files.Table) -> None:
     try:
         table_files.write(path, table)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}; what was there before is as it was") from None
+        raise UserError(f"cannot write {path}: {first_line(error)}; the old file, if any, is unchanged") from None
 
 
 def _existing(path: Path, empty: table_files.Table, flag: str, report: Callable[[str], None]) -> table_files.Table:
-    """The rows of a flag's file that still hold. Raises an error at once if the file cannot be written."""
+    """Return the valid old rows of a flag's file. Raises UserError if the file cannot be written or used."""
     try:
         old = table_files.read(path)
     except FileNotFoundError:
         old = empty
     except ValueError as error:
-        raise UserError(f"{error}, so it will not be overwritten; delete it, or name another with {flag}") from None
+        raise UserError(f"{error}, so it will not be overwritten; delete it, or use another file for {flag}") from None
     if old.device != empty.device:
-        raise UserError(f"{path} was measured on {old.device}, this is {empty.device}; name another file with {flag}")
+        raise UserError(
+            f"{path} was measured on {old.device}, but this GPU is {empty.device}; use another file for {flag}"
+        )
     if old.readings != empty.readings:
-        holds = "readings of every tile" if old.readings else "a table"
-        raise UserError(f"{path} holds {holds}; name another file with {flag}")
+        content = "readings of every tile" if old.readings else "a table"
+        raise UserError(f"{path} has {content}; use another file for {flag}")
     try:
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,8 +110,8 @@ def _existing(path: Path, empty: table_files.Table, flag: str, report: Callable[
     if old.versions == empty.versions:
         return old
     names = [name for name in {**old.versions, **empty.versions} if old.versions.get(name) != empty.versions.get(name)]
-    then, today = (", ".join(f"{name} {table.versions.get(name, 'none')}" for name in names) for table in (old, empty))
+    before, now = (", ".join(f"{name} {table.versions.get(name, 'none')}" for name in names) for table in (old, empty))
     if old.readings:
-        raise UserError(f"{path} was measured with {then}, this is {today}; name another file with {flag}")
-    report(f"{path} was measured with {then}; this is {today}, so its {len(old.rows)} rows are dropped")
+        raise UserError(f"{path} was measured with {before}, but here is {now}; use another file for {flag}")
+    report(f"{path} was measured with {before}, but here is {now}; its {len(old.rows)} rows are dropped")
     return empty

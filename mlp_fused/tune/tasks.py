@@ -1,4 +1,4 @@
-"""The tasks of a tuning run: products and whole networks, each a row of a table to be."""
+"""The tasks of a tuning run: products and whole networks. Each becomes a row of the table."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ from ..kernels.activations import ACTIVATIONS
 
 @dataclass(frozen=True)
 class Product:
-    """One product of a layer, with what its epilogue does: a row of a table to be."""
+    """One product of a layer, with its epilogue.
+
+    Attributes:
+        kind: "forward", "dgrad" or "wgrad".
+        rows, width_out, width_in: the sizes of the layer.
+        dtype: the name of the dtype.
+        activation: the activation in the epilogue: the layer's in "forward", the layer below's in "dgrad".
+        share: the fraction of its network's FLOPs.
+        anchor: True if it belongs to one of `ANCHORS`.
+        known: True if the table already has it.
+    """
 
     kind: tile_config.Kind
     rows: int
     width_out: int
     width_in: int
     dtype: ArithmeticName
-    activation: str  # forward: the layer's own; dgrad: that of the layer below
-    share: float = field(compare=False)  # of its network's FLOPs
+    activation: str
+    share: float = field(compare=False)
     anchor: bool = field(compare=False, default=False)
-    known: bool = field(compare=False, default=False)  # whether the table has it already
+    known: bool = field(compare=False, default=False)
 
     def __str__(self) -> str:
         activation = "" if self.activation == "identity" else f", {self.activation}"
@@ -40,18 +50,22 @@ class Product:
 
     @property
     def key(self) -> tuple[tile_config.Kind, int, int, int, str, str, str]:
+        """The key of its row in a table."""
         dtype = dtype_name(ARITHMETIC[self.dtype][0])
         return self.kind, self.rows, self.width_out, self.width_in, dtype, self.precision, self.activation
 
     @property
     def problem(self) -> tile_config.Problem:
-        """The problem that a tile is chosen by."""
+        """The problem for which a tile is chosen."""
         return table_files.Gemm(*self.key, None, None, 1.0).problem
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A network as a whole, in training (forward and backward) or in inference: a row of a table to be."""
+    """A whole network, in training (forward and backward) or in inference.
+
+    `share`, `anchor` and `known` are those of `Product`.
+    """
 
     workload: Workload
     training: bool
@@ -72,6 +86,7 @@ class Whole:
 
     @property
     def key(self) -> tuple[tuple[int, ...], int, str, str, str, bool]:
+        """The key of its row in a table."""
         work = self.workload
         dtype = dtype_name(ARITHMETIC[work.dtype][0])
         return work.widths, work.rows, dtype, self.precision, layer_activations(work)[0].name, self.training
@@ -82,63 +97,65 @@ Row = table_files.Gemm | table_files.Network
 
 
 def products(workload: Workload) -> list[Product]:
-    """The three products of each layer, each once."""
+    """List the three products of each layer, without duplicates."""
     layers = list(itertools.pairwise(workload.widths))
     total = 3 * sum(n * k for k, n in layers)
-    found: dict[tuple[Any, ...], Product] = {}
+    unique: dict[tuple[Any, ...], Product] = {}
     for index, (k, n) in enumerate(layers):
         own = workload.activation if index + 1 < len(layers) else "identity"
         below = workload.activation if index else "identity"
-        each: list[tuple[tile_config.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
-        for kind, activation in each:
+        kinds: list[tuple[tile_config.Kind, str]] = [("forward", own), ("dgrad", below), ("wgrad", "identity")]
+        for kind, activation in kinds:
             product = Product(kind, workload.rows, n, k, workload.dtype, activation, n * k / total)
-            alike = product.key[:-1]
-            if known := found.get(alike):
-                # Of layers alike, the one whose epilogue has something to do; the estimate decides the other.
+            key = product.key[:-1]
+            if other := unique.get(key):
+                # If two layers differ only in the activation, measure the one with an activation. The estimate chooses
+                # the tile of the other.
                 product = replace(
-                    product if known.activation == "identity" else known, share=known.share + product.share
+                    product if other.activation == "identity" else other, share=other.share + product.share
                 )
-            found[alike] = product
-    return list(found.values())
+            unique[key] = product
+    return list(unique.values())
 
 
 def list_tasks(workloads: Iterable[Workload], gpu: devices.Device, known: Iterable[tuple[Any, ...]] = ()) -> list[Task]:
-    """The tasks to measure, each once, in order.
+    """List the tasks to measure, without duplicates, in the order in which they are measured.
 
-    What is not `known` yet; products, then networks; anchors; what most of a network's FLOPs are in.
+    They are sorted by four keys: new tasks before `known` ones, products before networks, anchors before others, and
+    larger shares of the FLOPs before smaller ones.
     """
-    found: dict[tuple[Any, ...], Task] = {}
+    unique: dict[tuple[Any, ...], Task] = {}
     anchors = set()
     for workload in workloads:
-        each: list[Task] = [*products(workload)]
+        tasks: list[Task] = [*products(workload)]
         for training in (True, False):
             if isinstance(network_plan(workload, gpu, training, False), network_path.NetworkPath):
-                each.append(Whole(workload, training))
-        for task in each:
-            first = found.setdefault(task.key, task)
+                tasks.append(Whole(workload, training))
+        for task in tasks:
+            first = unique.setdefault(task.key, task)
             if task.share > first.share:
-                found[task.key] = replace(first, share=task.share)
+                unique[task.key] = replace(first, share=task.share)
             if workload in ANCHORS:
                 anchors.add(task.key)
     known = set(known)
-    ranked = [replace(task, anchor=key in anchors, known=key in known) for key, task in found.items()]
+    ranked = [replace(task, anchor=key in anchors, known=key in known) for key, task in unique.items()]
     return sorted(ranked, key=lambda task: (task.known, isinstance(task, Whole), not task.anchor, -task.share))
 
 
 def network_paths(whole: Whole, gpu: devices.Device) -> dict[str, network_path.NetworkPath]:
-    """The paths of a whole network through its own kernels, by name."""
-    found = {}
+    """Return the network paths of a whole network, by name: recompute and stored, or network for inference."""
+    named = {}
     for name, recompute in (("recompute", True), ("stored", False)) if whole.training else (("network", False),):
         path = network_plan(whole.workload, gpu, whole.training, recompute)
         if isinstance(path, network_path.NetworkPath) and path.formulation in (name, None):
-            found[name] = path
-    return found
+            named[name] = path
+    return named
 
 
 def network_plan(
     workload: Workload, gpu: devices.Device, training: bool, recompute: bool
 ) -> network_path.NetworkPath | str:
-    """The network path that the backend "auto" takes, as if the user asked for it: no table is consulted."""
+    """Return the network path by the rules alone, without measured tables, or the reason why there is none."""
     dtype, precision = ARITHMETIC[workload.dtype]
     strides = tuple((k, 1, 1) for k in workload.widths[:-1])
     activations = tuple(layer_activations(workload))
@@ -148,4 +165,5 @@ def network_plan(
 
 
 def layer_activations(workload: Workload) -> list[Activation]:
+    """Return the activation of each layer. The last layer has none ("identity")."""
     return [ACTIVATIONS[workload.activation]] * (len(workload.widths) - 2) + [ACTIVATIONS["identity"]]

@@ -17,7 +17,7 @@ from stand_ins import (
 )
 
 from bench import conftest, fresh, goals
-from bench.conftest import problems_of
+from bench.conftest import copy_problems
 from bench.machine import ROOT
 from bench.problem import GRID
 from bench.results import read
@@ -51,7 +51,7 @@ def test_rows_are_not_measured_side_by_side(told: dict[str, Any]) -> None:
     config: Any = SimpleNamespace(option=option, getoption=lambda name, default: told.get(name, default))
     if "worker" in told:
         config.workerinput = {}
-    with pytest.raises(pytest.UsageError, match="--benchmark goes without -n"):
+    with pytest.raises(pytest.UsageError, match="--benchmark does not work with -n"):
         conftest.pytest_configure(config)
 
 
@@ -60,7 +60,7 @@ def test_the_kernels_of_copy_rows_are_compiled_ahead() -> None:
         return SimpleNamespace(callspec=SimpleNamespace(params=params))
 
     rows = [item(cell=cell) for cell in GRID]
-    problems = problems_of([SimpleNamespace(), item(phase="copy"), *rows, *rows])  # type: ignore[list-item]
+    problems = copy_problems([SimpleNamespace(), item(phase="copy"), *rows, *rows])  # type: ignore[list-item]
     assert problems == [cell.problem for cell in GRID if cell.phase == "copy"]
 
 
@@ -78,5 +78,5 @@ def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
     assert row.ours.floor.flops == 2 * 64 * (784 * 512 + 512 * 512 + 512 * 10)
     if not torch.cuda.is_available():
         assert "rows skipped: no CUDA device" in child.stdout
-        assert "1 rows skipped: no CUDA device: `python tests/compile_kernels.py --networks`" in child.stdout
+        assert "1 rows skipped: no CUDA device; use `python tests/compile_kernels.py --networks`" in child.stdout
         assert f"not measured  ≥ 1.3    {goals.GOALS[7].text}" in child.stdout

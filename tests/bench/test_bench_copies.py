@@ -61,7 +61,7 @@ def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> N
     for name, timed in found.items():
         assert len(timed(0)) == len(bench.parameters)
         assert (timed.drain is not None) == (name == "prefetched")
-    with pytest.raises(AssertionError, match="prefetched brings another batch"):
+    with pytest.raises(AssertionError, match="prefetched copies a wrong batch"):
         ways(bench, lambda batches, device: (2 * x for x in batches))
     bench.model.register_forward_hook(lambda model, x, y: 2 * y)
     with pytest.raises(AssertionError, match="wrong against eager"):

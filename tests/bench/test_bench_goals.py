@@ -62,10 +62,10 @@ def test_a_goal_is_judged_by_its_worst_row() -> None:
 
 def test_figures_of_goals() -> None:
     product, network = cell_of("gemm-dgrad"), cell_of("large-forward")
-    assert goals.of_bare_product(gemm_row(product, 0.8)) == pytest.approx(1.25)
+    assert goals.over_bare_product(gemm_row(product, 0.8)) == pytest.approx(1.25)
     ours_worse = errors((1.0, 3.0), (2.0, 2.0))
-    assert goals.of_eagers_error(gemm_row(product, errors=ours_worse)) == pytest.approx(1.5)
-    assert goals.of_eagers_error(gemm_row(product, errors=ours_worse, precision="tf32")) is None
+    assert goals.error_over_eager(gemm_row(product, errors=ours_worse)) == pytest.approx(1.5)
+    assert goals.error_over_eager(gemm_row(product, errors=ours_worse, precision="tf32")) is None
     assert goals.over_eager_in_full_fp32(network_row(network, precision="tf32")) is None
     assert goals.over_eager_in_full_fp32(network_row(network, precision="ieee")) == 1.5
     held = Memory(Kept(1, 3), Kept(2, 3))
@@ -98,14 +98,14 @@ def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, fr
     copied = {"pinned_side_stream": Copied(ms, 0.01, gbps)}
     row = copy_row(cell_of("copy-copy"), copied, {"prefetched": ms / 0.8, "resident": ms / 2}, {})
     row = replace(row, throughput=replace(row.throughput, ways={"prefetched": Way(ms, ms, ms, 1.0, 0.8)}))
-    assert goals.of_link(row) == (of_link and pytest.approx(of_link))
-    assert goals.of_the_slower(row) == 0.8
-    assert goals.of_the_slower_from_a_millisecond(row) == from_1_ms
+    assert goals.copy_over_link(row) == (of_link and pytest.approx(of_link))
+    assert goals.overlap(row) == 0.8
+    assert goals.overlap_from_a_millisecond(row) == from_1_ms
     assert goals.over_the_fastest(row) == 1.02
 
 
 def test_the_prefetcher_is_judged_by_the_seed_at_1024_rows_and_by_narrow_networks_at_a_million() -> None:
-    (goal,) = (each for each in goals.GOALS if "of seed at 1024 rows" in each.text)
+    (goal,) = (each for each in goals.GOALS if "seed at 1024 rows" in each.text)
     concerned = [str(cell) for cell in GRID if goal.concerns(Row(id=str(cell)))]
     assert "copy-784x512x512x10-relu-fp32-m1024-copy" in concerned
     assert sum("m1048576" in name for name in concerned) == 8  # four widths in 32 and 16 bits

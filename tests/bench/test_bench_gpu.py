@@ -254,7 +254,7 @@ def test_another_machine_or_version_starts_a_new_file(tmp_path: Path, change: di
 
 def test_a_broken_file_is_put_aside(tmp_path: Path) -> None:
     (tmp_path / "nvidia_h200.json").write_text('{"machine": [')
-    assert "put aside" in str(results_in(tmp_path).note)
+    assert "renamed it to" in str(results_in(tmp_path).note)
 
 
 def obedient(cell: Cell, device: str, report: Callable[[CellRow], None]) -> CellRow:
@@ -368,7 +368,7 @@ def test_tests_have_a_share_of_the_time_and_their_failures_are_kept(
     (tests / "test_some.py").write_text(GPU_TESTS.format(mark="quick", seconds=600))
     gpu.run_tests(results, tmp_path, tmp_path, seconds=gpu.GRACE + 2)
     assert results.content["tests"]["finished"] is False
-    assert results.content["tests"]["summary"].endswith("; not begun")
+    assert results.content["tests"]["summary"].endswith("; not started")
     for log in ("tests.log", "failures.txt"):
         assert "assert (1 + 1) == 3" in (tmp_path / log).read_text()
     (tests / "test_some.py").write_text(GPU_TESTS.format(mark="alone", seconds=0))

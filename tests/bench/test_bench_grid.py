@@ -19,7 +19,7 @@ from bench import measure
 from bench.copies import COPIED_CPU_FLOPS, COPY_SECONDS, throughput
 from bench.machine import ROOT
 from bench.problem import FAMILIES, GRID, Cell, Problem, cases
-from bench.work import work_of
+from bench.work import phase_work
 from mlp_fused import timing
 from mlp_fused.timing import Timed
 
@@ -40,7 +40,7 @@ def seconds_of_a_copy_row(problem: Problem) -> float:
     nbytes = problem.rows * problem.widths[0] * (4 if problem.dtype == "fp32" else 2)
 
     def work(phase: str) -> float:
-        return work_of(problem, phase, "cpu").floor(FLOPS[problem.dtype], MEMORY)
+        return phase_work(problem, phase, "cpu").floor(FLOPS[problem.dtype], MEMORY)
 
     def with_copy(seconds: float, **how: bool) -> Timed:
         def call(_: int) -> None:
@@ -67,7 +67,7 @@ def seconds_of_a_copy_row(problem: Problem) -> float:
         "prefetched": with_copy(nbytes / LINK, aside=True),
         "resident": Timed(compute("training")),
     }
-    flops = work_of(problem, "training", "cpu").flops
+    flops = phase_work(problem, "training", "cpu").flops
     cpu = None
     if flops <= COPIED_CPU_FLOPS and problem.dtype == "fp32":
 
@@ -101,7 +101,7 @@ def test_the_copy_rows_take_less_than_three_minutes_of_a_gpu() -> None:
 def seconds_of_a_cpu_row(cell: Cell) -> float:
     """Simulate a row on a host of two cores, through the code that measures."""
     clock = HostAndDevice()
-    work = work_of(cell.problem, cell.phase, "cpu")
+    work = phase_work(cell.problem, cell.phase, "cpu")
     rate = 40e9 if cell.problem.dtype == "fp32" else 2e9
 
     def call(_: int) -> None:

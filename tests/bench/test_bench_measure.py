@@ -39,15 +39,15 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert reason("seed-*-m64-step", "cpu") is None
     assert reason("narrow-128x128x128x128x128-relu-fp32-m1048576-forward", "cpu") == (
-        "more than 10 GFLOP in fp32: not on a CPU"
+        "has more than 10 GFLOP in fp32, too much for a CPU"
     )
-    assert reason("middle-256*-m4096-forward", "cpu") == "more than 0.1 GFLOP in 16 bits: not on a CPU"
-    assert reason("narrow-16x*-fp32-m2097152-forward", "cpu") == "moves more than 0.15 GB: not on a CPU"
-    assert "`python -m bench.fresh lecture --cpu --rows 10000` runs it" in str(reason("*-lecture", "cpu"))
+    assert reason("middle-256*-m4096-forward", "cpu") == "has more than 0.1 GFLOP in 16 bits, too much for a CPU"
+    assert reason("narrow-16x*-fp32-m2097152-forward", "cpu") == "moves more than 0.15 GB, too much for a CPU"
+    assert "use `python -m bench.fresh lecture --cpu --rows 10000`" in str(reason("*-lecture", "cpu"))
     assert "no CUDA device" in str(reason("seed-*", "cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert reason("large-*-m32768-step", "cuda") is None
-    assert reason("*-lecture", "cpu") == "the row on the GPU has the product on the CPU beside it"
+    assert reason("*-lecture", "cpu") == "the row on the GPU also measures the product on the CPU"
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

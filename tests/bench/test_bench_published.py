@@ -227,13 +227,17 @@ def test_every_number_of_the_readme_s_table_is_a_reading() -> None:
     assert any(float(row[6].strip("x")) < 0.85 for row in rows if row[6] != "-"), "the slower networks are shown too"
 
 
-def test_the_readme_s_output_of_transfer_is_the_log_s_shortened() -> None:
-    log = (RAW / "transfer.log").read_text().splitlines()
-    _, *shown, _ = readme("transfer").splitlines()
-    shown = [line for line in shown if line and line != "…"]
+def test_the_readme_s_output_of_transfer_has_the_numbers_of_the_log() -> None:
+    """The log is older than the wording of the output, so numbers are compared, line by line."""
+
+    def numbers(text: str) -> list[list[str]]:
+        lines = (re.findall(r"\d[\d.,e+]*", line) for line in text.splitlines())
+        return [line for line in lines if line]
+
+    log, shown = numbers((RAW / "transfer.log").read_text()), numbers(readme("transfer"))
     places = [log.index(line) for line in shown]
     assert places == sorted(places)
-    assert len(shown) > 15
+    assert len(shown) > 12
 
 
 def test_the_readme_s_output_of_tune_has_the_readings_of_the_products() -> None:
@@ -251,9 +255,9 @@ def test_the_readme_s_output_of_tune_has_the_readings_of_the_products() -> None:
         product = readings[kind, int(width_in), int(width_out), int(count), dtype]
         assert (torchs, ours) == (f"{product['torch_ms']:.4f}", f"{product['ms']:.4f}")
         assert ratio == f"{product['torch_ms'] / product['ms']:.2f}"
-        assert (fastest == "torch's own") == (product["tile"] is None)
+        assert (fastest == "PyTorch") == (product["tile"] is None)
     won = sum(product["tile"] is not None for product in table["gemms"])
-    assert f"Our kernels won {won} of {len(table['gemms'])};" in text
+    assert f"our kernels are faster in {won} of {len(table['gemms'])} problems;" in text
     assert table["device"] in text
 
 
@@ -289,7 +293,7 @@ def test_files_of_both_kinds_go_through_one_command(tmp_path: Path, capsys: pyte
     other = tmp_path / "other.json"
     other.write_text('{"schema": 2}')
     assert report.main([str(other), str(FILE), "--out", str(tmp_path / "none")]) == 2
-    assert "holds published readings, which do not mix with others" in capsys.readouterr().err
+    assert "has published readings, which cannot be merged with other files" in capsys.readouterr().err
     assert report.main([str(other), "--table"]) == 2
-    assert f"{other} holds no published readings" in capsys.readouterr().err
+    assert f"{other} has no published readings" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated_gpu import SIZES, Simulated, simulate
 
 from bench import readings
 from bench.readings import CELLS, TF32
@@ -54,7 +55,7 @@ def test_ids_are_unique_and_every_network_names_every_system(content: Record) ->
     networks = content["networks"]
     assert len({network["id"] for network in networks}) == len(networks)
     assert {tuple(network["systems"]) for network in networks} == {readings.SYSTEMS}
-    with pytest.raises(ValueError, match=r"^narrow64 was computed by jax, which SYSTEMS does not name$"):
+    with pytest.raises(ValueError, match=r"^narrow64 has the systems jax; they need to be in SYSTEMS$"):
         readings.network("narrow64", CELLS["narrow64"], "inference", {"jax": readings.reading(1.0)})
 
 
@@ -108,6 +109,19 @@ def test_every_duration_of_the_transfer_log_is_published(content: Record) -> Non
     assert [each["bound"] for each in found["steps"]] == ["launch_ms", "launch_ms", "kernels_ms"]
     assert [each["rows"] for each in found["steps"]] == [64, 1024, 16384]
     assert content["ceilings"] == {"memory_gbps": 3009.4, "to_device_gbps": 55.1, "to_host_gbps": 54.9}
+
+
+def test_the_output_of_transfer_is_parsed_with_its_numbers() -> None:
+    result = simulate(Simulated())
+    record = readings.transfer(str(result))
+    gpu = result.at_rows.gpu
+    assert gpu is not None
+    named = {part["name"]: part for part in record["each_time"]}
+    assert named["forward kernels"]["device_ms"] == pytest.approx(gpu.forward.device.ms, rel=0.01)
+    assert named["host copy into pinned memory"]["host_ms"] == pytest.approx(gpu.staging.ms, rel=0.01)
+    assert record["first_touch_ms"]["first forward, kernels compiled"] == 4000
+    assert [step["rows"] for step in record["steps"]] == list(SIZES)
+    assert [step["bound"] for step in record["steps"]] == ["launch_ms"] * 2 + ["copy_ms"] * 3
 
 
 # The networks behind the cells' names

@@ -76,12 +76,12 @@ def changed(*path: str, **values: Any) -> dict[str, Any]:
     ("content", "reason"),
     [
         (changed("ours", "timing", kernel_ms=None), "Timing has no kernel_ms"),
-        (changed("ours", speed=1.0), "NetworkPhase has a field speed, which is unknown"),
+        (changed("ours", speed=1.0), "NetworkPhase has an unknown field speed"),
         (changed("ours", path=None, reason=None), "NetworkPhase has no path, reason"),
-        (changed(rows="many"), "NetworkRow.rows is 'many', which is of another type"),
-        (changed("baselines", eager=3.0), "3.0 stands where Comparison needs its fields"),
-        (changed(kind="other"), "its kind is 'other', which needs to be one of network, gemm, copy, fresh, failed"),
-        (changed(kind=None), "its kind is None, which needs to be one of"),
+        (changed(rows="many"), "NetworkRow.rows is 'many', which has the wrong type"),
+        (changed("baselines", eager=3.0), "Comparison is 3.0; it needs to be a mapping with its fields"),
+        (changed(kind="other"), "its kind is 'other'; it needs to be one of network, gemm, copy, fresh, failed"),
+        (changed(kind=None), "its kind is None; it needs to be one of"),
     ],
     ids=["missing", "unknown", "two missing", "another type", "no part", "another kind", "no kind"],
 )
@@ -89,4 +89,4 @@ def test_a_row_with_other_fields_is_refused_in_a_sentence(content: dict[str, Any
     with pytest.raises(UnfitRowError) as failure:
         from_json(content)
     assert str(failure.value).startswith(f"row {NETWORK.id}: {reason}")
-    assert str(failure.value).endswith("; it was written by another version of bench/rows.py, measure it again")
+    assert str(failure.value).endswith("; another version of bench/rows.py wrote it, so measure it again")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.problem import Problem
-from bench.work import against_floor, work_of
+from bench.work import against_floor, phase_work
 from mlp_fused.explain import Work, work
 from mlp_fused.timing import Ceilings
 
@@ -14,13 +14,13 @@ from mlp_fused.timing import Ceilings
 def test_work_of_phases() -> None:
     problem = Problem((784, 512, 10), 64, cross_entropy=True)
     layers = work(64, (784, 512, 10), torch.float32, "relu")
-    assert work_of(problem, "forward", "cpu") == layers["inference"]
-    assert work_of(problem, "forward", "cpu").flops == 2 * 64 * (784 * 512 + 512 * 10)
-    assert work_of(problem, "training", "cpu") == layers["forward"] + layers["backward"]
+    assert phase_work(problem, "forward", "cpu") == layers["inference"]
+    assert phase_work(problem, "forward", "cpu").flops == 2 * 64 * (784 * 512 + 512 * 10)
+    assert phase_work(problem, "training", "cpu") == layers["forward"] + layers["backward"]
     parameters = 784 * 512 + 512 + 512 * 10 + 10
     extra = 4 * (7 * parameters + 2 * 64 * 10)
-    assert work_of(problem, "step", "cpu") == work_of(problem, "training", "cpu") + Work(0, extra)
-    assert work_of(Problem((10, 10), 10), "lecture", "cpu") == Work(2000, 1200)
+    assert phase_work(problem, "step", "cpu") == phase_work(problem, "training", "cpu") + Work(0, extra)
+    assert phase_work(Problem((10, 10), 10), "lecture", "cpu") == Work(2000, 1200)
 
 
 def test_against_floor() -> None:

@@ -243,7 +243,7 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
 def _scaled_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     """The tiles of products of scaled parts: the measured one, then those whose programs all fit in shared memory.
 
-    Not all programs of the measured one may fit at a time: dgrad's took 0.684 ms in two waves, and 0.943 with one stage,
+    Not all programs of the measured one may fit at a time: dgrad took 0.684 ms in two waves, and 0.943 with one stage,
     where all fit.
     """
     kind = problem.kind if problem.stores or problem.kind != "forward" else "inference"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -288,3 +291,12 @@ def test_explain_names_the_parts(training: bool) -> None:
     assert "two scaled fp16 parts" in path.explanation
     assert path.forward_tile.precision == path.wgrad_tile.precision == "fp16x3"
     assert path.formulation == ("stored" if training else None)
+
+
+@pytest.mark.parametrize(("choice", "parts"), [("auto", "two scaled fp16 parts"), ("ieee", "three bf16 parts")])
+def test_the_switch_ieee_leaves_networks_to_bf16_parts(choice: str, parts: str) -> None:
+    """MLP_FUSED_FP32 is read at import."""
+    code = "from mlp_fused import FusedMLP; print(FusedMLP(64, [64, 64]).explain(4096, device='h100').reason)"
+    environment = {**os.environ, "MLP_FUSED_FP32": choice}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert parts in run.stdout

@@ -26,6 +26,7 @@ from .network_path import NetworkPath
 from .settings import (
     DEBUG,
     DEFAULT_BACKEND,
+    FLOAT32,
     Backend,
     constant_to_compilers,
     float32_precision,
@@ -334,6 +335,8 @@ def network_path(
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
+    if splits is None and FLOAT32 == "ieee":
+        splits = ("bf16x6",)
     multiplied = network_tiles.network_precision(widths, dtype, precision, device, splits)
     network = network_of(widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)))
     drops = dropouts_of(dropouts)

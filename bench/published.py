@@ -2,13 +2,13 @@
 
 readings.py makes such a file. `throughput`, `step_parts` and `speeds` return the data of the figures, `page` the report
 for bench/results, and `readme` the README's block of measured numbers. `python -m bench.report FILE --out DIR` writes
-the page and the figures. `python -m bench.report FILE --table` prints the block.
+the page and the figures. `python -m bench.report FILE ... --table` prints the block.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,10 @@ def report_files(content: Record) -> dict[str, bytes]:
 
 
 def figures(content: Record) -> dict[str, Plot]:
-    """Return the figures by name."""
-    return {"throughput": throughput_plot(content), "step": step_plot(content), "speed": speed_plot(content)}
+    """Return the figures by name, of what was measured."""
+    measured = {"throughput": beside_tinycudann(content), "step": content["transfer"], "speed": beside_eager(content)}
+    make = {"throughput": throughput_plot, "step": step_plot, "speed": speed_plot}
+    return {name: make[name](content) for name, readings in measured.items() if readings}
 
 
 # Names and numbers of a network
@@ -336,24 +338,29 @@ def page(content: Record, by_name: Mapping[str, Plot], slug: str) -> str:
         yield ""
 
     lines = [f"# Measured on {content['origin']['gpu']}", "", *_provenance(content)]
-    lines += ["## Narrow networks", "", *plot("throughput"), *_tinycudann(content)]
-    lines += ["## A step and its parts", "", *plot("step"), *_transfer(content)]
+    if "throughput" in by_name:
+        lines += ["## Narrow networks", "", *plot("throughput"), *_tinycudann(content)]
+    if "step" in by_name:
+        lines += ["## A step and its parts", "", *plot("step"), *_transfer(content)]
     lines += ["## Against eager PyTorch", "", *plot("speed"), *_eager(content), *_quack(content)]
+    if "float32" in content:
+        lines += ["## Full fp32 on tensor cores", "", *_float32(content)]
+    if any(network["error_float64"] for network in content["networks"]):
+        lines += ["## Errors against float64", "", *_errors(content)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _provenance(content: Record) -> Iterator[str]:
     origin, ceilings = content["origin"], content["ceilings"]
-    links = f"{ceilings['to_device_gbps']}, {ceilings['to_host_gbps']} GB/s"
-    yield from table(
-        ("", ""),
-        (
-            *((name, origin[name]) for name in ("date", "commit", "driver")),
-            *origin["versions"].items(),
-            ("a large copy in the GPU's memory, read and written", f"{ceilings['memory_gbps']:,} GB/s"),
-            ("large pinned copies to the device, to the host", links),
-        ),
-    )
+    lines = [
+        *((name, origin[name]) for name in ("date", "commit", "changed", "driver") if name in origin),
+        *origin["versions"].items(),
+        ("a large copy in the GPU's memory, read and written", f"{ceilings['memory_gbps']:,} GB/s"),
+    ]
+    if "to_device_gbps" in ceilings:
+        links = f"{ceilings['to_device_gbps']}, {ceilings['to_host_gbps']} GB/s"
+        lines.append(("large pinned copies to the device, to the host", links))
+    yield from table(("", ""), lines)
     yield from (f"- {name}: {how}." for name, how in (*origin["timed"].items(), *origin["scripts"].items()))
     yield ""
     yield f"All times are milliseconds; {NONE}: not measured. Training is forward and backward."
@@ -417,6 +424,8 @@ def _eager(content: Record) -> Iterator[str]:
 
 
 def _quack(content: Record) -> Iterator[str]:
+    if "quack" not in content["origin"]["versions"]:
+        return
     yield f"Against quack {content['origin']['versions']['quack']}: gelu_tanh, no bias, timed in a loop, in two runs."
     yield ""
     systems = ("ours", "eager", "quack", "quack_tuned")
@@ -428,12 +437,45 @@ def _quack(content: Record) -> Iterator[str]:
     yield from table(("", *_headers(systems)), lines)
 
 
+def _float32(content: Record) -> Iterator[str]:
+    yield (
+        "By fp16x3, beside torch in full fp32. Errors are relative, against float64: of y, and in the training of 64 "
+        "wide of the weights' gradients. The milliseconds of its training are the sum of its kernels."
+    )
+    yield ""
+    yield from float32_table(content)
+
+
+def float32_table(content: Record) -> Iterator[str]:
+    """Yield a table of full fp32 on tensor cores: milliseconds and relative errors, of ours and of torch's."""
+    header = ("network, fp32", "", "ours", "torch", "speed", "error: ours", "torch")
+    lines = []
+    for entry in content["float32"]:
+        ours, eager = entry["ours"], entry["eager"]
+        name = f"{shape(entry)}, {entry['activation']}, {rows(entry)}"
+        milliseconds = (number(ours["ms"]), number(eager["ms"]), times(eager["ms"] / ours["ms"]))
+        errors = (f"{each['error_float64']:.1e}" for each in (ours, eager))
+        lines.append((name, entry["phase"], *milliseconds, *errors))
+    yield from table(header, lines)
+
+
+def _errors(content: Record) -> Iterator[str]:
+    yield "Relative errors of ours and of eager's."
+    yield ""
+    lines = (
+        (f"{label(network)}, {network['phase']}", *(f"{errors[name]:.2e}" for name in ("ours", "eager")))
+        for network in content["networks"]
+        if (errors := network["error_float64"])
+    )
+    yield from table(("", "ours", "eager"), lines)
+
+
 # The README's block
 
 FOLDER = "bench/results"
 TABLE = (
-    *("narrow64", "narrow64-gelu", "narrow128", "narrow16-64-64-16", "middle512relu"),
-    *("middle512", "large4096", "tf32-1024", "narrow64-fp32", "latency1"),
+    *("narrow64", "narrow64-gelu", "narrow128", "narrow16-64-64-16", "narrow64-fp32", "fp32-1024"),
+    *("middle512", "middle1024", "large1024", "large4096", "large4096-1k"),
 )
 
 
@@ -444,13 +486,24 @@ def readme_picture(content: Record, name: str, folder: str = FOLDER) -> str:
     return picture(light, dark, plot.alt)
 
 
-def readme(content: Record) -> str:
-    """Return the README's block of measured numbers: a figure, its conditions, ten networks, and how to read them."""
+def readme(contents: Sequence[Record]) -> str:
+    """Return the README's block of measured numbers, from one file or more.
+
+    The figure and its conditions are of the first file that has tiny-cuda-nn, and the table is of the last file.
+    """
     header = ("network", "inference: ours", "eager", "speed", "training: ours", "eager", "speed")
-    networks = beside_eager(content)
-    lines = [readme_picture(content, "throughput"), "", *_paragraph(_conditions(content)), ""]
-    lines += table(header, (_readme_row(networks[cell]) for cell in TABLE))
-    lines += _paragraph(_explanation(networks["latency-n64"]["training"]))
+    newest = contents[-1]
+    networks = beside_eager(newest)
+    lines: list[str] = []
+    sentences = []
+    for content in [content for content in contents if beside_tinycudann(content)][:1]:
+        lines += [readme_picture(content, "throughput"), ""]
+        sentences = [f"The figure: {_measured_with(content)}. {_how_to_read_the_figure(content)}"]
+    sentences.append(f"The table: {_measured_with(newest)}.")
+    lines += [*_paragraph(" ".join(sentences)), ""]
+    shown = {cell: networks[cell] for cell in TABLE}
+    lines += table(header, map(_readme_row, shown.values()))
+    lines += _paragraph(_explanation(shown))
     return "\n".join(lines) + "\n"
 
 
@@ -458,30 +511,41 @@ def _paragraph(text: str) -> list[str]:
     return textwrap.wrap(text, 120, break_on_hyphens=False)
 
 
-def _conditions(content: Record) -> str:
-    """Return the sentences on the GPU, the versions and the figure."""
-    origin = content["origin"]
-    versions, copy_rate = origin["versions"], content["ceilings"]["memory_gbps"] / 1e3
+def _measured_with(content: Record) -> str:
+    """Return the GPU, the date, the commit, the versions and the page of all readings, in words."""
+    origin, versions = content["origin"], content["origin"]["versions"]
+    other = f", tiny-cuda-nn {versions['tinycudann']}" if "tinycudann" in versions else ""
     return (
-        f"Measured on one {origin['gpu']} on {origin['date']}: mlp_fused at commit {origin['commit']}, "
-        f"torch {versions['torch']}, Triton {versions['triton']}, Python {versions['python']}, "
-        f"driver {origin['driver']}, tiny-cuda-nn {versions['tinycudann']}. The vertical bars are the memory floor: "
-        f"the most rows a second that the GPU's memory allows, at the {copy_rate:.2f} TB/s "
-        "of a large copy. In training, tiny-cuda-nn is compared with the gradient of x computed, eager without it. All "
-        f"readings and how they were taken: [{FOLDER}]({FOLDER}/{slug(content)}.md)."
+        f"{origin['gpu']}, {origin['date']}, commit {origin['commit']}, torch {versions['torch']}, "
+        f"Triton {versions['triton']}, driver {origin['driver']}{other} ([all]({FOLDER}/{slug(content)}.md))"
     )
 
 
-def _explanation(small: Record) -> str:
-    """Return the sentences on how to read the table; `small` is a network whose time is mostly Python overhead."""
-    loop, kernels, eager = (
-        number(milliseconds(small, *which)) for which in (("ours", "loop"), ("ours", "device"), ("eager", "loop"))
-    )
+def _how_to_read_the_figure(content: Record) -> str:
+    copy_rate = content["ceilings"]["memory_gbps"] / 1e3
     return (
+        f"Vertical bars are the memory floor: the most rows a second at the {copy_rate:.2f} TB/s of a large copy. In "
+        "training, tiny-cuda-nn is compared with the gradient of x computed, eager without it."
+    )
+
+
+def _explanation(shown: Mapping[str, Mapping[str, Record]]) -> str:
+    """Return the sentences on how to read the table. They name the calls that are not faster in a loop."""
+    loops = [
+        f"{shape(network)}, {rows(network)}, {phase} {' / '.join(_times(network, ('ours', 'eager'), 'loop'))}"
+        for phases in shown.values()
+        for phase, network in phases.items()
+        if (speed := ratio(network, "loop")) is not None and speed < 1.01
+    ]
+    text = (
         "Times are milliseconds of GPU kernels. Training is a forward and a backward. Speed is eager PyTorch's time "
-        "divided by ours: below 1x, our kernels are slower. Where a reading says that PyTorch is faster, "
-        '`backend="auto"` runs PyTorch\'s own product instead. Python overhead comes on top: a training call of '
-        f"{label(small)} takes {loop} ms in a loop, of which {kernels} ms are kernels. Eager takes {eager} ms."
+        "divided by ours: below 1x, our kernels are slower. Python overhead comes on top. "
+    )
+    return text + (
+        "These calls are not faster than eager's in a loop, as a caller waits for them (ours / eager, in ms): "
+        f"{'; '.join(loops)}."
+        if loops
+        else ""
     )
 
 

@@ -1,7 +1,8 @@
 """Make a file for bench/results from the raw logs of a run: `python -m bench.readings tests/data/h100 --out FILE`.
 
 The folder has origin.json (GPU, date, commit, versions, method of timing) and the logs: cells.jsonl (networks against
-nn.Sequential), tinycudann.log, quack.log and transfer.log. bench/results/README.md describes the file.
+nn.Sequential) and, if they were measured, tinycudann.log, quack.log, transfer.log, planes.jsonl and
+narrow_float32.jsonl (full fp32 on tensor cores). bench/results/README.md describes the file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -275,21 +276,84 @@ def ceilings(text: str) -> dict[str, float]:
     return {"memory_gbps": memory, "to_device_gbps": to_device, "to_host_gbps": to_host}
 
 
+# planes.jsonl and narrow_float32.jsonl
+
+# The kernels of fp16x3 that run in a network 64 wide with relu, by phase, with their tiles (kernels/network_tiles.py).
+# Of training, the forward keeps what the backward reads.
+NARROW_KERNELS = {
+    "inference": ("forward fp16x3 m64 w4 s1 x2",),
+    "training": ("keeping fp16x3 m64 w4 s2 x2", "dgrad fp16x3 m64 w4 s2 x2", "wgrad fp16x3 m64 w4 s3 x2"),
+}
+NARROW_EAGER = {"inference": "forward eager", "training": "train eager"}
+
+
+def float32(
+    problem: Problem, phase: str, times: tuple[float, float], errors: tuple[float, float], kernels: int | None = None
+) -> Record:
+    """Make the record of a network in full fp32, by fp16x3 and by torch. Our time is a sum over `kernels` kernels."""
+    return {
+        "widths": list(problem.widths),
+        "rows": problem.rows,
+        "activation": problem.activation,
+        "phase": phase,
+        "summed_kernels": kernels,
+        **{
+            system: {"ms": ms, "error_float64": error}
+            for system, ms, error in zip(("ours", "eager"), times, errors, strict=True)
+        },
+    }
+
+
+def planes(text: str) -> Iterator[Record]:
+    """Yield the networks of planes.jsonl. Their error is the one of y."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    errors = {line["case"]: line["y"] for line in lines if line["part"] == "net errors"}
+    for line in lines:
+        if line["part"] != "nets":
+            continue
+        widths, activation, rows = line["case"].split()
+        problem = Problem(tuple(map(int, widths.split("x"))), int(rows), activation=activation)
+        for phase, name in (("inference", "forward"), ("training", "training")):
+            ours, eager, _ = line["times"][name]  # the last one is the time of a host call
+            yield float32(problem, phase, (ours, eager), tuple(errors[line["case"]]))
+
+
+def narrow_float32(text: str) -> Iterator[Record]:
+    """Yield the network 64 wide with relu of narrow_float32.jsonl. The error of training is the one of wgrad."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    ms = {line["timed"]: line["ms"] for line in lines if "timed" in line}
+    errors = {line["checked"]: (line["error"], line["torch"]) for line in lines if "error" in line}
+    for phase, kernels in NARROW_KERNELS.items():
+        names = [f"W64 relu {kernel}" for kernel in kernels]
+        both = (sum(ms[name] for name in names), ms[f"W64 relu {NARROW_EAGER[phase]}"])
+        yield float32(CELLS["narrow64-fp32"], phase, both, errors[names[-1]], len(names))
+
+
 # The file
 
 
 def published(folder: Path) -> Record:
-    """Return the content of the file for bench/results, from a folder of raw logs."""
+    """Return the content of the file for bench/results, from a folder of raw logs. Logs may be missing."""
 
-    def text(name: str) -> str:
-        return (folder / name).read_text()
+    def parsed(name: str, parse: Callable[[str], Iterator[Record]]) -> list[Record]:
+        path = folder / name
+        return [*parse(path.read_text())] if path.exists() else []
 
+    origin = json.loads((folder / "origin.json").read_text())
+    log = folder / "transfer.log"
+    text = log.read_text() if log.exists() else None
+    float32_networks = [*parsed("planes.jsonl", planes), *parsed("narrow_float32.jsonl", narrow_float32)]
     return {
         "format": FORMAT,
-        "origin": json.loads(text("origin.json")),
-        "ceilings": ceilings(text("transfer.log")),
-        "networks": [*cells(text("cells.jsonl")), *tinycudann(text("tinycudann.log")), *quack(text("quack.log"))],
-        "transfer": transfer(text("transfer.log")),
+        "origin": {name: value for name, value in origin.items() if name != "ceilings"},
+        "ceilings": origin["ceilings"] if text is None else ceilings(text),
+        "networks": [
+            *parsed("cells.jsonl", cells),
+            *parsed("tinycudann.log", tinycudann),
+            *parsed("quack.log", quack),
+        ],
+        "transfer": None if text is None else transfer(text),
+        **({"float32": float32_networks} if float32_networks else {}),
     }
 
 

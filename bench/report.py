@@ -7,8 +7,8 @@ report has the number of replaced rows. Files that differ, or whose times are di
 DIR then has <gpu>.md, with every cell of the grid, measured or not, and its plots, for light and for dark pages. All
 files are written together at the end.
 
-The same command makes the report of a file of published readings (see readings.py and published.py). For such a file,
-`--table` instead of `--out DIR` prints the README's block.
+The same command makes the report of a file of published readings (see readings.py and published.py). For such files,
+`--table` instead of `--out DIR` prints the README's block: the figure of the first, the table of the last.
 """
 
 from __future__ import annotations
@@ -389,6 +389,18 @@ def readings_in(paths: Sequence[Path]) -> dict[str, Any] | None:
     return None
 
 
+def table_readings(path: Path) -> dict[str, Any]:
+    """Return the content of a file of published readings.
+
+    Raises:
+        UnfitError: the file has no published readings, or cannot be read.
+    """
+    content: dict[str, Any] = load(path)
+    if not published.is_published(content):
+        raise UnfitError(f"{path} has no published readings, which --table needs")
+    return content
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="make tables and plots of measured results")
     parser.add_argument(
@@ -396,16 +408,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--out", type=Path, metavar="DIR", help="folder for the report and its plots")
-    output.add_argument("--table", action="store_true", help="print the README's block of a file of published readings")
+    output.add_argument("--table", action="store_true", help="print the README's block, of files of published readings")
     options = parser.parse_args(arguments)
     try:
-        readings = readings_in(options.results)
-        if not options.table:
-            write_report(options.results, readings, options.out)
-        elif readings is not None:
-            print(published.readme(readings), end="")
+        if options.table:
+            print(published.readme([table_readings(path) for path in options.results]), end="")
         else:
-            raise UnfitError(f"{options.results[0]} has no published readings, which --table needs")
+            write_report(options.results, readings_in(options.results), options.out)
     except UnfitError as error:
         print(f"nothing was written: {error}", file=sys.stderr)
         return 2

@@ -17,13 +17,22 @@ from mlp_fused.kernels.devices import device_slug
 
 ROOT = Path(__file__).parents[2]
 RAW = ROOT / "tests" / "data" / "h100"
-RESULTS = ROOT / "bench" / "results" / "nvidia_h100_80gb_hbm3-2026-11-26.json"
+NEWER = ROOT / "tests" / "data" / "h200"
+RESULTS = {
+    RAW: ROOT / "bench" / "results" / "nvidia_h100_80gb_hbm3-2026-11-26.json",
+    NEWER: ROOT / "bench" / "results" / "nvidia_h200-2026-11-27.json",
+}
+FOLDERS = [pytest.param(folder, id=folder.name) for folder in RESULTS]
 
 Record = dict[str, Any]
 
 
-def raw_cells() -> dict[str, Record]:
-    return {cell["cell"]: cell for cell in map(json.loads, (RAW / "cells.jsonl").read_text().splitlines())}
+def lines_of(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def raw_cells(folder: Path = RAW) -> dict[str, Record]:
+    return {cell["cell"]: cell for cell in lines_of(folder / "cells.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +52,13 @@ def numbers(value: Any) -> list[float]:
 # The file
 
 
-def test_the_committed_file_is_made_of_the_raw_readings(content: Record, tmp_path: Path) -> None:
-    made = tmp_path / "made.json"
-    assert readings.main([str(RAW), "--out", str(made)]) == 0
-    assert made.read_text() == RESULTS.read_text()
-    origin = content["origin"]
-    assert RESULTS.stem == f"{device_slug(origin['gpu'])}-{origin['date']}"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_committed_file_is_made_of_the_raw_readings(folder: Path, tmp_path: Path) -> None:
+    made, committed = tmp_path / "made.json", RESULTS[folder]
+    assert readings.main([str(folder), "--out", str(made)]) == 0
+    assert made.read_text() == committed.read_text()
+    origin = readings.published(folder)["origin"]
+    assert committed.stem == f"{device_slug(origin['gpu'])}-{origin['date']}"
 
 
 def test_ids_are_unique_and_every_network_names_every_system(content: Record) -> None:
@@ -59,11 +69,12 @@ def test_ids_are_unique_and_every_network_names_every_system(content: Record) ->
         readings.network("narrow64", CELLS["narrow64"], "inference", {"jax": readings.reading(1.0)})
 
 
-def test_no_reading_of_a_cell_is_lost_or_changed(content: Record) -> None:
-    by_id = {network["id"]: network for network in content["networks"]}
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_reading_of_a_cell_is_lost_or_changed(folder: Path) -> None:
+    by_id = {network["id"]: network for network in readings.published(folder)["networks"]}
     names = {"captured ours": "captured", "captured eager": "captured_eager"}
     count = 0
-    for name, cell in raw_cells().items():
+    for name, cell in raw_cells(folder).items():
         for label, (median, low, high) in cell["ms"].items():
             short, system = label.split(" ", 1)
             found = by_id[f"{name}-{readings.PHASES[short]}"]["systems"][names.get(system, system)]
@@ -78,6 +89,32 @@ def test_no_reading_of_a_cell_is_lost_or_changed(content: Record) -> None:
         for phase in readings.PHASES.values()
         for reading in by_id.get(f"{name}-{phase}", {"systems": {}})["systems"].values()
     )
+
+
+def test_logs_that_were_not_measured_are_left_out() -> None:
+    content = readings.published(NEWER)
+    assert content["transfer"] is None
+    assert content["ceilings"] == {"memory_gbps": 4249.28}
+    assert {network["id"].rsplit("-", 1)[0] for network in content["networks"]} == set(raw_cells(NEWER)) < set(CELLS)
+    assert "float32" not in readings.published(RAW)
+
+
+def test_full_fp32_has_the_times_and_errors_of_its_logs() -> None:
+    found = {
+        (tuple(each["widths"]), each["activation"], each["phase"]): (
+            *(each[system]["ms"] for system in ("ours", "eager")),
+            *(each[system]["error_float64"] for system in ("ours", "eager")),
+        )
+        for each in readings.published(NEWER)["float32"]
+    }
+    nets = [line for line in lines_of(NEWER / "planes.jsonl") if line["part"] == "nets"]
+    assert len(found) == 2 * len(nets) + 2
+    assert found[(1024, 4096, 1024), "gelu", "inference"] == pytest.approx((0.8881, 2.8027, 3.312e-7, 1.3235e-6), 1e-3)
+    assert found[(4096, 16384, 4096), "gelu", "training"][:2] == pytest.approx((9.140, 26.928), 1e-3)
+    assert found[(512,) * 5, "relu", "training"][:2] == pytest.approx((1.3992, 2.2478), 1e-3)
+    assert found[(64,) * 5, "relu", "inference"] == pytest.approx((0.3604, 1.5122, 2.893e-7, 2.2986e-7), 1e-3)
+    kernels = 0.52018 + 0.68445 + 0.65193  # the forward that stores, dgrad and wgrad
+    assert found[(64,) * 5, "relu", "training"] == pytest.approx((kernels, 4.5463, 1.3247e-7, 4.3674e-7), 1e-3)
 
 
 @pytest.mark.parametrize("log", ["tinycudann.log", "quack.log"])

@@ -18,16 +18,21 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mlp_fused.engine import paths
+from mlp_fused.engine import autograd, paths
 from mlp_fused.engine.layer_path import layer_path
+from mlp_fused.engine.row_kernels import stamped
+from mlp_fused.engine.table_files import Gemm, Network, Table
 from mlp_fused.kernels import devices
+from mlp_fused.kernels.language import TRITON_VERSION
 from mlp_fused.kernels.launch import Launch, launched_by
+from mlp_fused.kernels.tile_config import TileConfig
 from mlp_fused.module import FusedLinear, FusedMLP
 
 Call = Callable[[Tensor], Any]
@@ -154,7 +159,9 @@ class Case:
     widths: tuple[int, int]  # of the input and the output
     layers: int
     activations: int
-    launches: int  # of a forward
+    launches: tuple[int, int]  # of a forward, and of a forward and backward
+    table: Table | None = None  # what is measured on the device; by default nothing
+    by_layer: bool = False  # True if each layer is an autograd.Function of its own, as in a wide network
 
     def one_wide(self) -> nn.Sequential:
         """torch's modules, one wide: as many calls with next to no product in them."""
@@ -162,29 +169,71 @@ class Case:
         return nn.Sequential(*children[: self.layers + self.activations])
 
 
+ROWS = 64
+KERNEL = TileConfig(16, 16, 16, split=2)  # weight gradients have a second kernel, which adds partial sums
+
+
+def table(activation: str, **tiles: TileConfig | None) -> Table:
+    """A table of the device that gives the products of layers 1→1 these tiles, or torch, by kind.
+
+    forward is for layers with the activation, dgrad for those above one. The last layer's forward is torch's.
+    """
+    names = {"forward": (activation, "identity"), "dgrad": (activation,), "wgrad": ("identity",)}
+    gemms = [
+        stamped(Gemm(kind, ROWS, 1, 1, "float32", "ieee", name, tile if name == activation else last, 1.0, 1.0))
+        for kind, tile in tiles.items()
+        for name, last in zip(names[kind], (tile, None))
+    ]
+    networks = [
+        stamped(Network((1,) * 5, ROWS, "float32", "ieee", activation, training, "layer", {"layer": 1.0}))
+        for training in (False, True)
+    ]
+    versions = {"triton": ".".join(map(str, TRITON_VERSION))}
+    return Table("NVIDIA H200", "2026-01-01", versions, tuple(gemms), tuple(networks))
+
+
+def one_wide(activation: type[nn.Module]) -> nn.Module:
+    return FusedMLP(1, [1, 1, 1, 1], activation_layer=activation, backend="triton")
+
+
+# relu: the products that an H100's table leaves to torch in 512→512→512→512→512. gelu: those in 1024→…→1024.
+WITH_TORCH = {
+    "relu": (nn.ReLU, table("relu", forward=None, dgrad=KERNEL, wgrad=KERNEL), (3, 14)),
+    "gelu": (nn.GELU, table("gelu", forward=KERNEL, dgrad=None, wgrad=KERNEL), (3, 14)),
+    "all": (nn.GELU, table("gelu", forward=None, dgrad=None, wgrad=None), (3, 6)),
+}
 CASES = {
-    "layer": Case(lambda: FusedLinear(64, 64, activation="relu", backend="triton"), (64, 64), 1, 1, launches=1),
-    "network": Case(lambda: FusedMLP(64, [64, 64, 64, 64], backend="triton"), (64, 64), 4, 3, launches=1),
-    "wide": Case(lambda: FusedMLP(784, [512, 512, 10], backend="triton"), (784, 10), 3, 2, launches=3),
+    "layer": Case(lambda: FusedLinear(64, 64, activation="relu", backend="triton"), (64, 64), 1, 1, (1, 4)),
+    "network": Case(lambda: FusedMLP(64, [64, 64, 64, 64], backend="triton"), (64, 64), 4, 3, (1, 4)),
+    "wide": Case(lambda: FusedMLP(784, [512, 512, 10], backend="triton"), (784, 10), 3, 2, (3, 8)),
+} | {
+    f"torch-{name}{'-by-layer' * by_layer}": Case(partial(one_wide, kind), (1, 1), 4, 3, launches, measured, by_layer)
+    for name, (kind, measured, launches) in WITH_TORCH.items()
+    for by_layer in (False, True)
 }
 PHASES = ("inference", "training-forward", "training-backward")
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", CASES)
-def test_call(benchmark: Any, nothing: Nothing, name: str, phase: str) -> None:
+def test_call(benchmark: Any, nothing: Nothing, monkeypatch: pytest.MonkeyPatch, name: str, phase: str) -> None:
     """Python and autograd of one call with 64 rows in fp32, up to the launches, which do nothing.
 
     layer is a FusedLinear 64→64 with relu, network a FusedMLP 64→64→64→64→64 on the network path, wide a FusedMLP
-    784→512→512→10 on the layer path. inference is a forward under no_grad, training-forward a forward that records
-    gradients, training-backward that forward and its backward together. Eager is nn.Sequential of as many layers, one
-    wide, for one row. `empty_us` is one autograd.Function that computes nothing, with as many parameters: the least
-    that torch takes for any.
+    784→512→512→10 on the layer path. torch-* have four layers on the layer path, and torch computes some of their
+    products. They are one wide, so that these products take next to no time. inference is a forward under no_grad,
+    training-forward a forward that records gradients, training-backward that forward and its backward together. Eager
+    is nn.Sequential of as many layers, one wide, for one row. `empty_us` is one autograd.Function that computes
+    nothing, with as many parameters: the least that torch takes for any.
     """
     case = CASES[name]
+    if case.table is not None:  # the backend "auto" takes no kernels on a CPU
+        monkeypatch.setattr(paths, "leaves_to_torch", lambda backend: True)
+    if case.by_layer:
+        monkeypatch.setattr(autograd, "LAUNCH_BOUND", -1)
     model, eager = case.make(), case.one_wide()
     width_in, width_out = case.widths
-    x, one = torch.randn(64, width_in), torch.randn(1, 1)
+    x, one = torch.randn(ROWS, width_in), torch.randn(1, 1)
 
     def in_phase(call: Call, module: nn.Module, dy: Tensor) -> Call:
         parameters = tuple(module.parameters())
@@ -192,16 +241,17 @@ def test_call(benchmark: Any, nothing: Nothing, name: str, phase: str) -> None:
 
     parameters = tuple(model.parameters())
     empty: Any = Empty
-    ours = in_phase(model, model, torch.randn(64, width_out))
+    ours = in_phase(model, model, torch.randn(ROWS, width_out))
     systems = {
         "ours": (ours, x),
         "eager": (in_phase(eager, eager, one), one),
         "empty": (in_phase(lambda x: empty.apply(x, *parameters), model, x), x),
     }
-    with torch.set_grad_enabled(phase != "inference"):
+    decided = contextlib.nullcontext() if case.table is None else paths.decided_by(case.table)
+    with torch.set_grad_enabled(phase != "inference"), decided:
         ours(x)
         launches = nothing.launches
-        assert launches > case.launches if phase == "training-backward" else launches == case.launches
+        assert launches == case.launches[phase == "training-backward"]
         benchmark.extra_info["id"] = f"call-{name}-{phase}"
         calls = measure(benchmark, **systems)
         assert nothing.launches == launches * (1 + calls)

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from mlp_fused import FusedMLP, linear_act, mlp
+from mlp_fused import ACTIVATIONS, FusedMLP, linear_act, mlp
+from mlp_fused.engine.autograd import _bounds
+from mlp_fused.engine.paths import find_layers
+from mlp_fused.explain import meta_layers
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 Pair = Callable[..., tuple[FusedMLP, nn.Sequential]]
@@ -396,3 +399,22 @@ def test_gradgradcheck_of_the_module(device: str) -> None:
 
         assert torch.autograd.gradcheck(call, (x, *model.parameters()), fast_mode=True)
         assert torch.autograd.gradgradcheck(call, (x, *model.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "dtype", "functions"),
+    [
+        (512, 16384, torch.bfloat16, 1),
+        (1024, 16384, torch.float16, 1),  # kernels of 0.83 ms on an H200; Python needs longer for a Function a layer
+        (1024, 32768 + 1, torch.float16, 4),
+        (1024, 8192, torch.float32, 1),
+        (1024, 8192 + 1, torch.float32, 4),
+    ],
+    ids=str,
+)
+def test_layers_are_functions_of_their_own_where_their_kernels_hide_pythons_time(
+    width: int, rows: int, dtype: torch.dtype, functions: int
+) -> None:
+    layers = meta_layers((width,) * 5, [ACTIVATIONS["relu"]] * 4, dtype, bias=True)
+    path = find_layers(torch.empty(1, width, device="meta"), layers, dtype, "triton", "ieee")
+    assert len(_bounds(path, rows, 0, True)) == functions + 1

@@ -129,8 +129,8 @@ def test_what_is_neither_given_nor_returned_is_one_piece_of_memory(device: str) 
     part = writer.part("part of b", "b", 3, 4, 3)
     noted: dict[str, torch.Tensor] = {}
 
-    def run(**tensors: torch.Tensor) -> None:
-        noted.update(tensors)
+    def run(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, part: torch.Tensor, c: torch.Tensor) -> None:
+        noted.update(x=x, a=a, b=b, part=part, c=c)
 
     operands = {name: name for name in ("x", "a", "b")} | {"part": part, "c": "c"}
     writer.steps.append(Step("note", "a layer", "0", operands, ("a", "b", "part"), run))

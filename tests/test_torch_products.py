@@ -12,7 +12,7 @@ from cases import CASES, SEED, Case, Data, check, gradients, make, oracle, throu
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS
-from mlp_fused.engine import layer_path, layer_steps, tables
+from mlp_fused.engine import layer_path, layer_steps, schedule, tables
 from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.schedule import read
@@ -31,8 +31,8 @@ def product_by_torch(kind: str, activation: Activation, *tensors: Tensor | None)
         is_product = problem.kind == kind
         return tables.Choice(None if is_product else layer_tiles.choose(problem, devices.INTERPRETED_DEVICE), "")
 
-    schedule = layer_steps.product_schedule(kind, tensors, activation, "ieee", choose)
-    schedule.run(tensors, read(tensors)[0])
+    product = layer_steps.product_schedule(kind, tensors, activation, "ieee", choose)
+    product.run(tensors, read(tensors)[0])
 
 
 @pytest.fixture
@@ -166,6 +166,33 @@ def test_the_pointwise_kernel_is_launched_again(by_torch: None, device: str, mon
     assert sorted(prepared) == ["output_gradient_kernel"] * 2 + ["pointwise_kernel"] * 2
     run(case, data)
     assert len(prepared) == 4
+
+
+@pytest.mark.parametrize("kinds", [("forward",), ("dgrad",), ("wgrad",), ("forward", "dgrad", "wgrad")], ids="+".join)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_torchs_products_are_replayed_between_kernels(
+    activation: str, kinds: tuple[str, ...], device: str, by_pointers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With new tensors, and without resolving the names of operands again."""
+
+    def choose(problem: Problem, device: devices.Device) -> tables.Choice:
+        by_torch = problem.kind in kinds
+        return tables.Choice(None if by_torch else layer_tiles.choose(problem, devices.INTERPRETED_DEVICE), "a test")
+
+    layer_path.layer_path.cache_clear()
+    monkeypatch.setattr(tables, "choice_for", choose)
+    case = Case(activation=activation, output_activation=activation)
+    run(case, make(case, device))  # prepares the launches
+    monkeypatch.delattr(schedule.Schedule, "_operand")
+    for _ in range(2):
+        data = make(case, device)
+        twin = data.to(case.dtype)
+        with count_launches() as launches:
+            ours = run(case, data)
+        names = {"forward": "layer_forward_kernel", "dgrad": "dgrad_kernel", "wgrad": "wgrad_kernel"}
+        assert {kind for kind, name in names.items() if name not in launches} == set(kinds)
+        check(case, oracle(case, data), ours, gradients(twin, through_torch(case, twin)))
+    layer_path.layer_path.cache_clear()
 
 
 def test_only_what_is_wanted(device: str) -> None:

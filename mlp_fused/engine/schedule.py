@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import math
 import operator
@@ -51,7 +52,8 @@ class Step:
         kind: the name of the computation, such as "dgrad".
         layer: the name of the layer, such as "layer 0 (relu)".
         label: the layer in a table, such as "0: 784 -> 512".
-        operands: the name of the buffer for each argument of `run`, in the order of the kernel's tensors.
+        operands: the name of the buffer for each argument of `run`, in the order of the kernel's tensors. A kernel may
+            take a tuple of tensors; torch may not.
         writes: the arguments that are written; the others are read.
         run: a function that takes the tensors by name. It returns the launch, to replay it, or None if torch runs.
         work: FLOPs and bytes of the step.
@@ -97,38 +99,49 @@ class Buffer:
         """The number of elements."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def stride(self) -> tuple[int, ...]:
         """The strides, in elements."""
         if self.strides is not None:
             return self.strides
         return tuple(itertools.accumulate(reversed(self.shape[1:]), operator.mul, initial=1))[::-1]
 
+    def view(self, whole: Any) -> Tensor:
+        """This part of the buffer `whole`."""
+        if whole.dtype != self.dtype:
+            whole = whole.view(self.dtype)
+        return torch.as_strided(whole, self.shape, self.stride, whole.storage_offset() + self.start)
+
 
 Replay = Callable[[list[Any], list[Any]], object]  # a function of all tensors and all pointers
+Item = tuple[Launch, Sequence[int]] | Callable[[list[Any]], object]  # a kernel, or a function of all tensors
 
 CHECKED = ("h", "dz", "dx", "dw", "db")  # the arguments that MLP_FUSED_DEBUG checks
 
 
 class Program:
-    """Compiled kernels that are launched one after the other on one device, with new pointers.
+    """Compiled kernels and calls of torch, one after the other on one device, with new pointers and tensors.
 
     The device and its stream are looked up once for all of them. Memory has to be 16-byte aligned.
 
     Args:
-        launches: launches that have run before, each with the indices of its pointers in the list of all pointers.
+        items: launches that have run before, each with the indices of its pointers in the list of all pointers; or
+            functions of the list of all tensors.
     """
 
-    def __init__(self, launches: Sequence[tuple[Launch, Sequence[int]]]) -> None:
-        self.launches = [launch for launch, _ in launches]
-        self.index = self.launches[0].index
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.launches = [item[0] for item in items if isinstance(item, tuple)]
+        self.index = next((launch.index for launch in self.launches), None)
         self.allocate = next((launch.allocate for launch in self.launches if launch.needs_scratch), None)
-        self.steps = [
-            (launch.run, launch.programs, launch.binary, _take(places), launch.rest) for launch, places in launches
+        self.steps: list[tuple[Any, ...]] = [
+            (item[0].run, item[0].programs, item[0].binary, _take(item[1]), item[0].rest)
+            if isinstance(item, tuple)
+            else (item, 0, (), None, ())
+            for item in items
         ]
 
-    def __call__(self, tensors: object, pointers: list[Any]) -> None:
-        """Launch all kernels."""
+    def __call__(self, tensors: Sequence[Any], pointers: Sequence[Any]) -> None:
+        """Launch all kernels, and call the functions between them."""
         for launch in self.launches if counters else ():
             launch.count()
         index = self.index
@@ -139,7 +152,10 @@ class Program:
         token = allocation._allocator.set(self.allocate) if self.allocate else None
         try:
             for run, programs, binary, take, rest in self.steps:
-                run(programs, 1, 1, stream, *binary, None, None, None, *take(pointers), *rest)
+                if programs:
+                    run(programs, 1, 1, stream, *binary, None, None, None, *take(pointers), *rest)
+                else:
+                    run(tensors)
         finally:
             if token is not None:
                 allocation._allocator.reset(token)
@@ -178,6 +194,9 @@ class Schedule:
         self.is_aligned = is_aligned
         allocated = {name: buffer for name, buffer in buffers.items() if buffer.of is None}
         parts = {name: buffer for name, buffer in buffers.items() if buffer.of is not None}
+        by_torch = _names(operand for step in steps if step.tile is None for operand in step.operands.values())
+        viewed = [name for name in parts if name in by_torch]  # torch needs tensors; kernels need pointers only
+        parts = {name: parts[name] for name in viewed} | parts
         groups = dict.fromkeys(each for step in steps for each in step.operands.values() if isinstance(each, tuple))
         # The index of each operand in the list of pointers. An operand is a tensor, None, or a tuple of tensors.
         self._places: dict[Any, int] = {
@@ -186,6 +205,7 @@ class Schedule:
         self._allocated = list(allocated.values())
         self._templates: list[Tensor] | None = None
         self._parts = [(self._places[buffer.of], buffer.start * buffer.dtype.itemsize) for buffer in parts.values()]
+        self._views = [(self._places[parts[name].of], parts[name]) for name in viewed]
         self._groups = [_take([self._places[name] for name in group]) for group in groups]
         self._returned = [self._places[name] for name in self.returned]
         self._launches: list[Launch | None] = [None] * len(self.steps)
@@ -214,10 +234,9 @@ class Schedule:
         else:
             pointers += map(Tensor.data_ptr, allocated)
             pointers.append(None)
-            for place, at in self._parts:
-                pointers.append(pointers[place] + at)
-            for group in self._groups:
-                pointers.append(group(pointers))
+            pointers += [pointers[place] + at for place, at in self._parts]
+            pointers += [group(pointers) for group in self._groups]
+            everything += [part.view(everything[place]) for place, part in self._views]
             if settings.profiler_enabled():
                 for step, replay in zip(self.steps, self._replays):
                     with torch.profiler.record_function(step.name):
@@ -271,39 +290,34 @@ class Schedule:
         buffer = self.buffers.get(operand)
         if buffer is None or buffer.of is None:
             return everything[self._places[operand]]
-        whole = everything[self._places[buffer.of]]
-        assert whole is not None
-        whole = whole.view(buffer.dtype)
-        return whole.as_strided(buffer.shape, buffer.stride, whole.storage_offset() + buffer.start)
+        return buffer.view(everything[self._places[buffer.of]])
 
     def _remember(self) -> None:
         """Prepare the replay of later runs: compiled kernels get new pointers; other steps run as before."""
         if any(launch is not None and launch.programs and launch.run is None for launch in self._launches):
             return  # a kernel was only compiled ahead, or runs in the interpreter
-        places = range(len(self.steps))
-        replays = self._replays = list(map(self._replay_of, places))
-        if self.is_aligned:  # consecutive kernels become one Program
-            replays = []
-            for is_program, group in itertools.groupby(places, lambda place: type(self._replays[place]) is Program):
-                these = list(group)
-                replays += [self._program(these)] if is_program else [self._replays[place] for place in these]
-        self._replay = replays[0] if len(replays) == 1 else functools.partial(_replay_all, replays)
+        items = list(map(self._item, range(len(self.steps))))
+        if self.is_aligned:
+            self._replay, self._replays = Program(items), [Program([item]) for item in items]
+        else:
+            self._replays = [self._checked(place, Program([item])) for place, item in enumerate(items)]
+            self._replay = functools.partial(_replay_all, self._replays)
 
-    def _replay_of(self, place: int) -> Replay:
-        """The replay of one step. If memory may be misaligned, every run checks whether the launch can be used."""
+    def _checked(self, place: int, program: Program) -> Replay:
+        """The replay of one step if memory may be misaligned: every run checks whether its launch can be used."""
         again = functools.partial(self._run_step, place)
-        launch = self._launches[place]
-        if launch is None or launch.run is None:
-            return again
-        program = self._program([place])
-        return program if self.is_aligned else functools.partial(_replay_if_aligned, program, again)
+        return functools.partial(_replay_if_aligned, program, again) if program.launches else program
 
-    def _program(self, places: Iterable[int]) -> Program:
-        """The `Program` of the compiled kernels of these steps."""
-        launches: Any = self._launches
-        return Program(
-            [(launches[at], [self._places[each] for each in self.steps[at].operands.values()]) for at in places]
-        )
+    def _item(self, place: int) -> Item:
+        """A step of a `Program`: the compiled kernel, torch's function, or a kernel through Triton's launcher."""
+        step, launch = self.steps[place], self._launches[place]
+        if launch is not None and launch.run is not None:
+            return launch, [self._places[operand] for operand in step.operands.values()]
+        if step.tile is not None:
+            return functools.partial(self._run_step, place)
+        run, parameters = step.run, inspect.signature(step.run).parameters  # names in a call would take 0.6 µs
+        take = _take([self._places[step.operands[name]] for name in parameters])
+        return lambda tensors: run(*take(tensors))
 
 
 def _replay_if_aligned(program: Program, again: Replay, everything: list[Any], pointers: list[Any]) -> None:

@@ -49,6 +49,7 @@ __all__ = [
     "is_transformed",
     "is_watched",
     "is_zero_tensor",
+    "linear",
     "policy_dtype",
     "profiler_enabled",
     "storage_id",
@@ -136,6 +137,7 @@ constant_to_compilers(is_exporting_to_onnx)
 
 # --- torch's private names ---
 
+linear: Any = torch._C._nn.linear  # takes `out`; a third faster than torch.addmm of a weight transposed in Python
 addmm_activation = torch._addmm_activation  # a(b + x Wᵀ) with relu or gelu in the library's own epilogue
 profiler_enabled = torch._C._autograd._profiler_enabled
 is_transformed = torch._C._are_functorch_transforms_active  # True under torch.func's transforms

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .settings import addmm_activation
+from .settings import addmm_activation, linear
 
 __all__ = [
     "cast_by_torch",
@@ -32,10 +32,7 @@ def linear_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -
         bias: (N,), any stride and dtype; or None.
         z: (M, N), contiguous, written.
     """
-    if bias is None:
-        torch.mm(x, weight.t(), out=z)
-    else:
-        torch.addmm(bias if bias.dtype == x.dtype else bias.to(x.dtype), x, weight.t(), out=z)
+    linear(x, weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype), out=z)
 
 
 def linear_relu_by_torch(x: Tensor, weight: Tensor, bias: Tensor, h: Tensor) -> None:

@@ -273,9 +273,9 @@ def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
         before = Counter(through)
         x = draw(rows, widths[0])
         if path == "layer":
-            autograd.LAUNCH_BOUND = -1
+            bound, autograd.LAUNCH_BOUND = autograd.LAUNCH_BOUND, -1
             y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
-            autograd.LAUNCH_BOUND = 2**31
+            autograd.LAUNCH_BOUND = bound
         elif path == "chain":
             y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
         else:

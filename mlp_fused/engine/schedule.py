@@ -234,9 +234,12 @@ class Schedule:
         else:
             pointers += map(Tensor.data_ptr, allocated)
             pointers.append(None)
-            pointers += [pointers[place] + at for place, at in self._parts]
-            pointers += [group(pointers) for group in self._groups]
-            everything += [part.view(everything[place]) for place, part in self._views]
+            for place, at in self._parts:
+                pointers.append(pointers[place] + at)
+            for group in self._groups:
+                pointers.append(group(pointers))
+            for place, part in self._views:
+                everything.append(part.view(everything[place]))
             if settings.profiler_enabled():
                 for step, replay in zip(self.steps, self._replays):
                     with torch.profiler.record_function(step.name):

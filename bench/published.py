@@ -517,25 +517,24 @@ def _measured_with(content: Record) -> str:
     other = f", tiny-cuda-nn {versions['tinycudann']}" if "tinycudann" in versions else ""
     return (
         f"{origin['gpu']}, {origin['date']}, commit {origin['commit']}, torch {versions['torch']}, "
-        f"Triton {versions['triton']}, driver {origin['driver']}{other} ([all]({FOLDER}/{slug(content)}.md))"
+        f"Triton {versions['triton']}{other} ([readings]({FOLDER}/{slug(content)}.md))"
     )
 
 
 def _how_to_read_the_figure(content: Record) -> str:
     copy_rate = content["ceilings"]["memory_gbps"] / 1e3
     return (
-        f"Vertical bars are the memory floor: the most rows a second at the {copy_rate:.2f} TB/s of a large copy. In "
-        "training, tiny-cuda-nn is compared with the gradient of x computed, eager without it."
+        f"Vertical bars: the most rows a second at the {copy_rate:.2f} TB/s of a large copy. In training, tiny-cuda-nn "
+        "is compared with x's gradient computed, eager without."
     )
 
 
 def _explanation(shown: Mapping[str, Mapping[str, Record]]) -> str:
     """Return the sentences on how to read the table. They name the calls that are not faster in a loop."""
     loops = [
-        f"{shape(network)}, {rows(network)}, {phase} {' / '.join(_times(network, ('ours', 'eager'), 'loop'))}"
+        f"{shape(phases['inference'])}, {rows(phases['inference'])}, {', '.join(slower)}"
         for phases in shown.values()
-        for phase, network in phases.items()
-        if (speed := ratio(network, "loop")) is not None and speed < 1.01
+        if (slower := [*_slower_in_a_loop(phases)])
     ]
     text = (
         "Times are milliseconds of GPU kernels. Training is a forward and a backward. Speed is eager PyTorch's time "
@@ -547,6 +546,12 @@ def _explanation(shown: Mapping[str, Mapping[str, Record]]) -> str:
         if loops
         else ""
     )
+
+
+def _slower_in_a_loop(phases: Mapping[str, Record]) -> Iterator[str]:
+    for phase, network in phases.items():
+        if (speed := ratio(network, "loop")) is not None and speed < 1.01:
+            yield f"{phase} {' / '.join(_times(network, ('ours', 'eager'), 'loop'))}"
 
 
 def _readme_row(phases: Mapping[str, Record]) -> list[str]:

@@ -190,7 +190,7 @@ class SectionFunction(PlainFunction):
         dy = plain_gradient(dy)
         parameters, (edge, y, kept, seed, *casts) = restore(ctx)
         if wants_torch(dy):
-            dx, found = differentiable_section(ctx, section, edge, parameters, dy, needs_edge, needs, seed)
+            dx, dparameters = differentiable_section(ctx, section, edge, parameters, dy, needs_edge, needs, seed)
         else:
             x = edge if edge is not None else dy.new_empty((ctx.rows, 0))
             weights: Sequence[Any] = [weight if cast is None else cast for weight, cast in zip(parameters, casts)]
@@ -200,8 +200,8 @@ class SectionFunction(PlainFunction):
             check_unchanged(ctx, parameters, read, section.layers[0].index)
             y, kept = contiguous(y), contiguous(kept)
             weights = laid_out(weights, section.strides)
-            dx, found = section.backward(dy, x, y, kept, weights, needs_edge, needs, seed)
-        return dx, None, None, None, *found
+            dx, dparameters = section.backward(dy, x, y, kept, weights, needs_edge, needs, seed)
+        return dx, None, None, None, *dparameters
 
 
 class NetworkFunction(PlainFunction):
@@ -230,12 +230,12 @@ class NetworkFunction(PlainFunction):
                 for dropout, width in zip(path.dropouts, path.network.widths[1:])
             ]
             arguments = (path.activations, path.dtype, x, parameters, dy, needs_x, needs)
-            dx, found = differentiable_backward(*arguments, factors or itertools.repeat(None))
+            dx, dparameters = differentiable_backward(*arguments, factors or itertools.repeat(None))
         else:
             check_unchanged(ctx, parameters, path.parameters_read(needs_x))
             parameters = laid_out(parameters, path.strides)
-            dx, found = path.backward(dy, x, contiguous(kept), contiguous(own), parameters, needs_x, needs, seed)
-        return dx, None, None, *found
+            dx, dparameters = path.backward(dy, x, contiguous(kept), contiguous(own), parameters, needs_x, needs, seed)
+        return dx, None, None, *dparameters
 
 
 # ------------------------------------------------------------ what is saved
@@ -273,7 +273,7 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
     try:
         return [None if tensor is None else tensor._version for tensor in tensors]
     except RuntimeError:  # tensors created in inference mode have no version
-        return [None if each is None or each.is_inference() else each._version for each in tensors]
+        return [None if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def check_unchanged(ctx: Any, parameters: Sequence[Any], read: Iterable[int], first: int = 0) -> None:
@@ -300,8 +300,8 @@ def check_unchanged(ctx: Any, parameters: Sequence[Any], read: Iterable[int], fi
 
 def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequence[Any]:
     """The tensors with these strides, copied if `parameter.data = …` or hooks on saved tensors changed the strides."""
-    found = [stride if tensor is None else tensor.stride() for tensor, stride in zip(tensors, strides)]
-    if found == strides:
+    present = [stride if tensor is None else tensor.stride() for tensor, stride in zip(tensors, strides)]
+    if present == strides:
         return tensors
     return [
         None
@@ -414,15 +414,15 @@ def differentiable_backward(
     wanted = [needs_x, *needs]
     with torch.enable_grad():
         # Views, so that a tensor that is given twice has a gradient for each of its uses.
-        given = [each.view_as(each) if want else each for each, want in zip((x, *parameters), wanted)]
+        given = [tensor.view_as(tensor) if want else tensor for tensor, want in zip((x, *parameters), wanted)]
         h = (given[0] if output_below is None else output_below(given[0])).to(dtype)
-        cast: list[Any] = [None if each is None else each.to(dtype) for each in given[1:]]
+        cast: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in given[1:]]
         for weight, bias, activation, left in zip(cast, cast[layers:], activations, factors):
             h = dropped(activated(F.linear(h, weight, bias), activation), left)
-        inputs = [each for each, want in zip(given, wanted) if want]
+        inputs = [tensor for tensor, want in zip(given, wanted) if want]
         gradients = iter(torch.autograd.grad(h, inputs, dy, create_graph=True))
-    dx, *found = [next(gradients) if want else None for want in wanted]
-    return dx, found
+    dx, *dparameters = [next(gradients) if want else None for want in wanted]
+    return dx, dparameters
 
 
 class _FromOutput(PlainFunction):

@@ -57,7 +57,7 @@ class _Settings(NamedTuple):
     def of_all(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
         """A bias or None for each layer. (Operators take no None: in a list with None, no tensor gets a gradient.)"""
         given = iter(biases)
-        return [next(given) if each else None for each in self.biased]
+        return [next(given) if has_bias else None for has_bias in self.biased]
 
 
 def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any) -> tuple[Tensor, list[Tensor]]:
@@ -76,7 +76,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
     else:
         keep = keep and not call.recompute
         y, _, *kept = path.forward(x.to(dtype), weights, all_biases, keep, None)
-    return y, [each for each in kept if each is not None] if keep else []
+    return y, [tensor for tensor in kept if tensor is not None] if keep else []
 
 
 def _mlp_by_torch(call: _Settings, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -127,12 +127,12 @@ class _NamesFunctions(TorchFunctionMode):
 def _of_all_needs(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:
     """The needs of x, of every weight and of every layer's bias. `needs` has only the biases that exist."""
     of_biases = iter(needs[1 + len(biased) :])
-    return [*needs[: 1 + len(biased)], *(each and next(of_biases) for each in biased)]
+    return [*needs[: 1 + len(biased)], *(has_bias and next(of_biases) for has_bias in biased)]
 
 
 def _plain(tensors: Sequence[Any]) -> list[Any]:
     """The tensors without lazy negation, which kernels would not see."""
-    return [each if each is None else each.resolve_neg() for each in tensors]
+    return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
 
 
 def _mlp_fake(
@@ -169,7 +169,7 @@ def _mlp_backward(
     needs_x, *needs_parameters = _of_all_needs(needs, call.biased)
     parameters = [*weights, *all_biases]
     dy, x, x_dtype = plain_gradient(dy), x.resolve_neg(), x.dtype
-    y, left = y.contiguous(), iter([each.contiguous() for each in kept])
+    y, left = y.contiguous(), iter([tensor.contiguous() for tensor in kept])
     if isinstance(path, NetworkPath):
         net = path.network
         hidden = next(left) if path.stores and net.layers > 1 else None
@@ -185,7 +185,7 @@ def _mlp_backward(
         read = [weight if cast is None else cast for weight, cast in zip(weights, casts)]
         output = y if path.keeps_output else None
         dx, gradients = path.backward(dy, x, output, hidden, read, needs_x, needs_parameters, None)
-    return [each for each in (None if dx is None else dx.to(x_dtype), *gradients) if each is not None]
+    return [gradient for gradient in (None if dx is None else dx.to(x_dtype), *gradients) if gradient is not None]
 
 
 def _mlp_backward_fake(
@@ -199,7 +199,7 @@ def _mlp_backward_fake(
 ) -> list[Tensor]:
     *_, needs = settings
     wanted = zip((x, *weights, *biases), needs)
-    return [each.new_empty(each.shape) for each, need in wanted if need]
+    return [tensor.new_empty(tensor.shape) for tensor, need in wanted if need]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
@@ -207,7 +207,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
     y, kept = output
     ctx.save_for_backward(x, y, *kept, *weights, *biases)
     ctx.sizes = len(kept), len(weights), len(biases)
-    ctx.needs = [each.requires_grad for each in (x, *weights, *biases)]
+    ctx.needs = [tensor.requires_grad for tensor in (x, *weights, *biases)]
     ctx.set_materialize_grads(False)
 
 
@@ -219,8 +219,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     rest = (None,) * (len(ctx.settings) + 1)
     if dy is None:
         return None, [None] * len(weights), [None] * len(biases), *rest
-    found = iter(torch.ops.mlp_fused.mlp_backward(dy, x, y, kept, weights, biases, *ctx.settings, ctx.needs))
-    dx, *gradients = [next(found) if need else None for need in ctx.needs]
+    results = iter(torch.ops.mlp_fused.mlp_backward(dy, x, y, kept, weights, biases, *ctx.settings, ctx.needs))
+    dx, *gradients = [next(results) if need else None for need in ctx.needs]
     return dx, *_parted(gradients, ctx.sizes[1:]), *rest
 
 

@@ -86,8 +86,8 @@ class Decision:
         self.guards = TensorGuards(
             x,
             *parameters,
-            dynamic_dims_sizes=[[None, x.shape[1]], *(list(each.shape) for each in parameters)],
-            dynamic_dims_strides=[[None, None], *(list(each.stride()) for each in parameters)],
+            dynamic_dims_sizes=[[None, x.shape[1]], *(list(parameter.shape) for parameter in parameters)],
+            dynamic_dims_strides=[[None, None], *(list(parameter.stride()) for parameter in parameters)],
         )
 
     @staticmethod
@@ -132,7 +132,7 @@ class Run:
         """(weights, biases), the weights as (out, in)."""
         weights = tuple([owned["weight"] for owned in self.owned])
         if self.any_transposed:
-            weights = tuple([each.t() if across else each for each, across in zip(weights, self.transposed)])
+            weights = tuple([weight.t() if across else weight for weight, across in zip(weights, self.transposed)])
         return weights, tuple([owned["bias"] for owned in self.owned])
 
     def layers(self) -> tuple[Layer, ...]:
@@ -227,7 +227,7 @@ class Segments:
         """
         split = [child for run in self.runs if run.reason == SPLIT for child in run.children]
         names = [
-            name for name, child in zip(model._link_names(), self.children) if any(child is each for each in split)
+            name for name, child in zip(model._link_names(), self.children) if any(child is other for other in split)
         ]
         if names:
             raise RuntimeError(f'backend is "triton", but of child {", ".join(names)}, {SPLIT}; or use backend="auto"')

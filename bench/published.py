@@ -515,8 +515,9 @@ def _measured_with(content: Record) -> str:
     """Return the GPU, the date, the commit, the versions and the page of all readings, in words."""
     origin, versions = content["origin"], content["origin"]["versions"]
     other = f", tiny-cuda-nn {versions['tinycudann']}" if "tinycudann" in versions else ""
+    changed = f" with {origin['changed']}" if "changed" in origin else ""
     return (
-        f"{origin['gpu']}, {origin['date']}, commit {origin['commit']}, torch {versions['torch']}, "
+        f"{origin['gpu']}, {origin['date']}, commit {origin['commit']}{changed}, torch {versions['torch']}, "
         f"Triton {versions['triton']}{other} ([readings]({FOLDER}/{slug(content)}.md))"
     )
 

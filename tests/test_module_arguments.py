@@ -180,7 +180,7 @@ NO_NUMBERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "predict": (
         lambda: predict("none.pt", np.ones((2, 2)), batch_size=0),
         Exception,
-        "batch_size is 0; it needs to be a number",
+        "batch_size is 0; it needs to be a whole number",
     ),
     "slope": (
         lambda: Pointwise("leaky_relu", negative_slope=True),

@@ -17,6 +17,7 @@ from mlp_fused import FusedMLP, module
 from mlp_fused.engine import settings
 from mlp_fused.engine.calls import run_path
 from mlp_fused.engine.layer_path import LayerPath
+from mlp_fused.kernels.network_tiles import SPLIT_ACCURACY
 
 HALVES = (torch.float16, torch.bfloat16)
 Make = Callable[..., FusedMLP]

@@ -115,11 +115,15 @@ def split_operand(value):
 # A tensor core truncates the running sum after every 16 terms. The sum of 64 positive products that it adds up alone
 # errs up to twice as much as a chain of FMAs. Two sums of 32, added in fp32, err no more
 # (tests/test_tile_precision.py).
-TERMS_INSIDE = tl.constexpr(32)
+TERMS_INSIDE = 32
+LOW_SCALE = 2.0**11  # keeps the low parts of small numbers from underflowing
+# Both are defaults of arguments, for the reason that planes.py gives.
 
 
 @triton.jit
-def dot_scaled(a, b, PARTS: tl.constexpr):
+def dot_scaled(
+    a, b, PARTS: tl.constexpr, TERMS_INSIDE: tl.constexpr = TERMS_INSIDE, LOW_SCALE: tl.constexpr = LOW_SCALE
+):  # fmt: skip
     """a b of fp32 operands, as products of their scaled fp16 parts.
 
     Each row of `a`, and `b` as a whole, is multiplied by a power of two, which leaves the sum. So numbers of any size
@@ -162,11 +166,8 @@ def dot_scaled(a, b, PARTS: tl.constexpr):
     return total * unscale[:, None]
 
 
-LOW_SCALE = tl.constexpr(2.0**11)  # keeps the low parts of small numbers from underflowing
-
-
 @triton.jit
-def split_scaled(value):
+def split_scaled(value, LOW_SCALE: tl.constexpr = LOW_SCALE):
     """(high, low) in fp16 with value = high + low / LOW_SCALE, to 22 bits."""
     high = value.to(tl.float16)
     return high, ((value - high.to(tl.float32)) * LOW_SCALE).to(tl.float16)

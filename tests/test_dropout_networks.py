@@ -57,7 +57,7 @@ def path_in(form: str, x: Tensor, layers: list[Layer]) -> NetworkPath:
 def test_masks_are_those_of_the_layer_kernels(
     dtype: torch.dtype, activation: str, form: str, device: str, poisoned: None
 ) -> None:
-    """To the last bit, in the forward and in the gradient of the input."""
+    """The forward and the gradient of the input are equal to the last bit, if both paths multiply alike."""
     if form.startswith("stored") and dtype == torch.float32:
         pytest.skip("one pass over stored tensors is for 16 bits")
     layers = layers_of(ACTIVATIONS[activation], dtype, device)
@@ -76,6 +76,11 @@ def test_masks_are_those_of_the_layer_kernels(
         assert ("layer_forward_kernel" in launches) or KERNELS.get(form, "network_one_pass_kernel") in launches
     (y, dx, *gradients), (layer_y, layer_dx, *layer_gradients) = found
     assert (y == 0).any()
+    if path.network.precision == "fp16x3":  # the layer path has other products
+        assert torch.equal(y == 0, layer_y == 0)
+        for ours, other in zip(found[0], found[1]):
+            torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+        return
     assert torch.equal(y, layer_y)
     # gelu and its slope are computed together in one pass over stored tensors. Everything else has the same roundings.
     if activation == "gelu" and form.startswith("stored"):

@@ -35,9 +35,10 @@ WAITING_WORDS = 32  # the most words of a saved tile that a thread may hold duri
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_tile_precision.py).
 SHORTEST_SPLIT = 64
 # "fp16x3", full fp32 from operands that are split into fp16 planes (planes.py): the architectures that it may run on,
-# and the products, by architecture, for which the backend "auto" uses it. On an H200 all three were 3.4 to 3.9 times as
-# fast as torch. But in a classifier that is sure of most rows, nearly every block of dz has a row that is 2^24 times
-# smaller than its largest, and is computed a second time, so that dgrad and wgrad would take longer than torch's.
+# and the products, by architecture, for which the backend "auto" uses it. On an H200 all three, without the splits,
+# were 3.4 to 3.9 times as fast as torch. But in a classifier that is sure of most rows, nearly every block of dz has a
+# row that is 2^24 times smaller than its largest, and is computed a second time, so that dgrad and wgrad would take
+# longer than torch's.
 PLANES: tuple[int | str, ...] = (90,)
 PLANES_MEASURED: dict[int | str, tuple[str, ...]] = {90: ("forward",)}
 SHORTEST_PLANES = 256  # the shortest side of a product for which its operands are split

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .language import tl, triton
 from .launch import Launch, cdiv, launch, offset_type
-from .tile import dot
+from .tile import dot, power_of_two, split_scaled
 from .tile_config import TileConfig
 
 __all__ = [
@@ -52,12 +52,6 @@ TOP = tl.constexpr(14)  # the largest element of a block lies between 2^TOP and 
 LEAST, MOST = tl.constexpr(-63), tl.constexpr(57)
 SMALLEST = tl.constexpr(2.0**-9)  # a row whose largest scaled element is smaller is flagged
 ROWS_FLAGGED, COLUMNS_FLAGGED = tl.constexpr(1), tl.constexpr(2)  # bits of a block's flags
-
-
-@triton.jit
-def power_of_two(exponent):
-    """2^exponent in fp32, for exponents from -126 to 127."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -99,8 +93,7 @@ def split_kernel(
     flags = has_small(most_of_rows, scale) * ROWS_FLAGGED | has_small(most_of_columns, scale) * COLUMNS_FLAGGED
     flags = tl.where((most >> 23) - 127 > TOP - LEAST, ROWS_FLAGGED | COLUMNS_FLAGGED, flags)
     scaled = value * scale
-    high = scaled.to(tl.float16)
-    low = ((scaled - high.to(tl.float32)) * 2.0**LOW).to(tl.float16)
+    high, low = split_scaled(scaled, 2.0**LOW)
     places = rows.to(OFFSET)[:, None] * stride_row + cols[None, :]
     tl.store(planes_ptr + places, high, mask=mask)
     tl.store(planes_ptr + M.to(tl.int64) * stride_row + places, low, mask=mask)

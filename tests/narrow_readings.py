@@ -75,20 +75,3 @@ def scaled_ms(width: int, forward: TileConfig, dgrad: TileConfig | None, wgrad: 
         return kernel("forward", forward.block_m, forward), ms[f"W{width} relu forward eager"]
     both = kernel("dgrad", dgrad.block_m, dgrad) + kernel("wgrad", wgrad.block_k, wgrad)
     return kernel("keeping", forward.block_m, forward) + both, ms[f"W{width} relu train eager"]
-
-
-def float32_ms(forward: TileConfig, chain: TileConfig | None, sums: TileConfig) -> float:
-    """Milliseconds of 64 -> 64 -> 64 -> 64 -> 64 in full fp32 by bf16x6: a forward, or training with a chain of dz."""
-    text = LOG.read_text()
-    if chain is None:
-        tile = rf"m{forward.block_m} w{forward.num_warps} s{forward.num_stages}"
-        found = re.search(rf"^f32 +forward +bf16x6 {tile} +(\d+\.\d+) ms", text, re.MULTILINE)
-    else:
-        by_chain, by_sums = (
-            rf"\({rows}, {tile.num_warps}, {tile.num_stages}, 2\)"
-            for rows, tile in ((chain.block_m, chain), (sums.block_k, sums))
-        )
-        form = rf"bf16x6 chain {by_chain} sums {by_sums}"
-        found = re.search(rf"^f32 +stored +{form} .* train (\d+\.\d+)", text, re.MULTILINE)
-    assert found, (forward, chain, sums)
-    return float(found[1])

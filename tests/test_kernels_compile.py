@@ -122,7 +122,7 @@ def test_specialised_warps_are_not_ignored(sample: dict[str, list[dict[str, Any]
 
 
 def test_planes_are_multiplied_without_conversions(sample: dict[str, list[dict[str, Any]]]) -> None:
-    """As in the sketch that an H100 ran at 166 to 182 TFLOP/s: 12 wgmma and 3 waits for a block, no spills."""
+    """A block takes 12 wgmma and 3 waits, without spills, like the sketch that an H100 ran at 166 to 182 TFLOP/s."""
     rows = [row for row in SAMPLE if row.tile.precision == "fp16x3" and row.target == "NVIDIA H100"]
     assert {row.kernel for row in rows} == set(GEMMS)
     for row in rows:

@@ -181,7 +181,7 @@ WIDE = Case(300, (64, 64, 48, 64), activation="gelu")
 
 @pytest.mark.parametrize(("activation", "form"), list(zip(["relu", "gelu", "tanh", "silu"], FORMS)))
 def test_a_network_64_wide_errs_little_more_than_torch(activation: str, form: str, device: str, poisoned: None) -> None:
-    """By the norm of each tensor. A library that sums in another order than one FMA after the other may err less."""
+    """Compare each tensor's error by norm. A library that sums in another order than a chain of FMAs may err less."""
     case = replace(WIDE, activation=activation, rows=2000)
     data = make(case, device)
     ours, torchs = gradients(data, forward(case, data, form=form)), by_torch(case, data)

@@ -10,7 +10,9 @@ import torch
 
 from mlp_fused import FusedMLP, explain, memory
 from mlp_fused.engine import layer_path, schedule, settings
+from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.layer_steps import parameters_of
+from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.schedule import Step
 from mlp_fused.engine.tables import Choice
 from mlp_fused.kernels.activations import ACTIVATIONS, IDENTITY
@@ -18,6 +20,7 @@ from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.launch import count_launches, launched_by
 from mlp_fused.kernels.layer_forward import pointwise
 from mlp_fused.kernels.tile_config import TileConfig
+from mlp_fused.reference import Layer
 
 ROWS, WIDTHS = 40, (12, 300, 8)
 TILE = TileConfig(16, 16)
@@ -157,18 +160,12 @@ def test_a_schedule_for_one_tensor_off_alignment_serves_another(device: str, by_
         torch.testing.assert_close(model(input), torch.nn.Sequential(*model)(input), rtol=1e-4, atol=1e-4)
 
 
-def test_a_schedule_holds_no_memory_between_runs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_a_schedule_holds_no_memory_between_runs(model: FusedMLP, x: torch.Tensor) -> None:
     """Memory that the first run takes within a CUDA graph would belong to the graph, and be held by the schedule."""
-    schedules: list[schedule.Schedule] = []
-    original = schedule.Schedule.run
-
-    def run(self: schedule.Schedule, *arguments: Any) -> Any:
-        schedules.append(self)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(schedule.Schedule, "run", run)
-    model = FusedMLP(12, [300, 8], backend="triton", device=device)
-    model(torch.randn(ROWS, 12, device=device)).sum().backward()
+    path = find_layers(x, [Layer(*layer.parameters(), IDENTITY) for layer in (model[0], model[3])], x.dtype, "triton")
+    run_layers(x, [model[0].weight, model[3].weight], [model[0].bias, model[3].bias], path).sum().backward()
+    schedules = list(path.section(0, 2).cache.values())
+    assert len(schedules) == 2  # the forward and the backward
     held = [tensor for each in schedules for tensor in vars(each)["_templates"]]
     assert held
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0

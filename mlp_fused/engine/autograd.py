@@ -26,8 +26,8 @@ __all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_byt
 # each: their gradients are then passed on one by one, to DDP for example, and their saved tensors are freed layer by
 # layer. That is free only while the kernels take longer than Python. With one Function for each of four layers, a
 # training call took 1.5 ms on an H200 (torch 2.11, Triton 3.6), its kernels 0.83 ms for 2^36 multiply-adds. Below the
-# bound, overlap could hide no more than that, and one Function takes 8 to 56 MiB more at its peak, of 97 to 336 MiB
-# (bf16, 2^34 to 2^36.4 multiply-adds): the gradients of all weights and one or two of an output.
+# bound, overlap could hide no more than that. One Function takes 6 to 56 MiB more at its peak (bf16, 2^33.6 to 2^36.4
+# multiply-adds, counted on a CPU): the gradients of all weights and one or two of an output.
 LAUNCH_BOUND = 2**37
 FP32_WORK = 4  # the multiply-adds in 16 bits that take at most as long as one in fp32, however that is multiplied
 

@@ -73,9 +73,8 @@ def wgrad_by_torch(dz: Tensor, h: Tensor | None, dw: Tensor | None, db: Tensor |
         if dw.dtype == dz.dtype:
             torch.mm(dz.t(), h, out=dw)
         elif dw.dtype == torch.float32 and dz.dtype in _HALVES and dz.is_cuda and torch.version.hip is None:
-            torch.mm(
-                dz.t(), h, out_dtype=torch.float32, out=dw
-            )  # the accumulators are fp32 anyway, so nothing is rounded
+            # The accumulators are fp32 anyway, so nothing is rounded.
+            torch.mm(dz.t(), h, out_dtype=torch.float32, out=dw)
         else:
             dw.copy_(torch.mm(dz.t(), h))
     if db is not None:

@@ -29,7 +29,7 @@ from .dropout import factors, keeps_preactivation, reads_output, redraws, scale_
 from .language import tl, triton
 from .launch import cdiv, offset_type
 from .network_tiles import padded
-from .tile import activate, differentiate, dot, round_to, store
+from .tile import activate, differentiate, dot, relu_to, round_to, store
 
 __all__ = ["Gradients", "Network", "gradients_of", "network_of"]
 
@@ -49,6 +49,7 @@ class Network:
     dtype: torch.dtype
     precision: str  # the way fp32 is multiplied: "ieee", "tf32", "bf16x6", "fp16x3" or "fp16x1" (see tile.py)
     drops: tuple[bool, ...]  # for each layer, True if it has Dropout. Its probability is an argument of the kernels
+    rounds_with_relu: bool  # True if relu and the rounding to 16 bits are one instruction
 
     # Derived from the fields above, for the kernels to read.
     pads: tuple[int, ...] = field(init=False)  # widths padded to a power of two
@@ -57,6 +58,7 @@ class Network:
     keeps_z: tuple[bool, ...] = field(init=False)
     reads_output: tuple[bool, ...] = field(init=False)  # True if z is saved, but the derivative reads the output
     redraws: tuple[bool, ...] = field(init=False)  # True if the layer's gradient needs Dropout's mask
+    merges: tuple[bool, ...] = field(init=False)  # True if the layer's activation is part of the rounding of its output
     forwards: tuple[Any, ...] = field(init=False)
     backwards: tuple[Any, ...] = field(init=False)
     forwards_and_slopes: tuple[Any, ...] = field(init=False)
@@ -81,6 +83,10 @@ class Network:
             "keeps_z": keeps_z,
             "reads_output": tuple(map(reads_output, self.activations, self.drops)),
             "redraws": tuple(map(redraws, self.activations, self.drops)),
+            "merges": tuple(
+                self.rounds_with_relu and activation.name == "relu" and not drops
+                for activation, drops in zip(self.activations, self.drops)
+            ),
             "forwards": tuple(activation.forward for activation in self.activations),
             "backwards": tuple(activation.backward for activation in self.activations),
             "forwards_and_slopes": tuple(activation.forward_and_slope for activation in self.activations),
@@ -101,7 +107,8 @@ class Network:
         values = [
             derived[name] for name in ("sides", "keeps_z", "reads_output", "redraws", "parameters", "activates_output")
         ]
-        key = (self.widths, self.strides, self.dtype, self.precision, self.drops, values, sources)
+        given = (self.widths, self.strides, self.dtype, self.precision, self.drops, self.rounds_with_relu)
+        key = (*given, values, sources)
         object.__setattr__(self, "cache_key", str(key))
 
     def __repr__(self) -> str:
@@ -131,12 +138,14 @@ def network_of(
     dtype: torch.dtype,
     precision: str,
     drops: tuple[bool, ...] = (),
+    rounds_with_relu: bool = False,
 ) -> Network:
     """The `Network`; always the same object for the same arguments, so that kernels are found by its identity.
 
     `drops` has True for each layer with Dropout; by default, no layer has it.
     """
-    return Network(widths, strides, activations, dtype, precision, drops or (False,) * len(activations))
+    drops = drops or (False,) * len(activations)
+    return Network(widths, strides, activations, dtype, precision, drops, rounds_with_relu)
 
 
 @dataclass(frozen=True)
@@ -233,7 +242,6 @@ def broadcast_bias(ptr, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.cons
 
     The bias is read from cache in every use. Held over the loop, it would take more registers than it has elements.
     """
-    z = tl.full([BLOCK_M, NET.pads[LAYER + 1]], 0.0, NET.accumulator)
     if ptr is not None:
         cols = tl.arange(0, NET.pads[LAYER + 1])
         ptrs = ptr + cols.to(OFFSET) * NET.strides[LAYER][2]
@@ -241,8 +249,9 @@ def broadcast_bias(ptr, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.cons
             bias = tl.load(ptrs, mask=cols < NET.widths[LAYER + 1], other=0.0)
         else:
             bias = tl.load(ptrs)
-        z += bias.to(NET.accumulator)[None, :]
-    return z
+        return tl.broadcast_to(bias.to(NET.accumulator)[None, :], [BLOCK_M, NET.pads[LAYER + 1]])
+    else:
+        return tl.full([BLOCK_M, NET.pads[LAYER + 1]], 0.0, NET.accumulator)
 
 
 @triton.jit
@@ -290,10 +299,11 @@ def drop_gradient(dh, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr
 
 
 @triton.jit
-def layer(z, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
+def layer(z, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr, MERGES: tl.constexpr = False):
     """(saved tensor, h) from z: h = a(z) after Dropout, and the saved tensor is h itself or z.
 
-    The forward and a backward that recomputes it both call this function, so they compute the same bits.
+    The forward and a backward that recomputes it both call this function, so they compute the same numbers. With
+    MERGES, the activation is relu, and part of the rounding.
     """
     FORWARD: tl.constexpr = NET.forwards[LAYER]
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
@@ -301,6 +311,9 @@ def layer(z, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
         kept = round_to(z, NET.compute)
         h = drop(activate(kept.to(z.dtype), FORWARD, PARAMETERS), seed_ptr, keeps, m, NET, LAYER)
         return kept, round_to(clear_padding(h, NET, LAYER + 1), NET.compute)
+    elif MERGES:
+        h = clear_padding(relu_to(z, NET.compute), NET, LAYER + 1)
+        return h, h
     else:
         h = drop(activate(z, FORWARD, PARAMETERS), seed_ptr, keeps, m, NET, LAYER)
         h = round_to(clear_padding(h, NET, LAYER + 1), NET.compute)

@@ -56,14 +56,14 @@ def network_forward_kernel(
             h = load_rows(x_ptr, offsets, None, stride_xk, NET, 0, OFFSET)
             z = linear(h, ws[0], b_ptrs[0], NET, 0, BLOCK_M, OFFSET)
         for i in tl.static_range(LAST):
-            kept, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, i)
+            kept, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, i, NET.merges[i])
             start = M.to(OFFSET) * NET.starts[i] + rows * NET.widths[i + 1]
             if kept_ptr is not None:
                 store_rows(kept_ptr, start, inside, kept, NET, i + 1)
             if h_ptr is not None:
                 store_rows(h_ptr, start, inside, h, NET, i + 1)
             z = linear(h, ws[i + 1 - FIRST], b_ptrs[i + 1], NET, i + 1, BLOCK_M, OFFSET)
-        kept, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
+        kept, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, LAST, NET.merges[LAST])
         if z_ptr is not None:
             store_rows(z_ptr, rows * NET.widths[LAST + 1], inside, kept, NET, LAST + 1)
         store_rows(y_ptr, rows * NET.widths[LAST + 1], inside, h, NET, LAST + 1)

@@ -210,6 +210,7 @@ def network_one_pass_kernel(
                 kept = h
             elif RECOMPUTE:
                 z = linear(hs[i - 1], ws[i - 1], b_ptrs[i - 1], NET, i - 1, BLOCK_M, OFFSET)
+                # Not with MERGES: ptxas would serialise the wgmma instructions of 16 -> 64 -> 64 -> 16.
                 kept, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
                 if h_ptr is not None:
                     start = M.to(OFFSET) * NET.starts[i - 1] + rows * NET.widths[i]

@@ -15,7 +15,10 @@ import torch
 from .devices import BLACKWELL, DESCRIPTOR_ARCHITECTURES, Device
 from .tile_config import TileConfig
 
-__all__ = ["NetworkProblem", "layer_groups", "network_precision", "network_tile", "network_wgrad_tile", "padded"]
+__all__ = [
+    "NetworkProblem", "layer_groups", "network_precision", "network_tile", "network_wgrad_tile", "padded",
+    "rounds_with_relu",
+]  # fmt: skip
 
 
 def padded(width: int) -> int:
@@ -108,6 +111,11 @@ def network_precision(
             if SPLIT_ACCURACY[split] == precision and min(widths) >= NARROWEST_SPLIT[split]:
                 return split
     return precision
+
+
+def rounds_with_relu(dtype: torch.dtype, device: Device) -> bool:
+    """True if the device's conversion of fp32 to `dtype` can set negative numbers to zero (PTX: cvt.rn.relu)."""
+    return dtype.itemsize == 2 and isinstance(device.arch, int) and device.arch >= 80
 
 
 def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device: Device) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "load_tile",
     "multiply",
     "operand",
+    "relu_to",
     "result",
     "round_to",
     "split_columns",
@@ -197,6 +198,25 @@ def round_to(value, dtype: tl.constexpr):
         bits = tl.where(value == value, nearest, bits | 0x400000)  # NaN: set a bit that truncation keeps
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def relu_to(z, dtype: tl.constexpr):
+    """relu(z) of fp32, rounded to bf16 or fp16, to nearest with ties to even. NVIDIA only: see `rounds_with_relu`.
+
+    It is one instruction for two elements. A comparison and the rounding are five, and the compiler does not merge them
+    if z comes from a tensor core.
+    """
+    if INTERPRETED:
+        return round_to(tl.where(z < 0, 0.0, z), dtype)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [z], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [z], dtype=tl.float16, is_pure=True, pack=2
+        )
 
 
 @triton.jit

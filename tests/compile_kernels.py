@@ -477,6 +477,7 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         "setmaxnreg": len(re.findall(r"setmaxnreg", ptx)),
         "to_16_bits": len(re.findall(r"cvt\.rn\S*\.b?f16", ptx)),
+        "with_relu": len(re.findall(r"cvt\.rn\.relu", ptx)),
     }
 
 
@@ -511,6 +512,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         "cp_async",
         "setmaxnreg",
         "to_16_bits",
+        "with_relu",
     )
     names = [f"{row['id']} {row.get('kernel', '')} {row.get('tile', '')}".strip() for row in rows]
     width = max(map(len, names))

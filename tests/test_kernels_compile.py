@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compile_kernels import GEMMS, SPILL_LIMIT, Compilation, NetworkCompilation, compilations, networks, table
+from compile_kernels import GEMMS, SPILL_LIMIT, TARGETS, Compilation, NetworkCompilation, compilations, networks, table
 from conftest import COMPILED
 
 from mlp_fused.kernels.devices import PRODUCTS_OF_PARTS
@@ -216,6 +216,15 @@ def fits(row: NetworkCompilation) -> bool:
 @pytest.mark.parametrize("row", NETWORKS, ids=lambda row: row.id)
 def test_network_sample(row: NetworkCompilation, network_sample: dict[str, list[dict[str, Any]]]) -> None:
     network_holds(row, network_sample[row.id])
+
+
+def test_relu_is_part_of_the_rounding(network_sample: dict[str, list[dict[str, Any]]]) -> None:
+    """In the forward of 16-bit networks, except on AMD GPUs and with Dropout."""
+    rows = [row for row in NETWORKS if row.activation == "relu" and row.dtype != "float32"]
+    forwards = [(row, reading) for row in rows for reading in network_sample[row.id] if reading["kernel"] == "forward"]
+    assert {(row.target, row.dropout) for row, _ in forwards} == set(itertools.product(TARGETS, (False, True)))
+    for row, reading in forwards:
+        assert (reading.get("with_relu", 0) > 0) == (row.target != "AMD MI300X" and not row.dropout), (row.id, reading)
 
 
 @pytest.mark.full

@@ -10,7 +10,13 @@ from narrow_readings import NETWORKS, forwards
 
 from mlp_fused import ACTIVATIONS
 from mlp_fused.kernels.devices import DEVICES, Device
-from mlp_fused.kernels.network_tiles import NetworkProblem, network_shared_memory, network_tile, padded
+from mlp_fused.kernels.network_tiles import (
+    NetworkProblem,
+    network_shared_memory,
+    network_tile,
+    padded,
+    rounds_with_relu,
+)
 from mlp_fused.kernels.tile_config import TileConfig
 
 H100 = DEVICES["NVIDIA H100"]
@@ -45,6 +51,12 @@ def test_a_forward_that_stores_takes_two_stages_and_two_programs(width: int) -> 
     assert per_multiprocessor(forward((width,) * 5, stores=True)) == TileConfig(
         128, num_warps=8, num_stages=2, programs=2
     )
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+def test_only_nvidia_gpus_round_to_16_bits_with_relu(device: Device) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        assert rounds_with_relu(dtype, device) == (device.backend == "cuda" and dtype.itemsize == 2)
 
 
 def test_no_more_programs_start_than_have_shared_memory() -> None:

@@ -338,7 +338,8 @@ def network_path(
     if splits is None and FLOAT32 == "ieee":
         splits = ("bf16x6",)
     multiplied = network_tiles.network_precision(widths, dtype, precision, device, splits)
-    network = network_of(widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)))
+    rounds_with_relu = network_tiles.rounds_with_relu(dtype, device)
+    network = network_of(widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)), rounds_with_relu)
     drops = dropouts_of(dropouts)
 
     def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:

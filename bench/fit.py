@@ -30,9 +30,9 @@ from mlp_fused.kernels.devices import DEVICES, Device
 from mlp_fused.kernels.estimate import (
     RATES_FILE,
     Rates,
-    bits_of,
     kernel_seconds,
     kernel_terms,
+    operand_bits,
     torch_seconds,
     torch_terms,
 )
@@ -91,7 +91,7 @@ def fit(rows: Sequence[Row], device: Device) -> Rates:
     torch_rates = _solve(
         "torch",
         [
-            (bits_of(row.problem), torch_terms(row.problem, device), 1e-3 * row.torch_ms)
+            (operand_bits(row.problem), torch_terms(row.problem, device), 1e-3 * row.torch_ms)
             for row in table_files.fastest(rows)
         ],
     )
@@ -100,7 +100,7 @@ def fit(rows: Sequence[Row], device: Device) -> Rates:
         readings = []
         for row, ms in measured:
             tile = row.tile or layer_tiles.choose(row.problem, device, rates)
-            readings.append((bits_of(row.problem), kernel_terms(row.problem, tile, device), 1e-3 * ms))
+            readings.append((operand_bits(row.problem), kernel_terms(row.problem, tile, device), 1e-3 * ms))
         rates = Rates(_solve("kernel", readings), torch_rates)
     return rates
 

@@ -62,7 +62,7 @@ def _activation(name: str | None, derives: bool) -> tuple[Source | None, ...]:
     if activation is None:
         return ()
     functions = (activation.forward, activation.backward) if derives else (activation.forward,)
-    return tuple(map(sources.source_of, functions))
+    return tuple(map(sources.find_source, functions))
 
 
 def _known(dtype: str, precision: str | None) -> dict[str, object]:

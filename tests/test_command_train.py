@@ -173,8 +173,8 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
         (),
         "there is only one row; training and validation need at least one",
     ),
-    "lengths": ({"y": Y[:4]}, (), "data.npz: x has 6 rows and y has 4 labels; there needs to be one label per row"),
-    "no labels": ({"y": []}, (), "x has 6 rows and y has 0 labels"),
+    "lengths": ({"y": Y[:4]}, (), "data.npz: x has 6 rows and y has 4 targets; it needs one target per row"),
+    "no labels": ({"y": []}, (), "x has 6 rows and y has 0 targets"),
     "a label for all": ({"y": 1}, (), r"y has the shape \(\); it needs one label per row"),
     "one-hot": ({"y": np.eye(3)[Y]}, (), r"y has the shape \(6, 3\); .*numpy\.argmax"),
     "dates for labels": ({"y": Y.astype("M8[s]")}, (), r"y has dtype datetime64\[s\]; .*numpy\.unique.*astype\(str"),
@@ -213,10 +213,10 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
     "fp16": (
         {},
         ("--dtype", "fp16", "--device", "cpu"),
-        "--dtype fp16 needs a GPU; on the CPU there are fp32 and bf16",
+        "--dtype fp16 needs a GPU; on a CPU, use fp32 or bf16",
     ),
-    "device": ({}, ("--device", "gpu"), "--device gpu cannot be used here: .+; cpu always can"),
-    "meta": ({}, ("--device", "meta"), "--device meta cannot be used here: .+; cpu always can"),
+    "device": ({}, ("--device", "gpu"), "--device gpu cannot be used here: .+; --device cpu always works"),
+    "meta": ({}, ("--device", "meta"), "--device meta cannot be used here: .+; --device cpu always works"),
     "nothing to resume": ({}, ("--resume",), "--resume needs --checkpoint FILE"),
     "no checkpoint": ({}, (*RUN, "--resume"), "there is no checkpoint run.pt"),
     "no folder": (
@@ -291,7 +291,7 @@ def test_cuda_without_a_gpu(folder: Path, capsys: pytest.CaptureFixture[str], mo
 
     monkeypatch.setattr(torch, "zeros", zeros)
     assert call("train", "--data", "data.npz", "--device", "cuda") == 2
-    sentence = "--device cuda cannot be used here: Torch not compiled with CUDA enabled; cpu always can"
+    sentence = "--device cuda cannot be used here: Torch not compiled with CUDA enabled; --device cpu always works"
     assert capsys.readouterr().err == f"mlp-fused: {sentence}\n"
 
 

@@ -388,7 +388,7 @@ def test_nothing_is_kept_besides_but_the_seed(activation: str, path: str, device
         model = FusedMLP(16, widths, activation_layer=activation, dropout=p, backend="triton").to(device)
         x = torch.randn(64, 16, device=device)
         sizes[p] = kept(lambda model=model, x=x: model(x), list(model.parameters()))
-        assert model.explain(64).kept_bytes == sizes[p]
+        assert model.explain(64).saved_bytes == sizes[p]
     assert sizes[0.5] == sizes[0.0] + 8
 
 

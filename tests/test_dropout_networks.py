@@ -124,8 +124,8 @@ def test_only_the_seed_is_saved_besides(activation: str, recompute: bool | None,
             y = model(torch.randn(64, 16, device=device))
         plan = model.explain(64)
         assert plan.path == "network"
-        assert plan.kept_bytes == sum(saved.values())
-        sizes[p] = plan.kept_bytes
+        assert plan.saved_bytes == sum(saved.values())
+        sizes[p] = plan.saved_bytes
         del y
     assert sizes[0.5] == sizes[0.0] + 8
 

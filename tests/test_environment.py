@@ -142,7 +142,7 @@ def test_env_with_gpus(
     assert found["memory 0"] == "3.5 of 139.8 GiB free"
     assert found["memory 1"] == "unknown: CUDA error: out of memory"
     assert found["processes 0"] == (
-        "nvidia-smi lists those that hold memory (this report does with pip install nvidia-ml-py)"
+        "nvidia-smi lists those that hold memory (for a list here: pip install nvidia-ml-py)"
     )
     assert found["GPU 1"].startswith("NVIDIA A100-SXM4-80GB, ")
     assert found["tuned table 1"] == "none for this GPU"

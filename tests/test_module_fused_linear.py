@@ -105,10 +105,10 @@ def test_the_layer_explains_and_warms_up_itself(device: str) -> None:
     plan = layer.explain(5, device="NVIDIA H200")
     assert [run.children for run in plan.runs] == ["linear Linear, activation gelu"]
     assert (
-        plan.kept_bytes
+        plan.saved_bytes
         == FusedMLP.from_sequential(nn.Sequential(nn.Linear(16, 32), nn.GELU()))
         .explain(5, device="NVIDIA H200")
-        .kept_bytes
+        .saved_bytes
     )
     assert layer.warmup(5) > 0
     layer.linear.register_forward_hook(lambda *_: None)

@@ -45,18 +45,18 @@ PULL = 0.01  # the weight of the distance from EXPECTED, relative to the mean sq
 ROUNDS = 3  # the number of fits; before each, tiles are chosen for the rows without one
 
 
-def _each(value: float, name: str, *kinds: str) -> Terms:
+def _same(value: float, name: str, *kinds: str) -> Terms:
     """Return the same rate for several kinds of products."""
     return {f"{kind} {name}": value for kind in kinds}
 
 
 EXPECTED: dict[str, Terms] = {
     "kernel": {
-        **_each(1.0, "launch", *KINDS),
-        **_each(1.0, "memory", *KINDS),
-        **_each(0.3, "piecewise", "forward", "dgrad"),
-        **_each(1.0, "transcendental", "forward", "dgrad"),
-        **_each(0.3, "unaligned", *KINDS),
+        **_same(1.0, "launch", *KINDS),
+        **_same(1.0, "memory", *KINDS),
+        **_same(0.3, "piecewise", "forward", "dgrad"),
+        **_same(1.0, "transcendental", "forward", "dgrad"),
+        **_same(0.3, "unaligned", *KINDS),
         "L2": 0.4,
         "block": 1.0,
         "tile": 0.3,
@@ -69,9 +69,9 @@ EXPECTED: dict[str, Terms] = {
         "partial sums": 1.0,
     },
     "torch": {
-        **_each(1.0, "launch", *KINDS),
-        **_each(1.0, "length", "forward", "dgrad"),
-        **_each(1.0, "pointwise", *KINDS),
+        **_same(1.0, "launch", *KINDS),
+        **_same(1.0, "length", "forward", "dgrad"),
+        **_same(1.0, "pointwise", *KINDS),
         "product": 1.1,
         "idle": 0.1,
         "memory": 1.0,

@@ -504,8 +504,8 @@ def test_under_another_triton_tiles_hold_that_the_rule_knows(
     path = tables.user_path(H200.name) if whose == "user" else tables.packaged_path(H200.name)
     today = ".".join(map(str, tables.TRITON_VERSION))
     assert record.getMessage() == (
-        f"{path} was measured with Triton 3.4.0, but this is {today}: only its tiles that `mlp-fused tune` would measure "
-        "here are used; run it to measure again"
+        f"{path} was measured with Triton 3.4.0, but this is {today}: only its tiles that `mlp-fused tune` would "
+        "measure here are used; run it to measure again"
     )
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING" if whose == "user" else "INFO")
 

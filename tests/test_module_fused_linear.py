@@ -92,7 +92,7 @@ def test_the_layers_join_their_neighbours_run(device: str) -> None:
     assert "linear (Linear)" not in report
 
 
-def test_shared_weights_are_left_and_named() -> None:
+def test_shared_weights_are_not_fused_and_are_named() -> None:
     first, second = (nn.Sequential(FusedLinear(8, 8, activation="relu"), nn.Linear(8, 8)) for _ in range(2))
     second[0].weight = first[0].weight
     report = fuse(nn.ModuleList([first, second]))

@@ -3,8 +3,8 @@
 wide     512 -> 512 -> 512 -> 512 -> 512 with gelu, layer by layer. For each element of a hidden layer, torch's Dropout
          reads a(z) and writes the output and a mask of one byte; in the backward it reads dh and the mask and writes
          the other dh: 2 + 2 + 1 and 2 + 1 + 2 bytes. Fused, it moves none of these. So a step over M rows and three
-         such layers is expected to move 30 * 512 * M bytes less, 252 MB for 16384 rows, and its backward to keep
-         3 * 512 * M bytes less.
+         such layers is expected to move 30 * 512 * M bytes less, 252 MB for 16384 rows, and to save 3 * 512 * M
+         bytes less for backward.
 narrow   networks of four layers of one width over 2^20 rows: in one kernel, and layer by layer. "auto" takes
          one kernel at the widths in `network_tiles.DROPOUT_MEASURED`.
 """
@@ -68,7 +68,7 @@ class Step:
         return run_layers(x, weights, biases, find_layers(x, layers, x.dtype, "auto"))
 
     def on_the_same_mask(self, x: Tensor) -> Tensor:
-        """In torch, with what the kernels drop after `torch.manual_seed(SEED)`."""
+        """Compute y by torch, with the masks that the kernels draw after `torch.manual_seed(SEED)`."""
         torch.manual_seed(SEED)
         seed = draw_seed(x.device)
         layer = 0
@@ -84,12 +84,12 @@ class Step:
     def verify(self) -> Verified:
         """Relative errors of a step. Raises AssertionError as `compare` does."""
         torch.manual_seed(SEED)
-        found = self.timed(self.model)(0)
-        return compare(found, self.timed(self.on_the_same_mask)(0), bounds_in_force("bf16"), 1)
+        results = self.timed(self.model)(0)
+        return compare(results, self.timed(self.on_the_same_mask)(0), bounds_in_force("bf16"), 1)
 
 
 def measure(benchmark: Any, step: Step, others: dict[str, Callable[[Tensor], Tensor]]) -> None:
-    """Write to `extra_info` the times of FusedMLP and of others, and each one's ratio over FusedMLP's."""
+    """Write the times of FusedMLP and of the others to `extra_info`, and the ratio of each other time to FusedMLP's."""
     benchmark.extra_info["verified"] = asdict(step.verify())
     ours = step.timed(step.model)
     if not benchmark.disabled:
@@ -109,7 +109,7 @@ def measure(benchmark: Any, step: Step, others: dict[str, Callable[[Tensor], Ten
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available")
 def test_dropout(benchmark: Any) -> None:
-    """`extra_info`: ms of FusedMLP and of eager, and eager's over FusedMLP's."""
+    """Measure a step of FusedMLP and of eager; `extra_info` has both times and their ratio."""
     step = Step("cuda", ROWS, WIDTH)
     assert step.model.explain(ROWS).path == "layer"
     measure(benchmark, step, {"eager": step.eager})
@@ -120,7 +120,7 @@ def test_dropout(benchmark: Any) -> None:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_dropout_in_a_narrow_network(benchmark: Any, width: int, activation: str) -> None:
-    """`extra_info`: ms in one kernel, layer by layer and of eager, and the ratios of the others over one kernel's."""
+    """Measure a step in one kernel, layer by layer, and of eager; `extra_info` has the times and their ratios."""
     step = Step("cuda", NARROW_ROWS, width, activation, "triton")
     assert step.model.explain(NARROW_ROWS).path == "network"
     measure(benchmark, step, {"layers": step.by_layers, "eager": step.eager})

@@ -29,7 +29,7 @@ class Plot:
 
     def draw(self, theme: Theme) -> bytes:
         """Return the content of the file. An svg includes the alt text."""
-        return plots.file_of(self.figure(theme), self.kind, *([self.alt] if self.kind == "svg" else []))
+        return plots.file_content(self.figure(theme), self.kind, *([self.alt] if self.kind == "svg" else []))
 
 
 @dataclass(frozen=True)

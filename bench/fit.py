@@ -30,9 +30,9 @@ from mlp_fused.kernels.devices import DEVICES, Device
 from mlp_fused.kernels.estimate import (
     RATES_FILE,
     Rates,
-    bits_of,
     kernel_seconds,
     kernel_terms,
+    operand_bits,
     torch_seconds,
     torch_terms,
 )
@@ -45,18 +45,18 @@ PULL = 0.01  # the weight of the distance from EXPECTED, relative to the mean sq
 ROUNDS = 3  # the number of fits; before each, tiles are chosen for the rows without one
 
 
-def _each(value: float, name: str, *kinds: str) -> Terms:
+def _same(value: float, name: str, *kinds: str) -> Terms:
     """Return the same rate for several kinds of products."""
     return {f"{kind} {name}": value for kind in kinds}
 
 
 EXPECTED: dict[str, Terms] = {
     "kernel": {
-        **_each(1.0, "launch", *KINDS),
-        **_each(1.0, "memory", *KINDS),
-        **_each(0.3, "piecewise", "forward", "dgrad"),
-        **_each(1.0, "transcendental", "forward", "dgrad"),
-        **_each(0.3, "unaligned", *KINDS),
+        **_same(1.0, "launch", *KINDS),
+        **_same(1.0, "memory", *KINDS),
+        **_same(0.3, "piecewise", "forward", "dgrad"),
+        **_same(1.0, "transcendental", "forward", "dgrad"),
+        **_same(0.3, "unaligned", *KINDS),
         "L2": 0.4,
         "block": 1.0,
         "tile": 0.3,
@@ -69,9 +69,9 @@ EXPECTED: dict[str, Terms] = {
         "partial sums": 1.0,
     },
     "torch": {
-        **_each(1.0, "launch", *KINDS),
-        **_each(1.0, "length", "forward", "dgrad"),
-        **_each(1.0, "pointwise", *KINDS),
+        **_same(1.0, "launch", *KINDS),
+        **_same(1.0, "length", "forward", "dgrad"),
+        **_same(1.0, "pointwise", *KINDS),
         "product": 1.1,
         "idle": 0.1,
         "memory": 1.0,
@@ -91,7 +91,7 @@ def fit(rows: Sequence[Row], device: Device) -> Rates:
     torch_rates = _solve(
         "torch",
         [
-            (bits_of(row.problem), torch_terms(row.problem, device), 1e-3 * row.torch_ms)
+            (operand_bits(row.problem), torch_terms(row.problem, device), 1e-3 * row.torch_ms)
             for row in table_files.fastest(rows)
         ],
     )
@@ -100,7 +100,7 @@ def fit(rows: Sequence[Row], device: Device) -> Rates:
         readings = []
         for row, ms in measured:
             tile = row.tile or layer_tiles.choose(row.problem, device, rates)
-            readings.append((bits_of(row.problem), kernel_terms(row.problem, tile, device), 1e-3 * ms))
+            readings.append((operand_bits(row.problem), kernel_terms(row.problem, tile, device), 1e-3 * ms))
         rates = Rates(_solve("kernel", readings), torch_rates)
     return rates
 

@@ -33,7 +33,7 @@ from mlp_fused.engine.layer_steps import parameters_of
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.engine.schedule import Step
 from mlp_fused.engine.settings import float32_precision
-from mlp_fused.explain import meta_layers, schedules_of
+from mlp_fused.explain import make_schedules, meta_layers
 from mlp_fused.kernels import devices, layer_tiles, tile_config
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
@@ -86,7 +86,7 @@ def kernel_step(problem: Problem, phase: str) -> Step:
     precision = float32_precision() if dtype == torch.float32 else "ieee"
     layers = meta_layers(widths, activations, dtype, bias=True)
     path = layer_path(widths, tuple(activations), parameters_of(layers), dtype, precision, False, (0.0,) * count)
-    passes = schedules_of(
+    passes = make_schedules(
         path,
         problem.rows,
         layers,

@@ -487,7 +487,7 @@ class Plan:
             return self.worker.measure(cell, min(limit, seconds))
         except RowError as error:
             unfinished = round(seconds, 1) if isinstance(error, CutOffError) and seconds < limit else None
-            return FailedRow.of(cell, "cuda", error=str(error), unfinished=unfinished, measured=error.partial)
+            return FailedRow.for_cell(cell, "cuda", error=str(error), unfinished=unfinished, measured=error.partial)
 
 
 def summary(row: CellRow) -> str:

@@ -148,7 +148,7 @@ def measure(
             text in the row.
     """
     if cell.phase in FRESH_PHASES:
-        return FreshRow.of(cell, device, seconds=_fresh(cell, device, cpu_product))
+        return FreshRow.for_cell(cell, device, seconds=_fresh(cell, device, cpu_product))
     if cell.phase in GEMM_PHASES:
         return _measure_gemm(cell, gemm_for(cell.problem, cell.phase, device, kernels), report)
     bench = bench_for(cell.problem, device)
@@ -171,7 +171,7 @@ def _measure_network(cell: Cell, bench: Bench, report: Report) -> NetworkRow:
     failures: dict[str, str] = {}
 
     def row(repeat_ms: float | None = None) -> NetworkRow:
-        return NetworkRow.of(
+        return NetworkRow.for_cell(
             cell,
             device,
             ours=ours,
@@ -219,7 +219,7 @@ def measure_copy(
     phases: dict[str, NetworkPhase] = {}
 
     def row() -> CopyRow:
-        return CopyRow.of(cell, bench.device, copies=copies, link=link, throughput=loop, phases=dict(phases))
+        return CopyRow.for_cell(cell, bench.device, copies=copies, link=link, throughput=loop, phases=dict(phases))
 
     report(row())
     for phase in COPIED_PHASES:
@@ -239,10 +239,10 @@ def _measure_gemm(cell: Cell, gemm: Gemm, report: Report) -> GemmRow:
     comparisons: dict[str, Comparison] = {}
     for name in GEMM_BASELINES:
         comparisons[name] = _comparison(measured, timing.time_call(gemm.timed(name), gemm.device))
-        report(GemmRow.of(cell, gemm.device, ours=ours, baselines=dict(comparisons)))
+        report(GemmRow.for_cell(cell, gemm.device, ours=ours, baselines=dict(comparisons)))
     repeat_ms = timing.time_call(timed, gemm.device).ms
     errors = gemm.errors() if gemm.problem.dtype == "fp32" else None
-    return GemmRow.of(cell, gemm.device, ours=ours, baselines=comparisons, repeat_ms=repeat_ms, errors=errors)
+    return GemmRow.for_cell(cell, gemm.device, ours=ours, baselines=comparisons, repeat_ms=repeat_ms, errors=errors)
 
 
 def _comparison(ours: timing.Timing, theirs: timing.Timing, **values: Any) -> Comparison:

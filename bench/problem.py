@@ -1,10 +1,11 @@
-"""The grid of the benches: mlp_fused/grid.py's networks in each phase, their products by themselves, their copies.
+"""The grid of the benches: the networks of mlp_fused/grid.py in each phase, their single products, and their inputs.
 
-    Problem   what is computed: widths d_0 … d_L, rows M, dtype, activation, how the input lies in memory
-    Cell      one row of a results file: a problem, and the phase of it that is timed
+    Problem   a network and its input: widths d_0 … d_L, rows M, dtype, activation, memory layout of the input
+    Cell      one row of a results file: a problem and the phase that is timed
 
-GRID lists the cells in the order in which a limited time is spent on them: the anchors first, one or two a family, then
-family by family. Phases of one problem stand side by side, so that what was built and compiled for one serves the next.
+GRID lists the cells in the order in which they are measured, because time may run out: first the anchors, one or two of
+each family, then family by family. The phases of a problem follow each other, so that they share its tensors and
+compiled kernels.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ NETWORK_PHASES = {
 # backward     gradients of every parameter from dY, after a forward that is not timed
 # training     forward and backward
 # step         zero_grad, forward, loss, backward, Adam
-# copy         x from the host to the device, beside the time of the forward, the backward and the step
-# first_touch  context, first allocation, first copy, first launch, in a fresh process
-# lecture      a square product on the CPU; its operands copied; the product on the GPU; for the first and second time
-# warmup       model.warmup(rows) in a fresh process, with Triton's cache empty and with the kernels in it
-# and of the gemm family, one kernel each, on a layer (K, N) for M rows (see gemm.py):
+# copy         the copy of x from the host to the device, compared with the forward, the backward and the step
+# first_touch  context, first allocation, first copy and first launch in a new process
+# lecture      a square product on the CPU, the copy of its operands, and the product on the GPU; each of them twice
+# warmup       model.warmup(rows) in a new process, with an empty and with a filled Triton cache
+#
+# The phases of the gemm family are one kernel each, for a layer (K, N) and M rows (see gemm.py):
 # layer_forward    h = a(x W^T + b);  layer_forward_z also writes z = x W^T + b, as training does
 # dgrad            dx = (dz W) * a'(saved), a of the layer below
 # wgrad            dW = dz^T h, db = the sum of dz's rows
 GEMM_PHASES = ("layer_forward", "layer_forward_z", "dgrad", "wgrad")
-FRESH_PHASES = ("first_touch", "lecture", "warmup")  # each in a process of its own
+FRESH_PHASES = ("first_touch", "lecture", "warmup")  # these run in a new process
 PHASES = ("forward", "backward", "training", "step", *GEMM_PHASES, "copy", *FRESH_PHASES)
-COPIED_PHASES = ("forward", "backward", "step")  # those that stand beside the copy in a copy row
+COPIED_PHASES = ("forward", "backward", "step")  # a copy row compares the copy with these
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Problem(Workload):
 
     @property
     def workload(self) -> Workload:
-        """The network and batch without what only the benches distinguish."""
+        """The network and its batch, without the fields that only the benches have."""
         return Workload(self.widths, self.rows, self.dtype, self.activation)
 
 
@@ -88,7 +90,7 @@ class Cell:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Where the cell means something: a copy to the device needs one, and so do the kernels by themselves."""
+        """The devices on which the cell can be measured. Copies and single kernels need a GPU."""
         needs_gpu = self.phase in ("copy", "first_touch", "warmup", *GEMM_PHASES)
         return ("cuda",) if needs_gpu else ("cpu", "cuda")
 
@@ -101,18 +103,20 @@ def _cells(family: str, problems: Iterable[Problem], phases: Iterable[str]) -> l
 def _networks(name: str) -> list[Cell]:
     """The cells of a family of whole networks, in the phases of NETWORK_PHASES."""
     problems = [
-        Problem(each.widths, each.rows, each.dtype, each.activation, layout, family.cross_entropy)
+        Problem(work.widths, work.rows, work.dtype, work.activation, layout, family.cross_entropy)
         for family in NETWORKS
         if family.name == name
         for layout in family.layouts
-        for each in family.workloads
+        for work in family.workloads
     ]
     return _cells(name, problems, NETWORK_PHASES[name])
 
 
 def _gemm(networks: Iterable[Cell]) -> list[Cell]:
-    """Each product of the networks once, with the activation in its epilogue: the layer's own, or for dgrad the one of
-    the layer below. A weight gradient has none.
+    """The cells of the networks' products, without duplicates.
+
+    The activation of a problem is the one in the kernel's epilogue: the layer's own in a forward, that of the layer
+    below in dgrad, none in wgrad.
     """
     phases: dict[Problem, set[str]] = {}
 
@@ -146,7 +150,7 @@ COPIED_DTYPES: tuple[ArithmeticName, ...] = ("fp32", "bf16")
 
 
 def _copy(others: Iterable[Cell]) -> list[Cell]:
-    """Each input of the other families once in fp32 and once in 16 bits: the activation changes nothing in a copy."""
+    """The cells that copy the inputs of the other families, in fp32 and in bf16, without duplicates."""
     inputs: dict[tuple[object, ...], Problem] = {}
     for problem in (cell.problem for cell in others):
         inputs.setdefault((problem.widths, problem.rows, problem.layout), problem)
@@ -187,7 +191,7 @@ ANCHORS = tuple(str(cell) for cell in GRID if cell.anchor)
 
 
 def cases(family: str) -> list[tuple[Cell, str]]:
-    """(cell, device) for every cell of a family and every device on which it means something."""
+    """(cell, device) for every cell of a family and every device on which it can be measured."""
     return [(cell, device) for cell in GRID if cell.family == family for device in cell.devices]
 
 

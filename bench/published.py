@@ -439,8 +439,8 @@ def _quack(content: Record) -> Iterator[str]:
 
 def _float32(content: Record) -> Iterator[str]:
     yield (
-        "By fp16x3, beside torch in full fp32. Errors are relative, against float64: of y, and in the training of 64 "
-        "wide of the weights' gradients. The milliseconds of its training are the sum of its kernels."
+        "By fp16x3, beside torch in full fp32. Errors are relative, against float64. They are errors of y, except in "
+        "the training of 64 wide: there, errors of the weights' gradients. Its time is the sum of its kernels."
     )
     yield ""
     yield from float32_table(content)
@@ -454,7 +454,7 @@ def float32_table(content: Record) -> Iterator[str]:
         ours, eager = entry["ours"], entry["eager"]
         name = f"{shape(entry)}, {entry['activation']}, {rows(entry)}"
         milliseconds = (number(ours["ms"]), number(eager["ms"]), times(eager["ms"] / ours["ms"]))
-        errors = (f"{each['error_float64']:.1e}" for each in (ours, eager))
+        errors = (f"{system['error_float64']:.1e}" for system in (ours, eager))
         lines.append((name, entry["phase"], *milliseconds, *errors))
     yield from table(header, lines)
 
@@ -542,7 +542,7 @@ def _explanation(shown: Mapping[str, Mapping[str, Record]]) -> str:
         "divided by ours: below 1x, our kernels are slower. Python overhead comes on top. "
     )
     return text + (
-        "These calls are not faster than eager's in a loop, as a caller waits for them (ours / eager, in ms): "
+        "Timed in a loop, Python overhead included, these calls are not faster than eager's (ours / eager, in ms): "
         f"{'; '.join(loops)}."
         if loops
         else ""

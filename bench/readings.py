@@ -279,7 +279,7 @@ def ceilings(text: str) -> dict[str, float]:
 # planes.jsonl and narrow_float32.jsonl
 
 # The kernels of fp16x3 that run in a network 64 wide with relu, by phase, with their tiles (kernels/network_tiles.py).
-# Of training, the forward keeps what the backward reads.
+# The forward of training is called "keeping" in the log: it saves the tensors that the backward reads.
 NARROW_KERNELS = {
     "inference": ("forward fp16x3 m64 w4 s1 x2",),
     "training": ("keeping fp16x3 m64 w4 s2 x2", "dgrad fp16x3 m64 w4 s2 x2", "wgrad fp16x3 m64 w4 s3 x2"),

@@ -257,7 +257,7 @@ class CellRow(Row):
     seconds_spent: float | None = None
 
     @classmethod
-    def of(cls: type[T], cell: Cell, device: str, **values: Any) -> T:
+    def for_cell(cls: type[T], cell: Cell, device: str, **values: Any) -> T:
         """Make the row of a cell on a device. `values` are the measured fields."""
         problem = cell.problem
         return cls(

@@ -21,7 +21,7 @@ from .language import HAS_TRITON, JIT_FUNCTION
 
 __all__ = ["ACTIVATIONS", "Activation", "parse", "register_activation"]
 
-Kept = Literal["output", "preactivation"]
+Saved = Literal["output", "preactivation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Activation:
     name: str
     forward: Any
     backward: Any
-    saves: Kept | Callable[..., Kept]
+    saves: Saved | Callable[..., Saved]
     reference: Callable[..., Tensor]
     reference_backward: Callable[..., Tensor] | None = None
     forward_and_slope: Any = None
@@ -67,7 +67,7 @@ class Activation:
 
     # Computed once, because every call reads them.
     values: tuple[float, ...] = field(init=False, repr=False)  # the parameters' values, in order
-    keeps: Kept = field(init=False, repr=False)  # the tensor that backward reads, with these parameters
+    keeps: Saved = field(init=False, repr=False)  # the tensor that backward reads, with these parameters
     keeps_preactivation: bool = field(init=False, repr=False)
     spec: str = field(init=False, repr=False)  # name and exact parameter values, in the form that `parse` reads
 
@@ -164,7 +164,7 @@ def register_activation(
     forward: Any,
     backward: Any,
     *,
-    saves: Kept | Callable[..., Kept] = "preactivation",
+    saves: Saved | Callable[..., Saved] = "preactivation",
     reference: Callable[..., Tensor],
     reference_backward: Callable[..., Tensor] | None = None,
     forward_and_slope: Any = None,
@@ -193,7 +193,7 @@ def register_activation(
         raise ValueError(f'saves is {saves!r}; it needs to be "output" or "preactivation"')
     if saves != "preactivation" and reference_backward is None:
         raise ValueError(
-            f"activation {name!r} keeps its output and has no reference_backward; give the derivative in plain torch, "
+            f"activation {name!r} saves its output and has no reference_backward; give the derivative in plain torch, "
             "(dh, h) -> dz, so that a gradient can be differentiated"
         )
     if not callable(reference):

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import ACTIVATIONS, Kept, _restore, register_activation
+from .activation import ACTIVATIONS, Saved, _restore, register_activation
 from .language import tl, triton
 
 __all__ = ["ACTIVATIONS", "BUILT_IN", "IDENTITY", "_restore"]  # pickles name `_restore` here
 
 
-# --- Elementary functions that Triton's language lacks. All have a small relative error near 0, and none overflows. ---
+# Elementary functions that Triton's language lacks. All have a small relative error near 0, and none overflows.
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
-# --- The table. Forward, derivative and their torch twins stand together, so that a change of one sees the others. ---
+# The table. Forward, derivative and their torch twins stand together, so that a change of one sees the others.
 
 
 @triton.jit
@@ -514,7 +514,7 @@ def softplus_backward(dh, saved, beta, threshold):
     return dh * slope
 
 
-def _softplus_keeps(beta: float, threshold: float) -> Kept:
+def _softplus_saves(beta: float, threshold: float) -> Saved:
     # With a smaller threshold the function jumps there, and h alone does not tell on which side z was.
     return "output" if beta > 0 and threshold >= LINEAR_FROM else "preactivation"
 
@@ -523,7 +523,7 @@ register_activation(
     "softplus",
     softplus_forward,
     softplus_backward,
-    saves=_softplus_keeps,
+    saves=_softplus_saves,
     reference=lambda z, beta, threshold: F.softplus(z, beta, threshold),
     reference_backward=lambda dh, h, beta, threshold: dh * -torch.expm1(-beta * h),
     parameters={"beta": 1.0, "threshold": 20.0},

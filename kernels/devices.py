@@ -41,7 +41,7 @@ class Device:
         return self.tensor_16 if dtype in (torch.float16, torch.bfloat16) else None
 
 
-# 16-bit products for one of fp32, by the precision.
+# The number of 16-bit products that compute one fp32 product, by its precision.
 PRODUCTS_OF_PARTS = {"bf16x6": 6, "fp16x3": 3, "fp16x1": 1}
 
 # Data sheets: NVIDIA's for A100 SXM, H100 SXM, H200 SXM and B200, AMD's for MI300X; dense rates, without sparsity.

@@ -46,7 +46,10 @@ def dropouts_of(probabilities: Iterable[float]) -> tuple[Dropout | None, ...]:
 
 
 def keeps_preactivation(activation: Activation, drops: object) -> bool:
-    """True if the pre-activation is saved for backward, also because Dropout's output does not give the derivative."""
+    """True if the pre-activation is saved for backward.
+
+    An activation that saves its output needs the pre-activation if Dropout follows, unless it has `scales`.
+    """
     return activation.keeps_preactivation or (bool(drops) and not activation.scales)
 
 

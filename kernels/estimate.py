@@ -21,7 +21,16 @@ from .activations import ACTIVATIONS
 from .devices import DESCRIPTOR_ARCHITECTURES, DEVICES, Device
 from .tile_config import Problem, TileConfig, count_tiles, on_fma_units, resident
 
-__all__ = ["RATES", "RATES_FILE", "Rates", "bits_of", "kernel_seconds", "kernel_terms", "torch_seconds", "torch_terms"]
+__all__ = [
+    "RATES",
+    "RATES_FILE",
+    "Rates",
+    "kernel_seconds",
+    "kernel_terms",
+    "operand_bits",
+    "torch_seconds",
+    "torch_terms",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +55,7 @@ SPLIT = 1 / 21e9  # splitting one element of an operand into three parts
 FUNCTION_FLOPS = 100  # FLOPs of an activation for one element
 TILE_SIDE = 128  # the assumed side of the tiles in torch's library
 MOST_IDLE = 30.0  # limit of the term "idle": idle multiprocessors over busy ones, in a product of few tiles
-THIN = 16  # the widest output for which torch's product takes longer than its bytes need
+THIN = 16  # torch's products whose output is at most this wide take longer than moving their bytes does
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class _Sheet:
 
 
 @functools.lru_cache(maxsize=64)
-def _sheet_of(device: Device) -> _Sheet:
+def _data_sheet(device: Device) -> _Sheet:
     """The device's rates. Unknown ones are scaled by multiprocessors from a known device of the same architecture."""
     alike = next((known for known in DEVICES.values() if known.arch == device.arch), DEVICES["NVIDIA H100"])
     share = device.multiprocessors / alike.multiprocessors
@@ -102,7 +111,7 @@ def _tensors(problem: Problem) -> _Tensors:
     return _Tensors((problem.m + problem.n) * problem.k, output, saved, pointwise)
 
 
-def bits_of(problem: Problem) -> str:
+def operand_bits(problem: Problem) -> str:
     """The key of a product's rates in `Rates`: "16" or "32"."""
     return "16" if problem.dtype.itemsize == 2 else "32"
 
@@ -112,11 +121,11 @@ def kernel_terms(problem: Problem, tile: TileConfig, device: Device) -> dict[str
 
     Terms of launches and memory count the whole device, the others its busiest multiprocessor.
     """
-    sheet, tensors, size = _sheet_of(device), _tensors(problem), problem.dtype.itemsize
+    sheet, tensors, size = _data_sheet(device), _tensors(problem), problem.dtype.itemsize
     share = 1 / device.multiprocessors
     length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
     tiles = -(-count_tiles(problem, tile) * tile.split // device.multiprocessors)  # on the busiest multiprocessor
-    turns = -(-tiles // resident(problem, tile, device))  # resident programs hide each other's epilogues
+    waves = -(-tiles // resident(problem, tile, device))  # resident programs hide each other's epilogues
     elements = tiles * tile.block_m * tile.block_n
     operands = tiles * (tile.block_m + tile.block_n) * length
     unit, peak = _unit(problem, tile, device, sheet)
@@ -125,8 +134,8 @@ def kernel_terms(problem: Problem, tile: TileConfig, device: Device) -> dict[str
         f"{kind} launch": LAUNCH,
         f"{kind} memory": (tensors.operands + tensors.output + tensors.saved) * size / sheet.bandwidth,
         "L2": operands * size / (sheet.bandwidth * share),
-        "block": turns * (length // tile.block_k) * BLOCK,
-        "tile": turns * TILE,
+        "block": waves * (length // tile.block_k) * BLOCK,
+        "tile": waves * TILE,
         unit: 2 * elements * length / (peak * share),
     }
     if tile.precision == "bf16x6":
@@ -155,7 +164,7 @@ def _unit(problem: Problem, tile: TileConfig, device: Device, sheet: _Sheet) -> 
 
 def torch_terms(problem: Problem, device: Device) -> dict[str, float]:
     """Seconds of each part of torch's product, and of the pointwise passes after it, at the data sheet's rates."""
-    sheet, tensors, size = _sheet_of(device), _tensors(problem), problem.dtype.itemsize
+    sheet, tensors, size = _data_sheet(device), _tensors(problem), problem.dtype.itemsize
     kind = problem.kind
     product = 2 * problem.m * problem.n * problem.k / sheet.peak(problem)
     memory = (tensors.operands + tensors.output) * size / sheet.bandwidth
@@ -182,12 +191,12 @@ def torch_terms(problem: Problem, device: Device) -> dict[str, float]:
 
 def kernel_seconds(problem: Problem, tile: TileConfig, device: Device, rates: Rates = RATES) -> float:
     """Estimated seconds of a product and its epilogue in our kernel, with this tile."""
-    return _weighted(kernel_terms(problem, tile, device), rates.kernel[bits_of(problem)])
+    return _weighted(kernel_terms(problem, tile, device), rates.kernel[operand_bits(problem)])
 
 
 def torch_seconds(problem: Problem, device: Device, rates: Rates = RATES) -> float:
     """Estimated seconds of a product in torch, followed by torch's pointwise passes."""
-    return _weighted(torch_terms(problem, device), rates.torch[bits_of(problem)])
+    return _weighted(torch_terms(problem, device), rates.torch[operand_bits(problem)])
 
 
 def _weighted(terms: Mapping[str, float], rates: Mapping[str, float]) -> float:

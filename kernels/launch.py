@@ -84,9 +84,9 @@ class Launch:
             self.keep(compiled, len(tensors))
 
     def keep(self, compiled: Any, tensors: int) -> None:
-        """Keep the compiled kernel and all its arguments but the tensors, which are its first `tensors` parameters."""
+        """Cache the compiled kernel and its arguments, except the tensors: its first `tensors` parameters."""
         constants = self.kernel.params[tensors + len(self.scalars) :]
-        self.rest = (*self.scalars, *(self.constants.get(each.name, each.default) for each in constants))
+        self.rest = (*self.scalars, *(self.constants.get(constant.name, constant.default) for constant in constants))
         self.needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0) > 0  # missing on AMD
         self.binary = (compiled.function, compiled.packed_metadata)
         self.run = compiled.run
@@ -116,9 +116,9 @@ def launch(
         The `Launch`, for a replay. None if a tensor is not 16-byte aligned: the kernel was then compiled for unaligned
         tensors, and later ones may be aligned.
     """
-    made = Launch(kernel, programs, device, tile, scalars, constants)
-    made.through_triton(tensors)
-    return made if _aligned(tensors) else None
+    new = Launch(kernel, programs, device, tile, scalars, constants)
+    new.through_triton(tensors)
+    return new if _aligned(tensors) else None
 
 
 def is_hooked() -> bool:
@@ -131,8 +131,8 @@ def _has_calls(hook: Any) -> bool:
 
 
 def _aligned(tensors: Tensors) -> bool:
-    flat = (each for tensor in tensors for each in (tensor if isinstance(tensor, tuple) else (tensor,)))
-    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in flat)
+    groups = (entry if isinstance(entry, tuple) else (entry,) for entry in tensors)
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for group in groups for tensor in group)
 
 
 @contextlib.contextmanager

@@ -289,7 +289,7 @@ def drop(h, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
 def drop_gradient(dh, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
     """dh of the layer's activation, from dh of its output after Dropout.
 
-    Without the mask, it is right only where the element was kept. Elsewhere the derivative is 0: see `redraws`.
+    Layers without `redraws` need no mask: the derivative of a dropped element is 0 there, so its dh does not matter.
     """
     if NET.redraws[LAYER]:
         dh = drop(dh, seed_ptr, keeps, m, NET, LAYER)
@@ -345,7 +345,7 @@ def multiply_back(dz, w, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.con
     return matmul(dz, w, tl.full([BLOCK_M, NET.pads[LAYER]], 0.0, NET.accumulator), NET)
 
 
-def dropping(
+def dropout_arguments(
     tensors: tuple[Any, ...], seed: Tensor | None, keeps: tuple[float | None, ...] | None
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(tensors, first scalars) of a launch whose kernel takes `seed_ptr` and `keeps` after its other tensors.

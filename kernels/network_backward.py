@@ -10,7 +10,7 @@ from .launch import Launch, cdiv, launch
 from .network import (
     Gradients,
     Network,
-    dropping,
+    dropout_arguments,
     load_rows,
     load_weight,
     matmul,
@@ -183,7 +183,7 @@ def multiply_dropped(
     dz_ptr, z_ptr, seed_ptr, keeps, n, k, begin, end, stride_zm, stride_zn,
     NET: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """`multiply` for an input with Dropout of which z is saved: h = a(z) and its mask are computed again.
+    """`multiply` for an input that has Dropout and whose z is saved: h = a(z) and the mask are computed again.
 
     (Σ dzᵀ h, Σ dz) over the rows begin <= m < end, (sides[LAYER + 1], sides[LAYER]) and (sides[LAYER + 1], 1).
     """
@@ -249,7 +249,7 @@ def network_dgrad(
         seed, keeps: as in `network_forward`.
     """
     rows = dy.shape[0]
-    tensors, dropouts = dropping((dy, dx, weights, kept, own, dz, last), seed, keeps)
+    tensors, dropouts = dropout_arguments((dy, dx, weights, kept, own, dz, last), seed, keeps)
     return launch(
         network_dgrad_kernel,
         tile.started(cdiv(rows, tile.block_m)),
@@ -286,7 +286,7 @@ def network_wgrad(
         seed, keeps: as in `network_forward`.
     """
     rows = x.shape[0]
-    tensors, dropouts = dropping((x, dy, kept, dz, partial), seed, keeps)
+    tensors, dropouts = dropout_arguments((x, dy, kept, dz, partial), seed, keeps)
     return launch(
         network_wgrad_kernel,
         partial.shape[0] * gradients.tile_starts[-1],

@@ -8,7 +8,7 @@ from .language import tl, triton
 from .launch import Launch, cdiv, launch
 from .network import (
     Network,
-    dropping,
+    dropout_arguments,
     layer,
     linear,
     linear_streamed,
@@ -98,7 +98,7 @@ def network_forward(
     Returns the launch, as `launch` does.
     """
     rows = x.shape[0]
-    tensors, dropouts = dropping((x, y, weights, biases, kept, z, h), seed, keeps)
+    tensors, dropouts = dropout_arguments((x, y, weights, biases, kept, z, h), seed, keeps)
     return launch(
         network_forward_kernel,
         tile.started(cdiv(rows, tile.block_m)),

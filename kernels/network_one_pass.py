@@ -25,7 +25,7 @@ from .network import (
     clear_padding,
     differentiate_layer,
     drop,
-    dropping,
+    dropout_arguments,
     layer,
     linear,
     load_rows,
@@ -63,7 +63,7 @@ def read_rows(
     source, tile, rows, mask, stride, stride_k, NET: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr,
     OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows from a source by `rows_through`.
+    """Load a tile of rows from `source`, a result of `rows_through`.
 
     Rows beyond the last are zeros if they come through a descriptor or are masked.
     """
@@ -310,7 +310,7 @@ def network_one_pass(
     """
     rows = x.shape[0]
     low, high = group or (gradients.lowest, network.layers)
-    tensors, dropouts = dropping(
+    tensors, dropouts = dropout_arguments(
         (x, dy, dx if low == 0 else None, weights, biases, kept, own, dz, h, partial), seed, keeps
     )
     return launch(

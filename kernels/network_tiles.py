@@ -77,7 +77,7 @@ RECOMPUTE_WORDS_FP32 = 72
 RECOMPUTE_WORDS_HOPPER = 144
 RECOMPUTE_WORDS_HOPPER_Z = 108  # if exponentials would have to be recomputed too
 # The most words that a thread may hold in the pass over stored tensors (see `layer_groups`), by the padded width of the
-# widest layer. They are the sums of 4 layers 64 wide, or of one 128 wide. A further layer of 10 columns besides
+# widest layer. They are the sums of 4 layers 64 wide, or of one 128 wide. A layer of 10 columns in addition to
 # 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
 STORED_WORDS = {64: 92, 128: 80}
 REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4 layers and 4 such h, 68 words spill
@@ -97,8 +97,8 @@ def network_precision(
 ) -> str:
     """The precision of a network's kernels (see tile.py).
 
-    `precision` is torch's setting for fp32. The first of `splits` (by default SPLITS) that has this accuracy takes its
-    place on a Hopper GPU. Elsewhere the parts of the weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills
+    `precision` is torch's setting for fp32. On a Hopper GPU, the result is the first of `splits` (by default SPLITS)
+    with this accuracy. On other GPUs the parts of the weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills
     622 words on an A100, and needs more than a B200's tensor memory, so that Triton 3.7 compiles an empty kernel.
 
     64 -> 64 -> 64 -> 64 -> 64, relu, 2^20 rows, Triton 3.6, on an H200: inference 0.360 ms by fp16x3, 0.550 by bf16x6,
@@ -119,7 +119,10 @@ def rounds_with_relu(dtype: torch.dtype, device: Device) -> bool:
 
 
 def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device: Device) -> bool:
-    """True if a float32 network's kernels were measured to be faster than torch: by parts, and the forward in tf32."""
+    """True if a float32 network's kernels were measured to be faster than torch.
+
+    Kernels that multiply by parts were measured in inference and in training, tf32 only in inference.
+    """
     has_training = SPLIT_ACCURACY.get(precision) == "ieee"
     widths = FP32_MEASURED.get(device.arch, {}).get(precision, ())
     return max(pads) in widths and (has_training or not training)
@@ -332,8 +335,8 @@ def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
 def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, int], ...]:
     """The groups (low, high) of layers in the one pass over stored tensors, one for each launch, the highest first.
 
-    A group has as many layers as have their sums fit in registers, because every further launch has to write and read
-    another dz.
+    A group has as many layers as possible, but their sums have to fit in registers. Every further launch would have to
+    write and read another dz.
     """
     rebuilt = REBUILT_WORDS_DROPPED if problem.drops else REBUILT_WORDS
     groups = []
@@ -415,9 +418,9 @@ def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device, rebui
     rows of random numbers; with 64 rows, 74 words would spill.
     """
     if precision in SPLIT_ACCURACY:
-        # bf16x6: 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6). The others have their
-        # maxima to find in every block of rows, which larger ones have fewer of: fp16x3 takes 0.652 ms, 0.784 with 2
-        # stages, 0.823 with 32 rows (H200).
+        # bf16x6: 1.07 ms, 1.36 with 64 rows and 2 stages (H100, 64 wide, 2^20 rows, Triton 3.6). The scaled forms
+        # compute maxima in every block of rows, so they are faster with larger blocks: fp16x3 takes 0.652 ms, 0.784
+        # with 2 stages, 0.823 with 32 rows (H200).
         rows, stages = (32, 3) if precision == "bf16x6" else (64, 3)
         programs = 2 * device.multiprocessors
         return TileConfig(0, block_k=rows, num_warps=4, num_stages=stages, programs=programs, precision=precision)

@@ -1,3 +1,10 @@
+"""sums = Σ_s partial[s]: the sum of partial sums, added in a fixed order, for partial (splits, columns).
+
+Several programs that share a sum each write one partial sum. There are no atomics, so every run gives the same bits.
+"""
+
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

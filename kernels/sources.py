@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Source", "digest", "kernels_in", "source", "source_of"]
+__all__ = ["Source", "digest", "find_source", "kernels_in", "source"]
 
 Source = tuple[Path, str]  # a file, and the name of a function at its top level
 
@@ -33,7 +33,7 @@ def source(module: str, name: str) -> Source:
     return FOLDER / f"{module}.py", name
 
 
-def source_of(function: Any) -> Source | None:
+def find_source(function: Any) -> Source | None:
     """The file and name of a function, which may be a `@triton.jit` one; None for one that has no file."""
     function = getattr(function, "fn", function)
     try:
@@ -68,23 +68,25 @@ def _digest(sources: tuple[Source, ...], constants: Constants) -> str:
     return hashlib.sha256("\n".join(sorted(texts.values())).encode()).hexdigest()[:DIGITS]
 
 
-def _collect(place: Source, constants: Constants, texts: dict[Source, str]) -> None:
-    """Add the text of the definition at `place`, and of every definition that it uses, to `texts`."""
-    definition = _names(place[0]).get(place[1])
+def _collect(source: Source, constants: Constants, texts: dict[Source, str]) -> None:
+    """Add the text of a definition, and of every definition that it uses, to `texts`."""
+    file, name = source
+    definition = _names(file).get(name)
     if isinstance(definition, tuple):
         _collect(definition, constants, texts)
-    elif definition is not None and place not in texts:
-        texts[place], names = _read(place, constants)
-        for name in names:
-            _collect((place[0], name), constants, texts)
+    elif definition is not None and source not in texts:
+        texts[source], names = _read(source, constants)
+        for used in names:
+            _collect((file, used), constants, texts)
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(place: Source, constants: Constants) -> tuple[str, tuple[str, ...]]:
+def _read(source: Source, constants: Constants) -> tuple[str, tuple[str, ...]]:
     """The text of a definition, and the names that it reads, without its own arguments and variables."""
     names: dict[str, bool] = {}
-    text = _text(_names(place[0])[place[1]], dict(constants), names)
-    return text, tuple(sorted(name for name, is_own in names.items() if not is_own))
+    file, name = source
+    text = _text(_names(file)[name], dict(constants), names)
+    return text, tuple(sorted(used for used, is_own in names.items() if not is_own))
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ PRECISION is the way in which operands are multiplied:
 - "fp16x3": full fp32 accuracy on tensor cores. Each operand is scaled and split into two fp16 parts, and three of their
   four products are added. The operands of layers are split before (planes.py), those of networks in registers;
 - "fp16x1": the accuracy of tf32. The product of the high parts of "fp16x3", whose mantissas have tf32's 10 bits;
-- "redo": "ieee", for the output tiles alone that "fp16x3" leaves to it (planes.py).
+- "redo": the same as "ieee", but only for the output tiles for which "fp16x3" is not accurate (planes.py).
 """
 
 from __future__ import annotations
@@ -127,12 +127,13 @@ def dot_scaled(
 ):  # fmt: skip
     """a b of fp32 operands, as products of their scaled fp16 parts.
 
-    Each row of `a`, and `b` as a whole, is multiplied by a power of two, which leaves the sum. So numbers of any size
-    have parts, and a row of `a` has the same relative error at any scale. A number keeps 22 bits down to 2^-28 of the
-    largest in its row of `a`, or in `b`. A smaller one has an absolute error of 2^-50 of that largest.
+    Each row of `a`, and `b` as a whole, is multiplied by a power of two, and the result by the inverse of both. So
+    numbers of any size have parts, and a row of `a` has the same relative error at any scale. A number has 22 bits if
+    it is at least 2^-28 of the largest number in its row of `a`, or in `b`. Below that, its absolute error is 2^-50 of
+    that largest number.
 
-    Infinities and NaN come out as in fp32, with one exception: an infinity times a number whose high part is 0, because
-    it is below 2^-40 of that largest, is NaN.
+    Infinities and NaN come out as in fp32, with one exception: an infinity times a tiny number is NaN. A number is tiny
+    if it is below 2^-40 of that largest number: then its high part is 0.
 
     Args:
         PARTS: 2 for the accuracy of fp32, 1 for that of tf32.
@@ -156,8 +157,8 @@ def dot_scaled(
         for i in tl.static_range(COUNT):
             total = dot(a_highs[i], tl.trans(b_lows[i]), total, "ieee")
             total = dot(a_lows[i], tl.trans(b_highs[i]), total, "ieee")
-        # If an operand is not finite, this sum is NaN, and any number replaces it: the product of the high parts alone
-        # is then infinite or NaN. A GPU's maximum of NaN and a number is the number.
+        # If an operand is not finite, this sum is NaN. Any finite number may replace it, because the product of the
+        # high parts is then infinite or NaN. On a GPU, the maximum of NaN and a number is the number.
         total = tl.where(total == total, total, 0.0) if INTERPRETED else tl.maximum(total, -1e38)
         total *= 1 / LOW_SCALE
     total = dot(a_highs[0], tl.trans(b_highs[0]), total, "ieee")
@@ -176,7 +177,7 @@ def split_scaled(value, LOW_SCALE: tl.constexpr = LOW_SCALE):
 
 @triton.jit
 def scaling_exponent(largest, most):
-    """The exponent of the power of two that brings `largest` into [2^14, 2^15), below fp16's limit; `most` at most."""
+    """The exponent of the power of two that scales `largest` to [2^14, 2^15), below fp16's limit; at most `most`."""
     biased = largest.to(tl.int32, bitcast=True) >> 23
     return tl.minimum(127 + 14 - biased, most)
 
@@ -323,7 +324,7 @@ def tile_offsets(m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OFFSE
 def load_tile(
     source, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The tile of a `result` at (m, n)."""
+    """Load a tile from `source`, which the function `result` returned. Its first row and column are m and n."""
     if DESCRIPTORS:
         return source.load([m, n])
     else:
@@ -333,7 +334,7 @@ def load_tile(
 
 @triton.jit
 def store_tile(target, value, m, n, M, N, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """Write the tile of a `result` at (m, n), rounded to its dtype."""
+    """Store a tile, rounded to the dtype of `target`, which the function `result` returned."""
     if DESCRIPTORS:
         target.store([m, n], round_to(value, target.dtype))
     else:

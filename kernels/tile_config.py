@@ -1,3 +1,7 @@
+"""`Problem` and `TileConfig`: the work of a kernel and the tile that does it, with the shared memory that it uses."""
+
+from __future__ import annotations
+
 import functools
 from dataclasses import dataclass
 from typing import Literal
@@ -107,8 +111,8 @@ def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
     used = tile.num_stages * operands * problem.dtype.itemsize
     # Blackwell's tf32 products need operands that are contiguous along the reduction, and transpose the others.
     if tile.precision == "tf32" and device.arch in BLACKWELL:
-        turned = {"forward": 0, "dgrad": tile.block_n, "wgrad": tile.block_m + tile.block_n}[problem.kind]
-        used += 2 * turned * tile.block_k * problem.dtype.itemsize
+        transposed = {"forward": 0, "dgrad": tile.block_n, "wgrad": tile.block_m + tile.block_n}[problem.kind]
+        used += 2 * transposed * tile.block_k * problem.dtype.itemsize
     parts = 3 * operands * 2 if tile.precision == "bf16x6" else 0
     if not tile.descriptors:  # the epilogue reuses the pipeline's memory
         return max(used + parts, tile.block_m * tile.block_n * problem.dtype.itemsize)
@@ -119,8 +123,8 @@ def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
 def resident(problem: Problem, tile: TileConfig, device: Device) -> int:
     """The number of programs that a multiprocessor runs at a time, at most 2.
 
-    Shared memory limits it, and the accumulators in registers do: beside 64 of them, a thread has registers for the
-    forward's epilogue, but not for a derivative.
+    It is limited by shared memory and by registers. A thread with 64 accumulators has registers left for the epilogue
+    of the forward, but not for the derivative of dgrad.
     """
     sums = tile.block_m * tile.block_n // (32 * tile.num_warps)
     fits = sums <= (32 if problem.kind == "dgrad" or tile.precision == "bf16x6" else 64)

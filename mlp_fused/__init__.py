@@ -1,4 +1,4 @@
-"""The multi-layer perceptron as fused Triton kernels: nn.Sequential's arguments, checkpoints and numbers.
+"""The multi-layer perceptron as fused Triton kernels: torchvision.ops.MLP's arguments, nn.Sequential's numbers.
 
 from mlp_fused import FusedMLP
 model = FusedMLP(784, [512, 512, 10])

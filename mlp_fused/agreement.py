@@ -8,8 +8,8 @@ from torch import Tensor
 
 __all__ = ["BOUNDS", "relative_error"]
 
-# Bounds on the relative error against torch in the same dtype: (of an output or a single product, of a network's
-# gradients). Both sides round, so this does not measure accuracy; the tests do. A wrong index or a lost block differs
+# Bounds on the relative error against torch in the same dtype: (for an output or a single product, for the gradients of
+# a network). Both sides round, so this does not measure accuracy; the tests do. A wrong index or a lost block differs
 # by far more. The bound of fp32 gradients is wide, because rounding may move a pre-activation across relu's kink. This
 # happens to one in 10^6 entries, which is 10^-3 of the norm. tf32 has as many bits of mantissa as fp16.
 BOUNDS = {"fp32": (2e-5, 5e-3), "tf32": (5e-3, 2e-2), "fp16": (5e-3, 2e-2), "bf16": (3e-2, 6e-2)}

@@ -150,7 +150,7 @@ class CapturedStep:
         try:
             for _ in range(warmup):
                 graph.warm_up(self._step)
-            self._remember(modules)
+            self._record_unchanging(modules)
             before = dict(_leaves(optimizer.state))
             _check_state(optimizer, before, x.device)
             outside = sys.exc_info()[1]
@@ -177,12 +177,12 @@ class CapturedStep:
             RuntimeError: x or y has another shape, dtype or device than in the capture; or the model or the optimizer
                 was changed since then in a way that the graph cannot see.
         """
-        for name, found, captured in (("x", x, self._x), ("y", y, self._y)):
-            if not isinstance(found, Tensor):
-                raise TypeError(f"{name} is {type(found).__name__}; it needs to be a torch.Tensor")
-            if found.shape != captured.shape or found.dtype != captured.dtype or found.device != captured.device:
+        for name, given, captured in (("x", x, self._x), ("y", y, self._y)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name} is {type(given).__name__}; it needs to be a torch.Tensor")
+            if given.shape != captured.shape or given.dtype != captured.dtype or given.device != captured.device:
                 raise RuntimeError(
-                    f"{name} is {_described(found)}; the step was captured for {_described(captured)}: "
+                    f"{name} is {_described(given)}; the step was captured for {_described(captured)}: "
                     "pass such a batch, or capture another step for this one"
                 )
         self._check_unchanged("since the capture", "capture the step again")
@@ -230,7 +230,7 @@ class CapturedStep:
                 memory.copy_(value)
                 holder[key] = memory
 
-    def _remember(self, modules: list[nn.Module]) -> None:
+    def _record_unchanging(self, modules: list[nn.Module]) -> None:
         """Record everything that must not change between capture and replay."""
         self._owned = [
             (owned, name, tensor, tensor.data_ptr(), tensor.requires_grad)
@@ -344,7 +344,7 @@ class _Snapshot:
         self.random_of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> dict[Path, Tensor]:
-        """Restore everything. Returns the tensors that were added to the optimizer's state since, which it loses."""
+        """Restore everything. Removes the tensors that the optimizer's state has gained since, and returns them."""
         gained = {
             path: value
             for path, (_, _, value) in _leaves(self.optimizer.state)
@@ -392,8 +392,8 @@ def _check_arguments(model: Any, loss_fn: Any, optimizer: Any, x: Any, y: Any) -
     if y.device != x.device:
         raise RuntimeError(f"y is on {y.device}, x on {x.device}; move it with y.to({str(x.device)!r})")
     modules = [module for module in (model, loss_fn) if isinstance(module, nn.Module)]
-    of_optimizer = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    for tensor in (*(own for module in modules for own in (*module.parameters(), *module.buffers())), *of_optimizer):
+    optimized = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for tensor in (*(own for module in modules for own in (*module.parameters(), *module.buffers())), *optimized):
         if tensor.device != x.device:
             raise RuntimeError(
                 f"x is on {x.device}, the model's parameters on {tensor.device}; "

@@ -18,7 +18,7 @@ from .engine.settings import Backend
 from .errors import UserError, first_line
 from .files import check_writable, write_whole
 from .module import FusedMLP
-from .scaling import Scaling, Unscaling, whole
+from .scaling import Scaling, Unscaling, join_modules
 
 __all__ = [
     "FORMAT",
@@ -188,7 +188,7 @@ def make_model(
         outputs = data["classes"] if data["shape"] is None else data["targets"]
         network = build(data["features"], outputs, settings)
         unscaling = None if data["shape"] is None else Unscaling(torch.zeros(outputs), torch.ones(outputs))
-        model = whole(make_scaling(path, checkpoint), network, unscaling)
+        model = join_modules(make_scaling(path, checkpoint), network, unscaling)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot build the network of {path}: {first_line(error)}") from None

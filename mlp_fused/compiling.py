@@ -40,7 +40,7 @@ class NotYetError(Exception):
 
 
 def count_workers() -> int:
-    """The number of compiling processes for this machine; 0 if it has one core, or is no POSIX system."""
+    """The number of compiling processes for this machine; 0 if it has one core or is not a POSIX system."""
     if not hasattr(os, "sched_getaffinity"):
         return 0
     cores = len(os.sched_getaffinity(0))
@@ -102,7 +102,7 @@ class Compilers:
         """Request work, after all waiting work or, with `first`, before it. A key is compiled only once."""
         with self._changed:
             if self._working:
-                new = {key: each for key, each in work.items() if key in self._waiting or key not in self._asked}
+                new = {key: piece for key, piece in work.items() if key in self._waiting or key not in self._asked}
                 self._asked |= work.keys()
                 self._waiting = {**new, **self._waiting} if first else {**self._waiting, **new}
                 self._changed.notify_all()
@@ -111,8 +111,8 @@ class Compilers:
         """Wait until a piece of work is compiled. It is moved to the front of the waiting work.
 
         Returns:
-            None; or the reason not to launch it: a compiling process died of it. Work that failed to compile in another
-            way, or was not requested, is compiled at its launch, which raises its error.
+            None; or the reason not to launch it, if a process died while it compiled this work. Work that failed to
+            compile in another way, or was not requested, is compiled at its launch, which raises its error.
 
         Raises:
             NotYetError: it was not compiled within `seconds`.
@@ -126,7 +126,8 @@ class Compilers:
 
     def _drive(self) -> None:
         """One process's thread: hands it one piece of work at a time. A process that dies is followed by another."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is the measuring process's
+        # The new process inherits this: only the measuring process handles Ctrl-C.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         worker, serves = self._start()
         while serves:
             with self._changed:
@@ -175,13 +176,13 @@ class Compilers:
 
 
 def _serve(connection: Connection, compile: Callable[[Any], None], device: devices.Device, target: Any) -> None:
-    """The compiling process: receives work, sends what came of it. It ends when the other side does."""
+    """Run the compiling process: receive work, send None or the error. It ends when the other side does."""
     os.nice(NICENESS)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # of compilers, which would write into the progress bar
+    for stream in (1, 2):  # compilers would write into the progress bar
         os.dup2(nowhere, stream)
     with compile_only(device, target):
-        connection.send(None)  # that it is there
+        connection.send(None)  # tells the other side that the process runs
         while True:
             try:
                 work = connection.recv()
@@ -190,7 +191,7 @@ def _serve(connection: Connection, compile: Callable[[Any], None], device: devic
             failure = None
             try:
                 compile(work)
-            except Exception as error:  # of many classes
+            except Exception as error:  # compilers raise many classes of errors
                 failure = f"{type(error).__name__}: {first_line(error)}"
             connection.send(failure)
 

@@ -195,8 +195,8 @@ def fuse(
         The replaced modules, and the others with the reasons.
 
     Raises:
-        TypeError: `model` is no module, `filter_fn` is no function or returns something other than True or False, or
-            `recompute` is neither True, False nor None.
+        TypeError: `model` is not a module, `filter_fn` is not a function or returns something other than True or
+            False, or `recompute` is neither True, False nor None.
         ValueError: the backend is unknown.
         The model is then unchanged.
     """
@@ -217,12 +217,12 @@ def fuse(
             left.append(Entry(name, kind, "it is fused already"))
             links.update(map(id, (module, *module._links())))
             continue
-        shape = _shape_of(type(module))
-        if shape is None or (shape.pattern is None and not any(map(is_linear, module.children()))):
+        replacement = _find_replacement(type(module))
+        if replacement is None or (replacement.pattern is None and not any(map(is_linear, module.children()))):
             continue
-        reason = shape.why_not(module)
+        reason = replacement.why_not(module)
         if reason is None:
-            chain = shape.chain(module)
+            chain = replacement.chain(module)
             fused, apart = _what_runs(chain)
             reason = _why_left_alone(chain, shared, name)
             if reason is None and not fused:
@@ -238,7 +238,7 @@ def fuse(
         if reason is not None:
             left.append(Entry(name, kind, reason))
             continue
-        note = shape.pattern.note if shape.pattern is not None else ""
+        note = replacement.pattern.note if replacement.pattern is not None else ""
         replaced.append(Entry(name, kind, "; ".join([*fused, *apart, *([note] if note else [])])))
         chosen.append(module)
     left += _other_linears(model, links)
@@ -259,22 +259,22 @@ def unfuse(model: nn.Module) -> tuple[str, ...]:
         The names of the modules, in the model's order; empty if `fuse` had replaced none.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         RuntimeError: the class of a replaced module was changed again after `fuse`. The model is then unchanged.
     """
     _check_model(model)
-    found: list[tuple[str, Any]] = [entry for entry in model.named_modules() if isinstance(entry[1], _Fused)]
-    for name, module in found:
+    fused: list[tuple[str, Any]] = [entry for entry in model.named_modules() if isinstance(entry[1], _Fused)]
+    for name, module in fused:
         if "_unfused" not in vars(type(module)):
             raise RuntimeError(
                 f"the class of {name or 'the model'} was changed to {type(module).__name__} after fuse, by fully_shard "
                 "for example; call unfuse before that"
             )
-    for _, module in found:
+    for _, module in fused:
         module.__class__ = module._unfused
-        for remembered in REMEMBERED:
-            module.__dict__.pop(remembered, None)
-    return tuple(name for name, _ in found)
+        for attribute in REMEMBERED:
+            module.__dict__.pop(attribute, None)
+    return tuple(name for name, _ in fused)
 
 
 def _check_model(model: object) -> None:
@@ -283,7 +283,7 @@ def _check_model(model: object) -> None:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Replacement:
     """The way to replace a class: by its pattern or, without one, as nn.Sequential. `known` is the class to replace."""
 
     pattern: Pattern | None
@@ -340,12 +340,12 @@ HINT = "if one follows, replace the Linear by FusedLinear(…, activation=…)"
 RESERVED = tuple(name for kind in (FusedSequence, WithBackend) for name in vars(kind) if not name.startswith("__"))
 
 
-def _shape_of(kind: type[nn.Module]) -> _Shape | None:
+def _find_replacement(kind: type[nn.Module]) -> _Replacement | None:
     """The way to replace a class; None if there is none."""
     for known in kind.__mro__:
         if pattern := PATTERNS.get(path_of(known)):
-            return _Shape(pattern, known)
-    return _Shape(None, nn.Sequential) if issubclass(kind, nn.Sequential) else None
+            return _Replacement(pattern, known)
+    return _Replacement(None, nn.Sequential) if issubclass(kind, nn.Sequential) else None
 
 
 def _follow(module: Any, path: Iterable[str]) -> Any:
@@ -474,7 +474,7 @@ class _Fused:
 
 def _remake(kind: Any, *arguments: Any) -> nn.Module:
     """Make a replaced module without its state, for pickle and copy."""
-    if _shape_of(kind) is None:
+    if _find_replacement(kind) is None:
         raise RuntimeError(
             f"{path_of(kind)} was fused by a pattern that is not registered here; call register_pattern before loading"
         )
@@ -484,9 +484,9 @@ def _remake(kind: Any, *arguments: Any) -> nn.Module:
 
 def _fused_class(kind: Any) -> Any:
     """The class that replaces `kind`."""
-    shape = _shape_of(kind)
-    assert shape is not None
-    return _derive(kind, "" if shape.pattern is None else shape.pattern.target)
+    replacement = _find_replacement(kind)
+    assert replacement is not None
+    return _derive(kind, "" if replacement.pattern is None else replacement.pattern.target)
 
 
 @functools.cache

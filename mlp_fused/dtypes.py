@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
-ArithmeticName = Literal["fp32", "tf32", "bf16", "fp16"]  # of dtypes, and of the two ways to multiply float32
+ArithmeticName = Literal["fp32", "tf32", "bf16", "fp16"]  # the dtypes, with both ways to multiply float32
 
 # A dtype, and how float32 is multiplied ("ieee" for all others).
 ARITHMETIC: dict[str, tuple[torch.dtype, str]] = {
@@ -63,8 +63,8 @@ def pick_device(name: str, local: int | None = None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # AssertionError, RuntimeError, ImportError: it depends on the kind of device
-        why = first_line(error).partition(". ")[0]  # torch goes on with all that it could run on
-        raise UserError(f"--device {name} cannot be used here: {why}; cpu always can") from None
+        why = first_line(error).partition(". ")[0]  # what follows lists all devices that torch knows
+        raise UserError(f"--device {name} cannot be used here: {why}; --device cpu always works") from None
     return device
 
 
@@ -75,11 +75,11 @@ def check_dtype(name: DtypeName, device: torch.device) -> None:
         UserError: the device cannot.
     """
     if name == "fp16" and device.type == "cpu":
-        raise UserError("--dtype fp16 needs a GPU; on the CPU there are fp32 and bf16")
+        raise UserError("--dtype fp16 needs a GPU; on a CPU, use fp32 or bf16")
     if name == "bf16" and device.type == "cuda":
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise UserError(f"--dtype bf16 is beyond {torch.cuda.get_device_name()}; it has fp32 and fp16")
+                raise UserError(f"{torch.cuda.get_device_name()} does not support --dtype bf16; use fp32 or fp16")
 
 
 def autocast(name: DtypeName, device: torch.device) -> torch.autocast:

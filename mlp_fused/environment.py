@@ -119,8 +119,8 @@ def _processes(gpu: int) -> str:
     """The processes that use memory of a GPU, as torch lists them."""
     tool, package = ("nvidia-smi", "pynvml") if torch.version.hip is None else ("amd-smi process", "amdsmi")
     if importlib.util.find_spec(package) is None:
-        of_pip = "nvidia-ml-py" if package == "pynvml" else package
-        return f"{tool} lists those that hold memory (this report does with pip install {of_pip})"
+        distribution = "nvidia-ml-py" if package == "pynvml" else package
+        return f"{tool} lists those that hold memory (for a list here: pip install {distribution})"
     try:
         _, *lines = torch.cuda.list_gpu_processes(gpu).splitlines()
     except Exception as error:  # the driver's library has errors of its own

@@ -36,10 +36,10 @@ from .kernels.activation import Activation
 from .kernels.language import NOT_INSTALLED, WHY_NO_TRITON
 from .reference import Layer
 
-__all__ = ["Plan", "RunPlan", "Work", "checked_rows", "explain", "meta_layers", "schedules_of", "work"]
+__all__ = ["Plan", "RunPlan", "Work", "checked_rows", "explain", "make_schedules", "meta_layers", "work"]
 
 
-def schedules_of(
+def make_schedules(
     path: NetworkPath | LayerPath,
     rows: int,
     layers: Sequence[Layer],
@@ -115,7 +115,7 @@ def work(
             path = layer_path(
                 tuple(widths), activations, parameters_of(layers), dtype, precision, False, (0.0,) * count
             )
-        schedules = schedules_of(
+        schedules = make_schedules(
             path,
             rows,
             layers,
@@ -172,7 +172,7 @@ class Plan:
     precision: str
     device: devices.Device | None  # None: not a GPU
     runs: tuple[RunPlan, ...]
-    kept_bytes: int
+    saved_bytes: int  # for backward
     workspace_bytes: int = 0  # the bytes that the largest pass on the kernels allocates while it runs
 
     @property
@@ -222,7 +222,7 @@ class Plan:
         total = f"total {self.work.flops / 1e9:.3f} GFLOP, {self.work.bytes / 1e6:.3f} MB"
         if self.floor is not None:
             total += f", floor {_time(self.floor)}"
-        return "\n".join([*lines, f"{total}; kept for backward {self.kept_bytes / 1e6:.3f} MB"])
+        return "\n".join([*lines, f"{total}; saved for backward {self.saved_bytes / 1e6:.3f} MB"])
 
     def _row(self, run: RunPlan, step: Step) -> tuple[str, ...]:
         on_kernels = run.path != "reference"
@@ -246,15 +246,15 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
+def _saved_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
     """(output, bytes saved for backward without parameters) of children in plain torch, from a run on meta tensors."""
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
     own: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
         key = storage_id(tensor)
         if key not in own:
-            kept[key] = tensor
+            saved[key] = tensor
         return tensor
 
     flow = flow.detach().requires_grad_(flow.requires_grad)
@@ -282,9 +282,9 @@ def _kept_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
                     raise
                 raise ValueError(
                     f"{type(child).__name__} does not take an input of shape {tuple(flow.shape)} ({error}); "
-                    "explain knows networks over rows of features"
+                    "explain supports only networks whose input is rows of features"
                 ) from None
-    return flow, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return flow, sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def _unhooked(module: nn.Module) -> nn.Module:
@@ -351,7 +351,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         gpu = devices.describe(where.type, where.index or 0)
 
     runs: list[RunPlan] = []
-    kept = workspace = 0
+    saved = workspace = 0
     links = model._links()
     first = next((child for child in links if is_linear(child)), None)
     width = 1 if first is None else linear_weight(first).shape[1]
@@ -367,7 +367,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
         needs_input_grad = flow.requires_grad  # False for the network's input, mostly True for the input of a later run
         input_size = dtype.itemsize if runs else max(dtype.itemsize, given.itemsize)
-        flow, kept_by_torch = _kept_by_torch(run.children, flow)
+        flow, saved_by_torch = _saved_by_torch(run.children, flow)
         widths, activations = _widths(layers), tuple(layer.activation for layer in layers)
         training = any(trainable) or any(biased) or needs_input_grad
         if layers and reason is None and gpu is not None and not model._wants_kernels():
@@ -404,7 +404,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         steps: tuple[Step, ...] = ()
         if path is not None:
             wide = dtype if input_size == dtype.itemsize or isinstance(path, LayerPath) else given
-            passes = schedules_of(
+            passes = make_schedules(
                 path,
                 rows,
                 layers,
@@ -417,19 +417,19 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             seed = (SEED,) if path.drops else ()
             steps = seed + tuple(step for schedule in passes if schedule is not None for step in schedule.steps)
         if path is None or reason is not None:
-            kept += kept_by_torch
+            saved += saved_by_torch
             shown = tuple(step for step in steps if step.kind not in OWN_STEPS)
             runs.append(RunPlan(names, "reference", reason or "", shown))
             continue
         workspace = max(workspace, *(schedule.workspace_bytes for schedule in passes if schedule is not None))
-        kept += saved_bytes(path, rows, input_size, needs_input_grad, trainable, biased)
+        saved += saved_bytes(path, rows, input_size, needs_input_grad, trainable, biased)
         assert gpu is not None
         note = "" if model._recompute is not None else _note(widths, activations, dtype, precision, training, gpu)
         if isinstance(path, NetworkPath):
             runs.append(RunPlan(names, "network", path.explanation + note, steps))
         else:
             runs.append(RunPlan(names, "layer", str(network) + note, steps))
-    return Plan(rows, dtype, precision, gpu, tuple(runs), kept, workspace)
+    return Plan(rows, dtype, precision, gpu, tuple(runs), saved, workspace)
 
 
 def _note(
@@ -443,4 +443,4 @@ def _note(
     """A note to add to the reason, if a network's reading is not used because its kernels have changed."""
     names = {activation.name for activation in activations[:-1] or activations}
     outdated = len(names) == 1 and is_path_outdated(widths, dtype, precision, names.pop(), training, gpu)
-    return "; it was measured with older kernels, which does not count" if outdated else ""
+    return "; its measurement is not used, because the kernels have changed since" if outdated else ""

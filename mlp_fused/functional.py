@@ -163,7 +163,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
         if weight.dim() != 2:
             raise RuntimeError(f"weight {index} has shape {tuple(weight.shape)}; it needs to be (width out, width in)")
         if weight.shape[1] != width:
-            found = (
+            problem = (
                 f"input has shape {tuple(x.shape)}; its last dimension needs to be {weight.shape[1]}"
                 if index == 0
                 else f"layer {index} takes {weight.shape[1]} features, layer {index - 1} gives {width}"
@@ -171,7 +171,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
             # For example images (N, C, H, W) that were not flattened.
             flat = index == 0 and x.dim() > 2 and x.shape[1:].numel() == weight.shape[1]
             fix = "; flatten each row with x.flatten(1)" if flat else ""
-            raise RuntimeError(f"{found}, the width of weight {index} {tuple(weight.shape)}{fix}")
+            raise RuntimeError(f"{problem}, the width of weight {index} {tuple(weight.shape)}{fix}")
         width = weight.shape[0]
         if bias is not None and bias.shape != (width,):
             raise RuntimeError(f"bias {index} has shape {tuple(bias.shape)}; it needs to be ({width},)")

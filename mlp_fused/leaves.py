@@ -88,7 +88,7 @@ def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
             clone.update(mapped)
             if all(batch[key] is value for key, value in before.items()):
                 return clone
-            batch.update(before)  # the copy shares what holds the items
+            batch.update(before)  # the copy shares its items with the batch, so both have changed
         return type(batch)(mapped)  # type: ignore[call-arg]
     except TypeError:
         return mapped
@@ -107,7 +107,7 @@ def _sequence_like(batch: Sequence[Any], items: list[Any]) -> Any:
             _assign(clone, items)
             if all(now is then for now, then in zip(batch, before)):
                 return clone
-            _assign(batch, before)  # the copy shares what holds the items
+            _assign(batch, before)  # the copy shares its items with the batch, so both have changed
         return type(batch)(items)  # type: ignore[call-arg]
     except TypeError:
         return items

@@ -43,8 +43,8 @@ class Need:
 
     Attributes:
         rows: the batch size.
-        kept: bytes saved for backward, as `explain` counts them; 0 if no gradients are recorded.
-        working: an estimate of the further bytes while the step computes.
+        saved: bytes saved for backward, as `explain` counts them; 0 if no gradients are recorded.
+        workspace: an estimate of the further bytes while the step computes.
         fixed: bytes that do not depend on the batch: parameters and buffers, and in training gradients and the
             optimizer's state.
         device: the device of the parameters.
@@ -53,8 +53,8 @@ class Need:
     """
 
     rows: int
-    kept: int
-    working: int
+    saved: int
+    workspace: int
     fixed: int
     device: torch.device
     room: Room | None
@@ -65,30 +65,30 @@ class Need:
         """An estimate of the rows that would fit, a power of two or 0; None if the device's memory is not known."""
         if self.room is None or not self.rows:
             return None
-        step = self.kept + self.working
+        step = self.saved + self.workspace
         # Memory that is allocated and not counted here belongs to other tensors, and stays allocated.
         held = max(self.fixed, self.room.allocated - step)
         rows = max(0, self.room.limit - held) * self.rows // max(step, 1)
         return 1 << rows.bit_length() - 1 if rows else 0
 
     def __str__(self) -> str:
-        kept = gib(self.kept) if self.kept else "nothing"
-        beside = "parameters"
-        if self.kept:
-            beside += f", gradients and an optimizer's state ({count(self.state, 'tensor')} a parameter)"
+        saved = f"{gib(self.saved)} of saved activations and " if self.saved else ""
+        fixed = "parameters"
+        if self.saved:
+            fixed += f", gradients and optimizer state ({count(self.state, 'tensor')} per parameter)"
         lines = [
-            f"for {count(self.rows, 'row')} the network keeps {kept} for backward and works with about "
-            f"{gib(self.working)} more, beside {gib(self.fixed)} of {beside}."
+            f"a batch of {count(self.rows, 'row', ',')} needs {saved}about {gib(self.workspace)} of workspace, plus "
+            f"{gib(self.fixed)} for {fixed}."
         ]
         if self.room is not None:
             limit, allocated = gib(self.room.limit), gib(self.room.allocated)
-            lines.append(f"This process can have {limit} of {self.device}; its tensors take {allocated}.")
+            lines.append(f"{self.device} has {limit} for this process, of which {allocated} are in use.")
         if self.fits == 0:
             lines.append("Not even one row would fit.")
         elif self.fits is not None and self.fits < self.rows:
-            lines.append(f"About {count(self.fits, 'row')} would fit.")
+            lines.append(f"A batch of about {count(self.fits, 'row', ',')} should fit.")
         elif self.fits is not None:
-            lines.append("By this count the batch fits: what is free may be in pieces.")
+            lines.append("By this estimate the batch fits, so the free memory is probably fragmented.")
         return " ".join(lines)
 
 
@@ -112,7 +112,7 @@ def need(model: Any, rows: int, state: int = ADAM) -> Need:
     device = parameters[0].device
     return Need(
         rows,
-        plan.kept_bytes if training else 0,
+        plan.saved_bytes if training else 0,
         (1 if plan.workspace_bytes else WORKING) * rows * widest * plan.dtype.itemsize + plan.workspace_bytes,
         fixed + (1 + state) * trainable * training,
         device,
@@ -129,7 +129,7 @@ def add(error: BaseException, text: str) -> None:
     error.args = (f"{error}\n{text}",)
 
 
-def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = ADAM, mends: Sequence[str] = ()) -> None:
+def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = ADAM, hints: Sequence[str] = ()) -> None:
     """Add to the error the memory that the network needs for `rows`, a batch that would fit, and ways to use less.
 
     For a network within a network, the text of the outer one replaces that of the inner one. If `model.explain` fails,
@@ -142,16 +142,17 @@ def explain(error: torch.OutOfMemoryError, model: Any, rows: int, state: int = A
     except Exception:  # a network may have modules of any kind; an explanation must not hide the error
         return
     error.args = (str(error).partition(OURS)[0],)
-    add(error, f"{OURS.strip()} {needed} Less is taken by {', '.join(mends or _mends(model, needed.kept > 0, wide))}.")
+    *others, last = hints or _hints(model, needed.saved > 0, wide)
+    add(error, f"{OURS.strip()} {needed} To use less memory: {', '.join([*others, 'or ' * bool(others) + last])}.")
 
 
-def _mends(model: Any, keeps: bool, wide: bool) -> list[str]:
+def _hints(model: Any, training: bool, wide: bool) -> list[str]:
     """Ways to use less memory, for users of the Python interface."""
-    mends = ["fewer rows at once"]
-    if keeps and not model.recompute:
-        mends.append("recompute=True")
+    hints = ["a smaller batch"]
+    if training and not model.recompute:
+        hints.append("recompute=True")
     if wide:
-        mends.append("16 bits (torch.autocast)")
-    if keeps:
-        mends.append("torch.inference_mode() where no backward follows")
-    return mends
+        hints.append("torch.autocast")
+    if training:
+        hints.append("torch.inference_mode() for inference")
+    return hints

@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DARK", "LIGHT", "Theme", "blank", "file_of", "finish", "number"]
+__all__ = ["DARK", "LIGHT", "Theme", "blank", "file_content", "finish", "number"]
 
-# Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/), with markers and dashes
-# besides.
+# Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/). Plots also use markers
+# and dashes.
 BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE = "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7"
 SKY, YELLOW = "#56B4E9", "#F0E442"
 
@@ -23,8 +23,8 @@ class Theme:
     background: str
     ink: str
     grid: str
-    blue: str  # the one that shows on this background
-    pale: str  # another that does
+    blue: str  # a blue that is visible on this background
+    pale: str  # a pale colour that is visible on it
     orange: str = ORANGE
     green: str = GREEN
     vermilion: str = VERMILION
@@ -36,7 +36,7 @@ DARK = Theme("dark", "#0D1117", "#E6EDF3", "#30363D", SKY, YELLOW)  # GitHub's
 
 
 def blank(theme: Theme, width: float, height: float) -> tuple[Any, Any]:
-    """A figure of so many inches, 150 dots each, and its axes."""
+    """A figure of `width` x `height` inches with 150 dots per inch, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -67,7 +67,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _label_log_axis(axis: Any) -> None:
-    """Set the ticks of a log axis, so that it has three labels or more. Three or more that the caller fixed stay."""
+    """Set the ticks of a log axis, so that it has at least three labels. If the caller fixed as many, they stay."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = sorted(axis.get_view_interval())
@@ -80,7 +80,7 @@ def _label_log_axis(axis: Any) -> None:
 
 
 def finish(axes: Any, theme: Theme, **legend: Any) -> None:
-    """Draw the grid, the ticks of log axes and the legend, which may stand outside; letter in the theme's ink."""
+    """Draw the grid, the ticks of log axes and the legend, which may be outside. Text gets the theme's ink."""
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             _label_log_axis(axis)
@@ -97,7 +97,7 @@ def finish(axes: Any, theme: Theme, **legend: Any) -> None:
         text.set_color(theme.ink)
 
 
-def file_of(figure: Any, kind: str, description: str | None = None) -> bytes:
+def file_content(figure: Any, kind: str, description: str | None = None) -> bytes:
     """Return the contents of a file of `kind`, "png" or "svg", with a description in its metadata.
 
     Equal figures give equal contents.

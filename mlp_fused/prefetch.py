@@ -7,8 +7,8 @@ Batch n goes through slot n mod depth. A slot has pinned memory and an event. Th
     consumer's stream  wait for the event; compute
 
 The host waits so that it does not overwrite memory that is still being read. The consumer's stream waits so that it
-does not read a batch before it has arrived. Device memory is allocated in the side stream's pool. `record_stream` keeps
-it from being reused, after the batch is freed, before the consumer's stream is done with it.
+does not read a batch before it has arrived. Device memory is allocated in the side stream's pool. After the batch is
+freed, `record_stream` delays the reuse of its memory until the consumer's stream is done with it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Batch = TypeVar("Batch")
 Cast = Literal["before", "after"]
 
 
-def _of_the_loader(name: str) -> Any:
+def _from_loader(name: str) -> Any:
     """A property of DevicePrefetcher that reads the attribute of its loader."""
 
     def read(prefetcher: DevicePrefetcher[Any]) -> Any:
@@ -86,10 +86,10 @@ class DevicePrefetcher(Generic[Batch]):
             device.
     """
 
-    dataset = _of_the_loader("dataset")
-    sampler = _of_the_loader("sampler")
-    batch_size = _of_the_loader("batch_size")
-    batch_sampler = _of_the_loader("batch_sampler")
+    dataset = _from_loader("dataset")
+    sampler = _from_loader("sampler")
+    batch_size = _from_loader("batch_size")
+    batch_sampler = _from_loader("batch_sampler")
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class _Streams:
         event.synchronize()
 
     def keep(self, moved: Any, stream: Any) -> None:
-        """Keep the tensor's memory from being reused, after it is freed, before the stream's present work is done."""
+        """Delay the reuse of the tensor's memory, once it is freed, until the present work of the stream is done."""
         moved.record_stream(stream)
 
     def pinned(self, nbytes: int) -> Tensor:

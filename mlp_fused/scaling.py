@@ -19,7 +19,7 @@ from .errors import count, listed
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Scaling", "Unscaling", "collapsed", "column_remarks", "constant", "whole"]
+__all__ = ["Scaling", "Unscaling", "collapsed", "column_remarks", "constant", "join_modules"]
 
 SAMPLE = 4096  # rows in which `collapsed` counts different values
 LISTED = 5  # columns that a sentence names
@@ -131,7 +131,7 @@ class Unscaling(_Float64):
         return f"{len(self.mean)}"
 
 
-def whole(scaling: Scaling, network: nn.Module, unscaling: Unscaling | None = None) -> nn.Sequential:
+def join_modules(scaling: Scaling, network: nn.Module, unscaling: Unscaling | None = None) -> nn.Sequential:
     """The model that a checkpoint holds: Sequential(scaling, network), and for regression the unscaling."""
     modules: dict[str, nn.Module] = {"scaling": scaling, "network": network}
     if unscaling is not None:

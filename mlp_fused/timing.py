@@ -109,14 +109,14 @@ class Spread:
     readings: int
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """The timing of readings in milliseconds, at least one."""
+    def from_readings(cls, values: Iterable[float]) -> Spread:
+        """The spread of readings in milliseconds, at least one."""
         values = list(values)
         low, median, high = quartiles(values)
         return cls(median, low, high, len(values))
 
     def __add__(self, other: Spread) -> Spread:
-        """The sum of two timings. Its quartiles are as wide as they can be, as if both calls were slow together."""
+        """The sum of two spreads. Its quartiles are as wide as they can be, as if both calls were slow together."""
         readings = min(self.readings, other.readings)
         return Spread(self.ms + other.ms, self.low + other.low, self.high + other.high, readings)
 
@@ -235,7 +235,7 @@ def time_host(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> S
     for count in itertools.count():
         spent = clock.now() - begun
         if len(readings) >= 1000 or (len(readings) >= (3 if spent > 5 else 5) and spent > 2 * seconds):
-            return Spread.of(readings)
+            return Spread.from_readings(readings)
         timed.prepare(count)
         start = clock.now()
         timed(count)
@@ -264,9 +264,9 @@ def time_apart(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> 
     spin = 0.0 if timed.waits else _cover(issued, calls)
     inside = between_events(timed, min(rounds, 20), 1 if timed.waits else calls, spin, clock)
     return Measured(
-        Spread.of(inside),
-        Spread.of(1e3 * reading for reading in done[1:]),
-        Spread.of(1e3 * reading for reading in returned[1:]),
+        Spread.from_readings(inside),
+        Spread.from_readings(1e3 * reading for reading in done[1:]),
+        Spread.from_readings(1e3 * reading for reading in returned[1:]),
     )
 
 
@@ -275,7 +275,7 @@ def time_loop(timed: Timed, seconds: float = SECONDS, clock: Clock = CLOCK) -> S
     _, once = map(min, _one_by_one(timed, seconds / 2, clock))
     if timed.drain is not None:
         timed.drain()
-    return Spread.of(between_events(timed, *_enough(timed, once, seconds), clock=clock))
+    return Spread.from_readings(between_events(timed, *_enough(timed, once, seconds), clock=clock))
 
 
 def _enough(timed: Timed, once: float, seconds: float) -> tuple[int, int]:

@@ -16,7 +16,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def network(device: str = "cpu", backend: str = "auto") -> FusedMLP:
-    """With statistics and random numbers, which a step changes too."""
+    """A network with BatchNorm and Dropout, whose statistics and random numbers a step changes too."""
     torch.manual_seed(1)
     return FusedMLP(12, [16, 8, 5], nn.BatchNorm1d, nn.GELU, dropout=0.3, backend=backend, device=device)
 
@@ -40,7 +40,7 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """All that training changes, copied."""
+    """Copies of everything that training changes."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -52,7 +52,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def same(found: Any, expected: Any, where: str = "") -> None:
-    """Equal to the last bit, through dicts and lists."""
+    """Assert that two nested dicts and lists are equal to the last bit."""
     if isinstance(expected, Tensor):
         assert isinstance(found, Tensor), where
         assert torch.equal(found, expected), where
@@ -70,7 +70,7 @@ def same(found: Any, expected: Any, where: str = "") -> None:
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, 2**-4),
-    # Whose first step is not as later ones: the buffer begins as the gradient.
+    # The first step differs from later ones: the momentum buffer begins as the gradient.
     "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, 2**-4, momentum=0.9, dampening=0.5),
     "fused SGD": lambda parameters: torch.optim.SGD(parameters, 2**-4, momentum=0.9, nesterov=True, fused=True),
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, 2**-7, fused=True),

@@ -1,8 +1,7 @@
-"""CASES: the one table of problems that every test of the numbers runs through, and the bound that it is held to.
+"""CASES: the table of problems that every test of numbers uses, and the bound on their errors.
 
-A case is a network: rows, widths, dtype, activations, bias, how its tensors lie in memory, what needs gradients, and
-Dropout.
-Its oracle is plain torch in float64; its bound is torch's own error in the same dtype, twice that at most.
+A case is a network: rows, widths, dtype, activations, bias, the memory layout of its tensors, the gradients that are
+wanted, and Dropout. Its oracle is plain torch in float64. Its bound is twice torch's own error in the same dtype.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Needs = Literal["everything", "parameters", "input", "first layer", "last layer"
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. `parameters` are the hidden activation's, where they are not torch's defaults."""
+    """One problem. `parameters` are those of the hidden activation, if they are not torch's defaults."""
 
     rows: int = 33
     widths: tuple[int, ...] = (20, 31, 17)
@@ -46,7 +45,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The fields that differ from the default ones, and the sizes."""
+        """The sizes, and the fields that differ from their defaults."""
         sizes = f"{self.rows}x{'-'.join(map(str, self.widths))}"
         default = Case()
         others = []
@@ -58,7 +57,7 @@ class Case:
 
     @property
     def activations(self) -> list[Activation]:
-        """One for each layer."""
+        """The activation of each layer."""
         hidden = ACTIVATIONS[self.activation].bind(**dict(self.parameters))
         return [hidden] * (len(self.widths) - 2) + [ACTIVATIONS[self.output_activation]]
 
@@ -70,11 +69,11 @@ class Case:
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
 
-SEED = 7  # of torch's generator, where a case has Dropout
+SEED = 7  # the seed of torch's generator for cases with Dropout
 
 _VARIANTS: dict[
     str, list[dict[str, float]]
-] = {  # parameters other than torch's defaults, where the code branches on them
+] = {  # parameters other than torch's defaults, for activations whose code branches on them
     "leaky_relu": [{"negative_slope": 0.2}, {"negative_slope": -0.5}],
     "hardtanh": [{"min_val": -0.3, "max_val": 0.7}],
     "elu": [{"alpha": 0.3}],
@@ -95,7 +94,7 @@ def _cases() -> list[Case]:
     for name, variants in _VARIANTS.items():
         for variant, dtype in itertools.product(variants, (torch.float32, torch.bfloat16)):
             cases.append(Case(activation=name, parameters=tuple(variant.items()), dtype=dtype))
-    # Every layout and every choice of gradients, where one tensor is kept as the output and as the pre-activation.
+    # Every layout and every choice of gradients, for a saved output and for a saved pre-activation.
     for name in ("relu", "gelu"):
         wide = Case(activation=name, widths=(20, 31, 24, 17), output_activation=name)
         for layout in Layout.__args__:
@@ -106,7 +105,7 @@ def _cases() -> list[Case]:
         cases.append(replace(wide, bias=False))
         cases.append(replace(wide, bias=False, dtype=torch.float16, needs="parameters"))
         cases.append(replace(wide, tf32=True))
-    # Sizes: nothing, one, odd, around a tile's side; one layer, and deep.
+    # Sizes: zero, one, odd, around the side of a tile; one layer and many layers.
     for rows in (0, 1, 2, 15, 16, 17, 64, 65, 130):
         cases.append(Case(rows=rows, activation="tanh"))
         cases.append(Case(rows=rows, activation="silu", dtype=torch.bfloat16, output_activation="silu"))
@@ -114,14 +113,14 @@ def _cases() -> list[Case]:
         for dtype in DTYPES:
             cases.append(Case(widths=widths, dtype=dtype, activation="gelu"))
         cases.append(Case(rows=1, widths=widths, output_activation="sigmoid"))
-    # What one kernel for a whole network has besides: a wide input, hidden layers at its limits, more rows than its
-    # programs take at once.
+    # Further cases of network kernels: a wide input, hidden layers at the limits, more rows than all programs take at
+    # once.
     for dtype in DTYPES:
         cases.append(Case(widths=(300, 24, 10), dtype=dtype))
         cases.append(Case(widths=(20, 200, 10), dtype=dtype, activation="gelu"))
         cases.append(Case(rows=2100, widths=(5, 16, 7), dtype=dtype, activation="gelu"))
     cases.append(Case(rows=1100, widths=(300, 24, 33, 10), dtype=torch.bfloat16, output_activation="silu"))
-    # Dropout after every layer: where the output is kept, or z, or z for Dropout's sake alone.
+    # Dropout after every layer: if the output is saved, if z is saved, and if z is saved only because of Dropout.
     for name in ("identity", "relu", "gelu", "tanh"):
         for dtype in (torch.float32, torch.bfloat16):
             cases.append(Case(activation=name, output_activation=name, dtype=dtype, dropout=0.3))
@@ -133,11 +132,11 @@ def _cases() -> list[Case]:
         cases.append(replace(wide, needs=needs))
     for needs in ("parameters", "input", "first layer"):
         cases.append(replace(wide, needs=needs, activation="relu", output_activation="identity"))
-    # Where nine elements in ten are dropped, one row has too few for a norm: by torch's products, 4 of 300 random draws
-    # of tensors and masks were over the bound, of 64 rows and of one row that keeps half none.
+    # If nine of ten elements are dropped, one row has too few for a norm: with torch's products, 4 of 300 random draws
+    # of tensors and masks exceeded the bound. With 64 rows, or with one row that keeps half, none did.
     for rows, p in ((0, 0.9), (1, 0.5), (64, 0.9), (130, 0.9)):
         cases.append(Case(rows=rows, activation="silu", dtype=torch.bfloat16, dropout=p))
-    # By one kernel also: a wide input, several tiles of rows for each program.
+    # For network kernels too: a wide input, and several tiles of rows for each program.
     for name in ("relu", "gelu"):
         cases.append(Case(rows=130, widths=(300, 24, 33, 10), dtype=torch.bfloat16, activation=name, dropout=0.3))
         cases.append(Case(rows=2100, widths=(5, 16, 7), activation=name, dropout=0.3))
@@ -149,7 +148,7 @@ def _cases() -> list[Case]:
 
 @dataclass
 class Data:
-    """A case's tensors: x, weights, biases (or None), and the output's gradient; gradients wanted are marked."""
+    """The tensors of a case: x, weights, biases (or None) and dy. Those that need a gradient have requires_grad."""
 
     x: Tensor
     weights: list[Tensor]
@@ -222,7 +221,7 @@ def factors_of(case: Case, device: torch.device | str) -> list[Tensor]:
 
 
 def through_torch(case: Case, data: Data) -> Tensor:
-    """y in plain torch, in data's dtype. As torch's, Dropout multiplies the rounded output, and is rounded."""
+    """y in plain torch, in the dtype of `data`. Dropout multiplies the rounded output and is rounded, as in torch."""
     h = data.x.reshape(-1, data.x.shape[-1])
     for weight, bias, activation, left in zip(
         data.weights, data.biases, case.activations, factors_of(case, data.x.device)
@@ -235,7 +234,7 @@ def through_torch(case: Case, data: Data) -> Tensor:
 
 
 def make(case: Case, device: str = "cpu", seed: int = 0) -> Data:
-    """Random tensors for a case; rows whose pre-activations lie next to a kink are drawn again."""
+    """Random tensors for a case. Rows with a pre-activation next to a kink are drawn again."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -280,7 +279,7 @@ def make(case: Case, device: str = "cpu", seed: int = 0) -> Data:
 
 
 def _strided(weight: Tensor) -> Tensor:
-    """The same values, columns first and two apart."""
+    """A tensor with the same values, in column-major order with a stride of two."""
     n, k = weight.shape
     storage = torch.full((k, 2 * n), torch.nan, dtype=weight.dtype)
     storage[:, ::2] = weight.t()
@@ -320,7 +319,7 @@ def _lay_out(layout: Layout, x: Tensor, dy: Tensor, rows: int) -> tuple[Tensor, 
 def _near_kink(
     case: Case, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], left: Sequence[Tensor]
 ) -> Tensor:
-    """The rows with a pre-activation so near to a kink that rounding decides on which side it falls."""
+    """A mask of the rows with a pre-activation so near a kink that rounding decides its side."""
     h = x.double()
     near = torch.zeros(h.shape[0], dtype=torch.bool)
     for weight, bias, activation, factor in zip(weights, biases, case.activations, left):
@@ -335,14 +334,14 @@ def _near_kink(
 
 @dataclass
 class Truth:
-    """The float64 oracle: y and every gradient by name, and the magnitude that the rounding of a sum is relative to."""
+    """The float64 oracle: y and every gradient by name, and for each the magnitude to which rounding is relative."""
 
     values: dict[str, Tensor]
     magnitudes: dict[str, Tensor]
 
 
 def oracle(case: Case, data: Data) -> Truth:
-    """y, dx, dW and db in float64, with |x||W|ᵀ + |b| and its like for each."""
+    """y, dx, dW and db in float64, each with its magnitude, such as |x||W|ᵀ + |b| for y."""
     wide = data.to(torch.float64)
     inputs, zs = [], []
     h = wide.x.reshape(-1, wide.x.shape[-1])
@@ -394,7 +393,10 @@ def bound(true: Tensor, torchs: Tensor, magnitude: Tensor, unit_roundoff: float,
 
 
 def check(case: Case, truth: Truth, ours: dict[str, Tensor], torchs: dict[str, Tensor]) -> None:
-    """Every value within the bound, norm-wise and in its largest entry; says the case, the error and the bound."""
+    """Check every tensor against the bound, by norm and in its largest entry.
+
+    A failure states the case, the error and the bound.
+    """
     assert ours.keys() == truth.values.keys(), f"{case.id}: gradients of {list(ours)}, wanted {list(truth.values)}"
     for name, true in truth.values.items():
         assert ours[name].shape == true.shape, (

@@ -21,7 +21,7 @@ def write(**arrays: Any) -> None:
 
 
 def call(*arguments: str, run: Callable[..., object] | None = None) -> int:
-    """The exit status; `run` takes the place of the command's own function."""
+    """Run a command line and return the exit status. `run` replaces the command's own function."""
     try:
         return main(arguments, run)
     except SystemExit as stop:  # argparse's own

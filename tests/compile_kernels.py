@@ -2,8 +2,8 @@
 
     python tests/compile_kernels.py [--networks] [--full] [--target NAME] [--json]
 
-Runs in a process of its own: under TRITON_INTERPRET=1 nothing compiles. Each launcher is called with its launch
-replaced by a compilation, so that what is compiled is what would be launched.
+It runs in its own process, because nothing compiles under TRITON_INTERPRET=1. Each launcher is called with a function
+that compiles instead of launching. So it compiles exactly the kernels that would be launched.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from mlp_fused.kernels.layer_tiles import choose
 from mlp_fused.kernels.partial_sums import SUM_OF_MANY, SUM_OF_MORE, SUM_PARTIALS
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 
-# One device an architecture.
+# One device for each architecture.
 TARGETS = {name: DEVICES[name] for name in ("NVIDIA A100", "NVIDIA H100", "NVIDIA B200", "AMD MI300X")}
 GEMMS = ("forward", "dgrad", "wgrad")
 FORMS = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
-REGISTERS = {"forward": "selu", "dgrad": "mish"}  # activations that take many
-SPILL_LIMIT = 16  # words a thread may spill, kept for the largest tile's epilogue
+REGISTERS = {"forward": "selu", "dgrad": "mish"}  # activations that need many registers
+SPILL_LIMIT = 16  # the words that a thread may spill; the epilogue of the largest tile needs them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Compilation:
     precision: str
     activation: str
     tile: TileConfig
-    aligned: bool = True  # whether the tensors' rows begin at 16 bytes
+    aligned: bool = True  # True if the rows of the tensors are 16-byte aligned
     dropout: bool = False
-    shape: tuple[int, ...] = ()  # widths out and in, where a compiler treats them as constants: of 1
+    shape: tuple[int, ...] = ()  # (width out, width in), if one is 1, which the compiler treats as a constant
 
     @property
     def id(self) -> str:
@@ -77,14 +77,14 @@ class Compilation:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkCompilation:
-    """The kernels of one narrow network on one target: its forward in training, and its backward as the rule has it."""
+    """The kernels of one narrow network for one target: the training forward and the backward that the rule chooses."""
 
     target: str
     dtype: str
     precision: str
     activation: str
     widths: tuple[int, ...]
-    input: str = ""  # its dtype, and then the forward in inference alone
+    input: str = ""  # the dtype of the input; if given, only the forward of inference is compiled
     dropout: bool = False  # after every layer
 
     @property
@@ -96,9 +96,9 @@ class NetworkCompilation:
 
 
 def networks(full: bool) -> list[NetworkCompilation]:
-    """Widths 16 to 128 with 1, 3 and 5 hidden layers, wide inputs, narrow ends; of inputs that are cast.
+    """List networks: widths 16 to 128 with 1, 3 and 5 hidden layers, wide inputs, narrow ends, and inputs to cast.
 
-    By default every other one in bf16, some in fp32; `full` is the product, fp32 with up to 3 layers.
+    By default, every other network in bf16 and some in fp32. With `full`, all combinations, in fp32 up to 3 layers.
     """
     found: list[NetworkCompilation] = []
     square = [(width,) * (hidden + 2) for width in (16, 32, 64, 128) for hidden in (1, 3, 5)]
@@ -124,7 +124,7 @@ def networks(full: bool) -> list[NetworkCompilation]:
         if dtype == torch.bfloat16 and (full or target == "NVIDIA H100"):  # the tiles of inference
             for width, activation in ((16, "relu"), (32, "relu"), (64, "relu"), (64, "gelu")):
                 found.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
-        # relu draws its mask once, gelu again with z, tanh keeps z for Dropout's sake alone.
+        # relu draws its mask once, gelu draws it again with z, and tanh saves z only because of Dropout.
         dropping = [*((width,) * 5 for width in (16, 32, 64, 128)), (16, 64, 64, 16), (784, 128, 128, 10)]
         for turn, (widths, activation) in enumerate(itertools.product(dropping, ("relu", "gelu", "tanh"))):
             if dtype.itemsize == 4 and (widths, precision) != ((64,) * 5, "ieee"):
@@ -137,9 +137,9 @@ def networks(full: bool) -> list[NetworkCompilation]:
 
 
 def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
-    """One reading a kernel, or the reason why the network takes the layer path.
+    """A reading for each kernel, or the reason why the network takes the layer path.
 
-    Where the backend "triton" has another backward than "auto", the kernels of both.
+    If the backend "triton" has another backward than "auto", the kernels of both are compiled.
     """
     device, dtype = TARGETS[row.target], getattr(torch, row.dtype)
     layers = len(row.widths) - 1
@@ -172,7 +172,7 @@ def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
 
 
 def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, Any]]:
-    """One reading a kernel of a network path."""
+    """A reading for each kernel of a network path."""
     device, dtype = TARGETS[row.target], getattr(torch, row.dtype)
     rows = 2**20
 
@@ -212,9 +212,10 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
 
 
 def compilations(full: bool) -> list[Compilation]:
-    """Every kernel by every tile worth measuring for it; by default a part of them, see `sample`.
+    """Every kernel with every tile that is worth measuring; by default some of them, see `sample`.
 
-    fp16, whose instructions are bf16's, takes one tile a target; what is not aligned, one activation of two in turn.
+    fp16 has the instructions of bf16, so it gets one tile for each target. Unaligned tensors get one of two
+    activations.
     """
     found: list[Compilation] = []
     products = itertools.product(TARGETS.items(), FORMS, (True, False), GEMMS)
@@ -262,7 +263,7 @@ def compilations(full: bool) -> list[Compilation]:
 
 
 def planes_tile(kind: tile_config.Kind, target: str) -> TileConfig:
-    """The tile of "fp16x3" on Hopper; on other targets, where nothing chooses this form yet, one that fits."""
+    """The tile of "fp16x3" on Hopper; on other targets, where "fp16x3" is not used yet, a tile that fits."""
     tile = layer_tiles.planes_tile(Problem(kind, 8192, 4096, 1024, torch.float32), DEVICES["NVIDIA H100"])
     assert tile is not None
     sizes = {
@@ -274,7 +275,7 @@ def planes_tile(kind: tile_config.Kind, target: str) -> TileConfig:
 
 
 def sample(tiles: list[TileConfig], turn: int) -> list[TileConfig]:
-    """The largest tile by each precision, with each long side and with specialised warps; and one that has its turn."""
+    """The largest tile for each precision, long side and kind of warps; and one more, chosen by `turn`."""
 
     def sides(tile: TileConfig) -> tuple[int, int]:
         return tile.block_m, tile.block_n
@@ -311,7 +312,7 @@ def compile_one(row: Compilation) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A launch as a launcher would make it."""
+    """The arguments of a launch."""
 
     kernel: Any
     tile: TileConfig
@@ -320,7 +321,7 @@ class Launch:
 
 
 def capture(call: Callable[[], None], device: Device) -> list[Launch]:
-    """The launches that a call makes on a device, none of them carried out."""
+    """The launches of a call on a device. They are recorded, not run."""
     launched: list[Launch] = []
 
     def record(
@@ -359,7 +360,7 @@ def read(launched: Launch, device: Device) -> dict[str, Any]:
 
 
 def source(launched: Launch) -> Any:
-    """The kernel with its arguments' types, as a launch on a device would compile it."""
+    """The source that a launch on a device would compile: the kernel and the types of its arguments."""
     from triton.compiler import ASTSource
 
     kernel, tile = launched.kernel, launched.tile
@@ -397,7 +398,7 @@ def source(launched: Launch) -> Any:
 
 
 def launch(row: Compilation) -> None:
-    """Call the launcher with tensors that have shapes and nothing else: M rows, N wide out, K wide in."""
+    """Call the launcher with tensors that have shapes but no memory: M rows, N wide out, K wide in."""
     dtype, activation = getattr(torch, row.dtype), ACTIVATIONS[row.activation]
     M = 4096
     N, K = row.shape or ((1024, 1024) if row.aligned else (1001, 1001))
@@ -448,9 +449,9 @@ def _split(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
-    """From cuobjdump and the PTX. A spilled word is four bytes of stack.
+    """Read registers, spills and instructions from cuobjdump and the PTX. A spilled word is four bytes of stack.
 
-    Waits are read for one-pass kernels and products of planes alone.
+    Waits are counted only for one-pass kernels and products of planes.
     """
     import triton
 
@@ -482,7 +483,7 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
 
 
 def read_amdgcn(text: str) -> dict[str, int]:
-    """From the assembler's own summary."""
+    """Read registers, spills and instructions from the assembler's summary."""
 
     def summary(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", text)

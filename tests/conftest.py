@@ -1,7 +1,7 @@
-"""One command, two ways: on the CPU kernels run in Triton's interpreter; under `-m gpu` the same tests run on a GPU.
+"""The same tests run on a CPU, in Triton's interpreter, and with `-m gpu` on a GPU.
 
-A test that takes the fixture `device` is of both kinds. Triton reads TRITON_INTERPRET when the package is imported, so
-it is set here, before any test module is. With `-n`, every worker reads this file and does the same.
+A test that takes the fixture `device` runs on both. Triton reads TRITON_INTERPRET when the package is imported, so
+it is set here, before a test module is imported. With `-n`, every worker reads this file and does the same.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from _pytest.mark.expression import Expression
 
 COMPILED = pytest.StashKey[list[str]]()  # lines of the table of registers, spills and instructions
 
-WORKER_BYTES = 3 << 30  # of a GPU's memory for one worker: its CUDA context, and tensors; tests of more are alone
-TENSORS_SHARE = 0.8  # of a GPU's memory, divided among the workers; contexts and libraries need the rest
+WORKER_BYTES = 3 << 30  # GPU memory for one worker: CUDA context and tensors; tests that need more are marked alone
+TENSORS_SHARE = 0.8  # the share of GPU memory that the workers divide; contexts and libraries need the rest
 
 
 def asks_for(expression: str, mark: str) -> bool:
-    """Return whether a mark expression selects tests for having this mark: with the mark it is true, without it false.
+    """True if a mark expression selects tests because of this mark: it is true with the mark and false without.
 
     "gpu and not alone" asks for gpu; "not gpu" and "full" do not.
     """
@@ -73,7 +73,7 @@ def _count_workers(config: pytest.Config) -> int:
 
 
 class Failures:
-    """Appends every failure to a file at the moment it is reported. With `-n`, the workers report to one process."""
+    """Append every failure to a file as soon as it is reported. With `-n`, the workers report to one process."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -98,9 +98,9 @@ def _cores() -> int:
 
 
 def _share_the_cores(workers: int) -> None:
-    """Leave each worker its part of the cores, where torch and its compiler would start a thread or process for each.
+    """Give each worker its part of the cores. By default, torch and its compiler would use all cores in every worker.
 
-    Called before torch is imported.
+    It has to be called before torch is imported.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // workers)))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -121,29 +121,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def _skip_checks_without_effect() -> None:
-    """Keep Triton's interpreter from computing whether an integer overflows: 40 % of the time of the kernels' tests.
+    """Turn off the overflow checks in Triton's interpreter, which take 40 % of the time of the kernels' tests.
 
-    It asserts what it has computed only with `debug`, which is off, and which no test turns on.
+    The interpreter uses their results only with `debug`, which no test turns on.
     """
     try:
         from triton.runtime import interpreter
 
         options = interpreter.interpreter_builder.options
         object.__setattr__(options, "sanitize_overflow", options.debug)  # the record is frozen
-    except (ImportError, AttributeError):  # no Triton, or another one, which is as right and slower
+    except (ImportError, AttributeError):  # no Triton, or another version: the tests then run unchanged, but slower
         return
 
 
 def _patch_the_language_once_a_launch() -> None:
-    """Triton's interpreter patches its language anew for every function that a kernel calls: a third of all its time.
+    """Make Triton's interpreter patch its language once for each module and launch.
 
-    Once for each module and launch is enough, as the patches stay until the launch ends.
+    By default it patches for every function that a kernel calls, which takes a third of its time. The patches stay
+    until the launch ends.
     """
     try:
         from triton.runtime import interpreter
 
         launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    except (ImportError, AttributeError):  # no Triton, or another one, which is as right and slower
+    except (ImportError, AttributeError):  # no Triton, or another version: the tests then run unchanged, but slower
         return
     patched: set[str] = set()
 
@@ -165,9 +166,9 @@ def _patch_the_language_once_a_launch() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests that take `device` as gpu where gpu is asked for, and leave out gpu and full where they are not.
+    """Mark tests that take `device` as gpu if `-m` selects gpu, and deselect gpu and full tests if it does not.
 
-    `full("cpu")` marks what is slow in the interpreter alone: a GPU runs it without being asked for full.
+    `full("cpu")` marks tests that are slow only in the interpreter. On a GPU they always run.
     """
     gpu, full = _wants(config, "gpu"), _wants(config, "full")
     left_out = []
@@ -189,21 +190,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """Where kernels run: "cpu" (the interpreter) or "cuda"."""
+    """The device on which kernels run: "cpu" (the interpreter) or "cuda"."""
     import torch
 
     if not _wants(request.config, "gpu"):
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is available")
-    if workers := _count_workers(request.config):  # a test that needs more fails itself, not one beside it
+    if workers := _count_workers(request.config):  # a test that needs more memory fails itself, and not another test
         torch.cuda.set_per_process_memory_fraction(TENSORS_SHARE / workers)
     return "cuda"
 
 
 @pytest.fixture(params=["reference", "layer", pytest.param("layer by layer", marks=pytest.mark.full), "network"])
 def backend_of_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each path in turn; returns the backend with which networks that fit in one kernel take it."""
+    """Run the test on each path. Returns the backend with which a narrow network takes this path."""
     from mlp_fused.engine import autograd, paths
 
     if request.param == "layer by layer":
@@ -215,7 +216,7 @@ def backend_of_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and its like give NaN, so that an element that no kernel wrote shows."""
+    """Fill new memory of torch.empty and similar functions with NaN, to detect elements that no kernel writes."""
     import torch
 
     def poison(make):
@@ -232,9 +233,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def by_pointers(device: str) -> Iterator[None]:
-    """In the interpreter, a launch is only prepared the first time, and writes nothing; a replay gets pointers alone.
+    """In the interpreter, let the first launch only prepare the replay, and pass only pointers to the replay.
 
-    That is how a GPU replays a launch, so nothing is changed there.
+    A GPU replays launches in this way, so nothing changes there.
     """
     if device == "cuda":
         yield
@@ -258,7 +259,7 @@ def by_pointers(device: str) -> Iterator[None]:
         return None if tensor is None else tensor.dtype
 
     def prepare(launch: Launch, tensors: Sequence[object]) -> None:
-        if not _aligned(tensors):  # such a one is never made again
+        if not _aligned(tensors):  # such a launch is never replayed
             launch.kernel[(launch.programs,)](*tensors, *launch.scalars, **launch.constants)
             return
         of_tensors = tuple(map(dtypes, tensors))
@@ -286,7 +287,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests are of the rules; neither what this machine's user measured nor what the package brings overrules them."""
+    """Test the rules without measured tables: neither the user's nor the packaged ones overrule them."""
     from mlp_fused.engine import tables
 
     with pytest.MonkeyPatch.context() as patch:
@@ -298,7 +299,7 @@ def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder each for the user's and the packaged tables, both empty; what was read of them is forgotten after."""
+    """An empty folder for the user's tables and one for the packaged tables. Caches are cleared after the test."""
     from mlp_fused.engine import paths, tables
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

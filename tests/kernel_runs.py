@@ -13,7 +13,7 @@ from mlp_fused.engine.network_path import NetworkPath
 from mlp_fused.engine.paths import find_layers, find_network
 from mlp_fused.reference import Layer
 
-PATHS = ("layer", "run", "network")  # an autograd.Function a layer; one for all layers, kernel by kernel; one kernel
+PATHS = ("layer", "run", "network")  # one autograd.Function for each layer; one for all layers; one kernel
 
 
 def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor, list[Layer], NetworkPath | str]:
@@ -39,7 +39,7 @@ def forward(case: Case, data: Data, path: str, recompute: bool | None = None) ->
 
 
 def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
-    """y and the gradients by torch in the case's own dtype."""
+    """y and the gradients, computed by torch in the dtype of the case."""
     twin = data.to(case.dtype)
     return gradients(twin, through_torch(case, twin))
 

@@ -1,4 +1,4 @@
-"""The libraries of the extra test-models: the mark for tests that need one, and what lets them be imported here."""
+"""The libraries of the extra test-models: a mark for tests that need one, and functions that import them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-# Where this is set to "required", as .ci/run does, a test whose library is missing fails instead of being skipped.
+# If this is "required", as in .ci/run, a test whose library is missing fails instead of being skipped.
 REQUIRED = os.environ.get("MLP_FUSED_TEST_LIBRARIES") == "required"
 
 
@@ -33,8 +33,8 @@ def load(library: str) -> Any:
 def declare_torchvisions_operators() -> None:
     """Let torchvision's wheel for CUDA be imported beside a CPU build of torch.
 
-    Its operators do not load then, and for want of two of them its Python, which timm, transformers and peft import as
-    well, does not either. Declared, they suffice.
+    There its operators cannot be loaded. Its Python code, which timm, transformers and peft import too, needs two of
+    them. It is enough to declare these two.
     """
     specification = importlib.util.find_spec("torchvision")
     if specification is None or specification.origin is None:

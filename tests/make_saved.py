@@ -1,4 +1,4 @@
-"""Write files as users save them, with the code as it is now: later code has to load them (test_saved_files.py).
+"""Write the files that users save, with today's code. Later code has to load them (test_saved_files.py).
 
     python tests/make_saved.py
 
@@ -51,7 +51,7 @@ def sequential() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.25), nn.Linear(8, 3))
 
 
-# By file: whole models over rows of 6 features.
+# Whole models, by file. Their inputs have 6 features.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "fused_mlp.pt": lambda: FusedMLP(6, [8, 8, 3], activation_layer="gelu", dropout=0.25, recompute=False),
     "fused_mlp.pkl": lambda: FusedMLP(6, [8, 8, 3], activation_layer="gelu", dropout=0.25, recompute=False),
@@ -72,12 +72,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "fused_encoder_layer.pt": lambda: fused(nn.TransformerEncoderLayer(6, 2, 12, dropout=0.25)),
 }
-# By file: the model whose state_dict it has.
+# The models whose state_dicts are saved, by file.
 STATES = {"state_fused_mlp.pt": "fused_mlp.pt", "state_fused_linear.pt": "fused_linear.pt"}
 
 
 def reading(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """An input, its output, and the gradient of the output's sum."""
+    """Return an input, its output, and the gradient of the sum of the output, by name."""
     x = x.clone().requires_grad_()
     y = model(x)
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -99,8 +99,8 @@ def write_models(folder: Path, outputs: dict[str, Any]) -> None:
         outputs[name] = outputs[model]
 
 
-# By file: the model's backend, whether gradients are recorded, and the backend that the program names. An export on a
-# GPU names "auto"; a program that names "triton" needs kernels, here the interpreter's.
+# For each file: the model's backend, True if gradients are recorded, and the backend in the program. An export on a GPU
+# has "auto". A program with "triton" needs kernels, here those of the interpreter.
 EXPORTED = {
     "exported_operator.pt2": ("triton", False, "auto"),
     "exported_operator_of_kernels.pt2": ("triton", False, "triton"),
@@ -110,7 +110,7 @@ EXPORTED = {
 
 
 def write_exported(folder: Path, outputs: dict[str, Any]) -> None:
-    """Programs with the operator, and one without it."""
+    """Write exported programs with the operator, and one without it."""
     for name, (backend, training, written) in EXPORTED.items():
         torch.manual_seed(0)
         model = FusedMLP(6, [8, 8, 3], activation_layer="gelu", dropout=0.25, backend=backend).eval()
@@ -139,7 +139,7 @@ def train(folder: Path, *arguments: str) -> None:
 
 
 def write_checkpoints(folder: Path, outputs: dict[str, Any]) -> None:
-    """Checkpoints of `train` after two epochs, with their data; a resumed run's course to the fourth epoch."""
+    """Write checkpoints of `train` after two epochs, their data, and the history of a run resumed to epoch four."""
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 60)
     x = (random.normal(size=(60, 3)) + 2 * labels[:, None]).astype(np.float32)
@@ -163,7 +163,7 @@ def write_checkpoints(folder: Path, outputs: dict[str, Any]) -> None:
 
 
 def write_tables(folder: Path) -> None:
-    """A few rows of the readings of an H100: as schema 1 has them, and as this code writes them."""
+    """Write a few rows of the readings of an H100, in schema 1 and in today's schema."""
     source = TESTS / "data" / "h100"
     old = json.loads((source / "tuned.json").read_text())
     products = [row for row in old["gemms"] if row["rows"] == 16384 and row["width_in"] == row["width_out"] == 512]

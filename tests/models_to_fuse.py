@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Deep(nn.Module):
-    """nn.Sequential at several depths."""
+    """A model with nn.Sequential at several depths."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Readings of narrow networks' kernels by their tiles: of tests/data/h100/narrow.log and h200/narrow_float32.jsonl."""
+"""The times of kernels of narrow networks, by tile, from tests/data/h100/narrow.log and h200/narrow_float32.jsonl."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NETWORKS = {  # widths, dtype, activation
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward of a network over 2^20 rows in microseconds, by a tile and programs a multiprocessor."""
+    """The microseconds of a forward over 2^20 rows, with a tile and a number of programs per multiprocessor."""
 
     network: str
     tile: TileConfig  # its programs are those of one multiprocessor
@@ -31,7 +31,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum of (splits, columns) partial sums in microseconds."""
+    """The microseconds of adding (splits, columns) partial sums."""
 
     splits: int
     columns: int
@@ -63,7 +63,7 @@ def sums() -> Iterator[Sum]:
 
 
 def scaled_ms(width: int, forward: TileConfig, dgrad: TileConfig | None, wgrad: TileConfig) -> tuple[float, float]:
-    """Milliseconds of four layers of relu in full fp32 on an H200 by fp16x3, and torch's: a forward, or training."""
+    """(our milliseconds by fp16x3, torch's) for four relu layers in full fp32 on an H200: a forward, or training."""
     readings = [json.loads(line) for line in FLOAT32.read_text().splitlines()]
     ms = {reading["timed"]: reading["ms"] for reading in readings if "timed" in reading}
 

@@ -1,4 +1,4 @@
-"""Running out of memory, at the nth call of a hook."""
+"""Hooks that run out of memory in their nth call."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def agrees(model: Any, x: Tensor, kernels: bool | None) -> None:
-    """The model's results are its twin's; and kernels ran, or none did, or some may have (None)."""
+    """Assert that the results are the twin's, and that kernels ran (True), none ran (False), or either (None)."""
     expected = results(twin(model), x)
     with count_launches() as launches:
         found = results(model, x)
@@ -74,7 +74,7 @@ def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Missing:
-    """No attribute of that name."""
+    """Stands for an attribute that does not exist."""
 
 
 @contextlib.contextmanager

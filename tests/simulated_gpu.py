@@ -1,4 +1,4 @@
-"""A simulated GPU of stated link, launch and kernels, and transfers that are measured on it."""
+"""A simulated GPU with given speeds of link, launches and kernels, and transfers measured on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def both(ms: float) -> Measured:
 
 
 class Clock(timing.Clock):
-    """A host, a device and a link side by side, in seconds."""
+    """The clocks of a simulated host, device and link, in seconds."""
 
     def __init__(self) -> None:
         self.host = self.device = self.link = 0.0
@@ -52,14 +52,14 @@ class Clock(timing.Clock):
         self.run(1e-6, seconds)
 
     def run(self, issue: float, work: float) -> None:
-        """A kernel: the host takes `issue` to launch it, the device `work`."""
+        """Run a kernel: the host needs `issue` seconds to launch it, and the device `work` seconds to run it."""
         self.host += issue
         self.device = max(self.device, self.host) + work
 
 
 @dataclass
 class Simulated:
-    """A GPU, its link and the CPU beside it: bytes/s, seconds, seconds a row."""
+    """The speeds of a GPU, its link and a CPU, in bytes/s, seconds, and seconds per row."""
 
     link: float = 50 * GB
     pageable: float = 10 * GB  # also the host's own copy into pinned memory
@@ -70,7 +70,7 @@ class Simulated:
 
 
 class Network(nn.Module):
-    """(M, 1000) -> (M, 10); takes the simulated CPU its time."""
+    """A network (M, 1000) -> (M, 10) that advances the clock of the simulated CPU."""
 
     def __init__(self, clock: Clock, row: float) -> None:
         super().__init__()

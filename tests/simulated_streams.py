@@ -1,4 +1,4 @@
-"""Streams that are made up, for the tests of DevicePrefetcher: they find every missing wait."""
+"""Simulated streams that detect every missing wait, for the tests of DevicePrefetcher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlp_fused.leaves import map_leaves
 
 @dataclass
 class Event:
-    """Passed by a stream or not; one that was never recorded is passed, as in CUDA."""
+    """An event. It has passed if the stream has reached it, or if it was never recorded, as in CUDA."""
 
     pending: bool = False
     at: int = -1
@@ -41,9 +41,9 @@ class Block:
 
 
 class Streams:
-    """Streams in which nothing happens before it must, or until a random number says so: the worst a GPU may do.
+    """Streams that delay work as long as possible, or for a random time: the worst case on a GPU.
 
-    Device memory is given out again as soon as it may be, and whatever lies in it is overwritten then.
+    Device memory is reused as soon as possible, and its old content is then overwritten.
     """
 
     device = torch.device("cpu")
@@ -54,7 +54,7 @@ class Streams:
             "side": collections.deque(),
             "consumer": collections.deque(),
         }
-        self.eager = eager  # streams that do at once whatever they can
+        self.eager = eager  # the streams that run their work as early as possible
         self.random = None if seed is None else random.Random(seed)
         self.free: list[Block] = []
         self.blocks: dict[int, Block] = {}  # by address
@@ -64,12 +64,12 @@ class Streams:
         self.wrong: list[str] = []
 
     def give(self, stream: str, work: Callable[[], object]) -> None:
-        """Enqueue work; it returns False while it has to wait."""
+        """Enqueue work, a function that returns False while it has to wait."""
         self.queues[stream].append(lambda: work() is not False)
         self.happen()
 
     def happen(self) -> None:
-        """Let streams work while the host does something else."""
+        """Let the streams work, as they do while the host does something else."""
         for stream in self.eager:
             while self.step(stream):
                 pass
@@ -88,13 +88,13 @@ class Streams:
         return True
 
     def drain(self, stream: str) -> None:
-        """Do all that the stream was given; the other one does as much as it takes."""
+        """Run all work of a stream, and the work of the other stream for which it waits."""
         other = "side" if stream == "consumer" else "consumer"
         while self.queues[stream]:
             if not self.step(stream):
                 assert self.step(other), "both streams wait for each other"
 
-    # What DevicePrefetcher asks for
+    # The interface that DevicePrefetcher uses
 
     def current(self) -> str:
         return "consumer"
@@ -152,7 +152,7 @@ class Streams:
         return tensor
 
     def dropped(self, block: Block) -> None:
-        """Free once the streams that it was recorded for have done what they have been given until now."""
+        """Free a block once the streams that it was recorded for have finished their present work."""
         waiting = set(block.keepers)
 
         def done(stream: str) -> None:
@@ -181,10 +181,13 @@ class Streams:
         self.give("side", lambda: bool(into.copy_(source) is into))
         return target
 
-    # What a consumer does
+    # The consumer
 
     def use(self, batch: Any, expected: Any) -> None:
-        """Kernels that read a batch: enqueued now, run when the stream comes to them. They hold no memory."""
+        """Enqueue kernels that read a batch.
+
+        They run when the stream reaches them, and do not keep its memory alive.
+        """
         for number, (tensor, wanted) in enumerate(zip(leaves(batch), leaves(expected), strict=True)):
             here, there = tensor.detach(), wanted.detach().clone()
 

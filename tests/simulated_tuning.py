@@ -1,4 +1,4 @@
-"""Tuning by a clock that is made up, with two tiles for every product."""
+"""Tuning with a simulated clock and two tiles for every product."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PRODUCTS = len(products(DIMS.workloads[0]))
 
 
 class Clock:
-    """Runs each call once, and says how long it would have taken: by the tile or the path that it ran."""
+    """A clock that runs each call once, and returns a made-up time for the tile or path that it ran."""
 
     def __init__(self) -> None:
         self.now = 1000.0
         self.seconds: dict[Any, float] = {"torch": 3e-3, SLOW: 2e-3, FAST: 1e-3}
         self.ran: list[Any] = []
         self.timed: list[Any] = []
-        self.each = 1.0  # what one reading takes of the time limit
+        self.each = 1.0  # the seconds that one reading takes from the time limit
         self.parts: dict[str, Any] = {"candidates": lambda *_: (SLOW, FAST), "tasks": only(Product)}  # of tune
 
     def __call__(self, call: Callable[[], object]) -> float:
@@ -48,7 +48,7 @@ def plainly(operands: Operands, index: int, tile: TileConfig | None, run: Callab
 
 
 class WatchedOperands(Operands):
-    """Operands that tell the clock which way is taken. A test may put another one in its place."""
+    """Operands that tell the clock which tile runs. A test may replace the function that runs it."""
 
     def __init__(
         self, clock: Clock, way: Callable[..., None], product: Product, device: torch.device, count: int | None = None
@@ -62,7 +62,7 @@ class WatchedOperands(Operands):
 
 
 class WatchedPasses(Passes):
-    """Passes that tell the clock which path is taken."""
+    """Passes that tell the clock which path runs."""
 
     def __init__(self, clock: Clock, whole: Whole, device: torch.device) -> None:
         super().__init__(whole, device)
@@ -82,17 +82,17 @@ class WatchedPasses(Passes):
 
 
 def only(kind: type[Task]) -> Callable[..., list[Task]]:
-    """Lists the tasks of one kind."""
+    """Return a function that lists the tasks of one kind."""
     return lambda *arguments: [task for task in list_tasks(*arguments) if isinstance(task, kind)]
 
 
 def watched(clock: Clock, way: Callable[..., None] = plainly) -> Callable[..., Operands]:
-    """The operands of a tuner whose products run that way: it takes them, the set, the tile and what runs it."""
+    """Return a maker of operands whose products run by `way(operands, index, tile, run)`."""
     return functools.partial(WatchedOperands, clock, way)
 
 
 def watch_ways() -> Clock:
-    """A clock that sees which way is taken; two tiles for every product, and no whole networks."""
+    """A clock that sees which tile runs, for a tuning with two tiles for every product and no whole networks."""
     clock = Clock()
     clock.parts["operands"] = watched(clock)
     clock.parts["passes"] = functools.partial(WatchedPasses, clock)
@@ -100,7 +100,7 @@ def watch_ways() -> Clock:
 
 
 def run(clock: Clock, config: Config = DIMS, **parts: Any) -> tuple[table_files.Table, str]:
-    """The table, and what was reported. `parts` take the place of the clock's."""
+    """Tune, and return the table and the reported text. `parts` replace the clock's."""
     said: list[str] = []
     table = tune(config, report=said.append, device=CPU, time=clock, now=lambda: clock.now, **{**clock.parts, **parts})
     return table, "\n".join(said)

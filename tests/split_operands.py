@@ -1,4 +1,4 @@
-"""fp32 operands that are split into planes by the kernel, and the launches of a product of them."""
+"""fp32 operands that the kernel splits into planes, and the launches of their product."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def split_by_kernel(x: Tensor) -> Split:
 
 
 def launches(a: Tensor, b: Tensor, tile: TileConfig) -> Iterator[tuple[Operand, Operand, TileConfig]]:
-    """The operands and the tile of each launch that a product takes: with planes, the product and "redo"."""
+    """The operands and the tile of each launch of a product. With planes these are the product and "redo"."""
     if tile.precision != "fp16x3":
         yield a, b, tile
         return

@@ -28,7 +28,7 @@ NARROW = Network((64, 64, 64), 4096, "float16", "ieee", "relu", True, "stored", 
 
 
 def table(*rows: Gemm | Network, device: str = H200.name) -> Table:
-    """A table of rows; those that name no kernel are of today's."""
+    """A table of rows. Rows without a kernel get the digest of today's kernel."""
     rows = tuple(row if row.kernel else stamped(row) for row in rows)
     gemms = tuple(row for row in rows if isinstance(row, Gemm))
     networks = tuple(row for row in rows if isinstance(row, Network))
@@ -52,5 +52,5 @@ def estimated(problem: Problem, device: Device = H200) -> TileConfig | None:
 
 
 def outdated(row: Any, kernel: str | None = "0" * 16) -> Any:
-    """A row that was measured with another kernel than today's; with None, one that does not say with which."""
+    """The row as if it was measured with another kernel than today's. With None, it names no kernel."""
     return dataclasses.replace(row, kernel=kernel)

@@ -1,7 +1,7 @@
 """Products of fp32 operands on a tensor core, in three bf16 or two fp16 parts, and on FMA units, in numpy.
 
-Products of bf16 and of fp16 are exact. An instruction takes 16 of the reduction: it aligns their products and the
-accumulator to the largest of them, and truncates, both what lies a few bits below that one's last and the sum (Fasi,
+Products of bf16 and of fp16 are exact. An instruction adds 16 products of the reduction to the accumulator. It aligns
+them to the largest one, truncates each a few bits below the last bit of the largest, and truncates the sum (Fasi,
 Higham, Mikaitis and Pranesh, PeerJ CS 7:e330; Ootomo and Yokota, arXiv 2203.03341). Arrays are float64 that hold fp32
 numbers.
 """
@@ -18,9 +18,9 @@ __all__ = ["bf16x6", "fma", "fp16x3", "fp16x3_by_planes", "parts"]
 
 Array = NDArray[np.float64]
 
-STEP = 16  # of the reduction, in one instruction
+STEP = 16  # the terms of the reduction in one instruction
 BITS_BELOW = 2  # the last bit of fp32, which the alignment keeps
-SIDE = 128  # of a block of elements with one exponent, as in kernels/planes.py
+SIDE = 128  # the side of a block of elements with one exponent, as in kernels/planes.py
 MIDDLE, LOW = 2.0**6, 2.0**13  # scales of the parts below the highest, as in kernels/tile.py
 
 
@@ -29,7 +29,7 @@ def _exponent(value: Array) -> NDArray[np.int32]:
 
 
 def _shorten(value: Array, bits: int, least: int, how: Callable[[Any], Any]) -> Array:
-    """Finite `value` as a multiple of 2^least with so many bits."""
+    """A finite `value`, shortened to `bits` bits and to a multiple of 2^least."""
     unit = np.maximum(_exponent(value) - bits, least)
     return np.ldexp(how(np.ldexp(value, -unit)), unit)
 
@@ -79,7 +79,7 @@ def scaled_parts(value: Array, exponent: NDArray[np.int32] | np.int32) -> tuple[
 
 
 def fp16x3(x: Array, w: Array, terms: int = 32) -> Array:
-    """x wᵀ for x (M, K) and w (N, K): three products of scaled parts, of which so many terms are summed at a time."""
+    """x wᵀ for x (M, K) and w (N, K): three products of scaled parts, with `terms` terms summed at a time."""
     x_exponent, w_exponent = 15 - _exponent(np.abs(x).max(1)), 15 - _exponent(np.abs(w).max())
     high_a, low_a = scaled_parts(x, x_exponent[:, None])
     high_b, low_b = scaled_parts(w, w_exponent)

@@ -1,4 +1,4 @@
-"""The activation table: torch's values at the extremes, its modules, and the user's own."""
+"""The activation table: values at extreme inputs, torch's modules, and activations that users add."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WANTED = (
 ).split()
 
 
-def test_the_table_has_what_is_promised() -> None:
+def test_the_table_has_every_documented_activation() -> None:
     assert set(WANTED) <= set(ACTIVATIONS)
 
 
@@ -33,8 +33,8 @@ def column(values: list[float], device: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_extremes_are_torchs(name: str, device: str) -> None:
-    """z = x * 1 + 0 for every extreme, forward and backward."""
+def test_extreme_inputs_give_torchs_values(name: str, device: str) -> None:
+    """Run z = x * 1 + 0 on every extreme value, forward and backward."""
     if name == "softshrink" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
         wanted = column([value for value in EXTREMES if value == value], device)  # older torch turns NaN into 0
     elif name == "gelu":
@@ -55,7 +55,7 @@ def test_extremes_are_torchs(name: str, device: str) -> None:
 
 
 def test_gelu_at_infinity_is_its_limit(device: str) -> None:
-    """Where torch's own kernels disagree: inf or NaN, by device and by vector width."""
+    """torch's own kernels disagree here: they give inf or NaN, depending on the device and the vector width."""
     x = column([torch.inf], device).requires_grad_()
     y = linear_act(x, torch.ones(1, 1, device=device), None, "gelu", backend="triton")
     assert y.item() == torch.inf
@@ -63,7 +63,7 @@ def test_gelu_at_infinity_is_its_limit(device: str) -> None:
 
 
 def test_gelu_is_more_accurate_than_torchs_in_fp32(device: str) -> None:
-    """z Φ(z) and its derivative, fitted, over all of the range where they are not 0 or z."""
+    """Compare the fitted z Φ(z) and its derivative over the whole range in which they are neither 0 nor z."""
     z = torch.linspace(-15, 15, 30001, device=device).unsqueeze(1)
     wide = z.double()
     cdf, pdf = torch.special.ndtr(wide), torch.exp(-wide.square() / 2) / (2 * torch.pi) ** 0.5
@@ -114,7 +114,7 @@ def test_a_module_with_state_or_that_is_not_pointwise_is_not_found(module: nn.Mo
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_of_torchs_is_found(name: str) -> None:
+def test_a_torch_function_is_found(name: str) -> None:
     function = look_up(name)
     found = find(function)
     assert found is ACTIVATIONS[FUNCTIONS[name]]
@@ -206,7 +206,7 @@ def test_step_at_zero_and_nan() -> None:
     assert Pointwise("step")(z)[4].isnan()
 
 
-def test_a_perceptron_learns_what_is_linearly_separable(device: str) -> None:
+def test_a_perceptron_learns_linearly_separable_classes(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 2, generator=generator)
     side = x @ torch.tensor([1.0, -2.0]) + 0.3
@@ -225,7 +225,7 @@ def test_a_perceptron_learns_what_is_linearly_separable(device: str) -> None:
         assert torch.equal(model(x), t)
 
 
-def test_register_refuses_what_is_wrong() -> None:
+def test_register_refuses_wrong_arguments() -> None:
     relu = ACTIVATIONS["relu"]
     with pytest.raises(ValueError, match="'relu' is registered already"):
         register_activation("relu", relu.forward, relu.backward, reference=torch.relu)

@@ -1,4 +1,4 @@
-"""The bounds within which two right results may differ."""
+"""The largest difference allowed between two correct results."""
 
 from __future__ import annotations
 

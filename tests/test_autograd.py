@@ -1,4 +1,4 @@
-"""torch.autograd and torch.func around FusedMLP: whatever works on an nn.Sequential of the same modules works on it."""
+"""torch.autograd and torch.func around FusedMLP: every use of an nn.Sequential of the same modules works on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Pair = Callable[..., tuple[FusedMLP, nn.Sequential]]
 
 @pytest.fixture
 def pair(backend_of_path: str, device: str) -> Pair:
-    """A maker of a network and its twin in torch's modules, with parameters of its own; on each path."""
+    """A function that makes a network on one of the paths, and its twin of torch's modules with copied parameters."""
 
     def make(*widths: int, activation: str = "gelu", **keywords: Any) -> tuple[FusedMLP, nn.Sequential]:
         first, *rest = widths or (20, 16, 4)
@@ -46,7 +46,7 @@ def same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids="reentrant={}".format)
-def test_torchs_checkpoint_of_both_kinds(use_reentrant: bool, pair: Pair, device: str) -> None:
+def test_torch_checkpoint_reentrant_and_not(use_reentrant: bool, pair: Pair, device: str) -> None:
     model, twin = pair()
     x, dy = draw(device).requires_grad_(), draw(device, 9, 4)
     found = []
@@ -73,7 +73,7 @@ def test_checkpoint_draws_dropout_again(pair: Pair, device: str) -> None:
     assert all(map(torch.equal, *found))
 
 
-def test_a_graph_is_gone_through_twice_only_where_it_is_retained(pair: Pair, device: str) -> None:
+def test_a_second_backward_needs_retain_graph(pair: Pair, device: str) -> None:
     model, twin = pair()
     x = draw(device)
     for each in (model, twin):
@@ -145,7 +145,7 @@ def test_no_grad_and_inference_mode(pair: Pair, device: str) -> None:
         assert inside.is_inference()
         assert torch.equal(inside, model(made_inside))
     torch.testing.assert_close(inside.clone(), twin(x).detach(), **CLOSE)
-    for each in (model, twin):  # what was made inside is not kept for a backward
+    for each in (model, twin):  # tensors made inside are not saved for a backward
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
             each(made_inside)
         each(made_inside.clone()).sum().backward()
@@ -153,7 +153,7 @@ def test_no_grad_and_inference_mode(pair: Pair, device: str) -> None:
 
 
 def refused(y: Tensor) -> type[Exception] | None:
-    """The error that a backward raises because something was changed in place; None where it does not."""
+    """The error that a backward raises after a change in place; None if it raises none."""
     try:
         y.backward()
     except Exception as error:
@@ -178,12 +178,12 @@ IN_PLACE: dict[str, Callable[[nn.Sequential, Tensor, Tensor], None]] = {
     "a later layer's weight": _later_weight,
     "every parameter, by an optimizer": _step,
     "a later layer's bias": lambda model, x, y: model[3].bias.mul_(2),
-    "a weight's .data": lambda model, x, y: model[3].weight.data.mul_(1),  # which neither notices
+    "a weight's .data": lambda model, x, y: model[3].weight.data.mul_(1),  # neither of the two notices this
 }
 
 
 @pytest.mark.parametrize("change", IN_PLACE)
-def test_in_place_changes_of_what_is_saved_are_detected_as_torch_does(change: str, pair: Pair, device: str) -> None:
+def test_in_place_changes_of_saved_tensors_are_detected_as_by_torch(change: str, pair: Pair, device: str) -> None:
     raised = []
     for each in pair():
         x = draw(device)
@@ -196,9 +196,7 @@ def test_in_place_changes_of_what_is_saved_are_detected_as_torch_does(change: st
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "sigmoid", "gelu", "silu"], ids=str)
-def test_the_output_may_be_changed_in_place_where_torch_lets_it(
-    activation: str | None, pair: Pair, device: str
-) -> None:
+def test_the_output_may_be_changed_in_place_if_torch_allows_it(activation: str | None, pair: Pair, device: str) -> None:
     model, twin = pair(output_activation=activation)
     x = draw(device)
     raised = []
@@ -211,7 +209,7 @@ def test_the_output_may_be_changed_in_place_where_torch_lets_it(
     same_gradients(model, twin)
 
 
-def test_saved_tensor_hooks_see_and_give_back_what_is_kept(pair: Pair, device: str) -> None:
+def test_saved_tensor_hooks_pack_and_unpack_every_saved_tensor(pair: Pair, device: str) -> None:
     model, _ = pair(20, 16, 8, 4)
     x = draw(device)
     plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
@@ -235,8 +233,8 @@ def test_saved_tensor_hooks_see_and_give_back_what_is_kept(pair: Pair, device: s
     assert all(map(torch.equal, torch.autograd.grad(y, list(model.parameters())), plain))
 
 
-def _events_of(model: nn.Module, x: Tensor) -> tuple[list[Any], Tensor]:
-    """The events that hooks on a module, its output, input and parameters see, in order; tensors as they come."""
+def _events(model: nn.Module, x: Tensor) -> tuple[list[Any], Tensor]:
+    """The events that hooks on a module, its output, its input and its parameters see, in order, with their tensors."""
     told: list[Any] = []
     handles = [
         model.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
@@ -270,24 +268,24 @@ def _events_of(model: nn.Module, x: Tensor) -> tuple[list[Any], Tensor]:
 def test_hooks_on_the_module_its_output_input_and_parameters(pair: Pair, device: str) -> None:
     model, twin = pair()
     x = draw(device)
-    model(x)  # which is remembered
-    (ours, dx), (theirs, dx_torch) = _events_of(model, x), _events_of(twin, x)
+    model(x)  # the path is cached
+    (ours, dx), (theirs, dx_torch) = _events(model, x), _events(twin, x)
     torch.testing.assert_close(dx, dx_torch, **CLOSE)
     assert len(ours) == len(theirs)
-    # Every one once; the parameters' in whatever order their gradients are ready.
+    # Each event occurs once. Those of the parameters occur in the order in which their gradients are ready.
     for mine, other in zip(sorted(ours, key=lambda told: told[0]), sorted(theirs, key=lambda told: told[0])):
         assert mine[0] == other[0]
         torch.testing.assert_close(list(mine[1:]), list(other[1:]), **CLOSE)
     assert [told[0] for told in ours][:2] == [told[0] for told in theirs][:2] == ["pre", "forward"]
     same_gradients(model, twin)
-    (_, again), (_, again_torch) = _events_of(model, x), _events_of(twin, x)
+    (_, again), (_, again_torch) = _events(model, x), _events(twin, x)
     torch.testing.assert_close(again, again_torch, **CLOSE)
     with torch.no_grad():
         torch.testing.assert_close(model(x), twin(x), **CLOSE)
 
 
-def test_functional_call_with_weights_that_are_no_leaves(pair: Pair, device: str) -> None:
-    """A hypernetwork: the parameters are computed, and it is what they are computed from that takes the gradient."""
+def test_functional_call_with_computed_weights(pair: Pair, device: str) -> None:
+    """In a hypernetwork the parameters are computed, and their inputs get the gradients."""
     model, twin = pair()
     x = draw(device)
     found = []
@@ -300,10 +298,10 @@ def test_functional_call_with_weights_that_are_no_leaves(pair: Pair, device: str
         assert all(parameter.grad is None for parameter in each.parameters())
     for mine, other in zip(*found):
         torch.testing.assert_close(mine, other, **CLOSE)
-    torch.testing.assert_close(model(x), twin(x), **CLOSE)  # its own are back
+    torch.testing.assert_close(model(x), twin(x), **CLOSE)  # the module's own parameters are back
 
 
-def test_the_functional_forms_with_weights_that_are_no_leaves(pair: Pair, device: str) -> None:
+def test_the_functions_with_computed_weights(pair: Pair, device: str) -> None:
     backend = pair()[0].backend
     x = draw(device)
     base = [draw(device, *shape).requires_grad_() for shape in ((16, 6), (6, 20), (16,), (4, 16))]
@@ -318,7 +316,7 @@ def test_the_functional_forms_with_weights_that_are_no_leaves(pair: Pair, device
 
 
 def transforms(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """Each of torch.func's transforms, and forward mode, over a module."""
+    """Calls of a module under each transform of torch.func and in forward mode."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -352,7 +350,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", transforms(nn.Linear(1, 1), torch.empty(0)))
-def test_transforms_take_plain_torch(name: str, device: str) -> None:
+def test_transforms_run_plain_torch(name: str, device: str) -> None:
     model = FusedMLP(6, [5, 3], activation_layer="tanh", output_activation="softplus", device=device)
     twin = copy.deepcopy(nn.Sequential(*model))
     x = draw(device, 4, 6)
@@ -364,7 +362,7 @@ def test_transforms_take_plain_torch(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["grad", "per-sample gradients", "jvp", "forward mode", "hessian"])
-def test_kernels_that_were_asked_for_say_what_keeps_them_from_a_transform(name: str, device: str) -> None:
+def test_backend_triton_names_the_transform_that_it_cannot_run_under(name: str, device: str) -> None:
     model = FusedMLP(6, [5, 3], activation_layer="tanh", backend="triton", device=device)
     x = draw(device, 4, 6)
     model(x)
@@ -388,7 +386,7 @@ def test_second_derivatives_through_the_module(pair: Pair, device: str) -> None:
 
 
 def test_gradgradcheck_of_the_module(device: str) -> None:
-    """In float64, which the kernels compute in where they are interpreted."""
+    """The interpreted kernels compute in float64."""
     for backend in ("triton" if device == "cpu" else "auto", "reference"):
         model = FusedMLP(3, [4, 2], activation_layer="silu", backend=backend, device=device, dtype=torch.float64)
         x = torch.randn(2, 3, dtype=torch.float64, device=device, requires_grad=True)
@@ -405,14 +403,14 @@ def test_gradgradcheck_of_the_module(device: str) -> None:
     ("width", "rows", "dtype", "functions"),
     [
         (512, 16384, torch.bfloat16, 1),
-        (1024, 16384, torch.float16, 1),  # kernels of 0.83 ms on an H200; Python needs longer for a Function a layer
+        (1024, 16384, torch.float16, 1),  # kernels of 0.83 ms on an H200; Python takes longer with a Function per layer
         (1024, 32768 + 1, torch.float16, 4),
         (1024, 8192, torch.float32, 1),
         (1024, 8192 + 1, torch.float32, 4),
     ],
     ids=str,
 )
-def test_layers_are_functions_of_their_own_where_their_kernels_hide_pythons_time(
+def test_each_layer_is_a_function_if_its_kernels_outlast_python(
     width: int, rows: int, dtype: torch.dtype, functions: int
 ) -> None:
     layers = meta_layers((width,) * 5, [ACTIVATIONS["relu"]] * 4, dtype, bias=True)

@@ -1,8 +1,7 @@
-"""CUDA graphs: what a capture asks of the kernels' path, and `capture_step`.
+"""`capture_step`, and the conditions that a CUDA graph sets for a step.
 
-The capture itself needs a GPU. All around it is checked without one, by a stand-in for the graph: it takes a step as a
-graph does, runs it while it "captures" (which is worse, as a graph only records), and again in every replay, into the
-same memory.
+The capture itself needs a GPU. Everything around it is checked without one, by a stand-in for the graph. The stand-in
+runs the step while it "captures" (a real graph only records), and again in every replay, in the same memory.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from mlp_fused import capture, capture_step
 
 
 class StandIn:
-    """A graph that records the function, in place of what it does on a device.
+    """A graph that records the function instead of its kernels.
 
-    As a graph, it knows the optimizer's state by its memory, whatever the optimizer has in its place by then.
+    Like a CUDA graph, it writes to the tensors that the optimizer's state had at the capture, even if the optimizer has
+    replaced them since.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +64,7 @@ FOLLOWS = ("fused SGD", "fused Adam", "amsgrad")  # the learning rate
 
 @pytest.mark.parametrize("before", [0, 2], ids="after {} steps".format)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_replays_train_as_a_plain_loop_does(name: str, before: int, stand_in: None) -> None:
+def test_replays_train_like_a_plain_loop(name: str, before: int, stand_in: None) -> None:
     results = []
     for captured in (True, False):
         model = network()
@@ -106,7 +106,7 @@ def test_a_capture_changes_nothing(stand_in: None) -> None:
 
 
 class Counts(torch.optim.SGD):
-    """A step that Python counts."""
+    """An optimizer that counts its steps in Python."""
 
     def step(self, closure: None = None) -> None:
         for parameter in self.param_groups[0]["params"]:
@@ -115,7 +115,7 @@ class Counts(torch.optim.SGD):
 
 
 class Replaces(nn.Linear):
-    """A running mean that is a new tensor in every step."""
+    """A layer whose running mean is a new tensor in every step."""
 
     def __init__(self) -> None:
         super().__init__(12, 5)
@@ -128,7 +128,7 @@ class Replaces(nn.Linear):
 
 
 class Lazy(nn.Linear):
-    """A buffer that the first forward makes."""
+    """A layer whose first forward creates a buffer."""
 
     def __init__(self) -> None:
         super().__init__(12, 5)
@@ -154,7 +154,7 @@ class Fails(StandIn):
 
 
 def failing_loss(calls: int) -> Callable[[Tensor, Tensor], Any]:
-    """A loss that fails in that call."""
+    """A loss that fails in the call of this number."""
     left = [calls]
 
     def loss(output: Tensor, y: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.o
 
 @pytest.mark.parametrize("before", [0, 1], ids="after {} steps".format)
 @pytest.mark.parametrize("name", FAILURES)
-def test_where_it_fails_everything_is_as_it_was(
+def test_a_failed_capture_restores_everything(
     name: str, before: int, stand_in: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model, make_optimizer, make_loss, kind, sentence = FAILURES[name]
@@ -196,7 +196,7 @@ def test_where_it_fails_everything_is_as_it_was(
     same(everything(model, optimizer), state)
 
 
-# What may happen between two steps, and what the second one says of it.
+# Changes between two steps, and the error of the second step.
 CHANGES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "another batch size": (lambda model, optimizer, batch: batch.update(x=batch["x"][:5]), RuntimeError, r"x is \(5, 12\), torch.float32, on cpu; the step was captured for \(9, 12\), torch.float32, on cpu"),
     "another dtype": (lambda model, optimizer, batch: batch.update(y=batch["y"].int()), RuntimeError, r"y is \(9,\), torch.int32, on cpu; the step was captured for \(9,\), torch.int64"),
@@ -214,7 +214,7 @@ CHANGES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_a_replay_cannot_see_is_refused(name: str, stand_in: None) -> None:
+def test_changes_that_a_replay_cannot_see_are_refused(name: str, stand_in: None) -> None:
     change, kind, sentence = CHANGES[name]
     model = network()
     optimizer = adam(model)
@@ -230,7 +230,7 @@ def test_what_a_replay_cannot_see_is_refused(name: str, stand_in: None) -> None:
 
 
 def test_values_that_change_in_place_are_seen(stand_in: None) -> None:
-    """load_state_dict of the model, and a learning rate that is a tensor."""
+    """Examples are load_state_dict and a change in place of a learning rate that is a tensor."""
     results = []
     for captured in (True, False):
         model = network()
@@ -249,7 +249,7 @@ def test_values_that_change_in_place_are_seen(stand_in: None) -> None:
     same(*results)
 
 
-def test_a_learning_rate_that_the_graph_cannot_be_told_of_is_refused(stand_in: None) -> None:
+def test_a_learning_rate_that_the_graph_cannot_read_is_refused(stand_in: None) -> None:
     model = network()
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     first, second = batches(2)
@@ -264,7 +264,7 @@ def test_a_learning_rate_that_the_graph_cannot_be_told_of_is_refused(stand_in: N
     capture_step(model, cross_entropy, optimizer, *second)(*second)
 
 
-def test_the_models_output_of_each_step(stand_in: None) -> None:
+def test_every_step_returns_the_models_output(stand_in: None) -> None:
     model = network()
     optimizer = OPTIMIZERS["SGD with momentum"](model.parameters())
     step = capture_step(model, cross_entropy, optimizer, *next(batches(1)))
@@ -305,7 +305,7 @@ def test_a_loss_with_parameters_of_its_own(stand_in: None) -> None:
     assert not torch.equal(loss.weight, torch.ones(5))
 
 
-def test_autocast_around_the_capture_is_that_of_every_step(stand_in: None) -> None:
+def test_autocast_around_the_capture_applies_to_every_step(stand_in: None) -> None:
     results = []
     for captured in (True, False):
         model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
@@ -338,8 +338,8 @@ def test_autocast_around_the_capture_is_that_of_every_step(stand_in: None) -> No
     same(results[0][1]["model"], results[1][1]["model"])
 
 
-def test_steps_all_under_one_autocast_see_the_weights_change(stand_in: None) -> None:
-    """Autocast keeps what it casts until its outermost context ends; a step in it is not to train on old weights."""
+def test_steps_within_one_autocast_use_the_new_weights(stand_in: None) -> None:
+    """Autocast caches its casts until its outermost context ends, but a step in it must not use old weights."""
     model = nn.Linear(12, 5)
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     batch = next(batches(1))
@@ -369,7 +369,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence_before_anything_runs(name: str) -> None:
+def test_a_mistake_gives_one_sentence_before_anything_runs(name: str) -> None:
     call, kind, sentence = MISTAKES[name]
     before = copy.deepcopy(MODEL.state_dict())
     with pytest.raises(kind, match=sentence) as raised:
@@ -388,7 +388,7 @@ def test_a_flag_that_the_optimizer_lacks_is_named() -> None:
 
 
 def test_state_that_a_graph_cannot_advance_is_refused() -> None:
-    """As Adagrad's count of steps on the CPU, of a model on a GPU: here the model is on another device than thought."""
+    """Adagrad counts its steps on the CPU though the model is on a GPU. Here the device is only named."""
     optimizer = torch.optim.Adagrad(MODEL.parameters())
     state = dict(capture._leaves(optimizer.state))
     capture._check_state(optimizer, state, torch.device("cpu"))

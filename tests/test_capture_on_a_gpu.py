@@ -26,7 +26,7 @@ TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 @pytest.mark.parametrize("name", [kind.__name__ for kind in capture.RATE_IN_MEMORY])
 def test_learning_rates_in_memory_are_not_read_back(name: str) -> None:
-    """On fake tensors of a GPU, a read of their values is an error."""
+    """Use fake GPU tensors, whose values cannot be read without an error."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), warnings.catch_warnings():
@@ -43,7 +43,7 @@ def test_learning_rates_in_memory_are_not_read_back(name: str) -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Operations that bring values of tensors to the host, which a capture forbids."""
+    """A count of the operations that copy values of tensors to the host, which a capture forbids."""
 
     READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
@@ -64,8 +64,8 @@ def test_a_step_through_the_kernels_reads_nothing_on_the_host(dtype: torch.dtype
     x, y = next(batches(1, device))
     with HostReads() as reads:
         torch.ones(1).item()
-    assert reads.found  # such a thing is seen
-    for _ in range(2):  # made, and made again
+    assert reads.found  # the mode detects a read
+    for _ in range(2):  # prepared, then replayed
         with HostReads() as reads, torch.autocast(device, dtype, dtype != torch.float32), count_launches() as launches:
             cross_entropy(model(x), y).backward()
         assert launches
@@ -73,7 +73,7 @@ def test_a_step_through_the_kernels_reads_nothing_on_the_host(dtype: torch.dtype
 
 
 class Allocator:
-    """torch's private calls that end a capture, some of which may refuse."""
+    """A stand-in for torch's private calls that end a capture. Those in `refused` raise an error."""
 
     def __init__(self, refused: tuple[str, ...] = ()) -> None:
         self.refused = refused
@@ -98,8 +98,8 @@ def test_a_broken_capture_is_ended_for_the_allocator_too() -> None:
 
 
 @pytest.mark.parametrize("allocator", [Allocator(refused=("end",)), object()], ids=["ended already", "no such names"])
-def test_an_allocator_that_is_whole_or_unknown_is_left_alone(allocator: Any) -> None:
-    """The pool of a capture that has ended is not released here, as its graph does that."""
+def test_a_healthy_or_unknown_allocator_is_not_touched(allocator: Any) -> None:
+    """After a capture that has ended, its graph releases the pool."""
     settings.end_allocation(0, (0, 1), allocator)
     assert getattr(allocator, "calls", []) == []
 
@@ -113,7 +113,7 @@ def trainable(device: str, **keywords: Any) -> tuple[nn.Module, torch.optim.Opti
 @pytest.mark.parametrize("widths", [(12, 16, 5), (12, 300, 300, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_captured_forward_and_backward(dtype: torch.dtype, widths: tuple[int, ...], device: str, path: str) -> None:
-    """A training step captured by torch's own means, after `warmup`; all that it allocates is the pool's."""
+    """Capture a training step with torch.cuda.graph after `warmup`. Everything that it allocates is in the pool."""
     model = FusedMLP(widths[0], list(widths[1:]), activation_layer="gelu", backend="triton", device=device, dtype=dtype)
     static = torch.randn(9, 12, device=device, dtype=dtype)
     dy = torch.randn(9, 5, device=device, dtype=dtype)
@@ -170,7 +170,7 @@ def test_torchs_graphed_callables(device: str, path: str) -> None:
 @pytest.mark.parametrize("before", [0, 2], ids="after {} steps".format)
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 @pytest.mark.parametrize("autocast", [False, True], ids="autocast={}".format)
-def test_captured_steps_train_as_a_plain_loop_does(autocast: bool, backend: str, before: int, device: str) -> None:
+def test_captured_steps_train_like_a_plain_loop(autocast: bool, backend: str, before: int, device: str) -> None:
     results = []
     for captured in (True, False):
         model, optimizer = trainable(device, backend=backend)
@@ -205,7 +205,7 @@ def test_captured_steps_train_as_a_plain_loop_does(autocast: bool, backend: str,
 
 
 @pytest.mark.gpu
-def test_the_seed_network_replays_a_step_in_which_nothing_is_launched_by_the_host(device: str) -> None:
+def test_a_replayed_step_launches_nothing_from_the_host(device: str) -> None:
     model = FusedMLP(784, [512, 512, 10], device=device)
     optimizer = torch.optim.Adam(model.parameters(), capturable=True, fused=True)
     x, y = torch.randn(64, 784, device=device), torch.randint(10, (64,), device=device)
@@ -221,7 +221,7 @@ def test_the_seed_network_replays_a_step_in_which_nothing_is_launched_by_the_hos
 
 
 @pytest.mark.gpu
-def test_an_earlier_loss_that_is_still_held_is_in_no_graphs_way_or_the_error_names_it(device: str) -> None:
+def test_an_earlier_loss_still_held_blocks_no_capture_or_the_error_names_it(device: str) -> None:
     model, optimizer = trainable(device)
     x, y = next(batches(1, device))
     loss = cross_entropy(model(x), y)
@@ -243,7 +243,7 @@ def test_memory_may_be_pinned_by_another_thread_during_the_capture(device: str) 
     sizes = itertools.count(1)
 
     def pinned() -> Tensor:
-        return torch.empty(next(sizes) << 20, pin_memory=True)  # of a size that is in no cache: allocated anew
+        return torch.empty(next(sizes) << 20, pin_memory=True)  # of a size that no cache holds, so that it is allocated
 
     def loss(output: Tensor, y: Tensor) -> Tensor:
         def allocate() -> None:
@@ -279,8 +279,8 @@ def test_a_step_that_waits_for_a_result_cannot_be_captured_and_changes_nothing(d
 
 
 @pytest.mark.gpu
-def test_memory_is_given_back_after_a_capture_that_failed(device: str) -> None:
-    """Memory that another stream has used, such as a prefetched batch, is free once that stream is done."""
+def test_memory_is_freed_after_a_failed_capture(device: str) -> None:
+    """Memory that another stream used, such as that of a prefetched batch, is free once the stream is done."""
     model, optimizer = trainable(device)
     batch = next(batches(1, device))
 
@@ -308,7 +308,7 @@ def test_memory_is_given_back_after_a_capture_that_failed(device: str) -> None:
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("width", [32, 300], ids=["network", "layer"])
 def test_a_captured_step_that_recomputes_has_one_dropout_mask(width: int, backend: str, device: str) -> None:
-    """The first replay begins at the same state of the generator with and without recompute, so gradients agree."""
+    """The generator has the same state before both first replays, so gradients with and without recompute agree."""
     if backend == "reference" and TORCH < (2, 10):
         pytest.skip("torch puts its generator back within a capture since 2.10")
     results = []

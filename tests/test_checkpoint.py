@@ -1,8 +1,8 @@
-"""The checkpoint's format: the model that it holds, its number, and files that an older mlp_fused wrote.
+"""The checkpoint's format: its model, its format number, and files of older versions.
 
 `data/saved/train_format_1.pt` was written at commit 6f8e961, before formats had numbers, by two epochs on the `.npz`
-beside it with `--hidden 8 --batch-size 16 --lr 0.02 --dropout 0.1`. The `.json` has that version's course of four
-epochs, and the network's logits of the first five rows after two. In float32 the third feature is rounded to
+beside it with `--hidden 8 --batch-size 16 --lr 0.02 --dropout 0.1`. The `.json` holds the history of four epochs by
+that version, and the network's logits of the first five rows after two epochs. float32 rounds the third feature to
 sixteenths.
 """
 
@@ -44,15 +44,13 @@ def course() -> dict[str, Any]:
 
 @pytest.fixture
 def new(tmp_path: Path) -> Path:
-    """A checkpoint of today's."""
+    """A checkpoint of the current format."""
     path = tmp_path / "new.pt"
     train(dataclasses.replace(OLD, checkpoint=str(path), epochs=1), report=lambda text: None)
     return path
 
 
-def test_an_old_checkpoint_resumes_with_the_numbers_of_the_version_that_wrote_it(
-    old: Path, course: dict[str, Any]
-) -> None:
+def test_an_old_checkpoint_resumes_with_the_numbers_of_its_version(old: Path, course: dict[str, Any]) -> None:
     result = train(dataclasses.replace(OLD, resume=True, checkpoint=str(old)), report=lambda text: None)
     assert len(result.history) == 4
     for epoch, expected in zip(result.history, course["history"]):
@@ -75,7 +73,7 @@ def test_an_old_checkpoint_predicts_raw_features(old: Path, course: dict[str, An
     assert (labels == data["y"])[rows].mean() == pytest.approx(course["history"][1]["accuracy"])
 
 
-def test_an_old_checkpoint_serves_transfer(old: Path) -> None:
+def test_transfer_reads_an_old_checkpoint(old: Path) -> None:
     network = transfer_config._network(transfer_config.Config(checkpoint=str(old)))
     assert [tuple(parameter.shape) for parameter in network.parameters()] == [(8, 3), (8,), (3, 8), (3,)]
     expected = torch.load(old, weights_only=True)["model"]
@@ -93,12 +91,12 @@ def test_an_old_checkpoint_refuses_other_data(old: Path, tmp_path: Path) -> None
     assert old.read_bytes() == before
 
 
-def test_an_old_checkpoint_is_of_a_classification(old: Path) -> None:
+def test_an_old_checkpoint_counts_as_a_classification(old: Path) -> None:
     with pytest.raises(UserError, match="another run: --task is regression, but needs to be classification$"):
         train(dataclasses.replace(OLD, resume=True, checkpoint=str(old), task="regression"), report=lambda text: None)
 
 
-def test_the_model_is_the_scaling_and_the_network(new: Path) -> None:
+def test_the_model_consists_of_the_scaling_and_the_network(new: Path) -> None:
     saved = torch.load(new, weights_only=True)
     assert saved["format"] == FORMAT == 2
     assert list(saved["model"]) == [
@@ -139,7 +137,7 @@ def test_a_newer_format_is_named(new: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("part", ["scaling.mean", "network.0.weight"])
-def test_a_model_with_a_part_missing(new: Path, part: str) -> None:
+def test_a_missing_part_of_a_model_is_named(new: Path, part: str) -> None:
     saved = load_checkpoint(new)
     del saved["model"][part]
     save_checkpoint(new, saved)
@@ -150,13 +148,13 @@ def test_a_model_with_a_part_missing(new: Path, part: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mean", "scale", "model", "config", "data"])
-def test_an_old_checkpoint_with_a_part_of_another_kind(old: Path, name: str) -> None:
+def test_a_part_of_the_wrong_type_in_an_old_checkpoint_is_named(old: Path, name: str) -> None:
     torch.save({**torch.load(old, weights_only=True), name: None}, old)
     with pytest.raises(UserError, match="is not a checkpoint of mlp-fused train$"):
         load_checkpoint(old)
 
 
-def test_the_backend_of_the_machine_that_trained_is_not_asked_for(new: Path) -> None:
+def test_a_checkpoint_does_not_require_the_backend_that_trained_it(new: Path) -> None:
     saved = load_checkpoint(new)
     saved["config"]["backend"] = "triton"
     save_checkpoint(new, saved)

@@ -1,4 +1,4 @@
-"""`mlp-fused predict`: its flags, its help, its mistakes."""
+"""`mlp-fused predict`: its flags, its help and its errors."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def test_train_then_predict(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(Path("out.csv").read_text().splitlines()) == 51
 
 
-def test_a_file_as_keras_has_them_is_trained_resumed_and_predicted(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_keras_style_file_is_trained_resumed_and_predicted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = np.load("data.npz")
     x, y = data["x"], data["y"]
     np.savez("keras.npz", x_train=x[:40], y_train=y[:40, None], x_test=x[40:], y_test=y[40:, None])
@@ -70,7 +68,7 @@ def test_a_file_as_keras_has_them_is_trained_resumed_and_predicted(
     assert "run.pt is from another run: --data has 50 rows" in capsys.readouterr().err
 
 
-def test_one_row_is_one_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_row_is_predicted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") == 0
     np.savez("one.npz", x=np.load("data.npz")["x"][:1])
     capsys.readouterr()
@@ -93,7 +91,7 @@ PREDICT_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize(("flags", "sentence"), PREDICT_MISTAKES.values(), ids=PREDICT_MISTAKES)
-def test_a_mistake_in_predicting_is_one_sentence_and_exit_status_2(
+def test_a_mistake_in_predicting_gives_one_sentence_and_exit_status_2(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], sentence: str
 ) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

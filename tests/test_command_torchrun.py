@@ -1,4 +1,4 @@
-"""`torchrun … mlp-fused train`: as one process trains, and one message where a process fails."""
+"""`torchrun … mlp-fused train`: the results of one process, and one message if a process fails."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def torchrun(*arguments: str) -> subprocess.Popen[str]:
-    """Two processes of the command that those arguments are, on the CPU."""
+    """Start two processes of the command with these arguments on the CPU."""
     environ = {
         **os.environ,
         "PYTHONPATH": str(Path(mlp_fused.__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",  # torchrun warns where it has to set it
+        "OMP_NUM_THREADS": "1",  # torchrun warns if it has to set this
         "CUDA_VISIBLE_DEVICES": "",
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
@@ -33,11 +33,11 @@ def torchrun(*arguments: str) -> subprocess.Popen[str]:
 
 
 def messages(err: str) -> list[str]:
-    """Ours; torchrun reports that its processes failed besides."""
+    """Our error lines; torchrun adds its own report of the failed processes."""
     return [line for line in err.splitlines() if line.startswith("mlp-fused") or "[rank" in line]
 
 
-def course(text: str) -> list[str]:
+def history(text: str) -> list[str]:
     quality = r"(?:accuracy \S+|R² \S+  RMSE [^ ,]+)"
     return re.findall(rf"^epoch .* {quality}|^validation .*|^FusedMLP.*|.* training rows, .*", text, re.M)
 
@@ -52,8 +52,8 @@ def test_torchrun_trains_as_one_process_does(folder: Path, capsys: pytest.Captur
     one = capsys.readouterr().out
     assert "50 parameters on cpu, in each of 2 processes, the reference path" in two
 
-    assert len(course(one)) == 5
-    assert course(two) == course(one)
+    assert len(history(one)) == 5
+    assert history(two) == history(one)
     assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "one.pt", "two.pt"]
     assert call(*flags, "two.pt", "--epochs", "3", "--resume") == 0
     assert load_checkpoint("two.pt")["epoch"] == 3
@@ -70,8 +70,8 @@ def test_torchrun_trains_a_regression_as_one_process_does(folder: Path, capsys: 
     assert (command.returncode, err) == (0, "")
     assert call(*flags, "one.pt") == 0
     one = capsys.readouterr().out
-    assert len(course(one)) == 5
-    assert course(two) == course(one)
+    assert len(history(one)) == 5
+    assert history(two) == history(one)
     saved = [load_checkpoint(path) for path in ("one.pt", "two.pt")]
     for name, value in saved[0]["model"].items():
         assert torch.allclose(value, saved[1]["model"][name], atol=1e-5), name

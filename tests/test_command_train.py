@@ -1,4 +1,4 @@
-"""`mlp-fused train`: what it prints, how it answers mistakes and Ctrl-C."""
+"""`mlp-fused train`: its output, its errors, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mlp_fused.train import loop, timer
 from mlp_fused.train.config import Config
 
 
-def test_training_prints_what_a_course_wants_to_see(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_prints_its_progress_and_results(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -105,7 +105,7 @@ def test_help_states_every_flag_and_its_default(
         entry = entries["--" + field.name.replace("_", "-")]
         assert "default" in entry
         if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
-            assert str(field.default) in entry.split("{")[0] + entry.split("}")[-1]  # in the words, not the choices
+            assert str(field.default) in entry.split("{")[0] + entry.split("}")[-1]  # not in the list of choices
     assert "512 512" in entries["--hidden"]
     assert ", ".join(ACTIVATIONS) in entries["--activation"]
     assert "0.001 for adam, 0.05 for sgd" in entries["--lr"]
@@ -120,12 +120,12 @@ def broken_zip() -> None:
     Path("data.npz").write_bytes(content)
 
 
-def of_another_network() -> None:
+def checkpoint_with_other_widths() -> None:
     assert call("train", "--data", "data.npz", *TINY, "--hidden", "16", "--checkpoint", "run.pt") == 0
 
 
 def truncated_checkpoint() -> None:
-    of_another_network()
+    checkpoint_with_other_widths()
     Path("run.pt").write_bytes(Path("run.pt").read_bytes()[:2000])
 
 
@@ -135,7 +135,8 @@ NAN = np.where(np.arange(18).reshape(6, 3) >= 10, np.nan, 1.0)
 RUN = ("--checkpoint", "run.pt")
 
 
-# What the folder holds besides (a function, or data.npz's arrays); the flags; the sentence, a regular expression.
+# The preparation of the folder (a function, or the arrays of data.npz), the flags, and the sentence as a regular
+# expression.
 MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...], str]] = {
     "no file": ({}, ("--data", "none.npz"), "there is no file none.npz"),
     "a folder": ({}, ("--data", "."), r"cannot read \.: Is a directory"),
@@ -173,8 +174,8 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
         (),
         "there is only one row; training and validation need at least one",
     ),
-    "lengths": ({"y": Y[:4]}, (), "data.npz: x has 6 rows and y has 4 labels; there needs to be one label per row"),
-    "no labels": ({"y": []}, (), "x has 6 rows and y has 0 labels"),
+    "lengths": ({"y": Y[:4]}, (), "data.npz: x has 6 rows and y has 4 targets; it needs one target per row"),
+    "no labels": ({"y": []}, (), "x has 6 rows and y has 0 targets"),
     "a label for all": ({"y": 1}, (), r"y has the shape \(\); it needs one label per row"),
     "one-hot": ({"y": np.eye(3)[Y]}, (), r"y has the shape \(6, 3\); .*numpy\.argmax"),
     "dates for labels": ({"y": Y.astype("M8[s]")}, (), r"y has dtype datetime64\[s\]; .*numpy\.unique.*astype\(str"),
@@ -213,10 +214,10 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
     "fp16": (
         {},
         ("--dtype", "fp16", "--device", "cpu"),
-        "--dtype fp16 needs a GPU; on the CPU there are fp32 and bf16",
+        "--dtype fp16 needs a GPU; on a CPU, use fp32 or bf16",
     ),
-    "device": ({}, ("--device", "gpu"), "--device gpu cannot be used here: .+; cpu always can"),
-    "meta": ({}, ("--device", "meta"), "--device meta cannot be used here: .+; cpu always can"),
+    "device": ({}, ("--device", "gpu"), "--device gpu cannot be used here: .+; --device cpu always works"),
+    "meta": ({}, ("--device", "meta"), "--device meta cannot be used here: .+; --device cpu always works"),
     "nothing to resume": ({}, ("--resume",), "--resume needs --checkpoint FILE"),
     "no checkpoint": ({}, (*RUN, "--resume"), "there is no checkpoint run.pt"),
     "no folder": (
@@ -236,7 +237,7 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
         "data.npz .*checkpoint.*, so it will not be overwritten",
     ),
     "another network": (
-        of_another_network,
+        checkpoint_with_other_widths,
         (*RUN, "--resume"),
         "run.pt is from another run: --hidden is 8, but needs",
     ),
@@ -256,7 +257,7 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
 
 
 @pytest.mark.parametrize(("prepare", "flags", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_sentence_and_exit_status_2(
+def test_a_mistake_gives_one_sentence_and_exit_status_2(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     prepare: Callable[[], object] | dict[str, Any],
@@ -280,7 +281,7 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(
 
 
 @pytest.mark.parametrize(("name", "choices"), [("optimizer", "adam, sgd"), ("dtype", "fp32, bf16, fp16")])
-def test_mistakes_in_python_are_the_same_sentences(name: str, choices: str) -> None:
+def test_mistakes_in_python_give_the_same_sentences(name: str, choices: str) -> None:
     with pytest.raises(UserError, match=f"^--{name} is x; it needs to be one of {choices}$"):
         Config(**{name: "x"})  # type: ignore[arg-type]
 
@@ -291,7 +292,7 @@ def test_cuda_without_a_gpu(folder: Path, capsys: pytest.CaptureFixture[str], mo
 
     monkeypatch.setattr(torch, "zeros", zeros)
     assert call("train", "--data", "data.npz", "--device", "cuda") == 2
-    sentence = "--device cuda cannot be used here: Torch not compiled with CUDA enabled; cpu always can"
+    sentence = "--device cuda cannot be used here: Torch not compiled with CUDA enabled; --device cpu always works"
     assert capsys.readouterr().err == f"mlp-fused: {sentence}\n"
 
 
@@ -335,14 +336,14 @@ def test_scikit_learn_missing(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert err.count("\n") == 1
 
 
-def heed_interrupts() -> None:
-    """A shell's background processes, and their children, ignore SIGINT."""
+def enable_interrupts() -> None:
+    """Handle SIGINT, which background processes of a shell and their children ignore by default."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.alone
 def test_a_signal_to_every_process_leaves_the_last_checkpoint(folder: Path) -> None:
-    """Ctrl-C, as a terminal sends it; workers must not add tracebacks of their own."""
+    """A terminal sends SIGINT to every process on Ctrl-C. Workers must not print their own tracebacks."""
     command = [
         *COMMAND,
         "train",
@@ -363,7 +364,7 @@ def test_a_signal_to_every_process_leaves_the_last_checkpoint(folder: Path) -> N
         text=True,
         env=environ,
         start_new_session=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=enable_interrupts,
     ) as process:
         assert process.stdout
         for line in process.stdout:

@@ -1,4 +1,4 @@
-"""`mlp-fused transfer`: its flags, its help, its mistakes, and what it prints."""
+"""`mlp-fused transfer`: its flags, its help, its errors and its output."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_help_of_transfer_states_every_flag_and_its_default(
     assert "(default: fp32)" in entries["--dtype"]
 
 
-quick = functools.partial(transfer, seconds=1e-3)  # measures next to nothing, so next to nothing long
+quick = functools.partial(transfer, seconds=1e-3)  # almost no measuring time
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -75,7 +75,7 @@ def test_transfer_of_a_trained_network_as_json(folder: Path, capsys: pytest.Capt
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
-def test_transfer_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transfer_draws_a_figure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("transfer", "--dims", "6", "5", "--batch", "4", "8", "--plot", "plot.svg", run=quick) == 0
     assert capsys.readouterr().out.endswith("wrote the plot to plot.svg\n")
     assert Path("plot.svg").read_bytes().startswith(b"<?xml")
@@ -100,14 +100,14 @@ TRANSFER_MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(("flags", "sentence"), TRANSFER_MISTAKES.values(), ids=TRANSFER_MISTAKES)
-def test_a_mistake_in_transfer_is_one_sentence_and_exit_status_2(
+def test_a_mistake_in_transfer_gives_one_sentence_and_exit_status_2(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     flags: tuple[str, ...],
     sentence: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", sys)  # some module: nothing is drawn
+    monkeypatch.setitem(sys.modules, "matplotlib", sys)  # any module will do, as nothing is drawn
     assert call("transfer", *flags) == 2
     out, err = capsys.readouterr()
     assert re.search(f"^mlp-fused( transfer)?: .*{re.escape(sentence)}", err)

@@ -1,4 +1,4 @@
-"""`mlp-fused tune`: its flags, its help, its mistakes, Ctrl-C."""
+"""`mlp-fused tune`: its flags, its help, its errors, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TUNE_MISTAKES = {
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(("flags", "sentence"), TUNE_MISTAKES.values(), ids=TUNE_MISTAKES)
-def test_a_mistake_in_tuning_is_one_sentence_and_exit_status_2(
+def test_a_mistake_in_tuning_gives_one_sentence_and_exit_status_2(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], sentence: str
 ) -> None:
     assert call("tune", *flags) == 2

@@ -1,6 +1,6 @@
-"""Compiling ahead: under the keys that launches have, in processes that may fail, die or be interrupted.
+"""Ahead-of-time compilation: it uses the keys of launches, in processes that may fail, die or be interrupted.
 
-Real kernels compile in processes without TRITON_INTERPRET, of which the first is this file as a program.
+Real kernels compile in processes without TRITON_INTERPRET. The first such process runs this file as a program.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NETWORK = Whole(Workload((16, 16, 16), 96, "bf16", "gelu"), training=True)
 
 
 def works() -> list[TileWork | PathWork]:
-    """A tile of each product, of weight gradients one that splits; and every path of a network."""
+    """One tile for each product (for wgrad, one that splits), and every path of a network."""
     found: list[TileWork | PathWork] = []
     for product in (product for workload in WORKLOADS for product in tasks.products(workload)):
         tiles = layer_tiles.candidates(product.problem, H100)
@@ -49,7 +49,7 @@ def works() -> list[TileWork | PathWork]:
 
 
 def launch(work: TileWork | PathWork, device: torch.device) -> None:
-    """The launches of a measurement."""
+    """Launch the kernels of a measurement."""
     if isinstance(work, TileWork):
         operands.Operands(work.task, device).by_kernel(0, work.tile)
         return
@@ -59,7 +59,7 @@ def launch(work: TileWork | PathWork, device: torch.device) -> None:
 
 
 def compile_then_launch() -> dict[str, Any]:
-    """The results of compiling ahead; and for each compilation that launching led to, whether it was in the cache."""
+    """Compile ahead, then launch. Returns the results, and for each compilation of a launch whether it was cached."""
     from test_launch import StandIn
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -75,13 +75,13 @@ def compile_then_launch() -> dict[str, Any]:
     knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
     with devices.pretended(H100):
         for work in asked.values():
-            launch(work, torch.device("cpu"))  # whose tensors have addresses, as a GPU's
+            launch(work, torch.device("cpu"))  # CPU tensors have addresses, like those of a GPU
     knobs.compilation.listener = None
     return {"outcomes": outcomes, "failure": compilers.failure, "launched": found, "keys": keys()}
 
 
 def keys() -> list[tuple[str, str]]:
-    """Our key and Triton's for the grid's first candidates, of which nothing is compiled."""
+    """Our key and Triton's for the first candidates of the grid. Nothing is compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction
 
@@ -94,7 +94,7 @@ def keys() -> list[tuple[str, str]]:
                 for tile in layer_tiles.candidates(task.problem, H100)[::4]:
                     triton_keys.clear()
                     compile_ahead.compile_ahead(TileWork(task, tile))
-                    if triton_keys:  # else the kernel was met before
+                    if triton_keys:  # else the kernel occurred before
                         found.append((str(TileWork(task, tile).key), triton_keys[0]))
     return found
 
@@ -106,7 +106,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The findings of a process that compiles for a GPU, its cache empty."""
+    """The results of a process that compiles for a GPU with an empty cache."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cache = str(tmp_path_factory.mktemp("triton"))
     environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1]), "TRITON_CACHE_DIR": cache}
@@ -115,7 +115,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(process.stdout)
 
 
-def test_a_launch_finds_what_was_compiled_ahead_in_the_cache(found: dict[str, Any]) -> None:
+def test_a_launch_finds_kernels_compiled_ahead_in_the_cache(found: dict[str, Any]) -> None:
     assert (found["outcomes"], found["failure"]) == ([None] * len(works()), None)
     launched = {name for name, _ in found["launched"]}
     assert launched >= {
@@ -125,7 +125,7 @@ def test_a_launch_finds_what_was_compiled_ahead_in_the_cache(found: dict[str, An
     assert [name for name, hit in found["launched"] if not hit] == []
 
 
-def test_what_has_one_key_is_one_kernel(found: dict[str, Any]) -> None:
+def test_equal_keys_mean_equal_kernels(found: dict[str, Any]) -> None:
     by_key: dict[str, set[str]] = {}
     for key, triton_key in found["keys"]:
         by_key.setdefault(key, set()).add(triton_key)
@@ -133,11 +133,8 @@ def test_what_has_one_key_is_one_kernel(found: dict[str, Any]) -> None:
     assert {len(triton_keys) for triton_keys in by_key.values()} == {1}
 
 
-# --- The processes, with work that needs no compiler ---
-
-
 def work_on(what: Any) -> None:
-    """In place of compiling."""
+    """Do this work instead of compiling."""
     if what == "fails":
         raise ValueError("no such layout.\nand more")
     if what == "dies":
@@ -161,12 +158,12 @@ def started(monkeypatch: pytest.MonkeyPatch, workers: int = 1, **parts: Any) -> 
         assert not any(thread.is_alive() for thread in compilers._threads)
 
 
-def test_what_fails_or_dies_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failures_are_reported_and_other_compilations_continue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with started(monkeypatch) as compilers:
         compilers.ask({"fails": "fails", "dies": "dies", "slow": 0.5, "last": tmp_path / "ran"})
         with pytest.raises(NotYetError):
             compilers.wait("slow", 0.0)
-        assert compilers.wait("fails", 60) is None  # the launch will say the same
+        assert compilers.wait("fails", 60) is None  # the launch will raise the same error
         assert compilers.failure == "ValueError: no such layout"
         assert compilers.wait("dies", 60) == "the process that compiled it ended with status -9"
         assert compilers.wait("last", 60) is None
@@ -175,9 +172,9 @@ def test_what_fails_or_dies_is_said_and_the_rest_goes_on(monkeypatch: pytest.Mon
     assert len((tmp_path / "ran").read_text().splitlines()) == 1
 
 
-def test_what_is_waited_for_comes_first_and_each_key_once() -> None:
+def test_a_key_that_is_waited_for_comes_first_and_no_key_twice() -> None:
     compilers = Compilers(work_on, H100, None, 1)
-    compilers._threads.clear()  # nobody works: the order is what is looked at
+    compilers._threads.clear()  # no worker runs, so that the order can be checked
     compilers.ask({"a": 1, "b": 2})
     compilers.ask({"b": 2, "c": 4})
     assert list(compilers._waiting.items()) == [("a", 1), ("b", 2), ("c", 4)]
@@ -191,7 +188,7 @@ def test_what_is_waited_for_comes_first_and_each_key_once() -> None:
 def test_processes_that_do_not_start_leave_compiling_to_the_launch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with started(monkeypatch, serve=sys.exit) as compilers:  # which takes no such arguments
+    with started(monkeypatch, serve=sys.exit) as compilers:  # sys.exit takes no such arguments, so the process ends
         compilers.ask({"a": tmp_path / "ran"})
         assert compilers.wait("a", 60) is None
         assert compilers.failure == "the processes that compile do not start: they end with status 1"
@@ -206,7 +203,7 @@ def test_ctrl_c_does_not_reach_the_processes_and_ends_them(monkeypatch: pytest.M
             (worker,) = compilers._workers
             process = worker.process
             assert process.pid is not None
-            os.kill(process.pid, signal.SIGINT)  # as a terminal sends it to all of them
+            os.kill(process.pid, signal.SIGINT)  # a terminal sends it to all of them
             process.join(0.3)
             assert process.is_alive()
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -228,7 +225,7 @@ def test_cores_are_left_free(cores: int, workers: int, monkeypatch: pytest.Monke
     assert count_workers() == workers
 
 
-def test_without_processes_nothing_is_waited_for() -> None:
+def test_without_processes_wait_returns_at_once() -> None:
     with Compilers(work_on, H100, None, 0) as compilers:
         compilers.ask({"a": "dies"})
         assert compilers.wait("a", 0) is None

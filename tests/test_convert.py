@@ -1,4 +1,4 @@
-"""fuse and unfuse: the same numbers on the models that people have, and nothing else of a model changed."""
+"""fuse and unfuse: existing models keep their numbers and everything else."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from mlp_fused.engine.runs import is_linear
 from mlp_fused.kernels.activations import ACTIVATIONS
 from mlp_fused.kernels.launch import count_launches
 
-# --- The models, small and with random weights. ---
+# Small versions of the models, with random weights:
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-SPREAD = {"initializer_range": 32**-0.5}  # at the default, made for wide models, attention's gradients are all rounding
+# With the default, which is meant for wide models, attention's gradients would be rounding errors.
+SPREAD = {"initializer_range": 32**-0.5}
 
 
 def tokens() -> tuple[Tensor, ...]:
@@ -96,14 +97,14 @@ def images() -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Model:
-    """A model, what goes into it, what of it is replaced, and how many Linear layers those have."""
+    """A model, its inputs, the modules in it that are replaced, and their number of Linear layers."""
 
     id: str
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     replaced: tuple[str, ...]
     linears: int
-    inner: str  # a Linear of the first that is replaced
+    inner: str  # the name of a Linear in the first replaced module
     library: str = "torch"
 
 
@@ -123,7 +124,7 @@ MODELS = [
 ]  # fmt: skip
 
 
-def of_models(*names: str) -> pytest.MarkDecorator:
+def models_named(*names: str) -> pytest.MarkDecorator:
     chosen = [model for model in MODELS if model.id in names]
     assert len(chosen) == len(names)
     marks = [() if model.library == "torch" else needs(model.library) for model in chosen]
@@ -132,14 +133,14 @@ def of_models(*names: str) -> pytest.MarkDecorator:
     )
 
 
-every_model = of_models(*(model.id for model in MODELS))
+every_model = models_named(*(model.id for model in MODELS))
 
 
-def made(model: Model, device: str = "cpu", seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def make_model(model: Model, device: str = "cpu", seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
     torch.manual_seed(seed)
     network = model.make().eval()
     for parameter in network.parameters():
-        if not parameter.any():  # a head or a bias that begins at zero would hide what is before it
+        if not parameter.any():  # a head or a bias of zeros would hide errors in the layers before it
             nn.init.normal_(parameter, std=0.1)
     return network.to(device), tuple(each.to(device) for each in model.inputs())
 
@@ -149,7 +150,9 @@ def logits(network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     return (output if isinstance(output, Tensor) else output.logits).detach()
 
 
-def called(network: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def forward_backward(
+    network: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The logits, and the gradient of every parameter and of the input."""
     inputs = tuple(each.detach().to(dtype) if each.is_floating_point() and dtype else each.detach() for each in inputs)
     inputs = tuple(each.requires_grad_(each.is_floating_point()) for each in inputs)
@@ -166,9 +169,10 @@ def called(network: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | 
 
 
 def oracle(network: nn.Module, inputs: tuple[Tensor, ...]) -> Truth:
-    """The same in float64, with |dz|ᵀ|x| and Σ|dz| of every Linear, which the rounding of their sums is relative to.
+    """The results in float64, with |dz|ᵀ|x| and Σ|dz| of every Linear as the scale of the rounding errors in its sums.
 
-    (The gradient of attention's key bias, for one, is 0: nothing but rounding.) Elsewhere the value stands for them.
+    For other tensors, the value itself is the scale. That would not do for a sum that cancels: the gradient of
+    attention's key bias is 0.
     """
     magnitudes: dict[str, Tensor] = {}
 
@@ -188,18 +192,18 @@ def oracle(network: nn.Module, inputs: tuple[Tensor, ...]) -> Truth:
                     z.register_hook(hook(name, not isinstance(module, nn.Linear), arguments[0])) and None
                 )
             )
-    values = called(network, inputs, torch.float64)
+    values = forward_backward(network, inputs, torch.float64)
     return Truth(values, {name: magnitudes.get(name, value.abs()) for name, value in values.items()})
 
 
 @pytest.mark.parametrize("recompute", [None, True])
 @every_model
 def test_the_reference_path_is_bit_identical(model: Model, recompute: bool | None) -> None:
-    network, inputs = made(model)
-    before = called(network, inputs)
+    network, inputs = make_model(model)
+    before = forward_backward(network, inputs)
     report = fuse(network, backend="reference", recompute=recompute)
     assert tuple(entry.name for entry in report.replaced) == model.replaced
-    after = called(network, inputs)
+    after = forward_backward(network, inputs)
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]), name
@@ -213,13 +217,13 @@ def test_the_reference_path_is_bit_identical(model: Model, recompute: bool | Non
 )
 @every_model
 def test_logits_and_gradients_on_the_kernels(model: Model, dtype: torch.dtype, path: str, device: str) -> None:
-    network, inputs = made(model, device)
+    network, inputs = make_model(model, device)
     network.to(dtype)
     truth = oracle(network, inputs)
-    theirs = called(network, inputs, dtype)
+    theirs = forward_backward(network, inputs, dtype)
     fuse(network, backend="triton")
     with count_launches() as launches:
-        ours = called(network, inputs, dtype)
+        ours = forward_backward(network, inputs, dtype)
     if path == "layer":
         assert launches["layer_forward_kernel"] == model.linears
         assert launches["wgrad_kernel"] == model.linears
@@ -231,7 +235,7 @@ def test_logits_and_gradients_on_the_kernels(model: Model, dtype: torch.dtype, p
 
 @every_model
 def test_training_with_active_dropout(model: Model, device: str) -> None:
-    network, inputs = made(model, device)
+    network, inputs = make_model(model, device)
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
@@ -250,8 +254,8 @@ def test_training_with_active_dropout(model: Model, device: str) -> None:
 
 
 @every_model
-def test_nothing_else_of_a_model_changes_and_unfuse_undoes_it(model: Model) -> None:
-    network, _ = made(model)
+def test_fuse_changes_nothing_else_and_unfuse_undoes_it(model: Model) -> None:
+    network, _ = make_model(model)
     modules, printed = dict(network.named_modules()), repr(network)
     types = {name: type(module) for name, module in modules.items()}
     attributes = {name: dict(module.__dict__) for name, module in modules.items()}
@@ -273,14 +277,14 @@ def test_nothing_else_of_a_model_changes_and_unfuse_undoes_it(model: Model) -> N
 
 
 @every_model
-def test_state_dicts_go_both_ways(model: Model) -> None:
-    plain, inputs = made(model)
-    fused, _ = made(model, seed=1)
+def test_state_dicts_load_before_and_after_fuse(model: Model) -> None:
+    plain, inputs = make_model(model)
+    fused, _ = make_model(model, seed=1)
     fuse(fused)
     fused.load_state_dict(plain.state_dict(), strict=True)
     expected = logits(plain, inputs)
     assert torch.equal(logits(fused, inputs), expected)
-    other, _ = made(model, seed=2)
+    other, _ = make_model(model, seed=2)
     other.load_state_dict(fused.state_dict(), strict=True)
     assert torch.equal(logits(other, inputs), expected)
 
@@ -299,9 +303,9 @@ def saved(network: nn.Module) -> nn.Module:
 )
 @every_model
 def test_a_fused_model_can_be_copied_pickled_and_saved(model: Model, copied: Callable[..., nn.Module]) -> None:
-    network, inputs = made(model)
+    network, inputs = make_model(model)
     fuse(network, backend="triton")
-    expected = logits(network, inputs)  # which also remembers kernels
+    expected = logits(network, inputs)  # this call also caches kernels
     twin = copied(network)
     assert not {id(each) for each in twin.parameters()} & {id(each) for each in network.parameters()}
     with count_launches() as launches:
@@ -312,8 +316,8 @@ def test_a_fused_model_can_be_copied_pickled_and_saved(model: Model, copied: Cal
 
 
 @every_model
-def test_a_model_that_is_unfused_before_saving_loads_without_the_package(model: Model) -> None:
-    network, inputs = made(model)
+def test_an_unfused_model_loads_without_the_package(model: Model) -> None:
+    network, inputs = make_model(model)
     fuse(network, backend="triton")
     logits(network, inputs)
     assert b"mlp_fused" in pickle.dumps(network)
@@ -323,7 +327,7 @@ def test_a_model_that_is_unfused_before_saving_loads_without_the_package(model: 
 
 @every_model
 def test_hooks_on_an_inner_linear_after_fuse_are_honoured(model: Model) -> None:
-    network, inputs = made(model)
+    network, inputs = make_model(model)
     fuse(network, backend="triton")
     expected = logits(network, inputs)
     linear = network.get_submodule(model.inner)
@@ -332,7 +336,7 @@ def test_hooks_on_an_inner_linear_after_fuse_are_honoured(model: Model) -> None:
         linear.register_forward_hook(lambda *arguments: seen.append("forward")),
         linear.register_full_backward_hook(lambda *arguments: seen.append("backward")),
     ]
-    hooked = called(network, inputs)["y"]
+    hooked = forward_backward(network, inputs)["y"]
     assert seen == ["forward", "backward"]
     torch.testing.assert_close(hooked, expected, rtol=1e-4, atol=1e-5)
     for handle in handles:
@@ -342,8 +346,8 @@ def test_hooks_on_an_inner_linear_after_fuse_are_honoured(model: Model) -> None:
 
 
 @every_model
-def test_fusing_twice_is_once(model: Model) -> None:
-    network, inputs = made(model)
+def test_fusing_again_changes_nothing(model: Model) -> None:
+    network, inputs = make_model(model)
     fuse(network)
     expected = logits(network, inputs)
     report = fuse(network, backend="triton")
@@ -355,9 +359,9 @@ def test_fusing_twice_is_once(model: Model) -> None:
     assert not launches, "the backend is the first call's"
 
 
-@of_models("gpt2", "timm_vit", "torchvision_mlp", "torch_transformer", "sequential")
+@models_named("gpt2", "timm_vit", "torchvision_mlp", "torch_transformer", "sequential")
 def test_torch_compile_traces_a_fused_model_whole(model: Model) -> None:
-    network, inputs = made(model)
+    network, inputs = make_model(model)
     expected = logits(network, inputs)
     fuse(network)
     torch._dynamo.reset()
@@ -365,15 +369,12 @@ def test_torch_compile_traces_a_fused_model_whole(model: Model) -> None:
     torch.testing.assert_close(logits(compiled, inputs), expected, rtol=1e-5, atol=1e-6)
 
 
-# --- Single models. ---
-
-
 @needs("transformers")
 def test_gpt2s_weights_are_used_by_strides(device: str) -> None:
-    network, inputs = made(MODELS[1], device)
+    network, inputs = make_model(MODELS[1], device)
     fuse(network, backend="triton")
     tied = network.transformer.wte.weight
-    called(network, inputs)
+    forward_backward(network, inputs)
     mlp = network.transformer.h[0].mlp
     (run,) = mlp._segments.runs
     for layer, conv in zip(run.layers(), (mlp.c_fc, mlp.c_proj)):
@@ -386,7 +387,7 @@ def test_gpt2s_weights_are_used_by_strides(device: str) -> None:
 
 @needs("transformers")
 def test_berts_inner_modules_are_called_where_they_are_hooked(device: str) -> None:
-    network, inputs = made(MODELS[0], device)
+    network, inputs = make_model(MODELS[0], device)
     fuse(network, backend="triton")
     expected = logits(network, inputs)
     layer = network.bert.encoder.layer[0]
@@ -401,18 +402,18 @@ def test_berts_inner_modules_are_called_where_they_are_hooked(device: str) -> No
 
 @needs("transformers")
 def test_berts_chunks_and_hidden_states() -> None:
-    network, inputs = made(MODELS[0])
+    network, inputs = make_model(MODELS[0])
     for layer in network.bert.encoder.layer:
         layer.chunk_size_feed_forward = 1
     expected = network(*inputs, output_hidden_states=True).hidden_states
-    report = fuse(network)  # the hooks that transformers leaves on a layer see what they saw
+    report = fuse(network)  # the hooks that transformers puts on a layer see the same tensors
     assert len(report.replaced) == 2
     for mine, other in zip(network(*inputs, output_hidden_states=True).hidden_states, expected):
         assert torch.equal(mine, other)
 
 
 @needs("transformers")
-def test_every_activation_of_transformers_is_known_or_named(device: str) -> None:
+def test_every_activation_of_transformers_is_fused_or_reported(device: str) -> None:
     from transformers.activations import ACT2CLS, ACT2FN
 
     unknown = set()
@@ -424,7 +425,7 @@ def test_every_activation_of_transformers_is_known_or_named(device: str) -> None
         else:
             torch.testing.assert_close(activation(z), ACT2FN[name](z), rtol=1e-8, atol=1e-8)
     assert unknown == {"gelu_10", "laplace", "prelu", "sqrtsoftplus", "xielu"}
-    network, _ = made(MODELS[2])
+    network, _ = make_model(MODELS[2])
     for layer in network.vit.layers:
         layer.mlp.activation_fn = ACT2FN["gelu_10"]
     report = fuse(network)
@@ -445,7 +446,7 @@ def test_timms_activations_are_torchs(path: str) -> None:
     torch.testing.assert_close(found(z), activation(z.clone()), rtol=1e-8, atol=1e-8)
 
 
-def test_an_activation_whose_function_was_changed_is_not_the_tables() -> None:
+def test_an_activation_with_a_changed_function_is_not_fused() -> None:
     class GELUActivation(nn.Module):
         act = staticmethod(F.gelu)
 
@@ -475,7 +476,7 @@ def test_timms_mlp_with_a_norm_has_its_runs_fused(device: str) -> None:
 
 @needs("timm")
 @pytest.mark.parametrize("name", ["GluMlp", "SwiGLU"])
-def test_timms_gated_mlps_are_left_and_named(name: str) -> None:
+def test_timms_gated_mlps_are_not_fused_and_are_named(name: str) -> None:
     import timm.layers
 
     model = nn.ModuleDict({"mlp": getattr(timm.layers, name)(16, 32)})
@@ -485,7 +486,7 @@ def test_timms_gated_mlps_are_left_and_named(name: str) -> None:
 
 
 @needs("timm")
-def test_timms_mlp_of_convolutions_is_left_and_named() -> None:
+def test_timms_mlp_of_convolutions_is_not_fused_and_is_named() -> None:
     from timm.layers import Mlp
 
     report = fuse(Mlp(16, 24, use_conv=True))
@@ -495,7 +496,7 @@ def test_timms_mlp_of_convolutions_is_left_and_named() -> None:
 
 def test_vits_intermediate_of_older_transformers(device: str) -> None:
     class ViTIntermediate(nn.Module):
-        """The attributes that it had."""
+        """A stand-in with the attributes of the older class."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -533,7 +534,7 @@ def test_a_transformer_layers_activation_may_be_a_function(activation: Any, name
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
     assert launches == {"network_forward_kernel": 2}
     del layer.encoder.activation
-    layer.encoder.activation = torch.sin  # seen by the next call
+    layer.encoder.activation = torch.sin  # the next call uses the new function
     changed = layer(x)
     unfuse(layer)
     torch.testing.assert_close(layer(x), changed, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Modules that `fuse` leaves and names, mistakes that it refuses, and patterns that users add."""
+"""Modules that `fuse` leaves unfused and names, arguments that it refuses, and patterns that users add."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlp_fused.engine.recognize import path_of
 from mlp_fused.kernels.launch import count_launches
 
 
-def test_a_child_with_hooks_is_called_as_itself_and_named(device: str) -> None:
+def test_a_child_with_hooks_is_called_and_named(device: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh()).to(device)
     seen: list[int] = []
     model[0].register_forward_pre_hook(lambda *arguments: seen.append(1))
@@ -57,7 +57,7 @@ class Adapted(nn.Linear):
 
 
 class Wrapped(nn.Module):
-    """A LoRA layer of the other kind: a module around a Linear."""
+    """A LoRA layer that wraps a Linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,9 @@ def patched() -> nn.Module:
     ],
     ids=["parametrized", "LoRA", "LoRA around", "patched"],
 )
-def test_such_a_linear_is_called_as_itself_and_named(make: Callable[[], nn.Module], reason: str, device: str) -> None:
+def test_a_linear_with_changed_behaviour_is_called_and_named(
+    make: Callable[[], nn.Module], reason: str, device: str
+) -> None:
     for rest in ([], [nn.Linear(8, 8), nn.GELU()]):
         model = nn.Sequential(make(), nn.ReLU(), *rest).to(device)
         x = torch.randn(3, 8, device=device)
@@ -95,10 +97,10 @@ def test_such_a_linear_is_called_as_itself_and_named(make: Callable[[], nn.Modul
 
 
 class Quantised(Tensor):
-    """A weight as quantisers put it in a Linear's place: a tensor subclass."""
+    """A tensor subclass, which quantisers assign to a Linear's weight."""
 
 
-def test_quantised_weights_are_left_and_named() -> None:
+def test_quantised_weights_are_not_fused_and_are_named() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Quantised))
     report = fuse(model)
@@ -106,7 +108,7 @@ def test_quantised_weights_are_left_and_named() -> None:
     assert "its 0.weight is Quantised, not a plain tensor" in str(report)
 
 
-def test_shared_weights_are_left_and_named() -> None:
+def test_shared_weights_are_not_fused_and_are_named() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -127,7 +129,7 @@ def test_shared_weights_are_left_and_named() -> None:
 
 
 class Own(nn.Module):
-    """A module as everyone writes it first: the activation is called in forward."""
+    """A common kind of module, which calls the activation as a function in forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +139,7 @@ class Own(nn.Module):
         return self.fc2(F.relu(self.fc1(x)))
 
 
-def test_an_activation_in_somebodys_own_forward_is_said_to_be_unseen() -> None:
+def test_an_activation_called_in_forward_is_reported_as_unknown() -> None:
     report = fuse(nn.Sequential(Own(), nn.ModuleList([nn.Linear(2, 2)])))
     assert report.replaced == ()
     text = str(report)
@@ -149,7 +151,7 @@ def test_an_activation_in_somebodys_own_forward_is_said_to_be_unseen() -> None:
     assert "the model itself (Linear)" in str(fuse(nn.Linear(2, 2)))
 
 
-def test_subclasses_count_where_they_keep_the_code() -> None:
+def test_subclasses_are_fused_if_they_keep_forward() -> None:
     class Kept(nn.Sequential):
         pass
 
@@ -183,14 +185,14 @@ def test_subclasses_count_where_they_keep_the_code() -> None:
     assert reasons["5"] == "a forward is patched onto it"
 
 
-def test_a_user_s_fused_mlp_is_not_unfused() -> None:
+def test_unfuse_leaves_the_users_fused_mlp() -> None:
     model = nn.Sequential(FusedMLP(4, [4, 2]))
     assert "0 (FusedMLP): it is fused already" in str(fuse(model))
     assert unfuse(model) == ()
     assert type(model[0]) is FusedMLP
 
 
-def test_unfuse_says_where_it_cannot() -> None:
+def test_unfuse_names_modules_that_it_cannot_undo() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     fuse(model)
     model[1].__class__ = type("FSDPSequential", (type(model[1]),), {})
@@ -199,7 +201,7 @@ def test_unfuse_says_where_it_cannot() -> None:
     assert isinstance(model[0], FusedMLP)
 
 
-def test_filter_fn_is_asked_as_torchao_asks() -> None:
+def test_filter_fn_has_the_signature_of_torchaos() -> None:
     model = Deep()
     asked: list[tuple[str, str]] = []
 
@@ -235,7 +237,7 @@ def fail(module: nn.Module, name: str) -> bool:
     ],
     ids=["model", "filter", "answer", "late answer", "raises", "backend", "recompute"],
 )
-def test_a_mistake_is_one_sentence_and_changes_nothing(arguments: Any, error: Any, sentence: str) -> None:
+def test_a_mistake_gives_one_sentence_and_changes_nothing(arguments: Any, error: Any, sentence: str) -> None:
     model = Deep()
     with pytest.raises(error, match=re.escape(sentence)):
         fuse(**{"model": model, **arguments})
@@ -244,7 +246,7 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(arguments: Any, error: An
         unfuse(3)  # type: ignore[arg-type]
 
 
-def test_what_a_replaced_module_gains(device: str) -> None:
+def test_a_replaced_module_gains_explain_and_warmup(device: str) -> None:
     layer = nn.TransformerDecoderLayer(32, 2, 48).to(device)
     fuse(layer, backend="triton", recompute=True)
     assert (layer.backend, layer.recompute) == ("triton", True)
@@ -259,7 +261,7 @@ def test_what_a_replaced_module_gains(device: str) -> None:
 
 
 class Block(nn.Module):
-    """y = x + down(gelu(up(x))): somebody's own block."""
+    """A user's block, y = x + down(gelu(up(x)))."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +277,7 @@ def add_input(block: Block, output: Tensor, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def _own_patterns() -> Iterator[None]:
-    """Forget the patterns that a test registers, after it."""
+    """Remove the patterns that a test registered after the test."""
     before = dict(PATTERNS)
     yield
     PATTERNS.clear()
@@ -302,7 +304,7 @@ def test_users_add_a_pattern(device: str) -> None:
 
 
 @pytest.mark.usefixtures("_own_patterns")
-def test_a_class_that_is_no_longer_what_the_pattern_says_is_left() -> None:
+def test_a_class_that_no_longer_matches_its_pattern_is_not_fused() -> None:
     register_pattern(path_of(Block), ["up", "act", "down"])
     more, fewer = Block(), Block()
     more.scale = nn.Linear(1, 1)
@@ -318,7 +320,7 @@ def test_a_class_that_is_no_longer_what_the_pattern_says_is_left() -> None:
 
 
 @pytest.mark.usefixtures("_own_patterns")
-def test_a_pattern_goes_before_nn_sequential(device: str) -> None:
+def test_a_pattern_takes_precedence_over_nn_sequential(device: str) -> None:
     class Residual(nn.Sequential):
         pass
 
@@ -350,7 +352,7 @@ def test_a_pattern_goes_before_nn_sequential(device: str) -> None:
     ],
     ids=["name", "target", "taken", "string", "numbers", "empty", "no method", "method", "finish", "within"],
 )
-def test_a_bad_pattern_is_one_sentence(arguments: Any, error: Any, sentence: str) -> None:
+def test_a_bad_pattern_gives_one_sentence(arguments: Any, error: Any, sentence: str) -> None:
     target, chain, *keywords = arguments
     before = dict(PATTERNS)
     with pytest.raises(error, match=re.escape(sentence)):

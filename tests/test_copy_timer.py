@@ -1,4 +1,4 @@
-"""CopyTimer: the time of the copies, and the part of it that was hidden."""
+"""CopyTimer: the time of the copies, and the fraction of it hidden behind kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlp_fused import prefetch as module_of_ours
 from mlp_fused.prefetch import CopyTimer
 
 
-def test_timing_of_the_copies() -> None:
+def test_copies_are_timed() -> None:
     timer, streams = CopyTimer(), Streams(LATE["both late"])
     for batch in prefetch([torch.ones(2)] * 5, streams, timer=timer):
         streams.use(batch, torch.ones(2))
@@ -26,7 +26,7 @@ def test_timing_of_the_copies() -> None:
 
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
-def test_what_the_host_stages_is_no_part_of_the_copy(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staging_on_the_host_does_not_count_as_copying(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     streams = Streams(LATE["both late"])
 
@@ -54,7 +54,7 @@ def test_a_batch_of_no_tensors_takes_no_time_to_copy() -> None:
 
 
 @pytest.mark.parametrize(("waited", "hidden"), [(0.0, 1.0), (1.0, 0.75), (4.0, 0.0), (9.0, 0.0)])
-def test_what_the_device_did_not_wait_for_was_hidden(waited: float, hidden: float) -> None:
+def test_copying_without_waiting_counts_as_hidden(waited: float, hidden: float) -> None:
     timer = CopyTimer()
     timer.add(Event(at=10), Event(at=14), Event(at=20), Event(at=20 + waited))  # type: ignore[arg-type]
     timer.read()

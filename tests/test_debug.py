@@ -1,4 +1,4 @@
-"""MLP_FUSED_DEBUG=1: it names the layer, and changes no result."""
+"""MLP_FUSED_DEBUG=1 names the layer of an error and changes no result."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An illegal access shows when the kernel is waited for; one of an earlier kernel is not this layer's."""
+    """The wait before a layer reports an illegal access of an earlier kernel without the name of the layer."""
     monkeypatch.setattr(settings, "DEBUG", True)
     x, layers = torch.randn(2, 4), [Layer(torch.randn(3, 4), None, activations.IDENTITY)]
     path = find_layers(x, layers, torch.float32, "triton")
@@ -106,7 +106,7 @@ def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.Monkey
 
 @pytest.mark.alone
 def test_the_readmes_example_of_debugging(tmp_path: Path) -> None:
-    """Its command, its program and what it says comes out."""
+    """Run the command and the program of the manual, and compare the output with the manual's."""
     program, sentence = re.findall(r"^```(?:python)?\n(.*?)^```", readme("debug"), re.MULTILINE | re.DOTALL)
     command = re.search(r"`(MLP_FUSED_DEBUG=1 .*) python nan.py`", readme("debug"))
     assert command

@@ -1,7 +1,7 @@
-"""DDP, FSDP2 and tensor parallelism: two processes compute what one does, through the kernels wherever they can.
+"""DDP, FSDP2 and tensor parallelism: two processes compute the results of one, by kernels wherever possible.
 
-Processes are started once: all checks run in them one after another, and each is a test that reads its result. On the
-CPU there are two (gloo), under `-m gpu` one for each of up to two GPUs (NCCL).
+Processes are started once and run all checks one after another. A test for each check reads its result. On the CPU
+there are two processes (gloo), and under `-m gpu` one for each of up to two GPUs (NCCL).
 """
 
 from __future__ import annotations
@@ -57,31 +57,31 @@ Check = Callable[[DeviceMesh, str], None]
 CHECKS: dict[str, Check] = {}
 BACKENDS = ("reference", "triton")
 
-NARROW, WIDE = (12, 20, 24, 6), (12, 300, 6)  # one kernel as a whole; a kernel a product
+NARROW, WIDE = (12, 20, 24, 6), (12, 300, 6)  # runs as one kernel; runs with one kernel per product
 STEPS = 2
 ROWS = 8  # of a global batch
 
 
 def check(function: Check) -> Check:
-    """Run it in every process, once for each backend, and report it as a test."""
+    """Run a check in every process, once for each backend, and report it as a test."""
     CHECKS[function.__name__] = function
     return function
 
 
 def network(backend: str, mesh: DeviceMesh, widths: tuple[int, ...] = NARROW, **arguments: object) -> FusedMLP:
-    """The same one in every process."""
+    """A network with the same parameters in every process."""
     torch.manual_seed(1)
     model = FusedMLP(widths[0], list(widths[1:]), activation_layer="gelu", backend=backend, **arguments)  # type: ignore[arg-type]
     return model.to(mesh.device_type)
 
 
 def plain(model: FusedMLP) -> nn.Sequential:
-    """torch's own, with parameters of its own."""
+    """A plain nn.Sequential with copies of the model's parameters."""
     return nn.Sequential(*copy.deepcopy(model))
 
 
 def batches(mesh: DeviceMesh, widths: tuple[int, ...] = NARROW) -> list[tuple[Tensor, Tensor]]:
-    """The global batches of a few steps."""
+    """The global batches for a few steps."""
     generator = torch.Generator().manual_seed(2)
     return [
         tuple(torch.randn(ROWS, width, generator=generator).to(mesh.device_type) for width in (widths[0], widths[-1]))
@@ -89,13 +89,15 @@ def batches(mesh: DeviceMesh, widths: tuple[int, ...] = NARROW) -> list[tuple[Te
     ]  # type: ignore[misc]
 
 
-def mine(mesh: DeviceMesh, rows: Tensor) -> Tensor:
+def local_rows(mesh: DeviceMesh, rows: Tensor) -> Tensor:
     """This process's part of a batch."""
     return rows.chunk(mesh.size())[mesh.get_rank()]
 
 
-def learn(model: nn.Module, steps: list[tuple[Tensor, Tensor]], parameters: nn.Module | None = None) -> dict[str, int]:
-    """A step for each batch, by SGD with momentum; the kernels that were launched."""
+def train_on(
+    model: nn.Module, steps: list[tuple[Tensor, Tensor]], parameters: nn.Module | None = None
+) -> dict[str, int]:
+    """Train for one step per batch by SGD with momentum. Returns the counts of launched kernels."""
     optimizer = torch.optim.SGD((parameters or model).parameters(), lr=0.1, momentum=0.9)
     with count_launches() as launches:
         for x, y in steps:
@@ -105,9 +107,9 @@ def learn(model: nn.Module, steps: list[tuple[Tensor, Tensor]], parameters: nn.M
     return dict(launches)
 
 
-def learn_apart(mesh: DeviceMesh, model: nn.Module, widths: tuple[int, ...] = NARROW) -> dict[str, int]:
-    """`learn`, each process its part of every batch."""
-    return learn(model, [(mine(mesh, x), mine(mesh, y)) for x, y in batches(mesh, widths)])
+def train_on_local_rows(mesh: DeviceMesh, model: nn.Module, widths: tuple[int, ...] = NARROW) -> dict[str, int]:
+    """Train on this process's part of every batch."""
+    return train_on(model, [(local_rows(mesh, x), local_rows(mesh, y)) for x, y in batches(mesh, widths)])
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_equal(model: nn.Module, expected: nn.Module) -> None:
-    """Every parameter is that of a single process, up to the order in which gradients are added."""
+    """Assert that every parameter equals that of a single process, up to the order in which gradients are added."""
     ours, theirs = dict(model.named_parameters()), dict(expected.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
@@ -124,7 +126,7 @@ def assert_equal(model: nn.Module, expected: nn.Module) -> None:
 
 
 def kernels_ran(backend: str, launches: dict[str, int], path: str = "network") -> None:
-    """On a GPU and in the interpreter, forward and backward of each step were kernels of this path; else none was."""
+    """Assert that each forward and backward ran kernels of this path if `backend` has kernels, and none otherwise."""
     if backend == "reference":
         assert launches == {}
         return
@@ -142,8 +144,8 @@ def ddp(mesh: DeviceMesh, backend: str) -> None:
     ):
         model = network(backend, mesh, widths)
         expected = plain(model)
-        kernels_ran(backend, learn_apart(mesh, DistributedDataParallel(model, **options), widths), path)
-        learn(expected, batches(mesh, widths))
+        kernels_ran(backend, train_on_local_rows(mesh, DistributedDataParallel(model, **options), widths), path)
+        train_on(expected, batches(mesh, widths))
         assert_equal(model, expected)
 
 
@@ -154,8 +156,8 @@ def ddp_accumulates_without_synchronising(mesh: DeviceMesh, backend: str) -> Non
     parallel = DistributedDataParallel(model)
     (x, y), (later_x, later_y) = batches(mesh)
     with parallel.no_sync():
-        (parallel(mine(mesh, x)) - mine(mesh, y)).square().mean().backward()
-    (parallel(mine(mesh, later_x)) - mine(mesh, later_y)).square().mean().backward()
+        (parallel(local_rows(mesh, x)) - local_rows(mesh, y)).square().mean().backward()
+    (parallel(local_rows(mesh, later_x)) - local_rows(mesh, later_y)).square().mean().backward()
     for inputs, targets in ((x, y), (later_x, later_y)):
         (expected(inputs) - targets).square().mean().backward()
     for ours, theirs in zip(model.parameters(), expected.parameters()):
@@ -175,8 +177,8 @@ def ddp_with_layers_that_are_frozen_or_unused(mesh: DeviceMesh, backend: str) ->
 
     two = Two()
     expected = plain(two.used)
-    kernels_ran(backend, learn_apart(mesh, DistributedDataParallel(two, find_unused_parameters=True)))
-    learn(expected, batches(mesh))
+    kernels_ran(backend, train_on_local_rows(mesh, DistributedDataParallel(two, find_unused_parameters=True)))
+    train_on(expected, batches(mesh))
     assert_equal(two.used, expected)
 
 
@@ -192,19 +194,19 @@ def fsdp_of_the_whole_network_is_fused(mesh: DeviceMesh, backend: str) -> None:
             with count_launches() as launches:
                 model.warmup(ROWS)
             assert bool(launches) == (backend == "triton")
-            kernels_ran(backend, learn_apart(mesh, model, widths), path)
-            learn(expected, batches(mesh, widths))
+            kernels_ran(backend, train_on_local_rows(mesh, model, widths), path)
+            train_on(expected, batches(mesh, widths))
             assert_equal(model, expected)
             assert str(model.explain(ROWS)) == explained
 
 
 @check
-def fsdp_of_what_holds_the_network_is_fused(mesh: DeviceMesh, backend: str) -> None:
+def fsdp_of_a_parent_module_is_fused(mesh: DeviceMesh, backend: str) -> None:
     model = nn.Sequential(nn.LayerNorm(12, device=mesh.device_type), network(backend, mesh))
     expected = nn.Sequential(copy.deepcopy(model[0]), plain(model[1]))
     fully_shard(model, mesh=mesh)
-    kernels_ran(backend, learn_apart(mesh, model))
-    learn(expected, batches(mesh))
+    kernels_ran(backend, train_on_local_rows(mesh, model))
+    train_on(expected, batches(mesh))
     assert_equal(model, expected)
 
 
@@ -214,14 +216,14 @@ def fsdp_that_recomputes(mesh: DeviceMesh, backend: str) -> None:
         model = network(backend, mesh, widths, recompute=True)
         expected = plain(model)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        kernels_ran(backend, learn_apart(mesh, model, widths), path)
-        learn(expected, batches(mesh, widths))
+        kernels_ran(backend, train_on_local_rows(mesh, model, widths), path)
+        train_on(expected, batches(mesh, widths))
         assert_equal(model, expected)
 
 
 @check
 def fsdp_in_mixed_precision(mesh: DeviceMesh, backend: str) -> None:
-    """No further from fp32 than twice what nn.Sequential is under the same policy."""
+    """The error against fp32 is at most twice that of nn.Sequential under the same policy."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for reshard in (True, False):
         model = network(backend, mesh)
@@ -235,11 +237,11 @@ def fsdp_in_mixed_precision(mesh: DeviceMesh, backend: str) -> None:
             model.warmup(ROWS)
         assert bool(warmed.call_args_list) == (backend == "triton" or mesh.device_type == "cuda")
         assert {call.args[2] for call in warmed.call_args_list} <= {torch.bfloat16}
-        assert model(mine(mesh, batches(mesh)[0][0])).dtype == torch.bfloat16
-        model.reshard()  # which torch leaves to the backward that does not follow
-        kernels_ran(backend, learn_apart(mesh, model))
-        learn_apart(mesh, torchs)
-        learn(exact, batches(mesh))
+        assert model(local_rows(mesh, batches(mesh)[0][0])).dtype == torch.bfloat16
+        model.reshard()  # torch does this in backward, which does not run here
+        kernels_ran(backend, train_on_local_rows(mesh, model))
+        train_on_local_rows(mesh, torchs)
+        train_on(exact, batches(mesh))
         for ours, theirs, true in zip(model.parameters(), torchs.parameters(), exact.parameters()):
             assert ours.dtype == torch.float32
             error, slack = (torch.linalg.vector_norm(whole(each) - true.detach()) for each in (ours, theirs))
@@ -250,13 +252,13 @@ def fsdp_in_mixed_precision(mesh: DeviceMesh, backend: str) -> None:
 def fsdp_of_each_layer_runs_its_children_as_modules(mesh: DeviceMesh, backend: str) -> None:
     model = network(backend, mesh)
     expected = plain(model)
-    model(batches(mesh)[0][0])  # what is remembered of a call before
+    model(batches(mesh)[0][0])  # caches a path before the sharding
     for child in model:
         if isinstance(child, nn.Linear):
             fully_shard(child, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert learn_apart(mesh, model) == {}
-    learn(expected, batches(mesh))
+    assert train_on_local_rows(mesh, model) == {}
+    train_on(expected, batches(mesh))
     assert_equal(model, expected)
     runs = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
     assert len(runs) == 3
@@ -269,8 +271,8 @@ def fsdp_of_one_layer_leaves_the_others_fused(mesh: DeviceMesh, backend: str) ->
     expected = plain(model)
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    kernels_ran(backend, learn_apart(mesh, model))
-    learn(expected, batches(mesh))
+    kernels_ran(backend, train_on_local_rows(mesh, model))
+    train_on(expected, batches(mesh))
     assert_equal(model, expected)
     first, *others = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
     assert "fully_shard was called on it" in first.reason
@@ -284,14 +286,14 @@ def fsdp_of_a_fused_linear(mesh: DeviceMesh, backend: str) -> None:
     expected = nn.Sequential(nn.Linear(12, 6, device=mesh.device_type), nn.SiLU())
     expected[0].load_state_dict(layer.linear.state_dict())
     fully_shard(layer, mesh=mesh)
-    launches = learn_apart(mesh, layer)
+    launches = train_on_local_rows(mesh, layer)
     assert bool(launches) == (backend == "triton")
-    learn(expected, batches(mesh))
+    train_on(expected, batches(mesh))
     assert_equal(layer.linear, expected[0])
 
 
 def with_fused_linears(backend: str, mesh: DeviceMesh) -> tuple[nn.Sequential, nn.Sequential]:
-    """A fused network with FusedLinear in it, and the same in torch's modules; the same in every process."""
+    """A fused network with FusedLinear in it and its plain twin, with the same parameters in every process."""
     torch.manual_seed(1)
     model = nn.Sequential(
         FusedLinear(12, 20, activation="gelu"), nn.Linear(20, 24), FusedLinear(24, 6, activation="tanh")
@@ -303,7 +305,7 @@ def with_fused_linears(backend: str, mesh: DeviceMesh) -> tuple[nn.Sequential, n
 
 
 def assert_equal_values(model: nn.Module, expected: nn.Module) -> None:
-    """`assert_equal` of networks whose parameters have other names, in the same order."""
+    """Compare like `assert_equal`, for networks whose parameters have the same order and other names."""
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(whole(ours), theirs.detach(), rtol=1e-5, atol=1e-6)
 
@@ -317,8 +319,8 @@ def fsdp_of_a_network_with_fused_linears(mesh: DeviceMesh, backend: str) -> None
         elif shard == "the layer":
             fully_shard(model[0], mesh=mesh)
         fully_shard(model, mesh=mesh)
-        kernels_ran(backend, learn_apart(mesh, model))
-        learn(expected, batches(mesh))
+        kernels_ran(backend, train_on_local_rows(mesh, model))
+        train_on(expected, batches(mesh))
         assert_equal_values(model, expected)
 
 
@@ -335,7 +337,7 @@ def dcp_saves_and_loads_fused_linears_with_an_optimizer(mesh: DeviceMesh, backen
 
     def advance(network: nn.Module, optimizer: torch.optim.Optimizer, apart: bool) -> None:
         for x, y in batches(mesh):
-            x, y = (mine(mesh, x), mine(mesh, y)) if apart else (x, y)
+            x, y = (local_rows(mesh, x), local_rows(mesh, y)) if apart else (x, y)
             optimizer.zero_grad()
             (network(x) - y).square().mean().backward()
             optimizer.step()
@@ -358,14 +360,14 @@ def dcp_saves_and_loads_fused_linears_with_an_optimizer(mesh: DeviceMesh, backen
 def checkpoints_of_fsdp_are_those_of_a_sequential(mesh: DeviceMesh, backend: str) -> None:
     model = network(backend, mesh)
     fully_shard(model, mesh=mesh)
-    learn_apart(mesh, model)
+    train_on_local_rows(mesh, model)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     expected = plain(network(backend, mesh))
     expected.load_state_dict(state)
     assert_equal(model, expected)
     x = batches(mesh)[0][0]
     torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-6)
-    model.reshard()  # which torch leaves to the backward that does not follow
+    model.reshard()  # torch does this in backward, which does not run here
     doubled = {name: 2 * value for name, value in expected.state_dict().items()}
     set_model_state_dict(model, copy.deepcopy(doubled), options=StateDictOptions(full_state_dict=True))
     expected.load_state_dict(doubled)
@@ -381,8 +383,8 @@ def tensor_parallel_layers_run_as_modules(mesh: DeviceMesh, backend: str) -> Non
     runs = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
     assert [run.path for run in runs][:2] == ["reference"] * 2
     assert all("the weight is a DTensor, split over processes" in run.reason for run in runs[:2])
-    learn(model, batches(mesh))  # every process has the whole batch
-    learn(expected, batches(mesh))
+    train_on(model, batches(mesh))  # every process has the whole batch
+    train_on(expected, batches(mesh))
     assert_equal(model, expected)
     model.backend = "triton"
     with pytest.raises(RuntimeError, match=r'backend is "triton", but of child 0, 3, the weight is a DTensor.*or use'):
@@ -399,8 +401,8 @@ def tensor_parallel_fused_linear(mesh: DeviceMesh, backend: str) -> None:
         theirs.load_state_dict(ours.linear.state_dict())
         ours.backend = "auto" if backend == "triton" else backend
     parallelize_module(model, mesh, {"0.linear": ColwiseParallel(), "1.linear": RowwiseParallel()})
-    learn(model, batches(mesh))
-    learn(expected, batches(mesh))
+    train_on(model, batches(mesh))
+    train_on(expected, batches(mesh))
     for ours, theirs in zip(model, (expected[0], expected[2])):
         assert_equal(ours.linear, theirs)
     model[0].backend = "triton"
@@ -415,9 +417,10 @@ TRAININGS: dict[str, Callable[[Path, str], None]] = {}
 
 
 def training_check(function: Callable[[Path, str], None]) -> Callable[[Path, str], None]:
-    """As `check`, of the training loop, which joins the processes itself; in a folder with data.npz, 70 rows.
+    """Mark a check of the training loop, which joins the processes itself.
 
-    51 of them are trained on: a batch of 16 is 8 rows of each of two processes, and the last one is two rows and one.
+    It runs in a folder with a data.npz of 70 rows, 51 of them for training. A batch of 16 gives 8 rows to each of two
+    processes, and the last batch 2 and 1.
     """
     TRAININGS[function.__name__] = function
     return function
@@ -429,7 +432,7 @@ def trained(folder: Path, backend: str, build: Any = build_model, **changes: Any
 
 
 def trained_alone(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
-    """The same by one process."""
+    """The result of the same training by one process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", "0")
         patch.setenv("WORLD_SIZE", "1")
@@ -472,13 +475,13 @@ def a_checkpoint_goes_on_with_any_number_of_processes(folder: Path, backend: str
     path = str(folder / f"{backend} together.pt")
     trained(folder, backend, checkpoint=path, epochs=1)
     assert load_checkpoint(path)["model"].keys() == whole.model.state_dict().keys()
-    mine = str(folder / f"{backend} {os.environ['RANK']}.pt")  # so that both may go on from it
-    Path(mine).write_bytes(Path(path).read_bytes())
-    assert_same_course_after(1, trained_alone(folder, backend, checkpoint=mine, resume=True), whole)
+    own_file = str(folder / f"{backend} {os.environ['RANK']}.pt")  # so that both can resume from it
+    Path(own_file).write_bytes(Path(path).read_bytes())
+    assert_same_course_after(1, trained_alone(folder, backend, checkpoint=own_file, resume=True), whole)
     alone = str(folder / f"{backend} alone.pt")
     if os.environ["RANK"] == "0":
         trained_alone(folder, backend, checkpoint=alone, epochs=2)
-    trained(folder, backend, epochs=1)  # a meeting point
+    trained(folder, backend, epochs=1)  # waits for all processes
     assert_same_course_after(2, trained(folder, backend, checkpoint=alone, resume=True), whole)
 
 
@@ -488,11 +491,11 @@ def assert_same_course_after(epochs: int, resumed: Result, whole: Result) -> Non
 
 @training_check
 def a_resumed_run_is_the_uninterrupted_one(folder: Path, backend: str) -> None:
-    """Bit for bit, Dropout of every process included."""
+    """All results are bit-identical, with Dropout in every process."""
     whole = trained(folder, backend, dropout=0.5)
     path = str(folder / f"{backend} resumed.pt")
     first = trained(folder, backend, dropout=0.5, checkpoint=path, epochs=1)
-    torch.manual_seed(99)  # whatever happens between
+    torch.manual_seed(99)  # other code may draw random numbers in between
     resumed = trained(folder, backend, dropout=0.5, checkpoint=path, resume=True)
     assert first.losses + resumed.losses == whole.losses
     assert first.history == whole.history[:1]
@@ -528,7 +531,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def what_went_wrong(function: Callable[..., None], *arguments: Any) -> str:
+def error_text(function: Callable[..., None], *arguments: Any) -> str:
     try:
         function(*arguments)
     except Exception:
@@ -537,7 +540,7 @@ def what_went_wrong(function: Callable[..., None], *arguments: Any) -> str:
 
 
 def run_checks(rank: int, count: int, device: str, ports: list[int], folder: Path) -> None:
-    """All checks in one of the processes; what went wrong in each is written to a file."""
+    """Run all checks in one process and write their errors to a file."""
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -553,16 +556,16 @@ def run_checks(rank: int, count: int, device: str, ports: list[int], folder: Pat
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
     mesh = init_device_mesh(device, (count,))
     results = {
-        f"{name}-{backend}": what_went_wrong(function, mesh, backend)
+        f"{name}-{backend}": error_text(function, mesh, backend)
         for name, function in CHECKS.items()
         for backend in BACKENDS
     }
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(ports[1])
     for name, training in TRAININGS.items():
-        results[f"{name}-auto"] = what_went_wrong(training, folder / device, "auto")
+        results[f"{name}-auto"] = error_text(training, folder / device, "auto")
     training = training_is_that_of_one_process
-    results[f"{training.__name__}-triton"] = what_went_wrong(training, folder / device, "triton")
+    results[f"{training.__name__}-triton"] = error_text(training, folder / device, "triton")
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 

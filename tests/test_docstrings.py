@@ -1,4 +1,4 @@
-"""Public names say what a user needs: the equation, the shapes, and the errors."""
+"""Docstrings of public names state the equation, the shapes, and the errors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Dropout in the kernels: its random numbers, its mask again in every backward, and which modules it stands for.
+"""Dropout in the kernels: its random numbers, and the same mask in forward and backward.
 
-That the numbers are right with a mask is in the table of cases (`tests/cases.py`), whose masks are numpy's.
+The table of cases (`tests/cases.py`) checks the results with a mask, against masks computed by numpy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mlp_fused.reference import Layer
 
 @pytest.fixture(params=[pytest.param("layer", marks=pytest.mark.full), "run", "network"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An autograd.Function a layer; one for all layers, kernel by kernel; or one kernel for a whole network."""
+    """The path: one autograd.Function per layer, one for all layers, or one kernel for the whole network."""
     if request.param == "layer":
         monkeypatch.setattr(autograd, "LAUNCH_BOUND", -1)
     if request.param != "network":
@@ -40,7 +40,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def seed_of(seed: int, device: str) -> int:
+def call_seed(seed: int, device: str) -> int:
     """The seed that a call draws after torch.manual_seed(seed)."""
     torch.manual_seed(seed)
     return int(draw_seed(torch.device(device)))
@@ -51,7 +51,7 @@ def generator_state(device: str) -> Tensor:
 
 
 def eyes(width: int, p: float, device: str, count: int = 1) -> FusedMLP:
-    """Layers that change nothing but for Dropout."""
+    """Layers with identity weights, whose only effect is Dropout."""
     model = FusedMLP(width, [width] * count, activation_layer=None, bias=False, dropout=p, backend="triton")
     for linear in model:
         if isinstance(linear, nn.Linear):
@@ -70,7 +70,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("rounds", "counter", "key", "answer"), ANSWERS)
-def test_the_philox_of_these_tests_is_the_papers(
+def test_the_philox_of_these_tests_gives_the_papers_numbers(
     rounds: int, counter: tuple[int, ...], key: int, answer: tuple[int, ...]
 ) -> None:
     found = philox(key, [numpy.array([each]) for each in counter], rounds)
@@ -79,9 +79,9 @@ def test_the_philox_of_these_tests_is_the_papers(
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
 def test_a_network_of_eyes_shows_the_mask(p: float, path: str, device: str) -> None:
-    """Forward and backward, of the last layer and of one below."""
+    """Check forward and backward of the last layer and of the one before it."""
     rows, width = 70, 49
-    seed = seed_of(3, device)
+    seed = call_seed(3, device)
     model = eyes(width, p, device, count=2)
     x = torch.ones(rows, width, device=device, requires_grad=True)
     torch.manual_seed(3)
@@ -127,17 +127,17 @@ def test_every_tile_makes_the_same_mask(tile: TileConfig, device: str, poisoned:
 def test_the_rate_the_scale_and_the_mean(p: float, device: str) -> None:
     rows, width = 512, 256
     y = eyes(width, p, device)(torch.ones(rows, width, device=device)).detach()
-    kept = y != 0  # of ones, nothing else is 0
+    kept = y != 0  # the input is all ones, so every 0 was dropped
     sigma = (p * (1 - p) / y.numel()) ** 0.5
     assert abs(kept.double().mean().item() - (1 - p)) < 5 * sigma
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)), rtol=1e-6, atol=0)
-    # No row, and no column, is far from the rest.
+    # No row or column has an unusual mean.
     for axis, count in ((0, rows), (1, width)):
         assert (kept.double().mean(axis) - (1 - p)).abs().max() < 6 * (p * (1 - p) / count) ** 0.5
 
 
 def masks(count: int, device: str, rows: int = 256, width: int = 128) -> list[Tensor]:
-    """The masks of the layers of one call, +-1, p = 0.5."""
+    """The masks of all layers in one call with p = 0.5, as +1 and -1."""
     seed = draw_seed(torch.device(device))
     made = [torch.ones(rows, width, device=device) for _ in range(count)]
     for layer, each in enumerate(made):
@@ -157,12 +157,12 @@ def test_layers_calls_rows_and_columns_are_independent(device: str) -> None:
             assert pairs.mean().abs() < 5 / mask.numel() ** 0.5, (along, shift)
         assert mask.unique(dim=0).shape == mask.shape
         assert mask.unique(dim=1).shape == mask.shape
-        # No linear pattern: rows are as independent as normal numbers, so no singular value stands out.
+        # Rows are as independent as normal random numbers, so no singular value is unusually large.
         m, n = mask.shape
         assert torch.linalg.matrix_norm(mask, 2) < m**0.5 + n**0.5 + 5
 
 
-def test_torchs_seed_makes_it_reproducible_and_every_call_differs(path: str, device: str) -> None:
+def test_torchs_seed_fixes_the_masks_and_every_call_differs(path: str, device: str) -> None:
     model = FusedMLP(20, [31, 17], activation_layer="gelu", dropout=0.4, backend="triton").to(device)
     x = torch.randn(33, 20, device=device)
 
@@ -176,12 +176,12 @@ def test_torchs_seed_makes_it_reproducible_and_every_call_differs(path: str, dev
     assert all(map(torch.equal, first, call()))
     assert not torch.equal(first[0], second[0])
     assert all(map(torch.equal, second, call()))
-    with torch.no_grad():  # which drops as well, with the same numbers
+    with torch.no_grad():  # Dropout is active here too, with the same numbers
         torch.manual_seed(11)
         assert torch.equal(model(x), first[0])
 
 
-def test_runs_of_one_network_and_networks_draw_apart(device: str) -> None:
+def test_runs_and_networks_draw_independent_masks(device: str) -> None:
     parts = [eyes(32, 0.5, device) for _ in range(2)]
     model = FusedMLP.from_sequential(nn.Sequential(*parts[0], nn.Tanh(), *parts[1]), backend="triton")
     x = torch.ones(40, 32, device=device)
@@ -193,7 +193,7 @@ def test_runs_of_one_network_and_networks_draw_apart(device: str) -> None:
 
 
 def test_idle_dropout_costs_nothing(device: str) -> None:
-    """Not a launch, not a random number, not an argument more."""
+    """Dropout with p = 0 or in evaluation adds no launch, draws no random number, and adds no argument."""
     model = FusedMLP(16, [16, 320], dropout=0.5, backend="triton").to(device)
     plain = FusedMLP.from_sequential(nn.Sequential(*(c for c in model if type(c) is not nn.Dropout)), backend="triton")
     x = torch.randn(9, 16, device=device)
@@ -214,10 +214,10 @@ def never_drop(module: nn.Module) -> None:
         module.p = 0.0
 
 
-def test_a_kernel_without_dropout_is_compiled_as_if_there_were_none() -> None:
-    """The seed, and the two numbers with it, are constants: None; and no tensor stands for them."""
+def test_a_kernel_without_dropout_has_no_code_for_it() -> None:
+    """The seed and its two numbers are constants, None, and no tensor is passed in their place."""
     made: list[tuple[Launch, int]] = []
-    leaves = leaves_of(torch.float32, "cpu")
+    leaves = make_leaves(torch.float32, "cpu")
     of = [Layer(*leaves[1:3], ACTIVATIONS["gelu"]), Layer(*leaves[3:], ACTIVATIONS["gelu"])]
     with launched_by(lambda launch, tensors: made.append((launch, len(tensors)))):
         y = run_layers(leaves[0], leaves[1::2], leaves[2::2], find_layers(leaves[0], of, torch.float32, "triton"))
@@ -241,8 +241,8 @@ def test_p_of_one_gives_zeros_and_no_nan(activation: str, path: str, device: str
         assert torch.equal(each.grad, torch.zeros_like(each))
 
 
-def test_what_is_not_finite_stays_so_where_it_is_dropped(device: str) -> None:
-    """As in torch, where dropping is a product with 0."""
+def test_dropped_inf_and_nan_give_nan(device: str) -> None:
+    """torch drops by a product with 0, which gives NaN too."""
     x = torch.tensor([[torch.nan, torch.inf, 1.0]], device=device)
     y = torch.empty_like(x)
     pointwise(x, y, IDENTITY, seed=draw_seed(y.device), dropout=Dropout(0.0, 0))
@@ -252,14 +252,14 @@ def test_what_is_not_finite_stays_so_where_it_is_dropped(device: str) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "gelu"])
-def test_a_checkpoint_makes_the_same_mask_again(use_reentrant: bool, activation: str, path: str, device: str) -> None:
+def test_a_checkpoint_recomputes_the_same_mask(use_reentrant: bool, activation: str, path: str, device: str) -> None:
     model = FusedMLP(20, [31, 17], activation_layer=activation, dropout=0.4, backend="triton").to(device)
     x = torch.randn(33, 20, device=device, requires_grad=True)
 
     def gradients(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
         torch.manual_seed(2)
         y = call(x)
-        torch.rand(3, device=device)  # what others draw between forward and backward
+        torch.rand(3, device=device)  # other code draws between forward and backward
         return [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()], retain_graph=False)]
 
     def with_checkpoint() -> list[Tensor]:
@@ -268,7 +268,7 @@ def test_a_checkpoint_makes_the_same_mask_again(use_reentrant: bool, activation:
             leaf.grad = None
         y = checkpoint(model, x, use_reentrant=use_reentrant)
         torch.rand(3, device=device)
-        y.square().sum().backward()  # the only way that the reentrant kind has
+        y.square().sum().backward()  # the reentrant kind supports no other way
         return [y, x.grad, *(parameter.grad for parameter in model.parameters())]
 
     expected = gradients(model)
@@ -282,7 +282,7 @@ def test_a_checkpoint_makes_the_same_mask_again(use_reentrant: bool, activation:
 def test_recomputing_draws_no_random_numbers(
     activation: str, layer_by_layer: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mask is the same even if the generator cannot be put back, as on torch 2.9 while a CUDA graph is captured."""
+    """The mask is the same even if the generator cannot be reset, as with torch 2.9 in the capture of a CUDA graph."""
     if layer_by_layer:
         monkeypatch.setattr(autograd, "LAUNCH_BOUND", -1)
     for module in (torch, torch.cuda):
@@ -300,7 +300,7 @@ def test_recomputing_draws_no_random_numbers(
     assert all(map(torch.equal, *found))
 
 
-def test_a_second_backward_over_a_kept_graph(path: str, device: str) -> None:
+def test_a_second_backward_has_the_same_mask(path: str, device: str) -> None:
     model = FusedMLP(20, [31, 17], activation_layer="gelu", dropout=0.4, backend="triton").to(device)
     y = model(torch.randn(33, 20, device=device))
     leaves = list(model.parameters())
@@ -312,8 +312,8 @@ def test_a_second_backward_over_a_kept_graph(path: str, device: str) -> None:
 NAMES = ("identity", "relu", "gelu", "tanh", "hardtanh", "sigmoid")
 
 
-def leaves_of(dtype: torch.dtype, device: str, rows: int = 3) -> list[Tensor]:
-    """x, W_0, b_0, W_1, b_1."""
+def make_leaves(dtype: torch.dtype, device: str, rows: int = 3) -> list[Tensor]:
+    """The leaves x, W_0, b_0, W_1 and b_1."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((rows, 4), (5, 4), (5,), (3, 5), (3,))
     return [torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
@@ -328,14 +328,14 @@ def run(leaves: list[Tensor], name: str, backend: Backend = "triton") -> Tensor:
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "tanh"])
 def test_gradcheck(name: str, path: str) -> None:
-    leaves = leaves_of(torch.float64, "cpu")
+    leaves = make_leaves(torch.float64, "cpu")
     assert torch.autograd.gradcheck(lambda *each: run(list(each), name), leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *each: run(list(each), name), leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["identity", "relu", "gelu", "tanh"])
 def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: str, path: str, device: str) -> None:
-    leaves = leaves_of(torch.float32, device, rows=33)
+    leaves = make_leaves(torch.float32, device, rows=33)
     dy = torch.randn(2, 33, 3, device=device)
     y = run(leaves, name)
     plain = torch.autograd.grad(y, leaves, dy[1], retain_graph=True)
@@ -344,8 +344,8 @@ def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: st
     for ours, other, several in zip(plain, differentiable, batched):
         torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(several[1], ours, rtol=1e-4, atol=1e-5)
-    # And again, against torch on that mask.
-    seed = seed_of(4, device)
+    # Then the derivative is compared with torch's for the same mask.
+    seed = call_seed(4, device)
     twins = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     h = twins[0]
     for layer in (0, 1):
@@ -362,7 +362,7 @@ def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: st
 
 
 def kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
-    """The bytes that a call saves for backward, parameters apart."""
+    """The bytes that a call saves for backward, without the parameters."""
     own = {each.untyped_storage().data_ptr() for each in parameters}
     found: dict[int, int] = {}
 
@@ -379,21 +379,21 @@ def kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
 
 
 @pytest.mark.parametrize("activation", NAMES)
-def test_nothing_is_kept_besides_but_the_seed(activation: str, path: str, device: str) -> None:
-    """Every activation keeps no mask, and still one tensor a layer; torch keeps a byte an element more."""
+def test_dropout_saves_only_the_seed(activation: str, path: str, device: str) -> None:
+    """No mask is saved, and still one tensor per layer. torch saves one more byte per element."""
     sizes = {}
     for p in (0.0, 0.5):
-        # 320 wide is the layer path, with Dropout and without; of 64 rows, no memory is padded.
+        # A width of 320 takes the layer path with and without Dropout. 64 rows need no padding.
         widths = [16, 16 if path == "network" else 320]
         model = FusedMLP(16, widths, activation_layer=activation, dropout=p, backend="triton").to(device)
         x = torch.randn(64, 16, device=device)
         sizes[p] = kept(lambda model=model, x=x: model(x), list(model.parameters()))
-        assert model.explain(64).kept_bytes == sizes[p]
+        assert model.explain(64).saved_bytes == sizes[p]
     assert sizes[0.5] == sizes[0.0] + 8
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "sigmoid"])
-def test_no_launch_is_added_but_the_seeds_and_explain_says_so(activation: str, path: str, device: str) -> None:
+def test_dropout_adds_only_the_launch_of_the_seed(activation: str, path: str, device: str) -> None:
     counted = {}
     for p in (0.0, 0.5):
         options: dict[str, Any] = {"activation_layer": activation, "output_activation": activation, "dropout": p}
@@ -410,7 +410,7 @@ def test_no_launch_is_added_but_the_seeds_and_explain_says_so(activation: str, p
     assert counted[0.5] == counted[0.0]
 
 
-def test_a_changed_probability_is_seen_and_a_wrong_one_is_torchs_to_refuse(device: str) -> None:
+def test_a_changed_probability_is_used_and_torch_refuses_a_wrong_one(device: str) -> None:
     model = eyes(64, 0.5, device)
     x = torch.ones(100, 64, device=device)
     for p in (0.5, 0.9, 0.1, 1, 0):
@@ -422,13 +422,13 @@ def test_a_changed_probability_is_seen_and_a_wrong_one_is_torchs_to_refuse(devic
 
 
 @pytest.mark.parametrize("name", ["identity", "relu", "gelu", "tanh"])
-def test_products_that_are_torchs_drop_as_the_kernels_do(
+def test_torchs_products_drop_like_the_kernels(
     name: str, path: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(None, "a test"))
-    leaves = leaves_of(torch.float32, device, rows=33)
+    leaves = make_leaves(torch.float32, device, rows=33)
     found = []
-    for backend in ("triton", "auto", "auto"):  # by torch the first time, and again
+    for backend in ("triton", "auto", "auto"):  # with auto, torch's products run in both calls
         with count_launches() as launches:
             y = run(leaves, name, backend)
             gradients = torch.autograd.grad(y.square().sum(), leaves)
@@ -445,7 +445,7 @@ def test_products_that_are_torchs_drop_as_the_kernels_do(
 def test_under_autocast(dtype: torch.dtype, device: str) -> None:
     model = eyes(48, 0.5, device, count=2)
     x = torch.ones(33, 48, device=device)
-    seed = seed_of(6, device)
+    seed = call_seed(6, device)
     torch.manual_seed(6)
     with torch.autocast(device, dtype):
         y = model(x)
@@ -479,7 +479,7 @@ def test_warmup_compiles_for_dropout_and_draws_nothing(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 512], ids=["network", "layer"])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
-def test_a_replayed_cuda_graph_draws_anew(activation: str, width: int, device: str) -> None:
+def test_a_replayed_cuda_graph_draws_new_masks(activation: str, width: int, device: str) -> None:
     model = FusedMLP(width, [width] * 2, activation_layer=activation, dropout=0.5, backend="triton").to(device)
     x = torch.randn(1024, width, device=device)
     leaves = list(model.parameters())
@@ -510,11 +510,11 @@ def test_a_replayed_cuda_graph_draws_anew(activation: str, width: int, device: s
 
 @pytest.mark.gpu
 @pytest.mark.alone
-def test_rows_far_beyond_32_bits_of_elements_are_dropped_from_apart(device: str) -> None:
+def test_rows_beyond_32_bits_of_elements_have_independent_masks(device: str) -> None:
     rows, width = 2**21 + 64, 1024
     x = torch.ones(rows, 16, device=device, dtype=torch.bfloat16)
     weight = torch.full((width, 16), 1 / 16, device=device, dtype=torch.bfloat16)
-    seed = seed_of(9, device)
+    seed = call_seed(9, device)
     torch.manual_seed(9)
     y = run_layers(x, [weight], [None], find_layers(x, [Layer(weight, None, IDENTITY, 0.5)], torch.bfloat16, "triton"))
     assert y.numel() > 2**31

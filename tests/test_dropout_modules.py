@@ -1,4 +1,4 @@
-"""Dropout modules that the kernels take, and what `explain` says of them."""
+"""Dropout modules that run in the kernels, and their description by `explain`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlp_fused.reference import Layer
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA A100"])
 def test_explain_says_why_a_narrow_network_goes_layer_by_layer(device: str) -> None:
-    """Where one kernel was not measured with Dropout. With the backend "triton" it is taken all the same."""
+    """The reason is that one kernel was not measured with Dropout. backend="triton" uses one kernel all the same."""
     model = FusedMLP(64, [64, 64], dropout=0.1, dtype=torch.bfloat16)
     training, evaluation = (model.train(mode).explain(4096, device=device) for mode in (True, False))
     measured = is_dropout_measured((64,), torch.bfloat16, DEVICES[device])
@@ -33,9 +33,9 @@ def test_explain_says_why_a_narrow_network_goes_layer_by_layer(device: str) -> N
 
 
 def test_explain_counts_what_dropout_moves() -> None:
-    """gelu, which keeps z in any case, moves the same; tanh writes z and its output, and builds the latter again.
+    """gelu saves z in any case and moves the same bytes. tanh writes z and its output, and recomputes the output.
 
-    The seed, of 8 bytes, is written once, and read by a forward and a dgrad.
+    The seed of 8 bytes is written once, and read by a forward and a dgrad.
     """
     M, d = 4096, 512
 
@@ -50,7 +50,7 @@ def test_explain_counts_what_dropout_moves() -> None:
 
 
 class Mine(nn.Dropout):
-    """A subclass may do anything."""
+    """A subclass, whose behaviour is unknown."""
 
 
 def hooked() -> nn.Dropout:
@@ -59,7 +59,7 @@ def hooked() -> nn.Dropout:
     return module
 
 
-SEQUENCES: dict[str, tuple[list[Callable[[], nn.Module]], int]] = {  # what follows Linear; how many runs there are
+SEQUENCES: dict[str, tuple[list[Callable[[], nn.Module]], int]] = {  # the modules after Linear; the number of runs
     "Dropout": ([lambda: nn.Dropout(0.5)], 1),
     "in place": ([nn.ReLU, lambda: nn.Dropout(0.5, inplace=True)], 1),
     "activation, Dropout, Linear": ([nn.GELU, lambda: nn.Dropout(0.5), lambda: nn.Linear(32, 32)], 1),
@@ -103,7 +103,7 @@ def test_dropout_before_any_linear_is_torchs(device: str) -> None:
 
 
 def test_annealing_the_probability_compiles_nothing() -> None:
-    """It is a number that kernels are given, as the layer is, and none of their constants."""
+    """The probability is an argument of the kernels at run time, not one of their constants."""
     made = []
     x, weight = torch.randn(9, 300), torch.randn(300, 300)
     for p in (0.1, 0.25):
@@ -116,7 +116,7 @@ def test_annealing_the_probability_compiles_nothing() -> None:
 
 
 def test_a_cpu_drops_as_torch_does() -> None:
-    """Without the kernels the children run as they are: nn.Sequential's numbers, bit for bit."""
+    """Without the kernels the children run as modules, bit-identical to nn.Sequential."""
     model = FusedMLP(20, [31, 17], activation_layer="gelu", dropout=0.4)
     x = torch.randn(33, 20)
     torch.manual_seed(1)
@@ -125,7 +125,7 @@ def test_a_cpu_drops_as_torch_does() -> None:
     assert torch.equal(y, nn.Sequential(*model)(x))
 
 
-def test_a_probability_of_numpys_is_fused(device: str) -> None:
+def test_a_numpy_probability_is_fused(device: str) -> None:
     model = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Dropout(np.float32(0.5)), nn.Linear(300, 3)).to(device)
     fused = FusedMLP.from_sequential(model, backend="triton")
     with count_launches() as launches:

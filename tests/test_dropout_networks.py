@@ -23,7 +23,7 @@ from mlp_fused.reference import Layer
 
 BF16 = torch.bfloat16
 LAYERS = 3
-WIDTH = 49  # no multiple of 16, so that columns are padded
+WIDTH = 49  # not a multiple of 16, so that columns are padded
 ROWS = 70  # several tiles, the last of which is not full
 
 ONE_PASS = TileConfig(32, programs=2)
@@ -37,14 +37,14 @@ FORMS: dict[str, dict[str, Any]] = {
 KERNELS = {"two kernels": "network_dgrad_kernel", "forward again": "network_dgrad_kernel"}
 
 
-def layers_of(activation: Activation, dtype: torch.dtype, device: str, p: float = 0.3) -> list[Layer]:
-    """Layers whose products change nothing, and without a bias."""
+def make_layers(activation: Activation, dtype: torch.dtype, device: str, p: float = 0.3) -> list[Layer]:
+    """Layers with identity weights and no bias."""
     eyes = [torch.eye(WIDTH, dtype=dtype, device=device).requires_grad_() for _ in range(LAYERS)]
     return [Layer(eye, None, activation, p) for eye in eyes]
 
 
-def path_in(form: str, x: Tensor, layers: list[Layer]) -> NetworkPath:
-    """The network path of some layers with its backward in one form."""
+def make_path(form: str, x: Tensor, layers: list[Layer]) -> NetworkPath:
+    """The network path of the layers, with its backward in the given form."""
     path = find_network(x, layers, x.dtype, recompute=False)
     assert isinstance(path, NetworkPath)
     assert path.formulation == "stored"
@@ -54,16 +54,16 @@ def path_in(form: str, x: Tensor, layers: list[Layer]) -> NetworkPath:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-def test_masks_are_those_of_the_layer_kernels(
+def test_masks_equal_those_of_the_layer_kernels(
     dtype: torch.dtype, activation: str, form: str, device: str, poisoned: None
 ) -> None:
-    """The forward and the gradient of the input are equal to the last bit, if both paths multiply alike."""
+    """The forward and the input's gradient are bit-identical if both paths use the same kind of product."""
     if form.startswith("stored") and dtype == torch.float32:
         pytest.skip("one pass over stored tensors is for 16 bits")
-    layers = layers_of(ACTIVATIONS[activation], dtype, device)
+    layers = make_layers(ACTIVATIONS[activation], dtype, device)
     weights = tuple(layer.weight for layer in layers)
     x = torch.ones(ROWS, WIDTH, dtype=dtype, device=device, requires_grad=True)
-    path, by_layers = path_in(form, x, layers), find_layers(x, layers, dtype, "triton")
+    path, by_layers = make_path(form, x, layers), find_layers(x, layers, dtype, "triton")
     found = []
     for run in (
         lambda: run_network(x, weights, (None,) * LAYERS, path),
@@ -76,7 +76,7 @@ def test_masks_are_those_of_the_layer_kernels(
         assert ("layer_forward_kernel" in launches) or KERNELS.get(form, "network_one_pass_kernel") in launches
     (y, dx, *gradients), (layer_y, layer_dx, *layer_gradients) = found
     assert (y == 0).any()
-    if path.network.precision == "fp16x3":  # the layer path has other products
+    if path.network.precision == "fp16x3":  # the layer path uses other products
         assert torch.equal(y == 0, layer_y == 0)
         for ours, other in zip(found[0], found[1]):
             torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
@@ -108,8 +108,8 @@ def test_the_users_choice_of_recompute_changes_no_mask(activation: str, recomput
 
 @pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
-def test_only_the_seed_is_saved_besides(activation: str, recompute: bool | None, device: str) -> None:
-    """tanh, whose z is saved in place of its output, takes no more memory for it."""
+def test_dropout_saves_only_the_seed(activation: str, recompute: bool | None, device: str) -> None:
+    """For tanh, z is saved instead of its output, which takes no more memory."""
     sizes = {}
     for p in (0.0, 0.5):
         options: dict[str, Any] = {"activation_layer": activation, "dropout": p, "recompute": recompute}
@@ -124,14 +124,14 @@ def test_only_the_seed_is_saved_besides(activation: str, recompute: bool | None,
             y = model(torch.randn(64, 16, device=device))
         plan = model.explain(64)
         assert plan.path == "network"
-        assert plan.kept_bytes == sum(saved.values())
-        sizes[p] = plan.kept_bytes
+        assert plan.saved_bytes == sum(saved.values())
+        sizes[p] = plan.saved_bytes
         del y
     assert sizes[0.5] == sizes[0.0] + 8
 
 
-def launches_of(model: FusedMLP, x: Tensor) -> list[tuple[Launch, int]]:
-    """The launches of a training step with their numbers of tensors, none of them carried out."""
+def launches(model: FusedMLP, x: Tensor) -> list[tuple[Launch, int]]:
+    """The launches of a training step, with their numbers of tensors. None is executed."""
     launched: list[tuple[Launch, int]] = []
     with launched_by(lambda launch, tensors: launched.append((launch, len(tensors)))):
         model(x).sum().backward()
@@ -140,9 +140,9 @@ def launches_of(model: FusedMLP, x: Tensor) -> list[tuple[Launch, int]]:
 
 @pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
 def test_without_dropout_the_kernels_have_no_code_for_it(recompute: bool) -> None:
-    """The seed and the probabilities are None, which is a constant to the compiler, and no tensor stands for them."""
+    """The seed and the probabilities are None, a constant to the compiler, and no tensor is passed in their place."""
     model = FusedMLP(20, [32, 32, 8], activation_layer="gelu", recompute=recompute, backend="triton")
-    for launch, tensors in launches_of(model, torch.randn(9, 20)):
+    for launch, tensors in launches(model, torch.randn(9, 20)):
         assert launch.kernel.arg_names[tensors : tensors + 2] == ["seed_ptr", "keeps"]
         assert launch.scalars[:2] == (None, None)
         assert not any(launch.constants["NET"].drops)
@@ -154,10 +154,10 @@ def test_another_probability_compiles_nothing(recompute: bool) -> None:
     for p in (0.1, 0.25):
         model = FusedMLP(20, [32, 32, 8], activation_layer="gelu", dropout=p, recompute=recompute, backend="triton")
         model[-1].p = 0.0
-        found.append(launches_of(model, torch.randn(9, 20)))
+        found.append(launches(model, torch.randn(9, 20)))
     assert len(found[0]) == len(found[1])
     for (one, _), (other, _) in zip(*found):
-        assert one.constants == other.constants  # the same object NET
+        assert one.constants == other.constants  # NET is the same object
         assert one.scalars[0] == (0.9, 0.9, None)
         assert other.scalars[0] == (0.75, 0.75, None)
         assert one.scalars[1:] == other.scalars[1:]
@@ -174,7 +174,7 @@ def test_a_gradient_without_the_mask_is_0_where_the_output_is(name: str) -> None
         assert activation.reference_backward(one, zero, *activation.values) == 0
 
 
-def test_a_bound_activation_decides_by_its_parameters() -> None:
+def test_a_bound_activation_is_judged_by_its_parameters() -> None:
     """A slope of 0 makes leaky_relu relu."""
     assert not redraws(ACTIVATIONS["leaky_relu"].bind(negative_slope=0.0), True)
     assert redraws(ACTIVATIONS["leaky_relu"].bind(negative_slope=-0.5), True)

@@ -1,4 +1,4 @@
-"""pick_device: the device that a name stands for."""
+"""pick_device: the device for a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mlp-fused env`: what a bug report needs, whatever is broken."""
+"""`mlp-fused env`: all facts for a bug report, even if some part is broken."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_env_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_env_reaches_its_end_whatever_is_broken(
+def test_env_completes_even_if_a_part_is_broken(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -90,7 +90,7 @@ def memory_of(gpu: int) -> tuple[int, int]:
 
 
 def test_env_lists_the_processes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch does, where it has the package to ask with."""
+    """torch lists them if it has the package for it."""
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda package: package)
     for torchs, ours in (
         (
@@ -142,7 +142,7 @@ def test_env_with_gpus(
     assert found["memory 0"] == "3.5 of 139.8 GiB free"
     assert found["memory 1"] == "unknown: CUDA error: out of memory"
     assert found["processes 0"] == (
-        "nvidia-smi lists those that hold memory (this report does with pip install nvidia-ml-py)"
+        "nvidia-smi lists those that hold memory (for a list here: pip install nvidia-ml-py)"
     )
     assert found["GPU 1"].startswith("NVIDIA A100-SXM4-80GB, ")
     assert found["tuned table 1"] == "none for this GPU"

@@ -1,4 +1,4 @@
-"""mlp_fused/errors.py: how sentences name numbers, lists and errors, and what passes for a number."""
+"""mlp_fused/errors.py: texts for numbers, lists and errors, and checks of numbers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def test_a_number_has_its_noun(number: float, text: str) -> None:
     assert count(number, "row", ",") == text
 
 
-def test_thousands_are_set_apart_on_request_only() -> None:
+def test_thousands_separators_only_on_request() -> None:
     assert count(1797, "row") == "1797 rows"
 
 
-def test_a_list_ends_where_it_is_told_to() -> None:
+def test_a_long_list_is_cut_at_the_limit() -> None:
     assert (listed([]), listed("abc"), listed("abc", 2)) == ("none", "a, b, c", "a, b, ...")
 
 
-def test_an_error_is_its_first_line() -> None:
+def test_an_error_is_shown_by_its_first_line() -> None:
     assert first_line(ValueError("no room.\nmore")) == "no room"
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
 
@@ -72,7 +72,7 @@ NEITHER = {
 
 
 @pytest.mark.parametrize("value", WHOLE.values(), ids=WHOLE)
-def test_what_has_an_index_is_a_whole_number(value: object) -> None:
+def test_an_object_with_index_is_a_whole_number(value: object) -> None:
     for number in (whole_number(value), real_number(value)):
         assert number == 5
         assert type(number) is int
@@ -86,6 +86,6 @@ def test_a_real_number_is_a_python_float(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", NEITHER.values(), ids=NEITHER)
-def test_a_bool_text_and_an_array_are_no_numbers(value: object) -> None:
+def test_bools_text_and_arrays_are_not_numbers(value: object) -> None:
     assert whole_number(value) is None
     assert real_number(value) is None

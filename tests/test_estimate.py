@@ -1,4 +1,4 @@
-"""The estimate that chooses tiles, and between torch and our kernels, against readings of an H100."""
+"""Choices of tiles, and between torch and our kernels, by the time estimate, compared with readings of an H100."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_rates_are_the_fit_to_the_readings() -> None:
             assert fitted == pytest.approx(getattr(estimate.RATES, side)[bits], abs=2e-3), (side, bits)
 
 
-def test_choices_between_torch_and_kernels_hold_for_shapes_that_were_left_out() -> None:
-    """In ten folds by layer shape, as the rates do not know the shape that is judged. No table is consulted."""
+def test_choices_between_torch_and_kernels_hold_for_held_out_shapes() -> None:
+    """Cross-validate in ten folds by layer shape: the rates are fitted without the shape. No table is consulted."""
     shapes = sorted({(row.width_in, row.width_out) for row in TABLE.gemms})
     folds = {shape: index % FOLDS for index, shape in enumerate(shapes)}
     judged = []
@@ -77,7 +77,7 @@ def test_kernels_measured_slower_are_left_to_torch() -> None:
     assert layer_tiles.why_torch(Problem("output_gradient", 1, 512, 0, torch.float32), H100) is None
 
 
-def test_a_device_without_a_data_sheet_is_taken_for_one_of_its_architecture() -> None:
+def test_an_unknown_device_gets_the_rates_of_its_architecture() -> None:
     problem = Problem("dgrad", 16384, 512, 512, torch.bfloat16, activation="gelu")
     unknown = dataclasses.replace(
         H100, name="NVIDIA GH100", bandwidth=None, tensor_16=None, tensor_tf32=None, fma_32=None

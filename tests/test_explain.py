@@ -19,19 +19,19 @@ def test_explain_counts_biases_alone_and_the_input_under_autocast() -> None:
             child.weight.requires_grad_(False)
     plan = model.explain(64, torch.bfloat16, "NVIDIA H200")
     assert any("wgrad" in step.kind or "recompute" in step.kind for run in plan.runs for step in run.kernels)
-    assert model.requires_grad_().explain(64, torch.bfloat16, "NVIDIA H200").kept_bytes == 64 * 32 * 4  # x, in fp32
+    assert model.requires_grad_().explain(64, torch.bfloat16, "NVIDIA H200").saved_bytes == 64 * 32 * 4  # x, in fp32
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_explain_counts_what_is_kept(activation: str) -> None:
     plan = FusedMLP(32, [48, 16, 8], activation_layer=activation, backend="triton").explain(64, device="NVIDIA H200")
     assert plan.path == "network"
-    assert plan.kept_bytes == 64 * (32 + 48 + 16) * 4
+    assert plan.saved_bytes == 64 * (32 + 48 + 16) * 4
     by_torch = FusedMLP(32, [48, 16, 8], activation_layer=activation).explain(64)
     assert by_torch.path == "reference"
     assert by_torch.reason == "the input is on the CPU"
     pre_activations = 64 * (48 + 16) * 4 if activation == "gelu" else 0
-    assert by_torch.kept_bytes == plan.kept_bytes + pre_activations
+    assert by_torch.saved_bytes == plan.saved_bytes + pre_activations
     text = str(plan)
     for expected in (
         "NVIDIA H200",
@@ -39,7 +39,7 @@ def test_explain_counts_what_is_kept(activation: str) -> None:
         "network wgrad",
         "GFLOP",
         "floor",
-        "kept for backward 0.025 MB",
+        "saved for backward 0.025 MB",
     ):
         assert expected in text
     assert plan.work.flops == 2 * 64 * (32 * 48 * 2 + 48 * 16 * 3 + 16 * 8 * 3)

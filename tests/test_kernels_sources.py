@@ -127,16 +127,16 @@ def test_a_new_branch_leaves_the_others_as_they_were(tmp_path: Path) -> None:
 def test_a_function_without_a_file_has_no_source() -> None:
     scope: dict[str, object] = {}
     exec("def typed_in(z): return z", scope)
-    place = sources.source_of(scope["typed_in"])
+    place = sources.find_source(scope["typed_in"])
     assert sources.digest([place]) == sources.digest([])
-    assert sources.source_of(print) is None
+    assert sources.find_source(print) is None
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_is_found(name: str) -> None:
     activation = ACTIVATIONS[name]
     nothing = sources.digest([])
-    digests = {sources.digest([sources.source_of(each)]) for each in (activation.forward, activation.backward)}
+    digests = {sources.digest([sources.find_source(each)]) for each in (activation.forward, activation.backward)}
     assert len(digests) == 2
     assert nothing not in digests
 

@@ -47,21 +47,20 @@ def test_a_forward_that_runs_out_says_what_is_kept_and_what_would_fit(full: pyte
         model(x)
     text = str(caught.value)
     plan = model.explain(4096)
-    kept, working = plan.kept_bytes, plan.workspace_bytes + 4096 * 64 * 4
-    assert kept == 4096 * (32 + 64 + 64) * 4
+    saved, workspace = plan.saved_bytes, plan.workspace_bytes + 4096 * 64 * 4
+    assert saved == 4096 * (32 + 64 + 64) * 4
     parameters = sum(parameter.nbytes for parameter in model.parameters())
-    # A row: what is kept, the kernels' workspace and a tensor as wide as the widest layer; gradients and Adam's two
-    # tensors are as large as the parameters.
-    fits = (3 * 2**20 - 4 * parameters) * 4096 / (kept + working)
+    # A row needs the saved tensors, the kernels' workspace and a tensor as wide as the widest layer. Gradients and
+    # Adam's two tensors are as large as the parameters.
+    fits = (3 * 2**20 - 4 * parameters) * 4096 / (saved + workspace)
     assert text.startswith(
-        f"{TORCHS}\nmlp_fused: for 4096 rows the network keeps {kept / 2**20:.1f} MiB for backward and works with "
-        f"about {working / 2**20:.1f} MiB more, beside {4 * parameters / 2**20:.1f} MiB of parameters, gradients "
-        "and an optimizer's state (2 tensors a parameter). This process can have 3.0 MiB of cpu; its tensors take "
-        "1.0 MiB."
+        f"{TORCHS}\nmlp_fused: a batch of 4,096 rows needs {saved / 2**20:.1f} MiB of saved activations and about "
+        f"{workspace / 2**20:.1f} MiB of workspace, plus {4 * parameters / 2**20:.1f} MiB for parameters, gradients "
+        "and optimizer state (2 tensors per parameter). cpu has 3.0 MiB for this process, of which 1.0 MiB are in use."
     )
     assert 2048 <= fits < 4096
-    assert "About 2048 rows would fit. Less is taken by fewer rows at once, recompute=True, 16 bits (t" in text
-    assert text.endswith("torch.inference_mode() where no backward follows.")
+    assert "A batch of about 2,048 rows should fit. To use less memory: a smaller batch, recompute=True, torch" in text
+    assert text.endswith("torch.autocast, or torch.inference_mode() for inference.")
     assert type(caught.value) is torch.OutOfMemoryError
     assert traceback.extract_tb(caught.tb)[-1].name == "refuse"
     full.undo()
@@ -78,11 +77,12 @@ def test_what_takes_less_is_what_is_not_done_already() -> None:
         return str(caught.value).partition("mlp_fused: ")[2]
 
     with torch.inference_mode():
-        kept_nothing = said(model_of(dtype=torch.bfloat16), torch.bfloat16)
-    assert kept_nothing.startswith("for 128 rows the network keeps nothing for backward and works with about 0.0 MiB")
-    assert "of parameters. This process can have 3.0 MiB of cpu" in kept_nothing
-    assert kept_nothing.endswith(
-        "By this count the batch fits: what is free may be in pieces. Less is taken by fewer rows at once."
+        inference = said(model_of(dtype=torch.bfloat16), torch.bfloat16)
+    assert inference.startswith("a batch of 128 rows needs about 0.0 MiB of workspace, plus ")
+    assert "for parameters. cpu has 3.0 MiB for this process" in inference
+    assert inference.endswith(
+        "By this estimate the batch fits, so the free memory is probably fragmented. "
+        "To use less memory: a smaller batch."
     )
     assert "recompute" not in said(model_of(recompute=True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -98,7 +98,7 @@ def test_a_network_within_a_network_is_explained_once() -> None:
     with pytest.raises(torch.OutOfMemoryError) as caught:
         model(torch.randn(16, 32))
     assert str(caught.value).count("mlp_fused: ") == 1
-    assert f"beside {16 * sum(each.numel() for each in model.parameters()) / 2**20:.1f} MiB of" in str(caught.value)
+    assert f"plus {16 * sum(each.numel() for each in model.parameters()) / 2**20:.1f} MiB for" in str(caught.value)
 
 
 @pytest.mark.usefixtures("full")
@@ -125,11 +125,15 @@ FITS: dict[str, tuple[dict[str, Any], int | None]] = {
 
 @pytest.mark.parametrize(("changes", "fits"), FITS.values(), ids=FITS)
 def test_which_batch_fits(changes: dict[str, Any], fits: int | None) -> None:
-    step = {"rows": 1024, "kept": 2**30, "working": 2**30, "fixed": 0, "device": CPU, "room": Room(2**30, 0)}
+    step = {"rows": 1024, "saved": 2**30, "workspace": 2**30, "fixed": 0, "device": CPU, "room": Room(2**30, 0)}
     need = Need(**{**step, **changes})
     assert need.fits == fits
-    ends = {0: "Not even one row would fit.", 2: "About 2 rows would fit.", 512: "About 512 rows would fit."}
-    assert ("would fit" in str(need)) == (fits is not None)
+    ends = {
+        0: "Not even one row would fit.",
+        2: "A batch of about 2 rows should fit.",
+        512: "A batch of about 512 rows should fit.",
+    }
+    assert (" fit." in str(need)) == (fits is not None)
     assert str(need).endswith(ends.get(fits, ".") if fits is not None else ".")
 
 

@@ -92,7 +92,7 @@ def test_the_layers_join_their_neighbours_run(device: str) -> None:
     assert "linear (Linear)" not in report
 
 
-def test_shared_weights_are_left_and_named() -> None:
+def test_shared_weights_are_not_fused_and_are_named() -> None:
     first, second = (nn.Sequential(FusedLinear(8, 8, activation="relu"), nn.Linear(8, 8)) for _ in range(2))
     second[0].weight = first[0].weight
     report = fuse(nn.ModuleList([first, second]))
@@ -105,10 +105,10 @@ def test_the_layer_explains_and_warms_up_itself(device: str) -> None:
     plan = layer.explain(5, device="NVIDIA H200")
     assert [run.children for run in plan.runs] == ["linear Linear, activation gelu"]
     assert (
-        plan.kept_bytes
+        plan.saved_bytes
         == FusedMLP.from_sequential(nn.Sequential(nn.Linear(16, 32), nn.GELU()))
         .explain(5, device="NVIDIA H200")
-        .kept_bytes
+        .saved_bytes
     )
     assert layer.warmup(5) > 0
     layer.linear.register_forward_hook(lambda *_: None)

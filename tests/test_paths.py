@@ -397,7 +397,7 @@ def steps_of(path: network_path.NetworkPath, widths: tuple[int, ...], needs_x: b
     """All steps of a training pass over 1000 rows."""
     layers = explain.meta_layers(widths, path.activations, torch.bfloat16, bias=True)
     wanted = [True] * len(layers)
-    passes = explain.schedules_of(
+    passes = explain.make_schedules(
         path, 1000, layers, H200, dtype=torch.bfloat16, weights=wanted, biases=wanted, needs_x=needs_x
     )
     return [step for schedule in passes if schedule for step in schedule.steps]

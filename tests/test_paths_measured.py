@@ -108,7 +108,7 @@ def expected(name: str, phase: str) -> Expected:
         cell.widths, activations, paths.parameters_of(layers), dtype, precision, False, no_dropout
     )
     wanted = [training] * len(shapes)
-    passes = explain.schedules_of(layer_path, cell.rows, layers, H100, dtype=dtype, weights=wanted, biases=wanted)
+    passes = explain.make_schedules(layer_path, cell.rows, layers, H100, dtype=dtype, weights=wanted, biases=wanted)
     products = [
         each.problem
         for schedule in passes

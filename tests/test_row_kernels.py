@@ -122,7 +122,7 @@ def test_explain_says_that_a_reading_is_of_an_older_kernel(measured: Path) -> No
     wide = dataclasses.replace(FORWARD, activation="identity")
     install(table(outdated(wide), outdated(NARROW)))
     network = FusedMLP(64, [64, 64]).explain(4096, dtype=torch.float16, device=H200.name)
-    assert network.reason.endswith("; it was measured with older kernels, which does not count")
+    assert network.reason.endswith("; its measurement is not used, because the kernels have changed since")
     asked = FusedMLP(64, [64, 64], recompute=False).explain(4096, dtype=torch.float16, device=H200.name)
     assert "older" not in asked.reason
     rows = str(FusedMLP(256, [512]).explain(1024, dtype=torch.bfloat16, device=H200.name)).splitlines()

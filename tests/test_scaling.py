@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mlp_fused import FusedMLP
-from mlp_fused.scaling import Scaling, Unscaling, column_remarks, constant, whole
+from mlp_fused.scaling import Scaling, Unscaling, column_remarks, constant, join_modules
 from mlp_fused.train.data import to_features
 
 
@@ -91,7 +91,7 @@ CASTS: dict[str, Any] = {
 
 def model_of(x: Tensor, *, targets: bool = False) -> nn.Sequential:
     unscaling = Unscaling(torch.tensor([1.7e9], dtype=torch.float64), torch.tensor([3.0])) if targets else None
-    return whole(Scaling.fit(x), FusedMLP(x.shape[1], [8, 1]), unscaling)
+    return join_modules(Scaling.fit(x), FusedMLP(x.shape[1], [8, 1]), unscaling)
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)

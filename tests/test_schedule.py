@@ -94,10 +94,10 @@ def test_a_step_is_explained(model: FusedMLP, dummy: Any) -> None:
 def test_a_steps_buffers_are_counted(model: FusedMLP, dummy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         model.requires_grad_(False)
-        with_dummy = memory.need(model, rows=1000).working
+        with_dummy = memory.need(model, rows=1000).workspace
         layer_path.layer_path.cache_clear()
         monkeypatch.undo()
-        without = memory.need(model, rows=1000).working
+        without = memory.need(model, rows=1000).workspace
     assert with_dummy - without >= 1000 * sum(WIDTHS[1:]) * 4
 
 

@@ -192,7 +192,7 @@ def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[dict[str, Any]
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no measured table: .*{sentence}") as raised:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is not a measured table: .*{sentence}") as raised:
         table_files.read(path)
     assert "\n" not in str(raised.value)
 
@@ -227,7 +227,7 @@ def test_any_damage_is_found_or_harmless(tmp_path_factory: pytest.TempPathFactor
         table_files.write(path, found)
         assert table_files.read(path) == found
         return
-    assert sentence.startswith(f"{path} is no measured table: ")
+    assert sentence.startswith(f"{path} is not a measured table: ")
     assert "\n" not in sentence
 
 
@@ -236,7 +236,7 @@ def test_any_other_file_is_refused(tmp_path_factory: pytest.TempPathFactory, con
     path = tmp_path_factory.mktemp("t") / "t.json"
     table_files.write(path, table(FORWARD, NARROW))
     path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
-    with pytest.raises(ValueError, match=r"is not JSON|is no measured table"):
+    with pytest.raises(ValueError, match=r"is not JSON|is not a measured table"):
         table_files.read(path)
 
 
@@ -427,7 +427,7 @@ def test_packaged_tables_are_good() -> None:
     ("content", "sentence"),
     [
         (b"{", "is not JSON: .+"),
-        (b"{}", "is no measured table: schema is null; .+"),
+        (b"{}", "is not a measured table: schema is null; .+"),
         (table(FORWARD, device="NVIDIA H100"), "was measured on NVIDIA H100; it needs to be measured on NVIDIA H200"),
     ],
     ids=["not JSON", "no table", "another device"],
@@ -447,8 +447,8 @@ def test_a_broken_table_is_warned_of_once_and_not_used(
             assert tables.tile_for(problem(rows), H200) == TILE  # the packaged one's
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING")
-    mend = "it is not used; delete it, or run `mlp-fused tune` after that to write a new one"
-    assert re.match(f"{re.escape(str(path))}:? {sentence}; {mend}$", record.getMessage())
+    fix = "it is not used; delete it, and run `mlp-fused tune` to write a new one"
+    assert re.match(f"{re.escape(str(path))}:? {sentence}; {fix}$", record.getMessage())
 
 
 @pytest.mark.parametrize(("count", "told"), [(1, "this row is"), (3, "this and 2 more rows are")])
@@ -504,8 +504,8 @@ def test_under_another_triton_tiles_hold_that_the_rule_knows(
     path = tables.user_path(H200.name) if whose == "user" else tables.packaged_path(H200.name)
     today = ".".join(map(str, tables.TRITON_VERSION))
     assert record.getMessage() == (
-        f"{path} was measured with Triton 3.4.0, this is {today}: only those of its tiles are used that are candidates "
-        "here; `mlp-fused tune` measures again"
+        f"{path} was measured with Triton 3.4.0, but this is {today}: only its tiles that `mlp-fused tune` would "
+        "measure here are used; run it to measure again"
     )
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING" if whose == "user" else "INFO")
 

@@ -67,7 +67,7 @@ def test_quartiles() -> None:
 
 
 def test_a_spread_is_the_median_with_its_quartiles() -> None:
-    assert Spread.of(iter([5.0, 1.0, 2.0, 4.0, 3.0])) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread.from_readings(iter([5.0, 1.0, 2.0, 4.0, 3.0])) == Spread(3.0, 2.0, 4.0, 5)
     assert Spread(3.0, 2.0, 4.0, 5) + Spread(1.0, 0.5, 3.0, 7) == Spread(4.0, 2.5, 7.0, 5)
 
 

@@ -146,7 +146,7 @@ def test_targets_of_a_regression(tmp_path: Path, y: np.ndarray, rows: list[Any],
         ),
         (np.array([1j, 2]), "y has dtype complex128; it needs real numbers"),
         (np.array([1, np.nan]), "y has 1 value that is NaN, infinite or beyond float32, the first in row 1"),
-        (np.array([]), "x has 2 rows and y has 0 labels"),
+        (np.array([]), "x has 2 rows and y has 0 targets"),
     ],
     ids=["3-D", "a number", "no column", "text", "complex", "NaN", "empty"],
 )
@@ -340,13 +340,16 @@ KERAS_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "lengths": (
         {"y_test": np.zeros(3)},
-        "x_test has 2 rows and y_test has 3 labels; there needs to be one label per row",
+        "x_test has 2 rows and y_test has 3 targets; it needs one target per row",
     ),
     "one label": (
         {"y_test": np.zeros(1)},
-        "x_test has 2 rows and y_test has 1 label; there needs to be one label per row",
+        "x_test has 2 rows and y_test has 1 target; it needs one target per row",
     ),
-    "training": ({"y_train": np.zeros(5, int)}, "x_train has 6 rows and y_train has 5 labels; there needs to be one"),
+    "training": (
+        {"y_train": np.zeros(5, int)},
+        "x_train has 6 rows and y_train has 5 targets; it needs one target",
+    ),
     "empty": (
         {"x_test": np.ones((0, 2)), "y_test": np.zeros(0)},
         "x_test has no rows; training and validation need at least one",

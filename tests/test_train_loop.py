@@ -358,7 +358,7 @@ def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    with pytest.raises(UserError, match="--dtype bf16 is beyond Tesla T4; it has fp32 and fp16"):
+    with pytest.raises(UserError, match="Tesla T4 does not support --dtype bf16; use fp32 or fp16"):
         loop._train(dataclasses.replace(TINY, dtype="bf16"), Processes(torch.device("cuda")), build_model, quiet)
 
 

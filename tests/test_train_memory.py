@@ -61,10 +61,10 @@ def test_training_that_runs_out_keeps_the_last_checkpoint_and_goes_on_from_it(
         train(run, build=build, report=lambda text: None)
     torchs, ours, where = str(caught.value).splitlines()
     assert torchs == TORCHS
-    assert ours.startswith("mlp_fused: for 16 rows the network keeps ")
+    assert ours.startswith("mlp_fused: a batch of 16 rows needs ")
     assert ours.endswith(
-        "Less is taken by a smaller --batch-size (restarts the training), more GPUs, which share each batch "
-        "(torchrun), --dtype bf16 (restarts the training)."
+        "To use less memory: a smaller --batch-size (restarts the training), more GPUs, which share each batch "
+        "(torchrun), or --dtype bf16 (restarts the training)."
     )
     assert (
         where == f"stopped; {path} is the last checkpoint, after epoch 1; add --resume to the same command to continue"
@@ -88,7 +88,8 @@ def test_the_command_that_runs_out_says_so_in_place_of_a_traceback(
     torchs, ours, where = capsys.readouterr().err.splitlines()
     assert torchs == f"mlp-fused: {TORCHS}"
     assert (
-        "Less is taken by a smaller --batch-size, more GPUs, which share each batch (torchrun), --dtype bf16." in ours
+        "To use less memory: a smaller --batch-size, more GPUs, which share each batch (torchrun), or --dtype bf16."
+        in ours
     )
     assert where == f"stopped before the end of the first epoch; no checkpoint was written to {run.checkpoint}"
     assert not Path(str(run.checkpoint)).exists()

@@ -259,7 +259,8 @@ def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatc
 
     out.write_text("{}")
     refused(
-        "notes.json is no measured table: .*, so it will not be overwritten; delete it, or use another file for --out$"
+        "notes.json is not a measured table: .*, so it will not be overwritten; "
+        "delete it, or use another file for --out$"
     )
     assert out.read_text() == "{}"
     other = table_files.Table("NVIDIA H200", "2026-01-31T12:00:00+00:00", tuner.versions())

@@ -1,4 +1,4 @@
-"""Short trainings on made-up data, for the tests of mlp_fused.train."""
+"""Short training runs on generated data, for the tests of mlp_fused.train."""
 
 from __future__ import annotations
 

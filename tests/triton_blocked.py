@@ -93,7 +93,7 @@ def test_explain_of_a_gpu_elsewhere(gpu: str, caplog: pytest.LogCaptureFixture) 
         wide = FusedMLP(784, [512, 512, 10]).explain(4096, torch.bfloat16, gpu)
     assert (narrow.path, wide.path) == ("network", "layer")
     assert gpu in str(wide)
-    assert not caplog.records  # as no Triton of this machine could run another tile than the measured one
+    assert not caplog.records  # there is no Triton here that could need another tile than the measured one
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def fuse_for_triton() -> nn.Module:
 
 
 def test_an_activation_is_its_reference() -> None:
-    """The two functions written in Triton cannot be made here; anything may stand in their place."""
+    """The two functions in Triton cannot be compiled here, so any function may replace them."""
     register_activation("gaussian", None, None, reference=lambda z: torch.exp(-z * z))
     model = FusedMLP(6, [8, 3], activation_layer="gaussian")
     x = torch.randn(5, 6)

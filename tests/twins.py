@@ -16,7 +16,7 @@ WIDTHS = (4, 8, 3)
 
 
 def fused_and_twin(kind: str, backend: Any = "auto", activation: str = "relu") -> tuple[nn.Module, nn.Module]:
-    """A network of that kind, 4 → 8 → 3, and the nn.Sequential of the same numbers and children's names."""
+    """A network of this kind, 4 → 8 → 3, and an nn.Sequential with the same parameters and names of children."""
     width_in, hidden, width_out = WIDTHS
     module = ACTIVATIONS[activation].module
     assert module is not None

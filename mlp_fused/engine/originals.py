@@ -110,7 +110,10 @@ def why_hidden(kind: type) -> str | None:
 
 
 def why_replaced(functions: tuple[str, ...], activation: str = "") -> str | None:
-    """The name and place of the replacement, if one of these functions or of an activation's is replaced; else None."""
+    """The reason why a call of these functions would not run torch's code; None if it would.
+
+    `functions` are names of functions. Those that the activation of the name `activation` calls are checked too.
+    """
     for name in (*functions, *functions_called(activation)):
         function = look_up(name)
         if function is not _OWN.get(name):

@@ -18,7 +18,7 @@ __all__ = ["resolve"]
 
 
 def is_users(kind: type) -> bool:
-    """True if a user registered this module class as an activation. The user's word for what it computes is trusted."""
+    """True if a user registered this module class as an activation. Its code is then not compared with a library's."""
     return any(activation.module is kind for name, activation in ACTIVATIONS.items() if name not in BUILT_IN)
 
 
@@ -89,7 +89,7 @@ FUNCTIONS: dict[str, str] = {
     "torch.sin": "sine",
 }
 
-# Other functions that an activation calls, in its reference or in a module of it.
+# Other functions that an activation's reference calls, or that a module class of this activation calls.
 CALLED: dict[str, tuple[str, ...]] = {
     "squared_relu": ("torch.nn.functional.relu", "torch.relu"),
     "threshold": ("torch.nn.functional.threshold",),

@@ -62,13 +62,14 @@ def _activation(name: str | None, derives: bool) -> tuple[Source | None, ...]:
     if activation is None:
         return ()
     functions = (activation.forward, activation.backward) if derives else (activation.forward,)
-    return tuple(map(sources.source_of, functions))
+    return tuple(map(sources.find_source, functions))
 
 
 def _known(dtype: str, precision: str | None) -> dict[str, object]:
     """The known constants of a row's kernels: their PRECISION, or the values that it may have.
 
-    bf16x6 calls itself with another PRECISION for its parts. A row without a tile does not say how fp32 was multiplied.
+    In bf16x6, `dot` calls itself for the parts with PRECISION "ieee". A row without a tile does not say how fp32 was
+    multiplied.
     """
     if dtype != "float32":
         return {"PRECISION": "ieee"}

@@ -135,7 +135,7 @@ def is_exporting_to_onnx() -> bool:
 constant_to_compilers(is_exporting_to_onnx)
 
 
-# --- torch's private names ---
+# Private names of torch.
 
 linear: Any = torch._C._nn.linear  # takes `out`; a third faster than torch.addmm of a weight transposed in Python
 addmm_activation = torch._addmm_activation  # a(b + x Wᵀ) with relu or gelu in the library's own epilogue

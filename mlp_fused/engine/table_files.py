@@ -141,7 +141,7 @@ class Table:
         return (*self.gemms, *self.networks)
 
     def is_related(self, device: Device) -> bool:
-        """True if the tiles of this table are valid for a device: another one of the same architecture and size."""
+        """True if the tiles are valid for `device`: it is another device, of the same architecture and size."""
         is_other = device_slug(self.device) != device_slug(device.name)
         same = (self.arch, self.multiprocessors) == (device.arch, device.multiprocessors)
         return is_other and same and "MIG" not in self.device + device.name
@@ -182,7 +182,7 @@ def write(path: Path, table: Table) -> None:
     try:
         _parse(json.loads(text))
     except ValueError as error:
-        raise ValueError(f"the table is no measured table: {error}") from None
+        raise ValueError(f"the table is not a measured table: {error}") from None
     Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(text.encode()))
 
@@ -226,7 +226,7 @@ def read(path: Path) -> Table:
     try:
         return _parse(content)
     except ValueError as error:
-        raise ValueError(f"{path} is no measured table: {error}") from None
+        raise ValueError(f"{path} is not a measured table: {error}") from None
 
 
 def _parse(content: Any) -> Table:

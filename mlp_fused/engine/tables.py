@@ -22,7 +22,7 @@ carried over from one GPU to another.
 A row records the kernels that were measured (row_kernels.py). If they have changed since, the row is valid only if it
 chooses torch. Otherwise the estimate decides, and the choice's source says so.
 
-A table that was measured with another Triton (another first or second version number) still has the best guess, but a
+A table that was measured with another Triton (another first or second version number) is still the best guess, but a
 tile may spill or fail to compile. So its tiles are used only if they are among `layer_tiles.candidates`. The logger
 `mlp_fused` reports this once: as a warning for the user's own table, which `mlp-fused tune` can measure again, and as
 INFO for a packaged one.
@@ -253,16 +253,14 @@ def measured(device: Device) -> tuple[Table, ...]:
         except FileNotFoundError:
             continue
         except ValueError as error:
-            logger.warning(
-                "%s; it is not used; delete it, or run `mlp-fused tune` after that to write a new one", error
-            )
+            logger.warning("%s; it is not used; delete it, and run `mlp-fused tune` to write a new one", error)
             continue
         if not _is_of_this_triton(table):
             then, today = table.versions["triton"], ".".join(map(str, TRITON_VERSION))
             logger.log(
                 level,
-                "%s was measured with Triton %s, this is %s: only those of its tiles are used that are candidates "
-                "here; `mlp-fused tune` measures again",
+                "%s was measured with Triton %s, but this is %s: only its tiles that `mlp-fused tune` would measure "
+                "here are used; run it to measure again",
                 path,
                 then,
                 today,

@@ -222,12 +222,10 @@ def _kind(array: np.ndarray) -> str:
     return "number" if array.dtype.kind in "biuf" else array.dtype.kind
 
 
-def _check_lengths(names: Sequence[str], rows: int, labels: int) -> None:
-    if rows != labels:
+def _check_lengths(names: Sequence[str], rows: int, targets: int) -> None:
+    if rows != targets:
         x, y = names
-        raise UserError(
-            f"{x} has {count(rows, 'row')} and {y} has {count(labels, 'label')}; there needs to be one label per row"
-        )
+        raise UserError(f"{x} has {count(rows, 'row')} and {y} has {count(targets, 'target')}; it needs {TARGETS}")
 
 
 def load_features(path: str) -> tuple[Tensor, str]:

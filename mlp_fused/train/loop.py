@@ -31,7 +31,7 @@ from ..errors import UserError, count, first_line
 from ..module import FusedMLP
 from ..prefetch import DevicePrefetcher
 from ..progress import progress
-from ..scaling import Scaling, column_remarks, whole
+from ..scaling import Scaling, column_remarks, join_modules
 from .config import (
     LEARNING_RATES,
     MOMENTUM,
@@ -319,7 +319,7 @@ def _train(config: Config, processes: Processes, build: Build, report: Callable[
     validation_batches = make_loader(validation_set, config, processes)
 
     torch.manual_seed(config.seed)
-    model = whole(scaling, build(data.x.shape[1], data.outputs, config), task.unscaling).to(device)
+    model = join_modules(scaling, build(data.x.shape[1], data.outputs, config), task.unscaling).to(device)
     network = model.get_submodule("network")
     if not is_first:
         torch.manual_seed(config.seed + processes.rank)  # so that Dropout draws other masks in every process

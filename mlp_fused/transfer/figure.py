@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_all as write
-from ..plots import BLACK, BLUE, GREEN, LIGHT, ORANGE, PURPLE, VERMILION, blank, file_of, finish
+from ..plots import BLACK, BLUE, GREEN, LIGHT, ORANGE, PURPLE, VERMILION, blank, file_content, finish
 from ..timing import Spread
 from .findings import Transfer
 
@@ -20,7 +20,7 @@ def draw(result: Transfer, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    write({path: file_of(step_figure(result), path.suffix[1:])})
+    write({path: file_content(step_figure(result), path.suffix[1:])})
 
 
 def step_figure(result: Transfer) -> Any:

@@ -69,7 +69,9 @@ def network_row(
     if baselines is None:
         baselines = {"eager": comparison(eager)}
     phase = network_phase(**ours)
-    return NetworkRow.of(cell, device, ours=phase, baselines=baselines, repeat_ms=1.01 * phase.timing.ms, **values)
+    return NetworkRow.for_cell(
+        cell, device, ours=phase, baselines=baselines, repeat_ms=1.01 * phase.timing.ms, **values
+    )
 
 
 def gemm_row(
@@ -84,7 +86,7 @@ def gemm_row(
     found = timed(1.1 * kernel_ms, kernel_ms)
     ours = Kernel("64x64x32, 4 warps", precision, 1, VERIFIED, timing=found, floor=floor(kernel_ms, ratio))
     baselines = values.pop("baselines", {"matmul": comparison(matmul), "eager": comparison(1.3)})
-    return GemmRow.of(cell, "cuda", ours=ours, baselines=baselines, repeat_ms=1.01 * found.ms, **values)
+    return GemmRow.for_cell(cell, "cuda", ours=ours, baselines=baselines, repeat_ms=1.01 * found.ms, **values)
 
 
 def errors(
@@ -108,7 +110,7 @@ def copy_row(
     }
     loop = Throughput(read, copy_ms, compute_ms, bound, None, "prefetched", over_fastest)
     phases = {phase: network_phase(ms, ms) for phase, ms in kernel_ms.items()}
-    return CopyRow.of(cell, "cuda", copies=copied, link=Link(50e9, 50e9), throughput=loop, phases=phases)
+    return CopyRow.for_cell(cell, "cuda", copies=copied, link=Link(50e9, 50e9), throughput=loop, phases=phases)
 
 
 class HostClock(timing.Clock):

@@ -53,10 +53,10 @@ def test_a_goal_is_judged_by_its_worst_row() -> None:
     assert goal.judge([good, bad]).startswith("missed        ≥ 1.3    1.200")
     assert goal.judge([good, bad]).endswith(f"{second}, the worst of 2")
     assert verdict(goal, replace(bad, device="cpu")) == "not measured"
-    broken = FailedRow.of(third, "cuda", error="out of memory")
+    broken = FailedRow.for_cell(third, "cuda", error="out of memory")
     assert goal.judge([good, broken]).endswith(f"{first}, 1 failed")
     assert verdict(goal, network_row(third, baselines={}, failures={"eager": "no"})) == "not measured"
-    unfinished = FailedRow.of(third, "cuda", error="stopped", unfinished=9.0, measured=network_row(third, 1.1))
+    unfinished = FailedRow.for_cell(third, "cuda", error="stopped", unfinished=9.0, measured=network_row(third, 1.1))
     assert goal.judge([good, unfinished]).startswith("missed        ≥ 1.3    1.100")
 
 
@@ -80,7 +80,9 @@ def test_the_share_of_rows_on_our_kernels() -> None:
         network_row(cell_of("narrow-step"), path="network"),
         network_row(cell_of("narrow-forward")),
         network_row(cell_of("odd-forward"), path="reference"),
-        FailedRow.of(cell_of("odd-training"), "cuda", error="wrong", measured=network_row(cell_of("odd-training"))),
+        FailedRow.for_cell(
+            cell_of("odd-training"), "cuda", error="wrong", measured=network_row(cell_of("odd-training"))
+        ),
         network_row(cell_of("seed-step"), path="reference", device="cpu"),
         gemm_row(cell_of("gemm-dgrad")),
     ]

@@ -56,7 +56,7 @@ class Simulated:
         if isinstance(outcome, Exception):
             raise outcome
         self.take(outcome, seconds, network_row(cell))
-        return FreshRow.of(cell, "cuda", seconds={"cold": {"context": 1.0}})
+        return FreshRow.for_cell(cell, "cuda", seconds={"cold": {"context": 1.0}})
 
     def take(self, needed: float, seconds: float, partial: CellRow | None = None) -> None:
         self.clock.now += min(needed, seconds)

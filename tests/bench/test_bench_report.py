@@ -34,10 +34,12 @@ def made_up(cell: Cell, chance: random.Random) -> CellRow:
     """A cell's row."""
     if cell.phase == "lecture":
         names = ("cpu_product", *(name for name in report.LECTURE if name != "cpu_product"))
-        return FreshRow.of(cell, "cuda", seconds={"any": {name + again: 0.1 for name in names for again in ("", "_2")}})
+        return FreshRow.for_cell(
+            cell, "cuda", seconds={"any": {name + again: 0.1 for name in names for again in ("", "_2")}}
+        )
     if cell.phase in FRESH_PHASES:
         seconds = {"context": 0.3, "copy": 0.1, "copy_2": 0.001}
-        return FreshRow.of(cell, "cuda", seconds={"cold": seconds, "warm": seconds})
+        return FreshRow.for_cell(cell, "cuda", seconds={"cold": seconds, "warm": seconds})
     if cell.phase == "copy":
         return made_up_copy(cell, chance)
     floor = made_up_ms(cell.problem, cell.phase, None)
@@ -170,7 +172,7 @@ def test_a_missing_row_is_not_measured_and_a_failed_one_says_why(tmp_path: Path,
     whole = rows[str(lacking)]
     assert isinstance(whole, NetworkRow)
     others = {name: each for name, each in whole.baselines.items() if name not in ("compile", "cuda_graph")}
-    made = {**rows, str(failed): FailedRow.of(failed, "cuda", error="AssertionError: |<wrong>")}
+    made = {**rows, str(failed): FailedRow.for_cell(failed, "cuda", error="AssertionError: |<wrong>")}
     made[str(lacking)] = replace(whole, baselines=others, failures={"compile": "out of memory"})
     kept = [row for name, row in made.items() if name != str(missing) and not name.startswith(("large", "warmup"))]
     text = markdown_of(file_in(tmp_path, kept))

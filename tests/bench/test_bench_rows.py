@@ -43,9 +43,9 @@ ROWS: list[Row] = [
     network_row(cell_of("odd-step"), device="cpu", failures={"compile": "out of memory"}),
     gemm_row(cell_of("gemm-dgrad"), errors=errors((1e-7, 1e-6), (1e-7, 1e-6))),
     copy_row(cell_of("copy-copy"), COPIED, {"prefetched": 1.0, "resident": 0.5}, {"forward": 0.1}),
-    FreshRow.of(cell_of("copy-lecture"), "cuda", seconds={"any": {"copy": 0.1}}),
-    FailedRow.of(cell_of("odd-step"), "cuda", error="stopped after 9 s", unfinished=9.0, measured=NETWORK),
-    FailedRow.of(cell_of("odd-step"), "cuda", error="wrong"),
+    FreshRow.for_cell(cell_of("copy-lecture"), "cuda", seconds={"any": {"copy": 0.1}}),
+    FailedRow.for_cell(cell_of("odd-step"), "cuda", error="stopped after 9 s", unfinished=9.0, measured=NETWORK),
+    FailedRow.for_cell(cell_of("odd-step"), "cuda", error="wrong"),
     TINYCUDANN,
 ]
 

@@ -103,6 +103,8 @@ def networks(full: bool) -> list[NetworkCompilation]:
     found: list[NetworkCompilation] = []
     square = [(width,) * (hidden + 2) for width in (16, 32, 64, 128) for hidden in (1, 3, 5)]
     others = [(784, 64, 64, 10), (784, 128, 128, 10), (784, 256, 10), (16, 64, 64, 16), (64,) * 8]
+    # With 6 and with 7 layers, 64 wide and relu, differ little, and take long to compile: each target has one of them.
+    left_out = {("NVIDIA A100", (64,) * 7), ("NVIDIA B200", (64,) * 8)}
     for target, (dtype, precision) in itertools.product(TARGETS, FORMS):
         name = str(dtype).removeprefix("torch.")
         for turn, widths in enumerate([*square, *others]):
@@ -110,7 +112,7 @@ def networks(full: bool) -> list[NetworkCompilation]:
                 continue
             for activation in ("relu", "gelu"):
                 wanted = dtype == torch.bfloat16 or (dtype == torch.float32 and widths == (64,) * 5)
-                has_its_turn = (turn + list(TARGETS).index(target)) % 2 == 0
+                has_its_turn = (turn + list(TARGETS).index(target)) % 2 == 0 and (target, widths) not in left_out
                 if full or (wanted and has_its_turn and activation == ("relu", "gelu")[turn // 2 % 2]):
                     found.append(NetworkCompilation(target, name, precision, activation, widths))
         for widths, of_input in itertools.product(((64,) * 5, (784, 64, 64, 10)), ("uint8", "float16")):

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import interpreter
 import pytest
 from _pytest.mark.expression import Expression
 
@@ -63,8 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Failures(file))
     if not _wants(config, "gpu"):
         os.environ["TRITON_INTERPRET"] = "1"
-        _patch_the_language_once_a_launch()
-        _skip_checks_without_effect()
+        interpreter.take_shortcuts()
 
 
 def _count_workers(config: pytest.Config) -> int:
@@ -118,50 +118,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     if not torch.cuda.is_available():
         return _cores()
     return max(1, min(_cores(), torch.cuda.get_device_properties(0).total_memory // WORKER_BYTES))
-
-
-def _skip_checks_without_effect() -> None:
-    """Turn off the overflow checks in Triton's interpreter, which take 40 % of the time of the kernels' tests.
-
-    The interpreter uses their results only with `debug`, which no test turns on.
-    """
-    try:
-        from triton.runtime import interpreter
-
-        options = interpreter.interpreter_builder.options
-        object.__setattr__(options, "sanitize_overflow", options.debug)  # the record is frozen
-    except (ImportError, AttributeError):  # no Triton, or another version: the tests then run unchanged, but slower
-        return
-
-
-def _patch_the_language_once_a_launch() -> None:
-    """Make Triton's interpreter patch its language once for each module and launch.
-
-    By default it patches for every function that a kernel calls, which takes a third of its time. The patches stay
-    until the launch ends.
-    """
-    try:
-        from triton.runtime import interpreter
-
-        launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    except (ImportError, AttributeError):  # no Triton, or another version: the tests then run unchanged, but slower
-        return
-    patched: set[str] = set()
-
-    def launch_afresh(executor, *arguments, **constants):
-        patched.clear()
-        try:
-            return launch(executor, *arguments, **constants)
-        finally:
-            patched.clear()
-
-    def patch_once(function):
-        if function.__module__ in patched:
-            return None
-        patched.add(function.__module__)
-        return patch(function)
-
-    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_afresh, patch_once
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -27,7 +27,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import _patch_the_language_once_a_launch
+from interpreter import take_shortcuts
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -552,7 +552,7 @@ def run_checks(rank: int, count: int, device: str, ports: list[int], folder: Pat
     if device == "cuda":
         torch.cuda.set_device(rank)
     else:
-        _patch_the_language_once_a_launch()
+        take_shortcuts()
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
     mesh = init_device_mesh(device, (count,))
     results = {

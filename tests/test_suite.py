@@ -159,7 +159,8 @@ def test_dropout_leaves_enough_elements_for_a_norm() -> None:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    shutil.copy(HERE / "conftest.py", tmp_path)
+    for file in ("conftest.py", "interpreter.py"):
+        shutil.copy(HERE / file, tmp_path)
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\naddopts = --strict-markers\nmarkers =\n    gpu\n    full\n    alone\n"
     )

@@ -363,7 +363,8 @@ def test_tests_have_a_share_of_the_time_and_their_failures_are_kept(
     results = results_in(tmp_path)
     tests = tmp_path / "tests"
     tests.mkdir()
-    shutil.copy(ROOT / "tests" / "conftest.py", tests)
+    for file in ("conftest.py", "interpreter.py"):
+        shutil.copy(ROOT / "tests" / file, tests)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    alone\n    quick\n")
     (tests / "test_some.py").write_text(GPU_TESTS.format(mark="quick", seconds=600))
     gpu.run_tests(results, tmp_path, tmp_path, seconds=gpu.GRACE + 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def seconds_of_a_copy_row(problem: Problem) -> float:
     clock = HostAndDevice()
     nbytes = problem.rows * problem.widths[0] * (4 if problem.dtype == "fp32" else 2)
 
+    @functools.cache
     def work(phase: str) -> float:
         return phase_work(problem, phase, "cpu").floor(FLOPS[problem.dtype], MEMORY)
 

@@ -1,0 +1,126 @@
+"""Shortcuts through Triton's interpreter: kernels compute the same in less than half the time.
+
+The interpreter spends nearly all of its time in Python: on dtypes and shapes, which are described again for every
+operation, and on patches of Triton's language. Numpy's share is small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+
+def take_shortcuts() -> None:
+    """Patch Triton's interpreter in this process, where it has the internals that the shortcuts need.
+
+    Another Triton is as right, and slower.
+    """
+    try:
+        from triton.language import core
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    for shortcut in (skip_checks_without_effect, patch_once_a_launch, list_builtins_once, remember_types):
+        with contextlib.suppress(AttributeError):
+            shortcut(interpreter, core)
+
+
+def skip_checks_without_effect(interpreter: Any, core: Any) -> None:
+    """Do not compute whether an integer overflows.
+
+    The interpreter asserts what it has computed only with `debug`, which is off, and which no test turns on.
+    """
+    options = interpreter.interpreter_builder.options
+    object.__setattr__(options, "sanitize_overflow", options.debug)  # the record is frozen
+
+
+def patch_once_a_launch(interpreter: Any, core: Any) -> None:
+    """Patch Triton's language once for each module and launch.
+
+    The interpreter does it for every function that a kernel calls. The patches stay until the launch ends.
+    """
+    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched: set[str] = set()
+
+    def launch_afresh(executor, *arguments, **constants):
+        patched.clear()
+        try:
+            return launch(executor, *arguments, **constants)
+        finally:
+            patched.clear()
+
+    def patch_once(function):
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_afresh, patch_once
+
+
+def list_builtins_once(interpreter: Any, core: Any) -> None:
+    """List the functions that have to be patched once for each module and class, not for every launch."""
+    builtins: dict[Any, list[tuple[str, Any]]] = {}
+    patch = interpreter._patch_attr
+
+    def patch_builtins(package, *others):
+        if package not in builtins:
+            members = inspect.getmembers(package)
+            builtins[package] = [(name, member) for name, member in members if core.is_builtin(member)]
+        for name, member in builtins[package]:
+            if getattr(package, name) is member:  # not patched yet
+                patch(package, name, member, *others)
+
+    interpreter._patch_builtin = patch_builtins
+
+
+def remember_types(interpreter: Any, core: Any) -> None:
+    """Describe every dtype and shape once, not for every tensor: half of the time of most kernels."""
+    interpreter._get_np_dtype = remember_numpy_dtypes(interpreter._get_np_dtype)
+    core.block_type.__init__ = remember_blocks(core.block_type.__init__, core.constexpr)
+    core.tensor.__init__ = remember_sizes(core.tensor.__init__)
+
+
+def remember_numpy_dtypes(numpy_dtype):
+    known: dict[str, Any] = {}
+
+    @functools.wraps(numpy_dtype)
+    def remembered(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = numpy_dtype(dtype)
+        return known[name]
+
+    return remembered
+
+
+def remember_blocks(init, constexpr):
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    @functools.wraps(init)
+    def remembered(block, element_ty, shape):
+        key = (element_ty.name, *(size.value if isinstance(size, constexpr) else size for size in shape))
+        if key in known:
+            vars(block).update(known[key])
+        else:
+            init(block, element_ty, shape)
+            known[key] = dict(vars(block))
+
+    return remembered
+
+
+def remember_sizes(init):
+    known: dict[str, dict[str, Any]] = {}
+
+    @functools.wraps(init)
+    def remembered(tensor, handle, type):
+        if type.name in known:
+            tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
+            vars(tensor).update(known[type.name])
+        else:
+            init(tensor, handle, type)
+            known[type.name] = {"numel": tensor.numel, "shape": tensor.shape}
+
+    return remembered

@@ -1,0 +1,47 @@
+"""The shortcuts through Triton's interpreter give what its own functions give."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+core = pytest.importorskip("triton.language.core", reason="Triton is not installed")
+from triton.runtime import interpreter  # noqa: E402
+
+pytestmark = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="kernels are compiled here")
+
+DTYPES = [core.dtype(name) for name in core.dtype.SINT_TYPES + core.dtype.UINT_TYPES + ["fp16", "bf16", "fp32", "fp64"]]
+TYPES = [*DTYPES, *map(core.pointer_type, DTYPES)]
+SHAPES = [[16], [16, 32], [32, 16], [1, 16], [core.constexpr(16), 32]]
+
+
+def without(shortcut):
+    """The interpreter's own function."""
+    return shortcut.__wrapped__
+
+
+AGAIN = pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+
+
+@AGAIN
+def test_types_are_described_as_without_shortcuts(again: bool) -> None:
+    for scalar in TYPES:
+        for shape in SHAPES:
+            ours, own = core.block_type(scalar, shape), core.block_type.__new__(core.block_type)
+            without(core.block_type.__init__)(own, scalar, shape)
+            assert vars(ours) == vars(own)
+            assert interpreter._get_np_dtype(ours) == without(interpreter._get_np_dtype)(own)
+        assert interpreter._get_np_dtype(scalar) == without(interpreter._get_np_dtype)(scalar)
+
+
+@AGAIN
+def test_tensors_are_described_as_without_shortcuts(again: bool) -> None:
+    handle = object()
+    for type in [*TYPES, *(core.block_type(scalar, shape) for scalar in TYPES for shape in SHAPES)]:
+        ours, own = core.tensor(handle, type), core.tensor.__new__(core.tensor)
+        without(core.tensor.__init__)(own, handle, type)
+        assert vars(ours).keys() == vars(own).keys()
+        assert [(size.value, size.type) for size in ours.shape] == [(size.value, size.type) for size in own.shape]
+        assert ours.numel.value == own.numel.value
+        assert (ours.handle, ours.type, ours.dtype) == (own.handle, own.type, own.dtype)

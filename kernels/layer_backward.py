@@ -189,7 +189,9 @@ def dgrad_kernel(
             whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
             waiting = split_columns(whole, PARTS)
         if PRECISION == "fp16x3":
-            product = multiply_planes(dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False)
+            product = multiply_planes(
+                dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False, BY_ROW=True
+            )
         else:
             product, _ = multiply(
                 dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
@@ -234,7 +236,7 @@ def dgrad(
 
     Args:
         dz, weight: (M, N) and (N, K), any strides; M, N, K at least 1. Both are tuples if the tile's precision is
-            "fp16x3" or "redo": see `planes.matrix`.
+            "fp16x3" or "redo": see `planes.matrix`. The planes of dz have exponents of rows.
         saved: (M, K), contiguous: the tensor saved for the activation `below`; None for the identity.
         dx: (M, K), contiguous, written. h: (M, K), contiguous, written; or None.
         dropout: the Dropout of the layer below.
@@ -345,7 +347,7 @@ def sum_rows(
     """Store one tile of dW, and of db if it is given, summed over the rows begin <= m < end, at offset `start`."""
     n, k = tile_n * BLOCK_M, tile_k * BLOCK_N
     if PRECISION == "fp16x3":  # db is summed where dz is split
-        dw = multiply_planes(dz, h, n, k, N, K, end, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False)
+        dw = multiply_planes(dz, h, n, k, N, K, end, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False, BY_ROW=True)
     else:
         dw, db = multiply(
             dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
@@ -387,7 +389,7 @@ def wgrad_products(
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
         h: (M, K), any strides; not read if only db is wanted. Both are tuples if the tile's precision is "fp16x3" or
-            "redo": see `planes.matrix`.
+            "redo": see `planes.matrix`. The planes of dz have exponents of columns.
         dw: (N, K), contiguous, written, of any float dtype; or None. If rows are split: the part of the partial sums
             where those of dW begin.
         db: (N,), as dw. None with "fp16x3" and "redo": `planes.split` sums the rows.

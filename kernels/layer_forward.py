@@ -77,7 +77,9 @@ def layer_forward_kernel(
         tile_m, tile_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m = tile_m * BLOCK_M
         if PRECISION == "fp16x3":
-            product = multiply_planes(x, w, m, tile_n * BLOCK_N, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True)
+            product = multiply_planes(
+                x, w, m, tile_n * BLOCK_N, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True, BY_ROW=False
+            )
         else:
             product, _ = multiply(
                 x, w, m, tile_n * BLOCK_N, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,

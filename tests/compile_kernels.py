@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 import tempfile
+import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -66,12 +67,14 @@ class Compilation:
     aligned: bool = True  # whether the tensors' rows begin at 16 bytes
     dropout: bool = False
     shape: tuple[int, ...] = ()  # widths out and in, where a compiler treats them as constants: of 1
+    exponents: planes.Exponents = "blocks"  # of a split
 
     @property
     def id(self) -> str:
         words = [self.kernel, self.target, self.dtype, self.precision, self.activation, str(self.tile)]
         words += [word for word, holds in (("unaligned", not self.aligned), ("dropout", self.dropout)) if holds]
         words += ["x".join(map(str, self.shape))] if self.shape else []
+        words += [self.exponents] if self.kernel == "split" else []
         return "-".join(words).replace(" ", "")
 
 
@@ -253,7 +256,8 @@ def compilations(full: bool) -> list[Compilation]:
             found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(1, 1)))
         for tile in (SUM_PARTIALS, SUM_OF_MORE, SUM_OF_MANY):
             found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", tile))
-        found.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT))
+        for exponents in typing.get_args(planes.Exponents):
+            found.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT, exponents=exponents))
         for kind, activation in (("forward", "gelu"), ("dgrad", "gelu"), ("wgrad", "identity")):
             tile = planes_tile(kind, target)
             for each in (tile, planes.redo_tile(tile)):
@@ -409,10 +413,10 @@ def launch(row: Compilation) -> None:
     keeps, precision, tile = activation.keeps_preactivation, row.precision, row.tile
     dropping: dict[str, Any] = {}
 
-    def operand(whole: torch.Tensor) -> planes.Operand:
+    def operand(whole: torch.Tensor, exponents: planes.Exponents = "blocks") -> planes.Operand:
         if tile.precision not in ("fp16x3", "redo"):
             return whole
-        both, info = _split(whole)
+        both, info = _split(whole, exponents)
         return (whole if tile.precision == "redo" else both), info
 
     if row.dropout:
@@ -422,7 +426,8 @@ def launch(row: Compilation) -> None:
         layer_forward.layer_forward(operand(x), operand(w), b, tensor(M, N), z, activation, precision, tile, **dropping)
     elif row.kernel == "dgrad":
         h = tensor(M, K) if keeps else None
-        layer_backward.dgrad(operand(dz), operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
+        of_dz = operand(dz, "rows")
+        layer_backward.dgrad(of_dz, operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
     elif row.kernel == "output_gradient":
         layer_backward.output_gradient(
             dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None, **dropping
@@ -430,21 +435,22 @@ def launch(row: Compilation) -> None:
     elif row.kernel == "pointwise":
         layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile, **dropping)
     elif row.kernel == "split":
-        planes.split(x, *_split(x), tensor(planes.info_shape(M, K)[1], K))
+        sums = None if row.exponents == "rows" else tensor(planes.info_shape(M, K)[1], K)
+        planes.split(x, *_split(x, row.exponents), sums, row.exponents)
     elif isinstance(operand(x), tuple):
         sums = layer_backward.wgrad_sums(M, tile, dtype, N * K, 0)
-        layer_backward.wgrad_products(operand(dz), operand(x), tensor(N, K), None, K, tile, sums)
+        layer_backward.wgrad_products(operand(dz, "columns"), operand(x), tensor(N, K), None, K, tile, sums)
     else:
         tile = tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
         split = 4 if row.kernel == "sum_partials" else 1
         layer_backward.wgrad(dz, x, w, b, precision, dataclasses.replace(tile, split=split))
 
 
-def _split(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(whole: torch.Tensor, exponents: planes.Exponents) -> tuple[torch.Tensor, torch.Tensor]:
     """The planes of a tensor and their info, without values."""
     shape, strides = planes.planes_shape(*whole.shape)
     both = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
-    return both, torch.empty(planes.info_shape(*whole.shape), dtype=torch.int32, device="meta")
+    return both, torch.empty(planes.info_shape(*whole.shape, exponents), dtype=torch.int32, device="meta")
 
 
 def read_cubin(compiled: Any, precision: str) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -27,27 +28,29 @@ from mlp_fused.kernels.estimate import torch_seconds
 from mlp_fused.kernels.language import ROWS_OF_16_ELEMENTS
 from mlp_fused.kernels.layer_backward import dgrad, wgrad_products, wgrad_sums
 from mlp_fused.kernels.layer_forward import layer_forward
-from mlp_fused.kernels.planes import redo_tile
+from mlp_fused.kernels.planes import Exponents, redo_tile
 from mlp_fused.kernels.tile_config import Kind, Problem, TileConfig
 from mlp_fused.reference import Layer
 
 pytestmark = pytest.mark.skipif(ROWS_OF_16_ELEMENTS, reason="rows here are whole 16 bytes, not whole 16 elements")
 
 TILE = TileConfig(64, 64, 32, 8, 4, 1, precision="fp16x3", descriptors=True, parts=2, programs=2)
-PRECISE, COARSE = 2.0**-23, 2.0**-50  # of an element, of the largest element of its block
+PRECISE, COARSE = 2.0**-23, 2.0**-50  # of an element, of the largest element with its exponent
+EXPONENTS: tuple[Exponents, ...] = get_args(Exponents)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def largest_of_blocks(x: Tensor) -> Tensor:
-    """For each element, the size of the largest element of its block."""
+def largest(x: Tensor, exponents: Exponents) -> Tensor:
+    """For each element, the size of the largest element with its exponent."""
     sizes = torch.zeros_like(x)
     for m in range(0, x.shape[0], 128):
         for k in range(0, x.shape[1], 128):
             block = x[m : m + 128, k : k + 128].abs()
-            sizes[m : m + 128, k : k + 128] = block.max()
+            axes = {"blocks": (0, 1), "rows": (1,), "columns": (0,)}[exponents]
+            sizes[m : m + 128, k : k + 128] = block.amax(axes, keepdim=True)
     return sizes
 
 
@@ -60,14 +63,16 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("exponents", EXPONENTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(130, 257), (1, 1), (128, 256), (300, 44)], ids=str)
-def test_planes_hold_the_tensor(shape: tuple[int, int], layout: str, device: str) -> None:
+def test_planes_hold_the_tensor(shape: tuple[int, int], layout: str, exponents: Exponents, device: str) -> None:
     x = LAYOUTS[layout](normal(*shape) * torch.exp2(normal(*shape, seed=1).mul(8).round())).to(device)
-    found = split_by_kernel(x)
+    found, sizes = split_by_kernel(x, exponents), largest(x, exponents)
     error = (found.restored() - x.double()).abs()
-    assert (error <= torch.maximum(PRECISE * x.double().abs(), COARSE * largest_of_blocks(x).double())).all()
-    assert (found.info[0] == 14 - torch.frexp(largest_of_blocks(x)[::128, ::128]).exponent + 1).all()
+    most = 43 if exponents == "blocks" else 72
+    assert (error <= torch.maximum(PRECISE * x.double().abs(), COARSE * sizes.double().clamp(2.0 ** (14 - most)))).all()
+    assert (found.exponents() == (14 - torch.frexp(sizes).exponent + 1).clamp(-63, most)).all()
     assert found.planes.isfinite().all()
     for sums, block in zip(found.sums.double(), x.double().split(128), strict=True):
         assert ((sums - block.sum(0)).abs() <= 2.0**-18 * block.abs().sum(0)).all()
@@ -89,8 +94,8 @@ FLAGS: dict[str, tuple[Callable[[Tensor], object], int]] = {
     "nan": (lambda x: x[7, 9].fill_(torch.nan), ROWS | COLUMNS),
     "huge": (lambda x: x.mul_(2.0**78), ROWS | COLUMNS),
     "large": (lambda x: x.mul_(2.0**77), 0),
-    "small": (lambda x: x.mul_(2.0**-65), 0),
-    "tiny": (lambda x: x.mul_(2.0**-69), ROWS | COLUMNS),
+    "small": (lambda x: x.mul_(2.0**-51), 0),
+    "tiny": (lambda x: x.mul_(2.0**-54), ROWS | COLUMNS),
     "denormal": (lambda x: x.mul_(2.0**-130), ROWS | COLUMNS),
 }
 
@@ -100,7 +105,35 @@ def test_flags_of_a_block(change: Callable[[Tensor], object], flags: int, device
     """Elements lie between 1 and 2 before the change. The blocks beside it have no flag."""
     x = (1 + torch.rand(128, 300, generator=torch.Generator().manual_seed(0))).to(device)
     change(x[:, 128:256])
-    assert split_by_kernel(x).info[1].tolist() == [[0, flags, 0]]
+    assert split_by_kernel(x).flags.tolist() == [[0, flags, 0]]
+
+
+BOTH = ROWS | COLUMNS
+# The flags of planes whose rows have exponents of their own.
+FLAGS_OF_ROWS: dict[str, tuple[Callable[[Tensor], object], int]] = {
+    "rows of all sizes": (lambda x: x.mul_(torch.linspace(-80, 77, 128).round().exp2().to(x)[:, None]), 0),
+    "a column of all sizes": (lambda x: x[:, 9].mul_(torch.linspace(-140, 0, 128).round().exp2().to(x)), 0),
+    "zero rows and columns": (lambda x: (x[7].zero_(), x[:, 9].zero_()), 0),
+    "zeros": (lambda x: x.zero_(), 0),
+    "a tiny row": (lambda x: x[7].mul_(2.0**-83), BOTH),
+    "a denormal row": (lambda x: x[7].mul_(2.0**-130), BOTH),
+    "a huge row": (lambda x: x[7].mul_(2.0**78), BOTH),
+    "infinity": (lambda x: x[7, 9].fill_(torch.inf), BOTH),
+    "minus infinity": (lambda x: x[7, 9].fill_(-torch.inf), BOTH),
+    "nan": (lambda x: x[7, 9].fill_(torch.nan), BOTH),
+}
+
+
+@pytest.mark.parametrize("exponents", ["rows", "columns"])
+@pytest.mark.parametrize(("change", "flags"), FLAGS_OF_ROWS.values(), ids=FLAGS_OF_ROWS)
+def test_flags_of_rows_and_columns(
+    change: Callable[[Tensor], object], flags: int, exponents: Exponents, device: str
+) -> None:
+    """A row with an exponent of its own is never small beside another; likewise a column."""
+    x = (1 + torch.rand(300, 300, generator=torch.Generator().manual_seed(0))).to(device)
+    block = x[128:256, 128:256]
+    change(block if exponents == "rows" else block.t())
+    assert split_by_kernel(x, exponents).flags.tolist() == [[0, 0, 0], [0, flags, 0], [0, 0, 0]]
 
 
 def by_forward(x: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
@@ -112,7 +145,7 @@ def by_forward(x: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
 
 def by_dgrad(dz: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
     dx = torch.full((dz.shape[0], w.shape[1]), torch.nan, device=dz.device)
-    for of_dz, of_w, own in launches(dz, w, tile):
+    for of_dz, of_w, own in launches(dz, w, tile, "rows"):
         dgrad(of_dz, of_w, None, dx, None, ACTIVATIONS["identity"], "ieee", own)
     return dx
 
@@ -120,7 +153,7 @@ def by_dgrad(dz: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
 def by_wgrad(dz: Tensor, h: Tensor, tile: TileConfig) -> Tensor:
     sums = wgrad_sums(dz.shape[0], tile, torch.float32, dz.shape[1] * h.shape[1], 0)
     whole = torch.full((sums.splits, dz.shape[1], h.shape[1]), torch.nan, device=dz.device)
-    for of_dz, of_h, own in launches(dz, h, tile):
+    for of_dz, of_h, own in launches(dz, h, tile, "columns"):
         wgrad_products(of_dz, of_h, whole, None, h.shape[1], own, sums)
     return whole.sum(0)
 
@@ -158,10 +191,14 @@ SPREADS = {
     "rows of x from 1e-35 to 1e35": ("forward", (117, 0, 0, 0)),  # sums of larger ones overflow
     "rows of W": ("forward", (0, 0, 24, 0)),
     "columns of both": ("forward", (0, 12, 0, 12)),
-    "rows of dz": ("dgrad", (20, 0, 0, 0)),
+    "rows of dz by 2^20": ("dgrad", (20, 0, 0, 0)),
+    "rows of dz by 2^40": ("dgrad", (40, 0, 0, 0)),
+    "rows of dz from 1e-35 to 1e35": ("dgrad", (117, 0, 0, 0)),
     "rows of W against columns of dz": ("dgrad", (0, 10, 24, 0)),
     "columns of W": ("dgrad", (0, 0, 0, 24)),
     "rows of dz and h": ("wgrad", (20, 0, 10, 0)),
+    "rows of dz by 2^40, against wgrad": ("wgrad", (40, 0, 0, 0)),
+    "columns of dz by 2^20": ("wgrad", (0, 20, 0, 0)),
     "columns of dz and h": ("wgrad", (0, 40, 0, 40)),
 }
 
@@ -188,6 +225,26 @@ def test_entries_err_no_more_than_those_of_torch(kind: str, exponents: tuple[int
         ((each(a, b).double() - exact).abs() / size)[normals] for each in (lambda *x: ours(*x, TILE), torchs)
     )
     assert found.max() <= 2 * limit.max() + 4 * 2.0**-24
+
+
+@pytest.mark.parametrize("kind", ["dgrad", "wgrad"])
+def test_extreme_gradients_come_out_as_in_torch(kind: str, device: str) -> None:
+    """Rows and columns of dz: infinite, NaN, denormal, zero and below the limit of exponents."""
+    ours, torchs, _ = PRODUCTS[kind]
+    shape = (260, 132) if kind == "dgrad" else (131, 132)
+    dz, other = normal(131, 260).to(device), normal(*shape, seed=1).to(device)
+    dz[2], dz[:, 3], dz[11], dz[:, 12], dz[13] = 0, 0, dz[11] * 2.0**-130, dz[:, 12] * 2.0**-130, dz[13] * 2.0**-90
+    dz[7, 1], dz[40, 200], dz[130, 100] = torch.inf, torch.nan, -torch.inf
+    exact, size = torchs(dz.double(), other.double()), torchs(dz.double().abs(), other.double().abs())
+    found, theirs = ours(dz, other, TILE), torchs(dz, other)
+    assert found.isnan().equal(theirs.isnan())
+    finite = theirs.isfinite()
+    assert found.isfinite().equal(finite)
+    assert found[~finite].sign().nan_to_num().equal(theirs[~finite].sign().nan_to_num())
+    error, limit = ((each.double() - exact).abs()[finite] for each in (found, theirs))
+    tiniest = 131 * 2.0**-149  # roundings of denormal numbers
+    assert (error <= 2.0**-19 * size[finite] + tiniest).all()
+    assert error.max() <= 2 * limit.max()
 
 
 def test_without_redo_small_rows_would_err_more(device: str) -> None:
@@ -218,7 +275,7 @@ def test_the_epilogues_are_those_of_the_other_forms(keep: float, device: str) ->
         h, z, dx, below = (torch.full(shape, torch.nan, device=device) for shape in [(66, 36)] * 2 + [(66, 40)] * 2)
         for of_x, of_w, own in launches(x, w, tile):
             layer_forward(of_x, of_w, bias, h, z, gelu, "ieee", own, **options)
-        for of_dz, of_w, own in launches(dz, w, tile):
+        for of_dz, of_w, own in launches(dz, w, tile, "rows"):
             dgrad(of_dz, of_w, z_below, dx, below, gelu, "ieee", own, **options)
         found.append((h, z, dx, below))
     assert all(ours.equal(others) for ours, others in zip(*found))
@@ -240,19 +297,46 @@ def test_networks_by_planes(case: Case, device: str, poisoned: None) -> None:
     check(case, oracle(case, data), gradients(data, forward(case, data, "run")), by_torch(case, make(case, device)))
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_classifier_that_is_sure_of_most_rows(activation: str, device: str, poisoned: None) -> None:
+    """The gradients of most rows are 2^-40 of the others'. No block of dz is flagged, and their errors are torch's."""
+    case = Case(rows=260, widths=(256, 260, 256, 256), activation=activation)
+    data = make(case, device)
+    labels = torch.arange(case.rows, device=device) % case.widths[-1]
+    margin = torch.full((case.rows, 1), 28.0, device=device)
+    margin[::20] = -2  # rows that it is wrong about
+    logits = normal(case.rows, case.widths[-1]).to(device).requires_grad_()
+    sure = logits + margin * torch.nn.functional.one_hot(labels, case.widths[-1])
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(sure, labels), logits)
+    data.dy.copy_(gradient)
+
+    twin = data.to(torch.float32)
+    layers = zip(twin.weights, twin.biases, case.activations)
+    h, zs = twin.x, []
+    for weight, bias, own in layers:
+        zs.append(torch.nn.functional.linear(h, weight, bias))
+        h = own(zs[-1])
+    for dz in torch.autograd.grad(h, zs, twin.dy):
+        assert split_by_kernel(dz).flags.all(dim=1)[:2].all()  # with exponents of blocks alone
+        assert not split_by_kernel(dz, "rows").flags.any()
+        assert not split_by_kernel(dz, "columns").flags.any()
+
+    check(case, oracle(case, data), gradients(data, forward(case, data, "run")), by_torch(case, data.to(torch.float32)))
+
+
 def explained(*widths: int, backend: str = "triton") -> Plan:
     """The plan of a training step over 8192 rows on an H100."""
     model = FusedMLP(widths[0], list(widths[1:]), activation_layer=torch.nn.GELU, backend=backend, device="meta")
     return model.explain(8192, device="h100")
 
 
-def test_a_tensor_is_split_once_a_pass_and_every_product_is_followed_by_redo() -> None:
+def test_operands_are_split_before_a_product_and_every_product_is_followed_by_redo() -> None:
     steps = explained(1024, 4096, 1024).runs[0].kernels
     kinds = [step.kind for step in steps]
-    # x, W0, h and W1; dz1, W1, h, dz0 and x.
+    # x, W0, h and W1; dz1 by rows, W1, dz1 by columns, h, dz0 by columns and x.
     assert kinds == [
         *("split", "split", "forward", "redo") * 2,
-        *("split", "split", "dgrad", "redo", "split", "wgrad", "redo", "sum_partials"),
+        *("split", "split", "dgrad", "redo", "split", "split", "wgrad", "redo", "sum_partials"),
         *("split", "split", "wgrad", "redo", "sum_partials"),
     ]
     assert [step.operands["x"] for step in steps if step.operands.get("sums") and step.kind == "split"] == [

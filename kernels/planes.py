@@ -33,7 +33,8 @@ Exponents lie between LEAST and MOST, so that 2^-(e_a + e_b) and 2^-11 of it are
 for dz, because a classifier that is sure of a row has a tiny gradient there.
 
 A second launch of the same layer kernel, with PRECISION "redo", computes the output tiles that meet a flagged block
-again, from the fp32 operands on FMA units. Its programs return at once if nothing is flagged.
+again, from the fp32 operands on FMA units. It has at most one program for each multiprocessor. Each reads all flags of
+both operands first, four bytes a block, and returns if none is set.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from .tile import dot, power_of_two, split_scaled
 from .tile_config import TileConfig
 
 __all__ = [
-    "SIDE", "SPLIT", "Exponents", "Operand", "has_flags", "info_shape", "is_flagged", "matrix", "multiply_planes",
-    "plane_operand", "planes_shape", "redo_tile", "split",
+    "SIDE", "SPLIT", "Exponents", "Operand", "has_flags", "info_shape", "matrix", "meets_flags",
+    "multiply_planes", "plane_operand", "planes_shape", "redo_tile", "split",
 ]  # fmt: skip
 
 Exponents = Literal["blocks", "rows", "columns"]  # the elements of a block that share an exponent
@@ -311,3 +312,11 @@ def is_flagged(info_ptr, at, begin, end, size, length, BY_K: tl.constexpr, SIDE:
         places = block_place(at, block * SIDE, size, length, BY_K)
         found |= tl.load(info_ptr + places, mask=block < tl.cdiv(end, SIDE), other=0)
     return tl.max(found & (ROWS_FLAGGED if BY_K else COLUMNS_FLAGGED), axis=0) > 0
+
+
+@triton.jit
+def meets_flags(
+    a_info, b_info, m, n, begin, end, M, N, K, A_BY_K: tl.constexpr, B_BY_K: tl.constexpr,
+):  # fmt: skip
+    """True if the output tile at (m, n) of a product over begin <= k < end meets a flagged block of either operand."""
+    return is_flagged(a_info, m, begin, end, M, K, A_BY_K) | is_flagged(b_info, n, begin, end, N, K, B_BY_K)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import get_args
 
@@ -28,7 +28,7 @@ from mlp_fused.kernels.estimate import torch_seconds
 from mlp_fused.kernels.language import ROWS_OF_16_ELEMENTS
 from mlp_fused.kernels.layer_backward import dgrad, wgrad_products, wgrad_sums
 from mlp_fused.kernels.layer_forward import layer_forward
-from mlp_fused.kernels.planes import Exponents, redo_tile
+from mlp_fused.kernels.planes import Exponents, Operand, info_shape, redo_tile
 from mlp_fused.kernels.tile_config import Kind, Problem, TileConfig
 from mlp_fused.reference import Layer
 
@@ -136,14 +136,17 @@ def test_flags_of_rows_and_columns(
     assert split_by_kernel(x, exponents).flags.tolist() == [[0, 0, 0], [0, flags, 0], [0, 0, 0]]
 
 
-def by_forward(x: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
+Launches = Callable[[Tensor, Tensor, TileConfig, Exponents], Iterator[tuple[Operand, Operand, TileConfig]]]
+
+
+def by_forward(x: Tensor, w: Tensor, tile: TileConfig, launches: Launches = launches) -> Tensor:
     h = torch.full((x.shape[0], w.shape[0]), torch.nan, device=x.device)
-    for of_x, of_w, own in launches(x, w, tile):
+    for of_x, of_w, own in launches(x, w, tile, "blocks"):
         layer_forward(of_x, of_w, None, h, None, ACTIVATIONS["identity"], "ieee", own)
     return h
 
 
-def by_dgrad(dz: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
+def by_dgrad(dz: Tensor, w: Tensor, tile: TileConfig, launches: Launches = launches) -> Tensor:
     dx = torch.full((dz.shape[0], w.shape[1]), torch.nan, device=dz.device)
     for of_dz, of_w, own in launches(dz, w, tile, "rows"):
         dgrad(of_dz, of_w, None, dx, None, ACTIVATIONS["identity"], "ieee", own)
@@ -151,11 +154,16 @@ def by_dgrad(dz: Tensor, w: Tensor, tile: TileConfig) -> Tensor:
 
 
 def by_wgrad(dz: Tensor, h: Tensor, tile: TileConfig) -> Tensor:
+    return partial_wgrad(dz, h, tile).sum(0)
+
+
+def partial_wgrad(dz: Tensor, h: Tensor, tile: TileConfig, launches: Launches = launches) -> Tensor:
+    """The partial sums of dW, (splits, N, K)."""
     sums = wgrad_sums(dz.shape[0], tile, torch.float32, dz.shape[1] * h.shape[1], 0)
     whole = torch.full((sums.splits, dz.shape[1], h.shape[1]), torch.nan, device=dz.device)
     for of_dz, of_h, own in launches(dz, h, tile, "columns"):
         wgrad_products(of_dz, of_h, whole, None, h.shape[1], own, sums)
-    return whole.sum(0)
+    return whole
 
 
 # The kernel's product, torch's, and the shapes of its operands for M rows, N wide out, K wide in.
@@ -225,6 +233,58 @@ def test_entries_err_no_more_than_those_of_torch(kind: str, exponents: tuple[int
         ((each(a, b).double() - exact).abs() / size)[normals] for each in (lambda *x: ours(*x, TILE), torchs)
     )
     assert found.max() <= 2 * limit.max() + 4 * 2.0**-24
+
+
+# The kernel's product, and whether it sums along the rows of its factors.
+REDONE = {"forward": (by_forward, True, True), "dgrad": (by_dgrad, True, False), "wgrad": (partial_wgrad, False, False)}
+# Blocks (row, column) of the first and of the second factor that are flagged.
+FLAGGED = {
+    "nothing": ([], []),
+    "a block of the first": ([(1, 2)], []),
+    "a block of the second": ([], [(2, 0)]),
+    "blocks of both": ([(0, 0), (2, 2)], [(2, 1)]),
+    "everything": ([(i, j) for i in range(3) for j in range(3)], []),
+}
+
+
+@pytest.mark.parametrize("flagged", FLAGGED.values(), ids=FLAGGED)
+@pytest.mark.parametrize(("kind", "split"), [("forward", 1), ("dgrad", 1), ("wgrad", 1), ("wgrad", 3)])
+def test_redo_computes_the_flagged_tiles_alone(
+    kind: str, split: int, flagged: tuple[list[tuple[int, int]], list[tuple[int, int]]], device: str
+) -> None:
+    """Two programs have 15 tiles or more. The bits are those of a product that has a program for each tile."""
+    product, *by_k = REDONE[kind]
+    a, b = (normal(260, 260, seed=seed).to(device) for seed in (0, 1))
+    tile = replace(TILE, split=split)
+    flags = [torch.zeros((3, 3), dtype=torch.int32) for _ in by_k]
+    for own, blocks, along_rows in zip(flags, flagged, by_k):
+        for block in blocks:
+            own[block] = ROWS if along_rows else COLUMNS
+        own[0, 1] |= COLUMNS if along_rows else ROWS  # concerns other products
+
+    def redone(
+        a: Tensor, b: Tensor, tile: TileConfig, exponents: Exponents
+    ) -> Iterator[tuple[Operand, Operand, TileConfig]]:
+        infos = [torch.zeros(info_shape(260, 260, each), dtype=torch.int32) for each in (exponents, "blocks")]
+        for info, own in zip(infos, flags):
+            info[0] = own
+        yield (a, infos[0].to(device)), (b, infos[1].to(device)), redo_tile(tile)
+
+    found = product(a, b, tile, redone)
+    whole = product(a, b, replace(redo_tile(tile), precision="ieee", programs=0)).view_as(found)
+    expected = torch.full_like(whole, torch.nan)
+    # By the rows of tiles, and by the columns of tiles: the blocks of the reduction.
+    rows, columns = (own & ROWS > 0 if along_rows else (own & COLUMNS > 0).t() for own, along_rows in zip(flags, by_k))
+    sums = wgrad_sums(260, tile, torch.float32, 0, 0).splits if kind == "wgrad" else 1
+    chunk = -(-260 // sums // 32) * 32 if sums > 1 else 260
+    for part, (of_whole, of_expected) in enumerate(zip(whole.view(-1, 260, 260), expected.view(-1, 260, 260))):
+        met = slice(part * chunk // 128, -(-min(260, (part + 1) * chunk) // 128))
+        for i in range(3):
+            for j in range(3):
+                if rows[i, met].any() or columns[j, met].any():
+                    place = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
+                    of_expected[place] = of_whole[place]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ["dgrad", "wgrad"])
@@ -418,6 +478,7 @@ def test_redo_splits_the_reduction_as_the_product_does(kind: Kind, device: Devic
         assert tile is not None
         sums, again = (wgrad_sums(k, each, torch.float32, m * n, 0) for each in (tile, redo_tile(tile)))
         assert sums == again
+        assert redo_tile(tile).started(10**6) == device.multiprocessors
         assert 128 % tile.block_m == 128 % tile.block_n == 128 % tile.block_k == 0
 
 

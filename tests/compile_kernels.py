@@ -456,7 +456,7 @@ def _split(whole: torch.Tensor, exponents: planes.Exponents) -> tuple[torch.Tens
 def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
     """From cuobjdump and the PTX. A spilled word is four bytes of stack.
 
-    Waits are read for one-pass kernels and products of planes alone.
+    Waits are read for one-pass kernels and products of planes alone, and instructions for the latter.
     """
     import triton
 
@@ -465,11 +465,12 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-        ptx, waits = compiled.asm["ptx"], 0
+        ptx, waits, instructions = compiled.asm["ptx"], 0, 0
         slow = "one_pass" in compiled.metadata.name or precision == "fp16x3"
         if slow and "wgmma" in ptx:  # reading machine code takes as long as compiling it
             sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
             waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one a product where these are serialised
+            instructions = count_in_loop(sass) if precision == "fp16x3" else 0
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     assert found, usage.stdout
     return {
@@ -477,6 +478,7 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         "spills": int(found[2]) // 4,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "waits": waits,
+        "instructions": instructions,
         "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
@@ -484,6 +486,30 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         "setmaxnreg": len(re.findall(r"setmaxnreg", ptx)),
         "to_16_bits": len(re.findall(r"cvt\.rn\S*\.b?f16", ptx)),
     }
+
+
+EPILOGUE = 60  # the fewest instructions of an epilogue; other jumps in a loop are shorter
+
+
+def count_in_loop(sass: str) -> int:
+    """The instructions of the loop that multiplies. An epilogue that most iterations jump over does not count."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    places = {int(address, 16): place for place, (address, _) in enumerate(code)}
+    jumps = {
+        place: places[int(found[1], 16)]
+        for place, (_, text) in enumerate(code)
+        if (found := re.match(r"@\S+ BRA\b.*?(0x[0-9a-f]+)", text))
+    }
+    products = [place for place, (_, text) in enumerate(code) if "HGMMA" in text]
+    loops = [(end, start) for end, start in jumps.items() if start <= products[0] and products[-1] <= end]
+    end, place = min(loops, key=lambda loop: loop[0] - loop[1])
+    count = 0
+    while place <= end:
+        after = jumps.get(place, 0)
+        is_epilogue = place + EPILOGUE < after <= end and not any(place < product < after for product in products)
+        place = after if is_epilogue else place + 1
+        count += 1
+    return count
 
 
 def read_amdgcn(text: str) -> dict[str, int]:
@@ -510,6 +536,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         "counted",
         "wgmma",
         "waits",
+        "instructions",
         "tcgen05",
         "mma",
         "mfma",

@@ -18,7 +18,7 @@ from .dropout import Dropout, epilogue_parts, factors, of_launch, reads_output
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 from .partial_sums import Partial, sum_partials
-from .planes import Operand, is_flagged, matrix, multiply_planes, plane_operand
+from .planes import Operand, has_flags, matrix, meets_flags, multiply_planes, plane_operand
 from .tile import (
     activate,
     differentiate,
@@ -161,9 +161,8 @@ def dgrad_kernel(
     DESCRIPTORS: tl.constexpr = DZ_BY_N is not None
     PART_N: tl.constexpr = BLOCK_N // PARTS
     if PRECISION == "redo":
-        tile_m, tile_n = tile_position(tl.program_id(0), M, K, BLOCK_M, BLOCK_N, GROUP_M)
-        dz_flagged = is_flagged(dz_ptr[1], tile_m * BLOCK_M, 0, N, M, N, True)
-        if not (dz_flagged or is_flagged(w_ptr[1], tile_n * BLOCK_N, 0, N, K, N, False)):
+        dz_info, w_info = dz_ptr[1], w_ptr[1]
+        if not (has_flags(dz_info, M, N, True) | has_flags(w_info, N, K, False)):
             return
         dz_ptr, w_ptr = dz_ptr[0], w_ptr[0]
     if PRECISION == "fp16x3":
@@ -185,37 +184,40 @@ def dgrad_kernel(
     ):  # fmt: skip
         tile_m, tile_n = tile_position(tile, M, K, BLOCK_M, BLOCK_N, GROUP_M)
         m = tile_m * BLOCK_M
-        if EARLY and saved_ptr is not None:
-            whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
-            waiting = split_columns(whole, PARTS)
-        if PRECISION == "fp16x3":
-            product = multiply_planes(dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False)
-        else:
-            product, _ = multiply(
-                dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_N, W_BY_N, EVEN_N, False,
-            )  # fmt: skip
-        parts = split_columns(product, PARTS)
-        for part in tl.static_range(PARTS):
-            dx = parts[part]
-            n = tile_n * BLOCK_N + part * PART_N
-            if seed_ptr is not None:
-                left = factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
-                dx *= left
-            if saved_ptr is not None:
-                if EARLY:
-                    saved = waiting[part].to(dx.dtype)
-                else:
-                    saved = load_tile(kept, m, n, M, K, BLOCK_M, PART_N, OFFSET, DESCRIPTORS).to(dx.dtype)
-                if h_ptr is not None:
-                    h = activate(saved, FORWARD, PARAMETERS)
-                    if seed_ptr is not None:
-                        h *= left
-                    store_tile(hs, h, m, n, M, K, OFFSET, DESCRIPTORS)
-                if READS_OUTPUT:
-                    saved = round_to(activate(saved, FORWARD, PARAMETERS), dx_ptr.dtype.element_ty).to(dx.dtype)
-                dx = differentiate(dx, saved, BACKWARD, PARAMETERS)
-            store_tile(dxs, dx, m, n, M, K, OFFSET, DESCRIPTORS)
+        if PRECISION != "redo" or meets_flags(dz_info, w_info, m, tile_n * BLOCK_N, 0, N, M, K, N, True, False):
+            if EARLY and saved_ptr is not None:
+                whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
+                waiting = split_columns(whole, PARTS)
+            if PRECISION == "fp16x3":
+                product = multiply_planes(
+                    dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False, BY_ROW=True
+                )
+            else:
+                product, _ = multiply(
+                    dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
+                    BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_N, W_BY_N, EVEN_N, False,
+                )  # fmt: skip
+            parts = split_columns(product, PARTS)
+            for part in tl.static_range(PARTS):
+                dx = parts[part]
+                n = tile_n * BLOCK_N + part * PART_N
+                if seed_ptr is not None:
+                    left = factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
+                    dx *= left
+                if saved_ptr is not None:
+                    if EARLY:
+                        saved = waiting[part].to(dx.dtype)
+                    else:
+                        saved = load_tile(kept, m, n, M, K, BLOCK_M, PART_N, OFFSET, DESCRIPTORS).to(dx.dtype)
+                    if h_ptr is not None:
+                        h = activate(saved, FORWARD, PARAMETERS)
+                        if seed_ptr is not None:
+                            h *= left
+                        store_tile(hs, h, m, n, M, K, OFFSET, DESCRIPTORS)
+                    if READS_OUTPUT:
+                        saved = round_to(activate(saved, FORWARD, PARAMETERS), dx_ptr.dtype.element_ty).to(dx.dtype)
+                    dx = differentiate(dx, saved, BACKWARD, PARAMETERS)
+                store_tile(dxs, dx, m, n, M, K, OFFSET, DESCRIPTORS)
 
 
 def dgrad(
@@ -234,7 +236,7 @@ def dgrad(
 
     Args:
         dz, weight: (M, N) and (N, K), any strides; M, N, K at least 1. Both are tuples if the tile's precision is
-            "fp16x3" or "redo": see `planes.matrix`.
+            "fp16x3" or "redo": see `planes.matrix`. The planes of dz have exponents of rows.
         saved: (M, K), contiguous: the tensor saved for the activation `below`; None for the identity.
         dx: (M, K), contiguous, written. h: (M, K), contiguous, written; or None.
         dropout: the Dropout of the layer below.
@@ -300,12 +302,8 @@ def wgrad_kernel(
     GROUP_M: tl.constexpr,
 ):
     if PRECISION == "redo":
-        tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(K, BLOCK_N)
-        tile_n, tile_k = tile_position(tl.program_id(0) % tiles, N, K, BLOCK_M, BLOCK_N, GROUP_M)
-        begin = tl.program_id(0) // tiles * chunk
-        end = begin + tl.minimum(chunk, M - begin)
-        dz_flagged = is_flagged(dz_ptr[1], tile_n * BLOCK_M, begin, end, N, M, False)
-        if not (dz_flagged or is_flagged(h_ptr[1], tile_k * BLOCK_N, begin, end, K, M, False)):
+        dz_info, h_info = dz_ptr[1], h_ptr[1]
+        if not (has_flags(dz_info, M, N, False) | has_flags(h_info, M, K, False)):
             return
         dz_ptr, h_ptr = dz_ptr[0], h_ptr[0]
     if PRECISION == "fp16x3":
@@ -321,19 +319,22 @@ def wgrad_kernel(
         begin = split.to(tl.int32) * chunk
         end = begin + tl.minimum(chunk, M - begin)  # begin + chunk may be more than 32 bits hold
         start = split * stride_split
-        # Only the first tile in a row of tiles also sums db.
-        if db_ptr is not None and tile_k == 0:
-            sum_rows(
-                dz, h, dw_ptr, db_ptr, start, tile_n, tile_k, begin, end, N, K,
-                stride_dn, stride_dm, stride_hk, stride_hm,
-                PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-        else:
-            sum_rows(
-                dz, h, dw_ptr, None, start, tile_n, tile_k, begin, end, N, K,
-                stride_dn, stride_dm, stride_hk, stride_hm,
-                PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+        if PRECISION != "redo" or meets_flags(
+            dz_info, h_info, tile_n * BLOCK_M, tile_k * BLOCK_N, begin, end, N, K, M, False, False
+        ):
+            # Only the first tile in a row of tiles also sums db.
+            if db_ptr is not None and tile_k == 0:
+                sum_rows(
+                    dz, h, dw_ptr, db_ptr, start, tile_n, tile_k, begin, end, N, K,
+                    stride_dn, stride_dm, stride_hk, stride_hm,
+                    PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+            else:
+                sum_rows(
+                    dz, h, dw_ptr, None, start, tile_n, tile_k, begin, end, N, K,
+                    stride_dn, stride_dm, stride_hk, stride_hm,
+                    PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -345,7 +346,7 @@ def sum_rows(
     """Store one tile of dW, and of db if it is given, summed over the rows begin <= m < end, at offset `start`."""
     n, k = tile_n * BLOCK_M, tile_k * BLOCK_N
     if PRECISION == "fp16x3":  # db is summed where dz is split
-        dw = multiply_planes(dz, h, n, k, N, K, end, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False)
+        dw = multiply_planes(dz, h, n, k, N, K, end, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False, BY_ROW=True)
     else:
         dw, db = multiply(
             dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
@@ -387,7 +388,7 @@ def wgrad_products(
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
         h: (M, K), any strides; not read if only db is wanted. Both are tuples if the tile's precision is "fp16x3" or
-            "redo": see `planes.matrix`.
+            "redo": see `planes.matrix`. The planes of dz have exponents of columns.
         dw: (N, K), contiguous, written, of any float dtype; or None. If rows are split: the part of the partial sums
             where those of dW begin.
         db: (N,), as dw. None with "fp16x3" and "redo": `planes.split` sums the rows.

@@ -12,7 +12,7 @@ from .activation import Activation
 from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
-from .planes import Operand, is_flagged, matrix, multiply_planes, plane_operand
+from .planes import Operand, has_flags, matrix, meets_flags, multiply_planes, plane_operand
 from .tile import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
 
 __all__ = ["layer_forward", "pointwise"]
@@ -54,9 +54,8 @@ def layer_forward_kernel(
     DESCRIPTORS: tl.constexpr = X_BY_K is not None
     PART_N: tl.constexpr = BLOCK_N // PARTS
     if PRECISION == "redo":
-        tile_m, tile_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        x_flagged = is_flagged(x_ptr[1], tile_m * BLOCK_M, 0, K, M, K, True)
-        if not (x_flagged or is_flagged(w_ptr[1], tile_n * BLOCK_N, 0, K, N, K, True)):
+        x_info, w_info = x_ptr[1], w_ptr[1]
+        if not (has_flags(x_info, M, K, True) | has_flags(w_info, N, K, True)):
             return
         x_ptr, w_ptr = x_ptr[0], w_ptr[0]
     if PRECISION == "fp16x3":
@@ -76,28 +75,31 @@ def layer_forward_kernel(
     ):  # fmt: skip
         tile_m, tile_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m = tile_m * BLOCK_M
-        if PRECISION == "fp16x3":
-            product = multiply_planes(x, w, m, tile_n * BLOCK_N, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True)
-        else:
-            product, _ = multiply(
-                x, w, m, tile_n * BLOCK_N, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, X_BY_K, W_BY_K, EVEN_K, False,
-            )  # fmt: skip
-        parts = split_columns(product, PARTS)
-        for part in tl.static_range(PARTS):
-            z = parts[part]
-            n = tile_n * BLOCK_N + part * PART_N
-            if b_ptr is not None:
-                cols = n + tl.arange(0, PART_N)
-                z += tl.load(b_ptr + cols.to(OFFSET) * stride_bn, mask=cols < N, other=0.0).to(z.dtype)[None, :]
-            if ROUND_Z:
-                z = round_to(z, h_ptr.dtype.element_ty).to(z.dtype)
-            if z_ptr is not None:
-                store_tile(zs, z, m, n, M, N, OFFSET, DESCRIPTORS)
-            h = activate(z, FORWARD, PARAMETERS)
-            if seed_ptr is not None:
-                h *= factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
-            store_tile(hs, h, m, n, M, N, OFFSET, DESCRIPTORS)
+        if PRECISION != "redo" or meets_flags(x_info, w_info, m, tile_n * BLOCK_N, 0, K, M, N, K, True, True):
+            if PRECISION == "fp16x3":
+                product = multiply_planes(
+                    x, w, m, tile_n * BLOCK_N, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True, BY_ROW=False
+                )
+            else:
+                product, _ = multiply(
+                    x, w, m, tile_n * BLOCK_N, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
+                    BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, X_BY_K, W_BY_K, EVEN_K, False,
+                )  # fmt: skip
+            parts = split_columns(product, PARTS)
+            for part in tl.static_range(PARTS):
+                z = parts[part]
+                n = tile_n * BLOCK_N + part * PART_N
+                if b_ptr is not None:
+                    cols = n + tl.arange(0, PART_N)
+                    z += tl.load(b_ptr + cols.to(OFFSET) * stride_bn, mask=cols < N, other=0.0).to(z.dtype)[None, :]
+                if ROUND_Z:
+                    z = round_to(z, h_ptr.dtype.element_ty).to(z.dtype)
+                if z_ptr is not None:
+                    store_tile(zs, z, m, n, M, N, OFFSET, DESCRIPTORS)
+                h = activate(z, FORWARD, PARAMETERS)
+                if seed_ptr is not None:
+                    h *= factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
+                store_tile(hs, h, m, n, M, N, OFFSET, DESCRIPTORS)
 
 
 def layer_forward(

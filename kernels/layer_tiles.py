@@ -17,7 +17,7 @@ from .language import TRITON_VERSION
 from .tile_config import Problem, TileConfig, count_tiles, on_fma_units, resident, shared_memory
 
 __all__ = [
-    "PLANES_MEASURED", "SHORTEST_PLANES", "SHORTEST_SPLIT", "candidates", "choose", "planes_seconds", "planes_tile",
+    "SHORTEST_PLANES", "SHORTEST_SPLIT", "candidates", "choose", "planes_seconds", "planes_tile",
     "prefers_planes", "why_torch",
 ]  # fmt: skip
 
@@ -34,18 +34,19 @@ LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 6
 WAITING_WORDS = 32  # the most words of a saved tile that a thread may hold during dgrad's products
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_tile_precision.py).
 SHORTEST_SPLIT = 64
-# "fp16x3", full fp32 from operands that are split into fp16 planes (planes.py): the architectures that it may run on,
-# and the products, by architecture, for which the backend "auto" uses it. On an H200 all three, without the splits,
-# were 3.4 to 3.9 times as fast as torch. But in a classifier that is sure of most rows, nearly every block of dz has a
-# row that is 2^24 times smaller than its largest, and is computed a second time, so that dgrad and wgrad would take
-# longer than torch's.
+# "fp16x3", full fp32 from operands that are split into fp16 planes (planes.py): the architectures that it runs on. On
+# an H200 the products, without the splits, were 3.4 to 3.9 times as fast as torch (tests/data/h200/planes.jsonl).
+# There, a block of dz had one exponent. With one for each of its rows, the loop still has 12 wgmma and 3 waits for a
+# block of the reduction, and 3 % more instructions at most (tests/test_kernels_compile.py).
 PLANES: tuple[int | str, ...] = (90,)
-PLANES_MEASURED: dict[int | str, tuple[str, ...]] = {90: ("forward",)}
 SHORTEST_PLANES = 256  # the shortest side of a product for which its operands are split
 PLANES_MARGIN = 1.3  # a product by planes runs only if torch's estimated time is this many times its own
 # The rate of products by planes on a multiprocessor, as a share of the data sheet's for 16 bits: 166 of 989 TFLOP/s
-# (the slowest of the same loop with a scale a row, NVIDIA H100, torch 2.11, triton 3.6).
+# (the slowest of the same loop with a scale a row, NVIDIA H100, torch 2.11, triton 3.6; an H200 reached 174 to 193).
 PLANES_RATE = 0.168
+# The rates of a split, and of one that also sums rows, as shares of the data sheet's bandwidth: 3.0 and 1.16 of
+# 4.8 TB/s (NVIDIA H200, tests/data/h200/planes.jsonl).
+SPLIT_RATE, SUMS_RATE = 0.63, 0.24
 PLANES_LAUNCHES = 4 * LAUNCH  # two splits, the product, "redo"
 # Estimates are off by a tenth in the median. Our kernel runs only if torch's estimated time is this many times ours.
 MARGIN = 1.08
@@ -105,18 +106,16 @@ def planes_seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
     programs = count_tiles(problem, tile) * tile.split
     length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
     flops = 2 * tile.block_m * tile.block_n * length * -(-programs // device.multiprocessors)
-    split = 2 * (problem.m + problem.n) * problem.k * problem.dtype.itemsize
     rate = PLANES_RATE * device.tensor_16 / device.multiprocessors
-    return flops / rate + split / device.bandwidth + PLANES_LAUNCHES
+    # Each operand is read, and its planes are written.
+    first, second = (2 * side * problem.k * problem.dtype.itemsize for side in (problem.m, problem.n))
+    splits = first / (SUMS_RATE if problem.kind == "wgrad" else SPLIT_RATE) + second / SPLIT_RATE
+    return flops / rate + splits / device.bandwidth + PLANES_LAUNCHES
 
 
 def prefers_planes(problem: Problem, tile: TileConfig, device: Device, rates: Rates = RATES) -> bool:
-    """True if a product by planes is so much faster than torch, as estimated, that the backend "auto" uses it.
-
-    Only for products of `PLANES_MEASURED`.
-    """
-    ours, torchs = planes_seconds(problem, tile, device), torch_seconds(problem, device, rates)
-    return problem.kind in PLANES_MEASURED.get(device.arch, ()) and PLANES_MARGIN * ours <= torchs
+    """True if a product by planes is so much faster than torch, as estimated, that the backend "auto" uses it."""
+    return PLANES_MARGIN * planes_seconds(problem, tile, device) <= torch_seconds(problem, device, rates)
 
 
 def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | None:

@@ -3,30 +3,43 @@
 x 2^e = high + 2^-11 low                                                              split
 a b = 2^-(e_a + e_b) (high_a high_b + 2^-11 (low_a high_b + high_a low_b))            multiply_planes
 
-Both planes are fp16. Every block of 128 x 128 elements has one exponent e, which brings the largest of them to between
-2^14 and 2^15. A block of the reduction meets one block of each operand, so 2^-(e_a + e_b) is one number, and all three
-products of a layer can read the same planes: forward sums over a row of blocks of x and W, dgrad over a row of dz and a
-column of W, wgrad over columns of dz and h.
+Both planes are fp16. Elements of a block of 128 x 128 share an exponent e, which brings the largest of them to between
+2^14 and 2^15:
+
+- "blocks": all elements of the block. For x, h and W. A product may sum along the rows or the columns of such planes.
+- "rows": the elements of a row of the block. For dz in dgrad, which sums along its rows.
+- "columns": the elements of a column of the block. For dz in wgrad, which sums along its columns.
+
+dz is the first factor of both its products, so 2^-(e_a + e_b) is one number for each row of an output tile and each
+block of the reduction. Where both factors have exponents of blocks, it is one number for the whole tile.
 
 The sum over blocks of the reduction stays outside the tensor cores, which would round it toward zero. The product of
 the low planes is left out. It is at most 2^-22 |a||b|.
 
-Error. The planes hold an element to within 2^-23 of itself or 2^-50 of the largest element of its block, whichever is
-more; the first is more for elements above 2^-27 of the largest. So the error of an output is at most 2^-21 |a||b|, or
-for small elements 2^-50 (|a| times the largest |b| of each block, and the reverse), plus the rounding of sums. A row of
-small elements beside a row of large ones would lose its bits, so `split` flags a block:
+Error. The planes hold an element to within 2^-23 of itself or 2^-50 of the largest element with the same exponent,
+whichever is more; the first is more for elements above 2^-27 of the largest. (In the second, a largest element below
+2^14 / 2^MOST counts as that.) So the error of an output is at most 2^-21 |a||b|, or for small elements 2^-50 (|a| times
+the largest |b| of each exponent, and the reverse), plus the rounding of sums. A sum of small elements alone would lose
+its bits. That and other limits of the planes are flagged: `split` sets a block's flags
 
-- for products that sum along its rows, if the largest element of any of its rows is smaller than 2^-24 of the block's
-  largest one (rows of zeros do not count);
-- for products that sum along its columns, if this holds for any of its columns;
-- for both, if an element is not finite or at least 2^78, or if the largest element of a row or column is smaller than
-  2^-66. So 2^-(e_a + e_b) is always a normal number.
+- if an element is not finite or at least 2^78;
+- with "blocks", for products that sum along its rows, if the largest element of any row, times 2^e, is smaller than
+  2^-9 (rows of zeros do not count). It is then smaller than 2^-23 of the block's largest element, or than 2^-52. For
+  products that sum along its columns, if this holds for any column;
+- with "rows" and "columns", if this holds for any row, or for any column. It is then smaller than 2^-81: a row with an
+  exponent of its own is never small beside another.
+
+Exponents lie between LEAST and MOST, so that 2^-(e_a + e_b) and 2^-11 of it are always normal numbers. MOST is larger
+for dz, because a classifier that is sure of a row has a tiny gradient there.
 
 A second launch of the same layer kernel, with PRECISION "redo", computes the output tiles that meet a flagged block
-again, from the fp32 operands on FMA units. Its programs return at once if nothing is flagged.
+again, from the fp32 operands on FMA units. It has at most one program for each multiprocessor. Each reads all flags of
+both operands first, four bytes a block, and returns if none is set.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,41 +50,50 @@ from .tile import dot, power_of_two, split_scaled
 from .tile_config import TileConfig
 
 __all__ = [
-    "SIDE", "SPLIT", "Operand", "info_shape", "is_flagged", "matrix", "multiply_planes", "plane_operand",
-    "planes_shape", "redo_tile", "split",
+    "SIDE", "SPLIT", "Exponents", "Operand", "has_flags", "info_shape", "matrix", "meets_flags",
+    "multiply_planes", "plane_operand", "planes_shape", "redo_tile", "split",
 ]  # fmt: skip
+
+Exponents = Literal["blocks", "rows", "columns"]  # the elements of a block that share an exponent
 
 # Device functions take these two as defaults. Triton's cache key of a kernel has the constants of a function that it
 # calls once only if the function was compiled before: the key would depend on the order of compilations.
-SIDE = 128  # of a block with one exponent
+SIDE = 128  # of a block
 LOW = 11  # the low plane is scaled by 2^LOW
 
 SPLIT = TileConfig(SIDE, SIDE, num_warps=8)
-TOP = tl.constexpr(14)  # the largest element of a block lies between 2^TOP and 2 * 2^TOP
-# Limits of exponents. With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32 numbers.
-LEAST, MOST = tl.constexpr(-63), tl.constexpr(57)
+TOP = tl.constexpr(14)  # the largest element with an exponent lies between 2^TOP and 2 * 2^TOP
+# Limits of exponents: of all, of blocks, of rows and columns. With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32
+# numbers.
+LEAST, MOST_OF_BLOCKS, MOST_OF_ROWS = tl.constexpr(-63), tl.constexpr(43), tl.constexpr(72)
 SMALLEST = tl.constexpr(2.0**-9)  # a row whose largest scaled element is smaller is flagged
 ROWS_FLAGGED, COLUMNS_FLAGGED = tl.constexpr(1), tl.constexpr(2)  # bits of a block's flags
 
 
 @triton.jit
-def has_small(most, scale):
-    """1 if the largest elements of any row (bits of fp32) are so small that the row loses bits; else 0."""
-    scaled = most.to(tl.float32, bitcast=True) * scale
-    return tl.max(((most > 0) & (scaled < SMALLEST)).to(tl.int32), axis=0)
+def is_any(condition):
+    """1 if the condition holds anywhere in a matrix; else 0."""
+    return tl.max(tl.max(condition.to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
+def is_small(most, scale):
+    """True for largest elements (the bits of fp32) of rows or columns that are so small that these lose bits."""
+    return (most > 0) & (most.to(tl.float32, bitcast=True) * scale < SMALLEST)
 
 
 @triton.jit(do_not_specialize=["M"])
 def split_kernel(
     x_ptr,  # (M, N)
     planes_ptr,  # (2, M, N): high, low; each plane M rows of `stride_row` elements
-    info_ptr,  # (2, blocks of rows, blocks of columns), contiguous: the blocks' exponents, then their flags
+    info_ptr,  # as `info_shape` describes
     sums_ptr,  # (blocks of rows, N), contiguous: the sum of each block over its rows; or None
     M,
     N,
     stride_m,
     stride_n,
     stride_row,
+    EXPONENTS: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,19 +108,30 @@ def split_kernel(
     value = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     # As integers, the bits of sizes have the order of the sizes, and those of NaN come last.
     size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    most_of_rows, most_of_columns = tl.max(size, axis=1), tl.max(size, axis=0)
-    most = tl.max(most_of_rows, axis=0)
+    of_rows, of_columns = tl.max(size, axis=1, keep_dims=True), tl.max(size, axis=0, keep_dims=True)
+    if EXPONENTS == "blocks":
+        most = tl.max(of_rows, axis=0, keep_dims=True)
+    elif EXPONENTS == "rows":
+        most = of_rows
+    else:
+        most = of_columns
+    MOST: tl.constexpr = MOST_OF_BLOCKS if EXPONENTS == "blocks" else MOST_OF_ROWS
     exponent = tl.minimum(tl.maximum(-(most >> 23) + (127 + TOP), LEAST), MOST)
     scale = power_of_two(exponent)
-    flags = has_small(most_of_rows, scale) * ROWS_FLAGGED | has_small(most_of_columns, scale) * COLUMNS_FLAGGED
-    flags = tl.where((most >> 23) - 127 > TOP - LEAST, ROWS_FLAGGED | COLUMNS_FLAGGED, flags)
-    scaled = value * scale
-    high, low = split_scaled(scaled, 2.0**LOW)
+    if EXPONENTS == "blocks":
+        flags = is_any(is_small(of_rows, scale)) * ROWS_FLAGGED
+        flags |= is_any(is_small(of_columns, scale)) * COLUMNS_FLAGGED
+    else:  # one product reads these planes
+        flags = is_any(is_small(most, scale)) * (ROWS_FLAGGED | COLUMNS_FLAGGED)
+    flags |= is_any((most >> 23) - 127 > TOP - LEAST) * (ROWS_FLAGGED | COLUMNS_FLAGGED)
+    high, low = split_scaled(value * scale, 2.0**LOW)
     places = rows.to(OFFSET)[:, None] * stride_row + cols[None, :]
     tl.store(planes_ptr + places, high, mask=mask)
     tl.store(planes_ptr + M.to(tl.int64) * stride_row + places, low, mask=mask)
-    tl.store(info_ptr + tl.program_id(0), exponent)
-    tl.store(info_ptr + tl.num_programs(0) + tl.program_id(0), flags)
+    tl.store(info_ptr + tl.program_id(0), flags)
+    COUNT: tl.constexpr = most.shape[0] * most.shape[1]
+    numbers = tl.num_programs(0) + tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    tl.store(info_ptr + numbers, tl.reshape(exponent, (COUNT,)))
     if sums_ptr is not None:
         # Sums of sums err less than one long sum. A thread has every eighth row, so the first two sums are its own.
         few = tl.sum(tl.sum(tl.reshape(value, (BLOCK_M // 32, 4, 8, BLOCK_N)), axis=0), axis=0)
@@ -111,12 +144,17 @@ def planes_shape(rows: int, width: int) -> tuple[tuple[int, int, int], tuple[int
     return (2, rows, width), (rows * stride, stride, 1)
 
 
-def info_shape(rows: int, width: int) -> tuple[int, int, int]:
-    """The shape of the int32 tensor with the exponents and flags of a (rows, width) tensor's blocks."""
-    return 2, cdiv(rows, SIDE), cdiv(width, SIDE)
+def info_shape(rows: int, width: int, exponents: Exponents = "blocks") -> tuple[int, int, int]:
+    """The shape of the int32 tensor with the flags and exponents of a (rows, width) tensor's blocks.
+
+    Its memory holds the flags of all blocks, and then the exponents of the first block, of the second one, and so on.
+    """
+    return 1 + (1 if exponents == "blocks" else SIDE), cdiv(rows, SIDE), cdiv(width, SIDE)
 
 
-def split(x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None) -> Launch | None:
+def split(
+    x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None, exponents: Exponents = "blocks"
+) -> Launch | None:
     """Launch the split of x into two planes, and the sums of its rows if `sums` is given.
 
     Args:
@@ -128,7 +166,7 @@ def split(x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None) -
     M, N = x.shape
     assert x.dtype == torch.float32
     assert (planes.shape, planes.stride()) == planes_shape(M, N)
-    assert info.shape == info_shape(M, N)
+    assert info.shape == info_shape(M, N, exponents)
     assert info.is_contiguous()
     assert sums is None or (sums.shape == (info.shape[1], N) and sums.is_contiguous())
     return launch(
@@ -138,6 +176,7 @@ def split(x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None) -
         SPLIT,
         (x, planes, info, sums),
         (M, N, *x.stride(), planes.stride(1)),
+        EXPONENTS=exponents,
         OFFSET=offset_type(x, planes[0]),
     )
 
@@ -147,9 +186,10 @@ Operand = Tensor | tuple[Tensor, Tensor]
 
 def redo_tile(tile: TileConfig) -> TileConfig:
     """The tile with which "redo" follows a product with `tile`. It splits the reduction in the same way."""
-    if tile.split == 1:
-        return TileConfig(128, 64, 16, tile.group_m, 8, 3, precision="redo")
-    return TileConfig(128, 64, tile.block_k, tile.group_m, 8, 1, split=tile.split, precision="redo")
+    block_k, stages = (16, 3) if tile.split == 1 else (tile.block_k, 1)
+    return TileConfig(
+        *(128, 64, block_k, tile.group_m, 8, stages), split=tile.split, programs=tile.programs, precision="redo"
+    )
 
 
 def matrix(operand: Operand) -> Tensor:
@@ -165,12 +205,14 @@ def matrix(operand: Operand) -> Tensor:
 @triton.jit
 def plane_operand(
     operand, size, length, stride_row, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr,
+    SIDE: tl.constexpr = SIDE,
 ):  # fmt: skip
-    """(descriptor of the high plane, of the low plane, pointer to the info) of an operand, like `tile.operand`.
+    """(descriptor of the high plane, of the low plane, pointer to the exponents) of an operand, like `tile.operand`.
 
     BY_K is True if the reduction runs along its rows, False if it runs along its columns.
     """
     high_ptr = operand[0]
+    exponents_ptr = operand[1] + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
     if BY_K:
         low_ptr = high_ptr + size.to(tl.int64) * stride_row
         high = tl.make_tensor_descriptor(high_ptr, [size, length], [stride_row, 1], [BLOCK, BLOCK_K])
@@ -179,16 +221,29 @@ def plane_operand(
         low_ptr = high_ptr + length.to(tl.int64) * stride_row
         high = tl.make_tensor_descriptor(high_ptr, [length, size], [stride_row, 1], [BLOCK_K, BLOCK])
         low = tl.make_tensor_descriptor(low_ptr, [length, size], [stride_row, 1], [BLOCK_K, BLOCK])
-    return high, low, operand[1]
+    return high, low, exponents_ptr
 
 
 @triton.jit
 def block_place(at, k, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
-    """The index in an operand's info of the block at row `at` of the product and index k of the reduction."""
+    """The number of an operand's block at row `at` of the product and index k of the reduction."""
     if BY_K:
         return (at // SIDE) * tl.cdiv(length, SIDE) + k // SIDE
     else:
         return (k // SIDE) * tl.cdiv(size, SIDE) + at // SIDE
+
+
+@triton.jit
+def load_exponents(
+    exponents_ptr, at, k, size, length, BLOCK: tl.constexpr, BY_K: tl.constexpr, BY_ROW: tl.constexpr,
+    SIDE: tl.constexpr = SIDE,
+):  # fmt: skip
+    """The exponent of an operand's block; with BY_ROW, those of BLOCK rows of the product from `at` on, (BLOCK, 1)."""
+    block = block_place(at, k, size, length, BY_K)
+    if BY_ROW:
+        return tl.load(exponents_ptr + block * SIDE + at % SIDE + tl.arange(0, BLOCK))[:, None]
+    else:
+        return tl.load(exponents_ptr + block)
 
 
 @triton.jit
@@ -207,17 +262,24 @@ def multiply_planes(
     BLOCK_K: tl.constexpr,
     A_BY_K: tl.constexpr,
     B_BY_K: tl.constexpr,
+    BY_ROW: tl.constexpr,  # True if each row of the product has exponents of its own in a; False: a block of a has one
     LOW: tl.constexpr = LOW,
 ):
     """Σ_k a[m, k] b[n, k] over begin <= k < end, (BLOCK_M, BLOCK_N). `begin` is a multiple of BLOCK_K.
 
     `end` must be the end of the operands, or whole blocks after `begin`, as in `tile.multiply`.
     """
-    a_high, a_low, a_info = a
-    b_high, b_low, b_info = b
+    a_high, a_low, a_exponents = a
+    b_high, b_low, b_exponents = b
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Exponents are loaded a block ahead. A product would wait for those of its own block.
+    a_exponent = load_exponents(a_exponents, m, begin, M, K, BLOCK_M, A_BY_K, BY_ROW)
+    b_exponent = load_exponents(b_exponents, n, begin, N, K, BLOCK_N, B_BY_K, False)
     for k in range(begin, end, BLOCK_K):
-        exponent = tl.load(a_info + block_place(m, k, M, K, A_BY_K)) + tl.load(b_info + block_place(n, k, N, K, B_BY_K))
+        exponent = a_exponent + b_exponent
+        after = tl.minimum(k + BLOCK_K, end - 1)
+        a_exponent = load_exponents(a_exponents, m, after, M, K, BLOCK_M, A_BY_K, BY_ROW)
+        b_exponent = load_exponents(b_exponents, n, after, N, K, BLOCK_N, B_BY_K, False)
         high_a = a_high.load([m, k]) if A_BY_K else tl.trans(a_high.load([k, m]))
         high_b = tl.trans(b_high.load([n, k])) if B_BY_K else b_high.load([k, n])
         low_a = a_low.load([m, k]) if A_BY_K else tl.trans(a_low.load([k, m]))
@@ -231,12 +293,30 @@ def multiply_planes(
 
 
 @triton.jit
+def has_flags(info_ptr, rows, width, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
+    """True if any block of a (rows, width) operand is flagged for products with this BY_K of `plane_operand`."""
+    blocks = tl.cdiv(rows, SIDE) * tl.cdiv(width, SIDE)
+    flags = tl.zeros((1024,), tl.int32)
+    for first in range(0, blocks, 1024):
+        block = first + tl.arange(0, 1024)
+        flags |= tl.load(info_ptr + block, mask=block < blocks, other=0)
+    return tl.max(flags & (ROWS_FLAGGED if BY_K else COLUMNS_FLAGGED), axis=0) > 0
+
+
+@triton.jit
 def is_flagged(info_ptr, at, begin, end, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
     """True if a product of the rows from `at` (within one block) over begin <= k < end meets a flagged block."""
-    flags_ptr = info_ptr + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
     found = tl.zeros((32,), tl.int32)  # in every warp, so that no warp waits for another
     for first in range(begin // SIDE, tl.cdiv(end, SIDE), 32):
         block = first + tl.arange(0, 32)
         places = block_place(at, block * SIDE, size, length, BY_K)
-        found |= tl.load(flags_ptr + places, mask=block < tl.cdiv(end, SIDE), other=0)
+        found |= tl.load(info_ptr + places, mask=block < tl.cdiv(end, SIDE), other=0)
     return tl.max(found & (ROWS_FLAGGED if BY_K else COLUMNS_FLAGGED), axis=0) > 0
+
+
+@triton.jit
+def meets_flags(
+    a_info, b_info, m, n, begin, end, M, N, K, A_BY_K: tl.constexpr, B_BY_K: tl.constexpr,
+):  # fmt: skip
+    """True if the output tile at (m, n) of a product over begin <= k < end meets a flagged block of either operand."""
+    return is_flagged(a_info, m, begin, end, M, K, A_BY_K) | is_flagged(b_info, n, begin, end, N, K, B_BY_K)

@@ -6,8 +6,9 @@ file of a function do not change it. Names imported from language.py are Triton'
 classes.
 
 Branches that are not compiled do not count: those for Triton's interpreter, and those that a known constant rules out,
-such as `PRECISION == "bf16x6"`. So a new way to multiply fp32 does not change the digests of 16-bit products. A known
-constant may also be a tuple of its possible values, which rules out all others.
+such as `PRECISION == "bf16x6"`. Where a known constant fulfils a condition, such as `PRECISION != "redo" or f(x)`, the
+body alone counts. So a new way to multiply fp32 does not change the digests of 16-bit products. A known constant may
+also be a frozenset of its possible values, which rules out all others.
 """
 
 from __future__ import annotations
@@ -151,7 +152,12 @@ def _decide(test: ast.expr, constants: Mapping[str, object]) -> bool | None:
             if isinstance(known, frozenset):
                 return None if value in known else False
             return known == value if name in constants else None
+        case ast.Compare(ops=[ast.NotEq()]):
+            equal = _decide(ast.Compare(test.left, [ast.Eq()], test.comparators), constants)
+            return None if equal is None else not equal
         case ast.BoolOp(op=ast.And(), values=parts):
             return False if any(_decide(part, constants) is False for part in parts) else None
+        case ast.BoolOp(op=ast.Or(), values=parts):
+            return True if any(_decide(part, constants) is True for part in parts) else None
         case _:
             return None

@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 import tempfile
+import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -66,12 +67,14 @@ class Compilation:
     aligned: bool = True  # True if the rows of the tensors are 16-byte aligned
     dropout: bool = False
     shape: tuple[int, ...] = ()  # (width out, width in), if one is 1, which the compiler treats as a constant
+    exponents: planes.Exponents = "blocks"  # of a split
 
     @property
     def id(self) -> str:
         words = [self.kernel, self.target, self.dtype, self.precision, self.activation, str(self.tile)]
         words += [word for word, holds in (("unaligned", not self.aligned), ("dropout", self.dropout)) if holds]
         words += ["x".join(map(str, self.shape))] if self.shape else []
+        words += [self.exponents] if self.kernel == "split" else []
         return "-".join(words).replace(" ", "")
 
 
@@ -256,7 +259,8 @@ def compilations(full: bool) -> list[Compilation]:
             found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(1, 1)))
         for tile in (SUM_PARTIALS, SUM_OF_MORE, SUM_OF_MANY):
             found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", tile))
-        found.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT))
+        for exponents in typing.get_args(planes.Exponents):
+            found.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT, exponents=exponents))
         for kind, activation in (("forward", "gelu"), ("dgrad", "gelu"), ("wgrad", "identity")):
             tile = planes_tile(kind, target)
             for each in (tile, planes.redo_tile(tile)):
@@ -412,10 +416,10 @@ def launch(row: Compilation) -> None:
     keeps, precision, tile = activation.keeps_preactivation, row.precision, row.tile
     dropping: dict[str, Any] = {}
 
-    def operand(whole: torch.Tensor) -> planes.Operand:
+    def operand(whole: torch.Tensor, exponents: planes.Exponents = "blocks") -> planes.Operand:
         if tile.precision not in ("fp16x3", "redo"):
             return whole
-        both, info = _split(whole)
+        both, info = _split(whole, exponents)
         return (whole if tile.precision == "redo" else both), info
 
     if row.dropout:
@@ -425,7 +429,8 @@ def launch(row: Compilation) -> None:
         layer_forward.layer_forward(operand(x), operand(w), b, tensor(M, N), z, activation, precision, tile, **dropping)
     elif row.kernel == "dgrad":
         h = tensor(M, K) if keeps else None
-        layer_backward.dgrad(operand(dz), operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
+        of_dz = operand(dz, "rows")
+        layer_backward.dgrad(of_dz, operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
     elif row.kernel == "output_gradient":
         layer_backward.output_gradient(
             dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None, **dropping
@@ -433,27 +438,28 @@ def launch(row: Compilation) -> None:
     elif row.kernel == "pointwise":
         layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile, **dropping)
     elif row.kernel == "split":
-        planes.split(x, *_split(x), tensor(planes.info_shape(M, K)[1], K))
+        sums = None if row.exponents == "rows" else tensor(planes.info_shape(M, K)[1], K)
+        planes.split(x, *_split(x, row.exponents), sums, row.exponents)
     elif isinstance(operand(x), tuple):
         sums = layer_backward.wgrad_sums(M, tile, dtype, N * K, 0)
-        layer_backward.wgrad_products(operand(dz), operand(x), tensor(N, K), None, K, tile, sums)
+        layer_backward.wgrad_products(operand(dz, "columns"), operand(x), tensor(N, K), None, K, tile, sums)
     else:
         tile = tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
         split = 4 if row.kernel == "sum_partials" else 1
         layer_backward.wgrad(dz, x, w, b, precision, dataclasses.replace(tile, split=split))
 
 
-def _split(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(whole: torch.Tensor, exponents: planes.Exponents) -> tuple[torch.Tensor, torch.Tensor]:
     """The planes of a tensor and their info, without values."""
     shape, strides = planes.planes_shape(*whole.shape)
     both = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
-    return both, torch.empty(planes.info_shape(*whole.shape), dtype=torch.int32, device="meta")
+    return both, torch.empty(planes.info_shape(*whole.shape, exponents), dtype=torch.int32, device="meta")
 
 
 def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
     """Read registers, spills and instructions from cuobjdump and the PTX. A spilled word is four bytes of stack.
 
-    Waits are counted only for one-pass kernels and products of planes.
+    Waits are counted only for one-pass kernels and products of planes, and instructions for the latter.
     """
     import triton
 
@@ -462,11 +468,12 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-        ptx, waits = compiled.asm["ptx"], 0
+        ptx, waits, instructions = compiled.asm["ptx"], 0, 0
         slow = "one_pass" in compiled.metadata.name or precision == "fp16x3"
         if slow and "wgmma" in ptx:  # reading machine code takes as long as compiling it
             sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
             waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one a product where these are serialised
+            instructions = count_in_loop(sass) if precision == "fp16x3" else 0
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     assert found, usage.stdout
     return {
@@ -474,6 +481,7 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         "spills": int(found[2]) // 4,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "waits": waits,
+        "instructions": instructions,
         "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
@@ -482,6 +490,30 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         "to_16_bits": len(re.findall(r"cvt\.rn\S*\.b?f16", ptx)),
         "with_relu": len(re.findall(r"cvt\.rn\.relu", ptx)),
     }
+
+
+EPILOGUE = 60  # the fewest instructions of an epilogue; other jumps in a loop are shorter
+
+
+def count_in_loop(sass: str) -> int:
+    """The instructions of the loop that multiplies. An epilogue that most iterations jump over does not count."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    places = {int(address, 16): place for place, (address, _) in enumerate(code)}
+    jumps = {
+        place: places[int(found[1], 16)]
+        for place, (_, text) in enumerate(code)
+        if (found := re.match(r"@\S+ BRA\b.*?(0x[0-9a-f]+)", text))
+    }
+    products = [place for place, (_, text) in enumerate(code) if "HGMMA" in text]
+    loops = [(end, start) for end, start in jumps.items() if start <= products[0] and products[-1] <= end]
+    end, place = min(loops, key=lambda loop: loop[0] - loop[1])
+    count = 0
+    while place <= end:
+        after = jumps.get(place, 0)
+        is_epilogue = place + EPILOGUE < after <= end and not any(place < product < after for product in products)
+        place = after if is_epilogue else place + 1
+        count += 1
+    return count
 
 
 def read_amdgcn(text: str) -> dict[str, int]:
@@ -508,6 +540,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         "counted",
         "wgmma",
         "waits",
+        "instructions",
         "tcgen05",
         "mma",
         "mfma",

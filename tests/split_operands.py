@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlp_fused.kernels.planes import Operand, info_shape, planes_shape, redo_tile, split
+from mlp_fused.kernels.planes import SIDE, Exponents, Operand, info_shape, planes_shape, redo_tile, split
 from mlp_fused.kernels.tile_config import TileConfig
 
 __all__ = ["Split", "launches", "split_by_kernel"]
@@ -20,29 +20,47 @@ class Split(NamedTuple):
     planes: Tensor
     info: Tensor
     sums: Tensor
+    form: Exponents
+
+    @property
+    def flags(self) -> Tensor:
+        """The flags of each block."""
+        return self.info[0]
+
+    def exponents(self) -> Tensor:
+        """The exponent of each element."""
+        rows, width = self.planes.shape[1:]
+        count, blocks_m, blocks_n = self.info.shape
+        exponents = self.info.flatten()[blocks_m * blocks_n :].view(blocks_m, blocks_n, count - 1)
+        of_rows, of_columns = {"blocks": (1, 1), "rows": (SIDE, 1), "columns": (1, SIDE)}[self.form]
+        each = exponents.view(blocks_m, blocks_n, of_rows, of_columns).expand(-1, -1, SIDE, SIDE)
+        return each.transpose(1, 2).reshape(blocks_m * SIDE, blocks_n * SIDE)[:rows, :width]
 
     def restored(self) -> Tensor:
         """The values that the planes stand for, in float64."""
-        rows, width = self.planes.shape[1:]
-        exponents = self.info[0].repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :width]
-        return (self.planes[0].double() + self.planes[1].double() / 2**11) * torch.exp2(-exponents.double())
+        return (self.planes[0].double() + self.planes[1].double() / 2**11) * torch.exp2(-self.exponents().double())
 
 
-def split_by_kernel(x: Tensor) -> Split:
+def split_by_kernel(x: Tensor, exponents: Exponents = "blocks") -> Split:
     """Split x."""
     shape, strides = planes_shape(*x.shape)
     planes = torch.empty_strided(shape, strides, dtype=torch.float16, device=x.device).fill_(torch.nan)
-    info = torch.full(info_shape(*x.shape), -1, dtype=torch.int32, device=x.device)
+    info = torch.full(info_shape(*x.shape, exponents), -1, dtype=torch.int32, device=x.device)
     sums = torch.full((info.shape[1], x.shape[1]), torch.nan, device=x.device)
-    split(x, planes, info, sums)
-    return Split(planes, info, sums)
+    split(x, planes, info, sums, exponents)
+    return Split(planes, info, sums, exponents)
 
 
-def launches(a: Tensor, b: Tensor, tile: TileConfig) -> Iterator[tuple[Operand, Operand, TileConfig]]:
-    """The operands and the tile of each launch of a product. With planes these are the product and "redo"."""
+def launches(
+    a: Tensor, b: Tensor, tile: TileConfig, exponents: Exponents = "blocks"
+) -> Iterator[tuple[Operand, Operand, TileConfig]]:
+    """The operands and the tile of each launch that a product takes: with planes, the product and "redo".
+
+    `exponents` are those of a.
+    """
     if tile.precision != "fp16x3":
         yield a, b, tile
         return
-    split_a, split_b = split_by_kernel(a), split_by_kernel(b)
+    split_a, split_b = split_by_kernel(a, exponents), split_by_kernel(b)
     yield (split_a.planes, split_a.info), (split_b.planes, split_b.info), tile
     yield (a, split_a.info), (b, split_b.info), redo_tile(tile)

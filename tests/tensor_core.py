@@ -91,20 +91,27 @@ def fp16x3(x: Array, w: Array, terms: int = 32) -> Array:
     return to_fp32(np.ldexp(total, -(x_exponent[:, None] + w_exponent)))
 
 
-def planes(a: Array) -> tuple[Array, Array, Array]:
-    """(high, low, exponent of each row and column) with a 2^exponent = high + low / 2^11, fp16 numbers: planes.py."""
+def planes(a: Array, by_row: bool) -> tuple[Array, Array, Array]:
+    """(high, low, exponent of each element) with a 2^exponent = high + low / 2^11, fp16 numbers: planes.py.
+
+    A block has one exponent, or `by_row` one for each row.
+    """
     exponents = np.zeros_like(a)
     for m in range(0, a.shape[0], SIDE):
         for k in range(0, a.shape[1], SIDE):
             block = np.s_[m : m + SIDE, k : k + SIDE]
-            exponents[block] = np.clip(15 - _exponent(np.abs(a[block]).max()), -63, 57)
+            most = np.abs(a[block]).max(1 if by_row else None, keepdims=True)
+            exponents[block] = np.clip(15 - _exponent(most), -63, 72 if by_row else 43)
     return *scaled_parts(a, exponents.astype(np.int32)), exponents
 
 
-def fp16x3_by_planes(x: Array, w: Array, block: int = 64) -> Array:
-    """x wᵀ for x (M, K) and w (N, K): three products of planes for a block of the reduction, added in fp32."""
-    high_x, low_x, exponent_x = planes(x)
-    high_w, low_w, exponent_w = planes(w)
+def fp16x3_by_planes(x: Array, w: Array, by_row: bool, block: int = 64) -> Array:
+    """x wᵀ for x (M, K) and w (N, K): three products of planes for a block of the reduction, added in fp32.
+
+    `by_row` gives each row of x an exponent of its own, as dz has.
+    """
+    high_x, low_x, exponent_x = planes(x, by_row)
+    high_w, low_w, exponent_w = planes(w, by_row=False)
     acc = np.zeros((x.shape[0], w.shape[0]))
     for k in range(0, x.shape[1], block):
         part = np.s_[:, k : k + block]

@@ -124,6 +124,19 @@ def test_a_new_branch_leaves_the_others_as_they_were(tmp_path: Path) -> None:
     assert digest(a) != digest(b)
 
 
+def test_a_condition_that_a_known_constant_fulfils_leaves_its_body_as_it_was(tmp_path: Path) -> None:
+    """A loop may pass over some of its work in one precision alone."""
+    body = KERNEL[KERNEL.index("        if PRECISION") : KERNEL.index("    tl.store")]
+    guard = '        if PRECISION != "redo" or is_wanted(x_ptr):\n'
+    guarded = KERNEL.replace(body, guard + "".join(f"    {line}" for line in body.splitlines(keepends=True)))
+    a, b = written(tmp_path / "a"), written(tmp_path / "b", guarded)
+    assert digest(a, "ieee") == digest(b, "ieee")
+    assert digest(a, "redo") != digest(b, "redo")
+    several = [sources.digest([each], {"PRECISION": frozenset({"ieee", "tf32"})}) for each in (a, b)]
+    assert several[0] == several[1]
+    assert digest(a) != digest(b)
+
+
 def test_a_function_without_a_file_has_no_source() -> None:
     scope: dict[str, object] = {}
     exec("def typed_in(z): return z", scope)

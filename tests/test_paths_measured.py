@@ -118,7 +118,8 @@ def expected(name: str, phase: str) -> Expected:
     ]
     tiles = [choose_tile(problem, H100, torch_too=True).tile for problem in products if problem is not None]
     if all(tile is not None and tile.precision == "fp16x3" for tile in tiles):
-        return Expected("layer, by planes", *planes_ms(cell.widths, training), ("reading on an H200",))
+        source = "reading on an H200, with one exponent for each block of dz"
+        return Expected("layer, by planes", *planes_ms(cell.widths, training), (source,))
     steps = [step(problem) for problem in products if problem is not None]
     lines = tuple(line for _, _, line in steps)
     if all(by_torch for _, by_torch, _ in steps):

@@ -90,12 +90,13 @@ def relative_error(product: Callable, inputs: str, k: int, outputs: int = 64) ->
     return ours / theirs
 
 
+@pytest.mark.parametrize("by_row", [False, True], ids=["blocks", "rows"])
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_planes_on_a_tensor_core_err_no_more_than_fp32(inputs: str) -> None:
+def test_planes_on_a_tensor_core_err_no_more_than_fp32(inputs: str, by_row: bool) -> None:
     shortest = layer_tiles.SHORTEST_PLANES
     for k, seed in itertools.product((shortest, shortest + 44, 2 * shortest), range(3)):
         x, w = draw(inputs, 32, 32, k, seed)
-        assert_no_worse(x, w, tensor_core.fp16x3_by_planes(x, w), tensor_core.fma(x, w))
+        assert_no_worse(x, w, tensor_core.fp16x3_by_planes(x, w, by_row), tensor_core.fma(x, w))
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -166,7 +167,7 @@ def by_forward(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
 
 def by_dgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
     dx = torch.full((a.shape[0], b.shape[0]), torch.nan, device=a.device)
-    for dz, w, own in launches(a, b.t().contiguous(), tile):
+    for dz, w, own in launches(a, b.t().contiguous(), tile, "rows"):
         dgrad(dz, w, None, dx, None, IDENTITY, "ieee", own)
     return dx
 
@@ -179,9 +180,9 @@ def by_wgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
         wgrad(dz, h, dw, db, "ieee", tile)
     else:
         sums = wgrad_sums(dz.shape[0], tile, dz.dtype, dw.numel(), 0)
-        for each_dz, each_h, own in launches(dz, h, tile):
+        for each_dz, each_h, own in launches(dz, h, tile, "columns"):
             wgrad_products(each_dz, each_h, dw, None, h.shape[1], own, sums)
-        sum_partials(split_by_kernel(dz).sums, (db,))
+        sum_partials(split_by_kernel(dz, "columns").sums, (db,))
     check_entries(db[:, None], a, torch.ones((1, a.shape[1]), device=a.device))
     return dw
 

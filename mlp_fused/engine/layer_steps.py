@@ -29,7 +29,7 @@ from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad_products, wgrad_sums
 from ..kernels.layer_forward import layer_forward, pointwise
 from ..kernels.partial_sums import Partial, sum_partials, sum_tile
-from ..kernels.planes import SPLIT, info_shape, planes_shape, redo_tile, split
+from ..kernels.planes import SPLIT, Exponents, info_shape, planes_shape, redo_tile, split
 from ..kernels.tile_config import Kind, Problem
 from . import settings, tables
 from .schedule import Layers, Schedule, Writer
@@ -158,8 +158,8 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
         options: dict[str, Any] = {"activation": spec.activation, "precision": spec.precision}
         run = partial(layer_forward, **options, dropout=spec.dropout)
         operands |= {"h": h, "z": z, **_seed(spec.dropout)}
-        shapes = {"x": (rows, k), "weight": (n, k)}
-        return _add_kernel(spec, writer, add, operands, ("h", "z"), run, choice, shapes)
+        factors = {"x": Factor(rows, k), "weight": Factor(n, k)}
+        return _add_kernel(spec, writer, add, operands, ("h", "z"), run, choice, factors)
     is_plain_relu = spec.activation.name == "relu" and spec.dropout is None
     if is_plain_relu and z is None and operands["bias"] and writer.on_gpu:
         return add(operands | {"h": h}, ("h",), linear_relu_by_torch)
@@ -170,6 +170,18 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
     return None
 
 
+class Factor(NamedTuple):
+    """A factor of a product, (rows, width), and the elements of it that share an exponent if it is split.
+
+    `with_sums` adds partial sums over its rows to the split.
+    """
+
+    rows: int
+    width: int
+    exponents: Exponents = "blocks"
+    with_sums: bool = False
+
+
 def _add_kernel(
     spec: LayerSpec,
     writer: Writer,
@@ -178,10 +190,10 @@ def _add_kernel(
     writes: tuple[str, ...],
     run: Callable[..., Any],
     choice: tables.Choice,
-    shapes: Mapping[str, tuple[int, int]],
+    factors: Mapping[str, Factor],
     moved: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add a product by one of our kernels: `add` adds its step. `shapes` has the shapes of its two factors, by name.
+    """Add a product by one of our kernels: `add` adds its step. `factors` are its two factors, by name.
 
     If the kernel takes planes, add the split of both factors before it, unless they are split already, and the step
     that computes flagged tiles again after it.
@@ -190,8 +202,8 @@ def _add_kernel(
     if choice.tile.precision != "fp16x3":
         return add(operands, writes, partial(run, tile=choice.tile), moved=moved)
     planes, plain = {}, {}
-    for side, (name, shape) in enumerate(shapes.items()):
-        planes[name] = _add_split(spec, writer, side, operands[name], shape, with_sums=name == "dz")
+    for side, (name, factor) in enumerate(factors.items()):
+        planes[name] = _add_split(spec, writer, side, operands[name], factor)
         plain[name] = (operands[name], planes[name][1])
     read = {name: of_planes for name, (of_planes, _) in planes.items()}
     add({**operands, **planes}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
@@ -200,29 +212,32 @@ def _add_kernel(
     return writer.add("redo", spec, again, writes, partial(run, tile=redo.tile), choice=redo, moved={})
 
 
-def _add_split(
-    spec: LayerSpec, writer: Writer, side: int, x: str, shape: tuple[int, int], with_sums: bool
-) -> tuple[str, str]:
+def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Factor) -> tuple[str, str]:
     """The names of the planes and the info of x. Add the step that splits it, unless the last one of this side did.
 
-    The first factor of every product has one buffer for its planes, and the second factor another. `with_sums` adds
-    partial sums over the rows of x, from which wgrad has db.
+    The first factor of every product has one buffer for its planes, and the second factor another.
     """
-    planes, info, sums = (f"{part} {side} of {x}" for part in ("planes", "info", "sums"))
+    rows, width, exponents, with_sums = factor
+    planes, info, sums = (split_name(part, side, exponents, x) for part in ("planes", "info", "sums"))
     of_side = (step for step in reversed(writer.steps) if step.operands.get("planes", "").startswith(f"planes {side}"))
     last = next(of_side, None)
-    if last is not None and last.operands["x"] == x:
+    if last is not None and last.operands["planes"] == planes:
         return planes, info
-    of_planes, strides = planes_shape(*shape)
-    blocks = info_shape(*shape)
+    of_planes, strides = planes_shape(rows, width)
     writer.share(planes, f"planes {side}", 2 * strides[0], dtype=torch.float16)
     writer.part(planes, f"planes {side}", 0, *of_planes, strides=strides)
-    writer.share(info, f"info {side}", *blocks, dtype=torch.int32)
+    writer.share(info, f"info {side}", *info_shape(rows, width, exponents), dtype=torch.int32)
     operands: dict[str, Any] = {"x": x, "planes": planes, "info": info, "sums": None}
     if with_sums:
-        operands["sums"] = writer.share(sums, "sums of rows", blocks[1], shape[1])
-    writer.add("split", spec, operands, ("planes", "info", "sums"), split, choice=tables.Choice(SPLIT, ""))
+        operands["sums"] = writer.share(sums, "sums of rows", info_shape(rows, width)[1], width)
+    run = partial(split, exponents=exponents)
+    writer.add("split", spec, operands, ("planes", "info", "sums"), run, choice=tables.Choice(SPLIT, ""))
     return planes, info
+
+
+def split_name(part: str, side: int, exponents: Exponents, x: str) -> str:
+    """The name of a result of the split of x: "planes", "info" or "sums"."""
+    return f"{part} {side} of {exponents} of {x}"
 
 
 def _add_pointwise(
@@ -271,7 +286,8 @@ def add_dgrad(
         options: dict[str, Any] = {"below": spec.below, "precision": spec.precision}
         run = partial(dgrad, **options, dropout=spec.dropout_below)
         operands |= {"saved": saved, "dx": dx, "h": rebuilt, **_seed(spec.dropout_below)}
-        _add_kernel(spec, writer, add, operands, ("dx", "h"), run, choice, {"dz": (rows, n), "weight": (n, k)})
+        factors = {"dz": Factor(rows, n, "rows"), "weight": Factor(n, k)}
+        _add_kernel(spec, writer, add, operands, ("dx", "h"), run, choice, factors)
         return
     add(operands | {"dx": dx}, ("dx",), dgrad_by_torch)
     if saved is not None or spec.dropout_below is not None:
@@ -293,7 +309,7 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     operands: dict[str, Any] = {"dz": dz, "h": h if dw else None, "dw": dw, "db": db}
     if choice.tile is None:
         return add(operands, ("dw", "db"), wgrad_by_torch)
-    shapes = {"dz": (rows, n), "h": (rows, k)}
+    factors = {"dz": Factor(rows, n, "columns", with_sums=db is not None), "h": Factor(rows, k)}
     from_split = choice.tile.precision == "fp16x3"  # db is then summed where dz is split
     moved = dict(operands)
     if from_split:
@@ -310,11 +326,12 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
         if operands["db"]:
             shape, strides = (sums.splits, n), (sums.columns, 1)
             operands["db"] = writer.part(f"partial db[{spec.index}]", "partial", sums.start_b, *shape, strides=strides)
-    _add_kernel(spec, writer, add, operands, ("dw", "db"), run, choice, shapes, moved)
+    _add_kernel(spec, writer, add, operands, ("dw", "db"), run, choice, factors, moved)
     if sums.splits > 1:
         add_sums(spec, writer, whole, totals, sums, sums.starts)
     if from_split and db:
-        add_sums(spec, writer, f"sums 0 of {dz}", (db,), Partial(info_shape(rows, n)[1], n, 0, spec.dtype))
+        sums_of_rows = split_name("sums", 0, "columns", dz)
+        add_sums(spec, writer, sums_of_rows, (db,), Partial(info_shape(rows, n)[1], n, 0, spec.dtype))
     return None
 
 

@@ -127,16 +127,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     `full("cpu")` marks tests that are slow only in the interpreter. On a GPU they always run.
     """
     gpu, full = _wants(config, "gpu"), _wants(config, "full")
-    left_out = []
+    left_out = set()
     for item in items:
         if gpu and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
         slow = any(not gpu or "cpu" not in mark.args for mark in item.iter_markers("full"))
         if (item.get_closest_marker("gpu") and not gpu) or (slow and not full):
-            left_out.append(item)
+            left_out.add(item)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -44,10 +44,10 @@ def run_script(*options: str) -> list[dict[str, Any]]:
 
 
 def compiled(request: pytest.FixtureRequest, *options: str) -> dict[str, list[dict[str, Any]]]:
-    """The readings by their rows' ids; and as a table, in the summary. All workers share one compilation."""
+    """The readings by row id, which the summary also prints as a table. All workers share one compilation."""
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which all of them share
+        folder = folder.parent  # all workers share this folder
     path = folder / f"compiled{''.join(options)}.json"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -81,7 +81,7 @@ def all_networks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any
     return compiled(request, "--networks", "--full")
 
 
-def holds(row: Compilation, found: dict[str, Any]) -> None:
+def check_row(row: Compilation, found: dict[str, Any]) -> None:
     assert found["shared"] <= found["shared_limit"], found
     assert found["spills"] <= SPILL_LIMIT, found
     if row.kernel not in GEMMS:
@@ -94,14 +94,14 @@ def holds(row: Compilation, found: dict[str, Any]) -> None:
     tile = row.tile
     for instruction in ("wgmma", "tcgen05", "mma"):
         assert (found[instruction] > 0) == (instruction == products(row)), found
-    assert (found["tma"] > 0) == (tile.descriptors and row.target != "NVIDIA A100"), found  # it has other copies
+    assert (found["tma"] > 0) == (tile.descriptors and row.target != "NVIDIA A100"), found  # an A100 copies without TMA
     assert (found["setmaxnreg"] > 0) == tile.warp_specialize, found
     if row.target == "NVIDIA A100" and row.dtype != "float32" and row.aligned and tile.num_stages > 1:
         assert found["cp_async"] > 0, found
 
 
 def products(row: Compilation) -> str | None:
-    """The one instruction that multiplies; None: no tensor core's."""
+    """The only instruction that multiplies; None if no tensor core does."""
     if row.dtype == "float32" and row.tile.precision in ("ieee", "redo"):
         return None
     whole = row.tile.block_m >= 64  # an instruction of the newer kinds multiplies 64 rows
@@ -110,11 +110,11 @@ def products(row: Compilation) -> str | None:
 
 @pytest.mark.parametrize("row", SAMPLE, ids=lambda row: row.id)
 def test_sample(row: Compilation, sample: dict[str, list[dict[str, Any]]]) -> None:
-    holds(row, *sample[row.id])
+    check_row(row, *sample[row.id])
 
 
 def test_specialised_warps_are_not_ignored(sample: dict[str, list[dict[str, Any]]]) -> None:
-    """Where Triton takes up the request, the warp that loads gives registers away to the others."""
+    """If Triton follows the request, the loading warp gives registers to the other warps."""
     rows = [row for row in SAMPLE if row.tile.warp_specialize]
     assert {row.kernel for row in rows} == {"forward", "dgrad"}
     for row in rows:
@@ -142,19 +142,19 @@ def traits(row: Compilation) -> set[tuple[Any, ...]]:
     }
 
 
-def test_the_sample_stands_for_the_rest() -> None:
-    """Each kernel, target, dtype, precision, activation, output tile and option of a tile is compiled by default."""
+def test_the_sample_covers_every_trait() -> None:
+    """Each kernel, target, dtype, precision, activation, output tile and option of a tile is in the default sample."""
     assert set[Any]().union(*map(traits, REST)) <= set[Any]().union(*map(traits, SAMPLE))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("row", REST, ids=lambda row: row.id)
 def test_everything(row: Compilation, everything: dict[str, list[dict[str, Any]]]) -> None:
-    holds(row, *everything[row.id])
+    check_row(row, *everything[row.id])
 
 
-def network_holds(row: NetworkCompilation, readings: list[dict[str, Any]]) -> None:
-    """Hardly anything spills; on Hopper, products of 64 rows are all wgmma, and few of them are waited for."""
+def check_network(row: NetworkCompilation, readings: list[dict[str, Any]]) -> None:
+    """Assert that few words spill. On Hopper, products of 64 rows must all be wgmma, with few waits."""
     if "reason" in readings[0]:
         assert not fits(row), readings
         return
@@ -167,7 +167,7 @@ def network_holds(row: NetworkCompilation, readings: list[dict[str, Any]]) -> No
         assert found["shared"] <= found["shared_limit"], found
         assert found["counted"] == 0 or found["shared"] <= found["counted"], found
         if row.precision in PRODUCTS_OF_PARTS:
-            # Where wgrad computes gelu again, it spills 10 words with 64 rows at a time, and none with 32.
+            # If wgrad recomputes gelu, it spills 10 words with tiles of 64 rows and none with 32.
             assert found["spills"] <= (16 if found["kernel"] == "wgrad" else 0), found
             assert found["kernel"] == "sum_partials" or (found["wgmma"] > 0 and found["mma"] == 0), found
             assert -(-found["registers"] // 8) * 8 * found["threads"] <= 65536, found
@@ -179,7 +179,7 @@ def network_holds(row: NetworkCompilation, readings: list[dict[str, Any]]) -> No
         widest = max(row.widths[1:] if row.widths[0] > 256 else row.widths)
         assert found["spills"] <= spill_limit(row, found["kernel"], widest), found
         if row.target == "NVIDIA H100" and row.input == row.dtype:
-            assert -(-found["registers"] // 8) * 8 * found["threads"] <= 65536, found  # all programs at a time
+            assert -(-found["registers"] // 8) * 8 * found["threads"] <= 65536, found  # all programs at once
         in_one_pass = found["kernel"] in ("recompute", "stored")
         if row.target == "NVIDIA H100" and in_one_pass and widest >= 64:
             # Sums of rows by 16 rows of ones are mma. Where products are serialised, each wgmma is waited for.
@@ -215,10 +215,10 @@ def fits(row: NetworkCompilation) -> bool:
 
 @pytest.mark.parametrize("row", NETWORKS, ids=lambda row: row.id)
 def test_network_sample(row: NetworkCompilation, network_sample: dict[str, list[dict[str, Any]]]) -> None:
-    network_holds(row, network_sample[row.id])
+    check_network(row, network_sample[row.id])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("row", OTHER_NETWORKS, ids=lambda row: row.id)
 def test_all_networks(row: NetworkCompilation, all_networks: dict[str, list[dict[str, Any]]]) -> None:
-    network_holds(row, all_networks[row.id])
+    check_network(row, all_networks[row.id])

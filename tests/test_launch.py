@@ -1,7 +1,7 @@
-"""A launch that is made again: with the arguments that Triton would pass, by the right key, prepared and compiled once.
+"""Replayed launches: they pass the arguments that Triton would, use the right key, and compile and prepare once.
 
-What a compiled kernel is called with needs no GPU to be seen: under a stand-in for Triton's driver everything compiles
-for a real target, and nothing is launched. That is a process of its own, for which this file is the program, too.
+The arguments of a compiled kernel can be checked without a GPU. Under a stand-in for Triton's driver, everything
+compiles for a real target and nothing is launched. This happens in a separate process that runs this file.
 """
 
 from __future__ import annotations
@@ -47,11 +47,9 @@ from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.partial_sums import sum_partials
 from mlp_fused.reference import Layer
 
-# ---------------------------------------------------------------- the stand-in for a GPU, in a process of its own
-
 
 class StandIn:
-    """Triton's active driver: compiles for a target, and notes what reaches the launcher in place of launching it."""
+    """A driver for Triton that compiles for a target and records the launcher's arguments instead of launching."""
 
     def __init__(self, backend: str, arch: int | str, warp_size: int, device: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -61,7 +59,7 @@ class StandIn:
         else:
             import triton.backends.amd.driver as vendor
         nothing = types.SimpleNamespace(launch=lambda *arguments: None)
-        for name, value in {  # what a real launcher asks of a compiler or of a GPU
+        for name, value in {  # values that a real launcher gets from a compiler or a GPU
             "annotate_arguments": list,
             "library_dirs": list,
             "_get_path_to_hip_runtime_dylib": str,
@@ -99,13 +97,13 @@ class StandIn:
 
     @contextlib.contextmanager
     def on(self, device: int) -> Iterator[None]:
-        """In place of torch.cuda.device."""
+        """Replace torch.cuda.device."""
         before, self.device = self.device, device
         yield
         self.device = before
 
     def noted(self, call: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
-        """The launches of a call."""
+        """Run a call and return its launches."""
         self.calls.clear()
         assert call(*arguments) is not False
         return list(self.calls)
@@ -125,7 +123,7 @@ def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]]:
-    """The kinds of launches: a function that launches on tensors, and one that makes such tensors."""
+    """For each kind of launch, a function that launches on tensors and one that makes the tensors."""
     M, N, K = 500, 64, 48
     hopper = devices.DEVICES["NVIDIA H100"]
     tile = layer_tiles.choose(tile_config.Problem("wgrad", N, K, M, BF16), hopper)
@@ -180,8 +178,8 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
     }  # fmt: skip
 
 
-def on_stand_ins() -> dict[str, Any]:
-    """Everything that is looked at under stand-ins, for the tests to judge."""
+def run_on_stand_ins() -> dict[str, Any]:
+    """Run everything under stand-ins and return the results for the tests."""
     from triton.runtime import JITFunction, _allocation
     from triton.runtime.driver import driver
 
@@ -191,7 +189,7 @@ def on_stand_ins() -> dict[str, Any]:
     torch.cuda.device = lambda device: driver.active.on(device)
     devices.device_of = lambda tensor: dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="a stand-in")
     tables.PACKAGED = Path("none")
-    through = Counter()  # how often Triton was gone through, and compiled
+    through = Counter()  # the numbers of launches through Triton and of compilations
     scratch: list[int] = []
 
     def wrap(owner: Any, name: str, after: Callable[..., None]) -> None:
@@ -251,9 +249,9 @@ def on_stand_ins() -> dict[str, Any]:
     found["threads"] = sorted(Counter(str(call["arguments"]) for call in hopper.calls).values())
 
     found["steps"] = {path: steps(path, through) for path in ("layer", "chain", "network")}
-    found["chain"] = chained(hopper, through)
+    found["chain"] = launcher_calls(hopper, through)
 
-    amd = StandIn("hip", "gfx942", 64, 2)  # a device of its own, whose compiled kernels are kept apart
+    amd = StandIn("hip", "gfx942", 64, 2)  # another device, with its own compiled kernels
     driver.set_active(amd)
     call, tensors = scenarios()["sum_partials"]
     made, others = call(*tensors()), tensors()
@@ -262,11 +260,11 @@ def on_stand_ins() -> dict[str, Any]:
 
 
 def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
-    """Training steps over numbers of rows of one order of magnitude: what each compiled, and took through Triton."""
+    """Train with several batch sizes. Returns for each step its compilations and its launches through Triton."""
     widths = (32, 16, 16) if path == "network" else (64, 48, 32)
     weights = [draw(n, k).requires_grad_() for k, n in itertools.pairwise(widths)]
     biases = [draw(n).requires_grad_() for n in widths[1:]]
-    activations = (SILU, GELU) if path == "chain" else (GELU, SILU)  # kernels that no other path has compiled
+    activations = (SILU, GELU) if path == "chain" else (GELU, SILU)  # no other path has compiled these kernels
     layers = [Layer(*layer) for layer in zip(weights, biases, activations)]
     found = []
     for rows in (4000, 3999, 4001, 3993, 4000):
@@ -291,7 +289,7 @@ def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
 
 
 def replay(made: launch.Launch, *tensors: Any) -> None:
-    """Launch once more, as schedules do."""
+    """Replay a launch like a schedule does."""
 
     def pointers(each: Any) -> Any:
         return tuple(map(pointers, each)) if isinstance(each, tuple) else None if each is None else each.data_ptr()
@@ -299,10 +297,10 @@ def replay(made: launch.Launch, *tensors: Any) -> None:
     Program([(made, range(len(tensors)))])(tensors, [*map(pointers, tensors)])
 
 
-def chained(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
-    """The calls of the launcher in a step of all layers at once: kernel by kernel, then as one program.
+def launcher_calls(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
+    """The calls of the launcher in a step of all layers at once, kernel by kernel and then as one program.
 
-    And how many launches of a step go through Triton where hooks are to be told of them, and afterwards.
+    Also counts the launches of a step that go through Triton while hooks are set, and afterwards.
     """
     weights = [draw(n, k).requires_grad_() for k, n in ((64, 49), (49, 32))]
     biases = [draw(49).requires_grad_(), None]
@@ -328,13 +326,13 @@ def chained(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(on_stand_ins(), sys.stdout)
+    json.dump(run_on_stand_ins(), sys.stdout)
     sys.exit()
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """The findings of a process with stand-ins."""
+    """The results of the process with stand-ins."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
@@ -344,7 +342,7 @@ def found() -> dict[str, Any]:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("name", scenarios())
-def test_a_launch_made_again_passes_what_triton_would(name: str, found: dict[str, Any]) -> None:
+def test_a_replayed_launch_passes_the_arguments_of_triton(name: str, found: dict[str, Any]) -> None:
     launched = found["launches"][name]
     assert launched["through Triton"] == 0
     by_triton, again = launched["by Triton"], launched["again"]
@@ -356,30 +354,30 @@ def test_a_launch_made_again_passes_what_triton_would(name: str, found: dict[str
         assert ours["stream"] == 70
     by_triton, again = launched["scratch"]
     assert by_triton == again
-    assert found["launches"]["forward"]["scratch"][1]  # of descriptors
+    assert found["launches"]["forward"]["scratch"][1]  # scratch memory for descriptors
 
 
 @pytest.mark.alone
-def test_the_users_allocator_of_scratch_memory_is_put_back(found: dict[str, Any]) -> None:
+def test_the_users_scratch_allocator_is_restored(found: dict[str, Any]) -> None:
     assert found["the user's allocator is back"]
 
 
 @pytest.mark.alone
-def test_whoever_hooks_into_launches_is_told_of_each(found: dict[str, Any]) -> None:
+def test_launch_hooks_fire_on_every_launch(found: dict[str, Any]) -> None:
     count = len(found["chain"]["one by one"])
     assert found["chain"]["through Triton"] == {"enter": count, "exit": count, "never": 0}
 
 
 @pytest.mark.alone
-def test_a_launch_is_on_its_tensors_device(found: dict[str, Any]) -> None:
+def test_a_launch_runs_on_its_tensors_device(found: dict[str, Any]) -> None:
     (launched,), device = found["from another device"]
     assert launched["stream"] == 70
-    assert device == 1  # is current again
+    assert device == 1  # the current device is restored
 
 
 @pytest.mark.alone
 def test_a_tensor_that_is_not_aligned_is_refused(found: dict[str, Any]) -> None:
-    assert found["misaligned"] == [False] * 5  # no launch is made of them
+    assert found["misaligned"] == [False] * 5  # no launch is replayed with them
 
 
 @pytest.mark.alone
@@ -388,7 +386,7 @@ def test_threads_pass_their_own_pointers(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.alone
-def test_a_launch_is_made_again_on_amd(found: dict[str, Any]) -> None:
+def test_a_launch_is_replayed_on_amd(found: dict[str, Any]) -> None:
     (ours,), (theirs,) = found["AMD"]["again"], found["AMD"]["by Triton"]
     assert {**ours, "told": True} == {**theirs, "told": True}
 
@@ -400,12 +398,12 @@ def test_another_number_of_rows_compiles_nothing(path: str, found: dict[str, Any
     assert len(first["compiled"]) >= 3
     assert [step["compiled"] for step in others] == [{}] * len(others), others
     assert all(step["forward"] for step in others)
-    assert last["forward"] == last["backward"] == 0  # prepared before
+    assert last["forward"] == last["backward"] == 0  # the launches were prepared before
 
 
 @pytest.mark.alone
-def test_a_program_passes_what_its_launches_would(found: dict[str, Any]) -> None:
-    """But for the pointers, as memory is allocated otherwise; those, the table of cases shows right."""
+def test_a_program_passes_the_arguments_of_its_launches(found: dict[str, Any]) -> None:
+    """Pointers differ, because memory is allocated differently. The table of cases tests them."""
 
     def but_for_pointers(value: Any) -> Any:
         if isinstance(value, list):
@@ -413,7 +411,7 @@ def test_a_program_passes_what_its_launches_would(found: dict[str, Any]) -> None
         return "pointer" if isinstance(value, int) and value > 2**40 else value
 
     one_by_one, as_program = found["chain"]["one by one"], found["chain"]["as a program"]
-    assert len(one_by_one) == len(as_program) >= 2 + 1 + 2 + 2 + 1  # a weight gradient at least is split
+    assert len(one_by_one) == len(as_program) >= 2 + 1 + 2 + 2 + 1  # at least one weight gradient is split
     assert any(call["told"] for call in one_by_one)
     for ours, theirs in zip(as_program, one_by_one):
         assert not ours.pop("told")
@@ -421,11 +419,8 @@ def test_a_program_passes_what_its_launches_would(found: dict[str, Any]) -> None
         assert but_for_pointers(list(ours.values())) == but_for_pointers(list(theirs.values()))
 
 
-# ---------------------------------------------------------------- in the interpreter
-
-
 class Kernel:
-    """A kernel whose launches through Triton last until `done`, and are counted meanwhile."""
+    """A kernel whose launches through Triton last until `done`. It counts the launches that are running."""
 
     __name__ = "kernel"
     params = ()
@@ -445,17 +440,17 @@ class Kernel:
         self.running -= 1
 
 
-def launch_of(kernel: Any) -> launch.Launch:
+def make_launch(kernel: Any) -> launch.Launch:
     return launch.Launch(kernel, 1, torch.device("cpu"), tile_config.TileConfig(16, 16), (), {})
 
 
 def test_first_launches_do_not_overlap() -> None:
-    """Triton loads a compiled kernel when it is first launched, in which two threads must not meet."""
+    """Triton loads a compiled kernel at its first launch, which two threads must not do at once."""
     kernel = Kernel()
     with ThreadPoolExecutor(2) as pool:
-        launched = [pool.submit(launch_of(kernel).through_triton, [torch.zeros(4)]) for _ in range(2)]
+        launched = [pool.submit(make_launch(kernel).through_triton, [torch.zeros(4)]) for _ in range(2)]
         assert kernel.begun.wait(10)
-        time.sleep(0.1)  # in which the second one would begin as well
+        time.sleep(0.1)  # time for the second launch to begin
         kernel.done.set()
         for each in launched:
             each.result()
@@ -467,12 +462,12 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other() -> None:
     x = torch.zeros(4)
 
     def replay(_: int) -> None:
-        made = launch_of(kernel)
-        made.run = lambda *arguments: together.wait(10)  # raises unless the other replay is in it too
+        made = make_launch(kernel)
+        made.run = lambda *arguments: together.wait(10)  # raises unless the other replay waits here too
         Program([(made, (0,))])([x], [x.data_ptr()])
 
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(launch_of(kernel).through_triton, [x])
+        first = pool.submit(make_launch(kernel).through_triton, [x])
         assert kernel.begun.wait(10)
         list(pool.map(replay, range(2)))
         assert not first.done()
@@ -481,7 +476,7 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other() -> None:
 
 
 def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: str) -> None:
-    """torch.autograd.graph.saved_tensors_hooks may lay a weight out anew between forward and backward."""
+    """torch.autograd.graph.saved_tensors_hooks may change a weight's layout between forward and backward."""
     weights = [(torch.randn(n, k, device=device) / 4).requires_grad_() for k, n in ((20, 16), (16, 16))]
     x = torch.randn(23, 20, device=device)
     layers = [Layer(weight, None, activation) for weight, activation in zip(weights, (GELU, IDENTITY))]
@@ -490,10 +485,10 @@ def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: s
     path = dataclasses.replace(path, formulation="replay")
     expected = gradients(reference.mlp(x, weights, [None] * 2, [GELU, IDENTITY]), weights)
 
-    def anew(tensor: Tensor) -> Tensor:
+    def transposed(tensor: Tensor) -> Tensor:
         return tensor if tensor.shape == x.shape else tensor.t().contiguous().t()
 
-    for unpack in (lambda tensor: tensor, anew):
+    for unpack in (lambda tensor: tensor, transposed):
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
             found = gradients(run_network(x, tuple(weights), (None, None), path), weights)
         for ours, theirs in zip(found, expected):
@@ -501,7 +496,7 @@ def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: s
 
 
 def test_a_backward_reads_the_strides_that_hooks_gave_a_bias(device: str) -> None:
-    """After a backward whose bias lay as the module's does."""
+    """The first backward had a contiguous bias."""
     weights = [(torch.randn(n, k, device=device) / 4).requires_grad_() for k, n in ((20, 16), (16, 16))]
     biases = [torch.randn(16, device=device).requires_grad_() for _ in range(2)]
     x = torch.randn(23, 20, device=device)

@@ -32,7 +32,7 @@ class Record:
 
 
 class Bag(collections.abc.MutableMapping[Any, Any]):
-    """Whose shallow copy shares what holds the items."""
+    """A mapping whose shallow copy shares the dictionary of items."""
 
     def __init__(self, items: Any = ()) -> None:
         self.items_ = dict(items)
@@ -107,7 +107,7 @@ def batches() -> st.SearchStrategy[Any]:
 
 
 def same(found: Any, wanted: Any) -> bool:
-    """Types, keys, values, and how tensors lie in memory."""
+    """True if types, keys, values and memory layouts are equal."""
     if isinstance(wanted, Tensor):
         strides = found.stride() == torch.empty_like(wanted).stride()
         return type(found) is type(wanted) and equal(found, wanted) and strides
@@ -124,7 +124,7 @@ def same(found: Any, wanted: Any) -> bool:
 
 @given(st.lists(batches(), max_size=5), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
-def test_batches_come_as_the_loader_made_them(loader: list[Any], depth: int) -> None:
+def test_batches_arrive_as_the_loader_made_them(loader: list[Any], depth: int) -> None:
     streams = Streams(LATE["late copies"])
     prefetcher = prefetch(loader, streams, depth)
     for _ in range(2):
@@ -174,7 +174,7 @@ def test_a_packed_sequence_keeps_its_batch_sizes_on_the_host() -> None:
 
 
 class Moves:
-    """As graph libraries have it."""
+    """An object with a method `to`, like the batches of graph libraries."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -199,7 +199,7 @@ def test_objects_that_move_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     found = iter(prefetch([[Moves(log)], [MovesAhead(log)]], streams))
     assert isinstance(next(found)[0], Moves)
-    assert log == ["pin_memory", "to cpu, non_blocking", "to cpu"]  # the later one is copied ahead
+    assert log == ["pin_memory", "to cpu, non_blocking", "to cpu"]  # the second batch is copied ahead
     log.clear()
     assert isinstance(next(found)[0], MovesAhead)
     assert log == ["record_stream"]
@@ -209,7 +209,7 @@ class Marked(Tensor):
     pass
 
 
-def test_what_is_more_than_its_numbers_is_moved_by_its_own_to() -> None:
+def test_tensor_subclasses_are_moved_by_their_own_to() -> None:
     streams = Streams(LATE["late copies"])
     leaf = torch.ones(2, requires_grad=True)
     batch = [leaf * 2, nn.Parameter(torch.ones(2), requires_grad=False), torch.ones(2).as_subclass(Marked)]

@@ -44,8 +44,6 @@ def output(process: subprocess.Popen[str], status: int = 0) -> str:
     return text
 
 
-# --- The ids and marks of the whole suite ---
-
 # Collects the suite for the first of some mark expressions, then selects for the others; writes the ids as JSON.
 COLLECT = """
 import json, sys
@@ -152,9 +150,6 @@ def test_dropout_leaves_enough_elements_for_a_norm() -> None:
     dropping = [case for case in CASES if case.rows and 0 < case.dropout < 1]
     assert dropping
     assert [case.id for case in dropping if case.rows * case.widths[-1] * (1 - case.dropout) < 8] == []
-
-
-# --- Runs of pytest on a small suite with this suite's conftest.py ---
 
 
 @pytest.fixture

@@ -250,9 +250,6 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         table_files.read(tmp_path / "deep.json")
 
 
-# --- What holds for which problem ---
-
-
 def test_precedence_user_packaged_rule(measured: Path) -> None:
     assert estimated(problem()) not in (TILE, OTHER)
     assert tables.tile_for(problem(), H200) == estimated(problem())
@@ -398,9 +395,6 @@ def test_merging_keeps_what_was_not_measured_again() -> None:
     assert merged == dataclasses.replace(new, gemms=table(again, other).gemms, networks=table(NARROW).networks)
     with pytest.raises(ValueError, match="measured on NVIDIA H200; it needs to be measured on NVIDIA H100"):
         tables.merge(old, table(device="NVIDIA H100"))
-
-
-# --- Where the files lie, and when they are broken ---
 
 
 def test_where_the_tables_lie(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,6 @@ def vision() -> Any:
     return load("torchvision.models")
 
 
-# ---------------------------------------------------------------- torch.fx
-
-
 @pytest.mark.parametrize("kind", ["mlp", "fused"])
 def test_fx_sees_the_children(kind: str, backend: str) -> None:
     model, twin = fused_and_twin(kind, backend)
@@ -96,9 +93,6 @@ def path_of_class(module: nn.Module) -> str:
     )
 
 
-# ---------------------------------------------------------------- torch.jit.script
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_script(kind: str, backend: str, training: bool) -> None:
@@ -146,9 +140,6 @@ def test_jit_script_keeps_hooks_dropout_and_norms() -> None:
     ours = scripted(X)
     torch.manual_seed(0)
     assert torch.equal(ours, twin(X))
-
-
-# ---------------------------------------------------------------- exported programs
 
 
 def exported(model: nn.Module) -> torch.export.ExportedProgram:
@@ -206,9 +197,6 @@ def test_export_quantisers_find_the_linears(kind: str, backend: str) -> None:
     assert torch.equal(ours, theirs)
 
 
-# ---------------------------------------------------------------- ONNX
-
-
 @pytest.fixture
 def onnx() -> Iterator[Any]:
     for library in ("onnx", "onnxscript", "onnxruntime"):
@@ -244,9 +232,6 @@ def test_onnx_export_of_the_kernels_is_refused(onnx: Any) -> None:
     model, _ = fused_and_twin("mlp", "triton")
     with pytest.raises(Exception, match='backend is "triton", but the call is being exported to ONNX; or use backend='):
         onnx.export(model, (X,), dynamo=True, verbose=False)
-
-
-# ---------------------------------------------------------------- torch.compile of what holds a FusedLinear
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "Module.compile"])

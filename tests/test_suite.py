@@ -22,7 +22,7 @@ pytestmark = pytest.mark.alone
 
 
 def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Python in a process group of its own, free of what pytest-xdist told this process."""
+    """Start Python in a new process group, without the environment variables of pytest-xdist."""
     inherited = {
         name: value for name, value in os.environ.items() if "XDIST" not in name and name != "TRITON_INTERPRET"
     }
@@ -44,7 +44,7 @@ def output(process: subprocess.Popen[str], status: int = 0) -> str:
     return text
 
 
-# Collects the suite for the first of some mark expressions, then selects for the others; writes the ids as JSON.
+# Collect the suite for the first mark expression, select from it for the others, and write the ids as JSON.
 COLLECT = """
 import json, sys
 import pytest
@@ -78,8 +78,9 @@ ON_A_GPU = ("gpu", "gpu and not alone", "gpu and alone", "gpu and full")
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
-    """The ids before any is left out ("all"), and those that expressions select, in two processes of other hash seeds:
-    one for the interpreter, one for a GPU.
+    """The ids of all tests ("all"), and those that expressions select.
+
+    They come from two processes with different hash seeds, one for the interpreter and one for a GPU.
     """
     folder = tmp_path_factory.mktemp("ids")
     runs = {"cpu": ("1", ("",)), "gpu": ("2", ON_A_GPU)}
@@ -93,13 +94,13 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, l
 
 
 def test_ids_are_the_same_in_every_process(collected: dict[str, dict[str, list[str]]]) -> None:
-    """In the same order too, as pytest-xdist needs it. Mark expressions only leave ids out of these."""
+    """Their order is the same too, which pytest-xdist needs. Mark expressions only leave ids out."""
     cpu, gpu = collected["cpu"]["all"], collected["gpu"]["all"]
     assert [pair for pair in zip(cpu, gpu) if pair[0] != pair[1]] == []
     assert len(cpu) == len(gpu) == len(set(cpu))
 
 
-def test_a_gpu_runs_what_is_full_only_where_it_is_asked_for(collected: dict[str, dict[str, list[str]]]) -> None:
+def test_a_gpu_runs_full_tests_only_on_request(collected: dict[str, dict[str, list[str]]]) -> None:
     found = collected["gpu"]
     full = set(found["full"])
     assert full
@@ -146,7 +147,7 @@ def test_a_mark_expression_asks_for_marks(expression: str, asked: str) -> None:
 
 
 def test_dropout_leaves_enough_elements_for_a_norm() -> None:
-    """The bound is twice torch's error in a norm, which over two elements may be next to nothing by chance."""
+    """The bound is twice torch's error in a norm. Over two elements, that error may be almost 0 by chance."""
     dropping = [case for case in CASES if case.rows and 0 < case.dropout < 1]
     assert dropping
     assert [case.id for case in dropping if case.rows * case.widths[-1] * (1 - case.dropout) < 8] == []
@@ -161,7 +162,7 @@ def suite(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# In place of the fixtures that import torch for every test.
+# Replacements for fixtures that import torch for every test.
 QUICK = """
 import pytest
 
@@ -239,7 +240,7 @@ def test_a_killed_run_leaves_its_failures_on_disk(suite: Path, workers: list[str
     finally:
         os.killpg(process.pid, signal.SIGKILL)
     text = output(process, -signal.SIGKILL)
-    assert "in the first test" not in text  # which pytest prints at the end only
+    assert "in the first test" not in text  # pytest prints this only at the end
     failures = (suite / "failures.txt").read_text()
     assert failures.startswith("test_small.py::test_fails (call)\n")
     assert "AssertionError: in the first test" in failures

@@ -1,4 +1,4 @@
-"""Clocks on a simulated device: what a call costs, what the device works, what the host sees of it."""
+"""Clocks on a simulated device: the times of a call, of the device, and of the host."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mlp_fused.timing import Spread, Timed
 
 
 class SimulatedClock(timing.Clock):
-    """A host that issues and a device that works, in seconds, in the place of the real ones."""
+    """A simulated host that issues work and a device that executes it, with times in seconds."""
 
     def __init__(self) -> None:
         self.host = 0.0
-        self.free = 0.0  # when the device has done all it was given
+        self.free = 0.0  # when the device will have finished all its work
 
     def launch(self, issue: float, duration: float, *, waits: bool = False) -> None:
-        """Work that takes the host `issue` to hand over and the device `duration` to do."""
+        """Issue work that takes the host `issue` seconds and the device `duration` seconds."""
         self.host += issue
         self.free = max(self.free, self.host) + duration
         if waits:
@@ -113,7 +113,7 @@ def test_inputs_are_rotated(clock: SimulatedClock, where: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", [1, 20])
-def test_device_host_and_the_clock_that_does_not_wait(clock: SimulatedClock, kernels: int) -> None:
+def test_times_of_device_and_host_without_waiting(clock: SimulatedClock, kernels: int) -> None:
     def call(_: int) -> None:
         for _ in range(kernels):
             clock.launch(10e-6, 4e-6)
@@ -129,18 +129,18 @@ def test_a_call_that_waits_is_not_queued_behind_a_spin(clock: SimulatedClock, mo
     monkeypatch.setattr(clock, "spin", None)
     found = timing.time_apart(Timed(lambda _: clock.launch(10e-6, 90e-6, waits=True), waits=True), clock=clock)
     assert found.returned.ms == found.host.ms == pytest.approx(0.1)
-    assert found.device.ms == pytest.approx(0.1)  # the device waits for the host to hand the copy over
+    assert found.device.ms == pytest.approx(0.1)  # the device waits until the host issues the copy
 
 
 class SimulatedLink(SimulatedClock):
-    """And a link on which DevicePrefetcher, as the streams that it asks for, copies a batch in `copy` seconds."""
+    """A simulated clock and link. It serves as DevicePrefetcher's streams, and copies a batch in `copy` seconds."""
 
     device, side = torch.device("cpu"), "side"
 
     def __init__(self, copy: float) -> None:
         super().__init__()
         self.seconds = copy
-        self.linked = 0.0  # when the link has done all it was given
+        self.linked = 0.0  # when the link will have finished all its copies
 
     def synchronize(self, event: Any = None) -> None:
         self.host = max(self.host, *([self.free, self.linked] if event is None else [event.at]))
@@ -180,10 +180,8 @@ class SimulatedLink(SimulatedClock):
     ("copy", "compute"),
     [(1e-3, 5e-4), (2.4e-3, 3e-4), (2.4e-3, 1.2e-3), (4.8e-3, 4e-3), (2e-2, 1e-2), (1e-3, 3e-3), (1e-5, 1e-5)],
 )
-def test_a_loop_that_prefetches_is_read_without_what_was_copied_before_it(
-    copy: float, compute: float, seconds: float
-) -> None:
-    """Where the device was idle, the first batches are there already: they are not to pass for the others."""
+def test_a_prefetching_loop_is_timed_without_earlier_copies(copy: float, compute: float, seconds: float) -> None:
+    """The first batches may be copied before timing starts. They must not represent the others."""
     link = SimulatedLink(copy)
     prefetcher = DevicePrefetcher(itertools.repeat(torch.ones(1)), "cpu")
     prefetcher._streams = link  # type: ignore[assignment]
@@ -209,7 +207,7 @@ def test_the_first_call_is_the_warm_up(clock: SimulatedClock) -> None:
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.usefixtures("device")
-def test_a_real_product_takes_the_device_longer_than_the_host_to_hand_over() -> None:
+def test_a_real_product_takes_the_device_longer_than_its_launch() -> None:
     a = torch.randn(4096, 4096, device="cuda")
     found = timing.time_apart(Timed(lambda _: a @ a))
     assert found.returned.ms < 0.5 * found.device.ms

@@ -1,6 +1,6 @@
 """Tools that read a model's code: torch.fx, torch.jit.script, torch.onnx, decompositions, quantisers of graphs.
 
-What they trace is plain torch, so its numbers are the plain twin's.
+They trace plain torch, so the results equal those of the plain twin.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def test_fx_graph_mode_quantisation(kind: str, backend: str) -> None:
         prepared = prepare_fx(model.eval(), get_default_qconfig_mapping("x86"), (X,))
         prepared(X)
         converted = convert_fx(prepared)
-        assert any(path.endswith("quantized.modules.linear.Linear") for path in map(path_of_class, converted.modules()))
+        assert any(path.endswith("quantized.modules.linear.Linear") for path in map(class_path, converted.modules()))
         outputs.append(converted(X))
     assert torch.equal(*outputs)
 
 
-def path_of_class(module: nn.Module) -> str:
+def class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}".replace("intrinsic.", "").replace(
         "linear_relu.LinearReLU", "linear.Linear"
     )
@@ -216,7 +216,7 @@ def test_onnx_export(onnx: Any, kind: str, activation: str) -> None:
 
 
 def test_onnx_export_with_recompute(onnx: Any) -> None:
-    """Away from the CPU's short cut, as on a GPU."""
+    """With recompute, the CPU takes the code path of a GPU."""
     model, twin = fused_and_twin("mlp")
     model.recompute = True
     assert torch.allclose(onnx.export(model, (X,), dynamo=True, verbose=False)(X)[0], twin(X), atol=1e-5)

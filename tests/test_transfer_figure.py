@@ -28,7 +28,7 @@ def test_the_plot(tmp_path: Path, suffix: str, gpu: bool) -> None:
 
 
 @matplotlib
-def test_the_plot_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_plot_shows_the_readings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     from mlp_fused.transfer.figure import draw

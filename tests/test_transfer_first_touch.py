@@ -39,7 +39,7 @@ def test_a_model_that_cannot_be_pickled() -> None:
         first_touch.in_fresh_processes(model, [torch.ones(1, 2)], torch.device("cuda:0"))
 
 
-def test_a_network_of_the_running_script_has_to_move_into_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_defined_in_the_running_script_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Network, "__module__", "__main__")
     model = nn.Sequential(nn.Linear(2, 2), Network(Clock(), 0.0))
     with pytest.raises(RuntimeError, match="^Network is defined in the main script, .*; move it to a module"):

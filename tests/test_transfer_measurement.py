@@ -23,7 +23,7 @@ from mlp_fused.transfer.first_touch import FirstTouch
 from mlp_fused.transfer.measurement import measure
 
 
-def test_every_part_is_read_off_the_right_clock() -> None:
+def test_every_part_is_timed_by_the_right_clock() -> None:
     speeds = Simulated()
     found = simulate(speeds)
     assert found.at_rows.gpu is not None
@@ -45,8 +45,8 @@ def test_every_part_is_read_off_the_right_clock() -> None:
     assert gpu.bound == "copy"
 
 
-def test_the_crossing_is_where_the_stated_speeds_put_it() -> None:
-    """A CPU of 2 µs a row and a GPU whose step costs 100 µs and next to nothing a row cross at 50 rows."""
+def test_the_crossing_follows_from_the_simulated_speeds() -> None:
+    """A CPU with 2 µs per row and a GPU with 100 µs per step cross at 50 rows."""
     found = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
     assert found.crossings["resident"].rows == pytest.approx(50, rel=0.01)
     assert found.crossings["step"].rows == pytest.approx(50, rel=0.05)
@@ -71,7 +71,7 @@ def test_prefetching_hides_the_copy() -> None:
     assert found.hidden > 0.9
 
 
-def test_without_a_gpu_the_cpu_is_measured_and_the_rest_is_said_to_be_missing() -> None:
+def test_without_a_gpu_only_the_cpu_is_measured() -> None:
     found = simulate(Simulated(), gpu=False)
     assert [point.rows for point in found.points] == list(SIZES)
     assert [point.cpu.step.ms for point in found.points] == pytest.approx([2e-3 * size for size in SIZES], rel=0.01)
@@ -81,7 +81,7 @@ def test_without_a_gpu_the_cpu_is_measured_and_the_rest_is_said_to_be_missing() 
     json.dumps(found.as_dict(), allow_nan=False)
 
 
-def test_sizes_that_do_not_fit_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_do_not_fit_give_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = SimulatedGpu.calls
 
     def fit(limit: int) -> None:
@@ -97,11 +97,11 @@ def test_sizes_that_do_not_fit_are_a_note(monkeypatch: pytest.MonkeyPatch) -> No
     assert [point.rows for point in found.points] == [16, 64, 256, 1024]
     assert found.notes[-1] == "4,096 rows and more: CUDA out of memory. Tried"
     fit(1023)
-    with pytest.raises(torch.OutOfMemoryError):  # of what was asked about
+    with pytest.raises(torch.OutOfMemoryError):  # the requested batch itself does not fit
         simulate(Simulated())
 
 
-def test_a_first_touch_that_cannot_be_measured_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unmeasurable_first_touch_gives_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> FirstTouch:
         raise RuntimeError("the model cannot be pickled: a lambda")
 
@@ -113,7 +113,7 @@ def test_a_first_touch_that_cannot_be_measured_is_a_note(monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("training", [True, False])
-def test_a_network_of_ones_own(training: bool) -> None:
+def test_a_users_own_network(training: bool) -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -137,7 +137,7 @@ def test_a_network_of_ones_own(training: bool) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_sizes_stand_around_the_batch() -> None:
+def test_sizes_surround_the_batch() -> None:
     found = measure(nn.Linear(2, 2), torch.randn(32, 2), seconds=0.001)
     assert [point.rows for point in found.points] == [2, 8, 32, 128, 512]
     assert found.at_rows.bytes_in == 32 * 2 * 4
@@ -194,8 +194,8 @@ def test_distorted_times_of_a_cpu_are_marked(backend: str, count: int, monkeypat
     assert ("not measured: undistorted times (" in str(found)) is (count == 2)
 
 
-def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but CUDA: each call does what it is named for, on the batch that it was given."""
+def test_the_calls_for_a_gpu_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call does what its name says, on its batch. Only CUDA is not tested here."""
     copied = []
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     monkeypatch.setattr(Tensor, "copy_", lambda target, source, **_: copied.append(source))
@@ -221,9 +221,7 @@ def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_16_bits_under_autocast_are_measured_of_float32_alone(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_autocast_is_measured_only_for_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     gpu = measurement.Gpu(torch.device("cpu"), cache_bytes=lambda device: 4096)
     calls = gpu.calls(nn.Linear(4, 2, dtype=dtype), [torch.randn(8, 4, dtype=dtype)], training=True)
@@ -256,7 +254,7 @@ def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.alone
 @pytest.mark.usefixtures("device")
 def test_pinned_copies_reach_the_links_ceiling() -> None:
-    """At least 0.9 of it, for 64 MiB."""
+    """A copy of 64 MiB reaches at least 0.9 of the ceiling."""
     link, x = timing.link("cuda:0"), torch.randn(1 << 24)
     copied = timing.time_apart(measurement.copy_calls([x], torch.device("cuda"))["non_blocking"])
     assert x.nbytes / (1e-3 * copied.device.ms) >= 0.9 * link.to_device
@@ -264,8 +262,8 @@ def test_pinned_copies_reach_the_links_ceiling() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("device")
-def test_the_prefetchers_batches_are_the_steps() -> None:
-    """The calls that `prefetched` times compute on the batch, and not on older memory."""
+def test_steps_compute_on_the_prefetched_batches() -> None:
+    """The calls timed by `prefetched` compute on the current batch, not on older memory."""
     x = torch.randn(64, 8)
     (there,) = next(iter(DevicePrefetcher([[x]], "cuda")))
     assert torch.equal(there.cpu(), x)

@@ -1,4 +1,4 @@
-"""The tuner on the CPU: the interpreter's kernels on tiny networks, timed by a clock that is made up."""
+"""The tuner on the CPU, with the interpreter's kernels on tiny networks and a simulated clock."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> Non
     assert said.endswith(f"measured 6 of 6 problems; the table is {path()}")
 
 
-def test_torch_is_recorded_as_none(clock: Clock, measured: Path) -> None:
+def test_torch_is_written_as_a_tile_of_none(clock: Clock, measured: Path) -> None:
     clock.seconds["torch"] = 0.5e-3
     table, said = run(clock)
     for row in table.gemms:
@@ -78,13 +78,13 @@ def test_torch_is_recorded_as_none(clock: Clock, measured: Path) -> None:
     assert "our kernels are faster in 0 of 6 problems; the worst ratio is 0.50" in said
 
 
-def test_what_fails_or_is_wrong_is_skipped_and_said(clock: Clock, measured: Path) -> None:
+def test_failing_and_wrong_tiles_are_skipped_and_reported(clock: Clock, measured: Path) -> None:
     clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
 
     def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
         if tile == BROKEN:
             raise RuntimeError("out of resource: shared memory.\nand more")
-        if tile != WRONG:  # which writes nothing
+        if tile != WRONG:  # a wrong tile writes nothing
             run()
 
     clock.parts["operands"] = watched(clock, way)
@@ -107,11 +107,11 @@ def test_what_fails_or_is_wrong_is_skipped_and_said(clock: Clock, measured: Path
 
 
 @pytest.mark.parametrize(("dtype", "activation"), [("fp16", "relu"), ("bf16", "gelu")])
-def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
+def test_a_correct_tile_is_kept_if_torch_is_less_accurate(
     dtype: str, activation: str, clock: Clock, measured: Path
 ) -> None:
     """cuBLAS rounds partial sums over many rows to fp16, so results are compared with float32."""
-    factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # off by twice the bound
+    factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # twice the bound
 
     def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
         run()
@@ -128,7 +128,7 @@ def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
     assert said.count("was left out") == said.count(sentence) == PRODUCTS
 
 
-def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) -> None:
+def test_an_interruption_writes_the_readings(clock: Clock, measured: Path) -> None:
     other = Config(dims=((3, 2),), batch=(8,), dtype=("fp32",))
     before, _ = run(clock, other)
     clock.timed.clear()
@@ -153,9 +153,9 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
     assert path().read_text() == text
 
 
-def test_what_was_measured_outlives_a_process_that_is_killed(clock: Clock, measured: Path) -> None:
+def test_rows_survive_a_killed_process(clock: Clock, measured: Path) -> None:
     class KilledError(BaseException):
-        """An error that nothing has a chance to handle."""
+        """A stand-in for a kill, which no code can handle."""
 
     def killed(call: Callable[[], object]) -> float:
         if len(clock.timed) == 7:
@@ -171,8 +171,8 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered"
 
 
 @pytest.mark.parametrize("at", ["a timed call", "a checked call"])
-def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(at: str, clock: Clock, measured: Path) -> None:
-    """In the second product: the first call of its fast tile fails, or its slow one's timing."""
+def test_a_failing_gpu_ends_the_run_and_keeps_the_readings(at: str, clock: Clock, measured: Path) -> None:
+    """In the second product, the first call of the fast tile fails, or the timing of the slow tile."""
     first, second = list_tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
     broken = False
 
@@ -202,7 +202,7 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(at: str, clock: C
     assert [row.key for row in table_files.read(path()).gemms] == [first.key]
 
 
-def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path) -> None:
+def test_a_problem_that_does_not_fit_is_skipped(clock: Clock, measured: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -236,7 +236,7 @@ def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> N
         assert ("dropped" in said) == bool(sentence)
 
 
-def test_a_row_of_an_older_kernel_is_measured_again_before_those_of_todays(clock: Clock, measured: Path) -> None:
+def test_rows_of_older_kernels_are_measured_before_current_ones(clock: Clock, measured: Path) -> None:
     table, _ = run(clock)
     *others, last = table.gemms
     older = dataclasses.replace(last, kernel="0" * 16)
@@ -249,7 +249,7 @@ def test_a_row_of_an_older_kernel_is_measured_again_before_those_of_todays(clock
     assert table.gemms[-1].key == last.key
 
 
-def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_files_are_not_overwritten(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = measured / "notes.json"
     config = dataclasses.replace(DIMS, out=str(out))
 
@@ -320,7 +320,7 @@ def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, mea
     )
     assert not [line for line in said if "left out" in line]
     assert len(table.gemms) == 6
-    # The clock only ever slows down: torch, which is measured first, is the fastest.
+    # Readings of this clock only grow, so torch, which is measured first, is the fastest.
     assert {row.tile for row in table.gemms} == {None}
     precision = "tf32" if dtype == "tf32" else "ieee"
     assert {row.precision for row in (*table.gemms, *table.networks)} == {precision}
@@ -337,7 +337,7 @@ def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, mea
         assert why == "torch is faster as measured on this device"
 
 
-def test_paths_by_their_times(clock: Clock, measured: Path) -> None:
+def test_the_fastest_path_is_chosen(clock: Clock, measured: Path) -> None:
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",))
     for fastest in ("torch", "layer", "recompute", "stored"):
         clock.seconds = {fastest: 1e-3, "network": 2e-3}
@@ -358,8 +358,8 @@ def test_paths_by_their_times(clock: Clock, measured: Path) -> None:
     assert "training 16-16-16, relu, 8 rows, bfloat16" in said
 
 
-def test_networks_are_measured_with_the_tiles_just_found(clock: Clock, measured: Path) -> None:
-    """Whatever the file that they go to: what the path of layers runs with, and what holds after it."""
+def test_networks_are_measured_with_the_new_tiles(clock: Clock, measured: Path) -> None:
+    """The path of layers uses the new tiles whatever file they go to. Afterwards the user's table applies again."""
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
     seen: list[Any] = []
 
@@ -376,10 +376,10 @@ def test_networks_are_measured_with_the_tiles_just_found(clock: Clock, measured:
     assert len(table.networks) == 2
     assert set(seen) == {FAST}
     for row in products_of(config):
-        assert tables.choice_for(row.problem, INTERPRETED_DEVICE).source != "measured"  # the user's own has no rows
+        assert tables.choice_for(row.problem, INTERPRETED_DEVICE).source != "measured"  # the user's table has no rows
 
 
-def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path) -> None:
+def test_a_wrong_path_is_skipped(clock: Clock, measured: Path) -> None:
     class Wrong(WatchedPasses):
         def by_network(self, path: network_path.NetworkPath, x: torch.Tensor) -> torch.Tensor:
             return self.by_torch(x) * 1.5
@@ -392,7 +392,7 @@ def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
-    """A host that issues and a device that works, in seconds."""
+    """A simulated host that issues work and a device that executes it, with times in seconds."""
     at = {"host": 0.0, "device": 0.0}
 
     class Event:
@@ -422,7 +422,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
 
 @pytest.mark.parametrize(("issue", "seconds"), [(50e-6, 2e-6), (10e-6, 3e-3), (5e-6, 5e-6)], ids=str)
-def test_the_clock_reads_what_the_device_works(gpu: dict[str, Any], issue: float, seconds: float) -> None:
+def test_the_clock_reads_the_devices_time(gpu: dict[str, Any], issue: float, seconds: float) -> None:
     calls = 0
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""Where Triton cannot be imported, everything runs as plain torch, and says why the kernels do not."""
+"""Without Triton, everything runs as plain torch, and errors say why the kernels cannot run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.alone
-def test_all_but_the_kernels_works_without_triton() -> None:
+def test_everything_but_the_kernels_works_without_triton() -> None:
     """Run every test of triton_blocked.py without Triton and without the functions that only POSIX has."""
     code = (
         "import os, signal, sys; sys.modules['triton'] = None; import pytest, torch\n"
@@ -57,7 +57,7 @@ def test_the_import_is_silent_without_triton() -> None:
     ],
     ids=["undefined symbol", "missing library", "two lines", "incomplete", "another package", "too old"],
 )
-def test_a_triton_that_fails_is_as_good_as_none(package: str, reason: str, tmp_path: Path) -> None:
+def test_a_broken_triton_counts_as_none(package: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(package)
     code = (
@@ -67,7 +67,7 @@ def test_a_triton_that_fails_is_as_good_as_none(package: str, reason: str, tmp_p
         "print(next(line for line in mlp_fused.environment.describe().splitlines() if line.startswith('triton')))\n"
         "model.backend = 'triton'\n"
         "try: print(model.explain(8).reason)\n"
-        "except RuntimeError as error: print(error)\n"  # torch's meta tensors take no error but ImportError
+        "except RuntimeError as error: print(error)\n"  # torch's meta tensors tolerate only an ImportError
         "model(torch.randn(2, 4))"
     )
     found = run(code, tmp_path)

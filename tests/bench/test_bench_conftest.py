@@ -26,7 +26,7 @@ from mlp_fused.environment import DISTORTING, distorted
 
 
 @pytest.mark.parametrize("switch", DISTORTING)
-def test_nothing_is_measured_under_a_switch_that_distorts(
+def test_nothing_is_measured_under_a_distorting_switch(
     switch: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in DISTORTING:
@@ -41,7 +41,7 @@ def test_nothing_is_measured_under_a_switch_that_distorts(
     command = [sys.executable, "-m", "pytest", "-q", "bench/bench_grid.py", "--benchmark", "--collect-only"]
     variables = environment() | {switch: "1"}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 4  # pytest's own, for a mistake in the command
+    assert done.returncode == 4  # pytest's exit status for a usage error
     assert re.search(refused, done.stderr)
 
 
@@ -64,7 +64,7 @@ def test_the_kernels_of_copy_rows_are_compiled_ahead() -> None:
     assert problems == [cell.problem for cell in GRID if cell.phase == "copy"]
 
 
-def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
+def test_the_flag_measures_and_writes_the_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     command = [sys.executable, "-m", "pytest", "bench/bench_grid.py", "bench/bench_compiled.py", "-q"]
     command += ["--benchmark", f"--benchmark-json={path}", "-p", "no:cacheprovider"]

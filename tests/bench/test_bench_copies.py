@@ -1,4 +1,4 @@
-"""Copies to the device, and a loop that is fed from the host: on a simulated host, device and link."""
+"""Copies to the device and loops with batches from the host, on a simulated host, device and link."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_throughput_of_each_way_against_the_slower_of_copy_and_compute(copy: flo
     for name, way in found.ways.items():
         assert way.examples_per_s == pytest.approx(1e6 / way.ms)
         assert name == "resident" or way.of_bound == pytest.approx(found.bound_ms / way.ms)
-    if work > 2e-4:  # else all but the launches is hidden anyway
+    if work > 2e-4:  # otherwise everything but the launches is hidden
         assert found.ways["to_device"].ms == pytest.approx(1e3 * (5 * copy + work), rel=0.15)
         assert found.ways["non_blocking"].ms == pytest.approx(1e3 * (copy + work), rel=0.15)
     assert found.ways["prefetched"].of_bound > 0.9  # type: ignore[operator]
@@ -69,8 +69,8 @@ def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("cpu", "advised"), [(1e-4, "cpu"), (2e-3, "to_device")])
-def test_the_advised_way_is_judged_by_a_reading_of_its_own(cpu: float, advised: str) -> None:
-    """The ways are as fast as each other at first, later all but the simplest are twice as fast: it was bad advice."""
+def test_the_advised_way_is_judged_by_a_second_reading(cpu: float, advised: str) -> None:
+    """In the first reading all ways are equally fast. In the second, all but the simplest are twice as fast."""
     clock = HostAndDevice()
     calls = Counter[str]()
 

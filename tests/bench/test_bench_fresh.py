@@ -1,4 +1,4 @@
-"""Seconds of a first call, in a process of its own."""
+"""The seconds of a first call, measured in a new process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.rows import FreshRow
 from mlp_fused.module import FusedMLP
 
 
-def test_lecture_in_a_process_of_its_own() -> None:
+def test_the_lecture_runs_in_a_new_process() -> None:
     lecture = Cell("copy", Problem((32, 32), 32, activation="identity"), "lecture")
     row = measure.measure(lecture, "cpu")
     assert isinstance(row, FreshRow)
@@ -19,7 +19,7 @@ def test_lecture_in_a_process_of_its_own() -> None:
 
 
 class WarmedUp(FusedMLP):
-    """Notes the batch size that it is warmed up for."""
+    """A model that records the batch size of its warmup."""
 
     def warmup(self, batch_size: int) -> None:  # type: ignore[override]
         self.warmed_up_for = batch_size

@@ -69,8 +69,8 @@ DEBUGGED = {
 @pytest.mark.alone
 @pytest.mark.parametrize(("code", "sentence"), DEBUGGED.values(), ids=DEBUGGED)
 def test_debugging_names_the_layer(code: str, sentence: str) -> None:
-    found = python(SETUP + code, MLP_FUSED_DEBUG="1")
-    assert re.match(f"FloatingPointError: {sentence}$", found.stderr.strip().splitlines()[-1]), found.stderr
+    actual = python(SETUP + code, MLP_FUSED_DEBUG="1")
+    assert re.match(f"FloatingPointError: {sentence}$", actual.stderr.strip().splitlines()[-1]), actual.stderr
 
 
 @pytest.mark.alone
@@ -113,11 +113,11 @@ def test_the_readmes_example_of_debugging(tmp_path: Path) -> None:
     (tmp_path / "nan.py").write_text(program)
     switches = dict(switch.split("=") for switch in command[1].split())
     clean = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-    found = subprocess.run(
+    actual = subprocess.run(
         [sys.executable, "nan.py"],
         cwd=tmp_path,
         env={**clean, **switches, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert found.stderr.strip().splitlines()[-1] == sentence.strip()
+    assert actual.stderr.strip().splitlines()[-1] == sentence.strip()

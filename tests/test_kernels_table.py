@@ -174,8 +174,8 @@ def test_exact_on_integers(path: str, activation: str, dtype: torch.dtype, devic
         leaf.requires_grad_()
     truth = oracle(case, data)
     assert max(value.abs().max() for value in truth.values.values()) < 2**8
-    for name, found in gradients(data, forward(case, data, path)).items():
-        assert torch.equal(found.double(), truth.values[name]), name
+    for name, actual in gradients(data, forward(case, data, path)).items():
+        assert torch.equal(actual.double(), truth.values[name]), name
 
 
 @pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
@@ -295,7 +295,7 @@ def test_second_derivatives_equal_torchs(path: str, device: str) -> None:
         case = Case(activation=activation, output_activation="softplus", needs=needs)
         data = make(case, device)
         twin = data.to(torch.float32)
-        found = []
+        actual = []
         for each, y in (
             (data, forward(case, data, path)),
             (twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations)),
@@ -303,8 +303,8 @@ def test_second_derivatives_equal_torchs(path: str, device: str) -> None:
             leaves = [leaf for leaf in each.leaves.values() if leaf.requires_grad]
             first = torch.autograd.grad(y, leaves, each.dy, create_graph=True)
             penalty = sum(gradient.square().sum() for gradient in first)
-            found.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
-        for ours, torchs in zip(*found):
+            actual.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
+        for ours, torchs in zip(*actual):
             torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
 
@@ -332,8 +332,8 @@ def test_an_input_that_no_gradient_needs_may_change(path: str, device: str) -> N
     leaves = [leaf for leaf in data.leaves.values() if leaf.requires_grad]
     expected = torch.autograd.grad(y, leaves, data.dy, retain_graph=True)
     data.x.zero_()
-    found = torch.autograd.grad(y, leaves, data.dy, create_graph=True)
-    for ours, before in zip(found, expected):
+    actual = torch.autograd.grad(y, leaves, data.dy, create_graph=True)
+    for ours, before in zip(actual, expected):
         torch.testing.assert_close(ours, before)
 
 
@@ -372,8 +372,8 @@ def test_every_kind_of_tile(tile: TileConfig, sizes: tuple[int, int, int], devic
         for only_w, only_b in ((dw, None), (None, db)):
             expected = only_w.clone() if only_w is not None else only_b.clone()
             wgrad(dz, x if only_w is not None else None, only_w, only_b, "ieee", split_tile)
-            found = only_w if only_w is not None else only_b
-            torch.testing.assert_close(found, expected, **close)
+            actual = only_w if only_w is not None else only_b
+            torch.testing.assert_close(actual, expected, **close)
 
 
 @pytest.mark.alone
@@ -405,10 +405,10 @@ def test_gradients_that_are_not_plain_tensors(device: str, path: str) -> None:
     for backend in ("triton", "reference"):
         y = mlp(x, [weight], None, "relu", "gelu", backend=backend)
         sparse = w.relu().to_sparse() if backend == "triton" else w.relu()  # torch's gelu takes no sparse tensor
-        found = [torch.autograd.grad(y, weight, dy, retain_graph=True)[0] for dy in (negative, sparse)]
-        found.append(torch.autograd.grad(y, weight, batch, is_grads_batched=True)[0])
-        found.append(mlp(x, [torch.complex(weight, weight).detach().conj().imag], None, backend="auto"))
-        results.append(found)
+        actual = [torch.autograd.grad(y, weight, dy, retain_graph=True)[0] for dy in (negative, sparse)]
+        actual.append(torch.autograd.grad(y, weight, batch, is_grads_batched=True)[0])
+        actual.append(mlp(x, [torch.complex(weight, weight).detach().conj().imag], None, backend="auto"))
+        results.append(actual)
     for ours, torchs in zip(*results):
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
@@ -512,12 +512,12 @@ def test_weight_gradient_over_a_million_rows(dtype: torch.dtype, device: str) ->
     dz, h = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
     dw, db = torch.empty((width, width), dtype=dtype, device=device), torch.empty((width,), dtype=dtype, device=device)
     wgrad(dz, h, dw, db, "ieee")
-    for found, torchs, true in (
+    for actual, torchs, true in (
         (dw, dz.t() @ h, dz.double().t() @ h.double()),
         (db, dz.sum(0), dz.double().sum(0)),
     ):
         slack = torch.finfo(dtype).eps / 2 * true.abs().max()
-        assert (found - true).abs().max() <= (torchs - true).abs().max() + slack
+        assert (actual - true).abs().max() <= (torchs - true).abs().max() + slack
 
 
 @pytest.mark.gpu

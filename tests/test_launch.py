@@ -206,7 +206,7 @@ def run_on_stand_ins() -> dict[str, Any]:
     wrap(launch.Launch, "allocate", lambda self, size, *arguments: scratch.append(size))
     wrap(JITFunction, "run", lambda self, *arguments: through.update(["launches"]))
     wrap(JITFunction, "_do_compile", lambda self, *arguments: through.update([self.__name__]))
-    found: dict[str, Any] = {"launches": {}}
+    results: dict[str, Any] = {"launches": {}}
 
     def users_own(size: int, alignment: int, stream: int | None) -> Tensor:
         raise AssertionError("the user's own allocator was asked")
@@ -220,23 +220,23 @@ def run_on_stand_ins() -> dict[str, Any]:
         before = through["launches"]
         again = hopper.noted(replay, made, *others)
         remembered[name] = made, others
-        found["launches"][name] = {
+        results["launches"][name] = {
             "by Triton": by_triton,
             "again": again,
             "through Triton": through["launches"] - before,
             "scratch": (asked[len(asked) // 2 :], scratch[:]),  # the first half was for `made`
         }
         scratch.clear()
-    found["the user's allocator is back"] = _allocation._allocator.get() is users_own
+    results["the user's allocator is back"] = _allocation._allocator.get() is users_own
 
     made, tensors = remembered["forward"]
     with hopper.on(1):
-        found["from another device"] = hopper.noted(replay, made, *tensors), hopper.device
+        results["from another device"] = hopper.noted(replay, made, *tensors), hopper.device
 
     views = [draw(each.numel() + 1)[1:].view(each.shape) for each in tensors]
     call, _ = scenarios()["forward"]
     made_of = [call(*tensors[:at], views[at], *tensors[at + 1 :]) for at in range(len(tensors))]
-    found["misaligned"] = [each is not None for each in made_of]
+    results["misaligned"] = [each is not None for each in made_of]
 
     def in_a_thread(seed: int) -> None:
         own = scenarios()["forward"][1]()
@@ -246,17 +246,17 @@ def run_on_stand_ins() -> dict[str, Any]:
     hopper.calls.clear()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(in_a_thread, range(4)))
-    found["threads"] = sorted(Counter(str(call["arguments"]) for call in hopper.calls).values())
+    results["threads"] = sorted(Counter(str(call["arguments"]) for call in hopper.calls).values())
 
-    found["steps"] = {path: steps(path, through) for path in ("layer", "chain", "network")}
-    found["chain"] = launcher_calls(hopper, through)
+    results["steps"] = {path: steps(path, through) for path in ("layer", "chain", "network")}
+    results["chain"] = launcher_calls(hopper, through)
 
     amd = StandIn("hip", "gfx942", 64, 2)  # another device, with its own compiled kernels
     driver.set_active(amd)
     call, tensors = scenarios()["sum_partials"]
     made, others = call(*tensors()), tensors()
-    found["AMD"] = {"by Triton": amd.noted(call, *others), "again": amd.noted(replay, made, *others)}
-    return found
+    results["AMD"] = {"by Triton": amd.noted(call, *others), "again": amd.noted(replay, made, *others)}
+    return results
 
 
 def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
@@ -266,7 +266,7 @@ def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
     biases = [draw(n).requires_grad_() for n in widths[1:]]
     activations = (SILU, GELU) if path == "chain" else (GELU, SILU)  # no other path has compiled these kernels
     layers = [Layer(*layer) for layer in zip(weights, biases, activations)]
-    found = []
+    results = []
     for rows in (4000, 3999, 4001, 3993, 4000):
         before = Counter(through)
         x = draw(rows, widths[0])
@@ -284,8 +284,8 @@ def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
         y.backward(torch.ones_like(y))
         compiled = through - before
         launched = compiled.pop("launches", 0)
-        found.append({"rows": rows, "compiled": compiled, "forward": forward, "backward": launched - forward})
-    return found
+        results.append({"rows": rows, "compiled": compiled, "forward": forward, "backward": launched - forward})
+    return results
 
 
 def replay(made: launch.Launch, *tensors: Any) -> None:
@@ -311,7 +311,11 @@ def launcher_calls(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
         y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
         y.backward(torch.ones_like(y))
 
-    found: dict[str, Any] = {"one by one": hopper.noted(step), "as a program": hopper.noted(step), "through Triton": {}}
+    results: dict[str, Any] = {
+        "one by one": hopper.noted(step),
+        "as a program": hopper.noted(step),
+        "through Triton": {},
+    }
     runtime = sys.modules["triton"].knobs.runtime
     for when in ("enter", "exit", "never"):
         hook = getattr(runtime, f"launch_{when}_hook", None)
@@ -319,10 +323,10 @@ def launcher_calls(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
             hook.add(print)
         before = through["launches"]
         step()
-        found["through Triton"][when] = through["launches"] - before
+        results["through Triton"][when] = through["launches"] - before
         if hook is not None:
             hook.remove(print)
-    return found
+    return results
 
 
 if __name__ == "__main__":
@@ -331,7 +335,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     """The results of the process with stand-ins."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -342,8 +346,8 @@ def found() -> dict[str, Any]:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("name", scenarios())
-def test_a_replayed_launch_passes_the_arguments_of_triton(name: str, found: dict[str, Any]) -> None:
-    launched = found["launches"][name]
+def test_a_replayed_launch_passes_the_arguments_of_triton(name: str, results: dict[str, Any]) -> None:
+    launched = results["launches"][name]
     assert launched["through Triton"] == 0
     by_triton, again = launched["by Triton"], launched["again"]
     assert len(by_triton) == len(again) == 1
@@ -354,47 +358,47 @@ def test_a_replayed_launch_passes_the_arguments_of_triton(name: str, found: dict
         assert ours["stream"] == 70
     by_triton, again = launched["scratch"]
     assert by_triton == again
-    assert found["launches"]["forward"]["scratch"][1]  # scratch memory for descriptors
+    assert results["launches"]["forward"]["scratch"][1]  # scratch memory for descriptors
 
 
 @pytest.mark.alone
-def test_the_users_scratch_allocator_is_restored(found: dict[str, Any]) -> None:
-    assert found["the user's allocator is back"]
+def test_the_users_scratch_allocator_is_restored(results: dict[str, Any]) -> None:
+    assert results["the user's allocator is back"]
 
 
 @pytest.mark.alone
-def test_launch_hooks_fire_on_every_launch(found: dict[str, Any]) -> None:
-    count = len(found["chain"]["one by one"])
-    assert found["chain"]["through Triton"] == {"enter": count, "exit": count, "never": 0}
+def test_launch_hooks_fire_on_every_launch(results: dict[str, Any]) -> None:
+    count = len(results["chain"]["one by one"])
+    assert results["chain"]["through Triton"] == {"enter": count, "exit": count, "never": 0}
 
 
 @pytest.mark.alone
-def test_a_launch_runs_on_its_tensors_device(found: dict[str, Any]) -> None:
-    (launched,), device = found["from another device"]
+def test_a_launch_runs_on_its_tensors_device(results: dict[str, Any]) -> None:
+    (launched,), device = results["from another device"]
     assert launched["stream"] == 70
     assert device == 1  # the current device is restored
 
 
 @pytest.mark.alone
-def test_a_tensor_that_is_not_aligned_is_refused(found: dict[str, Any]) -> None:
-    assert found["misaligned"] == [False] * 5  # no launch is replayed with them
+def test_a_tensor_that_is_not_aligned_is_refused(results: dict[str, Any]) -> None:
+    assert results["misaligned"] == [False] * 5  # no launch is replayed with them
 
 
 @pytest.mark.alone
-def test_threads_pass_their_own_pointers(found: dict[str, Any]) -> None:
-    assert found["threads"] == [50] * 4
+def test_threads_pass_their_own_pointers(results: dict[str, Any]) -> None:
+    assert results["threads"] == [50] * 4
 
 
 @pytest.mark.alone
-def test_a_launch_is_replayed_on_amd(found: dict[str, Any]) -> None:
-    (ours,), (theirs,) = found["AMD"]["again"], found["AMD"]["by Triton"]
+def test_a_launch_is_replayed_on_amd(results: dict[str, Any]) -> None:
+    (ours,), (theirs,) = results["AMD"]["again"], results["AMD"]["by Triton"]
     assert {**ours, "told": True} == {**theirs, "told": True}
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("path", ["layer", "chain", "network"])
-def test_another_number_of_rows_compiles_nothing(path: str, found: dict[str, Any]) -> None:
-    first, *others, last = found["steps"][path]
+def test_another_number_of_rows_compiles_nothing(path: str, results: dict[str, Any]) -> None:
+    first, *others, last = results["steps"][path]
     assert len(first["compiled"]) >= 3
     assert [step["compiled"] for step in others] == [{}] * len(others), others
     assert all(step["forward"] for step in others)
@@ -402,7 +406,7 @@ def test_another_number_of_rows_compiles_nothing(path: str, found: dict[str, Any
 
 
 @pytest.mark.alone
-def test_a_program_passes_the_arguments_of_its_launches(found: dict[str, Any]) -> None:
+def test_a_program_passes_the_arguments_of_its_launches(results: dict[str, Any]) -> None:
     """Pointers differ, because memory is allocated differently. The table of cases tests them."""
 
     def but_for_pointers(value: Any) -> Any:
@@ -410,7 +414,7 @@ def test_a_program_passes_the_arguments_of_its_launches(found: dict[str, Any]) -
             return list(map(but_for_pointers, value))
         return "pointer" if isinstance(value, int) and value > 2**40 else value
 
-    one_by_one, as_program = found["chain"]["one by one"], found["chain"]["as a program"]
+    one_by_one, as_program = results["chain"]["one by one"], results["chain"]["as a program"]
     assert len(one_by_one) == len(as_program) >= 2 + 1 + 2 + 2 + 1  # at least one weight gradient is split
     assert any(call["told"] for call in one_by_one)
     for ours, theirs in zip(as_program, one_by_one):
@@ -490,8 +494,8 @@ def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: s
 
     for unpack in (lambda tensor: tensor, transposed):
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
-            found = gradients(run_network(x, tuple(weights), (None, None), path), weights)
-        for ours, theirs in zip(found, expected):
+            results = gradients(run_network(x, tuple(weights), (None, None), path), weights)
+        for ours, theirs in zip(results, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -510,6 +514,6 @@ def test_a_backward_reads_the_strides_that_hooks_gave_a_bias(device: str) -> Non
 
     for unpack in (lambda tensor: tensor, spread):
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
-            found = gradients(run_network(x, weights, biases, path), [*weights, *biases])
-        for ours, theirs in zip(found, expected, strict=True):
+            results = gradients(run_network(x, weights, biases, path), [*weights, *biases])
+        for ours, theirs in zip(results, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -288,9 +288,9 @@ def unannotated(tree: ast.AST) -> list[str]:
 def test_every_kernel_modules_host_functions_are_annotated() -> None:
     """Type checking of these modules leaves out the codes that would report them, because kernels have no types."""
     missing = {
-        name: found
+        name: actual
         for name, path in modules().items()
-        if name.startswith("mlp_fused.kernels") and (found := unannotated(ast.parse(path.read_text())))
+        if name.startswith("mlp_fused.kernels") and (actual := unannotated(ast.parse(path.read_text())))
     }
     assert missing == {}
 

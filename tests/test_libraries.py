@@ -177,7 +177,7 @@ def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, ba
     x = rows(device)
     agree(*networks, x)
     before = networks[1](x)
-    found = []
+    actual = []
     for network, named in zip(networks, (ours_named, theirs_named)):
         torch.manual_seed(3)
         adapted = get_peft_model(network, LoraConfig(r=4, target_modules=named, init_lora_weights=False))
@@ -194,10 +194,10 @@ def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, ba
             disabled = adapted(x)
         whole = adapted.merge_and_unload()
         assert whole is network
-        found.append([unmerged, merged, adapted(x), disabled, whole(x)])
-    for mine, other in zip(*found, strict=True):
+        actual.append([unmerged, merged, adapted(x), disabled, whole(x)])
+    for mine, other in zip(*actual, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    unmerged, merged, _, disabled, unloaded = found[0]
+    unmerged, merged, _, disabled, unloaded = actual[0]
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unloaded, unmerged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(disabled, before, rtol=1e-4, atol=1e-5)

@@ -71,24 +71,24 @@ def test_a_forward_that_runs_out_states_saved_bytes_and_a_batch_that_fits(full: 
 
 @pytest.mark.usefixtures("full")
 def test_advice_omits_what_is_already_in_use() -> None:
-    def said(model: FusedMLP, dtype: torch.dtype = torch.float32) -> str:
+    def messages(model: FusedMLP, dtype: torch.dtype = torch.float32) -> str:
         with pytest.raises(torch.OutOfMemoryError) as caught:
             model(torch.randn(2, 64, 32, dtype=dtype))
         return str(caught.value).partition("mlp_fused: ")[2]
 
     with torch.inference_mode():
-        inference = said(make_model(dtype=torch.bfloat16), torch.bfloat16)
+        inference = messages(make_model(dtype=torch.bfloat16), torch.bfloat16)
     assert inference.startswith("a batch of 128 rows needs about 0.0 MiB of workspace, plus ")
     assert "for parameters. cpu has 3.0 MiB for this process" in inference
     assert inference.endswith(
         "By this estimate the batch fits, so the free memory is probably fragmented. "
         "To use less memory: a smaller batch."
     )
-    assert "recompute" not in said(make_model(recompute=True))
+    assert "recompute" not in messages(make_model(recompute=True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "autocast" not in said(make_model())
-    assert "autocast" in said(make_model())
-    assert "autocast" not in said(make_model(dtype=torch.float64), torch.float64)  # autocast does not cast float64
+        assert "autocast" not in messages(make_model())
+    assert "autocast" in messages(make_model())
+    assert "autocast" not in messages(make_model(dtype=torch.float64), torch.float64)  # autocast does not cast float64
 
 
 @pytest.mark.usefixtures("full")

@@ -304,8 +304,8 @@ def test_recompute_must_be_true_false_or_none() -> None:
 def test_recomputing_under_a_transform(device: str) -> None:
     model = FusedMLP(20, [16, 1], recompute=True).to(device)
     x = torch.randn(20, device=device)
-    found = torch.func.grad(lambda x: model(x).sum())(x)
-    torch.testing.assert_close(found, torch.func.grad(lambda x: nn.Sequential(*model)(x).sum())(x))
+    actual = torch.func.grad(lambda x: model(x).sum())(x)
+    torch.testing.assert_close(actual, torch.func.grad(lambda x: nn.Sequential(*model)(x).sum())(x))
 
 
 def test_a_model_that_was_called_can_be_copied_and_pickled(device: str) -> None:

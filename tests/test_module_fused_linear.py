@@ -56,7 +56,7 @@ def rows(device: str) -> Tensor:
 
 def agree(ours: nn.Module, theirs: nn.Module, x: Tensor, kernels: bool | None = None) -> None:
     """Assert that outputs and gradients are equal, and that kernels ran (True), none ran (False), or either (None)."""
-    found = []
+    actual = []
     for network in (ours, theirs):
         for parameter in network.parameters():
             parameter.grad = None
@@ -64,9 +64,9 @@ def agree(ours: nn.Module, theirs: nn.Module, x: Tensor, kernels: bool | None = 
         with count_launches() as launches:
             y = network(inputs)
             y.square().sum().backward()
-        found.append([y, inputs.grad, *(parameter.grad for parameter in network.parameters())])
+        actual.append([y, inputs.grad, *(parameter.grad for parameter in network.parameters())])
         assert network is theirs or kernels is None or bool(launches) == kernels
-    for mine, other in zip(*found, strict=True):
+    for mine, other in zip(*actual, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
@@ -468,11 +468,11 @@ def test_functional_calls_address_the_child(backend: str, device: str) -> None:
         for network in (ours, theirs)
     ]
     assert list(doubled[0])[:2] == ["0.linear.weight", "0.linear.bias"]
-    found = []
+    actual = []
     for network, state in zip((ours, theirs), doubled):
         y = torch.func.functional_call(network, state, (x,))
-        found.append([y, *torch.autograd.grad(y.square().sum(), list(state.values()))])
-    for mine, other in zip(*found, strict=True):
+        actual.append([y, *torch.autograd.grad(y.square().sum(), list(state.values()))])
+    for mine, other in zip(*actual, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     agree(ours, theirs, x)
 

@@ -47,11 +47,11 @@ def gradients(model: nn.Module, y: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y.float().square().sum(), list(model.parameters())))
 
 
-def near(found: Tensor, expected: Tensor, dtype: torch.dtype, steps: float = 16) -> None:
+def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, steps: float = 16) -> None:
     """Assert that errors are at most `steps` roundings of the largest entry."""
-    assert found.dtype == expected.dtype
+    assert actual.dtype == expected.dtype
     bound = steps * torch.finfo(dtype).eps * expected.abs().max().double()
-    assert (found.double() - expected.double()).abs().max() <= bound
+    assert (actual.double() - expected.double()).abs().max() <= bound
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -72,8 +72,8 @@ def test_autocast_equals_that_of_sequential(dtype: torch.dtype, make: Make, devi
         assert each(mine).dtype == torch.float32
         y.float().square().sum().backward()
         results.append([y.detach(), mine.grad, *(parameter.grad for parameter in each.parameters())])
-    for found, expected in zip(*results):
-        near(found, expected, dtype)
+    for actual, expected in zip(*results):
+        near(actual, expected, dtype)
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
@@ -136,7 +136,7 @@ def test_grad_scaler(dtype: torch.dtype, make: Make, device: str) -> None:
     model = make()
     twin = copy.deepcopy(nn.Sequential(*model))
     x, t = torch.randn(9, 20, device=device), torch.randn(9, 4, device=device)
-    found = []
+    actual = []
     for each in (model, twin):
         scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=2)
         optimizer = torch.optim.SGD(each.parameters(), 0.1)
@@ -155,8 +155,8 @@ def test_grad_scaler(dtype: torch.dtype, make: Make, device: str) -> None:
             moved = not all(map(torch.equal, before, each.parameters()))
             assert moved == (step != 2) == bool(norm.isfinite())
         assert scaler.get_scale() == 2.0**10  # twice as much after two steps, then half of that
-        found.append([parameter.detach() for parameter in each.parameters()])
-    for mine, other in zip(*found):
+        actual.append([parameter.detach() for parameter in each.parameters()])
+    for mine, other in zip(*actual):
         near(mine, other, dtype)
 
 
@@ -223,9 +223,9 @@ def test_the_next_call_follows_every_switch_of_fp32(
 ) -> None:
     taken: list[Any] = []
 
-    def spy(x: Tensor, weights: Any, biases: Any, found: Any) -> Tensor:
-        taken.append(found)
-        return run_path(x, weights, biases, found)
+    def spy(x: Tensor, weights: Any, biases: Any, actual: Any) -> Tensor:
+        taken.append(actual)
+        return run_path(x, weights, biases, actual)
 
     monkeypatch.setattr(module, "run_path", spy)
     model = FusedMLP(20, [16, 4], backend="triton", device=device)

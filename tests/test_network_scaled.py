@@ -46,9 +46,9 @@ def multiply(a: Tensor, b: Tensor, precision: str = "fp16x3") -> Tensor:
     return c
 
 
-def row_errors(found: Tensor, true: Tensor) -> Tensor:
+def row_errors(actual: Tensor, true: Tensor) -> Tensor:
     """The relative error of each row, by the norm."""
-    return (found.double() - true).norm(dim=1) / true.norm(dim=1)
+    return (actual.double() - true).norm(dim=1) / true.norm(dim=1)
 
 
 @pytest.mark.parametrize("k", [16, 32, 64])
@@ -56,10 +56,10 @@ def test_rows_of_any_scale_are_as_accurate_as_others(k: int, device: str) -> Non
     a, b = torch.randn(64, k), torch.randn(k, 64)
     scales = torch.tensor([1.0, 1e-20, 1e-33, 1e-37, 1e20, 1e37 / k]).repeat(11)[:64, None]
     scaled = (a * scales).to(device)
-    found = multiply(scaled, b.to(device))
+    actual = multiply(scaled, b.to(device))
     true = scaled.double() @ b.to(device).double()
-    assert row_errors(found, true).max() <= 4e-7
-    assert (found - scaled @ b.to(device)).double().norm() <= 4e-7 * true.norm()
+    assert row_errors(actual, true).max() <= 4e-7
+    assert (actual - scaled @ b.to(device)).double().norm() <= 4e-7 * true.norm()
 
 
 def test_denormal_rows_lose_no_more_than_in_fp32(device: str) -> None:
@@ -92,12 +92,12 @@ def test_rows_of_weights_spread_over_2_to_48_keep_the_norm(device: str) -> None:
 def test_inf_and_nan_spread_to_no_other_row(operand: str, value: float, device: str) -> None:
     a, b = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device)
     (a if operand == "a" else b)[5, 7] = value
-    found, torchs = multiply(a, b), a @ b
-    assert found.isnan().equal(torchs.isnan())
-    assert found[torchs.isinf()].equal(torchs[torchs.isinf()])
+    actual, torchs = multiply(a, b), a @ b
+    assert actual.isnan().equal(torchs.isnan())
+    assert actual[torchs.isinf()].equal(torchs[torchs.isinf()])
     finite = torchs.isfinite()
     assert finite.sum() == 63 * 64
-    torch.testing.assert_close(found[finite], torchs[finite], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[finite], torchs[finite], rtol=1e-5, atol=1e-5)
 
 
 def test_products_beyond_the_largest_number_are_infinite(device: str) -> None:
@@ -187,7 +187,7 @@ def test_a_network_64_wide_errs_little_more_than_torch(activation: str, form: st
     ours, torchs = gradients(data, forward(case, data, form=form)), by_torch(case, data)
     true = oracle(case, data).values
     for name, value in true.items():
-        error, limit = ((found[name].double() - value).norm() for found in (ours, torchs))
+        error, limit = ((actual[name].double() - value).norm() for actual in (ours, torchs))
         assert error <= 2 * limit, (name, error / limit)
 
 
@@ -231,7 +231,7 @@ def test_gradients_of_rows_spread_over_2_to_40_keep_the_norm(device: str) -> Non
         data.dy = data.dy * of_dy[:, None].to(device)
         ours, torchs, true = gradients(data, forward(case, data)), by_torch(case, data), oracle(case, data).values
         for name, value in true.items():
-            error, limit = ((found[name].double() - value).norm() for found in (ours, torchs))
+            error, limit = ((actual[name].double() - value).norm() for actual in (ours, torchs))
             assert error <= 2 * limit + 2.0**-23 * value.norm(), (name, error / limit)
 
 

@@ -144,10 +144,10 @@ def test_compiled_as_one_graph_for_batches_of_any_size(widths: tuple[int, ...], 
     for rows in (9, 12, 13, 30, 5):
         x = torch.randn(rows, widths[0], device=device, requires_grad=True)
         with count_launches() as ours:
-            found = step(compiled, x)
+            actual = step(compiled, x)
         with count_launches() as eager:
             expected = step(model, x)
-        assert_same(found, expected)
+        assert_same(actual, expected)
         assert ours == eager
         assert ours
     assert graphs() - before == 2  # for the first batch, then for all
@@ -167,9 +167,9 @@ def test_compiled_within_a_model(device: str) -> None:
     block = Block()
     x = torch.randn(2, 7, 24, device=device, requires_grad=True)  # (batch, tokens, features)
     with count_launches() as launches:
-        found = step(torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True), x)
+        actual = step(torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True), x)
     assert launches
-    for ours, theirs in zip(found, step(block, x), strict=True):
+    for ours, theirs in zip(actual, step(block, x), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -183,10 +183,10 @@ def test_the_functional_forms_compile(device: str) -> None:
 
     x = torch.randn(9, 24, device=device)
     leaves = [*weights, bias]
-    found, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    actual, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
     dy = torch.randn_like(expected)
     assert_same(
-        [found, *torch.autograd.grad(found, leaves, dy)], [expected, *torch.autograd.grad(expected, leaves, dy)]
+        [actual, *torch.autograd.grad(actual, leaves, dy)], [expected, *torch.autograd.grad(expected, leaves, dy)]
     )
 
 
@@ -196,9 +196,9 @@ def test_compiled_under_autocast(widths: tuple[int, ...], device: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(9, widths[0], device=device, requires_grad=True)
     with torch.autocast(device, BF16):
-        found, expected = step(compiled, x), step(model, x)
-    assert found[0].dtype == BF16
-    assert_same(found, expected)  # gradients also have the parameters' dtype
+        actual, expected = step(compiled, x), step(model, x)
+    assert actual[0].dtype == BF16
+    assert_same(actual, expected)  # gradients also have the parameters' dtype
 
 
 def test_changes_after_compiling_take_effect(device: str) -> None:
@@ -211,8 +211,8 @@ def test_changes_after_compiling_take_effect(device: str) -> None:
     assert not torch.equal(compiled(x), compiled(x))  # Dropout is active
     model.eval()
     model[0].weight.requires_grad_(False)
-    found = torch.autograd.grad(compiled(x).sum(), model[0].bias)
-    assert torch.equal(found[0], torch.autograd.grad(model(x).sum(), model[0].bias)[0])
+    actual = torch.autograd.grad(compiled(x).sum(), model[0].bias)
+    assert torch.equal(actual[0], torch.autograd.grad(model(x).sum(), model[0].bias)[0])
     with torch.no_grad():
         model[0].weight.add_(1)
         assert torch.equal(compiled(x), model(x))
@@ -328,8 +328,8 @@ def test_compiled_into_cuda_graphs(widths: tuple[int, ...], mode: str, device: s
     for _ in range(4):  # warm-up, recording, replay
         x = torch.randn(64, widths[0], device=device, requires_grad=True)
         torch.compiler.cudagraph_mark_step_begin()
-        found = [each.clone() for each in step(compiled, x)]
-        assert_same(found, step(model, x))
+        actual = [each.clone() for each in step(compiled, x)]
+        assert_same(actual, step(model, x))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -393,13 +393,13 @@ def test_a_mode_sees_one_operator_each_for_forward_and_backward(widths: tuple[in
     model = make_model(widths, device)
     x = torch.randn(9, widths[0], device=device, requires_grad=True)
     with Recording() as mode, count_launches() as watched:
-        found = step(model, x)
+        actual = step(model, x)
     assert [name for name in mode.seen if "mlp_fused" in name] == [
         "mlp_fused.mlp.default",
         "mlp_fused.mlp_backward.default",
     ]
     with count_launches() as alone:
-        assert_same(found, step(model, x))
+        assert_same(actual, step(model, x))
     assert watched == alone
 
 

@@ -494,9 +494,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.alone
 def test_the_triton_backend_on_the_cpu_says_why_it_cannot_run() -> None:
     code = "import torch; from mlp_fused import FusedMLP; FusedMLP(4, [3], backend='triton')(torch.randn(2, 4))"
-    found = run(code)
-    assert found.returncode == 1
-    sentence = found.stderr.strip().splitlines()[-1]
+    actual = run(code)
+    assert actual.returncode == 1
+    sentence = actual.stderr.strip().splitlines()[-1]
     assert sentence.startswith('RuntimeError: backend is "triton", but the input is on the CPU')
     assert "set TRITON_INTERPRET=1" in sentence
 
@@ -505,8 +505,8 @@ def test_the_triton_backend_on_the_cpu_says_why_it_cannot_run() -> None:
 def test_the_environment_chooses_the_backend_and_debugging() -> None:
     counted = "import torch\nfrom mlp_fused import FusedMLP\nfrom mlp_fused.kernels.launch import count_launches\n"
     counted += "with count_launches() as c: y = FusedMLP(4, [3])(torch.randn(2, 4))\nprint(c)\n"
-    found = run(counted, TRITON_INTERPRET="1", MLP_FUSED_BACKEND="triton")
-    assert found.stdout.strip() == "{'network_forward_kernel': 1}", found.stderr
+    actual = run(counted, TRITON_INTERPRET="1", MLP_FUSED_BACKEND="triton")
+    assert actual.stdout.strip() == "{'network_forward_kernel': 1}", actual.stderr
     wrong = run("import mlp_fused", MLP_FUSED_BACKEND="fast")
     assert "MLP_FUSED_BACKEND is 'fast'; it needs to be one of: auto, triton, reference" in wrong.stderr
     debugged = run(

@@ -144,9 +144,9 @@ def lines() -> Iterator[str]:
     """One line for each cell and phase, and one for each of its steps."""
     for name in CELLS:
         for phase in phases(name):
-            found = expected(name, phase)
-            yield f"{name} {phase}: {found.path}, {found.ms:.4f} ms, torch {found.torch_ms:.4f}, {found.ratio:.2f}"
-            yield from (f"    {line}" for line in found.steps)
+            actual = expected(name, phase)
+            yield f"{name} {phase}: {actual.path}, {actual.ms:.4f} ms, torch {actual.torch_ms:.4f}, {actual.ratio:.2f}"
+            yield from (f"    {line}" for line in actual.steps)
 
 
 @pytest.fixture(autouse=True)
@@ -166,8 +166,8 @@ def test_every_measured_cell_is_covered() -> None:
 def test_no_network_is_expected_to_be_slower_than_torch(name: str) -> None:
     for phase in phases(name):
         if (name, phase) not in EXCEPTIONS:
-            found = expected(name, phase)
-            assert found.ratio <= BOUND, "\n".join((f"{found.ratio:.3f}", *found.steps))
+            actual = expected(name, phase)
+            assert actual.ratio <= BOUND, "\n".join((f"{actual.ratio:.3f}", *actual.steps))
 
 
 def test_exceptions_are_few_and_needed() -> None:

@@ -137,20 +137,20 @@ def test_sources_outlive_their_copies_after_a_break() -> None:
 
 def test_the_cpu_passes_batches_through() -> None:
     loader = [(torch.ones(2), "a"), {"x": torch.zeros(1)}]
-    assert all(found is made for found, made in zip(DevicePrefetcher(loader, "cpu"), loader, strict=True))
+    assert all(actual is made for actual, made in zip(DevicePrefetcher(loader, "cpu"), loader, strict=True))
 
 
 @pytest.mark.parametrize("streams", [None, Streams(LATE["late copies"])], ids=["cpu", "streams"])
 @pytest.mark.parametrize("cast", ["before", "after"])
 def test_only_floating_point_tensors_are_cast(streams: Streams | None, cast: Any) -> None:
     batch = {"x": torch.rand(3, 2, dtype=torch.float64).t(), "y": torch.arange(3), "z": [torch.ones(2).bfloat16()]}
-    (found,) = prefetch([batch], streams, dtype=torch.bfloat16, cast=cast)
+    (actual,) = prefetch([batch], streams, dtype=torch.bfloat16, cast=cast)
     if streams:
         streams.drain("side")
-    assert equal(found["x"], batch["x"].bfloat16())
-    assert found["x"].stride() == (1, 2)
-    assert equal(found["y"], batch["y"])
-    assert equal(found["z"][0], batch["z"][0])
+    assert equal(actual["x"], batch["x"].bfloat16())
+    assert actual["x"].stride() == (1, 2)
+    assert equal(actual["y"], batch["y"])
+    assert equal(actual["z"][0], batch["z"][0])
 
 
 def test_fewer_bytes_are_staged_if_cast_before() -> None:
@@ -165,8 +165,8 @@ def test_fewer_bytes_are_staged_if_cast_before() -> None:
 def test_a_batch_on_the_device_is_not_copied() -> None:
     streams = Streams(LATE["late copies"])
     there = streams.empty((3,), (1,), torch.float32)
-    (found,) = prefetch([(there, 1)], streams)
-    assert found[0] is there
+    (actual,) = prefetch([(there, 1)], streams)
+    assert actual[0] is there
     assert streams.pinned_bytes == 0
 
 
@@ -218,8 +218,8 @@ SCRIPTS = st.lists(st.one_of(st.integers(0, 9), st.sampled_from([ValueError, OSE
 @settings(deadline=None)
 def test_errors_are_raised_in_the_order_of_batches(script: list[Any], goes_on: bool, depth: int) -> None:
     streams = Streams(LATE["late copies"])
-    found = outcomes(iter(prefetch(Scripted(script, goes_on), streams, depth)), streams, 12)
-    assert found == outcomes(Scripted(script, goes_on), streams, 12)
+    actual = outcomes(iter(prefetch(Scripted(script, goes_on), streams, depth)), streams, 12)
+    assert actual == outcomes(Scripted(script, goes_on), streams, 12)
 
 
 @given(st.integers(0, 6), st.integers(1, 4))
@@ -228,11 +228,11 @@ def test_ctrl_c_acts_at_once_and_no_batch_is_lost(place: int, depth: int) -> Non
     streams = Streams(LATE["late copies"])
     script = [*range(place), KeyboardInterrupt, *range(place, 6)]
     loader = Scripted(script, goes_on=True)
-    found = outcomes(iter(prefetch(loader, streams, depth)), streams, 8)
-    (interrupted,) = (n for n, outcome in enumerate(found) if outcome[0] is KeyboardInterrupt)
+    actual = outcomes(iter(prefetch(loader, streams, depth)), streams, 8)
+    (interrupted,) = (n for n, outcome in enumerate(actual) if outcome[0] is KeyboardInterrupt)
     assert interrupted == max(0, place - depth)
-    del found[interrupted]
-    assert found[:6] == [[float(n)] * 2 for n in range(6)]
+    del actual[interrupted]
+    assert actual[:6] == [[float(n)] * 2 for n in range(6)]
 
 
 @given(st.integers(1, 4), st.integers(0, 6))

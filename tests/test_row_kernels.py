@@ -81,8 +81,8 @@ def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(
     assert tables.path_for(asked[0], None, *asked[1:]) is None
     assert tables.is_path_outdated(*asked)
     (record,) = caplog.records
-    said = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures again"
-    assert record.getMessage() == f"{tables.user_path(H200.name)}: {said}"
+    messages = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures again"
+    assert record.getMessage() == f"{tables.user_path(H200.name)}: {messages}"
 
 
 def test_the_packaged_table_replaces_an_older_row(measured: Path) -> None:

@@ -50,18 +50,18 @@ import json, sys
 import pytest
 
 file, *expressions = sys.argv[1:]
-found = {}
+selected = {}
 
 class Collected:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
         self.items = list(items)
-        found.setdefault("all", [item.nodeid for item in items])
+        selected.setdefault("all", [item.nodeid for item in items])
         yield
-        found[config.option.markexpr] = [item.nodeid for item in items]
+        selected[config.option.markexpr] = [item.nodeid for item in items]
 
     def pytest_collection_finish(self, session):
-        found["full"] = [item.nodeid for item in self.items if any(not m.args for m in item.iter_markers("full"))]
+        selected["full"] = [item.nodeid for item in self.items if any(not m.args for m in item.iter_markers("full"))]
         for expression in expressions[1:]:
             session.config.option.markexpr = expression
             items = list(self.items)
@@ -70,7 +70,7 @@ class Collected:
 arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", expressions[0], "tests"]
 status = pytest.main(arguments, plugins=[Collected()])
 with open(file, "w") as opened:
-    json.dump(found, opened)
+    json.dump(selected, opened)
 sys.exit(status)
 """
 ON_A_GPU = ("gpu", "gpu and not alone", "gpu and alone", "gpu and full")
@@ -101,21 +101,21 @@ def test_ids_are_the_same_in_every_process(collected: dict[str, dict[str, list[s
 
 
 def test_a_gpu_runs_full_tests_only_on_request(collected: dict[str, dict[str, list[str]]]) -> None:
-    found = collected["gpu"]
-    full = set(found["full"])
+    actual = collected["gpu"]
+    full = set(actual["full"])
     assert full
-    assert not full & set(found["gpu"])
-    assert found["gpu and full"]
-    assert set(found["gpu and full"]) >= full & {test for test in found["all"] if "test_torch_products.py" in test}
+    assert not full & set(actual["gpu"])
+    assert actual["gpu and full"]
+    assert set(actual["gpu and full"]) >= full & {test for test in actual["all"] if "test_torch_products.py" in test}
     layers = "tests/test_kernels_table.py::test_forward_and_gradients[layer-"
-    assert any(test.startswith(layers) for test in found["gpu"])  # too slow for the interpreter alone
+    assert any(test.startswith(layers) for test in actual["gpu"])  # too slow for the interpreter alone
     assert not any(test.startswith(layers) for test in collected["cpu"][""])
 
 
 def test_the_two_commands_for_a_gpu_run_each_of_its_tests_once(collected: dict[str, dict[str, list[str]]]) -> None:
-    found = collected["gpu"]
-    together, alone = found["gpu and not alone"], found["gpu and alone"]
-    assert sorted(together + alone) == sorted(found["gpu"])
+    actual = collected["gpu"]
+    together, alone = actual["gpu and not alone"], actual["gpu and alone"]
+    assert sorted(together + alone) == sorted(actual["gpu"])
     assert len(together) > 10 * len(alone)
     files = {test.split("::")[0] for test in alone}
     assert {"tests/test_distributed.py", "tests/test_timing.py", "tests/test_transfer_measurement.py"} <= files

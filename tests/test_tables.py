@@ -220,12 +220,12 @@ def test_any_damage_is_detected_or_harmless(tmp_path_factory: pytest.TempPathFac
     place[key] = data.draw(JSON)
     path.write_text(json.dumps(content))
     try:
-        found = table_files.read(path)
+        actual = table_files.read(path)
     except ValueError as error:
         sentence = str(error)
     else:
-        table_files.write(path, found)
-        assert table_files.read(path) == found
+        table_files.write(path, actual)
+        assert table_files.read(path) == actual
         return
     assert sentence.startswith(f"{path} is not a measured table: ")
     assert "\n" not in sentence
@@ -456,10 +456,10 @@ def test_only_tiles_that_do_not_fit_are_skipped(
         assert tables.tile_for(problem(2**13), H200) == TILE
     (record,) = caplog.records
     sentence = r"gemms\[0\]\.tile takes \d+ bytes of shared memory; NVIDIA H200 has 232448"
-    said = (
+    messages = (
         f"{re.escape(str(tables.user_path(H200.name)))}: {sentence}; {told} not used; `mlp-fused tune` measures again"
     )
-    assert re.fullmatch(said, record.getMessage())
+    assert re.fullmatch(messages, record.getMessage())
 
 
 @pytest.mark.parametrize(("version", "is_used"), [((3, 6), False), ((3, 7), True), ((4, 0), True)])

@@ -113,7 +113,7 @@ def test_short_sums_of_a_network_err_little_more_than_fp32(split: str, inputs: s
 
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_sums_of_64_scaled_products_err_no_more_than_fp32(inputs: str) -> None:
-    """The widest layer of scaled products has 64 terms. If a tensor core summed them all, positive ones would err more."""
+    """The widest layer of scaled products has 64 terms. Positive ones would err more if a tensor core summed all 64."""
     assert relative_error(tensor_core.fp16x3, inputs, 64) <= 1.03
     if "positive" in inputs:
         assert relative_error(functools.partial(tensor_core.fp16x3, terms=64), inputs, 64) > 1.5
@@ -236,10 +236,10 @@ def check_entries(ours: Tensor, a: Tensor, b: Tensor) -> None:
 
 def of(*numbers: float | str) -> list[int]:
     """The bits of fp32 numbers with both signs. A text stands for bits in hexadecimal."""
-    found = [
+    actual = [
         int(number, 16) if isinstance(number, str) else int(np.float32(number).view(np.uint32)) for number in numbers
     ]
-    return [bits | sign for bits in found for sign in (0, 1 << 31)]
+    return [bits | sign for bits in actual for sign in (0, 1 << 31)]
 
 
 def fp32(bits: list[int]) -> np.ndarray:
@@ -323,7 +323,7 @@ def test_kernels_err_no_more_than_fp32(inputs: str, tile: TileConfig, product: C
     for k in (shortest, shortest + 12, 256):
         x, w = draw(inputs, 64, 32, k, 0)
         a, b = (torch.from_numpy(operand).float().to(device) for operand in (x, w))
-        ours, torchs = (found.double().cpu().numpy() for found in (product(a, b, tile), a @ b.t()))
+        ours, torchs = (actual.double().cpu().numpy() for actual in (product(a, b, tile), a @ b.t()))
         assert_no_worse(x, w, ours, tensor_core.fma(x, w))
         assert_within_bound(x, w, ours, torchs)
 

@@ -386,9 +386,9 @@ def test_arrays_that_are_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{path} has no array y; it has x, but needs {re.escape(needed)}$"):
         load(tmp_path, x=np.ones((3, 2)))
     needed = "x_train (one example per row) and y_train (one target per row)"
-    found = "x_train, x_test"
+    actual = "x_train, x_test"
     with pytest.raises(
-        UserError, match=f"^{path} has no array y_train; it has {found}, but needs {re.escape(needed)}$"
+        UserError, match=f"^{path} has no array y_train; it has {actual}, but needs {re.escape(needed)}$"
     ):
         load(tmp_path, x_train=KERAS["x_train"], x_test=KERAS["x_test"])
 

@@ -107,11 +107,11 @@ def test_an_optimizers_actual_state_is_counted() -> None:
 
 
 def test_distorted_times_are_marked(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    train(run, report=said.append)
-    assert not any("distorted" in line for line in said)  # times of a CPU are not distorted
-    said.clear()
+    train(run, report=messages.append)
+    assert not any("distorted" in line for line in messages)  # times of a CPU are not distorted
+    messages.clear()
     marked = loop.about_times(torch.device("cuda"))
     assert marked == (
         "these times are distorted: CUDA_LAUNCH_BLOCKING is set, which makes every launch wait for its kernel: "

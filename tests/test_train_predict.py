@@ -85,10 +85,10 @@ def test_classes_by_name_are_predicted_by_name(arrays: dict[str, np.ndarray]) ->
     assert header == ["label", *NAMES]
     labels = np.array([row[0] for row in rows])
     assert (labels == NAMES[arrays["y"]])[validation()].mean() == result.accuracy
-    found = predict("run.pt", arrays["x"])
-    assert found.labels.tolist() == labels.tolist()
-    assert found.classes.tolist() == NAMES.tolist()
-    assert np.array([row[1:] for row in rows], np.float32).tolist() == found.probabilities.tolist()
+    actual = predict("run.pt", arrays["x"])
+    assert actual.labels.tolist() == labels.tolist()
+    assert actual.classes.tolist() == NAMES.tolist()
+    assert np.array([row[1:] for row in rows], np.float32).tolist() == actual.probabilities.tolist()
 
 
 def test_other_class_names_refuse_to_resume(arrays: dict[str, np.ndarray]) -> None:
@@ -100,8 +100,8 @@ def test_other_class_names_refuse_to_resume(arrays: dict[str, np.ndarray]) -> No
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_predict_uses_the_dtype_of_training(arrays: dict[str, np.ndarray], dtype: Any) -> None:
     result = trained(arrays["y"], arrays, dtype=dtype, epochs=3)
-    found = predict("run.pt", arrays["x"])
-    assert (found.labels == arrays["y"])[validation()].mean() == result.accuracy
+    actual = predict("run.pt", arrays["x"])
+    assert (actual.labels == arrays["y"])[validation()].mean() == result.accuracy
 
 
 def test_fp16_training_is_predicted_in_fp32_without_a_gpu(arrays: dict[str, np.ndarray]) -> None:

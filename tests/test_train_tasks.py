@@ -179,8 +179,8 @@ class OneOfTwo(Processes):
 
 def test_a_process_without_validation_rows_adds_nothing() -> None:
     alone = OneOfTwo(torch.device("cpu"), 0, 2)
-    found = evaluate(nn.Identity(), [], nn.MSELoss(), alone, "fp32", squared_errors, 2)
-    assert found == (2.0, 1.0, 3.0)
+    actual = evaluate(nn.Identity(), [], nn.MSELoss(), alone, "fp32", squared_errors, 2)
+    assert actual == (2.0, 1.0, 3.0)
 
 
 def test_targets_that_do_not_vary(tmp_path: Path) -> None:

@@ -31,22 +31,22 @@ def clock() -> Clock:
 
 def test_the_time_is_shared_and_missing_readings_are_reported(clock: Clock, measured: Path) -> None:
     clock.each = 10.0
-    table, said = run(clock, dataclasses.replace(DIMS, minutes=2.0))
+    table, messages = run(clock, dataclasses.replace(DIMS, minutes=2.0))
     # 120 s over 6 products are 20 s each, which torch and the first tile take.
     assert clock.timed == ["torch", SLOW] * PRODUCTS
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     clock.timed.clear()
     os.unlink(path())
-    table, said = run(clock, dataclasses.replace(DIMS, minutes=0.5))
+    table, messages = run(clock, dataclasses.replace(DIMS, minutes=0.5))
     assert clock.timed == ["torch", SLOW] * 2
     assert len(table.gemms) == 2
     missed = next(each for each in products(DIMS.workloads[0]) if each.key not in [row.key for row in table.gemms])
-    assert f"4 of 6 problems were not measured, from {missed} on; run the same command again" in said
-    assert f"measured 2 of 6 problems; the table is {path()}" in said
+    assert f"4 of 6 problems were not measured, from {missed} on; run the same command again" in messages
+    assert f"measured 2 of 6 problems; the table is {path()}" in messages
     # A second run measures missing rows before existing ones.
-    table, said = run(clock, dataclasses.replace(DIMS, minutes=1.0))
+    table, messages = run(clock, dataclasses.replace(DIMS, minutes=1.0))
     assert len(table.gemms) == 5
-    table, said = run(clock)
+    table, messages = run(clock)
     assert len(table.gemms) == 6
 
 
@@ -77,32 +77,42 @@ class FewCompilers(Compilers):
 
 
 def test_tiles_that_do_not_compile_are_skipped(clock: Clock, measured: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     compilers = FewCompilers({FAST: "the process that compiled it ended with status -6"})
     table = tune(
-        DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+        DIMS, report=messages.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
     )
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
-    assert sum(f"{FAST} was left out: the process that compiled it ended with status -6" in line for line in said) == 6
+    assert (
+        sum(f"{FAST} was left out: the process that compiled it ended with status -6" in line for line in messages) == 6
+    )
     compilers = FewCompilers({})
     compilers.failure = "they end with status 1"
-    tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts)
-    assert "kernels were compiled at their launch, because compiling ahead failed: they end with status 1" in said
+    tune(
+        DIMS, report=messages.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+    )
+    assert "kernels were compiled at their launch, because compiling ahead failed: they end with status 1" in messages
 
 
 def test_tiles_not_compiled_in_time_are_not_measured(clock: Clock, measured: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
 
     def tuned(outcomes: dict[Any, Any]) -> table_files.Table:
         compilers = FewCompilers(outcomes)
         return tune(
-            DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+            DIMS,
+            report=messages.append,
+            device=CPU,
+            time=clock,
+            now=lambda: clock.now,
+            compilers=compilers,
+            **clock.parts,
         )
 
     assert [row.tile for row in tuned({FAST: NotYetError}).gemms] == [SLOW] * PRODUCTS
     path().unlink()
     assert tuned({SLOW: NotYetError}).gemms == ()  # a row that says that torch is faster would be a guess
-    assert any(line.startswith("6 of 6 problems were not measured") for line in said)
+    assert any(line.startswith("6 of 6 problems were not measured") for line in messages)
 
 
 def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, measured: Path) -> None:

@@ -36,7 +36,7 @@ def readings_in(config: Config) -> table_files.Table:
 
 
 def test_every_measured_tile_is_written(clock: Clock, config: Config) -> None:
-    table, said = run(clock, config)
+    table, messages = run(clock, config)
     readings = readings_in(config)
     assert readings.readings
     assert (readings.device, readings.versions, readings.date) == (table.device, table.versions, table.date)
@@ -46,7 +46,7 @@ def test_every_measured_tile_is_written(clock: Clock, config: Config) -> None:
     assert all(row.torch_ms == pytest.approx(3) for row in readings.gemms)
     assert not any(map(row_kernels.is_outdated, readings.rows))
     assert table_files.fastest(readings.gemms) == table.gemms
-    assert said.endswith(f"the table is {path()}; {2 * PRODUCTS} readings are in {config.readings}")
+    assert messages.endswith(f"the table is {path()}; {2 * PRODUCTS} readings are in {config.readings}")
 
 
 def test_a_tile_is_written_even_if_torch_is_faster(clock: Clock, config: Config) -> None:

@@ -15,14 +15,14 @@ from mlp_fused.tune.tasks import Product, Whole, list_tasks, products
 
 
 def test_the_products_of_a_network() -> None:
-    found = products(Workload((30, 20, 20, 10), 64, "bf16", "gelu"))
-    assert len(found) == len({product.key for product in found}) == 9
-    by_key = {(product.kind, product.width_in, product.width_out): product for product in found}
+    actual = products(Workload((30, 20, 20, 10), 64, "bf16", "gelu"))
+    assert len(actual) == len({product.key for product in actual}) == 9
+    by_key = {(product.kind, product.width_in, product.width_out): product for product in actual}
     assert by_key["forward", 30, 20].activation == "gelu"
     assert by_key["forward", 20, 10].activation == "identity"
     assert by_key["dgrad", 30, 20].activation == "identity"
     assert by_key["dgrad", 20, 10].activation == "gelu"
-    assert sum(product.share for product in found) == pytest.approx(1)
+    assert sum(product.share for product in actual) == pytest.approx(1)
     # Equal layers are measured once, with the costlier epilogue.
     alike = products(Workload((20, 20, 20), 64, "bf16", "gelu"))
     assert [(product.kind, product.activation) for product in alike] == [

@@ -79,15 +79,15 @@ def results_in(directory: Path, **changes: Any) -> gpu.Results:
 
 
 def run(results: gpu.Results, outcomes: dict[int, float | Exception], limit: float = 1e9) -> tuple[int, list[str]]:
-    clock, said = Clock(), list[str]()
-    plan = gpu.Plan(results, Path(), Simulated(clock, outcomes), limit, clock=clock, say=said.append)
-    return plan.run_rows(results.todo(CELLS)), said
+    clock, messages = Clock(), list[str]()
+    plan = gpu.Plan(results, Path(), Simulated(clock, outcomes), limit, clock=clock, say=messages.append)
+    return plan.run_rows(results.todo(CELLS)), messages
 
 
 def test_rows_are_written_one_by_one_and_not_run_again(tmp_path: Path) -> None:
     results = results_in(tmp_path)
-    done, said = run(results, {1: 15.0}, limit=20.0)
-    assert (done, len(said)) == (2, 2)
+    done, messages = run(results, {1: 15.0}, limit=20.0)
+    assert (done, len(messages)) == (2, 2)
     assert list(json.loads((tmp_path / "nvidia_h200.json").read_text())["rows"]) == [str(cell) for cell in CELLS[:2]]
     again = results_in(tmp_path)
     assert again.note is None
@@ -99,24 +99,24 @@ def test_rows_are_written_one_by_one_and_not_run_again(tmp_path: Path) -> None:
 
 def test_a_failed_row_is_recorded_and_the_rest_run(tmp_path: Path) -> None:
     results = results_in(tmp_path)
-    done, said = run(results, {0: gpu.RowError("AssertionError: wrong", network_row(CELLS[0]))})
+    done, messages = run(results, {0: gpu.RowError("AssertionError: wrong", network_row(CELLS[0]))})
     assert done == 4
     failed = results.rows[str(CELLS[0])]
     assert isinstance(failed, FailedRow)
     assert (failed.error, failed.measured) == ("AssertionError: wrong", network_row(CELLS[0]))
-    assert "failed: AssertionError: wrong" in said[0]
+    assert "failed: AssertionError: wrong" in messages[0]
     assert results_in(tmp_path).todo(CELLS) == []
     assert results_in(tmp_path).todo(CELLS, retry=True) == CELLS[:1]
 
 
 def test_a_row_past_its_limit_is_an_error_but_a_row_cut_off_by_the_end_is_not(tmp_path: Path) -> None:
     results = results_in(tmp_path)
-    done, said = run(results, {0: 1e6, 1: 1e6}, limit=gpu.ROW_SECONDS + 50.0)
+    done, messages = run(results, {0: 1e6, 1: 1e6}, limit=gpu.ROW_SECONDS + 50.0)
     assert done == 2
     failed = results.rows[str(CELLS[0])]
     assert isinstance(failed, FailedRow)
     assert (failed.error, failed.unfinished) == (f"stopped after {gpu.ROW_SECONDS:.0f} s", None)
-    assert "unfinished: stopped after 50 s" in said[-1]
+    assert "unfinished: stopped after 50 s" in messages[-1]
     cut_off = results_in(tmp_path).rows[str(CELLS[1])]
     assert isinstance(cut_off, FailedRow)
     assert (cut_off.unfinished, cut_off.measured) == (50.0, network_row(CELLS[1]))
@@ -371,9 +371,9 @@ def test_tests_have_a_share_of_the_time_and_their_failures_are_kept(
         assert "assert (1 + 1) == 3" in (tmp_path / log).read_text()
     (tests / "test_some.py").write_text(GPU_TESTS.format(mark="alone", seconds=0))
     gpu.run_tests(results, tmp_path, tmp_path, seconds=120)
-    found = json.loads(results.path.read_text())["tests"]
-    assert (found["finished"], found["status"]) == (True, 1)
-    assert re.search("1 failed.*; 1 passed", found["summary"])
+    actual = json.loads(results.path.read_text())["tests"]
+    assert (actual["finished"], actual["status"]) == (True, 1)
+    assert re.search("1 failed.*; 1 passed", actual["summary"])
     assert (tmp_path / "failures.txt").read_text().count("test_wrong (call)") == 1  # only failures of this run
 
 
@@ -407,9 +407,9 @@ def test_the_tuner_has_a_share_of_the_time_and_may_fail(tmp_path: Path) -> None:
     assert (refused["finished"], refused["status"], refused["file"]) == (True, 1, None)
     assert refused["readings"] is None
     assert gpu.ending(refused).startswith("tune: there is no such command (")
-    found = tune(TUNER)
-    assert (found["status"], found["summary"]) == (0, "begun 0.75")  # minutes; the rest is the grace period
-    assert (found["file"], found["readings"]) == ("tuned_nvidia_h200.json", "readings_nvidia_h200.json")
+    actual = tune(TUNER)
+    assert (actual["status"], actual["summary"]) == (0, "begun 0.75")  # minutes; the rest is the grace period
+    assert (actual["file"], actual["readings"]) == ("tuned_nvidia_h200.json", "readings_nvidia_h200.json")
     assert tune(TUNER)["summary"] == "carried on 0.75"
     slow = tune(TUNER + "time.sleep(600)", seconds=2)
     assert (slow["finished"], slow["status"]) == (False, None)
@@ -448,10 +448,10 @@ def test_one_command_runs_tests_tuner_and_rows_and_ends_with_the_goals(
     steps = [str(cell) for cell in select("seed-*-step")]
     assert command() == 0  # a failure of the tuner is not one of a row
     assert ran == ["pytest -m", "pytest -m", "mlp_fused tune", "ceilings", "compile", steps[0], "compile", *steps[1:]]
-    said = capsys.readouterr().out
-    assert "tuner: done (" in said
-    assert f"seed: {len(steps)} of {len(steps)} rows run on our kernels" in said
-    assert "missed        ≥ 1.3    1.250" in said
+    messages = capsys.readouterr().out
+    assert "tuner: done (" in messages
+    assert f"seed: {len(steps)} of {len(steps)} rows run on our kernels" in messages
+    assert "missed        ≥ 1.3    1.250" in messages
     ran.clear()
     assert command() == 0
     assert ran == ["mlp_fused tune"]

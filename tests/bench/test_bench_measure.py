@@ -159,9 +159,9 @@ def test_memory_of_a_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: state.update(peak=state["now"]))
-    found = measure.memory(bench)
-    assert found == Memory(Kept(3, 6), Kept(4, 8))
-    assert found.kept_ratio == found.peak_ratio == 0.75
+    actual = measure.memory(bench)
+    assert actual == Memory(Kept(3, 6), Kept(4, 8))
+    assert actual.kept_ratio == actual.peak_ratio == 0.75
 
 
 def test_a_failing_baseline_is_recorded_as_text() -> None:
@@ -169,5 +169,5 @@ def test_a_failing_baseline_is_recorded_as_text() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\n\nTried to allocate 2 GiB")
 
     bench = Bench(SMALL, "cpu")
-    found = measure._measure_baseline(bench, Baseline("large", build), "forward", timed(1.0))
-    assert found == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    actual = measure._measure_baseline(bench, Baseline("large", build), "forward", timed(1.0))
+    assert actual == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"

@@ -39,13 +39,13 @@ def raw_cells(folder: Path = RAW) -> dict[str, Record]:
 
 def raw_tinycudann() -> dict[str, dict[str, Record]]:
     """The log's numbers: network -> "ours", "tcnn" or "tcnn jit" -> name -> milliseconds."""
-    found: dict[str, dict[str, Record]] = {}
+    actual: dict[str, dict[str, Record]] = {}
     for line in (RAW / "tinycudann.log").read_text().splitlines():
         if line.startswith("W"):
-            network = found.setdefault(line, {})
+            network = actual.setdefault(line, {})
         elif (start := line.find("{")) >= 0:
             network[line[:start].strip()] = ast.literal_eval(line[start:])
-    return found
+    return actual
 
 
 # The data of the figures
@@ -79,8 +79,8 @@ def test_rows_per_second_equal_those_of_the_log(content: Record) -> None:
             },
         }
         for phase, milliseconds in expected.items():
-            found = shown[phase, width, rows]
-            assert found.rates == pytest.approx({name: 1e3 * rows / ms for name, ms in milliseconds.items()})
+            actual = shown[phase, width, rows]
+            assert actual.rates == pytest.approx({name: 1e3 * rows / ms for name, ms in milliseconds.items()})
 
 
 @pytest.mark.parametrize(
@@ -95,30 +95,30 @@ def test_rows_per_second_equal_those_of_the_log(content: Record) -> None:
 def test_the_memory_floor_is_bytes_over_the_measured_copy_rate(
     phase: str, width: int, rows: int, bytes_per_row: int, content: Record
 ) -> None:
-    (found,) = (
+    (actual,) = (
         each
         for each in published.throughput(content)
         if (each.network["phase"], each.network["widths"][0], each.network["rows"]) == (phase, width, rows)
     )
-    assert found.floor == pytest.approx(COPY_RATE / bytes_per_row)
-    assert all(rate < found.floor for rate in found.rates.values())
+    assert actual.floor == pytest.approx(COPY_RATE / bytes_per_row)
+    assert all(rate < actual.floor for rate in actual.rates.values())
 
 
 def test_ratios_beside_the_figure_compare_the_same_work(content: Record) -> None:
     """Eager is compared without the gradient of x, tiny-cuda-nn with it. Cases with ours slower are included."""
-    found = [(each.over_eager, each.over_tinycudann) for each in published.throughput(content)]
+    actual = [(each.over_eager, each.over_tinycudann) for each in published.throughput(content)]
     expected = [
         *((0.3669 / 0.0692, 0.3574 / 0.0692), (0.6684 / 0.1141, 0.6405 / 0.1141), (1.3268 / 0.331, 1.4087 / 0.331)),
         *((0.1613 / 0.0559, 0.1116 / 0.0559), (0.9684 / 0.4724, 1.1241 / 0.3161), (1.7636 / 0.946, 1.9375 / 0.9919)),
         *((3.5628 / 2.2608, 4.1727 / 2.2745), (0.7206 / 0.4056, 0.4904 / 0.6204)),
     ]
-    assert found == [pytest.approx(pair) for pair in expected]
-    assert min(theirs for _, theirs in found) < 1
+    assert actual == [pytest.approx(pair) for pair in expected]
+    assert min(theirs for _, theirs in actual) < 1
 
 
 def test_the_parts_of_a_step_are_those_of_the_log(content: Record) -> None:
-    found = published.step_parts(content)
-    assert {name: [ms for _, ms in points] for name, points in found.items()} == {
+    actual = published.step_parts(content)
+    assert {name: [ms for _, ms in points] for name, points in actual.items()} == {
         "cpu_ms": [1.16, 6, 70.8],
         "usual_ms": [0.4, 0.996, 8.92],
         "prefetched_ms": [0.506, 0.865, 1.52],
@@ -126,7 +126,7 @@ def test_the_parts_of_a_step_are_those_of_the_log(content: Record) -> None:
         "launch_ms": [0.411, 0.552, 0.681],
         "kernels_ms": [0.0998, 0.21, 1.3],
     }
-    assert {tuple(rows for rows, _ in points) for points in found.values()} == {(64, 1024, 16384)}
+    assert {tuple(rows for rows, _ in points) for points in actual.values()} == {(64, 1024, 16384)}
 
 
 def test_speed_over_eager_has_every_cell_sorted_with_the_slower_ones(content: Record) -> None:
@@ -152,11 +152,11 @@ def test_speed_over_eager_has_every_cell_sorted_with_the_slower_ones(content: Re
 
 def drawn_points(axes: Any) -> dict[str, list[tuple[float, float]]]:
     """The drawn points by colour and marker, left to right."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    actual: dict[str, list[tuple[float, float]]] = {}
     for line in axes.lines:
         if line.get_marker() != "None":
-            found.setdefault(line.get_marker(), []).extend(zip(line.get_xdata(), line.get_ydata()))
-    return {marker: sorted(points) for marker, points in found.items()}
+            actual.setdefault(line.get_marker(), []).extend(zip(line.get_xdata(), line.get_ydata()))
+    return {marker: sorted(points) for marker, points in actual.items()}
 
 
 @pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=lambda theme: theme.name)

@@ -52,8 +52,8 @@ def made_up(cell: Cell, chance: random.Random) -> CellRow:
             times = {"eager": 1.8, "matmul": 0.97, "compile_max_autotune": 1.2}.get(name, 1.4)
             baselines[name] = comparison(times * chance.lognormvariate(0, 0.2), ms)
     if cell.phase in GEMM_PHASES:
-        found = errors((1e-7, 1e-6), (1e-7, 1e-6))
-        return gemm_row(cell, kernel_ms=kernel_ms, ratio=ratio, baselines=baselines, errors=found)
+        actual = errors((1e-7, 1e-6), (1e-7, 1e-6))
+        return gemm_row(cell, kernel_ms=kernel_ms, ratio=ratio, baselines=baselines, errors=actual)
     memory = None
     if cell.phase == "training":
         held = 0.55 if cell.problem.activation == "gelu" else 1.0
@@ -292,13 +292,13 @@ def test_a_later_row_counts_whatever_the_order_of_the_files(tmp_path: Path, rows
     first = results.read(file_in(tmp_path, [old, other], "first.json", "2026-03-01"))
     second = results.read(file_in(tmp_path, [new], "second.json", "2026-03-05"))
     for files in ([first, second], [second, first]):
-        found = results.merge(files)
-        text = report.markdown(found, {}, "slug")
+        actual = results.merge(files)
+        text = report.markdown(actual, {}, "slug")
         assert find_line(text, cell)[0] == "network"
         assert "1 row of first.json was measured again later." in text
         assert "| date | 2026-03-01 to 2026-03-05 |" in text
         assert "| files | first.json, second.json |" in text
-        assert len(found.rows) == 2
+        assert len(actual.rows) == 2
 
 
 def test_a_file_of_gpu_py_gives_the_same_report(tmp_path: Path, rows: dict[str, CellRow]) -> None:
@@ -317,9 +317,9 @@ def refused(paths: list[Path], folder: Path, capsys: pytest.CaptureFixture[str])
     """The sentence of a refused report, which writes nothing."""
     assert report.main([*map(str, paths), "--out", str(folder / "out")]) == 2
     assert not (folder / "out").exists()
-    said = capsys.readouterr()
-    assert not said.out
-    (line,) = said.err.splitlines()
+    messages = capsys.readouterr()
+    assert not messages.out
+    (line,) = messages.err.splitlines()
     return line.removeprefix("nothing was written: ")
 
 

@@ -51,21 +51,21 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return copy.deepcopy(state)
 
 
-def same(found: Any, expected: Any, where: str = "") -> None:
+def same(actual: Any, expected: Any, where: str = "") -> None:
     """Assert that two nested dicts and lists are equal to the last bit."""
     if isinstance(expected, Tensor):
-        assert isinstance(found, Tensor), where
-        assert torch.equal(found, expected), where
+        assert isinstance(actual, Tensor), where
+        assert torch.equal(actual, expected), where
     elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert actual.keys() == expected.keys(), where
         for key, value in expected.items():
-            same(found[key], value, f"{where}[{key!r}]")
+            same(actual[key], value, f"{where}[{key!r}]")
     elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
+        assert len(actual) == len(expected), where
         for index, value in enumerate(expected):
-            same(found[index], value, f"{where}[{index}]")
+            same(actual[index], value, f"{where}[{index}]")
     else:
-        assert found == expected, where
+        assert actual == expected, where
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -381,9 +381,9 @@ def gradients(data: Data, y: Tensor) -> dict[str, Tensor]:
     """y, and the gradient of every leaf that wants one, after y.backward(dy)."""
     if y.requires_grad:
         y.backward(data.dy)
-    found = {"y": y.detach()}
-    found.update({name: leaf.grad for name, leaf in data.leaves.items() if leaf.grad is not None})
-    return found
+    actual = {"y": y.detach()}
+    actual.update({name: leaf.grad for name, leaf in data.leaves.items() if leaf.grad is not None})
+    return actual
 
 
 def bound(true: Tensor, torchs: Tensor, magnitude: Tensor, unit_roundoff: float, norm: float) -> float:
@@ -405,9 +405,9 @@ def check(case: Case, truth: Truth, ours: dict[str, Tensor], torchs: dict[str, T
         if true.numel() == 0:
             continue
         for norm, kind in ((2, "norm"), (torch.inf, "largest entry")):
-            found = torch.linalg.vector_norm(ours[name].double() - true, norm).item()
+            actual = torch.linalg.vector_norm(ours[name].double() - true, norm).item()
             limit = bound(true, torchs[name], truth.magnitudes[name], case.unit_roundoff, norm)
-            assert found <= limit, f"{case.id}: {kind} of the error of {name} is {found:.3e}, the bound {limit:.3e}"
+            assert actual <= limit, f"{case.id}: {kind} of the error of {name} is {actual:.3e}, the bound {limit:.3e}"
 
 
 CASES = _cases()

@@ -103,7 +103,7 @@ def networks(full: bool) -> list[NetworkCompilation]:
 
     By default, every other network in bf16 and some in fp32. With `full`, all combinations, in fp32 up to 3 layers.
     """
-    found: list[NetworkCompilation] = []
+    rows: list[NetworkCompilation] = []
     square = [(width,) * (hidden + 2) for width in (16, 32, 64, 128) for hidden in (1, 3, 5)]
     others = [(784, 64, 64, 10), (784, 128, 128, 10), (784, 256, 10), (16, 64, 64, 16), (64,) * 8]
     # With 6 and with 7 layers, 64 wide and relu, differ little, and take long to compile: each target has one of them.
@@ -117,18 +117,18 @@ def networks(full: bool) -> list[NetworkCompilation]:
                 wanted = dtype == torch.bfloat16 or (dtype == torch.float32 and widths == (64,) * 5)
                 has_its_turn = (turn + list(TARGETS).index(target)) % 2 == 0 and (target, widths) not in left_out
                 if full or (wanted and has_its_turn and activation == ("relu", "gelu")[turn // 2 % 2]):
-                    found.append(NetworkCompilation(target, name, precision, activation, widths))
+                    rows.append(NetworkCompilation(target, name, precision, activation, widths))
         for widths, of_input in itertools.product(((64,) * 5, (784, 64, 64, 10)), ("uint8", "float16")):
             if dtype == torch.bfloat16 and (full or (target, len(widths)) == ("NVIDIA H100", 5)):
-                found.append(NetworkCompilation(target, name, precision, "relu", widths, of_input))
+                rows.append(NetworkCompilation(target, name, precision, "relu", widths, of_input))
         if (dtype, precision, target) == (torch.float32, "ieee", "NVIDIA H100"):  # by scaled parts
             listed = itertools.product(("fp16x3", "fp16x1"), (32, 64), ("relu", "gelu"))
             for turn, (split, width, activation) in enumerate(listed):
                 if full or turn in (2, 3, 7):  # 64 wide
-                    found.append(NetworkCompilation(target, name, split, activation, (width,) * 5))
+                    rows.append(NetworkCompilation(target, name, split, activation, (width,) * 5))
         if dtype == torch.bfloat16 and (full or target == "NVIDIA H100"):  # the tiles of inference
             for width, activation in ((16, "relu"), (32, "relu"), (64, "relu"), (64, "gelu")):
-                found.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
+                rows.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
         # relu draws its mask once, gelu draws it again with z, and tanh saves z only because of Dropout.
         dropping = [*((width,) * 5 for width in (16, 32, 64, 128)), (16, 64, 64, 16), (784, 128, 128, 10)]
         for turn, (widths, activation) in enumerate(itertools.product(dropping, ("relu", "gelu", "tanh"))):
@@ -137,8 +137,8 @@ def networks(full: bool) -> list[NetworkCompilation]:
             has_its_turn = turn % 4 == list(TARGETS).index(target)
             has_its_turn |= target == "NVIDIA H100" and widths == (64,) * 5
             if full or (dtype == torch.bfloat16 and has_its_turn):
-                found.append(NetworkCompilation(target, name, precision, activation, widths, dropout=True))
-    return found
+                rows.append(NetworkCompilation(target, name, precision, activation, widths, dropout=True))
+    return rows
 
 
 def compile_network(row: NetworkCompilation) -> list[dict[str, Any]]:
@@ -222,7 +222,7 @@ def compilations(full: bool) -> list[Compilation]:
     fp16 has the instructions of bf16, so it gets one tile for each target. Unaligned tensors get one of two
     activations.
     """
-    found: list[Compilation] = []
+    rows: list[Compilation] = []
     products = itertools.product(TARGETS.items(), FORMS, (True, False), GEMMS)
     for turn, ((target, device), (dtype, precision), aligned, kind) in enumerate(products):
         if dtype == torch.float16 and (not aligned or kind != "forward"):
@@ -237,35 +237,35 @@ def compilations(full: bool) -> list[Compilation]:
             in_turn = ("gelu", "relu")[(turn + listed.index(tile)) % 2]
             activations = ("relu", "gelu") if full and aligned else (in_turn,)
             for activation in ("identity",) if kind == "wgrad" else activations:
-                found.append(Compilation(kind, target, str(dtype)[6:], precision, activation, tile, aligned))
+                rows.append(Compilation(kind, target, str(dtype)[6:], precision, activation, tile, aligned))
     for target, device in TARGETS.items():
         tile = choose(Problem("output_gradient", 4096, 1024, 0, torch.bfloat16), device)
         for kernel in ("output_gradient", "pointwise"):
             for dropout in (False, True):
-                found.append(Compilation(kernel, target, "bfloat16", "ieee", "gelu", tile, dropout=dropout))
+                rows.append(Compilation(kernel, target, "bfloat16", "ieee", "gelu", tile, dropout=dropout))
         for kind in ("forward", "dgrad"):
             listed = tiles(kind, torch.bfloat16, "ieee", True, device)
             largest = {tile.warp_specialize: tile for tile in reversed(listed)}.values()
             for tile in listed if full else largest:
                 for activation in ("relu", "gelu") if full else ("gelu",):
-                    found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, dropout=True))
+                    rows.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, dropout=True))
             most = max(listed, key=lambda tile: (tile.block_m * tile.block_n // tile.num_warps, -tile.num_warps))
             for tile in listed if full else [most] if target == "NVIDIA H100" else []:
-                found.append(Compilation(kind, target, "bfloat16", "ieee", REGISTERS[kind], tile))
+                rows.append(Compilation(kind, target, "bfloat16", "ieee", REGISTERS[kind], tile))
         for kind in GEMMS if full or target == "NVIDIA H100" else ():
             m, n, k = (1, 1, 4096) if kind == "wgrad" else (4096, 1, 1)
             tile = dataclasses.replace(choose(Problem(kind, m, n, k, torch.bfloat16, aligned=False), device), split=1)
             activation = "identity" if kind == "wgrad" else "gelu"
-            found.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(1, 1)))
+            rows.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(1, 1)))
         for tile in (SUM_PARTIALS, SUM_OF_MORE, SUM_OF_MANY):
-            found.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", tile))
+            rows.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", tile))
         for exponents in typing.get_args(planes.Exponents):
-            found.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT, exponents=exponents))
+            rows.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT, exponents=exponents))
         for kind, activation in (("forward", "gelu"), ("dgrad", "gelu"), ("wgrad", "identity")):
             tile = planes_tile(kind, target)
-            for each in (tile, planes.redo_tile(tile)):
-                found.append(Compilation(kind, target, "float32", "ieee", activation, each))
-    return list(dict.fromkeys(found))
+            for launched in (tile, planes.redo_tile(tile)):
+                rows.append(Compilation(kind, target, "float32", "ieee", activation, launched))
+    return list(dict.fromkeys(rows))
 
 
 def planes_tile(kind: tile_config.Kind, target: str) -> TileConfig:
@@ -474,11 +474,11 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
             sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
             waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one a product where these are serialised
             instructions = count_in_loop(sass) if precision == "fp16x3" else 0
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    assert found, usage.stdout
+    actual = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    assert actual, usage.stdout
     return {
-        "registers": int(found[1]),
-        "spills": int(found[2]) // 4,
+        "registers": int(actual[1]),
+        "spills": int(actual[2]) // 4,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "waits": waits,
         "instructions": instructions,
@@ -500,9 +500,9 @@ def count_in_loop(sass: str) -> int:
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
     places = {int(address, 16): place for place, (address, _) in enumerate(code)}
     jumps = {
-        place: places[int(found[1], 16)]
+        place: places[int(target[1], 16)]
         for place, (_, text) in enumerate(code)
-        if (found := re.match(r"@\S+ BRA\b.*?(0x[0-9a-f]+)", text))
+        if (target := re.match(r"@\S+ BRA\b.*?(0x[0-9a-f]+)", text))
     }
     products = [place for place, (_, text) in enumerate(code) if "HGMMA" in text]
     loops = [(end, start) for end, start in jumps.items() if start <= products[0] and products[-1] <= end]
@@ -520,9 +520,9 @@ def read_amdgcn(text: str) -> dict[str, int]:
     """Read registers, spills and instructions from the assembler's summary."""
 
     def summary(name: str) -> int:
-        found = re.search(rf"\.{name}:\s*(\d+)", text)
-        assert found, name
-        return int(found[1])
+        actual = re.search(rf"\.{name}:\s*(\d+)", text)
+        assert actual, name
+        return int(actual[1])
 
     return {
         "registers": summary("vgpr_count"),
@@ -572,10 +572,10 @@ def main() -> None:
     with ProcessPoolExecutor(2) as pool:
         rows: list[dict[str, Any]] = []
         if options.networks:
-            found = pool.map(compile_network, filter(chosen, networks(options.full)), chunksize=1)
+            actual = pool.map(compile_network, filter(chosen, networks(options.full)), chunksize=1)
         else:
-            found = ([row] for row in pool.map(compile_one, filter(chosen, compilations(options.full)), chunksize=1))
-        for readings in found:
+            actual = ([row] for row in pool.map(compile_one, filter(chosen, compilations(options.full)), chunksize=1))
+        for readings in actual:
             rows += readings
             if options.json:
                 for reading in readings:

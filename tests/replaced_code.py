@@ -59,9 +59,9 @@ def agrees(model: Any, x: Tensor, kernels: bool | None) -> None:
     """Assert that the results are the twin's, and that kernels ran (True), none ran (False), or either (None)."""
     expected = results(twin(model), x)
     with count_launches() as launches:
-        found = results(model, x)
+        actual = results(model, x)
     assert kernels is None or bool(launches) == kernels
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

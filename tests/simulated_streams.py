@@ -199,9 +199,9 @@ class Streams:
 
 
 def leaves(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_leaves(batch, lambda leaf: found.append(leaf) or leaf if isinstance(leaf, Tensor) else leaf)
-    return found
+    actual: list[Tensor] = []
+    map_leaves(batch, lambda leaf: actual.append(leaf) or leaf if isinstance(leaf, Tensor) else leaf)
+    return actual
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

@@ -101,9 +101,11 @@ def watch_ways() -> Clock:
 
 def run(clock: Clock, config: Config = DIMS, **parts: Any) -> tuple[table_files.Table, str]:
     """Tune, and return the table and the reported text. `parts` replace the clock's."""
-    said: list[str] = []
-    table = tune(config, report=said.append, device=CPU, time=clock, now=lambda: clock.now, **{**clock.parts, **parts})
-    return table, "\n".join(said)
+    messages: list[str] = []
+    table = tune(
+        config, report=messages.append, device=CPU, time=clock, now=lambda: clock.now, **{**clock.parts, **parts}
+    )
+    return table, "\n".join(messages)
 
 
 def path() -> Path:

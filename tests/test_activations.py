@@ -96,13 +96,13 @@ MODULES = {
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_module_is_found_with_its_own_parameters(module: nn.Module) -> None:
-    found = find(module)
-    assert found is not None
-    assert found.name == MODULES[module]
+    actual = find(module)
+    assert actual is not None
+    assert actual.name == MODULES[module]
     z = torch.randn(100) * 5
-    assert torch.equal(found(z), module(z.clone()))
-    assert find(type(module)() if not found.parameters else copy.deepcopy(module)) is not None
-    for name, value in found.parameters.items():
+    assert torch.equal(actual(z), module(z.clone()))
+    assert find(type(module)() if not actual.parameters else copy.deepcopy(module)) is not None
+    for name, value in actual.parameters.items():
         assert getattr(module, name) == value
 
 
@@ -116,10 +116,10 @@ def test_a_module_with_state_or_that_is_not_pointwise_is_not_found(module: nn.Mo
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_torch_function_is_found(name: str) -> None:
     function = look_up(name)
-    found = find(function)
-    assert found is ACTIVATIONS[FUNCTIONS[name]]
+    actual = find(function)
+    assert actual is ACTIVATIONS[FUNCTIONS[name]]
     z = torch.randn(100) * 5
-    assert torch.equal(found(z), function(z.clone()))
+    assert torch.equal(actual(z), function(z.clone()))
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def test_a_torch_function_is_found(name: str) -> None:
 def test_a_partial_function_is_found_with_its_parameters(
     function: Callable[..., Tensor], name: str, parameters: dict[str, float]
 ) -> None:
-    found = find(function)
-    assert found is resolve(name).bind(**parameters)
+    actual = find(function)
+    assert actual is resolve(name).bind(**parameters)
     z = torch.randn(100) * 5
-    assert torch.equal(found(z), function(z.clone()))
+    assert torch.equal(actual(z), function(z.clone()))
 
 
 @pytest.mark.parametrize(

@@ -49,14 +49,14 @@ def same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
 def test_torch_checkpoint_reentrant_and_not(use_reentrant: bool, pair: Pair, device: str) -> None:
     model, twin = pair()
     x, dy = draw(device).requires_grad_(), draw(device, 9, 4)
-    found = []
+    actual = []
     for each, wrapped in ((model, True), (model, False), (twin, True)):
         each.zero_grad()
         x.grad = None
         y = checkpoint(each, x, use_reentrant=use_reentrant) if wrapped else each(x)
         y.backward(dy)
-        found.append([y.detach(), x.grad, *(parameter.grad for parameter in each.parameters())])
-    kept, plain, theirs = found
+        actual.append([y.detach(), x.grad, *(parameter.grad for parameter in each.parameters())])
+    kept, plain, theirs = actual
     assert all(map(torch.equal, kept, plain))
     for mine, other in zip(kept, theirs, strict=True):
         torch.testing.assert_close(mine, other, **CLOSE)
@@ -66,11 +66,11 @@ def test_checkpoint_draws_dropout_again(pair: Pair, device: str) -> None:
     model, _ = pair(dropout=0.5)
     x = draw(device).requires_grad_()
     leaves = [x, *model.parameters()]
-    found = []
+    actual = []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
         torch.manual_seed(3)
-        found.append(torch.autograd.grad(run(x).square().sum(), leaves))
-    assert all(map(torch.equal, *found))
+        actual.append(torch.autograd.grad(run(x).square().sum(), leaves))
+    assert all(map(torch.equal, *actual))
 
 
 def test_a_second_backward_needs_retain_graph(pair: Pair, device: str) -> None:
@@ -288,15 +288,15 @@ def test_functional_call_with_computed_weights(pair: Pair, device: str) -> None:
     """In a hypernetwork the parameters are computed, and their inputs get the gradients."""
     model, twin = pair()
     x = draw(device)
-    found = []
+    actual = []
     for each in (model, twin):
         scale = torch.full((), 1.5, device=device, requires_grad=True)
         computed = {name: parameter.detach() * scale for name, parameter in each.named_parameters()}
         y = torch.func.functional_call(each, computed, (x,))
         y.square().sum().backward()
-        found.append((y, scale.grad))
+        actual.append((y, scale.grad))
         assert all(parameter.grad is None for parameter in each.parameters())
-    for mine, other in zip(*found):
+    for mine, other in zip(*actual):
         torch.testing.assert_close(mine, other, **CLOSE)
     torch.testing.assert_close(model(x), twin(x), **CLOSE)  # the module's own parameters are back
 
@@ -305,13 +305,13 @@ def test_the_functions_with_computed_weights(pair: Pair, device: str) -> None:
     backend = pair()[0].backend
     x = draw(device)
     base = [draw(device, *shape).requires_grad_() for shape in ((16, 6), (6, 20), (16,), (4, 16))]
-    found = []
+    actual = []
     for each in (backend, "reference"):
         left, right, bias, last = base
         h = mlp(x, [left @ right / 5, last.tanh()], [bias * 2, None], "silu", backend=each)
         y = linear_act(h, last[:, :4].t() * 0.5, None, "tanh", backend=each)
-        found.append(torch.autograd.grad(y.square().sum(), base))
-    for mine, other in zip(*found):
+        actual.append(torch.autograd.grad(y.square().sum(), base))
+    for mine, other in zip(*actual):
         torch.testing.assert_close(mine, other, **CLOSE)
 
 
@@ -355,9 +355,9 @@ def test_transforms_run_plain_torch(name: str, device: str) -> None:
     twin = copy.deepcopy(nn.Sequential(*model))
     x = draw(device, 4, 6)
     model(x)
-    found, expected = (_tensors(transforms(each, x)[name]()) for each in (model, twin))
-    assert len(found) == len(expected) > 0
-    for mine, other in zip(found, expected):
+    actual, expected = (_tensors(transforms(each, x)[name]()) for each in (model, twin))
+    assert len(actual) == len(expected) > 0
+    for mine, other in zip(actual, expected):
         torch.testing.assert_close(mine, other, **CLOSE)
 
 

@@ -49,12 +49,12 @@ class HostReads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
         if name.startswith(self.READS):
-            self.found.append(name)
+            self.names.append(name)
         return function(*args, **(kwargs or {}))
 
 
@@ -64,12 +64,12 @@ def test_a_step_through_the_kernels_reads_nothing_on_the_host(dtype: torch.dtype
     x, y = next(batches(1, device))
     with HostReads() as reads:
         torch.ones(1).item()
-    assert reads.found  # the mode detects a read
+    assert reads.names  # the mode detects a read
     for _ in range(2):  # prepared, then replayed
         with HostReads() as reads, torch.autocast(device, dtype, dtype != torch.float32), count_launches() as launches:
             cross_entropy(model(x), y).backward()
         assert launches
-        assert reads.found == []
+        assert reads.names == []
 
 
 class Allocator:

@@ -66,11 +66,11 @@ def test_transfer_of_a_trained_network_as_json(folder: Path, capsys: pytest.Capt
     assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") == 0
     capsys.readouterr()
     assert call("transfer", "--checkpoint", "run.pt", "--batch", "4", "2", "--inference", "--json", run=quick) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["network"] == "FusedMLP, 50 parameters, input (4, 3) float32"
-    assert [point["rows"] for point in found["points"]] == [2, 4]
-    assert not found["training"]
-    assert found["gpu"] is None
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["network"] == "FusedMLP, 50 parameters, input (4, 3) float32"
+    assert [point["rows"] for point in actual["points"]] == [2, 4]
+    assert not actual["training"]
+    assert actual["gpu"] is None
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -39,13 +39,13 @@ NETWORK = Whole(Workload((16, 16, 16), 96, "bf16", "gelu"), training=True)
 
 def works() -> list[TileWork | PathWork]:
     """One tile for each product (for wgrad, one that splits), and every path of a network."""
-    found: list[TileWork | PathWork] = []
+    results: list[TileWork | PathWork] = []
     for product in (product for workload in WORKLOADS for product in tasks.products(workload)):
         tiles = layer_tiles.candidates(product.problem, H100)
-        found.append(TileWork(product, next((tile for tile in tiles if tile.split > 1), tiles[0])))
+        results.append(TileWork(product, next((tile for tile in tiles if tile.split > 1), tiles[0])))
     table = table_files.Table(H100.name, "2026-01-31T12:00:00+00:00", tuner.versions())
     paths = tasks.network_paths(NETWORK, H100)
-    return [*found, *(PathWork(NETWORK, path) for path in paths), PathWork(NETWORK, "layer", table)]
+    return [*results, *(PathWork(NETWORK, path) for path in paths), PathWork(NETWORK, "layer", table)]
 
 
 def launch(work: TileWork | PathWork, device: torch.device) -> None:
@@ -71,13 +71,13 @@ def compile_then_launch() -> dict[str, Any]:
         outcomes = [compilers.wait(key, 300) for key in asked]
     driver.set_active(StandIn("cuda", 90, 32, 0))
     torch.cuda.current_device = lambda: 0
-    found: list[tuple[str, bool]] = []
-    knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
+    results: list[tuple[str, bool]] = []
+    knobs.compilation.listener = lambda *, src, cache_hit, **_: results.append((src.name, cache_hit))
     with devices.pretended(H100):
         for work in asked.values():
             launch(work, torch.device("cpu"))  # CPU tensors have addresses, like those of a GPU
     knobs.compilation.listener = None
-    return {"outcomes": outcomes, "failure": compilers.failure, "launched": found, "keys": keys()}
+    return {"outcomes": outcomes, "failure": compilers.failure, "launched": results, "keys": keys()}
 
 
 def keys() -> list[tuple[str, str]]:
@@ -87,7 +87,7 @@ def keys() -> list[tuple[str, str]]:
 
     triton_keys: list[str] = []
     JITFunction._do_compile = lambda self, key, *_: triton_keys.append(f"{self.__name__} {key}")
-    found = []
+    results = []
     with compiling.compile_only(H100, GPUTarget("cuda", 90, 32)):
         for task in tasks.list_tasks(config.Config().workloads, H100)[::5]:
             if isinstance(task, tasks.Product):
@@ -95,8 +95,8 @@ def keys() -> list[tuple[str, str]]:
                     triton_keys.clear()
                     compile_ahead.compile_ahead(TileWork(task, tile))
                     if triton_keys:  # else the kernel occurred before
-                        found.append((str(TileWork(task, tile).key), triton_keys[0]))
-    return found
+                        results.append((str(TileWork(task, tile).key), triton_keys[0]))
+    return results
 
 
 if __name__ == "__main__":
@@ -105,7 +105,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of a process that compiles for a GPU with an empty cache."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cache = str(tmp_path_factory.mktemp("triton"))
@@ -115,19 +115,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(process.stdout)
 
 
-def test_a_launch_finds_kernels_compiled_ahead_in_the_cache(found: dict[str, Any]) -> None:
-    assert (found["outcomes"], found["failure"]) == ([None] * len(works()), None)
-    launched = {name for name, _ in found["launched"]}
+def test_a_launch_finds_kernels_compiled_ahead_in_the_cache(results: dict[str, Any]) -> None:
+    assert (results["outcomes"], results["failure"]) == ([None] * len(works()), None)
+    launched = {name for name, _ in results["launched"]}
     assert launched >= {
         "layer_forward_kernel", "dgrad_kernel", "wgrad_kernel", "sum_partials_kernel", "network_forward_kernel",
         "network_one_pass_kernel", "network_dgrad_kernel", "network_wgrad_kernel",
     }  # fmt: skip
-    assert [name for name, hit in found["launched"] if not hit] == []
+    assert [name for name, hit in results["launched"] if not hit] == []
 
 
-def test_equal_keys_mean_equal_kernels(found: dict[str, Any]) -> None:
+def test_equal_keys_mean_equal_kernels(results: dict[str, Any]) -> None:
     by_key: dict[str, set[str]] = {}
-    for key, triton_key in found["keys"]:
+    for key, triton_key in results["keys"]:
         by_key.setdefault(key, set()).add(triton_key)
     assert len(by_key) > 100
     assert {len(triton_keys) for triton_keys in by_key.values()} == {1}

@@ -161,11 +161,11 @@ def forward_backward(
     y = output if isinstance(output, Tensor) else output.logits
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view_as(y).cos()
     (y * weights.to(y.dtype)).sum().backward()
-    found = {"y": y.detach()}
+    actual = {"y": y.detach()}
     for name, leaf in [*network.named_parameters(), *((f"x{i}", each) for i, each in enumerate(inputs))]:
         if leaf.grad is not None:
-            found[name] = leaf.grad.clone()
-    return found
+            actual[name] = leaf.grad.clone()
+    return actual
 
 
 def oracle(network: nn.Module, inputs: tuple[Tensor, ...]) -> Truth:
@@ -441,9 +441,9 @@ def test_timms_activations_are_torchs(path: str) -> None:
     module, _, name = path.rpartition(".")
     activation = getattr(importlib.import_module(module), name)()
     z = torch.randn(200, dtype=torch.float64) * 3
-    found = find(activation)
-    assert found is ACTIVATIONS[CLASSES[path]]
-    torch.testing.assert_close(found(z), activation(z.clone()), rtol=1e-8, atol=1e-8)
+    actual = find(activation)
+    assert actual is ACTIVATIONS[CLASSES[path]]
+    torch.testing.assert_close(actual(z), activation(z.clone()), rtol=1e-8, atol=1e-8)
 
 
 def test_an_activation_with_a_changed_function_is_not_fused() -> None:

@@ -68,33 +68,33 @@ DEBUGGED = {
 
 
 # One process for all of them: it reads programs, and writes the last line of each one's traceback.
-RUN_EACH = """
+RUN_PROGRAMS = """
 import json, sys, traceback
 
-said = {}
+messages = {}
 for name, program in json.load(sys.stdin).items():
     try:
         exec(program, {})
-        said[name] = ""
+        messages[name] = ""
     except Exception as error:
-        said[name] = traceback.format_exception_only(error)[-1].strip()
-print(json.dumps(said))
+        messages[name] = traceback.format_exception_only(error)[-1].strip()
+print(json.dumps(messages))
 """
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, str]:
+def messages() -> dict[str, str]:
     programs = {name: SETUP + program for name, (program, _) in DEBUGGED.items()}
-    found = python(RUN_EACH, json.dumps(programs), MLP_FUSED_DEBUG="1")
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+    done = python(RUN_PROGRAMS, json.dumps(programs), MLP_FUSED_DEBUG="1")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("name", DEBUGGED)
-def test_debugging_names_the_layer(name: str, said: dict[str, str]) -> None:
+def test_debugging_names_the_layer(name: str, messages: dict[str, str]) -> None:
     _, sentence = DEBUGGED[name]
-    assert re.match(f"FloatingPointError: {sentence}$", said[name])
+    assert re.match(f"FloatingPointError: {sentence}$", messages[name])
 
 
 @pytest.mark.alone
@@ -141,11 +141,11 @@ def test_the_readmes_example_of_debugging(tmp_path: Path) -> None:
     (tmp_path / "nan.py").write_text(program)
     switches = dict(switch.split("=") for switch in command[1].split())
     clean = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-    found = subprocess.run(
+    actual = subprocess.run(
         [sys.executable, "nan.py"],
         cwd=tmp_path,
         env={**clean, **switches, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert found.stderr.strip().splitlines()[-1] == sentence.strip()
+    assert actual.stderr.strip().splitlines()[-1] == sentence.strip()

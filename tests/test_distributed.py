@@ -591,11 +591,11 @@ def results(device: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHECKS)
 def test_models(name: str, backend: str, results: list[dict[str, str]], device: str) -> None:
-    for rank, found in enumerate(results):
-        assert found[f"{name}-{backend}"] == "", f"process {rank}"
+    for rank, actual in enumerate(results):
+        assert actual[f"{name}-{backend}"] == "", f"process {rank}"
 
 
 @pytest.mark.parametrize("check", [*(f"{name}-auto" for name in TRAININGS), "training_is_that_of_one_process-triton"])
 def test_training(check: str, results: list[dict[str, str]], device: str) -> None:
-    for rank, found in enumerate(results):
-        assert found[check] == "", f"process {rank}"
+    for rank, actual in enumerate(results):
+        assert actual[check] == "", f"process {rank}"

@@ -73,8 +73,8 @@ ANSWERS = [
 def test_the_philox_of_these_tests_gives_the_papers_numbers(
     rounds: int, counter: tuple[int, ...], key: int, answer: tuple[int, ...]
 ) -> None:
-    found = philox(key, [numpy.array([each]) for each in counter], rounds)
-    assert tuple(int(each[0]) for each in found) == answer
+    actual = philox(key, [numpy.array([each]) for each in counter], rounds)
+    assert tuple(int(each[0]) for each in actual) == answer
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
@@ -117,10 +117,10 @@ def test_every_tile_makes_the_same_mask(tile: TileConfig, device: str, poisoned:
     z = torch.ones_like(ones).requires_grad_()
     h = ACTIVATIONS["gelu"](z)
     (slope,) = torch.autograd.grad(h.sum(), z)
-    for found, true in zip(
+    for actual, true in zip(
         made, (h.detach() * expected, ones, slope * expected, h.detach() * expected, expected, expected)
     ):
-        torch.testing.assert_close(found, true, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(actual, true, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.9])
@@ -289,15 +289,15 @@ def test_recomputing_draws_no_random_numbers(
         monkeypatch.setattr(module, "set_rng_state", lambda *arguments, **keywords: None)
     model = FusedMLP(20, [31, 17], activation_layer=activation, dropout=0.4, backend="triton").to(device)
     x = torch.randn(33, 20, device=device, requires_grad=True)
-    found = []
+    actual = []
     for recompute in (False, True):
         model.recompute = recompute
         torch.manual_seed(2)
         y = model(x)
         before = generator_state(device)
-        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+        actual.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
         assert torch.equal(generator_state(device), before)
-    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, *actual))
 
 
 def test_a_second_backward_has_the_same_mask(path: str, device: str) -> None:
@@ -353,29 +353,29 @@ def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: st
         h = h * factors(seed, layer, *h.shape, 0.4).float().to(device)
     expected = torch.autograd.grad(h, twins, dy[1], create_graph=True)
     penalties = [sum(each.square().sum() for each in grads) for grads in (differentiable, expected)]
-    found, true = (
+    actual, true = (
         torch.autograd.grad(penalty, each, allow_unused=True, materialize_grads=True)
         for penalty, each in zip(penalties, (leaves, twins))
     )
-    for ours, torchs in zip(found, true):
+    for ours, torchs in zip(actual, true):
         torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-3)
 
 
 def kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
     """The bytes that a call saves for backward, without the parameters."""
     own = {each.untyped_storage().data_ptr() for each in parameters}
-    found: dict[int, int] = {}
+    actual: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+            actual[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = call()
     del y
-    return sum(found.values())
+    return sum(actual.values())
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -427,16 +427,16 @@ def test_torchs_products_drop_like_the_kernels(
 ) -> None:
     monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(None, "a test"))
     leaves = make_leaves(torch.float32, device, rows=33)
-    found = []
+    actual = []
     for backend in ("triton", "auto", "auto"):  # with auto, torch's products run in both calls
         with count_launches() as launches:
             y = run(leaves, name, backend)
             gradients = torch.autograd.grad(y.square().sum(), leaves)
         kernel = "network_forward_kernel" if path == "network" else "layer_forward_kernel"
         assert (kernel in launches) == (backend == "triton")
-        found.append([y, *gradients])
+        actual.append([y, *gradients])
     layer_path.layer_path.cache_clear()
-    for ours, *torchs in zip(*found):
+    for ours, *torchs in zip(*actual):
         for other in torchs:
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 

@@ -64,7 +64,7 @@ def test_masks_equal_those_of_the_layer_kernels(
     weights = tuple(layer.weight for layer in layers)
     x = torch.ones(ROWS, WIDTH, dtype=dtype, device=device, requires_grad=True)
     path, by_layers = make_path(form, x, layers), find_layers(x, layers, dtype, "triton")
-    found = []
+    actual = []
     for run in (
         lambda: run_network(x, weights, (None,) * LAYERS, path),
         lambda: run_layers(x, weights, (None,) * LAYERS, by_layers),
@@ -72,13 +72,13 @@ def test_masks_equal_those_of_the_layer_kernels(
         torch.manual_seed(5)
         with count_launches() as launches:
             y = run()
-            found.append((y, *torch.autograd.grad(y.sum(), (x, *weights))))
+            actual.append((y, *torch.autograd.grad(y.sum(), (x, *weights))))
         assert ("layer_forward_kernel" in launches) or KERNELS.get(form, "network_one_pass_kernel") in launches
-    (y, dx, *gradients), (layer_y, layer_dx, *layer_gradients) = found
+    (y, dx, *gradients), (layer_y, layer_dx, *layer_gradients) = actual
     assert (y == 0).any()
     if path.network.precision == "fp16x3":  # the layer path uses other products
         assert torch.equal(y == 0, layer_y == 0)
-        for ours, other in zip(found[0], found[1]):
+        for ours, other in zip(actual[0], actual[1]):
             torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
         return
     assert torch.equal(y, layer_y)
@@ -96,13 +96,13 @@ def test_masks_equal_those_of_the_layer_kernels(
 def test_the_users_choice_of_recompute_changes_no_mask(activation: str, recompute: bool | None, device: str) -> None:
     model = FusedMLP(20, [31, 24, 17], activation_layer=activation, dropout=0.4, backend="triton", device=device)
     x = torch.randn(33, 20, device=device, requires_grad=True)
-    found = []
+    actual = []
     for choice in (recompute, None):
         model.recompute = choice
         torch.manual_seed(2)
         y = model(x)
-        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
-    for ours, other in zip(*found):
+        actual.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+    for ours, other in zip(*actual):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 
@@ -150,13 +150,13 @@ def test_without_dropout_the_kernels_have_no_code_for_it(recompute: bool) -> Non
 
 @pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
 def test_another_probability_compiles_nothing(recompute: bool) -> None:
-    found = []
+    actual = []
     for p in (0.1, 0.25):
         model = FusedMLP(20, [32, 32, 8], activation_layer="gelu", dropout=p, recompute=recompute, backend="triton")
         model[-1].p = 0.0
-        found.append(launches(model, torch.randn(9, 20)))
-    assert len(found[0]) == len(found[1])
-    for (one, _), (other, _) in zip(*found):
+        actual.append(launches(model, torch.randn(9, 20)))
+    assert len(actual[0]) == len(actual[1])
+    for (one, _), (other, _) in zip(*actual):
         assert one.constants == other.constants  # NET is the same object
         assert one.scalars[0] == (0.9, 0.9, None)
         assert other.scalars[0] == (0.75, 0.75, None)

@@ -28,22 +28,22 @@ def test_env_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setenv("PATH", "")  # no nvidia-smi
     monkeypatch.delenv("MLP_FUSED_DEBUG", raising=False)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    found = report(capsys)
-    assert found["mlp_fused"] == mlp_fused.__version__
-    assert found["Python"].startswith(platform.python_version())
-    assert found["torch"] == torch.__version__
-    assert found["numpy"] == np.__version__
-    assert found["OS"] == platform.platform()
-    assert found["CUDA runtime"] == (torch.version.cuda or "none")
-    assert found["HIP runtime"] == (torch.version.hip or "none")
-    assert found["GPU"] == "none that torch can use"
-    assert found["tuned table"].startswith("none for this GPU")
-    assert found["driver"]
-    assert found['backend "auto"'] == "the reference path: the input is on the CPU"
-    assert found["MLP_FUSED_DEBUG"] == "not set"
-    assert found["CUDA_LAUNCH_BLOCKING"] == "1 (makes every launch wait for its kernel)"
-    assert found["TRITON_INTERPRET"].startswith(os.environ.get("TRITON_INTERPRET", "not set"))
-    assert "MLP_FUSED_BACKEND" in found
+    actual = report(capsys)
+    assert actual["mlp_fused"] == mlp_fused.__version__
+    assert actual["Python"].startswith(platform.python_version())
+    assert actual["torch"] == torch.__version__
+    assert actual["numpy"] == np.__version__
+    assert actual["OS"] == platform.platform()
+    assert actual["CUDA runtime"] == (torch.version.cuda or "none")
+    assert actual["HIP runtime"] == (torch.version.hip or "none")
+    assert actual["GPU"] == "none that torch can use"
+    assert actual["tuned table"].startswith("none for this GPU")
+    assert actual["driver"]
+    assert actual['backend "auto"'] == "the reference path: the input is on the CPU"
+    assert actual["MLP_FUSED_DEBUG"] == "not set"
+    assert actual["CUDA_LAUNCH_BLOCKING"] == "1 (makes every launch wait for its kernel)"
+    assert actual["TRITON_INTERPRET"].startswith(os.environ.get("TRITON_INTERPRET", "not set"))
+    assert "MLP_FUSED_BACKEND" in actual
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -59,11 +59,11 @@ def test_env_completes_even_if_a_part_is_broken(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(environment, "FusedMLP", broken)
     monkeypatch.setattr(environment.metadata, "version", fail_to_find)
-    found = report(capsys)
-    assert found["tqdm"] == "not installed"
-    assert found["driver"].startswith("unknown: ")
-    assert "exit status 9" in found["driver"]
-    assert found['backend "auto"'] == "failed: RuntimeError: broken"
+    actual = report(capsys)
+    assert actual["tqdm"] == "not installed"
+    assert actual["driver"].startswith("unknown: ")
+    assert "exit status 9" in actual["driver"]
+    assert actual['backend "auto"'] == "failed: RuntimeError: broken"
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -136,23 +136,23 @@ def test_env_with_gpus(
         path.parent.mkdir(parents=True)
         path.write_text("{}")
     monkeypatch.setattr(environment, "_path_taken", lambda device: f"asked about {device}")
-    found = report(capsys)
-    assert found["GPU 0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
-    assert found["tuned table 0"] == f"{both[0]}, then {both[1]}"
-    assert found["memory 0"] == "3.5 of 139.8 GiB free"
-    assert found["memory 1"] == "unknown: CUDA error: out of memory"
-    assert found["processes 0"] == (
+    actual = report(capsys)
+    assert actual["GPU 0"] == "NVIDIA H200, compute capability 9.0, 141 GiB"
+    assert actual["tuned table 0"] == f"{both[0]}, then {both[1]}"
+    assert actual["memory 0"] == "3.5 of 139.8 GiB free"
+    assert actual["memory 1"] == "unknown: CUDA error: out of memory"
+    assert actual["processes 0"] == (
         "nvidia-smi lists those that hold memory (for a list here: pip install nvidia-ml-py)"
     )
-    assert found["GPU 1"].startswith("NVIDIA A100-SXM4-80GB, ")
-    assert found["tuned table 1"] == "none for this GPU"
-    assert found["driver"] == "570.86.15"
-    assert found['backend "auto"'] == "asked about cuda"
+    assert actual["GPU 1"].startswith("NVIDIA A100-SXM4-80GB, ")
+    assert actual["tuned table 1"] == "none for this GPU"
+    assert actual["driver"] == "570.86.15"
+    assert actual['backend "auto"'] == "asked about cuda"
 
 
 def test_versions_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = environment.versions("unknown: [Errno 2]\n no such file")
-    assert found["driver"] == "unknown: [Errno 2] no such file"
-    assert set(found) == {*table_files.VERSIONS, "cuda"}
+    actual = environment.versions("unknown: [Errno 2]\n no such file")
+    assert actual["driver"] == "unknown: [Errno 2] no such file"
+    assert set(actual) == {*table_files.VERSIONS, "cuda"}
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert set(environment.versions()) == {*table_files.VERSIONS, "hip"}

@@ -1,4 +1,4 @@
-"""`model.explain`: what it counts, names and refuses."""
+"""`model.explain`: its byte counts, its reasons, and its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_explain_counts_biases_alone_and_the_input_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_explain_counts_what_is_kept(activation: str) -> None:
+def test_explain_counts_saved_bytes(activation: str) -> None:
     plan = FusedMLP(32, [48, 16, 8], activation_layer=activation, backend="triton").explain(64, device="NVIDIA H200")
     assert plan.path == "network"
     assert plan.saved_bytes == 64 * (32 + 48 + 16) * 4
@@ -46,7 +46,7 @@ def test_explain_counts_what_is_kept(activation: str) -> None:
 
 
 def test_explain_says_why_a_float32_network_is_not_one_kernel() -> None:
-    """Unless the user asks for kernels, or for what is kept."""
+    """The reason is shown unless the user chose the backend or recompute."""
     plan = FusedMLP(32, [24, 16, 8]).explain(64, device="NVIDIA H200")
     reason = "one kernel for a float32 network was slower than torch where measured"
     assert (plan.path, plan.reason) == ("layer", reason)
@@ -54,7 +54,7 @@ def test_explain_says_why_a_float32_network_is_not_one_kernel() -> None:
     assert FusedMLP(32, [24, 16, 8], recompute=True).explain(64, device="NVIDIA H200").path == "network"
 
 
-def test_explain_names_what_runs_as_itself_and_why() -> None:
+def test_explain_names_modules_without_kernels_and_why() -> None:
     model = FusedMLP(32, [48, 8], nn.BatchNorm1d, nn.PReLU)
     text = str(model.explain(16, torch.bfloat16, "NVIDIA H100"))
     assert "1 BatchNorm1d: reference, because BatchNorm1d has no kernel" in text
@@ -126,7 +126,7 @@ def test_explain_says_which_gpus_a_name_may_mean() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_explain_for_a_gpu_that_is_not_there_says_what_can_be_named() -> None:
+def test_explain_for_a_missing_gpu_lists_the_names_it_takes() -> None:
     with pytest.raises(ValueError, match=r"^device is 'cuda', and torch can use none here; .* cpu, or .*NVIDIA A100, "):
         FusedMLP(32, [16, 8]).explain(8, device="cuda")
     assert FusedMLP(32, [16, 8]).explain(8, device="cpu").path == "reference"

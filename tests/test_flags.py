@@ -58,7 +58,7 @@ def test_numbers_of_numpy_and_torch_are_stored_as_pythons_own(name: str) -> None
         assert kinds(getattr(given, field.name)) == kinds(getattr(expected, field.name)), field.name
 
 
-def test_a_grid_of_numpys_numbers_is_trained_and_read_again(tmp_path: Path) -> None:
+def test_a_config_of_numpy_numbers_trains_and_reloads(tmp_path: Path) -> None:
     path = str(tmp_path / "run.pt")
     for width, rate in zip(np.arange(4, 12, 4), np.geomspace(0.01, 0.001, 2)):
         run(TINY, data=write_data(tmp_path), hidden=(width,), lr=rate, epochs=np.int64(1), checkpoint=path)
@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_value_of_another_kind_is_one_sentence(name: str) -> None:
+def test_a_value_of_the_wrong_type_gives_one_sentence(name: str) -> None:
     make, sentence = MISTAKES[name]
     with pytest.raises(UserError, match=f"^{sentence}"):
         make()

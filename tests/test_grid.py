@@ -7,7 +7,7 @@ from collections import Counter
 from mlp_fused.grid import ANCHORS, GRID, Workload
 
 
-def test_each_network_stands_in_the_grid_once_and_the_anchors_are_among_them() -> None:
+def test_the_grid_has_each_network_once_and_the_anchors() -> None:
     counts = Counter(workload for family in GRID for workload in family.workloads)
     assert set(counts.values()) == {1}
     assert set(ANCHORS) <= set(counts)

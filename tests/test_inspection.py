@@ -1,4 +1,4 @@
-"""Libraries that look into a model: graph drawers, attributions, gradients of single samples."""
+"""Libraries that inspect a model: graph drawers, attributions, and per-sample gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 
 def saved_sizes(y: Tensor) -> list[torch.Size]:
-    """The size of every tensor that is saved for the backward of y, as graph drawers ask for it."""
+    """The sizes of all tensors saved for the backward of y, read like graph drawers do."""
     sizes, nodes, seen = [], [y.grad_fn], set()
     while nodes:
         node: Any = nodes.pop()
@@ -57,7 +57,7 @@ def test_every_saved_tensor_is_a_tensor(name: str, frozen: bool) -> None:
 @pytest.mark.parametrize("functional", [False, True], ids=["module", "function"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_torchviz_draws_the_graph_with_what_is_saved(kind: str, backend: Any, functional: bool) -> None:
+def test_torchviz_draws_the_graph_with_saved_tensors(kind: str, backend: Any, functional: bool) -> None:
     make_dot = load("torchviz").make_dot
     model, _ = fused_and_twin(kind, backend)
     names = dict(model.named_parameters())
@@ -67,9 +67,6 @@ def test_torchviz_draws_the_graph_with_what_is_saved(kind: str, backend: Any, fu
         y = linear_act(X, names["weight"], None, "relu", backend=backend)
     drawn = make_dot(y.sum(), names, show_attrs=True, show_saved=True).source
     assert all(name in drawn for name in names)
-
-
-# ---------------------------------------------------------------- captum
 
 
 def first_linear(model: nn.Module) -> nn.Module:
@@ -93,25 +90,22 @@ HOOKS_ACTIVATIONS = ("deep lift", "guided backprop")  # they replace the gradien
 @pytest.mark.parametrize("method", ATTRIBUTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_captum_attributes_as_with_plain_modules(kind: str, backend: Any, method: str) -> None:
+def test_captum_gives_the_attributions_of_plain_modules(kind: str, backend: Any, method: str) -> None:
     if kind == "linear" and method in HOOKS_ACTIVATIONS:
         pytest.skip("a FusedLinear's activation is no module")
     captum = load("captum.attr")
     attributed = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it sets requires_grad, and hooks
+        warnings.simplefilter("ignore")  # captum warns that it sets requires_grad and hooks
         for model in fused_and_twin(kind, backend):
             torch.manual_seed(0)
             attributed.append(ATTRIBUTIONS[method](captum, model))
     assert torch.allclose(*attributed, atol=1e-6)
 
 
-# ---------------------------------------------------------------- opacus
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opacus_gradients_of_single_samples(kind: str, backend: Any) -> None:
+def test_opacus_per_sample_gradients(kind: str, backend: Any) -> None:
     opacus = load("opacus")
     samples = []
     for model in fused_and_twin(kind, backend):
@@ -125,7 +119,7 @@ def test_opacus_gradients_of_single_samples(kind: str, backend: Any) -> None:
 @pytest.mark.filterwarnings("ignore")  # opacus warns that its random numbers are not secure
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opacus_trains_privately_as_with_plain_modules(kind: str, backend: Any) -> None:
+def test_opacus_trains_like_with_plain_modules(kind: str, backend: Any) -> None:
     opacus = load("opacus")
     trained = []
     for model in fused_and_twin(kind, backend):

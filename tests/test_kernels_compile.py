@@ -45,10 +45,10 @@ def run_script(*options: str) -> list[dict[str, Any]]:
 
 
 def compiled(request: pytest.FixtureRequest, *options: str) -> dict[str, list[dict[str, Any]]]:
-    """The readings by their rows' ids; and as a table, in the summary. All workers share one compilation."""
+    """The readings by row id, which the summary also prints as a table. All workers share one compilation."""
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which all of them share
+        folder = folder.parent  # all workers share this folder
     path = folder / f"compiled{''.join(options)}.json"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -56,10 +56,10 @@ def compiled(request: pytest.FixtureRequest, *options: str) -> dict[str, list[di
             path.write_text(json.dumps(run_script(*options)))
     readings = json.loads(path.read_text())
     request.config.stash.setdefault(COMPILED, []).extend(table(readings))
-    found: dict[str, list[dict[str, Any]]] = {}
+    actual: dict[str, list[dict[str, Any]]] = {}
     for reading in readings:
-        found.setdefault(reading["id"], []).append(reading)
-    return found
+        actual.setdefault(reading["id"], []).append(reading)
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -82,27 +82,29 @@ def all_networks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any
     return compiled(request, "--networks", "--full")
 
 
-def holds(row: Compilation, found: dict[str, Any]) -> None:
-    assert found["shared"] <= found["shared_limit"], found
-    assert found["spills"] <= SPILL_LIMIT, found
+def check_row(row: Compilation, actual: dict[str, Any]) -> None:
+    assert actual["shared"] <= actual["shared_limit"], actual
+    assert actual["spills"] <= SPILL_LIMIT, actual
     if row.kernel not in GEMMS:
         return
-    assert not row.tile.descriptors or found["shared"] <= found["counted"], found
-    assert found["registers"] > 16, found  # where tensor memory overflows, the compiler emits an empty kernel
+    assert not row.tile.descriptors or actual["shared"] <= actual["counted"], actual
+    assert actual["registers"] > 16, actual  # where tensor memory overflows, the compiler emits an empty kernel
     if row.target == "AMD MI300X":
-        assert found["mfma"] > 0, found
+        assert actual["mfma"] > 0, actual
         return
     tile = row.tile
     for instruction in ("wgmma", "tcgen05", "mma"):
-        assert (found[instruction] > 0) == (instruction == products(row)), found
-    assert (found["tma"] > 0) == (tile.descriptors and row.target != "NVIDIA A100"), found  # it has other copies
-    assert (found["setmaxnreg"] > 0) == tile.warp_specialize, found
+        assert (actual[instruction] > 0) == (instruction == products(row)), actual
+    assert (actual["tma"] > 0) == (tile.descriptors and row.target != "NVIDIA A100"), (
+        actual
+    )  # an A100 copies without TMA
+    assert (actual["setmaxnreg"] > 0) == tile.warp_specialize, actual
     if row.target == "NVIDIA A100" and row.dtype != "float32" and row.aligned and tile.num_stages > 1:
-        assert found["cp_async"] > 0, found
+        assert actual["cp_async"] > 0, actual
 
 
 def products(row: Compilation) -> str | None:
-    """The one instruction that multiplies; None: no tensor core's."""
+    """The only instruction that multiplies; None if no tensor core does."""
     if row.dtype == "float32" and row.tile.precision in ("ieee", "redo"):
         return None
     whole = row.tile.block_m >= 64  # an instruction of the newer kinds multiplies 64 rows
@@ -111,11 +113,11 @@ def products(row: Compilation) -> str | None:
 
 @pytest.mark.parametrize("row", SAMPLE, ids=lambda row: row.id)
 def test_sample(row: Compilation, sample: dict[str, list[dict[str, Any]]]) -> None:
-    holds(row, *sample[row.id])
+    check_row(row, *sample[row.id])
 
 
 def test_specialised_warps_are_not_ignored(sample: dict[str, list[dict[str, Any]]]) -> None:
-    """Where Triton takes up the request, the warp that loads gives registers away to the others."""
+    """If Triton follows the request, the loading warp gives registers to the other warps."""
     rows = [row for row in SAMPLE if row.tile.warp_specialize]
     assert {row.kernel for row in rows} == {"forward", "dgrad"}
     for row in rows:
@@ -136,9 +138,9 @@ def test_planes_are_multiplied_without_conversions(sample: dict[str, list[dict[s
     rows = [row for row in SAMPLE if row.tile.precision == "fp16x3" and row.target == "NVIDIA H100"]
     assert {row.kernel for row in rows} == set(GEMMS)
     for row in rows:
-        (found,) = sample[row.id]
-        assert (found["wgmma"], found["waits"], found["to_16_bits"], found["spills"]) == (12, 3, 0, 0), found
-        assert found["instructions"] <= 1.05 * INSTRUCTIONS[row.kernel], found
+        (actual,) = sample[row.id]
+        assert (actual["wgmma"], actual["waits"], actual["to_16_bits"], actual["spills"]) == (12, 3, 0, 0), actual
+        assert actual["instructions"] <= 1.05 * INSTRUCTIONS[row.kernel], actual
 
 
 def traits(row: Compilation) -> set[tuple[Any, ...]]:
@@ -153,19 +155,19 @@ def traits(row: Compilation) -> set[tuple[Any, ...]]:
     }
 
 
-def test_the_sample_stands_for_the_rest() -> None:
-    """Each kernel, target, dtype, precision, activation, output tile and option of a tile is compiled by default."""
+def test_the_sample_covers_every_trait() -> None:
+    """Each kernel, target, dtype, precision, activation, output tile and option of a tile is in the default sample."""
     assert set[Any]().union(*map(traits, REST)) <= set[Any]().union(*map(traits, SAMPLE))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("row", REST, ids=lambda row: row.id)
 def test_everything(row: Compilation, everything: dict[str, list[dict[str, Any]]]) -> None:
-    holds(row, *everything[row.id])
+    check_row(row, *everything[row.id])
 
 
-def network_holds(row: NetworkCompilation, readings: list[dict[str, Any]]) -> None:
-    """Hardly anything spills; on Hopper, products of 64 rows are all wgmma, and few of them are waited for."""
+def check_network(row: NetworkCompilation, readings: list[dict[str, Any]]) -> None:
+    """Assert that few words spill. On Hopper, products of 64 rows must all be wgmma, with few waits."""
     if "reason" in readings[0]:
         assert not fits(row), readings
         return
@@ -174,33 +176,33 @@ def network_holds(row: NetworkCompilation, readings: list[dict[str, Any]]) -> No
     pair = ["forward", "dgrad", "wgrad", "sum_partials"]
     stored = ["forward", *(kernel for kernel in kernels if kernel == "stored"), "sum_partials"]
     assert kernels in ((["forward"],) if row.input else (recompute, pair, stored, pair + stored))
-    for found in readings:
-        assert found["shared"] <= found["shared_limit"], found
-        assert found["counted"] == 0 or found["shared"] <= found["counted"], found
+    for actual in readings:
+        assert actual["shared"] <= actual["shared_limit"], actual
+        assert actual["counted"] == 0 or actual["shared"] <= actual["counted"], actual
         if row.precision in PRODUCTS_OF_PARTS:
-            # Where wgrad computes gelu again, it spills 10 words with 64 rows at a time, and none with 32.
-            assert found["spills"] <= (16 if found["kernel"] == "wgrad" else 0), found
-            assert found["kernel"] == "sum_partials" or (found["wgmma"] > 0 and found["mma"] == 0), found
-            assert -(-found["registers"] // 8) * 8 * found["threads"] <= 65536, found
+            # If wgrad recomputes gelu, it spills 10 words with tiles of 64 rows and none with 32.
+            assert actual["spills"] <= (16 if actual["kernel"] == "wgrad" else 0), actual
+            assert actual["kernel"] == "sum_partials" or (actual["wgmma"] > 0 and actual["mma"] == 0), actual
+            assert -(-actual["registers"] // 8) * 8 * actual["threads"] <= 65536, actual
             # A product of 16 terms and 64 rows is one instruction.
             steps = PRODUCTS_OF_PARTS[row.precision] * row.widths[0] // 16
-            assert found["kernel"] not in ("forward", "dgrad") or found["wgmma"] == 4 * steps, found
+            assert actual["kernel"] not in ("forward", "dgrad") or actual["wgmma"] == 4 * steps, actual
         if row.dtype == "float32":
             continue  # its registers and instructions are reported, not bounded
         widest = max(row.widths[1:] if row.widths[0] > 256 else row.widths)
-        assert found["spills"] <= spill_limit(row, found["kernel"], widest), found
+        assert actual["spills"] <= spill_limit(row, actual["kernel"], widest), actual
         if row.target == "NVIDIA H100" and row.input == row.dtype:
-            assert -(-found["registers"] // 8) * 8 * found["threads"] <= 65536, found  # all programs at a time
-        in_one_pass = found["kernel"] in ("recompute", "stored")
+            assert -(-actual["registers"] // 8) * 8 * actual["threads"] <= 65536, actual  # all programs at once
+        in_one_pass = actual["kernel"] in ("recompute", "stored")
         if row.target == "NVIDIA H100" and in_one_pass and widest >= 64:
             # Sums of rows by 16 rows of ones are mma. Where products are serialised, each wgmma is waited for.
-            assert 0 < found["waits"] <= 0.35 * found["wgmma"], found
-        elif row.target == "NVIDIA H100" and (found["kernel"] in ("forward", "dgrad") or min(row.widths) >= 64):
-            assert found["kernel"] == "sum_partials" or (found["wgmma"] > 0 and found["mma"] == 0), found
-        elif row.target == "NVIDIA B200" and found["kernel"] in ("forward", "dgrad", "stored"):
-            assert found["tcgen05"] > 0, found  # where tensor memory overflows, the compiler emits an empty kernel
+            assert 0 < actual["waits"] <= 0.35 * actual["wgmma"], actual
+        elif row.target == "NVIDIA H100" and (actual["kernel"] in ("forward", "dgrad") or min(row.widths) >= 64):
+            assert actual["kernel"] == "sum_partials" or (actual["wgmma"] > 0 and actual["mma"] == 0), actual
+        elif row.target == "NVIDIA B200" and actual["kernel"] in ("forward", "dgrad", "stored"):
+            assert actual["tcgen05"] > 0, actual  # where tensor memory overflows, the compiler emits an empty kernel
         elif row.target == "AMD MI300X":
-            assert found["kernel"] == "sum_partials" or found["mfma"] > 0, found
+            assert actual["kernel"] == "sum_partials" or actual["mfma"] > 0, actual
 
 
 def spill_limit(row: NetworkCompilation, kernel: str, widest: int) -> int:
@@ -226,7 +228,7 @@ def fits(row: NetworkCompilation) -> bool:
 
 @pytest.mark.parametrize("row", NETWORKS, ids=lambda row: row.id)
 def test_network_sample(row: NetworkCompilation, network_sample: dict[str, list[dict[str, Any]]]) -> None:
-    network_holds(row, network_sample[row.id])
+    check_network(row, network_sample[row.id])
 
 
 def test_relu_is_part_of_the_rounding(network_sample: dict[str, list[dict[str, Any]]]) -> None:
@@ -241,4 +243,4 @@ def test_relu_is_part_of_the_rounding(network_sample: dict[str, list[dict[str, A
 @pytest.mark.full
 @pytest.mark.parametrize("row", OTHER_NETWORKS, ids=lambda row: row.id)
 def test_all_networks(row: NetworkCompilation, all_networks: dict[str, list[dict[str, Any]]]) -> None:
-    network_holds(row, all_networks[row.id])
+    check_network(row, all_networks[row.id])

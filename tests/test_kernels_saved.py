@@ -19,7 +19,7 @@ from mlp_fused.kernels.launch import count_launches
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_second_backward_over_a_kept_graph_gives_the_same(path: str, activation: str, device: str) -> None:
+def test_a_second_backward_gives_the_same_gradients(path: str, activation: str, device: str) -> None:
     case = Case(activation=activation, output_activation=activation)
     data = make(case, device)
     y = forward(case, data, path)
@@ -31,7 +31,7 @@ def test_a_second_backward_over_a_kept_graph_gives_the_same(path: str, activatio
 
 @pytest.mark.parametrize("path", PATHS)
 def test_after_backward_a_graph_holds_no_tensor(path: str, device: str) -> None:
-    """Parameters that are computed themselves, and x, are let go though y lives on."""
+    """x and computed parameters are freed although y is still alive."""
     data = make(Case(), device)
     computed = [tensor * 1 for tensor in (data.x, *data.weights, *data.biases)]
     held = [weakref.ref(tensor) for tensor in computed]
@@ -46,7 +46,7 @@ def test_after_backward_a_graph_holds_no_tensor(path: str, device: str) -> None:
 
 @pytest.mark.parametrize("needs", ["input", "weights", "biases", "first layer", "last layer", "nothing"])
 @pytest.mark.parametrize("path", ["layer", "run"])
-def test_nothing_is_computed_that_is_not_wanted(path: str, needs: str, device: str) -> None:
+def test_only_needed_gradients_are_computed(path: str, needs: str, device: str) -> None:
     case = Case(widths=(20, 33, 24, 17), activation="gelu", needs=needs)
     data = make(case, device)
     with count_launches() as launches:
@@ -78,16 +78,16 @@ def test_a_network_is_one_launch_forward_and_at_most_three_backward(recompute: b
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_what_a_network_keeps(activation: str, device: str) -> None:
+def test_tensors_saved_by_a_network(activation: str, device: str) -> None:
     case = Case(64, (32, 48, 16, 8), torch.bfloat16, activation=activation)
     data = make(case, device)
     for recompute, width in ((True, 32), (False, 32 + 48 + 16)):
-        assert kept_bytes(data, partial(forward, case, data, "network", recompute)) == 64 * width * 2
+        assert saved_bytes(data, partial(forward, case, data, "network", recompute)) == 64 * width * 2
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
-def test_the_user_says_what_is_kept(recompute: bool, device: str) -> None:
-    """On either path, and the same gradients."""
+def test_recompute_decides_what_is_saved(recompute: bool, device: str) -> None:
+    """Gradients are the same with both choices, on both paths."""
     for widths in ((20, 32, 24, 17), (20, 300, 17)):
         case = Case(33, widths, activation="gelu")
         data, twin = make(case, device), make(case, device)
@@ -96,13 +96,13 @@ def test_the_user_says_what_is_kept(recompute: bool, device: str) -> None:
         def call(data: Data = data, y: list[Tensor] = y) -> None:
             y.append(mlp(data.x, data.weights, data.biases, "gelu", backend="triton", recompute=recompute))
 
-        kept = kept_bytes(data, call)
+        kept = saved_bytes(data, call)
         assert kept == 33 * 4 * (widths[0] if recompute else sum(widths[:-1]))
         check(case, oracle(case, data), gradients(data, y[0]), by_torch(case, twin))
 
 
-def kept_bytes(data: Data, call: Callable[[], object]) -> int:
-    """The bytes that a call saves for backward, parameters apart."""
+def saved_bytes(data: Data, call: Callable[[], object]) -> int:
+    """The bytes that a call saves for backward, without the parameters."""
     tensors = (*data.weights, *(bias for bias in data.biases if bias is not None))
     parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}
@@ -122,10 +122,10 @@ def kept_bytes(data: Data, call: Callable[[], object]) -> int:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("needs", ["everything", "parameters", "input", "first layer", "last layer"])
 @pytest.mark.parametrize("path", ["layer", "run"])
-def test_one_tensor_is_kept_a_layer(activation: str, needs: str, path: str, device: str) -> None:
+def test_one_tensor_is_saved_per_layer(activation: str, needs: str, path: str, device: str) -> None:
     case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
     data = make(case, device)
-    kept = kept_bytes(data, lambda: forward(case, data, path))
+    kept = saved_bytes(data, lambda: forward(case, data, path))
     x, hidden = 32, [48, 16]
     widths = {
         "everything": x + sum(hidden), "parameters": x + sum(hidden), "input": sum(hidden),
@@ -135,19 +135,19 @@ def test_one_tensor_is_kept_a_layer(activation: str, needs: str, path: str, devi
 
 
 @pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("silu", 0.58), ("relu", 1.0), ("tanh", 1.0)])
-def test_what_is_kept_beside_what_torch_keeps(activation: str, most: float, device: str) -> None:
-    """A network as the benches' middle one: four layers as wide as the input."""
+def test_saved_bytes_compared_with_torch(activation: str, most: float, device: str) -> None:
+    """A network like the middle one of the benches, with four layers as wide as the input."""
     case = Case(16, (32,) * 5, torch.bfloat16, activation, needs="parameters")
     data, twin = make(case, device), make(case, device)
-    ours = kept_bytes(data, partial(forward, case, data, "layer"))
-    torchs = kept_bytes(twin, lambda: reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
+    ours = saved_bytes(data, partial(forward, case, data, "layer"))
+    torchs = saved_bytes(twin, lambda: reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
     assert 0 < ours <= most * torchs
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("relu", 1.0)])
 def test_memory_held_between_forward_and_backward(activation: str, most: float, device: str) -> None:
-    """Count by the allocator; the output is the user's, and counted on neither side."""
+    """Read the allocator's count. The output is not counted, for ours and for torch."""
     case = Case(4096, (512,) * 5, torch.bfloat16, activation, needs="parameters")
     data = make(case, device)
     held = []
@@ -156,7 +156,7 @@ def test_memory_held_between_forward_and_backward(activation: str, most: float, 
         lambda: reference.mlp(data.x, data.weights, data.biases, case.activations),
     ):
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated() - data.x.nbytes  # the input is kept by both
+        before = torch.cuda.memory_allocated() - data.x.nbytes  # both save the input
         y = call()
         held.append(torch.cuda.memory_allocated() - before - y.nbytes)
         peak = torch.cuda.max_memory_allocated()
@@ -166,7 +166,7 @@ def test_memory_held_between_forward_and_backward(activation: str, most: float, 
 
 
 @pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
-def test_saved_tensors_that_come_back_with_other_strides(recompute: bool | None, device: str) -> None:
+def test_saved_tensors_may_return_with_other_strides(recompute: bool | None, device: str) -> None:
     case = Case(layout="strided parameters", dtype=torch.float16)
     data, twin = make(case, device), make(case, device)
     pack, unpack = (lambda tensor: tensor), (lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
@@ -175,8 +175,8 @@ def test_saved_tensors_that_come_back_with_other_strides(recompute: bool | None,
     check(case, oracle(case, twin), gradients(data, y), by_torch(case, twin))
 
 
-def test_what_is_not_read_again_may_change(device: str) -> None:
-    """The first weight where x needs no gradient, and every bias may change, as in torch."""
+def test_tensors_that_backward_does_not_read_may_change(device: str) -> None:
+    """As in torch, every bias may change, and so may the first weight if x needs no gradient."""
     case = Case(widths=(5, 3), needs="parameters")
     data = make(case, device)
     y = forward(case, data, "network", recompute=False)
@@ -187,7 +187,7 @@ def test_what_is_not_read_again_may_change(device: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_changed_weight_is_detected_as_torch_does(path: str, device: str) -> None:
+def test_a_changed_weight_is_detected_as_by_torch(path: str, device: str) -> None:
     data = make(Case(), device)
     y = forward(Case(), data, path)
     with torch.no_grad():

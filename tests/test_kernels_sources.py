@@ -1,4 +1,4 @@
-"""Digests of kernels' sources: what changes one, and what does not."""
+"""Digests of kernels' sources, and the changes that affect them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def load(ptr):
 """
 
 
-def written(folder: Path, kernel: str = KERNEL, helpers: str = HELPERS) -> sources.Source:
-    """A package of two files; where its kernel is."""
+def write_package(folder: Path, kernel: str = KERNEL, helpers: str = HELPERS) -> sources.Source:
+    """Write a package of two files. Returns the location of its kernel."""
     folder.mkdir()
     (folder / "kernel.py").write_text(kernel)
     (folder / "helpers.py").write_text(helpers)
@@ -60,7 +60,7 @@ def digest(place: sources.Source, precision: str | None = None) -> str:
 
 def test_a_digest_is_the_same_in_every_process_and_under_every_python(tmp_path: Path) -> None:
     """These digests were computed by Python 3.10, 3.11, 3.12 and 3.13."""
-    place = written(tmp_path / "a")
+    place = write_package(tmp_path / "a")
     assert digest(place) == "eed0f23e42886a9e"
     assert digest(place, "ieee") == "5aaa90df6108504b"
 
@@ -73,12 +73,12 @@ def test_a_digest_is_the_same_in_every_process_and_under_every_python(tmp_path: 
         ("range(ROUNDS)", "range( ROUNDS )"),
         ("UNUSED = 1", "UNUSED = 2"),
         ("return kernel[(1,)](x)", "return kernel[(2,)](x)"),
-        ("load * 3", "load * 4"),  # of the interpreter
+        ("load * 3", "load * 4"),  # a branch for the interpreter
     ],
 )
-def test_what_does_not_run_on_a_gpu_does_not_count(old: str, new: str, tmp_path: Path) -> None:
+def test_code_that_does_not_run_on_a_gpu_does_not_change_the_digest(old: str, new: str, tmp_path: Path) -> None:
     assert old in KERNEL
-    assert digest(written(tmp_path / "a")) == digest(written(tmp_path / "b", KERNEL.replace(old, new)))
+    assert digest(write_package(tmp_path / "a")) == digest(write_package(tmp_path / "b", KERNEL.replace(old, new)))
 
 
 @pytest.mark.parametrize(
@@ -91,25 +91,27 @@ def test_what_does_not_run_on_a_gpu_does_not_count(old: str, new: str, tmp_path:
         ("@triton.jit\n", '@triton.jit(do_not_specialize=["x_ptr"])\n'),
     ],
 )
-def test_a_change_of_a_kernel_or_of_what_it_names_counts(old: str, new: str, tmp_path: Path) -> None:
+def test_a_change_of_a_kernel_or_of_a_name_in_it_changes_the_digest(old: str, new: str, tmp_path: Path) -> None:
     assert old in KERNEL
-    assert digest(written(tmp_path / "a")) != digest(written(tmp_path / "b", KERNEL.replace(old, new)))
+    assert digest(write_package(tmp_path / "a")) != digest(write_package(tmp_path / "b", KERNEL.replace(old, new)))
 
 
-def test_a_change_of_an_imported_function_counts(tmp_path: Path) -> None:
+def test_a_change_of_an_imported_function_changes_the_digest(tmp_path: Path) -> None:
     changed = HELPERS.replace("tl.load(ptr)", "tl.load(ptr + 1)")
-    assert digest(written(tmp_path / "a")) != digest(written(tmp_path / "b", helpers=changed))
+    assert digest(write_package(tmp_path / "a")) != digest(write_package(tmp_path / "b", helpers=changed))
 
 
-def test_a_function_that_moved_is_the_same(tmp_path: Path) -> None:
+def test_moving_a_function_does_not_change_the_digest(tmp_path: Path) -> None:
     definition = "def split(value):\n    return value + 1\n"
     moved = KERNEL.replace(definition, "").replace("import load as fetch", "import load as fetch, split")
-    assert digest(written(tmp_path / "a")) == digest(written(tmp_path / "b", moved, HELPERS + "\n" + definition))
+    assert digest(write_package(tmp_path / "a")) == digest(
+        write_package(tmp_path / "b", moved, HELPERS + "\n" + definition)
+    )
 
 
-def test_a_branch_that_a_known_constant_rules_out_does_not_count(tmp_path: Path) -> None:
-    a = written(tmp_path / "a")
-    b = written(tmp_path / "b", KERNEL.replace("value + 1", "value + 2"))  # what bf16x6 alone calls
+def test_a_branch_ruled_out_by_a_constant_does_not_change_the_digest(tmp_path: Path) -> None:
+    a = write_package(tmp_path / "a")
+    b = write_package(tmp_path / "b", KERNEL.replace("value + 1", "value + 2"))  # only bf16x6 calls this
     assert digest(a, "ieee") == digest(b, "ieee")
     assert digest(a, "bf16x6") != digest(b, "bf16x6")
     several = [sources.digest([each], {"PRECISION": frozenset({"ieee", "tf32"})}) for each in (a, b)]
@@ -117,9 +119,12 @@ def test_a_branch_that_a_known_constant_rules_out_does_not_count(tmp_path: Path)
     assert sources.digest([a], {"PRECISION": frozenset({"ieee", "bf16x6"})}) == sources.digest([a])
 
 
-def test_a_new_branch_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+def test_a_new_branch_does_not_change_other_branches_digests(tmp_path: Path) -> None:
     added = '        elif PRECISION == "fp16x3":\n            load = load * 5\n        elif INTERPRETED:'
-    a, b = written(tmp_path / "a"), written(tmp_path / "b", KERNEL.replace("        elif INTERPRETED:", added))
+    a, b = (
+        write_package(tmp_path / "a"),
+        write_package(tmp_path / "b", KERNEL.replace("        elif INTERPRETED:", added)),
+    )
     assert digest(a, "ieee") == digest(b, "ieee")
     assert digest(a) != digest(b)
 
@@ -129,7 +134,7 @@ def test_a_condition_that_a_known_constant_fulfils_leaves_its_body_as_it_was(tmp
     body = KERNEL[KERNEL.index("        if PRECISION") : KERNEL.index("    tl.store")]
     guard = '        if PRECISION != "redo" or is_wanted(x_ptr):\n'
     guarded = KERNEL.replace(body, guard + "".join(f"    {line}" for line in body.splitlines(keepends=True)))
-    a, b = written(tmp_path / "a"), written(tmp_path / "b", guarded)
+    a, b = write_package(tmp_path / "a"), write_package(tmp_path / "b", guarded)
     assert digest(a, "ieee") == digest(b, "ieee")
     assert digest(a, "redo") != digest(b, "redo")
     several = [sources.digest([each], {"PRECISION": frozenset({"ieee", "tf32"})}) for each in (a, b)]
@@ -146,7 +151,7 @@ def test_a_function_without_a_file_has_no_source() -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation_is_found(name: str) -> None:
+def test_every_activations_source_is_found(name: str) -> None:
     activation = ACTIVATIONS[name]
     nothing = sources.digest([])
     digests = {sources.digest([sources.find_source(each)]) for each in (activation.forward, activation.backward)}
@@ -160,7 +165,7 @@ def test_the_kernels_of_modules() -> None:
 
 
 def test_names_that_a_kernel_calls_are_followed() -> None:
-    """Every function of ours that a kernel calls is in its text."""
+    """The source of a kernel includes every function of the project that it calls."""
     path, name = sources.source("layer_forward", "layer_forward_kernel")
     texts: dict[sources.Source, str] = {}
     sources._collect((path, name), (), texts)

@@ -1,4 +1,4 @@
-"""The kernels against float64, over the one table of cases; and what a table cannot say: exactness, repetition."""
+"""The kernels against float64 over the table of cases, and tests of exactness and of bit-identical repetition."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mlp_fused.reference import Layer
 
 
 def paths(case: Case) -> list[str]:
-    """The paths that a case has: not every width fits in one kernel."""
+    """The paths that can run a case, as not every width fits in one kernel."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     narrow = isinstance(find(case, make(replace(case, rows=3)))[2], NetworkPath)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -38,14 +38,14 @@ def paths(case: Case) -> list[str]:
 
 
 def marked(path: str, case: Case) -> object:
-    """The parameters of a test with the rule's own tiles.
+    """The parameters of a test with the tiles of the rule.
 
-    Through layers, only a GPU and `-m full` run them: the interpreter tests every kind of tile instead.
+    The layer path runs them only on a GPU or with `-m full`. In the interpreter, other tests run every kind of tile.
     """
-    return in_turn(path, case, path, marks=pytest.mark.full("cpu") if path == "layer" else ())
+    return rotated(path, case, path, marks=pytest.mark.full("cpu") if path == "layer" else ())
 
 
-# Every kind of tile that the layer kernels have, small, so that most sizes of the table are more than one.
+# Small tiles of every kind that the layer kernels have, so that most cases need several.
 KINDS = {
     "pointers": TileConfig(64, 64, 32, group_m=2, parts=4),
     "persistent": TileConfig(32, 32, 32, group_m=1, programs=3, split=2, descriptors=True, parts=2, early=True),
@@ -53,8 +53,8 @@ KINDS = {
 }
 
 
-def of_kind(kind: str, problem: Problem) -> TileConfig:
-    """The tile of a kind for a problem: through pointers where descriptors cannot be, only what sums rows split."""
+def pick_tile(kind: str, problem: Problem) -> TileConfig:
+    """The tile of a kind for a problem: with pointers if descriptors are impossible, and split only for wgrad."""
     tile = KINDS[kind]
     return replace(
         tile,
@@ -66,12 +66,12 @@ def of_kind(kind: str, problem: Problem) -> TileConfig:
 
 
 def kinds(case: Case) -> list[str]:
-    """The kinds of tile that a case has, layer after layer: bf16x6 is of full fp32."""
+    """The kinds of tile for the layers of a case. bf16x6 is for full fp32 alone."""
     return ["pointers", "bf16x6"] if case.dtype == torch.float32 and not case.tf32 else ["pointers"]
 
 
-# A row that differs from the others in its activation alone takes a quarter of a second by every kind of tile and path.
-# Each has its turn with these; the others are left to `-m full`.
+# A case that differs from others only in its activation takes a quarter of a second with every kind of tile and path.
+# By default each such case runs with one of them, in rotation. `-m full` runs all combinations.
 TURNS = {
     "layer": (torch.float16,),
     "pointers": (torch.float32,),
@@ -81,8 +81,8 @@ TURNS = {
 }
 
 
-def in_turn(kind: str, case: Case, *others: object, marks: object = ()) -> object:
-    """The parameters of a test, marked where they are left to `-m full`, and otherwise with `marks`."""
+def rotated(kind: str, case: Case, *others: object, marks: object = ()) -> object:
+    """The parameters of a test, marked `full` unless the rotation selects them, and then with `marks`."""
     plain = Case(
         activation=case.activation,
         output_activation=case.output_activation,
@@ -95,15 +95,15 @@ def in_turn(kind: str, case: Case, *others: object, marks: object = ()) -> objec
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"), [in_turn(kind, case, kind) for case in CASES for kind in kinds(case)], ids=case_id
+    ("kind", "case"), [rotated(kind, case, kind) for case in CASES for kind in kinds(case)], ids=case_id
 )
 def test_every_kind_of_tile_through_the_table(
     kind: str, case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the interpreter alone: on a GPU compiling them all would take an hour; there the rule's own tiles are run."""
+    """This runs in the interpreter. On a GPU, compiling all tiles would take an hour, so the rule's tiles run there."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
-    layer_path.layer_path.cache_clear()  # what it remembers is of other tiles
-    monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(of_kind(kind, problem), "a test"))
+    layer_path.layer_path.cache_clear()  # it caches paths with other tiles
+    monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(pick_tile(kind, problem), "a test"))
     data = make(case)
     ours = gradients(data, forward(case, data, "layer"))
     layer_path.layer_path.cache_clear()
@@ -114,12 +114,12 @@ UNALIGNED = ("sliced", "strided parameters")  # layouts of tensors that do not b
 
 
 @pytest.mark.parametrize(
-    "case", [in_turn("persistent", case) for case in CASES if case.layout not in UNALIGNED], ids=case_id
+    "case", [rotated("persistent", case) for case in CASES if case.layout not in UNALIGNED], ids=case_id
 )
 def test_all_layers_at_once_through_the_table(
     case: Case, device: str, by_pointers: None, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Persistent tiles; a repeated call, whose launches are prepared and filled with pointers."""
+    """Run persistent tiles twice. The second call fills pointers into the prepared launches."""
     all_layers_at_once(case, device, monkeypatch)
 
 
@@ -134,7 +134,7 @@ def all_layers_at_once(case: Case, device: str, monkeypatch: pytest.MonkeyPatch)
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     layer_path.layer_path.cache_clear()
     monkeypatch.setattr(
-        tables, "choice_for", lambda problem, device: tables.Choice(of_kind("persistent", problem), "a test")
+        tables, "choice_for", lambda problem, device: tables.Choice(pick_tile("persistent", problem), "a test")
     )
     for _ in range(2):
         data = make(case, device)
@@ -174,15 +174,15 @@ def test_exact_on_integers(path: str, activation: str, dtype: torch.dtype, devic
         leaf.requires_grad_()
     truth = oracle(case, data)
     assert max(value.abs().max() for value in truth.values.values()) < 2**8
-    for name, found in gradients(data, forward(case, data, path)).items():
-        assert torch.equal(found.double(), truth.values[name]), name
+    for name, actual in gradients(data, forward(case, data, path)).items():
+        assert torch.equal(actual.double(), truth.values[name]), name
 
 
 @pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
 @pytest.mark.parametrize("path", PATHS)
-def test_the_same_bits_every_run(path: str, recompute: bool | None, device: str) -> None:
+def test_every_run_gives_the_same_bits(path: str, recompute: bool | None, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        case = Case(1100, (40, 50, 20), dtype, "gelu")  # more rows than programs take at once
+        case = Case(1100, (40, 50, 20), dtype, "gelu")  # more rows than the programs process at once
         twins = (make(case, device), make(case, device))
         runs = [gradients(data, forward(case, data, path, recompute)) for data in twins]
         for name in runs[0]:
@@ -190,8 +190,8 @@ def test_the_same_bits_every_run(path: str, recompute: bool | None, device: str)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_backward_rebuilds_the_very_bits_of_the_forward(dtype: torch.dtype, device: str, poisoned: None) -> None:
-    """h = a(round(z)) in training, in inference and where dgrad rebuilds it."""
+def test_backward_recomputes_the_bits_of_the_forward(dtype: torch.dtype, device: str, poisoned: None) -> None:
+    """h = a(round(z)) has the same bits in training, in inference, and recomputed by dgrad."""
     gelu = ACTIVATIONS["gelu"]
     x, weight, dz = (torch.randn(*shape, device=device).to(dtype) for shape in ((70, 40), (33, 40), (70, 33)))
     h, z, again = (torch.empty((70, 33), dtype=dtype, device=device) for _ in range(3))
@@ -206,7 +206,7 @@ def test_backward_rebuilds_the_very_bits_of_the_forward(dtype: torch.dtype, devi
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "sigmoid"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids="dropout={}".format)
-def test_the_network_recomputes_the_very_bits_of_its_forward(
+def test_the_network_recomputes_the_bits_of_its_forward(
     dropout: float, activation: str, dtype: torch.dtype, device: str, poisoned: None
 ) -> None:
     case = Case(100, (20, 32, 24, 17), dtype, activation, dropout=dropout)
@@ -219,7 +219,7 @@ def test_the_network_recomputes_the_very_bits_of_its_forward(
     net = path.network
     y, dy = torch.empty_like(data.dy), data.dy
     hidden, again = (torch.empty(case.rows * net.starts[-1], dtype=dtype, device=device) for _ in range(2))
-    # The interpreter's products are numpy's, whose last bit depends on how many rows there are.
+    # The interpreter multiplies with numpy, whose last bit depends on the number of rows.
     tile = path.forward_tile if device == "cuda" else path.backward_tile
     seed = {"seed": draw_seed(x.device), "keeps": path.keeps} if dropout else {}
     network_forward.network_forward(x, weights, biases, y, net, tile, h=hidden, **seed)
@@ -237,10 +237,10 @@ def test_the_network_recomputes_the_very_bits_of_its_forward(
 @pytest.mark.parametrize("of_input", [torch.uint8, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [20, 300], ids=["held", "streamed"])
-def test_a_network_casts_its_input_as_it_loads_it(
+def test_a_network_casts_its_input_in_the_kernel(
     width: int, dtype: torch.dtype, of_input: torch.dtype, device: str, poisoned: None
 ) -> None:
-    """As torch casts it ahead; and on a GPU also from where it lies in the host's memory."""
+    """The result is that of a cast by torch. On a GPU, the input may also lie in the host's pinned memory."""
     case = Case(100, (width, 32, 17), dtype)
     data = make(case, device)
     _, layers, path = find(case, data)
@@ -288,14 +288,14 @@ def test_gradcheck(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_differentiated_gradient_is_torchs(path: str, device: str) -> None:
+def test_second_derivatives_equal_torchs(path: str, device: str) -> None:
     for activation, needs in itertools.product(
         ("tanh", "gelu", "identity"), ("everything", "parameters", "last layer")
     ):
         case = Case(activation=activation, output_activation="softplus", needs=needs)
         data = make(case, device)
         twin = data.to(torch.float32)
-        found = []
+        actual = []
         for each, y in (
             (data, forward(case, data, path)),
             (twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations)),
@@ -303,14 +303,14 @@ def test_a_differentiated_gradient_is_torchs(path: str, device: str) -> None:
             leaves = [leaf for leaf in each.leaves.values() if leaf.requires_grad]
             first = torch.autograd.grad(y, leaves, each.dy, create_graph=True)
             penalty = sum(gradient.square().sum() for gradient in first)
-            found.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
-        for ours, torchs in zip(*found):
+            actual.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
+        for ours, torchs in zip(*actual):
             torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", ["run", "network"])
-def test_a_differentiated_gradient_refuses_parameters_that_changed(path: str, device: str) -> None:
-    """These two compute again from x; the ordinary gradient reads no bias, and is as good as before."""
+def test_second_derivatives_refuse_changed_parameters(path: str, device: str) -> None:
+    """Second derivatives recompute from x. An ordinary gradient reads no bias and is still correct."""
     data = make(Case(), device)
     y = forward(Case(), data, path)
     with torch.no_grad():
@@ -325,15 +325,15 @@ def test_a_differentiated_gradient_refuses_parameters_that_changed(path: str, de
 
 @pytest.mark.parametrize("path", ["layer", "run"])
 def test_an_input_that_no_gradient_needs_may_change(path: str, device: str) -> None:
-    """As with torch.nn.Linear: where the first weight is frozen, and x takes no gradient, nothing is kept of x."""
+    """As with torch.nn.Linear, x is not saved if the first weight is frozen and x needs no gradient."""
     case = Case(widths=(8, 8, 8), activation="tanh", needs="last layer")
     data = make(case, device)
     y = forward(case, data, path)
     leaves = [leaf for leaf in data.leaves.values() if leaf.requires_grad]
     expected = torch.autograd.grad(y, leaves, data.dy, retain_graph=True)
     data.x.zero_()
-    found = torch.autograd.grad(y, leaves, data.dy, create_graph=True)
-    for ours, before in zip(found, expected):
+    actual = torch.autograd.grad(y, leaves, data.dy, create_graph=True)
+    for ours, before in zip(actual, expected):
         torch.testing.assert_close(ours, before)
 
 
@@ -372,13 +372,13 @@ def test_every_kind_of_tile(tile: TileConfig, sizes: tuple[int, int, int], devic
         for only_w, only_b in ((dw, None), (None, db)):
             expected = only_w.clone() if only_w is not None else only_b.clone()
             wgrad(dz, x if only_w is not None else None, only_w, only_b, "ieee", split_tile)
-            found = only_w if only_w is not None else only_b
-            torch.testing.assert_close(found, expected, **close)
+            actual = only_w if only_w is not None else only_b
+            torch.testing.assert_close(actual, expected, **close)
 
 
 @pytest.mark.alone
 def test_offsets_beyond_32_bits(device: str, path: str) -> None:
-    """Two rows 2^31 elements apart, in memory that is never touched between them."""
+    """The two rows are 2^31 elements apart. The memory between them is never touched."""
     gap = 2**31 + 8
     storage = torch.empty(gap + 32, dtype=torch.bfloat16, device=device)
     x = storage.as_strided((2, 32), (gap, 1))
@@ -387,14 +387,16 @@ def test_offsets_beyond_32_bits(device: str, path: str) -> None:
     assert offset_type(x, weight) is not offset_type(weight)
     y = mlp(x, [weight], None, backend="triton")
     assert torch.equal(y, mlp(x.clone(), [weight], None, backend="triton"))
-    grown = storage.as_strided((32, 2), (1, gap))  # as the gradient of a transposed layout: its reduction is far apart
+    grown = storage.as_strided(
+        (32, 2), (1, gap)
+    )  # the elements of a reduction are far apart, as in a gradient of a transposed layout
     dw = torch.empty((2, 16), device=device)
     wgrad(grown, torch.ones((32, 16), dtype=torch.bfloat16, device=device), dw, None, "ieee")
     torch.testing.assert_close(dw, x.float().sum(1, keepdim=True).expand(2, 16))
 
 
-def test_gradients_that_are_no_plain_tensors(device: str, path: str) -> None:
-    """A lazily negated dy, a sparse one, a batch of them, and lazily negated weights."""
+def test_gradients_that_are_not_plain_tensors(device: str, path: str) -> None:
+    """Try a lazily negated dy, a sparse dy, a batch of dy, and lazily negated weights."""
     weight = torch.randn(4, 20, device=device, requires_grad=True)
     x, w = torch.randn(9, 20, device=device), torch.randn(9, 4, device=device)
     negative = torch.complex(w, w).detach().conj().imag
@@ -402,16 +404,16 @@ def test_gradients_that_are_no_plain_tensors(device: str, path: str) -> None:
     results = []
     for backend in ("triton", "reference"):
         y = mlp(x, [weight], None, "relu", "gelu", backend=backend)
-        sparse = w.relu().to_sparse() if backend == "triton" else w.relu()  # torch's own gelu takes none
-        found = [torch.autograd.grad(y, weight, dy, retain_graph=True)[0] for dy in (negative, sparse)]
-        found.append(torch.autograd.grad(y, weight, batch, is_grads_batched=True)[0])
-        found.append(mlp(x, [torch.complex(weight, weight).detach().conj().imag], None, backend="auto"))
-        results.append(found)
+        sparse = w.relu().to_sparse() if backend == "triton" else w.relu()  # torch's gelu takes no sparse tensor
+        actual = [torch.autograd.grad(y, weight, dy, retain_graph=True)[0] for dy in (negative, sparse)]
+        actual.append(torch.autograd.grad(y, weight, batch, is_grads_batched=True)[0])
+        actual.append(mlp(x, [torch.complex(weight, weight).detach().conj().imag], None, backend="auto"))
+        results.append(actual)
     for ours, torchs in zip(*results):
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_kernels_are_told_apart_by_what_they_keep() -> None:
+def test_compiled_kernels_differ_by_the_tensors_they_save() -> None:
     sigmoid = ACTIVATIONS["sigmoid"]
     networks = [
         network.network_of((4, 4, 4), ((4, 1, 1),) * 2, (activation, IDENTITY), torch.float32, "ieee")
@@ -427,7 +429,7 @@ def test_compiled_kernels_are_told_apart_by_what_they_keep() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("sizes", [(4096, (1024, 512, 784)), (200, (768, 3072, 768)), (16, (512, 256, 64))], ids=str)
-def test_the_rules_tiles_on_sizes_that_they_are_made_for(
+def test_the_rules_tiles_on_the_sizes_they_are_for(
     sizes: tuple[int, tuple[int, ...]], dtype: torch.dtype, precision: str, device: str, poisoned: None
 ) -> None:
     case = Case(sizes[0], sizes[1], dtype, "gelu", tf32=precision == "tf32")
@@ -436,7 +438,7 @@ def test_the_rules_tiles_on_sizes_that_they_are_made_for(
     check(case, oracle(case, data), gradients(data, forward(case, data, "layer")), by_torch(case, data))
 
 
-def tiles_a_program(problem: Problem, tile: TileConfig) -> float:
+def tiles_per_program(problem: Problem, tile: TileConfig) -> float:
     """The average number of tiles that a program of a layer kernel takes."""
     tiles = cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n) * tile.split
     return tiles / tile.started(tiles)
@@ -451,17 +453,17 @@ ROUNDED = pytest.mark.parametrize(
 def test_persistent_programs_take_several_tiles(
     dtype: torch.dtype, precision: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs in the interpreter. The next test is the same on a GPU."""
+    """This runs in the interpreter. The next test does the same on a GPU."""
     case = Case(130, (64, 96, 64), dtype, "gelu", tf32=precision == "tf32")
     torch.backends.cuda.matmul.fp32_precision = precision
     several: list[bool] = []
 
     def tile_for(problem: Problem, device: Device) -> TileConfig:
-        tile = of_kind("persistent", problem)
-        several.append(tile.descriptors and tiles_a_program(problem, tile) > 1)
+        tile = pick_tile("persistent", problem)
+        several.append(tile.descriptors and tiles_per_program(problem, tile) > 1)
         return tile
 
-    layer_path.layer_path.cache_clear()  # what it remembers is of other tiles
+    layer_path.layer_path.cache_clear()  # it caches paths with other tiles
     monkeypatch.setattr(tables, "choice_for", lambda *arguments: tables.Choice(tile_for(*arguments), "a test"))
     data = make(case)
     ours = gradients(data, forward(case, data, "layer"))
@@ -475,14 +477,14 @@ def test_persistent_programs_take_several_tiles(
 def test_persistent_programs_of_the_rules_tiles_take_several(
     dtype: torch.dtype, precision: str, device: str, poisoned: None
 ) -> None:
-    """The compiler flattens the loop over tiles: a tile's first loads begin while the one before it ends."""
+    """The compiler flattens the loop over tiles, so the first loads of a tile overlap the end of the tile before it."""
     rows, width = 16384, 1024
     for kind in ("forward", "dgrad"):
         problem = Problem(kind, rows, width, width, dtype, precision)
         tile = choose(problem, describe(device))
         if not tile.programs:
             pytest.skip(f"the rule gives this GPU a program for each tile: {tile}")
-        assert tiles_a_program(problem, tile) > 1
+        assert tiles_per_program(problem, tile) > 1
     case = Case(rows, (width,) * 3, dtype, "gelu", tf32=precision == "tf32")
     torch.backends.cuda.matmul.fp32_precision = precision
     data = make(case, device)
@@ -510,12 +512,12 @@ def test_weight_gradient_over_a_million_rows(dtype: torch.dtype, device: str) ->
     dz, h = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
     dw, db = torch.empty((width, width), dtype=dtype, device=device), torch.empty((width,), dtype=dtype, device=device)
     wgrad(dz, h, dw, db, "ieee")
-    for found, torchs, true in (
+    for actual, torchs, true in (
         (dw, dz.t() @ h, dz.double().t() @ h.double()),
         (db, dz.sum(0), dz.double().sum(0)),
     ):
         slack = torch.finfo(dtype).eps / 2 * true.abs().max()
-        assert (found - true).abs().max() <= (torchs - true).abs().max() + slack
+        assert (actual - true).abs().max() <= (torchs - true).abs().max() + slack
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
-"""A launch that is made again: with the arguments that Triton would pass, by the right key, prepared and compiled once.
+"""Replayed launches: they pass the arguments that Triton would, use the right key, and compile and prepare once.
 
-What a compiled kernel is called with needs no GPU to be seen: under a stand-in for Triton's driver everything compiles
-for a real target, and nothing is launched. That is a process of its own, for which this file is the program, too.
+The arguments of a compiled kernel can be checked without a GPU. Under a stand-in for Triton's driver, everything
+compiles for a real target and nothing is launched. This happens in a separate process that runs this file.
 """
 
 from __future__ import annotations
@@ -47,11 +47,9 @@ from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.partial_sums import sum_partials
 from mlp_fused.reference import Layer
 
-# ---------------------------------------------------------------- the stand-in for a GPU, in a process of its own
-
 
 class StandIn:
-    """Triton's active driver: compiles for a target, and notes what reaches the launcher in place of launching it."""
+    """A driver for Triton that compiles for a target and records the launcher's arguments instead of launching."""
 
     def __init__(self, backend: str, arch: int | str, warp_size: int, device: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -61,7 +59,7 @@ class StandIn:
         else:
             import triton.backends.amd.driver as vendor
         nothing = types.SimpleNamespace(launch=lambda *arguments: None)
-        for name, value in {  # what a real launcher asks of a compiler or of a GPU
+        for name, value in {  # values that a real launcher gets from a compiler or a GPU
             "annotate_arguments": list,
             "library_dirs": list,
             "_get_path_to_hip_runtime_dylib": str,
@@ -99,13 +97,13 @@ class StandIn:
 
     @contextlib.contextmanager
     def on(self, device: int) -> Iterator[None]:
-        """In place of torch.cuda.device."""
+        """Replace torch.cuda.device."""
         before, self.device = self.device, device
         yield
         self.device = before
 
     def noted(self, call: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
-        """The launches of a call."""
+        """Run a call and return its launches."""
         self.calls.clear()
         assert call(*arguments) is not False
         return list(self.calls)
@@ -125,7 +123,7 @@ def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]]:
-    """The kinds of launches: a function that launches on tensors, and one that makes such tensors."""
+    """For each kind of launch, a function that launches on tensors and one that makes the tensors."""
     M, N, K = 500, 64, 48
     hopper = devices.DEVICES["NVIDIA H100"]
     tile = layer_tiles.choose(tile_config.Problem("wgrad", N, K, M, BF16), hopper)
@@ -180,8 +178,8 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
     }  # fmt: skip
 
 
-def on_stand_ins() -> dict[str, Any]:
-    """Everything that is looked at under stand-ins, for the tests to judge."""
+def run_on_stand_ins() -> dict[str, Any]:
+    """Run everything under stand-ins and return the results for the tests."""
     from triton.runtime import JITFunction, _allocation
     from triton.runtime.driver import driver
 
@@ -191,7 +189,7 @@ def on_stand_ins() -> dict[str, Any]:
     torch.cuda.device = lambda device: driver.active.on(device)
     devices.device_of = lambda tensor: dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="a stand-in")
     tables.PACKAGED = Path("none")
-    through = Counter()  # how often Triton was gone through, and compiled
+    through = Counter()  # the numbers of launches through Triton and of compilations
     scratch: list[int] = []
 
     def wrap(owner: Any, name: str, after: Callable[..., None]) -> None:
@@ -208,7 +206,7 @@ def on_stand_ins() -> dict[str, Any]:
     wrap(launch.Launch, "allocate", lambda self, size, *arguments: scratch.append(size))
     wrap(JITFunction, "run", lambda self, *arguments: through.update(["launches"]))
     wrap(JITFunction, "_do_compile", lambda self, *arguments: through.update([self.__name__]))
-    found: dict[str, Any] = {"launches": {}}
+    results: dict[str, Any] = {"launches": {}}
 
     def users_own(size: int, alignment: int, stream: int | None) -> Tensor:
         raise AssertionError("the user's own allocator was asked")
@@ -222,23 +220,23 @@ def on_stand_ins() -> dict[str, Any]:
         before = through["launches"]
         again = hopper.noted(replay, made, *others)
         remembered[name] = made, others
-        found["launches"][name] = {
+        results["launches"][name] = {
             "by Triton": by_triton,
             "again": again,
             "through Triton": through["launches"] - before,
             "scratch": (asked[len(asked) // 2 :], scratch[:]),  # the first half was for `made`
         }
         scratch.clear()
-    found["the user's allocator is back"] = _allocation._allocator.get() is users_own
+    results["the user's allocator is back"] = _allocation._allocator.get() is users_own
 
     made, tensors = remembered["forward"]
     with hopper.on(1):
-        found["from another device"] = hopper.noted(replay, made, *tensors), hopper.device
+        results["from another device"] = hopper.noted(replay, made, *tensors), hopper.device
 
     views = [draw(each.numel() + 1)[1:].view(each.shape) for each in tensors]
     call, _ = scenarios()["forward"]
     made_of = [call(*tensors[:at], views[at], *tensors[at + 1 :]) for at in range(len(tensors))]
-    found["misaligned"] = [each is not None for each in made_of]
+    results["misaligned"] = [each is not None for each in made_of]
 
     def in_a_thread(seed: int) -> None:
         own = scenarios()["forward"][1]()
@@ -248,27 +246,27 @@ def on_stand_ins() -> dict[str, Any]:
     hopper.calls.clear()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(in_a_thread, range(4)))
-    found["threads"] = sorted(Counter(str(call["arguments"]) for call in hopper.calls).values())
+    results["threads"] = sorted(Counter(str(call["arguments"]) for call in hopper.calls).values())
 
-    found["steps"] = {path: steps(path, through) for path in ("layer", "chain", "network")}
-    found["chain"] = chained(hopper, through)
+    results["steps"] = {path: steps(path, through) for path in ("layer", "chain", "network")}
+    results["chain"] = launcher_calls(hopper, through)
 
-    amd = StandIn("hip", "gfx942", 64, 2)  # a device of its own, whose compiled kernels are kept apart
+    amd = StandIn("hip", "gfx942", 64, 2)  # another device, with its own compiled kernels
     driver.set_active(amd)
     call, tensors = scenarios()["sum_partials"]
     made, others = call(*tensors()), tensors()
-    found["AMD"] = {"by Triton": amd.noted(call, *others), "again": amd.noted(replay, made, *others)}
-    return found
+    results["AMD"] = {"by Triton": amd.noted(call, *others), "again": amd.noted(replay, made, *others)}
+    return results
 
 
 def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
-    """Training steps over numbers of rows of one order of magnitude: what each compiled, and took through Triton."""
+    """Train with several batch sizes. Returns for each step its compilations and its launches through Triton."""
     widths = (32, 16, 16) if path == "network" else (64, 48, 32)
     weights = [draw(n, k).requires_grad_() for k, n in itertools.pairwise(widths)]
     biases = [draw(n).requires_grad_() for n in widths[1:]]
-    activations = (SILU, GELU) if path == "chain" else (GELU, SILU)  # kernels that no other path has compiled
+    activations = (SILU, GELU) if path == "chain" else (GELU, SILU)  # no other path has compiled these kernels
     layers = [Layer(*layer) for layer in zip(weights, biases, activations)]
-    found = []
+    results = []
     for rows in (4000, 3999, 4001, 3993, 4000):
         before = Counter(through)
         x = draw(rows, widths[0])
@@ -286,12 +284,12 @@ def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
         y.backward(torch.ones_like(y))
         compiled = through - before
         launched = compiled.pop("launches", 0)
-        found.append({"rows": rows, "compiled": compiled, "forward": forward, "backward": launched - forward})
-    return found
+        results.append({"rows": rows, "compiled": compiled, "forward": forward, "backward": launched - forward})
+    return results
 
 
 def replay(made: launch.Launch, *tensors: Any) -> None:
-    """Launch once more, as schedules do."""
+    """Replay a launch like a schedule does."""
 
     def pointers(each: Any) -> Any:
         return tuple(map(pointers, each)) if isinstance(each, tuple) else None if each is None else each.data_ptr()
@@ -299,10 +297,10 @@ def replay(made: launch.Launch, *tensors: Any) -> None:
     Program([(made, range(len(tensors)))])(tensors, [*map(pointers, tensors)])
 
 
-def chained(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
-    """The calls of the launcher in a step of all layers at once: kernel by kernel, then as one program.
+def launcher_calls(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
+    """The calls of the launcher in a step of all layers at once, kernel by kernel and then as one program.
 
-    And how many launches of a step go through Triton where hooks are to be told of them, and afterwards.
+    Also counts the launches of a step that go through Triton while hooks are set, and afterwards.
     """
     weights = [draw(n, k).requires_grad_() for k, n in ((64, 49), (49, 32))]
     biases = [draw(49).requires_grad_(), None]
@@ -313,7 +311,11 @@ def chained(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
         y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
         y.backward(torch.ones_like(y))
 
-    found: dict[str, Any] = {"one by one": hopper.noted(step), "as a program": hopper.noted(step), "through Triton": {}}
+    results: dict[str, Any] = {
+        "one by one": hopper.noted(step),
+        "as a program": hopper.noted(step),
+        "through Triton": {},
+    }
     runtime = sys.modules["triton"].knobs.runtime
     for when in ("enter", "exit", "never"):
         hook = getattr(runtime, f"launch_{when}_hook", None)
@@ -321,20 +323,20 @@ def chained(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
             hook.add(print)
         before = through["launches"]
         step()
-        found["through Triton"][when] = through["launches"] - before
+        results["through Triton"][when] = through["launches"] - before
         if hook is not None:
             hook.remove(print)
-    return found
+    return results
 
 
 if __name__ == "__main__":
-    json.dump(on_stand_ins(), sys.stdout)
+    json.dump(run_on_stand_ins(), sys.stdout)
     sys.exit()
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """The findings of a process with stand-ins."""
+def results() -> dict[str, Any]:
+    """The results of the process with stand-ins."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
@@ -344,8 +346,8 @@ def found() -> dict[str, Any]:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("name", scenarios())
-def test_a_launch_made_again_passes_what_triton_would(name: str, found: dict[str, Any]) -> None:
-    launched = found["launches"][name]
+def test_a_replayed_launch_passes_the_arguments_of_triton(name: str, results: dict[str, Any]) -> None:
+    launched = results["launches"][name]
     assert launched["through Triton"] == 0
     by_triton, again = launched["by Triton"], launched["again"]
     assert len(by_triton) == len(again) == 1
@@ -356,64 +358,64 @@ def test_a_launch_made_again_passes_what_triton_would(name: str, found: dict[str
         assert ours["stream"] == 70
     by_triton, again = launched["scratch"]
     assert by_triton == again
-    assert found["launches"]["forward"]["scratch"][1]  # of descriptors
+    assert results["launches"]["forward"]["scratch"][1]  # scratch memory for descriptors
 
 
 @pytest.mark.alone
-def test_the_users_allocator_of_scratch_memory_is_put_back(found: dict[str, Any]) -> None:
-    assert found["the user's allocator is back"]
+def test_the_users_scratch_allocator_is_restored(results: dict[str, Any]) -> None:
+    assert results["the user's allocator is back"]
 
 
 @pytest.mark.alone
-def test_whoever_hooks_into_launches_is_told_of_each(found: dict[str, Any]) -> None:
-    count = len(found["chain"]["one by one"])
-    assert found["chain"]["through Triton"] == {"enter": count, "exit": count, "never": 0}
+def test_launch_hooks_fire_on_every_launch(results: dict[str, Any]) -> None:
+    count = len(results["chain"]["one by one"])
+    assert results["chain"]["through Triton"] == {"enter": count, "exit": count, "never": 0}
 
 
 @pytest.mark.alone
-def test_a_launch_is_on_its_tensors_device(found: dict[str, Any]) -> None:
-    (launched,), device = found["from another device"]
+def test_a_launch_runs_on_its_tensors_device(results: dict[str, Any]) -> None:
+    (launched,), device = results["from another device"]
     assert launched["stream"] == 70
-    assert device == 1  # is current again
+    assert device == 1  # the current device is restored
 
 
 @pytest.mark.alone
-def test_a_tensor_that_is_not_aligned_is_refused(found: dict[str, Any]) -> None:
-    assert found["misaligned"] == [False] * 5  # no launch is made of them
+def test_a_tensor_that_is_not_aligned_is_refused(results: dict[str, Any]) -> None:
+    assert results["misaligned"] == [False] * 5  # no launch is replayed with them
 
 
 @pytest.mark.alone
-def test_threads_pass_their_own_pointers(found: dict[str, Any]) -> None:
-    assert found["threads"] == [50] * 4
+def test_threads_pass_their_own_pointers(results: dict[str, Any]) -> None:
+    assert results["threads"] == [50] * 4
 
 
 @pytest.mark.alone
-def test_a_launch_is_made_again_on_amd(found: dict[str, Any]) -> None:
-    (ours,), (theirs,) = found["AMD"]["again"], found["AMD"]["by Triton"]
+def test_a_launch_is_replayed_on_amd(results: dict[str, Any]) -> None:
+    (ours,), (theirs,) = results["AMD"]["again"], results["AMD"]["by Triton"]
     assert {**ours, "told": True} == {**theirs, "told": True}
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("path", ["layer", "chain", "network"])
-def test_another_number_of_rows_compiles_nothing(path: str, found: dict[str, Any]) -> None:
-    first, *others, last = found["steps"][path]
+def test_another_number_of_rows_compiles_nothing(path: str, results: dict[str, Any]) -> None:
+    first, *others, last = results["steps"][path]
     assert len(first["compiled"]) >= 3
     assert [step["compiled"] for step in others] == [{}] * len(others), others
     assert all(step["forward"] for step in others)
-    assert last["forward"] == last["backward"] == 0  # prepared before
+    assert last["forward"] == last["backward"] == 0  # the launches were prepared before
 
 
 @pytest.mark.alone
-def test_a_program_passes_what_its_launches_would(found: dict[str, Any]) -> None:
-    """But for the pointers, as memory is allocated otherwise; those, the table of cases shows right."""
+def test_a_program_passes_the_arguments_of_its_launches(results: dict[str, Any]) -> None:
+    """Pointers differ, because memory is allocated differently. The table of cases tests them."""
 
     def but_for_pointers(value: Any) -> Any:
         if isinstance(value, list):
             return list(map(but_for_pointers, value))
         return "pointer" if isinstance(value, int) and value > 2**40 else value
 
-    one_by_one, as_program = found["chain"]["one by one"], found["chain"]["as a program"]
-    assert len(one_by_one) == len(as_program) >= 2 + 1 + 2 + 2 + 1  # a weight gradient at least is split
+    one_by_one, as_program = results["chain"]["one by one"], results["chain"]["as a program"]
+    assert len(one_by_one) == len(as_program) >= 2 + 1 + 2 + 2 + 1  # at least one weight gradient is split
     assert any(call["told"] for call in one_by_one)
     for ours, theirs in zip(as_program, one_by_one):
         assert not ours.pop("told")
@@ -421,11 +423,8 @@ def test_a_program_passes_what_its_launches_would(found: dict[str, Any]) -> None
         assert but_for_pointers(list(ours.values())) == but_for_pointers(list(theirs.values()))
 
 
-# ---------------------------------------------------------------- in the interpreter
-
-
 class Kernel:
-    """A kernel whose launches through Triton last until `done`, and are counted meanwhile."""
+    """A kernel whose launches through Triton last until `done`. It counts the launches that are running."""
 
     __name__ = "kernel"
     params = ()
@@ -445,17 +444,17 @@ class Kernel:
         self.running -= 1
 
 
-def launch_of(kernel: Any) -> launch.Launch:
+def make_launch(kernel: Any) -> launch.Launch:
     return launch.Launch(kernel, 1, torch.device("cpu"), tile_config.TileConfig(16, 16), (), {})
 
 
 def test_first_launches_do_not_overlap() -> None:
-    """Triton loads a compiled kernel when it is first launched, in which two threads must not meet."""
+    """Triton loads a compiled kernel at its first launch, which two threads must not do at once."""
     kernel = Kernel()
     with ThreadPoolExecutor(2) as pool:
-        launched = [pool.submit(launch_of(kernel).through_triton, [torch.zeros(4)]) for _ in range(2)]
+        launched = [pool.submit(make_launch(kernel).through_triton, [torch.zeros(4)]) for _ in range(2)]
         assert kernel.begun.wait(10)
-        time.sleep(0.1)  # in which the second one would begin as well
+        time.sleep(0.1)  # time for the second launch to begin
         kernel.done.set()
         for each in launched:
             each.result()
@@ -467,12 +466,12 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other() -> None:
     x = torch.zeros(4)
 
     def replay(_: int) -> None:
-        made = launch_of(kernel)
-        made.run = lambda *arguments: together.wait(10)  # raises unless the other replay is in it too
+        made = make_launch(kernel)
+        made.run = lambda *arguments: together.wait(10)  # raises unless the other replay waits here too
         Program([(made, (0,))])([x], [x.data_ptr()])
 
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(launch_of(kernel).through_triton, [x])
+        first = pool.submit(make_launch(kernel).through_triton, [x])
         assert kernel.begun.wait(10)
         list(pool.map(replay, range(2)))
         assert not first.done()
@@ -481,7 +480,7 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other() -> None:
 
 
 def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: str) -> None:
-    """torch.autograd.graph.saved_tensors_hooks may lay a weight out anew between forward and backward."""
+    """torch.autograd.graph.saved_tensors_hooks may change a weight's layout between forward and backward."""
     weights = [(torch.randn(n, k, device=device) / 4).requires_grad_() for k, n in ((20, 16), (16, 16))]
     x = torch.randn(23, 20, device=device)
     layers = [Layer(weight, None, activation) for weight, activation in zip(weights, (GELU, IDENTITY))]
@@ -490,18 +489,18 @@ def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: s
     path = dataclasses.replace(path, formulation="replay")
     expected = gradients(reference.mlp(x, weights, [None] * 2, [GELU, IDENTITY]), weights)
 
-    def anew(tensor: Tensor) -> Tensor:
+    def transposed(tensor: Tensor) -> Tensor:
         return tensor if tensor.shape == x.shape else tensor.t().contiguous().t()
 
-    for unpack in (lambda tensor: tensor, anew):
+    for unpack in (lambda tensor: tensor, transposed):
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
-            found = gradients(run_network(x, tuple(weights), (None, None), path), weights)
-        for ours, theirs in zip(found, expected):
+            results = gradients(run_network(x, tuple(weights), (None, None), path), weights)
+        for ours, theirs in zip(results, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_backward_reads_the_strides_that_hooks_gave_a_bias(device: str) -> None:
-    """After a backward whose bias lay as the module's does."""
+    """The first backward had a contiguous bias."""
     weights = [(torch.randn(n, k, device=device) / 4).requires_grad_() for k, n in ((20, 16), (16, 16))]
     biases = [torch.randn(16, device=device).requires_grad_() for _ in range(2)]
     x = torch.randn(23, 20, device=device)
@@ -515,6 +514,6 @@ def test_a_backward_reads_the_strides_that_hooks_gave_a_bias(device: str) -> Non
 
     for unpack in (lambda tensor: tensor, spread):
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
-            found = gradients(run_network(x, weights, biases, path), [*weights, *biases])
-        for ours, theirs in zip(found, expected, strict=True):
+            results = gradients(run_network(x, weights, biases, path), [*weights, *biases])
+        for ours, theirs in zip(results, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Launches of models that are called again, with whatever changes between the calls."""
+"""Launches in repeated calls of models, after changes between the calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mlp_fused.reference import Layer
 
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that launches are prepared of, as it happens."""
+    """The names of the kernels whose launches are prepared, in order."""
     names: list[str] = []
     inner = launch.Launch.__init__
 
@@ -41,7 +41,7 @@ def parameters(model: FusedMLP) -> tuple[list[Tensor], list[Tensor | None]]:
 
 
 def check(y: Tensor, x: Tensor, weights: Any, biases: Any, *activations: Any) -> None:
-    """y = mlp(x), and its gradients, are those of plain torch."""
+    """Assert that y = mlp(x) and its gradients equal those of plain torch."""
     expected = reference.mlp(x, weights, biases, activations)
     leaves = [each for each in (x, *weights, *biases) if each is not None and each.requires_grad]
     close = {"rtol": 1e-4, "atol": 1e-4} if y.dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
@@ -50,8 +50,8 @@ def check(y: Tensor, x: Tensor, weights: Any, biases: Any, *activations: Any) ->
         torch.testing.assert_close(ours, theirs, rtol=close["rtol"], atol=20 * close["atol"])
 
 
-def lie(x: Tensor) -> dict[str, Tensor]:
-    """The same shape, lying in memory in every way."""
+def make_layouts(x: Tensor) -> dict[str, Tensor]:
+    """Tensors of one shape in every memory layout."""
     return {
         "contiguous": x,
         "transposed": x.t().contiguous().t(),
@@ -62,13 +62,13 @@ def lie(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def test_one_model_is_right_whatever_changes_between_calls(path: str, device: str, poisoned: None) -> None:
+def test_one_model_is_right_after_changes_between_calls(path: str, device: str, poisoned: None) -> None:
     model = FusedMLP(12, [16, 8], activation_layer="gelu", output_activation="silu", backend="triton", device=device)
     linear = model[0]
 
     def calls(*layouts: str, rows: tuple[int, ...] = (5,), dtype: torch.dtype = torch.float32) -> None:
         for number, layout in itertools.product(rows, layouts):
-            x = lie(torch.randn(number, 12, device=device).to(dtype))[layout]
+            x = make_layouts(torch.randn(number, 12, device=device).to(dtype))[layout]
             check(model(x), x, *parameters(model), GELU, SILU)
 
     calls("contiguous", "misaligned", rows=(5, 16, 5))
@@ -91,8 +91,8 @@ def test_one_model_is_right_whatever_changes_between_calls(path: str, device: st
     calls("contiguous")
 
 
-def test_models_of_the_same_shapes_share_no_launch_that_differs(path: str, device: str, poisoned: None) -> None:
-    """Models of the same widths and dtype to compute in, with parameters of other dtypes, or without some."""
+def test_models_of_the_same_shapes_share_only_equal_launches(path: str, device: str, poisoned: None) -> None:
+    """The models share widths and compute dtype, but differ in the parameters' dtypes or lack some biases."""
     x = torch.randn(9, 12, device=device)
     forms = [(torch.float32, torch.float32), (BF16, BF16), (torch.float32, BF16), (BF16, torch.float32), (BF16, None)]
     for of_weights, of_biases in (*forms, *forms[:2]):
@@ -117,9 +117,7 @@ def test_models_of_the_same_shapes_share_no_launch_that_differs(path: str, devic
 
 
 @pytest.mark.parametrize("first", ["aligned", "misaligned"])
-def test_offsets_that_are_not_aligned_come_before_and_after_ones_that_are(
-    first: str, path: str, device: str, poisoned: None
-) -> None:
+def test_unaligned_tensors_before_and_after_aligned_ones(first: str, path: str, device: str, poisoned: None) -> None:
     rows = 11 if first == "aligned" else 12
 
     def lay_out(aligned: bool, *shape: int) -> Tensor:
@@ -151,7 +149,7 @@ def test_a_call_that_repeats_prepares_nothing(path: str, device: str, prepared: 
         assert call(14 + train, train) == 0
 
 
-def test_what_is_remembered_is_bounded(
+def test_the_number_of_cached_schedules_is_bounded(
     path: str, device: str, prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedule, "MOST_CACHED", 3)

@@ -1,4 +1,4 @@
-"""Where things are: imports point one way, no file is a drawer, and sdist and wheel hold what they should."""
+"""The layout of the project: the direction of imports, the length of files, and the content of sdist and wheel."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def graph() -> dict[str, set[str]]:
     return {name: set(imported(name, path)) - {name} for name, path in modules().items()}
 
 
-def test_there_is_no_circle() -> None:
+def test_there_are_no_circular_imports() -> None:
     left = {name: set(targets) for name, targets in graph().items()}
     while ready := [name for name, targets in left.items() if not targets & left.keys()]:
         for name in ready:
@@ -136,7 +136,7 @@ def test_files_are_short() -> None:
     assert {name for name, length in lengths.items() if length > LONGEST} == LONGER.keys()
 
 
-def test_public_names_are_where_users_import_them_from() -> None:
+def test_public_names_are_defined_in_the_modules_users_import() -> None:
     script = """
 from mlp_fused import FusedLinear, FusedMLP, fuse, transfer
 from mlp_fused.train import Config, Result, train
@@ -288,9 +288,9 @@ def unannotated(tree: ast.AST) -> list[str]:
 def test_every_kernel_modules_host_functions_are_annotated() -> None:
     """Type checking of these modules leaves out the codes that would report them, because kernels have no types."""
     missing = {
-        name: found
+        name: actual
         for name, path in modules().items()
-        if name.startswith("mlp_fused.kernels") and (found := unannotated(ast.parse(path.read_text())))
+        if name.startswith("mlp_fused.kernels") and (actual := unannotated(ast.parse(path.read_text())))
     }
     assert missing == {}
 

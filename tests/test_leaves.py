@@ -32,7 +32,7 @@ class Record:
 
 
 class Bag(collections.abc.MutableMapping[Any, Any]):
-    """Whose shallow copy shares what holds the items."""
+    """A mapping whose shallow copy shares the dictionary of items."""
 
     def __init__(self, items: Any = ()) -> None:
         self.items_ = dict(items)
@@ -106,33 +106,33 @@ def batches() -> st.SearchStrategy[Any]:
     return st.recursive(st.one_of(tensors(), other), containers, max_leaves=8)
 
 
-def same(found: Any, wanted: Any) -> bool:
-    """Types, keys, values, and how tensors lie in memory."""
+def same(actual: Any, wanted: Any) -> bool:
+    """True if types, keys, values and memory layouts are equal."""
     if isinstance(wanted, Tensor):
-        strides = found.stride() == torch.empty_like(wanted).stride()
-        return type(found) is type(wanted) and equal(found, wanted) and strides
-    if type(found) is not type(wanted):
+        strides = actual.stride() == torch.empty_like(wanted).stride()
+        return type(actual) is type(wanted) and equal(actual, wanted) and strides
+    if type(actual) is not type(wanted):
         return False
     if isinstance(wanted, collections.abc.Mapping):
-        return list(found) == list(wanted) and all(same(found[key], wanted[key]) for key in wanted)
+        return list(actual) == list(wanted) and all(same(actual[key], wanted[key]) for key in wanted)
     if isinstance(wanted, Record):
-        return same(found.x, wanted.x) and found.note == wanted.note and found.rest is None
+        return same(actual.x, wanted.x) and actual.note == wanted.note and actual.rest is None
     if isinstance(wanted, collections.abc.Sequence) and not isinstance(wanted, str | bytes):
-        return len(found) == len(wanted) and all(map(same, found, wanted))
-    return bool(found == wanted)
+        return len(actual) == len(wanted) and all(map(same, actual, wanted))
+    return bool(actual == wanted)
 
 
 @given(st.lists(batches(), max_size=5), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
-def test_batches_come_as_the_loader_made_them(loader: list[Any], depth: int) -> None:
+def test_batches_arrive_as_the_loader_made_them(loader: list[Any], depth: int) -> None:
     streams = Streams(LATE["late copies"])
     prefetcher = prefetch(loader, streams, depth)
     for _ in range(2):
         count = 0
-        for found, wanted in zip(prefetcher, loader, strict=True):
+        for actual, wanted in zip(prefetcher, loader, strict=True):
             streams.drain("consumer")
-            assert same(found, wanted)
-            assert all(streams.is_here(leaf) for leaf in leaves(found))
+            assert same(actual, wanted)
+            assert all(streams.is_here(leaf) for leaf in leaves(actual))
             assert not any(streams.is_here(leaf) for leaf in leaves(wanted)), "the loader's own batch was changed"
             count += 1
         assert count == len(loader) == len(prefetcher)
@@ -140,11 +140,11 @@ def test_batches_come_as_the_loader_made_them(loader: list[Any], depth: int) -> 
 
 def test_a_device_without_streams() -> None:
     batch = [torch.rand(3), torch.arange(2), Moves(log := []), "name"]
-    (found,) = DevicePrefetcher([batch], "meta", dtype=torch.bfloat16)
-    assert [leaf.device.type for leaf in found[:2]] == ["meta", "meta"]
-    assert [leaf.dtype for leaf in found[:2]] == [torch.bfloat16, torch.int64]
+    (actual,) = DevicePrefetcher([batch], "meta", dtype=torch.bfloat16)
+    assert [leaf.device.type for leaf in actual[:2]] == ["meta", "meta"]
+    assert [leaf.dtype for leaf in actual[:2]] == [torch.bfloat16, torch.int64]
     assert log == ["to meta"]
-    assert found[3] == "name"
+    assert actual[3] == "name"
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
@@ -154,27 +154,27 @@ def test_sparse_tensors(layout: str) -> None:
     dense = torch.tensor([[0.0, 2, 0, 1], [3, 0, 0, 0]])
     block = {"blocksize": (1, 2)} if layout == "bsr" else {}
     sparse = dense.to_sparse(layout=getattr(torch, f"sparse_{layout}"), **block)
-    (found,) = prefetch([[sparse]], streams)
+    (actual,) = prefetch([[sparse]], streams)
     streams.drain("side")
-    assert found[0].layout is sparse.layout
-    assert torch.equal(found[0].to_dense(), dense)
-    parts = [found[0]._indices(), found[0]._values()] if layout == "coo" else [found[0].values()]
+    assert actual[0].layout is sparse.layout
+    assert torch.equal(actual[0].to_dense(), dense)
+    parts = [actual[0]._indices(), actual[0]._values()] if layout == "coo" else [actual[0].values()]
     assert all(streams.is_here(part) for part in parts)
 
 
 def test_a_packed_sequence_keeps_its_batch_sizes_on_the_host() -> None:
     streams = Streams(LATE["late copies"])
     packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([2, 4]), enforce_sorted=False)
-    (found,) = prefetch([packed], streams)
+    (actual,) = prefetch([packed], streams)
     streams.drain("side")
-    assert found.batch_sizes is packed.batch_sizes
-    assert streams.is_here(found.data)
-    assert torch.equal(found.data, packed.data)
-    assert torch.equal(found.unsorted_indices, packed.unsorted_indices)
+    assert actual.batch_sizes is packed.batch_sizes
+    assert streams.is_here(actual.data)
+    assert torch.equal(actual.data, packed.data)
+    assert torch.equal(actual.unsorted_indices, packed.unsorted_indices)
 
 
 class Moves:
-    """As graph libraries have it."""
+    """An object with a method `to`, like the batches of graph libraries."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -197,11 +197,11 @@ def test_objects_that_move_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Streams, "keep", lambda _, moved, stream: moved.record_stream(stream))
     streams = Streams(LATE["late copies"])
     log: list[str] = []
-    found = iter(prefetch([[Moves(log)], [MovesAhead(log)]], streams))
-    assert isinstance(next(found)[0], Moves)
-    assert log == ["pin_memory", "to cpu, non_blocking", "to cpu"]  # the later one is copied ahead
+    actual = iter(prefetch([[Moves(log)], [MovesAhead(log)]], streams))
+    assert isinstance(next(actual)[0], Moves)
+    assert log == ["pin_memory", "to cpu, non_blocking", "to cpu"]  # the second batch is copied ahead
     log.clear()
-    assert isinstance(next(found)[0], MovesAhead)
+    assert isinstance(next(actual)[0], MovesAhead)
     assert log == ["record_stream"]
 
 
@@ -209,17 +209,17 @@ class Marked(Tensor):
     pass
 
 
-def test_what_is_more_than_its_numbers_is_moved_by_its_own_to() -> None:
+def test_tensor_subclasses_are_moved_by_their_own_to() -> None:
     streams = Streams(LATE["late copies"])
     leaf = torch.ones(2, requires_grad=True)
     batch = [leaf * 2, nn.Parameter(torch.ones(2), requires_grad=False), torch.ones(2).as_subclass(Marked)]
-    (found,) = prefetch([batch], streams)
+    (actual,) = prefetch([batch], streams)
     streams.drain("side")
-    found[0].sum().backward()
+    actual[0].sum().backward()
     assert torch.equal(leaf.grad, torch.full((2,), 2.0))
-    assert type(found[1]) is Tensor
-    assert streams.is_here(found[1])
-    assert type(found[2]) is Marked
+    assert type(actual[1]) is Tensor
+    assert streams.is_here(actual[1])
+    assert type(actual[2]) is Marked
 
 
 @pytest.mark.gpu
@@ -228,8 +228,8 @@ def test_nested_batches_on_a_real_gpu() -> None:
     packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
     sparse = torch.eye(5).to_sparse()
     batch = Record(x=[torch.randn(3, 4).t(), {"y": torch.arange(5), "empty": torch.ones(0, 3)}, packed, sparse, "name"])
-    (found,) = DevicePrefetcher([batch], "cuda")
-    x, named, moved, eye, name = found.x
+    (actual,) = DevicePrefetcher([batch], "cuda")
+    x, named, moved, eye, name = actual.x
     assert x.is_cuda
     assert x.stride() == batch.x[0].stride()
     assert torch.equal(x.cpu(), batch.x[0])

@@ -1,4 +1,4 @@
-"""Libraries that act on every nn.Linear of a model give the plain twin's numbers, on plain torch and on the kernels."""
+"""Libraries that modify every nn.Linear of a model give the plain twin's numbers, with and without the kernels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def launched(network: nn.Module, x: Tensor) -> bool:
     return bool(launches)
 
 
-def test_a_missing_library_is_a_failure_where_all_are_required() -> None:
+def test_a_missing_library_fails_if_all_are_required() -> None:
     assert needs("no_such_library", required=False).args == (True,)
     assert needs("no_such_library", required=True).args == (False,)
     assert needs("torch", required=False).args == (False,)
@@ -75,9 +75,6 @@ def leave_to_torch(backend: str, network: Any) -> None:
         ):
             network(rows(str(network[1].weight.device)))
         network.backend = "auto"
-
-
-# --- torchao. ---
 
 
 @needs("torchao")
@@ -166,9 +163,6 @@ def test_torchao_int8(config: str, backend: str, device: str) -> None:
         assert not torch.equal(ours(x), before)
 
 
-# --- peft. ---
-
-
 @needs("peft")
 @BACKENDS
 @pytest.mark.parametrize(
@@ -183,7 +177,7 @@ def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, ba
     x = rows(device)
     agree(*networks, x)
     before = networks[1](x)
-    found = []
+    actual = []
     for network, named in zip(networks, (ours_named, theirs_named)):
         torch.manual_seed(3)
         adapted = get_peft_model(network, LoraConfig(r=4, target_modules=named, init_lora_weights=False))
@@ -200,10 +194,10 @@ def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, ba
             disabled = adapted(x)
         whole = adapted.merge_and_unload()
         assert whole is network
-        found.append([unmerged, merged, adapted(x), disabled, whole(x)])
-    for mine, other in zip(*found, strict=True):
+        actual.append([unmerged, merged, adapted(x), disabled, whole(x)])
+    for mine, other in zip(*actual, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    unmerged, merged, _, disabled, unloaded = found[0]
+    unmerged, merged, _, disabled, unloaded = actual[0]
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unloaded, unmerged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(disabled, before, rtol=1e-4, atol=1e-5)
@@ -212,7 +206,7 @@ def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, ba
 
 
 @needs("peft")
-def test_peft_refuses_the_layer_itself() -> None:
+def test_peft_refuses_a_fused_linear_as_target() -> None:
     from peft import LoraConfig, get_peft_model
 
     network, _ = pair("auto", "cpu")
@@ -231,9 +225,6 @@ def test_peft_adapters_are_saved_and_loaded(backend: str, device: str, tmp_path:
     adapted.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(base, str(tmp_path))
     torch.testing.assert_close(loaded(x), adapted(x), rtol=1e-5, atol=1e-6)
-
-
-# --- accelerate. ---
 
 
 @needs("accelerate")

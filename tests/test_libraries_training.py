@@ -42,7 +42,7 @@ def assert_same_numbers(fused: nn.Module, twin: nn.Module, exact: bool, toleranc
 @pytest.fixture
 def lightning() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
+        warnings.simplefilter("ignore")  # lightning warns about its own imports
         return load("lightning")
 
 
@@ -68,7 +68,7 @@ def lightning_module(lightning: Any, network: nn.Module) -> Any:
             return self.network(batch[0])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            # eps, lest rounding decide the sign of a step where the gradient is next to zero
+            # With a larger eps, rounding does not decide the sign of a step whose gradient is almost zero.
             return torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-3)
 
     return Classifier(network)
@@ -117,7 +117,7 @@ def test_lightning(lightning: Any, device: str, backend: str, tmp_path: Path, op
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_lightnings_checkpoint_crosses_to_the_twin(lightning: Any, device: str, backend: str, tmp_path: Path) -> None:
+def test_lightnings_checkpoint_loads_into_the_twin(lightning: Any, device: str, backend: str, tmp_path: Path) -> None:
     fused, twin = networks(backend)
     fit = trainer(lightning, device, tmp_path)
     fit.fit(lightning_module(lightning, fused), loader())
@@ -130,12 +130,12 @@ def test_lightnings_checkpoint_crosses_to_the_twin(lightning: Any, device: str, 
     again.fit_loop.max_epochs = 3
     resumed = networks(backend)[0]
     again.fit(lightning_module(lightning, resumed), loader(), ckpt_path=tmp_path / "run.ckpt")
-    assert not torch.equal(twin[0].weight.cpu(), fused[0].weight.cpu())  # it went on
+    assert not torch.equal(twin[0].weight.cpu(), fused[0].weight.cpu())  # training continued
     assert_same_numbers(resumed.cpu(), twin.cpu(), backend == "reference" and device == "cpu")
 
 
 class Plain(nn.Sequential):
-    """The plain twin as skorch makes modules: from arguments."""
+    """The plain twin as a class, because skorch constructs modules from arguments."""
 
     def __init__(self, backend: Any) -> None:
         super().__init__(*FusedMLP(12, [16, 16, 3], activation_layer="gelu", backend=backend).children())
@@ -178,7 +178,7 @@ def test_skorch(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_skorch_in_scikit_learn(device: str, backend: str) -> None:
-    """Cloned, set, pickled, searched: what scikit-learn does to an estimator."""
+    """Clone, set, pickle and search an estimator like scikit-learn does."""
     from sklearn.base import clone
     from sklearn.model_selection import cross_val_score
 

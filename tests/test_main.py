@@ -1,4 +1,4 @@
-"""`mlp-fused` itself: its commands, its version, Ctrl-C, and which of several processes answers."""
+"""`mlp-fused` itself: its commands, its version, Ctrl-C, and output by the first process alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("text", ["stopped; run.pt is the last checkpoint", ""])
-def test_ctrl_c_is_one_line_and_exit_status_130(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_gives_one_line_and_exit_status_130(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(config: Config, report: object) -> None:
         raise KeyboardInterrupt(*[text] * bool(text))
 
@@ -33,14 +33,14 @@ def test_ctrl_c_is_one_line_and_exit_status_130(text: str, capsys: pytest.Captur
     "flags", [("--epochs", "0"), ("--epochs", "many"), ("--data", "none.npz"), ("--data", "labels.npz")], ids=" ".join
 )
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_mistake_of_all_processes_is_said_once(
+def test_a_mistake_of_all_processes_is_printed_once(
     first: int,
     flags: tuple[str, ...],
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whichever comes first; the two are called here one after the other."""
+    """The first process to fail prints it. Here the two processes run one after the other."""
     np.savez("labels.npz", x=X, y=Y - 1)  # a label below 0: out of range on every process's host, and on no GPU
     store = torch.distributed.HashStore()
     monkeypatch.setattr(distributed, "_store", lambda *address: store)
@@ -62,7 +62,7 @@ def test_a_mistake_of_all_processes_is_said_once(
 
 
 @pytest.mark.parametrize("flags", [("--version",), ("--help",), ("train", "--help"), ("env",)], ids=" ".join)
-def test_the_first_process_alone_answers(
+def test_only_the_first_process_prints(
     flags: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -1,4 +1,4 @@
-"""Out of memory: the error says which batch would fit. And no tensor is held after a call."""
+"""Out of memory: the error suggests a batch that fits, and no tensor stays alive after a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     new_empty = torch.Tensor.new_empty
 
     def refuse(like: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        if like.is_meta:  # torch's own, for what only has a shape
+        if like.is_meta:  # torch's own call for tensors without memory
             return new_empty(like, *arguments, **keywords)
         raise torch.OutOfMemoryError(TORCHS)
 
@@ -36,12 +36,12 @@ def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def model_of(**settings: Any) -> FusedMLP:
+def make_model(**settings: Any) -> FusedMLP:
     return FusedMLP(32, [64, 64, 8], activation_layer="gelu", backend="triton", **settings)
 
 
-def test_a_forward_that_runs_out_says_what_is_kept_and_what_would_fit(full: pytest.MonkeyPatch, path: str) -> None:
-    model, x = model_of(recompute=False), torch.randn(4096, 32)
+def test_a_forward_that_runs_out_states_saved_bytes_and_a_batch_that_fits(full: pytest.MonkeyPatch, path: str) -> None:
+    model, x = make_model(recompute=False), torch.randn(4096, 32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(torch.OutOfMemoryError) as caught:
         model(x)
@@ -70,25 +70,25 @@ def test_a_forward_that_runs_out_says_what_is_kept_and_what_would_fit(full: pyte
 
 
 @pytest.mark.usefixtures("full")
-def test_what_takes_less_is_what_is_not_done_already() -> None:
-    def said(model: FusedMLP, dtype: torch.dtype = torch.float32) -> str:
+def test_advice_omits_what_is_already_in_use() -> None:
+    def messages(model: FusedMLP, dtype: torch.dtype = torch.float32) -> str:
         with pytest.raises(torch.OutOfMemoryError) as caught:
             model(torch.randn(2, 64, 32, dtype=dtype))
         return str(caught.value).partition("mlp_fused: ")[2]
 
     with torch.inference_mode():
-        inference = said(model_of(dtype=torch.bfloat16), torch.bfloat16)
+        inference = messages(make_model(dtype=torch.bfloat16), torch.bfloat16)
     assert inference.startswith("a batch of 128 rows needs about 0.0 MiB of workspace, plus ")
     assert "for parameters. cpu has 3.0 MiB for this process" in inference
     assert inference.endswith(
         "By this estimate the batch fits, so the free memory is probably fragmented. "
         "To use less memory: a smaller batch."
     )
-    assert "recompute" not in said(model_of(recompute=True))
+    assert "recompute" not in messages(make_model(recompute=True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "autocast" not in said(model_of())
-    assert "autocast" in said(model_of())
-    assert "autocast" not in said(model_of(dtype=torch.float64), torch.float64)  # which it does not cast
+        assert "autocast" not in messages(make_model())
+    assert "autocast" in messages(make_model())
+    assert "autocast" not in messages(make_model(dtype=torch.float64), torch.float64)  # autocast does not cast float64
 
 
 @pytest.mark.usefixtures("full")
@@ -111,7 +111,7 @@ def test_a_network_that_cannot_be_explained_leaves_torchs_error() -> None:
     assert str(caught.value) == TORCHS
 
 
-# Of a GiB: what is taken, what is taken whatever the batch, and how many rows of 2 MiB, half of it kept, would fit.
+# The memory in use out of a GiB, the memory needed at any batch size, and the number of rows of 2 MiB that would fit.
 FITS: dict[str, tuple[dict[str, Any], int | None]] = {
     "all of it": ({}, 512),
     "a part of the step is there already": ({"room": Room(2**30, 2**28)}, 512),
@@ -137,8 +137,8 @@ def test_which_batch_fits(changes: dict[str, Any], fits: int | None) -> None:
     assert str(need).endswith(ends.get(fits, ".") if fits is not None else ".")
 
 
-def test_the_room_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Free memory and what torch keeps in reserve; no more than the process is allowed."""
+def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The free memory and torch's reserved memory, up to the limit of the process."""
     assert memory.room(CPU) is None
     for name, value in {
         "mem_get_info": (20, 100),
@@ -156,21 +156,21 @@ def test_the_room_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_gpu_that_runs_out(device: str, backend: Any) -> None:
-    """A GiB: the batch that is said to fit does, for a whole step."""
+    """With a limit of 1 GiB, a whole step with the suggested batch size fits."""
     model = FusedMLP(256, [2048] * 6, activation_layer="gelu", backend=backend, device=device)
     optimizer = torch.optim.Adam(model.parameters())
     rows = 2**15
-    gc.collect()  # what an earlier test still holds in part would be room beyond the limit
+    gc.collect()  # free parts of blocks that an earlier test holds would add to the limit
     torch.cuda.empty_cache()
     allowed = torch.cuda.get_per_process_memory_fraction()
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
     try:
-        with pytest.raises(torch.OutOfMemoryError, match=f"mlp_fused: for {rows} rows the network keeps") as caught:
+        with pytest.raises(torch.OutOfMemoryError, match=f"mlp_fused: a batch of {rows:,} rows needs") as caught:
             model(torch.randn(rows, 256, device=device))
-        fits = int(re.search(r"About (\d+) rows would fit", str(caught.value))[1])
+        fits = int(re.search(r"A batch of about ([\d,]+) rows should fit", str(caught.value))[1].replace(",", ""))
         assert 256 <= fits < rows
-        del caught  # whose traceback holds what the forward had made
+        del caught  # its traceback holds tensors of the forward
         gc.collect()
         torch.cuda.empty_cache()
         model(torch.randn(fits, 256, device=device)).square().mean().backward()
@@ -195,7 +195,7 @@ def test_a_model_holds_no_tensor_of_its_calls(backend: Any, device: str) -> None
 
 
 def test_the_readmes_example_of_running_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For an H100, as `explain` plans for it."""
+    """Use the plan that `explain` makes for an H100."""
     model = FusedMLP(784, [4096, 4096, 10], activation_layer="gelu")
     planned = model.explain(10**6, torch.float32, "NVIDIA H100")
     monkeypatch.setattr(model, "explain", lambda rows: planned)

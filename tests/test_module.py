@@ -1,4 +1,4 @@
-"""FusedMLP and FusedLinear as what they replace: torchvision.ops.MLP, nn.Sequential, nn.Linear."""
+"""FusedMLP and FusedLinear as replacements of torchvision.ops.MLP, nn.Sequential and nn.Linear."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_layers_run_as_kernels(device: str, path: str) -> None:
 
 def test_norms_and_dropout_run_as_modules_between_kernels(device: str) -> None:
     model = FusedMLP(20, [32, 16, 3], nn.LayerNorm, nn.GELU, dropout=0.5, backend="triton").to(device)
-    model[-1].p = 0.0  # it comes after a Linear, whose kernel would take it
+    model[-1].p = 0.0  # the kernel of the Linear before it would run it
     x = torch.randn(33, 20, device=device)
     for training in (True, False):
         model.train(training)
@@ -127,7 +127,7 @@ def test_norms_and_dropout_run_as_modules_between_kernels(device: str) -> None:
         torch.testing.assert_close(y, nn.Sequential(*model)(x), rtol=1e-5, atol=1e-5)
 
 
-def test_every_change_of_the_children_is_seen_by_the_next_call(device: str, path: str) -> None:
+def test_the_next_call_uses_changed_children(device: str, path: str) -> None:
     model = FusedMLP(8, [8, 8], backend="triton").to(device)
     x = torch.randn(5, 8, device=device)
 
@@ -166,7 +166,7 @@ def test_every_change_of_the_children_is_seen_by_the_next_call(device: str, path
 
 
 def _shrink(model: FusedMLP) -> None:
-    model[0].weight.data = model[0].weight.data[:8]  # the same address, contiguous, smaller
+    model[0].weight.data = model[0].weight.data[:8]  # a smaller contiguous tensor at the same address
     model[0].bias.data = model[0].bias.data[:8]
     model[3].weight.data = model[3].weight.data[:, :8]
 
@@ -188,8 +188,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_repeated_call_sees_what_has_changed(change: str, device: str) -> None:
-    """A remembered path holds for the next call only where nothing that it depends on has changed."""
+def test_a_repeated_call_sees_changes(change: str, device: str) -> None:
+    """A cached path is used in the next call only if nothing that it depends on has changed."""
     torch.manual_seed(1)
     model = FusedMLP(20, [16, 4], activation_layer="gelu", backend="triton").to(device)
     x = torch.randn(9, 20, device=device)
@@ -199,7 +199,7 @@ def test_a_repeated_call_sees_what_has_changed(change: str, device: str) -> None
         model(x)
     CHANGES[change](model)
     x = x.to(model[0].weight.dtype)
-    fresh = copy.deepcopy(model)  # which remembers nothing
+    fresh = copy.deepcopy(model)  # the copy has no cached path
     results = []
     for each in (model, fresh):
         each.zero_grad()
@@ -245,7 +245,7 @@ def test_a_repeated_call_sees_the_context(device: str) -> None:
     assert torch.equal(model(x), first)
 
 
-def test_hooks_in_a_dict_of_their_own_are_seen(device: str) -> None:
+def test_hooks_in_a_replaced_dict_are_called(device: str) -> None:
     model = FusedMLP(20, [16, 4], backend="triton").to(device)
     x = torch.randn(9, 20, device=device)
     model(x)
@@ -256,7 +256,7 @@ def test_hooks_in_a_dict_of_their_own_are_seen(device: str) -> None:
     assert called
 
 
-def test_a_bias_that_is_no_parameter_runs_as_itself(device: str) -> None:
+def test_a_linear_whose_bias_is_no_parameter_runs_as_a_module(device: str) -> None:
     model = FusedMLP(20, [16, 4], backend="triton").to(device)
     x = torch.randn(9, 20, device=device)
     model(x)
@@ -292,7 +292,7 @@ def test_recomputing_runs_modules_with_state_once(backend: str, device: str) -> 
     assert [child.num_batches_tracked.item() for child in model if isinstance(child, nn.BatchNorm1d)] == [1, 1]
 
 
-def test_recompute_is_true_false_or_none() -> None:
+def test_recompute_must_be_true_false_or_none() -> None:
     for call in (
         lambda: FusedMLP(4, [3], recompute="yes"),
         lambda: mlp(torch.randn(2, 4), [torch.randn(3, 4)], None, recompute=1),
@@ -304,8 +304,8 @@ def test_recompute_is_true_false_or_none() -> None:
 def test_recomputing_under_a_transform(device: str) -> None:
     model = FusedMLP(20, [16, 1], recompute=True).to(device)
     x = torch.randn(20, device=device)
-    found = torch.func.grad(lambda x: model(x).sum())(x)
-    torch.testing.assert_close(found, torch.func.grad(lambda x: nn.Sequential(*model)(x).sum())(x))
+    actual = torch.func.grad(lambda x: model(x).sum())(x)
+    torch.testing.assert_close(actual, torch.func.grad(lambda x: nn.Sequential(*model)(x).sum())(x))
 
 
 def test_a_model_that_was_called_can_be_copied_and_pickled(device: str) -> None:
@@ -429,7 +429,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_a_bad_call_is_one_sentence_before_any_launch(name: str) -> None:
+def test_a_bad_call_gives_one_sentence_before_any_launch(name: str) -> None:
     call, kind, sentence = BAD_CALLS[name]
     before = {key: value.clone() for key, value in MODEL.state_dict().items()}
     with count_launches() as launches, pytest.raises(kind, match=sentence) as raised:
@@ -460,7 +460,7 @@ BAD_CONSTRUCTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CONSTRUCTIONS)
-def test_a_bad_constructor_is_one_sentence(name: str) -> None:
+def test_a_bad_constructor_gives_one_sentence(name: str) -> None:
     call, kind, sentence = BAD_CONSTRUCTIONS[name]
     with pytest.raises(kind, match=sentence) as raised:
         call()
@@ -481,7 +481,7 @@ def test_mistakes_in_a_call_raise_what_linear_raises() -> None:
             MODEL(bad)
 
 
-def test_functional_transforms_and_forward_mode_take_the_reference() -> None:
+def test_functional_transforms_and_forward_mode_run_plain_torch() -> None:
     model = FusedMLP(4, [6, 3], activation_layer="tanh", backend="auto")
     x = torch.randn(5, 4)
     parameters = dict(model.named_parameters())
@@ -556,8 +556,10 @@ def test_autocast_computes_in_16_bits_and_gives_gradients_in_the_parameters_dtyp
     bias=st.booleans(),
     flip=st.booleans(),
 )
-def test_inputs_nobody_thought_of(shape: list[int], widths: list[int], activation: str, bias: bool, flip: bool) -> None:
-    """Any leading shape, any widths: the kernels in the interpreter agree with torch."""
+def test_random_shapes_agree_with_torch(
+    shape: list[int], widths: list[int], activation: str, bias: bool, flip: bool
+) -> None:
+    """The kernels in the interpreter agree with torch for random leading shapes and widths."""
     x = torch.randn(*shape, widths[0]) / 4
     if flip and x.dim() > 1:
         x = x.transpose(0, -2)

@@ -1,4 +1,4 @@
-"""The constructors' arguments beside the plain twin's: NumPy's and torch's numbers, torch's functions, widths of 0."""
+"""Arguments of the constructors that the plain twin takes: NumPy's and torch's numbers, functions, and widths of 0."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_numbers_of_numpy_and_torch_are_stored_as_pythons_own(make: Callable[[],
     assert b"numpy" not in pickle.dumps(nn.Sequential(*model.children()))
 
 
-def test_a_number_is_called_on_with_the_norms_width() -> None:
+def test_a_norm_is_called_with_its_width_as_an_int() -> None:
     widths: list[object] = []
 
     def norm(width: int) -> nn.Module:
@@ -64,7 +64,7 @@ def test_a_number_is_called_on_with_the_norms_width() -> None:
     assert [(type(width), width) for width in widths] == [(int, 8), (int, 6)]
 
 
-def test_a_linear_of_numpys_numbers_is_loaded_with_weights_only() -> None:
+def test_a_linear_with_numpy_numbers_loads_with_weights_only() -> None:
     layer = FusedLinear(np.int64(4), torch.tensor(3), activation="relu")
     assert repr(layer) == repr(FusedLinear(4, 3, activation="relu"))
     assert stored(layer.linear) == stored(nn.Linear(4, 3))
@@ -75,13 +75,13 @@ def test_a_linear_of_numpys_numbers_is_loaded_with_weights_only() -> None:
         assert torch.load(file, weights_only=True).in_features == 4
 
 
-def test_a_parameter_of_an_activation_may_be_numpys() -> None:
+def test_an_activations_parameter_may_be_a_numpy_number() -> None:
     activation = Pointwise("leaky_relu", negative_slope=np.float32(0.25)).activation
     assert type(activation.values[0]) is float
     assert activation.values == (0.25,)
 
 
-def test_batch_sizes_may_be_numpys_or_torchs(device: str) -> None:
+def test_batch_sizes_may_be_numpy_or_torch_numbers(device: str) -> None:
     model = FusedMLP(4, [5, 3], backend="triton", device=device)
     for eight in (np.int64(8), torch.tensor(8)):
         plan = model.explain(eight)
@@ -94,8 +94,8 @@ def test_batch_sizes_may_be_numpys_or_torchs(device: str) -> None:
 
 @pytest.mark.parametrize("sizes", [np.arange(1, 3), torch.tensor([1, 2])], ids=["array", "tensor"])
 def test_sizes_to_measure_may_be_an_array_or_a_tensor(sizes: Any) -> None:
-    found = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=sizes, device="cpu", seconds=1e-4)
-    assert [(type(point.rows), point.rows) for point in found.points] == [(int, 1), (int, 2)]
+    actual = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=sizes, device="cpu", seconds=1e-4)
+    assert [(type(point.rows), point.rows) for point in actual.points] == [(int, 1), (int, 2)]
 
 
 def captured(warmup: Any) -> object:
@@ -192,14 +192,12 @@ NO_NUMBERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", NO_NUMBERS)
-def test_what_is_no_number_is_refused_in_one_sentence(name: str) -> None:
+def test_a_non_number_is_refused_in_one_sentence(name: str) -> None:
     call, kind, sentence = NO_NUMBERS[name]
     with pytest.raises(kind, match=f"{sentence}") as raised:
         call()
     assert "\n" not in str(raised.value)
 
-
-# --- Functions as activations ---
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], str | nn.Module]] = {
     "F.relu": (F.relu, "relu"),
@@ -213,7 +211,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str | nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_activation_may_be_a_function_of_torchs(name: str, device: str) -> None:
+def test_an_activation_may_be_a_torch_function(name: str, device: str) -> None:
     function, same = FUNCTIONS[name]
     x = torch.randn(3, 4, device=device)
     weight = torch.randn(5, 4, device=device)
@@ -235,7 +233,7 @@ def test_inplace_reaches_the_module_of_a_function() -> None:
     assert repr(FusedMLP(4, [5, 2], activation_layer=torch.tanh, inplace=True)[1]) == "Tanh()"
 
 
-def test_what_makes_a_module_still_does() -> None:
+def test_a_factory_of_modules_is_accepted_as_activation() -> None:
     makers: list[Callable[..., nn.Module]] = [lambda: nn.PReLU(), partial(nn.PReLU, 5), nn.Softsign]
     for make in makers:
         assert type(FusedMLP(4, [5, 2], activation_layer=make)[1]) is type(make())
@@ -280,14 +278,12 @@ NO_ACTIVATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", NO_ACTIVATIONS)
-def test_a_function_that_is_not_in_the_table_is_one_sentence(name: str) -> None:
+def test_an_unknown_function_gives_one_sentence(name: str) -> None:
     call, kind, sentence = NO_ACTIVATIONS[name]
     with pytest.raises(kind, match=sentence) as raised:
         call()
     assert "\n" not in str(raised.value)
 
-
-# --- Widths of 0 ---
 
 EMPTY: dict[str, tuple[int, list[int]]] = {
     "hidden": (4, [0, 3]),
@@ -299,7 +295,7 @@ EMPTY: dict[str, tuple[int, list[int]]] = {
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize("name", EMPTY)
-def test_widths_of_0_are_those_of_torch(name: str, device: str) -> None:
+def test_widths_of_0_give_torchs_results(name: str, device: str) -> None:
     width, widths = EMPTY[name]
     model = FusedMLP(width, widths, device=device)
     twin = nn.Sequential(*(type(child)(**options(child)) for child in model)).to(device)
@@ -318,7 +314,7 @@ def test_widths_of_0_are_those_of_torch(name: str, device: str) -> None:
 
 
 def options(child: nn.Module) -> dict[str, Any]:
-    """The arguments that make a child again."""
+    """The constructor arguments of a child."""
     return {name: getattr(child, name) for name in ("in_features", "out_features", "p") if hasattr(child, name)}
 
 

@@ -1,4 +1,4 @@
-"""FusedLinear beside its plain twin, nn.Linear followed by the activation: what people's tools do to both.
+"""FusedLinear beside its plain twin, nn.Linear followed by the activation: the same tools applied to both.
 
 `backend="auto"` is plain torch on a CPU; with "triton" the kernels run, in the interpreter or on a GPU.
 """
@@ -55,8 +55,8 @@ def rows(device: str) -> Tensor:
 
 
 def agree(ours: nn.Module, theirs: nn.Module, x: Tensor, kernels: bool | None = None) -> None:
-    """Outputs and gradients are equal, and kernels ran, or none did, or some may have (None)."""
-    found = []
+    """Assert that outputs and gradients are equal, and that kernels ran (True), none ran (False), or either (None)."""
+    actual = []
     for network in (ours, theirs):
         for parameter in network.parameters():
             parameter.grad = None
@@ -64,9 +64,9 @@ def agree(ours: nn.Module, theirs: nn.Module, x: Tensor, kernels: bool | None = 
         with count_launches() as launches:
             y = network(inputs)
             y.square().sum().backward()
-        found.append([y, inputs.grad, *(parameter.grad for parameter in network.parameters())])
+        actual.append([y, inputs.grad, *(parameter.grad for parameter in network.parameters())])
         assert network is theirs or kernels is None or bool(launches) == kernels
-    for mine, other in zip(*found, strict=True):
+    for mine, other in zip(*actual, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
@@ -118,9 +118,6 @@ def test_the_layer_explains_and_warms_up_itself(device: str) -> None:
     )
 
 
-# --- Loading. ---
-
-
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("prefix", ["", "0.", "body.0."])
 def test_keys_of_a_plain_linear_load(prefix: str, assign: bool, device: str) -> None:
@@ -146,7 +143,7 @@ def test_keys_of_a_plain_linear_load(prefix: str, assign: bool, device: str) -> 
     assert ours.load_state_dict(own) == ([], [])
 
 
-def test_keys_that_do_not_fit_are_torchs_errors() -> None:
+def test_keys_that_do_not_fit_raise_torchs_errors() -> None:
     layer = FusedLinear(3, 2)
     own, plain = layer.state_dict(), nn.Linear(3, 2).state_dict()
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "weight", "bias"\. *$'):
@@ -183,9 +180,6 @@ def test_a_pickle_of_the_layer_as_an_nn_linear_loads(backend: str, device: str) 
     fresh = nn.Sequential(FusedLinear(3, 4, activation=first.activation), FusedLinear(4, 2, False, "gelu")).to(device)
     assert fresh.load_state_dict(saved["state_dict"]) == ([], [])
     torch.testing.assert_close(fresh(x), y, rtol=1e-5, atol=1e-6)
-
-
-# --- Attributes. ---
 
 
 @BACKENDS
@@ -234,9 +228,6 @@ def test_the_constructor_takes_nn_linears_arguments() -> None:
     assert layer.to_empty(device="cpu")(torch.randn(2, 6, dtype=torch.bfloat16)).shape == (2, 4)
 
 
-# --- What is done to a model's nn.Linear. ---
-
-
 def initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_normal_(module.weight)
@@ -280,7 +271,7 @@ def test_weight_decay_by_groups_of_every_linear(backend: str, device: str) -> No
 
 
 class Lora(nn.Module):
-    """y = base(x) + up(down(x)), in the place of an nn.Linear."""
+    """An adapter that replaces an nn.Linear, y = base(x) + up(down(x))."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -299,7 +290,7 @@ class Lora(nn.Module):
 
 
 def swap(network: nn.Module, kind: type, make: Callable[[Any], nn.Module]) -> None:
-    """Put something else in the place of every module of a kind, as quantisers and adapters do."""
+    """Replace every module of a class, like quantisers and adapters do."""
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, kind):
@@ -308,7 +299,7 @@ def swap(network: nn.Module, kind: type, make: Callable[[Any], nn.Module]) -> No
 
 @BACKENDS
 @pytest.mark.parametrize("fused", [True, False], ids=["in fuse", "alone"])
-def test_an_adapter_in_the_place_of_every_linear_merged_and_not(fused: bool, backend: str, device: str) -> None:
+def test_an_adapter_replaces_every_linear_merged_and_unmerged(fused: bool, backend: str, device: str) -> None:
     ours, theirs = pair(backend, device, fused)
     x, on_kernels = rows(device), backend == "triton" or device == "cuda"
     agree(ours, theirs, x, on_kernels)
@@ -468,9 +459,6 @@ def test_a_repeated_call_sees_a_change_of_the_layer(change: str, fused: bool, ba
     assert not torch.allclose(ours(x), before)
 
 
-# --- Checkpoints and functional calls. ---
-
-
 @BACKENDS
 def test_functional_calls_address_the_child(backend: str, device: str) -> None:
     ours, theirs = pair(backend, device)
@@ -480,18 +468,18 @@ def test_functional_calls_address_the_child(backend: str, device: str) -> None:
         for network in (ours, theirs)
     ]
     assert list(doubled[0])[:2] == ["0.linear.weight", "0.linear.bias"]
-    found = []
+    actual = []
     for network, state in zip((ours, theirs), doubled):
         y = torch.func.functional_call(network, state, (x,))
-        found.append([y, *torch.autograd.grad(y.square().sum(), list(state.values()))])
-    for mine, other in zip(*found, strict=True):
+        actual.append([y, *torch.autograd.grad(y.square().sum(), list(state.values()))])
+    for mine, other in zip(*actual, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     agree(ours, theirs, x)
 
 
 @BACKENDS
 def test_distributed_checkpoints_with_an_optimizer(backend: str, device: str, tmp_path: Path) -> None:
-    """Saved after two steps, loaded into another model and optimizer, trained on: as the twin, not interrupted."""
+    """Save after two steps, load into another model and optimizer, and train on. The result is that of the twin."""
     ours, theirs = pair(backend, device)
     optimizers = [torch.optim.AdamW(groups(network), lr=0.01) for network in (ours, theirs)]
     for network, optimizer in zip((ours, theirs), optimizers):

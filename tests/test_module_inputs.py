@@ -1,4 +1,4 @@
-"""Inputs that kernels cannot read: the modules run them, as they would without kernels."""
+"""Inputs that kernels cannot read are computed by the modules, as without kernels."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 
 
-def rows_of(output: Tensor) -> list[Tensor]:
+def split_rows(output: Tensor) -> list[Tensor]:
     return list(output.unbind()) if output.is_nested else [output]
 
 
 def assert_same_rows(ours: Tensor, theirs: Tensor) -> None:
     assert ours.is_nested == theirs.is_nested
-    assert all(torch.equal(mine, other) for mine, other in zip(rows_of(ours), rows_of(theirs), strict=True))
+    assert all(torch.equal(mine, other) for mine, other in zip(split_rows(ours), split_rows(theirs), strict=True))
 
 
-@pytest.mark.parametrize("recompute", [None, True])  # True takes the CPU along the way of a GPU
+@pytest.mark.parametrize("recompute", [None, True])  # with True, the CPU takes the code path of a GPU
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", INPUTS)
-def test_modules_run_what_kernels_cannot_read(name: str, kind: str, recompute: bool | None) -> None:
+def test_modules_compute_inputs_that_kernels_cannot_read(name: str, kind: str, recompute: bool | None) -> None:
     model, twin = fused_and_twin(kind)
     for module in model.modules():
         if isinstance(module, FusedMLP | FusedLinear):
@@ -44,13 +44,13 @@ def test_modules_run_what_kernels_cannot_read(name: str, kind: str, recompute: b
     assert_same_rows(model(x), twin(x))
     gradients: list[Any] = []
     for each in (model, twin):
-        torch.cat([rows.square().sum().reshape(1) for rows in rows_of(each(x))]).sum().backward()
+        torch.cat([rows.square().sum().reshape(1) for rows in split_rows(each(x))]).sum().backward()
         gradients.append([parameter.grad for parameter in each.parameters()])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_functions_run_what_kernels_cannot_read(name: str) -> None:
+def test_functions_compute_inputs_that_kernels_cannot_read(name: str) -> None:
     x, linear = INPUTS[name](), nn.Linear(4, 3)
     assert_same_rows(linear_act(x, linear.weight, linear.bias, "relu"), linear(x).relu())
 
@@ -64,7 +64,7 @@ def test_functions_run_what_kernels_cannot_read(name: str) -> None:
         ("zeros without memory", "the input stands for zeros and has no memory"),
     ],
 )
-def test_the_kernels_name_what_they_cannot_read(name: str, sentence: str, kind: str) -> None:
+def test_backend_triton_names_inputs_that_kernels_cannot_read(name: str, sentence: str, kind: str) -> None:
     model, _ = fused_and_twin(kind, "triton")
     with pytest.raises(RuntimeError, match=f'backend is "triton", but {sentence}'):
         model(INPUTS[name]())

@@ -1,4 +1,4 @@
-"""Sentences about a wrong input: what they advise, and where they must not advise it."""
+"""Errors for a wrong input: the advice in them, and the cases in which it must not appear."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ of_every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 on_every_path = pytest.mark.parametrize("backend", ["auto", "triton"])
 
 
-def said(call: Callable[[], object], kind: type[Exception] = RuntimeError) -> str:
-    """The sentence of the error that a call raises."""
+def error_text(call: Callable[[], object], kind: type[Exception] = RuntimeError) -> str:
+    """The text of the error that a call raises."""
     with pytest.raises(kind) as raised:
         call()
     assert "\n" not in str(raised.value)
@@ -61,7 +61,7 @@ def test_autocast_is_advised_where_it_helps(
     make: Make, backend: str, given: torch.dtype, stored: torch.dtype, device: str
 ) -> None:
     model, x = make(backend, dtype=stored, device=device), torch.ones(5, 4, device=device).to(given)
-    assert said(lambda: model(x)) == (
+    assert error_text(lambda: model(x)) == (
         f"input is {given}, the model's weight 0 {stored}; convert it with x.to({stored}){ADVICE}"
     )
     with torch.autocast(device, BF16):
@@ -78,7 +78,7 @@ def test_autocast_is_not_advised_where_it_does_not_help(
 ) -> None:
     model, x = make(backend, dtype=stored, device=device), torch.ones(5, 4, device=device).to(given)
     with torch.autocast(device, BF16) if cast else contextlib.nullcontext():
-        sentence = said(lambda: model(x))
+        sentence = error_text(lambda: model(x))
     assert "autocast" not in sentence
     assert sentence.startswith(f"input is {given}, the model's weight 0 {stored}; ")
     fix = "take x.real, x.abs() or torch.view_as_real(x), which are real" if x.is_complex() else "convert it with x.to("
@@ -100,11 +100,11 @@ def test_autocast_is_not_advised_where_it_does_not_help(
 )
 @of_every_module
 @on_every_path
-def test_an_array_comes_with_the_code_that_converts_it(
+def test_the_error_for_an_array_shows_code_that_converts_it(
     make: Make, backend: str, array: np.ndarray, dtype: torch.dtype, code: str
 ) -> None:
     model = make(backend, dtype=dtype)
-    sentence = said(lambda: model(array), TypeError)
+    sentence = error_text(lambda: model(array), TypeError)
     assert sentence == f"input is ndarray; it needs to be a torch.Tensor; convert it with {code}"
     assert model(eval(code, {"torch": torch, "x": array})).dtype == dtype
 
@@ -116,12 +116,12 @@ class Frame:
         return np.ones((5, 4))
 
 
-def test_a_table_comes_with_the_code_that_converts_it() -> None:
+def test_the_error_for_a_data_frame_shows_code_that_converts_it() -> None:
     model = FusedMLP(4, [6, 3])
     sentence = "input is Frame; it needs to be a torch.Tensor; convert it with torch.from_numpy(x.to_numpy()).float()"
-    assert said(lambda: model(Frame()), TypeError) == sentence
-    assert said(lambda: model([[1.0] * 4]), TypeError).endswith("; convert it with torch.as_tensor")
-    assert "from_numpy(x).float()" in said(lambda: linear_act(np.ones((5, 4)), torch.ones(3, 4)), TypeError)
+    assert error_text(lambda: model(Frame()), TypeError) == sentence
+    assert error_text(lambda: model([[1.0] * 4]), TypeError).endswith("; convert it with torch.as_tensor")
+    assert "from_numpy(x).float()" in error_text(lambda: linear_act(np.ones((5, 4)), torch.ones(3, 4)), TypeError)
 
 
 FLATTEN = "; flatten each row with x.flatten(1)"
@@ -141,7 +141,7 @@ FLATTEN = "; flatten each row with x.flatten(1)"
     ],
     ids=str,
 )
-def test_images_that_were_not_flattened_come_with_the_fix(
+def test_the_error_for_unflattened_images_shows_the_fix(
     backend: Any, shape: tuple[int, ...], hinted: bool, device: str
 ) -> None:
     x = torch.randn(shape, device=device)
@@ -149,7 +149,7 @@ def test_images_that_were_not_flattened_come_with_the_fix(
         FusedMLP(784, [6, 3], backend=backend, device=device),
         FusedLinear(784, 3, backend=backend, device=device),
     ):
-        sentence = said(lambda model=model: model(x))
+        sentence = error_text(lambda model=model: model(x))
         assert sentence.startswith(
             f"input has shape {shape}; its last dimension needs to be 784, the width of weight 0 "
         )
@@ -164,9 +164,6 @@ def test_a_layer_inside_that_does_not_fit_has_no_hint_on_flattening(backend: Any
     with pytest.raises(RuntimeError) as raised:
         model.to(device)(torch.randn(5, 2, 4, device=device))
     assert "flatten" not in str(raised.value)
-
-
-# --- Arguments ---
 
 
 WRONG: dict[str, Callable[[Any, Tensor], object]] = {
@@ -184,8 +181,9 @@ def test_wrong_arguments_are_reported_for_forward_as_in_sequential(make: Make, b
     x, twin = torch.ones(5, 4), nn.Sequential(nn.Linear(4, 6))
     model = make(backend)
     owner = "FusedLinear" if isinstance(model, FusedLinear) else "FusedMLP"
-    sentence = said(lambda: WRONG[name](model, x), TypeError)
-    assert sentence == said(lambda: WRONG[name](twin, x), TypeError).replace("Sequential.forward", f"{owner}.forward")
+    sentence = error_text(lambda: WRONG[name](model, x), TypeError)
+    expected = error_text(lambda: WRONG[name](twin, x), TypeError)
+    assert sentence == expected.replace("Sequential.forward", f"{owner}.forward")
 
 
 @of_every_module
@@ -198,6 +196,6 @@ def test_wrong_arguments_are_reported_for_forward_as_in_sequential(make: Make, b
     ],
     ids=["nothing to explain", "explain", "warmup"],
 )
-def test_wrong_arguments_show_no_name_of_a_base_class(make: Make, call: Callable[[Any], object], sentence: str) -> None:
+def test_errors_do_not_name_a_base_class(make: Make, call: Callable[[Any], object], sentence: str) -> None:
     with pytest.raises(TypeError, match=sentence):
         call(make("auto"))

@@ -25,7 +25,7 @@ Make = Callable[..., FusedMLP]
 
 @pytest.fixture
 def make(backend_of_path: str, device: str) -> Make:
-    """A maker of networks that take one of the paths."""
+    """A function that makes networks for one of the paths."""
 
     def make(*widths: int, activation: str = "gelu", **keywords: Any) -> FusedMLP:
         first, *rest = widths or (20, 16, 8, 4)
@@ -36,7 +36,7 @@ def make(backend_of_path: str, device: str) -> Make:
 
 @pytest.fixture(autouse=True)
 def _switches_as_they_were() -> Iterator[None]:
-    """conftest.py looks after the matmul's own; these are the others that torch's older switches set."""
+    """Restore the settings that torch's older switches change. conftest.py restores those of matmul."""
     of_cpu = torch.backends.mkldnn.matmul.fp32_precision
     yield
     torch.backends.mkldnn.matmul.fp32_precision = of_cpu
@@ -47,16 +47,16 @@ def gradients(model: nn.Module, y: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y.float().square().sum(), list(model.parameters())))
 
 
-def near(found: Tensor, expected: Tensor, dtype: torch.dtype, steps: float = 16) -> None:
-    """Within so many rounding steps of the largest entry."""
-    assert found.dtype == expected.dtype
+def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, steps: float = 16) -> None:
+    """Assert that errors are at most `steps` roundings of the largest entry."""
+    assert actual.dtype == expected.dtype
     bound = steps * torch.finfo(dtype).eps * expected.abs().max().double()
-    assert (found.double() - expected.double()).abs().max() <= bound
+    assert (actual.double() - expected.double()).abs().max() <= bound
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_autocast_is_that_of_sequential(dtype: torch.dtype, make: Make, device: str) -> None:
-    """The output in 16 bits, gradients in the parameters' and the input's dtype; nested, and switched off inside."""
+def test_autocast_equals_that_of_sequential(dtype: torch.dtype, make: Make, device: str) -> None:
+    """The output has 16 bits, gradients have their tensors' dtypes. Also with nested and disabled autocast."""
     model = make()
     twin = copy.deepcopy(nn.Sequential(*model))
     x = torch.randn(9, 20, device=device)
@@ -72,14 +72,14 @@ def test_autocast_is_that_of_sequential(dtype: torch.dtype, make: Make, device: 
         assert each(mine).dtype == torch.float32
         y.float().square().sum().backward()
         results.append([y.detach(), mine.grad, *(parameter.grad for parameter in each.parameters())])
-    for found, expected in zip(*results):
-        near(found, expected, dtype)
+    for actual, expected in zip(*results):
+        near(actual, expected, dtype)
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("stored", HALVES, ids=str)
 def test_autocast_of_a_model_already_in_16_bits(stored: torch.dtype, make: Make, device: str) -> None:
-    """Gradients arrive in the parameters' dtype, whichever autocast computes in."""
+    """Gradients have the parameters' dtype, whatever dtype autocast computes in."""
     model = make().to(stored)
     twin = copy.deepcopy(nn.Sequential(*model))
     x = torch.randn(9, 20, device=device)
@@ -111,10 +111,10 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("batches", [1, 3], ids="{} batches".format)
-def test_a_weight_is_cast_once_a_forward_at_most(batches: int, make: Make, device: str) -> None:
-    """Not once a use: forward and backward share it. Network kernels cast in registers, nothing to be counted.
+def test_a_weight_is_cast_at_most_once_per_forward(batches: int, make: Make, device: str) -> None:
+    """Forward and backward share a cast. Network kernels cast in registers, which is not counted.
 
-    torch keeps what it has cast until autocast's context ends: once for all forwards in one context.
+    torch caches a cast until autocast's context ends, so that all forwards in the context share it.
     """
     model = make()
     x = torch.randn(9, 20, device=device, requires_grad=True)
@@ -136,7 +136,7 @@ def test_grad_scaler(dtype: torch.dtype, make: Make, device: str) -> None:
     model = make()
     twin = copy.deepcopy(nn.Sequential(*model))
     x, t = torch.randn(9, 20, device=device), torch.randn(9, 4, device=device)
-    found = []
+    actual = []
     for each in (model, twin):
         scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=2)
         optimizer = torch.optim.SGD(each.parameters(), 0.1)
@@ -155,8 +155,8 @@ def test_grad_scaler(dtype: torch.dtype, make: Make, device: str) -> None:
             moved = not all(map(torch.equal, before, each.parameters()))
             assert moved == (step != 2) == bool(norm.isfinite())
         assert scaler.get_scale() == 2.0**10  # twice as much after two steps, then half of that
-        found.append([parameter.detach() for parameter in each.parameters()])
-    for mine, other in zip(*found):
+        actual.append([parameter.detach() for parameter in each.parameters()])
+    for mine, other in zip(*actual):
         near(mine, other, dtype)
 
 
@@ -175,9 +175,9 @@ CONVERSIONS: dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype]] = {
 def test_converted_models(name: str, make: Make, device: str) -> None:
     model = make()
     if name == "double":
-        model.backend = "auto"  # which is plain torch: in float64 the kernels are for checking gradients alone
+        model.backend = "auto"  # float64 runs plain torch, as the kernels take float64 only to check gradients
     twin = copy.deepcopy(nn.Sequential(*model))
-    model(torch.randn(9, 20, device=device))  # which is remembered
+    model(torch.randn(9, 20, device=device))  # the path is cached
     convert, dtype = CONVERSIONS[name]
     assert convert(model) is model
     convert(twin)
@@ -218,40 +218,40 @@ SWITCHES: list[tuple[Callable[[], None], str]] = [
 
 
 @pytest.mark.parametrize("training", [True, False], ids="training={}".format)
-def test_every_switch_of_fp32_is_seen_by_the_next_call(
+def test_the_next_call_follows_every_switch_of_fp32(
     training: bool, device: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[Any] = []
 
-    def spy(x: Tensor, weights: Any, biases: Any, found: Any) -> Tensor:
-        taken.append(found)
-        return run_path(x, weights, biases, found)
+    def spy(x: Tensor, weights: Any, biases: Any, actual: Any) -> Tensor:
+        taken.append(actual)
+        return run_path(x, weights, biases, actual)
 
     monkeypatch.setattr(module, "run_path", spy)
     model = FusedMLP(20, [16, 4], backend="triton", device=device)
     x = torch.randn(9, 20, device=device)
 
     def call() -> str:
-        """The precision that it multiplied in."""
+        """Call the model and return the precision of its products."""
         with nullcontext() if training else torch.no_grad():
             y = model(x)
         if training:
             y.sum().backward()
         last = taken.pop()
         precision = last.layers[0].precision if isinstance(last, LayerPath) else last.network.precision
-        return SPLIT_ACCURACY.get(precision, precision)  # of a network on Hopper, "fp16x1" for "tf32"
+        return SPLIT_ACCURACY.get(precision, precision)  # a network on Hopper uses "fp16x1" for "tf32"
 
     assert call() == "ieee"
-    for _ in range(2):  # the second time each is remembered
+    for _ in range(2):  # the second round uses cached paths
         for switch, expected in SWITCHES:
             switch()
             assert call() == settings.float32_precision() == expected
             with torch.autocast(device, torch.bfloat16):
-                model(x)  # which no such switch concerns
+                model(x)  # not affected by any of the switches
 
 
 @pytest.mark.gpu
-def test_the_numbers_follow_the_switches(device: str, path: str) -> None:
+def test_results_follow_the_switches(device: str, path: str) -> None:
     """tf32 keeps 10 bits of each operand."""
     model = FusedMLP(256, [128, 64], activation_layer="tanh", backend="triton", device=device)
     x = torch.randn(64, 256, device=device)
@@ -264,7 +264,7 @@ def test_the_numbers_follow_the_switches(device: str, path: str) -> None:
 
 
 def test_deterministic_algorithms_are_accepted(make: Make, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They fill memory that is not yet written with NaN, besides; and the bits are the same as without."""
+    """torch then fills new memory with NaN too. The bits are the same as without it."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model = make()
     x = torch.randn(9, 20, device=device)
@@ -281,7 +281,7 @@ def test_deterministic_algorithms_are_accepted(make: Make, device: str, monkeypa
 
 
 def test_a_changed_weight_under_autocast(make: Make, device: str) -> None:
-    """torch multiplies 16-bit copies there and does not notice, nor do layers; a network reads the weight itself."""
+    """torch and layers multiply 16-bit copies and do not notice the change. A network reads the weight itself."""
     model = make()
     with torch.autocast(device, torch.bfloat16):
         y = model(torch.randn(9, 20, device=device)).float().sum()

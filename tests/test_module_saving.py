@@ -1,4 +1,4 @@
-"""Saving and loading: every way that torch has, across to its own modules and back; and weights changed under us."""
+"""Saving and loading in all ways that torch supports, to and from torch's modules, and changed weights."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def rows(device: str, number: int = 9) -> Tensor:
     return torch.randn(number, WIDTHS[0], device=device)
 
 
-def called(model: nn.Module, x: Tensor) -> Tensor:
-    """The output, after calls in training and in evaluation that the model may remember something of."""
+def call_twice(model: nn.Module, x: Tensor) -> Tensor:
+    """The output, after calls in training and in evaluation that may cache paths."""
     model(x).sum().backward()
     model.zero_grad()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def through_safetensors(state: dict[str, Tensor], folder: Path) -> dict[str, Ten
     return safetensors.torch.load_file(folder / "saved.safetensors")
 
 
-# From a model's state_dict to what a later process reads.
+# Ways to pass a model's state_dict to a later process.
 FILES: dict[str, Callable[[dict[str, Tensor], Path], dict[str, Tensor]]] = {
     "torch.save": lambda state, folder: through_a_file(state, folder, weights_only=True),
     "safetensors": through_safetensors,
@@ -59,10 +59,10 @@ FILES: dict[str, Callable[[dict[str, Tensor], Path], dict[str, Tensor]]] = {
 
 @BACKENDS
 @pytest.mark.parametrize("how", FILES)
-def test_a_state_dict_comes_back(how: str, backend: str, device: str, tmp_path: Path) -> None:
+def test_a_state_dict_round_trips(how: str, backend: str, device: str, tmp_path: Path) -> None:
     model, other, x = network(device, backend), network(device, backend), rows(device)
-    y = called(model, x)
-    assert not torch.equal(called(other, x), y)
+    y = call_twice(model, x)
+    assert not torch.equal(call_twice(other, x), y)
     assert other.load_state_dict(FILES[how](model.state_dict(), tmp_path)) == ([], [])
     assert torch.equal(other(x), y)
 
@@ -70,8 +70,8 @@ def test_a_state_dict_comes_back(how: str, backend: str, device: str, tmp_path: 
 @BACKENDS
 def test_safetensors_save_and_load_the_model(backend: str, device: str, tmp_path: Path) -> None:
     model, other, x = network(device, backend), network(device, backend), rows(device)
-    y = called(model, x)
-    called(other, x)
+    y = call_twice(model, x)
+    call_twice(other, x)
     safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
     assert safetensors.torch.load_model(other, str(tmp_path / "model.safetensors")) == (set(), [])
     assert torch.equal(other(x), y)
@@ -87,13 +87,13 @@ COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
 @BACKENDS
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("kind", ["network", "layer"])
-def test_a_copy_is_whole_and_apart(kind: str, how: str, backend: str, device: str, tmp_path: Path) -> None:
+def test_a_copy_is_complete_and_independent(kind: str, how: str, backend: str, device: str, tmp_path: Path) -> None:
     x = rows(device)
     model: Any = network(device, backend, recompute=True)
     if kind == "layer":
         model = FusedLinear(20, 5, activation=ACTIVATIONS["leaky_relu"].bind(negative_slope=0.3), backend=backend)
         model.to(device)
-    y = called(model, x)
+    y = call_twice(model, x)
     twin: Any = COPIES[how](model, tmp_path)
     assert type(twin) is type(model)
     assert twin.backend == backend
@@ -115,13 +115,13 @@ def test_every_activation_can_be_pickled(name: str, device: str) -> None:
 
 
 def test_weights_only_refuses_a_whole_model(device: str, tmp_path: Path) -> None:
-    """As of any nn.Module: torch reads tensors and plain values, and runs nobody's code."""
+    """As for any nn.Module, torch reads only tensors and plain values, and runs no code of the file."""
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         through_a_file(network(device), tmp_path, weights_only=True)
 
 
-def mlp_of_torchvision(inplace: bool | None = None) -> nn.Sequential:
-    """torchvision.ops.MLP(20, [16, 12, 5], activation_layer=nn.GELU, dropout=0.1): its children, in their order."""
+def torchvision_mlp(inplace: bool | None = None) -> nn.Sequential:
+    """The children of torchvision.ops.MLP(20, [16, 12, 5], activation_layer=nn.GELU, dropout=0.1), in their order."""
     layers: list[nn.Module] = []
     width = WIDTHS[0]
     for hidden in WIDTHS[1][:-1]:
@@ -130,8 +130,8 @@ def mlp_of_torchvision(inplace: bool | None = None) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, WIDTHS[1][-1]), nn.Dropout(0.1))
 
 
-class MlpOfTimm(nn.Module):
-    """timm.layers.Mlp(20, 16, 5): its attributes, and what it computes."""
+class TimmMlp(nn.Module):
+    """A stand-in for timm.layers.Mlp(20, 16, 5), with its attributes and its forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,12 +146,12 @@ class MlpOfTimm(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
-def fused_of_timm(backend: str) -> FusedMLP:
-    """The same children under their own names."""
-    return FusedMLP.from_sequential(nn.Sequential(OrderedDict(MlpOfTimm().named_children())), backend=backend)
+def fused_timm_mlp(backend: str) -> FusedMLP:
+    """A fused network with the names of timm's children."""
+    return FusedMLP.from_sequential(nn.Sequential(OrderedDict(TimmMlp().named_children())), backend=backend)
 
 
-# Another library's module, and the fused network that has its keys.
+# Modules of other libraries, and fused networks with the same keys.
 TWINS: dict[str, tuple[Callable[[], nn.Module], Callable[[str], FusedMLP]]] = {
     "nn.Sequential": (
         lambda: nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 5)),
@@ -160,17 +160,17 @@ TWINS: dict[str, tuple[Callable[[], nn.Module], Callable[[str], FusedMLP]]] = {
         ),
     ),
     "torchvision.ops.MLP": (
-        mlp_of_torchvision,
+        torchvision_mlp,
         lambda backend: FusedMLP(*WIDTHS, activation_layer=nn.GELU, dropout=0.1, backend=backend),
     ),
-    "timm.layers.Mlp": (MlpOfTimm, fused_of_timm),
+    "timm.layers.Mlp": (TimmMlp, fused_timm_mlp),
 }
 
 
 @BACKENDS
 @pytest.mark.parametrize("how", FILES)
 @pytest.mark.parametrize("twin", TWINS)
-def test_checkpoints_cross_both_ways(twin: str, how: str, backend: str, device: str, tmp_path: Path) -> None:
+def test_checkpoints_load_in_both_directions(twin: str, how: str, backend: str, device: str, tmp_path: Path) -> None:
     make, make_fused = TWINS[twin]
     theirs, fused = make().to(device).eval(), make_fused(backend).to(device).eval()
     x = rows(device)
@@ -178,9 +178,9 @@ def test_checkpoints_cross_both_ways(twin: str, how: str, backend: str, device: 
         with torch.no_grad():
             for parameter in source.parameters():
                 parameter.mul_(1.5)
-        called(target, x)
+        call_twice(target, x)
         state = FILES[how](source.state_dict(), tmp_path)
-        assert list(state) == list(source.state_dict()) or how == "safetensors"  # which sorts
+        assert list(state) == list(source.state_dict()) or how == "safetensors"  # safetensors sorts the keys
         assert target.load_state_dict(state) == ([], [])
         with count_launches() as launches:
             y = fused(x)
@@ -189,14 +189,14 @@ def test_checkpoints_cross_both_ways(twin: str, how: str, backend: str, device: 
 
 
 def test_a_checkpoint_of_a_gpu_loads_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint with storages that are marked as a GPU's, whatever machine this is."""
+    """Mark the storages in the checkpoint as a GPU's, so that this runs on any machine."""
     model, x = network("cpu", "auto"), rows("cpu")
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save(model.state_dict(), tmp_path / "state.pt")
         torch.save(model, tmp_path / "model.pt")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="map_location"):  # torch's own sentence
+    with pytest.raises(RuntimeError, match="map_location"):  # torch's own error
         torch.load(tmp_path / "state.pt", weights_only=True)
     other = network("cpu", "auto")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu"))
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_a_gpu_loads_on_a_cpu(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("how", [*FILES, "model"])
 def test_a_network_saved_on_a_gpu_loads_on_a_cpu(how: str, device: str, tmp_path: Path) -> None:
     model, x = network(device), rows(device)
-    y = called(model, x)
+    y = call_twice(model, x)
     if how == "model":
         loaded = through_a_file(model, tmp_path, weights_only=False, device="cpu")
         loaded.backend = "auto"
@@ -257,7 +257,7 @@ def averaged(model: FusedMLP, x: Tensor) -> None:
     model.load_state_dict(average.module.state_dict())
 
 
-# Every way in which weights change between two calls.
+# Changes of weights between two calls.
 CHANGES: dict[str, Callable[[FusedMLP, Tensor], object]] = {
     "SGD": step,
     "Adam": lambda model, x: step(model, x, torch.optim.Adam),
@@ -282,10 +282,10 @@ CHANGES: dict[str, Callable[[FusedMLP, Tensor], object]] = {
 
 @BACKENDS
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_next_call_sees_changed_weights(change: str, backend: str, device: str, path: str) -> None:
-    """Forward and backward: no copy of a weight is kept from one call to the next."""
+def test_the_next_call_uses_changed_weights(change: str, backend: str, device: str, path: str) -> None:
+    """Check forward and backward. No copy of a weight is cached between calls."""
     model, x = network(device, backend), rows(device)
-    before = called(model, x)
+    before = call_twice(model, x)
     CHANGES[change](model, x)
     expected = nn.Sequential(*copy.deepcopy(model))
     results = []
@@ -302,10 +302,10 @@ def test_the_next_call_sees_changed_weights(change: str, backend: str, device: s
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_remembered_of_calls_is_not_saved(device: str) -> None:
+def test_cached_paths_are_not_saved(device: str) -> None:
     model = network(device)
     size = len(pickle.dumps(model))
-    called(model, rows(device))
+    call_twice(model, rows(device))
     assert len(pickle.dumps(model)) == size
     buffer = io.BytesIO()
     torch.save(model, buffer)

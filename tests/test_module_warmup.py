@@ -18,7 +18,7 @@ def test_warmup_prepares_every_launch_of_a_call_and_changes_nothing(device: str)
     with count_launches() as launches:
         seconds = model.warmup(8)
     assert seconds > 0
-    # Without gradients, and with them: a norm parts every layer from the next.
+    # Without and with gradients. A norm separates the layers.
     assert launches["layer_forward_kernel"] + launches.get("network_forward_kernel", 0) == 2 * 3
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -39,7 +39,7 @@ def test_warmup_under_inference_mode(made_inside: bool, device: str) -> None:
     assert launches.get("wgrad_kernel", 0) == (0 if made_inside else 2)
 
 
-def test_warmup_has_nothing_to_do_where_torch_runs() -> None:
+def test_warmup_does_nothing_if_torch_runs() -> None:
     with count_launches() as launches:
         FusedMLP(4, [5, 3]).warmup(8)
     assert launches == {}
@@ -53,6 +53,6 @@ def test_warmup_has_nothing_to_do_where_torch_runs() -> None:
         ((8, True), "batch_size is True; it needs to be a number of rows, 1 or more"),
     ],
 )
-def test_warmup_says_what_it_needs(sizes: tuple[int, ...], sentence: str) -> None:
+def test_warmup_refuses_wrong_batch_sizes(sizes: tuple[int, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         FusedMLP(4, [5, 3]).warmup(*sizes)

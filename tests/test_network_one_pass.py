@@ -1,4 +1,4 @@
-"""The backward of a network in one pass, in each of its forms, over the table of cases."""
+"""The one-pass backward of a network in all its forms, over the table of cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlp_fused.kernels.language import tl, triton
 from mlp_fused.kernels.launch import count_launches
 from mlp_fused.kernels.tile_config import TileConfig
 
-# Small tiles and three programs, so that most sizes of the table are several tiles a program.
+# Small tiles and three programs, so that in most cases a program runs several tiles.
 FORMS = {
     "stored": TileConfig(32, programs=3, descriptors=True),
     "stored by layers": TileConfig(16, 16, programs=3),
@@ -26,8 +26,8 @@ FORMS = {
 }
 
 
-def path_in(form: str, case: Case, data: Data) -> NetworkPath:
-    """The network path of a case with its backward in one form."""
+def make_path(form: str, case: Case, data: Data) -> NetworkPath:
+    """The network path of a case, with its backward in the given form."""
     path = find(case, data)[2]
     assert isinstance(path, NetworkPath)
     layers = len(case.widths) - 1
@@ -45,10 +45,10 @@ def path_in(form: str, case: Case, data: Data) -> NetworkPath:
 
 
 def forward(form: str, case: Case, data: Data) -> Tensor:
-    """y by a network whose backward has that form."""
+    """y of a network whose backward has the given form."""
     x = data.x.reshape(-1, data.x.shape[-1])
-    torch.manual_seed(SEED)  # of Dropout
-    y = run_network(x, tuple(data.weights), tuple(data.biases), path_in(form, case, data))
+    torch.manual_seed(SEED)  # for Dropout
+    y = run_network(x, tuple(data.weights), tuple(data.biases), make_path(form, case, data))
     return y.view(*data.x.shape[:-1], y.shape[-1])
 
 
@@ -58,7 +58,7 @@ def is_one_pass(case: Case) -> bool:
 
 
 def parameters() -> list[object]:
-    """Every case in one form by turns; the plain ones of each activation, and the other forms, with `-m full`."""
+    """Every case in one form, in rotation. Other forms and plain cases of each activation run with `-m full`."""
     listed = []
     forms = list(FORMS)
     for turn, case in enumerate(case for case in CASES if is_one_pass(case)):
@@ -83,22 +83,23 @@ WIDE = Case(130, (24, 48, 40, 16), torch.bfloat16, needs="everything")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "mish", "tanh"])
 @pytest.mark.parametrize("needs", ["everything", "input", "first layer", "last layer", "weights", "biases"])
-def test_what_is_wanted_in_one_pass(needs: str, activation: str, form: str, device: str, poisoned: None) -> None:
-    """With an activation at the output, and without the gradients that nobody asks for."""
-    wanted_in_one_pass(replace(WIDE, needs=needs, activation=activation, output_activation=activation), form, device)
+def test_needed_gradients_in_one_pass(needs: str, activation: str, form: str, device: str, poisoned: None) -> None:
+    """The output has an activation. Only the needed gradients are computed."""
+    case = replace(WIDE, needs=needs, activation=activation, output_activation=activation)
+    check_needed_gradients(case, form, device)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("activation", "output"), [("relu", "identity"), ("gelu", "tanh"), ("tanh", "relu")])
 @pytest.mark.parametrize("needs", ["everything", "first layer", "last layer", "biases"])
-def test_what_is_wanted_after_dropout(
+def test_needed_gradients_after_dropout(
     needs: str, activation: str, output: str, form: str, device: str, poisoned: None
 ) -> None:
     case = replace(WIDE, needs=needs, activation=activation, output_activation=output, dropout=0.3)
-    wanted_in_one_pass(case, form, device)
+    check_needed_gradients(case, form, device)
 
 
-def wanted_in_one_pass(case: Case, form: str, device: str) -> None:
+def check_needed_gradients(case: Case, form: str, device: str) -> None:
     data = make(case, device)
     with count_launches() as launches:
         ours = gradients(data, forward(form, case, data))
@@ -119,8 +120,8 @@ def test_the_same_bits_in_one_pass(dropout: float, activation: str, form: str, d
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded", "expanded gradient"])
-def test_rows_that_no_descriptor_describes(layout: str, device: str, poisoned: None) -> None:
-    """x and dy of any strides, and of widths that are no multiple of 16 bytes."""
+def test_rows_that_descriptors_cannot_describe_in_one_pass(layout: str, device: str, poisoned: None) -> None:
+    """x and dy have any strides, and rows that are not a multiple of 16 bytes."""
     for widths in ((24, 48, 40, 16), (20, 31, 24, 17)):
         case = replace(WIDE, widths=widths, layout=layout)
         data = make(case, device)
@@ -132,7 +133,7 @@ def test_rows_that_no_descriptor_describes(layout: str, device: str, poisoned: N
 def test_the_rules_own_tiles(
     widths: tuple[int, ...], launches: int, recompute: bool | None, device: str, poisoned: None
 ) -> None:
-    """64 wide in one launch; 128 wide by layers, after the forward again where x alone is to be kept."""
+    """A width of 64 takes one launch. A width of 128 takes one per layer, after a forward if only x was saved."""
     case = Case(300, widths, torch.bfloat16, "gelu")
     data = make(case, device)
     y = forward_by_rule(case, data, "network", recompute)
@@ -144,8 +145,8 @@ def test_the_rules_own_tiles(
 
 
 @pytest.mark.parametrize("name", [name for name, each in ACTIVATIONS.items() if each.forward_and_slope is not None])
-def test_h_and_slope_together_are_forward_and_backward(name: str, device: str) -> None:
-    """In fp32, over every number that a 16-bit z can be but the infinite ones."""
+def test_h_and_slope_computed_together_equal_forward_and_backward(name: str, device: str) -> None:
+    """Compare them in fp32 for every finite 16-bit z."""
     z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     z = z[z.isfinite()].float().to(device)
     h, slope = torch.empty_like(z), torch.empty_like(z)

@@ -1,4 +1,4 @@
-"""Networks whose fp32 products are three of scaled fp16 parts: single products, the table of cases, and extremes."""
+"""Networks that compute fp32 products by three products of scaled fp16 parts: single products, cases, and extremes."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def product_kernel(
 
 
 def multiply(a: Tensor, b: Tensor, precision: str = "fp16x3") -> Tensor:
-    """a b by one product of a tile, whose sides are powers of two."""
+    """The product a b of one tile, whose dimensions are powers of two."""
     c = torch.full((a.shape[0], b.shape[1]), torch.nan, device=a.device)
     product_kernel[(1,)](a, b, c, a.shape[0], b.shape[1], a.shape[1], precision)
     return c
 
 
-def row_errors(found: Tensor, true: Tensor) -> Tensor:
+def row_errors(actual: Tensor, true: Tensor) -> Tensor:
     """The relative error of each row, by the norm."""
-    return (found.double() - true).norm(dim=1) / true.norm(dim=1)
+    return (actual.double() - true).norm(dim=1) / true.norm(dim=1)
 
 
 @pytest.mark.parametrize("k", [16, 32, 64])
@@ -56,21 +56,21 @@ def test_rows_of_any_scale_are_as_accurate_as_others(k: int, device: str) -> Non
     a, b = torch.randn(64, k), torch.randn(k, 64)
     scales = torch.tensor([1.0, 1e-20, 1e-33, 1e-37, 1e20, 1e37 / k]).repeat(11)[:64, None]
     scaled = (a * scales).to(device)
-    found = multiply(scaled, b.to(device))
+    actual = multiply(scaled, b.to(device))
     true = scaled.double() @ b.to(device).double()
-    assert row_errors(found, true).max() <= 4e-7
-    assert (found - scaled @ b.to(device)).double().norm() <= 4e-7 * true.norm()
+    assert row_errors(actual, true).max() <= 4e-7
+    assert (actual - scaled @ b.to(device)).double().norm() <= 4e-7 * true.norm()
 
 
 def test_denormal_rows_lose_no_more_than_in_fp32(device: str) -> None:
-    """fp32 rounds their products to multiples of 2^-149, which is all that the difference may be."""
+    """The difference is at most 2^-149, the step to which fp32 rounds such products."""
     a, b = (torch.randn(64, 64) * 1e-40).to(device), torch.randn(64, 64, device=device)
     true = a.double() @ b.double()
     assert (multiply(a, b).double() - true).abs().max() <= 2.0**-149 + 2.0**-20 * true.abs().max()
 
 
 def test_tiny_weights_and_rows_together_do_not_underflow(device: str) -> None:
-    """Neither scale alone undoes both, and their product is a denormal number."""
+    """Neither scale alone is enough for both, and their product is a denormal number."""
     for small, tiny in ((1e-19, 1e-18), (1e-36, 1e-2), (1e-2, 1e-36)):
         a, b = torch.randn(64, 64, device=device) * small, torch.randn(64, 64, device=device) * tiny
         true = a.double() @ b.double()
@@ -89,15 +89,15 @@ def test_rows_of_weights_spread_over_2_to_48_keep_the_norm(device: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("operand", ["a", "b"])
-def test_what_is_not_finite_stays_so_and_spoils_nothing_else(operand: str, value: float, device: str) -> None:
+def test_inf_and_nan_spread_to_no_other_row(operand: str, value: float, device: str) -> None:
     a, b = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device)
     (a if operand == "a" else b)[5, 7] = value
-    found, torchs = multiply(a, b), a @ b
-    assert found.isnan().equal(torchs.isnan())
-    assert found[torchs.isinf()].equal(torchs[torchs.isinf()])
+    actual, torchs = multiply(a, b), a @ b
+    assert actual.isnan().equal(torchs.isnan())
+    assert actual[torchs.isinf()].equal(torchs[torchs.isinf()])
     finite = torchs.isfinite()
     assert finite.sum() == 63 * 64
-    torch.testing.assert_close(found[finite], torchs[finite], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[finite], torchs[finite], rtol=1e-5, atol=1e-5)
 
 
 def test_products_beyond_the_largest_number_are_infinite(device: str) -> None:
@@ -110,7 +110,7 @@ def test_products_beyond_the_largest_number_are_infinite(device: str) -> None:
 # Networks
 
 
-# The backward: dgrad and wgrad by the rule's tiles, or one pass by small tiles and three programs.
+# Forms of the backward: dgrad and wgrad with the rule's tiles, or one pass with small tiles and three programs.
 FORMS = {
     "two kernels": None,
     "by layers": TileConfig(16, programs=3, precision="fp16x3"),
@@ -120,7 +120,7 @@ FORMS = {
 
 
 def scaled_path(case: Case, data: Data, precision: str = "fp16x3", form: str = "two kernels") -> NetworkPath:
-    """The network path of a case with products of scaled parts, however narrow its layers are."""
+    """The network path of a case with products of scaled parts, even for narrow layers."""
     if devices.device_of(data.x).arch not in network_tiles.FP32_MEASURED:
         pytest.skip("the parts of the weights do not fit on this GPU")
     path = find(case, data)[2]
@@ -145,7 +145,7 @@ def scaled_path(case: Case, data: Data, precision: str = "fp16x3", form: str = "
 
 
 def forward(case: Case, data: Data, precision: str = "fp16x3", form: str = "two kernels") -> Tensor:
-    """y by a network with products of scaled parts."""
+    """y of a network with products of scaled parts."""
     x = data.x.reshape(-1, data.x.shape[-1])
     y = run_network(x, tuple(data.weights), tuple(data.biases), scaled_path(case, data, precision, form))
     return y.view(*data.x.shape[:-1], y.shape[-1])
@@ -157,7 +157,7 @@ def is_scaled(case: Case) -> bool:
 
 
 def parameters() -> list[object]:
-    """Every case in one form by turns, and the other forms with `-m full`."""
+    """Every case in one of the forms, in rotation. The other forms run with `-m full`."""
     listed = []
     for turn, case in enumerate(filter(is_scaled, CASES)):
         for place, form in enumerate(FORMS):
@@ -187,7 +187,7 @@ def test_a_network_64_wide_errs_little_more_than_torch(activation: str, form: st
     ours, torchs = gradients(data, forward(case, data, form=form)), by_torch(case, data)
     true = oracle(case, data).values
     for name, value in true.items():
-        error, limit = ((found[name].double() - value).norm() for found in (ours, torchs))
+        error, limit = ((actual[name].double() - value).norm() for actual in (ours, torchs))
         assert error <= 2 * limit, (name, error / limit)
 
 
@@ -203,13 +203,13 @@ def test_high_parts_alone_are_as_accurate_as_tf32(activation: str, device: str, 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_same_bits_by_scaled_parts(form: str, device: str) -> None:
+def test_scaled_parts_give_the_same_bits_every_time(form: str, device: str) -> None:
     runs = [gradients(data, forward(WIDE, data, form=form)) for data in (make(WIDE, device), make(WIDE, device))]
     for name in runs[0]:
         assert torch.equal(runs[0][name], runs[1][name]), name
 
 
-def test_rows_that_are_not_finite_spoil_no_other_row(device: str) -> None:
+def test_non_finite_rows_affect_no_other_row(device: str) -> None:
     data = make(replace(WIDE, activation="relu", needs="nothing"), device)
     expected = forward(WIDE, data)
     data.x[3, 5], data.x[70, 0] = torch.inf, torch.nan
@@ -220,8 +220,8 @@ def test_rows_that_are_not_finite_spoil_no_other_row(device: str) -> None:
     assert not y[3].isfinite().any()
 
 
-def test_gradients_of_rows_over_2_to_40_keep_the_norm(device: str) -> None:
-    """Rows of dz, and rows of x from 1e-38 to 1e18, whose weight gradients the largest rows decide."""
+def test_gradients_of_rows_spread_over_2_to_40_keep_the_norm(device: str) -> None:
+    """Scale rows of dz, and rows of x from 1e-38 to 1e18. The largest rows determine the weight gradients."""
     case = replace(WIDE, activation="relu", bias=False, rows=256)
     even = torch.ones(256)
     for of_x, of_dy in ((torch.logspace(-38, 18, 256), even), (even, torch.logspace(-20, 20, 256, base=2))):
@@ -231,7 +231,7 @@ def test_gradients_of_rows_over_2_to_40_keep_the_norm(device: str) -> None:
         data.dy = data.dy * of_dy[:, None].to(device)
         ours, torchs, true = gradients(data, forward(case, data)), by_torch(case, data), oracle(case, data).values
         for name, value in true.items():
-            error, limit = ((found[name].double() - value).norm() for found in (ours, torchs))
+            error, limit = ((actual[name].double() - value).norm() for actual in (ours, torchs))
             assert error <= 2 * limit + 2.0**-23 * value.norm(), (name, error / limit)
 
 
@@ -251,7 +251,7 @@ def test_the_rule_takes_the_fastest_parts_that_are_accurate() -> None:
     assert precision((64,) * 5, "tf32") == "fp16x1"
     assert precision((128,) * 5, "tf32") == "tf32"
     assert precision((64,) * 5, "ieee", None) == network_tiles.SPLITS[0]
-    b200 = devices.DEVICES["NVIDIA B200"]  # tensor memory does not hold the sums, and the compiler does not say so
+    b200 = devices.DEVICES["NVIDIA B200"]  # the sums do not fit in tensor memory, which the compiler does not report
     assert network_tiles.network_precision((64,) * 5, torch.float32, "ieee", b200, every) == "ieee"
     assert network_tiles.network_precision((64,) * 5, torch.bfloat16, "ieee", device, every) == "ieee"
 
@@ -259,9 +259,7 @@ def test_the_rule_takes_the_fastest_parts_that_are_accurate() -> None:
 @pytest.mark.parametrize("layers", [1, 4, 5, 8, 12])
 @pytest.mark.parametrize("stores", [False, True])
 @pytest.mark.parametrize("kind", ["forward", "dgrad"])
-def test_all_programs_of_a_tile_that_was_not_measured_fit_in_shared_memory(
-    kind: NetworkKind, stores: bool, layers: int
-) -> None:
+def test_all_programs_of_an_unmeasured_tile_fit_in_shared_memory(kind: NetworkKind, stores: bool, layers: int) -> None:
     device = devices.DEVICES["NVIDIA H100"]
     problem = NetworkProblem(kind, (64,) * (layers + 1), (False,) * layers, torch.float32, "fp16x3", stores=stores)
     tile = network_tile(problem, device)

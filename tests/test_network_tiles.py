@@ -1,4 +1,4 @@
-"""Tiles of the network kernels, beside the readings that they were chosen by."""
+"""Tiles of the network kernels, compared with the readings that they were chosen by."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def per_multiprocessor(tile: TileConfig) -> TileConfig:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_inference_takes_the_tile_that_was_measured_to_be_the_fastest(name: str) -> None:
+def test_inference_uses_the_fastest_measured_tile(name: str) -> None:
     read = {reading.tile: reading.us for reading in forwards() if reading.network == name}
     assert len(read) > 5
     assert per_multiprocessor(forward(*NETWORKS[name][:1], NETWORKS[name][2])) == min(read, key=lambda tile: read[tile])
 
 
 @pytest.mark.parametrize("width", [16, 32, 64])
-def test_a_forward_that_stores_takes_two_stages_and_two_programs(width: int) -> None:
-    """64 wide, keeping a tensor of each layer took 0.2761 ms with the tile of inference, 0.2522 with this one."""
+def test_a_storing_forward_uses_two_stages_and_two_programs(width: int) -> None:
+    """At a width of 64, a forward that saves took 0.2761 ms with the tile of inference and 0.2522 ms with this one."""
     assert per_multiprocessor(forward((width,) * 5, stores=True)) == TileConfig(
         128, num_warps=8, num_stages=2, programs=2
     )

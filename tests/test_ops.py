@@ -1,4 +1,4 @@
-"""The registered operators: under torch.compile, torch.export, fake tensors and dispatch modes, as eager calls are.
+"""The registered operators give eager results under torch.compile, torch.export, fake tensors and dispatch modes.
 
 Kernels run in the interpreter, or on a GPU under `-m gpu`. (On the CPU without them, compilers see torch's modules.)
 """
@@ -55,15 +55,13 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """The same kernels ran: bit for bit, and laid out and typed alike."""
+    """Assert equal bits, strides and dtypes, because the same kernels ran."""
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == other.dtype
         assert torch.equal(mine, other)
 
 
-# ---------------------------------------------------------------- the operators themselves
-
-# What is kept of 4 rows has no gaps between layers then, whose memory nobody writes.
+# The saved tensor of 4 rows then has no unwritten gaps between layers.
 EVEN = (32, 320, 16, 32)
 SAMPLES = {
     "layers": (EVEN, "gelu", "sigmoid", torch.float32, torch.float32, None),
@@ -82,7 +80,7 @@ SAMPLES = {
 def test_opcheck(sample: str, rows: int, device: str) -> None:
     widths, hidden, last, dtype, of_parameters, recompute = SAMPLES[sample]
     weights = [torch.randn(n, k, device=device, dtype=of_parameters) / k**0.5 for k, n in itertools.pairwise(widths)]
-    weights[0] = weights[0].t().contiguous().t()  # gradients are contiguous all the same
+    weights[0] = weights[0].t().contiguous().t()  # its gradient is contiguous all the same
     biases = [torch.randn(n, device=device, dtype=of_parameters) for n in widths[1:-1]]
     for parameter in (*weights, *biases):
         parameter.requires_grad_()
@@ -105,15 +103,15 @@ def test_opcheck(sample: str, rows: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_travel_by_name(name: str) -> None:
+def test_activations_are_passed_by_name(name: str) -> None:
     activation = ACTIVATIONS[name]
     other = activation.bind(**{each: value + 1 / 3 for each, value in activation.parameters.items()})
     assert parse(activation.spec) is activation
     assert parse(other.spec) is other
 
 
-def test_an_operator_runs_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a network is loaded that was exported on a GPU; what trains was not."""
+def test_an_operator_runs_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This happens when a network exported on a GPU is loaded elsewhere. Only inference is exported so."""
     model = FusedMLP(*NARROW[:1], [*NARROW[1:]], activation_layer="gelu")
     x = torch.randn(7, NARROW[0])
     linears = [child for child in model if isinstance(child, nn.Linear)]
@@ -137,22 +135,19 @@ def test_an_operator_runs_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -
         torch.ops.mlp_fused.mlp(*arguments, True)
 
 
-# ---------------------------------------------------------------- torch.compile
-
-
 @pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_compiled_whole_for_batches_of_any_size(widths: tuple[int, ...], backend: str, device: str) -> None:
+def test_compiled_as_one_graph_for_batches_of_any_size(widths: tuple[int, ...], backend: str, device: str) -> None:
     model = make_model(widths, device)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     before = graphs()
     for rows in (9, 12, 13, 30, 5):
         x = torch.randn(rows, widths[0], device=device, requires_grad=True)
         with count_launches() as ours:
-            found = step(compiled, x)
+            actual = step(compiled, x)
         with count_launches() as eager:
             expected = step(model, x)
-        assert_same(found, expected)
+        assert_same(actual, expected)
         assert ours == eager
         assert ours
     assert graphs() - before == 2  # for the first batch, then for all
@@ -172,9 +167,9 @@ def test_compiled_within_a_model(device: str) -> None:
     block = Block()
     x = torch.randn(2, 7, 24, device=device, requires_grad=True)  # (batch, tokens, features)
     with count_launches() as launches:
-        found = step(torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True), x)
+        actual = step(torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True), x)
     assert launches
-    for ours, theirs in zip(found, step(block, x), strict=True):
+    for ours, theirs in zip(actual, step(block, x), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -188,10 +183,10 @@ def test_the_functional_forms_compile(device: str) -> None:
 
     x = torch.randn(9, 24, device=device)
     leaves = [*weights, bias]
-    found, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    actual, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
     dy = torch.randn_like(expected)
     assert_same(
-        [found, *torch.autograd.grad(found, leaves, dy)], [expected, *torch.autograd.grad(expected, leaves, dy)]
+        [actual, *torch.autograd.grad(actual, leaves, dy)], [expected, *torch.autograd.grad(expected, leaves, dy)]
     )
 
 
@@ -201,23 +196,23 @@ def test_compiled_under_autocast(widths: tuple[int, ...], device: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(9, widths[0], device=device, requires_grad=True)
     with torch.autocast(device, BF16):
-        found, expected = step(compiled, x), step(model, x)
-    assert found[0].dtype == BF16
-    assert_same(found, expected)  # and so in the parameters' dtype
+        actual, expected = step(compiled, x), step(model, x)
+    assert actual[0].dtype == BF16
+    assert_same(actual, expected)  # gradients also have the parameters' dtype
 
 
-def test_what_changes_after_compiling_is_seen(device: str) -> None:
+def test_changes_after_compiling_take_effect(device: str) -> None:
     model = make_model(NARROW, device, dropout=0.5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(9, NARROW[0], device=device)
     model.eval()
     assert torch.equal(compiled(x), model(x))
     model.train()
-    assert not torch.equal(compiled(x), compiled(x))  # Dropout drops
+    assert not torch.equal(compiled(x), compiled(x))  # Dropout is active
     model.eval()
     model[0].weight.requires_grad_(False)
-    found = torch.autograd.grad(compiled(x).sum(), model[0].bias)
-    assert torch.equal(found[0], torch.autograd.grad(model(x).sum(), model[0].bias)[0])
+    actual = torch.autograd.grad(compiled(x).sum(), model[0].bias)
+    assert torch.equal(actual[0], torch.autograd.grad(model(x).sum(), model[0].bias)[0])
     with torch.no_grad():
         model[0].weight.add_(1)
         assert torch.equal(compiled(x), model(x))
@@ -228,8 +223,8 @@ def test_what_changes_after_compiling_is_seen(device: str) -> None:
     model.backend = "triton"
 
 
-def test_a_hooked_child_runs_as_itself(device: str) -> None:
-    """Hooked before it is compiled: torch.compile sees no hook that comes later, in nn.Sequential neither."""
+def test_a_hooked_child_runs_as_a_module(device: str) -> None:
+    """The hook is set before compiling. torch.compile ignores later hooks, in nn.Sequential too."""
     model = make_model(NARROW, device)
     model[0].register_forward_hook(lambda module, inputs, output: output + 1)
     x = torch.randn(9, NARROW[0], device=device)
@@ -247,7 +242,7 @@ def test_torchs_precision_may_change_after_compiling(device: str) -> None:
 
     model = make_model(NARROW, device)
     x = torch.randn(9, NARROW[0], device=device)
-    model(x)  # fills what is cached of activations; later, that would make the compiler start again
+    model(x)  # fills the cache of activations, a change of which would cause a recompilation
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for precision in ("ieee", "tf32", "tf32", "ieee"):
         torch.backends.cuda.matmul.fp32_precision = precision
@@ -256,7 +251,7 @@ def test_torchs_precision_may_change_after_compiling(device: str) -> None:
 
 
 def test_a_table_that_prefers_torch_is_followed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """backend="auto" on what passes for a GPU: decided as the graph is made, whatever the batch."""
+    """With backend="auto" on a simulated GPU, the choice is made at trace time, for all batches."""
     for module in (paths, ops):
         monkeypatch.setattr(module, "why_device", lambda device, backend: None)
     asked: list[tuple[int, ...]] = []
@@ -276,8 +271,8 @@ def test_a_table_that_prefers_torch_is_followed(device: str, monkeypatch: pytest
     assert asked == [NARROW, (20, 31, 16)]
 
 
-def test_a_device_is_asked_about_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches and a driver tell what a GPU can do; a compiler must not look into them."""
+def test_a_devices_properties_are_read_outside_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's properties come from caches and a driver, which a compiler must not trace."""
     monkeypatch.setattr(paths, "INTERPRETER", False)
     asked: list[str] = []
 
@@ -296,15 +291,15 @@ def test_a_device_is_asked_about_outside_the_graph(monkeypatch: pytest.MonkeyPat
     paths._why_device_of_index_cannot.cache_clear()
 
 
-def test_where_kernels_cannot_run_it_says_so(device: str) -> None:
+def test_compiled_calls_say_why_kernels_cannot_run(device: str) -> None:
     model = make_model(NARROW, device).to(torch.complex64)
     x = torch.randn(9, NARROW[0], device=device, dtype=torch.complex64)
     with pytest.raises(Exception, match="complex64; it needs to be a real floating-point dtype"):
         torch.compile(model, fullgraph=True, backend="aot_eager")(x)
 
 
-class Watching(TorchDispatchMode):
-    """Sees every operator, and changes nothing."""
+class Recording(TorchDispatchMode):
+    """A mode that records every operator and changes nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,7 +313,7 @@ class Watching(TorchDispatchMode):
 def test_a_differentiated_gradient_is_refused(device: str) -> None:
     model = make_model(NARROW, device)
     x = torch.randn(9, NARROW[0], device=device, requires_grad=True)
-    with Watching():
+    with Recording():
         (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match='cannot be differentiated again; .* with backend="reference"'):
             dx.sum().backward()
@@ -333,11 +328,8 @@ def test_compiled_into_cuda_graphs(widths: tuple[int, ...], mode: str, device: s
     for _ in range(4):  # warm-up, recording, replay
         x = torch.randn(64, widths[0], device=device, requires_grad=True)
         torch.compiler.cudagraph_mark_step_begin()
-        found = [each.clone() for each in step(compiled, x)]
-        assert_same(found, step(model, x))
-
-
-# ---------------------------------------------------------------- torch.export
+        actual = [each.clone() for each in step(compiled, x)]
+        assert_same(actual, step(model, x))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -372,16 +364,13 @@ def test_compiled_ahead_of_time(device: str, tmp_path: Any) -> None:
             assert torch.equal(loaded(batch), model(batch))
 
 
-# ---------------------------------------------------------------- modes that watch the dispatcher
-
-
 @pytest.mark.parametrize("frozen", [(), (0,), (1,)], ids=str)
 @pytest.mark.parametrize("needs_x", [False, True])
 @pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
-def test_flops_are_counted_as_torch_counts(
+def test_flops_are_counted_like_torchs(
     widths: tuple[int, ...], needs_x: bool, frozen: tuple[int, ...], device: str
 ) -> None:
-    """Our formulas count the functional form; in a module, torch's counter hooks each child, which runs as itself."""
+    """Our formulas count the functions. For a module, torch's counter hooks each child, which then runs as a module."""
     model = make_model(widths, device)
     linears = [child for child in model if isinstance(child, nn.Linear)]
     for index in frozen:
@@ -400,21 +389,21 @@ def test_flops_are_counted_as_torch_counts(
 
 
 @pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])
-def test_a_mode_sees_one_operator_each_way_and_changes_nothing(widths: tuple[int, ...], device: str) -> None:
+def test_a_mode_sees_one_operator_each_for_forward_and_backward(widths: tuple[int, ...], device: str) -> None:
     model = make_model(widths, device)
     x = torch.randn(9, widths[0], device=device, requires_grad=True)
-    with Watching() as mode, count_launches() as watched:
-        found = step(model, x)
+    with Recording() as mode, count_launches() as watched:
+        actual = step(model, x)
     assert [name for name in mode.seen if "mlp_fused" in name] == [
         "mlp_fused.mlp.default",
         "mlp_fused.mlp_backward.default",
     ]
     with count_launches() as alone:
-        assert_same(found, step(model, x))
+        assert_same(actual, step(model, x))
     assert watched == alone
 
 
-def test_fake_tensors_go_through(device: str) -> None:
+def test_fake_tensors_are_accepted(device: str) -> None:
     model = make_model(WIDE, device)
     from torch._subclasses import FakeTensorMode
 
@@ -431,7 +420,7 @@ def test_a_profiler_shows_layers_by_name(device: str) -> None:
     model = make_model(WIDE, device)
     narrow = make_model(NARROW, device)
     x, thin = torch.randn(9, WIDE[0], device=device), torch.randn(9, NARROW[0], device=device)
-    for _ in range(2):  # launches made, and made again
+    for _ in range(2):  # launches are prepared, then replayed
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             step(model, x)
             step(narrow, thin)

@@ -62,8 +62,8 @@ MODELS: dict[str, Callable[..., Any]] = {
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
-def of_linear(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Twice what a Linear gives, where a method of every module is replaced."""
+def doubled_linear(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method for every module that doubles the result of a Linear."""
 
     def method(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         result = function(self, *arguments, **keywords)
@@ -88,12 +88,12 @@ def shifted_attribute(self: Any, name: str) -> Any:
 getattr_of_module = nn.Module.__getattr__
 
 
-def shifted_of_module(self: nn.Module, name: str) -> Any:
+def shifted_module_attribute(self: nn.Module, name: str) -> Any:
     value = getattr_of_module(self, name)
     return value + 1 if name == "weight" and isinstance(self, nn.Linear) else value
 
 
-# What is replaced, by what: for each, the name by which the reason calls it.
+# For each change, the name in the reason, the replaced function and its replacement.
 PATCHES: dict[str, tuple[Any, str, Any]] = {
     "Linear.forward": (nn.Linear, "forward", doubled(nn.Linear.forward)),
     "Linear.__call__": (nn.Linear, "__call__", doubled(nn.Module.__call__)),
@@ -101,9 +101,9 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
     "Linear.__getattr__": (nn.Linear, "__getattr__", shifted_weight),
     "Linear.__getattribute__": (nn.Linear, "__getattribute__", shifted_attribute),
     "Linear.weight": (nn.Linear, "weight", property(lambda self: self._parameters["weight"] + 1)),
-    "Module.__call__": (nn.Module, "__call__", of_linear(nn.Module.__call__)),
-    "Module._call_impl": (nn.Module, "_call_impl", of_linear(nn.Module._call_impl)),
-    "Module.__getattr__": (nn.Module, "__getattr__", shifted_of_module),
+    "Module.__call__": (nn.Module, "__call__", doubled_linear(nn.Module.__call__)),
+    "Module._call_impl": (nn.Module, "_call_impl", doubled_linear(nn.Module._call_impl)),
+    "Module.__getattr__": (nn.Module, "__getattr__", shifted_module_attribute),
     "F.linear": (F, "linear", doubled(F.linear)),
     "F.gelu": (F, "gelu", doubled(F.gelu)),
 }
@@ -140,7 +140,7 @@ def test_an_activation_whose_forward_is_replaced_runs_as_a_module(name: str, dev
     with patched(kind, "forward", doubled(kind.forward)):
         reason = originals.why_changed(kind, kind)
         for _ in range(2):
-            agrees(model, x, True)  # what stands before it
+            agrees(model, x, True)  # kernels run the layer before it
         assert reason is not None
         assert reason in str(model.explain(5))
     agrees(model, x, True)
@@ -148,7 +148,7 @@ def test_an_activation_whose_forward_is_replaced_runs_as_a_module(name: str, dev
 
 
 def computes_with(name: str) -> list[str]:
-    """The functions that are called for an activation, by the module that torch has for it or by the reference."""
+    """The functions called for an activation, by torch's module for it or by the reference."""
     module = ACTIVATIONS[name].module
     made = (
         Pointwise(name)
@@ -201,15 +201,15 @@ def test_a_replaced_function_of_an_activation_takes_effect(name: str, backend: s
 
 
 class Doubling(TorchFunctionMode):
-    """Doubles every linear product."""
+    """A mode that doubles every linear product."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         return result * 2 if function is F.linear else result
 
 
-class Watching(TorchFunctionMode):
-    """Counts what it sees."""
+class Counting(TorchFunctionMode):
+    """A mode that counts calls."""
 
     seen = 0
 
@@ -229,7 +229,7 @@ def test_a_function_mode_takes_effect_while_it_is_active(make: Callable[..., Any
             agrees(model, x, False)
         assert not torch.allclose(model(x), before)
         assert "Doubling, a TorchFunctionMode, is active" in str(model.explain(5))
-        with Watching() as watching:
+        with Counting() as watching:
             model(x)
         assert watching.seen == sum(isinstance(module, nn.Linear) for module in model.modules())
     agrees(model, x, runs_kernels(backend, device))
@@ -286,7 +286,7 @@ def test_the_functional_forms_say_why_kernels_cannot_run(change: Any, reason: st
 
 @BACKENDS
 @pytest.mark.parametrize("training", [False, True])
-def test_dropout_that_is_replaced_is_called(training: bool, backend: str, device: str) -> None:
+def test_a_replaced_dropout_is_called(training: bool, backend: str, device: str) -> None:
     x = torch.randn(5, 8, device=device)
     model = network(device, backend).train(training)
     agrees(model, x, runs_kernels(backend, device))
@@ -305,7 +305,7 @@ def test_dropout_that_is_replaced_is_called(training: bool, backend: str, device
 
 
 @BACKENDS
-def test_a_sequential_whose_forward_is_replaced_is_called_so(backend: str, device: str) -> None:
+def test_a_replaced_forward_of_a_sequential_is_called(backend: str, device: str) -> None:
     x = torch.randn(5, 8, device=device)
     plain = nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device)
     models = [copy.deepcopy(plain), FusedMLP.from_sequential(copy.deepcopy(plain), backend=backend)]
@@ -322,7 +322,7 @@ def test_a_sequential_whose_forward_is_replaced_is_called_so(backend: str, devic
         torch.testing.assert_close(model(x), expected[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_method_of_a_pattern_that_is_replaced_is_called(device: str) -> None:
+def test_a_replaced_method_of_a_pattern_is_called(device: str) -> None:
     x = torch.randn(2, 5, 8, device=device)
     kind = nn.TransformerEncoderLayer
     model = kind(8, 2, 16, batch_first=True, dropout=0.0, device=device)
@@ -376,7 +376,7 @@ for backend in ("auto", "triton"):
 
 @pytest.mark.parametrize("changed", ["nn.Linear.forward", "nn.GELU.forward", "F.linear", "F.gelu"])
 def test_a_change_before_the_import_takes_effect_until_it_is_undone(changed: str) -> None:
-    """In a process of its own: the package takes nothing for torch's own because it was there first."""
+    """In a new process, a function replaced before the import must not count as torch's own."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", SCRIPT.format(changed=changed)]

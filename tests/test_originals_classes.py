@@ -1,4 +1,4 @@
-"""Classes of users and of other libraries whose code is not the one that a kernel stands for."""
+"""Classes of users and other libraries whose code differs from the computation of a kernel."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class OwnForward(nn.Linear):
 
 
 class Between(OwnForward):
-    """Inherits the change."""
+    """A class that inherits the change."""
 
 
-class Kept(nn.Linear):
-    """Changes nothing."""
+class Unchanged(nn.Linear):
+    """A subclass that changes nothing."""
 
 
 SUBCLASSES = {
@@ -67,7 +67,7 @@ SUBCLASSES = {
     OwnCallImpl: "OwnCallImpl has a _call_impl of its own",
     OwnForward: "OwnForward has a forward of its own",
     Between: "OwnForward has a forward of its own",
-    Kept: "",
+    Unchanged: "",
 }
 
 
@@ -91,12 +91,12 @@ def test_a_subclass_of_linear_with_code_of_its_own_runs_as_a_module(kind: Any, b
     inner = FusedLinear(8, 8, activation="gelu", backend=backend, device=device)
     inner.linear = model[0]
     torch.testing.assert_close(inner(x), F.gelu(model[0](x)), rtol=1e-4, atol=1e-5)
-    with patched(Kept, "__call__", doubled(nn.Module.__call__)):
+    with patched(Unchanged, "__call__", doubled(nn.Module.__call__)):
         torch.testing.assert_close(model(x), twin(model)(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_module_of_ones_own_with_an_activation_in_it_is_called(device: str) -> None:
+def test_a_users_module_around_an_activation_is_called(device: str) -> None:
     class Gate(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -112,7 +112,7 @@ def test_a_module_of_ones_own_with_an_activation_in_it_is_called(device: str) ->
 
 
 class Mine(nn.Linear):
-    """Takes the place of nn.Linear under its name."""
+    """A class that replaces nn.Linear under its name."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2
@@ -129,7 +129,7 @@ class Sharp(nn.Module):
 
 
 @BACKENDS
-def test_a_class_under_the_name_of_torchs_is_called(backend: str, device: str) -> None:
+def test_a_class_with_the_name_of_torchs_is_called(backend: str, device: str) -> None:
     x = torch.randn(5, 8, device=device)
     before = network(device, backend)
     agrees(before, x, runs_kernels(backend, device))
@@ -143,7 +143,7 @@ def test_a_class_under_the_name_of_torchs_is_called(backend: str, device: str) -
 
 @needs("transformers")
 @BACKENDS
-def test_other_libraries_code_that_is_replaced_takes_effect(backend: str, device: str) -> None:
+def test_replaced_code_of_other_libraries_takes_effect(backend: str, device: str) -> None:
     from transformers.activations import QuickGELUActivation
     from transformers.pytorch_utils import Conv1D
 
@@ -168,7 +168,7 @@ class Squash(nn.Module):
 
 
 @BACKENDS
-def test_a_registered_module_whose_forward_is_replaced_is_called(backend: str, device: str) -> None:
+def test_a_replaced_forward_of_a_registered_module_is_called(backend: str, device: str) -> None:
     gelu = ACTIVATIONS["exp"]
     activation = dataclasses.replace(gelu, name="squash", module=Squash, reference=lambda z: torch.exp(z))
     with pytest.MonkeyPatch.context() as patch:

@@ -15,11 +15,11 @@ import mlp_fused
 ROOT = Path(__file__).parent.parent
 
 
-def test_one_version() -> None:
+def test_all_versions_agree() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {mlp_fused.__version__}" in citation
     assert f"## {mlp_fused.__version__}" in (ROOT / "CHANGELOG.md").read_text()
-    for installed in importlib.metadata.distributions(name="mlp_fused"):  # none where it is only importable
+    for installed in importlib.metadata.distributions(name="mlp_fused"):  # empty if the package is only on the path
         assert installed.version == mlp_fused.__version__
 
 
@@ -42,7 +42,7 @@ def test_only_one_module_of_the_kernels_imports_triton() -> None:
 @pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git checkout, or git is not installed"
 )
-def test_the_top_level_is_the_one_that_was_agreed() -> None:
+def test_the_public_names_are_as_agreed() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     visible = {name for name in top if not name.startswith(".")}

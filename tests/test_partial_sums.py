@@ -1,4 +1,4 @@
-"""Sums of partial sums: every tile adds them up, in one order; the tile is the fastest that was measured."""
+"""Sums of partial sums: every tile adds all of them in the same order, and the rule picks the fastest measured tile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHAPES = [(reading.splits, reading.columns) for reading in sums()]
 
 
 @pytest.mark.parametrize(("splits", "columns"), dict.fromkeys(SHAPES), ids=str)
-def test_the_tile_is_the_fastest_that_was_measured(splits: int, columns: int) -> None:
+def test_the_tile_is_the_fastest_measured(splits: int, columns: int) -> None:
     read = {reading.tile: reading.us for reading in sums() if (reading.splits, reading.columns) == (splits, columns)}
     assert len(read) == 5
     assert read[sum_tile(splits, columns)] == min(read.values())

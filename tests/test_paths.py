@@ -57,7 +57,7 @@ def test_every_candidate_is_a_tile_that_can_run(problem: Problem, device: Device
         assert tile.split * tile.block_k <= max(tile.block_k, problem.k)
         if tile.block_k:
             assert tile_config.shared_memory(problem, tile, device) <= device.shared_memory
-        # A persistent kernel fills the device once or twice over.
+        # A persistent kernel starts one or two programs per multiprocessor.
         assert tile.programs in (0, device.multiprocessors, 2 * device.multiprocessors)
         if tile.descriptors:
             assert problem.aligned
@@ -69,8 +69,8 @@ def test_every_candidate_is_a_tile_that_can_run(problem: Problem, device: Device
             assert problem.k >= layer_tiles.SHORTEST_SPLIT
 
 
-def test_the_rule_takes_what_the_device_is_good_at() -> None:
-    """Large tiles where they fill the device, smaller ones where they would not; rows split where tiles are few."""
+def test_the_rule_picks_tiles_for_the_device() -> None:
+    """Tiles are large if they fill the device and smaller otherwise. Rows are split if there are few tiles."""
     large, small = (choose(Problem("forward", m, 4096, 4096, torch.bfloat16), H200) for m in (8192, 256))
     assert large.block_m * large.block_n > small.block_m * small.block_n
     tall = choose(Problem("wgrad", 512, 512, 2**20, torch.bfloat16), H200)
@@ -83,7 +83,7 @@ def test_the_rule_takes_what_the_device_is_good_at() -> None:
     assert not choose(Problem("forward", 8192, 4096, 4096, torch.bfloat16, aligned=False), H200).descriptors
 
 
-def test_an_unknown_device_is_taken_for_one_of_its_architecture() -> None:
+def test_an_unknown_device_gets_the_tiles_of_its_architecture() -> None:
     unknown = dataclasses.replace(H200, name="NVIDIA GH200", tensor_16=None, tensor_tf32=None, fma_32=None)
     for problem in (Problem("forward", 8192, 4096, 4096, dtype) for dtype in (torch.bfloat16, torch.float32)):
         assert choose(problem, unknown) == choose(problem, H200)
@@ -92,13 +92,13 @@ def test_an_unknown_device_is_taken_for_one_of_its_architecture() -> None:
 def rule_for_the_grid() -> str:
     """A line for each product of the grid on each device: the rule's tile, and whether torch is expected to be faster.
 
-    Narrow networks are left out: they are one kernel.
+    Narrow networks are not listed, because they are one kernel.
     """
     workloads = [w for family in config.GRID for w in family.workloads if max(w.widths) > 128]
     products = dict.fromkeys(product for workload in workloads for product in tasks.products(workload))
     problems = dict.fromkeys(product.problem for product in products)
     lines = []
-    for device in {device.arch: device for device in DEVICES.values()}.values():  # one an architecture
+    for device in {device.arch: device for device in DEVICES.values()}.values():  # one device per architecture
         for problem in problems:
             size, dtype = f"{problem.m}x{problem.n}x{problem.k}", str(problem.dtype).removeprefix("torch.")
             by = "torch, else " if why_torch(problem, device) else ""
@@ -108,8 +108,8 @@ def rule_for_the_grid() -> str:
     return "".join(lines)
 
 
-def test_the_rule_for_the_grid_is_as_it_was() -> None:
-    """After a change that is meant: `python tests/test_paths.py > tests/data/rule.txt`, and read the difference."""
+def test_the_rule_for_the_grid_is_unchanged() -> None:
+    """After an intended change, run `python tests/test_paths.py > tests/data/rule.txt` and read the difference."""
     assert rule_for_the_grid() == (Path(__file__).parent / "data" / "rule.txt").read_text()
 
 
@@ -156,7 +156,9 @@ def network(
     ],
     ids=str,
 )
-def test_how_a_network_trains_on_a_hopper(widths: tuple[int, ...], activation: str, formulation: str | None) -> None:
+def test_the_form_of_a_networks_training_on_a_hopper(
+    widths: tuple[int, ...], activation: str, formulation: str | None
+) -> None:
     path = network(widths, activation)
     if formulation is None:
         assert path in ("a width is over 256", "the weights and a tile of rows do not fit in shared memory")
@@ -183,7 +185,7 @@ def form(path: network_path.NetworkPath | str) -> str:
     return "dgrad and wgrad" if not launches else "one launch" if launches == 1 else f"{launches} launches"
 
 
-def test_the_backward_has_the_form_that_was_fastest_on_a_hopper() -> None:
+def test_the_backward_has_the_fastest_measured_form_on_a_hopper() -> None:
     lines = (Path(__file__).parent / "data" / "h100" / "narrow.jsonl").read_text().splitlines()
     readings: dict[tuple[tuple[int, ...], str, str], dict[str, float]] = {}
     for row in map(json.loads, lines):
@@ -204,7 +206,7 @@ def test_the_backward_has_the_form_that_was_fastest_on_a_hopper() -> None:
         ((128,) * 4, "relu", ((2, 3), (1, 2), (0, 1))),
         ((128, 64, 64, 64), "relu", ((0, 3),)),
         ((40, 128, 128, 10), "relu", ((2, 3), (1, 2), (0, 1))),
-        ((784, 64, 64, 10), "relu", ()),  # whose first layer is streamed
+        ((784, 64, 64, 10), "relu", ()),  # its first layer is streamed
         ((64, 256, 64), "relu", ()),
         ((32,) * 9, "relu", ()),
     ],
@@ -218,8 +220,8 @@ def test_layers_whose_sums_fit_share_a_launch(
     assert path.groups == groups
 
 
-def test_one_pass_over_stored_tensors_is_automatic_only_where_it_was_measured() -> None:
-    """Kernels that are asked for by name run it on a Blackwell too; other devices have no tile for it."""
+def test_one_pass_over_stored_tensors_is_chosen_only_where_measured() -> None:
+    """With backend="triton" it runs on a Blackwell too. Other devices have no tile for it."""
     activations = (ACTIVATIONS["gelu"],) * 3 + (ACTIVATIONS["identity"],)
     launches = {}
     for name, device in DEVICES.items():
@@ -255,10 +257,10 @@ def test_full_fp32_is_one_kernel_up_to_64_wide() -> None:
         (64, "ieee", True, "NVIDIA B200", False),
     ],
 )
-def test_a_float32_network_is_one_kernel_where_that_was_measured_faster(
+def test_a_float32_network_is_one_kernel_if_measured_faster(
     width: int, precision: str, training: bool, device: str, automatic: bool
 ) -> None:
-    """A forward was 4.2 times faster, training 2.4 (tests/data/h200). Elsewhere it has to be asked for."""
+    """A forward was 4.2 times faster, training 2.4 (tests/data/h200). Other devices need backend="triton"."""
     asked, left_open = (
         network((width,) * 5, "relu", torch.float32, device, precision, training, torch_too=torch_too)
         for torch_too in (False, True)
@@ -270,7 +272,7 @@ def test_a_float32_network_is_one_kernel_where_that_was_measured_faster(
     assert ("two scaled fp16 parts" in asked.explanation) == (asked.network.precision == "fp16x3")
 
 
-def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -> None:
+def test_the_user_and_a_measured_table_override_the_rule(measured: Path) -> None:
     narrow, wide = (32,) * 5, (128,) * 5
     formulations = {}
     for recompute in (True, False):
@@ -304,7 +306,7 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
         other = network(narrow, **others)  # type: ignore[arg-type]
         assert isinstance(other, network_path.NetworkPath)
         assert other.formulation == "recompute"
-    with_triton = network((8,) * 5)  # where torch was faster and kernels are asked for: the rule
+    with_triton = network((8,) * 5)  # the rule applies if torch was faster and kernels are requested
     assert isinstance(with_triton, network_path.NetworkPath)
     assert with_triton.formulation == "recompute"
 
@@ -312,8 +314,8 @@ def test_the_user_overrules_the_rule_and_a_measured_table_does(measured: Path) -
 VERSIONS = {"mlp_fused": "0", "python": "3", "torch": "2", "triton": "3", "cuda": "13", "driver": "580"}
 
 
-def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the interpreter's device, as if it were what "auto" runs on."""
+def test_torch_runs_if_measured_faster_and_explain_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the interpreter's device as if "auto" ran kernels on it."""
     device = devices.INTERPRETED_DEVICE
     networks = [
         table_files.Network((8, 8, 8), 64, "float32", "ieee", "relu", training, "torch", {"torch": 1.0, other: 2.0})
@@ -333,7 +335,7 @@ def test_torch_runs_where_it_was_faster_and_explain_says_so(measured: Path, monk
     x = torch.randn(5, 8)
 
     def launched(model: FusedMLP) -> bool:
-        model._wants_kernels = lambda: True  # so that it asks for a plan on a CPU
+        model._wants_kernels = lambda: True  # so that it makes a plan on a CPU
         with count_launches() as launches:
             model(x).sum().backward()
             with torch.no_grad():
@@ -393,7 +395,7 @@ def test_a_network_has_a_plan_or_a_reason(
         assert saved_bytes(path, 7, dtype.itemsize, False, wanted, wanted) == 7 * widths[0] * dtype.itemsize
 
 
-def steps_of(path: network_path.NetworkPath, widths: tuple[int, ...], needs_x: bool) -> list[Step]:
+def list_steps(path: network_path.NetworkPath, widths: tuple[int, ...], needs_x: bool) -> list[Step]:
     """All steps of a training pass over 1000 rows."""
     layers = explain.meta_layers(widths, path.activations, torch.bfloat16, bias=True)
     wanted = [True] * len(layers)
@@ -403,40 +405,40 @@ def steps_of(path: network_path.NetworkPath, widths: tuple[int, ...], needs_x: b
     return [step for schedule in passes if schedule for step in schedule.steps]
 
 
-def test_work_of_a_network_counts_what_crosses_the_memory() -> None:
-    """64 -> 64 -> 64 -> 16, relu, bf16, by hand: recomputing, storing, and inference."""
+def test_work_of_a_network_counts_memory_traffic() -> None:
+    """Compare with counts by hand for 64 -> 64 -> 64 -> 16 in bf16 with relu: recomputing, storing, and inference."""
     M, d, last = 1000, 64, 16
     weights = 2 * (d * d + d) + last * d + last
     products = [2 * M * d * d, 2 * M * d * d, 2 * M * d * last]
     path = network((d, d, d, last), device="NVIDIA A100")
     assert isinstance(path, network_path.NetworkPath)
     assert path.formulation == "stored"
-    forward, dgrad, wgrad, _ = steps_of(path, (d, d, d, last), needs_x=False)
+    forward, dgrad, wgrad, _ = list_steps(path, (d, d, d, last), needs_x=False)
     hidden = 2 * M * d
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
-    matrices = d * d + last * d  # all but the first
+    matrices = d * d + last * d  # the weights of all layers but the first
     assert dgrad.work == explain.Work(sum(products[1:]), 2 * (M * last + hidden + hidden + matrices))
     assert wgrad.work == explain.Work(sum(products), 2 * (M * d + hidden + hidden + M * last + weights))
     in_one_pass = network((d, d, d, last), recompute=False)
     assert isinstance(in_one_pass, network_path.NetworkPath)
-    forward, backward, _ = steps_of(in_one_pass, (d, d, d, last), needs_x=False)
+    forward, backward, _ = list_steps(in_one_pass, (d, d, d, last), needs_x=False)
     assert forward.work == explain.Work(sum(products), 2 * (M * d + M * last + weights + hidden))
     # x, h, dy and all weights but the first are read, the gradients are written
     moved = M * d + hidden + M * last + matrices + weights
     assert backward.work == explain.Work(sum(products) + sum(products[1:]), 2 * moved)
     by_layers = network((2 * d,) * 3, recompute=False)
     assert isinstance(by_layers, network_path.NetworkPath)
-    _, upper, lower, _ = steps_of(by_layers, (2 * d,) * 3, needs_x=True)
+    _, upper, lower, _ = list_steps(by_layers, (2 * d,) * 3, needs_x=True)
     # h and dy read, dz written; then x and dz read, dx written
     for step in (upper, lower):
         each = (2 * d) ** 2
         assert step.work == explain.Work(2 * 2 * M * each, 2 * (3 * M * 2 * d + 2 * each + 2 * d))
     again = network((d, d, d))
     assert isinstance(again, network_path.NetworkPath)
-    forward, recompute, _ = steps_of(again, (d, d, d), needs_x=True)
+    forward, recompute, _ = list_steps(again, (d, d, d), needs_x=True)
     weights = 2 * (d * d + d)
     assert forward.work == explain.Work(2 * products[0], 2 * (2 * M * d + weights))
-    # one layer again, both back through, both weight gradients; x, dy, dx, the weights and their gradients
+    # recomputes one layer, then dgrad and wgrad of both; x, dy, dx, the weights and their gradients
     assert recompute.work == explain.Work(5 * products[0], 2 * (3 * M * d + 2 * weights))
     by_width = explain.work(M, (d, d, d), torch.bfloat16, device=H200)
     assert by_width["inference"] == by_width["forward"] == forward.work
@@ -450,19 +452,19 @@ def test_the_file_name_of_a_device() -> None:
 
 
 def test_work_counts_every_tensor_once() -> None:
-    """784 -> 512 -> 10, gelu, bf16, counted by hand."""
+    """Compare with counts by hand for 784 -> 512 -> 10 in bf16 with gelu."""
     M, d0, d1, d2 = 64, 784, 512, 10
     work = explain.work(M, [d0, d1, d2], torch.bfloat16, "gelu")
     weights = d1 * d0 + d1 + d2 * d1 + d2
     layers = (M * d0 + M * d1) + (M * d1 + M * d2)
     assert work["inference"] == explain.Work(2 * M * (d0 * d1 + d1 * d2), 2 * (weights + layers))
     assert work["forward"] == explain.Work(work["inference"].flops, work["inference"].bytes + 2 * M * d1)
-    dgrad = M * d2 + d2 * d1 + 3 * M * d1  # dz, W; dx, z, h again
+    dgrad = M * d2 + d2 * d1 + 3 * M * d1  # reads dz, W and z; writes dx and the recomputed h
     wgrad = (M * d2 + M * d1 + d2 * d1 + d2) + (M * d1 + M * d0 + d1 * d0 + d1)
     assert work["backward"] == explain.Work(2 * M * (d0 * d1 + 2 * d1 * d2), 2 * (dgrad + wgrad))
 
 
-def test_a_floor_is_the_slower_of_two() -> None:
+def test_a_floor_is_the_larger_of_two_times() -> None:
     assert explain.Work(100, 10).floor(flops_per_second=10, bytes_per_second=10) == 10
     assert explain.Work(10, 100).floor(flops_per_second=10, bytes_per_second=10) == 10
     assert explain.Work(1, 2) + explain.Work(3, 4) == explain.Work(4, 6)
@@ -482,7 +484,7 @@ def test_float32_precision_follows_every_switch_of_torch() -> None:
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh Python, without the interpreter unless asked for."""
+    """Run code in a new Python process, without the interpreter unless `environment` sets it."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET",)}
     return subprocess.run(
         [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True, timeout=120
@@ -490,11 +492,11 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.alone
-def test_the_triton_backend_on_the_cpu_says_why_it_cannot() -> None:
+def test_the_triton_backend_on_the_cpu_says_why_it_cannot_run() -> None:
     code = "import torch; from mlp_fused import FusedMLP; FusedMLP(4, [3], backend='triton')(torch.randn(2, 4))"
-    found = run(code)
-    assert found.returncode == 1
-    sentence = found.stderr.strip().splitlines()[-1]
+    actual = run(code)
+    assert actual.returncode == 1
+    sentence = actual.stderr.strip().splitlines()[-1]
     assert sentence.startswith('RuntimeError: backend is "triton", but the input is on the CPU')
     assert "set TRITON_INTERPRET=1" in sentence
 
@@ -503,8 +505,8 @@ def test_the_triton_backend_on_the_cpu_says_why_it_cannot() -> None:
 def test_the_environment_chooses_the_backend_and_debugging() -> None:
     counted = "import torch\nfrom mlp_fused import FusedMLP\nfrom mlp_fused.kernels.launch import count_launches\n"
     counted += "with count_launches() as c: y = FusedMLP(4, [3])(torch.randn(2, 4))\nprint(c)\n"
-    found = run(counted, TRITON_INTERPRET="1", MLP_FUSED_BACKEND="triton")
-    assert found.stdout.strip() == "{'network_forward_kernel': 1}", found.stderr
+    actual = run(counted, TRITON_INTERPRET="1", MLP_FUSED_BACKEND="triton")
+    assert actual.stdout.strip() == "{'network_forward_kernel': 1}", actual.stderr
     wrong = run("import mlp_fused", MLP_FUSED_BACKEND="fast")
     assert "MLP_FUSED_BACKEND is 'fast'; it needs to be one of: auto, triton, reference" in wrong.stderr
     debugged = run(

@@ -1,4 +1,4 @@
-"""Never slower than torch: what runs in each network that was measured on an H100, and its expected time.
+"""The path and expected time of each network that was measured on an H100, which is never slower than torch.
 
 The expected time of a network is the sum of its steps. A step takes the time of its product's reading, for the measured
 batch or one of half to twice the size, or else the estimated time. One kernel for a whole network takes what it was
@@ -26,10 +26,10 @@ from mlp_fused.kernels import devices, estimate, layer_tiles, tile_config
 
 DATA = Path(__file__).with_name("data") / "h100"
 H100 = dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="NVIDIA H100 80GB HBM3")
-BOUND = 1.05  # of torch's device time
+BOUND = 1.05  # relative to torch's device time
 
 
-# Those that are expected to take more than BOUND, and why.
+# Networks expected to take more than BOUND, and the reasons.
 EXCEPTIONS = {
     ("middle512", "fwd"): "products were read writing z too, from cold memory; as a network they took 1.046 of torch",
 }
@@ -41,7 +41,7 @@ PRODUCTS = table_files.read(DATA / "products.json").gemms
 
 @dataclass(frozen=True)
 class Expected:
-    """A cell's path in a phase, and its expected milliseconds on the device beside torch's."""
+    """The path of a cell in a phase, and the expected milliseconds of ours and of torch."""
 
     path: str
     ms: float
@@ -53,7 +53,7 @@ class Expected:
         return self.ms / self.torch_ms
 
 
-def reading_of(problem: tile_config.Problem) -> table_files.Gemm | None:
+def nearest_reading(problem: tile_config.Problem) -> table_files.Gemm | None:
     """The reading of a product with the nearest batch, half to twice the size."""
     same = [row for row in PRODUCTS if dataclasses.replace(row.problem, m=0, n=0, k=0) == _kind(problem)]
     near = [
@@ -69,9 +69,9 @@ def _kind(problem: tile_config.Problem) -> tile_config.Problem:
 
 
 def step(problem: tile_config.Problem) -> tuple[float, bool, str]:
-    """A product's milliseconds, whether torch runs it, and one line that says where both come from."""
+    """A product's milliseconds, True if torch runs it, and a line with the sources of both."""
     choice = choose_tile(problem, H100, torch_too=True)
-    row = reading_of(problem)
+    row = nearest_reading(problem)
     if choice.tile is not None and choice.tile.precision == "fp16x3":
         ms, source = 1e3 * layer_tiles.planes_seconds(problem, choice.tile, H100), "estimate"
     elif row is not None:
@@ -98,7 +98,7 @@ def expected(name: str, phase: str) -> Expected:
     strides = tuple((k, 1, 1) for k, _ in shapes)
     path = paths.network_path(cell.widths, strides, activations, dtype, precision, H100, training, torch_too=True)
     if isinstance(path, network_path.NetworkPath):
-        if path.network.precision == "fp16x3":  # the kernels that were measured in the cell were FMA units'
+        if path.network.precision == "fp16x3":  # the cell was measured with kernels that use FMA units
             times = scaled_ms(cell.widths[0], path.forward_tile, path.backward_tile, path.wgrad_tile)
             return Expected("network", *times, ("reading on an H200",))
         return Expected("network", ours, torchs, ("reading of the network",))
@@ -129,7 +129,7 @@ def expected(name: str, phase: str) -> Expected:
 
 
 def planes_ms(widths: tuple[int, ...], training: bool) -> tuple[float, float]:
-    """Milliseconds of a network on an H200 in full fp32, whose products read planes, and torch's."""
+    """Milliseconds of a full-fp32 network with planes on an H200, and of torch."""
     for line in map(json.loads, (DATA.with_name("h200") / "planes.jsonl").read_text().splitlines()):
         if line["part"] == "nets" and line["case"].startswith("x".join(map(str, widths)) + " gelu"):
             ours, torchs, _ = line["times"]["training" if training else "forward"]
@@ -145,21 +145,21 @@ def lines() -> Iterator[str]:
     """One line for each cell and phase, and one for each of its steps."""
     for name in CELLS:
         for phase in phases(name):
-            found = expected(name, phase)
-            yield f"{name} {phase}: {found.path}, {found.ms:.4f} ms, torch {found.torch_ms:.4f}, {found.ratio:.2f}"
-            yield from (f"    {line}" for line in found.steps)
+            actual = expected(name, phase)
+            yield f"{name} {phase}: {actual.path}, {actual.ms:.4f} ms, torch {actual.torch_ms:.4f}, {actual.ratio:.2f}"
+            yield from (f"    {line}" for line in actual.steps)
 
 
 @pytest.fixture(autouse=True)
 def _packaged_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The table that the package brings, which tests of the rules leave out."""
+    """Use the packaged table, which tests of the rules do not use."""
     monkeypatch.setattr(tables, "PACKAGED", Path(layer_tiles.__file__).parent / "tuned")
     paths.forget_tables()
     yield
     paths.forget_tables()
 
 
-def test_every_measured_cell_is_here() -> None:
+def test_every_measured_cell_is_covered() -> None:
     assert CELLS.keys() == READINGS.keys()
 
 
@@ -167,8 +167,8 @@ def test_every_measured_cell_is_here() -> None:
 def test_no_network_is_expected_to_be_slower_than_torch(name: str) -> None:
     for phase in phases(name):
         if (name, phase) not in EXCEPTIONS:
-            found = expected(name, phase)
-            assert found.ratio <= BOUND, "\n".join((f"{found.ratio:.3f}", *found.steps))
+            actual = expected(name, phase)
+            assert actual.ratio <= BOUND, "\n".join((f"{actual.ratio:.3f}", *actual.steps))
 
 
 def test_exceptions_are_few_and_needed() -> None:

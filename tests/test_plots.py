@@ -1,4 +1,4 @@
-"""The look that all plots share: ticks of log axes, on figures with nothing but a line."""
+"""The common style of plots: ticks of log axes, tested on figures with one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 
 def labelled(axis: Any) -> list[str]:
-    """The labels of an axis that stand within its limits, as drawn."""
+    """The drawn labels of an axis within its limits."""
     axis.figure.draw_without_rendering()
     low, high = sorted(axis.get_view_interval())
     return [
@@ -23,7 +23,7 @@ def labelled(axis: Any) -> list[str]:
 
 
 def line(values: list[float]) -> Any:
-    """Axes with a line through the values, finished as every plot is."""
+    """Axes with a line through the values, in the common style."""
     _, axes = plots.blank(plots.LIGHT, 8, 5)
     axes.plot(values, values, label="a line")
     axes.set(xscale="log", yscale="log")
@@ -43,7 +43,7 @@ def test_a_log_axis_has_three_labels_or_more(values: list[float]) -> None:
         assert len(set(labels)) == len(labels)
 
 
-def test_ticks_of_the_caller_stay_where_there_are_three() -> None:
+def test_three_ticks_of_the_caller_are_kept() -> None:
     axes = line([64, 16384])
     axes.set_xticks([64, 1024, 16384])
     axes.set_yticks([64, 16384])

@@ -1,4 +1,4 @@
-"""DevicePrefetcher: against a plain loader, and on simulated streams that find every missing wait."""
+"""DevicePrefetcher compared with a plain loader, and on simulated streams that detect every missing wait."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 
 class Overwriting:
-    """Batches in `memory` that is used again: pageable memory at once, pinned memory as late as was promised."""
+    """Batches in reused `memory`: pageable memory is overwritten at once, pinned memory as early as is allowed."""
 
     def __init__(self, memory: Sequence[Tensor], count: int = 12) -> None:
         self.memory = memory
@@ -46,7 +46,7 @@ class Overwriting:
 
 
 def races(streams: Streams, memory: Sequence[Tensor], depth: int, **options: Any) -> list[str]:
-    """The races that a consumer finds who drops each batch as soon as its kernels are launched."""
+    """The races seen by a consumer that drops each batch as soon as its kernels are launched."""
     loader = Overwriting(memory)
     for batch, n in prefetch(loader, streams, depth, **options):
         expected = loader.expected[n]
@@ -88,17 +88,17 @@ class Forgetful(list[Any]):
 
 
 @pytest.mark.parametrize("forgotten", ["wait", "synchronize", "keep"])
-def test_a_forgotten_wait_would_be_found(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_simulation_detects_a_forgotten_wait(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Streams, forgotten, lambda *_: None)
     assert any(races(Streams(late), [torch.empty(7, 3)], 2) for late in LATE.values())
 
 
-def test_pinned_memory_that_is_used_again_too_early_would_be_found() -> None:
+def test_the_simulation_detects_pinned_memory_reused_too_early() -> None:
     streams = Streams(LATE["late copies"])
     assert races(streams, [streams.pin(torch.empty(7, 3))], 2)
 
 
-def test_sources_that_are_not_held_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_simulation_detects_sources_that_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     original = module_of_ours._Slot.__init__
 
     def forgetful(slot: Any, streams: Any) -> None:
@@ -120,14 +120,14 @@ def test_sources_that_are_not_held_would_be_found(monkeypatch: pytest.MonkeyPatc
     assert consume(Streams(LATE["both late"]))
 
 
-def test_pinned_memory_is_used_again() -> None:
+def test_pinned_memory_is_reused() -> None:
     streams = Streams(LATE["late copies"])
     prefetcher = prefetch([torch.randn(8, 4) for _ in range(50)], streams)
     assert len(list(prefetcher)) == 50
     assert streams.pinned_bytes == 2 * 8 * 4 * 4
 
 
-def test_what_is_copied_outlives_the_copy_when_the_loop_is_left() -> None:
+def test_sources_outlive_their_copies_after_a_break() -> None:
     streams = Streams(LATE["both late"])
     source = streams.pin(torch.ones(3))
     for _ in prefetch([source, torch.ones(3)], streams):
@@ -137,23 +137,23 @@ def test_what_is_copied_outlives_the_copy_when_the_loop_is_left() -> None:
 
 def test_the_cpu_passes_batches_through() -> None:
     loader = [(torch.ones(2), "a"), {"x": torch.zeros(1)}]
-    assert all(found is made for found, made in zip(DevicePrefetcher(loader, "cpu"), loader, strict=True))
+    assert all(actual is made for actual, made in zip(DevicePrefetcher(loader, "cpu"), loader, strict=True))
 
 
 @pytest.mark.parametrize("streams", [None, Streams(LATE["late copies"])], ids=["cpu", "streams"])
 @pytest.mark.parametrize("cast", ["before", "after"])
-def test_a_cast_is_of_floating_point_alone(streams: Streams | None, cast: Any) -> None:
+def test_only_floating_point_tensors_are_cast(streams: Streams | None, cast: Any) -> None:
     batch = {"x": torch.rand(3, 2, dtype=torch.float64).t(), "y": torch.arange(3), "z": [torch.ones(2).bfloat16()]}
-    (found,) = prefetch([batch], streams, dtype=torch.bfloat16, cast=cast)
+    (actual,) = prefetch([batch], streams, dtype=torch.bfloat16, cast=cast)
     if streams:
         streams.drain("side")
-    assert equal(found["x"], batch["x"].bfloat16())
-    assert found["x"].stride() == (1, 2)
-    assert equal(found["y"], batch["y"])
-    assert equal(found["z"][0], batch["z"][0])
+    assert equal(actual["x"], batch["x"].bfloat16())
+    assert actual["x"].stride() == (1, 2)
+    assert equal(actual["y"], batch["y"])
+    assert equal(actual["z"][0], batch["z"][0])
 
 
-def test_fewer_bytes_are_staged_where_the_cast_comes_before() -> None:
+def test_fewer_bytes_are_staged_if_cast_before() -> None:
     staged = {}
     for cast in ("before", "after"):
         streams = Streams(LATE["late copies"])
@@ -162,11 +162,11 @@ def test_fewer_bytes_are_staged_where_the_cast_comes_before() -> None:
     assert staged == {"before": 16, "after": 32}
 
 
-def test_a_batch_on_the_device_is_left_there() -> None:
+def test_a_batch_on_the_device_is_not_copied() -> None:
     streams = Streams(LATE["late copies"])
     there = streams.empty((3,), (1,), torch.float32)
-    (found,) = prefetch([(there, 1)], streams)
-    assert found[0] is there
+    (actual,) = prefetch([(there, 1)], streams)
+    assert actual[0] is there
     assert streams.pinned_bytes == 0
 
 
@@ -179,7 +179,7 @@ def test_pinned_memory_is_made_outside_of_inference_mode() -> None:
 
 
 class Scripted:
-    """Batches, and errors in their place; goes on after an error as DataLoader does, or is done with as a generator."""
+    """An iterator of batches and errors. After an error it continues like DataLoader, or ends like a generator."""
 
     def __init__(self, script: Sequence[int | type[BaseException]], goes_on: bool) -> None:
         self.script = iter(script)
@@ -216,23 +216,23 @@ SCRIPTS = st.lists(st.one_of(st.integers(0, 9), st.sampled_from([ValueError, OSE
 
 @given(SCRIPTS, st.booleans(), st.integers(1, 4))
 @settings(deadline=None)
-def test_errors_come_in_the_place_of_their_batch(script: list[Any], goes_on: bool, depth: int) -> None:
+def test_errors_are_raised_in_the_order_of_batches(script: list[Any], goes_on: bool, depth: int) -> None:
     streams = Streams(LATE["late copies"])
-    found = outcomes(iter(prefetch(Scripted(script, goes_on), streams, depth)), streams, 12)
-    assert found == outcomes(Scripted(script, goes_on), streams, 12)
+    actual = outcomes(iter(prefetch(Scripted(script, goes_on), streams, depth)), streams, 12)
+    assert actual == outcomes(Scripted(script, goes_on), streams, 12)
 
 
 @given(st.integers(0, 6), st.integers(1, 4))
 @settings(deadline=None)
-def test_ctrl_c_comes_at_once_and_no_batch_is_lost(place: int, depth: int) -> None:
+def test_ctrl_c_acts_at_once_and_no_batch_is_lost(place: int, depth: int) -> None:
     streams = Streams(LATE["late copies"])
     script = [*range(place), KeyboardInterrupt, *range(place, 6)]
     loader = Scripted(script, goes_on=True)
-    found = outcomes(iter(prefetch(loader, streams, depth)), streams, 8)
-    (interrupted,) = (n for n, outcome in enumerate(found) if outcome[0] is KeyboardInterrupt)
+    actual = outcomes(iter(prefetch(loader, streams, depth)), streams, 8)
+    (interrupted,) = (n for n, outcome in enumerate(actual) if outcome[0] is KeyboardInterrupt)
     assert interrupted == max(0, place - depth)
-    del found[interrupted]
-    assert found[:6] == [[float(n)] * 2 for n in range(6)]
+    del actual[interrupted]
+    assert actual[:6] == [[float(n)] * 2 for n in range(6)]
 
 
 @given(st.integers(1, 4), st.integers(0, 6))
@@ -259,7 +259,7 @@ def test_an_error_keeps_its_traceback() -> None:
     assert caught.traceback[-1].name == "loader"
 
 
-def test_a_loader_that_is_left_early_is_closed_at_once() -> None:
+def test_a_loader_is_closed_at_once_after_a_break() -> None:
     closed = []
 
     def loader() -> Iterator[Tensor]:
@@ -269,7 +269,7 @@ def test_a_loader_that_is_left_early_is_closed_at_once() -> None:
         finally:
             closed.append(True)
 
-    gc.disable()  # by reference counts alone, as in a plain loop
+    gc.disable()  # reference counts alone must close it, as in a plain loop
     try:
         for _ in prefetch(loader(), Streams(LATE["late copies"])):
             break
@@ -280,9 +280,7 @@ def test_a_loader_that_is_left_early_is_closed_at_once() -> None:
 
 @given(batches=st.lists(st.integers(0, 9), max_size=8), depth=st.integers(1, 4), taken=st.integers(0, 9))
 @settings(deadline=None)
-def test_leaving_early_is_as_with_the_loader_and_the_next_pass_is_whole(
-    batches: list[int], depth: int, taken: int
-) -> None:
+def test_after_a_break_the_next_pass_is_complete(batches: list[int], depth: int, taken: int) -> None:
     class Loader:
         opened = closed = 0
 
@@ -310,7 +308,7 @@ def test_leaving_early_is_as_with_the_loader_and_the_next_pass_is_whole(
     assert len(list(prefetcher)) == len(batches)
 
 
-def test_the_pass_begins_when_it_is_asked_for() -> None:
+def test_iter_starts_the_pass() -> None:
     class Broken:
         def __iter__(self) -> Iterator[Any]:
             raise OSError("no such folder")
@@ -347,13 +345,13 @@ class Dying(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         if index == 20:
-            time.sleep(0.5)  # the batches before it are handed over, their memory through a connection to this process
+            time.sleep(0.5)  # earlier batches are passed on meanwhile, through a connection to this process
             os._exit(1)
         return torch.full((2,), float(index))
 
 
 def watch_a_worker_die(wrap: Callable[..., Any]) -> None:
-    """Prints the first number of each batch, and what was raised instead of the others."""
+    """Print the first number of each batch, and the errors raised in place of the others."""
     streams = Streams(LATE["late copies"])
     try:
         for batch in wrap(DataLoader(Dying(), batch_size=4, num_workers=1), streams):
@@ -367,7 +365,7 @@ def watch_a_worker_die(wrap: Callable[..., Any]) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("wrap", ["lambda loader, streams: loader", "tests.prefetch"], ids=["plain", "prefetched"])
 def test_a_worker_that_dies(wrap: str) -> None:
-    """In a process of its own: DataLoader's signal handler raises wherever the process is, in pytest too."""
+    """Run it in a new process, because DataLoader's signal handler may raise anywhere, in pytest too."""
     script = f"import test_prefetch as tests; tests.watch_a_worker_die({wrap})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
     child = subprocess.run(
@@ -382,7 +380,7 @@ LIKE_A_LOADERS = ("dataset", "sampler", "batch_size", "batch_sampler")
 
 
 @pytest.mark.parametrize("name", LIKE_A_LOADERS)
-def test_what_training_loops_ask_of_a_loader_is_the_loaders_own(name: str) -> None:
+def test_loader_attributes_are_passed_through(name: str) -> None:
     loader = DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True)
     prefetcher = DevicePrefetcher(loader, "cpu", np.int64(3))
     assert (type(prefetcher.depth), prefetcher.depth) == (int, 3)
@@ -396,7 +394,7 @@ def test_what_training_loops_ask_of_a_loader_is_the_loaders_own(name: str) -> No
 
 @pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 @pytest.mark.parametrize("streams", [False, True], ids=["cpu", "streams"])
-def test_batches_are_taken_by_next_as_from_a_dataloader(streams: bool, late: Sequence[str]) -> None:
+def test_next_works_as_on_a_dataloader_iterator(streams: bool, late: Sequence[str]) -> None:
     loader = DataLoader(TensorDataset(torch.arange(6)), batch_size=2)
     prefetcher = prefetch(loader, Streams(late) if streams else None)
     for each in (loader, prefetcher):
@@ -459,7 +457,7 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_every_byte_arrives_on_a_real_gpu(depth: int, pinned: bool) -> None:
-    """Memory is overwritten as early as allowed, the device is kept late, and every batch is dropped at once."""
+    """Overwrite memory as early as allowed, keep the device late, and drop every batch at once."""
     count, shape = 60, (1 << 20) + 7
     made = [torch.randint(0, 255, (shape - n % 5,), dtype=torch.uint8) for n in range(count)]
     memory = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(depth if pinned else 1)]
@@ -486,8 +484,10 @@ def test_every_byte_arrives_on_a_real_gpu(depth: int, pinned: bool) -> None:
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])
 @pytest.mark.parametrize("share", [0.5, 2.0], ids=["compute-bound", "copy-bound"])
 def test_copies_hide_behind_compute(share: float, pinned: bool) -> None:
-    """End to end at least 0.95 of what the slower of copy and compute allows, from pinned batches; from pageable ones
-    at least 0.95 of the slowest of copy, compute and the host's own copy into pinned memory.
+    """Throughput is at least 0.95 of the limit.
+
+    With pinned batches, the limit is the slower of copy and compute. With pageable ones, it is the slowest of copy,
+    compute and the host's copy into pinned memory.
     """
     nbytes, steps = 64 << 20, 40
     batches = [torch.randint(0, 255, (nbytes,), dtype=torch.uint8) for _ in range(4)]
@@ -514,7 +514,7 @@ def test_copies_hide_behind_compute(share: float, pinned: bool) -> None:
             a @ a
 
     computed = clock(compute)
-    for _ in range(2):  # the first pass makes its memory
+    for _ in range(2):  # the first pass allocates its memory
         torch.cuda.synchronize()
         begun = time.perf_counter()
         for _ in DevicePrefetcher((batches[n % 4] for n in range(steps)), "cuda"):

@@ -31,7 +31,7 @@ def lead_a_group(connection: Connection) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """False for a process that has ended, also if nobody has waited for it yet."""
+    """False for a process that has ended, even if nothing has waited for it yet."""
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 

@@ -1,4 +1,4 @@
-"""The READMEs: their Python runs and prints what they show, their links lead somewhere, their tables are complete."""
+"""The READMEs: their Python prints the shown output, their links work, and their tables are complete."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from readme import BLOCK, READMES, ROOT, anchors, links, readme, run_python, tex
 from test_convert import MODELS
 
 from mlp_fused import ACTIVATIONS, PATTERNS
-
-# --- README.md. ---
 
 
 def test_the_first_readme_has_at_most_150_lines() -> None:
@@ -37,12 +35,9 @@ def test_the_first_readme_shows_what_its_four_snippets_print() -> None:
         assert call in code
 
 
-# --- All five. ---
-
-
 @pytest.mark.alone
 @pytest.mark.parametrize("name", READMES)
-def test_python_runs_and_prints_what_is_shown(name: str) -> None:
+def test_python_prints_the_shown_output(name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     blocks = list(BLOCK.finditer(text_of(name)))
@@ -63,17 +58,14 @@ def test_links_lead_to_files_and_headings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_files_that_are_named_exist(name: str) -> None:
+def test_named_files_exist(name: str) -> None:
     """A path with a folder, in backticks, such as `kernels/tile.py`."""
     for path in re.findall(r"`((?:kernels|mlp_fused|bench|tests|\.ci)/[\w./]+)`", text_of(name)):
         assert (ROOT / path).exists(), path
 
 
-def test_an_anchor_is_made_as_github_makes_it() -> None:
+def test_anchors_are_those_of_github() -> None:
     assert anchors("# A `b_c`, d-e\n\n```sh\n# no heading\n```\n## What's new?\n") == {"a-b_c-d-e", "whats-new"}
-
-
-# --- The tables of the manual, and the tests behind their rows. ---
 
 
 def test_the_manual_lists_every_activation() -> None:
@@ -93,7 +85,7 @@ def rows(part: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("part", ["fuse", "integrations"])
 def test_every_row_has_tests_that_exist(part: str) -> None:
-    """tests/README.md lists the tests of each row; `test_x…` stands for all tests that begin so."""
+    """tests/README.md lists the tests of each row; `test_x…` stands for all tests that begin with test_x."""
     tests = {path.name: path.read_text() for path in Path(__file__).parent.glob("test_*.py")}
     mapped = {row[0]: row[1] for row in rows(f"tests of {part}")}
     assert mapped.keys() == {row[0] for row in rows(part)}
@@ -107,7 +99,7 @@ def test_every_row_has_tests_that_exist(part: str) -> None:
             assert any(definition in tests[file] for file in files), f"{row}: {name}"
 
 
-def test_every_model_that_fuse_is_tested_on_is_in_the_table() -> None:
+def test_the_table_has_every_model_in_the_tests_of_fuse() -> None:
     models = set(re.findall(r"`test_\w+\[(\w+)\]`", readme("tests of fuse")))
     assert models == {model.id for model in MODELS}
 

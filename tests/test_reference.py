@@ -47,7 +47,7 @@ NUMPY = {
 @pytest.mark.parametrize("name", NUMPY)
 @pytest.mark.parametrize("widths", [(5, 4), (6, 7, 3), (3, 8, 8, 2)], ids=str)
 def test_the_oracle_is_the_chain_rule_in_numpy(name: str, widths: tuple[int, ...]) -> None:
-    """dZ_{l-1} = (dZ_l W_l) ⊙ a'(Z_{l-1}), dW_l = dZ_lᵀ H_{l-1}, db_l = Σ dZ_l, written out."""
+    """Write out dZ_{l-1} = (dZ_l W_l) ⊙ a'(Z_{l-1}), dW_l = dZ_lᵀ H_{l-1}, db_l = Σ dZ_l."""
     case = Case(11, widths, torch.float64, name)
     data = make(case)
     a, da = NUMPY[name]
@@ -70,6 +70,6 @@ def test_the_oracle_is_the_chain_rule_in_numpy(name: str, widths: tuple[int, ...
         np.testing.assert_allclose(truth[key].numpy(), value, rtol=1e-9, atol=1e-11, err_msg=key)
 
 
-def test_every_case_has_an_id_of_its_own_and_random_data() -> None:
+def test_cases_have_unique_ids_and_random_data() -> None:
     for first, second in itertools.pairwise(make(Case(), seed=seed).x for seed in range(3)):
         assert not torch.equal(first, second)

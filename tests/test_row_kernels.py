@@ -1,4 +1,4 @@
-"""The kernels that a row of a measured table was taken of, and rows of older ones."""
+"""The kernels that a row of a measured table was measured with, and rows of older kernels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mlp_fused.engine.table_files import Gemm, Network
 from mlp_fused.kernels import layer_tiles, sources
 
 FP32 = dataclasses.replace(FORWARD, dtype="float32", tile=dataclasses.replace(TILE, precision="bf16x6"))
-# Kernels that no row measures: what they do is part of a product's step, or of none.
+# Kernels without rows, because they are part of a product's step or of no step.
 UNMEASURED = {"pointwise_kernel", "split_kernel"}
 
 
-def test_rows_differ_by_what_their_kernels_differ_in() -> None:
+def test_rows_with_different_kernels_have_different_digests() -> None:
     digests = {
         "forward": current_digest(FORWARD),
         "gelu": current_digest(dataclasses.replace(FORWARD, activation="gelu")),
@@ -34,7 +34,7 @@ def test_rows_differ_by_what_their_kernels_differ_in() -> None:
     assert len(set(digests.values())) == len(digests)
 
 
-def test_rows_are_alike_where_their_kernel_is_the_same() -> None:
+def test_rows_with_the_same_kernel_have_the_same_digest() -> None:
     others = {"rows": 1, "width_out": 8, "tile": None, "ms": 1.0, "dtype": "float16"}
     for name, value in others.items():
         assert current_digest(dataclasses.replace(FORWARD, **{name: value})) == current_digest(FORWARD)
@@ -43,7 +43,7 @@ def test_rows_are_alike_where_their_kernel_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("row", [FORWARD, NARROW], ids=["product", "network"])
-def test_a_row_holds_while_its_kernels_are_those_that_were_measured(row: Gemm | Network) -> None:
+def test_a_row_is_valid_while_its_kernels_are_unchanged(row: Gemm | Network) -> None:
     now = stamped(row)
     assert (is_outdated(now), holds(now)) == (False, True)
     for kernel in (None, "0" * 16):
@@ -51,14 +51,14 @@ def test_a_row_holds_while_its_kernels_are_those_that_were_measured(row: Gemm | 
         assert (is_outdated(older), holds(older)) == (True, False)
 
 
-def test_torch_stays_until_a_newer_kernel_was_measured() -> None:
+def test_torch_stays_the_choice_until_a_newer_kernel_is_measured() -> None:
     for row in (dataclasses.replace(FORWARD, tile=None), dataclasses.replace(NARROW, path="torch")):
         assert is_outdated(row)
         assert holds(row)
 
 
-def test_every_kernel_is_some_rows() -> None:
-    """A kernel that is added to a module is one of the rows of that module by itself."""
+def test_every_kernel_belongs_to_some_row() -> None:
+    """A new kernel in a module belongs to the rows of that module automatically."""
     every = {name for _, name in sources.kernels_in("*")}
     products = {name for kernels in row_kernels.PRODUCTS.values() for _, name in kernels}
     networks = {name for module in row_kernels.TRAINING for _, name in sources.kernels_in(module)}
@@ -81,17 +81,17 @@ def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(
     assert tables.path_for(asked[0], None, *asked[1:]) is None
     assert tables.is_path_outdated(*asked)
     (record,) = caplog.records
-    said = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures again"
-    assert record.getMessage() == f"{tables.user_path(H200.name)}: {said}"
+    messages = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures again"
+    assert record.getMessage() == f"{tables.user_path(H200.name)}: {messages}"
 
 
-def test_an_older_row_leaves_the_place_to_the_packaged_table(measured: Path) -> None:
+def test_the_packaged_table_replaces_an_older_row(measured: Path) -> None:
     install(user=table(outdated(FORWARD)), packaged=table(dataclasses.replace(FORWARD, tile=OTHER), NARROW))
     assert tables.choice_for(problem(), H200) == tables.Choice(OTHER, f"measured on {H200.name}")
     assert not tables.is_path_outdated((64, 64, 64), torch.float16, "ieee", "relu", True, H200)
 
 
-def test_torch_keeps_what_no_newer_kernel_was_measured_for(measured: Path) -> None:
+def test_torch_runs_if_no_newer_kernel_was_measured(measured: Path) -> None:
     torchs = dataclasses.replace(FORWARD, tile=None)
     network = dataclasses.replace(NARROW, path="torch")
     install(table(outdated(torchs), outdated(network)))
@@ -102,7 +102,7 @@ def test_torch_keeps_what_no_newer_kernel_was_measured_for(measured: Path) -> No
     assert tables.tile_for(problem(2000), H200) == TILE
 
 
-def test_a_row_that_does_not_name_its_kernel_is_of_an_older_one(measured: Path) -> None:
+def test_a_row_without_a_kernel_digest_counts_as_older(measured: Path) -> None:
     written = dataclasses.replace(table(), gemms=(outdated(FORWARD, None),))
     install(written)
     assert tables.choice_for(problem(), H200).source.endswith("with an older kernel")
@@ -118,7 +118,7 @@ def test_a_related_gpus_row_of_an_older_kernel_is_not_used(measured: Path) -> No
         assert tables.tile_for(wide.problem, H200) == expected
 
 
-def test_explain_says_that_a_reading_is_of_an_older_kernel(measured: Path) -> None:
+def test_explain_says_that_a_reading_has_an_older_kernel(measured: Path) -> None:
     wide = dataclasses.replace(FORWARD, activation="identity")
     install(table(outdated(wide), outdated(NARROW)))
     network = FusedMLP(64, [64, 64]).explain(4096, dtype=torch.float16, device=H200.name)

@@ -1,9 +1,10 @@
-"""Files that an older mlp_fused wrote load, and give what that version gave for them.
+"""Files of older versions of mlp_fused load and give the results of those versions.
 
-`data/saved/<commit>/` is what make_saved.py wrote with the code of that commit; data/saved/README.md lists the files.
+`data/saved/<commit>/` holds the files that make_saved.py wrote with the code of that commit. data/saved/README.md lists
+them.
 
-Outputs are compared by torch.testing.assert_close: another processor or another torch adds up a product in another
-order. They are exact where both sides are computed here.
+Stored outputs are compared by torch.testing.assert_close, because another processor or another torch may add up a
+product in another order. Outputs computed here are compared exactly.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FOLDERS = sorted(path.parent for path in SAVED.glob("*/versions.json"))
 
 
 def files(pattern: str) -> Any:
-    """Parametrize over the files of that pattern, in the folder of every commit."""
+    """Parametrize over the files that match a pattern, in the folders of all commits."""
     paths = [path for folder in FOLDERS for path in sorted(folder.glob(pattern))]
     ids = [f"{path.parent.name}-{path.name}" for path in paths]
     marks = [[needs("torchvision")] if "torchvision" in path.name else [] for path in paths]
@@ -46,13 +47,13 @@ def files(pattern: str) -> Any:
 
 
 def reading(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """An input and its outputs, as make_saved.py's `reading` and others wrote them for a file."""
+    """The input and outputs that make_saved.py stored for a file."""
     outputs = json.loads((path.parent / "outputs.json").read_text())[path.name]
     return {name: torch.tensor(outputs[name], device=device) for name in ("x", "y", "dx") if name in outputs}
 
 
 def assert_gives(model: nn.Module, path: Path, device: str = "cpu") -> None:
-    """The stored output, and the stored gradient of its sum; on a GPU, where sums of products differ more, nearly."""
+    """Assert the stored output and the stored gradient of its sum, with a wider tolerance on a GPU."""
     stored = reading(path, device)
     tolerances = {} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
     x = stored["x"].requires_grad_()
@@ -67,8 +68,6 @@ def load(path: Path, device: str = "cpu") -> Any:
         return pickle.loads(path.read_bytes()).to(device)
     return torch.load(path, weights_only=False, map_location=device)
 
-
-# ---------------------------------------------------------------- whole models
 
 MODELS = files("fused_*")
 
@@ -98,7 +97,7 @@ def test_a_saved_model_trains(path: Path, device: str) -> None:
 
 @MODELS
 def test_a_saved_model_runs_on_kernels(path: Path, device: str) -> None:
-    """With `backend="triton"`, in the interpreter or on a GPU."""
+    """Use `backend="triton"`, in the interpreter or on a GPU."""
     model = load(path, device)
     model.backend = "triton"
     stored = reading(path, device)
@@ -127,7 +126,7 @@ def test_settings_of_saved_models(folder: Path) -> None:
     linear = load(folder / "fused_linear.pt")
     assert type(linear) is FusedLinear
     assert linear.backend == "reference"
-    assert linear.activation is ACTIVATIONS["leaky_relu"].bind(negative_slope=0.3)  # the row of the table itself
+    assert linear.activation is ACTIVATIONS["leaky_relu"].bind(negative_slope=0.3)  # a row of the table itself
     sequential = load(folder / "fused_sequential.pt")
     assert isinstance(sequential, nn.Sequential)
     assert (sequential.recompute, sequential.backend) == (True, "auto")
@@ -151,13 +150,10 @@ def test_a_saved_state_dict_loads(path: Path, device: str) -> None:
     assert_gives(model, path, device)
 
 
-# ---------------------------------------------------------------- names in pickles
-
-# What pickles may name of ours: these stay where they are, whatever else moves. Those with an underscore are called by
-# pickle alone.
+# The names that pickles may contain. They must stay importable. Names with an underscore are called only by pickle.
 NAMES = {
-    "mlp_fused.convert _remake",  # a module that `fuse` replaced, from the class that it was
-    "mlp_fused.kernels.activations _restore",  # an Activation, from its name and parameters
+    "mlp_fused.convert _remake",  # rebuilds a module that `fuse` replaced, from its original class
+    "mlp_fused.kernels.activations _restore",  # rebuilds an Activation from its name and parameters
     "mlp_fused.module FusedLinear",
     "mlp_fused.module FusedMLP",
     "mlp_fused.module Pointwise",
@@ -166,8 +162,8 @@ NAMES = {
 }
 
 
-def names_in(content: bytes) -> set[str]:
-    """The names of ours that a pickle of protocol 2, or a file that torch.save wrote, looks up."""
+def project_names(content: bytes) -> set[str]:
+    """The names of this project in a pickle of protocol 2 or a file of torch.save."""
     pickles = [content]
     if zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -176,7 +172,7 @@ def names_in(content: bytes) -> set[str]:
     names: set[str] = set()
     for each in pickles:
         for opcode, argument, _ in pickletools.genops(each):
-            assert opcode.name not in ("INST", "STACK_GLOBAL")  # which name things otherwise
+            assert opcode.name not in ("INST", "STACK_GLOBAL")  # these opcodes name objects differently
             if opcode.name == "GLOBAL" and str(argument).startswith("mlp_fused"):
                 names.add(str(argument))
     return names
@@ -187,9 +183,9 @@ PICKLES = sorted(path for path in SAVED.rglob("*") if path.suffix in (".pt", ".p
 
 @pytest.mark.parametrize("path", PICKLES, ids=lambda path: path.relative_to(SAVED).as_posix())
 def test_names_in_saved_pickles_are_stable(path: Path) -> None:
-    names = names_in(path.read_bytes())
+    names = project_names(path.read_bytes())
     assert names <= NAMES
-    assert bool(names) == path.name.startswith(("fused_", "trained_"))  # a whole model, not tensors alone
+    assert bool(names) == path.name.startswith(("fused_", "trained_"))  # such files hold a whole model
 
 
 def test_every_stable_name_can_be_looked_up() -> None:
@@ -208,25 +204,22 @@ MADE_NOW = {
 
 
 @pytest.mark.parametrize("name", MADE_NOW)
-def test_names_in_pickles_made_now_are_stable(name: str) -> None:
+def test_names_in_new_pickles_are_stable(name: str) -> None:
     model: nn.Module = MADE_NOW[name]()
     fuse(model)
     x = torch.randn(5, 6)
     for each in model if isinstance(model, nn.ModuleList) else [model]:
-        each(x).sum().backward()  # what is remembered of calls is not pickled
+        each(x).sum().backward()  # cached paths are not pickled
     file = io.BytesIO()
     torch.save(model, file)
     for content in (file.getvalue(), pickle.dumps(model, protocol=2)):
-        assert names_in(content)
-        assert names_in(content) <= NAMES
-
-
-# ---------------------------------------------------------------- checkpoints of mlp-fused train
+        assert project_names(content)
+        assert project_names(content) <= NAMES
 
 
 @pytest.fixture
-def own(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copies of a checkpoint and its data, in a folder that is the current one; the checkpoint's name."""
+def copied(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy a checkpoint and its data to the current folder. Returns the checkpoint's path."""
     for each in (path, path.with_suffix(".npz")):
         shutil.copy(each, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -238,12 +231,12 @@ def features(path: Path) -> np.ndarray:
 
 
 @files("train_*.pt")
-def test_a_saved_checkpoint_is_a_model(path: Path, own: Path) -> None:
-    model, stored = load_model(own), reading(path)
+def test_a_saved_checkpoint_is_a_model(path: Path, copied: Path) -> None:
+    model, stored = load_model(copied), reading(path)
     x = torch.from_numpy(features(path))
     assert torch.equal(x, stored["x"])
     torch.testing.assert_close(model(x), stored["y"].to(model(x).dtype), rtol=1e-5, atol=1e-5)
-    predictions = predict(own, features(path))
+    predictions = predict(copied, features(path))
     if "regression" in path.name:
         assert predictions.values == pytest.approx(stored["y"][:, 0].numpy(), rel=1e-5)
     else:
@@ -251,13 +244,13 @@ def test_a_saved_checkpoint_is_a_model(path: Path, own: Path) -> None:
 
 
 @files("train_*.pt")
-def test_a_saved_checkpoint_resumes_with_the_numbers_of_the_version_that_wrote_it(path: Path, own: Path) -> None:
+def test_a_saved_checkpoint_resumes_with_the_numbers_of_its_version(path: Path, copied: Path) -> None:
     stored = json.loads((path.parent / "outputs.json").read_text())[path.name]["history"]
     task: Any = "regression" if "regression" in path.name else "classification"
     config = Config(
-        data=own.with_suffix(".npz").name,
+        data=copied.with_suffix(".npz").name,
         task=task,
-        checkpoint=str(own),
+        checkpoint=str(copied),
         hidden=(8,),
         batch_size=16,
         lr=0.02,
@@ -280,17 +273,14 @@ def test_a_saved_trained_model_gives_its_stored_output(path: Path) -> None:
     assert_gives(load(path), path)
 
 
-# ---------------------------------------------------------------- exported programs
-
-
-def number_of(version: str) -> tuple[int, ...]:
+def version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
 def exported(path: Path) -> nn.Module:
-    """The program of a file. torch loads none that a newer torch saved: the format has no promise forwards."""
+    """The program in a file. Skips the test if a newer torch saved it, because torch does not promise to load it."""
     writer = json.loads((path.parent / "versions.json").read_text())["torch"]
-    if number_of(torch.__version__) < number_of(writer):
+    if version_tuple(torch.__version__) < version_tuple(writer):
         pytest.skip(f"torch {writer} exported the file, and torch {torch.__version__} is older")
     return torch.export.load(path).module()
 
@@ -317,18 +307,15 @@ def test_a_saved_program_with_the_operator_trains(path: Path) -> None:
     assert all(parameter.grad is not None for parameter in program.parameters())
 
 
-# ---------------------------------------------------------------- measured tables
-
-
 @files("table_schema_*.json")
-def test_rows_of_a_saved_table_are_taken(path: Path, measured: Path) -> None:
-    """Take a saved table as the user's own, under its Triton: torch is the choice of every row that is for it.
+def test_rows_of_a_saved_table_are_used(path: Path, measured: Path) -> None:
+    """Use a saved table as the user's table, with its Triton. Torch must run where a row says so.
 
-    Tables before schema 3 do not say which kernels their tiles and paths were measured with, so these do not hold.
+    Tables before schema 3 do not name the kernels of their tiles and paths, so those rows are not used.
     """
     written = json.loads(path.read_text())
     assert written["schema"] == int(path.stem[-1])
-    # A table of another Triton gives only tiles that this version's rule would measure, and that is another test's.
+    # With another Triton, only tiles that this version would measure are used, which another test checks.
     written["versions"]["triton"] = ".".join(map(str, tables.TRITON_VERSION)) + ".0"
     user = tables.user_path(written["device"])
     user.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Features and targets near 0 and 1: exact in float64, whatever comes in and whatever the model is cast to."""
+"""Scaling of features and targets: it is exact in float64, for any input dtype and any dtype of the model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_statistics_are_column_by_column() -> None:
     assert Scaling.fit(x)(torch.tensor([[4.0, 6.0, 1e9]])).tolist() == [[0.0, 1.0, -2.0]]
 
 
-def test_the_ends_of_float32() -> None:
+def test_the_largest_and_smallest_float32_numbers() -> None:
     huge = torch.finfo(torch.float32).max
     x = torch.tensor([[huge], [-huge]])
     assert Scaling.fit(x)(x).tolist() == [[2.0], [-2.0]]
 
 
 def exactly(values: list[int]) -> list[float]:
-    """(x - mean) / (range / 4) in rational numbers."""
+    """Compute (x - mean) / (range / 4) in rational numbers."""
     mean = Fraction(sum(values), len(values))
     return [float((value - mean) / Fraction(max(values) - min(values), 4)) for value in values]
 
@@ -71,7 +71,7 @@ def test_every_dtype_is_taken(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("offset", [1.7e9, -5.4e6, 1e15], ids=str)
-def test_a_large_mean_costs_nothing(offset: float) -> None:
+def test_a_large_mean_costs_no_accuracy(offset: float) -> None:
     x = torch.randint(0, 1000, (500, 2)).double()
     assert torch.equal(Scaling.fit(x + offset)(x + offset), Scaling.fit(x)(x))
 
@@ -89,15 +89,15 @@ CASTS: dict[str, Any] = {
 }
 
 
-def model_of(x: Tensor, *, targets: bool = False) -> nn.Sequential:
+def make_model(x: Tensor, *, targets: bool = False) -> nn.Sequential:
     unscaling = Unscaling(torch.tensor([1.7e9], dtype=torch.float64), torch.tensor([3.0])) if targets else None
     return join_modules(Scaling.fit(x), FusedMLP(x.shape[1], [8, 1]), unscaling)
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_a_cast_leaves_the_statistics_and_the_result_follows_it(cast: Any) -> None:
+def test_a_cast_changes_the_result_but_not_the_statistics(cast: Any) -> None:
     x = torch.randn(20, 3, dtype=torch.float64) + 1.7e9
-    model = model_of(x, targets=True)
+    model = make_model(x, targets=True)
     before = {name: value.clone() for name, value in model.state_dict().items() if "scaling" in name}
     scaled = model.scaling(x)
     cast(model)
@@ -111,9 +111,9 @@ def test_a_cast_leaves_the_statistics_and_the_result_follows_it(cast: Any) -> No
     assert model(x).dtype == torch.float64
 
 
-def test_autocast_reaches_the_network_and_not_the_scaling() -> None:
+def test_autocast_applies_to_the_network_but_not_to_the_scaling() -> None:
     x = torch.randn(20, 3, dtype=torch.float64) + 1.7e9
-    model = model_of(x)
+    model = make_model(x)
     expected = model.network(model.scaling(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.scaling(x), Scaling.fit(x)(x))
@@ -122,8 +122,8 @@ def test_autocast_reaches_the_network_and_not_the_scaling() -> None:
     assert torch.allclose(y.float(), expected, atol=0.05)
 
 
-def test_a_device_without_float64_leaves_the_statistics_where_they_are() -> None:
-    """A device like MPS, whose tensors cannot be float64."""
+def test_the_statistics_stay_on_the_cpu_for_a_device_without_float64() -> None:
+    """Such a device is MPS, whose tensors cannot be float64."""
     x = torch.randn(20, 3, dtype=torch.float64)
     scaling = Scaling.fit(x)
     expected = scaling(x)
@@ -138,7 +138,7 @@ def test_a_device_without_float64_leaves_the_statistics_where_they_are() -> None
 
 def test_the_model_is_saved_and_loaded_under_its_keys() -> None:
     x = torch.randn(20, 3, dtype=torch.float64) + 1.7e9
-    model, other = model_of(x, targets=True), model_of(torch.randn(4, 3), targets=True)
+    model, other = make_model(x, targets=True), make_model(torch.randn(4, 3), targets=True)
     keys = ["scaling.mean", "scaling.scale", "scaling.remainder", "network.0.weight", "network.0.bias"]
     keys += ["network.3.weight", "network.3.bias", "unscaling.mean", "unscaling.scale"]
     assert list(model.state_dict()) == keys
@@ -149,7 +149,7 @@ def test_the_model_is_saved_and_loaded_under_its_keys() -> None:
     assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
 
 
-def test_the_input_stays_as_it_is() -> None:
+def test_the_input_is_not_changed() -> None:
     x = torch.randn(5, 3, dtype=torch.float64)
     before = x.clone()
     Scaling.fit(x)(x)
@@ -169,14 +169,14 @@ def test_batches_of_any_rank() -> None:
     assert torch.equal(scaling(x[2]), scaling(x)[2])
 
 
-def test_in_parts_is_the_same() -> None:
+def test_scaling_in_parts_gives_the_same_result() -> None:
     x = torch.randn(50, 3)
     scaling = Scaling.fit(x)
     assert torch.equal(scaling.in_parts(x, rows=7), scaling(x))
     assert scaling.in_parts(x[:0]).shape == (0, 3)
 
 
-def test_features_rounded_first_are_those_of_format_1() -> None:
+def test_features_rounded_first_equal_those_of_format_1() -> None:
     x = torch.randn(50, 2, dtype=torch.float64) + 1e6
     scaling = Scaling.fit(x.float())
     rounded = Scaling(scaling.mean, scaling.scale, scaling.remainder, rounding=torch.float32)
@@ -185,7 +185,7 @@ def test_features_rounded_first_are_those_of_format_1() -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1.7e9], ids=str)
-def test_targets_have_mean_0_and_variance_1_and_come_back(offset: float) -> None:
+def test_targets_are_scaled_to_mean_0_and_variance_1_and_back(offset: float) -> None:
     y = torch.randn(400, 2, dtype=torch.float64) * torch.tensor([3.0, 1e-3]) + offset
     scaling = Scaling.fit_targets(y)
     scaled = scaling(y)
@@ -202,38 +202,38 @@ def test_constant_targets_are_only_centred() -> None:
     assert torch.allclose(Scaling.fit_targets(y)(y), torch.zeros(30, 1), atol=1e-15)
 
 
-def said_of(x: np.ndarray) -> list[str]:
+def remarks_on(x: np.ndarray) -> list[str]:
     rows = to_features(x)
     return column_remarks(rows, Scaling.fit(rows)(rows))
 
 
-def test_constant_columns_get_a_line() -> None:
+def test_constant_columns_get_a_remark() -> None:
     x = np.random.default_rng(0).normal(size=(50, 9))
-    assert said_of(x) == []
+    assert remarks_on(x) == []
     x[:, 4] = 1.7e9
-    assert said_of(x) == ["constant in the training rows: 1 of 9 features (column 4, counted from 0)"]
+    assert remarks_on(x) == ["constant in the training rows: 1 of 9 features (column 4, counted from 0)"]
     x[:, :7] = 0.1
     numbers = "columns 0, 1, 2, 3, 4, ..., counted from 0"
-    assert said_of(x) == [f"constant in the training rows: 7 of 9 features ({numbers})"]
+    assert remarks_on(x) == [f"constant in the training rows: 7 of 9 features ({numbers})"]
 
 
 @pytest.mark.parametrize("outlier", [1e12, -1e30], ids=str)
-def test_columns_that_outliers_collapse_get_a_line(outlier: float) -> None:
+def test_columns_collapsed_by_outliers_get_a_remark(outlier: float) -> None:
     x = np.random.default_rng(0).normal(size=(50, 3))
     x[17, 2] = outlier
-    assert said_of(x) == [
+    assert remarks_on(x) == [
         "stretched by outliers, so that most of their values become equal in float32: 1 of 3 features (column 2, "
         "counted from 0); clip the outliers or take logarithms"
     ]
 
 
-def test_large_means_and_a_moderate_outlier_get_no_line() -> None:
+def test_large_means_and_a_moderate_outlier_get_no_remark() -> None:
     x = np.random.default_rng(0).normal(loc=(1.7e9, 0, 5e6), size=(50, 3))
     x[17, 1] = 1000
-    assert said_of(x) == []
-    assert said_of(np.random.default_rng(0).integers(0, 2, (9000, 2))) == []
+    assert remarks_on(x) == []
+    assert remarks_on(np.random.default_rng(0).integers(0, 2, (9000, 2))) == []
 
 
 def test_unsigned_columns() -> None:
     assert constant(to_features(np.full((4, 1), 2**64 - 1, np.uint64))) == [0]
-    assert said_of(np.arange(40, dtype=np.uint64)[:, None] + np.uint64(2**63)) == []
+    assert remarks_on(np.arange(40, dtype=np.uint64)[:, None] + np.uint64(2**63)) == []

@@ -1,4 +1,4 @@
-"""Schedules: whoever reads steps sees all of them."""
+"""Schedules: every reader of steps sees all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TILE = TileConfig(16, 16)
 
 @pytest.fixture
 def dummy(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """A step more after each layer's product: a copy of its output, or a broken one if a test says so."""
+    """Add a step after each layer's product: a copy of its output, which a test may break."""
     options: dict[str, Any] = {"activation": IDENTITY}
     original = layer_path.add_forward
 
@@ -123,8 +123,8 @@ def test_a_step_is_checked(model: FusedMLP, x: torch.Tensor, dummy: Any, monkeyp
         model(1e4 * x)
 
 
-def test_what_is_neither_given_nor_returned_is_one_piece_of_memory(device: str) -> None:
-    """And each buffer in it begins where torch's allocator would let it begin."""
+def test_internal_buffers_share_one_allocation(device: str) -> None:
+    """Each buffer in it is aligned like an allocation of torch."""
     given = {"x": torch.randn(5, 3, device=device)}
     writer = schedule.Writer(given, torch.float32, 5)
     for name in ("a", "b", "c"):
@@ -146,8 +146,8 @@ def test_what_is_neither_given_nor_returned_is_one_piece_of_memory(device: str) 
     assert noted["b"].dtype == torch.float64
 
 
-def test_a_schedule_for_one_tensor_off_alignment_serves_another(device: str, by_pointers: None) -> None:
-    """Any given tensor may be the one that does not begin at 16 bytes."""
+def test_a_schedule_for_unaligned_tensors_accepts_any_of_them_unaligned(device: str, by_pointers: None) -> None:
+    """Any tensor may be the one that is not 16-byte aligned."""
 
     def off(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(torch.Size(shape).numel() + 1, device=device)[1:].view(shape)
@@ -161,7 +161,7 @@ def test_a_schedule_for_one_tensor_off_alignment_serves_another(device: str, by_
 
 
 def test_a_schedule_holds_no_memory_between_runs(model: FusedMLP, x: torch.Tensor) -> None:
-    """Memory that the first run takes within a CUDA graph would belong to the graph, and be held by the schedule."""
+    """Memory allocated in a CUDA graph belongs to the graph, so a schedule must not hold any."""
     path = find_layers(x, [Layer(*layer.parameters(), IDENTITY) for layer in (model[0], model[3])], x.dtype, "triton")
     run_layers(x, [model[0].weight, model[3].weight], [model[0].bias, model[3].bias], path).sum().backward()
     schedules = list(path.section(0, 2).cache.values())
@@ -171,8 +171,8 @@ def test_a_schedule_holds_no_memory_between_runs(model: FusedMLP, x: torch.Tenso
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
 
 
-def test_a_layer_of_its_own_takes_memory_for_what_it_writes_alone() -> None:
-    """Its backward holds the rebuilt output below, and no place for gradients of other layers."""
+def test_a_single_layer_allocates_only_what_it_writes() -> None:
+    """Its backward allocates the recomputed output of the layer before, and no gradients of other layers."""
     layers = explain.meta_layers((256, 512, 512, 256), [ACTIVATIONS["gelu"]] * 3, torch.float32, bias=True)
     path = layer_path.layer_path(
         (256, 512, 512, 256),

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.alone
 
 
 def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Python in a process group of its own, free of what pytest-xdist told this process."""
+    """Start Python in a new process group, without the environment variables of pytest-xdist."""
     inherited = {
         name: value for name, value in os.environ.items() if "XDIST" not in name and name != "TRITON_INTERPRET"
     }
@@ -44,26 +44,24 @@ def output(process: subprocess.Popen[str], status: int = 0) -> str:
     return text
 
 
-# --- The ids and marks of the whole suite ---
-
-# Collects the suite for the first of some mark expressions, then selects for the others; writes the ids as JSON.
+# Collect the suite for the first mark expression, select from it for the others, and write the ids as JSON.
 COLLECT = """
 import json, sys
 import pytest
 
 file, *expressions = sys.argv[1:]
-found = {}
+selected = {}
 
 class Collected:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
         self.items = list(items)
-        found.setdefault("all", [item.nodeid for item in items])
+        selected.setdefault("all", [item.nodeid for item in items])
         yield
-        found[config.option.markexpr] = [item.nodeid for item in items]
+        selected[config.option.markexpr] = [item.nodeid for item in items]
 
     def pytest_collection_finish(self, session):
-        found["full"] = [item.nodeid for item in self.items if any(not m.args for m in item.iter_markers("full"))]
+        selected["full"] = [item.nodeid for item in self.items if any(not m.args for m in item.iter_markers("full"))]
         for expression in expressions[1:]:
             session.config.option.markexpr = expression
             items = list(self.items)
@@ -72,7 +70,7 @@ class Collected:
 arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", expressions[0], "tests"]
 status = pytest.main(arguments, plugins=[Collected()])
 with open(file, "w") as opened:
-    json.dump(found, opened)
+    json.dump(selected, opened)
 sys.exit(status)
 """
 ON_A_GPU = ("gpu", "gpu and not alone", "gpu and alone", "gpu and full")
@@ -80,8 +78,9 @@ ON_A_GPU = ("gpu", "gpu and not alone", "gpu and alone", "gpu and full")
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
-    """The ids before any is left out ("all"), and those that expressions select, in two processes of other hash seeds:
-    one for the interpreter, one for a GPU.
+    """The ids of all tests ("all"), and those that expressions select.
+
+    They come from two processes with different hash seeds, one for the interpreter and one for a GPU.
     """
     folder = tmp_path_factory.mktemp("ids")
     runs = {"cpu": ("1", ("",)), "gpu": ("2", ON_A_GPU)}
@@ -95,28 +94,28 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, l
 
 
 def test_ids_are_the_same_in_every_process(collected: dict[str, dict[str, list[str]]]) -> None:
-    """In the same order too, as pytest-xdist needs it. Mark expressions only leave ids out of these."""
+    """Their order is the same too, which pytest-xdist needs. Mark expressions only leave ids out."""
     cpu, gpu = collected["cpu"]["all"], collected["gpu"]["all"]
     assert [pair for pair in zip(cpu, gpu) if pair[0] != pair[1]] == []
     assert len(cpu) == len(gpu) == len(set(cpu))
 
 
-def test_a_gpu_runs_what_is_full_only_where_it_is_asked_for(collected: dict[str, dict[str, list[str]]]) -> None:
-    found = collected["gpu"]
-    full = set(found["full"])
+def test_a_gpu_runs_full_tests_only_on_request(collected: dict[str, dict[str, list[str]]]) -> None:
+    actual = collected["gpu"]
+    full = set(actual["full"])
     assert full
-    assert not full & set(found["gpu"])
-    assert found["gpu and full"]
-    assert set(found["gpu and full"]) >= full & {test for test in found["all"] if "test_torch_products.py" in test}
+    assert not full & set(actual["gpu"])
+    assert actual["gpu and full"]
+    assert set(actual["gpu and full"]) >= full & {test for test in actual["all"] if "test_torch_products.py" in test}
     layers = "tests/test_kernels_table.py::test_forward_and_gradients[layer-"
-    assert any(test.startswith(layers) for test in found["gpu"])  # too slow for the interpreter alone
+    assert any(test.startswith(layers) for test in actual["gpu"])  # too slow for the interpreter alone
     assert not any(test.startswith(layers) for test in collected["cpu"][""])
 
 
 def test_the_two_commands_for_a_gpu_run_each_of_its_tests_once(collected: dict[str, dict[str, list[str]]]) -> None:
-    found = collected["gpu"]
-    together, alone = found["gpu and not alone"], found["gpu and alone"]
-    assert sorted(together + alone) == sorted(found["gpu"])
+    actual = collected["gpu"]
+    together, alone = actual["gpu and not alone"], actual["gpu and alone"]
+    assert sorted(together + alone) == sorted(actual["gpu"])
     assert len(together) > 10 * len(alone)
     files = {test.split("::")[0] for test in alone}
     assert {"tests/test_distributed.py", "tests/test_timing.py", "tests/test_transfer_measurement.py"} <= files
@@ -148,13 +147,10 @@ def test_a_mark_expression_asks_for_marks(expression: str, asked: str) -> None:
 
 
 def test_dropout_leaves_enough_elements_for_a_norm() -> None:
-    """The bound is twice torch's error in a norm, which over two elements may be next to nothing by chance."""
+    """The bound is twice torch's error in a norm. Over two elements, that error may be almost 0 by chance."""
     dropping = [case for case in CASES if case.rows and 0 < case.dropout < 1]
     assert dropping
     assert [case.id for case in dropping if case.rows * case.widths[-1] * (1 - case.dropout) < 8] == []
-
-
-# --- Runs of pytest on a small suite with this suite's conftest.py ---
 
 
 @pytest.fixture
@@ -167,7 +163,7 @@ def suite(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# In place of the fixtures that import torch for every test.
+# Replacements for fixtures that import torch for every test.
 QUICK = """
 import pytest
 
@@ -245,7 +241,7 @@ def test_a_killed_run_leaves_its_failures_on_disk(suite: Path, workers: list[str
     finally:
         os.killpg(process.pid, signal.SIGKILL)
     text = output(process, -signal.SIGKILL)
-    assert "in the first test" not in text  # which pytest prints at the end only
+    assert "in the first test" not in text  # pytest prints this only at the end
     failures = (suite / "failures.txt").read_text()
     assert failures.startswith("test_small.py::test_fails (call)\n")
     assert "AssertionError: in the first test" in failures

@@ -1,4 +1,4 @@
-"""Measured tables: what holds for which problem, and files that are whole, checked and never in the way."""
+"""Measured tables: the row used for each problem, complete and validated files, and the fallback without a file."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ TABLES = st.builds(
 
 
 @given(TABLES)
-def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, written: Table) -> None:
+def test_a_written_table_is_read_back(tmp_path_factory: pytest.TempPathFactory, written: Table) -> None:
     path = tmp_path_factory.mktemp("t") / "a" / "table.json"
     table_files.write(path, written)
     assert table_files.read(path) == written
     assert [each.name for each in path.parent.iterdir()] == ["table.json"]
 
 
-def test_a_file_has_a_row_a_line_and_only_what_is_not_default(tmp_path: Path) -> None:
+def test_a_file_has_one_line_per_row_without_default_values(tmp_path: Path) -> None:
     table_files.write(tmp_path / "t.json", table(FORWARD, dataclasses.replace(FORWARD, rows=64, tile=None), NARROW))
     lines = (tmp_path / "t.json").read_text().splitlines()
     rows = [json.loads(line.strip().rstrip(",")) for line in lines if line.startswith("  {")]
@@ -95,7 +95,7 @@ def test_a_file_has_a_row_a_line_and_only_what_is_not_default(tmp_path: Path) ->
     assert rows[1]["tile"] is None
 
 
-def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.json"
     table_files.write(path, table(FORWARD))
 
@@ -109,7 +109,7 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
 
 
-def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+def test_an_unreadable_table_is_not_written(tmp_path: Path) -> None:
     bad = dataclasses.replace(FORWARD, torch_ms=0.0)
     with pytest.raises(ValueError, match=r"gemms\[0\]\.torch_ms is 0\.0, which is not a valid value"):
         table_files.write(tmp_path / "t.json", table(bad))
@@ -186,7 +186,7 @@ def net(content: dict[str, Any], **values: Any) -> None:
 
 
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[dict[str, Any]], object], sentence: str) -> None:
+def test_damage_gives_one_sentence(tmp_path: Path, damage: Callable[[dict[str, Any]], object], sentence: str) -> None:
     path = tmp_path / "t.json"
     table_files.write(path, table(FORWARD, NARROW))
     content = json.loads(path.read_text())
@@ -205,8 +205,8 @@ JSON = st.recursive(
 
 
 @given(st.data())
-def test_any_damage_is_found_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Some value of a good file replaced by some other: a sentence, or a table that can be written again."""
+def test_any_damage_is_detected_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Replace a random value of a good file. Reading gives an error, or a table that can be written again."""
     path = tmp_path_factory.mktemp("t") / "t.json"
     table_files.write(path, table(FORWARD, NARROW))
     content = json.loads(path.read_text())
@@ -220,12 +220,12 @@ def test_any_damage_is_found_or_harmless(tmp_path_factory: pytest.TempPathFactor
     place[key] = data.draw(JSON)
     path.write_text(json.dumps(content))
     try:
-        found = table_files.read(path)
+        actual = table_files.read(path)
     except ValueError as error:
         sentence = str(error)
     else:
-        table_files.write(path, found)
-        assert table_files.read(path) == found
+        table_files.write(path, actual)
+        assert table_files.read(path) == actual
         return
     assert sentence.startswith(f"{path} is not a measured table: ")
     assert "\n" not in sentence
@@ -240,7 +240,7 @@ def test_any_other_file_is_refused(tmp_path_factory: pytest.TempPathFactory, con
         table_files.read(path)
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         table_files.read(tmp_path / "t.json")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
@@ -250,17 +250,14 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         table_files.read(tmp_path / "deep.json")
 
 
-# --- What holds for which problem ---
-
-
 def test_precedence_user_packaged_rule(measured: Path) -> None:
     assert estimated(problem()) not in (TILE, OTHER)
     assert tables.tile_for(problem(), H200) == estimated(problem())
     install(packaged=table(FORWARD))
     assert tables.tile_for(problem(), H200) == TILE
     install(user=table(dataclasses.replace(FORWARD, tile=OTHER, rows=2048)))
-    assert tables.tile_for(problem(), H200) == OTHER  # the user's, though the packaged one measured this very batch
-    assert tables.tile_for(problem(600), H200) == TILE  # farther than twice from the user's
+    assert tables.tile_for(problem(), H200) == OTHER  # the user's row, although the packaged one has this batch size
+    assert tables.tile_for(problem(600), H200) == TILE  # more than twice the user's batch size
     install(user=table(dataclasses.replace(FORWARD, tile=None)))
     assert tables.tile_for(problem(), H200) is None
     assert tables.tile_for(problem(), DEVICES["NVIDIA H100"]) == estimated(problem(), DEVICES["NVIDIA H100"])
@@ -268,7 +265,7 @@ def test_precedence_user_packaged_rule(measured: Path) -> None:
     assert (measured / "tuned" / "nvidia_h200.json").is_file()
 
 
-def test_a_row_holds_for_its_problem_and_the_nearest_batch(measured: Path) -> None:
+def test_a_row_is_used_for_its_problem_and_the_nearest_batch(measured: Path) -> None:
     larger = dataclasses.replace(FORWARD, rows=4096, tile=OTHER)
     install(table(FORWARD, larger))
     for rows, expected in ((512, TILE), (2000, TILE), (2100, OTHER), (8192, OTHER)):
@@ -290,7 +287,7 @@ def test_a_row_is_found_by_its_own_problem(measured: Path, kind: str) -> None:
     assert tables.tile_for(row.problem, H200) == OTHER
 
 
-def test_descriptors_only_where_they_can_describe(measured: Path) -> None:
+def test_descriptors_are_used_only_if_possible(measured: Path) -> None:
     install(table(FORWARD, dataclasses.replace(FORWARD, rows=1100, tile=OTHER)))
     assert tables.tile_for(problem(1024), H200) == TILE
     assert tables.tile_for(problem(1024, aligned=False), H200) == OTHER
@@ -301,8 +298,8 @@ def test_descriptors_only_where_they_can_describe(measured: Path) -> None:
     assert tables.tile_for(unaligned, H200) is None
 
 
-def test_a_row_holds_for_its_own_activation(measured: Path) -> None:
-    """dgrad of 512 columns: torch was faster with gelu, our kernel with relu."""
+def test_a_row_is_used_for_its_own_activation(measured: Path) -> None:
+    """In dgrad of 512 columns, torch was faster with gelu, and our kernel with relu."""
     gelu = dataclasses.replace(FORWARD, kind="dgrad", activation="gelu", tile=None)
     relu = dataclasses.replace(gelu, activation="relu", tile=OTHER)
     install(table(gelu, relu))
@@ -312,7 +309,7 @@ def test_a_row_holds_for_its_own_activation(measured: Path) -> None:
     assert tables.choice_for(tanh, H200) == tables.Choice(estimated(tanh), "estimated")
 
 
-def test_rows_of_schema_1_hold_for_every_activation_that_no_other_row_names(measured: Path) -> None:
+def test_rows_of_schema_1_are_used_for_activations_without_a_row(measured: Path) -> None:
     written = json.loads((DATA / "tuned.json").read_text())
     assert written["schema"] == 1
     old = table_files.read(DATA / "tuned.json")
@@ -325,11 +322,11 @@ def test_rows_of_schema_1_hold_for_every_activation_that_no_other_row_names(meas
     install(table(FORWARD, unnamed))
     assert tables.tile_for(problem(), H200) == TILE
     assert tables.tile_for(problem(activation="gelu"), H200) == OTHER
-    table_files.write(measured / "new.json", old)  # as schema 3, which says that it does not know them
+    table_files.write(measured / "new.json", old)  # written as schema 3, with unknown activations
     assert table_files.read(measured / "new.json") == old
 
 
-def test_a_related_gpu_shares_tiles_and_choices_that_bandwidth_does_not_decide(measured: Path) -> None:
+def test_a_related_gpu_shares_tiles_and_compute_bound_choices(measured: Path) -> None:
     wide = Gemm("forward", 8192, 4096, 4096, "bfloat16", "ieee", "relu", TILE, 1.0, 2.0)
     torchs = dataclasses.replace(wide, activation="gelu", tile=None)
     thin = Gemm("wgrad", 2**20, 64, 64, "bfloat16", "ieee", "identity", OTHER, 1.0, 2.0)
@@ -341,7 +338,7 @@ def test_a_related_gpu_shares_tiles_and_choices_that_bandwidth_does_not_decide(m
     measured_there = "measured on NVIDIA H100 80GB HBM3"
     assert tables.choice_for(wide.problem, H200) == tables.Choice(known, measured_there)
     assert tables.choice_for(torchs.problem, H200) == tables.Choice(None, measured_there)
-    # Memory-bound: the estimate for this GPU says whether, the other's reading with which tile.
+    # If memory-bound, the estimate for this GPU decides between torch and us, and the other GPU's row gives the tile.
     assert layer_tiles.why_torch(thin.problem, H200) is layer_tiles.why_torch(slow.problem, H200) is None
     assert tables.choice_for(thin.problem, H200) == tables.Choice(OTHER, f"tile {measured_there}")
     assert tables.choice_for(slow.problem, H200) == tables.Choice(estimated(slow.problem), "estimated")
@@ -354,8 +351,8 @@ def test_a_related_gpu_shares_tiles_and_choices_that_bandwidth_does_not_decide(m
         assert "measured" not in tables.choice_for(thin.problem, other).source
 
 
-def test_the_packaged_tables_hold(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is of the device that its file names, and each of its choices is taken there and explained."""
+def test_the_packaged_tables_are_used(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each names the device of its file. On that device, each choice is used and explained."""
     monkeypatch.setattr(tables, "PACKAGED", Path(layer_tiles.__file__).parent / "tuned")
     paths.forget_tables()
     packaged_files = list(tables.PACKAGED.glob("*.json"))
@@ -382,14 +379,14 @@ def test_the_path_of_a_network(measured: Path) -> None:
         return tables.path_for((64, 64, 64), rows, torch.float16, "ieee", activation, training, H200)
 
     assert [path(rows) for rows in (2047, 2048, 8192, 2**20)] == [None, "stored", "stored", "torch"]
-    assert path(None) == "stored"  # the user's largest
+    assert path(None) == "stored"  # the user's row with the largest batch
     install(user=table(NARROW, larger))
     assert path(None) == "torch"
     assert path(None, training=False) is None
     assert path(None, activation="gelu") is None
 
 
-def test_merging_keeps_what_was_not_measured_again() -> None:
+def test_merging_keeps_rows_without_a_new_reading() -> None:
     again = dataclasses.replace(FORWARD, tile=None)
     other = dataclasses.replace(FORWARD, rows=64)
     old = table(FORWARD, other, NARROW)
@@ -400,10 +397,7 @@ def test_merging_keeps_what_was_not_measured_again() -> None:
         tables.merge(old, table(device="NVIDIA H100"))
 
 
-# --- Where the files lie, and when they are broken ---
-
-
-def test_where_the_tables_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for unset in (None, "", "relative"):
         if unset is None:
@@ -432,7 +426,7 @@ def test_packaged_tables_are_good() -> None:
     ],
     ids=["not JSON", "no table", "another device"],
 )
-def test_a_broken_table_is_warned_of_once_and_not_used(
+def test_a_broken_table_gives_one_warning_and_is_not_used(
     measured: Path, caplog: pytest.LogCaptureFixture, content: bytes | Table, sentence: str
 ) -> None:
     install(packaged=table(FORWARD))
@@ -444,7 +438,7 @@ def test_a_broken_table_is_warned_of_once_and_not_used(
         path.write_bytes(content)
     with caplog.at_level(logging.WARNING, "mlp_fused"):
         for rows in (1024, 1025):
-            assert tables.tile_for(problem(rows), H200) == TILE  # the packaged one's
+            assert tables.tile_for(problem(rows), H200) == TILE  # the row of the packaged table
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING")
     fix = "it is not used; delete it, and run `mlp-fused tune` to write a new one"
@@ -452,7 +446,7 @@ def test_a_broken_table_is_warned_of_once_and_not_used(
 
 
 @pytest.mark.parametrize(("count", "told"), [(1, "this row is"), (3, "this and 2 more rows are")])
-def test_of_a_table_only_tiles_that_do_not_fit_are_left_out(
+def test_only_tiles_that_do_not_fit_are_skipped(
     measured: Path, caplog: pytest.LogCaptureFixture, count: int, told: str
 ) -> None:
     large = [dataclasses.replace(FORWARD, rows=2**i, tile=TileConfig(256, 256, 256, 8, 8, 3)) for i in range(count)]
@@ -462,45 +456,45 @@ def test_of_a_table_only_tiles_that_do_not_fit_are_left_out(
         assert tables.tile_for(problem(2**13), H200) == TILE
     (record,) = caplog.records
     sentence = r"gemms\[0\]\.tile takes \d+ bytes of shared memory; NVIDIA H200 has 232448"
-    said = (
+    messages = (
         f"{re.escape(str(tables.user_path(H200.name)))}: {sentence}; {told} not used; `mlp-fused tune` measures again"
     )
-    assert re.fullmatch(said, record.getMessage())
+    assert re.fullmatch(messages, record.getMessage())
 
 
 @pytest.mark.parametrize(("version", "is_used"), [((3, 6), False), ((3, 7), True), ((4, 0), True)])
-def test_specialised_warps_take_a_triton_that_compiles_them(
+def test_specialised_warps_need_a_triton_that_compiles_them(
     version: tuple[int, int], is_used: bool, measured: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(tables, "TRITON_VERSION", version)
     tile = dataclasses.replace(TILE, warp_specialize=True)
-    mine = dataclasses.replace(table(dataclasses.replace(FORWARD, tile=tile)), versions=of_triton(*version))
+    mine = dataclasses.replace(table(dataclasses.replace(FORWARD, tile=tile)), versions=with_triton(*version))
     install(mine)
     assert (tables.tile_for(problem(), H200) == tile) == is_used
     refused = f"{tables.user_path(H200.name)}: gemms[0].tile specializes warps; it needs Triton 3.7 or newer; this row"
     assert [record.getMessage().startswith(refused) for record in caplog.records] == [True] * (not is_used)
 
 
-def of_triton(*version: int) -> dict[str, str]:
+def with_triton(*version: int) -> dict[str, str]:
     return {**VERSIONS, "triton": ".".join(map(str, version)) + ".0"}
 
 
 @pytest.mark.parametrize("whose", ["user", "packaged"])
-def test_under_another_triton_tiles_hold_that_the_rule_knows(
+def test_with_another_triton_only_known_tiles_are_used(
     whose: str, measured: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = layer_tiles.candidates(FORWARD.problem, H200)[-1]
     assert TILE not in layer_tiles.candidates(FORWARD.problem, H200)
     rows = [dataclasses.replace(FORWARD, rows=rows, tile=tile) for rows, tile in ((64, TILE), (1024, known))]
     rows.append(dataclasses.replace(FORWARD, rows=2**14, tile=None))
-    another = dataclasses.replace(table(*rows, NARROW), versions=of_triton(3, 4))  # which is too old to run here
+    another = dataclasses.replace(table(*rows, NARROW), versions=with_triton(3, 4))  # a version too old to run here
     install(**{whose: another})
     with caplog.at_level(logging.INFO, "mlp_fused"):
         assert tables.tile_for(problem(64), H200) == estimated(problem(64))
         assert tables.tile_for(problem(1024), H200) == known
         assert tables.tile_for(problem(2**14), H200) is None
         assert tables.path_for((64, 64, 64), 4096, torch.float16, "ieee", "relu", True, H200) == "stored"
-    (record,) = caplog.records  # once, not at each of these
+    (record,) = caplog.records  # logged once, not in every lookup
     path = tables.user_path(H200.name) if whose == "user" else tables.packaged_path(H200.name)
     today = ".".join(map(str, tables.TRITON_VERSION))
     assert record.getMessage() == (
@@ -521,7 +515,7 @@ def test_a_table_can_be_asked_before_those_on_disk(measured: Path) -> None:
     assert tables.tile_for(problem(), H200) == OTHER
 
 
-def test_reading_anew_takes_asking(measured: Path) -> None:
+def test_tables_are_reread_only_on_request(measured: Path) -> None:
     rule = tables.tile_for(problem(), H200)
     table_files.write(tables.user_path(H200.name), table(FORWARD))
     assert tables.tile_for(problem(), H200) == rule

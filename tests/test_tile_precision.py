@@ -1,4 +1,4 @@
-"""fp32 by products of 16-bit parts: its error beside torch's own fp32, and numbers that are not ordinary."""
+"""fp32 products by 16-bit parts: errors compared with torch's fp32, and special numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape)
 
 
-# Two kinds of operands each: activations, weights.
+# For each name, the distributions of two operands: activations and weights.
 INPUTS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {
     "normal": (normal, normal),
     "positive": (lambda rng, *shape: rng.random(shape),) * 2,
@@ -80,7 +80,7 @@ def test_six_products_on_a_tensor_core_err_no_more_than_fp32(inputs: str) -> Non
 
 
 def relative_error(product: Callable, inputs: str, k: int, outputs: int = 64) -> float:
-    """The norm of a product's errors over that of FMA units', for k terms."""
+    """The norm of a product's errors for k terms, divided by that of FMA units."""
     errors = np.zeros((2, 3))
     for seed in range(3):
         x, w = draw(inputs, 64, outputs, k, seed)
@@ -102,7 +102,7 @@ def test_planes_on_a_tensor_core_err_no_more_than_fp32(inputs: str, by_row: bool
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("split", ["bf16x6", "fp16x3"])
 def test_short_sums_of_a_network_err_little_more_than_fp32(split: str, inputs: str) -> None:
-    """The network path multiplies so from NARROWEST_SPLIT terms on.
+    """The network path uses these products from NARROWEST_SPLIT terms on.
 
     One product of bf16x6 errs 2.3 times what an FMA does. Sums of 8 terms in fp16x3 err twice as much.
     """
@@ -114,14 +114,14 @@ def test_short_sums_of_a_network_err_little_more_than_fp32(split: str, inputs: s
 
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_sums_of_64_scaled_products_err_no_more_than_fp32(inputs: str) -> None:
-    """The widest layer that is multiplied so. If a tensor core summed all 64 terms, positive ones would err more."""
+    """The widest layer of scaled products has 64 terms. Positive ones would err more if a tensor core summed all 64."""
     assert relative_error(tensor_core.fp16x3, inputs, 64) <= 1.03
     if "positive" in inputs:
         assert relative_error(functools.partial(tensor_core.fp16x3, terms=64), inputs, 64) > 1.5
 
 
 def test_scaled_parts_add_up() -> None:
-    """To 22 bits down to 2^-28 of the largest; below, to within 2^-50 of the largest."""
+    """Their sum has 22 bits for numbers down to 2^-28 of the largest. Below, it is within 2^-50 of the largest."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(-60, 1, 100_000)
     values = tensor_core.to_fp32(np.ldexp(1 + rng.random(sizes.shape), sizes) * rng.choice([-1, 1], sizes.shape))
@@ -132,7 +132,7 @@ def test_scaled_parts_add_up() -> None:
 
 
 @pytest.mark.parametrize("inputs", [inputs for inputs in INPUTS if "positive" in inputs])
-def test_a_library_that_sums_slices_of_k_apart_errs_less_and_within_the_bound(inputs: str) -> None:
+def test_split_k_sums_of_a_library_err_less_and_within_the_bound(inputs: str) -> None:
     """cuBLAS does so at 64x32 outputs: on an H100 it erred up to 1.28 times less than the kernels on such inputs."""
     x, w = draw(inputs, 64, 32, 256, 0)
     sliced = np.zeros((64, 32))
@@ -145,7 +145,7 @@ def test_a_library_that_sums_slices_of_k_apart_errs_less_and_within_the_bound(in
 
 
 def test_parts_add_up() -> None:
-    """To every finite number of either sign; to denormal ones within 2^-147."""
+    """Their sum is exact for every finite number, and within 2^-147 for denormal ones."""
     bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
     edges = np.array([0, 1, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000, 0x7F7EFFFF, 0x7F7FFFFF], dtype=np.uint32)
     bits = np.concatenate([bits, bits & 0x807FFFFF, edges, edges | 0x80000000])
@@ -154,7 +154,7 @@ def test_parts_add_up() -> None:
     error = np.abs(high + middle / tensor_core.MIDDLE + low / tensor_core.LOW - values)
     assert error.max() <= 2.0**-147
     assert error[np.abs(values) >= 2.0**-120].max() == 0
-    for part in (middle, low):  # no product of parts overflows where that of the numbers does not
+    for part in (middle, low):  # no product of parts overflows unless the product of the numbers does
         assert (np.abs(part) <= np.abs(values) / 2 + 2.0**-126).all()
 
 
@@ -187,7 +187,7 @@ def by_wgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
     return dw
 
 
-# Each of them does a bᵀ.
+# Each function computes a bᵀ.
 PRODUCTS = {"forward": by_forward, "dgrad": by_dgrad, "wgrad": by_wgrad}
 every_product = pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 whole_bytes = pytest.mark.skipif(ROWS_OF_16_ELEMENTS, reason="rows here are whole 16 bytes, not whole 16 elements")
@@ -206,10 +206,10 @@ every_tile = pytest.mark.parametrize(
 
 
 def check_entries(ours: Tensor, a: Tensor, b: Tensor) -> None:
-    """Every entry of a bᵀ is NaN or infinite where torch's is, and otherwise within the bound of tests/cases.py.
+    """Assert that every entry of a bᵀ is NaN or infinite like torch's, or within the bound of tests/cases.py.
 
-    Left out is what hangs on the order of the sum: where its terms reach the overflow only together. Operands are as if
-    moved by 2^-147, which is seen where they are denormal.
+    Entries whose terms overflow only in the sum are left out, because they depend on the order of the sum. The bound
+    allows an error of 2^-147 in the operands, which matters if they are denormal.
     """
     torchs = a @ b.t()
     wide_a, wide_b = a.double(), b.double()
@@ -236,25 +236,25 @@ def check_entries(ours: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def of(*numbers: float | str) -> list[int]:
-    """The bits of fp32 numbers, each with either sign; text is bits in hexadecimal already."""
-    found = [
+    """The bits of fp32 numbers with both signs. A text stands for bits in hexadecimal."""
+    actual = [
         int(number, 16) if isinstance(number, str) else int(np.float32(number).view(np.uint32)) for number in numbers
     ]
-    return [bits | sign for bits in found for sign in (0, 1 << 31)]
+    return [bits | sign for bits in actual for sign in (0, 1 << 31)]
 
 
 def fp32(bits: list[int]) -> np.ndarray:
-    """The numbers that have these bits: a conversion would make every NaN a quiet one."""
+    """The numbers with these bits. A numeric conversion would make every NaN quiet."""
     return np.array(bits, dtype=np.uint32).view(np.float32)
 
 
 ORDINARY = of(0.0, 1.0, 0.5, 1 + 2**-23, "3F80FFFF", "3FFFFFFF", 1e-8, 1e8, 3e-15)
-# Numbers that are denormal in bf16, or too small for it, or whose parts are.
+# Numbers that are denormal in bf16 or too small for it, or have such parts.
 TINY = of(1e-45, 1e-41, "FFFF", 2.0**-133, "1FFFF", 1e-39, 1e-38, "7FFFFF", 2.0**-126, 1.3e-38, 1e-37, 1.7e-36, 1e-30)
-# Numbers that overflow in bf16, or whose parts do when they are scaled, or the products of these.
+# Numbers that overflow in bf16, or whose scaled parts or products of parts overflow.
 HUGE = of(LARGEST, "7F7F8000", "7F7F7FFF", "7F7EFFFF", "7F00FFFF", 2.0**127, 1.7 * 2.0**126, "7E80FFFF", 3e37)
 HUGE += of(2.0**64, 1.9 * 2.0**63)
-# NaN: quiet, signalling, and with nothing set in the half that bf16 keeps.
+# NaN: quiet, signalling, and with all mantissa bits in the half that bf16 drops.
 NOT_FINITE = of("7F800000", "7FC00000", "7FA00000", "7F800001", "7F80BEEF")
 RANGES = {
     "tiny": ORDINARY + TINY,
@@ -265,7 +265,7 @@ RANGES = {
 
 
 def column(bits: list[int], length: int, k: int, device: str) -> Tensor:
-    """Numbers in column k of a matrix that is zero otherwise, of a multiple of four rows."""
+    """A matrix with the numbers in column k and zeros elsewhere. Its rows are a multiple of four."""
     matrix = np.zeros((-(-len(bits) // 4) * 4, length), dtype=np.float32)
     matrix[: len(bits), k] = fp32(bits)
     return torch.from_numpy(matrix).to(device)
@@ -283,8 +283,8 @@ def test_every_pair_of_special_numbers(values: str, tile: TileConfig, product: C
 @every_product
 @every_tile
 @pytest.mark.parametrize("scale", [1.0, 2.0**-3])
-def test_products_next_to_the_overflow(scale: float, tile: TileConfig, product: Callable, device: str) -> None:
-    """2^127 times numbers between 1 and 2, alone and as sums."""
+def test_products_close_to_overflow(scale: float, tile: TileConfig, product: Callable, device: str) -> None:
+    """Multiply numbers between 1 and 2 by 2^127, as single products and as sums."""
     significands = 1 + torch.rand((36, 1), generator=torch.Generator().manual_seed(2))
     a, b = torch.zeros((2, 40)), torch.zeros((36, 40))
     a[0, 3], a[1, 8:40:4] = 2.0**127 * scale, 2.0**124 * scale
@@ -319,12 +319,12 @@ def test_special_numbers_anywhere(
 @every_tile
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_kernels_err_no_more_than_fp32(inputs: str, tile: TileConfig, product: Callable, device: str) -> None:
-    """No more than one FMA after the other; and within the bound beside torch's own product."""
+    """Errors are at most those of sequential FMAs, and within the bound of torch's product."""
     shortest = layer_tiles.SHORTEST_PLANES if tile is BY_PLANES else layer_tiles.SHORTEST_SPLIT
     for k in (shortest, shortest + 12, 256):
         x, w = draw(inputs, 64, 32, k, 0)
         a, b = (torch.from_numpy(operand).float().to(device) for operand in (x, w))
-        ours, torchs = (found.double().cpu().numpy() for found in (product(a, b, tile), a @ b.t()))
+        ours, torchs = (actual.double().cpu().numpy() for actual in (product(a, b, tile), a @ b.t()))
         assert_no_worse(x, w, ours, tensor_core.fma(x, w))
         assert_within_bound(x, w, ours, torchs)
 
@@ -339,17 +339,17 @@ def rounding_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def to_tf32(x: np.ndarray) -> np.ndarray:
-    """The nearest number of 10 bits of mantissa, of two the one farther from zero; by the definition, in fp64."""
+    """Round to 10 bits of mantissa, ties away from zero, by the definition in fp64."""
     with np.errstate(invalid="ignore", over="ignore"):
         _, exponent = np.frexp(x.astype(np.float64))
-        exponent = np.maximum(exponent, -125)  # below, the smallest step is that of denormals
+        exponent = np.maximum(exponent, -125)  # denormals all have the same step
         scaled = x * 2.0 ** (11.0 - exponent)
         return np.where(np.isfinite(x), np.copysign(np.floor(np.abs(scaled) + 0.5), x) * 2.0 ** (exponent - 11.0), x)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_fp32_is_rounded_to_the_nearest_tf32(seed: int, device: str) -> None:
-    """Any bits: normal numbers, denormals, ties, infinities, NaN, among them NVIDIA's own, whose bits are all set."""
+    """Try normal numbers, denormals, ties, infinities, and NaN, including NVIDIA's with all bits set."""
     generator = np.random.default_rng(seed)
     bits = generator.integers(0, 2**32, 1024, dtype=np.uint32)
     special = [
@@ -372,4 +372,4 @@ def test_fp32_is_rounded_to_the_nearest_tf32(seed: int, device: str) -> None:
     expected = to_tf32(bits.view(np.float32)).astype(np.float32)
     np.testing.assert_array_equal(y.cpu().numpy(), expected)
     assert not (y.cpu().view(torch.int32)[y.cpu().isfinite()] & 0x1FFF).any()
-    assert y[4] == 1025  # the tie 1024.5, as torch.matmul on an RTX 3090 has it (pytorch issue 53635)
+    assert y[4] == 1025  # the tie 1024.5, rounded like torch.matmul on an RTX 3090 (pytorch issue 53635)

@@ -1,4 +1,4 @@
-"""Clocks on a simulated device: what a call costs, what the device works, what the host sees of it."""
+"""Clocks on a simulated device: the times of a call, of the device, and of the host."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mlp_fused.timing import Spread, Timed
 
 
 class SimulatedClock(timing.Clock):
-    """A host that issues and a device that works, in seconds, in the place of the real ones."""
+    """A simulated host that issues work and a device that executes it, with times in seconds."""
 
     def __init__(self) -> None:
         self.host = 0.0
-        self.free = 0.0  # when the device has done all it was given
+        self.free = 0.0  # when the device will have finished all its work
 
     def launch(self, issue: float, duration: float, *, waits: bool = False) -> None:
-        """Work that takes the host `issue` to hand over and the device `duration` to do."""
+        """Issue work that takes the host `issue` seconds and the device `duration` seconds."""
         self.host += issue
         self.free = max(self.free, self.host) + duration
         if waits:
@@ -72,8 +72,8 @@ def test_a_spread_is_the_median_with_its_quartiles() -> None:
 
 
 def test_a_call_bound_by_the_device_has_one_time(clock: SimulatedClock) -> None:
-    found = timing.time_cuda(Timed(lambda _: clock.launch(10e-6, 500e-6)), clock=clock)
-    assert found.ms == found.kernel_ms == pytest.approx(0.5, rel=0.03)
+    actual = timing.time_cuda(Timed(lambda _: clock.launch(10e-6, 500e-6)), clock=clock)
+    assert actual.ms == actual.kernel_ms == pytest.approx(0.5, rel=0.03)
 
 
 def test_a_call_bound_by_launches_has_two(clock: SimulatedClock) -> None:
@@ -81,17 +81,17 @@ def test_a_call_bound_by_launches_has_two(clock: SimulatedClock) -> None:
         for _ in range(4):
             clock.launch(10e-6, 2e-6)
 
-    found = timing.time_cuda(Timed(call), clock=clock)
-    assert found.ms == pytest.approx(0.040, rel=0.1)
-    assert found.kernel_ms == pytest.approx(0.008, rel=0.01)
-    assert found.calls > 1
+    actual = timing.time_cuda(Timed(call), clock=clock)
+    assert actual.ms == pytest.approx(0.040, rel=0.1)
+    assert actual.kernel_ms == pytest.approx(0.008, rel=0.01)
+    assert actual.calls > 1
 
 
 def test_the_setup_is_not_timed(clock: SimulatedClock) -> None:
     timed = Timed(lambda _: clock.launch(10e-6, 300e-6), setup=lambda _: clock.launch(10e-6, 900e-6))
-    found = timing.time_cuda(timed, clock=clock)
-    assert found.ms == found.kernel_ms == pytest.approx(0.3)
-    assert found.calls == 1
+    actual = timing.time_cuda(timed, clock=clock)
+    assert actual.ms == actual.kernel_ms == pytest.approx(0.3)
+    assert actual.calls == 1
     assert timing.time_apart(timed, clock=clock).device.ms == pytest.approx(0.3)
 
 
@@ -113,34 +113,34 @@ def test_inputs_are_rotated(clock: SimulatedClock, where: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", [1, 20])
-def test_device_host_and_the_clock_that_does_not_wait(clock: SimulatedClock, kernels: int) -> None:
+def test_times_of_device_and_host_without_waiting(clock: SimulatedClock, kernels: int) -> None:
     def call(_: int) -> None:
         for _ in range(kernels):
             clock.launch(10e-6, 4e-6)
 
-    found = timing.time_apart(Timed(call), clock=clock)
-    assert found.device.ms == pytest.approx(0.004 * kernels)
-    assert found.returned.ms == pytest.approx(0.010 * kernels)
-    assert found.host.ms == pytest.approx(0.010 * kernels + 0.004)
-    assert min(found.device.readings, found.host.readings) >= 5
+    actual = timing.time_apart(Timed(call), clock=clock)
+    assert actual.device.ms == pytest.approx(0.004 * kernels)
+    assert actual.returned.ms == pytest.approx(0.010 * kernels)
+    assert actual.host.ms == pytest.approx(0.010 * kernels + 0.004)
+    assert min(actual.device.readings, actual.host.readings) >= 5
 
 
 def test_a_call_that_waits_is_not_queued_behind_a_spin(clock: SimulatedClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "spin", None)
-    found = timing.time_apart(Timed(lambda _: clock.launch(10e-6, 90e-6, waits=True), waits=True), clock=clock)
-    assert found.returned.ms == found.host.ms == pytest.approx(0.1)
-    assert found.device.ms == pytest.approx(0.1)  # the device waits for the host to hand the copy over
+    actual = timing.time_apart(Timed(lambda _: clock.launch(10e-6, 90e-6, waits=True), waits=True), clock=clock)
+    assert actual.returned.ms == actual.host.ms == pytest.approx(0.1)
+    assert actual.device.ms == pytest.approx(0.1)  # the device waits until the host issues the copy
 
 
 class SimulatedLink(SimulatedClock):
-    """And a link on which DevicePrefetcher, as the streams that it asks for, copies a batch in `copy` seconds."""
+    """A simulated clock and link. It serves as DevicePrefetcher's streams, and copies a batch in `copy` seconds."""
 
     device, side = torch.device("cpu"), "side"
 
     def __init__(self, copy: float) -> None:
         super().__init__()
         self.seconds = copy
-        self.linked = 0.0  # when the link has done all it was given
+        self.linked = 0.0  # when the link will have finished all its copies
 
     def synchronize(self, event: Any = None) -> None:
         self.host = max(self.host, *([self.free, self.linked] if event is None else [event.at]))
@@ -180,10 +180,8 @@ class SimulatedLink(SimulatedClock):
     ("copy", "compute"),
     [(1e-3, 5e-4), (2.4e-3, 3e-4), (2.4e-3, 1.2e-3), (4.8e-3, 4e-3), (2e-2, 1e-2), (1e-3, 3e-3), (1e-5, 1e-5)],
 )
-def test_a_loop_that_prefetches_is_read_without_what_was_copied_before_it(
-    copy: float, compute: float, seconds: float
-) -> None:
-    """Where the device was idle, the first batches are there already: they are not to pass for the others."""
+def test_a_prefetching_loop_is_timed_without_earlier_copies(copy: float, compute: float, seconds: float) -> None:
+    """The first batches may be copied before timing starts. They must not represent the others."""
     link = SimulatedLink(copy)
     prefetcher = DevicePrefetcher(itertools.repeat(torch.ones(1)), "cpu")
     prefetcher._streams = link  # type: ignore[assignment]
@@ -193,24 +191,24 @@ def test_a_loop_that_prefetches_is_read_without_what_was_copied_before_it(
         next(batches)
         link.launch(3e-5, compute)
 
-    found = timing.time_loop(Timed(step, drain=partial(use_up, batches)), seconds, link)
-    assert found.ms == pytest.approx(1e3 * max(copy, compute, 3e-5), rel=0.03)
+    actual = timing.time_loop(Timed(step, drain=partial(use_up, batches)), seconds, link)
+    assert actual.ms == pytest.approx(1e3 * max(copy, compute, 3e-5), rel=0.03)
 
 
 def test_the_first_call_is_the_warm_up(clock: SimulatedClock) -> None:
     calls = iter(range(10**9))
-    found = timing.time_apart(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 1e-6)), clock=clock)
-    assert found.returned.high == pytest.approx(0.010)
+    actual = timing.time_apart(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 1e-6)), clock=clock)
+    assert actual.returned.high == pytest.approx(0.010)
     calls = iter(range(10**9))
-    found = timing.time_host(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 0)), clock=clock)
-    assert found.high == pytest.approx(0.010)
+    actual = timing.time_host(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 0)), clock=clock)
+    assert actual.high == pytest.approx(0.010)
 
 
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.usefixtures("device")
-def test_a_real_product_takes_the_device_longer_than_the_host_to_hand_over() -> None:
+def test_a_real_product_takes_the_device_longer_than_its_launch() -> None:
     a = torch.randn(4096, 4096, device="cuda")
-    found = timing.time_apart(Timed(lambda _: a @ a))
-    assert found.returned.ms < 0.5 * found.device.ms
-    assert found.device.ms <= 1.05 * found.host.ms
+    actual = timing.time_apart(Timed(lambda _: a @ a))
+    assert actual.returned.ms < 0.5 * actual.device.ms
+    assert actual.device.ms <= 1.05 * actual.host.ms

@@ -1,4 +1,4 @@
-"""torch's own products in place of the layer kernels: the same table of cases, held to the same bound."""
+"""torch's products instead of the layer kernels, with the same table of cases and the same bound."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mlp_fused.reference import Layer
 
 
 def product_by_torch(kind: str, activation: Activation, *tensors: Tensor | None) -> None:
-    """A product of torch's, and the kernel that follows it."""
+    """A product by torch, and the kernel that follows it."""
 
     def choose(problem: Problem) -> tables.Choice:
         is_product = problem.kind == kind
@@ -37,7 +37,7 @@ def product_by_torch(kind: str, activation: Activation, *tensors: Tensor | None)
 
 @pytest.fixture
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The layer path, its three products torch's, as a table would have it."""
+    """Make the layer path use torch for its three products, as a table could."""
     layer_path.layer_path.cache_clear()
     monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(None, "a test"))
     yield
@@ -88,7 +88,7 @@ def test_forward_with_and_without_z(activation: Activation, bias: str, dtype: to
 
 
 class OnNvidia(Tensor):
-    """A tensor of the CPU that passes for a GPU's: torch.mm takes `out_dtype` as its documentation says."""
+    """A CPU tensor that poses as a GPU's. torch.mm accepts `out_dtype` for it as documented for CUDA."""
 
     is_cuda = True
 
@@ -124,12 +124,12 @@ def test_wgrad_into_another_dtype(rows: int, dtype: torch.dtype, parameters: tor
 
 
 @into_another_dtype
-def test_wgrad_into_another_dtype_by_what_torch_takes_on_a_gpu(dtype: torch.dtype, parameters: torch.dtype) -> None:
+def test_wgrad_into_another_dtype_with_torchs_arguments_on_a_gpu(dtype: torch.dtype, parameters: torch.dtype) -> None:
     check_wgrad(*(torch.randn(33, width).to(dtype).as_subclass(OnNvidia) for width in (5, 8)), parameters)
 
 
 def check_wgrad(dz: Tensor, h: Tensor, parameters: torch.dtype) -> None:
-    """dW and db in the parameters' dtype, against float64."""
+    """Compare dW and db in the parameters' dtype with float64."""
     dtype = dz.dtype
     dw, db = (torch.full(shape, torch.nan, dtype=parameters, device=dz.device) for shape in ((5, 8), (5,)))
     wgrad_by_torch(dz, h, dw, db)
@@ -150,8 +150,8 @@ def test_a_nan_survives_the_librarys_relu(dtype: torch.dtype, device: str) -> No
     assert h[3].isnan().all()
 
 
-def test_the_pointwise_kernel_is_launched_again(by_torch: None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel after a product of torch's is prepared once, for a repeated call."""
+def test_the_pointwise_kernel_is_replayed(by_torch: None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel after a product by torch is prepared once and replayed in a repeated call."""
     prepared: list[str] = []
     inner = Launch.__init__
 
@@ -173,7 +173,7 @@ def test_the_pointwise_kernel_is_launched_again(by_torch: None, device: str, mon
 def test_torchs_products_are_replayed_between_kernels(
     activation: str, kinds: tuple[str, ...], device: str, by_pointers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With new tensors, and without resolving the names of operands again."""
+    """Replays use new tensors and do not resolve the names of operands again."""
 
     def choose(problem: Problem, device: devices.Device) -> tables.Choice:
         by_torch = problem.kind in kinds
@@ -195,7 +195,7 @@ def test_torchs_products_are_replayed_between_kernels(
     layer_path.layer_path.cache_clear()
 
 
-def test_only_what_is_wanted(device: str) -> None:
+def test_only_needed_gradients_are_computed(device: str) -> None:
     dz, h = torch.randn(6, 3, device=device), torch.randn(6, 4, device=device)
     dw, db = torch.empty(3, 4, device=device), torch.empty(3, device=device)
     wgrad_by_torch(dz, h, dw, None)

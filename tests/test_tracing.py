@@ -1,6 +1,6 @@
 """Tools that read a model's code: torch.fx, torch.jit.script, torch.onnx, decompositions, quantisers of graphs.
 
-What they trace is plain torch, so its numbers are the plain twin's.
+They trace plain torch, so the results equal those of the plain twin.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def vision() -> Any:
     return load("torchvision.models")
-
-
-# ---------------------------------------------------------------- torch.fx
 
 
 @pytest.mark.parametrize("kind", ["mlp", "fused"])
@@ -85,18 +82,15 @@ def test_fx_graph_mode_quantisation(kind: str, backend: str) -> None:
         prepared = prepare_fx(model.eval(), get_default_qconfig_mapping("x86"), (X,))
         prepared(X)
         converted = convert_fx(prepared)
-        assert any(path.endswith("quantized.modules.linear.Linear") for path in map(path_of_class, converted.modules()))
+        assert any(path.endswith("quantized.modules.linear.Linear") for path in map(class_path, converted.modules()))
         outputs.append(converted(X))
     assert torch.equal(*outputs)
 
 
-def path_of_class(module: nn.Module) -> str:
+def class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}".replace("intrinsic.", "").replace(
         "linear_relu.LinearReLU", "linear.Linear"
     )
-
-
-# ---------------------------------------------------------------- torch.jit.script
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -146,9 +140,6 @@ def test_jit_script_keeps_hooks_dropout_and_norms() -> None:
     ours = scripted(X)
     torch.manual_seed(0)
     assert torch.equal(ours, twin(X))
-
-
-# ---------------------------------------------------------------- exported programs
 
 
 def exported(model: nn.Module) -> torch.export.ExportedProgram:
@@ -206,9 +197,6 @@ def test_export_quantisers_find_the_linears(kind: str, backend: str) -> None:
     assert torch.equal(ours, theirs)
 
 
-# ---------------------------------------------------------------- ONNX
-
-
 @pytest.fixture
 def onnx() -> Iterator[Any]:
     for library in ("onnx", "onnxscript", "onnxruntime"):
@@ -228,7 +216,7 @@ def test_onnx_export(onnx: Any, kind: str, activation: str) -> None:
 
 
 def test_onnx_export_with_recompute(onnx: Any) -> None:
-    """Away from the CPU's short cut, as on a GPU."""
+    """With recompute, the CPU takes the code path of a GPU."""
     model, twin = fused_and_twin("mlp")
     model.recompute = True
     assert torch.allclose(onnx.export(model, (X,), dynamo=True, verbose=False)(X)[0], twin(X), atol=1e-5)
@@ -244,9 +232,6 @@ def test_onnx_export_of_the_kernels_is_refused(onnx: Any) -> None:
     model, _ = fused_and_twin("mlp", "triton")
     with pytest.raises(Exception, match='backend is "triton", but the call is being exported to ONNX; or use backend='):
         onnx.export(model, (X,), dynamo=True, verbose=False)
-
-
-# ---------------------------------------------------------------- torch.compile of what holds a FusedLinear
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "Module.compile"])

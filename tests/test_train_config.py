@@ -1,4 +1,4 @@
-"""The network that a training's configuration stands for."""
+"""The network that a training configuration describes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_torch_twin_starts_from_the_same_parameters() -> None:
     ours = build_model(6, 3, TINY)
     torch.manual_seed(1)
     twin = build_torch_model(6, 3, TINY)
-    assert type(twin) is nn.Sequential  # which FusedMLP is a subclass of
+    assert type(twin) is nn.Sequential  # FusedMLP is a subclass of it
     assert [repr(child) for child in twin.children()] == [repr(child) for child in ours.children()]
     for key, value in ours.state_dict().items():
         assert torch.equal(value, twin.state_dict()[key])

@@ -1,4 +1,4 @@
-"""Reading and checking features and targets; what is said of targets that look like none."""
+"""Reading and checking of features and targets, and remarks on unlikely targets."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_targets_of_a_regression(tmp_path: Path, y: np.ndarray, rows: list[Any],
     ],
     ids=["3-D", "a number", "no column", "text", "complex", "NaN", "empty"],
 )
-def test_targets_that_are_no_numbers(tmp_path: Path, y: np.ndarray, sentence: str) -> None:
+def test_targets_that_are_not_numbers(tmp_path: Path, y: np.ndarray, sentence: str) -> None:
     path = str(tmp_path / "d.npz")
     np.savez(path, x=np.ones((2, 3)), y=y)
     with pytest.raises(UserError, match=f"^{path}: {sentence}"):
@@ -184,16 +184,16 @@ EVEN = np.arange(60)
     ],
     ids=["gaps", "from 1", "every row", "half", "years", "one", "one, not 0", "one name", "names"],
 )
-def test_classes_that_look_like_none_get_one_line(y: np.ndarray, line: str) -> None:
+def test_unlikely_classes_get_one_remark(y: np.ndarray, line: str) -> None:
     assert remarks(y) == [line.replace("ROWS", "fewer than two rows per class")]
 
 
 @pytest.mark.parametrize("y", [EVEN % 2, EVEN % 30, np.array(["a", "b", "a", "b"])], ids=["two", "half", "names"])
-def test_classes_get_no_line(y: np.ndarray) -> None:
+def test_ordinary_classes_get_no_remark(y: np.ndarray) -> None:
     assert remarks(y) == []
 
 
-def test_constant_targets_get_a_line() -> None:
+def test_constant_targets_get_a_remark() -> None:
     assert remarks([1.0, 2.0], "regression") == []
     assert remarks([2.5, 2.5], "regression") == [
         "y has only one value (column 0, counted from 0), so there is nothing to learn"
@@ -206,7 +206,7 @@ def test_constant_targets_get_a_line() -> None:
     [EVEN / 7, EVEN * 10_000, -EVEN, EVEN % 2 * 2 - 1, EVEN % 2 * 2.0 - 1, EVEN % 3 / 2, np.eye(3)],
     ids=["real numbers", "large integers", "negative", "-1 and 1", "-1.0 and 1.0", "real classes", "one-hot"],
 )
-def test_refused_labels_come_with_the_fix(y: np.ndarray) -> None:
+def test_errors_for_labels_show_the_fix(y: np.ndarray) -> None:
     with pytest.raises(UserError, match="--task regression to predict numbers"):
         to_labels(y)
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_the_digest_depends_on_every_value_and_no_dtype() -> None:
     assert others[2] != same[0]
     assert description(x, ("a", "b", "b")) != description(x, ("a", "c", "c"))
     large = x + 2**60
-    assert description(large) != description(large + 1)  # which float64 cannot tell apart
+    assert description(large) != description(large + 1)  # float64 cannot distinguish these
 
 
 def test_features_alone(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def load(path: Path, task: Any = "classification", **arrays: Any) -> Data:
     return load_data(str(path / "d.npz"), task)
 
 
-def test_the_test_part_of_a_file_as_keras_has_them_is_for_validation(tmp_path: Path) -> None:
+def test_the_test_part_of_a_keras_style_file_is_for_validation(tmp_path: Path) -> None:
     data = load(tmp_path, **KERAS)
     assert data.x.tolist() == [*KERAS["x_train"].tolist(), *KERAS["x_test"].tolist()]
     assert data.y.tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
@@ -304,7 +304,7 @@ def test_without_a_test_part_the_rows_for_validation_are_drawn(tmp_path: Path, l
 
 
 def test_x_and_y_are_taken_before_the_parts(tmp_path: Path) -> None:
-    """A file that was trained on before is the same data."""
+    """A file that a checkpoint was trained on still counts as the same data."""
     alone = load(tmp_path, x=np.ones((3, 2)), y=np.arange(3))
     data = load(tmp_path, x=np.ones((3, 2)), y=np.arange(3), **KERAS)
     assert {**data.description} == {**alone.description}
@@ -386,9 +386,9 @@ def test_arrays_that_are_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{path} has no array y; it has x, but needs {re.escape(needed)}$"):
         load(tmp_path, x=np.ones((3, 2)))
     needed = "x_train (one example per row) and y_train (one target per row)"
-    found = "x_train, x_test"
+    actual = "x_train, x_test"
     with pytest.raises(
-        UserError, match=f"^{path} has no array y_train; it has {found}, but needs {re.escape(needed)}$"
+        UserError, match=f"^{path} has no array y_train; it has {actual}, but needs {re.escape(needed)}$"
     ):
         load(tmp_path, x_train=KERAS["x_train"], x_test=KERAS["x_test"])
 
@@ -401,5 +401,5 @@ def test_the_split_is_seeded_and_complete(rows: int, fraction: float, kept: int)
     assert torch.equal(training_rows, split(rows, fraction, seed=5)[0])
 
 
-def test_another_seed_splits_otherwise() -> None:
+def test_another_seed_gives_another_split() -> None:
     assert not torch.equal(split(100, 0.2, 0)[0], split(100, 0.2, 1)[0])

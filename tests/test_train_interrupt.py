@@ -17,7 +17,7 @@ from mlp_fused.train.loop import train
 
 @pytest.fixture(autouse=True)
 def pythons_handler() -> Iterator[None]:
-    """A shell's background processes start with SIGINT ignored."""
+    """Restore Python's handler, because background processes of a shell start with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -50,7 +50,7 @@ def test_ctrl_c_that_torchrun_repeats_acts_once() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_peer_gone_after_ctrl_c_is_part_of_the_stop(tmp_path: Path) -> None:
+def test_a_lost_peer_after_ctrl_c_counts_as_the_stop(tmp_path: Path) -> None:
     def report(text: str) -> None:
         if text.startswith("epoch"):
             os.kill(os.getpid(), signal.SIGINT)
@@ -61,7 +61,7 @@ def test_a_peer_gone_after_ctrl_c_is_part_of_the_stop(tmp_path: Path) -> None:
         train(config, report=report)
 
 
-def test_a_handler_of_the_callers_own_stays() -> None:
+def test_a_callers_handler_is_kept() -> None:
     def handler(number: int, frame: object) -> None:
         """A caller's handler."""
 

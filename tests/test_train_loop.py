@@ -52,7 +52,7 @@ ORDER, SECONDS, METRES = RANDOM.permutation(200), RANDOM.uniform(0, 300, 400), R
 SIDES = RANDOM.integers(0, 2, 400)
 
 
-# Features, how far they are moved, and their classes.
+# Features, their offset, and their classes.
 FAR_FROM_ZERO: dict[str, tuple[np.ndarray, Any, np.ndarray]] = {
     "x + 1.7e9": (RANDOM.normal(size=(400, 2)) + 4 * SIDES[:, None], 1.7e9, SIDES),
     "unix seconds": (SECONDS, 1.7e9, (SECONDS // 75).astype(int)),
@@ -64,10 +64,10 @@ FAR_FROM_ZERO: dict[str, tuple[np.ndarray, Any, np.ndarray]] = {
 
 
 @pytest.mark.parametrize(("x", "distance", "y"), FAR_FROM_ZERO.values(), ids=FAR_FROM_ZERO)
-def test_features_far_from_zero_are_learned_as_those_near_it(
+def test_features_far_from_zero_are_learned_as_well(
     tmp_path: Path, x: np.ndarray, distance: Any, y: np.ndarray
 ) -> None:
-    """Centred in float32, as once they were, they gave from 0.2 to 0.9."""
+    """When features were centred in float32, the accuracy was 0.2 to 0.9."""
     config = dataclasses.replace(TINY, hidden=(32,), epochs=30, batch_size=32, lr=0.02, data=str(tmp_path / "d.npz"))
     results = []
     for features in (x, x + distance):
@@ -79,7 +79,7 @@ def test_features_far_from_zero_are_learned_as_those_near_it(
     assert far.losses == pytest.approx(near.losses, rel=1e-2, abs=1e-3)
 
 
-def test_lines_about_data_come_before_training(tmp_path: Path) -> None:
+def test_remarks_on_the_data_come_before_training(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(40, 3))
     x[:, 1], x[0, 2] = 5, 1e20
@@ -96,8 +96,8 @@ def test_lines_about_data_come_before_training(tmp_path: Path) -> None:
     ]
 
 
-def test_the_share_of_the_largest_class_stands_beside_the_accuracy(tmp_path: Path) -> None:
-    """The accuracy of always answering what is most frequent among the training rows."""
+def test_the_share_of_the_largest_class_is_reported_with_the_accuracy(tmp_path: Path) -> None:
+    """This is the accuracy of always predicting the most frequent class of the training rows."""
     y = np.where(np.arange(100) % 5 == 0, "rare", "usual")
     np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).normal(size=(100, 2)), y=y)
     lines: list[str] = []
@@ -108,7 +108,7 @@ def test_the_share_of_the_largest_class_stands_beside_the_accuracy(tmp_path: Pat
     )
 
 
-def rows_of(loader: DataLoader[tuple[Tensor, Tensor]]) -> list[int]:
+def row_numbers(loader: DataLoader[tuple[Tensor, Tensor]]) -> list[int]:
     return [int(label) for _, labels in loader for label in labels]
 
 
@@ -120,7 +120,7 @@ def test_order_depends_on_the_seed_and_the_epoch_but_not_on_workers() -> None:
     def epochs(workers: int) -> list[list[int]]:
         config = dataclasses.replace(TINY, workers=workers)
         loader = make_loader(numbered(), config, ALONE, torch.Generator().manual_seed(3))
-        return [rows_of(loader) for _ in range(3)]
+        return [row_numbers(loader) for _ in range(3)]
 
     alone = epochs(0)
     assert alone == epochs(2)
@@ -130,7 +130,7 @@ def test_order_depends_on_the_seed_and_the_epoch_but_not_on_workers() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("rows", [48, 50, 51, 5])
-def test_the_parts_of_all_processes_are_the_batches_of_one(rows: int, count: int) -> None:
+def test_the_parts_of_all_processes_form_the_batches_of_one(rows: int, count: int) -> None:
     config = dataclasses.replace(TINY, batch_size=24)
 
     def epochs(processes: Processes) -> list[list[int]]:
@@ -145,7 +145,7 @@ def test_the_parts_of_all_processes_are_the_batches_of_one(rows: int, count: int
     for step, batch in enumerate(whole):
         mine = [part[step] for part, weight in zip(parts, weights) if weight[step]]
         assert sorted(label for part in mine for label in part) == sorted(batch)
-        assert all(part[step] for part in parts)  # a network gets a row at the least
+        assert all(part[step] for part in parts)  # every process gets at least one row
         mean = sum(weight[step] * np.mean(part[step]) for part, weight in zip(parts, weights)) / count
         assert mean == pytest.approx(np.mean(batch))
         if len(batch) % count == 0:
@@ -153,28 +153,28 @@ def test_the_parts_of_all_processes_are_the_batches_of_one(rows: int, count: int
 
 
 class InterruptsIgnored(ArrayDataset):
-    """The label of every row: whether the process that loads it ignores Ctrl-C."""
+    """A dataset whose labels are 1 if the loading process ignores Ctrl-C."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.x[index], torch.tensor(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_only_the_main_process_answers_ctrl_c(workers: int) -> None:
+def test_only_the_main_process_handles_ctrl_c(workers: int) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     try:
-        check_who_answers(workers)
+        check_handlers(workers)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def check_who_answers(workers: int) -> None:
+def check_handlers(workers: int) -> None:
     dataset = InterruptsIgnored(torch.zeros(4, 1), torch.zeros(4))
-    assert rows_of(make_loader(dataset, dataclasses.replace(TINY, workers=workers), ALONE)) == [workers] * 4
+    assert row_numbers(make_loader(dataset, dataclasses.replace(TINY, workers=workers), ALONE)) == [workers] * 4
 
 
-def test_without_an_order_rows_come_as_they_are() -> None:
-    assert rows_of(make_loader(numbered(), TINY, ALONE)) == list(range(50))
+def test_without_shuffling_rows_keep_their_order() -> None:
+    assert row_numbers(make_loader(numbered(), TINY, ALONE)) == list(range(50))
 
 
 def test_a_gpu_has_pinned_memory_and_lasting_workers() -> None:
@@ -206,12 +206,12 @@ def test_optimizers(changes: dict[str, Any], kind: type, rate: float, where: str
     assert optimizer.defaults.get("momentum", 0.9) == 0.9
 
 
-def test_an_epoch_is_the_loop_of_a_first_course() -> None:
+def test_an_epoch_equals_a_plain_training_loop() -> None:
     torch.manual_seed(0)
     batches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(5)]
     models = [build_torch_model(6, 3, TINY) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    models[0].eval()  # which the epoch has to undo
+    models[0].eval()  # the epoch must set training mode again
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -231,7 +231,7 @@ def test_an_epoch_is_the_loop_of_a_first_course() -> None:
 
 
 class Probe(nn.Module):
-    """Notes in which modes it is called, and in which dtype."""
+    """A module that records the modes and dtypes of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,8 +260,8 @@ class Float32Loss(nn.CrossEntropyLoss):
         return super().forward(logits, labels)
 
 
-def test_the_loss_is_taken_in_float32() -> None:
-    """Its sums of exponentials lose too much in 16 bits."""
+def test_the_loss_is_computed_in_float32() -> None:
+    """In 16 bits, its sums of exponentials would lose too much accuracy."""
     probe, loss_function = Probe(), Float32Loss()
     batches = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))]
     optimizer = make_optimizer(probe, TINY, CPU)
@@ -293,7 +293,7 @@ def test_digits_reach_97_percent_within_a_minute() -> None:
     began = time.process_time()
     result = run(Config())
     assert result.accuracy >= 0.97
-    assert time.process_time() - began < 2 * 60  # on two cores, whatever else they are doing
+    assert time.process_time() - began < 2 * 60  # CPU time, so that other load does not matter
     assert len(result.losses) == 15 * math.ceil(1438 / 64)
     assert len(result.history) == 15
     assert not result.model.training
@@ -302,7 +302,7 @@ def test_digits_reach_97_percent_within_a_minute() -> None:
 @pytest.mark.parametrize(
     "changes", [{"optimizer": "sgd"}, {"dropout": 0.2}, {"hidden": ()}, {"dtype": "bf16"}], ids=str
 )
-def test_other_ways_learn_too(data: str, changes: dict[str, Any]) -> None:
+def test_other_settings_learn_too(data: str, changes: dict[str, Any]) -> None:
     result = run(TINY, data=data, epochs=10, lr=0.02, **changes)
     assert result.history[-1].loss < 0.7 * result.history[0].loss
 
@@ -314,19 +314,19 @@ def test_the_seed_decides_everything(data: str) -> None:
 
 
 @pytest.mark.parametrize("hidden", [(64, 64), pytest.param(Config.hidden, marks=pytest.mark.full)], ids=str)
-def test_the_kernels_train_as_torch_does(hidden: tuple[int, ...]) -> None:
-    """An epoch of digits in the interpreter, loss by loss; at the default widths it takes a minute."""
+def test_the_kernels_train_like_torch(hidden: tuple[int, ...]) -> None:
+    """Compare every loss of an epoch of digits in the interpreter. The default widths take a minute."""
     config = Config(hidden=hidden, epochs=1, backend="triton")
     with count_launches() as launches:
         ours = run(config)
     twin = train(config, build=build_torch_model, report=quiet)
-    # 3 layers as one network: forward, dgrad, wgrad, its sums; one by one: 3 forward, 2 dgrad, 3 wgrad.
+    # 3 layers as one network take forward, dgrad, wgrad and its sums. One by one: 3 forward, 2 dgrad, 3 wgrad.
     assert sum(launches.values()) >= len(ours.losses) * (4 if max(hidden) <= 64 else 8)
     assert len(ours.losses) == len(twin.losses) == 23
     assert ours.losses == pytest.approx(twin.losses, rel=0, abs=1e-4)
 
 
-def test_divergence_is_said_and_not_saved(data: str, tmp_path: Path) -> None:
+def test_divergence_is_reported_and_not_saved(data: str, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     with pytest.raises(UserError, match=r"training diverged in epoch 1.*than --lr 1e\+30"):
         run(TINY, data=data, optimizer="sgd", lr=1e30, checkpoint=str(path))
@@ -348,7 +348,7 @@ def test_on_a_gpu(device: str, tmp_path: Path, dtype: Any, optimizer: Any) -> No
     assert result.accuracy == pytest.approx(on_cpu.accuracy, abs=0.03)
 
 
-def test_a_batch_that_processes_cannot_share_evenly(data: str) -> None:
+def test_a_batch_that_processes_cannot_split_evenly(data: str) -> None:
     config = dataclasses.replace(TINY, data=data)
     with pytest.raises(UserError, match="^--batch-size is 16; it needs to be a multiple of 3, the number of processes"):
         loop._train(config, Processes(CPU, 0, 3), build_model, quiet)
@@ -362,5 +362,5 @@ def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
         loop._train(dataclasses.replace(TINY, dtype="bf16"), Processes(torch.device("cuda")), build_model, quiet)
 
 
-def test_a_batch_larger_than_the_data_is_all_of_it(data: str) -> None:
+def test_a_batch_larger_than_the_data_takes_all_rows(data: str) -> None:
     assert len(run(TINY, data=data, batch_size=10**30).losses) == TINY.epochs

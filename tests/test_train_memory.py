@@ -1,4 +1,4 @@
-"""Training that runs out of memory, and times that mean little."""
+"""Training that runs out of memory, and marks on distorted times."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mlp_fused.train.loop import train
 
 @pytest.fixture
 def run(tmp_path: Path) -> Config:
-    """56 rows to train on, 4 steps an epoch, and 14 to validate in one."""
+    """A configuration with 56 training rows, 4 steps per epoch, and 14 validation rows in one batch."""
     random = np.random.default_rng(0)
     y = random.integers(0, 3, 70)
     np.savez(tmp_path / "data.npz", x=random.normal(size=(70, 6)) + 2 * y[:, None], y=y)
@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Config:
     )
 
 
-# Where a step of the second epoch runs out: what to do with the network that is built.
+# Places where a step of the second epoch runs out, by a change of the network.
 PHASES: dict[str, Callable[[nn.Module], object]] = {
     "forward": lambda model: model.register_forward_hook(at(7)),  # an epoch calls the network 4 + 1 times
     "backward": lambda model: model[0].weight.register_hook(at(6)),
@@ -48,7 +48,7 @@ PHASES: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_training_that_runs_out_keeps_the_last_checkpoint_and_goes_on_from_it(
+def test_training_that_runs_out_resumes_from_the_last_checkpoint(
     phase: str, run: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(*arguments: Any) -> nn.Module:
@@ -78,7 +78,7 @@ def test_training_that_runs_out_keeps_the_last_checkpoint_and_goes_on_from_it(
     assert resumed.history == whole.history
 
 
-def test_the_command_that_runs_out_says_so_in_place_of_a_traceback(
+def test_the_command_that_runs_out_prints_no_traceback(
     run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.optim.Adam, "step", run_out)
@@ -95,7 +95,7 @@ def test_the_command_that_runs_out_says_so_in_place_of_a_traceback(
     assert not Path(str(run.checkpoint)).exists()
 
 
-def test_an_optimizers_state_is_counted_as_it_is() -> None:
+def test_an_optimizers_actual_state_is_counted() -> None:
     for name, state in loop.STATE.items():
         config = Config(optimizer=name, hidden=(8,))
         model = build_model(4, 3, config)
@@ -106,12 +106,12 @@ def test_an_optimizers_state_is_counted_as_it_is() -> None:
         assert len(of_weight) == state
 
 
-def test_times_under_a_switch_that_distorts_are_marked(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+def test_distorted_times_are_marked(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    train(run, report=said.append)
-    assert not any("distorted" in line for line in said)  # a CPU's are what they are
-    said.clear()
+    train(run, report=messages.append)
+    assert not any("distorted" in line for line in messages)  # times of a CPU are not distorted
+    messages.clear()
     marked = loop.about_times(torch.device("cuda"))
     assert marked == (
         "these times are distorted: CUDA_LAUNCH_BLOCKING is set, which makes every launch wait for its kernel: "

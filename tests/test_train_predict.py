@@ -1,4 +1,4 @@
-"""`mlp-fused predict`: what is predicted is what training reported, from features as they are in the file."""
+"""`mlp-fused predict` predicts from the unscaled features of a file, with the accuracy that training reported."""
 
 from __future__ import annotations
 
@@ -78,33 +78,33 @@ def test_a_new_process_predicts_with_the_reported_accuracy(arrays: dict[str, np.
     assert sorted(path.name for path in Path().iterdir()) == ["data.npz", "out.npz", "raw.npz", "run.pt"]
 
 
-def test_classes_by_name_come_back(arrays: dict[str, np.ndarray]) -> None:
+def test_classes_by_name_are_predicted_by_name(arrays: dict[str, np.ndarray]) -> None:
     result = trained(NAMES[arrays["y"]], arrays)
     module.run(module.Config("run.pt", "data.npz", "out.csv"), report=lambda text: None)
     header, *rows = read_csv("out.csv")
     assert header == ["label", *NAMES]
     labels = np.array([row[0] for row in rows])
     assert (labels == NAMES[arrays["y"]])[validation()].mean() == result.accuracy
-    found = predict("run.pt", arrays["x"])
-    assert found.labels.tolist() == labels.tolist()
-    assert found.classes.tolist() == NAMES.tolist()
-    assert np.array([row[1:] for row in rows], np.float32).tolist() == found.probabilities.tolist()
+    actual = predict("run.pt", arrays["x"])
+    assert actual.labels.tolist() == labels.tolist()
+    assert actual.classes.tolist() == NAMES.tolist()
+    assert np.array([row[1:] for row in rows], np.float32).tolist() == actual.probabilities.tolist()
 
 
-def test_other_names_are_another_run(arrays: dict[str, np.ndarray]) -> None:
+def test_other_class_names_refuse_to_resume(arrays: dict[str, np.ndarray]) -> None:
     trained(NAMES[arrays["y"]], arrays, epochs=1)
     with pytest.raises(UserError, match="90 rows, 4 features, 3 classes, but needs .* 3 classes with other values$"):
         trained(np.array(list("abc"))[arrays["y"]], arrays, resume=True)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_accuracy_is_that_of_the_dtype_it_was_trained_in(arrays: dict[str, np.ndarray], dtype: Any) -> None:
+def test_predict_uses_the_dtype_of_training(arrays: dict[str, np.ndarray], dtype: Any) -> None:
     result = trained(arrays["y"], arrays, dtype=dtype, epochs=3)
-    found = predict("run.pt", arrays["x"])
-    assert (found.labels == arrays["y"])[validation()].mean() == result.accuracy
+    actual = predict("run.pt", arrays["x"])
+    assert (actual.labels == arrays["y"])[validation()].mean() == result.accuracy
 
 
-def test_fp16_of_a_gpu_is_predicted_in_fp32_without(arrays: dict[str, np.ndarray]) -> None:
+def test_fp16_training_is_predicted_in_fp32_without_a_gpu(arrays: dict[str, np.ndarray]) -> None:
     trained(arrays["y"], arrays, epochs=1)
     expected = predict("run.pt", arrays["x"])
     saved = torch.load("run.pt", weights_only=True)
@@ -142,7 +142,7 @@ def test_several_targets(arrays: dict[str, np.ndarray]) -> None:
     assert (errors.std(axis=0) < 0.2 * arrays["two"].std(axis=0)).all()
 
 
-def test_in_python_the_model_is_a_module(arrays: dict[str, np.ndarray]) -> None:
+def test_the_loaded_model_is_a_module(arrays: dict[str, np.ndarray]) -> None:
     trained(arrays["y"], arrays)
     model = load_model("run.pt")
     labels = model(torch.from_numpy(arrays["x"]).flatten(1)).argmax(dim=1)
@@ -150,7 +150,7 @@ def test_in_python_the_model_is_a_module(arrays: dict[str, np.ndarray]) -> None:
     assert predict("run.pt", torch.from_numpy(arrays["x"])).labels.tolist() == labels.tolist()
 
 
-def test_many_rows_go_through_in_parts(arrays: dict[str, np.ndarray]) -> None:
+def test_many_rows_are_predicted_in_parts(arrays: dict[str, np.ndarray]) -> None:
     trained(arrays["y"], arrays, epochs=1)
     whole = predict("run.pt", arrays["x"])
     parts = predict("run.pt", arrays["x"], batch_size=7)
@@ -178,9 +178,7 @@ MISTAKES: dict[str, tuple[dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_leaves_files_as_they_were(
-    arrays: dict[str, np.ndarray], changes: dict[str, str], sentence: str
-) -> None:
+def test_a_mistake_changes_no_file(arrays: dict[str, np.ndarray], changes: dict[str, str], sentence: str) -> None:
     trained(arrays["y"], arrays, epochs=1)
     Path("folder.npz").mkdir()
     np.savez("wide.npz", x=np.ones((3, 5)))
@@ -215,6 +213,6 @@ def test_a_failed_write_leaves_the_old_file(
     assert Path(out).read_bytes() != b"before"
 
 
-def test_only_what_there_is_is_written() -> None:
+def test_only_available_results_are_written() -> None:
     assert list(Predictions(values=np.ones(3)).arrays) == ["values"]
     assert list(Predictions(np.ones(3), np.ones((3, 2)), np.arange(2)).arrays) == ["labels", "probabilities", "classes"]

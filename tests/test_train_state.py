@@ -44,7 +44,7 @@ def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(da
     assert [random.keys() for random in saved["random"]["processes"]] == [{"torch", "cuda"}]
     assert sorted(tmp_path.iterdir()) == [tmp_path / "data.npz", path]
 
-    network = FusedMLP(6, [8, 3], activation_layer="gelu")  # as a later user builds it
+    network = FusedMLP(6, [8, 3], activation_layer="gelu")  # a user may build it so later
     model = nn.Sequential(OrderedDict(scaling=Scaling(torch.zeros(6), torch.ones(6)), network=network))
     model.load_state_dict(saved["model"])
     x = load_data(data).x
@@ -65,17 +65,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole = run(config, epochs=4)
     path = str(tmp_path / "run.pt")
     first = run(config, epochs=1, checkpoint=path)
-    torch.manual_seed(99)  # whatever happens between
+    torch.manual_seed(99)  # other code may draw random numbers in between
     second = run(config, epochs=3, checkpoint=path, resume=True)
     third = run(config, epochs=4, checkpoint=path, resume=True)
     assert_same_bits(third, whole)
     assert first.losses + second.losses + third.losses == whole.losses
 
 
-def test_the_state_of_the_gradient_scaler_comes_back(
+def test_the_state_of_the_gradient_scaler_is_restored(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp16 itself needs a GPU; the scaler it brings also works without."""
+    """fp16 needs a GPU, but its gradient scaler also works without."""
     path = str(tmp_path / "run.pt")
     made = []
     original = torch.amp.GradScaler
@@ -91,7 +91,7 @@ def test_the_state_of_the_gradient_scaler_comes_back(
     assert made[0].get_scale() == made[2].get_scale() == 2.0**12  # grown after 5 and 10 of 12 steps
 
 
-def test_a_checkpoint_of_a_gpu_goes_on_without(data: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_gpu_resumes_without_one(data: str, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     run(TINY, data=data, epochs=1, checkpoint=str(path))
     saved = load_checkpoint(path)
@@ -132,7 +132,9 @@ OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "sentence"), OTHER_RUNS.values(), ids=OTHER_RUNS)
-def test_a_checkpoint_of_another_run(data: str, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    data: str, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
     config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     run(config)
     before = (tmp_path / "run.pt").read_bytes()
@@ -153,8 +155,8 @@ def test_other_values_of_the_same_sizes(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_labels_of_other_classes_than_a_checkpoints(data: str, tmp_path: Path, classes: int) -> None:
-    """More or fewer: refused on the host, before any network is built."""
+def test_labels_of_other_classes_than_the_checkpoints(data: str, tmp_path: Path, classes: int) -> None:
+    """More or fewer classes are refused on the host, before any network is built."""
     config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     run(config)
     before = (tmp_path / "run.pt").read_bytes()
@@ -176,7 +178,7 @@ def test_the_data_may_have_moved_and_workers_may_differ(data: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", checkpoint.PARTS)
-def test_a_checkpoint_with_a_part_of_another_kind(data: str, tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_with_a_part_of_the_wrong_type(data: str, tmp_path: Path, name: str) -> None:
     config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     run(config)
     save_checkpoint(tmp_path / "run.pt", {**load_checkpoint(tmp_path / "run.pt"), name: None})
@@ -244,7 +246,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(
     assert len(run(config, resume=True).history) == 3
 
 
-def test_a_checkpoint_behind_a_link_stays_behind_it(tmp_path: Path) -> None:
+def test_a_checkpoint_at_a_link_replaces_the_target(tmp_path: Path) -> None:
     link, target = tmp_path / "link.pt", tmp_path / "target.pt"
     target.write_bytes(b"old")
     link.symlink_to(target)
@@ -260,7 +262,7 @@ def test_a_checkpoint_has_the_permissions_of_any_file(tmp_path: Path) -> None:
 
 
 class Interrupted(nn.Module):
-    """A network that Ctrl-C hits in its nth call."""
+    """A network in whose nth call Ctrl-C is pressed."""
 
     def __init__(self, network: nn.Module, calls: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Regression: a squared error on scaled targets, judged in the targets' own units."""
+"""Regression: a squared error on scaled targets, with scores in the units of the targets."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def run(path: Path, lines: list[str] | None = None, **changes: Any) -> Result:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_r2_and_rmse_are_those_of_the_models_values_in_the_targets_units(
-    tmp_path: Path, shape: tuple[int, ...]
-) -> None:
+def test_r2_and_rmse_are_in_the_units_of_the_targets(tmp_path: Path, shape: tuple[int, ...]) -> None:
     arrays = write(tmp_path, shape)
     lines: list[str] = []
     result = run(tmp_path, lines)
@@ -74,7 +72,7 @@ def test_r2_and_rmse_are_those_of_the_models_values_in_the_targets_units(
 
 
 @pytest.mark.parametrize("offset", [1.7e9, -5e6, 2**40], ids=str)
-def test_targets_far_from_zero_are_learned_as_those_near_it(tmp_path: Path, offset: float) -> None:
+def test_targets_far_from_zero_are_learned_as_well(tmp_path: Path, offset: float) -> None:
     write(tmp_path)
     near = run(tmp_path)
     write(tmp_path, offset=offset)
@@ -93,7 +91,7 @@ def test_targets_of_any_dtype(tmp_path: Path, dtype: str) -> None:
 
 
 def test_the_loss_is_the_mean_squared_error_of_scaled_targets(tmp_path: Path) -> None:
-    """Beside a loop of a first course on targets with mean 0 and variance 1."""
+    """Compare with a plain training loop on targets with mean 0 and variance 1."""
     arrays = write(tmp_path, (2,))
     result = run(tmp_path, epochs=1, batch_size=1000)
     rows = split(100, 0.2, 0)[0].numpy()
@@ -105,7 +103,7 @@ def test_the_loss_is_the_mean_squared_error_of_scaled_targets(tmp_path: Path) ->
     assert result.losses == pytest.approx([nn.functional.mse_loss(network(x), scaled).item()], rel=1e-5)
 
 
-def test_the_kernels_train_as_torch_does(tmp_path: Path) -> None:
+def test_the_kernels_train_like_torch(tmp_path: Path) -> None:
     write(tmp_path, (2,))
     ours = run(tmp_path, epochs=2, backend="triton")
     twin = train(
@@ -141,11 +139,11 @@ def test_the_saved_model_scales_back(tmp_path: Path) -> None:
     assert [name for name, _ in model.named_children()] == ["scaling", "network", "unscaling"]
     x = torch.from_numpy(arrays["x"])
     assert torch.equal(model(x), result.model(x))
-    assert torch.allclose(model.half()(x), result.model(x), rtol=0, atol=20)  # of values with a deviation of 1400
+    assert torch.allclose(model.half()(x), result.model(x), rtol=0, atol=20)  # the values' deviation is 1400
 
 
 @pytest.mark.parametrize(("begun", "resumed"), [("classification", "regression"), ("regression", "classification")])
-def test_another_task_is_another_run(tmp_path: Path, begun: Any, resumed: Any) -> None:
+def test_another_task_refuses_to_resume(tmp_path: Path, begun: Any, resumed: Any) -> None:
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(40, 2)), y=np.arange(40) % 2)
     path = tmp_path / "run.pt"
     run(tmp_path, epochs=1, task=begun, checkpoint=str(path))
@@ -156,7 +154,7 @@ def test_another_task_is_another_run(tmp_path: Path, begun: Any, resumed: Any) -
     assert path.read_bytes() == before
 
 
-def test_another_task_is_named_before_the_targets_are_judged(tmp_path: Path) -> None:
+def test_another_task_is_named_before_the_targets_are_checked(tmp_path: Path) -> None:
     write(tmp_path)
     run(tmp_path, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     with pytest.raises(UserError, match="--task is classification, but needs to be regression$"):
@@ -173,7 +171,7 @@ def test_other_values_of_the_same_sizes(tmp_path: Path) -> None:
 
 
 class OneOfTwo(Processes):
-    """A process whose peer has 20 rows, of squared errors 1 and 3 a row, and a loss of 2."""
+    """A process whose peer has 20 rows, with squared errors 1 and 3 per row and a loss of 2."""
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return [here + there for here, there in zip(values, (40.0, 20.0, 60.0, 20.0), strict=True)]
@@ -181,8 +179,8 @@ class OneOfTwo(Processes):
 
 def test_a_process_without_validation_rows_adds_nothing() -> None:
     alone = OneOfTwo(torch.device("cpu"), 0, 2)
-    found = evaluate(nn.Identity(), [], nn.MSELoss(), alone, "fp32", squared_errors, 2)
-    assert found == (2.0, 1.0, 3.0)
+    actual = evaluate(nn.Identity(), [], nn.MSELoss(), alone, "fp32", squared_errors, 2)
+    assert actual == (2.0, 1.0, 3.0)
 
 
 def test_targets_that_do_not_vary(tmp_path: Path) -> None:
@@ -212,7 +210,7 @@ def test_the_task_stays_on_the_cpu_when_the_model_moves() -> None:
     assert expected.rmse[0] == pytest.approx(0.5 * float(y[:15].std(correction=0)))
 
 
-def test_many_targets_are_listed_in_part() -> None:
+def test_a_long_list_of_targets_is_shortened() -> None:
     y = torch.arange(60.0).reshape(20, 3).repeat(1, 3) * torch.tensor([1.0, 1e6, 1e20] * 3)
     task = make_task(Data("d", torch.ones(20, 1), y, shape=(9,)), torch.arange(15), torch.arange(15, 20))
     text = task.describe(Epoch(1.0, 1.0, r2=0.5, rmse=tuple([0.5, 123456.7, 1e20] * 3)))

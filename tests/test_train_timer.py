@@ -1,4 +1,4 @@
-"""StepTimer: where the time of training steps goes."""
+"""StepTimer: the phases of training steps and their times."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_phases_end_at_their_marks() -> None:
     assert lines[6] == ["sum", "8000.000", "100.0"]
 
 
-def test_what_lies_between_epochs_is_not_timed() -> None:
+def test_time_between_epochs_is_not_counted() -> None:
     ticks = iter([0.0, 1.0, 100.0, 101.0])
     timer = StepTimer(CPU, now=lambda: next(ticks))
     for _ in range(2):
@@ -52,7 +52,7 @@ def test_what_lies_between_epochs_is_not_timed() -> None:
 
 
 class FakeEvent:
-    """A stand-in for torch.cuda.Event: one millisecond apart; waits are counted."""
+    """A stand-in for torch.cuda.Event. Events are one millisecond apart, and waits are counted."""
 
     clock = itertools.count()
     waits = 0
@@ -77,7 +77,7 @@ def gpu_timer(monkeypatch: pytest.MonkeyPatch) -> StepTimer:
     return StepTimer(torch.device("cuda"))
 
 
-def test_a_gpus_events_are_read_once_an_epoch(gpu_timer: StepTimer) -> None:
+def test_a_gpus_events_are_read_once_per_epoch(gpu_timer: StepTimer) -> None:
     gpu_timer.start()
     for phase in StepTimer.PHASES * 100:
         gpu_timer.mark(phase)
@@ -88,8 +88,8 @@ def test_a_gpus_events_are_read_once_an_epoch(gpu_timer: StepTimer) -> None:
     assert gpu_timer.milliseconds == dict.fromkeys(StepTimer.PHASES, 1.0)
 
 
-def test_waiting_for_a_copy_is_no_loading(gpu_timer: StepTimer) -> None:
-    """Each loading takes 1 ms, of which 0.25 ms were the wait for a copy of 2 ms."""
+def test_waiting_for_a_copy_does_not_count_as_loading(gpu_timer: StepTimer) -> None:
+    """Each loading takes 1 ms, including a wait of 0.25 ms for a copy of 2 ms."""
 
     @dataclasses.dataclass
     class At:
@@ -119,7 +119,7 @@ def test_waiting_for_a_copy_is_no_loading(gpu_timer: StepTimer) -> None:
 
 
 @pytest.mark.usefixtures("gpu_timer")
-def test_events_of_a_long_epoch_do_not_pile_up() -> None:
+def test_events_of_a_long_epoch_do_not_accumulate() -> None:
     gpu_timer = StepTimer(torch.device("cuda"), most_pending=12)
     gpu_timer.start()
     for phase in StepTimer.PHASES * 20:
@@ -129,10 +129,10 @@ def test_events_of_a_long_epoch_do_not_pile_up() -> None:
     assert gpu_timer.milliseconds == dict.fromkeys(StepTimer.PHASES, 1.0)
 
 
-def test_the_first_epoch_is_left_out_where_there_are_more(data: str) -> None:
+def test_the_first_epoch_is_left_out_if_there_are_more(data: str) -> None:
     assert run(TINY, data=data, epochs=1).timer.steps == 4
     timer = run(TINY, data=data, epochs=3).timer
     assert timer.steps == 8
     assert min(ms for phase, ms in timer.milliseconds.items() if phase != "copy") > 0
-    assert timer.milliseconds["copy"] == 0  # on a CPU
+    assert timer.milliseconds["copy"] == 0  # a CPU copies nothing
     assert sum(timer.percent.values()) == pytest.approx(100)

@@ -18,22 +18,22 @@ from mlp_fused.transfer.findings import Crossing, OnCpu, OnGpu, Point, Transfer,
 
 
 @given(st.floats(2, 5000), st.floats(-0.5, 0.9), st.floats(0.91, 2.0))
-def test_where_two_power_laws_cross_is_found_exactly(rows: float, slope: float, steeper: float) -> None:
+def test_the_crossing_of_two_power_laws_is_exact(rows: float, slope: float, steeper: float) -> None:
     sizes = [1, 7, 100, 6000]
-    found = crossing(
+    actual = crossing(
         sizes, [exact((size / rows) ** steeper) for size in sizes], [exact((size / rows) ** slope) for size in sizes]
     )
-    assert found.rows == pytest.approx(rows)
-    assert found.low == found.high == found.rows
+    assert actual.rows == pytest.approx(rows)
+    assert actual.low == actual.high == actual.rows
 
 
-def test_the_range_of_a_crossing_is_that_of_the_spread() -> None:
+def test_the_spread_gives_the_range_of_a_crossing() -> None:
     sizes = [1, 10, 100, 1000]
     cpu = [Spread(size, size / 1.2, size * 1.2, 9) for size in sizes]
     gpu = [Spread(50, 40, 60, 9)] * 4
-    found = crossing(sizes, cpu, gpu)
-    assert found == Crossing(pytest.approx(50), pytest.approx(40 / 1.2), pytest.approx(60 * 1.2), (1, 1000))
-    assert str(found) == "from about 50 rows on (33 to 72)"
+    actual = crossing(sizes, cpu, gpu)
+    assert actual == Crossing(pytest.approx(50), pytest.approx(40 / 1.2), pytest.approx(60 * 1.2), (1, 1000))
+    assert str(actual) == "from about 50 rows on (33 to 72)"
 
 
 @pytest.mark.parametrize(
@@ -45,37 +45,37 @@ def test_the_range_of_a_crossing_is_that_of_the_spread() -> None:
     ],
     ids=["always", "never", "no longer"],
 )
-def test_a_crossing_outside_of_what_was_measured_is_not_made_up(cpu: list[float], rows: float, text: str) -> None:
-    found = crossing([1, 10], [exact(ms) for ms in cpu], [exact(1)] * 2)
-    assert found.rows == rows
-    assert str(found).startswith(text)
+def test_a_crossing_outside_the_readings_is_not_extrapolated(cpu: list[float], rows: float, text: str) -> None:
+    actual = crossing([1, 10], [exact(ms) for ms in cpu], [exact(1)] * 2)
+    assert actual.rows == rows
+    assert str(actual).startswith(text)
 
 
-def test_a_crossing_outside_says_what_the_spread_allows() -> None:
+def test_a_crossing_outside_states_the_range_of_the_spread() -> None:
     spread = [Spread(1.1, 0.9, 1.3, 9), Spread(20, 19, 21, 9)]
-    found = crossing([10, 1000], spread, [exact(1)] * 2)
-    assert (found.rows, found.low) == (0, 0)
-    perhaps = f"(by the quartiles, perhaps only from {found.high:,.0f} on)"
-    assert str(found) == f"at every measured batch size, from 10 rows on {perhaps}"
+    actual = crossing([10, 1000], spread, [exact(1)] * 2)
+    assert (actual.rows, actual.low) == (0, 0)
+    perhaps = f"(by the quartiles, perhaps only from {actual.high:,.0f} on)"
+    assert str(actual) == f"at every measured batch size, from 10 rows on {perhaps}"
     behind = [Spread(0.1, 0.05, 0.2, 9), Spread(0.9, 0.5, 1.2, 9)]
-    found = crossing([10, 1000], behind, [exact(1)] * 2)
-    assert str(found) == (
-        f"at no measured batch size, up to 1,000 rows (by the quartiles, perhaps from {found.low:,.0f} on)"
+    actual = crossing([10, 1000], behind, [exact(1)] * 2)
+    assert str(actual) == (
+        f"at no measured batch size, up to 1,000 rows (by the quartiles, perhaps from {actual.low:,.0f} on)"
     )
     assert str(Crossing(0, 0, math.inf, (1, 2))).endswith("(by the quartiles, perhaps only at none)")
     assert str(Crossing(math.inf, 0, math.inf, (1, 2))).endswith("(by the quartiles, perhaps at every one)")
 
 
 def test_the_gpu_wins_for_good_from_the_last_crossing_on() -> None:
-    found = crossing([1, 10, 100, 1000], [exact(ms) for ms in (2, 0.5, 0.5, 2)], [exact(1)] * 4)
-    assert found.rows == pytest.approx(math.sqrt(100 * 1000))
+    actual = crossing([1, 10, 100, 1000], [exact(ms) for ms in (2, 0.5, 0.5, 2)], [exact(1)] * 4)
+    assert actual.rows == pytest.approx(math.sqrt(100 * 1000))
 
 
-def test_ends_of_a_range_may_lie_outside_of_what_was_measured() -> None:
+def test_ends_of_a_range_may_lie_outside_the_readings() -> None:
     cpu = [Spread(0.9, 0.5, 1.5, 9), Spread(1.1, 0.7, 1.6, 9)]
-    found = crossing([10, 1000], cpu, [exact(1)] * 2)
-    assert (found.low, found.high) == (0, math.inf)
-    assert str(found).endswith("rows on (below the smallest to above the largest)")
+    actual = crossing([10, 1000], cpu, [exact(1)] * 2)
+    assert (actual.low, actual.high) == (0, math.inf)
+    assert str(actual).endswith("rows on (below the smallest to above the largest)")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_overlap(copied: float, computed: float, together: float, part: float) -
 
 
 def on_gpu(**changes: Any) -> OnGpu:
-    """Times in which nothing is worth any advice, but for the changes."""
+    """Times that lead to no advice, except for the changes."""
     usual = OnGpu(
         pageable=both(0.01),
         pinned=both(0.01),
@@ -106,7 +106,7 @@ def on_gpu(**changes: Any) -> OnGpu:
     return dataclasses.replace(usual, **changes)
 
 
-def found_with(gpu: OnGpu | None, cpu_ms: float = 1000, **changes: Any) -> Transfer:
+def make_transfer(gpu: OnGpu | None, cpu_ms: float = 1000, **changes: Any) -> Transfer:
     cpu = OnCpu(exact(cpu_ms / 3), exact(2 * cpu_ms / 3), exact(cpu_ms))
     fast = None if gpu is None else on_gpu()
     points = tuple(Point(rows, 4 * rows, rows, (rows, rows), cpu, fast) for rows in (8, 16))
@@ -122,7 +122,7 @@ def test_what_bounds_a_step() -> None:
     assert on_gpu(non_blocking=both(30)).bound == "copy"
     assert on_gpu(backward=None).kernels == exact(4)
     copied = on_gpu(pageable=both(25), non_blocking=both(30), step=exact(50))
-    assert found_with(copied).bounds == (
+    assert make_transfer(copied).bounds == (
         "a step of 32 rows with x.to(device) takes 50 ms, of which the copy takes 25 ms (50%); with prefetching, the "
         "copy to the device bounds it: copy 30 ms, launch 500 µs, kernel 10 ms"
     )
@@ -167,33 +167,35 @@ ADVICE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("gpu", "rest", "sentence"), ADVICE.values(), ids=ADVICE)
-def test_advice_is_given_where_it_saves_something(gpu: dict[str, Any], rest: dict[str, Any], sentence: str) -> None:
+def test_advice_is_given_if_it_saves_time(gpu: dict[str, Any], rest: dict[str, Any], sentence: str) -> None:
     if "points" in rest:
-        points = found_with(on_gpu(**gpu)).points[-1:]
+        points = make_transfer(on_gpu(**gpu)).points[-1:]
         rest = {"points": points}
-    advice = found_with(on_gpu(**gpu), **rest).advice
+    advice = make_transfer(on_gpu(**gpu), **rest).advice
     assert any(each.startswith(sentence) for each in advice), advice
     begin = sentence.split()[0]
-    assert begin == "no" or not any(each.startswith(begin) for each in found_with(on_gpu()).advice)
+    assert begin == "no" or not any(each.startswith(begin) for each in make_transfer(on_gpu()).advice)
 
 
 @pytest.mark.parametrize("narrowed", [None, exact(19.9)], ids=["none", "no faster"])
-def test_16_bits_are_no_advice_where_they_were_not_faster(narrowed: Spread | None) -> None:
+def test_16_bits_are_not_advised_if_not_faster(narrowed: Spread | None) -> None:
     gpu = on_gpu(step=exact(30), non_blocking=both(20), non_waiting=exact(25), prefetched=exact(20), narrowed=narrowed)
-    assert not any("16 bits" in each for each in found_with(gpu).advice)
+    assert not any("16 bits" in each for each in make_transfer(gpu).advice)
 
 
 @given(*[st.floats(0.01, 1000)] * 4)
-def test_the_choice_is_the_fastest_or_as_good_and_simpler(cpu: float, step: float, pinned: float, ahead: float) -> None:
-    found = found_with(on_gpu(step=exact(step), non_waiting=exact(pinned), prefetched=exact(ahead)), cpu_ms=cpu)
+def test_the_choice_is_the_fastest_or_an_equal_simpler_one(
+    cpu: float, step: float, pinned: float, ahead: float
+) -> None:
+    actual = make_transfer(on_gpu(step=exact(step), non_waiting=exact(pinned), prefetched=exact(ahead)), cpu_ms=cpu)
     times = {"cpu": cpu, "step": step, "non_waiting": pinned, "prefetched": ahead}
     least = min(times.values())
-    assert times[found.choice] <= (1 + findings.GAIN) * least
-    simpler = list(times)[: list(times).index(found.choice)]
+    assert times[actual.choice] <= (1 + findings.GAIN) * least
+    simpler = list(times)[: list(times).index(actual.choice)]
     assert all(times[name] > (1 + findings.GAIN) * least for name in simpler)
     begins = {"cpu": "stay on the CPU", "non_waiting": "pin the batch", "prefetched": "prefetch"}
-    given_advice = any(each.startswith(begins.get(found.choice, "no such")) for each in found.advice)
-    assert given_advice == (found.choice in begins)
+    given_advice = any(each.startswith(begins.get(actual.choice, "no such")) for each in actual.advice)
+    assert given_advice == (actual.choice in begins)
 
 
 @pytest.mark.parametrize(
@@ -235,11 +237,11 @@ def test_the_table_has_every_part() -> None:
 
 
 def test_a_record_as_json() -> None:
-    found = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
-    again = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    actual = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
+    again = json.loads(json.dumps(actual.as_dict(), allow_nan=False))
     assert again["crossings"]["step"]["rows"] is None
-    assert (again["bound"], again["choice"], again["bounds"]) == ("copy", "cpu", found.bounds)
+    assert (again["bound"], again["choice"], again["bounds"]) == ("copy", "cpu", actual.bounds)
     assert again["rates"]["pinned"] == pytest.approx([1.0, 1.0], rel=1e-2)
     assert set(again["rates"]) == {"pageable", "pinned", "non_blocking", "to_host", "forward", "backward"}
-    assert again["points"][3]["gpu"]["pinned"]["host"]["ms"] == found.at_rows.gpu.pinned.host.ms  # type: ignore[union-attr]
-    assert again["advice"] == found.advice
+    assert again["points"][3]["gpu"]["pinned"]["host"]["ms"] == actual.at_rows.gpu.pinned.host.ms  # type: ignore[union-attr]
+    assert again["advice"] == actual.advice

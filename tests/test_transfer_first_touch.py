@@ -26,8 +26,8 @@ def test_the_model_goes_to_fresh_processes(monkeypatch: pytest.MonkeyPatch, tmp_
         return {name: len(seen) + i for i, name in enumerate(names)}
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    found = first_touch.in_fresh_processes(FusedMLP(3, [2]), [torch.ones(5, 3)], torch.device("cuda:1"), run)
-    assert found == FirstTouch(2000, 3000, 4000, 5000, compiled=5000, loaded=6000, again=7000)
+    actual = first_touch.in_fresh_processes(FusedMLP(3, [2]), [torch.ones(5, 3)], torch.device("cuda:1"), run)
+    assert actual == FirstTouch(2000, 3000, 4000, 5000, compiled=5000, loaded=6000, again=7000)
     assert seen[0] == seen[1]
     assert seen[0][1:] == ("6", (5, 3))
 
@@ -39,7 +39,7 @@ def test_a_model_that_cannot_be_pickled() -> None:
         first_touch.in_fresh_processes(model, [torch.ones(1, 2)], torch.device("cuda:0"))
 
 
-def test_a_network_of_the_running_script_has_to_move_into_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_defined_in_the_running_script_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Network, "__module__", "__main__")
     model = nn.Sequential(nn.Linear(2, 2), Network(Clock(), 0.0))
     with pytest.raises(RuntimeError, match="^Network is defined in the main script, .*; move it to a module"):

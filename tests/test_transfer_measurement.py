@@ -23,13 +23,13 @@ from mlp_fused.transfer.first_touch import FirstTouch
 from mlp_fused.transfer.measurement import measure
 
 
-def test_every_part_is_read_off_the_right_clock() -> None:
+def test_every_part_is_timed_by_the_right_clock() -> None:
     speeds = Simulated()
-    found = simulate(speeds)
-    assert found.at_rows.gpu is not None
-    gpu, nbytes = found.at_rows.gpu, 1024 * 1000 * 4
-    assert found.at_rows.bytes_in == nbytes
-    assert found.at_rows.bytes_out == 1024 * 10 * 4
+    actual = simulate(speeds)
+    assert actual.at_rows.gpu is not None
+    gpu, nbytes = actual.at_rows.gpu, 1024 * 1000 * 4
+    assert actual.at_rows.bytes_in == nbytes
+    assert actual.at_rows.bytes_out == 1024 * 10 * 4
     assert gpu.non_blocking.device.ms == pytest.approx(1e3 * nbytes / speeds.link)
     assert gpu.non_blocking.returned.ms == pytest.approx(1e3 * speeds.latency)
     assert gpu.pinned.returned.ms == gpu.pinned.host.ms == pytest.approx(1e3 * (nbytes / speeds.link + speeds.latency))
@@ -41,47 +41,47 @@ def test_every_part_is_read_off_the_right_clock() -> None:
     assert gpu.kernels.ms == pytest.approx(2e3 * speeds.gpu_row * 1024)
     assert gpu.issued.ms == pytest.approx(2e3 * speeds.launch)
     assert gpu.resident.ms == pytest.approx(2e3 * speeds.gpu_row * 1024, rel=0.02)
-    assert found.at_rows.cpu.forward.ms == pytest.approx(1e3 * speeds.cpu_row * 1024)
+    assert actual.at_rows.cpu.forward.ms == pytest.approx(1e3 * speeds.cpu_row * 1024)
     assert gpu.bound == "copy"
 
 
-def test_the_crossing_is_where_the_stated_speeds_put_it() -> None:
-    """A CPU of 2 µs a row and a GPU whose step costs 100 µs and next to nothing a row cross at 50 rows."""
-    found = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
-    assert found.crossings["resident"].rows == pytest.approx(50, rel=0.01)
-    assert found.crossings["step"].rows == pytest.approx(50, rel=0.05)
-    bound = [point.gpu.bound for point in found.points if point.gpu]
+def test_the_crossing_follows_from_the_simulated_speeds() -> None:
+    """A CPU with 2 µs per row and a GPU with 100 µs per step cross at 50 rows."""
+    actual = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
+    assert actual.crossings["resident"].rows == pytest.approx(50, rel=0.01)
+    assert actual.crossings["step"].rows == pytest.approx(50, rel=0.05)
+    bound = [point.gpu.bound for point in actual.points if point.gpu]
     assert bound == ["launch"] * len(SIZES)
 
 
 def test_a_gpu_behind_a_slow_link_does_not_win() -> None:
-    found = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
-    assert found.crossings["step"].rows == math.inf
-    assert found.crossings["resident"].rows == pytest.approx(16, abs=16)
-    assert found.advice[0].startswith("stay on the CPU at 1,024 rows")
-    assert any(each.startswith("keep the data on the GPU") for each in found.advice)
+    actual = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
+    assert actual.crossings["step"].rows == math.inf
+    assert actual.crossings["resident"].rows == pytest.approx(16, abs=16)
+    assert actual.advice[0].startswith("stay on the CPU at 1,024 rows")
+    assert any(each.startswith("keep the data on the GPU") for each in actual.advice)
 
 
 def test_prefetching_hides_the_copy() -> None:
     slow = Simulated(gpu_row=500e-9)
-    found = simulate(slow).at_rows.gpu
-    assert found is not None
-    assert found.bound == "kernel"
-    assert found.prefetched.ms == pytest.approx(found.resident.ms, rel=0.1)
-    assert found.hidden > 0.9
+    actual = simulate(slow).at_rows.gpu
+    assert actual is not None
+    assert actual.bound == "kernel"
+    assert actual.prefetched.ms == pytest.approx(actual.resident.ms, rel=0.1)
+    assert actual.hidden > 0.9
 
 
-def test_without_a_gpu_the_cpu_is_measured_and_the_rest_is_said_to_be_missing() -> None:
-    found = simulate(Simulated(), gpu=False)
-    assert [point.rows for point in found.points] == list(SIZES)
-    assert [point.cpu.step.ms for point in found.points] == pytest.approx([2e-3 * size for size in SIZES], rel=0.01)
-    assert (found.gpu, found.crossings, found.advice, found.bounds, found.explanation) == (None, {}, [], "", "")
-    assert "GPU: none" in str(found)
-    assert "not measured: a reason" in str(found)
-    json.dumps(found.as_dict(), allow_nan=False)
+def test_without_a_gpu_only_the_cpu_is_measured() -> None:
+    actual = simulate(Simulated(), gpu=False)
+    assert [point.rows for point in actual.points] == list(SIZES)
+    assert [point.cpu.step.ms for point in actual.points] == pytest.approx([2e-3 * size for size in SIZES], rel=0.01)
+    assert (actual.gpu, actual.crossings, actual.advice, actual.bounds, actual.explanation) == (None, {}, [], "", "")
+    assert "GPU: none" in str(actual)
+    assert "not measured: a reason" in str(actual)
+    json.dumps(actual.as_dict(), allow_nan=False)
 
 
-def test_sizes_that_do_not_fit_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_do_not_fit_give_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = SimulatedGpu.calls
 
     def fit(limit: int) -> None:
@@ -93,27 +93,27 @@ def test_sizes_that_do_not_fit_are_a_note(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(SimulatedGpu, "calls", bounded)
 
     fit(1024)
-    found = simulate(Simulated())
-    assert [point.rows for point in found.points] == [16, 64, 256, 1024]
-    assert found.notes[-1] == "4,096 rows and more: CUDA out of memory. Tried"
+    actual = simulate(Simulated())
+    assert [point.rows for point in actual.points] == [16, 64, 256, 1024]
+    assert actual.notes[-1] == "4,096 rows and more: CUDA out of memory. Tried"
     fit(1023)
-    with pytest.raises(torch.OutOfMemoryError):  # of what was asked about
+    with pytest.raises(torch.OutOfMemoryError):  # the requested batch itself does not fit
         simulate(Simulated())
 
 
-def test_a_first_touch_that_cannot_be_measured_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unmeasurable_first_touch_gives_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> FirstTouch:
         raise RuntimeError("the model cannot be pickled: a lambda")
 
     monkeypatch.setattr(SimulatedGpu, "first_touch", fail)
-    found = simulate(Simulated())
-    assert found.first_touch is None
-    assert "first touch: the model cannot be pickled: a lambda" in found.notes
+    actual = simulate(Simulated())
+    assert actual.first_touch is None
+    assert "first touch: the model cannot be pickled: a lambda" in actual.notes
 
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("training", [True, False])
-def test_a_network_of_ones_own(training: bool) -> None:
+def test_a_users_own_network(training: bool) -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -125,22 +125,22 @@ def test_a_network_of_ones_own(training: bool) -> None:
     model = Sum()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = [torch.randn(8, 4, requires_grad=True), torch.randn(3)]
-    found = measure(model, batch, sizes=[2, 32], training=training, seconds=0.001)
-    assert [point.rows for point in found.points] == [2, 8, 32]
-    assert found.at_rows.bytes_in == 4 * (8 * 4 + 3)
-    assert (found.at_rows.cpu.backward is not None) is training
-    assert found.at_rows.cpu.step.ms > 0
-    assert "can use no GPU here" in found.notes[0]
+    actual = measure(model, batch, sizes=[2, 32], training=training, seconds=0.001)
+    assert [point.rows for point in actual.points] == [2, 8, 32]
+    assert actual.at_rows.bytes_in == 4 * (8 * 4 + 3)
+    assert (actual.at_rows.cpu.backward is not None) is training
+    assert actual.at_rows.cpu.step.ms > 0
+    assert "can use no GPU here" in actual.notes[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_sizes_stand_around_the_batch() -> None:
-    found = measure(nn.Linear(2, 2), torch.randn(32, 2), seconds=0.001)
-    assert [point.rows for point in found.points] == [2, 8, 32, 128, 512]
-    assert found.at_rows.bytes_in == 32 * 2 * 4
+def test_sizes_surround_the_batch() -> None:
+    actual = measure(nn.Linear(2, 2), torch.randn(32, 2), seconds=0.001)
+    assert [point.rows for point in actual.points] == [2, 8, 32, 128, 512]
+    assert actual.at_rows.bytes_in == 32 * 2 * 4
 
 
 MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -189,13 +189,13 @@ def test_a_distorted_gpu_is_not_measured(switch: str, monkeypatch: pytest.Monkey
 def test_distorted_times_of_a_cpu_are_marked(backend: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLP_FUSED_BACKEND", backend)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=[2], seconds=0.001)
-    assert len(found.notes) == count
-    assert ("not measured: undistorted times (" in str(found)) is (count == 2)
+    actual = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=[2], seconds=0.001)
+    assert len(actual.notes) == count
+    assert ("not measured: undistorted times (" in str(actual)) is (count == 2)
 
 
-def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but CUDA: each call does what it is named for, on the batch that it was given."""
+def test_the_calls_for_a_gpu_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call does what its name says, on its batch. Only CUDA is not tested here."""
     copied = []
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     monkeypatch.setattr(Tensor, "copy_", lambda target, source, **_: copied.append(source))
@@ -221,9 +221,7 @@ def test_the_calls_of_a_gpu_with_the_cpu_in_its_place(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_16_bits_under_autocast_are_measured_of_float32_alone(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_autocast_is_measured_only_for_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     gpu = measurement.Gpu(torch.device("cpu"), cache_bytes=lambda device: 4096)
     calls = gpu.calls(nn.Linear(4, 2, dtype=dtype), [torch.randn(8, 4, dtype=dtype)], training=True)
@@ -236,27 +234,27 @@ def test_16_bits_under_autocast_are_measured_of_float32_alone(
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("training", [True, False])
 def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = measure(FusedMLP(784, [512, 512, 10]), torch.randn(256, 784), sizes=[16, 4096], training=training)
-    assert found.first_touch is not None, found.notes
-    assert found.first_touch.context > 10
-    assert found.first_touch.compiled > found.first_touch.again
-    for point in found.points:
+    actual = measure(FusedMLP(784, [512, 512, 10]), torch.randn(256, 784), sizes=[16, 4096], training=training)
+    assert actual.first_touch is not None, actual.notes
+    assert actual.first_touch.context > 10
+    assert actual.first_touch.compiled > actual.first_touch.again
+    for point in actual.points:
         assert point.gpu is not None
         assert (point.gpu.backward is not None) is training
         assert point.gpu.forward.device.ms <= 1.1 * point.gpu.forward.host.ms
         assert point.gpu.forward.returned.ms <= 1.1 * point.gpu.forward.host.ms
-    assert found.points[-1].gpu is not None
-    assert found.points[-1].gpu.prefetched.ms <= 1.2 * found.points[-1].gpu.step.ms
-    assert found.crossings
-    assert found.advice
-    print(found)
+    assert actual.points[-1].gpu is not None
+    assert actual.points[-1].gpu.prefetched.ms <= 1.2 * actual.points[-1].gpu.step.ms
+    assert actual.crossings
+    assert actual.advice
+    print(actual)
 
 
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.usefixtures("device")
 def test_pinned_copies_reach_the_links_ceiling() -> None:
-    """At least 0.9 of it, for 64 MiB."""
+    """A copy of 64 MiB reaches at least 0.9 of the ceiling."""
     link, x = timing.link("cuda:0"), torch.randn(1 << 24)
     copied = timing.time_apart(measurement.copy_calls([x], torch.device("cuda"))["non_blocking"])
     assert x.nbytes / (1e-3 * copied.device.ms) >= 0.9 * link.to_device
@@ -264,8 +262,8 @@ def test_pinned_copies_reach_the_links_ceiling() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("device")
-def test_the_prefetchers_batches_are_the_steps() -> None:
-    """The calls that `prefetched` times compute on the batch, and not on older memory."""
+def test_steps_compute_on_the_prefetched_batches() -> None:
+    """The calls timed by `prefetched` compute on the current batch, not on older memory."""
     x = torch.randn(64, 8)
     (there,) = next(iter(DevicePrefetcher([[x]], "cuda")))
     assert torch.equal(there.cpu(), x)

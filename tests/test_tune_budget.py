@@ -1,4 +1,4 @@
-"""The tuner's time: what it measures first, with kernels that are compiled ahead or not in time."""
+"""The tuner's time budget: its order of measurements, with kernels compiled ahead or too late."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ def clock() -> Clock:
     return watch_ways()
 
 
-def test_the_time_is_shared_and_what_was_not_reached_is_said(clock: Clock, measured: Path) -> None:
+def test_the_time_is_shared_and_missing_readings_are_reported(clock: Clock, measured: Path) -> None:
     clock.each = 10.0
-    table, said = run(clock, dataclasses.replace(DIMS, minutes=2.0))
+    table, messages = run(clock, dataclasses.replace(DIMS, minutes=2.0))
     # 120 s over 6 products are 20 s each, which torch and the first tile take.
     assert clock.timed == ["torch", SLOW] * PRODUCTS
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     clock.timed.clear()
     os.unlink(path())
-    table, said = run(clock, dataclasses.replace(DIMS, minutes=0.5))
+    table, messages = run(clock, dataclasses.replace(DIMS, minutes=0.5))
     assert clock.timed == ["torch", SLOW] * 2
     assert len(table.gemms) == 2
     missed = next(each for each in products(DIMS.workloads[0]) if each.key not in [row.key for row in table.gemms])
-    assert f"4 of 6 problems were not measured, from {missed} on; run the same command again" in said
-    assert f"measured 2 of 6 problems; the table is {path()}" in said
-    # Again: what is missing, before what is there.
-    table, said = run(clock, dataclasses.replace(DIMS, minutes=1.0))
+    assert f"4 of 6 problems were not measured, from {missed} on; run the same command again" in messages
+    assert f"measured 2 of 6 problems; the table is {path()}" in messages
+    # A second run measures missing rows before existing ones.
+    table, messages = run(clock, dataclasses.replace(DIMS, minutes=1.0))
     assert len(table.gemms) == 5
-    table, said = run(clock)
+    table, messages = run(clock)
     assert len(table.gemms) == 6
 
 
-def test_what_a_reading_leaves_is_for_the_others(clock: Clock, measured: Path) -> None:
-    """A product that ends early leaves its part to the rest; one that is slow takes of theirs."""
+def test_time_that_a_product_saves_goes_to_others(clock: Clock, measured: Path) -> None:
+    """A product that ends early leaves its time to the rest. A slow one takes time from them."""
     clock.each = 0.0
     run(clock, dataclasses.replace(DIMS, minutes=0.01))
     assert clock.timed == ["torch", SLOW, FAST] * PRODUCTS
 
 
 class FewCompilers(Compilers):
-    """Compiles in no time, but for what it is told."""
+    """Compilers that finish at once, except for the given outcomes."""
 
     def __init__(self, outcomes: dict[TileConfig | str, str | type[Exception] | None]) -> None:
         super().__init__(compile_ahead.compile_ahead, INTERPRETED_DEVICE, None, 0)
@@ -76,33 +76,43 @@ class FewCompilers(Compilers):
         return outcome  # type: ignore[return-value]
 
 
-def test_what_does_not_compile_is_left_out(clock: Clock, measured: Path) -> None:
-    said: list[str] = []
+def test_tiles_that_do_not_compile_are_skipped(clock: Clock, measured: Path) -> None:
+    messages: list[str] = []
     compilers = FewCompilers({FAST: "the process that compiled it ended with status -6"})
     table = tune(
-        DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+        DIMS, report=messages.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
     )
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
-    assert sum(f"{FAST} was left out: the process that compiled it ended with status -6" in line for line in said) == 6
+    assert (
+        sum(f"{FAST} was left out: the process that compiled it ended with status -6" in line for line in messages) == 6
+    )
     compilers = FewCompilers({})
     compilers.failure = "they end with status 1"
-    tune(DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts)
-    assert "kernels were compiled at their launch, because compiling ahead failed: they end with status 1" in said
+    tune(
+        DIMS, report=messages.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+    )
+    assert "kernels were compiled at their launch, because compiling ahead failed: they end with status 1" in messages
 
 
-def test_what_is_not_compiled_in_time_is_not_reached(clock: Clock, measured: Path) -> None:
-    said: list[str] = []
+def test_tiles_not_compiled_in_time_are_not_measured(clock: Clock, measured: Path) -> None:
+    messages: list[str] = []
 
     def tuned(outcomes: dict[Any, Any]) -> table_files.Table:
         compilers = FewCompilers(outcomes)
         return tune(
-            DIMS, report=said.append, device=CPU, time=clock, now=lambda: clock.now, compilers=compilers, **clock.parts
+            DIMS,
+            report=messages.append,
+            device=CPU,
+            time=clock,
+            now=lambda: clock.now,
+            compilers=compilers,
+            **clock.parts,
         )
 
     assert [row.tile for row in tuned({FAST: NotYetError}).gemms] == [SLOW] * PRODUCTS
     path().unlink()
     assert tuned({SLOW: NotYetError}).gemms == ()  # a row that says that torch is faster would be a guess
-    assert any(line.startswith("6 of 6 problems were not measured") for line in said)
+    assert any(line.startswith("6 of 6 problems were not measured") for line in messages)
 
 
 def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, measured: Path) -> None:
@@ -115,16 +125,16 @@ def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, meas
 
 
 class Model(Compilers):
-    """Time as it passes on a machine with a GPU and 16 cores: compiling there, measuring here."""
+    """A simulation of time on a machine with a GPU and 16 cores, which compile while the tuner measures."""
 
-    BOOT = 8.0  # seconds until a process is there
-    TILE, PATH = 2.0, 8.0  # of compiling a product by a tile, a network's path
-    LAYER = 3.0  # of compiling what a path of layers needs beside its products' kernels
+    BOOT = 8.0  # seconds to start a process
+    TILE, PATH = 2.0, 8.0  # seconds to compile a tile of a product, and a path of a network
+    LAYER = 3.0  # seconds to compile the other kernels of a path of layers
 
     def __init__(self) -> None:
         super().__init__(compile_ahead.compile_ahead, DEVICES["NVIDIA H200"], None, 0)
         self.now = 0.0
-        self.reading = 0.0  # seconds of a reading, and of making and checking what is read
+        self.reading = 0.0  # seconds of a reading, including its preparation and check
         self.free = [self.BOOT] * 14
         self.queue: dict[Any, Any] = {}
         self.done: dict[Any, float] = {}
@@ -161,9 +171,7 @@ class Model(Compilers):
 
 
 def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
-    """The parts of the grid: its problems, the part of them that was reached, and of their candidates, all or the
-    first few.
-    """
+    """For each part of the grid: the number of its problems, and the fractions of problems and candidates measured."""
     counts: dict[Any, int] = {}
 
     class NoOperands:
@@ -221,7 +229,7 @@ def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
 
 
 def test_in_three_minutes_every_problem_of_the_grid_has_readings() -> None:
-    """`bench/gpu.py --minutes 10 --tests-share 0 --tune-share 0.66` gives the tuner so much beside all anchors."""
+    """`bench/gpu.py --minutes 10 --tests-share 0 --tune-share 0.66` leaves the tuner this time after the anchors."""
     parts = shares(180)
     assert all(reached == 1 for _, reached, _ in parts.values())
     assert parts["anchors"][2] == 1  # every candidate
@@ -229,13 +237,14 @@ def test_in_three_minutes_every_problem_of_the_grid_has_readings() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "readings", "each"), [(10, 1000, 0.01), (100, 1000, 0.03), (3600, 1000, 0.05)])
-def test_a_reading_is_shorter_where_time_is_short(seconds: float, readings: int, each: float) -> None:
+def test_a_reading_is_shorter_if_time_is_short(seconds: float, readings: int, each: float) -> None:
     assert tuner.reading_seconds(seconds, readings) == pytest.approx(each)
 
 
-def test_what_eight_minutes_of_a_gpu_are_spent_on() -> None:
-    """In 102 s the anchors are tuned; in 337 s every problem is reached. That is what `bench/gpu.py --minutes 8
-    --tests-share 0 --tune-share 0.75` gives the tuner once the anchors have rows.
+def test_eight_minutes_of_a_gpu_reach_every_problem() -> None:
+    """102 s are enough to tune the anchors, and 337 s to reach every problem.
+
+    `bench/gpu.py --minutes 8 --tests-share 0 --tune-share 0.75` gives the tuner 337 s once the anchors have rows.
     """
     families = {f"family {index}" for index in range(len(GRID))}
     long = shares(337)

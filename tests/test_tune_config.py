@@ -1,4 +1,4 @@
-"""The settings of a tuning: what they ask for, and their mistakes."""
+"""The settings of a tuning run, and errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from mlp_fused.tune.config import Config
     ],
     ids=str,
 )
-def test_mistakes_are_one_sentence(told: dict[str, Any], sentence: str) -> None:
+def test_mistakes_give_one_sentence(told: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=f"^{sentence}"):
         Config(**told)
 
 
-def test_what_is_asked_for() -> None:
+def test_settings_select_the_problems() -> None:
     asked = Config(dims=((4, 5), (6, 7, 8)), batch=(1, 2), dtype=("tf32",), activation="tanh").workloads
     assert asked == [Workload(widths, rows, "tf32", "tanh") for widths in ((4, 5), (6, 7, 8)) for rows in (1, 2)]
     assert [(each.rows, each.dtype, each.activation) for each in Config(dims=((4, 5),)).workloads] == [

@@ -35,8 +35,8 @@ def readings_in(config: Config) -> table_files.Table:
     return table_files.read(Path(config.readings))
 
 
-def test_every_tile_that_was_measured_is_kept(clock: Clock, config: Config) -> None:
-    table, said = run(clock, config)
+def test_every_measured_tile_is_written(clock: Clock, config: Config) -> None:
+    table, messages = run(clock, config)
     readings = readings_in(config)
     assert readings.readings
     assert (readings.device, readings.versions, readings.date) == (table.device, table.versions, table.date)
@@ -46,17 +46,17 @@ def test_every_tile_that_was_measured_is_kept(clock: Clock, config: Config) -> N
     assert all(row.torch_ms == pytest.approx(3) for row in readings.gemms)
     assert not any(map(row_kernels.is_outdated, readings.rows))
     assert table_files.fastest(readings.gemms) == table.gemms
-    assert said.endswith(f"the table is {path()}; {2 * PRODUCTS} readings are in {config.readings}")
+    assert messages.endswith(f"the table is {path()}; {2 * PRODUCTS} readings are in {config.readings}")
 
 
-def test_a_tile_is_kept_where_torch_is_faster(clock: Clock, config: Config) -> None:
+def test_a_tile_is_written_even_if_torch_is_faster(clock: Clock, config: Config) -> None:
     clock.seconds["torch"] = 0.5e-3
     table, _ = run(clock, config)
     assert {row.tile for row in table.gemms} == {None}
     assert [row.tile for row in readings_in(config).gemms] == [SLOW, FAST] * PRODUCTS
 
 
-def test_torch_alone_is_kept_where_no_tile_ran(clock: Clock, config: Config) -> None:
+def test_only_torch_is_written_if_no_tile_ran(clock: Clock, config: Config) -> None:
     config = dataclasses.replace(config, dims=((3, 2),))
     tuned, _ = run(clock, config, candidates=lambda *_: (dataclasses.replace(BROKEN, block_m=3),))
     rows = readings_in(config).gemms
@@ -65,7 +65,7 @@ def test_torch_alone_is_kept_where_no_tile_ran(clock: Clock, config: Config) -> 
     assert all(row.torch_ms == pytest.approx(3) for row in rows)
 
 
-def test_every_path_of_a_network_is_kept(clock: Clock, config: Config) -> None:
+def test_every_path_of_a_network_is_written(clock: Clock, config: Config) -> None:
     config = dataclasses.replace(config, dims=((16, 16, 16),), dtype=("bf16",))
     table, _ = run(clock, config, tasks=only(Whole))
     readings = readings_in(config)
@@ -73,7 +73,7 @@ def test_every_path_of_a_network_is_kept(clock: Clock, config: Config) -> None:
     assert set(readings.networks[0].ms) == {"torch", "layer", "recompute", "stored"}
 
 
-def test_readings_are_added_to_and_the_latest_counts(clock: Clock, config: Config) -> None:
+def test_new_readings_are_added_and_the_latest_counts(clock: Clock, config: Config) -> None:
     run(clock, dataclasses.replace(config, dims=((3, 2),)))
     before = readings_in(config)
     run(clock, config)
@@ -101,7 +101,7 @@ def test_readings_of_other_versions_are_not_overwritten(clock: Clock, config: Co
     assert Path(str(config.readings)).read_text() == text
 
 
-def test_a_table_and_readings_are_not_taken_for_each_other(clock: Clock, config: Config, measured: Path) -> None:
+def test_tables_and_readings_are_not_confused(clock: Clock, config: Config, measured: Path) -> None:
     run(clock, config)
     with pytest.raises(UserError, match="readings.json has readings of every tile; use another file for --out$"):
         run(clock, Config(out=config.readings))
@@ -109,7 +109,7 @@ def test_a_table_and_readings_are_not_taken_for_each_other(clock: Clock, config:
         run(clock, dataclasses.replace(config, readings=str(path()), out=str(measured / "other.json")))
 
 
-def test_readings_are_written_whole_or_not_at_all(
+def test_readings_are_written_completely_or_not_at_all(
     clock: Clock, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(clock, config)
@@ -124,11 +124,11 @@ def test_readings_are_written_whole_or_not_at_all(
     assert Path(str(config.readings)).read_text() == text
 
 
-def test_readings_outlive_a_process_that_is_killed(clock: Clock, config: Config) -> None:
-    """All but those of the last seconds, as the file is long."""
+def test_readings_survive_a_killed_process(clock: Clock, config: Config) -> None:
+    """The readings of the last seconds may be lost, because a long file is written rarely."""
 
     class KilledError(BaseException):
-        """An error that nothing has a chance to handle."""
+        """A stand-in for a kill, which no code can handle."""
 
     clock.each = output.READINGS_EVERY / 4
 
@@ -166,12 +166,12 @@ def test_a_file_of_readings_has_a_row_for_each_tile(tmp_path: Path) -> None:
         table_files.write(tmp_path / "r.json", twice)
 
 
-def test_the_fastest_of_the_readings_make_a_table() -> None:
+def test_the_fastest_readings_make_a_table() -> None:
     fastest = table_files.fastest(READINGS.gemms)
     assert [(row.rows, row.tile, row.ms) for row in fastest] == [(1024, TILE, 0.25), (64, None, 0.7)]
 
 
-def test_readings_where_a_table_belongs_are_not_used(measured: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_readings_in_place_of_a_table_are_not_used(measured: Path, caplog: pytest.LogCaptureFixture) -> None:
     install(user=READINGS)
     assert tables.choice_for(problem(), DEVICES["NVIDIA H200"]).source == "estimated"
     (record,) = caplog.records
@@ -179,7 +179,7 @@ def test_readings_where_a_table_belongs_are_not_used(measured: Path, caplog: pyt
 
 
 def test_rates_are_fitted_to_every_tile() -> None:
-    """Each tile of a product is a reading of our kernels, and torch's time is one."""
+    """Each tile of a product gives a reading of our kernels, and torch's time gives one."""
     h200 = DEVICES["NVIDIA H200"]
     products = table(FORWARD, dataclasses.replace(FORWARD, rows=2**14, ms=3.0, torch_ms=4.0)).gemms
     slow = [dataclasses.replace(row, tile=OTHER, ms=8 * row.ms) for row in products if row.ms]

@@ -15,15 +15,15 @@ from mlp_fused.tune.tasks import Product, Whole, list_tasks, products
 
 
 def test_the_products_of_a_network() -> None:
-    found = products(Workload((30, 20, 20, 10), 64, "bf16", "gelu"))
-    assert len(found) == len({product.key for product in found}) == 9
-    by_key = {(product.kind, product.width_in, product.width_out): product for product in found}
+    actual = products(Workload((30, 20, 20, 10), 64, "bf16", "gelu"))
+    assert len(actual) == len({product.key for product in actual}) == 9
+    by_key = {(product.kind, product.width_in, product.width_out): product for product in actual}
     assert by_key["forward", 30, 20].activation == "gelu"
     assert by_key["forward", 20, 10].activation == "identity"
     assert by_key["dgrad", 30, 20].activation == "identity"
     assert by_key["dgrad", 20, 10].activation == "gelu"
-    assert sum(product.share for product in found) == pytest.approx(1)
-    # Layers alike are measured once, with the epilogue that has more to do.
+    assert sum(product.share for product in actual) == pytest.approx(1)
+    # Equal layers are measured once, with the costlier epilogue.
     alike = products(Workload((20, 20, 20), 64, "bf16", "gelu"))
     assert [(product.kind, product.activation) for product in alike] == [
         ("forward", "gelu"), ("dgrad", "gelu"), ("wgrad", "identity"),
@@ -37,7 +37,7 @@ def test_rows_that_descriptors_cannot_describe() -> None:
     assert (odd, even) == (False, True)
 
 
-def test_the_order_new_problems_anchors_then_by_part_of_the_flops() -> None:
+def test_the_order_is_new_problems_then_anchors_then_flops() -> None:
     workloads = [Workload((8, 8, 600), 64, "fp32"), ANCHORS[0]]
     order = list_tasks(workloads, INTERPRETED_DEVICE)
     anchors = {product.key for product in products(ANCHORS[0])}
@@ -51,7 +51,7 @@ def test_the_order_new_problems_anchors_then_by_part_of_the_flops() -> None:
     assert sorted(map(str, again)) == sorted(map(str, order))
 
 
-def test_narrow_networks_are_measured_as_a_whole_too() -> None:
+def test_narrow_networks_are_also_measured_as_one_kernel() -> None:
     wholes = [
         task for task in list_tasks([Workload((16,) * 4, 64, "bf16")], DEVICES["NVIDIA H200"]) if type(task) is Whole
     ]
@@ -60,7 +60,7 @@ def test_narrow_networks_are_measured_as_a_whole_too() -> None:
     assert {type(task) for task in wide} == {Product}
 
 
-def test_every_candidate_of_the_grid_can_stand_in_a_table(tmp_path: Path) -> None:
+def test_a_table_can_hold_every_candidate_of_the_grid(tmp_path: Path) -> None:
     grid = {workload for family in GRID for workload in family.workloads}
     assert set(ANCHORS) <= grid
     for device in DEVICES.values():

@@ -1,4 +1,4 @@
-"""The tuner on the CPU: the interpreter's kernels on tiny networks, timed by a clock that is made up."""
+"""The tuner on the CPU, with the interpreter's kernels on tiny networks and a simulated clock."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def clock() -> Clock:
 
 
 def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> None:
-    table, said = run(clock)
+    table, messages = run(clock)
     assert {row.kind for row in table.gemms} == set(table_files.KINDS)
     assert len(table.gemms) == PRODUCTS == 6
     for row in table.gemms:
@@ -63,55 +63,55 @@ def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> Non
     assert table_files.read(path()) == table
     assert table.device == INTERPRETED_DEVICE.name
     assert set(table.versions) == {"mlp_fused", "python", "torch", "triton", "cuda", "driver"}
-    assert "forward 6 -> 5, relu, 8 rows, float32    3.0000   1.0000   3.00  16x16x16, 2 warps, 1 stages" in said
-    assert "our kernels are faster in 6 of 6 problems; the worst ratio is 3.00, of " in said
-    assert said.endswith(f"measured 6 of 6 problems; the table is {path()}")
+    assert "forward 6 -> 5, relu, 8 rows, float32    3.0000   1.0000   3.00  16x16x16, 2 warps, 1 stages" in messages
+    assert "our kernels are faster in 6 of 6 problems; the worst ratio is 3.00, of " in messages
+    assert messages.endswith(f"measured 6 of 6 problems; the table is {path()}")
 
 
-def test_torch_is_recorded_as_none(clock: Clock, measured: Path) -> None:
+def test_torch_is_written_as_a_tile_of_none(clock: Clock, measured: Path) -> None:
     clock.seconds["torch"] = 0.5e-3
-    table, said = run(clock)
+    table, messages = run(clock)
     for row in table.gemms:
         assert (row.tile, row.ms, row.torch_ms) == (None, pytest.approx(1), pytest.approx(0.5))
         assert tables.tile_for(row.problem, INTERPRETED_DEVICE) is None
-    assert "0.50  PyTorch" in said
-    assert "our kernels are faster in 0 of 6 problems; the worst ratio is 0.50" in said
+    assert "0.50  PyTorch" in messages
+    assert "our kernels are faster in 0 of 6 problems; the worst ratio is 0.50" in messages
 
 
-def test_what_fails_or_is_wrong_is_skipped_and_said(clock: Clock, measured: Path) -> None:
+def test_failing_and_wrong_tiles_are_skipped_and_reported(clock: Clock, measured: Path) -> None:
     clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
 
     def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
         if tile == BROKEN:
             raise RuntimeError("out of resource: shared memory.\nand more")
-        if tile != WRONG:  # which writes nothing
+        if tile != WRONG:  # a wrong tile writes nothing
             run()
 
     clock.parts["operands"] = watched(clock, way)
-    table, said = run(clock, candidates=lambda *_: (BROKEN, WRONG, SLOW))
+    table, messages = run(clock, candidates=lambda *_: (BROKEN, WRONG, SLOW))
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert BROKEN not in clock.timed
     assert WRONG not in clock.timed
     assert (
         f"forward 6 -> 5, relu, 8 rows, fp32, {BROKEN} was left out: it fails: RuntimeError: out of resource: "
-        "shared memory\n" in said
+        "shared memory\n" in messages
     )
     sentence = "its result differs from PyTorch's (relative difference nan)"
-    assert f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: {sentence}" in said
+    assert f"wgrad 5 -> 4, 8 rows, fp32, {WRONG} was left out: {sentence}" in messages
 
     path().unlink()
-    table, said = run(clock, candidates=lambda *_: (BROKEN,))
+    table, messages = run(clock, candidates=lambda *_: (BROKEN,))
     assert [(row.tile, row.ms) for row in table.gemms] == [(None, None)] * PRODUCTS
-    assert said.count("-      -  PyTorch") == PRODUCTS
+    assert messages.count("-      -  PyTorch") == PRODUCTS
     assert table_files.read(path()) == table
 
 
 @pytest.mark.parametrize(("dtype", "activation"), [("fp16", "relu"), ("bf16", "gelu")])
-def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
+def test_a_correct_tile_is_kept_if_torch_is_less_accurate(
     dtype: str, activation: str, clock: Clock, measured: Path
 ) -> None:
     """cuBLAS rounds partial sums over many rows to fp16, so results are compared with float32."""
-    factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # off by twice the bound
+    factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # twice the bound
 
     def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
         run()
@@ -122,13 +122,13 @@ def test_a_right_tile_is_kept_where_torchs_own_product_is_the_worse_side(
     clock.parts["operands"] = watched(clock, way)
     clock.seconds |= {WRONG: 1e-4}
     config = dataclasses.replace(DIMS, dtype=(dtype,), activation=activation)
-    table, said = run(clock, config, candidates=lambda *_: (WRONG, SLOW, FAST))
+    table, messages = run(clock, config, candidates=lambda *_: (WRONG, SLOW, FAST))
     assert [row.tile for row in table.gemms] == [FAST] * PRODUCTS
     sentence = f"{WRONG} was left out: its result differs from PyTorch's"
-    assert said.count("was left out") == said.count(sentence) == PRODUCTS
+    assert messages.count("was left out") == messages.count(sentence) == PRODUCTS
 
 
-def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) -> None:
+def test_an_interruption_writes_the_readings(clock: Clock, measured: Path) -> None:
     other = Config(dims=((3, 2),), batch=(8,), dtype=("fp32",))
     before, _ = run(clock, other)
     clock.timed.clear()
@@ -153,9 +153,9 @@ def test_an_interruption_writes_what_was_measured(clock: Clock, measured: Path) 
     assert path().read_text() == text
 
 
-def test_what_was_measured_outlives_a_process_that_is_killed(clock: Clock, measured: Path) -> None:
+def test_rows_survive_a_killed_process(clock: Clock, measured: Path) -> None:
     class KilledError(BaseException):
-        """An error that nothing has a chance to handle."""
+        """A stand-in for a kill, which no code can handle."""
 
     def killed(call: Callable[[], object]) -> float:
         if len(clock.timed) == 7:
@@ -171,8 +171,8 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered"
 
 
 @pytest.mark.parametrize("at", ["a timed call", "a checked call"])
-def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(at: str, clock: Clock, measured: Path) -> None:
-    """In the second product: the first call of its fast tile fails, or its slow one's timing."""
+def test_a_failing_gpu_ends_the_run_and_keeps_the_readings(at: str, clock: Clock, measured: Path) -> None:
+    """In the second product, the first call of the fast tile fails, or the timing of the slow tile."""
     first, second = list_tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
     broken = False
 
@@ -202,13 +202,13 @@ def test_a_gpu_that_fails_ends_it_and_leaves_what_was_measured(at: str, clock: C
     assert [row.key for row in table_files.read(path()).gemms] == [first.key]
 
 
-def test_a_problem_that_does_not_fit_is_left_out(clock: Clock, measured: Path) -> None:
+def test_a_problem_that_does_not_fit_is_skipped(clock: Clock, measured: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    _, said = run(clock, operands=full)
-    assert said.count("was left out: it does not fit in GPU memory") == PRODUCTS
-    assert said.endswith(f"nothing was measured; {path()} is unchanged")
+    _, messages = run(clock, operands=full)
+    assert messages.count("was left out: it does not fit in GPU memory") == PRODUCTS
+    assert messages.endswith(f"nothing was measured; {path()} is unchanged")
     assert not path().exists()
 
 
@@ -229,27 +229,27 @@ def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> N
     ):
         path().unlink(missing_ok=True)
         run(clock, Config(dims=((3, 2),), batch=(8,), dtype=("fp32",)), versions=lambda: old)
-        table, said = run(clock, versions=lambda now=now: now)
+        table, messages = run(clock, versions=lambda now=now: now)
         assert len(table.gemms) == kept + PRODUCTS
         assert table.versions == now
-        assert sentence in said
-        assert ("dropped" in said) == bool(sentence)
+        assert sentence in messages
+        assert ("dropped" in messages) == bool(sentence)
 
 
-def test_a_row_of_an_older_kernel_is_measured_again_before_those_of_todays(clock: Clock, measured: Path) -> None:
+def test_rows_of_older_kernels_are_measured_before_current_ones(clock: Clock, measured: Path) -> None:
     table, _ = run(clock)
     *others, last = table.gemms
     older = dataclasses.replace(last, kernel="0" * 16)
     table_files.write(path(), dataclasses.replace(table, gemms=(*others, older)))
     clock.each = 10.0
     clock.timed.clear()
-    table, said = run(clock, dataclasses.replace(DIMS, minutes=0.5))
-    assert "problems were not measured, from" in said
+    table, messages = run(clock, dataclasses.replace(DIMS, minutes=0.5))
+    assert "problems were not measured, from" in messages
     assert not is_outdated(table.gemms[-1])
     assert table.gemms[-1].key == last.key
 
 
-def test_files_that_are_not_overwritten(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_files_are_not_overwritten(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = measured / "notes.json"
     config = dataclasses.replace(DIMS, out=str(out))
 
@@ -312,15 +312,15 @@ def test_a_distorted_gpu_is_not_measured(switch: str, measured: Path, monkeypatc
     ("dtype", "activation"), [("fp32", "relu"), ("tf32", "gelu"), ("bf16", "gelu"), ("fp16", "relu")]
 )
 def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, measured: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     config = Config(dims=((70, 32, 16),), batch=(33,), dtype=(dtype,), activation=activation)
     count = itertools.count(1)
     table = tune(
-        config, report=said.append, device=CPU, time=lambda call: (call(), next(count) * 1e-3)[1], now=lambda: 0.0
+        config, report=messages.append, device=CPU, time=lambda call: (call(), next(count) * 1e-3)[1], now=lambda: 0.0
     )
-    assert not [line for line in said if "left out" in line]
+    assert not [line for line in messages if "left out" in line]
     assert len(table.gemms) == 6
-    # The clock only ever slows down: torch, which is measured first, is the fastest.
+    # Readings of this clock only grow, so torch, which is measured first, is the fastest.
     assert {row.tile for row in table.gemms} == {None}
     precision = "tf32" if dtype == "tf32" else "ieee"
     assert {row.precision for row in (*table.gemms, *table.networks)} == {precision}
@@ -337,11 +337,11 @@ def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, mea
         assert why == "torch is faster as measured on this device"
 
 
-def test_paths_by_their_times(clock: Clock, measured: Path) -> None:
+def test_the_fastest_path_is_chosen(clock: Clock, measured: Path) -> None:
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",))
     for fastest in ("torch", "layer", "recompute", "stored"):
         clock.seconds = {fastest: 1e-3, "network": 2e-3}
-        table, said = run(clock, config, tasks=only(Whole))
+        table, messages = run(clock, config, tasks=only(Whole))
         training, inference = table.networks
         assert training.path == fastest
         assert set(training.ms) == {"torch", "layer", "recompute", "stored"}
@@ -355,11 +355,11 @@ def test_paths_by_their_times(clock: Clock, measured: Path) -> None:
         elif fastest != "torch":
             assert isinstance(path, network_path.NetworkPath)
             assert path.formulation == fastest
-    assert "training 16-16-16, relu, 8 rows, bfloat16" in said
+    assert "training 16-16-16, relu, 8 rows, bfloat16" in messages
 
 
-def test_networks_are_measured_with_the_tiles_just_found(clock: Clock, measured: Path) -> None:
-    """Whatever the file that they go to: what the path of layers runs with, and what holds after it."""
+def test_networks_are_measured_with_the_new_tiles(clock: Clock, measured: Path) -> None:
+    """The path of layers uses the new tiles whatever file they go to. Afterwards the user's table applies again."""
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
     seen: list[Any] = []
 
@@ -376,23 +376,23 @@ def test_networks_are_measured_with_the_tiles_just_found(clock: Clock, measured:
     assert len(table.networks) == 2
     assert set(seen) == {FAST}
     for row in products_of(config):
-        assert tables.choice_for(row.problem, INTERPRETED_DEVICE).source != "measured"  # the user's own has no rows
+        assert tables.choice_for(row.problem, INTERPRETED_DEVICE).source != "measured"  # the user's table has no rows
 
 
-def test_a_path_that_is_wrong_is_left_out(clock: Clock, measured: Path) -> None:
+def test_a_wrong_path_is_skipped(clock: Clock, measured: Path) -> None:
     class Wrong(WatchedPasses):
         def by_network(self, path: network_path.NetworkPath, x: torch.Tensor) -> torch.Tensor:
             return self.by_torch(x) * 1.5
 
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("fp32",))
-    table, said = run(clock, config, tasks=only(Whole), passes=functools.partial(Wrong, clock))
+    table, messages = run(clock, config, tasks=only(Whole), passes=functools.partial(Wrong, clock))
     assert [set(row.ms) for row in table.networks] == [{"torch", "layer"}] * 2
-    assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result differs from PyTorch's" in said
+    assert "inference 16-16-16, relu, 8 rows, fp32, network was left out: its result differs from PyTorch's" in messages
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
-    """A host that issues and a device that works, in seconds."""
+    """A simulated host that issues work and a device that executes it, with times in seconds."""
     at = {"host": 0.0, "device": 0.0}
 
     class Event:
@@ -422,7 +422,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
 
 @pytest.mark.parametrize(("issue", "seconds"), [(50e-6, 2e-6), (10e-6, 3e-3), (5e-6, 5e-6)], ids=str)
-def test_the_clock_reads_what_the_device_works(gpu: dict[str, Any], issue: float, seconds: float) -> None:
+def test_the_clock_reads_the_devices_time(gpu: dict[str, Any], issue: float, seconds: float) -> None:
     calls = 0
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""Where Triton cannot be imported, everything runs as plain torch, and says why the kernels do not."""
+"""Without Triton, everything runs as plain torch, and errors say why the kernels cannot run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.alone
-def test_all_but_the_kernels_works_without_triton() -> None:
+def test_everything_but_the_kernels_works_without_triton() -> None:
     """Run every test of triton_blocked.py without Triton and without the functions that only POSIX has."""
     code = (
         "import os, signal, sys; sys.modules['triton'] = None; import pytest, torch\n"
@@ -30,15 +30,17 @@ def test_all_but_the_kernels_works_without_triton() -> None:
         "file = 'tests/triton_blocked.py'\n"
         "sys.exit(pytest.main([file, '--noconftest', '-q', '-W', 'error', '-p', 'no:cacheprovider', '-p', 'no:xdist']))"
     )
-    found = run(code)
-    assert found.returncode == 0, found.stdout + found.stderr
+    actual = run(code)
+    assert actual.returncode == 0, actual.stdout + actual.stderr
 
 
 @pytest.mark.alone
 def test_the_import_is_silent_without_triton() -> None:
     """A CUDA build of torch prints a line where its counter of FLOPs finds no Triton."""
-    found = run("import sys; sys.modules['triton'] = None; import torch; torch.version.cuda = '13.0'; import mlp_fused")
-    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    actual = run(
+        "import sys; sys.modules['triton'] = None; import torch; torch.version.cuda = '13.0'; import mlp_fused"
+    )
+    assert (actual.returncode, actual.stdout, actual.stderr) == (0, "", "")
 
 
 @pytest.mark.alone
@@ -57,7 +59,7 @@ def test_the_import_is_silent_without_triton() -> None:
     ],
     ids=["undefined symbol", "missing library", "two lines", "incomplete", "another package", "too old"],
 )
-def test_a_triton_that_fails_is_as_good_as_none(package: str, reason: str, tmp_path: Path) -> None:
+def test_a_broken_triton_counts_as_none(package: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(package)
     code = (
@@ -67,13 +69,13 @@ def test_a_triton_that_fails_is_as_good_as_none(package: str, reason: str, tmp_p
         "print(next(line for line in mlp_fused.environment.describe().splitlines() if line.startswith('triton')))\n"
         "model.backend = 'triton'\n"
         "try: print(model.explain(8).reason)\n"
-        "except RuntimeError as error: print(error)\n"  # torch's meta tensors take no error but ImportError
+        "except RuntimeError as error: print(error)\n"  # torch's meta tensors tolerate only an ImportError
         "model(torch.randn(2, 4))"
     )
-    found = run(code, tmp_path)
+    actual = run(code, tmp_path)
     why = f"Triton cannot be used: {reason}"
-    in_environment, in_plan = found.stdout.splitlines()
+    in_environment, in_plan = actual.stdout.splitlines()
     assert in_environment.split(maxsplit=1) == ["triton:", f"none ({why})"]
     assert in_plan in (why, f"torch itself fails on Linear: {why}")
-    assert found.stderr.splitlines()[-1] == f'RuntimeError: backend is "triton", but {why}; or use backend="auto"'
-    assert "Warning" not in found.stderr
+    assert actual.stderr.splitlines()[-1] == f'RuntimeError: backend is "triton", but {why}; or use backend="auto"'
+    assert "Warning" not in actual.stderr

@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def cell_of(name: str, problem: Problem = SMALL) -> Cell:
-    """A cell of a family and phase, "seed-step"."""
+    """A cell for a name of a family and phase, such as "seed-step"."""
     family, phase = name.split("-")
     return Cell(family, problem, phase)
 
@@ -53,8 +53,8 @@ def floor(kernel_ms: float, ratio: float = 2.0) -> Floor:
 def network_phase(
     ms: float = 1.0, kernel_ms: float = 0.9, path: str = "layer", precision: str = "ieee", ratio: float = 2.0
 ) -> NetworkPhase:
-    found = timed(ms, kernel_ms)
-    return NetworkPhase(path, "it fits", precision, 1, VERIFIED, 0.5, timing=found, floor=floor(kernel_ms, ratio))
+    actual = timed(ms, kernel_ms)
+    return NetworkPhase(path, "it fits", precision, 1, VERIFIED, 0.5, timing=actual, floor=floor(kernel_ms, ratio))
 
 
 def comparison(speedup: float, ms: float = 1.0) -> Comparison:
@@ -83,10 +83,10 @@ def gemm_row(
     ratio: float = 2.0,
     **values: Any,
 ) -> GemmRow:
-    found = timed(1.1 * kernel_ms, kernel_ms)
-    ours = Kernel("64x64x32, 4 warps", precision, 1, VERIFIED, timing=found, floor=floor(kernel_ms, ratio))
+    actual = timed(1.1 * kernel_ms, kernel_ms)
+    ours = Kernel("64x64x32, 4 warps", precision, 1, VERIFIED, timing=actual, floor=floor(kernel_ms, ratio))
     baselines = values.pop("baselines", {"matmul": comparison(matmul), "eager": comparison(1.3)})
-    return GemmRow.for_cell(cell, "cuda", ours=ours, baselines=baselines, repeat_ms=1.01 * found.ms, **values)
+    return GemmRow.for_cell(cell, "cuda", ours=ours, baselines=baselines, repeat_ms=1.01 * actual.ms, **values)
 
 
 def errors(
@@ -102,7 +102,7 @@ def copy_row(
     kernel_ms: dict[str, float],
     over_fastest: float = 1.02,
 ) -> CopyRow:
-    """The row of a copy, from the milliseconds of each way and of each phase's kernels."""
+    """The row of a copy, made of the milliseconds of each way and of the kernels of each phase."""
     rows, copy_ms, compute_ms = cell.problem.rows, copied["pinned_side_stream"].ms, ways["resident"]
     bound = max(copy_ms, compute_ms)
     read = {
@@ -114,10 +114,10 @@ def copy_row(
 
 
 class HostClock(timing.Clock):
-    """The host's clock alone, for calls on a CPU that passes for a GPU."""
+    """The clock of the host, for calls on a CPU that poses as a GPU."""
 
     def synchronize(self) -> None:
-        """A call on the CPU is done when it returns."""
+        """Do nothing, because a call on the CPU is complete when it returns."""
 
     def event(self) -> float:
         return self.now()
@@ -126,17 +126,17 @@ class HostClock(timing.Clock):
         return 1e3 * (end - start)
 
     def spin(self, seconds: float) -> None:
-        """Nothing runs behind the host."""
+        """Do nothing, because no device runs behind the host."""
 
 
 class HostAndDevice(timing.Clock):
-    """A host that issues, a device that computes and a link that copies, in seconds, in the place of the real ones."""
+    """A simulated host that issues, device that computes and link that copies, with times in seconds."""
 
     def __init__(self) -> None:
         self.host = self.device = self.link = 0.0
 
     def copy(self, seconds: float, *, waits: bool = False, aside: bool = False) -> None:
-        """In the stream that computes, or `aside`; the host issues it in 5 µs, and with `waits` waits for it."""
+        """Copy in the computing stream, or `aside` in another. The host takes 5 µs, and with `waits` waits for it."""
         self.host += 5e-6
         begun = max(self.host, self.link, 0.0 if aside else self.device)
         self.link = begun + seconds

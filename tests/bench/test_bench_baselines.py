@@ -66,13 +66,13 @@ def test_graphs_are_captured_and_replayed_in_pairs(monkeypatch: pytest.MonkeyPat
         log.append(f"call {i}")
         return i
 
-    found = graphed(Timed(call, lambda i: log.append(f"setup {i}"), sets=100))
+    actual = graphed(Timed(call, lambda i: log.append(f"setup {i}"), sets=100))
     assert log[:2] == ["setup 0", "call 0"]  # warm-up
     assert log[6:10] == ["capture 0", "setup 0", "capture 1", "call 0"]
-    assert found.sets == GRAPHED_SETS
+    assert actual.sets == GRAPHED_SETS
     log.clear()
-    found.prepare(9)
-    assert found(9) == found.sets - 1  # only the last capture's outputs are kept
+    actual.prepare(9)
+    assert actual(9) == actual.sets - 1  # only outputs of the last capture are still valid
     assert log == ["replay 2", "replay 3"]
 
 
@@ -82,8 +82,8 @@ def test_addmm_activation_computes_the_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["captured", "captured_eager"])
-def test_a_captured_step_is_verified_as_any_other(name: str) -> None:
-    """With a step that runs anew where a GPU would replay it."""
+def test_a_captured_step_is_verified_like_any_other(name: str) -> None:
+    """Use a stand-in step that runs again instead of replaying a graph."""
 
     class Step:
         def __init__(

@@ -28,7 +28,7 @@ MEASURES = SimpleNamespace(benchmark=True, benchmark_enable=False, benchmark_onl
 
 
 @pytest.mark.parametrize("switch", DISTORTING)
-def test_nothing_is_measured_under_a_switch_that_distorts(
+def test_nothing_is_measured_under_a_distorting_switch(
     switch: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in DISTORTING:
@@ -63,7 +63,7 @@ def test_the_kernels_of_copy_rows_are_compiled_ahead() -> None:
     assert problems == [cell.problem for cell in GRID if cell.phase == "copy"]
 
 
-def test_the_flag_measures_and_writes_what_the_row_says(tmp_path: Path) -> None:
+def test_the_flag_measures_and_writes_the_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     command = [sys.executable, "-m", "pytest", "bench/bench_grid.py", "bench/bench_compiled.py", "-q"]
     command += ["--benchmark", f"--benchmark-json={path}", "-p", "no:cacheprovider"]

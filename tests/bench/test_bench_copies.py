@@ -1,4 +1,4 @@
-"""Copies to the device, and a loop that is fed from the host: on a simulated host, device and link."""
+"""Copies to the device and loops with batches from the host, on a simulated host, device and link."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def test_throughput_of_each_way_against_the_slower_of_copy_and_compute(copy: flo
 
     simulated = {"to_device": to_device, "non_blocking": non_blocking, "prefetched": prefetched}
     calls = {name: Timed(call) for name, call in simulated.items()} | {"resident": Timed(lambda _: clock.compute(work))}
-    found = throughput(calls, rows=1000, copy_ms=1e3 * copy, clock=clock)
-    assert found.cpu_ms is None
-    assert found.over_fastest <= 1.05 + 1e-9
-    assert found.advised == ("prefetched" if work > 2e-4 else found.advised)
-    assert found.compute_ms == found.ways["resident"].ms == pytest.approx(1e3 * max(work, 2e-4), rel=0.05)
-    assert found.bound_ms == max(found.copy_ms, found.compute_ms)
-    for name, way in found.ways.items():
+    actual = throughput(calls, rows=1000, copy_ms=1e3 * copy, clock=clock)
+    assert actual.cpu_ms is None
+    assert actual.over_fastest <= 1.05 + 1e-9
+    assert actual.advised == ("prefetched" if work > 2e-4 else actual.advised)
+    assert actual.compute_ms == actual.ways["resident"].ms == pytest.approx(1e3 * max(work, 2e-4), rel=0.05)
+    assert actual.bound_ms == max(actual.copy_ms, actual.compute_ms)
+    for name, way in actual.ways.items():
         assert way.examples_per_s == pytest.approx(1e6 / way.ms)
-        assert name == "resident" or way.of_bound == pytest.approx(found.bound_ms / way.ms)
-    if work > 2e-4:  # else all but the launches is hidden anyway
-        assert found.ways["to_device"].ms == pytest.approx(1e3 * (5 * copy + work), rel=0.15)
-        assert found.ways["non_blocking"].ms == pytest.approx(1e3 * (copy + work), rel=0.15)
-    assert found.ways["prefetched"].of_bound > 0.9  # type: ignore[operator]
-    assert found.ways["resident"].of_bound is None
+        assert name == "resident" or way.of_bound == pytest.approx(actual.bound_ms / way.ms)
+    if work > 2e-4:  # otherwise everything but the launches is hidden
+        assert actual.ways["to_device"].ms == pytest.approx(1e3 * (5 * copy + work), rel=0.15)
+        assert actual.ways["non_blocking"].ms == pytest.approx(1e3 * (copy + work), rel=0.15)
+    assert actual.ways["prefetched"].of_bound > 0.9  # type: ignore[operator]
+    assert actual.ways["resident"].of_bound is None
 
 
 def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     bench = Bench(SMALL, "cpu")
-    found = ways(bench)
-    assert list(found) == ["to_device", "non_blocking", "prefetched", "resident"]
-    for name, timed in found.items():
+    actual = ways(bench)
+    assert list(actual) == ["to_device", "non_blocking", "prefetched", "resident"]
+    for name, timed in actual.items():
         assert len(timed(0)) == len(bench.parameters)
         assert (timed.drain is not None) == (name == "prefetched")
     with pytest.raises(AssertionError, match="prefetched copies a wrong batch"):
@@ -69,8 +69,8 @@ def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("cpu", "advised"), [(1e-4, "cpu"), (2e-3, "to_device")])
-def test_the_advised_way_is_judged_by_a_reading_of_its_own(cpu: float, advised: str) -> None:
-    """The ways are as fast as each other at first, later all but the simplest are twice as fast: it was bad advice."""
+def test_the_advised_way_is_judged_by_a_second_reading(cpu: float, advised: str) -> None:
+    """In the first reading all ways are equally fast. In the second, all but the simplest are twice as fast."""
     clock = HostAndDevice()
     calls = Counter[str]()
 
@@ -85,10 +85,10 @@ def test_the_advised_way_is_judged_by_a_reading_of_its_own(cpu: float, advised: 
     def on_the_cpu(_: int) -> None:
         clock.host += cpu
 
-    found = throughput({name: timed(name) for name in WAYS}, 1000, 1.0, Timed(on_the_cpu), clock)
-    assert found.advised == advised
-    assert found.cpu_ms == pytest.approx(1e3 * cpu)
-    assert found.over_fastest == pytest.approx(1 if advised == "cpu" else 2, rel=0.05)
+    actual = throughput({name: timed(name) for name in WAYS}, 1000, 1.0, Timed(on_the_cpu), clock)
+    assert actual.advised == advised
+    assert actual.cpu_ms == pytest.approx(1e3 * cpu)
+    assert actual.over_fastest == pytest.approx(1 if advised == "cpu" else 2, rel=0.05)
 
 
 @pytest.mark.parametrize(

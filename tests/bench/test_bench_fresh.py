@@ -1,4 +1,4 @@
-"""Seconds of a first call, in a process of its own."""
+"""The seconds of a first call, measured in a new process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.rows import FreshRow
 from mlp_fused.module import FusedMLP
 
 
-def test_lecture_in_a_process_of_its_own() -> None:
+def test_the_lecture_runs_in_a_new_process() -> None:
     lecture = Cell("copy", Problem((32, 32), 32, activation="identity"), "lecture")
     row = measure.measure(lecture, "cpu")
     assert isinstance(row, FreshRow)
@@ -19,7 +19,7 @@ def test_lecture_in_a_process_of_its_own() -> None:
 
 
 class WarmedUp(FusedMLP):
-    """Notes the batch size that it is warmed up for."""
+    """A model that records the batch size of its warmup."""
 
     def warmup(self, batch_size: int) -> None:  # type: ignore[override]
         self.warmed_up_for = batch_size
@@ -27,9 +27,9 @@ class WarmedUp(FusedMLP):
 
 def test_warmup_is_timed_by_itself() -> None:
     model = WarmedUp(5, [7, 3])
-    found = fresh.warmup(model, torch.randn(4, 5))
+    actual = fresh.warmup(model, torch.randn(4, 5))
     assert model.warmed_up_for == 4
-    assert list(found) == ["warmup", "training", "training_2"]
+    assert list(actual) == ["warmup", "training", "training_2"]
 
 
 class Event:
@@ -45,6 +45,6 @@ def test_the_report_names_each_time_of_a_lecture(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    found = fresh.lecture(8, cpu=True, gpu=True)
-    assert set(found) == {name + again for name in report.LECTURE for again in ("", "_2")}
-    assert found["product_device"] == 1e-3
+    actual = fresh.lecture(8, cpu=True, gpu=True)
+    assert set(actual) == {name + again for name in report.LECTURE for again in ("", "_2")}
+    assert actual["product_device"] == 1e-3

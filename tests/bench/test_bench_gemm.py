@@ -1,4 +1,4 @@
-"""One kernel by itself, with torch in the place of Triton."""
+"""The benches of single kernels, with torch in place of Triton."""
 
 from __future__ import annotations
 
@@ -67,21 +67,21 @@ def test_a_gemm_row_is_complete(phase: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("phase", GEMM_PHASES)
-def test_a_wrong_or_missing_entry_of_a_kernel_is_found(phase: str) -> None:
+def test_a_wrong_or_missing_entry_of_a_kernel_is_detected(phase: str) -> None:
     nothing = gemm.Kernels(*[lambda *arguments: None] * 3)
     with pytest.raises(AssertionError, match="wrong against eager"):
         measure.prepare(gemm_cell(phase), "cpu", nothing)
 
 
-def test_the_bare_product_is_the_one_inside_the_kernel() -> None:
+def test_the_bare_product_is_the_product_of_the_kernel() -> None:
     for phase in GEMM_PHASES:
-        found = gemm.Gemm(gemm_cell(phase, activation="relu").problem, phase, "cpu")
-        product = found.matmul(0)
+        actual = gemm.Gemm(gemm_cell(phase, activation="relu").problem, phase, "cpu")
+        product = actual.matmul(0)
         if phase == "dgrad":
-            product = gemm.BACKWARDS["relu"](product, found.operands[0].saved)  # type: ignore[arg-type]
+            product = gemm.BACKWARDS["relu"](product, actual.operands[0].saved)  # type: ignore[arg-type]
         elif phase != "wgrad":
-            product = torch.relu(product.add(found.operands[0].bias))  # type: ignore[arg-type]
-        torch.testing.assert_close(product, found.eager(0)[0])
+            product = torch.relu(product.add(actual.operands[0].bias))  # type: ignore[arg-type]
+        torch.testing.assert_close(product, actual.eager(0)[0])
 
 
 def test_kernels_run_in_triton_s_interpreter() -> None:

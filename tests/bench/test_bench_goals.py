@@ -1,4 +1,4 @@
-"""The goals, and the rows that they are judged by."""
+"""The goals and their rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_goal_has_rows_in_the_grid() -> None:
         assert verdict(goal, *rows) == "not measured"
     products = {cell.problem.widths for cell in GRID if goals.GOALS[0].concerns(Row(id=str(cell)))}
     assert products == {(4096, 16384), (16384, 4096), (1024, 4096), (4096, 1024)}
-    # Each that is set beside max-autotune has an anchor, which alone is measured so.
+    # Each goal against max-autotune has an anchor, because only anchors are measured with max-autotune.
     compiled = [goal for goal in goals.GOALS if goals.COMPILED in goal.text]
     assert len(compiled) == 3
     assert all(any(goal.concerns(Row(id=name)) for name in ANCHORS) for goal in compiled)
@@ -106,7 +106,7 @@ def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, fr
     assert goals.over_the_fastest(row) == 1.02
 
 
-def test_the_prefetcher_is_judged_by_the_seed_at_1024_rows_and_by_narrow_networks_at_a_million() -> None:
+def test_the_rows_of_the_prefetchers_goal() -> None:
     (goal,) = (each for each in goals.GOALS if "seed at 1024 rows" in each.text)
     concerned = [str(cell) for cell in GRID if goal.concerns(Row(id=str(cell)))]
     assert "copy-784x512x512x10-relu-fp32-m1024-copy" in concerned

@@ -41,7 +41,7 @@ class Clock:
 
 
 class Simulated:
-    """A worker whose rows take as long as they are told to, or raise; compiling and the ceilings take `ahead` each."""
+    """A worker whose rows take the given time or raise. Compiling and the ceilings take `ahead` each."""
 
     def __init__(
         self, clock: Clock, outcomes: dict[int, float | Exception], usual: float = 2.0, ahead: float = 5.0
@@ -79,15 +79,15 @@ def results_in(directory: Path, **changes: Any) -> gpu.Results:
 
 
 def run(results: gpu.Results, outcomes: dict[int, float | Exception], limit: float = 1e9) -> tuple[int, list[str]]:
-    clock, said = Clock(), list[str]()
-    plan = gpu.Plan(results, Path(), Simulated(clock, outcomes), limit, clock=clock, say=said.append)
-    return plan.run_rows(results.todo(CELLS)), said
+    clock, messages = Clock(), list[str]()
+    plan = gpu.Plan(results, Path(), Simulated(clock, outcomes), limit, clock=clock, say=messages.append)
+    return plan.run_rows(results.todo(CELLS)), messages
 
 
 def test_rows_are_written_one_by_one_and_not_run_again(tmp_path: Path) -> None:
     results = results_in(tmp_path)
-    done, said = run(results, {1: 15.0}, limit=20.0)
-    assert (done, len(said)) == (2, 2)
+    done, messages = run(results, {1: 15.0}, limit=20.0)
+    assert (done, len(messages)) == (2, 2)
     assert list(json.loads((tmp_path / "nvidia_h200.json").read_text())["rows"]) == [str(cell) for cell in CELLS[:2]]
     again = results_in(tmp_path)
     assert again.note is None
@@ -99,24 +99,24 @@ def test_rows_are_written_one_by_one_and_not_run_again(tmp_path: Path) -> None:
 
 def test_a_failed_row_is_recorded_and_the_rest_run(tmp_path: Path) -> None:
     results = results_in(tmp_path)
-    done, said = run(results, {0: gpu.RowError("AssertionError: wrong", network_row(CELLS[0]))})
+    done, messages = run(results, {0: gpu.RowError("AssertionError: wrong", network_row(CELLS[0]))})
     assert done == 4
     failed = results.rows[str(CELLS[0])]
     assert isinstance(failed, FailedRow)
     assert (failed.error, failed.measured) == ("AssertionError: wrong", network_row(CELLS[0]))
-    assert "failed: AssertionError: wrong" in said[0]
+    assert "failed: AssertionError: wrong" in messages[0]
     assert results_in(tmp_path).todo(CELLS) == []
     assert results_in(tmp_path).todo(CELLS, retry=True) == CELLS[:1]
 
 
-def test_a_row_past_its_own_limit_is_an_error_but_not_one_cut_off_by_the_end(tmp_path: Path) -> None:
+def test_a_row_past_its_limit_is_an_error_but_a_row_cut_off_by_the_end_is_not(tmp_path: Path) -> None:
     results = results_in(tmp_path)
-    done, said = run(results, {0: 1e6, 1: 1e6}, limit=gpu.ROW_SECONDS + 50.0)
+    done, messages = run(results, {0: 1e6, 1: 1e6}, limit=gpu.ROW_SECONDS + 50.0)
     assert done == 2
     failed = results.rows[str(CELLS[0])]
     assert isinstance(failed, FailedRow)
     assert (failed.error, failed.unfinished) == (f"stopped after {gpu.ROW_SECONDS:.0f} s", None)
-    assert "unfinished: stopped after 50 s" in said[-1]
+    assert "unfinished: stopped after 50 s" in messages[-1]
     cut_off = results_in(tmp_path).rows[str(CELLS[1])]
     assert isinstance(cut_off, FailedRow)
     assert (cut_off.unfinished, cut_off.measured) == (50.0, network_row(CELLS[1]))
@@ -128,14 +128,14 @@ def test_an_unfinished_row_is_measured_again_only_with_more_time(tmp_path: Path)
     run(results, {0: 1e6}, limit=30.0)
     before = dict(results.rows)
     assert list(before) == [str(CELLS[0])]
-    assert run(results, {}, limit=20.0)[0] == 3  # the others
+    assert run(results, {}, limit=20.0)[0] == 3  # the other rows
     assert results.rows[str(CELLS[0])] == before[str(CELLS[0])]
     assert run(results, {}, limit=40.0)[0] == 1
     assert results.todo(CELLS) == []
 
 
 class Commands:
-    """Tests and a tuner that take as long as they are told to, or as they are given."""
+    """Commands that take the time they need, or the time they are given if that is less."""
 
     def __init__(self, clock: Clock, **needed: float) -> None:
         self.clock, self.needed = clock, needed
@@ -163,7 +163,7 @@ def ten_minutes(
     tune_share: float = gpu.TUNE_SHARE,
     **rows: Any,
 ) -> tuple[Commands, Simulated, Clock]:
-    """Run gpu.py's plan for ten minutes with commands and rows that take so long."""
+    """Run gpu.py's plan for ten minutes with commands and rows of the given times."""
     clock = Clock()
     commands, worker = Commands(clock, **needed), Simulated(clock, {}, **rows)
     plan = gpu.Plan(results, results.path.parent, worker, 600 - gpu.RESERVE, commands, clock, say=lambda line: None)
@@ -175,7 +175,7 @@ def ten_minutes(
 
 
 @pytest.mark.parametrize("slow", [("tests",), ("tests_alone",), ("tune",), ("tests", "tests_alone", "tune")], ids=str)
-def test_the_anchors_have_rows_after_ten_minutes_however_slow_tests_and_tuner_are(
+def test_the_anchors_have_rows_after_ten_minutes_with_slow_tests_and_tuner(
     slow: tuple[str, ...], tmp_path: Path
 ) -> None:
     results = results_in(tmp_path)
@@ -195,7 +195,7 @@ def test_quick_tests_leave_their_time_to_the_tuner_and_to_rows(tmp_path: Path) -
     assert [cell for cell, _ in worker.asked[: len(ANCHORS)]] == ANCHOR_CELLS
     assert len(worker.asked) > 5 * len(ANCHORS)
     assert clock.now == pytest.approx(600 - gpu.RESERVE, abs=gpu.SHORTEST)
-    again, worker, _ = ten_minutes(results, QUICK | {"tune": FOREVER})  # which has nothing to reserve
+    again, worker, _ = ten_minutes(results, QUICK | {"tune": FOREVER})  # no time needs to be reserved
     ((name, seconds),) = again.ran
     assert (name, seconds) == ("tune", gpu.TUNE_SHARE * (600 - gpu.RESERVE))
     assert not set(ANCHOR_CELLS) & {cell for cell, _ in worker.asked}
@@ -211,21 +211,19 @@ def test_the_tuner_can_have_three_minutes_beside_the_anchors(tmp_path: Path) -> 
     assert set(ANCHORS) <= results.rows.keys()
 
 
-def test_kernels_are_compiled_ahead_those_of_the_anchors_first(tmp_path: Path) -> None:
+def test_kernels_of_the_anchors_are_compiled_first(tmp_path: Path) -> None:
     _, worker, _ = ten_minutes(results_in(tmp_path), QUICK)
     anchors, rest = worker.compiled
     assert anchors == list(dict.fromkeys(cell.problem for cell in ANCHOR_CELLS if cell.phase != "warmup"))
     reached = {cell.problem for cell, _ in worker.asked if not cell.anchor}
     assert rest
     assert len(rest) == len(set(rest))
-    assert set(rest) <= reached  # and none that are far from their turn
+    assert set(rest) <= reached  # no kernel is compiled long before its row
 
 
 @pytest.mark.parametrize("ahead", [5.0, FOREVER])
-def test_every_anchor_has_its_part_of_the_time_and_what_was_measured_of_it_is_kept(
-    ahead: float, tmp_path: Path
-) -> None:
-    """Also where compiling ahead and the ceilings hang."""
+def test_every_anchor_has_its_share_of_time_and_keeps_partial_readings(ahead: float, tmp_path: Path) -> None:
+    """This holds even if compiling ahead and the ceilings hang."""
     results = results_in(tmp_path)
     _, worker, _ = ten_minutes(results, dict.fromkeys(QUICK, FOREVER), usual=FOREVER, ahead=ahead)
     parts = [seconds for _, seconds in worker.asked[: len(ANCHORS)]]
@@ -234,7 +232,7 @@ def test_every_anchor_has_its_part_of_the_time_and_what_was_measured_of_it_is_ke
     partial = [row.measured for row in (results.rows[name] for name in ANCHORS) if isinstance(row, FailedRow)]
     assert partial == [network_row(cell) for cell in ANCHOR_CELLS]
     assert results.todo(ANCHOR_CELLS) == ANCHOR_CELLS
-    _, worker, _ = ten_minutes(results, QUICK, usual=40.0)  # which is more than an anchor's part, and fits
+    _, worker, _ = ten_minutes(results, QUICK, usual=40.0)  # more than an anchor's share, but it fits
     assert results.todo(ANCHOR_CELLS) == []
 
 
@@ -252,13 +250,13 @@ def test_another_machine_or_version_starts_a_new_file(tmp_path: Path, change: di
     assert len(json.loads(aside.read_text())["rows"]) == 4
 
 
-def test_a_broken_file_is_put_aside(tmp_path: Path) -> None:
+def test_a_broken_file_is_renamed(tmp_path: Path) -> None:
     (tmp_path / "nvidia_h200.json").write_text('{"machine": [')
     assert "renamed it to" in str(results_in(tmp_path).note)
 
 
-def obedient(cell: Cell, device: str, report: Callable[[CellRow], None]) -> CellRow:
-    """Does in the worker what the cell's activation says."""
+def scripted(cell: Cell, device: str, report: Callable[[CellRow], None]) -> CellRow:
+    """Act in the worker as the cell's activation says."""
     report(network_row(cell))
     if cell.problem.activation == "die":
         os._exit(3)
@@ -270,34 +268,34 @@ def obedient(cell: Cell, device: str, report: Callable[[CellRow], None]) -> Cell
 
 
 def note_problems(problems: list[Problem]) -> None:
-    """In the worker, in place of compiling."""
+    """Record the problems in the worker instead of compiling."""
     print("compiled:", *problems, flush=True)
 
 
-def pid_of(worker: gpu.MeasuringWorker) -> int:
+def worker_pid(worker: gpu.MeasuringWorker) -> int:
     assert worker.worker is not None
     assert worker.worker.process.pid is not None
     return worker.worker.process.pid
 
 
-def test_a_worker_survives_what_rows_do(tmp_path: Path) -> None:
+def test_a_worker_survives_failing_rows(tmp_path: Path) -> None:
     def cell(activation: str) -> Cell:
         return Cell("odd", Problem((1, 1), 1, activation=activation), "forward")
 
-    worker = gpu.MeasuringWorker(tmp_path / "worker.log", "cpu", obedient, note_problems)
+    worker = gpu.MeasuringWorker(tmp_path / "worker.log", "cpu", scripted, note_problems)
     try:
         assert worker.measure(cell("relu"), 120) == network_row(cell("relu"), device="cpu")
-        first = pid_of(worker)
+        first = worker_pid(worker)
         worker.compile_ahead([cell("relu").problem], 120)
         assert f"compiled: {cell('relu').problem}" in (tmp_path / "worker.log").read_text()
         with pytest.raises(gpu.RowError, match="ValueError: no such thing") as failure:
             worker.measure(cell("raise"), 120)
         assert failure.value.partial == network_row(cell("raise"))
-        assert pid_of(worker) == first
+        assert worker_pid(worker) == first
         with pytest.raises(gpu.RowError, match="ended with status 3"):
             worker.measure(cell("die"), 120)
         worker.measure(cell("relu"), 120)
-        second = pid_of(worker)
+        second = worker_pid(worker)
         assert second != first
         with pytest.raises(gpu.CutOffError, match="stopped after 1 s") as cut_off:
             worker.measure(cell("hang"), 1)
@@ -311,7 +309,7 @@ def test_a_worker_survives_what_rows_do(tmp_path: Path) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Children that take SIGINT, also where this process runs in a shell's background, which ignores it."""
+    """Let children handle SIGINT even if this process runs in a shell's background and ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -319,7 +317,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.parametrize(("stubborn", "summary"), [(False, "said at the end"), (True, "begun")])
 @pytest.mark.usefixtures("interruptible")
-def test_a_child_that_runs_out_of_time_can_still_write_and_is_killed_after_its_grace(
+def test_a_child_out_of_time_may_write_and_is_killed_after_its_grace_period(
     stubborn: bool, summary: str, tmp_path: Path
 ) -> None:
     (tmp_path / "child.py").write_text(
@@ -374,10 +372,10 @@ def test_tests_have_a_share_of_the_time_and_their_failures_are_kept(
         assert "assert (1 + 1) == 3" in (tmp_path / log).read_text()
     (tests / "test_some.py").write_text(GPU_TESTS.format(mark="alone", seconds=0))
     gpu.run_tests(results, tmp_path, tmp_path, seconds=120)
-    found = json.loads(results.path.read_text())["tests"]
-    assert (found["finished"], found["status"]) == (True, 1)
-    assert re.search("1 failed.*; 1 passed", found["summary"])
-    assert (tmp_path / "failures.txt").read_text().count("test_wrong (call)") == 1  # of this run alone
+    actual = json.loads(results.path.read_text())["tests"]
+    assert (actual["finished"], actual["status"]) == (True, 1)
+    assert re.search("1 failed.*; 1 passed", actual["summary"])
+    assert (tmp_path / "failures.txt").read_text().count("test_wrong (call)") == 1  # only failures of this run
 
 
 TUNER = """
@@ -398,7 +396,7 @@ print("carried on" if again else "begun", options.minutes)
 def test_the_tuner_has_a_share_of_the_time_and_may_fail(tmp_path: Path) -> None:
     results = results_in(tmp_path)
     (tmp_path / "mlp_fused").mkdir()
-    (tmp_path / "mlp_fused" / "__init__.py").touch()  # or one in PYTHONPATH would be run
+    (tmp_path / "mlp_fused" / "__init__.py").touch()  # otherwise a package in PYTHONPATH would run
     script = tmp_path / "mlp_fused" / "__main__.py"
 
     def tune(source: str, seconds: float = 60) -> dict[str, Any]:
@@ -410,9 +408,9 @@ def test_the_tuner_has_a_share_of_the_time_and_may_fail(tmp_path: Path) -> None:
     assert (refused["finished"], refused["status"], refused["file"]) == (True, 1, None)
     assert refused["readings"] is None
     assert gpu.ending(refused).startswith("tune: there is no such command (")
-    found = tune(TUNER)
-    assert (found["status"], found["summary"]) == (0, "begun 0.75")  # minutes; the rest is grace
-    assert (found["file"], found["readings"]) == ("tuned_nvidia_h200.json", "readings_nvidia_h200.json")
+    actual = tune(TUNER)
+    assert (actual["status"], actual["summary"]) == (0, "begun 0.75")  # minutes; the rest is the grace period
+    assert (actual["file"], actual["readings"]) == ("tuned_nvidia_h200.json", "readings_nvidia_h200.json")
     assert tune(TUNER)["summary"] == "carried on 0.75"
     slow = tune(TUNER + "time.sleep(600)", seconds=2)
     assert (slow["finished"], slow["status"]) == (False, None)
@@ -449,12 +447,12 @@ def test_one_command_runs_tests_tuner_and_rows_and_ends_with_the_goals(
         return gpu.main(given, refusal=lambda: None, machine=lambda: MACHINE, worker=Worker, run=run_module)
 
     steps = [str(cell) for cell in select("seed-*-step")]
-    assert command() == 0  # the tuner's failure is no row's
+    assert command() == 0  # a failure of the tuner is not one of a row
     assert ran == ["pytest -m", "pytest -m", "mlp_fused tune", "ceilings", "compile", steps[0], "compile", *steps[1:]]
-    said = capsys.readouterr().out
-    assert "tuner: done (" in said
-    assert f"seed: {len(steps)} of {len(steps)} rows run on our kernels" in said
-    assert "missed        ≥ 1.3    1.250" in said
+    messages = capsys.readouterr().out
+    assert "tuner: done (" in messages
+    assert f"seed: {len(steps)} of {len(steps)} rows run on our kernels" in messages
+    assert "missed        ≥ 1.3    1.250" in messages
     ran.clear()
     assert command() == 0
     assert ran == ["mlp_fused tune"]
@@ -462,7 +460,7 @@ def test_one_command_runs_tests_tuner_and_rows_and_ends_with_the_goals(
     assert ran == ["mlp_fused tune"]
 
 
-def test_without_a_gpu_one_sentence_and_status_2(
+def test_without_a_gpu_it_prints_one_sentence_and_exits_with_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -472,14 +470,14 @@ def test_without_a_gpu_one_sentence_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_refusal_is_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_prints_one_sentence_and_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--out", str(tmp_path)], refusal=lambda: "the moon is full") == 2
     assert capsys.readouterr().err == "nothing was measured: the moon is full\n"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("switch", DISTORTING)
-def test_a_switch_that_distorts_is_a_refusal(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distorting_switch_is_refused(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in DISTORTING:
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""The rows of the grid: how long they take by a model of their time, and the words that select them."""
+"""The rows of the grid: a model of their total time, and the words that select them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from bench.work import phase_work
 from mlp_fused import timing
 from mlp_fused.timing import Timed
 
-# The assumptions of the model of the copy rows' time; bytes/s, FLOP/s, seconds.
+# The assumptions of the model for the time of copy rows, in bytes/s, FLOP/s and seconds.
 LINK, PAGEABLE = 40e9, 8e9
-FRESH = 2e9  # into the host's memory that is touched for the first time; pinned memory is used again
-MEMORY, FLOPS = 2e12, {"fp32": 50e12, "bf16": 500e12}  # of kernels, and of eager, which verifies them
-ROW = 0.25  # building the model, collecting garbage, pytest's own
-KERNELS, KERNEL, CORES = 199, 1.3, 14  # those of the copy rows on an H100, compiled by so many processes
-PROCESS = 8  # a process that imports torch, makes a context and compiles one network's kernels
+FRESH = 2e9  # first write to memory of the host; pinned memory is reused
+MEMORY, FLOPS = 2e12, {"fp32": 50e12, "bf16": 500e12}  # for the kernels and for eager, which verifies them
+ROW = 0.25  # building the model, collecting garbage, pytest itself
+KERNELS, KERNEL, CORES = 199, 1.3, 14  # kernels of the copy rows on an H100, seconds for each, and compiling processes
+PROCESS = 8  # seconds of a process that imports torch, creates a context and compiles the kernels of one network
 CPU_FLOPS = 0.5e12
 STARTING = 8  # pytest, torch and its compiler imported, the ceilings and the link measured
 
 
-def seconds_of_a_copy_row(problem: Problem) -> float:
-    """The seconds of a copy row on a simulated host, device and link, by the code that measures."""
+def copy_row_seconds(problem: Problem) -> float:
+    """The seconds of a copy row, by running the measuring code on a simulated host, device and link."""
     clock = HostAndDevice()
     nbytes = problem.rows * problem.widths[0] * (4 if problem.dtype == "fp32" else 2)
 
@@ -57,8 +57,8 @@ def seconds_of_a_copy_row(problem: Problem) -> float:
     def compute(phase: str) -> Callable[[int], None]:
         return lambda _: clock.compute(work(phase))
 
-    clock.host += ROW + nbytes / FRESH + 2 * nbytes / PAGEABLE  # to the host, and twice into pinned memory
-    # Verified: three phases and the resident way, and eager's.
+    clock.host += ROW + nbytes / FRESH + 2 * nbytes / PAGEABLE  # host write, two copies to pinned memory
+    # Verification runs three phases and the resident way, for ours and for eager.
     for phase in (*2 * ["forward"], *6 * ["training"]):
         clock.compute(work(phase))
     for rate, waits in ((PAGEABLE, True), (LINK, True), (LINK, False)):
@@ -85,23 +85,23 @@ def seconds_of_a_copy_row(problem: Problem) -> float:
     ):
         timing.time_cuda(timed, COPY_SECONDS, clock)
     clock.synchronize()
-    return clock.now() + max(COPY_SECONDS, 3 * nbytes / LINK)  # and what pytest-benchmark shows
+    return clock.now() + max(COPY_SECONDS, 3 * nbytes / LINK)  # and the repetitions of pytest-benchmark
 
 
 def test_the_copy_rows_take_less_than_three_minutes_of_a_gpu() -> None:
     cells = [cell for cell, device in cases("copy") if device == "cuda"]
-    rows = sum(seconds_of_a_copy_row(cell.problem) for cell in cells if cell.phase == "copy")
+    rows = sum(copy_row_seconds(cell.problem) for cell in cells if cell.phase == "copy")
     (lecture,) = (cell.problem for cell in cells if cell.phase == "lecture")
     on_the_cpu = 2 * 2 * lecture.rows**3 / CPU_FLOPS
     compiling = PROCESS + KERNELS * KERNEL / CORES
     assert compiling < measure.COMPILE_SECONDS
-    processes = 3 * PROCESS  # of the lecture, and of the first touch with Triton's cache empty and filled
+    processes = 3 * PROCESS  # for the lecture, and for the first touch with an empty and a filled cache of Triton
     assert 30 < rows < 120
     assert STARTING + rows + compiling + processes + on_the_cpu < 180
 
 
-def seconds_of_a_cpu_row(cell: Cell) -> float:
-    """Simulate a row on a host of two cores, through the code that measures."""
+def cpu_row_seconds(cell: Cell) -> float:
+    """The seconds of a row on a simulated host with two cores, by running the measuring code."""
     clock = HostAndDevice()
     work = phase_work(cell.problem, cell.phase, "cpu")
     rate = 40e9 if cell.problem.dtype == "fp32" else 2e9
@@ -124,7 +124,7 @@ def test_the_rows_of_a_cpu_take_less_than_a_minute_of_two_cores(monkeypatch: pyt
     assert {cell.family for cell in cells} == {"seed", "narrow", "odd"}
     assert {cell.problem.dtype for cell in cells} == {"fp32", "fp16", "bf16"}
     assert {cell.phase for cell in cells} == {"forward", "backward", "training", "step"}
-    assert 10 < sum(map(seconds_of_a_cpu_row, cells)) < 60
+    assert 10 < sum(map(cpu_row_seconds, cells)) < 60
 
 
 def words_after_k() -> set[str]:

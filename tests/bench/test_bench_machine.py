@@ -11,11 +11,11 @@ from bench.machine import MEASURING, ROOT, machine, user_table_digest
 from mlp_fused.environment import DISTORTING
 
 
-def test_machine_names_what_a_number_depends_on() -> None:
+def test_the_machine_states_everything_a_time_depends_on() -> None:
     assert set(gpu.SAME) <= set(machine())
 
 
-def test_a_users_own_table_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_users_own_table_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_table_digest("NVIDIA H200") is None
     path = tmp_path / "mlp_fused" / "nvidia_h200.json"

@@ -32,7 +32,7 @@ from mlp_fused.compiling import NotYetError
 from mlp_fused.timing import Link, Timed
 
 
-def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_to_skip_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(pattern: str, device: str) -> str | None:
         return measure.why_not(select(pattern)[0], device)
 
@@ -89,7 +89,7 @@ def test_a_copy_row_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "of the bound" in gpu.summary(row)
 
 
-def test_kernels_are_compiled_ahead_the_smallest_first() -> None:
+def test_the_smallest_kernels_are_compiled_first() -> None:
     asked: list[Problem] = []
 
     class Compilers(contextlib.nullcontext[Any]):
@@ -108,7 +108,7 @@ def test_kernels_are_compiled_ahead_the_smallest_first() -> None:
     assert [problem.rows for problem in asked] == [2, 4, 8]
 
 
-def test_what_a_call_launches_is_compiled() -> None:
+def test_every_launched_kernel_was_compiled_ahead() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     script = """
 from bench import measure
@@ -124,18 +124,18 @@ with compile_only(DEVICES["NVIDIA H100"], None), launched_by(say):
     for problem in (Problem((64, 64, 64), 2**20, "bf16"), Problem((784, 512, 10), 64)):
         measure._compile(problem)
 """
-    variables = environment() | {"MLP_FUSED_BACKEND": "triton"}  # no product is left to torch
+    variables = environment() | {"MLP_FUSED_BACKEND": "triton"}  # no product runs by torch
     child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     launched = child.stdout.split()
     assert launched.count("network_forward_kernel") >= 1
-    assert launched.count("layer_forward_kernel") == 2 * 2  # in inference, in training
+    assert launched.count("layer_forward_kernel") == 2 * 2  # two in inference and two in training
     assert launched.count("dgrad_kernel") == 1
     assert launched.count("wgrad_kernel") == 2
 
 
 def test_memory_of_a_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each module's forward is given so much memory, and its backward as much again."""
+    """Simulate that the forward of each module allocates so much memory, and its backward the same again."""
     bench = Bench(SMALL, "cpu")
     state = {"now": 100, "peak": 0}
 
@@ -159,15 +159,15 @@ def test_memory_of_a_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: state.update(peak=state["now"]))
-    found = measure.memory(bench)
-    assert found == Memory(Kept(3, 6), Kept(4, 8))
-    assert found.kept_ratio == found.peak_ratio == 0.75
+    actual = measure.memory(bench)
+    assert actual == Memory(Kept(3, 6), Kept(4, 8))
+    assert actual.kept_ratio == actual.peak_ratio == 0.75
 
 
-def test_a_baseline_that_fails_is_a_text() -> None:
+def test_a_failing_baseline_is_recorded_as_text() -> None:
     def build(bench: Bench, phase: str) -> Timed:
         raise torch.OutOfMemoryError("CUDA out of memory.\n\nTried to allocate 2 GiB")
 
     bench = Bench(SMALL, "cpu")
-    found = measure._measure_baseline(bench, Baseline("large", build), "forward", timed(1.0))
-    assert found == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    actual = measure._measure_baseline(bench, Baseline("large", build), "forward", timed(1.0))
+    assert actual == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"

@@ -1,4 +1,4 @@
-"""A network on one device: its inputs, its phases, what is verified."""
+"""A network on one device: its inputs, phases and verification."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_layouts(layout: str) -> None:
     assert not x.is_contiguous()
 
 
-def test_a_step_moves_the_parameters_and_verifying_puts_them_back() -> None:
+def test_a_step_changes_the_parameters_and_verifying_restores_them() -> None:
     bench = Bench(SMALL, "cpu")
     before = [p.detach().clone() for p in bench.parameters]
     timed = bench.timed(bench.model, "step")

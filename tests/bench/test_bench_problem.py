@@ -23,7 +23,7 @@ def test_each_family_has_an_anchor_and_anchors_come_first_in_the_families_order(
     assert rest == sorted(rest, key=FAMILIES.index)
 
 
-def test_phases_of_a_problem_stand_side_by_side() -> None:
+def test_phases_of_a_problem_are_adjacent() -> None:
     rest = [(cell.family, cell.problem) for cell in GRID[len(ANCHORS) :]]
     changes = sum(a != b for a, b in pairwise(rest))
     assert changes + 1 == len(set(rest))
@@ -43,7 +43,7 @@ def test_the_copy_family_has_every_input_of_the_grid_in_32_and_16_bits() -> None
     assert Counter(cell.problem.dtype for cell in copied) == {"fp32": len(copied) // 2, "bf16": len(copied) // 2}
 
 
-def test_gemms_are_the_products_of_the_networks_each_once() -> None:
+def test_gemms_are_the_distinct_products_of_the_networks() -> None:
     of_one_network = {f"{cell.problem}-{cell.phase}" for cell in select("gemm-*-bf16-m8192-*")}
     assert of_one_network == {
         f"{layer}-bf16-m8192-{phase}"

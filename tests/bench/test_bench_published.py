@@ -1,4 +1,4 @@
-"""The figures' data, the tables and the READMEs against the raw logs, which are read here by other means."""
+"""The figures' data, the tables and the READMEs, compared with the raw logs, which independent code reads."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def raw_cells(folder: Path = RAW) -> dict[str, Record]:
 
 def raw_tinycudann() -> dict[str, dict[str, Record]]:
     """The log's numbers: network -> "ours", "tcnn" or "tcnn jit" -> name -> milliseconds."""
-    found: dict[str, dict[str, Record]] = {}
+    actual: dict[str, dict[str, Record]] = {}
     for line in (RAW / "tinycudann.log").read_text().splitlines():
         if line.startswith("W"):
-            network = found.setdefault(line, {})
+            network = actual.setdefault(line, {})
         elif (start := line.find("{")) >= 0:
             network[line[:start].strip()] = ast.literal_eval(line[start:])
-    return found
+    return actual
 
 
 # The data of the figures
 
 
-def test_rows_a_second_are_those_of_the_log(content: Record) -> None:
+def test_rows_per_second_equal_those_of_the_log(content: Record) -> None:
     shown = {
         (each.network["phase"], each.network["widths"][0], each.network["rows"]): each
         for each in published.throughput(content)
@@ -79,8 +79,8 @@ def test_rows_a_second_are_those_of_the_log(content: Record) -> None:
             },
         }
         for phase, milliseconds in expected.items():
-            found = shown[phase, width, rows]
-            assert found.rates == pytest.approx({name: 1e3 * rows / ms for name, ms in milliseconds.items()})
+            actual = shown[phase, width, rows]
+            assert actual.rates == pytest.approx({name: 1e3 * rows / ms for name, ms in milliseconds.items()})
 
 
 @pytest.mark.parametrize(
@@ -95,30 +95,30 @@ def test_rows_a_second_are_those_of_the_log(content: Record) -> None:
 def test_the_memory_floor_is_bytes_over_the_measured_copy_rate(
     phase: str, width: int, rows: int, bytes_per_row: int, content: Record
 ) -> None:
-    (found,) = (
+    (actual,) = (
         each
         for each in published.throughput(content)
         if (each.network["phase"], each.network["widths"][0], each.network["rows"]) == (phase, width, rows)
     )
-    assert found.floor == pytest.approx(COPY_RATE / bytes_per_row)
-    assert all(rate < found.floor for rate in found.rates.values())
+    assert actual.floor == pytest.approx(COPY_RATE / bytes_per_row)
+    assert all(rate < actual.floor for rate in actual.rates.values())
 
 
 def test_ratios_beside_the_figure_compare_the_same_work(content: Record) -> None:
-    """Eager without the gradient of x, tiny-cuda-nn with it. The slower one of ours is among them."""
-    found = [(each.over_eager, each.over_tinycudann) for each in published.throughput(content)]
+    """Eager is compared without the gradient of x, tiny-cuda-nn with it. Cases with ours slower are included."""
+    actual = [(each.over_eager, each.over_tinycudann) for each in published.throughput(content)]
     expected = [
         *((0.3669 / 0.0692, 0.3574 / 0.0692), (0.6684 / 0.1141, 0.6405 / 0.1141), (1.3268 / 0.331, 1.4087 / 0.331)),
         *((0.1613 / 0.0559, 0.1116 / 0.0559), (0.9684 / 0.4724, 1.1241 / 0.3161), (1.7636 / 0.946, 1.9375 / 0.9919)),
         *((3.5628 / 2.2608, 4.1727 / 2.2745), (0.7206 / 0.4056, 0.4904 / 0.6204)),
     ]
-    assert found == [pytest.approx(pair) for pair in expected]
-    assert min(theirs for _, theirs in found) < 1
+    assert actual == [pytest.approx(pair) for pair in expected]
+    assert min(theirs for _, theirs in actual) < 1
 
 
 def test_the_parts_of_a_step_are_those_of_the_log(content: Record) -> None:
-    found = published.step_parts(content)
-    assert {name: [ms for _, ms in points] for name, points in found.items()} == {
+    actual = published.step_parts(content)
+    assert {name: [ms for _, ms in points] for name, points in actual.items()} == {
         "cpu_ms": [1.16, 6, 70.8],
         "usual_ms": [0.4, 0.996, 8.92],
         "prefetched_ms": [0.506, 0.865, 1.52],
@@ -126,7 +126,7 @@ def test_the_parts_of_a_step_are_those_of_the_log(content: Record) -> None:
         "launch_ms": [0.411, 0.552, 0.681],
         "kernels_ms": [0.0998, 0.21, 1.3],
     }
-    assert {tuple(rows for rows, _ in points) for points in found.values()} == {(64, 1024, 16384)}
+    assert {tuple(rows for rows, _ in points) for points in actual.values()} == {(64, 1024, 16384)}
 
 
 def test_speed_over_eager_has_every_cell_sorted_with_the_slower_ones(content: Record) -> None:
@@ -150,13 +150,13 @@ def test_speed_over_eager_has_every_cell_sorted_with_the_slower_ones(content: Re
 # The figures
 
 
-def points_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
+def drawn_points(axes: Any) -> dict[str, list[tuple[float, float]]]:
     """The drawn points by colour and marker, left to right."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    actual: dict[str, list[tuple[float, float]]] = {}
     for line in axes.lines:
         if line.get_marker() != "None":
-            found.setdefault(line.get_marker(), []).extend(zip(line.get_xdata(), line.get_ydata()))
-    return {marker: sorted(points) for marker, points in found.items()}
+            actual.setdefault(line.get_marker(), []).extend(zip(line.get_xdata(), line.get_ydata()))
+    return {marker: sorted(points) for marker, points in actual.items()}
 
 
 @pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=lambda theme: theme.name)
@@ -164,7 +164,7 @@ def test_the_figures_show_their_data(theme: Theme, content: Record) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     shown = published.throughput(content)
     (axes,) = published.throughput_figure(theme, shown, "a GPU").axes
-    drawn = points_of(axes)
+    drawn = drawn_points(axes)
     for marker, name in (("o", "ours"), ("s", "eager"), ("D", "tinycudann")):
         rates = [1e-9 * rate for each in shown for system, rate in each.rates.items() if system.startswith(name)]
         assert [x for x, _ in drawn[marker]] == pytest.approx(sorted(rates))
@@ -173,12 +173,12 @@ def test_the_figures_show_their_data(theme: Theme, content: Record) -> None:
 
     lines = published.step_parts(content)
     (axes,) = published.step_figure(theme, lines, "title").axes
-    assert points_of(axes) == {published.STEP_SERIES[name].marker: points for name, points in lines.items()}
+    assert drawn_points(axes) == {published.STEP_SERIES[name].marker: points for name, points in lines.items()}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "1,024", "16,384"]
 
     speeds = published.speeds(content)
     (axes,) = published.speed_figure(theme, speeds, "a GPU").axes
-    drawn = points_of(axes)
+    drawn = drawn_points(axes)
     for marker, phase in (("o", "inference"), ("s", "training")):
         assert [x for x, _ in drawn[marker]] == sorted(ratios[phase] for _, ratios in speeds if phase in ratios)
     assert [label.get_text() for label in axes.get_yticklabels()] == [name for name, _ in speeds]
@@ -186,7 +186,7 @@ def test_the_figures_show_their_data(theme: Theme, content: Record) -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_committed_page_and_figures_are_made_of_the_file(path: Path) -> None:
+def test_the_committed_page_and_figures_are_generated_from_the_file(path: Path) -> None:
     content = load(path)
     shown, slug = published.figures(content), published.slug(content)
     assert (RESULTS / f"{slug}.md").read_text() == published.page(content, shown, slug)
@@ -199,7 +199,7 @@ def test_the_committed_page_and_figures_are_made_of_the_file(path: Path) -> None
             assert len(drawn) < 150_000
 
 
-def test_a_file_has_the_figures_and_sections_of_what_was_measured() -> None:
+def test_a_file_has_figures_and_sections_for_its_readings() -> None:
     older, newer = (load(path) for path in (FILE, NEWER))
     assert list(published.figures(older)) == ["throughput", "step", "speed"]
     assert list(published.figures(newer)) == ["speed"]
@@ -213,12 +213,12 @@ def test_a_file_has_the_figures_and_sections_of_what_was_measured() -> None:
 TEXTS = {name: text_of(name) for name in READMES}
 
 
-def test_the_readme_s_measured_block_is_made_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_block_of_results_is_generated_from_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(FILE), str(NEWER), "--table"]) == 0
     assert readme("measured") == capsys.readouterr().out, "python -m bench.report FILE FILE --table prints the block"
 
 
-def test_the_manual_s_table_of_fp32_is_made_of_the_file() -> None:
+def test_the_manuals_table_of_fp32_is_generated_from_the_file() -> None:
     assert readme("float32").split("\n") == list(published.float32_table(load(NEWER)))
 
 
@@ -232,7 +232,7 @@ def test_the_readme_names_every_call_that_is_not_faster_in_a_loop() -> None:
 
 
 def test_every_number_of_the_readme_s_table_is_a_reading() -> None:
-    """Read off the raw log, cell by cell: milliseconds of ours and of eager's, and their ratio."""
+    """Compare each cell with the raw log: the milliseconds of ours and of eager, and their ratio."""
     readings: set[tuple[str, ...]] = {("-", "-", "-")}
     for cell in raw_cells(NEWER_RAW).values():
         for phase in ("fwd", "train"):
@@ -301,7 +301,7 @@ def test_statements_on_tests_and_training_are_in_the_file(content: Record) -> No
     ("name", "figure", "folder"),
     [("README.md", "throughput", "bench/results"), ("mlp_fused/README.md", "step", "../bench/results")],
 )
-def test_pictures_are_those_of_the_file(name: str, figure: str, folder: str, content: Record) -> None:
+def test_pictures_match_the_file(name: str, figure: str, folder: str, content: Record) -> None:
     pictures = re.findall("^<picture>.*</picture>$", TEXTS[name], re.MULTILINE)
     assert pictures == [published.readme_picture(content, figure, folder)]
     for link in re.findall(r'(?:srcset|src)="([^"]+)"', pictures[0]):

@@ -1,4 +1,4 @@
-"""The published file is what the raw logs say, reading by reading; the logs are read here by other means."""
+"""The published file has every reading of the raw logs, which independent code reads here."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FOLDERS = [pytest.param(folder, id=folder.name) for folder in RESULTS]
 Record = dict[str, Any]
 
 
-def lines_of(path: Path) -> list[Record]:
+def read_lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def raw_cells(folder: Path = RAW) -> dict[str, Record]:
-    return {cell["cell"]: cell for cell in lines_of(folder / "cells.jsonl")}
+    return {cell["cell"]: cell for cell in read_lines(folder / "cells.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def numbers(value: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_committed_file_is_made_of_the_raw_readings(folder: Path, tmp_path: Path) -> None:
+def test_the_committed_file_is_generated_from_the_raw_readings(folder: Path, tmp_path: Path) -> None:
     made, committed = tmp_path / "made.json", RESULTS[folder]
     assert readings.main([str(folder), "--out", str(made)]) == 0
     assert made.read_text() == committed.read_text()
@@ -77,11 +77,11 @@ def test_no_reading_of_a_cell_is_lost_or_changed(folder: Path) -> None:
     for name, cell in raw_cells(folder).items():
         for label, (median, low, high) in cell["ms"].items():
             short, system = label.split(" ", 1)
-            found = by_id[f"{name}-{readings.PHASES[short]}"]["systems"][names.get(system, system)]
-            assert (found["loop_ms"], found["loop_low_ms"], found["loop_high_ms"]) == (median, low, high)
-            assert found["device_ms"] == cell["dev"].get(label)
+            actual = by_id[f"{name}-{readings.PHASES[short]}"]["systems"][names.get(system, system)]
+            assert (actual["loop_ms"], actual["loop_low_ms"], actual["loop_high_ms"]) == (median, low, high)
+            assert actual["device_ms"] == cell["dev"].get(label)
             kernels = cell["kernels"].get(label)
-            assert numbers(found["kernels"]) == numbers(None if kernels is None else [k[1] for k in kernels])
+            assert numbers(actual["kernels"]) == numbers(None if kernels is None else [k[1] for k in kernels])
             count += 1
     assert count == sum(
         reading is not None
@@ -100,51 +100,51 @@ def test_logs_that_were_not_measured_are_left_out() -> None:
 
 
 def test_full_fp32_has_the_times_and_errors_of_its_logs() -> None:
-    found = {
+    actual = {
         (tuple(each["widths"]), each["activation"], each["phase"]): (
             *(each[system]["ms"] for system in ("ours", "eager")),
             *(each[system]["error_float64"] for system in ("ours", "eager")),
         )
         for each in readings.published(NEWER)["float32"]
     }
-    nets = [line for line in lines_of(NEWER / "planes.jsonl") if line["part"] == "nets"]
-    assert len(found) == 2 * len(nets) + 2
-    assert found[(1024, 4096, 1024), "gelu", "inference"] == pytest.approx((0.8881, 2.8027, 3.312e-7, 1.3235e-6), 1e-3)
-    assert found[(4096, 16384, 4096), "gelu", "training"][:2] == pytest.approx((9.140, 26.928), 1e-3)
-    assert found[(512,) * 5, "relu", "training"][:2] == pytest.approx((1.3992, 2.2478), 1e-3)
-    assert found[(64,) * 5, "relu", "inference"] == pytest.approx((0.3604, 1.5122, 2.893e-7, 2.2986e-7), 1e-3)
+    nets = [line for line in read_lines(NEWER / "planes.jsonl") if line["part"] == "nets"]
+    assert len(actual) == 2 * len(nets) + 2
+    assert actual[(1024, 4096, 1024), "gelu", "inference"] == pytest.approx((0.8881, 2.8027, 3.312e-7, 1.3235e-6), 1e-3)
+    assert actual[(4096, 16384, 4096), "gelu", "training"][:2] == pytest.approx((9.140, 26.928), 1e-3)
+    assert actual[(512,) * 5, "relu", "training"][:2] == pytest.approx((1.3992, 2.2478), 1e-3)
+    assert actual[(64,) * 5, "relu", "inference"] == pytest.approx((0.3604, 1.5122, 2.893e-7, 2.2986e-7), 1e-3)
     kernels = 0.52018 + 0.68445 + 0.65193  # the forward that stores, dgrad and wgrad
-    assert found[(64,) * 5, "relu", "training"] == pytest.approx((kernels, 4.5463, 1.3247e-7, 4.3674e-7), 1e-3)
+    assert actual[(64,) * 5, "relu", "training"] == pytest.approx((kernels, 4.5463, 1.3247e-7, 4.3674e-7), 1e-3)
 
 
 @pytest.mark.parametrize("log", ["tinycudann.log", "quack.log"])
 def test_every_time_of_a_log_is_published(log: str, content: Record) -> None:
-    """But tiny-cuda-nn's forward that keeps what a backward reads, which stands beside nothing of ours."""
+    """The exception is tiny-cuda-nn's forward of training, which has no counterpart of ours."""
     text = re.sub(r"'(forward_raw|rel_err)': [\d.]+", "", (RAW / log).read_text())
-    said = sorted(float(number) for number in re.findall(r"\d+\.\d{3,4}\b", text))
+    messages = sorted(float(number) for number in re.findall(r"\d+\.\d{3,4}\b", text))
     prefix = log.removesuffix(".log")
     networks = [network for network in content["networks"] if network["id"].startswith(prefix)]
     shown = [reading["loop_ms"] for network in networks for reading in network["systems"].values() if reading]
-    assert said == sorted(shown)
+    assert messages == sorted(shown)
     assert not any(network["bias"] for network in networks)
 
 
 def test_every_duration_of_the_transfer_log_is_published(content: Record) -> None:
     text = (RAW / "transfer.log").read_text()
-    measured, _ = text.split("\nof a step of 16,384 rows")  # what follows repeats the tables
+    measured, _ = text.split("\nof a step of 16,384 rows")  # the rest repeats the tables
     measured = re.sub(r"of the forward's.*", "", measured)
     milliseconds = {"s": 1e3, "ms": 1.0, "µs": 1e-3}
-    said = [float(value) * milliseconds[unit] for value, unit in re.findall(r"(\d[\d.e+]*) (s|ms|µs)", measured)]
-    found = content["transfer"]
+    messages = [float(value) * milliseconds[unit] for value, unit in re.findall(r"(\d[\d.e+]*) (s|ms|µs)", measured)]
+    actual = content["transfer"]
     shown = [
-        *numbers(found["first_touch_ms"]),
-        *(each[clock] for each in found["each_time"] for clock in ("device_ms", "host_ms", "returned_ms")),
-        *numbers(found["on_cpu_ms"]),
-        *(each[column] for each in found["steps"] for column in readings.STEP_COLUMNS),
+        *numbers(actual["first_touch_ms"]),
+        *(each[clock] for each in actual["each_time"] for clock in ("device_ms", "host_ms", "returned_ms")),
+        *numbers(actual["on_cpu_ms"]),
+        *(each[column] for each in actual["steps"] for column in readings.STEP_COLUMNS),
     ]
-    assert sorted(value for value in shown if value is not None) == pytest.approx(sorted(said))
-    assert [each["bound"] for each in found["steps"]] == ["launch_ms", "launch_ms", "kernels_ms"]
-    assert [each["rows"] for each in found["steps"]] == [64, 1024, 16384]
+    assert sorted(value for value in shown if value is not None) == pytest.approx(sorted(messages))
+    assert [each["bound"] for each in actual["steps"]] == ["launch_ms", "launch_ms", "kernels_ms"]
+    assert [each["rows"] for each in actual["steps"]] == [64, 1024, 16384]
     assert content["ceilings"] == {"memory_gbps": 3009.4, "to_device_gbps": 55.1, "to_host_gbps": 54.9}
 
 
@@ -190,8 +190,8 @@ def test_a_cells_kernels_are_those_of_its_network(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CELLS if name not in ("seed", "latency1", "latency-n64")])
-def test_a_cells_time_is_that_of_its_rows(name: str) -> None:
-    """Eager's kernels reach 70 % of what this GPU's products and copies allow: half or twice the rows would show."""
+def test_a_cells_time_fits_its_number_of_rows(name: str) -> None:
+    """Eager's kernels reach 70 % of the limit of products and copies, so a wrong number of rows would show."""
     cell, problem = raw_cells()[name], CELLS[name]
     nbytes = 4 if problem.dtype == "fp32" else 2
     flops_per_s = 400e12 if name in TF32 else 50e12 if problem.dtype == "fp32" else 731e12

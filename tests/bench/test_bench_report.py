@@ -1,4 +1,4 @@
-"""The report: on made-up rows of a made-up GPU."""
+"""The report, on invented rows of an invented GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ to_rgba = pytest.importorskip("matplotlib.colors", reason="matplotlib is not ins
 
 
 def made_up(cell: Cell, chance: random.Random) -> CellRow:
-    """A cell's row."""
+    """An invented row for a cell."""
     if cell.phase == "lecture":
         names = ("cpu_product", *(name for name in report.LECTURE if name != "cpu_product"))
         return FreshRow.for_cell(
@@ -52,8 +52,8 @@ def made_up(cell: Cell, chance: random.Random) -> CellRow:
             times = {"eager": 1.8, "matmul": 0.97, "compile_max_autotune": 1.2}.get(name, 1.4)
             baselines[name] = comparison(times * chance.lognormvariate(0, 0.2), ms)
     if cell.phase in GEMM_PHASES:
-        found = errors((1e-7, 1e-6), (1e-7, 1e-6))
-        return gemm_row(cell, kernel_ms=kernel_ms, ratio=ratio, baselines=baselines, errors=found)
+        actual = errors((1e-7, 1e-6), (1e-7, 1e-6))
+        return gemm_row(cell, kernel_ms=kernel_ms, ratio=ratio, baselines=baselines, errors=actual)
     memory = None
     if cell.phase == "training":
         held = 0.55 if cell.problem.activation == "gelu" else 1.0
@@ -80,7 +80,7 @@ def made_up_copy(cell: Cell, chance: random.Random) -> CellRow:
 
 
 def made_up_ms(problem: Problem, phase: str, chance: random.Random | None) -> float:
-    """The time of 2·rows·parameters FLOPs at 400 TFLOP/s, and 2 µs a kernel; with some luck."""
+    """The time of 2·rows·parameters FLOPs at 400 TFLOP/s plus 2 µs per kernel, with random noise."""
     parameters = sum(k * n for k, n in pairwise(problem.widths))
     rate = 50e12 if problem.dtype == "fp32" else 400e12
     ms = 1e3 * (2 if phase == "forward" else 6) * problem.rows * parameters / rate + 2e-3 * len(problem.widths)
@@ -100,7 +100,7 @@ MACHINE = machine() | {
 def file_in(
     folder: Path, rows: list[CellRow], name: str = "results.json", date: str = "2026-03-01", **changes: Any
 ) -> Path:
-    """As pytest-benchmark writes it."""
+    """Write a file like pytest-benchmark does."""
     path = folder / name
     benchmarks = [{"name": "test", "extra_info": to_json(row)} for row in rows]
     content = {"machine_info": MACHINE | changes, "datetime": f"{date}T12:00:00+00:00", "benchmarks": benchmarks}
@@ -123,11 +123,11 @@ def written(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, CellRow]) 
     return folder / "out"
 
 
-def markdown_of(path: Path) -> str:
+def read_markdown(path: Path) -> str:
     return report.markdown(results.merge([results.read(path)]), {}, "slug")
 
 
-def line_of(text: str, cell: Cell) -> list[str]:
+def find_line(text: str, cell: Cell) -> list[str]:
     """The cells of the first table's line about a cell of the grid."""
     name = f"| `{str(cell).removeprefix(f'{cell.family}-')}` |"
     (line, *_) = (line for line in text.splitlines() if line.startswith(name))
@@ -137,7 +137,7 @@ def line_of(text: str, cell: Cell) -> list[str]:
 # The tables
 
 
-def test_the_report_names_what_it_was_measured_on(written: Path) -> None:
+def test_the_report_describes_the_machine(written: Path) -> None:
     text = (written / "nvidia_h200.md").read_text()
     assert text.startswith("# Measured on NVIDIA H200\n")
     for name, value in (
@@ -158,16 +158,16 @@ def test_every_cell_of_the_grid_is_in_the_report(written: Path, rows: dict[str, 
         if cell.phase in FRESH_PHASES:
             assert f"`{cell.problem}`" in text or cell.phase == "lecture"
         else:
-            assert report.NOT_MEASURED not in line_of(text, cell)
+            assert report.NOT_MEASURED not in find_line(text, cell)
     cell = GRID[0]
-    row, line = rows[str(cell)], line_of(text, cell)
+    row, line = rows[str(cell)], find_line(text, cell)
     assert isinstance(row, NetworkRow)
     assert line[0] == row.ours.path
     assert line[1] == number(row.ours.timing.ms)
     assert line[3] == f"{number(row.baselines['eager'].speedup)}x"
 
 
-def test_a_missing_row_is_not_measured_and_a_failed_one_says_why(tmp_path: Path, rows: dict[str, CellRow]) -> None:
+def test_missing_rows_are_marked_and_failed_rows_give_the_reason(tmp_path: Path, rows: dict[str, CellRow]) -> None:
     missing, failed, lacking, *_ = (cell for cell in GRID if cell.family == "seed" and cell.phase == "forward")
     whole = rows[str(lacking)]
     assert isinstance(whole, NetworkRow)
@@ -175,12 +175,12 @@ def test_a_missing_row_is_not_measured_and_a_failed_one_says_why(tmp_path: Path,
     made = {**rows, str(failed): FailedRow.for_cell(failed, "cuda", error="AssertionError: |<wrong>")}
     made[str(lacking)] = replace(whole, baselines=others, failures={"compile": "out of memory"})
     kept = [row for name, row in made.items() if name != str(missing) and not name.startswith(("large", "warmup"))]
-    text = markdown_of(file_in(tmp_path, kept))
-    assert set(line_of(text, missing)) == {report.NOT_MEASURED}
-    assert line_of(text, failed)[0] == "failed: AssertionError: &#124;&lt;wrong>"
+    text = read_markdown(file_in(tmp_path, kept))
+    assert set(find_line(text, missing)) == {report.NOT_MEASURED}
+    assert find_line(text, failed)[0] == "failed: AssertionError: &#124;&lt;wrong>"
     header = next(line for line in text.splitlines() if "path or tile" in line)
     names = [each.strip() for each in header.strip("|").split("|")][1:]
-    line = dict(zip(names, line_of(text, lacking), strict=True))
+    line = dict(zip(names, find_line(text, lacking), strict=True))
     assert line[report_plots.LABELS["compile"]] == "failed"
     assert line[report_plots.LABELS["cuda_graph"]] == report.NOT_MEASURED
     assert line[report_plots.LABELS["compile_max_autotune"]] == report.NOT_MEANT
@@ -202,7 +202,7 @@ def test_the_lecture_is_explained(tmp_path: Path, rows: dict[str, CellRow]) -> N
         "cpu_product_2": 2.0,
         "copy_2": 0.1,
     }
-    text = markdown_of(file_in(tmp_path, [replace(row, seconds={"any": row.seconds["any"] | told})]))
+    text = read_markdown(file_in(tmp_path, [replace(row, seconds={"any": row.seconds["any"] | told})]))
     assert "shows 0.00 s for the second product, because the call returns after 20 µs" in text
     assert "The product is done after 0.0400 s, 2,000 times as long." in text
     assert "The CPU takes 2.0000 s; copies and product on the GPU take 0.1400 s." in text
@@ -211,7 +211,7 @@ def test_the_lecture_is_explained(tmp_path: Path, rows: dict[str, CellRow]) -> N
 
 def test_a_file_of_a_machine_without_a_gpu(tmp_path: Path, rows: dict[str, CellRow]) -> None:
     on_cpu = [replace(row, device="cpu") for name, row in rows.items() if name.startswith("seed")]
-    text = markdown_of(file_in(tmp_path, on_cpu, gpu=None, driver=None))
+    text = read_markdown(file_in(tmp_path, on_cpu, gpu=None, driver=None))
     assert text.startswith("# Measured on A CPU\n")
     assert "| GPU | none |" in text
     assert "| seed step | 3 of 3 |" in text
@@ -221,7 +221,7 @@ def test_a_file_of_a_machine_without_a_gpu(tmp_path: Path, rows: dict[str, CellR
 # The plots
 
 
-def test_each_plot_is_there_for_light_and_dark_pages_with_words_for_it(written: Path) -> None:
+def test_each_plot_has_a_light_and_a_dark_version_and_alt_text(written: Path) -> None:
     text = (written / "nvidia_h200.md").read_text()
     pictures = re.findall(
         r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(.*?)"><img src="(.*?)" alt="(.*?)">', text
@@ -243,7 +243,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, CellRow])
 
 @pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=lambda theme: theme.name)
 @pytest.mark.parametrize("name", ["copy", "throughput", "speed", "products", "floor", "memory"])
-def test_plots_are_labelled_and_told_apart_by_markers_and_colours(
+def test_plots_have_labels_and_distinct_markers_and_colours(
     name: str, theme: plots.Theme, measured: results.Results
 ) -> None:
     figure = report_plots.make_plots(measured)[name].figure(theme)
@@ -275,14 +275,14 @@ def test_an_axis_has_numbers_whatever_its_range(values: list[float]) -> None:
     assert 3 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 12
 
 
-def test_every_baseline_has_a_look_of_its_own() -> None:
+def test_every_baseline_has_a_distinct_style() -> None:
     names = {baseline.name for baseline in BASELINES} | set(GEMM_BASELINES)
     assert set(report_plots.SERIES) == names
     assert set(report_plots.WAY_SERIES) == {way for way in WAYS if way != "resident"}
     assert set(report_plots.PHASE_SERIES) == set(COPIED_PHASES)
 
 
-# What does not belong together
+# Files that do not belong together
 
 
 def test_a_later_row_counts_whatever_the_order_of_the_files(tmp_path: Path, rows: dict[str, CellRow]) -> None:
@@ -292,34 +292,34 @@ def test_a_later_row_counts_whatever_the_order_of_the_files(tmp_path: Path, rows
     first = results.read(file_in(tmp_path, [old, other], "first.json", "2026-03-01"))
     second = results.read(file_in(tmp_path, [new], "second.json", "2026-03-05"))
     for files in ([first, second], [second, first]):
-        found = results.merge(files)
-        text = report.markdown(found, {}, "slug")
-        assert line_of(text, cell)[0] == "network"
+        actual = results.merge(files)
+        text = report.markdown(actual, {}, "slug")
+        assert find_line(text, cell)[0] == "network"
         assert "1 row of first.json was measured again later." in text
         assert "| date | 2026-03-01 to 2026-03-05 |" in text
         assert "| files | first.json, second.json |" in text
-        assert len(found.rows) == 2
+        assert len(actual.rows) == 2
 
 
-def test_a_file_of_gpu_py_reads_the_same(tmp_path: Path, rows: dict[str, CellRow]) -> None:
+def test_a_file_of_gpu_py_gives_the_same_report(tmp_path: Path, rows: dict[str, CellRow]) -> None:
     path = tmp_path / "nvidia_h200.json"
     content: dict[str, Any] = {"schema": results.SCHEMA, "machine": MACHINE, "updated": "2026-03-01T12:00:00+00:00"}
     content["rows"] = {name: to_json(row) for name, row in rows.items()}
     path.write_text(json.dumps(content))
     other = file_in(tmp_path, list(rows.values()), "results.json")
-    assert markdown_of(path) == markdown_of(other).replace("results.json", "nvidia_h200.json")
+    assert read_markdown(path) == read_markdown(other).replace("results.json", "nvidia_h200.json")
     path.write_text(json.dumps(content | {"schema": 1}))
     with pytest.raises(results.UnfitError, match="has schema 1; it needs schema 3"):
         results.read(path)
 
 
 def refused(paths: list[Path], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence; nothing is written."""
+    """The sentence of a refused report, which writes nothing."""
     assert report.main([*map(str, paths), "--out", str(folder / "out")]) == 2
     assert not (folder / "out").exists()
-    said = capsys.readouterr()
-    assert not said.out
-    (line,) = said.err.splitlines()
+    messages = capsys.readouterr()
+    assert not messages.out
+    (line,) = messages.err.splitlines()
     return line.removeprefix("nothing was written: ")
 
 
@@ -340,13 +340,13 @@ def test_files_that_are_no_results_are_refused(
     row = rows[str(GRID[0])]
     path = tmp_path / "results.json"
 
-    def of_content(text: str) -> str:
+    def refuse_content(text: str) -> str:
         path.write_text(text)
         return refused([path], tmp_path, capsys)
 
-    assert of_content("{").startswith(f"{path} is not JSON")
-    assert of_content("[1]").startswith(f"{path} has no results")
-    assert of_content('{"a": 1}').startswith(f"{path} has no results")
+    assert refuse_content("{").startswith(f"{path} is not JSON")
+    assert refuse_content("[1]").startswith(f"{path} has no results")
+    assert refuse_content('{"a": 1}').startswith(f"{path} has no results")
     assert "cannot be read: No such file" in refused([tmp_path / "none.json"], tmp_path, capsys)
     assert "has no measured row" in refused([file_in(tmp_path, [])], tmp_path, capsys)
     switched = "CUDA_LAUNCH_BLOCKING is set, which makes every launch wait for its kernel: unset it to measure"
@@ -354,14 +354,15 @@ def test_files_that_are_no_results_are_refused(
     assert refused([path], tmp_path, capsys) == f"{path} has distorted times: {switched}"
     content = json.loads(file_in(tmp_path, [row]).read_text())
     del content["machine_info"]["distorted"]
-    assert "does not describe its machine (distorted missing)" in of_content(json.dumps(content))
+    assert "does not describe its machine (distorted missing)" in refuse_content(json.dumps(content))
     content = json.loads(file_in(tmp_path, [row]).read_text())
-    content["benchmarks"].append({"extra_info": {"slower_by_us": 1.0}})  # of a bench that writes no row
+    content["benchmarks"].append({"extra_info": {"slower_by_us": 1.0}})  # a bench that writes no row
     del content["benchmarks"][0]["extra_info"]["ours"]["timing"]["kernel_ms"]
-    assert of_content(json.dumps(content)).startswith(f"{path}: row {row.id}: Timing has no kernel_ms; another version")
+    error = refuse_content(json.dumps(content))
+    assert error.startswith(f"{path}: row {row.id}: Timing has no kernel_ms; another version")
 
 
-def test_a_write_that_fails_leaves_everything_as_it_was(
+def test_a_failed_write_changes_nothing(
     tmp_path: Path, rows: dict[str, CellRow], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = file_in(tmp_path, [rows[str(GRID[0])]])

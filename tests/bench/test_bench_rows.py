@@ -51,17 +51,17 @@ ROWS: list[Row] = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: type(row).__name__)
-def test_a_row_comes_back_from_its_json(row: Row) -> None:
+def test_a_row_round_trips_through_json(row: Row) -> None:
     assert from_json(json.loads(json.dumps(to_json(row)))) == row
 
 
-def test_a_call_row_is_read_out_of_all_that_its_bench_writes() -> None:
+def test_a_call_row_is_read_from_the_output_of_its_bench() -> None:
     written = {"id": "call-wide-inference", "us": 30.0, "us_spread": 1.0, "eager_us": 20.0, "ratio": 0.7}
     assert from_json(written) == CallRow(id="call-wide-inference", us=30.0, eager_us=20.0)
 
 
 def changed(*path: str, **values: Any) -> dict[str, Any]:
-    """A network's row with other values in a part of it; None takes a field away."""
+    """A network's row with changed values in one part. None removes a field."""
     content = json.loads(json.dumps(to_json(NETWORK)))
     part = content
     for name in path:
@@ -85,7 +85,7 @@ def changed(*path: str, **values: Any) -> dict[str, Any]:
     ],
     ids=["missing", "unknown", "two missing", "another type", "no part", "another kind", "no kind"],
 )
-def test_a_row_with_other_fields_is_refused_in_a_sentence(content: dict[str, Any], reason: str) -> None:
+def test_a_row_with_other_fields_is_refused_in_one_sentence(content: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnfitRowError) as failure:
         from_json(content)
     assert str(failure.value).startswith(f"row {NETWORK.id}: {reason}")

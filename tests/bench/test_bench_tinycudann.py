@@ -1,4 +1,4 @@
-"""The rows beside tiny-cuda-nn, without it and without a GPU: a stand-in has its documented layout in plain torch."""
+"""The rows against tiny-cuda-nn, tested without it and without a GPU, by a plain-torch stand-in of the same layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHASES = ("forward", "training")
 
 
 class Network(nn.Module):
-    """tiny-cuda-nn's: flat float32 `params`, x (M, in) in float32 padded with ones, everything computed in fp16."""
+    """A stand-in for tiny-cuda-nn: flat float32 `params`, float32 x (M, in) padded with ones, computations in fp16."""
 
     def __init__(self, n_input_dims: int, n_output_dims: int, network_config: dict[str, Any], seed: int = 1337) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def pair(problem: Problem = SMALL) -> tuple[bench.Ours, bench.Theirs]:
 def test_the_problems_are_the_narrow_ones_that_fit() -> None:
     cells = [cell for cell, _ in bench.CASES]
     narrow = {cell.problem for cell in GRID if cell.family == "narrow" and cell.problem.dtype == "fp16"}
-    assert {cell.problem for cell in cells} == narrow  # all of today's fit
+    assert {cell.problem for cell in cells} == narrow  # all current problems fit
     assert Problem((16, 64, 64, 16), 2**21, "fp16") in narrow
     assert len(cells) == len(set(map(str, cells))) == 2 * len(narrow)
     assert {cell.phase for cell in cells} == set(PHASES)
@@ -171,7 +171,7 @@ def test_the_bench_itself(disabled: bool) -> None:
     assert ("speedup" in benchmark.extra_info) != disabled
 
 
-def test_both_get_the_same_gradient() -> None:
+def test_both_sides_get_the_same_gradient() -> None:
     ours, theirs = pair()
     assert theirs.network.loss_scale == 1.0
     assert theirs.gradients is ours.gradients
@@ -220,7 +220,7 @@ def test_a_wrong_gradient_fails(layer: int) -> None:
 def test_a_network_without_numbers_fails(value: float) -> None:
     _, theirs = pair()
     with torch.no_grad():
-        theirs.parameters[0][-1 - 15 * 32] = value  # in the output's first row
+        theirs.parameters[0][-1 - 15 * 32] = value  # a weight of the first output
     with pytest.raises(AssertionError, match="differ"):
         theirs.compare(theirs.timed(theirs.network, "forward"), "forward")
 
@@ -259,8 +259,8 @@ def test_a_module_that_is_there_is_loaded(monkeypatch: pytest.MonkeyPatch) -> No
     [(True, "no CUDA device (torch "), (False, "tinycudann is not installed (")],
     ids=["no GPU", "no module"],
 )
-def test_rows_skip_and_say_why(hidden_gpu: bool, reason: str) -> None:
-    """In a process of its own that has no GPU, or believes in one; without tinycudann."""
+def test_rows_are_skipped_with_a_reason(hidden_gpu: bool, reason: str) -> None:
+    """Run in a new process without tinycudann, in which no GPU is visible or one is simulated."""
     program = (
         "import sys, pytest, torch; sys.modules['tinycudann'] = None;"
         f"torch.cuda.is_available = lambda: {not hidden_gpu};"

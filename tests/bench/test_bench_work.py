@@ -24,8 +24,8 @@ def test_work_of_phases() -> None:
 
 
 def test_against_floor() -> None:
-    found = against_floor(Work(flops=2_000_000, bytes=500_000), Ceilings(1e12, 1e12), ms=0.004)
-    assert found.seconds == pytest.approx(2e-6)
-    assert (found.bound, found.ratio) == ("compute", pytest.approx(2.0))
-    assert (found.tflops, found.gbps) == (pytest.approx(0.5), pytest.approx(125.0))
+    actual = against_floor(Work(flops=2_000_000, bytes=500_000), Ceilings(1e12, 1e12), ms=0.004)
+    assert actual.seconds == pytest.approx(2e-6)
+    assert (actual.bound, actual.ratio) == ("compute", pytest.approx(2.0))
+    assert (actual.tflops, actual.gbps) == (pytest.approx(0.5), pytest.approx(125.0))
     assert against_floor(Work(1, 500_000), Ceilings(1e12, 1e12), ms=1.0).bound == "memory"

@@ -24,9 +24,10 @@ from .. import reference
 from ..kernels.activation import parse
 from ..reference import Layer
 from .autograd import plain_gradient
-from .layer_path import LayerPath, Section
+from .layer_path import LayerPath
 from .network_path import NetworkPath
 from .paths import find_path, why_device
+from .section import Section
 
 _SETTINGS = "bool[] biased, str[] activations, ScalarType dtype, str precision, bool? recompute, str backend"
 _library = torch.library.Library("mlp_fused", "DEF")
@@ -47,12 +48,15 @@ class _Settings(NamedTuple):
     recompute: bool | None
     backend: Any
 
-    def path(
+    def section(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], keep: bool
-    ) -> NetworkPath | Section:
+    ) -> tuple[Section, bool]:
+        """All layers as one section, and True if its backward begins with the forward, for which nothing is kept."""
         layers = tuple(map(Layer, weights, biases, map(parse, self.activations)))
         path = find_path(x, layers, self.dtype, self.recompute, self.backend, self.precision, keep)
-        return path.section(0, len(layers)) if isinstance(path, LayerPath) else path
+        if isinstance(path, LayerPath):
+            return path.section(0, len(layers)), bool(self.recompute)
+        return path, False
 
     def of_all(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
         """A bias or None for each layer. (Operators take no None: in a list with None, no tensor gets a gradient.)"""
@@ -63,20 +67,34 @@ class _Settings(NamedTuple):
 def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any) -> tuple[Tensor, list[Tensor]]:
     *of_both, keep = settings
     call = _Settings(*of_both)
-    dtype, all_biases = call.dtype, call.of_all(biases)
+    all_biases = call.of_all(biases)
     reason = why_device(x.device, call.backend)
     if reason is not None and not keep:  # a program that was exported on a GPU runs without one
         return _mlp_by_torch(call, x, weights, all_biases), []
     if reason is not None:
         raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
-    path = call.path(x, weights, all_biases, keep)
-    x, weights, all_biases = x.resolve_neg(), _plain(weights), _plain(all_biases)
-    if isinstance(path, NetworkPath):
-        y, kept = path.forward(x, weights, all_biases, keep and path.stores, None)
-    else:
-        keep = keep and not call.recompute
-        y, _, *kept = path.forward(x.to(dtype), weights, all_biases, keep, None)
-    return y, [tensor for tensor in kept if tensor is not None] if keep else []
+    section, again = call.section(x, weights, all_biases, keep)
+    x = _input_of(section, x)
+    needs = _all_needs(section) if keep and not again else None
+    y, _, *saved = section.forward((x, x, None, *_plain(weights), *_plain(all_biases)), needs)
+    kept = (
+        [] if needs is None else [tensor for name, tensor in zip(section.saved(needs), saved) if name not in NOT_KEPT]
+    )
+    return y, kept
+
+
+NOT_KEPT = ("x", "y")  # saved tensors that are the operator's input and its first output
+
+
+def _all_needs(section: Section) -> tuple[bool, ...]:
+    """The `needs` of an operator's forward, which does not know which gradients are needed."""
+    return (True,) * (1 + len(section.parameters))
+
+
+def _input_of(section: Section, x: Tensor) -> Tensor:
+    """The input as the section's kernels read it. The network path casts it itself."""
+    x = x.resolve_neg()
+    return x if isinstance(section, NetworkPath) else x.to(section.dtype)
 
 
 def _mlp_by_torch(call: _Settings, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -145,12 +163,9 @@ def _mlp_fake(
     y = x.new_empty((rows, weights[-1].shape[0]), dtype=dtype)
     if not keep:
         return y, []
-    path = call.path(x, weights, call.of_all(biases), keep)
-    if call.recompute and isinstance(path, Section):
-        return y, []
-    kept = [x.new_empty(shape, dtype=dtype) for shape in path.kept_shapes(rows)]
-    cast = [weight for weight in weights if weight.dtype != dtype] if isinstance(path, Section) else []
-    return y, kept + [weight.new_empty(weight.shape, dtype=dtype) for weight in cast]
+    section, again = call.section(x, weights, call.of_all(biases), keep)
+    shapes = {} if again else section.saved_shapes(rows, _all_needs(section))
+    return y, [x.new_empty(shape, dtype=dtype) for name, shape in shapes.items() if name not in NOT_KEPT]
 
 
 def _mlp_backward(
@@ -164,27 +179,18 @@ def _mlp_backward(
 ) -> list[Tensor]:
     *of_both, needs = settings
     call = _Settings(*of_both)
-    weights, all_biases, dtype = _plain(weights), _plain(call.of_all(biases)), call.dtype
-    path = call.path(x, weights, all_biases, True)
-    needs_x, *needs_parameters = _of_all_needs(needs, call.biased)
-    parameters = [*weights, *all_biases]
-    dy, x, x_dtype = plain_gradient(dy), x.resolve_neg(), x.dtype
-    y, left = y.contiguous(), iter([tensor.contiguous() for tensor in kept])
-    if isinstance(path, NetworkPath):
-        net = path.network
-        hidden = next(left) if path.stores and net.layers > 1 else None
-        own = y if path.keeps_output else next(left, None)
-        dx, gradients = path.backward(dy, x, hidden, own, parameters, needs_x, needs_parameters, None)
+    weights, all_biases, x_dtype = _plain(weights), _plain(call.of_all(biases)), x.dtype
+    section, again = call.section(x, weights, all_biases, True)
+    parameters, needs = (*weights, *all_biases), tuple(_of_all_needs(needs, call.biased))
+    dy, x = plain_gradient(dy), _input_of(section, x)
+    if again:
+        _, _, *saved = section.forward((x, x, None, *parameters), needs)
     else:
-        x = x.to(dtype)
-        if call.recompute:
-            y, _, hidden, *casts = path.forward(x, weights, all_biases, True, None)
-        else:
-            hidden = next(left) if path.kept_shapes(x.shape[0]) else None
-            casts = [None if weight.dtype == dtype else next(left) for weight in weights]
-        read = [weight if cast is None else cast for weight, cast in zip(weights, casts)]
-        output = y if path.keeps_output else None
-        dx, gradients = path.backward(dy, x, output, hidden, read, needs_x, needs_parameters, None)
+        names = [name for name in section.saved(_all_needs(section)) if name not in NOT_KEPT]
+        kept = [tensor.contiguous() for tensor in kept]
+        named = {"x": x, "y": y.contiguous(), **dict(zip(names, kept, strict=True))}
+        saved = [named[name] for name in section.saved(needs)]
+    dx, *gradients = section.backward(dy, saved, parameters, needs)
     return [gradient for gradient in (None if dx is None else dx.to(x_dtype), *gradients) if gradient is not None]
 
 

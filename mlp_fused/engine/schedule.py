@@ -26,7 +26,7 @@ from ..kernels.tile_config import Problem, TileConfig
 from . import settings
 from .tables import Choice
 
-__all__ = ["Buffer", "Cache", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "named", "read"]
+__all__ = ["Buffer", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "read"]
 
 
 @dataclass(frozen=True)
@@ -370,19 +370,7 @@ def _wait(device: torch.device | None) -> None:
 def read(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
     """(the addresses of tensors, True if all are multiples of 16 bytes)."""
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    return pointers, not functools.reduce(operator.or_, filter(None, pointers), 0) & 15
-
-
-MOST_CACHED = 1024  # the most schedules of one path; then its cache is cleared
-
-
-class Cache(dict[tuple[Any, ...], Schedule]):
-    """The schedules of a path, by the shapes, strides, dtypes and device that they were written for."""
-
-    def __setitem__(self, key: tuple[Any, ...], schedule: Schedule) -> None:
-        if len(self) >= MOST_CACHED:
-            self.clear()
-        super().__setitem__(key, schedule)
+    return pointers, math.gcd(16, *filter(None, pointers)) == 16
 
 
 BY_TORCH = Choice(None, "")
@@ -528,16 +516,3 @@ def _names(operands: Iterable[Any]) -> set[str | None]:
         else:
             names |= _names(operand)
     return names
-
-
-def named(
-    others: Mapping[str, Tensor | None],
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None] = (),
-    first: int = 0,
-) -> dict[str, Tensor | None]:
-    """`others` together with the parameters, which are named "weight[i]" and "bias[i]" with i from `first` on."""
-    parameters = (("weight", weights), ("bias", biases))
-    return dict(others) | {
-        f"{kind}[{index}]": tensor for kind, tensors in parameters for index, tensor in enumerate(tensors, first)
-    }

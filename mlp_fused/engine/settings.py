@@ -141,6 +141,7 @@ linear: Any = torch._C._nn.linear  # takes `out`; a third faster than torch.addm
 addmm_activation = torch._addmm_activation  # a(b + x Wᵀ) with relu or gelu in the library's own epilogue
 profiler_enabled = torch._C._autograd._profiler_enabled
 is_transformed = torch._C._are_functorch_transforms_active  # True under torch.func's transforms
+is_zero_tensor = Tensor._is_zerotensor  # True for zeros without memory. Some gradients are, if they are always zero
 has_function_mode = torch._C._len_torch_function_stack  # the number of active TorchFunctionModes
 
 
@@ -161,15 +162,12 @@ def storage_id(tensor: Tensor) -> int:
     return address
 
 
-def is_zero_tensor(tensor: Tensor) -> bool:
-    """True if a tensor is torch's ZeroTensor, zeros without memory. Some gradients are, if they are always zero."""
-    return tensor._is_zerotensor()
+_functorch = torch._C._functorch
 
 
 def is_batched(tensor: Tensor) -> bool:
     """True if a tensor is batched by vmap."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
 def function_modes() -> list[type]:
@@ -180,11 +178,12 @@ def function_modes() -> list[type]:
 def call_settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
     """All settings on which the choice of a path depends, to compare. (`Decision` compares the tensors.)"""
     return (
+        kind,
         backend,
         recompute,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.is_grad_enabled(),
-        float32_precision(),
+        torch._C._get_fp32_precision_getter("cuda", "matmul"),
         torch._C._are_functorch_transforms_active(),
         forward_ad._current_level,
         torch._C._get_tracing_state(),

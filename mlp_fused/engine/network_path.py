@@ -137,17 +137,15 @@ class NetworkPath(Section):
 
     def _add_forward(self, writer: Writer, kind: str, keep: bool) -> tuple[str | None, str | None]:
         """Add the forward. Returns the names of the hidden layers' saved tensors and of the last pre-activation."""
-        net, rows, tile = self.network, writer.rows, self.forward_tile
+        net, rows = self.network, writer.rows
         y = writer.allocate("y", rows, net.widths[-1])
         kept = writer.allocate("kept", rows * net.starts[-1]) if keep and net.layers > 1 else None
         z = writer.allocate("z", rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "y": y, "weights": weights, "biases": biases, "kept": kept, "z": z, "h": None}
-        operands |= self._seed()
-        run = partial(network_forward, network=net, tile=tile, keeps=self.keeps)
         if rows:
-            flops = self._flops(rows)
-            writer.add(kind, self, operands, ("y", "kept", "z"), run, flops=flops, choice=Choice(tile, ""))
+            writes, flops = ("y", "kept", "z"), self._flops(rows)
+            self._add(writer, kind, network_forward, self.forward_tile, operands, writes, flops)
         return kept, z
 
     # ------------------------------------------------------------ backward
@@ -187,14 +185,13 @@ class NetworkPath(Section):
         """Add one kernel that recomputes the forward and computes every dz, dW and db, and the step that adds sums."""
         net, tile, rows = self.network, self.backward_tile, writer.rows
         assert tile is not None
-        run = partial(network_one_pass, network=net, gradients=wanted, tile=tile, keeps=self.keeps)
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases}
         operands |= {"kept": None, "own": None, "dz": None, "h": None}
-        again = self._flops(rows, end=net.layers - 1 + net.activates_output)
-        flops = again + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
+        recomputed = self._flops(rows, end=net.layers - 1 + net.activates_output)
+        flops = recomputed + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
         sums = network_one_pass_sums(rows, net, wanted, tile)
-        self._add_summed(writer, "network recompute", operands, run, tile, flops, totals, sums)
+        self._add_summed(writer, "network recompute", network_one_pass, tile, operands, flops, wanted, totals, sums)
 
     def _add_one_pass(
         self,
@@ -227,7 +224,7 @@ class NetworkPath(Section):
             goes_below = low > lowest or (low == 0 and dx is not None)
             operands: dict[str, Any] = {"x": "x", "dy": "dy", "dx": None if low else dx, "weights": weights}
             operands |= {"biases": (None,) * net.layers, "kept": kept, "own": own if top else None}
-            operands |= {"dz": dz, "h": None, "partial": whole, **self._seed()}
+            operands |= {"dz": dz, "h": None, "partial": whole}
             moved = {
                 "inputs": tuple(hidden(kept, i - 1) if i else "x" for i in layers),
                 "dz": "dy" if top else hidden(dz, high - 1),
@@ -235,14 +232,12 @@ class NetworkPath(Section):
                 "weights": weights[low if goes_below else low + 1 : high],
                 "dx": hidden(dz, low - 1) if low > lowest else operands["dx"],
                 "partial": tuple(f"d {kind}[{i}]" for i in layers for kind in ("weight", "bias")),
-                **self._seed(),
             }
-            options: dict[str, Any] = {"network": net, "gradients": wanted, "tile": tile, "keeps": self.keeps}
-            run = partial(network_one_pass, **options, group=(low, high))
             flops = self._flops(rows, low if goes_below else low + 1, high)
             flops += sum(self._flops(rows, i, i + 1) for i in layers if wanted.weights[i])
-            writes, choice = ("dx", "dz", "partial"), Choice(tile, "")
-            writer.add("network one pass", self, operands, writes, run, flops=flops, choice=choice, moved=moved)
+            kernel = partial(network_one_pass, gradients=wanted, group=(low, high))
+            writes = ("dx", "dz", "partial")
+            self._add(writer, "network one pass", kernel, tile, operands, writes, flops, moved)
         if totals:
             add_sums(self, writer, whole, totals, sums)
 
@@ -261,20 +256,18 @@ class NetworkPath(Section):
         last = writer.allocate("last", rows, net.widths[-1]) if net.differentiates_output else None
         if last or wanted.lowest + 1 < net.layers or dx:
             assert tile is not None
-            run = partial(network_dgrad, network=net, gradients=wanted, tile=tile, keeps=self.keeps)
             weights, _ = self._parameters(writer)
             operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept, "own": own}
-            operands |= {"dz": dz, "last": last, **self._seed()}
+            operands |= {"dz": dz, "last": last}
             moved = {**operands, "weights": weights if dx else weights[1:]}
+            kernel, writes = partial(network_dgrad, gradients=wanted), ("dx", "dz", "last")
             flops = self._chain_flops(rows, wanted, dx)
-            writes, choice = ("dx", "dz", "last"), Choice(tile, "")
-            writer.add("network dgrad", self, operands, writes, run, flops=flops, choice=choice, moved=moved)
+            self._add(writer, "network dgrad", kernel, tile, operands, writes, flops, moved)
         if totals:
-            run = partial(network_wgrad, network=net, gradients=wanted, tile=self.wgrad_tile, keeps=self.keeps)
+            tile, flops = self.wgrad_tile, self._sum_flops(rows, wanted)
             operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
-            sums = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
-            flops = self._sum_flops(rows, wanted)
-            self._add_summed(writer, "network wgrad", operands, run, self.wgrad_tile, flops, totals, sums)
+            sums = network_wgrad_sums(rows, net, wanted, tile)
+            self._add_summed(writer, "network wgrad", network_wgrad, tile, operands, flops, wanted, totals, sums)
 
     # ------------------------------------------------------------ what the steps share
 
@@ -282,25 +275,38 @@ class NetworkPath(Section):
         self,
         writer: Writer,
         kind: str,
-        operands: Mapping[str, Any],
-        run: Any,
+        kernel: Any,
         tile: TileConfig,
+        operands: Mapping[str, Any],
         flops: int,
+        wanted: Gradients,
         totals: tuple[str, ...],
         sums: Partial,
     ) -> None:
         """Add a kernel that writes partial sums, and the one that adds them."""
         whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
-        moved = {**operands, "partial": totals, **self._seed()}
-        operands = {**operands, "partial": whole, **self._seed()}
-        writes, choice = ("dx", "partial"), Choice(tile, "")
-        writer.add(kind, self, operands, writes, run, flops=flops, choice=choice, moved=moved)
+        kernel, moved = partial(kernel, gradients=wanted), {**operands, "partial": totals}
+        self._add(writer, kind, kernel, tile, {**operands, "partial": whole}, ("dx", "partial"), flops, moved)
         if totals:
             add_sums(self, writer, whole, totals, sums)
 
-    def _seed(self) -> dict[str, str]:
-        """The last operand of a kernel with Dropout: its seed."""
-        return {"seed": "seed"} if self.drops else {}
+    def _add(
+        self,
+        writer: Writer,
+        kind: str,
+        kernel: Any,
+        tile: TileConfig,
+        operands: Mapping[str, Any],
+        writes: tuple[str, ...],
+        flops: int,
+        moved: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add a launch. A kernel with Dropout takes the seed after its other operands."""
+        seed = {"seed": "seed"} if self.drops else {}
+        run = partial(kernel, network=self.network, tile=tile, keeps=self.keeps)
+        moved = {**(operands if moved is None else moved), **seed}
+        operands, choice = {**operands, **seed}, Choice(tile, "")
+        writer.add(kind, self, operands, writes, run, flops=flops, choice=choice, moved=moved)
 
     @property
     def name(self) -> str:

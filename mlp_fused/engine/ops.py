@@ -58,29 +58,33 @@ class _Settings(NamedTuple):
             return path.section(0, len(layers)), bool(self.recompute)
         return path, False
 
-    def of_all(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
+    def biases_of_layers(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
         """A bias or None for each layer. (Operators take no None: in a list with None, no tensor gets a gradient.)"""
         given = iter(biases)
         return [next(given) if has_bias else None for has_bias in self.biased]
 
 
+def _parsed(arguments: tuple[Any, ...]) -> tuple[_Settings, Any]:
+    """(settings, the last argument of the operator) from the arguments after its tensors."""
+    *settings, last = arguments
+    return _Settings(*settings), last
+
+
 def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any) -> tuple[Tensor, list[Tensor]]:
-    *of_both, keep = settings
-    call = _Settings(*of_both)
-    all_biases = call.of_all(biases)
+    call, keep = _parsed(settings)
+    all_biases = call.biases_of_layers(biases)
     reason = why_device(x.device, call.backend)
     if reason is not None and not keep:  # a program that was exported on a GPU runs without one
         return _mlp_by_torch(call, x, weights, all_biases), []
     if reason is not None:
         raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
     section, again = call.section(x, weights, all_biases, keep)
-    x = _input_of(section, x)
+    x = _kernel_input(section, x)
     needs = _all_needs(section) if keep and not again else None
     y, _, *saved = section.forward((x, x, None, *_plain(weights), *_plain(all_biases)), needs)
-    kept = (
-        [] if needs is None else [tensor for name, tensor in zip(section.saved(needs), saved) if name not in NOT_KEPT]
-    )
-    return y, kept
+    if needs is None:
+        return y, []
+    return y, [tensor for name, tensor in zip(section.saved(needs), saved) if name not in NOT_KEPT]
 
 
 NOT_KEPT = ("x", "y")  # saved tensors that are the operator's input and its first output
@@ -91,7 +95,7 @@ def _all_needs(section: Section) -> tuple[bool, ...]:
     return (True,) * (1 + len(section.parameters))
 
 
-def _input_of(section: Section, x: Tensor) -> Tensor:
+def _kernel_input(section: Section, x: Tensor) -> Tensor:
     """The input as the section's kernels read it. The network path casts it itself."""
     x = x.resolve_neg()
     return x if isinstance(section, NetworkPath) else x.to(section.dtype)
@@ -122,11 +126,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def _decompose(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *of_both, _ = settings
-    call = _Settings(*of_both)
+    call, _ = _parsed(settings)
     _, kept = _mlp_fake(x, weights, biases, *settings)
     with _NamesFunctions():
-        return _mlp_by_torch(call, x, weights, call.of_all(biases)), kept
+        return _mlp_by_torch(call, x, weights, call.biases_of_layers(biases)), kept
 
 
 class _NamesFunctions(TorchFunctionMode):
@@ -142,10 +145,10 @@ class _NamesFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _of_all_needs(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:
+def _needs_of_layers(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:
     """The needs of x, of every weight and of every layer's bias. `needs` has only the biases that exist."""
-    of_biases = iter(needs[1 + len(biased) :])
-    return [*needs[: 1 + len(biased)], *(has_bias and next(of_biases) for has_bias in biased)]
+    bias_needs = iter(needs[1 + len(biased) :])
+    return [*needs[: 1 + len(biased)], *(has_bias and next(bias_needs) for has_bias in biased)]
 
 
 def _plain(tensors: Sequence[Any]) -> list[Any]:
@@ -156,14 +159,13 @@ def _plain(tensors: Sequence[Any]) -> list[Any]:
 def _mlp_fake(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *of_both, keep = settings
-    call = _Settings(*of_both)
+    call, keep = _parsed(settings)
     dtype = call.dtype
     rows = x.shape[0]
     y = x.new_empty((rows, weights[-1].shape[0]), dtype=dtype)
     if not keep:
         return y, []
-    section, again = call.section(x, weights, call.of_all(biases), keep)
+    section, again = call.section(x, weights, call.biases_of_layers(biases), keep)
     shapes = {} if again else section.saved_shapes(rows, _all_needs(section))
     return y, [x.new_empty(shape, dtype=dtype) for name, shape in shapes.items() if name not in NOT_KEPT]
 
@@ -177,12 +179,11 @@ def _mlp_backward(
     biases: Sequence[Tensor],
     *settings: Any,
 ) -> list[Tensor]:
-    *of_both, needs = settings
-    call = _Settings(*of_both)
-    weights, all_biases, x_dtype = _plain(weights), _plain(call.of_all(biases)), x.dtype
+    call, needs = _parsed(settings)
+    weights, all_biases, x_dtype = _plain(weights), _plain(call.biases_of_layers(biases)), x.dtype
     section, again = call.section(x, weights, all_biases, True)
-    parameters, needs = (*weights, *all_biases), tuple(_of_all_needs(needs, call.biased))
-    dy, x = plain_gradient(dy), _input_of(section, x)
+    parameters, needs = (*weights, *all_biases), tuple(_needs_of_layers(needs, call.biased))
+    dy, x = plain_gradient(dy), _kernel_input(section, x)
     if again:
         _, _, *saved = section.forward((x, x, None, *parameters), needs)
     else:
@@ -281,7 +282,7 @@ def _mlp_backward_flops(
 ) -> int:
     """2 M N K for each weight's gradient, and for each layer whose input needs a gradient."""
     _, biased, *_, needs = settings
-    layers, needs = len(weights), _of_all_needs(needs, biased)
+    layers, needs = len(weights), _needs_of_layers(needs, biased)
     flops = 0
     for index, (n, k) in enumerate(weights):
         below = any(needs[: 1 + index]) or any(needs[1 + layers : 1 + layers + index])

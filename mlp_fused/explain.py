@@ -27,7 +27,8 @@ from .engine.runs import (
     runs_of,
     stand_in,
 )
-from .engine.schedule import Schedule, Step, Work, named
+from .engine.schedule import Schedule, Step, Work
+from .engine.section import Section
 from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
 from .engine.tables import is_path_outdated
 from .errors import count, listed, whole_number
@@ -60,29 +61,22 @@ def make_schedules(
         dtype: the dtype of the input.
         weights, biases, needs_x: True where the gradient of a weight, of a bias or of the input is wanted.
     """
-    training = any(weights) or any(biases) or needs_x
+    needs = (needs_x, *weights, *biases)
+    section: Section = path if isinstance(path, NetworkPath) else path.section(0, len(layers))
+    if isinstance(path, LayerPath):
+        dtype = path.dtype  # the input is cast before it
     x = torch.empty((rows, layers[0].weight.shape[1]), dtype=dtype, device="meta")
-    dy = torch.empty((rows, layers[-1].weight.shape[0]), dtype=path.dtype, device="meta")
-    needs = [*weights, *biases]
-    parameters = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if path.drops else None
-    if isinstance(path, NetworkPath):
-        forward = path.write_forward(named({"x": x, "seed": seed}, *parameters), rows, training and path.stores)
-        if not training:
-            return forward, None
-        kept = torch.empty(rows * path.network.starts[-1], dtype=path.dtype, device="meta")
-        has_own = path.stores and path.network.activates_output
-        others = {"kept": kept if path.stores and len(layers) > 1 else None, "own": dy if has_own else None}
-        given = named({"dy": dy, "x": x, "seed": seed, **others}, *parameters)
-        return forward, path.write_backward(given, rows, needs_x, needs)
-    section = path.section(0, len(layers))
-    given = named({"x": x.to(path.dtype), "seed": seed}, *parameters)
-    choose = path.choose(device)
-    forward = section.write_forward(given, rows, training, choose)
-    if not training:
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    parameters = dict(zip(section.parameters, [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]))
+    given = {"h": x, "x": x, "seed": seed if path.drops else None, **parameters}
+    forward = section.write_forward(given, rows, needs if any(needs) else None, device)
+    if not any(needs):
         return forward, None
-    given |= {"dy": dy, "y": dy, "kept": dy, "seed": seed}
-    return forward, section.write_backward(given, rows, needs_x, needs, choose)
+    dy = torch.empty((rows, layers[-1].weight.shape[0]), dtype=path.dtype, device="meta")
+    shapes = section.saved_shapes(rows, needs)
+    saved = {name: torch.empty(shape, dtype=path.dtype, device="meta") for name, shape in shapes.items()}
+    given |= {"dy": dy, **saved, "x": given["x"], "seed": given["seed"]}
+    return forward, section.write_backward(given, rows, needs, device)
 
 
 def work(

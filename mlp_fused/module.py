@@ -150,11 +150,9 @@ class FusedSequence(WithBackend, nn.Module):
     def _run(self, run: Run, input: Tensor) -> Tensor:
         """Call one run, by the path of an earlier call if nothing has changed since, else by a new decision."""
         if run.linears:
-            kind = input.device.type if isinstance(input, Tensor) and input.dim() == 2 else ""
-            repeats = kind in ("cuda", "cpu") and not torch.compiler.is_compiling()
-            if repeats:
+            if run.decisions:
                 weights, biases = run.parameters()
-                now = call_settings(kind, self._backend, self._recompute)
+                now = call_settings(run.decisions[0].kind, self._backend, self._recompute)
                 for decision in run.decisions:
                     if decision.holds(input, weights, biases, now):
                         return run_path(input, weights, biases, decision.path)
@@ -163,9 +161,11 @@ class FusedSequence(WithBackend, nn.Module):
             layers = run.layers()
             dtype = check_call(input, layers)
             if paths.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
-                if repeats and not settings.is_watched() and Decision.can_hold(input, weights):
+                weights, biases = run.parameters()
+                if Decision.can_hold(input, weights):
                     path = find_path(input, layers, dtype, self._recompute, self._backend)
                     if not (self._recompute and isinstance(path, LayerPath)):  # those run under torch's checkpoint
+                        now = call_settings(input.device.type, self._backend, self._recompute)
                         run.decisions = [Decision(input, weights, biases, now, path), *run.decisions[:1]]
                         return run_path(input, weights, biases, path)
                 return run_kernels(input, layers, dtype, self._recompute, self._backend)

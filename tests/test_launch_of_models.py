@@ -12,7 +12,7 @@ from launched_models import BF16, GELU, IDENTITY, RELU, SILU, gradients
 from torch import Tensor
 
 from mlp_fused import ACTIVATIONS, FusedMLP, mlp, reference
-from mlp_fused.engine import schedule
+from mlp_fused.engine import section
 from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.paths import find_layers
 from mlp_fused.kernels import (
@@ -152,15 +152,15 @@ def test_a_call_that_repeats_prepares_nothing(path: str, device: str, prepared: 
 def test_the_number_of_cached_schedules_is_bounded(
     path: str, device: str, prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schedule, "MOST_CACHED", 3)
-    caches: list[schedule.Cache] = []
-    inner = schedule.Cache.__setitem__
+    monkeypatch.setattr(section, "MOST_CACHED", 3)
+    caches: list[section.Cache] = []
+    inner = section.Cache.__setitem__
 
-    def note(self: schedule.Cache, *arguments: Any) -> None:
+    def note(self: section.Cache, *arguments: Any) -> None:
         inner(self, *arguments)
         caches.append(self)
 
-    monkeypatch.setattr(schedule.Cache, "__setitem__", note)
+    monkeypatch.setattr(section.Cache, "__setitem__", note)
     model = FusedMLP(12, [16, 8], backend="triton", device=device)
     for rows in (10, 11, 12, 13, 10, 11, 11):
         x = torch.randn(rows, 12, device=device)
@@ -171,7 +171,7 @@ def test_the_number_of_cached_schedules_is_bounded(
 
 def test_threads_share_a_model(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the interpreter, whose grid and `tl` are global: it runs one kernel at a time."""
-    monkeypatch.setattr(schedule, "MOST_CACHED", 3)
+    monkeypatch.setattr(section, "MOST_CACHED", 3)
     model = FusedMLP(12, [16, 7], activation_layer="gelu", backend="triton", device=device)
     data = [torch.randn(rows, 12, device=device) for rows in (14, 5, 16)]
 

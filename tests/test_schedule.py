@@ -185,7 +185,7 @@ def test_a_single_layer_allocates_only_what_it_writes() -> None:
     )
     rows = 4096
     wide = torch.empty(rows, 512, device="meta")
-    given = schedule.named({"dy": wide, "x": wide, "y": None, "kept": None, "seed": None}, [layers[1].weight], first=1)
-    backward = path.section(1, 2).write_backward(given, rows, True, [True, False], path.choose(DEVICES["NVIDIA A100"]))
+    given = {"dy": wide, "x": wide, "weight[1]": layers[1].weight}
+    backward = path.section(1, 2).write_backward(given, rows, (True, True, False), DEVICES["NVIDIA A100"])
     partial = sum(buffer.size for name, buffer in backward.buffers.items() if name == "partial")
     assert backward.workspace_bytes == 4 * (rows * 512 + partial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
-from ..kernels.dropout import SEED_BYTES, Dropout, draw_seed
+from ..kernels.dropout import SEED_BYTES, Dropout, draw_seed, keeps_preactivation
 from ..kernels.layer_forward import pointwise
-from .layer_path import LayerPath, Section
+from .layer_path import LayerPath
 from .network_path import NetworkPath
+from .section import Section
 from .settings import is_batched, is_transformed, is_zero_tensor
 
 __all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_bytes"]
@@ -44,9 +45,11 @@ def run_path(
 def run_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], path: NetworkPath) -> Tensor:
     """Run the network path, x (M, d_0) -> y (M, d_L)."""
     seed = draw_seed(x.device) if path.drops else None
+    y: Tensor
     if path.formulation is None:
-        return path.forward(x, weights, biases, False, seed)[0]
-    y: Tensor = NetworkFunction.call(x, path, seed, *weights, *biases)
+        y, _ = path.forward((x, x, seed, *weights, *biases), None)
+    else:
+        y = SectionFunction.call(path, seed, x, x, *weights, *biases)
     return y
 
 
@@ -69,14 +72,13 @@ def run_layers(
     first = _first_trainable(x, weights, biases) if torch.is_grad_enabled() else end
     h: Tensor = x
     if first:  # the layers before need no gradient and save nothing
-        section = path.section(0, first)
-        h = section.forward(h, weights[:first], biases[:first], False, seed)[0]
+        h = path.section(0, first).forward((h, h, seed, *weights[:first], *biases[:first]), None)[0]
         if first == end:
             return h
     edge = h
     for begin, after in itertools.pairwise(_bounds(path, x.shape[0], first, weights[first].requires_grad)):
         outputs = SectionFunction.call(
-            edge, h, path.section(begin, after), seed, *weights[begin:after], *biases[begin:after]
+            path.section(begin, after), seed, h, edge, *weights[begin:after], *biases[begin:after]
         )
         h, edge = outputs if type(outputs) is tuple else (outputs, outputs)
     return h
@@ -108,30 +110,24 @@ def saved_bytes(
         input_size: bytes of an element of the input.
         needs_x, weights, biases: True where the gradient of the input, of a weight or of a bias is wanted.
     """
-    size = path.dtype.itemsize
-    if isinstance(path, NetworkPath):
-        if path.formulation is None:
-            return 0
-        kept = sum(map(math.prod, path.kept_shapes(rows))) + rows * path.network.widths[-1] * path.keeps_output
-        return rows * path.network.widths[0] * input_size + kept * size + SEED_BYTES * path.drops
-    wanted = [needs_x, *map(operator.or_, weights, biases)]
-    if not any(wanted):
+    if not any((needs_x, *weights, *biases)):
         return 0
-    first = max(0, wanted.index(True) - 1)
-    saved = SEED_BYTES * path.drops
-    for begin, after in itertools.pairwise(_bounds(path, rows, first, weights[first])):
-        section = path.section(begin, after)
-        elements = sum(map(math.prod, section.kept_shapes(rows)))
-        elements += rows * section.layers[0].width_in * _keeps_edge(section, any(wanted[: begin + 1]), weights[begin])
-        elements += rows * section.layers[-1].width_out * section.keeps_output
-        elements += sum(spec.width_in * spec.width_out for spec, cast in zip(section.layers, section.cast) if cast)
-        saved += elements * size
+    if isinstance(path, NetworkPath):
+        sections: list[tuple[Section, tuple[bool, ...]]] = [(path, (needs_x, *weights, *biases))]
+    else:
+        wanted = [needs_x, *map(operator.or_, weights, biases)]
+        first = max(0, wanted.index(True) - 1)
+        sections = [
+            (path.section(begin, after), (any(wanted[: begin + 1]), *weights[begin:after], *biases[begin:after]))
+            for begin, after in itertools.pairwise(_bounds(path, rows, first, weights[first]))
+        ]
+        input_size = path.dtype.itemsize
+    saved = SEED_BYTES * path.drops  # one seed for all sections
+    for section, needs in sections:
+        for name, shape in section.saved_shapes(rows, needs).items():
+            size = input_size if name == "x" else path.dtype.itemsize
+            saved += math.prod(shape) * size * (name != "seed")
     return saved
-
-
-def _keeps_edge(section: Section, needs_edge: bool, needs_weight: bool) -> bool:
-    """True if the edge from below is saved. A single layer needs it only for dW and for the derivative below."""
-    return len(section.layers) > 1 or needs_weight or (needs_edge and section.layers[0].below is not IDENTITY)
 
 
 def _first_trainable(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
@@ -154,27 +150,22 @@ class PlainFunction(torch.autograd.Function):
 
 
 class SectionFunction(PlainFunction):
-    """A section of the layer path: (edge, h, W …, b …) -> h, or (h, edge) if the edge to the next section is z.
+    """A section of the layer path, or a whole network: (h, edge, W …, b …) -> h, or (h, edge).
 
-    The edge from below is the saved tensor of the layer below, z or h itself. Its gradient is dz. The last section
-    returns the network's output, whose gradient is dy.
+    The edge from below is the saved tensor of the layer below, z or h itself. Its gradient is dz. A section returns an
+    edge besides h if the edge is z. The last section returns the network's output, whose gradient is dy. A network has
+    no edges: its input is both h and the edge.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, edge: Tensor, h: Tensor, section: Section, seed: Tensor | None, *parameters: Tensor | None
+        ctx: Any, section: Section, seed: Tensor | None, h: Tensor, edge: Tensor, *parameters: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        count = len(section.layers)
-        weights: Any = parameters[:count]
+        ctx.section = section
         y: Tensor
-        y, z, kept, *casts = section.forward(h, weights, parameters[count:], True, seed)
-        needs_edge, _, _, _, needs_weight, *_ = ctx.needs_input_grad
-        edge_read = edge if _keeps_edge(section, needs_edge, needs_weight) else None
-        if not needs_edge:
-            casts[0] = None
-        save(ctx, parameters, edge_read, y if section.keeps_output else None, kept, seed, *casts)
-        ctx.section, ctx.rows = section, h.shape[0]
+        y, z, *saved = section.forward((h, edge, seed, *parameters), ctx.needs_input_grad[3:])
+        save(ctx, parameters, saved)
         if z is None:
             return y
         ctx.mark_non_differentiable(y)
@@ -182,118 +173,76 @@ class SectionFunction(PlainFunction):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        section: Section = ctx.section
-        needs_edge, _, _, _, *needs = ctx.needs_input_grad
         dy = gradients[-1]
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         dy = plain_gradient(dy)
-        parameters, (edge, y, kept, seed, *casts) = restore(ctx)
-        if wants_torch(dy):
-            dx, dparameters = differentiable_section(ctx, section, edge, parameters, dy, needs_edge, needs, seed)
-        else:
-            x = edge if edge is not None else dy.new_empty((ctx.rows, 0))
-            weights: Sequence[Any] = [weight if cast is None else cast for weight, cast in zip(parameters, casts)]
-            if not needs_edge:  # the first weight is read only to compute the gradient of the edge
-                weights = [None, *weights[1:]]
-            read = [place for place, (weight, cast) in enumerate(zip(weights, casts)) if weight is not cast]
-            check_unchanged(ctx, parameters, read, section.layers[0].index)
-            y, kept = contiguous(y), contiguous(kept)
-            weights = laid_out(weights, section.strides)
-            dx, dparameters = section.backward(dy, x, y, kept, weights, needs_edge, needs, seed)
-        return dx, None, None, None, *dparameters
-
-
-class NetworkFunction(PlainFunction):
-    """A whole network on the network path: (x, W_1 …, b_1 …) -> y."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, path: NetworkPath, seed: Tensor | None, *parameters: Tensor | None) -> Tensor:
-        count = len(parameters) // 2
-        weights: Any = parameters[:count]
-        y, kept = path.forward(x, weights, parameters[count:], path.stores, seed)
-        hidden, z = kept if path.stores else (None, None)
-        save(ctx, parameters, x, hidden, y if path.keeps_output else z, seed)
-        ctx.path = path
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        path: NetworkPath = ctx.path
-        needs_x, _, _, *needs = ctx.needs_input_grad
-        parameters, (x, kept, own, seed) = restore(ctx)
-        dy = plain_gradient(dy)
-        if wants_torch(dy):
-            check_unchanged(ctx, parameters, range(len(parameters)))
-            factors = [
-                dropout_factors(seed, dropout, x.shape[0], width, path.dtype)
-                for dropout, width in zip(path.dropouts, path.network.widths[1:])
-            ]
-            arguments = (path.activations, path.dtype, x, parameters, dy, needs_x, needs)
-            dx, dparameters = differentiable_backward(*arguments, factors or itertools.repeat(None))
-        else:
-            check_unchanged(ctx, parameters, path.parameters_read(needs_x))
-            parameters = laid_out(parameters, path.strides)
-            dx, dparameters = path.backward(dy, x, contiguous(kept), contiguous(own), parameters, needs_x, needs, seed)
-        return dx, None, None, *dparameters
+        section: Section = ctx.section
+        needs = ctx.needs_input_grad[3:]
+        parameters, saved = restore(ctx)
+        names = section.saved(needs)
+        by_torch = wants_torch(dy)
+        if versions(parameters) != ctx.versions:
+            refuse_changed(ctx, parameters, range(len(parameters)) if by_torch else section.parameters_read(needs))
+        if by_torch:
+            return None, None, None, *differentiable_backward(section, dict(zip(names, saved)), parameters, dy, needs)
+        saved = [
+            tensor if name == "x" or tensor.is_contiguous() else tensor.contiguous()  # hooks may change strides
+            for name, tensor in zip(names, saved)
+        ]
+        return None, None, None, *section.backward(dy, saved, laid_out(parameters, section.strides), needs)
 
 
 # ------------------------------------------------------------ what is saved
 
 
-def save(ctx: Any, parameters: Sequence[Tensor | None], *tensors: Tensor | None) -> None:
+def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
     """Save tensors and parameters for backward, with the versions of the parameters.
 
     Parameters that are all leaves are stored on `ctx`, because they live as long as the module. Others are saved by
-    autograd, so that backward frees them. A tensor that is None is not saved, because graph drawers ask every saved
-    tensor for its size.
+    autograd, so that backward frees them.
     """
     are_leaves = False not in [parameter is None or parameter.is_leaf for parameter in parameters]
     ctx.parameters = parameters if are_leaves else None
     ctx.versions = versions(parameters)
     if not are_leaves:
-        tensors += (*parameters,)
-    ctx.absent = [index for index, tensor in enumerate(tensors) if tensor is None]
-    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
+        tensors = [*tensors, *(parameter for parameter in parameters if parameter is not None)]
+    ctx.save_for_backward(*tensors)
 
 
-def restore(ctx: Any) -> tuple[Sequence[Any], list[Any]]:
-    """(parameters, tensors) as they were given to `save`, in the same order, None included."""
-    tensors = list(ctx.saved_tensors)
-    for index in ctx.absent:
-        tensors.insert(index, None)
+def restore(ctx: Any) -> tuple[Sequence[Tensor | None], Sequence[Tensor]]:
+    """(parameters, tensors) as they were given to `save`."""
+    tensors = ctx.saved_tensors
     if ctx.parameters is not None:
         return ctx.parameters, tensors
-    count = len(tensors) - len(ctx.versions)
-    return tensors[count:], tensors[:count]
+    count = len(tensors) - sum(version is not None for version in ctx.versions)
+    parameters = iter(tensors[count:])
+    return [None if version is None else next(parameters) for version in ctx.versions], tensors[:count]
 
 
 def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    """The versions of tensors, by which torch counts in-place changes."""
+    """The versions of tensors, by which torch counts in-place changes; None for a tensor that is None."""
     try:
         return [None if tensor is None else tensor._version for tensor in tensors]
     except RuntimeError:  # tensors created in inference mode have no version
-        return [None if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+        return [None if tensor is None else -1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def check_unchanged(ctx: Any, parameters: Sequence[Any], read: Iterable[int], first: int = 0) -> None:
+def refuse_changed(ctx: Any, parameters: Sequence[Any], read: Iterable[int]) -> None:
     """Raise an error if a parameter that the backward reads was changed in place since the forward.
 
     Args:
         read: the indices in `parameters` that the backward reads.
-        first: the index of their first layer.
 
     Raises:
         RuntimeError: with the wording of torch's own error.
     """
-    before = ctx.versions
+    before, now = ctx.versions, versions(parameters)
     for place in read:
-        if before[place] is not None and before[place] != parameters[place]._version:
-            layers = len(parameters) // 2
-            name = f"{'weight' if place < layers else 'bias'} {first + place % layers}"
+        if before[place] != now[place]:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{name} is at version {parameters[place]._version}; the forward computed with version "
+                f"{ctx.section.parameters[place]} is at version {now[place]}; the forward computed with version "
                 f"{before[place]}; change it after backward, or change a clone of it"
             )
 
@@ -309,11 +258,6 @@ def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequ
         else torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         for tensor, stride in zip(tensors, strides)
     ]
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, made contiguous again if hooks on saved tensors changed its strides."""
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 # ------------------------------------------------------------ gradients
@@ -359,70 +303,47 @@ def activated(z: Tensor, activation: Activation) -> Tensor:
     return differentiable
 
 
-def differentiable_section(
-    ctx: Any,
+def differentiable_backward(
     section: Section,
-    edge: Tensor | None,
+    saved: Mapping[str, Tensor],
     parameters: Sequence[Any],
     dy: Tensor,
-    needs_edge: bool,
     needs: Sequence[bool],
-    seed: Tensor | None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Compute `Section.backward` in plain torch, so that its gradients can be differentiated."""
-    check_unchanged(ctx, parameters, range(len(parameters)), section.layers[0].index)
-    specs, first, rows = section.layers, section.layers[0], dy.shape[0]
-    factors = [dropout_factors(seed, spec.dropout, rows, spec.width_out, section.dtype) for spec in specs]
-    if edge is None:  # the edge of a single layer that needs neither dW nor a derivative was not saved
-        edge = dy.new_zeros((rows, first.width_in))
-    left = dropout_factors(seed, first.dropout_below, rows, first.width_in, section.dtype)
-
-    def output_below(edge: Tensor) -> Tensor:
-        if not needs_edge or (first.below is IDENTITY and left is None):
-            return edge  # if nothing below needs a gradient, the edge is h
-        if first.below_keeps_z:
-            return dropped(first.below(edge), left)
-        output: Tensor = _FromOutput.call(edge, edge.detach(), first.below, left)
-        return output
-
-    activations = [spec.activation for spec in specs]
+) -> list[Tensor | None]:
+    """[dx, dW …, db …] in plain torch, so that they can be differentiated. `saved` are the saved tensors by name."""
+    rows, seed, dtype, widths = dy.shape[0], saved.get("seed"), section.dtype, section.widths
+    activations = list(section.activations)
+    factors = [
+        dropout_factors(seed, dropout, rows, width, dtype)
+        for dropout, width in zip(section.dropouts or [None] * len(activations), widths[1:])
+    ]
     if not section.is_last:  # dy is the gradient of the last layer's z
         activations[-1], factors[-1] = IDENTITY, None
-    return differentiable_backward(
-        activations, section.dtype, edge, parameters, dy, needs_edge, needs, factors, output_below
-    )
-
-
-def differentiable_backward(
-    activations: Sequence[Activation],
-    dtype: torch.dtype,
-    x: Tensor,
-    parameters: Sequence[Any],
-    dy: Tensor,
-    needs_x: bool,
-    needs: Sequence[bool],
-    factors: Iterable[Tensor | None] = itertools.repeat(None),
-    output_below: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx, and the gradients of W_1 …, b_1 …, in plain torch, so that they can be differentiated.
-
-    Args:
-        factors: for each layer, Dropout's mask over 1 - p; or None.
-        output_below: a function from x to the input of the first layer; by default, the input is x.
-    """
-    layers = len(activations)
-    wanted = [needs_x, *needs]
+    x = saved.get("x")
+    if x is None:  # a single layer that needs neither dW nor a derivative has not saved it
+        x = dy.new_zeros((rows, widths[0]))
     with torch.enable_grad():
         # Views, so that a tensor that is given twice has a gradient for each of its uses.
-        given = [tensor.view_as(tensor) if want else tensor for tensor, want in zip((x, *parameters), wanted)]
-        h = (given[0] if output_below is None else output_below(given[0])).to(dtype)
+        given = [tensor.view_as(tensor) if need else tensor for tensor, need in zip((x, *parameters), needs)]
+        h = (output_below(section, given[0], seed) if needs[0] else given[0]).to(dtype)
         cast: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in given[1:]]
-        for weight, bias, activation, left in zip(cast, cast[layers:], activations, factors):
+        for weight, bias, activation, left in zip(cast, cast[len(activations) :], activations, factors):
             h = dropped(activated(F.linear(h, weight, bias), activation), left)
-        inputs = [tensor for tensor, want in zip(given, wanted) if want]
+        inputs = [tensor for tensor, need in zip(given, needs) if need]
         gradients = iter(torch.autograd.grad(h, inputs, dy, create_graph=True))
-    dx, *dparameters = [next(gradients) if want else None for want in wanted]
-    return dx, dparameters
+    return [next(gradients) if need else None for need in needs]
+
+
+def output_below(section: Section, edge: Tensor, seed: Tensor | None) -> Tensor:
+    """The output of the layer below a section, as a function of the edge: z, or the output itself."""
+    below, dropout = section.below, section.dropout_below
+    left = dropout_factors(seed, dropout, edge.shape[0], edge.shape[1], section.dtype)
+    if below is IDENTITY and left is None:
+        return edge
+    if keeps_preactivation(below, dropout):
+        return dropped(below(edge), left)
+    output: Tensor = _FromOutput.call(edge, edge.detach(), below, left)
+    return output
 
 
 class _FromOutput(PlainFunction):
@@ -434,11 +355,12 @@ class _FromOutput(PlainFunction):
     @staticmethod
     def forward(ctx: Any, z: Tensor, h: Tensor, activation: Activation, left: Tensor | None) -> Tensor:
         output = h.clone()
-        save(ctx, (), output, left)
+        ctx.save_for_backward(output, *(() if left is None else (left,)))
         ctx.activation = activation
         return output
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None, None]:
-        _, (h, left) = restore(ctx)
-        return ctx.activation.reference_backward(dropped(dh, left), h, *ctx.activation.values), None, None, None
+        h, *left = ctx.saved_tensors
+        dh = dropped(dh, left[0] if left else None)
+        return ctx.activation.reference_backward(dh, h, *ctx.activation.values), None, None, None

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import devices
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
 from ..kernels.devices import Device
@@ -36,9 +35,10 @@ from .layer_steps import (
     add_wgrad,
     choose_tile,
 )
-from .schedule import Cache, Schedule, Step, Work, Writer, named, read
+from .schedule import Schedule, Step, Work, Writer
+from .section import Cache, Section, parameter_names
 
-__all__ = ["IDENTITY", "SEED", "LayerPath", "Section", "layer_path"]
+__all__ = ["IDENTITY", "SEED", "LayerPath", "LayerSection", "layer_path"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class LayerPath:
     dtype: torch.dtype
     torch_too: bool
     multiply_adds: int
-    sections: dict[tuple[int, int], Section] = field(default_factory=dict, repr=False)
+    sections: dict[tuple[int, int], LayerSection] = field(default_factory=dict, repr=False)
 
     @property
     def activations(self) -> tuple[Activation, ...]:
@@ -72,11 +72,11 @@ class LayerPath:
         """The choice of a tile, or of torch, for the path's problems on a device."""
         return functools.partial(choose_tile, device=device, torch_too=self.torch_too)
 
-    def section(self, first: int, end: int) -> Section:
+    def section(self, first: int, end: int) -> LayerSection:
         """The section of the layers first <= i < end."""
         section = self.sections.get((first, end))
         if section is None:
-            section = self.sections[first, end] = Section(self, first, end)
+            section = self.sections[first, end] = LayerSection(self, first, end)
         return section
 
 
@@ -115,12 +115,12 @@ def room(rows: int, width: int) -> int:
     return -(-rows * width // 64) * 64
 
 
-class Section:
-    """A range of a path's layers, with the schedules that were written for it.
+class LayerSection(Section):
+    """A range of a path's layers.
 
     Attributes:
         layers: the layers of the section.
-        is_last: True if the section's output is the network's output.
+        cast: for each layer, True if its weight is cast to the path's dtype.
     """
 
     def __init__(self, path: LayerPath, first: int, end: int) -> None:
@@ -128,28 +128,23 @@ class Section:
         self.layers = path.layers[first:end]
         self.is_last = end == len(path.layers)
         self.dtype = path.dtype
+        self.below, self.dropout_below = self.layers[0].below, self.layers[0].dropout_below
+        self.activations = [spec.activation for spec in self.layers]
+        self.dropouts = [spec.dropout for spec in self.layers]
+        self.widths = [self.layers[0].width_in, *(spec.width_out for spec in self.layers)]
+        self.parameters = parameter_names(first, end)
+        self.strides = [spec.parameters.weight_stride for spec in self.layers]
+        self.strides += [(spec.parameters.bias_stride,) for spec in self.layers]
         self.cast = [spec.parameters.weight != path.dtype for spec in self.layers]
-        self.cache = Cache()
+        self.cache, self.names = Cache(), {}
 
-    @functools.cached_property
-    def strides(self) -> list[tuple[int, ...]]:
-        """The strides of the weights that the kernels read, after a cast if there is one."""
-        return [
-            (spec.width_in, 1) if cast else spec.parameters.weight_stride for spec, cast in zip(self.layers, self.cast)
-        ]
+    # ------------------------------------------------------------ what is saved
 
-    # ------------------------------------------------------------ what is kept
-
-    @functools.cached_property
+    @property
     def keeps_output(self) -> bool:
         """True if backward reads the network's output, to compute the derivative of the last activation from it."""
         last = self.layers[-1]
         return self.is_last and last.activation is not IDENTITY and not last.keeps_z
-
-    @functools.cached_property
-    def hands_z(self) -> bool:
-        """True if the edge to the next section is z, a tensor besides h."""
-        return not self.is_last and self.layers[-1].keeps_z
 
     def kept(self) -> list[tuple[LayerSpec, bool]]:
         """The layers that save a tensor within the section, with True if that tensor is z, False if it is h."""
@@ -157,10 +152,25 @@ class Section:
         last = self.layers[-1]
         return inner + ([(last, True)] if self.is_last and last.keeps_z else [])
 
-    def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
-        """The shapes of the tensors that a forward saves besides x, y and the weights: one tensor or none."""
-        widths = [spec.width_out for spec, _ in self.kept()]
-        return [(sum(room(rows, width) for width in widths[:-1]) + rows * widths[-1],)] if widths else []
+    def saved_shapes(self, rows: int, needs: Sequence[bool]) -> dict[str, tuple[int, ...]]:
+        needs_x, needs_weight, *_ = needs
+        shapes: dict[str, tuple[int, ...]] = {}
+        # The edge from below. A single layer needs it only for dW and for the derivative below.
+        if len(self.layers) > 1 or needs_weight or (needs_x and self.below is not IDENTITY):
+            shapes["x"] = (rows, self.widths[0])
+        if widths := [spec.width_out for spec, _ in self.kept()]:
+            shapes["kept"] = (sum(room(rows, width) for width in widths[:-1]) + rows * widths[-1],)
+        if self.keeps_output:
+            shapes["y"] = (rows, self.widths[-1])
+        if any(spec.dropout or spec.dropout_below for spec in self.layers):
+            shapes["seed"] = (1,)
+        for spec, cast in zip(self.layers, self.cast):
+            if cast and (needs_x or spec is not self.layers[0]):
+                shapes[f"cast[{spec.index}]"] = (spec.width_out, spec.width_in)
+        return shapes
+
+    def parameters_read(self, needs: Sequence[bool]) -> Sequence[int]:
+        return [place for place, cast in enumerate(self.cast) if not cast and (place or needs[0])]
 
     def _place_kept(self, writer: Writer) -> None:
         """Name the parts of the buffer "kept"."""
@@ -170,37 +180,16 @@ class Section:
             writer.part(name, "kept", start, writer.rows, spec.width_out)
             start += room(writer.rows, spec.width_out)
 
-    # ------------------------------------------------------------ forward
+    # ------------------------------------------------------------ forward and backward
 
-    def forward(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        keep: bool,
-        seed: Tensor | None,
-    ) -> list[Any]:
-        """[y, z, kept, casts …] for x of the path's dtype.
-
-        z is given only if it is the edge. With `keep`, kept is the buffer of the tensors that backward reads besides x,
-        y and the weights. casts are the weights in the path's dtype, for those that have another one. Anything that
-        does not exist is None.
-        """
-        tensors = (x, seed, *weights, *biases)
-        pointers, aligned = read(tensors)
-        key = (keep, aligned, x.shape, x.stride(), x.get_device())
-        schedule = self.cache.get(key)
-        if schedule is None:
-            given = named({"x": x, "seed": seed}, weights, biases, self.layers[0].index)
-            choose = self.path.choose(devices.device_of(x))
-            schedule = self.cache[key] = self.write_forward(given, x.shape[0], keep, choose)
-        return schedule.run(tensors, pointers)
-
-    def write_forward(self, given: Mapping[str, Tensor | None], rows: int, keep: bool, choose: Choose) -> Schedule:
+    def write_forward(
+        self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...] | None, device: Device
+    ) -> Schedule:
         """Write the steps of the forward: z = h W^T + b and h = a(z), layer after layer."""
-        writer = Writer(given, self.dtype, rows)
-        if keep and (shapes := self.kept_shapes(rows)):
-            writer.allocate("kept", *shapes[0])
+        writer, choose = Writer(given, self.dtype, rows), self.path.choose(device)
+        shapes = self.saved_shapes(rows, needs) if needs else {}
+        if "kept" in shapes:
+            writer.allocate("kept", *shapes["kept"])
             self._place_kept(writer)
         casts = [f"cast[{spec.index}]" if cast else None for spec, cast in zip(self.layers, self.cast)]
         for spec, cast in zip(self.layers, casts):
@@ -208,60 +197,34 @@ class Section:
                 add_cast(spec, writer, cast)
         last = self.layers[-1]
         writer.allocate("y", rows, last.width_out)
-        if keep and self.hands_z:
-            writer.allocate(f"z[{last.index}]", rows, last.width_out)
-        below = "x"
+        edge = None  # the edge to the next section, if it is not y
+        if needs and not self.is_last and last.keeps_z:
+            edge = writer.allocate(f"z[{last.index}]", rows, last.width_out)
+        below = "h"
         for place, (spec, cast) in enumerate(zip(self.layers, casts)):
             h = "y" if spec is last else f"h[{spec.index}]"
             if writer.has(h) is None:  # outputs that are not saved alternate between two buffers
                 writer.share(h, f"h {place % 2}", rows, spec.width_out)
-            z = writer.has(f"z[{spec.index}]") if keep else None
+            z = writer.has(f"z[{spec.index}]")
             add_forward(spec, writer, below, cast or f"weight[{spec.index}]", h, z, choose)
             below = h
-        edge = f"z[{last.index}]" if keep and self.hands_z else None
-        return writer.finish("y", edge, writer.has("kept") if keep else None, *casts)
-
-    # ------------------------------------------------------------ backward
+        return writer.finish("y", edge, *shapes)
 
     def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        y: Tensor | None,
-        kept: Tensor | None,
-        weights: Sequence[Tensor | None],
-        needs_x: bool,
-        needs: Sequence[bool],
-        seed: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """(dx, [dW …, db …]), with None for gradients that are not needed.
-
-        Args:
-            dy: the gradient of the network's output. In a section that is not the last, the gradient of its edge: dz.
-            x: the edge from below.
-            y: the output, if `keeps_output` is True.
-            kept: the buffer that `forward` returned.
-            weights: the weights, in the path's dtype and strides. The first may be None if dx is not needed.
-        """
-        tensors = (dy, x, y, kept, seed, *weights)
-        pointers, aligned = read(tensors)
-        key = (needs_x, *needs, aligned, x.shape, x.stride(), x.get_device(), dy.stride())
-        schedule = self.cache.get(key)
-        if schedule is None:
-            given = named({"dy": dy, "x": x, "y": y, "kept": kept, "seed": seed}, weights, first=self.layers[0].index)
-            choose = self.path.choose(devices.device_of(x))
-            schedule = self.cache[key] = self.write_backward(given, x.shape[0], needs_x, needs, choose)
-        dx, *gradients = schedule.run(tensors, pointers)
-        return dx, gradients
+        self, dy: Tensor, saved: Sequence[Tensor], parameters: Sequence[Tensor | None], needs: tuple[bool, ...]
+    ) -> list[Any]:
+        read = self.parameters_read(needs)
+        names = ("dy", *self.saved(needs), *(self.parameters[place] for place in read))
+        return self._run(self.write_backward, names, (dy, *saved, *(parameters[place] for place in read)), needs)
 
     def write_backward(
-        self, given: Mapping[str, Tensor | None], rows: int, needs_x: bool, needs: Sequence[bool], choose: Choose
+        self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...], device: Device
     ) -> Schedule:
         """Write the steps of the backward, from the last layer down: dz of the layer below, then dW and db."""
-        writer = Writer(given, self.dtype, rows)
-        if self.kept_shapes(rows):
-            self._place_kept(writer)
+        writer, choose = Writer(given, self.dtype, rows), self.path.choose(device)
+        self._place_kept(writer)
         count, last = len(self.layers), self.layers[-1]
+        needs_x, *needs_parameters = needs
         dz = "dy"
         if self.is_last and (last.activation is not IDENTITY or last.dropout is not None):
             own = None if last.activation is IDENTITY else writer.has(f"z[{last.index}]") or "y"
@@ -270,13 +233,13 @@ class Section:
         gradients: list[str | None] = [None] * (2 * count)
         for place in reversed(range(count)):
             spec = self.layers[place]
-            needs_weight, needs_bias = needs[place], needs[count + place]
+            needs_weight, needs_bias = needs_parameters[place], needs_parameters[count + place]
             below = self.layers[place - 1] if place else None
             h = "x"
             if below is not None:
                 h = f"{'z' if below.keeps_z else 'h'}[{below.index}]"
             into = None
-            if needs_x or any(needs[:place]) or any(needs[count : count + place]):
+            if any(needs[: 1 + place]) or any(needs_parameters[count : count + place]):
                 if below is None:
                     into = writer.allocate("dx", rows, spec.width_in)
                 else:  # dz alternates between two buffers
@@ -284,7 +247,8 @@ class Section:
                 saved, rebuilt = None if spec.below is IDENTITY else h, None
                 if needs_weight and spec.below_keeps_z:
                     h = rebuilt = writer.share(f"rebuilt[{spec.index}]", "rebuilt", rows, spec.width_in)
-                add_dgrad(spec, writer, dz, f"weight[{spec.index}]", saved, into, rebuilt, choose)
+                weight = writer.has(f"cast[{spec.index}]") or f"weight[{spec.index}]"
+                add_dgrad(spec, writer, dz, weight, saved, into, rebuilt, choose)
             if needs_weight or needs_bias:
                 if needs_weight:
                     gradients[place] = writer.allocate(

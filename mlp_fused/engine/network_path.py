@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..kernels import network
+from ..kernels.devices import Device
 from ..kernels.dropout import Dropout
 from ..kernels.network import Gradients, Network
 from ..kernels.network_backward import network_dgrad, network_wgrad, network_wgrad_sums
@@ -21,7 +21,8 @@ from ..kernels.network_one_pass import network_one_pass, network_one_pass_sums
 from ..kernels.partial_sums import Partial
 from ..kernels.tile_config import TileConfig
 from .layer_steps import add_sums
-from .schedule import Cache, Schedule, Writer, named, read
+from .schedule import Schedule, Writer
+from .section import Cache, Section, parameter_names
 from .tables import Choice
 from .torch_products import zeros_by_torch
 
@@ -40,7 +41,7 @@ SPLIT = {  # the explanation of a precision (see kernels/tile.py)
 
 
 @dataclass(frozen=True, eq=False)
-class NetworkPath:
+class NetworkPath(Section):
     """The network path for some layers on a device: its tiles and its formulation of training, with the reason.
 
     Attributes:
@@ -60,15 +61,20 @@ class NetworkPath:
     wgrad_tile: TileConfig
     groups: tuple[tuple[int, int], ...] = ()
     dropouts: tuple[Dropout | None, ...] = ()
-    cache: Cache = field(default_factory=Cache, repr=False)
+    cache: Cache = field(default_factory=Cache, init=False, repr=False)
+    names: dict[tuple[bool, ...], tuple[str, ...]] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.dtype
-
-    @property
-    def activations(self) -> tuple[Any, ...]:
-        return self.network.activations
+    def __post_init__(self) -> None:
+        net = self.network
+        attributes = {
+            "dtype": net.dtype,
+            "activations": net.activations,
+            "widths": net.widths,
+            "parameters": parameter_names(0, net.layers),
+            "strides": [strides[:2] for strides in net.strides] + [strides[2:] for strides in net.strides],
+        }
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
 
     @property
     def explanation(self) -> str:
@@ -104,120 +110,59 @@ class NetworkPath:
         """True if backward reads the network's output, to compute the last derivative from it."""
         return self.stores and self.network.activates_output and not self.network.keeps_z[-1]
 
-    def kept_shapes(self, rows: int) -> list[tuple[int, ...]]:
-        """The shapes of the tensors that a forward saves besides x and y, all in the network's dtype."""
+    def saved_shapes(self, rows: int, needs: Sequence[bool] = ()) -> dict[str, tuple[int, ...]]:
         net = self.network
-        if not self.stores:
-            return []
-        hidden = [(rows * net.starts[-1],)] if net.layers > 1 else []
-        return hidden + ([(rows, net.widths[-1])] if net.keeps_z[-1] else [])
+        shapes: dict[str, tuple[int, ...]] = {"x": (rows, net.widths[0])}
+        if self.stores and net.layers > 1:
+            shapes["kept"] = (rows * net.starts[-1],)
+        if self.stores and (net.activates_output or net.keeps_z[-1]):
+            shapes["z" if net.keeps_z[-1] else "y"] = (rows, net.widths[-1])
+        if self.drops:
+            shapes["seed"] = (1,)
+        return shapes
 
-    @functools.cached_property
-    def strides(self) -> list[tuple[int, ...]]:
-        """The strides of the weights and then of the biases."""
-        return [each[:2] for each in self.network.strides] + [each[2:] for each in self.network.strides]
-
-    def parameters_read(self, needs_x: bool) -> range:
-        """The indices of the parameters that a backward reads, in the list of weights and then biases."""
+    def parameters_read(self, needs: Sequence[bool]) -> range:
         layers = self.network.layers
-        return range(0 if needs_x else 1, layers) if self.stores else range(2 * layers)
+        return range(0 if needs[0] else 1, layers) if self.stores else range(2 * layers)
 
     # ------------------------------------------------------------ forward
 
-    def forward(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        keep: bool,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """(y, []), or with `keep` (y, [saved tensors of the hidden layers or None, last pre-activation or None]).
-
-        `seed` is the seed of the path's Dropout, None without Dropout.
-        """
-        tensors = (x, seed, *weights, *biases)
-        pointers, aligned = read(tensors)
-        key = (keep, aligned, x.shape, x.stride(), x.dtype, x.get_device())
-        schedule = self.cache.get(key)
-        if schedule is None:
-            given = named({"x": x, "seed": seed}, weights, biases)
-            schedule = self.cache[key] = self.write_forward(given, x.shape[0], keep)
-        y, *kept = schedule.run(tensors, pointers)
-        return y, kept
-
-    def write_forward(self, given: Mapping[str, Tensor | None], rows: int, keep: bool) -> Schedule:
+    def write_forward(
+        self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...] | None, device: Device
+    ) -> Schedule:
         """Write the single step of the forward, which computes all layers."""
         writer = Writer(given, self.dtype, rows)
-        kept, z = self._add_forward(writer, "network forward", keep)
-        return writer.finish("y", *((kept, z) if keep else ()))
+        self._add_forward(writer, "network forward", needs is not None and self.stores)
+        return writer.finish("y", None, *(self.saved_shapes(rows) if needs else ()))
 
     def _add_forward(self, writer: Writer, kind: str, keep: bool) -> tuple[str | None, str | None]:
         """Add the forward. Returns the names of the hidden layers' saved tensors and of the last pre-activation."""
-        net, rows, tile = self.network, writer.rows, self.forward_tile
+        net, rows = self.network, writer.rows
         y = writer.allocate("y", rows, net.widths[-1])
         kept = writer.allocate("kept", rows * net.starts[-1]) if keep and net.layers > 1 else None
         z = writer.allocate("z", rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "y": y, "weights": weights, "biases": biases, "kept": kept, "z": z, "h": None}
-        operands |= self._seed()
-        run = partial(network_forward, network=net, tile=tile, keeps=self.keeps)
         if rows:
-            flops = self._flops(rows)
-            writer.add(kind, self, operands, ("y", "kept", "z"), run, flops=flops, choice=Choice(tile, ""))
+            writes, flops = ("y", "kept", "z"), self._flops(rows)
+            self._add(writer, kind, network_forward, self.forward_tile, operands, writes, flops)
         return kept, z
 
     # ------------------------------------------------------------ backward
 
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        kept: Tensor | None,
-        own: Tensor | None,
-        parameters: Sequence[Tensor | None],
-        needs_x: bool,
-        needs: Sequence[bool],
-        seed: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """(dx, [dW …, db …]), with None for gradients that are not needed.
-
-        Args:
-            kept: the saved tensors of the hidden layers, if the forward stores them.
-            own: the saved tensor of the last layer, z or y, if the forward stores it.
-            parameters: the user's weights, then the biases.
-            seed: the seed that the forward was given.
-        """
-        tensors = (dy, x, kept, own, seed, *parameters)
-        pointers, aligned = read(tensors)
-        key = (needs_x, *needs, aligned, x.shape, x.stride(), x.dtype, x.get_device(), dy.stride())
-        schedule = self.cache.get(key)
-        if schedule is None:
-            count = len(parameters) // 2
-            others = {"dy": dy, "x": x, "kept": kept, "own": own, "seed": seed}
-            given = named(others, parameters[:count], parameters[count:])
-            schedule = self.cache[key] = self.write_backward(given, x.shape[0], needs_x, needs)
-        dx, *gradients = schedule.run(tensors, pointers)
-        return dx, gradients
-
     def write_backward(
-        self, given: Mapping[str, Tensor | None], rows: int, needs_x: bool, needs: Sequence[bool]
+        self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...], device: Device
     ) -> Schedule:
         """Write the backward: one pass; or a step for every dz and one for all dW and db. A last step adds the sums."""
         writer = Writer(given, self.dtype, rows)
         net, layers = self.network, self.network.layers
-        wanted = network.gradients_of(net.widths, tuple(needs[:layers]), tuple(needs[layers:]), needs_x)
-        x = given["x"]
-        assert x is not None
-        dx = writer.allocate("dx", rows, net.widths[0], dtype=x.dtype) if needs_x else None
-        gradients: list[str | None] = []
-        for place, need in enumerate(needs):
-            name = f"weight[{place}]" if place < layers else f"bias[{place - layers}]"
-            parameter = given[name]
-            if not need or parameter is None:
-                gradients.append(None)
-                continue
-            gradients.append(writer.allocate(f"d {name}", *parameter.shape, dtype=parameter.dtype))
+        wanted = network.gradients_of(net.widths, needs[1 : 1 + layers], needs[1 + layers :], needs[0])
+        dx, *gradients = [
+            writer.allocate(f"d {name}", *tensor.shape, dtype=tensor.dtype)
+            if need and (tensor := given[name]) is not None
+            else None
+            for name, need in zip(("x", *self.parameters), needs)
+        ]
         by_layer = (name for pair in zip(gradients[:layers], gradients[layers:]) for name in pair)
         sums = tuple(name for name in by_layer if name is not None)
         if not rows:
@@ -226,7 +171,7 @@ class NetworkPath:
         elif self.formulation == "recompute":
             self._add_recompute(writer, dx, sums, wanted)
         else:
-            kept, own = writer.has("kept"), writer.has("own")
+            kept, own = writer.has("kept"), writer.has("z") or writer.has("y")
             if self.formulation == "replay":
                 kept, z = self._add_forward(writer, "network again", keep=True)
                 own = (z or "y") if net.activates_output else None
@@ -240,14 +185,13 @@ class NetworkPath:
         """Add one kernel that recomputes the forward and computes every dz, dW and db, and the step that adds sums."""
         net, tile, rows = self.network, self.backward_tile, writer.rows
         assert tile is not None
-        run = partial(network_one_pass, network=net, gradients=wanted, tile=tile, keeps=self.keeps)
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases}
         operands |= {"kept": None, "own": None, "dz": None, "h": None}
-        again = self._flops(rows, end=net.layers - 1 + net.activates_output)
-        flops = again + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
+        recomputed = self._flops(rows, end=net.layers - 1 + net.activates_output)
+        flops = recomputed + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
         sums = network_one_pass_sums(rows, net, wanted, tile)
-        self._add_summed(writer, "network recompute", operands, run, tile, flops, totals, sums)
+        self._add_summed(writer, "network recompute", network_one_pass, tile, operands, flops, wanted, totals, sums)
 
     def _add_one_pass(
         self,
@@ -280,22 +224,20 @@ class NetworkPath:
             goes_below = low > lowest or (low == 0 and dx is not None)
             operands: dict[str, Any] = {"x": "x", "dy": "dy", "dx": None if low else dx, "weights": weights}
             operands |= {"biases": (None,) * net.layers, "kept": kept, "own": own if top else None}
-            operands |= {"dz": dz, "h": None, "partial": whole, **self._seed()}
+            operands |= {"dz": dz, "h": None, "partial": whole}
             moved = {
                 "inputs": tuple(hidden(kept, i - 1) if i else "x" for i in layers),
                 "dz": "dy" if top else hidden(dz, high - 1),
                 "own": operands["own"],
                 "weights": weights[low if goes_below else low + 1 : high],
                 "dx": hidden(dz, low - 1) if low > lowest else operands["dx"],
-                "partial": tuple(f"d {each}[{i}]" for i in layers for each in ("weight", "bias")),
-                **self._seed(),
+                "partial": tuple(f"d {kind}[{i}]" for i in layers for kind in ("weight", "bias")),
             }
-            options: dict[str, Any] = {"network": net, "gradients": wanted, "tile": tile, "keeps": self.keeps}
-            run = partial(network_one_pass, **options, group=(low, high))
             flops = self._flops(rows, low if goes_below else low + 1, high)
             flops += sum(self._flops(rows, i, i + 1) for i in layers if wanted.weights[i])
-            writes, choice = ("dx", "dz", "partial"), Choice(tile, "")
-            writer.add("network one pass", self, operands, writes, run, flops=flops, choice=choice, moved=moved)
+            kernel = partial(network_one_pass, gradients=wanted, group=(low, high))
+            writes = ("dx", "dz", "partial")
+            self._add(writer, "network one pass", kernel, tile, operands, writes, flops, moved)
         if totals:
             add_sums(self, writer, whole, totals, sums)
 
@@ -314,20 +256,18 @@ class NetworkPath:
         last = writer.allocate("last", rows, net.widths[-1]) if net.differentiates_output else None
         if last or wanted.lowest + 1 < net.layers or dx:
             assert tile is not None
-            run = partial(network_dgrad, network=net, gradients=wanted, tile=tile, keeps=self.keeps)
             weights, _ = self._parameters(writer)
             operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept, "own": own}
-            operands |= {"dz": dz, "last": last, **self._seed()}
+            operands |= {"dz": dz, "last": last}
             moved = {**operands, "weights": weights if dx else weights[1:]}
+            kernel, writes = partial(network_dgrad, gradients=wanted), ("dx", "dz", "last")
             flops = self._chain_flops(rows, wanted, dx)
-            writes, choice = ("dx", "dz", "last"), Choice(tile, "")
-            writer.add("network dgrad", self, operands, writes, run, flops=flops, choice=choice, moved=moved)
+            self._add(writer, "network dgrad", kernel, tile, operands, writes, flops, moved)
         if totals:
-            run = partial(network_wgrad, network=net, gradients=wanted, tile=self.wgrad_tile, keeps=self.keeps)
+            tile, flops = self.wgrad_tile, self._sum_flops(rows, wanted)
             operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
-            sums = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
-            flops = self._sum_flops(rows, wanted)
-            self._add_summed(writer, "network wgrad", operands, run, self.wgrad_tile, flops, totals, sums)
+            sums = network_wgrad_sums(rows, net, wanted, tile)
+            self._add_summed(writer, "network wgrad", network_wgrad, tile, operands, flops, wanted, totals, sums)
 
     # ------------------------------------------------------------ what the steps share
 
@@ -335,25 +275,38 @@ class NetworkPath:
         self,
         writer: Writer,
         kind: str,
-        operands: Mapping[str, Any],
-        run: Any,
+        kernel: Any,
         tile: TileConfig,
+        operands: Mapping[str, Any],
         flops: int,
+        wanted: Gradients,
         totals: tuple[str, ...],
         sums: Partial,
     ) -> None:
         """Add a kernel that writes partial sums, and the one that adds them."""
         whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
-        moved = {**operands, "partial": totals, **self._seed()}
-        operands = {**operands, "partial": whole, **self._seed()}
-        writes, choice = ("dx", "partial"), Choice(tile, "")
-        writer.add(kind, self, operands, writes, run, flops=flops, choice=choice, moved=moved)
+        kernel, moved = partial(kernel, gradients=wanted), {**operands, "partial": totals}
+        self._add(writer, kind, kernel, tile, {**operands, "partial": whole}, ("dx", "partial"), flops, moved)
         if totals:
             add_sums(self, writer, whole, totals, sums)
 
-    def _seed(self) -> dict[str, str]:
-        """The last operand of a kernel with Dropout: its seed."""
-        return {"seed": "seed"} if self.drops else {}
+    def _add(
+        self,
+        writer: Writer,
+        kind: str,
+        kernel: Any,
+        tile: TileConfig,
+        operands: Mapping[str, Any],
+        writes: tuple[str, ...],
+        flops: int,
+        moved: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add a launch. A kernel with Dropout takes the seed after its other operands."""
+        seed = {"seed": "seed"} if self.drops else {}
+        run = partial(kernel, network=self.network, tile=tile, keeps=self.keeps)
+        moved = {**(operands if moved is None else moved), **seed}
+        operands, choice = {**operands, **seed}, Choice(tile, "")
+        writer.add(kind, self, operands, writes, run, flops=flops, choice=choice, moved=moved)
 
     @property
     def name(self) -> str:

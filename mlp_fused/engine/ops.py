@@ -24,9 +24,10 @@ from .. import reference
 from ..kernels.activation import parse
 from ..reference import Layer
 from .autograd import plain_gradient
-from .layer_path import LayerPath, Section
+from .layer_path import LayerPath
 from .network_path import NetworkPath
 from .paths import find_path, why_device
+from .section import Section
 
 _SETTINGS = "bool[] biased, str[] activations, ScalarType dtype, str precision, bool? recompute, str backend"
 _library = torch.library.Library("mlp_fused", "DEF")
@@ -47,36 +48,57 @@ class _Settings(NamedTuple):
     recompute: bool | None
     backend: Any
 
-    def path(
+    def section(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], keep: bool
-    ) -> NetworkPath | Section:
+    ) -> tuple[Section, bool]:
+        """All layers as one section, and True if its backward begins with the forward, for which nothing is kept."""
         layers = tuple(map(Layer, weights, biases, map(parse, self.activations)))
         path = find_path(x, layers, self.dtype, self.recompute, self.backend, self.precision, keep)
-        return path.section(0, len(layers)) if isinstance(path, LayerPath) else path
+        if isinstance(path, LayerPath):
+            return path.section(0, len(layers)), bool(self.recompute)
+        return path, False
 
-    def of_all(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
+    def biases_of_layers(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
         """A bias or None for each layer. (Operators take no None: in a list with None, no tensor gets a gradient.)"""
         given = iter(biases)
         return [next(given) if has_bias else None for has_bias in self.biased]
 
 
+def _parsed(arguments: tuple[Any, ...]) -> tuple[_Settings, Any]:
+    """(settings, the last argument of the operator) from the arguments after its tensors."""
+    *settings, last = arguments
+    return _Settings(*settings), last
+
+
 def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any) -> tuple[Tensor, list[Tensor]]:
-    *of_both, keep = settings
-    call = _Settings(*of_both)
-    dtype, all_biases = call.dtype, call.of_all(biases)
+    call, keep = _parsed(settings)
+    all_biases = call.biases_of_layers(biases)
     reason = why_device(x.device, call.backend)
     if reason is not None and not keep:  # a program that was exported on a GPU runs without one
         return _mlp_by_torch(call, x, weights, all_biases), []
     if reason is not None:
         raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
-    path = call.path(x, weights, all_biases, keep)
-    x, weights, all_biases = x.resolve_neg(), _plain(weights), _plain(all_biases)
-    if isinstance(path, NetworkPath):
-        y, kept = path.forward(x, weights, all_biases, keep and path.stores, None)
-    else:
-        keep = keep and not call.recompute
-        y, _, *kept = path.forward(x.to(dtype), weights, all_biases, keep, None)
-    return y, [tensor for tensor in kept if tensor is not None] if keep else []
+    section, again = call.section(x, weights, all_biases, keep)
+    x = _kernel_input(section, x)
+    needs = _all_needs(section) if keep and not again else None
+    y, _, *saved = section.forward((x, x, None, *_plain(weights), *_plain(all_biases)), needs)
+    if needs is None:
+        return y, []
+    return y, [tensor for name, tensor in zip(section.saved(needs), saved) if name not in NOT_KEPT]
+
+
+NOT_KEPT = ("x", "y")  # saved tensors that are the operator's input and its first output
+
+
+def _all_needs(section: Section) -> tuple[bool, ...]:
+    """The `needs` of an operator's forward, which does not know which gradients are needed."""
+    return (True,) * (1 + len(section.parameters))
+
+
+def _kernel_input(section: Section, x: Tensor) -> Tensor:
+    """The input as the section's kernels read it. The network path casts it itself."""
+    x = x.resolve_neg()
+    return x if isinstance(section, NetworkPath) else x.to(section.dtype)
 
 
 def _mlp_by_torch(call: _Settings, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -104,11 +126,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def _decompose(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *of_both, _ = settings
-    call = _Settings(*of_both)
+    call, _ = _parsed(settings)
     _, kept = _mlp_fake(x, weights, biases, *settings)
     with _NamesFunctions():
-        return _mlp_by_torch(call, x, weights, call.of_all(biases)), kept
+        return _mlp_by_torch(call, x, weights, call.biases_of_layers(biases)), kept
 
 
 class _NamesFunctions(TorchFunctionMode):
@@ -124,10 +145,10 @@ class _NamesFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _of_all_needs(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:
+def _needs_of_layers(needs: Sequence[bool], biased: Sequence[bool]) -> list[bool]:
     """The needs of x, of every weight and of every layer's bias. `needs` has only the biases that exist."""
-    of_biases = iter(needs[1 + len(biased) :])
-    return [*needs[: 1 + len(biased)], *(has_bias and next(of_biases) for has_bias in biased)]
+    bias_needs = iter(needs[1 + len(biased) :])
+    return [*needs[: 1 + len(biased)], *(has_bias and next(bias_needs) for has_bias in biased)]
 
 
 def _plain(tensors: Sequence[Any]) -> list[Any]:
@@ -138,19 +159,15 @@ def _plain(tensors: Sequence[Any]) -> list[Any]:
 def _mlp_fake(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *of_both, keep = settings
-    call = _Settings(*of_both)
+    call, keep = _parsed(settings)
     dtype = call.dtype
     rows = x.shape[0]
     y = x.new_empty((rows, weights[-1].shape[0]), dtype=dtype)
     if not keep:
         return y, []
-    path = call.path(x, weights, call.of_all(biases), keep)
-    if call.recompute and isinstance(path, Section):
-        return y, []
-    kept = [x.new_empty(shape, dtype=dtype) for shape in path.kept_shapes(rows)]
-    cast = [weight for weight in weights if weight.dtype != dtype] if isinstance(path, Section) else []
-    return y, kept + [weight.new_empty(weight.shape, dtype=dtype) for weight in cast]
+    section, again = call.section(x, weights, call.biases_of_layers(biases), keep)
+    shapes = {} if again else section.saved_shapes(rows, _all_needs(section))
+    return y, [x.new_empty(shape, dtype=dtype) for name, shape in shapes.items() if name not in NOT_KEPT]
 
 
 def _mlp_backward(
@@ -162,29 +179,19 @@ def _mlp_backward(
     biases: Sequence[Tensor],
     *settings: Any,
 ) -> list[Tensor]:
-    *of_both, needs = settings
-    call = _Settings(*of_both)
-    weights, all_biases, dtype = _plain(weights), _plain(call.of_all(biases)), call.dtype
-    path = call.path(x, weights, all_biases, True)
-    needs_x, *needs_parameters = _of_all_needs(needs, call.biased)
-    parameters = [*weights, *all_biases]
-    dy, x, x_dtype = plain_gradient(dy), x.resolve_neg(), x.dtype
-    y, left = y.contiguous(), iter([tensor.contiguous() for tensor in kept])
-    if isinstance(path, NetworkPath):
-        net = path.network
-        hidden = next(left) if path.stores and net.layers > 1 else None
-        own = y if path.keeps_output else next(left, None)
-        dx, gradients = path.backward(dy, x, hidden, own, parameters, needs_x, needs_parameters, None)
+    call, needs = _parsed(settings)
+    weights, all_biases, x_dtype = _plain(weights), _plain(call.biases_of_layers(biases)), x.dtype
+    section, again = call.section(x, weights, all_biases, True)
+    parameters, needs = (*weights, *all_biases), tuple(_needs_of_layers(needs, call.biased))
+    dy, x = plain_gradient(dy), _kernel_input(section, x)
+    if again:
+        _, _, *saved = section.forward((x, x, None, *parameters), needs)
     else:
-        x = x.to(dtype)
-        if call.recompute:
-            y, _, hidden, *casts = path.forward(x, weights, all_biases, True, None)
-        else:
-            hidden = next(left) if path.kept_shapes(x.shape[0]) else None
-            casts = [None if weight.dtype == dtype else next(left) for weight in weights]
-        read = [weight if cast is None else cast for weight, cast in zip(weights, casts)]
-        output = y if path.keeps_output else None
-        dx, gradients = path.backward(dy, x, output, hidden, read, needs_x, needs_parameters, None)
+        names = [name for name in section.saved(_all_needs(section)) if name not in NOT_KEPT]
+        kept = [tensor.contiguous() for tensor in kept]
+        named = {"x": x, "y": y.contiguous(), **dict(zip(names, kept, strict=True))}
+        saved = [named[name] for name in section.saved(needs)]
+    dx, *gradients = section.backward(dy, saved, parameters, needs)
     return [gradient for gradient in (None if dx is None else dx.to(x_dtype), *gradients) if gradient is not None]
 
 
@@ -275,7 +282,7 @@ def _mlp_backward_flops(
 ) -> int:
     """2 M N K for each weight's gradient, and for each layer whose input needs a gradient."""
     _, biased, *_, needs = settings
-    layers, needs = len(weights), _of_all_needs(needs, biased)
+    layers, needs = len(weights), _needs_of_layers(needs, biased)
     flops = 0
     for index, (n, k) in enumerate(weights):
         below = any(needs[: 1 + index]) or any(needs[1 + layers : 1 + layers + index])

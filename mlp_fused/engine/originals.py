@@ -23,24 +23,6 @@ from torch.utils._device import DeviceContext
 from .recognize import functions_called, is_users, look_up
 from .settings import constant_to_compilers, function_modes
 
-__all__ = [
-    "ADDMM",
-    "DROPOUT",
-    "LINEAR",
-    "PARAMETERS",
-    "Code",
-    "Dropout",
-    "Identity",
-    "Linear",
-    "Sequential",
-    "is_dropout_torchs",
-    "why_changed",
-    "why_hidden",
-    "why_method_changed",
-    "why_mode",
-    "why_replaced",
-]
-
 # Torch's own classes, taken at import, in case somebody assigns another class to their names in torch.nn later.
 Dropout, Identity, Linear, Sequential = nn.Dropout, nn.Identity, nn.Linear, nn.Sequential
 # The names of torch's functions that calls of these classes look up.

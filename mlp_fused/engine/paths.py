@@ -41,17 +41,6 @@ from .settings import (
 if TYPE_CHECKING:
     from ..reference import Layer
 
-__all__ = [
-    "forget_tables",
-    "log_once",
-    "network_path",
-    "wants_gradients",
-    "why_device",
-    "why_not",
-    "why_reference",
-    "why_torch",
-]
-
 
 logger = logging.getLogger("mlp_fused")
 
@@ -180,8 +169,8 @@ def _why_torch_here(
     """Call `why_torch` for a torch device. All arguments are values that a compiler can treat as constants."""
     if not _has_measured_networks(kind, index):
         return None
-    of_specs = tuple(map(parse, activations))
-    return why_torch(widths, of_specs, dtype, precision, training, None, devices.describe(kind, index))
+    parsed = tuple(map(parse, activations))
+    return why_torch(widths, parsed, dtype, precision, training, None, devices.describe(kind, index))
 
 
 constant_to_compilers(_why_torch_here)
@@ -439,7 +428,7 @@ def find_network(
     if training is None:
         training = wants_gradients(x, layers)
     parameters = parameters_of(layers)
-    strides = tuple((*each.weight_stride, each.bias_stride) for each in parameters)
+    strides = tuple((*layer.weight_stride, layer.bias_stride) for layer in parameters)
     widths = _widths(x, layers)
     activations = tuple(layer.activation for layer in layers)
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0

@@ -33,7 +33,15 @@ from .originals import (
     why_replaced,
 )
 from .recognize import POINTWISE, find, functions_called, path_of
-from .settings import TensorGuards, are_hooked, has_function_mode, has_global_hooks, has_hooks, is_loaded_instance
+from .settings import (
+    TensorGuards,
+    are_hooked,
+    has_function_mode,
+    has_global_hooks,
+    has_hooks,
+    is_loaded_instance,
+    is_watched,
+)
 
 
 class Parent(Protocol):
@@ -79,6 +87,7 @@ class Decision:
         path: NetworkPath | LayerPath,
     ) -> None:
         self.path = path
+        self.kind = x.device.type
         self.settings = settings
         self.biased = [bias is not None for bias in biases]
         self.all_biased = all(self.biased)
@@ -93,7 +102,14 @@ class Decision:
     @staticmethod
     def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
         """True if the decision for such a call can be kept. Guards do not accept the same tensor twice."""
-        return TensorGuards is not None and not x.is_neg() and len(set(map(id, weights))) == len(weights)
+        return (
+            TensorGuards is not None
+            and not is_watched()
+            and x.dim() == 2
+            and x.device.type in ("cuda", "cpu")
+            and not x.is_neg()
+            and len(set(map(id, weights))) == len(weights)
+        )
 
     def holds(
         self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], settings: tuple[object, ...]

@@ -26,7 +26,7 @@ from ..kernels.tile_config import Problem, TileConfig
 from . import settings
 from .tables import Choice
 
-__all__ = ["Buffer", "Cache", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "named", "read"]
+__all__ = ["Buffer", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "read"]
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Buffer:
     """Memory that a schedule allocates, contiguous unless strides are given; or a part of another buffer.
 
     Attributes:
-        of: the name of the buffer that this one is a part of; None if it is allocated itself.
+        base: the name of the buffer that this one is a part of; None if it is allocated itself.
         start: the offset of the part, in elements of this buffer's dtype.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    of: str | None = None
+    base: str | None = None
     start: int = 0
     strides: tuple[int, ...] | None = None
 
@@ -192,25 +192,25 @@ class Schedule:
         self.returned = tuple(returned)
         self.steps = tuple(steps)
         self.is_aligned = is_aligned
-        allocated = {name: buffer for name, buffer in buffers.items() if buffer.of is None}
-        parts = {name: buffer for name, buffer in buffers.items() if buffer.of is not None}
+        allocated = {name: buffer for name, buffer in buffers.items() if buffer.base is None}
+        parts = {name: buffer for name, buffer in buffers.items() if buffer.base is not None}
         by_torch = _names(operand for step in steps if step.tile is None for operand in step.operands.values())
         viewed = [name for name in parts if name in by_torch]  # torch needs tensors; kernels need pointers only
         parts = {name: parts[name] for name in viewed} | parts
-        groups = dict.fromkeys(each for step in steps for each in step.operands.values() if isinstance(each, tuple))
+        groups = dict.fromkeys(names for step in steps for names in step.operands.values() if isinstance(names, tuple))
         # The index of each operand in the list of pointers. An operand is a tensor, None, or a tuple of tensors.
         self._places: dict[Any, int] = {
             name: place for place, name in enumerate((*self.given, *allocated, None, *parts, *groups))
         }
         self._allocated = list(allocated.values())
         self._templates: list[Tensor] | None = None
-        self._parts = [(self._places[buffer.of], buffer.start * buffer.dtype.itemsize) for buffer in parts.values()]
-        self._views = [(self._places[parts[name].of], parts[name]) for name in viewed]
+        self._parts = [(self._places[buffer.base], buffer.start * buffer.dtype.itemsize) for buffer in parts.values()]
+        self._views = [(self._places[parts[name].base], parts[name]) for name in viewed]
         self._groups = [_take([self._places[name] for name in group]) for group in groups]
         self._returned = [self._places[name] for name in self.returned]
         self._launches: list[Launch | None] = [None] * len(self.steps)
-        self._replay: Replay | None = None
-        self._replays: list[Replay] = []  # for each step
+        self._replays: list[Replay] = []  # of single steps
+        self._program: Program | None = None  # the replay of all steps at once, if memory is always aligned
 
     @property
     def workspace_bytes(self) -> int:
@@ -229,7 +229,7 @@ class Schedule:
             templates = self._templates = self._make_templates(tensors[0])
         allocated = [*map(torch.empty_like, templates)]
         everything = [*tensors, *allocated, None]
-        if self._replay is None or is_hooked():
+        if not self._replays or is_hooked():
             self._run_steps(everything)
         else:
             pointers += map(Tensor.data_ptr, allocated)
@@ -240,12 +240,12 @@ class Schedule:
                 pointers.append(group(pointers))
             for place, part in self._views:
                 everything.append(part.view(everything[place]))
-            if settings.profiler_enabled():
-                for step, replay in zip(self.steps, self._replays):
-                    with torch.profiler.record_function(step.name):
-                        replay(everything, pointers)
+            if self._program is not None and not settings.profiler_enabled():
+                self._program(everything, pointers)
             else:
-                self._replay(everything, pointers)
+                for step, replay in zip(self.steps, self._replays):
+                    with _profiled(step):
+                        replay(everything, pointers)
         return [everything[place] for place in self._returned]
 
     def _make_templates(self, first: Any) -> list[Tensor]:
@@ -265,13 +265,12 @@ class Schedule:
         return templates
 
     def _run_steps(self, everything: list[Tensor | None]) -> None:
-        """Run the steps one by one, name them to the profiler, and keep the launches for a replay."""
+        """Run the steps one by one, and keep the launches for a replay."""
         for place, step in enumerate(self.steps):
-            named = settings.profiler_enabled()
-            with torch.profiler.record_function(step.name) if named else contextlib.nullcontext():
+            with _profiled(step):
                 self._run_step(place, everything)
-        if self._replay is None and not settings.DEBUG:  # a replay could not check results between steps
-            self._remember()
+        if not self._replays and not settings.DEBUG:  # a replay could not check results between steps
+            self._prepare_replays()
 
     def _run_step(self, place: int, everything: list[Tensor | None], pointers: object = None) -> None:
         """Run a step; kernels go through Triton's launcher."""
@@ -287,29 +286,29 @@ class Schedule:
     def _operand(self, everything: list[Tensor | None], operand: Any) -> Any:
         """The tensor with the name `operand`; for a tuple of names, a tuple of tensors."""
         if isinstance(operand, tuple):
-            return tuple(self._operand(everything, each) for each in operand)
+            return tuple(self._operand(everything, name) for name in operand)
         if operand is None:
             return None
         buffer = self.buffers.get(operand)
-        if buffer is None or buffer.of is None:
+        if buffer is None or buffer.base is None:
             return everything[self._places[operand]]
-        return buffer.view(everything[self._places[buffer.of]])
+        return buffer.view(everything[self._places[buffer.base]])
 
-    def _remember(self) -> None:
-        """Prepare the replay of later runs: compiled kernels get new pointers; other steps run as before."""
+    def _prepare_replays(self) -> None:
+        """Prepare later runs: compiled kernels get new pointers; other steps run as before."""
         if any(launch is not None and launch.programs and launch.run is None for launch in self._launches):
             return  # a kernel was only compiled ahead, or runs in the interpreter
         items = list(map(self._item, range(len(self.steps))))
         if self.is_aligned:
-            self._replay, self._replays = Program(items), [Program([item]) for item in items]
-        else:
-            self._replays = [self._checked(place, Program([item])) for place, item in enumerate(items)]
-            self._replay = functools.partial(_replay_all, self._replays)
+            self._program = Program(items)
+        # Last, because other threads replay as soon as it is set.
+        self._replays = [self._replay(place, Program([item])) for place, item in enumerate(items)]
 
-    def _checked(self, place: int, program: Program) -> Replay:
-        """The replay of one step if memory may be misaligned: every run checks whether its launch can be used."""
-        again = functools.partial(self._run_step, place)
-        return functools.partial(_replay_if_aligned, program, again) if program.launches else program
+    def _replay(self, place: int, program: Program) -> Replay:
+        """The replay of one step. If memory may be misaligned, every run checks whether its launch can be used."""
+        if self.is_aligned or not program.launches:
+            return program
+        return functools.partial(_replay_if_aligned, program, functools.partial(self._run_step, place))
 
     def _item(self, place: int) -> Item:
         """A step of a `Program`: the compiled kernel, torch's function, or a kernel through Triton's launcher."""
@@ -323,17 +322,17 @@ class Schedule:
         return lambda tensors: run(*take(tensors))
 
 
-def _replay_if_aligned(program: Program, again: Replay, everything: list[Any], pointers: list[Any]) -> None:
-    """Launch a program of one kernel if its memory is aligned; otherwise call `again`, which runs its step."""
+def _profiled(step: Step) -> contextlib.AbstractContextManager[Any]:
+    """A range of the profiler with the name of a step, if a profiler is active."""
+    return torch.profiler.record_function(step.name) if settings.profiler_enabled() else contextlib.nullcontext()
+
+
+def _replay_if_aligned(program: Program, run_step: Replay, everything: list[Any], pointers: list[Any]) -> None:
+    """Launch a program of one kernel if its memory is aligned; otherwise call `run_step`."""
     ((_, _, _, take, _),) = program.steps
-    flat = (each for pointer in take(pointers) for each in (pointer if type(pointer) is tuple else (pointer,)))
-    is_aligned = not functools.reduce(operator.or_, filter(None, flat), 0) & 15
-    (program if is_aligned else again)(everything, pointers)
-
-
-def _replay_all(replays: Sequence[Replay], everything: list[Any], pointers: list[Any]) -> None:
-    for replay in replays:
-        replay(everything, pointers)
+    nested = (operand if type(operand) is tuple else (operand,) for operand in take(pointers))
+    is_aligned = math.gcd(16, *filter(None, itertools.chain.from_iterable(nested))) == 16
+    (program if is_aligned else run_step)(everything, pointers)
 
 
 def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
@@ -343,7 +342,7 @@ def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
         FloatingPointError: a result is NaN or infinite.
     """
     where = f"{step.layer}, {step.kind}"
-    device = next((each.device for each in operands.values() if isinstance(each, Tensor)), None)
+    device = next((tensor.device for tensor in operands.values() if isinstance(tensor, Tensor)), None)
     _wait(device)  # raises the errors of earlier launches, which are not this step's
     try:
         launch = step.run(**operands)
@@ -370,19 +369,7 @@ def _wait(device: torch.device | None) -> None:
 def read(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
     """(the addresses of tensors, True if all are multiples of 16 bytes)."""
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    return pointers, not functools.reduce(operator.or_, filter(None, pointers), 0) & 15
-
-
-MOST_CACHED = 1024  # the most schedules of one path; then its cache is cleared
-
-
-class Cache(dict[tuple[Any, ...], Schedule]):
-    """The schedules of a path, by the shapes, strides, dtypes and device that they were written for."""
-
-    def __setitem__(self, key: tuple[Any, ...], schedule: Schedule) -> None:
-        if len(self) >= MOST_CACHED:
-            self.clear()
-        super().__setitem__(key, schedule)
+    return pointers, math.gcd(16, *filter(None, pointers)) == 16
 
 
 BY_TORCH = Choice(None, "")
@@ -463,18 +450,18 @@ class Writer:
         self.buffers[name] = Buffer(shape, dtype or self.dtype)
         return name
 
-    def part(self, name: str, of: str, start: int, *shape: int, strides: tuple[int, ...] | None = None) -> str:
+    def part(self, name: str, base: str, start: int, *shape: int, strides: tuple[int, ...] | None = None) -> str:
         """Name a part of an allocated buffer, or of a given tensor of the schedule's dtype."""
-        dtype = self.buffers[of].dtype if of in self.buffers else self.dtype
-        self.buffers[name] = Buffer(shape, dtype, of, start, strides)
+        dtype = self.buffers[base].dtype if base in self.buffers else self.dtype
+        self.buffers[name] = Buffer(shape, dtype, base, start, strides)
         return name
 
-    def share(self, name: str, of: str, *shape: int, dtype: torch.dtype | None = None) -> str:
+    def share(self, name: str, base: str, *shape: int, dtype: torch.dtype | None = None) -> str:
         """Name a use of a buffer that several steps use in turn. The buffer gets the size of its largest use."""
-        shared = self.buffers.get(of)
+        shared = self.buffers.get(base)
         if shared is None or shared.size < math.prod(shape):
-            self.allocate(of, math.prod(shape), dtype=dtype)
-        return self.part(name, of, 0, *shape)
+            self.allocate(base, math.prod(shape), dtype=dtype)
+        return self.part(name, base, 0, *shape)
 
     @functools.cached_property
     def is_aligned(self) -> bool:
@@ -488,7 +475,7 @@ class Writer:
     def _is_describable(self, name: str) -> bool:
         buffer = self.buffers.get(name)
         if buffer is not None:
-            is_aligned = self.is_aligned or buffer.of not in self.given
+            is_aligned = self.is_aligned or buffer.base not in self.given
             return is_aligned and has_descriptor_strides(buffer.stride, buffer.dtype.itemsize)
         tensor = self.given[name]
         assert tensor is not None
@@ -497,20 +484,20 @@ class Writer:
     def finish(self, *returned: str | None) -> Schedule:
         """The finished schedule. Buffers that are neither given nor returned share one allocation, the workspace."""
         used = _names(step.operands.values() for step in self.steps) | set(returned)
-        used |= {buffer.of for name, buffer in self.buffers.items() if name in used}
+        used |= {buffer.base for name, buffer in self.buffers.items() if name in used}
         buffers = {name: buffer for name, buffer in self.buffers.items() if name in used}
         start = 0
-        inner: dict[str, int] = {}  # the offset of each in the workspace, in bytes
+        inner: dict[str, int] = {}  # offsets in the workspace, in bytes
         for name, buffer in buffers.items():
-            if buffer.of is None and name not in returned:
+            if buffer.base is None and name not in returned:
                 inner[name] = start
                 start += -(-buffer.size * buffer.dtype.itemsize // ALIGNMENT) * ALIGNMENT
         placed = {WORKSPACE: Buffer((start // self.dtype.itemsize,), self.dtype)} if inner else {}
         for name, buffer in buffers.items():
-            base = name if buffer.of is None else buffer.of
+            base = name if buffer.base is None else buffer.base
             if base in inner:
                 at = inner[base] // buffer.dtype.itemsize + buffer.start
-                placed[name] = replace(buffer, of=WORKSPACE, start=at)
+                placed[name] = replace(buffer, base=WORKSPACE, start=at)
             else:
                 placed[name] = buffer
         return Schedule(tuple(self.given), placed, returned, self.steps, self.is_aligned)
@@ -528,16 +515,3 @@ def _names(operands: Iterable[Any]) -> set[str | None]:
         else:
             names |= _names(operand)
     return names
-
-
-def named(
-    others: Mapping[str, Tensor | None],
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None] = (),
-    first: int = 0,
-) -> dict[str, Tensor | None]:
-    """`others` together with the parameters, which are named "weight[i]" and "bias[i]" with i from `first` on."""
-    parameters = (("weight", weights), ("bias", biases))
-    return dict(others) | {
-        f"{kind}[{index}]": tensor for kind, tensors in parameters for index, tensor in enumerate(tensors, first)
-    }

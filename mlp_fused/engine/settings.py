@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.jit._trace import is_tracing
-from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+from torch.jit._trace import is_tracing as is_tracing
+from torch.nn.modules.module import _has_any_global_hook
 
 try:
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
@@ -21,39 +21,6 @@ try:
 except ImportError:  # the name is private; without it, every call decides its path again
     TensorGuards = None
 
-__all__ = [
-    "DEBUG",
-    "DEFAULT_BACKEND",
-    "FLOAT32",
-    "HOOKS",
-    "Backend",
-    "TensorGuards",
-    "addmm_activation",
-    "are_hooked",
-    "call_settings",
-    "check_backend",
-    "check_recompute",
-    "compute_dtype",
-    "constant_to_compilers",
-    "end_allocation",
-    "float32_precision",
-    "forward_mode_level",
-    "function_modes",
-    "has_function_mode",
-    "has_global_hooks",
-    "has_hooks",
-    "is_batched",
-    "is_exporting_to_onnx",
-    "is_loaded_instance",
-    "is_tracing",
-    "is_transformed",
-    "is_watched",
-    "is_zero_tensor",
-    "linear",
-    "policy_dtype",
-    "profiler_enabled",
-    "storage_id",
-]
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -64,11 +31,8 @@ def check_backend(backend: object, argument: str = "backend") -> Backend:
     Raises:
         ValueError: it is not "auto", "triton" or "reference".
     """
-    known: Backend
-    for known in get_args(Backend):
-        if backend == known:
-            return known
-    raise ValueError(f"{argument} is {backend!r}; it needs to be one of: {', '.join(get_args(Backend))}")
+    choice: Backend = _one_of(get_args(Backend), backend, argument)
+    return choice
 
 
 def check_recompute(recompute: object) -> bool | None:
@@ -91,11 +55,16 @@ def check_float32(form: object) -> Float32:
     Raises:
         ValueError: it is not "auto" or "ieee".
     """
-    known: Float32
-    for known in get_args(Float32):
-        if form == known:
-            return known
-    raise ValueError(f"MLP_FUSED_FP32 is {form!r}; it needs to be one of: {', '.join(get_args(Float32))}")
+    choice: Float32 = _one_of(get_args(Float32), form, "MLP_FUSED_FP32")
+    return choice
+
+
+def _one_of(choices: tuple[str, ...], value: object, argument: str) -> Any:
+    """The choice that `value` is equal to. Raises ValueError if it is none of them."""
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise ValueError(f"{argument} is {value!r}; it needs to be one of: {', '.join(choices)}")
 
 
 # True: synchronise and check after every kernel. All variables are read once, to save time in every call.
@@ -137,10 +106,12 @@ constant_to_compilers(is_exporting_to_onnx)
 
 # Private names of torch.
 
+has_global_hooks: Callable[[], bool] = _has_any_global_hook
 linear: Any = torch._C._nn.linear  # takes `out`; a third faster than torch.addmm of a weight transposed in Python
 addmm_activation = torch._addmm_activation  # a(b + x Wᵀ) with relu or gelu in the library's own epilogue
 profiler_enabled = torch._C._autograd._profiler_enabled
 is_transformed = torch._C._are_functorch_transforms_active  # True under torch.func's transforms
+is_zero_tensor = Tensor._is_zerotensor  # True for zeros without memory. Some gradients are, if they are always zero
 has_function_mode = torch._C._len_torch_function_stack  # the number of active TorchFunctionModes
 
 
@@ -161,15 +132,12 @@ def storage_id(tensor: Tensor) -> int:
     return address
 
 
-def is_zero_tensor(tensor: Tensor) -> bool:
-    """True if a tensor is torch's ZeroTensor, zeros without memory. Some gradients are, if they are always zero."""
-    return tensor._is_zerotensor()
+_functorch = torch._C._functorch
 
 
 def is_batched(tensor: Tensor) -> bool:
     """True if a tensor is batched by vmap."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
 def function_modes() -> list[type]:
@@ -180,11 +148,12 @@ def function_modes() -> list[type]:
 def call_settings(kind: str, backend: Backend, recompute: bool | None) -> tuple[object, ...]:
     """All settings on which the choice of a path depends, to compare. (`Decision` compares the tensors.)"""
     return (
+        kind,
         backend,
         recompute,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.is_grad_enabled(),
-        float32_precision(),
+        torch._C._get_fp32_precision_getter("cuda", "matmul"),
         torch._C._are_functorch_transforms_active(),
         forward_ad._current_level,
         torch._C._get_tracing_state(),

@@ -56,21 +56,6 @@ from .table_files import (
     read,
 )
 
-__all__ = [
-    "Choice",
-    "choice_for",
-    "forget",
-    "is_path_outdated",
-    "measured",
-    "merge",
-    "packaged_path",
-    "path_for",
-    "preferred",
-    "related",
-    "tile_for",
-    "user_path",
-]
-
 logger = logging.getLogger("mlp_fused")
 
 PACKAGED = Path(layer_tiles.__file__).parent / "tuned"

@@ -12,15 +12,6 @@ from torch import Tensor
 
 from .settings import addmm_activation, linear
 
-__all__ = [
-    "cast_by_torch",
-    "dgrad_by_torch",
-    "linear_by_torch",
-    "linear_relu_by_torch",
-    "wgrad_by_torch",
-    "zeros_by_torch",
-]
-
 _HALVES = (torch.float16, torch.bfloat16)  # the dtypes that torch.mm multiplies into float32
 
 

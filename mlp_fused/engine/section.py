@@ -1,0 +1,137 @@
+"""Sections: the layers of one autograd.Function, with the schedules that were written for them.
+
+A section is a range of a wide network's layers, or the whole of a narrow network.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import devices
+from ..kernels.activation import Activation
+from ..kernels.activations import IDENTITY
+from ..kernels.devices import Device
+from ..kernels.dropout import Dropout
+from .schedule import Schedule, read
+
+__all__ = ["Cache", "Section", "parameter_names"]
+
+MOST_CACHED = 1024  # the most schedules of one section; then its cache is cleared
+
+
+class Cache(dict[tuple[Any, ...], Schedule]):
+    """The schedules of a section, by the shapes, strides, dtypes and device that they were written for."""
+
+    def __setitem__(self, key: tuple[Any, ...], schedule: Schedule) -> None:
+        if len(self) >= MOST_CACHED:
+            self.clear()
+        super().__setitem__(key, schedule)
+
+
+def parameter_names(first: int, end: int) -> tuple[str, ...]:
+    """The names of the weights and then of the biases of the layers first <= i < end."""
+    return tuple(f"{kind}[{index}]" for kind in ("weight", "bias") for index in range(first, end))
+
+
+class Section(abc.ABC):
+    """The layers of one autograd.Function.
+
+    `needs` is a tuple with True for the input, each weight and each bias whose gradient is needed, in this order. It is
+    None for a forward that saves nothing.
+
+    Attributes:
+        dtype: the dtype of the products.
+        activations, dropouts, widths: of the layers. `dropouts` may be empty if no layer has Dropout.
+        below, dropout_below: the activation and the Dropout of the layer below.
+        is_last: True if the output is the network's output.
+        parameters: the names of the weights and then of the biases.
+        strides: the strides of these parameters.
+        cache: the schedules.
+        names: the names of the saved tensors, by `needs`.
+    """
+
+    dtype: torch.dtype
+    activations: Sequence[Activation]
+    dropouts: Sequence[Dropout | None]
+    widths: Sequence[int]
+    below: Activation = IDENTITY
+    dropout_below: Dropout | None = None
+    is_last: bool = True
+    parameters: tuple[str, ...]
+    strides: list[tuple[int, ...]]
+    cache: Cache
+    names: dict[tuple[bool, ...], tuple[str, ...]]
+
+    @abc.abstractmethod
+    def saved_shapes(self, rows: int, needs: Sequence[bool]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that a forward saves besides parameters, by name. "x" is the input."""
+
+    @abc.abstractmethod
+    def parameters_read(self, needs: Sequence[bool]) -> Sequence[int]:
+        """The indices of the parameters whose values a backward reads."""
+
+    @abc.abstractmethod
+    def write_forward(
+        self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...] | None, device: Device
+    ) -> Schedule:
+        """Write the forward. It returns y, z if that is the edge to the next section or else None, and what is saved.
+
+        Args:
+            given: "h", the input; "x", the edge from below; "seed"; and the parameters. None for what does not exist.
+        """
+
+    @abc.abstractmethod
+    def write_backward(
+        self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...], device: Device
+    ) -> Schedule:
+        """Write the backward. It returns the gradients of x, the weights and the biases; None if one is not needed.
+
+        Args:
+            given: "dy", the gradient of y or of the edge to the next section; the saved tensors; and the parameters.
+                Parameters that are not read may be missing.
+        """
+
+    def saved(self, needs: tuple[bool, ...]) -> tuple[str, ...]:
+        """The names of the tensors that a forward saves, besides parameters."""
+        names = self.names.get(needs)
+        if names is None:
+            names = self.names[needs] = tuple(self.saved_shapes(1, needs))
+        return names
+
+    def forward(self, tensors: tuple[Any, ...], needs: tuple[bool, ...] | None) -> list[Any]:
+        """[y, z, saved tensors …] for (h, x, seed, parameters …): see `write_forward`."""
+        return self._run(self.write_forward, ("h", "x", "seed", *self.parameters), tensors, needs)
+
+    def backward(
+        self, dy: Tensor, saved: Sequence[Tensor], parameters: Sequence[Tensor | None], needs: tuple[bool, ...]
+    ) -> list[Any]:
+        """[dx, dW …, db …] for the saved tensors, in their order, and all parameters: see `write_backward`."""
+        return self._run(
+            self.write_backward, ("dy", *self.saved(needs), *self.parameters), (dy, *saved, *parameters), needs
+        )
+
+    def _run(
+        self,
+        write: Callable[..., Schedule],
+        names: tuple[str, ...],
+        tensors: tuple[Any, ...],
+        needs: tuple[bool, ...] | None,
+    ) -> list[Any]:
+        """Run the schedule for tensors like these, which is written once.
+
+        The first two tensors decide. The section fixes the shapes, strides and dtypes of the others.
+        """
+        pointers, aligned = read(tensors)
+        first, second = tensors[0], tensors[:2][-1]
+        stride, dtype = first.stride(), first.dtype
+        key = (names[0], needs, aligned, first.shape, stride, dtype, first.get_device(), second.stride(), second.dtype)
+        schedule = self.cache.get(key)
+        if schedule is None:
+            given = dict(zip(names, tensors, strict=True))
+            schedule = self.cache[key] = write(given, first.shape[0], needs, devices.device_of(first))
+        return schedule.run(tensors, pointers)

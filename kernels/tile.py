@@ -12,7 +12,7 @@ PRECISION is the way in which operands are multiplied:
 - "fp16x3": full fp32 accuracy on tensor cores. Each operand is scaled and split into two fp16 parts, and three of their
   four products are added. The operands of layers are split before (planes.py), those of networks in registers;
 - "fp16x1": the accuracy of tf32. The product of the high parts of "fp16x3", whose mantissas have tf32's 10 bits;
-- "redo": "ieee", for the output tiles alone that "fp16x3" leaves to it (planes.py).
+- "redo": "ieee", for the output tiles alone that planes leave to it (planes.py).
 """
 
 from __future__ import annotations

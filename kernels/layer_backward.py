@@ -18,7 +18,7 @@ from .dropout import Dropout, epilogue_parts, factors, of_launch, reads_output
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 from .partial_sums import Partial, sum_partials
-from .planes import Operand, has_flags, matrix, meets_flags, multiply_planes, plane_operand
+from .planes import PLANES, Operand, has_flags, matrix, meets_flags, multiply_planes, plane_operand
 from .tile import (
     activate,
     differentiate,
@@ -126,7 +126,7 @@ def output_gradient(
 
 @triton.jit(do_not_specialize=["M", "layer"])
 def dgrad_kernel(
-    dz_ptr,  # (M, N); with "fp16x3" and "redo" a tuple, as planes.matrix describes
+    dz_ptr,  # (M, N); a tuple with planes and "redo", as planes.matrix describes
     w_ptr,  # (N, K), as dz
     saved_ptr,  # (M, K), contiguous: the tensor that the layer below saved; None where it has no activation
     dx_ptr,  # (M, K), contiguous
@@ -165,7 +165,7 @@ def dgrad_kernel(
         if not (has_flags(dz_info, M, N, True) | has_flags(w_info, N, K, False)):
             return
         dz_ptr, w_ptr = dz_ptr[0], w_ptr[0]
-    if PRECISION == "fp16x3":
+    if PRECISION == "fp16x3" or PRECISION == "fp16x1":
         dz = plane_operand(dz_ptr, M, N, stride_dm, BLOCK_M, BLOCK_K, True)
         w = plane_operand(w_ptr, K, N, stride_wn, BLOCK_N, BLOCK_K, False)
     else:
@@ -188,9 +188,9 @@ def dgrad_kernel(
             if EARLY and saved_ptr is not None:
                 whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
                 waiting = split_columns(whole, PARTS)
-            if PRECISION == "fp16x3":
+            if PRECISION == "fp16x3" or PRECISION == "fp16x1":
                 product = multiply_planes(
-                    dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False, BY_ROW=True
+                    dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False, True, PRECISION
                 )
             else:
                 product, _ = multiply(
@@ -236,7 +236,7 @@ def dgrad(
 
     Args:
         dz, weight: (M, N) and (N, K), any strides; M, N, K at least 1. Both are tuples if the tile's precision is
-            "fp16x3" or "redo": see `planes.matrix`. The planes of dz have exponents of rows.
+            one of planes, or "redo": see `planes.matrix`. The planes of dz have exponents of rows.
         saved: (M, K), contiguous: the tensor saved for the activation `below`; None for the identity.
         dx: (M, K), contiguous, written. h: (M, K), contiguous, written; or None.
         dropout: the Dropout of the layer below.
@@ -278,7 +278,7 @@ def dgrad(
 
 @triton.jit(do_not_specialize=["M", "chunk", "splits"])
 def wgrad_kernel(
-    dz_ptr,  # (M, N); with "fp16x3" and "redo" a tuple, as planes.matrix describes
+    dz_ptr,  # (M, N); a tuple with planes and "redo", as planes.matrix describes
     h_ptr,  # (M, K), as dz
     dw_ptr,  # (splits, N, K), each split contiguous; None where only db is wanted
     db_ptr,  # (splits, N), each split contiguous; None where it is not wanted
@@ -306,7 +306,7 @@ def wgrad_kernel(
         if not (has_flags(dz_info, M, N, False) | has_flags(h_info, M, K, False)):
             return
         dz_ptr, h_ptr = dz_ptr[0], h_ptr[0]
-    if PRECISION == "fp16x3":
+    if PRECISION == "fp16x3" or PRECISION == "fp16x1":
         dz = plane_operand(dz_ptr, N, M, stride_dm, BLOCK_M, BLOCK_K, False)
         h = plane_operand(h_ptr, K, M, stride_hm, BLOCK_N, BLOCK_K, False)
     else:
@@ -345,8 +345,10 @@ def sum_rows(
 ):  # fmt: skip
     """Store one tile of dW, and of db if it is given, summed over the rows begin <= m < end, at offset `start`."""
     n, k = tile_n * BLOCK_M, tile_k * BLOCK_N
-    if PRECISION == "fp16x3":  # db is summed where dz is split
-        dw = multiply_planes(dz, h, n, k, N, K, end, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False, BY_ROW=True)
+    if PRECISION == "fp16x3" or PRECISION == "fp16x1":  # db is summed where dz is split
+        dw = multiply_planes(
+            dz, h, n, k, N, K, end, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False, True, PRECISION
+        )
     else:
         dw, db = multiply(
             dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
@@ -387,11 +389,11 @@ def wgrad_products(
 
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
-        h: (M, K), any strides; not read if only db is wanted. Both are tuples if the tile's precision is "fp16x3" or
-            "redo": see `planes.matrix`. The planes of dz have exponents of columns.
+        h: (M, K), any strides; not read if only db is wanted. Both are tuples if the tile's precision is one of
+            planes, or "redo": see `planes.matrix`. The planes of dz have exponents of columns.
         dw: (N, K), contiguous, written, of any float dtype; or None. If rows are split: the part of the partial sums
             where those of dW begin.
-        db: (N,), as dw. None with "fp16x3" and "redo": `planes.split` sums the rows.
+        db: (N,), as dw. None with planes and "redo": `planes.split` sums the rows.
         width_in: K; 1 if only db is wanted.
         partial: the result of `wgrad_sums`.
     """
@@ -399,7 +401,7 @@ def wgrad_products(
     of_dz, of_h = matrix(dz), matrix(h)
     (M, N), K = of_dz.shape, width_in
     assert describable(of_dz, of_h) or not tile.descriptors
-    assert db is None or tile.precision not in ("fp16x3", "redo")
+    assert db is None or tile.precision not in (*PLANES, "redo")
     return launch(
         wgrad_kernel,
         tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * partial.splits),

@@ -20,7 +20,7 @@ __all__ = ["layer_forward", "pointwise"]
 
 @triton.jit(do_not_specialize=["M", "layer"])
 def layer_forward_kernel(
-    x_ptr,  # (M, K); with "fp16x3" and "redo" a tuple, as planes.matrix describes
+    x_ptr,  # (M, K); a tuple with planes and "redo", as planes.matrix describes
     w_ptr,  # (N, K), as x
     b_ptr,  # (N,), or None
     h_ptr,  # (M, N), contiguous
@@ -58,7 +58,7 @@ def layer_forward_kernel(
         if not (has_flags(x_info, M, K, True) | has_flags(w_info, N, K, True)):
             return
         x_ptr, w_ptr = x_ptr[0], w_ptr[0]
-    if PRECISION == "fp16x3":
+    if PRECISION == "fp16x3" or PRECISION == "fp16x1":
         x = plane_operand(x_ptr, M, K, stride_xm, BLOCK_M, BLOCK_K, True)
         w = plane_operand(w_ptr, N, K, stride_wn, BLOCK_N, BLOCK_K, True)
     else:
@@ -76,9 +76,9 @@ def layer_forward_kernel(
         tile_m, tile_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m = tile_m * BLOCK_M
         if PRECISION != "redo" or meets_flags(x_info, w_info, m, tile_n * BLOCK_N, 0, K, M, N, K, True, True):
-            if PRECISION == "fp16x3":
+            if PRECISION == "fp16x3" or PRECISION == "fp16x1":
                 product = multiply_planes(
-                    x, w, m, tile_n * BLOCK_N, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True, BY_ROW=False
+                    x, w, m, tile_n * BLOCK_N, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True, False, PRECISION
                 )
             else:
                 product, _ = multiply(
@@ -118,7 +118,7 @@ def layer_forward(
 
     Args:
         x, weight, bias: (M, K), (N, K) and (N,), any strides; bias may be None; M, N, K at least 1. x and weight are
-            tuples if the tile's precision is "fp16x3" or "redo": see `planes.matrix`.
+            tuples if the tile's precision is one of planes, or "redo": see `planes.matrix`.
         h: (M, N), contiguous, written. z: (M, N), contiguous, written; or None.
         precision: torch's setting for fp32, "ieee" or "tf32".
         tile: the tile to use; None: the choice of `layer_tiles.choose`.

@@ -34,10 +34,10 @@ LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 6
 WAITING_WORDS = 32  # the most words of a saved tile that a thread may hold during dgrad's products
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_tile_precision.py).
 SHORTEST_SPLIT = 64
-# "fp16x3", full fp32 from operands that are split into fp16 planes (planes.py): the architectures that it runs on. On
-# an H200 the products, without the splits, were 3.4 to 3.9 times as fast as torch (tests/data/h200/planes.jsonl).
-# There, a block of dz had one exponent. With one for each of its rows, the loop still has 12 wgmma and 3 waits for a
-# block of the reduction, and 3 % more instructions at most (tests/test_kernels_compile.py).
+# fp32 operands that are split into fp16 planes (planes.py): the architectures with such products. On an H200 those of
+# "fp16x3", without the splits, were 3.4 to 3.9 times as fast as torch (tests/data/h200/planes.jsonl). There, a block of
+# dz had one exponent. With one for each of its rows, the loop still has 12 wgmma and 3 waits for a block of the
+# reduction, and 3 % more instructions at most (tests/test_kernels_compile.py).
 PLANES: tuple[int | str, ...] = (90,)
 SHORTEST_PLANES = 256  # the shortest side of a product for which its operands are split
 PLANES_MARGIN = 1.3  # a product by planes runs only if torch's estimated time is this many times its own
@@ -87,13 +87,18 @@ def _candidates(problem: Problem, device: Device, rates: Rates) -> tuple[TileCon
 
 
 def planes_tile(problem: Problem, device: Device) -> TileConfig | None:
-    """The tile for a product in full fp32 from fp16 planes ("fp16x3"); None if it is not meant for this product."""
-    if device.arch not in PLANES or problem.dtype != torch.float32 or problem.precision != "ieee":
+    """The tile for a product of fp32 operands from fp16 planes; None if they are not meant for this product.
+
+    "fp16x3" for full fp32, "fp16x1" where tf32 is allowed.
+    """
+    if device.arch not in PLANES or problem.dtype != torch.float32:
         return None
     if not problem.aligned or min(problem.m, problem.n, problem.k) < SHORTEST_PLANES:
         return None
     parts = 1 if problem.kind == "wgrad" else 4
-    tile = TileConfig(128, 128, 64, 8, 8, 3, precision="fp16x3", descriptors=True, parts=parts)
+    # With one plane, a block of the reduction twice as long leaves the tensor cores half as often.
+    precision, block_k = ("fp16x1", 128) if problem.precision == "tf32" else ("fp16x3", 64)
+    tile = TileConfig(128, 128, block_k, 8, 8, 3, precision=precision, descriptors=True, parts=parts)
     split = min(device.multiprocessors // count_tiles(problem, tile), problem.k // (8 * tile.block_k))
     split = split if problem.kind == "wgrad" and split > 1 else 1
     return dataclasses.replace(tile, split=split, programs=device.multiprocessors)
@@ -114,7 +119,15 @@ def planes_seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
 
 
 def prefers_planes(problem: Problem, tile: TileConfig, device: Device, rates: Rates = RATES) -> bool:
-    """True if a product by planes is so much faster than torch, as estimated, that the backend "auto" uses it."""
+    """True if a product by planes is so much faster than torch, as estimated, that the backend "auto" uses it.
+
+    Never where tf32 is allowed. A sketch of "fp16x1" had one exponent for each row, so that its sums stayed in the
+    tensor cores. From its readings, the products and splits of a training step of 1024 -> 4096 -> 1024 over 8192 rows
+    take 1.02 ms, and torch's products 1.08 ms (NVIDIA H100, torch 2.11, triton 3.6; dgrad counted as a forward of its
+    size). Sums outside the tensor cores take longer.
+    """
+    if problem.precision == "tf32":
+        return False
     return PLANES_MARGIN * planes_seconds(problem, tile, device) <= torch_seconds(problem, device, rates)
 
 

@@ -3,6 +3,8 @@
 x 2^e = high + 2^-11 low                                                              split
 a b = 2^-(e_a + e_b) (high_a high_b + 2^-11 (low_a high_b + high_a low_b))            multiply_planes
 
+With PRECISION "fp16x1" there is no low plane: high has the ten bits of mantissa that tf32 has.
+
 Both planes are fp16. Elements of a block of 128 x 128 share an exponent e, which brings the largest of them to between
 2^14 and 2^15:
 
@@ -19,8 +21,11 @@ the low planes is left out. It is at most 2^-22 |a||b|.
 Error. The planes hold an element to within 2^-23 of itself or 2^-50 of the largest element with the same exponent,
 whichever is more; the first is more for elements above 2^-27 of the largest. (In the second, a largest element below
 2^14 / 2^MOST counts as that.) So the error of an output is at most 2^-21 |a||b|, or for small elements 2^-50 (|a| times
-the largest |b| of each exponent, and the reverse), plus the rounding of sums. A sum of small elements alone would lose
-its bits. That and other limits of the planes are flagged: `split` sets a block's flags
+the largest |b| of each exponent, and the reverse), plus the rounding of sums. The high plane alone holds an element to
+within 2^-11 of itself, as tf32 does, or 2^-39 of that largest.
+
+A sum of small elements alone would lose its bits. That and other limits of the planes are flagged: `split` sets a
+block's flags
 
 - if an element is not finite or at least 2^78;
 - with "blocks", for products that sum along its rows, if the largest element of any row, times 2^e, is smaller than
@@ -50,7 +55,7 @@ from .tile import dot, power_of_two, split_scaled
 from .tile_config import TileConfig
 
 __all__ = [
-    "SIDE", "SPLIT", "Exponents", "Operand", "has_flags", "info_shape", "matrix", "meets_flags",
+    "PLANES", "SIDE", "SPLIT", "Exponents", "Operand", "has_flags", "info_shape", "matrix", "meets_flags",
     "multiply_planes", "plane_operand", "planes_shape", "redo_tile", "split",
 ]  # fmt: skip
 
@@ -85,7 +90,7 @@ def is_small(most, scale):
 @triton.jit(do_not_specialize=["M"])
 def split_kernel(
     x_ptr,  # (M, N)
-    planes_ptr,  # (2, M, N): high, low; each plane M rows of `stride_row` elements
+    planes_ptr,  # (PLANES, M, N): high, low; each plane M rows of `stride_row` elements
     info_ptr,  # as `info_shape` describes
     sums_ptr,  # (blocks of rows, N), contiguous: the sum of each block over its rows; or None
     M,
@@ -93,6 +98,7 @@ def split_kernel(
     stride_m,
     stride_n,
     stride_row,
+    PLANES: tl.constexpr,
     EXPONENTS: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -127,7 +133,8 @@ def split_kernel(
     high, low = split_scaled(value * scale, 2.0**LOW)
     places = rows.to(OFFSET)[:, None] * stride_row + cols[None, :]
     tl.store(planes_ptr + places, high, mask=mask)
-    tl.store(planes_ptr + M.to(tl.int64) * stride_row + places, low, mask=mask)
+    if PLANES == 2:
+        tl.store(planes_ptr + M.to(tl.int64) * stride_row + places, low, mask=mask)
     tl.store(info_ptr + tl.program_id(0), flags)
     COUNT: tl.constexpr = most.shape[0] * most.shape[1]
     numbers = tl.num_programs(0) + tl.program_id(0) * COUNT + tl.arange(0, COUNT)
@@ -138,10 +145,10 @@ def split_kernel(
         tl.store(sums_ptr + block_m.to(OFFSET) * N + cols, tl.sum(few, axis=0), mask=cols < N)
 
 
-def planes_shape(rows: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The shape and strides of the planes of a (rows, width) tensor. Each row is 16-byte aligned."""
+def planes_shape(rows: int, width: int, count: int = 2) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shape and strides of `count` planes of a (rows, width) tensor. Each row is 16-byte aligned."""
     stride = cdiv(width, 8) * 8
-    return (2, rows, width), (rows * stride, stride, 1)
+    return (count, rows, width), (rows * stride, stride, 1)
 
 
 def info_shape(rows: int, width: int, exponents: Exponents = "blocks") -> tuple[int, int, int]:
@@ -155,7 +162,7 @@ def info_shape(rows: int, width: int, exponents: Exponents = "blocks") -> tuple[
 def split(
     x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None, exponents: Exponents = "blocks"
 ) -> Launch | None:
-    """Launch the split of x into two planes, and the sums of its rows if `sums` is given.
+    """Launch the split of x into two planes or one, and the sums of its rows if `sums` is given.
 
     Args:
         x: (M, N), fp32, any strides.
@@ -165,7 +172,7 @@ def split(
     """
     M, N = x.shape
     assert x.dtype == torch.float32
-    assert (planes.shape, planes.stride()) == planes_shape(M, N)
+    assert (planes.shape, planes.stride()) == planes_shape(M, N, planes.shape[0])
     assert info.shape == info_shape(M, N, exponents)
     assert info.is_contiguous()
     assert sums is None or (sums.shape == (info.shape[1], N) and sums.is_contiguous())
@@ -176,11 +183,13 @@ def split(
         SPLIT,
         (x, planes, info, sums),
         (M, N, *x.stride(), planes.stride(1)),
+        PLANES=planes.shape[0],
         EXPONENTS=exponents,
         OFFSET=offset_type(x, planes[0]),
     )
 
 
+PLANES = {"fp16x3": 2, "fp16x1": 1}  # the planes of an operand, by the tile's precision
 Operand = Tensor | tuple[Tensor, Tensor]
 
 
@@ -209,7 +218,8 @@ def plane_operand(
 ):  # fmt: skip
     """(descriptor of the high plane, of the low plane, pointer to the exponents) of an operand, like `tile.operand`.
 
-    BY_K is True if the reduction runs along its rows, False if it runs along its columns.
+    BY_K is True if the reduction runs along its rows, False if it runs along its columns. Without a low plane, its
+    descriptor must not be used.
     """
     high_ptr = operand[0]
     exponents_ptr = operand[1] + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
@@ -263,6 +273,7 @@ def multiply_planes(
     A_BY_K: tl.constexpr,
     B_BY_K: tl.constexpr,
     BY_ROW: tl.constexpr,  # True if each row of the product has exponents of its own in a; False: a block of a has one
+    PRECISION: tl.constexpr,  # "fp16x3", or "fp16x1" for high planes alone
     LOW: tl.constexpr = LOW,
 ):
     """Σ_k a[m, k] b[n, k] over begin <= k < end, (BLOCK_M, BLOCK_N). `begin` is a multiple of BLOCK_K.
@@ -282,13 +293,15 @@ def multiply_planes(
         b_exponent = load_exponents(b_exponents, n, after, N, K, BLOCK_N, B_BY_K, False)
         high_a = a_high.load([m, k]) if A_BY_K else tl.trans(a_high.load([k, m]))
         high_b = tl.trans(b_high.load([n, k])) if B_BY_K else b_high.load([k, n])
-        low_a = a_low.load([m, k]) if A_BY_K else tl.trans(a_low.load([k, m]))
-        low_b = tl.trans(b_low.load([n, k])) if B_BY_K else b_low.load([k, n])
+        if PRECISION == "fp16x3":
+            low_a = a_low.load([m, k]) if A_BY_K else tl.trans(a_low.load([k, m]))
+            low_b = tl.trans(b_low.load([n, k])) if B_BY_K else b_low.load([k, n])
         high = dot(high_a, high_b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
         acc = tl.fma(high, power_of_two(-exponent), acc)  # on other units, while the next products are computed
-        low = dot(low_a, high_b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
-        low = dot(high_a, low_b, low, "ieee")
-        acc = tl.fma(low, power_of_two(-exponent - LOW), acc)
+        if PRECISION == "fp16x3":
+            low = dot(low_a, high_b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), "ieee")
+            low = dot(high_a, low_b, low, "ieee")
+            acc = tl.fma(low, power_of_two(-exponent - LOW), acc)
     return acc
 
 

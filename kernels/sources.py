@@ -158,6 +158,7 @@ def _decide(test: ast.expr, constants: Mapping[str, object]) -> bool | None:
         case ast.BoolOp(op=ast.And(), values=parts):
             return False if any(_decide(part, constants) is False for part in parts) else None
         case ast.BoolOp(op=ast.Or(), values=parts):
-            return True if any(_decide(part, constants) is True for part in parts) else None
+            decided = {_decide(part, constants) for part in parts}
+            return True if True in decided else None if None in decided else False
         case _:
             return None

@@ -265,12 +265,16 @@ def compilations(full: bool) -> list[Compilation]:
             tile = planes_tile(kind, target)
             for launched in (tile, planes.redo_tile(tile)):
                 rows.append(Compilation(kind, target, "float32", "ieee", activation, launched))
+            if target == "NVIDIA H100":
+                tile = planes_tile(kind, target, "tf32")
+                rows.append(Compilation(kind, target, "float32", "tf32", activation, tile))
     return list(dict.fromkeys(rows))
 
 
-def planes_tile(kind: tile_config.Kind, target: str) -> TileConfig:
-    """The tile of "fp16x3" on Hopper; on other targets, where "fp16x3" is not used yet, a tile that fits."""
-    tile = layer_tiles.planes_tile(Problem(kind, 8192, 4096, 1024, torch.float32), DEVICES["NVIDIA H100"])
+def planes_tile(kind: tile_config.Kind, target: str, precision: str = "ieee") -> TileConfig:
+    """The tile of planes on Hopper; on other targets, where planes are not used yet, one that fits."""
+    problem = Problem(kind, 8192, 4096, 1024, torch.float32, precision)
+    tile = layer_tiles.planes_tile(problem, DEVICES["NVIDIA H100"])
     assert tile is not None
     sizes = {
         "NVIDIA A100": {"block_m": 64, "block_k": 32},
@@ -417,10 +421,10 @@ def launch(row: Compilation) -> None:
     dropping: dict[str, Any] = {}
 
     def operand(whole: torch.Tensor, exponents: planes.Exponents = "blocks") -> planes.Operand:
-        if tile.precision not in ("fp16x3", "redo"):
+        if tile.precision not in (*planes.PLANES, "redo"):
             return whole
-        both, info = _split(whole, exponents)
-        return (whole if tile.precision == "redo" else both), info
+        of_planes, info = _split(whole, exponents, planes.PLANES.get(tile.precision, 2))
+        return (whole if tile.precision == "redo" else of_planes), info
 
     if row.dropout:
         dropping = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "dropout": Dropout(0.9, 1)}
@@ -449,11 +453,11 @@ def launch(row: Compilation) -> None:
         layer_backward.wgrad(dz, x, w, b, precision, dataclasses.replace(tile, split=split))
 
 
-def _split(whole: torch.Tensor, exponents: planes.Exponents) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(whole: torch.Tensor, exponents: planes.Exponents, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """The planes of a tensor and their info, without values."""
-    shape, strides = planes.planes_shape(*whole.shape)
-    both = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
-    return both, torch.empty(planes.info_shape(*whole.shape, exponents), dtype=torch.int32, device="meta")
+    shape, strides = planes.planes_shape(*whole.shape, count)
+    of_planes = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
+    return of_planes, torch.empty(planes.info_shape(*whole.shape, exponents), dtype=torch.int32, device="meta")
 
 
 def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
@@ -469,11 +473,12 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
         ptx, waits, instructions = compiled.asm["ptx"], 0, 0
-        slow = "one_pass" in compiled.metadata.name or precision == "fp16x3"
+        slow = "one_pass" in compiled.metadata.name or precision in planes.PLANES
         if slow and "wgmma" in ptx:  # reading machine code takes as long as compiling it
             sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
             waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one a product where these are serialised
-            instructions = count_in_loop(sass) if precision == "fp16x3" else 0
+            by_planes = precision in planes.PLANES and compiled.metadata.name.split("_")[0] != "network"
+            instructions = count_in_loop(sass) if by_planes else 0
     actual = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     assert actual, usage.stdout
     return {

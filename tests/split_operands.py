@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlp_fused.kernels.planes import SIDE, Exponents, Operand, info_shape, planes_shape, redo_tile, split
+from mlp_fused.kernels.planes import PLANES, SIDE, Exponents, Operand, info_shape, planes_shape, redo_tile, split
 from mlp_fused.kernels.tile_config import TileConfig
 
 __all__ = ["Split", "launches", "split_by_kernel"]
@@ -38,12 +38,13 @@ class Split(NamedTuple):
 
     def restored(self) -> Tensor:
         """The values that the planes stand for, in float64."""
-        return (self.planes[0].double() + self.planes[1].double() / 2**11) * torch.exp2(-self.exponents().double())
+        parts = [plane.double() / 2 ** (11 * i) for i, plane in enumerate(self.planes)]
+        return sum(parts) * torch.exp2(-self.exponents().double())
 
 
-def split_by_kernel(x: Tensor, exponents: Exponents = "blocks") -> Split:
-    """Split x."""
-    shape, strides = planes_shape(*x.shape)
+def split_by_kernel(x: Tensor, exponents: Exponents = "blocks", count: int = 2) -> Split:
+    """Split x into so many planes."""
+    shape, strides = planes_shape(*x.shape, count)
     planes = torch.empty_strided(shape, strides, dtype=torch.float16, device=x.device).fill_(torch.nan)
     info = torch.full(info_shape(*x.shape, exponents), -1, dtype=torch.int32, device=x.device)
     sums = torch.full((info.shape[1], x.shape[1]), torch.nan, device=x.device)
@@ -58,9 +59,10 @@ def launches(
 
     `exponents` are those of a.
     """
-    if tile.precision != "fp16x3":
+    if tile.precision not in PLANES:
         yield a, b, tile
         return
-    split_a, split_b = split_by_kernel(a, exponents), split_by_kernel(b)
+    count = PLANES[tile.precision]
+    split_a, split_b = split_by_kernel(a, exponents, count), split_by_kernel(b, count=count)
     yield (split_a.planes, split_a.info), (split_b.planes, split_b.info), tile
     yield (a, split_a.info), (b, split_b.info), redo_tile(tile)

@@ -143,6 +143,19 @@ def test_planes_are_multiplied_without_conversions(sample: dict[str, list[dict[s
         assert actual["instructions"] <= 1.05 * INSTRUCTIONS[row.kernel], actual
 
 
+# The same for one plane of each operand. The sketch of this form has 106 and 115, and all its sums in the tensor cores.
+INSTRUCTIONS_OF_ONE = {"forward": 189, "dgrad": 208, "wgrad": 177}
+
+
+def test_one_plane_takes_one_wait_for_each_block(sample: dict[str, list[dict[str, Any]]]) -> None:
+    rows = [row for row in SAMPLE if row.tile.precision == "fp16x1" and row.target == "NVIDIA H100"]
+    assert {row.kernel for row in rows} == set(GEMMS)
+    for row in rows:
+        (found,) = sample[row.id]
+        assert (found["wgmma"], found["waits"], found["to_16_bits"], found["spills"]) == (8, 1, 0, 0), found
+        assert found["instructions"] <= 1.05 * INSTRUCTIONS_OF_ONE[row.kernel], found
+
+
 def traits(row: Compilation) -> set[tuple[Any, ...]]:
     """The traits of a row: each of its fields and of its tile's, and the combinations that belong together."""
     tile = row.tile

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from cases import Case, check, gradients, make, oracle
+from cases import Case, bound, check, gradients, make, oracle
 from kernel_runs import by_torch, case_id, forward
 from split_operands import launches, split_by_kernel
 from torch import Tensor
@@ -36,6 +36,7 @@ from mlp_fused.reference import Layer
 
 pytestmark = pytest.mark.skipif(ROWS_OF_16_ELEMENTS, reason="rows here are whole 16 bytes, not whole 16 elements")
 
+WIDE = Case(rows=260, widths=(256, 264, 256), activation="relu", output_activation="gelu")
 TILE = TileConfig(64, 64, 32, 8, 4, 1, precision="fp16x3", descriptors=True, parts=2, programs=2)
 PRECISE, COARSE = 2.0**-23, 2.0**-50  # of an element, of the largest element with its exponent
 EXPONENTS: tuple[Exponents, ...] = get_args(Exponents)
@@ -323,6 +324,56 @@ def test_without_redo_small_rows_would_err_more(device: str) -> None:
     assert errors[others].max() < 1e-6
 
 
+ONE_PLANE = replace(TILE, precision="fp16x1")
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "positive": Tensor.abs,
+    "relu": Tensor.relu,
+    "rows over 2^20": lambda x: spread(x, 20, 0),
+    "columns over 2^20": lambda x: spread(x, 0, 20),
+}
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """x rounded to 10 bits of mantissa, of two equally near numbers to the one farther from zero."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("change", INPUTS.values(), ids=INPUTS)
+@every_product
+def test_one_plane_errs_no_more_than_tf32(
+    ours: Product, torchs: Product, draw: Draw, change: Callable[[Tensor], Tensor], device: str
+) -> None:
+    a, b = draw(260, 260, 260)
+    a, b = change(a).to(device), b.to(device)
+    exact, size = torchs(a.double(), b.double()), torchs(a.double().abs(), b.double().abs())
+    found, by_tf32 = ours(a, b, ONE_PLANE), torchs(to_tf32(a).double(), to_tf32(b).double())
+    error, limit = (each.double() - exact for each in (found, by_tf32))
+    assert error.norm() <= 1.05 * limit.norm()
+    for norm in (2, torch.inf):
+        assert torch.linalg.vector_norm(error, norm) <= bound(exact, by_tf32, size, 2.0**-24, norm)
+
+
+@every_product
+def test_one_plane_leaves_what_is_not_finite_to_redo(ours: Product, torchs: Product, draw: Draw, device: str) -> None:
+    a, b = (operand.to(device) for operand in draw(140, 132, 136))
+    a[3, 5], a[7], b[2] = torch.inf, 2.0**90, 2.0**-90
+    for split in (1, 3):
+        found, exact = ours(a, b, replace(ONE_PLANE, split=split)), torchs(a, b)
+        assert found.isfinite().equal(exact.isfinite())
+
+
+def test_a_network_where_tf32_is_allowed(device: str, poisoned: None) -> None:
+    """Each product rounds its operands to 10 bits, which gives a relative error of 2^-12 to 2^-11."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    case = replace(WIDE, activation="gelu")
+    data = make(case, device)
+    ours, true = gradients(data, forward(case, data, "run")), oracle(case, data).values
+    errors = {name: (ours[name].double() - value).norm() / value.norm() for name, value in true.items()}
+    assert max(errors.values()) <= 2.0**-10
+    assert errors["y"] >= 2.0**-14
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.7])
 def test_the_epilogues_are_those_of_the_other_forms(keep: float, device: str) -> None:
     """h, z, dx and the rebuilt h: equal bits, where the products are exact."""
@@ -343,7 +394,6 @@ def test_the_epilogues_are_those_of_the_other_forms(keep: float, device: str) ->
     assert all(ours.equal(others) for ours, others in zip(*found))
 
 
-WIDE = Case(rows=260, widths=(256, 264, 256), activation="relu", output_activation="gelu")
 WIDE_CASES = [
     WIDE,
     replace(WIDE, activation="gelu", output_activation="identity", dropout=0.3),
@@ -427,7 +477,6 @@ def test_planes_are_chosen_for_wide_products_on_hopper() -> None:
     assert precision(replace(PROBLEM, kind="wgrad", m=512, n=512, k=8192)) == "fp16x3"
     for other in (
         replace(PROBLEM, dtype=torch.bfloat16),
-        replace(PROBLEM, precision="tf32"),
         replace(PROBLEM, aligned=False),
         replace(PROBLEM, n=layer_tiles.SHORTEST_PLANES - 4),
     ):
@@ -435,6 +484,21 @@ def test_planes_are_chosen_for_wide_products_on_hopper() -> None:
     assert precision(PROBLEM, device=DEVICES["NVIDIA A100"]) != "fp16x3"
     assert precision(PROBLEM, torch_too=True) == "fp16x3"
     assert precision(replace(PROBLEM, kind="dgrad"), torch_too=True) == "fp16x3"
+
+
+def test_where_tf32_is_allowed_one_plane_has_to_be_asked_for() -> None:
+    allowed = replace(PROBLEM, precision="tf32")
+    assert precision(allowed) == "fp16x1"
+    assert precision(allowed, float32="ieee") == "tf32"
+    assert precision(allowed, torch_too=True) is None
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    steps = explained(1024, 4096, 1024).runs[0].kernels
+    assert {step.tile.precision for step in steps if step.problem} == {"fp16x1"}
+    splits = [step.work.bytes for step in steps if step.kind == "split"]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    of_two = [step.work.bytes for step in explained(1024, 4096, 1024).runs[0].kernels if step.kind == "split"]
+    # 4 bytes of an element are read, and 2 or 4 are written.
+    assert all(one == pytest.approx(two * 6 / 8, rel=0.02) for one, two in zip(splits, of_two, strict=True))
 
 
 def precision(

@@ -5,7 +5,7 @@ dz = dh ⊙ a'(saved)                                  output_gradient, for the 
 dz_below = (dz W) ⊙ a_below'(saved_below)            dgrad
 dW = dz^T h_below, db = Σ_rows dz                    wgrad
 
-In full fp32, a product may take operands that are split into fp16 planes ("fp16x3"). Then it has further steps:
+A product of fp32 may take operands that are split into fp16 planes ("fp16x3", "fp16x1"). Then it has further steps:
 
 planes of each operand, and partial sums for db      split
 the output tiles that planes do not serve            redo
@@ -29,7 +29,7 @@ from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad_products, wgrad_sums
 from ..kernels.layer_forward import layer_forward, pointwise
 from ..kernels.partial_sums import Partial, sum_partials, sum_tile
-from ..kernels.planes import SPLIT, Exponents, info_shape, planes_shape, redo_tile, split
+from ..kernels.planes import PLANES, SPLIT, Exponents, info_shape, planes_shape, redo_tile, split
 from ..kernels.tile_config import Kind, Problem
 from . import settings, tables
 from .schedule import Layers, Schedule, Writer
@@ -199,11 +199,11 @@ def _add_kernel(
     that computes flagged tiles again after it.
     """
     assert choice.tile is not None
-    if choice.tile.precision != "fp16x3":
+    if choice.tile.precision not in PLANES:
         return add(operands, writes, partial(run, tile=choice.tile), moved=moved)
     planes, plain = {}, {}
     for side, (name, factor) in enumerate(factors.items()):
-        planes[name] = _add_split(spec, writer, side, operands[name], factor)
+        planes[name] = _add_split(spec, writer, side, operands[name], factor, PLANES[choice.tile.precision])
         plain[name] = (operands[name], planes[name][1])
     read = {name: of_planes for name, (of_planes, _) in planes.items()}
     add({**operands, **planes}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
@@ -212,8 +212,8 @@ def _add_kernel(
     return writer.add("redo", spec, again, writes, partial(run, tile=redo.tile), choice=redo, moved={})
 
 
-def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Factor) -> tuple[str, str]:
-    """The names of the planes and the info of x. Add the step that splits it, unless the last one of this side did.
+def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Factor, count: int) -> tuple[str, str]:
+    """The names of `count` planes and the info of x. Add the step that splits it, unless the last one of this side did.
 
     The first factor of every product has one buffer for its planes, and the second factor another.
     """
@@ -223,8 +223,8 @@ def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Facto
     last = next(of_side, None)
     if last is not None and last.operands["planes"] == planes:
         return planes, info
-    of_planes, strides = planes_shape(rows, width)
-    writer.share(planes, f"planes {side}", 2 * strides[0], dtype=torch.float16)
+    of_planes, strides = planes_shape(rows, width, count)
+    writer.share(planes, f"planes {side}", count * strides[0], dtype=torch.float16)
     writer.part(planes, f"planes {side}", 0, *of_planes, strides=strides)
     writer.share(info, f"info {side}", *info_shape(rows, width, exponents), dtype=torch.int32)
     operands: dict[str, Any] = {"x": x, "planes": planes, "info": info, "sums": None}
@@ -310,7 +310,7 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     if choice.tile is None:
         return add(operands, ("dw", "db"), wgrad_by_torch)
     factors = {"dz": Factor(rows, n, "columns", with_sums=db is not None), "h": Factor(rows, k)}
-    from_split = choice.tile.precision == "fp16x3"  # db is then summed where dz is split
+    from_split = choice.tile.precision in PLANES  # db is then summed where dz is split
     moved = dict(operands)
     if from_split:
         operands["db"], size_b = None, 0

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..kernels.language import allocation, driver
 from ..kernels.launch import Launch, counters, has_descriptor_strides, is_hooked
+from ..kernels.planes import PLANES
 from ..kernels.tile_config import Problem, TileConfig
 from . import settings
 from .tables import Choice
@@ -350,7 +351,7 @@ def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
     except RuntimeError as error:
         error.args = (f"{where}: {error}",)
         raise
-    if step.tile is not None and step.tile.precision == "fp16x3":
+    if step.problem is not None and step.tile is not None and step.tile.precision in PLANES:
         return launch  # the next step computes some of the results again
     for name, tensor in operands.items():
         if name not in step.writes or name not in CHECKED or tensor is None:

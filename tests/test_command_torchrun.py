@@ -9,10 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from command_line import TINY, call, write
+from command_line import TINY, call
 
 import mlp_fused
 from mlp_fused.checkpoint import load_checkpoint
@@ -58,23 +56,6 @@ def test_torchrun_trains_as_one_process_does(folder: Path, capsys: pytest.Captur
     assert call(*flags, "two.pt", "--epochs", "3", "--resume") == 0
     assert load_checkpoint("two.pt")["epoch"] == 3
     assert load_checkpoint("two.pt")["model"].keys() == load_checkpoint("one.pt")["model"].keys()
-
-
-@pytest.mark.alone
-def test_torchrun_trains_a_regression_as_one_process_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    x = np.random.default_rng(0).normal(size=(50, 3))
-    write(x=x, y=1000 + 30 * x.sum(axis=1))
-    flags = ["train", "--data", "data.npz", "--task", "regression", *TINY, "--lr", "0.02", "--checkpoint"]
-    with torchrun("-m", "mlp_fused", *flags, "two.pt") as command:
-        two, err = command.communicate(timeout=120)
-    assert (command.returncode, err) == (0, "")
-    assert call(*flags, "one.pt") == 0
-    one = capsys.readouterr().out
-    assert len(history(one)) == 5
-    assert history(two) == history(one)
-    saved = [load_checkpoint(path) for path in ("one.pt", "two.pt")]
-    for name, value in saved[0]["model"].items():
-        assert torch.allclose(value, saved[1]["model"][name], atol=1e-5), name
 
 
 @pytest.mark.alone

@@ -427,8 +427,8 @@ def training_check(function: Callable[[Path, str], None]) -> Callable[[Path, str
 
 
 def trained(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
-    config = dataclasses.replace(SMALL, data=str(folder / "data.npz"), backend=backend, device=folder.name, **changes)
-    return train(config, build=build, report=lambda text: None)
+    given = {"data": str(folder / "data.npz"), "backend": backend, "device": folder.name}
+    return train(dataclasses.replace(SMALL, **given | changes), build=build, report=lambda text: None)
 
 
 def trained_alone(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
@@ -459,6 +459,19 @@ def training_is_that_of_one_process(folder: Path, backend: str) -> None:
     assert bool(launches) == (backend == "triton" or folder.name == "cuda")
     assert len(together.losses) == 3 * 4
     assert_same_course(together, trained_alone(folder, backend))
+
+
+@training_check
+def a_regression_is_that_of_one_process(folder: Path, backend: str) -> None:
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    path = folder / f"regression {os.environ['RANK']}.npz"
+    np.savez(path, x=x, y=1000 + 30 * x.sum(axis=1))
+    changes = {"data": str(path), "task": "regression", "hidden": (5,)}
+    together, alone = (each(folder, backend, **changes) for each in (trained, trained_alone))
+    assert_same_course(together, alone)
+    for ours, one in zip(together.history, alone.history, strict=True):
+        assert ours.r2 == pytest.approx(one.r2, rel=1e-4)
+        assert ours.rmse == pytest.approx(one.rmse, rel=1e-4)
 
 
 @training_check

@@ -22,7 +22,13 @@ def take_shortcuts() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
-    for shortcut in (skip_checks_without_effect, patch_once_a_launch, list_builtins_once, remember_types):
+    for shortcut in (
+        skip_checks_without_effect,
+        patch_once_a_launch,
+        list_builtins_once,
+        remember_types,
+        compare_first,
+    ):
         with contextlib.suppress(AttributeError):
             shortcut(interpreter, core)
 
@@ -61,7 +67,10 @@ def patch_once_a_launch(interpreter: Any, core: Any) -> None:
 
 
 def list_builtins_once(interpreter: Any, core: Any) -> None:
-    """List the functions that have to be patched once for each module and class, not for every launch."""
+    """List the functions that have to be patched once for each module and class, not for every launch.
+
+    They are called without the wrapper that checks their semantic argument, which the interpreter gives to all of them.
+    """
     builtins: dict[Any, list[tuple[str, Any]]] = {}
     patch = interpreter._patch_attr
 
@@ -71,7 +80,7 @@ def list_builtins_once(interpreter: Any, core: Any) -> None:
             builtins[package] = [(name, member) for name, member in members if core.is_builtin(member)]
         for name, member in builtins[package]:
             if getattr(package, name) is member:  # not patched yet
-                patch(package, name, member, *others)
+                patch(package, name, getattr(member, "__wrapped__", member), *others)
 
     interpreter._patch_builtin = patch_builtins
 
@@ -81,6 +90,31 @@ def remember_types(interpreter: Any, core: Any) -> None:
     interpreter._get_np_dtype = remember_numpy_dtypes(interpreter._get_np_dtype)
     core.block_type.__init__ = remember_blocks(core.block_type.__init__, core.constexpr)
     core.tensor.__init__ = remember_sizes(core.tensor.__init__)
+
+
+def compare_first(interpreter: Any, core: Any) -> None:
+    """Compare objects before what they hold: operands of one shape are not broadcast, and a dtype equals itself."""
+    semantic = type(interpreter.interpreter_semantic)
+    semantic.broadcast_impl_value = broadcast_what_differs(semantic.broadcast_impl_value)
+    core.dtype.__eq__ = compare_identities(core.dtype.__eq__)
+
+
+def broadcast_what_differs(broadcast):
+    @functools.wraps(broadcast)
+    def compared(semantic, left, right):
+        if left.type.is_block() and right.type.is_block() and left.type.shape.values == right.type.shape.values:
+            return left, right
+        return broadcast(semantic, left, right)
+
+    return compared
+
+
+def compare_identities(equals):
+    @functools.wraps(equals)
+    def compared(dtype, other):
+        return dtype is other or equals(dtype, other)
+
+    return compared
 
 
 def remember_numpy_dtypes(numpy_dtype):

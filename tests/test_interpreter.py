@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
 core = pytest.importorskip("triton.language.core", reason="Triton is not installed")
@@ -45,3 +49,33 @@ def test_tensors_are_described_as_without_shortcuts(again: bool) -> None:
         assert [(size.value, size.type) for size in ours.shape] == [(size.value, size.type) for size in own.shape]
         assert ours.numel.value == own.numel.value
         assert (ours.handle, ours.type, ours.dtype) == (own.handle, own.type, own.dtype)
+
+
+@pytest.mark.parametrize("left", [None, *SHAPES], ids=str)
+@pytest.mark.parametrize("right", [None, *SHAPES], ids=str)
+def test_operands_are_broadcast_as_without_shortcuts(left: list[int] | None, right: list[int] | None) -> None:
+    semantic = getattr(interpreter, "interpreter_semantic", None) or pytest.skip("a Triton without this shortcut")
+    operands = [operand(shape) for shape in (left, right)]
+    broadcast = type(semantic).broadcast_impl_value
+
+    def result(function: Callable[..., Any]) -> object:
+        try:
+            return [(each.type.name, each.handle.data.tolist()) for each in function(semantic, *operands)]
+        except (AttributeError, ValueError) as error:  # shapes that do not fit together
+            return str(error)
+
+    assert result(broadcast) == result(without(broadcast))
+
+
+def operand(shape: list[int] | None) -> Any:
+    """A tensor of an interpreted kernel, whose elements are numbered; a scalar without a shape."""
+    type = core.float32 if shape is None else core.block_type(core.float32, shape)
+    sizes = [1] if shape is None else type.shape.values
+    data = np.arange(math.prod(sizes), dtype=np.float32).reshape(sizes)
+    return core.tensor(interpreter.TensorHandle(data, core.float32), type)
+
+
+def test_dtypes_equal_what_they_do_without_shortcuts() -> None:
+    types = [*TYPES, *map(core.dtype, ["fp32", "int8"]), core.constexpr(core.float32), None]
+    for one in DTYPES:
+        assert [one == other for other in types] == [without(core.dtype.__eq__)(one, other) for other in types]

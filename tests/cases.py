@@ -208,7 +208,7 @@ def factors(seed: int, layer: int, rows: int, width: int, p: float, first: int =
     return torch.from_numpy((uniform < numpy.float32(1 - p)) / (1 - p or 1.0))
 
 
-def factors_of(case: Case, device: torch.device | str) -> list[Tensor]:
+def dropout_factors(case: Case, device: torch.device | str) -> list[Tensor]:
     """The factors of each layer of a case, when kernels draw from torch's generator at SEED."""
     torch.manual_seed(SEED)
     seed = int(draw_seed(torch.device(device)))
@@ -224,7 +224,7 @@ def through_torch(case: Case, data: Data) -> Tensor:
     """y in plain torch, in the dtype of `data`. Dropout multiplies the rounded output and is rounded, as in torch."""
     h = data.x.reshape(-1, data.x.shape[-1])
     for weight, bias, activation, left in zip(
-        data.weights, data.biases, case.activations, factors_of(case, data.x.device)
+        data.weights, data.biases, case.activations, dropout_factors(case, data.x.device)
     ):
         h = activation(F.linear(h, weight, bias))
         if case.dropout:
@@ -244,7 +244,7 @@ def make(case: Case, device: str = "cpu", seed: int = 0) -> Data:
     biases: list[Tensor | None] = [draw(n) / 2 if case.bias else None for n in case.widths[1:]]
     distinct = min(case.rows, 1) if case.layout == "expanded" else 1 if case.layout == "one row" else case.rows
     x = draw(distinct, case.widths[0])
-    left = [each.cpu() for each in factors_of(case, device)]
+    left = [each.cpu() for each in dropout_factors(case, device)]
     for _ in range(1000):
         near = _near_kink(case, x, weights, biases, left)
         if not near.any():
@@ -346,7 +346,7 @@ def oracle(case: Case, data: Data) -> Truth:
     inputs, zs = [], []
     h = wide.x.reshape(-1, wide.x.shape[-1])
     for weight, bias, activation, left in zip(
-        wide.weights, wide.biases, case.activations, factors_of(case, wide.x.device)
+        wide.weights, wide.biases, case.activations, dropout_factors(case, wide.x.device)
     ):
         inputs.append(h)
         z = F.linear(h, weight, bias)

@@ -417,10 +417,9 @@ TRAININGS: dict[str, Callable[[Path, str], None]] = {}
 
 
 def training_check(function: Callable[[Path, str], None]) -> Callable[[Path, str], None]:
-    """Mark a check of the training loop, which joins the processes itself.
+    """Mark a check of the training loop, which joins the processes itself, in a folder with 70 rows of data.
 
-    It runs in a folder with a data.npz of 70 rows, 51 of them for training. A batch of 16 gives 8 rows to each of two
-    processes, and the last batch 2 and 1.
+    51 rows are for training. A batch of 16 gives 8 rows to each of two processes, and the last batch 2 and 1.
     """
     TRAININGS[function.__name__] = function
     return function

@@ -212,36 +212,36 @@ def run_on_stand_ins() -> dict[str, Any]:
         raise AssertionError("the user's own allocator was asked")
 
     _allocation._allocator.set(users_own)
-    remembered: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    prepared: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for name, (call, tensors) in scenarios().items():
-        made, others = call(*tensors()), tensors()
+        launched, others = call(*tensors()), tensors()
         by_triton, asked = hopper.noted(call, *others), scratch[:]
         scratch.clear()
         before = through["launches"]
-        again = hopper.noted(replay, made, *others)
-        remembered[name] = made, others
+        again = hopper.noted(replay, launched, *others)
+        prepared[name] = launched, others
         results["launches"][name] = {
             "by Triton": by_triton,
             "again": again,
             "through Triton": through["launches"] - before,
-            "scratch": (asked[len(asked) // 2 :], scratch[:]),  # the first half was for `made`
+            "scratch": (asked[len(asked) // 2 :], scratch[:]),  # the first half was for `launched`
         }
         scratch.clear()
     results["the user's allocator is back"] = _allocation._allocator.get() is users_own
 
-    made, tensors = remembered["forward"]
+    launched, tensors = prepared["forward"]
     with hopper.on(1):
-        results["from another device"] = hopper.noted(replay, made, *tensors), hopper.device
+        results["from another device"] = hopper.noted(replay, launched, *tensors), hopper.device
 
     views = [draw(each.numel() + 1)[1:].view(each.shape) for each in tensors]
     call, _ = scenarios()["forward"]
-    made_of = [call(*tensors[:at], views[at], *tensors[at + 1 :]) for at in range(len(tensors))]
-    results["misaligned"] = [each is not None for each in made_of]
+    misaligned = [call(*tensors[:at], views[at], *tensors[at + 1 :]) for at in range(len(tensors))]
+    results["misaligned"] = [each is not None for each in misaligned]
 
     def in_a_thread(seed: int) -> None:
         own = scenarios()["forward"][1]()
         for _ in range(50):
-            replay(made, *own)
+            replay(launched, *own)
 
     hopper.calls.clear()
     with ThreadPoolExecutor(4) as pool:
@@ -254,8 +254,8 @@ def run_on_stand_ins() -> dict[str, Any]:
     amd = StandIn("hip", "gfx942", 64, 2)  # another device, with its own compiled kernels
     driver.set_active(amd)
     call, tensors = scenarios()["sum_partials"]
-    made, others = call(*tensors()), tensors()
-    results["AMD"] = {"by Triton": amd.noted(call, *others), "again": amd.noted(replay, made, *others)}
+    launched, others = call(*tensors()), tensors()
+    results["AMD"] = {"by Triton": amd.noted(call, *others), "again": amd.noted(replay, launched, *others)}
     return results
 
 
@@ -288,13 +288,13 @@ def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
     return results
 
 
-def replay(made: launch.Launch, *tensors: Any) -> None:
+def replay(launched: launch.Launch, *tensors: Any) -> None:
     """Replay a launch like a schedule does."""
 
     def pointers(each: Any) -> Any:
         return tuple(map(pointers, each)) if isinstance(each, tuple) else None if each is None else each.data_ptr()
 
-    Program([(made, range(len(tensors)))])(tensors, [*map(pointers, tensors)])
+    Program([(launched, range(len(tensors)))])(tensors, [*map(pointers, tensors)])
 
 
 def launcher_calls(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
@@ -466,9 +466,9 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other() -> None:
     x = torch.zeros(4)
 
     def replay(_: int) -> None:
-        made = make_launch(kernel)
-        made.run = lambda *arguments: together.wait(10)  # raises unless the other replay waits here too
-        Program([(made, (0,))])([x], [x.data_ptr()])
+        launched = make_launch(kernel)
+        launched.run = lambda *arguments: together.wait(10)  # raises unless the other replay waits here too
+        Program([(launched, (0,))])([x], [x.data_ptr()])
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(make_launch(kernel).through_triton, [x])

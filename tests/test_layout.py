@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from readme import READMES, ROOT, links, text_of
+from readme import READMES, ROOT, links, read_manual
 
 # From the bottom to the top: a module imports from its own area and from those before it.
 AREAS: dict[str, tuple[str, ...]] = {
@@ -179,7 +179,7 @@ def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", READMES)
 def test_the_sdist_holds_the_readmes_and_the_targets_of_their_links(name: str, unpacked: Path) -> None:
-    assert (unpacked / name).read_text() == text_of(name)
+    assert (unpacked / name).read_text() == read_manual(name)
     for link in links(name):
         if not link.startswith("https://"):
             assert ((unpacked / name).parent / link.partition("#")[0]).exists(), link
@@ -214,7 +214,7 @@ for command in ("train", "predict", "tune", "transfer"):
     )
 
 
-CLAUSES = {"What", "Of", "Whether", "How", "Which", "Why", "That", "Those"}
+CLAUSES = {"What", "Of", "Whether", "How", "Which", "Why", "That", "Those", "Where", "When", "Who", "Whose"}
 
 
 def test_docstrings_begin_with_a_noun_or_a_verb() -> None:

@@ -275,7 +275,7 @@ CHANGES: dict[str, Callable[[FusedMLP, Tensor], object]] = {
     "vector_to_parameters": lambda model, x: nn.utils.vector_to_parameters(
         2 * nn.utils.parameters_to_vector(model.parameters()), model.parameters()
     ),
-    "initialised anew": lambda model, x: nn.init.xavier_normal_(model[3].weight),
+    "initialised again": lambda model, x: nn.init.xavier_normal_(model[3].weight),
     "an average": averaged,
 }
 

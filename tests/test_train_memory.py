@@ -106,7 +106,7 @@ def test_an_optimizers_actual_state_is_counted() -> None:
         assert len(of_weight) == state
 
 
-def test_distorted_times_are_marked(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_with_a_debug_switch_are_marked(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     train(run, report=messages.append)

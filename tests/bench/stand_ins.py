@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in names}
 
 
-def cell_of(name: str, problem: Problem = SMALL) -> Cell:
+def make_cell(name: str, problem: Problem = SMALL) -> Cell:
     """A cell for a name of a family and phase, such as "seed-step"."""
     family, phase = name.split("-")
     return Cell(family, problem, phase)

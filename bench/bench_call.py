@@ -185,7 +185,8 @@ KERNEL = TileConfig(16, 16, 16, split=2)  # weight gradients have a second kerne
 def table(activation: str, **tiles: TileConfig | None) -> Table:
     """A table of the device that gives the products of layers 1→1 these tiles, or torch, by kind.
 
-    forward is for layers with the activation, dgrad for those above one. The last layer's forward is torch's.
+    `forward` is the tile of the layers with the activation, and `dgrad` that of the layers above them. The forward of
+    the last layer is torch's.
     """
     names = {"forward": (activation, "identity"), "dgrad": (activation,), "wgrad": ("identity",)}
     gemms = [

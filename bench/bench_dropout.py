@@ -1,10 +1,10 @@
 """Dropout in the kernels, beside torch's own kernels for it, in bf16, p = 0.1.
 
 wide     512 -> 512 -> 512 -> 512 -> 512 with gelu, layer by layer. For each element of a hidden layer, torch's Dropout
-         reads a(z) and writes the output and a mask of one byte; in the backward it reads dh and the mask and writes
-         the other dh: 2 + 2 + 1 and 2 + 1 + 2 bytes. Fused, it moves none of these. So a step over M rows and three
-         such layers is expected to move 30 * 512 * M bytes less, 252 MB for 16384 rows, and to save 3 * 512 * M
-         bytes less for backward.
+         reads a(z) and writes the output and a mask of one byte, 2 + 2 + 1 bytes. In the backward it reads the gradient
+         of its output and the mask, and writes the gradient of its input, 2 + 1 + 2 bytes. The kernels move none of
+         these. So a step over M rows and three such layers is expected to move 30 * 512 * M bytes less, 252 MB for
+         16384 rows, and to save 3 * 512 * M bytes less for backward.
 narrow   networks of four layers of one width over 2^20 rows: in one kernel, and layer by layer. "auto" takes
          one kernel at the widths in `network_tiles.DROPOUT_MEASURED`.
 """
@@ -43,7 +43,7 @@ class Step:
         torch.manual_seed(0)
         options: dict[str, Any] = {"activation_layer": activation, "dropout": P, "backend": backend}
         self.model = FusedMLP(width, [width] * LAYERS, **options, device=device, dtype=torch.bfloat16)
-        del self.model[-1]  # the one on the output
+        del self.model[-1]  # the Dropout after the last Linear
         self.activation = activation
         self.eager = nn.Sequential(*self.model)
         self.parameters = list(self.model.parameters())
@@ -89,7 +89,7 @@ class Step:
 
 
 def measure(benchmark: Any, step: Step, others: dict[str, Callable[[Tensor], Tensor]]) -> None:
-    """Write the times of FusedMLP and of the others to `extra_info`, and the ratio of each other time to FusedMLP's."""
+    """Write the times of FusedMLP and of `others` to `extra_info`, and the ratios of these to FusedMLP's."""
     benchmark.extra_info["verified"] = asdict(step.verify())
     ours = step.timed(step.model)
     if not benchmark.disabled:

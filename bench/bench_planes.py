@@ -21,7 +21,8 @@ from mlp_fused import timing
 from mlp_fused.module import FusedMLP
 
 NETWORKS = {((1024, 4096, 1024), "gelu"): 8192, ((4096, 16384, 4096), "gelu"): 2048, ((512,) * 5, "relu"): 16384}
-MARGIN, WRONG = 28.0, 20  # of the logits of a sure classifier; every so many rows it is wrong
+MARGIN = 28.0  # a sure classifier adds this to the logit of the label
+WRONG = 20  # in every 20th row it does not, and is mostly wrong there
 
 
 class Network:
@@ -53,7 +54,7 @@ class Network:
 
 
 def gradient(rows: int, classes: int, device: str, sure: bool) -> Tensor:
-    """A normal gradient; or one of the cross entropy of logits that are sure of most rows."""
+    """Return normal random numbers or, if `sure`, the gradient of a classifier that is sure of most rows."""
     logits = torch.randn(rows, classes, device=device)
     if not sure:
         return logits
@@ -66,7 +67,7 @@ def gradient(rows: int, classes: int, device: str, sure: bool) -> Tensor:
 
 @pytest.fixture
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Allow tf32, or not, for the test."""
+    """Set PyTorch's precision of fp32 products for the test: "ieee", or "tf32"."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = request.param
     yield request.param
@@ -83,13 +84,13 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_planes(
     benchmark: Any, widths: tuple[int, ...], activation: str, precision: str, sure: bool, phase: str
 ) -> None:
-    """`extra_info`: ms of FusedMLP and of eager, eager's over FusedMLP's, and what was verified."""
+    """Write the times of FusedMLP and of eager, their ratio and the relative errors to `extra_info`."""
     network = Network("cuda", widths, activation, NETWORKS[widths, activation], sure)
     timed = getattr(network, phase)
     ours, eager = timed(network.model), timed(network.eager)
     benchmark.extra_info["verified"] = asdict(compare(ours(0), eager(0), bounds_in_force("fp32"), 1))
     if not benchmark.disabled:
-        mine, other = (timing.time_call(each, "cuda") for each in (ours, eager))
+        mine, other = (timing.time_call(timed, "cuda") for timed in (ours, eager))
         benchmark.extra_info |= {"ours": mine.as_dict(), "eager": other.as_dict(), "ratio": other.ms / mine.ms}
 
     def call() -> None:

@@ -208,7 +208,7 @@ def now() -> str:
 
 
 def serve(connection: Connection, function: Measure, ahead: CompileAhead, device: str, log: Path) -> None:
-    """Run the worker: receive jobs, and send ("partial" | "done" | "error", answer). It ends with the other side.
+    """Run the worker until the pipe is closed: receive jobs, and send ("partial" | "done" | "error", answer).
 
     With an error it sends `broken`: True if the CUDA context is lost, so that nothing else can run in this process.
     """

@@ -68,8 +68,8 @@ def seconds_for_a_number(device: str) -> float:
 def compile_ahead(problems: Sequence[Problem], compilers: Compilers | None = None) -> None:
     """Compile the kernels of FusedMLP for these problems and the current GPU, on all cores but two.
 
-    Compiled one by one at their first launch, the kernels of the copy rows would take longer than the measurement.
-    Kernels that are not compiled here are compiled at their first launch.
+    Kernels that are not compiled here are compiled one by one at their first launch. For the copy rows, that would take
+    longer than the measurement.
     """
     with compilers or _compilers() as compilers:
         # Problems that differ only in their rows often have the same kernels. Sorted by rows, they are far apart, so

@@ -40,7 +40,7 @@ def report_files(content: Record) -> dict[str, bytes]:
 
 
 def figures(content: Record) -> dict[str, Plot]:
-    """Return the figures by name, of what was measured."""
+    """Return the figures for which there are readings, by name."""
     measured = {"throughput": beside_tinycudann(content), "step": content["transfer"], "speed": beside_eager(content)}
     make = {"throughput": throughput_plot, "step": step_plot, "speed": speed_plot}
     return {name: make[name](content) for name, readings in measured.items() if readings}
@@ -439,8 +439,9 @@ def _quack(content: Record) -> Iterator[str]:
 
 def _float32(content: Record) -> Iterator[str]:
     yield (
-        "By fp16x3, beside torch in full fp32. Errors are relative, against float64. They are errors of y, except in "
-        "the training of 64 wide: there, errors of the weights' gradients. Its time is the sum of its kernels."
+        "fp16x3, beside torch in full fp32. Errors are relative, against float64. They are the errors of y. Only in "
+        "the training of the network 64 wide, they are those of the weights' gradients, and our time is the sum of its "
+        "kernels."
     )
     yield ""
     yield from float32_table(content)
@@ -525,8 +526,8 @@ def _measured_with(content: Record) -> str:
 def _how_to_read_the_figure(content: Record) -> str:
     copy_rate = content["ceilings"]["memory_gbps"] / 1e3
     return (
-        f"Vertical bars: the most rows a second at the {copy_rate:.2f} TB/s of a large copy. In training, tiny-cuda-nn "
-        "is compared with x's gradient computed, eager without."
+        f"Vertical bars: the most rows a second that the memory allows, at the {copy_rate:.2f} TB/s of a large copy. "
+        "In training, the comparison with tiny-cuda-nn includes the gradient of x; the comparison with eager does not."
     )
 
 

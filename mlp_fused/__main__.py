@@ -71,7 +71,7 @@ COMMANDS = {
     "transfer": Command(
         "measure the time of a network on GPU and CPU: first call, copies, launches, kernels",
         "Measure the parts of a network's time on this GPU, and its time on this CPU: the first call, copies, launches "
-        "and kernels. Print which part bounds a step, from which batch size on the GPU is faster, and advice.",
+        "and kernels. Print the part that bounds a step, the batch size from which the GPU is faster, and advice.",
         transfer.Config,
         transfer.run,
     ),

@@ -1,13 +1,13 @@
 """Compile kernels ahead in separate processes, into Triton's cache on disk, from which another process loads them.
 
-A compiling process does not use the GPU and creates no context on it. Triton's driver is replaced by the target to
-compile for, and a launch by `kernel.warmup`, which compiles the kernel that the launch would run, under the same key.
-The process is given work that ends in launches, on tensors of the device "meta", which have shapes but no memory.
+A compiling process does not use the GPU and creates no context on it. It replaces Triton's driver by the target to
+compile for, and every launch by `kernel.warmup`, which compiles the kernel that the launch would run, under the same
+key. Its work ends in launches on tensors of the device "meta", which have shapes but no memory.
 
-It runs at the same time as the process that measures. That process times by device events. The calls that it times wait
-on the GPU behind a kernel that spins until the host has issued all of them. Compiling must not delay the host for
-longer than this kernel spins. So two cores are left free, and the compiling processes have a low priority (`NICENESS`).
-With one core there are no compiling processes. A kernel is then compiled at its first launch, before it is timed.
+It runs at the same time as the process that measures, which times by device events. The timed calls wait on the GPU
+behind a kernel that spins until the host has issued all of them. Compiling must not delay the host for longer than this
+kernel spins. So two cores are left free, and the compiling processes have a low priority (`NICENESS`). With one core
+there are no compiling processes. A kernel is then compiled at its first launch, before it is timed.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Compilers:
             thread.join()
 
     def ask(self, work: Mapping[Hashable, Any], first: bool = False) -> None:
-        """Request work, after all waiting work or, with `first`, before it. A key is compiled only once."""
+        """Append work to the waiting work; with `first`, put it in front. A key is compiled only once."""
         with self._changed:
             if self._working:
                 new = {key: piece for key, piece in work.items() if key in self._waiting or key not in self._asked}
@@ -125,7 +125,7 @@ class Compilers:
             return self._outcomes.get(key)
 
     def _drive(self) -> None:
-        """One process's thread: hands it one piece of work at a time. A process that dies is followed by another."""
+        """Run a thread that gives one process a piece of work at a time. If the process dies, start another one."""
         # The new process inherits this: only the measuring process handles Ctrl-C.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         worker, serves = self._start()
@@ -161,7 +161,7 @@ class Compilers:
                 self._changed.notify_all()
 
     def _start(self) -> tuple[Worker, bool]:
-        """A new process, and whether it serves; False if it ends before it can do anything."""
+        """Start a process. Return it, and True if it is ready for work; False if it ended before."""
         with self._changed:  # or `__exit__` might miss it
             worker = Worker(self._serve, *self._arguments, daemon=True)
             self._workers.append(worker)

@@ -22,7 +22,7 @@ from .engine.recognize import find, path_of
 from .engine.runs import is_linear, name_of, runs_of, why_called, why_unfused
 from .engine.settings import has_hooks
 from .kernels.activations import IDENTITY
-from .module import REMEMBERED, FusedLinear, FusedMLP, FusedSequence, WithBackend, plain_twin
+from .module import FUSED_ATTRIBUTES, FusedLinear, FusedMLP, FusedSequence, WithBackend, plain_twin
 
 __all__ = ["PATTERNS", "FuseReport", "Pattern", "fuse", "register_pattern", "unfuse"]
 
@@ -35,9 +35,8 @@ class Pattern:
         target: the class's full name, such as "timm.layers.mlp.Mlp". Subclasses that inherit the method are included.
         chain: the links, in order: the attribute paths of the modules, or functions of one tensor, that the method
             calls.
-        method: the method's name. It takes one tensor and nothing else.
-        within: the modules that contain links. Their own forward is not called. Maps their paths to their classes' full
-            names.
+        method: the name of the method, which takes one tensor and nothing else.
+        within: the path and the full class name of each module that contains links. Its own forward is not called.
         finish: the rest of the method: a function of the module, the output of the last link, and the input.
         note: a sentence for the report.
     """
@@ -272,7 +271,7 @@ def unfuse(model: nn.Module) -> tuple[str, ...]:
             )
     for _, module in fused:
         module.__class__ = module._unfused
-        for attribute in REMEMBERED:
+        for attribute in FUSED_ATTRIBUTES:
             module.__dict__.pop(attribute, None)
     return tuple(name for name, _ in fused)
 

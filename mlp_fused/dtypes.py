@@ -40,7 +40,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def pick_device(name: str, local: int | None = None) -> torch.device:
     """The torch device with this name; for "auto" a CUDA GPU if there is one, else the CPU.
 
-    `local` is the number of this process on its machine, if there are several processes. Each has its own GPU.
+    `local` is the local rank of this process, if there are several processes. Each process has its own GPU.
 
     Raises:
         UserError: there is no such device.

@@ -291,7 +291,7 @@ def _unhooked(module: nn.Module) -> nn.Module:
 
 
 def _flat(children: Iterable[Any]) -> Iterator[Any]:
-    """The children, with a FusedLinear's Linear and activation in its place."""
+    """Yield the children. For a FusedLinear, yield its Linear and its activation."""
     for child in children:
         yield from child.parts if isinstance(child, LinearWithActivation) else (child,)
 

@@ -53,7 +53,7 @@ def _temporary(path: Path) -> Path:
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:
-    """Write these files atomically. None is replaced before all have been written in full."""
+    """Write these files atomically. No file is replaced until all have been written in full."""
     temporaries = {path.resolve(): _temporary(path.resolve()) for path in files}
     try:
         for temporary, content in zip(temporaries.values(), files.values()):

@@ -139,7 +139,7 @@ def check_call(x: Tensor, layers: Sequence[Layer]) -> torch.dtype:
     dtype = compute_dtype(x.dtype, device.type)
     if x.is_nested:  # plain torch runs and checks it; a strided nested tensor has no shape to check here
         return dtype
-    # Autocast allows different floating-point dtypes. It is on if it changes x's dtype, or if x has its dtype already.
+    # Autocast allows different floating-point dtypes. If x has autocast's dtype already, ask torch if autocast is on.
     mixed = dtype != x.dtype or (dtype in HALVES and torch.is_autocast_enabled(device.type))
     width = x.shape[-1] if x.dim() else None
     for index, (weight, bias, *_) in enumerate(layers):

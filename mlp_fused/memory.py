@@ -22,7 +22,7 @@ WORKING = 4
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of a device: the most that torch's allocator can get in this process, and the bytes of its tensors."""
+    """Memory limit and usage of a device: the bytes that torch can allocate in this process, and those allocated."""
 
     limit: int
     allocated: int

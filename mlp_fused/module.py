@@ -35,12 +35,12 @@ __all__ = ["FusedLinear", "FusedMLP", "Pointwise"]
 def plain_twin(module: Any, kind: type[nn.Module]) -> Any:
     """A module of class `kind` with the same children, parameters, hooks and attributes."""
     twin: Any = kind.__new__(kind)
-    own = {name: value for name, value in module.__dict__.items() if name not in REMEMBERED}
+    own = {name: value for name, value in module.__dict__.items() if name not in FUSED_ATTRIBUTES}
     twin.__dict__.update(own, _modules=dict(module._modules))
     return twin
 
 
-REMEMBERED = ("_backend", "_recompute", "_segments")  # attributes that only fused modules have
+FUSED_ATTRIBUTES = ("_backend", "_recompute", "_segments")  # attributes that only fused modules have
 
 
 class Pointwise(nn.Module):
@@ -214,8 +214,8 @@ class FusedSequence(WithBackend, nn.Module):
         Every run of layers runs on zeros, once without gradients, and with `training` once more forward and backward.
         The dtype is that of a call, so call `warmup` under autocast if the model runs under it. The model does not
         change: norms are not called, no `.grad` is written, and torch's generators are restored. Dropout is active in
-        the passes that record gradients. Batches of about the same size need nothing else. One of another order of
-        magnitude may select other tiles.
+        the passes that record gradients. Batches of about the same size compile nothing more. A batch of another order
+        of magnitude may select other tiles.
 
         Returns:
             The seconds that it took.
@@ -530,8 +530,8 @@ def _raise_if_wrong(input: Tensor, linear: Any) -> None:
     """Raise the error of `check_call`, which is clearer than torch's, if the input does not fit the layer."""
     try:
         check_call(input, (Layer(linear_weight(linear), linear.bias, IDENTITY),))
-    except (RuntimeError, TypeError) as sentence:
-        raise sentence from None
+    except (RuntimeError, TypeError) as clearer:
+        raise clearer from None
 
 
 def _checked_width(width: object, argument: str) -> int:
@@ -594,5 +594,5 @@ def _called(make: Callable[..., Any], in_place: dict[str, bool], argument: str) 
     arguments = f"with inplace={in_place['inplace']}" if in_place else "without arguments"
     raise TypeError(
         f"{argument} is {name_in_sentences(make)}, which makes no module when called {arguments} ({why}); it needs to "
-        "be an nn.Module class or instance, a name, or a function of the table, such as torch.relu"
+        "be an nn.Module class or instance, a name, or an activation function, such as torch.relu"
     )

@@ -17,7 +17,7 @@ SKY, YELLOW = "#56B4E9", "#F0E442"
 
 @dataclass(frozen=True)
 class Theme:
-    """The page that a plot stands on."""
+    """The colours of a plot for a light or a dark page."""
 
     name: str
     background: str
@@ -50,7 +50,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-# Steps of ticks on a log axis, the coarsest first: every how many decades, and at which multiples of a decade.
+# Choices of ticks on a log axis, the coarsest first: the step in decades, and the multiples of each power of ten.
 STEPS = ((3, (1,)), (2, (1,)), (1, (1,)), (1, (1, 3)), (1, (1, 2, 5)), (1, (1, 1.5, 2, 3, 5, 7)))
 ENOUGH_TICKS = 4
 

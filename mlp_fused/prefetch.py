@@ -55,8 +55,8 @@ class DevicePrefetcher(Generic[Batch]):
     for x, y in DevicePrefetcher(loader, "cuda"):
         ...
 
-    It behaves as the loader does: the same batches in the same order, the same length, iterated again from the start.
-    An exception of the loader is raised after the batches before it. `dataset`, `sampler`, `batch_size` and
+    It gives the loader's batches in the same order, and has the same length. A new loop starts from the first batch. An
+    exception of the loader is raised after the batches before it. `dataset`, `sampler`, `batch_size` and
     `batch_sampler` are the loader's. On the CPU batches are passed on unchanged. On a device without streams, such as
     mps, a batch is moved when it is requested.
 
@@ -423,7 +423,7 @@ class _Prefetched(Iterator[Batch]):
         streams, slot = self._streams, self._slot
         timing = self._timer is not None
         ahead = _Ahead(event=streams.event(timing=timing))
-        # No inference tensors, even in the consumer's inference_mode: pinned memory is written again outside of it.
+        # Inference mode is off here, because the pinned memory is written again after the consumer has left that mode.
         with torch.inference_mode(False), streams.on_side():
             if timing:
                 ahead.begun = streams.event(timing=True)

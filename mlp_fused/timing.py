@@ -162,7 +162,7 @@ def rotation(nbytes: int, cache_bytes: int) -> int:
 
 
 def cache_bytes(device: str) -> int:
-    """Bytes of the L2 cache. 0 on a CPU: there the batch is in the cache in real use too, as a loader just wrote it."""
+    """Bytes of the L2 cache. 0 on a CPU, where a loader has just written the batch, so that it is in the cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
 
 

@@ -239,7 +239,7 @@ def test_a_factory_of_modules_is_accepted_as_activation() -> None:
         assert type(FusedMLP(4, [5, 2], activation_layer=make)[1]) is type(make())
 
 
-NEEDS = r"; it needs to be an nn\.Module class or instance, a name, or a function of the table, such as torch\.relu$"
+NEEDS = r"; it needs to be an nn\.Module class or instance, a name, or an activation function, such as torch\.relu$"
 NO_ACTIVATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "torch.cos": (
         lambda: FusedMLP(4, [5, 2], activation_layer=torch.cos),

@@ -22,7 +22,7 @@ __all__ = ["Part", "Processes", "is_first", "is_first_to_fail", "join"]
 
 
 def _environment() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine), as torchrun sets them."""
+    """(rank, world size, local rank), as torchrun sets them."""
     rank, count, local = (int(os.environ.get(name, alone)) for name, alone in _ALONE.items())
     return rank, count, local
 
@@ -31,7 +31,7 @@ _ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def is_first() -> bool:
-    """True in the process that prints for all: the one of rank 0."""
+    """True in the process of rank 0, which prints for all processes."""
     rank, count, _ = _environment()
     return rank == 0 or count == 1
 
@@ -109,7 +109,7 @@ def join(pick_device: Callable[[int | None], torch.device]) -> Iterator[Processe
     If one process raises an exception, torchrun ends the others. With gloo they also notice that it is gone, and raise.
 
     Args:
-        pick_device: a function from this process's rank on its machine (None for a single process) to its device.
+        pick_device: a function that returns the device for a local rank, which is None for a single process.
     """
     rank, count, local = _environment()
     if count == 1:
@@ -151,9 +151,9 @@ class Part(Sampler[list[int]]):
 
     @property
     def weights(self) -> list[float]:
-        """The weight of this process's mean loss, for each batch: with it, the mean over all processes is the batch's.
+        """The weight of this process's mean loss in each batch: (rows of this part) * count / (rows of the batch).
 
-        It is (rows of this part) * count / (rows of the batch).
+        The mean of the weighted losses over all processes is the mean loss of the batch.
         """
         rows, size = len(self.batches.sampler), self.batches.batch_size  # type: ignore[arg-type]
         sizes = [min(size, rows - begin) for begin in range(0, rows, size)]

@@ -107,9 +107,9 @@ def make_loader(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Make a DataLoader with batches of `config.batch_size` rows, over all processes.
 
-    With the generator `order`, rows are shuffled in each epoch, and each process loads its part of every batch: then
-    `dataset` has the rows of all processes. Without `order`, rows keep their order, and `dataset` has the rows of this
-    process only.
+    With the generator `order`, `dataset` has the rows of all processes. They are shuffled in each epoch, and each
+    process loads its part of every batch. Without `order`, `dataset` has the rows of this process only, and they keep
+    their order.
 
     The order of the rows does not depend on the number of workers. A DataLoader draws the seed of its workers from its
     own generator whenever they start, also after a resume. So the shuffling uses another generator, `order`, whose
@@ -273,8 +273,8 @@ def evaluate(
 def train(config: Config, *, build: Build = build_model, report: Callable[[str], None] = print) -> Result:
     """Train a network. Under torchrun, all processes train it together, each on a part of every batch.
 
-    Every process reads the data and the checkpoint to resume from. Only rank 0 reports and writes checkpoints. After an
-    exception in one process, end all of them.
+    Every process reads the data and the checkpoint to resume from. Only rank 0 reports and writes checkpoints. If one
+    process raises an exception, the caller has to end the others, as torchrun does.
 
     Args:
         config: the settings.

@@ -26,7 +26,7 @@ def draw(result: Transfer, path: Path) -> None:
 def step_figure(result: Transfer) -> Any:
     """Plot milliseconds against batch size on log axes: a step on the CPU, a step on the GPU, and its parts.
 
-    A line marks the batch size from which on the GPU is faster. The background is white, also on dark pages.
+    A line marks the batch size from which the GPU is faster. The background is white, also on dark pages.
     """
     figure, axes = blank(LIGHT, 8, 5.2)
     sizes = [point.rows for point in result.points]

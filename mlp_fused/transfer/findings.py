@@ -1,4 +1,4 @@
-"""The result of a measurement: its table, its advice, and the batch size from which on the GPU is faster."""
+"""The result of a measurement: its table, its advice, and the batch size from which the GPU is faster."""
 
 from __future__ import annotations
 
@@ -108,12 +108,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Crossing:
-    """The batch size from which on the GPU is faster, interpolated between the measured sizes.
+    """The batch size from which the GPU is faster, interpolated between the measured sizes.
 
     Attributes:
         rows: the batch size. 0 if the GPU is faster at every measured size, infinity if it is slower at the largest.
-        low: the batch size by the CPU's upper and the GPU's lower quartile.
-        high: the batch size by the CPU's lower and the GPU's upper quartile.
+        low: the batch size if the CPU takes its upper quartile and the GPU its lower one.
+        high: the batch size if the CPU takes its lower quartile and the GPU its upper one.
         measured: the smallest and the largest measured size.
     """
 
@@ -137,7 +137,7 @@ class Crossing:
 
 
 def crossing(sizes: Sequence[int], cpu: Sequence[Spread], gpu: Sequence[Spread]) -> Crossing:
-    """Return the batch size from which on the GPU is faster at all larger measured sizes. `sizes` are ascending.
+    """Return the batch size from which the GPU is faster at all larger measured sizes. `sizes` are ascending.
 
     Between two sizes, log(time) is interpolated linearly in log(rows), because a time is a constant plus a power of the
     rows.

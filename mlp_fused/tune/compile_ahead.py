@@ -25,7 +25,7 @@ class TileWork:
     def key(self) -> tuple[Any, ...]:
         """The key of the compiled kernel. It has the properties of sizes by which Triton and the launchers specialize.
 
-        If two works with the same key need different kernels after all, the second kernel is compiled at its launch.
+        If two tiles with the same key need different kernels after all, the second kernel is compiled at its launch.
         """
         widths = (self.task.width_out, self.task.width_in)
         specialized = tuple((width == 1, width % 16 == 0, width % self.tile.block_k == 0) for width in widths)

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from stand_ins import (
     SMALL,
-    cell_of,
     copy_row,
     errors,
     gemm_row,
+    named_cell,
     network_row,
 )
 
@@ -47,7 +47,7 @@ def test_every_goal_has_rows_in_the_grid() -> None:
 
 def test_a_goal_is_judged_by_its_worst_row() -> None:
     goal = next(goal for goal in goals.GOALS if "seed" in goal.text)
-    first, second, third = (replace(cell_of("seed-step"), problem=replace(SMALL, rows=rows)) for rows in (1, 2, 3))
+    first, second, third = (replace(named_cell("seed-step"), problem=replace(SMALL, rows=rows)) for rows in (1, 2, 3))
     good, bad = network_row(first, 1.4), network_row(second, 1.2)
     assert verdict(goal, good) == "met"
     assert goal.judge([good, bad]).startswith("missed        ≥ 1.3    1.200")
@@ -61,7 +61,7 @@ def test_a_goal_is_judged_by_its_worst_row() -> None:
 
 
 def test_figures_of_goals() -> None:
-    product, network = cell_of("gemm-dgrad"), cell_of("large-forward")
+    product, network = named_cell("gemm-dgrad"), named_cell("large-forward")
     assert goals.over_bare_product(gemm_row(product, 0.8)) == pytest.approx(1.25)
     ours_worse = errors((1.0, 3.0), (2.0, 2.0))
     assert goals.error_over_eager(gemm_row(product, errors=ours_worse)) == pytest.approx(1.5)
@@ -77,14 +77,14 @@ def test_figures_of_goals() -> None:
 
 def test_the_share_of_rows_on_our_kernels() -> None:
     rows = [
-        network_row(cell_of("narrow-step"), path="network"),
-        network_row(cell_of("narrow-forward")),
-        network_row(cell_of("odd-forward"), path="reference"),
+        network_row(named_cell("narrow-step"), path="network"),
+        network_row(named_cell("narrow-forward")),
+        network_row(named_cell("odd-forward"), path="reference"),
         FailedRow.for_cell(
-            cell_of("odd-training"), "cuda", error="wrong", measured=network_row(cell_of("odd-training"))
+            named_cell("odd-training"), "cuda", error="wrong", measured=network_row(named_cell("odd-training"))
         ),
-        network_row(cell_of("seed-step"), path="reference", device="cpu"),
-        gemm_row(cell_of("gemm-dgrad")),
+        network_row(named_cell("seed-step"), path="reference", device="cpu"),
+        gemm_row(named_cell("gemm-dgrad")),
     ]
     assert goals.report(rows)[:2] == [
         "narrow: 2 of 2 rows run on our kernels",
@@ -98,7 +98,7 @@ def test_the_share_of_rows_on_our_kernels() -> None:
 )
 def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, from_1_ms: float | None) -> None:
     copied = {"pinned_side_stream": Copied(ms, 0.01, gbps)}
-    row = copy_row(cell_of("copy-copy"), copied, {"prefetched": ms / 0.8, "resident": ms / 2}, {})
+    row = copy_row(named_cell("copy-copy"), copied, {"prefetched": ms / 0.8, "resident": ms / 2}, {})
     row = replace(row, throughput=replace(row.throughput, ways={"prefetched": Way(ms, ms, ms, 1.0, 0.8)}))
     assert goals.copy_over_link(row) == (of_link and pytest.approx(of_link))
     assert goals.overlap(row) == 0.8
@@ -107,7 +107,7 @@ def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, fr
 
 
 def test_the_rows_of_the_prefetchers_goal() -> None:
-    (goal,) = (each for each in goals.GOALS if "seed at 1024 rows" in each.text)
+    (goal,) = (goal for goal in goals.GOALS if "seed at 1024 rows" in goal.text)
     concerned = [str(cell) for cell in GRID if goal.concerns(Row(id=str(cell)))]
     assert "copy-784x512x512x10-relu-fp32-m1024-copy" in concerned
     assert sum("m1048576" in name for name in concerned) == 8  # four widths in 32 and 16 bits

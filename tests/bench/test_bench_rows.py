@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from stand_ins import VERIFIED, cell_of, copy_row, errors, gemm_row, network_row, timed
+from stand_ins import VERIFIED, copy_row, errors, gemm_row, named_cell, network_row, timed
 
 from bench.rows import (
     CallRow,
@@ -25,7 +25,9 @@ from bench.rows import (
 )
 
 COPIED = {kind: Copied(1.0, 0.5, 40.0) for kind in ("pageable", "pinned", "pinned_side_stream")}
-NETWORK = network_row(cell_of("odd-training"), copies=COPIED, memory=Memory(Kept(1, 2), Kept(2, 3)), seconds_spent=1.5)
+NETWORK = network_row(
+    named_cell("odd-training"), copies=COPIED, memory=Memory(Kept(1, 2), Kept(2, 3)), seconds_spent=1.5
+)
 TINYCUDANN = TinycudannRow(
     id="tinycudann-small",
     widths=(5, 3),
@@ -40,12 +42,12 @@ TINYCUDANN = TinycudannRow(
 )
 ROWS: list[Row] = [
     NETWORK,
-    network_row(cell_of("odd-step"), device="cpu", failures={"compile": "out of memory"}),
-    gemm_row(cell_of("gemm-dgrad"), errors=errors((1e-7, 1e-6), (1e-7, 1e-6))),
-    copy_row(cell_of("copy-copy"), COPIED, {"prefetched": 1.0, "resident": 0.5}, {"forward": 0.1}),
-    FreshRow.for_cell(cell_of("copy-lecture"), "cuda", seconds={"any": {"copy": 0.1}}),
-    FailedRow.for_cell(cell_of("odd-step"), "cuda", error="stopped after 9 s", unfinished=9.0, measured=NETWORK),
-    FailedRow.for_cell(cell_of("odd-step"), "cuda", error="wrong"),
+    network_row(named_cell("odd-step"), device="cpu", failures={"compile": "out of memory"}),
+    gemm_row(named_cell("gemm-dgrad"), errors=errors((1e-7, 1e-6), (1e-7, 1e-6))),
+    copy_row(named_cell("copy-copy"), COPIED, {"prefetched": 1.0, "resident": 0.5}, {"forward": 0.1}),
+    FreshRow.for_cell(named_cell("copy-lecture"), "cuda", seconds={"any": {"copy": 0.1}}),
+    FailedRow.for_cell(named_cell("odd-step"), "cuda", error="stopped after 9 s", unfinished=9.0, measured=NETWORK),
+    FailedRow.for_cell(named_cell("odd-step"), "cuda", error="wrong"),
     TINYCUDANN,
 ]
 

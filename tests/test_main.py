@@ -33,14 +33,14 @@ def test_ctrl_c_gives_one_line_and_exit_status_130(text: str, capsys: pytest.Cap
     "flags", [("--epochs", "0"), ("--epochs", "many"), ("--data", "none.npz"), ("--data", "labels.npz")], ids=" ".join
 )
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_mistake_of_all_processes_is_printed_once(
+def test_an_error_in_every_process_is_printed_once(
     first: int,
     flags: tuple[str, ...],
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first process to fail prints it. Here the two processes run one after the other."""
+    """The first process to fail prints the error. Here the two processes run one after the other."""
     np.savez("labels.npz", x=X, y=Y - 1)  # a label below 0: out of range on every process's host, and on no GPU
     store = torch.distributed.HashStore()
     monkeypatch.setattr(distributed, "_store", lambda *address: store)

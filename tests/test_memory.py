@@ -40,7 +40,7 @@ def make_model(**settings: Any) -> FusedMLP:
     return FusedMLP(32, [64, 64, 8], activation_layer="gelu", backend="triton", **settings)
 
 
-def test_a_forward_that_runs_out_states_saved_bytes_and_a_batch_that_fits(full: pytest.MonkeyPatch, path: str) -> None:
+def test_an_error_in_the_forward_states_saved_bytes_and_a_batch_that_fits(full: pytest.MonkeyPatch, path: str) -> None:
     model, x = make_model(recompute=False), torch.randn(4096, 32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(torch.OutOfMemoryError) as caught:
@@ -71,24 +71,24 @@ def test_a_forward_that_runs_out_states_saved_bytes_and_a_batch_that_fits(full: 
 
 @pytest.mark.usefixtures("full")
 def test_advice_omits_what_is_already_in_use() -> None:
-    def messages(model: FusedMLP, dtype: torch.dtype = torch.float32) -> str:
+    def message(model: FusedMLP, dtype: torch.dtype = torch.float32) -> str:
         with pytest.raises(torch.OutOfMemoryError) as caught:
             model(torch.randn(2, 64, 32, dtype=dtype))
         return str(caught.value).partition("mlp_fused: ")[2]
 
     with torch.inference_mode():
-        inference = messages(make_model(dtype=torch.bfloat16), torch.bfloat16)
+        inference = message(make_model(dtype=torch.bfloat16), torch.bfloat16)
     assert inference.startswith("a batch of 128 rows needs about 0.0 MiB of workspace, plus ")
     assert "for parameters. cpu has 3.0 MiB for this process" in inference
     assert inference.endswith(
         "By this estimate the batch fits, so the free memory is probably fragmented. "
         "To use less memory: a smaller batch."
     )
-    assert "recompute" not in messages(make_model(recompute=True))
+    assert "recompute" not in message(make_model(recompute=True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "autocast" not in messages(make_model())
-    assert "autocast" in messages(make_model())
-    assert "autocast" not in messages(make_model(dtype=torch.float64), torch.float64)  # autocast does not cast float64
+        assert "autocast" not in message(make_model())
+    assert "autocast" in message(make_model())
+    assert "autocast" not in message(make_model(dtype=torch.float64), torch.float64)  # autocast does not cast float64
 
 
 @pytest.mark.usefixtures("full")
@@ -98,24 +98,26 @@ def test_a_network_within_a_network_is_explained_once() -> None:
     with pytest.raises(torch.OutOfMemoryError) as caught:
         model(torch.randn(16, 32))
     assert str(caught.value).count("mlp_fused: ") == 1
-    assert f"plus {16 * sum(each.numel() for each in model.parameters()) / 2**20:.1f} MiB for" in str(caught.value)
+    assert f"plus {16 * sum(parameter.numel() for parameter in model.parameters()) / 2**20:.1f} MiB for" in str(
+        caught.value
+    )
 
 
 @pytest.mark.usefixtures("full")
 def test_a_network_that_cannot_be_explained_leaves_torchs_error() -> None:
     model = FusedMLP.from_sequential(nn.Sequential(nn.Unflatten(1, (1, 8, 4)), nn.Flatten(), nn.Linear(32, 2)))
-    model.append(nn.Bilinear(2, 2, 2))  # of two inputs
+    model.append(nn.Bilinear(2, 2, 2))  # takes two inputs, so `explain` fails
     model.backend = "triton"
     with pytest.raises(torch.OutOfMemoryError) as caught:
         model(torch.randn(4, 32))
     assert str(caught.value) == TORCHS
 
 
-# The memory in use out of a GiB, the memory needed at any batch size, and the number of rows of 2 MiB that would fit.
+# Changes to a step of 1024 rows of 2 MiB each on a device with 1 GiB, and the number of rows that then fits.
 FITS: dict[str, tuple[dict[str, Any], int | None]] = {
     "all of it": ({}, 512),
-    "a part of the step is there already": ({"room": Room(2**30, 2**28)}, 512),
-    "others hold half": ({"room": Room(2**30, 2**29 + 2**31)}, 256),
+    "a part of the step is allocated already": ({"room": Room(2**30, 2**28)}, 512),
+    "other tensors hold half": ({"room": Room(2**30, 2**29 + 2**31)}, 256),
     "parameters": ({"fixed": 2**30 - 3 * 2**21}, 2),
     "not one row": ({"fixed": 2**30}, 0),
     "not known": ({"room": None}, None),
@@ -155,7 +157,7 @@ def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_gpu_that_runs_out(device: str, backend: Any) -> None:
+def test_a_gpu_without_enough_memory(device: str, backend: Any) -> None:
     """With a limit of 1 GiB, a whole step with the suggested batch size fits."""
     model = FusedMLP(256, [2048] * 6, activation_layer="gelu", backend=backend, device=device)
     optimizer = torch.optim.Adam(model.parameters())
@@ -194,7 +196,7 @@ def test_a_model_holds_no_tensor_of_its_calls(backend: Any, device: str) -> None
     assert [tensor() for tensor in held] == [None] * 3
 
 
-def test_the_readmes_example_of_running_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_example_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the plan that `explain` makes for an H100."""
     model = FusedMLP(784, [4096, 4096, 10], activation_layer="gelu")
     planned = model.explain(10**6, torch.float32, "NVIDIA H100")

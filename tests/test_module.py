@@ -54,7 +54,9 @@ ARGUMENTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda arguments: ",".join(arguments) or "defaults")
 @pytest.mark.parametrize("widths", [[5], [16, 5], [16, 8, 5]], ids=str)
-def test_torchvisions_children_keys_initialisation_and_numbers(arguments: dict[str, Any], widths: list[int]) -> None:
+def test_children_keys_initialisation_and_outputs_equal_torchvisions(
+    arguments: dict[str, Any], widths: list[int]
+) -> None:
     torch.manual_seed(3)
     theirs = torchvision_mlp(7, widths, **arguments)
     torch.manual_seed(3)
@@ -115,7 +117,7 @@ def test_the_layers_run_as_kernels(device: str, path: str) -> None:
 
 def test_norms_and_dropout_run_as_modules_between_kernels(device: str) -> None:
     model = FusedMLP(20, [32, 16, 3], nn.LayerNorm, nn.GELU, dropout=0.5, backend="triton").to(device)
-    model[-1].p = 0.0  # the kernel of the Linear before it would run it
+    model[-1].p = 0.0  # the last Linear's kernel would run this Dropout, with other random numbers
     x = torch.randn(33, 20, device=device)
     for training in (True, False):
         model.train(training)
@@ -201,15 +203,15 @@ def test_a_repeated_call_sees_changes(change: str, device: str) -> None:
     x = x.to(model[0].weight.dtype)
     fresh = copy.deepcopy(model)  # the copy has no cached path
     results = []
-    for each in (model, fresh):
-        each.zero_grad()
+    for network in (model, fresh):
+        network.zero_grad()
         with count_launches() as launches:
-            y = each(x)
+            y = network(x)
             if y.requires_grad:
                 y.square().sum().backward()
         with torch.no_grad():
-            evaluated = each(x)
-        grads = [p.grad for p in each.parameters()]
+            evaluated = network(x)
+        grads = [p.grad for p in network.parameters()]
         results.append((launches, y.detach(), evaluated, grads))
     (launches, y, evaluated, grads), (fresh_launches, fresh_y, fresh_evaluated, fresh_grads) = results
     assert launches == fresh_launches
@@ -345,7 +347,7 @@ def test_from_sequential_takes_over_the_modules(device: str) -> None:
         FusedMLP.from_sequential(nn.Linear(2, 2))
 
 
-def test_one_activation_module_may_stand_in_several_places(device: str) -> None:
+def test_one_activation_module_may_be_used_several_times(device: str) -> None:
     shared = nn.Tanh()
     layers = (nn.Linear(6, 5, device=device), nn.Linear(5, 4, device=device), nn.Linear(4, 3, device=device))
     sequential = nn.Sequential(layers[0], shared, layers[1], shared, layers[2])
@@ -370,7 +372,7 @@ def test_activation_layer_is_a_name_a_class_an_instance_or_none(activation: Any)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation_can_be_named(name: str) -> None:
+def test_every_activation_is_accepted_by_name(name: str) -> None:
     model = FusedMLP(4, [5, 2], activation_layer=name, output_activation=ACTIVATIONS[name])
     assert [find(child) for child in (model[1], model[4])] == [ACTIVATIONS[name]] * 2
     assert model(torch.randn(3, 4)).shape == (3, 2)
@@ -423,7 +425,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "biases": (lambda: mlp(GOOD, [torch.randn(6, 4)], []), ValueError, "biases has 0 entries; it needs one for 1 weight"),
     "activation": (lambda: linear_act(GOOD, torch.randn(3, 4), None, "gelo"), ValueError, "activation is 'gelo'; it needs to be one of"),
     "backend": (lambda: linear_act(GOOD, torch.randn(3, 4), backend="cuda"), ValueError, "backend is 'cuda'; it needs to be one of: auto, triton, reference"),
-    "float64 kernels": (lambda: linear_act(GOOD.to(torch.float8_e4m3fn), torch.randn(3, 4).to(torch.float8_e4m3fn), backend="triton"), RuntimeError, "the kernels compute in float16, bfloat16 and float32"),
+    "float8 kernels": (lambda: linear_act(GOOD.to(torch.float8_e4m3fn), torch.randn(3, 4).to(torch.float8_e4m3fn), backend="triton"), RuntimeError, "the kernels compute in float16, bfloat16 and float32"),
     "rows": (lambda: MODEL.explain(-1), ValueError, "batch_size is -1"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Arguments of the constructors that the plain twin takes: NumPy's and torch's numbers, functions, and widths of 0."""
+"""Arguments of the constructors: numbers of NumPy and torch, functions as activations, and widths of 0."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def test_batch_sizes_may_be_numpy_or_torch_numbers(device: str) -> None:
 
 @pytest.mark.parametrize("sizes", [np.arange(1, 3), torch.tensor([1, 2])], ids=["array", "tensor"])
 def test_sizes_to_measure_may_be_an_array_or_a_tensor(sizes: Any) -> None:
-    actual = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=sizes, device="cpu", seconds=1e-4)
-    assert [(type(point.rows), point.rows) for point in actual.points] == [(int, 1), (int, 2)]
+    measurement = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=sizes, device="cpu", seconds=1e-4)
+    assert [(type(point.rows), point.rows) for point in measurement.points] == [(int, 1), (int, 2)]
 
 
 def captured(warmup: Any) -> object:

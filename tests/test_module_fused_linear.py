@@ -56,7 +56,7 @@ def rows(device: str) -> Tensor:
 
 def agree(ours: nn.Module, theirs: nn.Module, x: Tensor, kernels: bool | None = None) -> None:
     """Assert that outputs and gradients are equal, and that kernels ran (True), none ran (False), or either (None)."""
-    actual = []
+    results = []
     for network in (ours, theirs):
         for parameter in network.parameters():
             parameter.grad = None
@@ -64,9 +64,9 @@ def agree(ours: nn.Module, theirs: nn.Module, x: Tensor, kernels: bool | None = 
         with count_launches() as launches:
             y = network(inputs)
             y.square().sum().backward()
-        actual.append([y, inputs.grad, *(parameter.grad for parameter in network.parameters())])
+        results.append([y, inputs.grad, *(parameter.grad for parameter in network.parameters())])
         assert network is theirs or kernels is None or bool(launches) == kernels
-    for mine, other in zip(*actual, strict=True):
+    for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_the_layers_compute_what_the_twin_does(fused: bool, backend: str, device
         agree(ours, theirs, rows(device), kernels=backend == "triton" or device == "cuda")
 
 
-def test_the_layers_join_their_neighbours_run(device: str) -> None:
+def test_the_layers_run_in_one_kernel_with_their_neighbours(device: str) -> None:
     network = model("triton", device)
     with torch.no_grad(), count_launches() as launches:
         network(rows(device))
@@ -183,7 +183,7 @@ def test_a_pickle_of_the_layer_as_an_nn_linear_loads(backend: str, device: str) 
 
 
 @BACKENDS
-def test_attributes_of_nn_linear_are_the_childs(backend: str, device: str) -> None:
+def test_attributes_of_nn_linear_are_those_of_the_child(backend: str, device: str) -> None:
     layer, x = FusedLinear(6, 4, activation="relu", backend=backend, device=device), torch.randn(3, 6, device=device)
     assert (layer.in_features, layer.out_features) == (6, 4)
     assert layer.weight is layer.linear.weight
@@ -235,7 +235,7 @@ def initialise(module: nn.Module) -> None:
 
 
 @BACKENDS
-def test_initialisers_of_every_linear(backend: str, device: str) -> None:
+def test_initialisers_reach_every_linear(backend: str, device: str) -> None:
     ours, theirs = pair(backend, device)
     agree(ours, theirs, rows(device))
     for network in (ours, theirs):
@@ -263,7 +263,7 @@ def learn(network: nn.Module, optimizer: torch.optim.Optimizer, device: str, ste
 
 
 @BACKENDS
-def test_weight_decay_by_groups_of_every_linear(backend: str, device: str) -> None:
+def test_parameter_groups_contain_every_linear(backend: str, device: str) -> None:
     ours, theirs = pair(backend, device)
     for network in (ours, theirs):
         learn(network, torch.optim.SGD(groups(network), lr=0.1), device)
@@ -319,7 +319,7 @@ def test_dynamic_quantisation_keeps_the_activation() -> None:
     ours, theirs = pair("auto", "cpu")
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("this build of torch has no engine for quantised products")
-    quantised = [torch.ao.quantization.quantize_dynamic(each, {nn.Linear}) for each in (ours, theirs)]
+    quantised = [torch.ao.quantization.quantize_dynamic(network, {nn.Linear}) for network in (ours, theirs)]
     assert not linears(quantised[0])
     x = rows("cpu")
     assert torch.equal(quantised[0](x), quantised[1](x))
@@ -344,7 +344,7 @@ TRANSFORMS: dict[str, Callable[[nn.Linear], Any]] = {
 @pytest.mark.parametrize("fused", [True, False], ids=["in fuse", "alone"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_weights_that_are_computed(transform: str, fused: bool, backend: str, device: str) -> None:
+def test_computed_weights_run_as_modules(transform: str, fused: bool, backend: str, device: str) -> None:
     ours, theirs = pair(backend, device, fused)
     ours.eval()
     theirs.eval()
@@ -468,11 +468,11 @@ def test_functional_calls_address_the_child(backend: str, device: str) -> None:
         for network in (ours, theirs)
     ]
     assert list(doubled[0])[:2] == ["0.linear.weight", "0.linear.bias"]
-    actual = []
+    results = []
     for network, state in zip((ours, theirs), doubled):
         y = torch.func.functional_call(network, state, (x,))
-        actual.append([y, *torch.autograd.grad(y.square().sum(), list(state.values()))])
-    for mine, other in zip(*actual, strict=True):
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(state.values()))])
+    for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     agree(ours, theirs, x)
 

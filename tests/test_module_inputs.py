@@ -43,9 +43,9 @@ def test_modules_compute_inputs_that_kernels_cannot_read(name: str, kind: str, r
     x = INPUTS[name]()
     assert_same_rows(model(x), twin(x))
     gradients: list[Any] = []
-    for each in (model, twin):
-        torch.cat([rows.square().sum().reshape(1) for rows in split_rows(each(x))]).sum().backward()
-        gradients.append([parameter.grad for parameter in each.parameters()])
+    for network in (model, twin):
+        torch.cat([rows.square().sum().reshape(1) for rows in split_rows(network(x))]).sum().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 

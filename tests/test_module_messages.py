@@ -27,8 +27,8 @@ MODULES: dict[str, Make] = {
     "FusedLinear": lambda backend, **where: FusedLinear(4, 6, activation="relu", backend=backend, **where),
     "fused": fused_sequential,
 }
-of_every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-on_every_path = pytest.mark.parametrize("backend", ["auto", "triton"])
+every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+every_backend = pytest.mark.parametrize("backend", ["auto", "triton"])
 
 
 def error_text(call: Callable[[], object], kind: type[Exception] = RuntimeError) -> str:
@@ -54,8 +54,8 @@ NOT_ADVISED = [
 ADVICE = ", or compute in a lower precision under torch.autocast"
 
 
-@of_every_module
-@on_every_path
+@every_module
+@every_backend
 @pytest.mark.parametrize(("given", "stored"), ADVISED, ids=str)
 def test_autocast_is_advised_where_it_helps(
     make: Make, backend: str, given: torch.dtype, stored: torch.dtype, device: str
@@ -69,8 +69,8 @@ def test_autocast_is_advised_where_it_helps(
     assert model(x.to(stored)).dtype == stored
 
 
-@of_every_module
-@on_every_path
+@every_module
+@every_backend
 @pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize(("given", "stored"), NOT_ADVISED, ids=str)
 def test_autocast_is_not_advised_where_it_does_not_help(
@@ -98,8 +98,8 @@ def test_autocast_is_not_advised_where_it_does_not_help(
     ],
     ids=["float32", "float64", "uint8", "double", "bfloat16", "object", "object to double"],
 )
-@of_every_module
-@on_every_path
+@every_module
+@every_backend
 def test_the_error_for_an_array_shows_code_that_converts_it(
     make: Make, backend: str, array: np.ndarray, dtype: torch.dtype, code: str
 ) -> None:
@@ -127,7 +127,7 @@ def test_the_error_for_a_data_frame_shows_code_that_converts_it() -> None:
 FLATTEN = "; flatten each row with x.flatten(1)"
 
 
-@on_every_path
+@every_backend
 @pytest.mark.parametrize(
     ("shape", "hinted"),
     [
@@ -158,7 +158,7 @@ def test_the_error_for_unflattened_images_shows_the_fix(
             assert model(x.flatten(1)).shape == (5, 3)
 
 
-@on_every_path
+@every_backend
 def test_a_layer_inside_that_does_not_fit_has_no_hint_on_flattening(backend: Any, device: str) -> None:
     model = FusedMLP.from_sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(12, 3)), backend=backend)
     with pytest.raises(RuntimeError) as raised:
@@ -174,8 +174,8 @@ WRONG: dict[str, Callable[[Any, Tensor], object]] = {
 }
 
 
-@of_every_module
-@on_every_path
+@every_module
+@every_backend
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_are_reported_for_forward_as_in_sequential(make: Make, backend: str, name: str) -> None:
     x, twin = torch.ones(5, 4), nn.Sequential(nn.Linear(4, 6))
@@ -186,7 +186,7 @@ def test_wrong_arguments_are_reported_for_forward_as_in_sequential(make: Make, b
     assert sentence == expected.replace("Sequential.forward", f"{owner}.forward")
 
 
-@of_every_module
+@every_module
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [

@@ -36,11 +36,11 @@ def make(backend_of_path: str, device: str) -> Make:
 
 
 @pytest.fixture(autouse=True)
-def _switches_as_they_were() -> Iterator[None]:
+def _restored_switches() -> Iterator[None]:
     """Restore the settings that torch's older switches change. conftest.py restores those of matmul."""
-    of_cpu = torch.backends.mkldnn.matmul.fp32_precision
+    cpu_precision = torch.backends.mkldnn.matmul.fp32_precision
     yield
-    torch.backends.mkldnn.matmul.fp32_precision = of_cpu
+    torch.backends.mkldnn.matmul.fp32_precision = cpu_precision
     torch.use_deterministic_algorithms(False)
 
 
@@ -56,23 +56,23 @@ def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, steps: float = 16
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_autocast_equals_that_of_sequential(dtype: torch.dtype, make: Make, device: str) -> None:
-    """The output has 16 bits, gradients have their tensors' dtypes. Also with nested and disabled autocast."""
+def test_autocast_gives_the_results_of_sequential(dtype: torch.dtype, make: Make, device: str) -> None:
+    """The output has 16 bits, and gradients have their tensors' dtypes, also under nested and disabled autocast."""
     model = make()
     twin = copy.deepcopy(nn.Sequential(*model))
     x = torch.randn(9, 20, device=device)
     results = []
-    for each in (model, twin):
+    for network in (model, twin):
         mine = x.clone().requires_grad_()
         with torch.autocast(device, dtype):
-            y = each(mine)
+            y = network(mine)
             with torch.autocast(device, enabled=False):
-                inner = each(mine)
-            again = each(y.new_zeros(3, 20).float())
+                inner = network(mine)
+            again = network(y.new_zeros(3, 20).float())
         assert (y.dtype, inner.dtype, again.dtype) == (dtype, torch.float32, dtype)
-        assert each(mine).dtype == torch.float32
+        assert network(mine).dtype == torch.float32
         y.float().square().sum().backward()
-        results.append([y.detach(), mine.grad, *(parameter.grad for parameter in each.parameters())])
+        results.append([y.detach(), mine.grad, *(parameter.grad for parameter in network.parameters())])
     for actual, expected in zip(*results):
         near(actual, expected, dtype)
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
@@ -137,27 +137,27 @@ def test_grad_scaler(dtype: torch.dtype, make: Make, device: str) -> None:
     model = make()
     twin = copy.deepcopy(nn.Sequential(*model))
     x, t = torch.randn(9, 20, device=device), torch.randn(9, 4, device=device)
-    actual = []
-    for each in (model, twin):
+    trained = []
+    for network in (model, twin):
         scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=2)
-        optimizer = torch.optim.SGD(each.parameters(), 0.1)
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
         for step in range(4):
-            before = [parameter.detach().clone() for parameter in each.parameters()]
+            before = [parameter.detach().clone() for parameter in network.parameters()]
             optimizer.zero_grad()
             with torch.autocast(device, dtype):
-                loss = nn.functional.mse_loss(each(x).float(), t)
+                loss = nn.functional.mse_loss(network(x).float(), t)
             if step == 2:
                 loss = loss * torch.inf
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(each.parameters(), 0.5)
+            norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)
             scaler.step(optimizer)
             scaler.update()
-            moved = not all(map(torch.equal, before, each.parameters()))
+            moved = not all(map(torch.equal, before, network.parameters()))
             assert moved == (step != 2) == bool(norm.isfinite())
         assert scaler.get_scale() == 2.0**10  # twice as much after two steps, then half of that
-        actual.append([parameter.detach() for parameter in each.parameters()])
-    for mine, other in zip(*actual):
+        trained.append([parameter.detach() for parameter in network.parameters()])
+    for mine, other in zip(*trained):
         near(mine, other, dtype)
 
 
@@ -204,7 +204,7 @@ def test_inputs_in_every_memory_format(make: Make, device: str) -> None:
         y = model(leaf)
         expected = nn.Sequential(*model)(leaf)
         near(y, expected, torch.float32)
-        near(*(torch.autograd.grad(each.square().sum(), leaf)[0] for each in (y, expected)), torch.float32)
+        near(*(torch.autograd.grad(output.square().sum(), leaf)[0] for output in (y, expected)), torch.float32)
 
 
 SWITCHES: list[tuple[Callable[[], None], str]] = [
@@ -224,9 +224,9 @@ def test_the_next_call_follows_every_switch_of_fp32(
 ) -> None:
     taken: list[Any] = []
 
-    def spy(x: Tensor, weights: Any, biases: Any, actual: Any) -> Tensor:
-        taken.append(actual)
-        return run_path(x, weights, biases, actual)
+    def spy(x: Tensor, weights: Any, biases: Any, chosen: Any) -> Tensor:
+        taken.append(chosen)
+        return run_path(x, weights, biases, chosen)
 
     monkeypatch.setattr(module, "run_path", spy)
     model = FusedMLP(20, [16, 4], backend="triton", device=device)
@@ -265,7 +265,7 @@ def test_results_follow_the_switches(device: str, path: str) -> None:
 
 
 def test_deterministic_algorithms_are_accepted(make: Make, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch then fills new memory with NaN too. The bits are the same as without it."""
+    """Under this switch, torch also fills new memory with NaN. The results keep their bits."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model = make()
     x = torch.randn(9, 20, device=device)
@@ -282,7 +282,7 @@ def test_deterministic_algorithms_are_accepted(make: Make, device: str, monkeypa
 
 
 def test_a_changed_weight_under_autocast(make: Make, device: str) -> None:
-    """torch and layers multiply 16-bit copies and do not notice the change. A network reads the weight itself."""
+    """torch and layer kernels read 16-bit copies from before the change. Network kernels read the weight itself."""
     model = make()
     with torch.autocast(device, torch.bfloat16):
         y = model(torch.randn(9, 20, device=device)).float().sum()

@@ -120,7 +120,7 @@ def test_weights_only_refuses_a_whole_model(device: str, tmp_path: Path) -> None
         through_a_file(network(device), tmp_path, weights_only=True)
 
 
-def torchvision_mlp(inplace: bool | None = None) -> nn.Sequential:
+def torchvision_mlp() -> nn.Sequential:
     """The children of torchvision.ops.MLP(20, [16, 12, 5], activation_layer=nn.GELU, dropout=0.1), in their order."""
     layers: list[nn.Module] = []
     width = WIDTHS[0]
@@ -289,14 +289,14 @@ def test_the_next_call_uses_changed_weights(change: str, backend: str, device: s
     CHANGES[change](model, x)
     expected = nn.Sequential(*copy.deepcopy(model))
     results = []
-    for each in (model, expected):
-        each.zero_grad()
+    for current in (model, expected):
+        current.zero_grad()
         inputs = x.clone().requires_grad_()
         with count_launches() as launches:
-            y = each(inputs)
+            y = current(inputs)
             y.square().sum().backward()
-        assert bool(launches) == (each is model and (backend == "triton" or device == "cuda"))
-        results.append([y.detach(), inputs.grad, *(parameter.grad for parameter in each.parameters())])
+        assert bool(launches) == (current is model and (backend == "triton" or device == "cuda"))
+        results.append([y.detach(), inputs.grad, *(parameter.grad for parameter in current.parameters())])
     assert not torch.allclose(results[0][0], before, rtol=1e-3, atol=1e-3)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

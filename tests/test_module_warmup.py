@@ -1,4 +1,4 @@
-"""`model.warmup`."""
+"""`model.warmup` prepares the launches of later calls."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_warmup_prepares_every_launch_of_a_call_and_changes_nothing(device: str)
     assert sum(again.values()) == 2 * 3
 
 
-@pytest.mark.parametrize("made_inside", [False, True])
-def test_warmup_under_inference_mode(made_inside: bool, device: str) -> None:
-    with torch.inference_mode(made_inside):
+@pytest.mark.parametrize("created_inside", [False, True])
+def test_warmup_under_inference_mode(created_inside: bool, device: str) -> None:
+    with torch.inference_mode(created_inside):
         model = FusedMLP(300, [300, 5], backend="triton", device=device)
     with torch.inference_mode(), count_launches() as launches:
         model.warmup(8)
         assert model(torch.zeros(8, 300, device=device)).shape == (8, 5)
     assert launches["layer_forward_kernel"] == 2 * 3
-    assert launches.get("wgrad_kernel", 0) == (0 if made_inside else 2)
+    assert launches.get("wgrad_kernel", 0) == (0 if created_inside else 2)
 
 
 def test_warmup_does_nothing_if_torch_runs() -> None:

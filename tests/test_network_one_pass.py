@@ -58,13 +58,13 @@ def is_one_pass(case: Case) -> bool:
 
 
 def parameters() -> list[object]:
-    """Every case in one form, in rotation. Other forms and plain cases of each activation run with `-m full`."""
+    """Every case in one of the forms, in rotation. The other forms run with `-m full`."""
     listed = []
     forms = list(FORMS)
     for turn, case in enumerate(case for case in CASES if is_one_pass(case)):
         for form in forms:
-            waits = form != forms[turn % 3]
-            listed.append(pytest.param(form, case, marks=pytest.mark.full if waits else ()))
+            only_full = form != forms[turn % 3]
+            listed.append(pytest.param(form, case, marks=pytest.mark.full if only_full else ()))
     return listed
 
 
@@ -111,7 +111,9 @@ def check_needed_gradients(case: Case, form: str, device: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids="dropout={}".format)
-def test_the_same_bits_in_one_pass(dropout: float, activation: str, form: str, device: str, poisoned: None) -> None:
+def test_one_pass_gives_the_same_bits_every_time(
+    dropout: float, activation: str, form: str, device: str, poisoned: None
+) -> None:
     rows = 1100 if device == "cuda" else 200  # in the interpreter, three tiles for each of two programs are enough
     case = replace(WIDE, rows=rows, activation=activation, dtype=torch.float16, dropout=dropout)
     runs = [gradients(data, forward(form, case, data)) for data in (make(case, device), make(case, device))]
@@ -121,7 +123,7 @@ def test_the_same_bits_in_one_pass(dropout: float, activation: str, form: str, d
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded", "expanded gradient"])
 def test_rows_that_descriptors_cannot_describe_in_one_pass(layout: str, device: str, poisoned: None) -> None:
-    """x and dy have any strides, and rows that are not a multiple of 16 bytes."""
+    """x and dy may have any strides, and their rows need not be a multiple of 16 bytes."""
     for widths in ((24, 48, 40, 16), (20, 31, 24, 17)):
         case = replace(WIDE, widths=widths, layout=layout)
         data = make(case, device)
@@ -130,21 +132,23 @@ def test_rows_that_descriptors_cannot_describe_in_one_pass(layout: str, device: 
 
 @pytest.mark.parametrize("recompute", [None, True, False], ids="recompute={}".format)
 @pytest.mark.parametrize(("widths", "launches"), [((64, 64, 64, 64), 1), ((40, 128, 128, 10), 3)], ids=str)
-def test_the_rules_own_tiles(
+def test_the_tiles_of_the_rule_in_one_pass(
     widths: tuple[int, ...], launches: int, recompute: bool | None, device: str, poisoned: None
 ) -> None:
-    """A width of 64 takes one launch. A width of 128 takes one per layer, after a forward if only x was saved."""
+    """A width of 64 takes one launch, and a width of 128 one per layer. A forward comes first if only x was saved."""
     case = Case(300, widths, torch.bfloat16, "gelu")
     data = make(case, device)
     y = forward_by_rule(case, data, "network", recompute)
     with count_launches() as counted:
         ours = gradients(data, y)
-    again = {"network_forward_kernel": 1} if recompute else {}
-    assert counted == {**again, "network_one_pass_kernel": launches, "sum_partials_kernel": 1}
+    recomputed = {"network_forward_kernel": 1} if recompute else {}
+    assert counted == {**recomputed, "network_one_pass_kernel": launches, "sum_partials_kernel": 1}
     check(case, oracle(case, data), ours, by_torch(case, data))
 
 
-@pytest.mark.parametrize("name", [name for name, each in ACTIVATIONS.items() if each.forward_and_slope is not None])
+@pytest.mark.parametrize(
+    "name", [name for name, activation in ACTIVATIONS.items() if activation.forward_and_slope is not None]
+)
 def test_h_and_slope_computed_together_equal_forward_and_backward(name: str, device: str) -> None:
     """Compare them in fp32 for every finite 16-bit z."""
     z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -161,7 +165,7 @@ def test_h_and_slope_computed_together_equal_forward_and_backward(name: str, dev
 
 @triton.jit
 def both_kernel(z_ptr, h_ptr, slope_ptr, count, BOTH: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    h, slope = BOTH(tl.load(z_ptr + at, mask=at < count, other=0.0))
-    tl.store(h_ptr + at, h, mask=at < count)
-    tl.store(slope_ptr + at, slope, mask=at < count)
+    offsets = tl.arange(0, BLOCK)
+    h, slope = BOTH(tl.load(z_ptr + offsets, mask=offsets < count, other=0.0))
+    tl.store(h_ptr + offsets, h, mask=offsets < count)
+    tl.store(slope_ptr + offsets, slope, mask=offsets < count)

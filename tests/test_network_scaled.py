@@ -161,8 +161,8 @@ def parameters() -> list[object]:
     listed = []
     for turn, case in enumerate(filter(is_scaled, CASES)):
         for place, form in enumerate(FORMS):
-            waits = place != turn % len(FORMS)
-            listed.append(pytest.param(form, case, marks=pytest.mark.full if waits else ()))
+            only_full = place != turn % len(FORMS)
+            listed.append(pytest.param(form, case, marks=pytest.mark.full if only_full else ()))
     return listed
 
 
@@ -187,7 +187,7 @@ def test_a_network_64_wide_errs_little_more_than_torch(activation: str, form: st
     ours, torchs = gradients(data, forward(case, data, form=form)), by_torch(case, data)
     true = oracle(case, data).values
     for name, value in true.items():
-        error, limit = ((actual[name].double() - value).norm() for actual in (ours, torchs))
+        error, limit = ((tensors[name].double() - value).norm() for tensors in (ours, torchs))
         assert error <= 2 * limit, (name, error / limit)
 
 
@@ -221,7 +221,7 @@ def test_non_finite_rows_affect_no_other_row(device: str) -> None:
 
 
 def test_debugging_checks_gradients_by_scaled_parts(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """No later step computes them again, unlike those of layers by planes."""
+    """These gradients are final. After products by planes, a later step may compute them again."""
     monkeypatch.setattr(settings, "DEBUG", True)
     data = make(replace(WIDE, activation="relu"), device)
     data.dy[3] = torch.inf
@@ -230,17 +230,17 @@ def test_debugging_checks_gradients_by_scaled_parts(monkeypatch: pytest.MonkeyPa
 
 
 def test_gradients_of_rows_spread_over_2_to_40_keep_the_norm(device: str) -> None:
-    """Scale rows of dz, and rows of x from 1e-38 to 1e18. The largest rows determine the weight gradients."""
+    """Scale rows of x from 1e-38 to 1e18, or rows of dy over 2^40. The largest rows determine the weight gradients."""
     case = replace(WIDE, activation="relu", bias=False, rows=256)
     even = torch.ones(256)
-    for of_x, of_dy in ((torch.logspace(-38, 18, 256), even), (even, torch.logspace(-20, 20, 256, base=2))):
+    for x_scales, dy_scales in ((torch.logspace(-38, 18, 256), even), (even, torch.logspace(-20, 20, 256, base=2))):
         data = make(case, device)
         with torch.no_grad():
-            data.x.mul_(of_x[:, None].to(device))
-        data.dy = data.dy * of_dy[:, None].to(device)
+            data.x.mul_(x_scales[:, None].to(device))
+        data.dy = data.dy * dy_scales[:, None].to(device)
         ours, torchs, true = gradients(data, forward(case, data)), by_torch(case, data), oracle(case, data).values
         for name, value in true.items():
-            error, limit = ((actual[name].double() - value).norm() for actual in (ours, torchs))
+            error, limit = ((tensors[name].double() - value).norm() for tensors in (ours, torchs))
             assert error <= 2 * limit + 2.0**-23 * value.norm(), (name, error / limit)
 
 
@@ -277,8 +277,8 @@ def test_all_programs_of_an_unmeasured_tile_fit_in_shared_memory(kind: NetworkKi
     else:
         programs = tile.programs // device.multiprocessors
         is_measured = (tile.block_m, tile.num_warps, tile.num_stages, programs) in network_tiles.SCALED_64.values()
-        bytes_of_one = network_tiles.network_shared_memory(problem, tile, device) - network_tiles.MARGIN + 1024
-        assert (1 if is_measured else programs) * bytes_of_one <= 228 * 1024
+        bytes_per_program = network_tiles.network_shared_memory(problem, tile, device) - network_tiles.MARGIN + 1024
+        assert (1 if is_measured else programs) * bytes_per_program <= 228 * 1024
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -59,7 +59,7 @@ def test_only_nvidia_gpus_round_to_16_bits_with_relu(device: Device) -> None:
         assert rounds_with_relu(dtype, device) == (device.backend == "cuda" and dtype.itemsize == 2)
 
 
-def test_no_more_programs_start_than_have_shared_memory() -> None:
+def test_no_more_programs_start_than_fit_in_shared_memory() -> None:
     for layers, programs in ((4, 3), (8, 2), (16, 1)):
         tile = per_multiprocessor(forward((64,) * (layers + 1)))
         assert (tile.num_stages, tile.programs) == (1, programs)
@@ -77,6 +77,6 @@ def test_no_more_programs_start_than_have_shared_memory() -> None:
     ],
     ids=["narrow input", "128 wide", "float32", "a float32 input under autocast", "Ampere", "Blackwell"],
 )
-def test_networks_without_a_reading_keep_their_tiles(others: dict[str, object]) -> None:
+def test_networks_without_a_reading_have_one_tile_for_training_and_inference(others: dict[str, object]) -> None:
     problem = {"widths": (64,) * 5, **others}
     assert forward(**problem) == forward(**problem, stores=True)

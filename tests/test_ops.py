@@ -45,9 +45,9 @@ def make_model(widths: tuple[int, ...], device: str, activation: Any = "gelu", *
 
 
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """y, and all gradients."""
+    """Run forward and backward. Returns y and all gradients."""
     y = model(x)
-    leaves = [each for each in (x, *model.parameters()) if each.requires_grad]
+    leaves = [leaf for leaf in (x, *model.parameters()) if leaf.requires_grad]
     for leaf in leaves:
         leaf.grad = None
     y.float().square().mean().backward()
@@ -65,9 +65,9 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 EVEN = (32, 320, 16, 32)
 SAMPLES = {
     "layers": (EVEN, "gelu", "sigmoid", torch.float32, torch.float32, None),
-    "layers, output kept": (EVEN, "relu", "identity", torch.float32, torch.float32, None),
+    "layers, output saved": (EVEN, "relu", "identity", torch.float32, torch.float32, None),
     "layers of fp32 in bf16": (EVEN, "leaky_relu", "silu", BF16, torch.float32, None),
-    "layers again": (EVEN, "tanh", "tanh", torch.float32, torch.float32, True),
+    "layers, recomputed": (EVEN, "tanh", "tanh", torch.float32, torch.float32, True),
     "one layer": ((16, 320), "identity", "identity", torch.float32, torch.float32, None),
     "network": (NARROW, "gelu", "silu", torch.float32, torch.float32, None),
     "network, stored": (NARROW, "gelu", "silu", torch.float32, torch.float32, False),
@@ -78,10 +78,10 @@ SAMPLES = {
 @pytest.mark.parametrize("rows", [0, 4])
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(sample: str, rows: int, device: str) -> None:
-    widths, hidden, last, dtype, of_parameters, recompute = SAMPLES[sample]
-    weights = [torch.randn(n, k, device=device, dtype=of_parameters) / k**0.5 for k, n in itertools.pairwise(widths)]
+    widths, hidden, last, dtype, parameter_dtype, recompute = SAMPLES[sample]
+    weights = [torch.randn(n, k, device=device, dtype=parameter_dtype) / k**0.5 for k, n in itertools.pairwise(widths)]
     weights[0] = weights[0].t().contiguous().t()  # its gradient is contiguous all the same
-    biases = [torch.randn(n, device=device, dtype=of_parameters) for n in widths[1:-1]]
+    biases = [torch.randn(n, device=device, dtype=parameter_dtype) for n in widths[1:-1]]
     for parameter in (*weights, *biases):
         parameter.requires_grad_()
     names = [hidden] * (len(widths) - 2) + [last]
@@ -93,25 +93,31 @@ def test_opcheck(sample: str, rows: int, device: str) -> None:
         tests = (*tests, "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.mlp_fused.mlp.default, (x, weights, biases, *settings, True), test_utils=tests)
     with torch.no_grad():
-        arguments = (x, [each.detach() for each in weights], [each.detach() for each in biases], *settings, False)
+        arguments = (
+            x,
+            [parameter.detach() for parameter in weights],
+            [parameter.detach() for parameter in biases],
+            *settings,
+            False,
+        )
         torch.library.opcheck(torch.ops.mlp_fused.mlp.default, arguments, test_utils=tests)
-        y, kept = torch.ops.mlp_fused.mlp(x, weights, biases, *settings, True)
+        y, saved = torch.ops.mlp_fused.mlp(x, weights, biases, *settings, True)
         needs = [False] + [True] * (len(weights) + len(biases))
         for needs[0] in (False, True):
-            arguments = (torch.randn_like(y), x, y, kept, weights, biases, *settings, needs)
+            arguments = (torch.randn_like(y), x, y, saved, weights, biases, *settings, needs)
             torch.library.opcheck(torch.ops.mlp_fused.mlp_backward.default, arguments, test_utils=tests[::2])
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_passed_by_name(name: str) -> None:
     activation = ACTIVATIONS[name]
-    other = activation.bind(**{each: value + 1 / 3 for each, value in activation.parameters.items()})
+    other = activation.bind(**{name: value + 1 / 3 for name, value in activation.parameters.items()})
     assert parse(activation.spec) is activation
     assert parse(other.spec) is other
 
 
 def test_an_operator_runs_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This happens when a network exported on a GPU is loaded elsewhere. Only inference is exported so."""
+    """This happens if a network exported for inference on a GPU is loaded on a machine without one."""
     model = FusedMLP(*NARROW[:1], [*NARROW[1:]], activation_layer="gelu")
     x = torch.randn(7, NARROW[0])
     linears = [child for child in model if isinstance(child, nn.Linear)]
@@ -127,9 +133,9 @@ def test_an_operator_runs_without_kernels(monkeypatch: pytest.MonkeyPatch) -> No
         "auto",
     )
     with torch.no_grad(), count_launches() as launches:
-        y, kept = torch.ops.mlp_fused.mlp(*arguments, False)
+        y, saved = torch.ops.mlp_fused.mlp(*arguments, False)
     assert torch.equal(y, model(x))
-    assert kept == []
+    assert saved == []
     assert launches == {}
     with pytest.raises(RuntimeError, match="is to keep what its backward kernels need, but the input is on the CPU"):
         torch.ops.mlp_fused.mlp(*arguments, True)
@@ -328,7 +334,7 @@ def test_compiled_into_cuda_graphs(widths: tuple[int, ...], mode: str, device: s
     for _ in range(4):  # warm-up, recording, replay
         x = torch.randn(64, widths[0], device=device, requires_grad=True)
         torch.compiler.cudagraph_mark_step_begin()
-        actual = [each.clone() for each in step(compiled, x)]
+        actual = [tensor.clone() for tensor in step(compiled, x)]
         assert_same(actual, step(model, x))
 
 
@@ -392,7 +398,7 @@ def test_flops_are_counted_like_torchs(
 def test_a_mode_sees_one_operator_each_for_forward_and_backward(widths: tuple[int, ...], device: str) -> None:
     model = make_model(widths, device)
     x = torch.randn(9, widths[0], device=device, requires_grad=True)
-    with Recording() as mode, count_launches() as watched:
+    with Recording() as mode, count_launches() as recorded:
         actual = step(model, x)
     assert [name for name in mode.seen if "mlp_fused" in name] == [
         "mlp_fused.mlp.default",
@@ -400,7 +406,7 @@ def test_a_mode_sees_one_operator_each_for_forward_and_backward(widths: tuple[in
     ]
     with count_launches() as alone:
         assert_same(actual, step(model, x))
-    assert watched == alone
+    assert recorded == alone
 
 
 def test_fake_tensors_are_accepted(device: str) -> None:

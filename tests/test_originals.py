@@ -93,7 +93,7 @@ def shifted_module_attribute(self: nn.Module, name: str) -> Any:
     return value + 1 if name == "weight" and isinstance(self, nn.Linear) else value
 
 
-# For each change, the name in the reason, the replaced function and its replacement.
+# For each change: the owner and the name of the replaced attribute, and its replacement.
 PATCHES: dict[str, tuple[Any, str, Any]] = {
     "Linear.forward": (nn.Linear, "forward", doubled(nn.Linear.forward)),
     "Linear.__call__": (nn.Linear, "__call__", doubled(nn.Module.__call__)),
@@ -147,18 +147,14 @@ def test_an_activation_whose_forward_is_replaced_runs_as_a_module(name: str, dev
     assert reason not in str(model.explain(5))
 
 
-def computes_with(name: str) -> list[str]:
+def called_functions(name: str) -> list[str]:
     """The functions called for an activation, by torch's module for it or by the reference."""
-    module = ACTIVATIONS[name].module
-    made = (
-        Pointwise(name)
-        if module is None
-        else nn.GELU("tanh")
-        if name == "gelu_tanh"
-        else module(*ACTIVATIONS[name].values)
+    kind = ACTIVATIONS[name].module
+    module = (
+        Pointwise(name) if kind is None else nn.GELU("tanh") if name == "gelu_tanh" else kind(*ACTIVATIONS[name].values)
     )
     called: list[str] = []
-    names = {**FUNCTIONS, **{each: "" for some in CALLED.values() for each in some}}
+    names = {**FUNCTIONS, **{function: "" for functions in CALLED.values() for function in functions}}
 
     with contextlib.ExitStack() as stack:
         for full in names:
@@ -170,14 +166,14 @@ def computes_with(name: str) -> list[str]:
 
             recorded = functools.partial(record, getattr(owner, own_name), full)
             stack.enter_context(patched(owner, own_name, recorded))
-        made(torch.randn(3))
+        module(torch.randn(3))
         ACTIVATIONS[name](torch.randn(3))
     return called
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_function_that_an_activation_calls_is_known(name: str) -> None:
-    assert set(computes_with(name)) <= set(originals.functions_called(name))
+    assert set(called_functions(name)) <= set(originals.functions_called(name))
 
 
 @BACKENDS
@@ -188,7 +184,7 @@ def test_a_replaced_function_of_an_activation_takes_effect(name: str, backend: s
         model = make(device, backend, ACTIVATIONS[name])
         agrees(model, x, runs_kernels(backend, device))
         changed = 0
-        for full in dict.fromkeys(computes_with(name)):
+        for full in dict.fromkeys(called_functions(name)):
             owner, own_name = (F if full.startswith(F.__name__) else torch), full.rpartition(".")[2]
             before = model(x)
             with patched(owner, own_name, doubled(getattr(owner, own_name))):
@@ -209,7 +205,7 @@ class Doubling(TorchFunctionMode):
 
 
 class Counting(TorchFunctionMode):
-    """A mode that counts calls."""
+    """A mode that counts linear products."""
 
     seen = 0
 
@@ -391,7 +387,9 @@ def test_compiled_layers_see_changes(make: Callable[..., Any], device: str) -> N
     for change in (contextlib.nullcontext(), patched(*PATCHES["Linear.forward"]), Doubling()):
         torch._dynamo.reset()
         with change:
-            ours, theirs = (torch.compile(each, backend="eager", fullgraph=True)(x) for each in (model, twin(model)))
+            ours, theirs = (
+                torch.compile(network, backend="eager", fullgraph=True)(x) for network in (model, twin(model))
+            )
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         results.append(ours)
-    assert not any(torch.allclose(results[0], each) for each in results[1:])
+    assert not any(torch.allclose(results[0], changed) for changed in results[1:])

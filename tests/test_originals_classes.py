@@ -169,8 +169,8 @@ class Squash(nn.Module):
 
 @BACKENDS
 def test_a_replaced_forward_of_a_registered_module_is_called(backend: str, device: str) -> None:
-    gelu = ACTIVATIONS["exp"]
-    activation = dataclasses.replace(gelu, name="squash", module=Squash, reference=lambda z: torch.exp(z))
+    exp = ACTIVATIONS["exp"]
+    activation = dataclasses.replace(exp, name="squash", module=Squash, reference=lambda z: torch.exp(z))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ACTIVATIONS, "squash", activation)
         patch.setattr(recognize, "_BY_MODULE", {})

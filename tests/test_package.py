@@ -23,7 +23,7 @@ def test_all_versions_agree() -> None:
         assert installed.version == mlp_fused.__version__
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_every_public_name_exists_and_is_documented() -> None:
     for name in mlp_fused.__all__:
         value = getattr(mlp_fused, name)
         if callable(value):
@@ -42,7 +42,7 @@ def test_only_one_module_of_the_kernels_imports_triton() -> None:
 @pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git checkout, or git is not installed"
 )
-def test_the_public_names_are_as_agreed() -> None:
+def test_the_repository_has_only_known_top_level_files() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     visible = {name for name in top if not name.startswith(".")}

@@ -18,7 +18,7 @@ def test_the_tile_is_the_fastest_measured(splits: int, columns: int) -> None:
     assert read[sum_tile(splits, columns)] == min(read.values())
 
 
-def test_few_partial_sums_keep_their_tile() -> None:
+def test_up_to_32_partial_sums_have_one_tile() -> None:
     assert {sum_tile(splits, columns) for splits in (2, 4, 32) for columns in (1, 4224, 2**24)} == {SUM_PARTIALS}
 
 

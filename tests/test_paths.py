@@ -156,7 +156,7 @@ def network(
     ],
     ids=str,
 )
-def test_the_form_of_a_networks_training_on_a_hopper(
+def test_the_formulation_of_training_on_hopper(
     widths: tuple[int, ...], activation: str, formulation: str | None
 ) -> None:
     path = network(widths, activation)
@@ -177,7 +177,7 @@ def test_the_form_of_a_networks_training_on_a_hopper(
 
 
 def form(path: network_path.NetworkPath | str) -> str:
-    """The form of a path's backward, as tests/data/h100/narrow.jsonl has it."""
+    """The form of a path's backward, by its name in tests/data/h100/narrow.jsonl."""
     assert isinstance(path, network_path.NetworkPath)
     if path.formulation == "recompute":
         return "recompute"
@@ -261,15 +261,15 @@ def test_a_float32_network_is_one_kernel_if_measured_faster(
     width: int, precision: str, training: bool, device: str, automatic: bool
 ) -> None:
     """A forward was 4.2 times faster, training 2.4 (tests/data/h200). Other devices need backend="triton"."""
-    asked, left_open = (
+    requested, automatic_path = (
         network((width,) * 5, "relu", torch.float32, device, precision, training, torch_too=torch_too)
         for torch_too in (False, True)
     )
-    assert isinstance(asked, network_path.NetworkPath)
-    assert (left_open == paths.SLOW_NETWORK) != automatic
+    assert isinstance(requested, network_path.NetworkPath)
+    assert (automatic_path == paths.SLOW_NETWORK) != automatic
     parts = {"ieee": "fp16x3", "tf32": "fp16x1"} if device == "NVIDIA H100" else {}
-    assert asked.network.precision == parts.get(precision, precision)
-    assert ("two scaled fp16 parts" in asked.explanation) == (asked.network.precision == "fp16x3")
+    assert requested.network.precision == parts.get(precision, precision)
+    assert ("two scaled fp16 parts" in requested.explanation) == (requested.network.precision == "fp16x3")
 
 
 def test_the_user_and_a_measured_table_override_the_rule(measured: Path) -> None:
@@ -375,7 +375,7 @@ def test_torch_runs_if_measured_faster_and_explain_says_so(measured: Path, monke
     st.booleans(),
     st.sampled_from([None, True, False]),
 )
-def test_a_network_has_a_plan_or_a_reason(
+def test_a_network_has_a_path_or_a_reason(
     widths: list[int], activation: str, dtype: torch.dtype, device: str, training: bool, recompute: bool | None
 ) -> None:
     path = network(tuple(widths), activation, dtype, device, training=training, recompute=recompute)
@@ -431,11 +431,11 @@ def test_work_of_a_network_counts_memory_traffic() -> None:
     _, upper, lower, _ = list_steps(by_layers, (2 * d,) * 3, needs_x=True)
     # h and dy read, dz written; then x and dz read, dx written
     for step in (upper, lower):
-        each = (2 * d) ** 2
-        assert step.work == explain.Work(2 * 2 * M * each, 2 * (3 * M * 2 * d + 2 * each + 2 * d))
-    again = network((d, d, d))
-    assert isinstance(again, network_path.NetworkPath)
-    forward, recompute, _ = list_steps(again, (d, d, d), needs_x=True)
+        matrix = (2 * d) ** 2
+        assert step.work == explain.Work(2 * 2 * M * matrix, 2 * (3 * M * 2 * d + 2 * matrix + 2 * d))
+    recomputing = network((d, d, d))
+    assert isinstance(recomputing, network_path.NetworkPath)
+    forward, recompute, _ = list_steps(recomputing, (d, d, d), needs_x=True)
     weights = 2 * (d * d + d)
     assert forward.work == explain.Work(2 * products[0], 2 * (2 * M * d + weights))
     # recomputes one layer, then dgrad and wgrad of both; x, dy, dx, the weights and their gradients
@@ -494,19 +494,19 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.alone
 def test_the_triton_backend_on_the_cpu_says_why_it_cannot_run() -> None:
     code = "import torch; from mlp_fused import FusedMLP; FusedMLP(4, [3], backend='triton')(torch.randn(2, 4))"
-    actual = run(code)
-    assert actual.returncode == 1
-    sentence = actual.stderr.strip().splitlines()[-1]
+    process = run(code)
+    assert process.returncode == 1
+    sentence = process.stderr.strip().splitlines()[-1]
     assert sentence.startswith('RuntimeError: backend is "triton", but the input is on the CPU')
     assert "set TRITON_INTERPRET=1" in sentence
 
 
 @pytest.mark.alone
 def test_the_environment_chooses_the_backend_and_debugging() -> None:
-    counted = "import torch\nfrom mlp_fused import FusedMLP\nfrom mlp_fused.kernels.launch import count_launches\n"
-    counted += "with count_launches() as c: y = FusedMLP(4, [3])(torch.randn(2, 4))\nprint(c)\n"
-    actual = run(counted, TRITON_INTERPRET="1", MLP_FUSED_BACKEND="triton")
-    assert actual.stdout.strip() == "{'network_forward_kernel': 1}", actual.stderr
+    code = "import torch\nfrom mlp_fused import FusedMLP\nfrom mlp_fused.kernels.launch import count_launches\n"
+    code += "with count_launches() as c: y = FusedMLP(4, [3])(torch.randn(2, 4))\nprint(c)\n"
+    process = run(code, TRITON_INTERPRET="1", MLP_FUSED_BACKEND="triton")
+    assert process.stdout.strip() == "{'network_forward_kernel': 1}", process.stderr
     wrong = run("import mlp_fused", MLP_FUSED_BACKEND="fast")
     assert "MLP_FUSED_BACKEND is 'fast'; it needs to be one of: auto, triton, reference" in wrong.stderr
     debugged = run(

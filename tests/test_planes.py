@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(ROWS_OF_16_ELEMENTS, reason="rows here are whole
 
 WIDE = Case(rows=260, widths=(256, 264, 256), activation="relu", output_activation="gelu")
 TILE = TileConfig(64, 64, 32, 8, 4, 1, precision="fp16x3", descriptors=True, parts=2, programs=2)
-PRECISE, COARSE = 2.0**-23, 2.0**-50  # of an element, of the largest element with its exponent
+PRECISE, COARSE = 2.0**-23, 2.0**-50  # errors relative to an element, and to the largest that shares its exponent
 EXPONENTS: tuple[Exponents, ...] = get_args(Exponents)
 
 
@@ -47,7 +47,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def largest(x: Tensor, exponents: Exponents) -> Tensor:
-    """For each element, the size of the largest element with its exponent."""
+    """For each element, the size of the largest element that shares its exponent."""
     sizes = torch.zeros_like(x)
     for m in range(0, x.shape[0], 128):
         for k in range(0, x.shape[1], 128):
@@ -69,15 +69,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("exponents", EXPONENTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(130, 257), (1, 1), (128, 256), (300, 44)], ids=str)
-def test_planes_hold_the_tensor(shape: tuple[int, int], layout: str, exponents: Exponents, device: str) -> None:
+def test_planes_add_up_to_the_tensor(shape: tuple[int, int], layout: str, exponents: Exponents, device: str) -> None:
     x = LAYOUTS[layout](normal(*shape) * torch.exp2(normal(*shape, seed=1).mul(8).round())).to(device)
-    found, sizes = split_by_kernel(x, exponents), largest(x, exponents)
-    error = (found.restored() - x.double()).abs()
+    split, sizes = split_by_kernel(x, exponents), largest(x, exponents)
+    error = (split.restored() - x.double()).abs()
     most = 43 if exponents == "blocks" else 72
     assert (error <= torch.maximum(PRECISE * x.double().abs(), COARSE * sizes.double().clamp(2.0 ** (14 - most)))).all()
-    assert (found.exponents() == (14 - torch.frexp(sizes).exponent + 1).clamp(-63, most)).all()
-    assert found.planes.isfinite().all()
-    for sums, block in zip(found.sums.double(), x.double().split(128), strict=True):
+    assert (split.exponents() == (14 - torch.frexp(sizes).exponent + 1).clamp(-63, most)).all()
+    assert split.planes.isfinite().all()
+    for sums, block in zip(split.sums.double(), x.double().split(128), strict=True):
         assert ((sums - block.sum(0)).abs() <= 2.0**-18 * block.abs().sum(0)).all()
 
 
@@ -144,15 +144,15 @@ Launches = Callable[[Tensor, Tensor, TileConfig, Exponents], Iterator[tuple[Oper
 
 def by_forward(x: Tensor, w: Tensor, tile: TileConfig, launches: Launches = launches) -> Tensor:
     h = torch.full((x.shape[0], w.shape[0]), torch.nan, device=x.device)
-    for of_x, of_w, own in launches(x, w, tile, "blocks"):
-        layer_forward(of_x, of_w, None, h, None, ACTIVATIONS["identity"], "ieee", own)
+    for x_operand, w_operand, own in launches(x, w, tile, "blocks"):
+        layer_forward(x_operand, w_operand, None, h, None, ACTIVATIONS["identity"], "ieee", own)
     return h
 
 
 def by_dgrad(dz: Tensor, w: Tensor, tile: TileConfig, launches: Launches = launches) -> Tensor:
     dx = torch.full((dz.shape[0], w.shape[1]), torch.nan, device=dz.device)
-    for of_dz, of_w, own in launches(dz, w, tile, "rows"):
-        dgrad(of_dz, of_w, None, dx, None, ACTIVATIONS["identity"], "ieee", own)
+    for dz_operand, w_operand, own in launches(dz, w, tile, "rows"):
+        dgrad(dz_operand, w_operand, None, dx, None, ACTIVATIONS["identity"], "ieee", own)
     return dx
 
 
@@ -164,8 +164,8 @@ def partial_wgrad(dz: Tensor, h: Tensor, tile: TileConfig, launches: Launches = 
     """The partial sums of dW, (splits, N, K)."""
     sums = wgrad_sums(dz.shape[0], tile, torch.float32, dz.shape[1] * h.shape[1], 0)
     whole = torch.full((sums.splits, dz.shape[1], h.shape[1]), torch.nan, device=dz.device)
-    for of_dz, of_h, own in launches(dz, h, tile, "columns"):
-        wgrad_products(of_dz, of_h, whole, None, h.shape[1], own, sums)
+    for dz_operand, h_operand, own in launches(dz, h, tile, "columns"):
+        wgrad_products(dz_operand, h_operand, whole, None, h.shape[1], own, sums)
     return whole
 
 
@@ -192,12 +192,14 @@ def test_products_of_small_integers_are_exact(
 
 @every_product
 @pytest.mark.parametrize("tile", [TILE, replace(TILE, block_m=128, block_n=128, block_k=64, num_warps=8)], ids=str)
-def test_the_same_bits_twice(tile: TileConfig, ours: Product, torchs: Product, draw: Draw, device: str) -> None:
+def test_products_give_the_same_bits_every_time(
+    tile: TileConfig, ours: Product, torchs: Product, draw: Draw, device: str
+) -> None:
     a, b = (operand.to(device) for operand in draw(200, 136, 264))
     assert ours(a, b, tile).equal(ours(a, b, tile))
 
 
-# Powers of two by which the rows or columns of operands differ: (first rows, first columns, second rows, second ones).
+# Exponents of two for spread(): of the rows and columns of the first operand, and of those of the second.
 SPREADS = {
     "rows of x from 1e-35 to 1e35": ("forward", (117, 0, 0, 0)),  # sums of larger ones overflow
     "rows of W": ("forward", (0, 0, 24, 0)),
@@ -215,7 +217,7 @@ SPREADS = {
 
 
 def spread(x: Tensor, rows: int, columns: int) -> Tensor:
-    """x with rows and columns multiplied by powers of two, up to these and down to their inverses."""
+    """Multiply each row and column of x by a power of two, with a random exponent of at most this size."""
     generator = torch.Generator().manual_seed(3)
     for axis, most in ((0, rows), (1, columns)):
         shape = [1, 1]
@@ -226,19 +228,19 @@ def spread(x: Tensor, rows: int, columns: int) -> Tensor:
 
 @pytest.mark.parametrize(("kind", "exponents"), SPREADS.values(), ids=SPREADS)
 def test_entries_err_no_more_than_those_of_torch(kind: str, exponents: tuple[int, ...], device: str) -> None:
-    """Each entry, beside |a||b|: at most twice torch's largest error, and four roundings; so do small rows too."""
+    """Relative to |a||b|, an entry errs at most twice as much as torch's worst, plus four roundings."""
     ours, torchs, draw = PRODUCTS[kind]
     a, b = draw(260, 260, 260)
     a, b = spread(a, *exponents[:2]).to(device), spread(b, *exponents[2:]).to(device)
     exact, size = torchs(a.double(), b.double()), torchs(a.double().abs(), b.double().abs())
     normals = size > 2.0**-100
-    found, limit = (
-        ((each(a, b).double() - exact).abs() / size)[normals] for each in (lambda *x: ours(*x, TILE), torchs)
+    errors, limit = (
+        ((product(a, b).double() - exact).abs() / size)[normals] for product in (lambda *x: ours(*x, TILE), torchs)
     )
-    assert found.max() <= 2 * limit.max() + 4 * 2.0**-24
+    assert errors.max() <= 2 * limit.max() + 4 * 2.0**-24
 
 
-# The kernel's product, and whether it sums along the rows of its factors.
+# The kernel's product, and for each of its two factors, whether the sum runs along its rows.
 REDONE = {"forward": (by_forward, True, True), "dgrad": (by_dgrad, True, False), "wgrad": (partial_wgrad, False, False)}
 # Blocks (row, column) of the first and of the second factor that are flagged.
 FLAGGED = {
@@ -263,35 +265,35 @@ def test_redo_computes_the_flagged_tiles_alone(
     for own, blocks, along_rows in zip(flags, flagged, by_k):
         for block in blocks:
             own[block] = ROWS if along_rows else COLUMNS
-        own[0, 1] |= COLUMNS if along_rows else ROWS  # concerns other products
+        own[0, 1] |= COLUMNS if along_rows else ROWS  # a flag that this product ignores
 
     def redone(
         a: Tensor, b: Tensor, tile: TileConfig, exponents: Exponents
     ) -> Iterator[tuple[Operand, Operand, TileConfig]]:
-        infos = [torch.zeros(info_shape(260, 260, each), dtype=torch.int32) for each in (exponents, "blocks")]
+        infos = [torch.zeros(info_shape(260, 260, grid), dtype=torch.int32) for grid in (exponents, "blocks")]
         for info, own in zip(infos, flags):
             info[0] = own
         yield (a, infos[0].to(device)), (b, infos[1].to(device)), redo_tile(tile)
 
-    found = product(a, b, tile, redone)
-    whole = product(a, b, replace(redo_tile(tile), precision="ieee", programs=0)).view_as(found)
+    actual = product(a, b, tile, redone)
+    whole = product(a, b, replace(redo_tile(tile), precision="ieee", programs=0)).view_as(actual)
     expected = torch.full_like(whole, torch.nan)
-    # By the rows of tiles, and by the columns of tiles: the blocks of the reduction.
+    # For each row and each column of tiles, the flagged blocks of the reduction.
     rows, columns = (own & ROWS > 0 if along_rows else (own & COLUMNS > 0).t() for own, along_rows in zip(flags, by_k))
     sums = wgrad_sums(260, tile, torch.float32, 0, 0).splits if kind == "wgrad" else 1
     chunk = -(-260 // sums // 32) * 32 if sums > 1 else 260
-    for part, (of_whole, of_expected) in enumerate(zip(whole.view(-1, 260, 260), expected.view(-1, 260, 260))):
-        met = slice(part * chunk // 128, -(-min(260, (part + 1) * chunk) // 128))
+    for part, (whole_part, expected_part) in enumerate(zip(whole.view(-1, 260, 260), expected.view(-1, 260, 260))):
+        blocks = slice(part * chunk // 128, -(-min(260, (part + 1) * chunk) // 128))
         for i in range(3):
             for j in range(3):
-                if rows[i, met].any() or columns[j, met].any():
-                    place = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
-                    of_expected[place] = of_whole[place]
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+                if rows[i, blocks].any() or columns[j, blocks].any():
+                    entries = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
+                    expected_part[entries] = whole_part[entries]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ["dgrad", "wgrad"])
-def test_extreme_gradients_come_out_as_in_torch(kind: str, device: str) -> None:
+def test_extreme_gradients_equal_torchs(kind: str, device: str) -> None:
     """Rows and columns of dz: infinite, NaN, denormal, zero and below the limit of exponents."""
     ours, torchs, _ = PRODUCTS[kind]
     shape = (260, 132) if kind == "dgrad" else (131, 132)
@@ -299,24 +301,24 @@ def test_extreme_gradients_come_out_as_in_torch(kind: str, device: str) -> None:
     dz[2], dz[:, 3], dz[11], dz[:, 12], dz[13] = 0, 0, dz[11] * 2.0**-130, dz[:, 12] * 2.0**-130, dz[13] * 2.0**-90
     dz[7, 1], dz[40, 200], dz[130, 100] = torch.inf, torch.nan, -torch.inf
     exact, size = torchs(dz.double(), other.double()), torchs(dz.double().abs(), other.double().abs())
-    found, theirs = ours(dz, other, TILE), torchs(dz, other)
-    assert found.isnan().equal(theirs.isnan())
+    actual, theirs = ours(dz, other, TILE), torchs(dz, other)
+    assert actual.isnan().equal(theirs.isnan())
     finite = theirs.isfinite()
-    assert found.isfinite().equal(finite)
-    assert found[~finite].sign().nan_to_num().equal(theirs[~finite].sign().nan_to_num())
-    error, limit = ((each.double() - exact).abs()[finite] for each in (found, theirs))
+    assert actual.isfinite().equal(finite)
+    assert actual[~finite].sign().nan_to_num().equal(theirs[~finite].sign().nan_to_num())
+    error, limit = ((result.double() - exact).abs()[finite] for result in (actual, theirs))
     tiniest = 131 * 2.0**-149  # roundings of denormal numbers
     assert (error <= 2.0**-19 * size[finite] + tiniest).all()
     assert error.max() <= 2 * limit.max()
 
 
 def test_without_redo_small_rows_would_err_more(device: str) -> None:
-    """The second launch is what the test above depends on."""
+    """Leave out the second launch, which computes flagged tiles again."""
     x, w = normal(128, 128).to(device), normal(128, 128, seed=1).to(device)
     x[5] *= 2.0**-40
-    (of_x, of_w, tile), _ = launches(x, w, TILE)
+    (x_operand, w_operand, tile), _ = launches(x, w, TILE)
     h = torch.full((128, 128), torch.nan, device=device)
-    layer_forward(of_x, of_w, None, h, None, ACTIVATIONS["identity"], "ieee", tile)
+    layer_forward(x_operand, w_operand, None, h, None, ACTIVATIONS["identity"], "ieee", tile)
     exact = x.double() @ w.double().t()
     errors = (h.double() - exact).norm(dim=1) / exact.norm(dim=1)
     others = torch.arange(128, device=device) != 5
@@ -335,7 +337,7 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """x rounded to 10 bits of mantissa, of two equally near numbers to the one farther from zero."""
+    """Round x to 10 bits of mantissa, ties away from zero."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
@@ -347,20 +349,20 @@ def test_one_plane_errs_no_more_than_tf32(
     a, b = draw(260, 260, 260)
     a, b = change(a).to(device), b.to(device)
     exact, size = torchs(a.double(), b.double()), torchs(a.double().abs(), b.double().abs())
-    found, by_tf32 = ours(a, b, ONE_PLANE), torchs(to_tf32(a).double(), to_tf32(b).double())
-    error, limit = (each.double() - exact for each in (found, by_tf32))
+    by_plane, by_tf32 = ours(a, b, ONE_PLANE), torchs(to_tf32(a).double(), to_tf32(b).double())
+    error, limit = (result.double() - exact for result in (by_plane, by_tf32))
     assert error.norm() <= 1.05 * limit.norm()
     for norm in (2, torch.inf):
         assert torch.linalg.vector_norm(error, norm) <= bound(exact, by_tf32, size, 2.0**-24, norm)
 
 
 @every_product
-def test_one_plane_leaves_what_is_not_finite_to_redo(ours: Product, torchs: Product, draw: Draw, device: str) -> None:
+def test_one_plane_leaves_non_finite_numbers_to_redo(ours: Product, torchs: Product, draw: Draw, device: str) -> None:
     a, b = (operand.to(device) for operand in draw(140, 132, 136))
     a[3, 5], a[7], b[2] = torch.inf, 2.0**90, 2.0**-90
     for split in (1, 3):
-        found, exact = ours(a, b, replace(ONE_PLANE, split=split)), torchs(a, b)
-        assert found.isfinite().equal(exact.isfinite())
+        actual, exact = ours(a, b, replace(ONE_PLANE, split=split)), torchs(a, b)
+        assert actual.isfinite().equal(exact.isfinite())
 
 
 def test_a_network_where_tf32_is_allowed(device: str, poisoned: None) -> None:
@@ -375,23 +377,23 @@ def test_a_network_where_tf32_is_allowed(device: str, poisoned: None) -> None:
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.7])
-def test_the_epilogues_are_those_of_the_other_forms(keep: float, device: str) -> None:
-    """h, z, dx and the rebuilt h: equal bits, where the products are exact."""
+def test_epilogues_by_planes_equal_those_of_other_tiles(keep: float, device: str) -> None:
+    """If the products are exact, h, z, dx and the recomputed h have equal bits."""
     x, w, dz = (
         normal(*shape, seed=i).mul(4).round().to(device) for i, shape in enumerate([(66, 40), (36, 40), (66, 36)])
     )
     bias, z_below = normal(36, seed=3).to(device), normal(66, 40, seed=4).to(device)
     gelu = ACTIVATIONS["gelu"]
     options = {} if keep == 1 else {"seed": torch.tensor([5], device=device), "dropout": Dropout(keep, 1)}
-    found = []
+    results = []
     for tile in (TILE, TileConfig(64, 32, 32, 8, 4, 1)):
         h, z, dx, below = (torch.full(shape, torch.nan, device=device) for shape in [(66, 36)] * 2 + [(66, 40)] * 2)
-        for of_x, of_w, own in launches(x, w, tile):
-            layer_forward(of_x, of_w, bias, h, z, gelu, "ieee", own, **options)
-        for of_dz, of_w, own in launches(dz, w, tile, "rows"):
-            dgrad(of_dz, of_w, z_below, dx, below, gelu, "ieee", own, **options)
-        found.append((h, z, dx, below))
-    assert all(ours.equal(others) for ours, others in zip(*found))
+        for x_operand, w_operand, own in launches(x, w, tile):
+            layer_forward(x_operand, w_operand, bias, h, z, gelu, "ieee", own, **options)
+        for dz_operand, w_operand, own in launches(dz, w, tile, "rows"):
+            dgrad(dz_operand, w_operand, z_below, dx, below, gelu, "ieee", own, **options)
+        results.append((h, z, dx, below))
+    assert all(ours.equal(others) for ours, others in zip(*results))
 
 
 WIDE_CASES = [
@@ -411,12 +413,12 @@ def test_networks_by_planes(case: Case, device: str, poisoned: None) -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_a_classifier_that_is_sure_of_most_rows(activation: str, device: str, poisoned: None) -> None:
-    """The gradients of most rows are 2^-40 of the others'. No block of dz is flagged, and their errors are torch's."""
+    """The gradients of most rows are 2^-40 times as large as others. With an exponent per row, no block is flagged."""
     case = Case(rows=260, widths=(256, 260, 256, 256), activation=activation)
     data = make(case, device)
     labels = torch.arange(case.rows, device=device) % case.widths[-1]
     margin = torch.full((case.rows, 1), 28.0, device=device)
-    margin[::20] = -2  # rows that it is wrong about
+    margin[::20] = -2  # misclassified rows
     logits = normal(case.rows, case.widths[-1]).to(device).requires_grad_()
     sure = logits + margin * torch.nn.functional.one_hot(labels, case.widths[-1])
     (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(sure, labels), logits)
@@ -429,7 +431,7 @@ def test_a_classifier_that_is_sure_of_most_rows(activation: str, device: str, po
         zs.append(torch.nn.functional.linear(h, weight, bias))
         h = own(zs[-1])
     for dz in torch.autograd.grad(h, zs, twin.dy):
-        assert split_by_kernel(dz).flags.all(dim=1)[:2].all()  # with exponents of blocks alone
+        assert split_by_kernel(dz).flags.all(dim=1)[:2].all()  # with one exponent per block
         assert not split_by_kernel(dz, "rows").flags.any()
         assert not split_by_kernel(dz, "columns").flags.any()
 
@@ -463,7 +465,7 @@ def test_explain_names_the_form_and_counts_the_planes() -> None:
     by_auto = explained(1024, 4096, 1024, backend="auto").runs[0].kernels
     kinds = {step.kind for step in by_auto if step.tile is not None and step.tile.precision == "fp16x3"}
     assert kinds == {"forward", "dgrad", "wgrad"}
-    # The backward: dz of the hidden layer and the rebuilt h, and two buffers of planes of the larger tensors.
+    # The backward: dz of the hidden layer and the recomputed h, and two buffers of planes of the larger tensors.
     hidden = 8192 * 4096 * 4
     assert 4 * hidden <= plan.workspace_bytes <= 4.1 * hidden
 
@@ -486,7 +488,7 @@ def test_planes_are_chosen_for_wide_products_on_hopper() -> None:
     assert precision(replace(PROBLEM, kind="dgrad"), torch_too=True) == "fp16x3"
 
 
-def test_where_tf32_is_allowed_one_plane_has_to_be_asked_for() -> None:
+def test_one_plane_needs_backend_triton_and_tf32() -> None:
     allowed = replace(PROBLEM, precision="tf32")
     assert precision(allowed) == "fp16x1"
     assert precision(allowed, float32="ieee") == "tf32"
@@ -496,15 +498,15 @@ def test_where_tf32_is_allowed_one_plane_has_to_be_asked_for() -> None:
     assert {step.tile.precision for step in steps if step.problem} == {"fp16x1"}
     splits = [step.work.bytes for step in steps if step.kind == "split"]
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    of_two = [step.work.bytes for step in explained(1024, 4096, 1024).runs[0].kernels if step.kind == "split"]
+    two_planes = [step.work.bytes for step in explained(1024, 4096, 1024).runs[0].kernels if step.kind == "split"]
     # 4 bytes of an element are read, and 2 or 4 are written.
-    assert all(one == pytest.approx(two * 6 / 8, rel=0.02) for one, two in zip(splits, of_two, strict=True))
+    assert all(one == pytest.approx(two * 6 / 8, rel=0.02) for one, two in zip(splits, two_planes, strict=True))
 
 
 def precision(
     problem: Problem, device: Device = H100, torch_too: bool = False, float32: Float32 = "auto"
 ) -> str | None:
-    """The way in which operands are multiplied; None for torch."""
+    """The precision of the chosen tile; None if torch is chosen."""
     tile = choose_tile(problem, device, torch_too, float32).tile
     return tile and tile.precision
 
@@ -548,7 +550,7 @@ def test_auto_takes_planes_where_they_made_the_network_faster(net: dict[str, Any
         assert by_planes == {speed >= layer_tiles.PLANES_MARGIN}
 
 
-def test_the_switch_ieee_leaves_operands_whole() -> None:
+def test_the_switch_ieee_prevents_planes() -> None:
     assert precision(PROBLEM, float32="ieee") in ("ieee", "bf16x6")
     assert check_float32("ieee") == "ieee"
     with pytest.raises(ValueError, match="MLP_FUSED_FP32 is 'tf32'; it needs to be one of: auto, ieee"):
@@ -561,14 +563,14 @@ def test_redo_splits_the_reduction_as_the_product_does(kind: Kind, device: Devic
     for m, n, k in ((256, 256, 256), (512, 512, 16384), (1024, 4096, 8193)):
         tile = layer_tiles.planes_tile(Problem(kind, m, n, k, torch.float32), device)
         assert tile is not None
-        sums, again = (wgrad_sums(k, each, torch.float32, m * n, 0) for each in (tile, redo_tile(tile)))
-        assert sums == again
+        sums, redo_sums = (wgrad_sums(k, sized, torch.float32, m * n, 0) for sized in (tile, redo_tile(tile)))
+        assert sums == redo_sums
         assert redo_tile(tile).started(10**6) == device.multiprocessors
         assert 128 % tile.block_m == 128 % tile.block_n == 128 % tile.block_k == 0
 
 
 def test_debugging_checks_results_after_redo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products with planes of numbers too large for them are NaN, until the next step computes them again."""
+    """Numbers too large for planes give NaN in a product. Its redo, the next step, computes it again."""
     monkeypatch.setattr(settings, "DEBUG", True)
     x, layers = torch.full((256, 256), 2.0**80), [Layer(torch.full((256, 256), 2.0**-80), None, ACTIVATIONS["relu"])]
     y = run_layers(x, [layers[0].weight], [None], find_layers(x, layers, torch.float32, "triton"))

@@ -74,7 +74,7 @@ def test_memory_that_is_overwritten_as_early_as_allowed(
 
 @given(seed=st.integers(0, 2**32), depth=st.integers(1, 4), pinned=st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_no_order_of_events_is_a_race(seed: int, depth: int, pinned: bool) -> None:
+def test_no_order_of_events_causes_a_race(seed: int, depth: int, pinned: bool) -> None:
     streams = Streams(seed=seed)
     memory = [torch.empty(5, 2) for _ in range(depth)]
     if pinned:
@@ -137,7 +137,7 @@ def test_sources_outlive_their_copies_after_a_break() -> None:
 
 def test_the_cpu_passes_batches_through() -> None:
     loader = [(torch.ones(2), "a"), {"x": torch.zeros(1)}]
-    assert all(actual is made for actual, made in zip(DevicePrefetcher(loader, "cpu"), loader, strict=True))
+    assert all(passed is original for passed, original in zip(DevicePrefetcher(loader, "cpu"), loader, strict=True))
 
 
 @pytest.mark.parametrize("streams", [None, Streams(LATE["late copies"])], ids=["cpu", "streams"])
@@ -164,13 +164,13 @@ def test_fewer_bytes_are_staged_if_cast_before() -> None:
 
 def test_a_batch_on_the_device_is_not_copied() -> None:
     streams = Streams(LATE["late copies"])
-    there = streams.empty((3,), (1,), torch.float32)
-    (actual,) = prefetch([(there, 1)], streams)
-    assert actual[0] is there
+    on_device = streams.empty((3,), (1,), torch.float32)
+    (actual,) = prefetch([(on_device, 1)], streams)
+    assert actual[0] is on_device
     assert streams.pinned_bytes == 0
 
 
-def test_pinned_memory_is_made_outside_of_inference_mode() -> None:
+def test_pinned_memory_is_allocated_outside_of_inference_mode() -> None:
     streams = Streams(LATE["late copies"])
     batches = iter(prefetch([torch.ones(2), torch.ones(2), torch.ones(2)], streams, 1))
     with torch.inference_mode():
@@ -364,7 +364,7 @@ def watch_a_worker_die(wrap: Callable[..., Any]) -> None:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("wrap", ["lambda loader, streams: loader", "tests.prefetch"], ids=["plain", "prefetched"])
-def test_a_worker_that_dies(wrap: str) -> None:
+def test_a_dead_worker_raises_after_earlier_batches(wrap: str) -> None:
     """Run it in a new process, because DataLoader's signal handler may raise anywhere, in pytest too."""
     script = f"import test_prefetch as tests; tests.watch_a_worker_die({wrap})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
@@ -376,10 +376,10 @@ def test_a_worker_that_dies(wrap: str) -> None:
     assert seen == [str(4 * n) for n in range(len(seen))]
 
 
-LIKE_A_LOADERS = ("dataset", "sampler", "batch_size", "batch_sampler")
+LOADER_ATTRIBUTES = ("dataset", "sampler", "batch_size", "batch_sampler")
 
 
-@pytest.mark.parametrize("name", LIKE_A_LOADERS)
+@pytest.mark.parametrize("name", LOADER_ATTRIBUTES)
 def test_loader_attributes_are_passed_through(name: str) -> None:
     loader = DataLoader(TensorDataset(torch.arange(6)), batch_size=2, shuffle=True)
     prefetcher = DevicePrefetcher(loader, "cpu", np.int64(3))
@@ -397,18 +397,18 @@ def test_loader_attributes_are_passed_through(name: str) -> None:
 def test_next_works_as_on_a_dataloader_iterator(streams: bool, late: Sequence[str]) -> None:
     loader = DataLoader(TensorDataset(torch.arange(6)), batch_size=2)
     prefetcher = prefetch(loader, Streams(late) if streams else None)
-    for each in (loader, prefetcher):
-        iterator = iter(each)
+    for iterable in (loader, prefetcher):
+        iterator = iter(iterable)
         assert iter(iterator) is iterator
         taken = [next(iterator) for _ in range(3)]
-        if streams and each is prefetcher:
+        if streams and iterable is prefetcher:
             prefetcher._streams.drain("consumer")
         assert [batch.tolist() for (batch,) in taken] == [[0, 1], [2, 3], [4, 5]]
         for _ in range(2):
             with pytest.raises(StopIteration):
                 next(iterator)
         with pytest.raises(TypeError, match="object is not an iterator$"):
-            next(each)
+            next(iterable)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,9 @@ def test_next_works_as_on_a_dataloader_iterator(streams: bool, late: Sequence[st
     ],
     ids=["loader", "depth", "depth's type", "depth's bool", "dtype's type", "dtype", "cast", "no device", "None"],
 )
-def test_mistakes(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], sentence: str) -> None:
+def test_wrong_arguments_are_refused(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
     with pytest.raises(error, match=sentence):
         DevicePrefetcher(*arguments, **options)
 
@@ -459,18 +461,18 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_byte_arrives_on_a_real_gpu(depth: int, pinned: bool) -> None:
     """Overwrite memory as early as allowed, keep the device late, and drop every batch at once."""
     count, shape = 60, (1 << 20) + 7
-    made = [torch.randint(0, 255, (shape - n % 5,), dtype=torch.uint8) for n in range(count)]
+    batches = [torch.randint(0, 255, (shape - n % 5,), dtype=torch.uint8) for n in range(count)]
     memory = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(depth if pinned else 1)]
 
     def loader() -> Iterator[tuple[Tensor, int]]:
-        for n, values in enumerate(made):
+        for n, values in enumerate(batches):
             target = memory[n % len(memory)]
             target.fill_(0xAA)
             target[: len(values)] = values
             yield target[: len(values)], n
 
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    expected = [values.cuda() for values in made]
+    expected = [values.cuda() for values in batches]
     for batch, n in DevicePrefetcher(loader(), "cuda", depth):
         torch.cuda._sleep(2_000_000)
         wrong += (batch != expected[n]).sum()

@@ -23,7 +23,7 @@ def echo(connection: Connection, prefix: str) -> None:
 
 
 def lead_a_group(connection: Connection) -> None:
-    """Start a child in a group of its own, send its number, and never end."""
+    """Start a child in a group of its own, send its process id, and never end."""
     os.setsid()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     connection.send(child.pid)
@@ -57,7 +57,7 @@ def test_a_worker_that_does_not_end_is_killed_with_its_group() -> None:
     assert not is_running(child)
 
 
-def test_a_module_s_json_and_its_failure(tmp_path: Path) -> None:
+def test_run_json_returns_a_modules_json_or_raises_its_error(tmp_path: Path) -> None:
     (tmp_path / "prints.py").write_text(
         "import sys\nprint('first')\nsys.exit(sys.argv[1]) if sys.argv[1:] else print('[1]')"
     )

@@ -59,7 +59,7 @@ def test_links_lead_to_files_and_headings(name: str) -> None:
 
 @pytest.mark.parametrize("name", READMES)
 def test_named_files_exist(name: str) -> None:
-    """A path with a folder, in backticks, such as `kernels/tile.py`."""
+    """Check every path with a folder that stands in backticks, such as `tests/cases.py`."""
     for path in re.findall(r"`((?:kernels|mlp_fused|bench|tests|\.ci)/[\w./]+)`", read_manual(name)):
         assert (ROOT / path).exists(), path
 

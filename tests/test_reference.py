@@ -70,6 +70,6 @@ def test_the_oracle_is_the_chain_rule_in_numpy(name: str, widths: tuple[int, ...
         np.testing.assert_allclose(truth[key].numpy(), value, rtol=1e-9, atol=1e-11, err_msg=key)
 
 
-def test_cases_have_unique_ids_and_random_data() -> None:
+def test_data_of_a_case_depends_on_the_seed() -> None:
     for first, second in itertools.pairwise(make(Case(), seed=seed).x for seed in range(3)):
         assert not torch.equal(first, second)

@@ -81,8 +81,8 @@ def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(
     assert tables.path_for(asked[0], None, *asked[1:]) is None
     assert tables.is_path_outdated(*asked)
     (record,) = caplog.records
-    messages = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures again"
-    assert record.getMessage() == f"{tables.user_path(H200.name)}: {messages}"
+    message = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures again"
+    assert record.getMessage() == f"{tables.user_path(H200.name)}: {message}"
 
 
 def test_the_packaged_table_replaces_an_older_row(measured: Path) -> None:
@@ -113,8 +113,8 @@ def test_a_related_gpus_row_of_an_older_kernel_is_not_used(measured: Path) -> No
     wide = Gemm("forward", 8192, 4096, 4096, "bfloat16", "ieee", "relu", TILE, 1.0, 2.0)
     tile = layer_tiles.candidates(wide.problem, H200)[-1]
     row = dataclasses.replace(wide, tile=tile)
-    for its, expected in ((row, tile), (outdated(row), estimated(wide.problem))):
-        install(packaged=dataclasses.replace(table(its, device="NVIDIA H100 80GB HBM3"), **size))
+    for installed, expected in ((row, tile), (outdated(row), estimated(wide.problem))):
+        install(packaged=dataclasses.replace(table(installed, device="NVIDIA H100 80GB HBM3"), **size))
         assert tables.tile_for(wide.problem, H200) == expected
 
 

@@ -170,8 +170,8 @@ def project_names(content: bytes) -> set[str]:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
         assert pickles
     names: set[str] = set()
-    for each in pickles:
-        for opcode, argument, _ in pickletools.genops(each):
+    for pickled in pickles:
+        for opcode, argument, _ in pickletools.genops(pickled):
             assert opcode.name not in ("INST", "STACK_GLOBAL")  # these opcodes name objects differently
             if opcode.name == "GLOBAL" and str(argument).startswith("mlp_fused"):
                 names.add(str(argument))
@@ -194,7 +194,7 @@ def test_every_stable_name_can_be_looked_up() -> None:
         assert callable(unpickler.find_class(*name.split(" ")))
 
 
-MADE_NOW = {
+NEW_MODELS = {
     "FusedMLP": lambda: FusedMLP(6, [8, 3], activation_layer="quick_gelu", output_activation="sine"),
     "FusedLinear": lambda: FusedLinear(6, 3, activation=ACTIVATIONS["elu"].bind(alpha=0.5)),
     "fused": lambda: nn.ModuleList(
@@ -203,13 +203,13 @@ MADE_NOW = {
 }
 
 
-@pytest.mark.parametrize("name", MADE_NOW)
+@pytest.mark.parametrize("name", NEW_MODELS)
 def test_names_in_new_pickles_are_stable(name: str) -> None:
-    model: nn.Module = MADE_NOW[name]()
+    model: nn.Module = NEW_MODELS[name]()
     fuse(model)
     x = torch.randn(5, 6)
-    for each in model if isinstance(model, nn.ModuleList) else [model]:
-        each(x).sum().backward()  # cached paths are not pickled
+    for module in model if isinstance(model, nn.ModuleList) else [model]:
+        module(x).sum().backward()  # cached paths are not pickled
     file = io.BytesIO()
     torch.save(model, file)
     for content in (file.getvalue(), pickle.dumps(model, protocol=2)):
@@ -220,8 +220,8 @@ def test_names_in_new_pickles_are_stable(name: str) -> None:
 @pytest.fixture
 def copied(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copy a checkpoint and its data to the current folder. Returns the checkpoint's path."""
-    for each in (path, path.with_suffix(".npz")):
-        shutil.copy(each, tmp_path)
+    for file in (path, path.with_suffix(".npz")):
+        shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
     return Path(path.name)
 

@@ -63,7 +63,7 @@ DTYPES = (*INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_is_taken(dtype: torch.dtype) -> None:
+def test_every_dtype_is_accepted(dtype: torch.dtype) -> None:
     x = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
     scaling = Scaling.fit(x)
     assert torch.equal(scaling(x.to(dtype)), scaling(x))

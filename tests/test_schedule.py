@@ -1,4 +1,4 @@
-"""Schedules: every reader of steps sees all of them."""
+"""Schedules: running, replaying, explaining, profiling and checking include every step."""
 
 from __future__ import annotations
 
@@ -167,13 +167,13 @@ def test_a_schedule_holds_no_memory_between_runs(model: FusedMLP, x: torch.Tenso
     run_layers(x, [model[0].weight, model[3].weight], [model[0].bias, model[3].bias], path).sum().backward()
     schedules = list(path.section(0, 2).cache.values())
     assert len(schedules) == 2  # the forward and the backward
-    held = [tensor for each in schedules for tensor in vars(each)["_templates"]]
+    held = [tensor for cached in schedules for tensor in vars(cached)["_templates"]]
     assert held
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
 
 
 def test_a_single_layer_allocates_only_what_it_writes() -> None:
-    """Its backward allocates the recomputed output of the layer before, and no gradients of other layers."""
+    """The backward of a layer allocates the recomputed output of the layer before, and no gradients of others."""
     layers = explain.meta_layers((256, 512, 512, 256), [ACTIVATIONS["gelu"]] * 3, torch.float32, bias=True)
     path = layer_path.layer_path(
         (256, 512, 512, 256),

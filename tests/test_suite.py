@@ -101,21 +101,23 @@ def test_ids_are_the_same_in_every_process(collected: dict[str, dict[str, list[s
 
 
 def test_a_gpu_runs_full_tests_only_on_request(collected: dict[str, dict[str, list[str]]]) -> None:
-    actual = collected["gpu"]
-    full = set(actual["full"])
+    selected = collected["gpu"]
+    full = set(selected["full"])
     assert full
-    assert not full & set(actual["gpu"])
-    assert actual["gpu and full"]
-    assert set(actual["gpu and full"]) >= full & {test for test in actual["all"] if "test_torch_products.py" in test}
+    assert not full & set(selected["gpu"])
+    assert selected["gpu and full"]
+    assert set(selected["gpu and full"]) >= full & {
+        test for test in selected["all"] if "test_torch_products.py" in test
+    }
     layers = "tests/test_kernels_table.py::test_forward_and_gradients[layer-"
-    assert any(test.startswith(layers) for test in actual["gpu"])  # too slow for the interpreter alone
+    assert any(test.startswith(layers) for test in selected["gpu"])  # too slow for the interpreter alone
     assert not any(test.startswith(layers) for test in collected["cpu"][""])
 
 
 def test_the_two_commands_for_a_gpu_run_each_of_its_tests_once(collected: dict[str, dict[str, list[str]]]) -> None:
-    actual = collected["gpu"]
-    together, alone = actual["gpu and not alone"], actual["gpu and alone"]
-    assert sorted(together + alone) == sorted(actual["gpu"])
+    selected = collected["gpu"]
+    together, alone = selected["gpu and not alone"], selected["gpu and alone"]
+    assert sorted(together + alone) == sorted(selected["gpu"])
     assert len(together) > 10 * len(alone)
     files = {test.split("::")[0] for test in alone}
     assert {"tests/test_distributed.py", "tests/test_timing.py", "tests/test_transfer_measurement.py"} <= files

@@ -80,7 +80,7 @@ def test_a_written_table_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.mktemp("t") / "a" / "table.json"
     table_files.write(path, written)
     assert table_files.read(path) == written
-    assert [each.name for each in path.parent.iterdir()] == ["table.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["table.json"]
 
 
 def test_a_file_has_one_line_per_row_without_default_values(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_table_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         table_files.write(path, table())
     assert table_files.read(path) == table(FORWARD)
-    assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["t.json"]
 
 
 def test_an_unreadable_table_is_not_written(tmp_path: Path) -> None:
@@ -220,12 +220,12 @@ def test_any_damage_is_detected_or_harmless(tmp_path_factory: pytest.TempPathFac
     place[key] = data.draw(JSON)
     path.write_text(json.dumps(content))
     try:
-        actual = table_files.read(path)
+        loaded = table_files.read(path)
     except ValueError as error:
         sentence = str(error)
     else:
-        table_files.write(path, actual)
-        assert table_files.read(path) == actual
+        table_files.write(path, loaded)
+        assert table_files.read(path) == loaded
         return
     assert sentence.startswith(f"{path} is not a measured table: ")
     assert "\n" not in sentence
@@ -352,7 +352,7 @@ def test_a_related_gpu_shares_tiles_and_compute_bound_choices(measured: Path) ->
 
 
 def test_the_packaged_tables_are_used(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each names the device of its file. On that device, each choice is used and explained."""
+    """A table names the device of its file. On that device, every choice is used with its source."""
     monkeypatch.setattr(tables, "PACKAGED", Path(layer_tiles.__file__).parent / "tuned")
     paths.forget_tables()
     packaged_files = list(tables.PACKAGED.glob("*.json"))
@@ -361,7 +361,7 @@ def test_the_packaged_tables_are_used(measured: Path, monkeypatch: pytest.Monkey
         packaged = table_files.read(path)
         assert path == tables.packaged_path(packaged.device)
         assert packaged.arch is not None
-        like = next(each for each in DEVICES.values() if each.name in packaged.device)
+        like = next(known for known in DEVICES.values() if known.name in packaged.device)
         device = dataclasses.replace(like, name=packaged.device)
         for row in packaged.gemms:
             same_triton = packaged.versions["triton"].startswith(".".join(map(str, tables.TRITON_VERSION)))
@@ -387,12 +387,12 @@ def test_the_path_of_a_network(measured: Path) -> None:
 
 
 def test_merging_keeps_rows_without_a_new_reading() -> None:
-    again = dataclasses.replace(FORWARD, tile=None)
+    remeasured = dataclasses.replace(FORWARD, tile=None)
     other = dataclasses.replace(FORWARD, rows=64)
     old = table(FORWARD, other, NARROW)
-    new = dataclasses.replace(table(again), date="2027-01-01T00:00:00+00:00")
+    new = dataclasses.replace(table(remeasured), date="2027-01-01T00:00:00+00:00")
     merged = tables.merge(old, new)
-    assert merged == dataclasses.replace(new, gemms=table(again, other).gemms, networks=table(NARROW).networks)
+    assert merged == dataclasses.replace(new, gemms=table(remeasured, other).gemms, networks=table(NARROW).networks)
     with pytest.raises(ValueError, match="measured on NVIDIA H200; it needs to be measured on NVIDIA H100"):
         tables.merge(old, table(device="NVIDIA H100"))
 
@@ -412,7 +412,7 @@ def test_paths_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.packaged_path("NVIDIA H200").name == "nvidia_h200.json"
 
 
-def test_packaged_tables_are_good() -> None:
+def test_the_names_of_packaged_tables_are_their_devices() -> None:
     for path in (Path(layer_tiles.__file__).parent / "tuned").glob("*.json"):
         assert path.name == tables.packaged_path(table_files.read(path).device).name
 
@@ -445,9 +445,9 @@ def test_a_broken_table_gives_one_warning_and_is_not_used(
     assert re.match(f"{re.escape(str(path))}:? {sentence}; {fix}$", record.getMessage())
 
 
-@pytest.mark.parametrize(("count", "told"), [(1, "this row is"), (3, "this and 2 more rows are")])
+@pytest.mark.parametrize(("count", "rows_are"), [(1, "this row is"), (3, "this and 2 more rows are")])
 def test_only_tiles_that_do_not_fit_are_skipped(
-    measured: Path, caplog: pytest.LogCaptureFixture, count: int, told: str
+    measured: Path, caplog: pytest.LogCaptureFixture, count: int, rows_are: str
 ) -> None:
     large = [dataclasses.replace(FORWARD, rows=2**i, tile=TileConfig(256, 256, 256, 8, 8, 3)) for i in range(count)]
     install(table(*large, dataclasses.replace(FORWARD, rows=2**13)))
@@ -456,10 +456,9 @@ def test_only_tiles_that_do_not_fit_are_skipped(
         assert tables.tile_for(problem(2**13), H200) == TILE
     (record,) = caplog.records
     sentence = r"gemms\[0\]\.tile takes \d+ bytes of shared memory; NVIDIA H200 has 232448"
-    messages = (
-        f"{re.escape(str(tables.user_path(H200.name)))}: {sentence}; {told} not used; `mlp-fused tune` measures again"
-    )
-    assert re.fullmatch(messages, record.getMessage())
+    path = re.escape(str(tables.user_path(H200.name)))
+    message = f"{path}: {sentence}; {rows_are} not used; `mlp-fused tune` measures again"
+    assert re.fullmatch(message, record.getMessage())
 
 
 @pytest.mark.parametrize(("version", "is_used"), [((3, 6), False), ((3, 7), True), ((4, 0), True)])
@@ -504,7 +503,7 @@ def test_with_another_triton_only_known_tiles_are_used(
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING" if whose == "user" else "INFO")
 
 
-def test_a_table_can_be_asked_before_those_on_disk(measured: Path) -> None:
+def test_a_preferred_table_is_used_before_those_on_disk(measured: Path) -> None:
     install(user=table(dataclasses.replace(FORWARD, tile=OTHER)))
     with tables.preferred(table(FORWARD)):
         tables.forget()

@@ -84,8 +84,8 @@ def relative_error(product: Callable, inputs: str, k: int, outputs: int = 64) ->
     errors = np.zeros((2, 3))
     for seed in range(3):
         x, w = draw(inputs, 64, outputs, k, seed)
-        for row, each in enumerate((product, tensor_core.fma)):
-            errors[row, seed] = np.linalg.norm(each(x, w) - x @ w.T)
+        for row, multiply in enumerate((product, tensor_core.fma)):
+            errors[row, seed] = np.linalg.norm(multiply(x, w) - x @ w.T)
     ours, theirs = np.linalg.norm(errors, axis=1)
     return ours / theirs
 
@@ -133,7 +133,7 @@ def test_scaled_parts_add_up() -> None:
 
 @pytest.mark.parametrize("inputs", [inputs for inputs in INPUTS if "positive" in inputs])
 def test_split_k_sums_of_a_library_err_less_and_within_the_bound(inputs: str) -> None:
-    """cuBLAS does so at 64x32 outputs: on an H100 it erred up to 1.28 times less than the kernels on such inputs."""
+    """cuBLAS splits K at 64x32 outputs. On an H100, it erred up to 1.28 times less than the kernels on such inputs."""
     x, w = draw(inputs, 64, 32, 256, 0)
     sliced = np.zeros((64, 32))
     for k in range(0, 256, 32):
@@ -180,8 +180,8 @@ def by_wgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
         wgrad(dz, h, dw, db, "ieee", tile)
     else:
         sums = wgrad_sums(dz.shape[0], tile, dz.dtype, dw.numel(), 0)
-        for each_dz, each_h, own in launches(dz, h, tile, "columns"):
-            wgrad_products(each_dz, each_h, dw, None, h.shape[1], own, sums)
+        for dz_operand, h_operand, own in launches(dz, h, tile, "columns"):
+            wgrad_products(dz_operand, h_operand, dw, None, h.shape[1], own, sums)
         sum_partials(split_by_kernel(dz, "columns").sums, (db,))
     check_entries(db[:, None], a, torch.ones((1, a.shape[1]), device=a.device))
     return dw
@@ -235,12 +235,12 @@ def check_entries(ours: Tensor, a: Tensor, b: Tensor) -> None:
     assert worst.numel() == 0 or worst.max() <= 1
 
 
-def of(*numbers: float | str) -> list[int]:
+def both_signs(*numbers: float | str) -> list[int]:
     """The bits of fp32 numbers with both signs. A text stands for bits in hexadecimal."""
-    actual = [
+    positive = [
         int(number, 16) if isinstance(number, str) else int(np.float32(number).view(np.uint32)) for number in numbers
     ]
-    return [bits | sign for bits in actual for sign in (0, 1 << 31)]
+    return [bits | sign for bits in positive for sign in (0, 1 << 31)]
 
 
 def fp32(bits: list[int]) -> np.ndarray:
@@ -248,14 +248,16 @@ def fp32(bits: list[int]) -> np.ndarray:
     return np.array(bits, dtype=np.uint32).view(np.float32)
 
 
-ORDINARY = of(0.0, 1.0, 0.5, 1 + 2**-23, "3F80FFFF", "3FFFFFFF", 1e-8, 1e8, 3e-15)
+ORDINARY = both_signs(0.0, 1.0, 0.5, 1 + 2**-23, "3F80FFFF", "3FFFFFFF", 1e-8, 1e8, 3e-15)
 # Numbers that are denormal in bf16 or too small for it, or have such parts.
-TINY = of(1e-45, 1e-41, "FFFF", 2.0**-133, "1FFFF", 1e-39, 1e-38, "7FFFFF", 2.0**-126, 1.3e-38, 1e-37, 1.7e-36, 1e-30)
+TINY = both_signs(
+    1e-45, 1e-41, "FFFF", 2.0**-133, "1FFFF", 1e-39, 1e-38, "7FFFFF", 2.0**-126, 1.3e-38, 1e-37, 1.7e-36, 1e-30
+)
 # Numbers that overflow in bf16, or whose scaled parts or products of parts overflow.
-HUGE = of(LARGEST, "7F7F8000", "7F7F7FFF", "7F7EFFFF", "7F00FFFF", 2.0**127, 1.7 * 2.0**126, "7E80FFFF", 3e37)
-HUGE += of(2.0**64, 1.9 * 2.0**63)
+HUGE = both_signs(LARGEST, "7F7F8000", "7F7F7FFF", "7F7EFFFF", "7F00FFFF", 2.0**127, 1.7 * 2.0**126, "7E80FFFF", 3e37)
+HUGE += both_signs(2.0**64, 1.9 * 2.0**63)
 # NaN: quiet, signalling, and with all mantissa bits in the half that bf16 drops.
-NOT_FINITE = of("7F800000", "7FC00000", "7FA00000", "7F800001", "7F80BEEF")
+NOT_FINITE = both_signs("7F800000", "7FC00000", "7FA00000", "7F800001", "7F80BEEF")
 RANGES = {
     "tiny": ORDINARY + TINY,
     "huge": ORDINARY + HUGE,
@@ -265,7 +267,7 @@ RANGES = {
 
 
 def column(bits: list[int], length: int, k: int, device: str) -> Tensor:
-    """A matrix with the numbers in column k and zeros elsewhere. Its rows are a multiple of four."""
+    """A matrix with the numbers in column k and zeros elsewhere. The number of rows is a multiple of four."""
     matrix = np.zeros((-(-len(bits) // 4) * 4, length), dtype=np.float32)
     matrix[: len(bits), k] = fp32(bits)
     return torch.from_numpy(matrix).to(device)
@@ -324,7 +326,7 @@ def test_kernels_err_no_more_than_fp32(inputs: str, tile: TileConfig, product: C
     for k in (shortest, shortest + 12, 256):
         x, w = draw(inputs, 64, 32, k, 0)
         a, b = (torch.from_numpy(operand).float().to(device) for operand in (x, w))
-        ours, torchs = (actual.double().cpu().numpy() for actual in (product(a, b, tile), a @ b.t()))
+        ours, torchs = (result.double().cpu().numpy() for result in (product(a, b, tile), a @ b.t()))
         assert_no_worse(x, w, ours, tensor_core.fma(x, w))
         assert_within_bound(x, w, ours, torchs)
 
@@ -334,8 +336,8 @@ def test_kernels_err_no_more_than_fp32(inputs: str, tile: TileConfig, product: C
 
 @triton.jit
 def rounding_kernel(x_ptr, y_ptr, N: tl.constexpr):
-    places = tl.arange(0, N)
-    tl.store(y_ptr + places, round_to_tf32(tl.load(x_ptr + places)))
+    offsets = tl.arange(0, N)
+    tl.store(y_ptr + offsets, round_to_tf32(tl.load(x_ptr + offsets)))
 
 
 def to_tf32(x: np.ndarray) -> np.ndarray:

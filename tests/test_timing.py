@@ -72,26 +72,26 @@ def test_a_spread_is_the_median_with_its_quartiles() -> None:
 
 
 def test_a_call_bound_by_the_device_has_one_time(clock: SimulatedClock) -> None:
-    actual = timing.time_cuda(Timed(lambda _: clock.launch(10e-6, 500e-6)), clock=clock)
-    assert actual.ms == actual.kernel_ms == pytest.approx(0.5, rel=0.03)
+    reading = timing.time_cuda(Timed(lambda _: clock.launch(10e-6, 500e-6)), clock=clock)
+    assert reading.ms == reading.kernel_ms == pytest.approx(0.5, rel=0.03)
 
 
-def test_a_call_bound_by_launches_has_two(clock: SimulatedClock) -> None:
+def test_a_call_bound_by_launches_has_two_times(clock: SimulatedClock) -> None:
     def call(_: int) -> None:
         for _ in range(4):
             clock.launch(10e-6, 2e-6)
 
-    actual = timing.time_cuda(Timed(call), clock=clock)
-    assert actual.ms == pytest.approx(0.040, rel=0.1)
-    assert actual.kernel_ms == pytest.approx(0.008, rel=0.01)
-    assert actual.calls > 1
+    reading = timing.time_cuda(Timed(call), clock=clock)
+    assert reading.ms == pytest.approx(0.040, rel=0.1)
+    assert reading.kernel_ms == pytest.approx(0.008, rel=0.01)
+    assert reading.calls > 1
 
 
 def test_the_setup_is_not_timed(clock: SimulatedClock) -> None:
     timed = Timed(lambda _: clock.launch(10e-6, 300e-6), setup=lambda _: clock.launch(10e-6, 900e-6))
-    actual = timing.time_cuda(timed, clock=clock)
-    assert actual.ms == actual.kernel_ms == pytest.approx(0.3)
-    assert actual.calls == 1
+    reading = timing.time_cuda(timed, clock=clock)
+    assert reading.ms == reading.kernel_ms == pytest.approx(0.3)
+    assert reading.calls == 1
     assert timing.time_apart(timed, clock=clock).device.ms == pytest.approx(0.3)
 
 
@@ -118,18 +118,18 @@ def test_times_of_device_and_host_without_waiting(clock: SimulatedClock, kernels
         for _ in range(kernels):
             clock.launch(10e-6, 4e-6)
 
-    actual = timing.time_apart(Timed(call), clock=clock)
-    assert actual.device.ms == pytest.approx(0.004 * kernels)
-    assert actual.returned.ms == pytest.approx(0.010 * kernels)
-    assert actual.host.ms == pytest.approx(0.010 * kernels + 0.004)
-    assert min(actual.device.readings, actual.host.readings) >= 5
+    times = timing.time_apart(Timed(call), clock=clock)
+    assert times.device.ms == pytest.approx(0.004 * kernels)
+    assert times.returned.ms == pytest.approx(0.010 * kernels)
+    assert times.host.ms == pytest.approx(0.010 * kernels + 0.004)
+    assert min(times.device.readings, times.host.readings) >= 5
 
 
 def test_a_call_that_waits_is_not_queued_behind_a_spin(clock: SimulatedClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "spin", None)
-    actual = timing.time_apart(Timed(lambda _: clock.launch(10e-6, 90e-6, waits=True), waits=True), clock=clock)
-    assert actual.returned.ms == actual.host.ms == pytest.approx(0.1)
-    assert actual.device.ms == pytest.approx(0.1)  # the device waits until the host issues the copy
+    times = timing.time_apart(Timed(lambda _: clock.launch(10e-6, 90e-6, waits=True), waits=True), clock=clock)
+    assert times.returned.ms == times.host.ms == pytest.approx(0.1)
+    assert times.device.ms == pytest.approx(0.1)  # the device waits until the host issues the copy
 
 
 class SimulatedLink(SimulatedClock):
@@ -191,17 +191,17 @@ def test_a_prefetching_loop_is_timed_without_earlier_copies(copy: float, compute
         next(batches)
         link.launch(3e-5, compute)
 
-    actual = timing.time_loop(Timed(step, drain=partial(use_up, batches)), seconds, link)
-    assert actual.ms == pytest.approx(1e3 * max(copy, compute, 3e-5), rel=0.03)
+    reading = timing.time_loop(Timed(step, drain=partial(use_up, batches)), seconds, link)
+    assert reading.ms == pytest.approx(1e3 * max(copy, compute, 3e-5), rel=0.03)
 
 
 def test_the_first_call_is_the_warm_up(clock: SimulatedClock) -> None:
     calls = iter(range(10**9))
-    actual = timing.time_apart(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 1e-6)), clock=clock)
-    assert actual.returned.high == pytest.approx(0.010)
+    times = timing.time_apart(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 1e-6)), clock=clock)
+    assert times.returned.high == pytest.approx(0.010)
     calls = iter(range(10**9))
-    actual = timing.time_host(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 0)), clock=clock)
-    assert actual.high == pytest.approx(0.010)
+    reading = timing.time_host(Timed(lambda _: clock.launch(1.0 if next(calls) == 0 else 10e-6, 0)), clock=clock)
+    assert reading.high == pytest.approx(0.010)
 
 
 @pytest.mark.gpu
@@ -209,6 +209,6 @@ def test_the_first_call_is_the_warm_up(clock: SimulatedClock) -> None:
 @pytest.mark.usefixtures("device")
 def test_a_real_product_takes_the_device_longer_than_its_launch() -> None:
     a = torch.randn(4096, 4096, device="cuda")
-    actual = timing.time_apart(Timed(lambda _: a @ a))
-    assert actual.returned.ms < 0.5 * actual.device.ms
-    assert actual.device.ms <= 1.05 * actual.host.ms
+    times = timing.time_apart(Timed(lambda _: a @ a))
+    assert times.returned.ms < 0.5 * times.device.ms
+    assert times.device.ms <= 1.05 * times.host.ms

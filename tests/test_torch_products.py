@@ -25,7 +25,7 @@ from mlp_fused.reference import Layer
 
 
 def product_by_torch(kind: str, activation: Activation, *tensors: Tensor | None) -> None:
-    """A product by torch, and the kernel that follows it."""
+    """Run a product by torch and the kernel that follows it."""
 
     def choose(problem: Problem) -> tables.Choice:
         is_product = problem.kind == kind
@@ -133,7 +133,7 @@ def check_wgrad(dz: Tensor, h: Tensor, parameters: torch.dtype) -> None:
     dtype = dz.dtype
     dw, db = (torch.full(shape, torch.nan, dtype=parameters, device=dz.device) for shape in ((5, 8), (5,)))
     wgrad_by_torch(dz, h, dw, db)
-    coarser = max(dtype, parameters, key=lambda each: torch.finfo(each).eps)
+    coarser = max(dtype, parameters, key=lambda dtype: torch.finfo(dtype).eps)
     bound = partial(torch.testing.assert_close, rtol=2 * torch.finfo(coarser).eps, atol=20 * torch.finfo(coarser).eps)
     bound(dw.double(), dz.double().t() @ h.double())
     bound(db.double(), dz.double().sum(0))

@@ -68,7 +68,7 @@ def test_torchvision_extracts_features_after_fuse(vision: Any, backend: str) -> 
     assert extraction.get_graph_node_names(model) == names
     (feature,) = [name for name in names[0] if name.endswith(".mlp")]  # torchvision's MLP is traced as one node
     x = torch.randn(2, 3, 8, 8)
-    ours, theirs = (extraction.create_feature_extractor(each, [feature])(x)[feature] for each in (model, twin))
+    ours, theirs = (extraction.create_feature_extractor(module, [feature])(x)[feature] for module in (model, twin))
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_jit_script_of_a_fused_transformer_layer() -> None:
     assert torch.equal(torch.jit.script(model)(x), torch.jit.script(twin)(x))
 
 
-def test_jit_script_keeps_hooks_dropout_and_norms() -> None:
+def test_jit_script_keeps_dropout_and_norms() -> None:
     model = FusedMLP(4, [8, 3], norm_layer=nn.LayerNorm, dropout=0.5)
     twin = nn.Sequential(*copy.deepcopy(list(model)))
     scripted = torch.jit.script(model)
@@ -236,7 +236,7 @@ def test_onnx_export_of_the_kernels_is_refused(onnx: Any) -> None:
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "Module.compile"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile_of_a_model_that_holds_one(kind: str, backend: str, in_place: bool) -> None:
+def test_compile_of_a_model_around_a_fused_one(kind: str, backend: str, in_place: bool) -> None:
     torch._dynamo.reset()
     inner, twin = fused_and_twin(kind, backend)
     model, twin = nn.Sequential(inner, nn.LayerNorm(3), nn.Linear(3, 2)), nn.Sequential(twin, nn.LayerNorm(3))
@@ -247,8 +247,8 @@ def test_compile_of_a_model_that_holds_one(kind: str, backend: str, in_place: bo
     else:
         compiled = torch.compile(model, fullgraph=True)
     gradients = []
-    for each in (compiled, twin):
-        y = each(X)
+    for network in (compiled, twin):
+        y = network(X)
         y.square().sum().backward()
-        gradients.append([y, *(parameter.grad for parameter in each.parameters())])
+        gradients.append([y, *(parameter.grad for parameter in network.parameters())])
     assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(*gradients, strict=True))

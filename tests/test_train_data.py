@@ -59,7 +59,7 @@ def test_a_column_of_labels() -> None:
 
 @pytest.mark.parametrize("dtype", ["U5", "S5"])
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
-def test_text_is_classes_by_name(dtype: str, shape: tuple[int, ...]) -> None:
+def test_text_labels_give_named_classes(dtype: str, shape: tuple[int, ...]) -> None:
     labels, names = to_classes(np.array(["oak", "elm", "oak", "birch"], dtype).reshape(shape))
     assert names == ("birch", "elm", "oak")
     assert labels.dtype == torch.int64
@@ -303,7 +303,7 @@ def test_without_a_test_part_the_rows_for_validation_are_drawn(tmp_path: Path, l
     assert [part.tolist() for part in data.split(0.5, 3)] == [part.tolist() for part in split(6, 0.5, 3)]
 
 
-def test_x_and_y_are_taken_before_the_parts(tmp_path: Path) -> None:
+def test_x_and_y_take_precedence_over_the_parts(tmp_path: Path) -> None:
     """A file that a checkpoint was trained on still counts as the same data."""
     alone = load(tmp_path, x=np.ones((3, 2)), y=np.arange(3))
     data = load(tmp_path, x=np.ones((3, 2)), y=np.arange(3), **KERAS)
@@ -386,17 +386,17 @@ def test_arrays_that_are_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{path} has no array y; it has x, but needs {re.escape(needed)}$"):
         load(tmp_path, x=np.ones((3, 2)))
     needed = "x_train (one example per row) and y_train (one target per row)"
-    actual = "x_train, x_test"
+    present = "x_train, x_test"
     with pytest.raises(
-        UserError, match=f"^{path} has no array y_train; it has {actual}, but needs {re.escape(needed)}$"
+        UserError, match=f"^{path} has no array y_train; it has {present}, but needs {re.escape(needed)}$"
     ):
         load(tmp_path, x_train=KERAS["x_train"], x_test=KERAS["x_test"])
 
 
-@pytest.mark.parametrize(("rows", "fraction", "kept"), [(1797, 0.2, 359), (10, 0.25, 2), (2, 0.01, 1), (2, 0.99, 1)])
-def test_the_split_is_seeded_and_complete(rows: int, fraction: float, kept: int) -> None:
+@pytest.mark.parametrize(("rows", "fraction", "count"), [(1797, 0.2, 359), (10, 0.25, 2), (2, 0.01, 1), (2, 0.99, 1)])
+def test_the_split_is_seeded_and_complete(rows: int, fraction: float, count: int) -> None:
     training_rows, validation_rows = split(rows, fraction, seed=5)
-    assert len(validation_rows) == kept
+    assert len(validation_rows) == count
     assert sorted(training_rows.tolist() + validation_rows.tolist()) == list(range(rows))
     assert torch.equal(training_rows, split(rows, fraction, seed=5)[0])
 

@@ -50,7 +50,7 @@ def test_ctrl_c_that_torchrun_repeats_acts_once() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_lost_peer_after_ctrl_c_counts_as_the_stop(tmp_path: Path) -> None:
+def test_a_lost_peer_after_ctrl_c_is_reported_as_ctrl_c(tmp_path: Path) -> None:
     def report(text: str) -> None:
         if text.startswith("epoch"):
             os.kill(os.getpid(), signal.SIGINT)

@@ -23,7 +23,7 @@ from mlp_fused.train.loop import train
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Config:
+def config(tmp_path: Path) -> Config:
     """A configuration with 56 training rows, 4 steps per epoch, and 14 validation rows in one batch."""
     random = np.random.default_rng(0)
     y = random.integers(0, 3, 70)
@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Config:
     )
 
 
-# Places where a step of the second epoch runs out, by a change of the network.
+# Changes of the network that make one phase of the second epoch run out of memory.
 PHASES: dict[str, Callable[[nn.Module], object]] = {
     "forward": lambda model: model.register_forward_hook(at(7)),  # an epoch calls the network 4 + 1 times
     "backward": lambda model: model[0].weight.register_hook(at(6)),
@@ -49,16 +49,16 @@ PHASES: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_training_that_runs_out_resumes_from_the_last_checkpoint(
-    phase: str, run: Config, monkeypatch: pytest.MonkeyPatch
+    phase: str, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(*arguments: Any) -> nn.Module:
         model = build_model(*arguments)
         PHASES[phase](model)
         return model
 
-    path = Path(str(run.checkpoint))
+    path = Path(str(config.checkpoint))
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        train(run, build=build, report=lambda text: None)
+        train(config, build=build, report=lambda text: None)
     torchs, ours, where = str(caught.value).splitlines()
     assert torchs == TORCHS
     assert ours.startswith("mlp_fused: a batch of 16 rows needs ")
@@ -70,20 +70,20 @@ def test_training_that_runs_out_resumes_from_the_last_checkpoint(
         where == f"stopped; {path} is the last checkpoint, after epoch 1; add --resume to the same command to continue"
     )
     assert [file.name for file in sorted(path.parent.iterdir())] == ["data.npz", "run.pt"]
-    alone = train(dataclasses.replace(run, epochs=1, checkpoint=None), report=lambda text: None)
+    alone = train(dataclasses.replace(config, epochs=1, checkpoint=None), report=lambda text: None)
     for name, tensor in load_checkpoint(path)["model"].items():
         assert torch.equal(tensor, alone.model.state_dict()[name])
-    resumed = train(dataclasses.replace(run, resume=True), report=lambda text: None)
-    whole = train(dataclasses.replace(run, checkpoint=None), report=lambda text: None)
+    resumed = train(dataclasses.replace(config, resume=True), report=lambda text: None)
+    whole = train(dataclasses.replace(config, checkpoint=None), report=lambda text: None)
     assert resumed.history == whole.history
 
 
 def test_the_command_that_runs_out_prints_no_traceback(
-    run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.optim.Adam, "step", run_out)
     monkeypatch.setattr(memory, "room", lambda device: Room(2**20, 2**19))
-    flags = ["--data", str(run.data), "--hidden", "8", "--checkpoint", str(run.checkpoint), "--device", "cpu"]
+    flags = ["--data", str(config.data), "--hidden", "8", "--checkpoint", str(config.checkpoint), "--device", "cpu"]
     assert main(["train", *flags]) == 2
     torchs, ours, where = capsys.readouterr().err.splitlines()
     assert torchs == f"mlp-fused: {TORCHS}"
@@ -91,25 +91,27 @@ def test_the_command_that_runs_out_prints_no_traceback(
         "To use less memory: a smaller --batch-size, more GPUs, which share each batch (torchrun), or --dtype bf16."
         in ours
     )
-    assert where == f"stopped before the end of the first epoch; no checkpoint was written to {run.checkpoint}"
-    assert not Path(str(run.checkpoint)).exists()
+    assert where == f"stopped before the end of the first epoch; no checkpoint was written to {config.checkpoint}"
+    assert not Path(str(config.checkpoint)).exists()
 
 
-def test_an_optimizers_actual_state_is_counted() -> None:
+def test_state_has_the_number_of_tensors_per_parameter() -> None:
     for name, state in loop.STATE.items():
         config = Config(optimizer=name, hidden=(8,))
         model = build_model(4, 3, config)
         optimizer = loop.make_optimizer(model, config, torch.device("cpu"))
         model(torch.randn(2, 4)).sum().backward()
         optimizer.step()
-        of_weight = [each for each in optimizer.state[model[0].weight].values() if each.shape == model[0].weight.shape]
-        assert len(of_weight) == state
+        moments = [
+            tensor for tensor in optimizer.state[model[0].weight].values() if tensor.shape == model[0].weight.shape
+        ]
+        assert len(moments) == state
 
 
-def test_times_with_a_debug_switch_are_marked(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distorted_times_are_marked(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    train(run, report=messages.append)
+    train(config, report=messages.append)
     assert not any("distorted" in line for line in messages)  # times of a CPU are not distorted
     messages.clear()
     marked = loop.about_times(torch.device("cuda"))

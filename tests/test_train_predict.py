@@ -65,9 +65,9 @@ def test_a_new_process_predicts_with_the_reported_accuracy(arrays: dict[str, np.
     result = trained(arrays["y"], arrays)
     assert result.accuracy > 0.8
     np.savez("raw.npz", x=arrays["x"])
-    told = command("--checkpoint", "run.pt", "--data", "raw.npz", "--out", "out.npz")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout == "raw.npz: 90 rows; wrote labels, probabilities, classes to out.npz\n"
+    completed = command("--checkpoint", "run.pt", "--data", "raw.npz", "--out", "out.npz")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout == "raw.npz: 90 rows; wrote labels, probabilities, classes to out.npz\n"
     out = np.load("out.npz")
     assert (out["labels"] == arrays["y"])[validation()].mean() == result.accuracy
     assert out["labels"].dtype == np.int64
@@ -85,10 +85,10 @@ def test_classes_by_name_are_predicted_by_name(arrays: dict[str, np.ndarray]) ->
     assert header == ["label", *NAMES]
     labels = np.array([row[0] for row in rows])
     assert (labels == NAMES[arrays["y"]])[validation()].mean() == result.accuracy
-    actual = predict("run.pt", arrays["x"])
-    assert actual.labels.tolist() == labels.tolist()
-    assert actual.classes.tolist() == NAMES.tolist()
-    assert np.array([row[1:] for row in rows], np.float32).tolist() == actual.probabilities.tolist()
+    predictions = predict("run.pt", arrays["x"])
+    assert predictions.labels.tolist() == labels.tolist()
+    assert predictions.classes.tolist() == NAMES.tolist()
+    assert np.array([row[1:] for row in rows], np.float32).tolist() == predictions.probabilities.tolist()
 
 
 def test_other_class_names_refuse_to_resume(arrays: dict[str, np.ndarray]) -> None:
@@ -100,8 +100,8 @@ def test_other_class_names_refuse_to_resume(arrays: dict[str, np.ndarray]) -> No
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_predict_uses_the_dtype_of_training(arrays: dict[str, np.ndarray], dtype: Any) -> None:
     result = trained(arrays["y"], arrays, dtype=dtype, epochs=3)
-    actual = predict("run.pt", arrays["x"])
-    assert (actual.labels == arrays["y"])[validation()].mean() == result.accuracy
+    predictions = predict("run.pt", arrays["x"])
+    assert (predictions.labels == arrays["y"])[validation()].mean() == result.accuracy
 
 
 def test_fp16_training_is_predicted_in_fp32_without_a_gpu(arrays: dict[str, np.ndarray]) -> None:
@@ -121,8 +121,12 @@ def test_a_regressions_values_have_the_targets_units_and_shape(
     result = trained(y, arrays, task="regression")
     assert result.r2 > 0.9
     np.savez("raw.npz", x=arrays["x"])
-    told = command("--checkpoint", "run.pt", "--data", "raw.npz", "--out", "out.npz")
-    assert (told.returncode, told.stderr, told.stdout) == (0, "", "raw.npz: 90 rows; wrote values to out.npz\n")
+    completed = command("--checkpoint", "run.pt", "--data", "raw.npz", "--out", "out.npz")
+    assert (completed.returncode, completed.stderr, completed.stdout) == (
+        0,
+        "",
+        "raw.npz: 90 rows; wrote values to out.npz\n",
+    )
     values = np.load("out.npz")["values"]
     assert (values.shape, values.dtype) == (shape, np.float64)
     errors = (values - y)[validation()]
@@ -186,9 +190,9 @@ def test_a_mistake_changes_no_file(arrays: dict[str, np.ndarray], changes: dict[
     np.savez("y.npz", y=np.ones(3))
     Path("out.npz").write_bytes(b"before")
     before = {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
-    told = {"checkpoint": "run.pt", "data": "data.npz", "out": "out.npz", **changes}
+    options = {"checkpoint": "run.pt", "data": "data.npz", "out": "out.npz", **changes}
     with pytest.raises(UserError, match=f"^{sentence}"):
-        module.run(module.Config(**told), report=lambda text: None)
+        module.run(module.Config(**options), report=lambda text: None)
     assert {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
 
 

@@ -58,7 +58,7 @@ def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(da
     [{}, {"dropout": 0.5}, {"optimizer": "sgd"}, {"dropout": 0.3, "dtype": "bf16"}],
     ids=lambda changes: ",".join(map(str, changes.values())) or "plain",
 )
-def test_a_resumed_run_is_the_uninterrupted_one(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     data: str, tmp_path: Path, workers: int, changes: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(TINY, data=data, workers=workers, **changes)
@@ -77,18 +77,18 @@ def test_the_state_of_the_gradient_scaler_is_restored(
 ) -> None:
     """fp16 needs a GPU, but its gradient scaler also works without."""
     path = str(tmp_path / "run.pt")
-    made = []
+    scalers = []
     original = torch.amp.GradScaler
 
     def enabled(kind: str, enabled: bool) -> torch.amp.GradScaler:
-        made.append(original(kind, init_scale=2.0**10, growth_interval=5))
-        return made[-1]
+        scalers.append(original(kind, init_scale=2.0**10, growth_interval=5))
+        return scalers[-1]
 
     monkeypatch.setattr(torch.amp, "GradScaler", enabled)
     whole = run(TINY, data=data)
     run(TINY, data=data, epochs=2, checkpoint=path)
     assert_same_bits(run(TINY, data=data, epochs=3, checkpoint=path, resume=True), whole)
-    assert made[0].get_scale() == made[2].get_scale() == 2.0**12  # grown after 5 and 10 of 12 steps
+    assert scalers[0].get_scale() == scalers[2].get_scale() == 2.0**12  # grown after 5 and 10 of 12 steps
 
 
 def test_a_checkpoint_of_a_gpu_resumes_without_one(data: str, tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ def test_nothing_left_to_train(data: str, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, data=data, checkpoint=str(tmp_path / "run.pt"))
     whole = run(config)
     lines: list[str] = []
-    again = train(dataclasses.replace(config, resume=True, epochs=2), report=lines.append)
-    assert_same_bits(again, whole)
-    assert again.losses == []
+    resumed = train(dataclasses.replace(config, resume=True, epochs=2), report=lines.append)
+    assert_same_bits(resumed, whole)
+    assert resumed.losses == []
     assert any("nothing left to train" in line for line in lines)
     assert lines[-2].startswith(f"validation accuracy: {whole.accuracy:.4f} (always predicting ")
 
@@ -155,7 +155,7 @@ def test_other_values_of_the_same_sizes(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_labels_of_other_classes_than_the_checkpoints(data: str, tmp_path: Path, classes: int) -> None:
+def test_another_number_of_classes_is_refused(data: str, tmp_path: Path, classes: int) -> None:
     """More or fewer classes are refused on the host, before any network is built."""
     config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     run(config)
@@ -178,7 +178,7 @@ def test_the_data_may_have_moved_and_workers_may_differ(data: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", checkpoint.PARTS)
-def test_a_checkpoint_with_a_part_of_the_wrong_type(data: str, tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_with_a_part_of_the_wrong_type_is_refused(data: str, tmp_path: Path, name: str) -> None:
     config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     run(config)
     save_checkpoint(tmp_path / "run.pt", {**load_checkpoint(tmp_path / "run.pt"), name: None})
@@ -186,7 +186,7 @@ def test_a_checkpoint_with_a_part_of_the_wrong_type(data: str, tmp_path: Path, n
         run(config, epochs=2, resume=True)
 
 
-def test_weights_that_do_not_fit(data: str, tmp_path: Path) -> None:
+def test_weights_of_other_shapes_are_refused(data: str, tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, data=data, epochs=1, checkpoint=str(tmp_path / "run.pt"))
     run(config)
     saved = load_checkpoint(tmp_path / "run.pt")

@@ -72,7 +72,7 @@ def test_r2_and_rmse_are_in_the_units_of_the_targets(tmp_path: Path, shape: tupl
 
 
 @pytest.mark.parametrize("offset", [1.7e9, -5e6, 2**40], ids=str)
-def test_targets_far_from_zero_are_learned_as_well(tmp_path: Path, offset: float) -> None:
+def test_targets_far_from_zero_cost_no_accuracy(tmp_path: Path, offset: float) -> None:
     write(tmp_path)
     near = run(tmp_path)
     write(tmp_path, offset=offset)
@@ -115,7 +115,7 @@ def test_the_kernels_train_like_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"dtype": "bf16"}], ids=str)
-def test_a_resumed_regression_is_the_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_resumed_regression_equals_an_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     write(tmp_path, (2,), offset=1e6)
     whole = run(tmp_path, epochs=4, **changes)
     path = str(tmp_path / "run.pt")
@@ -192,7 +192,7 @@ def test_targets_that_do_not_vary(tmp_path: Path) -> None:
     assert result.r2 in (0.0, 1.0)
 
 
-def test_each_task_for_its_data(tmp_path: Path) -> None:
+def test_make_task_follows_the_data(tmp_path: Path) -> None:
     write(tmp_path)
     rows = split(100, 0.2, 0)
     assert isinstance(make_task(load_data(str(tmp_path / "data.npz"), "regression"), *rows), Regression)

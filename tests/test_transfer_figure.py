@@ -35,8 +35,8 @@ def test_the_plot_shows_the_readings(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     figures: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: figures.append(figure))
-    actual = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
-    draw(actual, tmp_path / "plot.png")
+    transfer = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
+    draw(transfer, tmp_path / "plot.png")
     (axes,) = figures[0].axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert axes.get_xlabel() == "batch size (rows)"
@@ -44,12 +44,12 @@ def test_the_plot_shows_the_readings(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     lines = {line.get_label(): line for line in axes.lines}
     cpu = lines["step on the CPU"]
     assert list(cpu.get_xdata()) == list(SIZES)
-    assert list(cpu.get_ydata()) == [point.cpu.step.ms for point in actual.points]
+    assert list(cpu.get_ydata()) == [point.cpu.step.ms for point in transfer.points]
     drawn = [line for line in axes.lines if not line.get_label().startswith("_")]
     assert len({line.get_marker() for line in drawn}) == len(drawn) == 6
     assert len({line.get_color() for line in drawn}) == 6
     marked = [line.get_xdata()[0] for line in axes.lines if line.get_label().startswith("_")]
-    assert marked == [actual.crossings["step"].rows]
+    assert marked == [transfer.crossings["step"].rows]
     assert any("the GPU is faster" in text.get_text() for text in axes.texts)
 
 
@@ -59,8 +59,8 @@ def test_the_plot_shows_the_readings(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_both_axes_of_the_plot_have_three_labels_or_more(points: slice, gpu: bool) -> None:
     from mlp_fused.transfer.figure import step_figure
 
-    actual = simulate(Simulated(), gpu=gpu)
-    figure = step_figure(dataclasses.replace(actual, points=actual.points[points]))
+    transfer = simulate(Simulated(), gpu=gpu)
+    figure = step_figure(dataclasses.replace(transfer, points=transfer.points[points]))
     figure.draw_without_rendering()
     (axes,) = figure.axes
     for axis in (axes.xaxis, axes.yaxis):

@@ -1,4 +1,4 @@
-"""The arithmetic of `mlp_fused.transfer`: crossings, bounds, advice, and its record."""
+"""The arithmetic of `mlp_fused.transfer`: crossings, bounds, advice, and the record as JSON."""
 
 from __future__ import annotations
 
@@ -172,30 +172,30 @@ def test_advice_is_given_if_it_saves_time(gpu: dict[str, Any], rest: dict[str, A
         points = make_transfer(on_gpu(**gpu)).points[-1:]
         rest = {"points": points}
     advice = make_transfer(on_gpu(**gpu), **rest).advice
-    assert any(each.startswith(sentence) for each in advice), advice
+    assert any(line.startswith(sentence) for line in advice), advice
     begin = sentence.split()[0]
-    assert begin == "no" or not any(each.startswith(begin) for each in make_transfer(on_gpu()).advice)
+    assert begin == "no" or not any(line.startswith(begin) for line in make_transfer(on_gpu()).advice)
 
 
 @pytest.mark.parametrize("narrowed", [None, exact(19.9)], ids=["none", "no faster"])
 def test_16_bits_are_not_advised_if_not_faster(narrowed: Spread | None) -> None:
     gpu = on_gpu(step=exact(30), non_blocking=both(20), non_waiting=exact(25), prefetched=exact(20), narrowed=narrowed)
-    assert not any("16 bits" in each for each in make_transfer(gpu).advice)
+    assert not any("16 bits" in line for line in make_transfer(gpu).advice)
 
 
 @given(*[st.floats(0.01, 1000)] * 4)
 def test_the_choice_is_the_fastest_or_an_equal_simpler_one(
     cpu: float, step: float, pinned: float, ahead: float
 ) -> None:
-    actual = make_transfer(on_gpu(step=exact(step), non_waiting=exact(pinned), prefetched=exact(ahead)), cpu_ms=cpu)
+    transfer = make_transfer(on_gpu(step=exact(step), non_waiting=exact(pinned), prefetched=exact(ahead)), cpu_ms=cpu)
     times = {"cpu": cpu, "step": step, "non_waiting": pinned, "prefetched": ahead}
     least = min(times.values())
-    assert times[actual.choice] <= (1 + findings.GAIN) * least
-    simpler = list(times)[: list(times).index(actual.choice)]
+    assert times[transfer.choice] <= (1 + findings.GAIN) * least
+    simpler = list(times)[: list(times).index(transfer.choice)]
     assert all(times[name] > (1 + findings.GAIN) * least for name in simpler)
     begins = {"cpu": "stay on the CPU", "non_waiting": "pin the batch", "prefetched": "prefetch"}
-    given_advice = any(each.startswith(begins.get(actual.choice, "no such")) for each in actual.advice)
-    assert given_advice == (actual.choice in begins)
+    given_advice = any(line.startswith(begins.get(transfer.choice, "no such")) for line in transfer.advice)
+    assert given_advice == (transfer.choice in begins)
 
 
 @pytest.mark.parametrize(
@@ -237,11 +237,11 @@ def test_the_table_has_every_part() -> None:
 
 
 def test_a_record_as_json() -> None:
-    actual = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
-    again = json.loads(json.dumps(actual.as_dict(), allow_nan=False))
-    assert again["crossings"]["step"]["rows"] is None
-    assert (again["bound"], again["choice"], again["bounds"]) == ("copy", "cpu", actual.bounds)
-    assert again["rates"]["pinned"] == pytest.approx([1.0, 1.0], rel=1e-2)
-    assert set(again["rates"]) == {"pageable", "pinned", "non_blocking", "to_host", "forward", "backward"}
-    assert again["points"][3]["gpu"]["pinned"]["host"]["ms"] == actual.at_rows.gpu.pinned.host.ms  # type: ignore[union-attr]
-    assert again["advice"] == actual.advice
+    transfer = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
+    record = json.loads(json.dumps(transfer.as_dict(), allow_nan=False))
+    assert record["crossings"]["step"]["rows"] is None
+    assert (record["bound"], record["choice"], record["bounds"]) == ("copy", "cpu", transfer.bounds)
+    assert record["rates"]["pinned"] == pytest.approx([1.0, 1.0], rel=1e-2)
+    assert set(record["rates"]) == {"pageable", "pinned", "non_blocking", "to_host", "forward", "backward"}
+    assert record["points"][3]["gpu"]["pinned"]["host"]["ms"] == transfer.at_rows.gpu.pinned.host.ms  # type: ignore[union-attr]
+    assert record["advice"] == transfer.advice

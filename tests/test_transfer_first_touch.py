@@ -32,7 +32,7 @@ def test_the_model_goes_to_fresh_processes(monkeypatch: pytest.MonkeyPatch, tmp_
     assert seen[0][1:] == ("6", (5, 3))
 
 
-def test_a_model_that_cannot_be_pickled() -> None:
+def test_a_model_that_cannot_be_pickled_is_refused() -> None:
     model = nn.Linear(2, 2)
     model.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="^the model cannot be pickled: "):

@@ -25,11 +25,11 @@ from mlp_fused.transfer.measurement import measure
 
 def test_every_part_is_timed_by_the_right_clock() -> None:
     speeds = Simulated()
-    actual = simulate(speeds)
-    assert actual.at_rows.gpu is not None
-    gpu, nbytes = actual.at_rows.gpu, 1024 * 1000 * 4
-    assert actual.at_rows.bytes_in == nbytes
-    assert actual.at_rows.bytes_out == 1024 * 10 * 4
+    transfer = simulate(speeds)
+    assert transfer.at_rows.gpu is not None
+    gpu, nbytes = transfer.at_rows.gpu, 1024 * 1000 * 4
+    assert transfer.at_rows.bytes_in == nbytes
+    assert transfer.at_rows.bytes_out == 1024 * 10 * 4
     assert gpu.non_blocking.device.ms == pytest.approx(1e3 * nbytes / speeds.link)
     assert gpu.non_blocking.returned.ms == pytest.approx(1e3 * speeds.latency)
     assert gpu.pinned.returned.ms == gpu.pinned.host.ms == pytest.approx(1e3 * (nbytes / speeds.link + speeds.latency))
@@ -41,44 +41,45 @@ def test_every_part_is_timed_by_the_right_clock() -> None:
     assert gpu.kernels.ms == pytest.approx(2e3 * speeds.gpu_row * 1024)
     assert gpu.issued.ms == pytest.approx(2e3 * speeds.launch)
     assert gpu.resident.ms == pytest.approx(2e3 * speeds.gpu_row * 1024, rel=0.02)
-    assert actual.at_rows.cpu.forward.ms == pytest.approx(1e3 * speeds.cpu_row * 1024)
+    assert transfer.at_rows.cpu.forward.ms == pytest.approx(1e3 * speeds.cpu_row * 1024)
     assert gpu.bound == "copy"
 
 
 def test_the_crossing_follows_from_the_simulated_speeds() -> None:
     """A CPU with 2 µs per row and a GPU with 100 µs per step cross at 50 rows."""
-    actual = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
-    assert actual.crossings["resident"].rows == pytest.approx(50, rel=0.01)
-    assert actual.crossings["step"].rows == pytest.approx(50, rel=0.05)
-    bound = [point.gpu.bound for point in actual.points if point.gpu]
+    transfer = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
+    assert transfer.crossings["resident"].rows == pytest.approx(50, rel=0.01)
+    assert transfer.crossings["step"].rows == pytest.approx(50, rel=0.05)
+    bound = [point.gpu.bound for point in transfer.points if point.gpu]
     assert bound == ["launch"] * len(SIZES)
 
 
 def test_a_gpu_behind_a_slow_link_does_not_win() -> None:
-    actual = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
-    assert actual.crossings["step"].rows == math.inf
-    assert actual.crossings["resident"].rows == pytest.approx(16, abs=16)
-    assert actual.advice[0].startswith("stay on the CPU at 1,024 rows")
-    assert any(each.startswith("keep the data on the GPU") for each in actual.advice)
+    transfer = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
+    assert transfer.crossings["step"].rows == math.inf
+    assert transfer.crossings["resident"].rows == pytest.approx(16, abs=16)
+    assert transfer.advice[0].startswith("stay on the CPU at 1,024 rows")
+    assert any(line.startswith("keep the data on the GPU") for line in transfer.advice)
 
 
 def test_prefetching_hides_the_copy() -> None:
     slow = Simulated(gpu_row=500e-9)
-    actual = simulate(slow).at_rows.gpu
-    assert actual is not None
-    assert actual.bound == "kernel"
-    assert actual.prefetched.ms == pytest.approx(actual.resident.ms, rel=0.1)
-    assert actual.hidden > 0.9
+    gpu = simulate(slow).at_rows.gpu
+    assert gpu is not None
+    assert gpu.bound == "kernel"
+    assert gpu.prefetched.ms == pytest.approx(gpu.resident.ms, rel=0.1)
+    assert gpu.hidden > 0.9
 
 
 def test_without_a_gpu_only_the_cpu_is_measured() -> None:
-    actual = simulate(Simulated(), gpu=False)
-    assert [point.rows for point in actual.points] == list(SIZES)
-    assert [point.cpu.step.ms for point in actual.points] == pytest.approx([2e-3 * size for size in SIZES], rel=0.01)
-    assert (actual.gpu, actual.crossings, actual.advice, actual.bounds, actual.explanation) == (None, {}, [], "", "")
-    assert "GPU: none" in str(actual)
-    assert "not measured: a reason" in str(actual)
-    json.dumps(actual.as_dict(), allow_nan=False)
+    transfer = simulate(Simulated(), gpu=False)
+    assert [point.rows for point in transfer.points] == list(SIZES)
+    assert [point.cpu.step.ms for point in transfer.points] == pytest.approx([2e-3 * size for size in SIZES], rel=0.01)
+    assert (transfer.gpu, transfer.crossings, transfer.advice) == (None, {}, [])
+    assert (transfer.bounds, transfer.explanation) == ("", "")
+    assert "GPU: none" in str(transfer)
+    assert "not measured: a reason" in str(transfer)
+    json.dumps(transfer.as_dict(), allow_nan=False)
 
 
 def test_sizes_that_do_not_fit_give_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +94,9 @@ def test_sizes_that_do_not_fit_give_a_note(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(SimulatedGpu, "calls", bounded)
 
     fit(1024)
-    actual = simulate(Simulated())
-    assert [point.rows for point in actual.points] == [16, 64, 256, 1024]
-    assert actual.notes[-1] == "4,096 rows and more: CUDA out of memory. Tried"
+    transfer = simulate(Simulated())
+    assert [point.rows for point in transfer.points] == [16, 64, 256, 1024]
+    assert transfer.notes[-1] == "4,096 rows and more: CUDA out of memory. Tried"
     fit(1023)
     with pytest.raises(torch.OutOfMemoryError):  # the requested batch itself does not fit
         simulate(Simulated())
@@ -106,9 +107,9 @@ def test_an_unmeasurable_first_touch_gives_a_note(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("the model cannot be pickled: a lambda")
 
     monkeypatch.setattr(SimulatedGpu, "first_touch", fail)
-    actual = simulate(Simulated())
-    assert actual.first_touch is None
-    assert "first touch: the model cannot be pickled: a lambda" in actual.notes
+    transfer = simulate(Simulated())
+    assert transfer.first_touch is None
+    assert "first touch: the model cannot be pickled: a lambda" in transfer.notes
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -125,12 +126,12 @@ def test_a_users_own_network(training: bool) -> None:
     model = Sum()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = [torch.randn(8, 4, requires_grad=True), torch.randn(3)]
-    actual = measure(model, batch, sizes=[2, 32], training=training, seconds=0.001)
-    assert [point.rows for point in actual.points] == [2, 8, 32]
-    assert actual.at_rows.bytes_in == 4 * (8 * 4 + 3)
-    assert (actual.at_rows.cpu.backward is not None) is training
-    assert actual.at_rows.cpu.step.ms > 0
-    assert "can use no GPU here" in actual.notes[0]
+    transfer = measure(model, batch, sizes=[2, 32], training=training, seconds=0.001)
+    assert [point.rows for point in transfer.points] == [2, 8, 32]
+    assert transfer.at_rows.bytes_in == 4 * (8 * 4 + 3)
+    assert (transfer.at_rows.cpu.backward is not None) is training
+    assert transfer.at_rows.cpu.step.ms > 0
+    assert "can use no GPU here" in transfer.notes[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
@@ -138,9 +139,9 @@ def test_a_users_own_network(training: bool) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_sizes_surround_the_batch() -> None:
-    actual = measure(nn.Linear(2, 2), torch.randn(32, 2), seconds=0.001)
-    assert [point.rows for point in actual.points] == [2, 8, 32, 128, 512]
-    assert actual.at_rows.bytes_in == 32 * 2 * 4
+    transfer = measure(nn.Linear(2, 2), torch.randn(32, 2), seconds=0.001)
+    assert [point.rows for point in transfer.points] == [2, 8, 32, 128, 512]
+    assert transfer.at_rows.bytes_in == 32 * 2 * 4
 
 
 MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -169,7 +170,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(("call", "error", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes(call: Callable[[], object], error: type[Exception], sentence: str) -> None:
+def test_wrong_arguments_are_refused(call: Callable[[], object], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         call()
 
@@ -189,9 +190,9 @@ def test_a_distorted_gpu_is_not_measured(switch: str, monkeypatch: pytest.Monkey
 def test_distorted_times_of_a_cpu_are_marked(backend: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLP_FUSED_BACKEND", backend)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    actual = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=[2], seconds=0.001)
-    assert len(actual.notes) == count
-    assert ("not measured: undistorted times (" in str(actual)) is (count == 2)
+    transfer = measure(nn.Linear(2, 2), torch.ones(2, 2), sizes=[2], seconds=0.001)
+    assert len(transfer.notes) == count
+    assert ("not measured: undistorted times (" in str(transfer)) is (count == 2)
 
 
 def test_the_calls_for_a_gpu_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +216,8 @@ def test_the_calls_for_a_gpu_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
             timed(3)
             assert bool(copied) is (name in ("pageable", "pinned", "non_blocking", "staging"))
             assert len(seen) == (name in ("forward", "backward", *measurement.LOOPS))
-            given = x.bfloat16().float() if name == "narrowed" else x
-            assert all(torch.equal(each, given) for each in (*copied, *seen))
+            expected = x.bfloat16().float() if name == "narrowed" else x
+            assert all(torch.equal(tensor, expected) for tensor in (*copied, *seen))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -234,20 +235,20 @@ def test_autocast_is_measured_only_for_float32(dtype: torch.dtype, monkeypatch: 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("training", [True, False])
 def test_a_real_gpu(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    actual = measure(FusedMLP(784, [512, 512, 10]), torch.randn(256, 784), sizes=[16, 4096], training=training)
-    assert actual.first_touch is not None, actual.notes
-    assert actual.first_touch.context > 10
-    assert actual.first_touch.compiled > actual.first_touch.again
-    for point in actual.points:
+    transfer = measure(FusedMLP(784, [512, 512, 10]), torch.randn(256, 784), sizes=[16, 4096], training=training)
+    assert transfer.first_touch is not None, transfer.notes
+    assert transfer.first_touch.context > 10
+    assert transfer.first_touch.compiled > transfer.first_touch.again
+    for point in transfer.points:
         assert point.gpu is not None
         assert (point.gpu.backward is not None) is training
         assert point.gpu.forward.device.ms <= 1.1 * point.gpu.forward.host.ms
         assert point.gpu.forward.returned.ms <= 1.1 * point.gpu.forward.host.ms
-    assert actual.points[-1].gpu is not None
-    assert actual.points[-1].gpu.prefetched.ms <= 1.2 * actual.points[-1].gpu.step.ms
-    assert actual.crossings
-    assert actual.advice
-    print(actual)
+    assert transfer.points[-1].gpu is not None
+    assert transfer.points[-1].gpu.prefetched.ms <= 1.2 * transfer.points[-1].gpu.step.ms
+    assert transfer.crossings
+    assert transfer.advice
+    print(transfer)
 
 
 @pytest.mark.gpu
@@ -262,8 +263,7 @@ def test_pinned_copies_reach_the_links_ceiling() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("device")
-def test_steps_compute_on_the_prefetched_batches() -> None:
-    """The calls timed by `prefetched` compute on the current batch, not on older memory."""
+def test_a_prefetched_batch_equals_its_source() -> None:
     x = torch.randn(64, 8)
-    (there,) = next(iter(DevicePrefetcher([[x]], "cuda")))
-    assert torch.equal(there.cpu(), x)
+    (prefetched,) = next(iter(DevicePrefetcher([[x]], "cuda")))
+    assert torch.equal(prefetched.cpu(), x)

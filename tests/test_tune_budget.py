@@ -40,7 +40,9 @@ def test_the_time_is_shared_and_missing_readings_are_reported(clock: Clock, meas
     table, messages = run(clock, dataclasses.replace(DIMS, minutes=0.5))
     assert clock.timed == ["torch", SLOW] * 2
     assert len(table.gemms) == 2
-    missed = next(each for each in products(DIMS.workloads[0]) if each.key not in [row.key for row in table.gemms])
+    missed = next(
+        product for product in products(DIMS.workloads[0]) if product.key not in [row.key for row in table.gemms]
+    )
     assert f"4 of 6 problems were not measured, from {missed} on; run the same command again" in messages
     assert f"measured 2 of 6 problems; the table is {path()}" in messages
     # A second run measures missing rows before existing ones.
@@ -62,7 +64,7 @@ class FewCompilers(Compilers):
 
     def __init__(self, outcomes: dict[TileConfig | str, str | type[Exception] | None]) -> None:
         super().__init__(compile_ahead.compile_ahead, INTERPRETED_DEVICE, None, 0)
-        self.told = outcomes
+        self.outcomes = outcomes
         self.asked: dict[Any, Any] = {}
 
     def ask(self, work: Any, first: bool = False) -> None:
@@ -70,7 +72,7 @@ class FewCompilers(Compilers):
 
     def wait(self, key: Any, seconds: float) -> str | None:
         work = self.asked[key]
-        outcome = self.told.get(work.tile if isinstance(work, compile_ahead.TileWork) else work.path)
+        outcome = self.outcomes.get(work.tile if isinstance(work, compile_ahead.TileWork) else work.path)
         if outcome is NotYetError:
             raise NotYetError
         return outcome  # type: ignore[return-value]
@@ -124,7 +126,7 @@ def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, meas
     assert [row.tile for row in table.gemms] == [FAST] * PRODUCTS
 
 
-class Model(Compilers):
+class SimulatedMachine(Compilers):
     """A simulation of time on a machine with a GPU and 16 cores, which compile while the tuner measures."""
 
     BOOT = 8.0  # seconds to start a process
@@ -141,11 +143,11 @@ class Model(Compilers):
 
     def ask(self, work: Any, first: bool = False) -> None:
         self.work()
-        new = {key: each for key, each in work.items() if key not in self.done}
+        new = {key: problem for key, problem in work.items() if key not in self.done}
         self.queue = {**new, **self.queue} if first else {**self.queue, **new}
 
     def work(self) -> None:
-        """The work that the processes have begun by now."""
+        """Begin the work that free processes can take."""
         while self.queue and min(self.free) <= self.now:
             self.begin(next(iter(self.queue)))
 
@@ -201,18 +203,18 @@ def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
             counts[self.key] = counts.get(self.key, 0) + 1
             return [torch.ones(1)]
 
-    model, device = Model(), DEVICES["NVIDIA H200"]
+    machine, device = SimulatedMachine(), DEVICES["NVIDIA H200"]
     empty = table_files.Table(device.name, "2026-01-31T12:00:00+00:00", tuner.versions())
     fast = tuner.Tuner(
-        CPU, device, model.read, lambda: model.now, model, empty, lambda rows: empty, NoOperands, NoPasses
+        CPU, device, machine.read, lambda: machine.now, machine, empty, lambda rows: empty, NoOperands, NoPasses
     )
     asked = list_tasks(Config().workloads, device)
-    model.reading = tuner.AROUND_READING + tuner.reading_seconds(seconds, sum(map(fast.count_readings, asked)))
+    machine.reading = tuner.AROUND_READING + tuner.reading_seconds(seconds, sum(map(fast.count_readings, asked)))
     fast.measure(asked, seconds)
-    assert model.now < seconds + Model.PATH
+    assert machine.now < seconds + SimulatedMachine.PATH
     parts: dict[str, list[tuple[int, float]]] = {}
-    family = {workload: index for index, each in enumerate(GRID) for workload in each.workloads}
-    keys = {each.key: family[work] for work in family for each in products(work)}
+    family = {workload: index for index, part in enumerate(GRID) for workload in part.workloads}
+    keys = {product.key: family[work] for work in family for product in products(work)}
     for task in asked:
         part = "networks" if isinstance(task, Whole) else f"family {keys[task.key]}"
         part = "anchors" if task.anchor and isinstance(task, Product) else part
@@ -223,8 +225,8 @@ def shares(seconds: float) -> dict[str, tuple[int, float, float]]:
         count = counts.get(task.key, 0)
         parts.setdefault(part, []).append((count > 0, min(1.0, count / wanted)))
     return {
-        part: (len(each), *(sum(column) / len(each) for column in zip(*each)))  # type: ignore[misc]
-        for part, each in parts.items()
+        part: (len(columns), *(sum(column) / len(columns) for column in zip(*columns)))  # type: ignore[misc]
+        for part, columns in parts.items()
     }
 
 
@@ -236,9 +238,9 @@ def test_in_three_minutes_every_problem_of_the_grid_has_readings() -> None:
     assert parts["networks"][2] == 1  # every path
 
 
-@pytest.mark.parametrize(("seconds", "readings", "each"), [(10, 1000, 0.01), (100, 1000, 0.03), (3600, 1000, 0.05)])
-def test_a_reading_is_shorter_if_time_is_short(seconds: float, readings: int, each: float) -> None:
-    assert tuner.reading_seconds(seconds, readings) == pytest.approx(each)
+@pytest.mark.parametrize(("seconds", "readings", "expected"), [(10, 1000, 0.01), (100, 1000, 0.03), (3600, 1000, 0.05)])
+def test_a_reading_is_shorter_if_time_is_short(seconds: float, readings: int, expected: float) -> None:
+    assert tuner.reading_seconds(seconds, readings) == pytest.approx(expected)
 
 
 def test_eight_minutes_of_a_gpu_reach_every_problem() -> None:

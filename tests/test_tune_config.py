@@ -13,7 +13,7 @@ from mlp_fused.tune.config import Config
 
 
 @pytest.mark.parametrize(
-    ("told", "sentence"),
+    ("settings", "sentence"),
     [
         ({"dims": ((4,),)}, "--dims is 4; it needs to be two widths or more, each 1 or more"),
         ({"dims": ((4, 0),)}, "--dims is 4 0; it needs to be two widths or more"),
@@ -29,14 +29,14 @@ from mlp_fused.tune.config import Config
     ],
     ids=str,
 )
-def test_mistakes_give_one_sentence(told: dict[str, Any], sentence: str) -> None:
+def test_mistakes_give_one_sentence(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=f"^{sentence}"):
-        Config(**told)
+        Config(**settings)
 
 
 def test_settings_select_the_problems() -> None:
     asked = Config(dims=((4, 5), (6, 7, 8)), batch=(1, 2), dtype=("tf32",), activation="tanh").workloads
     assert asked == [Workload(widths, rows, "tf32", "tanh") for widths in ((4, 5), (6, 7, 8)) for rows in (1, 2)]
-    assert [(each.rows, each.dtype, each.activation) for each in Config(dims=((4, 5),)).workloads] == [
+    assert [(workload.rows, workload.dtype, workload.activation) for workload in Config(dims=((4, 5),)).workloads] == [
         (64, "fp32", "relu"), (64, "bf16", "relu"), (1024, "fp32", "relu"), (1024, "bf16", "relu"),
     ]  # fmt: skip

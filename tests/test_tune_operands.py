@@ -20,7 +20,7 @@ def test_operands_come_from_more_memory_than_the_cache_holds(monkeypatch: pytest
     assert operands._sets(torch.device("cuda"), 1) == operands.MOST_SETS
     assert operands._sets(CPU, 1) == 1
     product = operands.Operands(products(Workload((33, 7), 5, "bf16"))[0], CPU, count=3)
-    addresses = {tensor.data_ptr() for each in product.sets for tensor in each if tensor is not None}
+    addresses = {tensor.data_ptr() for tensors in product.sets for tensor in tensors if tensor is not None}
     assert len(addresses) == 3 * 4
     assert all((address - min(addresses)) % 16 == 0 for address in addresses)
     seen: list[int] = []

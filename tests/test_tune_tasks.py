@@ -15,14 +15,14 @@ from mlp_fused.tune.tasks import Product, Whole, list_tasks, products
 
 
 def test_the_products_of_a_network() -> None:
-    actual = products(Workload((30, 20, 20, 10), 64, "bf16", "gelu"))
-    assert len(actual) == len({product.key for product in actual}) == 9
-    by_key = {(product.kind, product.width_in, product.width_out): product for product in actual}
+    network_products = products(Workload((30, 20, 20, 10), 64, "bf16", "gelu"))
+    assert len(network_products) == len({product.key for product in network_products}) == 9
+    by_key = {(product.kind, product.width_in, product.width_out): product for product in network_products}
     assert by_key["forward", 30, 20].activation == "gelu"
     assert by_key["forward", 20, 10].activation == "identity"
     assert by_key["dgrad", 30, 20].activation == "identity"
     assert by_key["dgrad", 20, 10].activation == "gelu"
-    assert sum(product.share for product in actual) == pytest.approx(1)
+    assert sum(product.share for product in network_products) == pytest.approx(1)
     # Equal layers are measured once, with the costlier epilogue.
     alike = products(Workload((20, 20, 20), 64, "bf16", "gelu"))
     assert [(product.kind, product.activation) for product in alike] == [
@@ -46,9 +46,9 @@ def test_the_order_is_new_problems_then_anchors_then_flops() -> None:
         shares = [task.share for task in part]
         assert shares == sorted(shares, reverse=True)
     known = [order[0].key, order[3].key]
-    again = list_tasks(workloads, INTERPRETED_DEVICE, known)
-    assert [task.key for task in again[-2:]] == known
-    assert sorted(map(str, again)) == sorted(map(str, order))
+    retuned = list_tasks(workloads, INTERPRETED_DEVICE, known)
+    assert [task.key for task in retuned[-2:]] == known
+    assert sorted(map(str, retuned)) == sorted(map(str, order))
 
 
 def test_narrow_networks_are_also_measured_as_one_kernel() -> None:

@@ -144,7 +144,7 @@ def test_an_interruption_writes_the_readings(clock: Clock, measured: Path) -> No
     after = table_files.read(path())
     assert after.gemms[:3] == before.gemms
     assert len(after.gemms) == 5
-    assert [each.name for each in path().parent.iterdir()] == [path().name]
+    assert [file.name for file in path().parent.iterdir()] == [path().name]
 
     clock.timed = [None] * 7
     text = path().read_text()
@@ -365,17 +365,17 @@ def test_networks_are_measured_with_the_new_tiles(clock: Clock, measured: Path) 
 
     class WatchingTiles(WatchedPasses):
         def by_layers(self, x: torch.Tensor) -> torch.Tensor:
-            seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in tuned_products(config))
+            seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in rows_of_products(config))
             return super().by_layers(x)
 
-    def tuned_products(config: Config) -> list[table_files.Gemm]:
-        return [table_files.Gemm(*each.key, None, None, 1.0) for each in products(config.workloads[0])]
+    def rows_of_products(config: Config) -> list[table_files.Gemm]:
+        return [table_files.Gemm(*product.key, None, None, 1.0) for product in products(config.workloads[0])]
 
     table, _ = run(clock, config, tasks=list_tasks, passes=functools.partial(WatchingTiles, clock))
     assert [row.tile for row in table.gemms] == [FAST] * 3
     assert len(table.networks) == 2
     assert set(seen) == {FAST}
-    for row in tuned_products(config):
+    for row in rows_of_products(config):
         assert tables.choice_for(row.problem, INTERPRETED_DEVICE).source != "measured"  # the user's table has no rows
 
 

@@ -30,17 +30,17 @@ def test_everything_but_the_kernels_works_without_triton() -> None:
         "file = 'tests/triton_blocked.py'\n"
         "sys.exit(pytest.main([file, '--noconftest', '-q', '-W', 'error', '-p', 'no:cacheprovider', '-p', 'no:xdist']))"
     )
-    actual = run(code)
-    assert actual.returncode == 0, actual.stdout + actual.stderr
+    process = run(code)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.mark.alone
 def test_the_import_is_silent_without_triton() -> None:
     """A CUDA build of torch prints a line where its counter of FLOPs finds no Triton."""
-    actual = run(
+    process = run(
         "import sys; sys.modules['triton'] = None; import torch; torch.version.cuda = '13.0'; import mlp_fused"
     )
-    assert (actual.returncode, actual.stdout, actual.stderr) == (0, "", "")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 @pytest.mark.alone
@@ -72,10 +72,10 @@ def test_a_broken_triton_counts_as_none(package: str, reason: str, tmp_path: Pat
         "except RuntimeError as error: print(error)\n"  # torch's meta tensors tolerate only an ImportError
         "model(torch.randn(2, 4))"
     )
-    actual = run(code, tmp_path)
+    process = run(code, tmp_path)
     why = f"Triton cannot be used: {reason}"
-    in_environment, in_plan = actual.stdout.splitlines()
+    in_environment, in_plan = process.stdout.splitlines()
     assert in_environment.split(maxsplit=1) == ["triton:", f"none ({why})"]
     assert in_plan in (why, f"torch itself fails on Linear: {why}")
-    assert actual.stderr.splitlines()[-1] == f'RuntimeError: backend is "triton", but {why}; or use backend="auto"'
-    assert "Warning" not in actual.stderr
+    assert process.stderr.splitlines()[-1] == f'RuntimeError: backend is "triton", but {why}; or use backend="auto"'
+    assert "Warning" not in process.stderr

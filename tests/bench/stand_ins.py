@@ -53,8 +53,8 @@ def floor(kernel_ms: float, ratio: float = 2.0) -> Floor:
 def network_phase(
     ms: float = 1.0, kernel_ms: float = 0.9, path: str = "layer", precision: str = "ieee", ratio: float = 2.0
 ) -> NetworkPhase:
-    actual = timed(ms, kernel_ms)
-    return NetworkPhase(path, "it fits", precision, 1, VERIFIED, 0.5, timing=actual, floor=floor(kernel_ms, ratio))
+    our_time = timed(ms, kernel_ms)
+    return NetworkPhase(path, "it fits", precision, 1, VERIFIED, 0.5, timing=our_time, floor=floor(kernel_ms, ratio))
 
 
 def comparison(speedup: float, ms: float = 1.0) -> Comparison:
@@ -83,10 +83,10 @@ def gemm_row(
     ratio: float = 2.0,
     **values: Any,
 ) -> GemmRow:
-    actual = timed(1.1 * kernel_ms, kernel_ms)
-    ours = Kernel("64x64x32, 4 warps", precision, 1, VERIFIED, timing=actual, floor=floor(kernel_ms, ratio))
+    our_time = timed(1.1 * kernel_ms, kernel_ms)
+    ours = Kernel("64x64x32, 4 warps", precision, 1, VERIFIED, timing=our_time, floor=floor(kernel_ms, ratio))
     baselines = values.pop("baselines", {"matmul": comparison(matmul), "eager": comparison(1.3)})
-    return GemmRow.for_cell(cell, "cuda", ours=ours, baselines=baselines, repeat_ms=1.01 * actual.ms, **values)
+    return GemmRow.for_cell(cell, "cuda", ours=ours, baselines=baselines, repeat_ms=1.01 * our_time.ms, **values)
 
 
 def errors(
@@ -102,7 +102,7 @@ def copy_row(
     kernel_ms: dict[str, float],
     over_fastest: float = 1.02,
 ) -> CopyRow:
-    """The row of a copy, made of the milliseconds of each way and of the kernels of each phase."""
+    """The row of a copy with the given milliseconds of each way, and of the kernels of each phase."""
     rows, copy_ms, compute_ms = cell.problem.rows, copied["pinned_side_stream"].ms, ways["resident"]
     bound = max(copy_ms, compute_ms)
     read = {

@@ -38,11 +38,11 @@ def test_graphs_are_captured_and_replayed_in_pairs(monkeypatch: pytest.MonkeyPat
     log: list[str] = []
 
     class Graph:
-        made = 0
+        count = 0
 
         def __init__(self) -> None:
-            self.number = Graph.made
-            Graph.made += 1
+            self.number = Graph.count
+            Graph.count += 1
 
         def replay(self) -> None:
             log.append(f"replay {self.number}")
@@ -66,13 +66,13 @@ def test_graphs_are_captured_and_replayed_in_pairs(monkeypatch: pytest.MonkeyPat
         log.append(f"call {i}")
         return i
 
-    actual = graphed(Timed(call, lambda i: log.append(f"setup {i}"), sets=100))
+    replayed = graphed(Timed(call, lambda i: log.append(f"setup {i}"), sets=100))
     assert log[:2] == ["setup 0", "call 0"]  # warm-up
     assert log[6:10] == ["capture 0", "setup 0", "capture 1", "call 0"]
-    assert actual.sets == GRAPHED_SETS
+    assert replayed.sets == GRAPHED_SETS
     log.clear()
-    actual.prepare(9)
-    assert actual(9) == actual.sets - 1  # only outputs of the last capture are still valid
+    replayed.prepare(9)
+    assert replayed(9) == replayed.sets - 1  # only outputs of the last capture are still valid
     assert log == ["replay 2", "replay 3"]
 
 

@@ -45,10 +45,10 @@ def test_nothing_is_measured_under_a_distorting_switch(
         conftest.pytest_configure(config)
 
 
-@pytest.mark.parametrize("told", [{"dist": "load"}, {"dist": "no", "worker": True}], ids=["with -n", "in a worker"])
-def test_rows_are_not_measured_side_by_side(told: dict[str, Any]) -> None:
-    config: Any = SimpleNamespace(option=MEASURES, getoption=lambda name, default: told.get(name, default))
-    if "worker" in told:
+@pytest.mark.parametrize("options", [{"dist": "load"}, {"dist": "no", "worker": True}], ids=["with -n", "in a worker"])
+def test_rows_are_not_measured_side_by_side(options: dict[str, Any]) -> None:
+    config: Any = SimpleNamespace(option=MEASURES, getoption=lambda name, default: options.get(name, default))
+    if "worker" in options:
         config.workerinput = {}
     with pytest.raises(pytest.UsageError, match="--benchmark does not work with -n"):
         conftest.pytest_configure(config)

@@ -19,7 +19,7 @@ from mlp_fused.timing import Timed
 
 
 @pytest.mark.parametrize(("copy", "work"), [(1e-3, 2e-3), (2e-3, 1e-3), (5e-6, 5e-6)], ids=["work", "copy", "launches"])
-def test_throughput_of_each_way_against_the_slower_of_copy_and_compute(copy: float, work: float) -> None:
+def test_throughput_is_compared_with_the_slower_of_copy_and_compute(copy: float, work: float) -> None:
     clock = HostAndDevice()
 
     def to_device(_: int) -> None:
@@ -56,9 +56,9 @@ def test_throughput_of_each_way_against_the_slower_of_copy_and_compute(copy: flo
 def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     bench = Bench(SMALL, "cpu")
-    actual = ways(bench)
-    assert list(actual) == ["to_device", "non_blocking", "prefetched", "resident"]
-    for name, timed in actual.items():
+    calls = ways(bench)
+    assert list(calls) == ["to_device", "non_blocking", "prefetched", "resident"]
+    for name, timed in calls.items():
         assert len(timed(0)) == len(bench.parameters)
         assert (timed.drain is not None) == (name == "prefetched")
     with pytest.raises(AssertionError, match="prefetched copies a wrong batch"):
@@ -92,12 +92,12 @@ def test_the_advised_way_is_judged_by_a_second_reading(cpu: float, advised: str)
 
 
 @pytest.mark.parametrize(
-    ("problem", "is_read"), [(SMALL, True), (replace(SMALL, dtype="bf16"), False), (replace(SMALL, rows=10**7), False)]
+    ("problem", "is_timed"), [(SMALL, True), (replace(SMALL, dtype="bf16"), False), (replace(SMALL, rows=10**7), False)]
 )
-def test_the_cpu_stands_beside_small_steps_in_fp32(problem: Problem, is_read: bool) -> None:
-    bench = Bench(problem, "cpu") if is_read else Bench(problem, "meta")
+def test_the_cpu_is_timed_for_small_fp32_steps_only(problem: Problem, is_timed: bool) -> None:
+    bench = Bench(problem, "cpu") if is_timed else Bench(problem, "meta")
     timed = on_the_cpu(bench)
-    assert (timed is not None) == is_read
+    assert (timed is not None) == is_timed
     if timed is not None:
         expected = torch.autograd.grad(bench.eager(bench.host), bench.parameters, bench.gradients[0])
         assert all(map(torch.equal, timed(0), expected))

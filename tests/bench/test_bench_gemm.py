@@ -75,13 +75,13 @@ def test_a_wrong_or_missing_entry_of_a_kernel_is_detected(phase: str) -> None:
 
 def test_the_bare_product_is_the_product_of_the_kernel() -> None:
     for phase in GEMM_PHASES:
-        actual = gemm.Gemm(gemm_cell(phase, activation="relu").problem, phase, "cpu")
-        product = actual.matmul(0)
+        product_bench = gemm.Gemm(gemm_cell(phase, activation="relu").problem, phase, "cpu")
+        product = product_bench.matmul(0)
         if phase == "dgrad":
-            product = gemm.BACKWARDS["relu"](product, actual.operands[0].saved)  # type: ignore[arg-type]
+            product = gemm.BACKWARDS["relu"](product, product_bench.operands[0].saved)  # type: ignore[arg-type]
         elif phase != "wgrad":
-            product = torch.relu(product.add(actual.operands[0].bias))  # type: ignore[arg-type]
-        torch.testing.assert_close(product, actual.eager(0)[0])
+            product = torch.relu(product.add(product_bench.operands[0].bias))  # type: ignore[arg-type]
+        torch.testing.assert_close(product, product_bench.eager(0)[0])
 
 
 def test_kernels_run_in_triton_s_interpreter() -> None:

@@ -107,7 +107,7 @@ def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, fr
 
 
 def test_the_rows_of_the_prefetchers_goal() -> None:
-    (goal,) = (each for each in goals.GOALS if "seed at 1024 rows" in each.text)
+    (goal,) = (goal for goal in goals.GOALS if "seed at 1024 rows" in goal.text)
     concerned = [str(cell) for cell in GRID if goal.concerns(Row(id=str(cell)))]
     assert "copy-784x512x512x10-relu-fp32-m1024-copy" in concerned
     assert sum("m1048576" in name for name in concerned) == 8  # four widths in 32 and 16 bits

@@ -85,7 +85,7 @@ def test_a_copy_row_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(row.throughput.ways) == list(WAYS)
     assert row.throughput.cpu_ms is not None
     assert list(row.phases) == ["forward", "backward", "step"]
-    assert [len(each.phases) for each in reported if isinstance(each, CopyRow)] == [0, 1, 2, 3]
+    assert [len(row.phases) for row in reported if isinstance(row, CopyRow)] == [0, 1, 2, 3]
     assert "of the bound" in gpu.summary(row)
 
 
@@ -135,7 +135,7 @@ with compile_only(DEVICES["NVIDIA H100"], None), launched_by(say):
 
 
 def test_memory_of_a_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate that the forward of each module allocates so much memory, and its backward the same again."""
+    """Simulate modules whose forward and backward allocate the same number of bytes."""
     bench = Bench(SMALL, "cpu")
     state = {"now": 100, "peak": 0}
 

@@ -39,13 +39,13 @@ def raw_cells(folder: Path = RAW) -> dict[str, Record]:
 
 def raw_tinycudann() -> dict[str, dict[str, Record]]:
     """The log's numbers: network -> "ours", "tcnn" or "tcnn jit" -> name -> milliseconds."""
-    actual: dict[str, dict[str, Record]] = {}
+    networks: dict[str, dict[str, Record]] = {}
     for line in (RAW / "tinycudann.log").read_text().splitlines():
         if line.startswith("W"):
-            network = actual.setdefault(line, {})
+            network = networks.setdefault(line, {})
         elif (start := line.find("{")) >= 0:
             network[line[:start].strip()] = ast.literal_eval(line[start:])
-    return actual
+    return networks
 
 
 # The data of the figures
@@ -53,8 +53,8 @@ def raw_tinycudann() -> dict[str, dict[str, Record]]:
 
 def test_rows_per_second_equal_those_of_the_log(content: Record) -> None:
     shown = {
-        (each.network["phase"], each.network["widths"][0], each.network["rows"]): each
-        for each in published.throughput(content)
+        (case.network["phase"], case.network["widths"][0], case.network["rows"]): case
+        for case in published.throughput(content)
     }
     logged = raw_tinycudann()
     assert len(shown) == 2 * len(logged) == 8
@@ -62,7 +62,7 @@ def test_rows_per_second_equal_those_of_the_log(content: Record) -> None:
         width, rows = int(title[1:].split()[0]), int(title.split()[-1])
         ours, theirs = numbers["ours"], [numbers[who] for who in ("tcnn", "tcnn jit") if who in numbers]
         fastest = {
-            name: min(each[f"{name}_{how}"] for each in theirs for how in ("user", "raw"))
+            name: min(times[f"{name}_{how}"] for times in theirs for how in ("user", "raw"))
             for name in ("inference", "fwd_bwd")
         }
         expected = {
@@ -96,9 +96,9 @@ def test_the_memory_floor_is_bytes_over_the_measured_copy_rate(
     phase: str, width: int, rows: int, bytes_per_row: int, content: Record
 ) -> None:
     (actual,) = (
-        each
-        for each in published.throughput(content)
-        if (each.network["phase"], each.network["widths"][0], each.network["rows"]) == (phase, width, rows)
+        case
+        for case in published.throughput(content)
+        if (case.network["phase"], case.network["widths"][0], case.network["rows"]) == (phase, width, rows)
     )
     assert actual.floor == pytest.approx(COPY_RATE / bytes_per_row)
     assert all(rate < actual.floor for rate in actual.rates.values())
@@ -106,7 +106,7 @@ def test_the_memory_floor_is_bytes_over_the_measured_copy_rate(
 
 def test_ratios_beside_the_figure_compare_the_same_work(content: Record) -> None:
     """Eager is compared without the gradient of x, tiny-cuda-nn with it. Cases with ours slower are included."""
-    actual = [(each.over_eager, each.over_tinycudann) for each in published.throughput(content)]
+    actual = [(case.over_eager, case.over_tinycudann) for case in published.throughput(content)]
     expected = [
         *((0.3669 / 0.0692, 0.3574 / 0.0692), (0.6684 / 0.1141, 0.6405 / 0.1141), (1.3268 / 0.331, 1.4087 / 0.331)),
         *((0.1613 / 0.0559, 0.1116 / 0.0559), (0.9684 / 0.4724, 1.1241 / 0.3161), (1.7636 / 0.946, 1.9375 / 0.9919)),
@@ -129,7 +129,7 @@ def test_the_parts_of_a_step_are_those_of_the_log(content: Record) -> None:
     assert {tuple(rows for rows, _ in points) for points in actual.values()} == {(64, 1024, 16384)}
 
 
-def test_speed_over_eager_has_every_cell_sorted_with_the_slower_ones(content: Record) -> None:
+def test_speed_over_eager_is_sorted_and_includes_slower_cells(content: Record) -> None:
     shown = published.speeds(content)
     ratios = sorted(value for _, phases in shown for value in phases.values())
     cells = raw_cells().values()
@@ -151,12 +151,12 @@ def test_speed_over_eager_has_every_cell_sorted_with_the_slower_ones(content: Re
 
 
 def drawn_points(axes: Any) -> dict[str, list[tuple[float, float]]]:
-    """The drawn points by colour and marker, left to right."""
-    actual: dict[str, list[tuple[float, float]]] = {}
+    """The drawn points by marker, sorted."""
+    points_by_marker: dict[str, list[tuple[float, float]]] = {}
     for line in axes.lines:
         if line.get_marker() != "None":
-            actual.setdefault(line.get_marker(), []).extend(zip(line.get_xdata(), line.get_ydata()))
-    return {marker: sorted(points) for marker, points in actual.items()}
+            points_by_marker.setdefault(line.get_marker(), []).extend(zip(line.get_xdata(), line.get_ydata()))
+    return {marker: sorted(points) for marker, points in points_by_marker.items()}
 
 
 @pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=lambda theme: theme.name)
@@ -166,10 +166,10 @@ def test_the_figures_show_their_data(theme: Theme, content: Record) -> None:
     (axes,) = published.throughput_figure(theme, shown, "a GPU").axes
     drawn = drawn_points(axes)
     for marker, name in (("o", "ours"), ("s", "eager"), ("D", "tinycudann")):
-        rates = [1e-9 * rate for each in shown for system, rate in each.rates.items() if system.startswith(name)]
+        rates = [1e-9 * rate for case in shown for system, rate in case.rates.items() if system.startswith(name)]
         assert [x for x, _ in drawn[marker]] == pytest.approx(sorted(rates))
     floors = [line.get_xdata()[0] for line in axes.lines if line.get_linewidth() == 2 and line.get_marker() == "None"]
-    assert floors == pytest.approx([1e-9 * each.floor for each in shown])
+    assert floors == pytest.approx([1e-9 * case.floor for case in shown])
 
     lines = published.step_parts(content)
     (axes,) = published.step_figure(theme, lines, "title").axes
@@ -241,7 +241,7 @@ def test_every_number_of_the_readme_s_table_is_a_reading() -> None:
                 speed = eager / ours
                 readings.add((f"{ours:#.3g}", f"{eager:#.3g}", f"{speed:.2f}x" if speed < 1.995 else f"{speed:.1f}x"))
     rows = [
-        [each.strip() for each in line.strip("|").split("|")]
+        [text.strip() for text in line.strip("|").split("|")]
         for line in readme("measured").splitlines()
         if line[:1] == "|"
     ]

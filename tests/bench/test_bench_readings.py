@@ -45,7 +45,7 @@ def numbers(value: Any) -> list[float]:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [number for each in value for number in numbers(each)]
+        return [number for part in value for number in numbers(part)]
     return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
@@ -54,9 +54,9 @@ def numbers(value: Any) -> list[float]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_committed_file_is_generated_from_the_raw_readings(folder: Path, tmp_path: Path) -> None:
-    made, committed = tmp_path / "made.json", RESULTS[folder]
-    assert readings.main([str(folder), "--out", str(made)]) == 0
-    assert made.read_text() == committed.read_text()
+    generated, committed = tmp_path / "generated.json", RESULTS[folder]
+    assert readings.main([str(folder), "--out", str(generated)]) == 0
+    assert generated.read_text() == committed.read_text()
     origin = readings.published(folder)["origin"]
     assert committed.stem == f"{device_slug(origin['gpu'])}-{origin['date']}"
 
@@ -101,11 +101,11 @@ def test_logs_that_were_not_measured_are_left_out() -> None:
 
 def test_full_fp32_has_the_times_and_errors_of_its_logs() -> None:
     actual = {
-        (tuple(each["widths"]), each["activation"], each["phase"]): (
-            *(each[system]["ms"] for system in ("ours", "eager")),
-            *(each[system]["error_float64"] for system in ("ours", "eager")),
+        (tuple(network["widths"]), network["activation"], network["phase"]): (
+            *(network[system]["ms"] for system in ("ours", "eager")),
+            *(network[system]["error_float64"] for system in ("ours", "eager")),
         )
-        for each in readings.published(NEWER)["float32"]
+        for network in readings.published(NEWER)["float32"]
     }
     nets = [line for line in read_lines(NEWER / "planes.jsonl") if line["part"] == "nets"]
     assert len(actual) == 2 * len(nets) + 2
@@ -121,11 +121,11 @@ def test_full_fp32_has_the_times_and_errors_of_its_logs() -> None:
 def test_every_time_of_a_log_is_published(log: str, content: Record) -> None:
     """The exception is tiny-cuda-nn's forward of training, which has no counterpart of ours."""
     text = re.sub(r"'(forward_raw|rel_err)': [\d.]+", "", (RAW / log).read_text())
-    messages = sorted(float(number) for number in re.findall(r"\d+\.\d{3,4}\b", text))
+    logged = sorted(float(number) for number in re.findall(r"\d+\.\d{3,4}\b", text))
     prefix = log.removesuffix(".log")
     networks = [network for network in content["networks"] if network["id"].startswith(prefix)]
     shown = [reading["loop_ms"] for network in networks for reading in network["systems"].values() if reading]
-    assert messages == sorted(shown)
+    assert logged == sorted(shown)
     assert not any(network["bias"] for network in networks)
 
 
@@ -134,17 +134,17 @@ def test_every_duration_of_the_transfer_log_is_published(content: Record) -> Non
     measured, _ = text.split("\nof a step of 16,384 rows")  # the rest repeats the tables
     measured = re.sub(r"of the forward's.*", "", measured)
     milliseconds = {"s": 1e3, "ms": 1.0, "µs": 1e-3}
-    messages = [float(value) * milliseconds[unit] for value, unit in re.findall(r"(\d[\d.e+]*) (s|ms|µs)", measured)]
-    actual = content["transfer"]
+    logged = [float(value) * milliseconds[unit] for value, unit in re.findall(r"(\d[\d.e+]*) (s|ms|µs)", measured)]
+    transfer = content["transfer"]
     shown = [
-        *numbers(actual["first_touch_ms"]),
-        *(each[clock] for each in actual["each_time"] for clock in ("device_ms", "host_ms", "returned_ms")),
-        *numbers(actual["on_cpu_ms"]),
-        *(each[column] for each in actual["steps"] for column in readings.STEP_COLUMNS),
+        *numbers(transfer["first_touch_ms"]),
+        *(part[clock] for part in transfer["each_time"] for clock in ("device_ms", "host_ms", "returned_ms")),
+        *numbers(transfer["on_cpu_ms"]),
+        *(step[column] for step in transfer["steps"] for column in readings.STEP_COLUMNS),
     ]
-    assert sorted(value for value in shown if value is not None) == pytest.approx(sorted(messages))
-    assert [each["bound"] for each in actual["steps"]] == ["launch_ms", "launch_ms", "kernels_ms"]
-    assert [each["rows"] for each in actual["steps"]] == [64, 1024, 16384]
+    assert sorted(value for value in shown if value is not None) == pytest.approx(sorted(logged))
+    assert [step["bound"] for step in transfer["steps"]] == ["launch_ms", "launch_ms", "kernels_ms"]
+    assert [step["rows"] for step in transfer["steps"]] == [64, 1024, 16384]
     assert content["ceilings"] == {"memory_gbps": 3009.4, "to_device_gbps": 55.1, "to_host_gbps": 54.9}
 
 
@@ -170,7 +170,7 @@ def test_every_cell_has_a_network() -> None:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_a_cells_kernels_are_those_of_its_network(name: str) -> None:
-    """Layers by the launches, dtype and activation by the names of torch's kernels."""
+    """Launches give the number of layers. The names of torch's kernels give the dtype and the activation."""
     cell, problem = raw_cells()[name], CELLS[name]
     layers = len(problem.widths) - 1
     kernels = cell["kernels"].get("fwd ours") or cell["kernels"]["step ours"]

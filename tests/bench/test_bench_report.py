@@ -30,7 +30,7 @@ to_rgba = pytest.importorskip("matplotlib.colors", reason="matplotlib is not ins
 # Rows of every kind, with times that a GPU might take
 
 
-def made_up(cell: Cell, chance: random.Random) -> CellRow:
+def invented_row(cell: Cell, chance: random.Random) -> CellRow:
     """An invented row for a cell."""
     if cell.phase == "lecture":
         names = ("cpu_product", *(name for name in report.LECTURE if name != "cpu_product"))
@@ -41,8 +41,8 @@ def made_up(cell: Cell, chance: random.Random) -> CellRow:
         seconds = {"context": 0.3, "copy": 0.1, "copy_2": 0.001}
         return FreshRow.for_cell(cell, "cuda", seconds={"cold": seconds, "warm": seconds})
     if cell.phase == "copy":
-        return made_up_copy(cell, chance)
-    floor = made_up_ms(cell.problem, cell.phase, None)
+        return invented_copy(cell, chance)
+    floor = invented_ms(cell.problem, cell.phase, None)
     ratio = chance.lognormvariate(0.4, 0.25)
     kernel_ms = floor * ratio
     ms = max(kernel_ms, 0.02) * chance.uniform(1, 1.02)
@@ -52,23 +52,25 @@ def made_up(cell: Cell, chance: random.Random) -> CellRow:
             times = {"eager": 1.8, "matmul": 0.97, "compile_max_autotune": 1.2}.get(name, 1.4)
             baselines[name] = comparison(times * chance.lognormvariate(0, 0.2), ms)
     if cell.phase in GEMM_PHASES:
-        actual = errors((1e-7, 1e-6), (1e-7, 1e-6))
-        return gemm_row(cell, kernel_ms=kernel_ms, ratio=ratio, baselines=baselines, errors=actual)
+        row_errors = errors((1e-7, 1e-6), (1e-7, 1e-6))
+        return gemm_row(cell, kernel_ms=kernel_ms, ratio=ratio, baselines=baselines, errors=row_errors)
     memory = None
     if cell.phase == "training":
-        held = 0.55 if cell.problem.activation == "gelu" else 1.0
-        ours = Kept(round(1e6 * held * chance.uniform(0.95, 1)), round(2e6 * held * chance.uniform(0.8, 1)))
+        saved_share = 0.55 if cell.problem.activation == "gelu" else 1.0
+        ours = Kept(
+            round(1e6 * saved_share * chance.uniform(0.95, 1)), round(2e6 * saved_share * chance.uniform(0.8, 1))
+        )
         memory = Memory(ours, Kept(10**6, 2 * 10**6))
     return network_row(cell, ms=ms, kernel_ms=kernel_ms, ratio=ratio, baselines=baselines, memory=memory)
 
 
-def made_up_copy(cell: Cell, chance: random.Random) -> CellRow:
+def invented_copy(cell: Cell, chance: random.Random) -> CellRow:
     nbytes = cell.problem.rows * cell.problem.widths[0] * (4 if cell.problem.dtype == "fp32" else 2)
     copied = {}
     for how, gbps in (("pageable", 8.0), ("pinned", 48.0), ("pinned_side_stream", 50.0)):
         ms = 0.01 + 1e-6 * nbytes / gbps
         copied[how] = Copied(ms, 0.005, 1e-6 * nbytes / ms)
-    kernel_ms = {phase: made_up_ms(cell.problem, phase, chance) for phase in COPIED_PHASES}
+    kernel_ms = {phase: invented_ms(cell.problem, phase, chance) for phase in COPIED_PHASES}
     copy_ms, compute = copied["pinned_side_stream"].ms, max(0.15, kernel_ms["step"])
     taken = {
         "to_device": copied["pageable"].ms + compute,
@@ -79,7 +81,7 @@ def made_up_copy(cell: Cell, chance: random.Random) -> CellRow:
     return copy_row(cell, copied, taken, kernel_ms, chance.uniform(1, 1.09))
 
 
-def made_up_ms(problem: Problem, phase: str, chance: random.Random | None) -> float:
+def invented_ms(problem: Problem, phase: str, chance: random.Random | None) -> float:
     """The time of 2·rows·parameters FLOPs at 400 TFLOP/s plus 2 µs per kernel, with random noise."""
     parameters = sum(k * n for k, n in pairwise(problem.widths))
     rate = 50e12 if problem.dtype == "fp32" else 400e12
@@ -111,7 +113,7 @@ def file_in(
 @pytest.fixture(scope="module")
 def rows() -> dict[str, CellRow]:
     chance = random.Random(0)
-    return {str(cell): made_up(cell, chance) for cell in GRID}
+    return {str(cell): invented_row(cell, chance) for cell in GRID}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def find_line(text: str, cell: Cell) -> list[str]:
     """The cells of the first table's line about a cell of the grid."""
     name = f"| `{str(cell).removeprefix(f'{cell.family}-')}` |"
     (line, *_) = (line for line in text.splitlines() if line.startswith(name))
-    return [each.strip() for each in line.removeprefix(name).strip("|").split("|")]
+    return [entry.strip() for entry in line.removeprefix(name).strip("|").split("|")]
 
 
 # The tables
@@ -171,15 +173,17 @@ def test_missing_rows_are_marked_and_failed_rows_give_the_reason(tmp_path: Path,
     missing, failed, lacking, *_ = (cell for cell in GRID if cell.family == "seed" and cell.phase == "forward")
     whole = rows[str(lacking)]
     assert isinstance(whole, NetworkRow)
-    others = {name: each for name, each in whole.baselines.items() if name not in ("compile", "cuda_graph")}
-    made = {**rows, str(failed): FailedRow.for_cell(failed, "cuda", error="AssertionError: |<wrong>")}
-    made[str(lacking)] = replace(whole, baselines=others, failures={"compile": "out of memory"})
-    kept = [row for name, row in made.items() if name != str(missing) and not name.startswith(("large", "warmup"))]
-    text = read_markdown(file_in(tmp_path, kept))
+    others = {name: baseline for name, baseline in whole.baselines.items() if name not in ("compile", "cuda_graph")}
+    changed = {**rows, str(failed): FailedRow.for_cell(failed, "cuda", error="AssertionError: |<wrong>")}
+    changed[str(lacking)] = replace(whole, baselines=others, failures={"compile": "out of memory"})
+    remaining = [
+        row for name, row in changed.items() if name != str(missing) and not name.startswith(("large", "warmup"))
+    ]
+    text = read_markdown(file_in(tmp_path, remaining))
     assert set(find_line(text, missing)) == {report.NOT_MEASURED}
     assert find_line(text, failed)[0] == "failed: AssertionError: &#124;&lt;wrong>"
     header = next(line for line in text.splitlines() if "path or tile" in line)
-    names = [each.strip() for each in header.strip("|").split("|")][1:]
+    names = [entry.strip() for entry in header.strip("|").split("|")][1:]
     line = dict(zip(names, find_line(text, lacking), strict=True))
     assert line[report_plots.LABELS["compile"]] == "failed"
     assert line[report_plots.LABELS["cuda_graph"]] == report.NOT_MEASURED
@@ -195,14 +199,14 @@ def test_the_lecture_is_explained(tmp_path: Path, rows: dict[str, CellRow]) -> N
     name = next(name for name in rows if name.endswith("-lecture"))
     row = rows[name]
     assert isinstance(row, FreshRow)
-    told = {
+    seconds = {
         "product_returned": 1.5,
         "product_returned_2": 20e-6,
         "product_2": 0.04,
         "cpu_product_2": 2.0,
         "copy_2": 0.1,
     }
-    text = read_markdown(file_in(tmp_path, [replace(row, seconds={"any": row.seconds["any"] | told})]))
+    text = read_markdown(file_in(tmp_path, [replace(row, seconds={"any": row.seconds["any"] | seconds})]))
     assert "shows 0.00 s for the second product, because the call returns after 20 µs" in text
     assert "The product is done after 0.0400 s, 2,000 times as long." in text
     assert "The CPU takes 2.0000 s; copies and product on the GPU take 0.1400 s." in text
@@ -292,13 +296,13 @@ def test_a_later_row_counts_whatever_the_order_of_the_files(tmp_path: Path, rows
     first = results.read(file_in(tmp_path, [old, other], "first.json", "2026-03-01"))
     second = results.read(file_in(tmp_path, [new], "second.json", "2026-03-05"))
     for files in ([first, second], [second, first]):
-        actual = results.merge(files)
-        text = report.markdown(actual, {}, "slug")
+        merged = results.merge(files)
+        text = report.markdown(merged, {}, "slug")
         assert find_line(text, cell)[0] == "network"
         assert "1 row of first.json was measured again later." in text
         assert "| date | 2026-03-01 to 2026-03-05 |" in text
         assert "| files | first.json, second.json |" in text
-        assert len(actual.rows) == 2
+        assert len(merged.rows) == 2
 
 
 def test_a_file_of_gpu_py_gives_the_same_report(tmp_path: Path, rows: dict[str, CellRow]) -> None:
@@ -317,9 +321,9 @@ def refused(paths: list[Path], folder: Path, capsys: pytest.CaptureFixture[str])
     """The sentence of a refused report, which writes nothing."""
     assert report.main([*map(str, paths), "--out", str(folder / "out")]) == 2
     assert not (folder / "out").exists()
-    messages = capsys.readouterr()
-    assert not messages.out
-    (line,) = messages.err.splitlines()
+    printed = capsys.readouterr()
+    assert not printed.out
+    (line,) = printed.err.splitlines()
     return line.removeprefix("nothing was written: ")
 
 
@@ -368,7 +372,7 @@ def test_a_failed_write_changes_nothing(
     path = file_in(tmp_path, [rows[str(GRID[0])]])
     out = tmp_path / "out"
     assert report.main([str(path), "--out", str(out)]) == 0
-    before = {each.name: each.read_bytes() for each in out.iterdir()}
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
     write_bytes, written = Path.write_bytes, list[Path]()
 
     def fill(path: Path, content: bytes) -> int:
@@ -381,4 +385,4 @@ def test_a_failed_write_changes_nothing(
     file_in(tmp_path, [network_row(GRID[0], path="network")])
     assert report.main([str(path), "--out", str(out)]) == 2
     assert "No space left" in capsys.readouterr().err
-    assert {each.name: each.read_bytes() for each in out.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before

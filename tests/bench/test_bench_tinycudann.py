@@ -107,7 +107,7 @@ def test_the_flat_vector_is_as_long_as_tinycudanns() -> None:
 
 @pytest.mark.parametrize("widths", [SMALL.widths, (16, 64, 64, 16), (33, 16, 1)], ids=str)
 def test_packed_weights_give_our_output(widths: tuple[int, ...]) -> None:
-    """Entries of -1, 0 and 1: every sum is exact in fp16."""
+    """Use entries of -1, 0 and 1, so that every sum is exact in fp16."""
     ours = bench.Ours(replace(SMALL, widths=widths), "cpu")
     with torch.no_grad():
         for parameter in ours.parameters:
@@ -137,7 +137,7 @@ def test_another_number_of_parameters_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_row(phase: str) -> None:
+def test_a_row_is_complete(phase: str) -> None:
     timed, row = bench.measure_both(Cell("narrow", SMALL, phase), "cpu", STAND_IN)
     assert len(timed(0)) == (1 if phase == "forward" else 5)
     assert row.id == f"tinycudann-5x32x32x32x3-relu-fp16-m256-{phase}"
@@ -249,7 +249,7 @@ def test_a_module_that_does_not_load_skips(monkeypatch: pytest.MonkeyPatch) -> N
         bench.load()
 
 
-def test_a_module_that_is_there_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_module_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tinycudann", STAND_IN)
     assert bench.load() is STAND_IN
 

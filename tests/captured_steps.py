@@ -39,7 +39,7 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Copies of everything that training changes."""
     state = {
         "model": model.state_dict(),
@@ -51,7 +51,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return copy.deepcopy(state)
 
 
-def same(actual: Any, expected: Any, where: str = "") -> None:
+def assert_equal(actual: Any, expected: Any, where: str = "") -> None:
     """Assert that two nested dicts and lists are equal to the last bit."""
     if isinstance(expected, Tensor):
         assert isinstance(actual, Tensor), where
@@ -59,11 +59,11 @@ def same(actual: Any, expected: Any, where: str = "") -> None:
     elif isinstance(expected, dict):
         assert actual.keys() == expected.keys(), where
         for key, value in expected.items():
-            same(actual[key], value, f"{where}[{key!r}]")
+            assert_equal(actual[key], value, f"{where}[{key!r}]")
     elif isinstance(expected, list | tuple):
         assert len(actual) == len(expected), where
         for index, value in enumerate(expected):
-            same(actual[index], value, f"{where}[{index}]")
+            assert_equal(actual[index], value, f"{where}[{index}]")
     else:
         assert actual == expected, where
 

@@ -1,4 +1,4 @@
-"""CASES: the table of problems that every test of numbers uses, and the bound on their errors.
+"""CASES: the table of problems that every numerical test uses, and the bound on their errors.
 
 A case is a network: rows, widths, dtype, activations, bias, the memory layout of its tensors, the gradients that are
 wanted, and Dropout. Its oracle is plain torch in float64. Its bound is twice torch's own error in the same dtype.
@@ -29,7 +29,7 @@ Needs = Literal["everything", "parameters", "input", "first layer", "last layer"
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. `parameters` are those of the hidden activation, if they are not torch's defaults."""
+    """One problem. `parameters` holds the hidden activation's parameters that differ from torch's defaults."""
 
     rows: int = 33
     widths: tuple[int, ...] = (20, 31, 17)
@@ -71,9 +71,8 @@ DTYPES = (*HALVES, torch.float32)
 
 SEED = 7  # the seed of torch's generator for cases with Dropout
 
-_VARIANTS: dict[
-    str, list[dict[str, float]]
-] = {  # parameters other than torch's defaults, for activations whose code branches on them
+# Parameters other than torch's defaults, for activations whose code branches on them.
+_VARIANTS: dict[str, list[dict[str, float]]] = {
     "leaky_relu": [{"negative_slope": 0.2}, {"negative_slope": -0.5}],
     "hardtanh": [{"min_val": -0.3, "max_val": 0.7}],
     "elu": [{"alpha": 0.3}],
@@ -184,7 +183,7 @@ def philox(seed: int, counter: Sequence[numpy.ndarray], rounds: int) -> list[num
 
     Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
     """
-    c = [numpy.asarray(each, numpy.uint64) for each in counter]
+    c = [numpy.asarray(word, numpy.uint64) for word in counter]
     keys = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(rounds):
         first, second = c[0] * numpy.uint64(0xD2511F53), c[2] * numpy.uint64(0xCD9E8D57)
@@ -198,13 +197,13 @@ def philox(seed: int, counter: Sequence[numpy.ndarray], rounds: int) -> list[num
 def factors(seed: int, layer: int, rows: int, width: int, p: float, first: int = 0) -> Tensor:
     """The factors of Dropout in float64, (rows, width): 1 / (1 - p) where an element is kept, else 0.
 
-    `first` is the first of the rows.
+    `first` is the index of the first row.
     """
     row, column = numpy.meshgrid(numpy.arange(first, first + rows), numpy.arange(width), indexing="ij")
-    four = column // 16 * 4 + column // 2 % 4
-    bits = numpy.stack(philox(seed, [four, row, numpy.full_like(row, layer), numpy.zeros_like(row)], 7))
-    which = column // 8 % 2 * 2 + column % 2
-    uniform = numpy.take_along_axis(bits, which[None], 0)[0] // 2**8 / 2**24
+    block = column // 16 * 4 + column // 2 % 4
+    bits = numpy.stack(philox(seed, [block, row, numpy.full_like(row, layer), numpy.zeros_like(row)], 7))
+    lane = column // 8 % 2 * 2 + column % 2
+    uniform = numpy.take_along_axis(bits, lane[None], 0)[0] // 2**8 / 2**24
     return torch.from_numpy((uniform < numpy.float32(1 - p)) / (1 - p or 1.0))
 
 
@@ -223,13 +222,13 @@ def dropout_factors(case: Case, device: torch.device | str) -> list[Tensor]:
 def through_torch(case: Case, data: Data) -> Tensor:
     """y in plain torch, in the dtype of `data`. Dropout multiplies the rounded output and is rounded, as in torch."""
     h = data.x.reshape(-1, data.x.shape[-1])
-    for weight, bias, activation, left in zip(
+    for weight, bias, activation, factor in zip(
         data.weights, data.biases, case.activations, dropout_factors(case, data.x.device)
     ):
         h = activation(F.linear(h, weight, bias))
         if case.dropout:
             wide = torch.promote_types(h.dtype, torch.float32)
-            h = (h.to(wide) * left.to(wide)).to(h.dtype)
+            h = (h.to(wide) * factor.to(wide)).to(h.dtype)
     return h.view(*data.x.shape[:-1], h.shape[-1])
 
 
@@ -244,9 +243,9 @@ def make(case: Case, device: str = "cpu", seed: int = 0) -> Data:
     biases: list[Tensor | None] = [draw(n) / 2 if case.bias else None for n in case.widths[1:]]
     distinct = min(case.rows, 1) if case.layout == "expanded" else 1 if case.layout == "one row" else case.rows
     x = draw(distinct, case.widths[0])
-    left = [each.cpu() for each in dropout_factors(case, device)]
+    layer_factors = [factor.cpu() for factor in dropout_factors(case, device)]
     for _ in range(1000):
-        near = _near_kink(case, x, weights, biases, left)
+        near = _near_kink(case, x, weights, biases, layer_factors)
         if not near.any():
             break
         x[near] = draw(int(near.sum()), case.widths[0])
@@ -317,12 +316,12 @@ def _lay_out(layout: Layout, x: Tensor, dy: Tensor, rows: int) -> tuple[Tensor, 
 
 
 def _near_kink(
-    case: Case, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], left: Sequence[Tensor]
+    case: Case, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], layer_factors: Sequence[Tensor]
 ) -> Tensor:
     """A mask of the rows with a pre-activation so near a kink that rounding decides its side."""
     h = x.double()
     near = torch.zeros(h.shape[0], dtype=torch.bool)
-    for weight, bias, activation, factor in zip(weights, biases, case.activations, left):
+    for weight, bias, activation, factor in zip(weights, biases, case.activations, layer_factors):
         wide, shift = weight.double(), 0 if bias is None else bias.double()
         z = h @ wide.t() + shift
         scale = (h.square() @ wide.t().square() + (shift * shift)).sqrt()
@@ -334,7 +333,7 @@ def _near_kink(
 
 @dataclass
 class Truth:
-    """The float64 oracle: y and every gradient by name, and for each the magnitude to which rounding is relative."""
+    """The float64 oracle: y and every gradient by name, each with the magnitude that its rounding errors scale with."""
 
     values: dict[str, Tensor]
     magnitudes: dict[str, Tensor]
@@ -345,7 +344,7 @@ def oracle(case: Case, data: Data) -> Truth:
     wide = data.to(torch.float64)
     inputs, zs = [], []
     h = wide.x.reshape(-1, wide.x.shape[-1])
-    for weight, bias, activation, left in zip(
+    for weight, bias, activation, factor in zip(
         wide.weights, wide.biases, case.activations, dropout_factors(case, wide.x.device)
     ):
         inputs.append(h)
@@ -353,7 +352,7 @@ def oracle(case: Case, data: Data) -> Truth:
         if z.requires_grad:
             z.retain_grad()
         zs.append(z)
-        h = activation(z) * left
+        h = activation(z) * factor
     y = h.view(*wide.x.shape[:-1], h.shape[-1])
     if y.requires_grad:
         y.backward(wide.dy)
@@ -378,12 +377,12 @@ def oracle(case: Case, data: Data) -> Truth:
 
 
 def gradients(data: Data, y: Tensor) -> dict[str, Tensor]:
-    """y, and the gradient of every leaf that wants one, after y.backward(dy)."""
+    """y, and the gradient of every leaf that requires one, after y.backward(dy)."""
     if y.requires_grad:
         y.backward(data.dy)
-    actual = {"y": y.detach()}
-    actual.update({name: leaf.grad for name, leaf in data.leaves.items() if leaf.grad is not None})
-    return actual
+    results = {"y": y.detach()}
+    results.update({name: leaf.grad for name, leaf in data.leaves.items() if leaf.grad is not None})
+    return results
 
 
 def bound(true: Tensor, torchs: Tensor, magnitude: Tensor, unit_roundoff: float, norm: float) -> float:
@@ -405,9 +404,9 @@ def check(case: Case, truth: Truth, ours: dict[str, Tensor], torchs: dict[str, T
         if true.numel() == 0:
             continue
         for norm, kind in ((2, "norm"), (torch.inf, "largest entry")):
-            actual = torch.linalg.vector_norm(ours[name].double() - true, norm).item()
+            error = torch.linalg.vector_norm(ours[name].double() - true, norm).item()
             limit = bound(true, torchs[name], truth.magnitudes[name], case.unit_roundoff, norm)
-            assert actual <= limit, f"{case.id}: {kind} of the error of {name} is {actual:.3e}, the bound {limit:.3e}"
+            assert error <= limit, f"{case.id}: {kind} of the error of {name} is {error:.3e}, the bound {limit:.3e}"
 
 
 CASES = _cases()

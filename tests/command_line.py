@@ -1,4 +1,4 @@
-"""The command line as its tests call it, and data to call it with."""
+"""Helpers for tests of the command line: a call in this process, and small data."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMAND = [sys.executable, "-m", "mlp_fused"]
 
 
 def write(**arrays: Any) -> None:
+    """Write data.npz in the current folder."""
     np.savez("data.npz", **arrays)
 
 
@@ -24,7 +25,7 @@ def call(*arguments: str, run: Callable[..., object] | None = None) -> int:
     """Run a command line and return the exit status. `run` replaces the command's own function."""
     try:
         return main(arguments, run)
-    except SystemExit as stop:  # argparse's own
+    except SystemExit as stop:  # argparse exits by itself
         return -1 if stop.code is None else int(stop.code)
 
 

@@ -66,8 +66,8 @@ class Compilation:
     tile: TileConfig
     aligned: bool = True  # True if the rows of the tensors are 16-byte aligned
     dropout: bool = False
-    shape: tuple[int, ...] = ()  # (width out, width in), if one is 1, which the compiler treats as a constant
-    exponents: planes.Exponents = "blocks"  # of a split
+    shape: tuple[int, ...] = ()  # (width out, width in); given if one is 1, a constant to the compiler
+    exponents: planes.Exponents = "blocks"  # read only by the kernel "split"
 
     @property
     def id(self) -> str:
@@ -93,7 +93,7 @@ class NetworkCompilation:
     @property
     def id(self) -> str:
         words = ["network", "x".join(map(str, self.widths)), self.target, self.dtype, self.precision, self.activation]
-        words += [f"of_{self.input}"] if self.input else []
+        words += [f"input_{self.input}"] if self.input else []
         words += ["dropout"] if self.dropout else []
         return "-".join(words).replace(" ", "")
 
@@ -106,7 +106,8 @@ def networks(full: bool) -> list[NetworkCompilation]:
     rows: list[NetworkCompilation] = []
     square = [(width,) * (hidden + 2) for width in (16, 32, 64, 128) for hidden in (1, 3, 5)]
     others = [(784, 64, 64, 10), (784, 128, 128, 10), (784, 256, 10), (16, 64, 64, 16), (64,) * 8]
-    # With 6 and with 7 layers, 64 wide and relu, differ little, and take long to compile: each target has one of them.
+    # Networks with 6 and with 7 layers, 64 wide, differ little and compile slowly. The A100 leaves out the former, and
+    # the B200 the latter.
     left_out = {("NVIDIA A100", (64,) * 7), ("NVIDIA B200", (64,) * 8)}
     for target, (dtype, precision) in itertools.product(TARGETS, FORMS):
         name = str(dtype).removeprefix("torch.")
@@ -118,10 +119,10 @@ def networks(full: bool) -> list[NetworkCompilation]:
                 has_its_turn = (turn + list(TARGETS).index(target)) % 2 == 0 and (target, widths) not in left_out
                 if full or (wanted and has_its_turn and activation == ("relu", "gelu")[turn // 2 % 2]):
                     rows.append(NetworkCompilation(target, name, precision, activation, widths))
-        for widths, of_input in itertools.product(((64,) * 5, (784, 64, 64, 10)), ("uint8", "float16")):
+        for widths, input_dtype in itertools.product(((64,) * 5, (784, 64, 64, 10)), ("uint8", "float16")):
             if dtype == torch.bfloat16 and (full or (target, len(widths)) == ("NVIDIA H100", 5)):
-                rows.append(NetworkCompilation(target, name, precision, "relu", widths, of_input))
-        if (dtype, precision, target) == (torch.float32, "ieee", "NVIDIA H100"):  # by scaled parts
+                rows.append(NetworkCompilation(target, name, precision, "relu", widths, input_dtype))
+        if (dtype, precision, target) == (torch.float32, "ieee", "NVIDIA H100"):  # products of scaled parts
             listed = itertools.product(("fp16x3", "fp16x1"), (32, 64), ("relu", "gelu"))
             for turn, (split, width, activation) in enumerate(listed):
                 if full or turn in (2, 3, 7):  # 64 wide
@@ -193,8 +194,8 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
         torch.autograd.grad(y, [x, *weights, *biases], dy)
 
     def infer() -> None:
-        of_input = torch.empty_like(x, dtype=getattr(torch, row.input))
-        network_forward.network_forward(of_input, weights, biases, dy.detach(), path.network, path.forward_tile)
+        inference_x = torch.empty_like(x, dtype=getattr(torch, row.input))
+        network_forward.network_forward(inference_x, weights, biases, dy.detach(), path.network, path.forward_tile)
 
     readings = []
     for launched in capture(infer if row.input else train, device):
@@ -209,7 +210,7 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
                 kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision, drops=path.drops
             )
             counted = network_tiles.network_shared_memory(problem, tile, device)
-        threads = 32 * tile.num_warps * tile.programs // device.multiprocessors  # of a multiprocessor
+        threads = 32 * tile.num_warps * tile.programs // device.multiprocessors  # per multiprocessor
         readings.append(
             {"id": row.id, "kernel": kind, "tile": str(tile), "counted": counted, "threads": threads, **reading}
         )
@@ -290,10 +291,10 @@ def sample(tiles: list[TileConfig], turn: int) -> list[TileConfig]:
     def sides(tile: TileConfig) -> tuple[int, int]:
         return tile.block_m, tile.block_n
 
-    def manner(tile: TileConfig) -> tuple[Any, ...]:
+    def group(tile: TileConfig) -> tuple[Any, ...]:
         return tile.precision, tile.warp_specialize, max(sides(tile)) > 128 and sides(tile)
 
-    largest = {manner(tile): tile for tile in reversed(tiles)}
+    largest = {group(tile): tile for tile in reversed(tiles)}
     shapes = list(dict.fromkeys(map(sides, tiles)))
     turned = [tile for tile in tiles if sides(tile) == shapes[turn % len(shapes)]]
     return list(dict.fromkeys([*largest.values(), turned[turn % len(turned)]]))
@@ -423,8 +424,8 @@ def launch(row: Compilation) -> None:
     def operand(whole: torch.Tensor, exponents: planes.Exponents = "blocks") -> planes.Operand:
         if tile.precision not in (*planes.PLANES, "redo"):
             return whole
-        of_planes, info = _split(whole, exponents, planes.PLANES.get(tile.precision, 2))
-        return (whole if tile.precision == "redo" else of_planes), info
+        split_planes, info = _split(whole, exponents, planes.PLANES.get(tile.precision, 2))
+        return (whole if tile.precision == "redo" else split_planes), info
 
     if row.dropout:
         dropping = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "dropout": Dropout(0.9, 1)}
@@ -433,8 +434,8 @@ def launch(row: Compilation) -> None:
         layer_forward.layer_forward(operand(x), operand(w), b, tensor(M, N), z, activation, precision, tile, **dropping)
     elif row.kernel == "dgrad":
         h = tensor(M, K) if keeps else None
-        of_dz = operand(dz, "rows")
-        layer_backward.dgrad(of_dz, operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
+        dz_operand = operand(dz, "rows")
+        layer_backward.dgrad(dz_operand, operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
     elif row.kernel == "output_gradient":
         layer_backward.output_gradient(
             dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None, **dropping
@@ -456,8 +457,8 @@ def launch(row: Compilation) -> None:
 def _split(whole: torch.Tensor, exponents: planes.Exponents, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """The planes of a tensor and their info, without values."""
     shape, strides = planes.planes_shape(*whole.shape, count)
-    of_planes = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
-    return of_planes, torch.empty(planes.info_shape(*whole.shape, exponents), dtype=torch.int32, device="meta")
+    split_planes = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
+    return split_planes, torch.empty(planes.info_shape(*whole.shape, exponents), dtype=torch.int32, device="meta")
 
 
 def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
@@ -476,14 +477,14 @@ def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
         slow = "one_pass" in compiled.metadata.name or precision in planes.PLANES
         if slow and "wgmma" in ptx:  # reading machine code takes as long as compiling it
             sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
-            waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one a product where these are serialised
+            waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one per product if products are serialised
             by_planes = precision in planes.PLANES and compiled.metadata.name.split("_")[0] != "network"
             instructions = count_in_loop(sass) if by_planes else 0
-    actual = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    assert actual, usage.stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    assert match, usage.stdout
     return {
-        "registers": int(actual[1]),
-        "spills": int(actual[2]) // 4,
+        "registers": int(match[1]),
+        "spills": int(match[2]) // 4,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "waits": waits,
         "instructions": instructions,
@@ -501,22 +502,22 @@ EPILOGUE = 60  # the fewest instructions of an epilogue; other jumps in a loop a
 
 
 def count_in_loop(sass: str) -> int:
-    """The instructions of the loop that multiplies. An epilogue that most iterations jump over does not count."""
+    """Count the instructions of the loop that multiplies. An epilogue that most iterations jump over does not count."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
-    places = {int(address, 16): place for place, (address, _) in enumerate(code)}
+    indices = {int(address, 16): index for index, (address, _) in enumerate(code)}
     jumps = {
-        place: places[int(target[1], 16)]
-        for place, (_, text) in enumerate(code)
+        index: indices[int(target[1], 16)]
+        for index, (_, text) in enumerate(code)
         if (target := re.match(r"@\S+ BRA\b.*?(0x[0-9a-f]+)", text))
     }
-    products = [place for place, (_, text) in enumerate(code) if "HGMMA" in text]
+    products = [index for index, (_, text) in enumerate(code) if "HGMMA" in text]
     loops = [(end, start) for end, start in jumps.items() if start <= products[0] and products[-1] <= end]
-    end, place = min(loops, key=lambda loop: loop[0] - loop[1])
+    end, index = min(loops, key=lambda loop: loop[0] - loop[1])
     count = 0
-    while place <= end:
-        after = jumps.get(place, 0)
-        is_epilogue = place + EPILOGUE < after <= end and not any(place < product < after for product in products)
-        place = after if is_epilogue else place + 1
+    while index <= end:
+        after = jumps.get(index, 0)
+        is_epilogue = index + EPILOGUE < after <= end and not any(index < product < after for product in products)
+        index = after if is_epilogue else index + 1
         count += 1
     return count
 
@@ -525,9 +526,9 @@ def read_amdgcn(text: str) -> dict[str, int]:
     """Read registers, spills and instructions from the assembler's summary."""
 
     def summary(name: str) -> int:
-        actual = re.search(rf"\.{name}:\s*(\d+)", text)
-        assert actual, name
-        return int(actual[1])
+        match = re.search(rf"\.{name}:\s*(\d+)", text)
+        assert match, name
+        return int(match[1])
 
     return {
         "registers": summary("vgpr_count"),
@@ -537,7 +538,7 @@ def read_amdgcn(text: str) -> dict[str, int]:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Lines for people to read."""
+    """The lines of a table of all readings."""
     columns = (
         "registers",
         "spills",
@@ -577,10 +578,10 @@ def main() -> None:
     with ProcessPoolExecutor(2) as pool:
         rows: list[dict[str, Any]] = []
         if options.networks:
-            actual = pool.map(compile_network, filter(chosen, networks(options.full)), chunksize=1)
+            results = pool.map(compile_network, filter(chosen, networks(options.full)), chunksize=1)
         else:
-            actual = ([row] for row in pool.map(compile_one, filter(chosen, compilations(options.full)), chunksize=1))
-        for readings in actual:
+            results = ([row] for row in pool.map(compile_one, filter(chosen, compilations(options.full)), chunksize=1))
+        for readings in results:
             rows += readings
             if options.json:
                 for reading in readings:

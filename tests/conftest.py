@@ -30,7 +30,7 @@ def asks_for(expression: str, mark: str) -> bool:
     """
     try:
         compiled = Expression.compile(expression)
-    except Exception:  # of different classes; pytest reports the mistake when it applies the expression
+    except Exception:  # its class varies; pytest reports the mistake when it applies the expression
         return False
     others = set(re.findall(r"[^\s()]+", expression)) - {mark}
 
@@ -189,9 +189,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def by_pointers(device: str) -> Iterator[None]:
-    """In the interpreter, let the first launch only prepare the replay, and pass only pointers to the replay.
+    """In the interpreter, replay launches from pointers alone. A first launch prepares its replay and does not run.
 
-    A GPU replays launches in this way, so nothing changes there.
+    A GPU always replays launches from pointers, so nothing changes there.
     """
     if device == "cuda":
         yield
@@ -218,11 +218,12 @@ def by_pointers(device: str) -> Iterator[None]:
         if not _aligned(tensors):  # such a launch is never replayed
             launch.kernel[(launch.programs,)](*tensors, *launch.scalars, **launch.constants)
             return
-        of_tensors = tuple(map(dtypes, tensors))
+        tensor_dtypes = tuple(map(dtypes, tensors))
 
         def run(programs: int, *arguments: object) -> None:
-            pointers = arguments[8 : 8 + len(of_tensors)]  # after the grid, stream, kernel and what hooks are told
-            launch.kernel[(programs,)](*map(at, pointers, of_tensors), *launch.scalars, **launch.constants)
+            # The pointers come after the grid, the stream, the kernel and the arguments for hooks.
+            pointers = arguments[8 : 8 + len(tensor_dtypes)]
+            launch.kernel[(programs,)](*map(at, pointers, tensor_dtypes), *launch.scalars, **launch.constants)
 
         if launch.programs:
             launch.run, launch.binary = run, (None, None)

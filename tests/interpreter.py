@@ -15,7 +15,7 @@ from typing import Any
 def take_shortcuts() -> None:
     """Patch Triton's interpreter in this process, where it has the internals that the shortcuts need.
 
-    Another Triton is as right, and slower.
+    With other versions of Triton, the results are the same and take longer.
     """
     try:
         from triton.language import core
@@ -26,7 +26,7 @@ def take_shortcuts() -> None:
         skip_checks_without_effect,
         patch_once_a_launch,
         list_builtins_once,
-        remember_types,
+        cache_types,
         compare_first,
     ):
         with contextlib.suppress(AttributeError):
@@ -34,9 +34,9 @@ def take_shortcuts() -> None:
 
 
 def skip_checks_without_effect(interpreter: Any, core: Any) -> None:
-    """Do not compute whether an integer overflows.
+    """Skip the check for integer overflow.
 
-    The interpreter asserts what it has computed only with `debug`, which is off, and which no test turns on.
+    The interpreter computes the check always, but asserts it only with `debug`, which no test turns on.
     """
     options = interpreter.interpreter_builder.options
     object.__setattr__(options, "sanitize_overflow", options.debug)  # the record is frozen
@@ -50,7 +50,7 @@ def patch_once_a_launch(interpreter: Any, core: Any) -> None:
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     patched: set[str] = set()
 
-    def launch_afresh(executor, *arguments, **constants):
+    def launch_unpatched(executor, *arguments, **constants):
         patched.clear()
         try:
             return launch(executor, *arguments, **constants)
@@ -63,7 +63,7 @@ def patch_once_a_launch(interpreter: Any, core: Any) -> None:
         patched.add(function.__module__)
         return patch(function)
 
-    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_afresh, patch_once
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_unpatched, patch_once
 
 
 def list_builtins_once(interpreter: Any, core: Any) -> None:
@@ -85,11 +85,11 @@ def list_builtins_once(interpreter: Any, core: Any) -> None:
     interpreter._patch_builtin = patch_builtins
 
 
-def remember_types(interpreter: Any, core: Any) -> None:
+def cache_types(interpreter: Any, core: Any) -> None:
     """Describe every dtype and shape once, not for every tensor: half of the time of most kernels."""
-    interpreter._get_np_dtype = remember_numpy_dtypes(interpreter._get_np_dtype)
-    core.block_type.__init__ = remember_blocks(core.block_type.__init__, core.constexpr)
-    core.tensor.__init__ = remember_sizes(core.tensor.__init__)
+    interpreter._get_np_dtype = cache_numpy_dtypes(interpreter._get_np_dtype)
+    core.block_type.__init__ = cache_blocks(core.block_type.__init__, core.constexpr)
+    core.tensor.__init__ = cache_sizes(core.tensor.__init__)
 
 
 def compare_first(interpreter: Any, core: Any) -> None:
@@ -117,44 +117,44 @@ def compare_identities(equals):
     return compared
 
 
-def remember_numpy_dtypes(numpy_dtype):
-    known: dict[str, Any] = {}
+def cache_numpy_dtypes(numpy_dtype):
+    cache: dict[str, Any] = {}
 
     @functools.wraps(numpy_dtype)
-    def remembered(dtype):
+    def cached(dtype):
         name = dtype.scalar.name
-        if name not in known:
-            known[name] = numpy_dtype(dtype)
-        return known[name]
+        if name not in cache:
+            cache[name] = numpy_dtype(dtype)
+        return cache[name]
 
-    return remembered
+    return cached
 
 
-def remember_blocks(init, constexpr):
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+def cache_blocks(init, constexpr):
+    cache: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     @functools.wraps(init)
-    def remembered(block, element_ty, shape):
+    def cached(block, element_ty, shape):
         key = (element_ty.name, *(size.value if isinstance(size, constexpr) else size for size in shape))
-        if key in known:
-            vars(block).update(known[key])
+        if key in cache:
+            vars(block).update(cache[key])
         else:
             init(block, element_ty, shape)
-            known[key] = dict(vars(block))
+            cache[key] = dict(vars(block))
 
-    return remembered
+    return cached
 
 
-def remember_sizes(init):
-    known: dict[str, dict[str, Any]] = {}
+def cache_sizes(init):
+    cache: dict[str, dict[str, Any]] = {}
 
     @functools.wraps(init)
-    def remembered(tensor, handle, type):
-        if type.name in known:
+    def cached(tensor, handle, type):
+        if type.name in cache:
             tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
-            vars(tensor).update(known[type.name])
+            vars(tensor).update(cache[type.name])
         else:
             init(tensor, handle, type)
-            known[type.name] = {"numel": tensor.numel, "shape": tensor.shape}
+            cache[type.name] = {"numel": tensor.numel, "shape": tensor.shape}
 
-    return remembered
+    return cached

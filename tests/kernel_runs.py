@@ -25,13 +25,13 @@ def find(case: Case, data: Data, recompute: bool | None = None) -> tuple[Tensor,
 
 def forward(case: Case, data: Data, path: str, recompute: bool | None = None) -> Tensor:
     """y through the kernels of a path."""
-    x, of_case, network_path = find(case, data, recompute)
+    x, layers, network_path = find(case, data, recompute)
     torch.manual_seed(SEED)
     if path != "network":
         with pytest.MonkeyPatch.context() as patch:
             if path == "layer":
                 patch.setattr(autograd, "LAUNCH_BOUND", -1)
-            y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, case.dtype, "triton"))
+            y = run_layers(x, data.weights, data.biases, find_layers(x, layers, case.dtype, "triton"))
     else:
         assert isinstance(network_path, NetworkPath), network_path
         y = run_network(x, tuple(data.weights), tuple(data.biases), network_path)

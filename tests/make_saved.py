@@ -85,18 +85,18 @@ def reading(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 
 def write_models(folder: Path, outputs: dict[str, Any]) -> None:
-    made: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {}
     for seed, (name, make) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
-        model = made[name] = make().eval()
+        model = models[name] = make().eval()
         outputs[name] = reading(model, torch.randn(5, 6))
         if name.endswith(".pkl"):
             (folder / name).write_bytes(pickle.dumps(model, protocol=2))
         else:
             torch.save(model, folder / name)
-    for name, model in STATES.items():
-        torch.save(made[model].state_dict(), folder / name)
-        outputs[name] = outputs[model]
+    for name, source in STATES.items():
+        torch.save(models[source].state_dict(), folder / name)
+        outputs[name] = outputs[source]
 
 
 # For each file: the model's backend, True if gradients are recorded, and the backend in the program. An export on a GPU
@@ -170,8 +170,8 @@ def write_tables(folder: Path) -> None:
     products += [row for row in old["gemms"] if row["dtype"] == "float32" and row["tile"]][:3]
     (folder / "table_schema_1.json").write_text(json.dumps({**old, "gemms": products}, indent=1) + "\n")
     new = table_files.read(ROOT / "kernels" / "tuned" / "nvidia_h100_80gb_hbm3.json")
-    kept = {tuple(row[name] for name in ("kind", "rows", "width_out", "width_in", "dtype")) for row in products}
-    gemms = tuple(row for row in new.gemms if (row.kind, row.rows, row.width_out, row.width_in, row.dtype) in kept)
+    keys = {tuple(row[name] for name in ("kind", "rows", "width_out", "width_in", "dtype")) for row in products}
+    gemms = tuple(row for row in new.gemms if (row.kind, row.rows, row.width_out, row.width_in, row.dtype) in keys)
     cell = next(json.loads(line) for line in (source / "cells.jsonl").open() if '"cell": "narrow64"' in line)
     networks = tuple(
         stamped(

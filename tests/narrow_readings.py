@@ -25,7 +25,7 @@ class Forward:
     """The microseconds of a forward over 2^20 rows, with a tile and a number of programs per multiprocessor."""
 
     network: str
-    tile: TileConfig  # its programs are those of one multiprocessor
+    tile: TileConfig  # `programs` is the number on one multiprocessor
     us: float
 
 
@@ -42,21 +42,21 @@ class Sum:
 def forwards(text: str | None = None) -> Iterator[Forward]:
     """Forwards that store nothing."""
     for line in (LOG.read_text() if text is None else text).splitlines():
-        actual = re.match(r"(\w+) +forward +m(\d+) w(\d+) s(\d+) ", line)
-        if not actual or actual[1] not in NETWORKS:
+        match = re.match(r"(\w+) +forward +m(\d+) w(\d+) s(\d+) ", line)
+        if not match or match[1] not in NETWORKS:
             continue
-        rows, warps, stages = map(int, actual.groups()[1:])
+        rows, warps, stages = map(int, match.groups()[1:])
         for programs, ms in re.findall(r"x(\d+) (\d+\.\d+)", line.partition(" err ")[2]):
             tile = TileConfig(rows, num_warps=warps, num_stages=stages, programs=int(programs))
-            yield Forward(actual[1], tile, 1e3 * float(ms))
+            yield Forward(match[1], tile, 1e3 * float(ms))
 
 
 def sums() -> Iterator[Sum]:
     for line in LOG.read_text().splitlines():
-        actual = re.match(r"n32 +sum +sum (\d+)x(\d+) w(\d+) ", line)
-        if not actual:
+        match = re.match(r"n32 +sum +sum (\d+)x(\d+) w(\d+) ", line)
+        if not match:
             continue
-        block_m, block_k, warps = map(int, actual.groups())
+        block_m, block_k, warps = map(int, match.groups())
         tile = TileConfig(block_m, block_k=block_k, num_warps=warps)
         for splits, columns, us in re.findall(r"(\d+)x(\d+): ([\d.]+) us", line):
             yield Sum(int(splits), int(columns), tile, float(us))

@@ -1,4 +1,4 @@
-"""Hooks that run out of memory in their nth call."""
+"""Hooks that fail in their nth call, by default with an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def run_out(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError(TORCHS)
 
 
-def at(call: int, then: Callable[..., object] = run_out) -> Callable[..., None]:
-    """A hook that runs out of memory in its nth call."""
-    left = [call]
+def on_call(call: int, then: Callable[..., object] = run_out) -> Callable[..., None]:
+    """A hook that calls `then` in its nth call."""
+    remaining = [call]
 
     def hook(*_: object) -> None:
-        left[0] -= 1
-        if left[0] == 0:
+        remaining[0] -= 1
+        if remaining[0] == 0:
             then()
 
     return hook

@@ -24,7 +24,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
-def read_manual(name: str) -> str:
+def readme_text(name: str) -> str:
     return (ROOT / name).read_text()
 
 
@@ -33,7 +33,7 @@ def readme(part: str) -> str:
     parts = [
         match[1]
         for name in READMES
-        for match in re.finditer(f"<!-- {part} -->\n(.*?)<!-- /{part} -->", read_manual(name), re.DOTALL)
+        for match in re.finditer(f"<!-- {part} -->\n(.*?)<!-- /{part} -->", readme_text(name), re.DOTALL)
     ]
     assert len(parts) == 1, f"{len(parts)} parts are called {part}"
     return parts[0]
@@ -41,7 +41,7 @@ def readme(part: str) -> str:
 
 def run_python(name: str) -> list[str]:
     """The output of each Python block of a README, run in order in one process, in an empty folder."""
-    codes = [block["code"] for block in BLOCK.finditer(read_manual(name))]
+    codes = [block["code"] for block in BLOCK.finditer(readme_text(name))]
     switches = ("MLP_FUSED_", "TRITON_", "CUDA_LAUNCH_BLOCKING")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(switches)}
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def run_python(name: str) -> list[str]:
 
 def with_outputs(name: str) -> str:
     """The README with the output of its Python in the blocks of text that show it."""
-    text, outputs = read_manual(name), run_python(name)
+    text, outputs = readme_text(name), run_python(name)
     for block, output in reversed(list(zip(BLOCK.finditer(text), outputs))):
         if block["output"] is not None:
             text = text[: block.start("output")] + output + text[block.end("output") :]
@@ -69,8 +69,8 @@ def with_outputs(name: str) -> str:
 
 
 def links(name: str) -> Iterator[str]:
-    """The targets of a README's links and pictures, code left out."""
-    for match in LINK.finditer(FENCED.sub("", read_manual(name))):
+    """The targets of a README's links and pictures, without those in code blocks."""
+    for match in LINK.finditer(FENCED.sub("", readme_text(name))):
         yield match[1] or match[2]
 
 

@@ -24,6 +24,7 @@ def exact(ms: float) -> Spread:
 
 
 def both(ms: float) -> Measured:
+    """A measurement in which every clock shows the same time."""
     return Measured(exact(ms), exact(ms), exact(ms))
 
 
@@ -130,7 +131,7 @@ class SimulatedGpu(measurement.Gpu):
             "pinned": Timed(lambda _: copy(speeds.link, True), waits=True),
             "non_blocking": Timed(lambda _: copy(speeds.link, False)),
             "to_host": Timed(lambda _: copy(speeds.pageable, True), waits=True),
-            "staging": Timed(lambda _: clock_forward(clock, nbytes / speeds.pageable)),
+            "staging": Timed(lambda _: advance_host(clock, nbytes / speeds.pageable)),
             "launch": Timed(lambda _: clock.run(speeds.launch, 1e-6)),
             "forward": Timed(lambda _: compute(1)),
             "backward": Timed(lambda _: compute(1), setup=lambda _: compute(1)),
@@ -142,7 +143,7 @@ class SimulatedGpu(measurement.Gpu):
         }
 
 
-def clock_forward(clock: Clock, seconds: float) -> None:
+def advance_host(clock: Clock, seconds: float) -> None:
     clock.host += seconds
 
 

@@ -34,7 +34,7 @@ class Event:
 
 @dataclass
 class Block:
-    """Device memory."""
+    """A block of device memory, and the streams that still use it."""
 
     memory: Tensor
     keepers: set[str] = field(default_factory=set)
@@ -81,7 +81,7 @@ class Streams:
         if not queue:
             return False
         self.now += 1
-        work = queue.popleft()  # first, as it may enqueue: dropping memory does
+        work = queue.popleft()  # before it runs: it may enqueue work, as freeing memory does
         if not work():
             queue.appendleft(work)
             return False
@@ -152,7 +152,7 @@ class Streams:
         return tensor
 
     def dropped(self, block: Block) -> None:
-        """Free a block once the streams that it was recorded for have finished their present work."""
+        """Free a block once the streams that it was recorded for have finished their current work."""
         waiting = set(block.keepers)
 
         def done(stream: str) -> None:
@@ -170,7 +170,7 @@ class Streams:
 
         def work() -> None:
             if held() is None:
-                self.wrong.append("a copy's source was let go before it was read")
+                self.wrong.append("a copy's source was freed before it was read")
             target.copy_(source)
 
         self.give("side", work)
@@ -199,9 +199,9 @@ class Streams:
 
 
 def leaves(batch: Any) -> list[Tensor]:
-    actual: list[Tensor] = []
-    map_leaves(batch, lambda leaf: actual.append(leaf) or leaf if isinstance(leaf, Tensor) else leaf)
-    return actual
+    tensors: list[Tensor] = []
+    map_leaves(batch, lambda leaf: tensors.append(leaf) or leaf if isinstance(leaf, Tensor) else leaf)
+    return tensors
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -214,4 +214,5 @@ def prefetch(loader: Any, streams: Any, depth: int = 2, **options: Any) -> Devic
     return prefetcher
 
 
+# The streams that run early, by the work that is late.
 LATE = {"late copies": ("consumer",), "late compute": ("side",), "both late": ()}

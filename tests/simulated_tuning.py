@@ -31,18 +31,19 @@ class Clock:
         self.seconds: dict[Any, float] = {"torch": 3e-3, SLOW: 2e-3, FAST: 1e-3}
         self.ran: list[Any] = []
         self.timed: list[Any] = []
-        self.each = 1.0  # the seconds that one reading takes from the time limit
-        self.parts: dict[str, Any] = {"candidates": lambda *_: (SLOW, FAST), "tasks": only(Product)}  # of tune
+        self.reading_seconds = 1.0  # the seconds that one reading takes from the time limit
+        # Arguments of tune.
+        self.parts: dict[str, Any] = {"candidates": lambda *_: (SLOW, FAST), "tasks": only(Product)}
 
     def __call__(self, call: Callable[[], object]) -> float:
         self.ran.clear()
         call()
-        self.now += self.each
+        self.now += self.reading_seconds
         self.timed.append(self.ran[0])
         return self.seconds.get(self.ran[0], 5e-3)
 
 
-def plainly(operands: Operands, index: int, tile: TileConfig | None, run: Callable[[], None]) -> None:
+def run_unchanged(operands: Operands, index: int, tile: TileConfig | None, run: Callable[[], None]) -> None:
     """Run a product as it is."""
     run()
 
@@ -51,14 +52,19 @@ class WatchedOperands(Operands):
     """Operands that tell the clock which tile runs. A test may replace the function that runs it."""
 
     def __init__(
-        self, clock: Clock, way: Callable[..., None], product: Product, device: torch.device, count: int | None = None
+        self,
+        clock: Clock,
+        run_product: Callable[..., None],
+        product: Product,
+        device: torch.device,
+        count: int | None = None,
     ) -> None:
         super().__init__(product, device, count)
-        self.clock, self.way = clock, way
+        self.clock, self.run_product = clock, run_product
 
     def run(self, index: int, tile: TileConfig | None) -> None:
         self.clock.ran.append("torch" if tile is None else tile)
-        self.way(self, index, tile, functools.partial(super().run, index, tile))
+        self.run_product(self, index, tile, functools.partial(super().run, index, tile))
 
 
 class WatchedPasses(Passes):
@@ -86,12 +92,12 @@ def only(kind: type[Task]) -> Callable[..., list[Task]]:
     return lambda *arguments: [task for task in list_tasks(*arguments) if isinstance(task, kind)]
 
 
-def watched(clock: Clock, way: Callable[..., None] = plainly) -> Callable[..., Operands]:
-    """Return a maker of operands whose products run by `way(operands, index, tile, run)`."""
-    return functools.partial(WatchedOperands, clock, way)
+def watched(clock: Clock, run_product: Callable[..., None] = run_unchanged) -> Callable[..., Operands]:
+    """Return a constructor of operands whose products run by `run_product(operands, index, tile, run)`."""
+    return functools.partial(WatchedOperands, clock, run_product)
 
 
-def watch_ways() -> Clock:
+def tuning_clock() -> Clock:
     """A clock that sees which tile runs, for a tuning with two tiles for every product and no whole networks."""
     clock = Clock()
     clock.parts["operands"] = watched(clock)

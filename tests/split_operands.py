@@ -32,9 +32,9 @@ class Split(NamedTuple):
         rows, width = self.planes.shape[1:]
         count, blocks_m, blocks_n = self.info.shape
         exponents = self.info.flatten()[blocks_m * blocks_n :].view(blocks_m, blocks_n, count - 1)
-        of_rows, of_columns = {"blocks": (1, 1), "rows": (SIDE, 1), "columns": (1, SIDE)}[self.form]
-        each = exponents.view(blocks_m, blocks_n, of_rows, of_columns).expand(-1, -1, SIDE, SIDE)
-        return each.transpose(1, 2).reshape(blocks_m * SIDE, blocks_n * SIDE)[:rows, :width]
+        along_rows, along_columns = {"blocks": (1, 1), "rows": (SIDE, 1), "columns": (1, SIDE)}[self.form]
+        expanded = exponents.view(blocks_m, blocks_n, along_rows, along_columns).expand(-1, -1, SIDE, SIDE)
+        return expanded.transpose(1, 2).reshape(blocks_m * SIDE, blocks_n * SIDE)[:rows, :width]
 
     def restored(self) -> Tensor:
         """The values that the planes stand for, in float64."""
@@ -43,7 +43,7 @@ class Split(NamedTuple):
 
 
 def split_by_kernel(x: Tensor, exponents: Exponents = "blocks", count: int = 2) -> Split:
-    """Split x into so many planes."""
+    """Split x into `count` planes."""
     shape, strides = planes_shape(*x.shape, count)
     planes = torch.empty_strided(shape, strides, dtype=torch.float16, device=x.device).fill_(torch.nan)
     info = torch.full(info_shape(*x.shape, exponents), -1, dtype=torch.int32, device=x.device)

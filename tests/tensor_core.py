@@ -19,7 +19,7 @@ __all__ = ["bf16x6", "fma", "fp16x3", "fp16x3_by_planes", "parts"]
 Array = NDArray[np.float64]
 
 STEP = 16  # the terms of the reduction in one instruction
-BITS_BELOW = 2  # the last bit of fp32, which the alignment keeps
+BITS_BELOW = 2  # the bits that the alignment keeps below the last bit of fp32
 SIDE = 128  # the side of a block of elements with one exponent, as in kernels/planes.py
 MIDDLE, LOW = 2.0**6, 2.0**13  # scales of the parts below the highest, as in kernels/tile.py
 
@@ -28,10 +28,10 @@ def _exponent(value: Array) -> NDArray[np.int32]:
     return np.frexp(np.where(np.isfinite(value), value, 0.0))[1]
 
 
-def _shorten(value: Array, bits: int, least: int, how: Callable[[Any], Any]) -> Array:
+def _shorten(value: Array, bits: int, least: int, round_to: Callable[[Any], Any]) -> Array:
     """A finite `value`, shortened to `bits` bits and to a multiple of 2^least."""
     unit = np.maximum(_exponent(value) - bits, least)
-    return np.ldexp(how(np.ldexp(value, -unit)), unit)
+    return np.ldexp(round_to(np.ldexp(value, -unit)), unit)
 
 
 def to_fp32(value: Array) -> Array:
@@ -51,7 +51,7 @@ def dot(a: Array, b: Array, acc: Array) -> Array:
 
 
 def parts(a: Array) -> tuple[Array, Array, Array]:
-    """a = high + middle / 2^6 + low / 2^13, bf16 numbers; high is truncated."""
+    """(high, middle, low), bf16 numbers with a = high + middle / 2^6 + low / 2^13. high is truncated."""
     high = _shorten(a, 8, -133, np.trunc)
     rest = (a - high) * MIDDLE
     middle = _shorten(rest, 8, -133, np.rint)
@@ -72,7 +72,7 @@ def bf16x6(x: Array, w: Array, block: int = 32) -> Array:
 
 
 def scaled_parts(value: Array, exponent: NDArray[np.int32] | np.int32) -> tuple[Array, Array]:
-    """2^exponent value = high + low / 2^11, fp16 numbers."""
+    """(high, low), fp16 numbers with 2^exponent value = high + low / 2^11."""
     scaled = np.ldexp(value, exponent)
     high = scaled.astype(np.float16).astype(np.float64)
     return high, ((scaled - high) * 2.0**11).astype(np.float16).astype(np.float64)
@@ -92,7 +92,7 @@ def fp16x3(x: Array, w: Array, terms: int = 32) -> Array:
 
 
 def planes(a: Array, by_row: bool) -> tuple[Array, Array, Array]:
-    """(high, low, exponent of each element) with a 2^exponent = high + low / 2^11, fp16 numbers: planes.py.
+    """(high, low, exponent of each element) with a 2^exponent = high + low / 2^11, fp16 numbers, as in planes.py.
 
     A block has one exponent, or `by_row` one for each row.
     """

@@ -96,13 +96,13 @@ MODULES = {
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_module_is_found_with_its_own_parameters(module: nn.Module) -> None:
-    actual = find(module)
-    assert actual is not None
-    assert actual.name == MODULES[module]
+    activation = find(module)
+    assert activation is not None
+    assert activation.name == MODULES[module]
     z = torch.randn(100) * 5
-    assert torch.equal(actual(z), module(z.clone()))
-    assert find(type(module)() if not actual.parameters else copy.deepcopy(module)) is not None
-    for name, value in actual.parameters.items():
+    assert torch.equal(activation(z), module(z.clone()))
+    assert find(type(module)() if not activation.parameters else copy.deepcopy(module)) is not None
+    for name, value in activation.parameters.items():
         assert getattr(module, name) == value
 
 
@@ -116,10 +116,10 @@ def test_a_module_with_state_or_that_is_not_pointwise_is_not_found(module: nn.Mo
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_torch_function_is_found(name: str) -> None:
     function = look_up(name)
-    actual = find(function)
-    assert actual is ACTIVATIONS[FUNCTIONS[name]]
+    activation = find(function)
+    assert activation is ACTIVATIONS[FUNCTIONS[name]]
     z = torch.randn(100) * 5
-    assert torch.equal(actual(z), function(z.clone()))
+    assert torch.equal(activation(z), function(z.clone()))
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def test_a_torch_function_is_found(name: str) -> None:
 def test_a_partial_function_is_found_with_its_parameters(
     function: Callable[..., Tensor], name: str, parameters: dict[str, float]
 ) -> None:
-    actual = find(function)
-    assert actual is resolve(name).bind(**parameters)
+    activation = find(function)
+    assert activation is resolve(name).bind(**parameters)
     z = torch.randn(100) * 5
-    assert torch.equal(actual(z), function(z.clone()))
+    assert torch.equal(activation(z), function(z.clone()))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_partial_function_is_found_with_its_parameters(
     [torch.cos, lambda z: z, partial(F.relu, torch.ones(1)), partial(F.softmax, dim=-1), F.threshold],
     ids=["cos", "a lambda", "partial relu", "partial softmax", "threshold"],
 )
-def test_another_function_is_not_found(function: Callable[..., Tensor]) -> None:
+def test_a_function_without_a_kernel_is_not_found(function: Callable[..., Tensor]) -> None:
     assert find(function) is None
     with pytest.raises(
         ValueError, match=r"^activation is the function .*, which has no kernel; it needs to be one of: id"

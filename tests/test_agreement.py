@@ -19,7 +19,7 @@ def test_relative_error() -> None:
     assert relative_error(ones, 0 * ones) == pytest.approx(2.0)
 
 
-def test_fewer_bits_have_wider_bounds_and_gradients_wider_ones_than_outputs() -> None:
+def test_bounds_are_wider_for_fewer_bits_and_for_gradients() -> None:
     assert list(BOUNDS) == ["fp32", "tf32", "fp16", "bf16"]
     for column in zip(*BOUNDS.values()):
         assert list(column) == sorted(column)

@@ -1,4 +1,4 @@
-"""torch.autograd and torch.func around FusedMLP: every use of an nn.Sequential of the same modules works on it."""
+"""torch.autograd and torch.func with a FusedMLP, compared with an nn.Sequential of the same modules."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw(device: str, *shape: int) -> Tensor:
     return torch.randn(*(shape or (9, 20)), device=device)
 
 
-def same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None), name
         if mine.grad is not None and other.grad is not None:
@@ -49,16 +49,16 @@ def same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
 def test_torch_checkpoint_reentrant_and_not(use_reentrant: bool, pair: Pair, device: str) -> None:
     model, twin = pair()
     x, dy = draw(device).requires_grad_(), draw(device, 9, 4)
-    actual = []
-    for each, wrapped in ((model, True), (model, False), (twin, True)):
-        each.zero_grad()
+    results = []
+    for network, wrapped in ((model, True), (model, False), (twin, True)):
+        network.zero_grad()
         x.grad = None
-        y = checkpoint(each, x, use_reentrant=use_reentrant) if wrapped else each(x)
+        y = checkpoint(network, x, use_reentrant=use_reentrant) if wrapped else network(x)
         y.backward(dy)
-        actual.append([y.detach(), x.grad, *(parameter.grad for parameter in each.parameters())])
-    kept, plain, theirs = actual
-    assert all(map(torch.equal, kept, plain))
-    for mine, other in zip(kept, theirs, strict=True):
+        results.append([y.detach(), x.grad, *(parameter.grad for parameter in network.parameters())])
+    checkpointed, plain, theirs = results
+    assert all(map(torch.equal, checkpointed, plain))
+    for mine, other in zip(checkpointed, theirs, strict=True):
         torch.testing.assert_close(mine, other, **CLOSE)
 
 
@@ -66,23 +66,23 @@ def test_checkpoint_draws_dropout_again(pair: Pair, device: str) -> None:
     model, _ = pair(dropout=0.5)
     x = draw(device).requires_grad_()
     leaves = [x, *model.parameters()]
-    actual = []
+    gradients = []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
         torch.manual_seed(3)
-        actual.append(torch.autograd.grad(run(x).square().sum(), leaves))
-    assert all(map(torch.equal, *actual))
+        gradients.append(torch.autograd.grad(run(x).square().sum(), leaves))
+    assert all(map(torch.equal, *gradients))
 
 
 def test_a_second_backward_needs_retain_graph(pair: Pair, device: str) -> None:
     model, twin = pair()
     x = draw(device)
-    for each in (model, twin):
-        y = each(x).square().sum()
+    for network in (model, twin):
+        y = network(x).square().sum()
         y.backward(retain_graph=True)
         y.backward()
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             y.backward()
-    same_gradients(model, twin)
+    assert_same_gradients(model, twin)
 
 
 def test_gradients_accumulate(pair: Pair, device: str) -> None:
@@ -93,17 +93,17 @@ def test_gradients_accumulate(pair: Pair, device: str) -> None:
         model(part).square().sum().backward()
         single.append([parameter.grad for parameter in model.parameters()])
         model.zero_grad()
-    for each in (model, twin):
+    for network in (model, twin):
         for part in parts:
-            each(part).square().sum().backward()
-    same_gradients(model, twin)
+            network(part).square().sum().backward()
+    assert_same_gradients(model, twin)
     for parameter, *grads in zip(model.parameters(), *single):
         assert torch.equal(parameter.grad, grads[0] + grads[1] + grads[2])
     model.zero_grad()
     twin.zero_grad()
-    for each in (model, twin):  # all forwards first, one backward
-        sum(each(part).square().sum() for part in parts).backward()
-    same_gradients(model, twin)
+    for network in (model, twin):  # all forwards first, one backward
+        sum(network(part).square().sum() for part in parts).backward()
+    assert_same_gradients(model, twin)
 
 
 TRAINABLE = ((True,) * 3, (False, True, True), (False, False, True), (True, False, False), (False,) * 3)
@@ -113,21 +113,21 @@ def test_requires_grad_changes_between_calls(pair: Pair, device: str) -> None:
     model, twin = pair(20, 16, 8, 4)
     x = draw(device)
     linears = [index for index, child in enumerate(model) if isinstance(child, nn.Linear)]
-    for wanted, of_x in itertools.product(TRAINABLE, (False, True)):
+    for flags, x_requires_grad in itertools.product(TRAINABLE, (False, True)):
         inputs = []
-        for each in (model, twin):
-            each.zero_grad()
-            for index, want in zip(linears, wanted):
-                each[index].requires_grad_(want)
-            mine = x.clone().requires_grad_(of_x)
+        for network in (model, twin):
+            network.zero_grad()
+            for index, flag in zip(linears, flags):
+                network[index].requires_grad_(flag)
+            mine = x.clone().requires_grad_(x_requires_grad)
             inputs.append(mine)
-            y = each(mine)
-            assert y.requires_grad == (any(wanted) or of_x)
+            y = network(mine)
+            assert y.requires_grad == (any(flags) or x_requires_grad)
             if y.requires_grad:
                 y.square().sum().backward()
-        same_gradients(model, twin)
-        assert (inputs[0].grad is None) == (inputs[1].grad is None) == (not of_x)
-        if of_x:
+        assert_same_gradients(model, twin)
+        assert (inputs[0].grad is None) == (inputs[1].grad is None) == (not x_requires_grad)
+        if x_requires_grad:
             torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **CLOSE)
 
 
@@ -141,18 +141,18 @@ def test_no_grad_and_inference_mode(pair: Pair, device: str) -> None:
     assert not y.requires_grad
     with torch.inference_mode():
         inside = model(x)
-        made_inside = x + 0
+        inference_x = x + 0
         assert inside.is_inference()
-        assert torch.equal(inside, model(made_inside))
+        assert torch.equal(inside, model(inference_x))
     torch.testing.assert_close(inside.clone(), twin(x).detach(), **CLOSE)
-    for each in (model, twin):  # tensors made inside are not saved for a backward
+    for network in (model, twin):  # inference tensors are not saved for backward
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
-            each(made_inside)
-        each(made_inside.clone()).sum().backward()
-    same_gradients(model, twin)
+            network(inference_x)
+        network(inference_x.clone()).sum().backward()
+    assert_same_gradients(model, twin)
 
 
-def refused(y: Tensor) -> type[Exception] | None:
+def backward_error(y: Tensor) -> type[Exception] | None:
     """The error that a backward raises after a change in place; None if it raises none."""
     try:
         y.backward()
@@ -178,19 +178,19 @@ IN_PLACE: dict[str, Callable[[nn.Sequential, Tensor, Tensor], None]] = {
     "a later layer's weight": _later_weight,
     "every parameter, by an optimizer": _step,
     "a later layer's bias": lambda model, x, y: model[3].bias.mul_(2),
-    "a weight's .data": lambda model, x, y: model[3].weight.data.mul_(1),  # neither of the two notices this
+    "a weight's .data": lambda model, x, y: model[3].weight.data.mul_(1),  # neither torch nor the kernels detect this
 }
 
 
 @pytest.mark.parametrize("change", IN_PLACE)
 def test_in_place_changes_of_saved_tensors_are_detected_as_by_torch(change: str, pair: Pair, device: str) -> None:
     raised = []
-    for each in pair():
+    for network in pair():
         x = draw(device)
-        y = each(x).square().sum()
+        y = network(x).square().sum()
         with torch.no_grad():
-            IN_PLACE[change](each, x, y)
-        raised.append(refused(y))
+            IN_PLACE[change](network, x, y)
+        raised.append(backward_error(y))
     assert raised[0] == raised[1]
     assert (raised[0] is None) == ("bias" in change or ".data" in change)
 
@@ -200,13 +200,13 @@ def test_the_output_may_be_changed_in_place_if_torch_allows_it(activation: str |
     model, twin = pair(output_activation=activation)
     x = draw(device)
     raised = []
-    for each in (model, twin):
-        y = each(x)
+    for network in (model, twin):
+        y = network(x)
         y.mul_(3)
-        raised.append(refused(y.square().sum()))
+        raised.append(backward_error(y.square().sum()))
     assert raised[0] == raised[1]
     assert (raised[0] is not None) == (activation in ("relu", "sigmoid"))
-    same_gradients(model, twin)
+    assert_same_gradients(model, twin)
 
 
 def test_saved_tensor_hooks_pack_and_unpack_every_saved_tensor(pair: Pair, device: str) -> None:
@@ -234,50 +234,50 @@ def test_saved_tensor_hooks_pack_and_unpack_every_saved_tensor(pair: Pair, devic
 
 
 def _events(model: nn.Module, x: Tensor) -> tuple[list[Any], Tensor]:
-    """The events that hooks on a module, its output, its input and its parameters see, in order, with their tensors."""
-    told: list[Any] = []
+    """The events that hooks on a module, its output, input and parameters see, in order, and the input's gradient."""
+    events: list[Any] = []
     handles = [
         model.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
         model.register_forward_pre_hook(
-            lambda module, args, kwargs: told.append(("pre", args[0].shape)), with_kwargs=True
+            lambda module, args, kwargs: events.append(("pre", args[0].shape)), with_kwargs=True
         ),
         model.register_forward_hook(lambda module, args, output: output + 1),
-        model.register_forward_hook(lambda module, args, output: told.append(("forward", output.detach()))),
+        model.register_forward_hook(lambda module, args, output: events.append(("forward", output.detach()))),
         model.register_full_backward_pre_hook(lambda module, grads: (grads[0] * 3,)),
-        model.register_full_backward_hook(lambda module, dx, dy: told.append(("backward", dx[0], dy[0]))),
+        model.register_full_backward_hook(lambda module, dx, dy: events.append(("backward", dx[0], dy[0]))),
     ]
     for name, parameter in model.named_parameters():
         handles.append(
-            parameter.register_hook(lambda grad, name=name: told.append((f"grad of {name}", grad)) or grad / 2)
+            parameter.register_hook(lambda grad, name=name: events.append((f"grad of {name}", grad)) or grad / 2)
         )
         handles.append(
             parameter.register_post_accumulate_grad_hook(
-                lambda p, name=name: told.append((f"has {name}", p.grad.clone()))
+                lambda p, name=name: events.append((f"has {name}", p.grad.clone()))
             )
         )
     x = x.clone().requires_grad_()
-    x.register_hook(lambda grad: told.append(("input", grad)))
+    x.register_hook(lambda grad: events.append(("input", grad)))
     y = model(x)
     y.register_hook(lambda grad: grad + 1)
     y.square().sum().backward()
     for handle in handles:
         handle.remove()
-    return told, x.grad
+    return events, x.grad
 
 
 def test_hooks_on_the_module_its_output_input_and_parameters(pair: Pair, device: str) -> None:
     model, twin = pair()
     x = draw(device)
-    model(x)  # the path is cached
+    model(x)  # caches the path
     (ours, dx), (theirs, dx_torch) = _events(model, x), _events(twin, x)
     torch.testing.assert_close(dx, dx_torch, **CLOSE)
     assert len(ours) == len(theirs)
     # Each event occurs once. Those of the parameters occur in the order in which their gradients are ready.
-    for mine, other in zip(sorted(ours, key=lambda told: told[0]), sorted(theirs, key=lambda told: told[0])):
+    for mine, other in zip(sorted(ours, key=lambda event: event[0]), sorted(theirs, key=lambda event: event[0])):
         assert mine[0] == other[0]
         torch.testing.assert_close(list(mine[1:]), list(other[1:]), **CLOSE)
-    assert [told[0] for told in ours][:2] == [told[0] for told in theirs][:2] == ["pre", "forward"]
-    same_gradients(model, twin)
+    assert [event[0] for event in ours][:2] == [event[0] for event in theirs][:2] == ["pre", "forward"]
+    assert_same_gradients(model, twin)
     (_, again), (_, again_torch) = _events(model, x), _events(twin, x)
     torch.testing.assert_close(again, again_torch, **CLOSE)
     with torch.no_grad():
@@ -288,15 +288,15 @@ def test_functional_call_with_computed_weights(pair: Pair, device: str) -> None:
     """In a hypernetwork the parameters are computed, and their inputs get the gradients."""
     model, twin = pair()
     x = draw(device)
-    actual = []
-    for each in (model, twin):
+    results = []
+    for network in (model, twin):
         scale = torch.full((), 1.5, device=device, requires_grad=True)
-        computed = {name: parameter.detach() * scale for name, parameter in each.named_parameters()}
-        y = torch.func.functional_call(each, computed, (x,))
+        computed = {name: parameter.detach() * scale for name, parameter in network.named_parameters()}
+        y = torch.func.functional_call(network, computed, (x,))
         y.square().sum().backward()
-        actual.append((y, scale.grad))
-        assert all(parameter.grad is None for parameter in each.parameters())
-    for mine, other in zip(*actual):
+        results.append((y, scale.grad))
+        assert all(parameter.grad is None for parameter in network.parameters())
+    for mine, other in zip(*results):
         torch.testing.assert_close(mine, other, **CLOSE)
     torch.testing.assert_close(model(x), twin(x), **CLOSE)  # the module's own parameters are back
 
@@ -305,13 +305,13 @@ def test_the_functions_with_computed_weights(pair: Pair, device: str) -> None:
     backend = pair()[0].backend
     x = draw(device)
     base = [draw(device, *shape).requires_grad_() for shape in ((16, 6), (6, 20), (16,), (4, 16))]
-    actual = []
-    for each in (backend, "reference"):
+    gradients = []
+    for chosen in (backend, "reference"):
         left, right, bias, last = base
-        h = mlp(x, [left @ right / 5, last.tanh()], [bias * 2, None], "silu", backend=each)
-        y = linear_act(h, last[:, :4].t() * 0.5, None, "tanh", backend=each)
-        actual.append(torch.autograd.grad(y.square().sum(), base))
-    for mine, other in zip(*actual):
+        h = mlp(x, [left @ right / 5, last.tanh()], [bias * 2, None], "silu", backend=chosen)
+        y = linear_act(h, last[:, :4].t() * 0.5, None, "tanh", backend=chosen)
+        gradients.append(torch.autograd.grad(y.square().sum(), base))
+    for mine, other in zip(*gradients):
         torch.testing.assert_close(mine, other, **CLOSE)
 
 
@@ -346,7 +346,7 @@ def transforms(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
 def _tensors(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
-    return [each for part in (result.values() if isinstance(result, dict) else result) for each in _tensors(part)]
+    return [tensor for part in (result.values() if isinstance(result, dict) else result) for tensor in _tensors(part)]
 
 
 @pytest.mark.parametrize("name", transforms(nn.Linear(1, 1), torch.empty(0)))
@@ -355,7 +355,7 @@ def test_transforms_run_plain_torch(name: str, device: str) -> None:
     twin = copy.deepcopy(nn.Sequential(*model))
     x = draw(device, 4, 6)
     model(x)
-    actual, expected = (_tensors(transforms(each, x)[name]()) for each in (model, twin))
+    actual, expected = (_tensors(transforms(network, x)[name]()) for network in (model, twin))
     assert len(actual) == len(expected) > 0
     for mine, other in zip(actual, expected):
         torch.testing.assert_close(mine, other, **CLOSE)
@@ -376,13 +376,13 @@ def test_second_derivatives_through_the_module(pair: Pair, device: str) -> None:
     model, twin = pair(activation="tanh")
     x, v = draw(device), draw(device)
     products = []
-    for each in (model, twin):
+    for network in (model, twin):
         mine = x.clone().requires_grad_()
-        (dx,) = torch.autograd.grad(each(mine).square().sum(), mine, create_graph=True)
+        (dx,) = torch.autograd.grad(network(mine).square().sum(), mine, create_graph=True)
         products.append(torch.autograd.grad(dx, mine, v, retain_graph=True)[0])
         (dx.norm(dim=1) - 1).square().mean().backward()
     torch.testing.assert_close(*products, **CLOSE)
-    same_gradients(model, twin)
+    assert_same_gradients(model, twin)
 
 
 def test_gradgradcheck_of_the_module(device: str) -> None:
@@ -410,7 +410,7 @@ def test_gradgradcheck_of_the_module(device: str) -> None:
     ],
     ids=str,
 )
-def test_each_layer_is_a_function_if_its_kernels_outlast_python(
+def test_the_number_of_autograd_functions_follows_the_kernels_time(
     width: int, rows: int, dtype: torch.dtype, functions: int
 ) -> None:
     layers = meta_layers((width,) * 5, [ACTIVATIONS["relu"]] * 4, dtype, bias=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from captured_steps import OPTIMIZERS, batches, everything, network, plain_step, same
+from captured_steps import OPTIMIZERS, assert_equal, batches, network, plain_step, training_state
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -37,17 +37,17 @@ class StandIn:
     def capture(self, function: Callable[[], Any]) -> Any:
         self.function = function
         self.results = function()
-        self.state = {parameter: dict(of) for parameter, of in function.__self__.optimizer.state.items()}
+        self.state = {parameter: dict(values) for parameter, values in function.__self__.optimizer.state.items()}
         return self.results
 
     def replay(self) -> None:
         state = self.function.__self__.optimizer.state
-        given = dict(state)
+        current = dict(state)
         state.clear()
         state.update(self.state)
         values = self.function()
         state.clear()
-        state.update(given)
+        state.update(current)
         for memory, value in zip(self.results, values):
             if memory is not None:
                 memory.copy_(value)
@@ -59,7 +59,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_check_device", lambda optimizer, x: None)
 
 
-FOLLOWS = ("fused SGD", "fused Adam", "amsgrad")  # the learning rate
+FOLLOWS = ("fused SGD", "fused Adam", "amsgrad")  # optimizers whose replays follow the learning rate
 
 
 @pytest.mark.parametrize("before", [0, 2], ids="after {} steps".format)
@@ -71,19 +71,25 @@ def test_replays_train_like_a_plain_loop(name: str, before: int, stand_in: None)
         optimizer = OPTIMIZERS[name](model.parameters())
         step = plain_step(model, optimizer)
         torch.manual_seed(3)
-        (first, *_), rest = list(batches(before + 1)), list(batches(before + 5))
-        for x, y in rest[:before]:
+        (first, *_), data = list(batches(before + 1)), list(batches(before + 5))
+        for x, y in data[:before]:
             step(x, y)
         if captured:
             step = capture_step(model, cross_entropy, optimizer, *first)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) if name in FOLLOWS else None
         losses = []
-        for x, y in rest[before:]:
+        for x, y in data[before:]:
             losses.append(step(x, y).clone())
             if scheduler is not None:
                 scheduler.step()
-        results.append((losses, everything(model, optimizer)))
-    same(*results)
+        results.append((losses, training_state(model, optimizer)))
+    assert_equal(*results)
+
+
+def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that a step changes: parameters, buffers and the optimizer's state."""
+    state = [tensor for values in optimizer.state.values() for tensor in values.values()]
+    return [*model.parameters(), *model.buffers(), *state]
 
 
 def test_a_capture_changes_nothing(stand_in: None) -> None:
@@ -93,16 +99,15 @@ def test_a_capture_changes_nothing(stand_in: None) -> None:
         (x, y), *_ = batches(1)
         for _ in range(before):
             plain_step(model, optimizer)(x, y)
-        model[0].bias.grad = given = torch.ones(16)
-        state, known = everything(model, optimizer), optimizer.state
-        tensors = [*model.parameters(), *model.buffers(), *(t for of in optimizer.state.values() for t in of.values())]
+        model[0].bias.grad = gradient = torch.ones(16)
+        state, mapping = training_state(model, optimizer), optimizer.state
+        tensors = trained_tensors(model, optimizer)
         step = capture_step(model, cross_entropy, optimizer, x, y, warmup=np.int64(4))
         assert step._graph.warmed_up == 4
-        same(everything(model, optimizer), state)
-        assert model[0].bias.grad is given
-        assert optimizer.state is known
-        now = [*model.parameters(), *model.buffers(), *(t for of in optimizer.state.values() for t in of.values())]
-        assert list(map(id, now)) == list(map(id, tensors))
+        assert_equal(training_state(model, optimizer), state)
+        assert model[0].bias.grad is gradient
+        assert optimizer.state is mapping
+        assert list(map(id, trained_tensors(model, optimizer))) == list(map(id, tensors))
 
 
 class Counts(torch.optim.SGD):
@@ -154,12 +159,12 @@ class Fails(StandIn):
 
 
 def failing_loss(calls: int) -> Callable[[Tensor, Tensor], Any]:
-    """A loss that fails in the call of this number."""
-    left = [calls]
+    """A loss that fails in its nth call."""
+    remaining = [calls]
 
     def loss(output: Tensor, y: Tensor) -> Tensor:
-        left[0] -= 1
-        if left[0] == 0:
+        remaining[0] -= 1
+        if remaining[0] == 0:
             raise KeyError("no such label")
         return cross_entropy(output, y)
 
@@ -189,11 +194,11 @@ def test_a_failed_capture_restores_everything(
     optimizer = make_optimizer(model)
     if before and not isinstance(model, Lazy):
         plain_step(model, optimizer)(*next(batches(1)))
-    state = everything(model, optimizer)
+    state = training_state(model, optimizer)
     with pytest.raises(kind, match=sentence) as raised:
         capture_step(model, make_loss(), optimizer, *next(batches(1)))
     assert "\n" not in str(raised.value)
-    same(everything(model, optimizer), state)
+    assert_equal(training_state(model, optimizer), state)
 
 
 # Changes between two steps, and the error of the second step.
@@ -223,10 +228,10 @@ def test_changes_that_a_replay_cannot_see_are_refused(name: str, stand_in: None)
     step(*first)
     batch = dict(zip("xy", second))
     change(model, optimizer, batch)
-    state = everything(model, optimizer)
+    state = training_state(model, optimizer)
     with pytest.raises(kind, match=sentence):
         step(**batch)
-    same(everything(model, optimizer), state)
+    assert_equal(training_state(model, optimizer), state)
 
 
 def test_values_that_change_in_place_are_seen(stand_in: None) -> None:
@@ -245,8 +250,8 @@ def test_values_that_change_in_place_are_seen(stand_in: None) -> None:
         optimizer.param_groups[0]["lr"].mul_(4)
         plain(*third)  # a step without the graph in between
         losses = [step(*second).clone(), step(*third).clone()]
-        results.append((losses, everything(model, optimizer)))
-    same(*results)
+        results.append((losses, training_state(model, optimizer)))
+    assert_equal(*results)
 
 
 def test_a_learning_rate_that_the_graph_cannot_read_is_refused(stand_in: None) -> None:
@@ -333,9 +338,9 @@ def test_autocast_around_the_capture_applies_to_every_step(stand_in: None) -> No
                 optimizer.step()
                 losses.append(loss.detach())
         assert dtypes == {torch.bfloat16}
-        results.append((losses, everything(model, optimizer)))
-    same(results[0][0], results[1][0])
-    same(results[0][1]["model"], results[1][1]["model"])
+        results.append((losses, training_state(model, optimizer)))
+    assert_equal(results[0][0], results[1][0])
+    assert_equal(results[0][1]["model"], results[1][1]["model"])
 
 
 def test_steps_within_one_autocast_use_the_new_weights(stand_in: None) -> None:
@@ -361,7 +366,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "optimizer": (lambda: capture_step(MODEL, cross_entropy, None, *GOOD), TypeError, "optimizer is NoneType; it needs to be a torch.optim.Optimizer"),
     "x": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), [1], GOOD[1]), TypeError, "x is list; it needs to be a torch.Tensor"),
     "y elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), GOOD[0], GOOD[1].to("meta")), RuntimeError, r"y is on meta, x on cpu; move it with y.to\('cpu'\)"),
-    "the model elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *(each.to("meta") for each in GOOD)), RuntimeError, "x is on meta, the model's parameters on cpu"),
+    "the model elsewhere": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *(tensor.to("meta") for tensor in GOOD)), RuntimeError, "x is on meta, the model's parameters on cpu"),
     "closure": (lambda: capture_step(MODEL, cross_entropy, torch.optim.LBFGS(MODEL.parameters()), *GOOD), RuntimeError, "the step of LBFGS calls a closure"),
     "no warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0), ValueError, "warmup is 0"),
     "half a warm-up": (lambda: capture_step(MODEL, cross_entropy, adam(MODEL), *GOOD, warmup=0.5), TypeError, "warmup is 0.5"),
@@ -375,7 +380,7 @@ def test_a_mistake_gives_one_sentence_before_anything_runs(name: str) -> None:
     with pytest.raises(kind, match=sentence) as raised:
         call()
     assert "\n" not in str(raised.value)
-    same(MODEL.state_dict(), before)
+    assert_equal(MODEL.state_dict(), before)
 
 
 def test_a_flag_that_the_optimizer_lacks_is_named() -> None:
@@ -394,6 +399,3 @@ def test_state_that_a_graph_cannot_advance_is_refused() -> None:
     capture._check_state(optimizer, state, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="Adagrad keeps 'step' on cpu, where a graph cannot change it"):
         capture._check_state(optimizer, state, torch.device("cuda", 0))
-
-
-# On a GPU.

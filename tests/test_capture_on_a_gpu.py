@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from captured_steps import OPTIMIZERS, batches, everything, network, plain_step, same
+from captured_steps import OPTIMIZERS, assert_equal, batches, network, training_state
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +43,7 @@ def test_learning_rates_in_memory_are_not_read_back(name: str) -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """A count of the operations that copy values of tensors to the host, which a capture forbids."""
+    """A mode that records the operations that copy values of tensors to the host, which a capture forbids."""
 
     READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
@@ -160,8 +160,8 @@ def test_torchs_graphed_callables(device: str, path: str) -> None:
     twin = copy.deepcopy(model)
     (x, y), (other, _) = batches(2, device)
     graphed = torch.cuda.make_graphed_callables(model, (x.clone(),))
-    for each in (graphed, twin):
-        cross_entropy(each(other), y).backward()
+    for run in (graphed, twin):
+        cross_entropy(run(other), y).backward()
     for mine, expected in zip(model.parameters(), twin.parameters()):
         assert torch.equal(mine.grad, expected.grad)
 
@@ -174,7 +174,6 @@ def test_captured_steps_train_like_a_plain_loop(autocast: bool, backend: str, be
     results = []
     for captured in (True, False):
         model, optimizer = trainable(device, backend=backend)
-        step = plain_step(model, optimizer)
         torch.manual_seed(3)
         cast = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
 
@@ -191,17 +190,17 @@ def test_captured_steps_train_like_a_plain_loop(autocast: bool, backend: str, be
         for x, y in data[:before]:
             step(x, y)
         if captured:
-            state = everything(model, optimizer)
+            state = training_state(model, optimizer)
             with cast:
                 step = capture_step(model, cross_entropy, optimizer, *data[0])
-            same(everything(model, optimizer), state)
+            assert_equal(training_state(model, optimizer), state)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
         losses = []
         for x, y in data[before:]:
             losses.append(step(x, y).clone())
             scheduler.step()
-        results.append((losses, everything(model, optimizer)))
-    same(*results)
+        results.append((losses, training_state(model, optimizer)))
+    assert_equal(*results)
 
 
 @pytest.mark.gpu
@@ -221,7 +220,7 @@ def test_a_replayed_step_launches_nothing_from_the_host(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_an_earlier_loss_still_held_blocks_no_capture_or_the_error_names_it(device: str) -> None:
+def test_a_capture_works_or_names_an_earlier_loss_that_is_still_held(device: str) -> None:
     model, optimizer = trainable(device)
     x, y = next(batches(1, device))
     loss = cross_entropy(model(x), y)
@@ -270,10 +269,10 @@ def test_a_step_that_waits_for_a_result_cannot_be_captured_and_changes_nothing(d
         loss = cross_entropy(output, y)
         return loss * 2 if loss.item() > 0 else loss
 
-    state = everything(model, optimizer)
+    state = training_state(model, optimizer)
     with pytest.raises(RuntimeError, match="the step cannot be captured"):
         capture_step(model, waits, optimizer, *batch)
-    same(everything(model, optimizer), state)
+    assert_equal(training_state(model, optimizer), state)
     step = capture_step(model, cross_entropy, optimizer, *batch)
     assert torch.isfinite(step(*batch))
 
@@ -310,7 +309,7 @@ def test_memory_is_freed_after_a_failed_capture(device: str) -> None:
 def test_a_captured_step_that_recomputes_has_one_dropout_mask(width: int, backend: str, device: str) -> None:
     """The generator has the same state before both first replays, so gradients with and without recompute agree."""
     if backend == "reference" and TORCH < (2, 10):
-        pytest.skip("torch puts its generator back within a capture since 2.10")
+        pytest.skip("torch resets its generator within a capture only since 2.10")
     results = []
     for recompute in (True, False):
         torch.manual_seed(1)
@@ -319,4 +318,4 @@ def test_a_captured_step_that_recomputes_has_one_dropout_mask(width: int, backen
         torch.manual_seed(3)
         loss = step(*next(batches(1, device))).clone()
         results.append((loss, [parameter.grad for parameter in model.parameters()], model.state_dict()))
-    same(*results)
+    assert_equal(*results)

@@ -38,7 +38,7 @@ def old(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def course() -> dict[str, Any]:
+def recorded() -> dict[str, Any]:
     return json.loads((SAVED / "train_format_1.json").read_text())
 
 
@@ -50,27 +50,27 @@ def new(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_old_checkpoint_resumes_with_the_numbers_of_its_version(old: Path, course: dict[str, Any]) -> None:
+def test_an_old_checkpoint_resumes_with_the_numbers_of_its_version(old: Path, recorded: dict[str, Any]) -> None:
     result = train(dataclasses.replace(OLD, resume=True, checkpoint=str(old)), report=lambda text: None)
     assert len(result.history) == 4
-    for epoch, expected in zip(result.history, course["history"]):
+    for epoch, expected in zip(result.history, recorded["history"]):
         assert epoch.loss == pytest.approx(expected["loss"], rel=1e-5)
         assert epoch.validation_loss == pytest.approx(expected["validation_loss"], rel=1e-5)
         assert epoch.accuracy == pytest.approx(expected["accuracy"])
-    again = load_checkpoint(old)
-    assert again["format"] == FORMAT
-    assert again["rounded"] is True
+    saved = load_checkpoint(old)
+    assert saved["format"] == FORMAT
+    assert saved["rounded"] is True
     resumed = train(dataclasses.replace(OLD, resume=True, checkpoint=str(old), epochs=5), report=lambda text: None)
     assert resumed.scaling.rounding == torch.float32
 
 
-def test_an_old_checkpoint_predicts_raw_features(old: Path, course: dict[str, Any]) -> None:
+def test_an_old_checkpoint_predicts_raw_features(old: Path, recorded: dict[str, Any]) -> None:
     data = np.load(SAVED / "train_format_1.npz")
     model = load_model(old)
-    assert torch.allclose(model(torch.from_numpy(data["x"][:5])), torch.tensor(course["logits"]), atol=1e-5)
+    assert torch.allclose(model(torch.from_numpy(data["x"][:5])), torch.tensor(recorded["logits"]), atol=1e-5)
     rows = split(60, 0.2, 0)[1].numpy()
     labels = predict(old, data["x"]).labels
-    assert (labels == data["y"])[rows].mean() == pytest.approx(course["history"][1]["accuracy"])
+    assert (labels == data["y"])[rows].mean() == pytest.approx(recorded["history"][1]["accuracy"])
 
 
 def test_transfer_reads_an_old_checkpoint(old: Path) -> None:
@@ -113,12 +113,12 @@ def test_the_model_consists_of_the_scaling_and_the_network(new: Path) -> None:
     assert torch.equal(model.network(model.scaling(x)), model(x))
 
 
-@pytest.mark.parametrize("how", ["half", "bfloat16"])
-def test_a_model_in_16_bits_takes_raw_features(new: Path, how: str) -> None:
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_a_model_in_16_bits_takes_raw_features(new: Path, cast: str) -> None:
     x, _ = load_features(str(SAVED / "train_format_1.npz"))
     model = load_model(new)
     expected = model(x)
-    low = getattr(load_model(new), how)()
+    low = getattr(load_model(new), cast)()
     assert torch.allclose(low(x).float(), expected, atol=0.05)
 
 

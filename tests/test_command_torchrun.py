@@ -73,8 +73,8 @@ def test_ctrl_c_under_torchrun_leaves_the_last_checkpoint(folder: Path) -> None:
     assert "Traceback" not in out
     epoch = load_checkpoint("run.pt")["epoch"]
     assert epoch >= 3
-    carries_on = f"run.pt is the last checkpoint, after epoch {epoch}; add --resume to the same command to continue"
-    assert messages(err) == [f"mlp-fused: stopped; {carries_on}"]
+    advice = f"run.pt is the last checkpoint, after epoch {epoch}; add --resume to the same command to continue"
+    assert messages(err) == [f"mlp-fused: stopped; {advice}"]
     assert sorted(path.name for path in folder.iterdir()) == ["data.npz", "run.pt"]
 
 

@@ -49,10 +49,10 @@ def test_training_prints_its_progress_and_results(folder: Path, capsys: pytest.C
 
 
 def test_an_interrupted_command_is_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    same = ["train", "--data", "data.npz", "--hidden", "8", "--dropout", "0.5", "--checkpoint"]
-    assert call(*same, "whole.pt", "--epochs", "4") == 0
-    assert call(*same, "parts.pt", "--epochs", "2") == 0
-    assert call(*same, "parts.pt", "--epochs", "4", "--resume") == 0
+    command = ["train", "--data", "data.npz", "--hidden", "8", "--dropout", "0.5", "--checkpoint"]
+    assert call(*command, "whole.pt", "--epochs", "4") == 0
+    assert call(*command, "parts.pt", "--epochs", "2") == 0
+    assert call(*command, "parts.pt", "--epochs", "4", "--resume") == 0
     assert "resuming from parts.pt, after epoch 2\nepoch 3/4" in capsys.readouterr().out
     whole, parts = load_checkpoint("whole.pt"), load_checkpoint("parts.pt")
     assert whole["history"] == parts["history"]
@@ -67,7 +67,7 @@ def test_every_flag_reaches_the_configuration() -> None:
         seen.append(config)
 
     assert call("train", run=run) == 0
-    told = Config(
+    config = Config(
         data="d.npz",
         task="regression",
         hidden=(3, 4),
@@ -87,12 +87,12 @@ def test_every_flag_reaches_the_configuration() -> None:
         resume=True,
     )
     arguments = []
-    for name, value in dataclasses.asdict(told).items():
-        assert value != getattr(Config(), name), f"{name} is not told apart from its default"
+    for name, value in dataclasses.asdict(config).items():
+        assert value != getattr(Config(), name), f"{name} is equal to its default"
         arguments.append("--" + name.replace("_", "-"))
         arguments += [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
     assert call("train", *arguments, run=run) == 0
-    assert seen == [Config(), told]
+    assert seen == [Config(), config]
 
 
 def test_help_states_every_flag_and_its_default(

@@ -28,11 +28,11 @@ def test_every_flag_of_transfer_reaches_its_configuration() -> None:
     flags = "--dims 784 10 --activation gelu --batch 8 16 --dtype bf16 --inference --device cpu --json --plot a.png"
     assert call("transfer", *flags.split(), run=run) == 0
     assert call("transfer", "--checkpoint", "run.pt", run=run) == 0
-    told = TransferConfig((784, 10), None, "gelu", (8, 16), "bf16", True, "cpu", True, "a.png")
-    assert seen == [TransferConfig(), told, TransferConfig(checkpoint="run.pt")]
+    expected = TransferConfig((784, 10), None, "gelu", (8, 16), "bf16", True, "cpu", True, "a.png")
+    assert seen == [TransferConfig(), expected, TransferConfig(checkpoint="run.pt")]
     for field in dataclasses.fields(TransferConfig):
         assert "--" + field.name in flags + " --checkpoint"
-        assert field.name == "checkpoint" or getattr(told, field.name) != field.default
+        assert field.name == "checkpoint" or getattr(expected, field.name) != field.default
 
 
 def test_help_of_transfer_states_every_flag_and_its_default(
@@ -66,11 +66,11 @@ def test_transfer_of_a_trained_network_as_json(folder: Path, capsys: pytest.Capt
     assert call("train", "--data", "data.npz", *TINY, "--checkpoint", "run.pt") == 0
     capsys.readouterr()
     assert call("transfer", "--checkpoint", "run.pt", "--batch", "4", "2", "--inference", "--json", run=quick) == 0
-    actual = json.loads(capsys.readouterr().out)
-    assert actual["network"] == "FusedMLP, 50 parameters, input (4, 3) float32"
-    assert [point["rows"] for point in actual["points"]] == [2, 4]
-    assert not actual["training"]
-    assert actual["gpu"] is None
+    output = json.loads(capsys.readouterr().out)
+    assert output["network"] == "FusedMLP, 50 parameters, input (4, 3) float32"
+    assert [point["rows"] for point in output["points"]] == [2, 4]
+    assert not output["training"]
+    assert output["gpu"] is None
 
 
 @pytest.mark.usefixtures("no_gpu")

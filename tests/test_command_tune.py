@@ -23,11 +23,11 @@ def test_every_flag_of_tune_reaches_its_configuration() -> None:
     flags = "--dims 784 512 10 --dims 4 2 --batch 64 128 --dtype tf32 fp16 --activation gelu --minutes 2.5 --out t.json"
     flags += " --readings r.json"
     assert call("tune", *flags.split(), run=run) == 0
-    told = TuneConfig(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json", "r.json")
-    assert seen == [TuneConfig(), told]
+    expected = TuneConfig(((784, 512, 10), (4, 2)), (64, 128), ("tf32", "fp16"), "gelu", 2.5, "t.json", "r.json")
+    assert seen == [TuneConfig(), expected]
     for field in dataclasses.fields(TuneConfig):
         assert "--" + field.name in flags
-        assert getattr(told, field.name) != field.default
+        assert getattr(expected, field.name) != field.default
 
 
 def test_help_of_tune_states_every_flag_and_its_default(

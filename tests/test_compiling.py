@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: it uses the keys of launches, in processes that may fail, die or be interrupted.
+"""Ahead-of-time compilation: its keys equal those of launches, and its processes may fail, die or be interrupted.
 
 Real kernels compile in processes without TRITON_INTERPRET. The first such process runs this file as a program.
 """
@@ -81,7 +81,7 @@ def compile_then_launch() -> dict[str, Any]:
 
 
 def keys() -> list[tuple[str, str]]:
-    """Our key and Triton's for the first candidates of the grid. Nothing is compiled."""
+    """Our key and Triton's for a sample of the grid's candidates. Nothing is compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction
 
@@ -133,16 +133,16 @@ def test_equal_keys_mean_equal_kernels(results: dict[str, Any]) -> None:
     assert {len(triton_keys) for triton_keys in by_key.values()} == {1}
 
 
-def work_on(what: Any) -> None:
+def work_on(work: Any) -> None:
     """Do this work instead of compiling."""
-    if what == "fails":
+    if work == "fails":
         raise ValueError("no such layout.\nand more")
-    if what == "dies":
+    if work == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    if isinstance(what, float):
-        time.sleep(what)
-    if isinstance(what, Path):
-        with what.open("a") as file:
+    if isinstance(work, float):
+        time.sleep(work)
+    if isinstance(work, Path):
+        with work.open("a") as file:
             file.write(f"{os.getpid()}\n")
 
 
@@ -172,7 +172,7 @@ def test_failures_are_reported_and_other_compilations_continue(monkeypatch: pyte
     assert len((tmp_path / "ran").read_text().splitlines()) == 1
 
 
-def test_a_key_that_is_waited_for_comes_first_and_no_key_twice() -> None:
+def test_a_key_that_is_waited_for_comes_first_and_no_key_is_queued_twice() -> None:
     compilers = Compilers(work_on, H100, None, 1)
     compilers._threads.clear()  # no worker runs, so that the order can be checked
     compilers.ask({"a": 1, "b": 2})

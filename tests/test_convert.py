@@ -76,7 +76,7 @@ def torchvision_vit() -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """Both of torch's layers, with a function and with a module as activation."""
+    """Both of torch's transformer layers, one with a function and one with a module as activation."""
 
     def __init__(self, activation: Any = "gelu") -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def make_model(model: Model, device: str = "cpu", seed: int = 0) -> tuple[nn.Mod
     for parameter in network.parameters():
         if not parameter.any():  # a head or a bias of zeros would hide errors in the layers before it
             nn.init.normal_(parameter, std=0.1)
-    return network.to(device), tuple(each.to(device) for each in model.inputs())
+    return network.to(device), tuple(tensor.to(device) for tensor in model.inputs())
 
 
 def logits(network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -154,32 +154,34 @@ def forward_backward(
     network: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The logits, and the gradient of every parameter and of the input."""
-    inputs = tuple(each.detach().to(dtype) if each.is_floating_point() and dtype else each.detach() for each in inputs)
-    inputs = tuple(each.requires_grad_(each.is_floating_point()) for each in inputs)
+    inputs = tuple(
+        tensor.detach().to(dtype) if tensor.is_floating_point() and dtype else tensor.detach() for tensor in inputs
+    )
+    inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs)
     network.zero_grad()
     output = network(*inputs)
     y = output if isinstance(output, Tensor) else output.logits
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view_as(y).cos()
     (y * weights.to(y.dtype)).sum().backward()
-    actual = {"y": y.detach()}
-    for name, leaf in [*network.named_parameters(), *((f"x{i}", each) for i, each in enumerate(inputs))]:
+    results = {"y": y.detach()}
+    for name, leaf in [*network.named_parameters(), *((f"x{i}", tensor) for i, tensor in enumerate(inputs))]:
         if leaf.grad is not None:
-            actual[name] = leaf.grad.clone()
-    return actual
+            results[name] = leaf.grad.clone()
+    return results
 
 
 def oracle(network: nn.Module, inputs: tuple[Tensor, ...]) -> Truth:
     """The results in float64, with |dz|ᵀ|x| and Σ|dz| of every Linear as the scale of the rounding errors in its sums.
 
-    For other tensors, the value itself is the scale. That would not do for a sum that cancels: the gradient of
+    For other tensors, the value itself is the scale. This would be too strict for a sum that cancels: the gradient of
     attention's key bias is 0.
     """
     magnitudes: dict[str, Tensor] = {}
 
-    def hook(name: str, across: bool, x: Tensor) -> Callable[[Tensor], None]:
+    def hook(name: str, transposed: bool, x: Tensor) -> Callable[[Tensor], None]:
         def keep(dz: Tensor) -> None:
             dz, rows = dz.detach().abs().flatten(0, -2), x.detach().abs().flatten(0, -2)
-            magnitudes[f"{name}.weight"] = rows.t() @ dz if across else dz.t() @ rows
+            magnitudes[f"{name}.weight"] = rows.t() @ dz if transposed else dz.t() @ rows
             magnitudes[f"{name}.bias"] = dz.sum(0)
 
         return keep
@@ -240,7 +242,7 @@ def test_training_with_active_dropout(model: Model, device: str) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.5
     fuse(network, backend="triton")
-    quiet = logits(network, inputs)
+    without_dropout = logits(network, inputs)
     network.train()
     with count_launches() as launches:
         torch.manual_seed(3)
@@ -248,9 +250,9 @@ def test_training_with_active_dropout(model: Model, device: str) -> None:
         torch.manual_seed(3)
         second = logits(network, inputs)
     assert launches
-    assert not torch.equal(first, quiet)
+    assert not torch.equal(first, without_dropout)
     assert torch.equal(first, second)
-    assert torch.equal(logits(network.eval(), inputs), quiet)
+    assert torch.equal(logits(network.eval(), inputs), without_dropout)
 
 
 @every_model
@@ -307,7 +309,9 @@ def test_a_fused_model_can_be_copied_pickled_and_saved(model: Model, copied: Cal
     fuse(network, backend="triton")
     expected = logits(network, inputs)  # this call also caches kernels
     twin = copied(network)
-    assert not {id(each) for each in twin.parameters()} & {id(each) for each in network.parameters()}
+    assert not {id(parameter) for parameter in twin.parameters()} & {
+        id(parameter) for parameter in network.parameters()
+    }
     with count_launches() as launches:
         assert torch.equal(logits(twin, inputs), expected)
     assert launches
@@ -370,7 +374,7 @@ def test_torch_compile_traces_a_fused_model_whole(model: Model) -> None:
 
 
 @needs("transformers")
-def test_gpt2s_weights_are_used_by_strides(device: str) -> None:
+def test_gpt2s_transposed_weights_are_not_copied(device: str) -> None:
     network, inputs = make_model(MODELS[1], device)
     fuse(network, backend="triton")
     tied = network.transformer.wte.weight
@@ -401,7 +405,7 @@ def test_berts_inner_modules_are_called_where_they_are_hooked(device: str) -> No
 
 
 @needs("transformers")
-def test_berts_chunks_and_hidden_states() -> None:
+def test_bert_with_chunks_and_hidden_states_is_bit_identical() -> None:
     network, inputs = make_model(MODELS[0])
     for layer in network.bert.encoder.layer:
         layer.chunk_size_feed_forward = 1
@@ -441,9 +445,9 @@ def test_timms_activations_are_torchs(path: str) -> None:
     module, _, name = path.rpartition(".")
     activation = getattr(importlib.import_module(module), name)()
     z = torch.randn(200, dtype=torch.float64) * 3
-    actual = find(activation)
-    assert actual is ACTIVATIONS[CLASSES[path]]
-    torch.testing.assert_close(actual(z), activation(z.clone()), rtol=1e-8, atol=1e-8)
+    recognized = find(activation)
+    assert recognized is ACTIVATIONS[CLASSES[path]]
+    torch.testing.assert_close(recognized(z), activation(z.clone()), rtol=1e-8, atol=1e-8)
 
 
 def test_an_activation_with_a_changed_function_is_not_fused() -> None:

@@ -145,9 +145,9 @@ def test_an_activation_called_in_forward_is_reported_as_unknown() -> None:
     text = str(report)
     assert "0.fc1, 0.fc2 (Linear): called in Own's own forward, where an activation cannot be seen" in text
     assert "replace the Linear by FusedLinear(…, activation=…)" in text
-    mended = Own()
-    mended.fc1 = FusedLinear(8, 8, activation="relu")
-    assert [entry.text for entry in fuse(mended).left if entry.name == "fc1"] == ["it is fused already"]
+    fixed = Own()
+    fixed.fc1 = FusedLinear(8, 8, activation="relu")
+    assert [entry.text for entry in fuse(fixed).left if entry.name == "fc1"] == ["it is fused already"]
     assert "the model itself (Linear)" in str(fuse(nn.Linear(2, 2)))
 
 
@@ -277,7 +277,7 @@ def add_input(block: Block, output: Tensor, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def _own_patterns() -> Iterator[None]:
-    """Remove the patterns that a test registered after the test."""
+    """After a test, remove the patterns that it registered."""
     before = dict(PATTERNS)
     yield
     PATTERNS.clear()
@@ -327,8 +327,8 @@ def test_a_pattern_takes_precedence_over_nn_sequential(device: str) -> None:
     x = torch.randn(5, 8, device=device)
     model = Residual(nn.Linear(8, 8), nn.ReLU()).to(device)
     expected = model(x)
-    for replaced in ("0 + relu", "0 + relu"):
-        assert replaced in str(fuse(model, backend="triton"))
+    for _ in range(2):
+        assert "0 + relu" in str(fuse(model, backend="triton"))
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         unfuse(model)
         if path_of(Residual) not in PATTERNS:

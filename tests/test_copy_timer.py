@@ -8,7 +8,7 @@ import pytest
 import torch
 from simulated_streams import LATE, Event, Streams, prefetch
 
-from mlp_fused import prefetch as module_of_ours
+from mlp_fused import prefetch as prefetch_module
 from mlp_fused.prefetch import CopyTimer
 
 
@@ -39,13 +39,13 @@ def test_staging_on_the_host_does_not_count_as_copying(pinned: bool, monkeypatch
 
         monkeypatch.setattr(owner, name, noted)
 
-    note(streams, "record"), note(streams, "copy"), note(module_of_ours._Slot, "stage")
+    note(streams, "record"), note(streams, "copy"), note(prefetch_module._Slot, "stage")
     x = torch.ones(2)
     next(iter(prefetch([{"x": streams.pin(x) if pinned else x, "name": "a"}], streams, timer=CopyTimer())))
     assert done[:-2] == [*([] if pinned else ["stage"]), "record", "copy", "record"]
 
 
-def test_a_batch_of_no_tensors_takes_no_time_to_copy() -> None:
+def test_batches_without_tensors_are_counted() -> None:
     timer, streams = CopyTimer(), Streams(LATE["both late"])
     assert list(prefetch(["a", "b"], streams, timer=timer)) == ["a", "b"]
     streams.drain("side"), streams.drain("consumer")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from out_of_memory import at
+from out_of_memory import on_call
 from readme import ROOT, readme
 
 from mlp_fused.engine import schedule, settings
@@ -120,13 +120,13 @@ def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.Monkey
     monkeypatch.setattr(settings, "DEBUG", True)
     x, layers = torch.randn(2, 4), [Layer(torch.randn(3, 4), None, activations.IDENTITY)]
     path = find_layers(x, layers, torch.float32, "triton")
-    torchs = "CUDA error: an illegal memory access was encountered"
-    for call, sentence in ((1, torchs), (2, f"layer 0 (identity), forward: {torchs}")):
+    message = "CUDA error: an illegal memory access was encountered"
+    for call, sentence in ((1, message), (2, f"layer 0 (identity), forward: {message}")):
 
         def illegal() -> None:
-            raise RuntimeError(torchs)
+            raise RuntimeError(message)
 
-        monkeypatch.setattr(schedule, "_wait", at(call, illegal))
+        monkeypatch.setattr(schedule, "_wait", on_call(call, illegal))
         with pytest.raises(RuntimeError) as caught:
             run_layers(x, [layers[0].weight], [None], path)
         assert str(caught.value) == sentence
@@ -134,18 +134,18 @@ def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.Monkey
 
 @pytest.mark.alone
 def test_the_readmes_example_of_debugging(tmp_path: Path) -> None:
-    """Run the command and the program of the manual, and compare the output with the manual's."""
+    """Run the README's command and program, and compare the output with the README's."""
     program, sentence = re.findall(r"^```(?:python)?\n(.*?)^```", readme("debug"), re.MULTILINE | re.DOTALL)
     command = re.search(r"`(MLP_FUSED_DEBUG=1 .*) python nan.py`", readme("debug"))
     assert command
     (tmp_path / "nan.py").write_text(program)
     switches = dict(switch.split("=") for switch in command[1].split())
     clean = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-    actual = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "nan.py"],
         cwd=tmp_path,
         env={**clean, **switches, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert actual.stderr.strip().splitlines()[-1] == sentence.strip()
+    assert process.stderr.strip().splitlines()[-1] == sentence.strip()

@@ -59,11 +59,11 @@ BACKENDS = ("reference", "triton")
 
 NARROW, WIDE = (12, 20, 24, 6), (12, 300, 6)  # runs as one kernel; runs with one kernel per product
 STEPS = 2
-ROWS = 8  # of a global batch
+ROWS = 8  # in a global batch
 
 
 def check(function: Check) -> Check:
-    """Run a check in every process, once for each backend, and report it as a test."""
+    """Register a check, which every process runs once for each backend. Its result is reported as a test."""
     CHECKS[function.__name__] = function
     return function
 
@@ -125,13 +125,13 @@ def assert_equal(model: nn.Module, expected: nn.Module) -> None:
         assert error <= 1e-6 + 1e-5 * theirs[name].detach().abs().max(), f"{name}: {error}"
 
 
-def kernels_ran(backend: str, launches: dict[str, int], path: str = "network") -> None:
+def assert_kernels_ran(backend: str, launches: dict[str, int], path: str = "network") -> None:
     """Assert that each forward and backward ran kernels of this path if `backend` has kernels, and none otherwise."""
     if backend == "reference":
         assert launches == {}
         return
     names = {"network": ("network_forward_kernel",), "layer": ("layer_forward_kernel", "wgrad_kernel")}[path]
-    assert all(sum(count for name, count in launches.items() if name == each) >= STEPS for each in names), launches
+    assert all(launches.get(name, 0) >= STEPS for name in names), launches
     assert sum(launches.values()) >= 3 * STEPS, launches
 
 
@@ -144,7 +144,7 @@ def ddp(mesh: DeviceMesh, backend: str) -> None:
     ):
         model = network(backend, mesh, widths)
         expected = plain(model)
-        kernels_ran(backend, train_on_local_rows(mesh, DistributedDataParallel(model, **options), widths), path)
+        assert_kernels_ran(backend, train_on_local_rows(mesh, DistributedDataParallel(model, **options), widths), path)
         train_on(expected, batches(mesh, widths))
         assert_equal(model, expected)
 
@@ -177,7 +177,7 @@ def ddp_with_layers_that_are_frozen_or_unused(mesh: DeviceMesh, backend: str) ->
 
     two = Two()
     expected = plain(two.used)
-    kernels_ran(backend, train_on_local_rows(mesh, DistributedDataParallel(two, find_unused_parameters=True)))
+    assert_kernels_ran(backend, train_on_local_rows(mesh, DistributedDataParallel(two, find_unused_parameters=True)))
     train_on(expected, batches(mesh))
     assert_equal(two.used, expected)
 
@@ -194,7 +194,7 @@ def fsdp_of_the_whole_network_is_fused(mesh: DeviceMesh, backend: str) -> None:
             with count_launches() as launches:
                 model.warmup(ROWS)
             assert bool(launches) == (backend == "triton")
-            kernels_ran(backend, train_on_local_rows(mesh, model, widths), path)
+            assert_kernels_ran(backend, train_on_local_rows(mesh, model, widths), path)
             train_on(expected, batches(mesh, widths))
             assert_equal(model, expected)
             assert str(model.explain(ROWS)) == explained
@@ -205,7 +205,7 @@ def fsdp_of_a_parent_module_is_fused(mesh: DeviceMesh, backend: str) -> None:
     model = nn.Sequential(nn.LayerNorm(12, device=mesh.device_type), network(backend, mesh))
     expected = nn.Sequential(copy.deepcopy(model[0]), plain(model[1]))
     fully_shard(model, mesh=mesh)
-    kernels_ran(backend, train_on_local_rows(mesh, model))
+    assert_kernels_ran(backend, train_on_local_rows(mesh, model))
     train_on(expected, batches(mesh))
     assert_equal(model, expected)
 
@@ -216,7 +216,7 @@ def fsdp_that_recomputes(mesh: DeviceMesh, backend: str) -> None:
         model = network(backend, mesh, widths, recompute=True)
         expected = plain(model)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        kernels_ran(backend, train_on_local_rows(mesh, model, widths), path)
+        assert_kernels_ran(backend, train_on_local_rows(mesh, model, widths), path)
         train_on(expected, batches(mesh, widths))
         assert_equal(model, expected)
 
@@ -228,8 +228,8 @@ def fsdp_in_mixed_precision(mesh: DeviceMesh, backend: str) -> None:
     for reshard in (True, False):
         model = network(backend, mesh)
         torchs, exact = plain(model), plain(model)
-        for each in (model, torchs):
-            fully_shard(each, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+        for sharded in (model, torchs):
+            fully_shard(sharded, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
         assert model.explain(ROWS).dtype == torch.bfloat16
         with pytest.MonkeyPatch.context() as patch:
             warmed = MagicMock(wraps=module.run_kernels)
@@ -239,12 +239,12 @@ def fsdp_in_mixed_precision(mesh: DeviceMesh, backend: str) -> None:
         assert {call.args[2] for call in warmed.call_args_list} <= {torch.bfloat16}
         assert model(local_rows(mesh, batches(mesh)[0][0])).dtype == torch.bfloat16
         model.reshard()  # torch does this in backward, which does not run here
-        kernels_ran(backend, train_on_local_rows(mesh, model))
+        assert_kernels_ran(backend, train_on_local_rows(mesh, model))
         train_on_local_rows(mesh, torchs)
         train_on(exact, batches(mesh))
         for ours, theirs, true in zip(model.parameters(), torchs.parameters(), exact.parameters()):
             assert ours.dtype == torch.float32
-            error, slack = (torch.linalg.vector_norm(whole(each) - true.detach()) for each in (ours, theirs))
+            error, slack = (torch.linalg.vector_norm(whole(parameter) - true.detach()) for parameter in (ours, theirs))
             assert error <= 2 * slack + 1e-4 * torch.linalg.vector_norm(true)
 
 
@@ -271,7 +271,7 @@ def fsdp_of_one_layer_leaves_the_others_fused(mesh: DeviceMesh, backend: str) ->
     expected = plain(model)
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    kernels_ran(backend, train_on_local_rows(mesh, model))
+    assert_kernels_ran(backend, train_on_local_rows(mesh, model))
     train_on(expected, batches(mesh))
     assert_equal(model, expected)
     first, *others = [run for run in model.explain(ROWS).runs if "Linear" in run.children]
@@ -319,7 +319,7 @@ def fsdp_of_a_network_with_fused_linears(mesh: DeviceMesh, backend: str) -> None
         elif shard == "the layer":
             fully_shard(model[0], mesh=mesh)
         fully_shard(model, mesh=mesh)
-        kernels_ran(backend, train_on_local_rows(mesh, model))
+        assert_kernels_ran(backend, train_on_local_rows(mesh, model))
         train_on(expected, batches(mesh))
         assert_equal_values(model, expected)
 
@@ -331,33 +331,33 @@ def dcp_saves_and_loads_fused_linears_with_an_optimizer(mesh: DeviceMesh, backen
     nn.init.zeros_(resumed[0].weight)
     folder = [tempfile.mkdtemp()] if mesh.get_rank() == 0 else [""]
     dist.broadcast_object_list(folder, src=0)
-    for each in (model, resumed):
-        fully_shard(each, mesh=mesh)
-    optimizers = [torch.optim.Adam(each.parameters(), lr=0.05) for each in (model, expected, resumed)]
+    for sharded in (model, resumed):
+        fully_shard(sharded, mesh=mesh)
+    optimizers = [torch.optim.Adam(net.parameters(), lr=0.05) for net in (model, expected, resumed)]
 
-    def advance(network: nn.Module, optimizer: torch.optim.Optimizer, apart: bool) -> None:
+    def advance(network: nn.Module, optimizer: torch.optim.Optimizer, local: bool) -> None:
         for x, y in batches(mesh):
-            x, y = (local_rows(mesh, x), local_rows(mesh, y)) if apart else (x, y)
+            x, y = (local_rows(mesh, x), local_rows(mesh, y)) if local else (x, y)
             optimizer.zero_grad()
             (network(x) - y).square().mean().backward()
             optimizer.step()
 
-    advance(model, optimizers[0], apart=True)
+    advance(model, optimizers[0], local=True)
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers[0])))
     assert "0.linear.weight" in state["model"]
     dcp.save(state, checkpoint_id=folder[0])
     state = dict(zip(("model", "optimizer"), get_state_dict(resumed, optimizers[2])))
     dcp.load(state, checkpoint_id=folder[0])
     set_state_dict(resumed, optimizers[2], model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    advance(resumed, optimizers[2], apart=True)
+    advance(resumed, optimizers[2], local=True)
     for _ in range(2):
-        advance(expected, optimizers[1], apart=False)
+        advance(expected, optimizers[1], local=False)
     for ours, theirs in zip(resumed.parameters(), expected.parameters(), strict=True):  # Adam divides by small numbers
         torch.testing.assert_close(whole(ours), theirs.detach(), rtol=1e-3, atol=1e-4)
 
 
 @check
-def checkpoints_of_fsdp_are_those_of_a_sequential(mesh: DeviceMesh, backend: str) -> None:
+def fsdp_checkpoints_equal_those_of_a_sequential(mesh: DeviceMesh, backend: str) -> None:
     model = network(backend, mesh)
     fully_shard(model, mesh=mesh)
     train_on_local_rows(mesh, model)
@@ -417,7 +417,7 @@ TRAININGS: dict[str, Callable[[Path, str], None]] = {}
 
 
 def training_check(function: Callable[[Path, str], None]) -> Callable[[Path, str], None]:
-    """Mark a check of the training loop, which joins the processes itself, in a folder with 70 rows of data.
+    """Register a check of the training loop, which joins the processes itself.
 
     51 rows are for training. A batch of 16 gives 8 rows to each of two processes, and the last batch 2 and 1.
     """
@@ -426,8 +426,8 @@ def training_check(function: Callable[[Path, str], None]) -> Callable[[Path, str
 
 
 def trained(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
-    given = {"data": str(folder / "data.npz"), "backend": backend, "device": folder.name}
-    return train(dataclasses.replace(SMALL, **given | changes), build=build, report=lambda text: None)
+    options = {"data": str(folder / "data.npz"), "backend": backend, "device": folder.name}
+    return train(dataclasses.replace(SMALL, **options | changes), build=build, report=lambda text: None)
 
 
 def trained_alone(folder: Path, backend: str, build: Any = build_model, **changes: Any) -> Result:
@@ -438,10 +438,10 @@ def trained_alone(folder: Path, backend: str, build: Any = build_model, **change
         return trained(folder, backend, build, **changes)
 
 
-def assert_same_course(one: Result, other: Result) -> None:
+def assert_same_training(one: Result, other: Result) -> None:
     assert one.losses == pytest.approx(other.losses, rel=1e-4, abs=1e-5)
     assert [epoch.accuracy for epoch in one.history] == [epoch.accuracy for epoch in other.history]
-    ours, theirs = ([epoch.validation_loss for epoch in each.history] for each in (one, other))
+    ours, theirs = ([epoch.validation_loss for epoch in result.history] for result in (one, other))
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert one.model.state_dict().keys() == other.model.state_dict().keys()
 
@@ -452,57 +452,57 @@ def normed(features: int, classes: int, config: Config) -> nn.Module:
 
 
 @training_check
-def training_is_that_of_one_process(folder: Path, backend: str) -> None:
+def training_equals_that_of_one_process(folder: Path, backend: str) -> None:
     with count_launches() as launches:
         together = trained(folder, backend)
     assert bool(launches) == (backend == "triton" or folder.name == "cuda")
     assert len(together.losses) == 3 * 4
-    assert_same_course(together, trained_alone(folder, backend))
+    assert_same_training(together, trained_alone(folder, backend))
 
 
 @training_check
-def a_regression_is_that_of_one_process(folder: Path, backend: str) -> None:
+def a_regression_equals_that_of_one_process(folder: Path, backend: str) -> None:
     x = np.random.default_rng(0).normal(size=(50, 3))
     path = folder / f"regression {os.environ['RANK']}.npz"
     np.savez(path, x=x, y=1000 + 30 * x.sum(axis=1))
     changes = {"data": str(path), "task": "regression", "hidden": (5,)}
-    together, alone = (each(folder, backend, **changes) for each in (trained, trained_alone))
-    assert_same_course(together, alone)
+    together, alone = (run(folder, backend, **changes) for run in (trained, trained_alone))
+    assert_same_training(together, alone)
     for ours, one in zip(together.history, alone.history, strict=True):
         assert ours.r2 == pytest.approx(one.r2, rel=1e-4)
         assert ours.rmse == pytest.approx(one.rmse, rel=1e-4)
 
 
 @training_check
-def each_optimizer_and_dtype_is_that_of_one_process(folder: Path, backend: str) -> None:
-    changes = {"optimizer": "sgd", "validation_fraction": 0.3}  # whose last batch is a single row
-    assert_same_course(trained(folder, backend, **changes), trained_alone(folder, backend, **changes))
-    together, alone = (each(folder, backend, dtype="bf16") for each in (trained, trained_alone))
+def sgd_and_bf16_equal_those_of_one_process(folder: Path, backend: str) -> None:
+    changes = {"optimizer": "sgd", "validation_fraction": 0.3}  # the last batch is a single row
+    assert_same_training(trained(folder, backend, **changes), trained_alone(folder, backend, **changes))
+    together, alone = (run(folder, backend, dtype="bf16") for run in (trained, trained_alone))
     assert together.losses == pytest.approx(alone.losses, rel=0.05, abs=0.02)
 
 
 @training_check
-def a_checkpoint_goes_on_with_any_number_of_processes(folder: Path, backend: str) -> None:
+def a_checkpoint_resumes_with_any_number_of_processes(folder: Path, backend: str) -> None:
     whole = trained_alone(folder, backend)
     path = str(folder / f"{backend} together.pt")
     trained(folder, backend, checkpoint=path, epochs=1)
     assert load_checkpoint(path)["model"].keys() == whole.model.state_dict().keys()
     own_file = str(folder / f"{backend} {os.environ['RANK']}.pt")  # so that both can resume from it
     Path(own_file).write_bytes(Path(path).read_bytes())
-    assert_same_course_after(1, trained_alone(folder, backend, checkpoint=own_file, resume=True), whole)
+    assert_same_training_after(1, trained_alone(folder, backend, checkpoint=own_file, resume=True), whole)
     alone = str(folder / f"{backend} alone.pt")
     if os.environ["RANK"] == "0":
         trained_alone(folder, backend, checkpoint=alone, epochs=2)
     trained(folder, backend, epochs=1)  # waits for all processes
-    assert_same_course_after(2, trained(folder, backend, checkpoint=alone, resume=True), whole)
+    assert_same_training_after(2, trained(folder, backend, checkpoint=alone, resume=True), whole)
 
 
-def assert_same_course_after(epochs: int, resumed: Result, whole: Result) -> None:
-    assert_same_course(dataclasses.replace(resumed, losses=whole.losses[: 4 * epochs] + resumed.losses), whole)
+def assert_same_training_after(epochs: int, resumed: Result, whole: Result) -> None:
+    assert_same_training(dataclasses.replace(resumed, losses=whole.losses[: 4 * epochs] + resumed.losses), whole)
 
 
 @training_check
-def a_resumed_run_is_the_uninterrupted_one(folder: Path, backend: str) -> None:
+def a_resumed_run_equals_an_uninterrupted_one(folder: Path, backend: str) -> None:
     """All results are bit-identical, with Dropout in every process."""
     whole = trained(folder, backend, dropout=0.5)
     path = str(folder / f"{backend} resumed.pt")
@@ -576,7 +576,7 @@ def run_checks(rank: int, count: int, device: str, ports: list[int], folder: Pat
     os.environ["MASTER_PORT"] = str(ports[1])
     for name, training in TRAININGS.items():
         results[f"{name}-auto"] = error_text(training, folder / device, "auto")
-    training = training_is_that_of_one_process
+    training = training_equals_that_of_one_process
     results[f"{training.__name__}-triton"] = error_text(training, folder / device, "triton")
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
@@ -603,11 +603,13 @@ def results(device: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHECKS)
 def test_models(name: str, backend: str, results: list[dict[str, str]], device: str) -> None:
-    for rank, actual in enumerate(results):
-        assert actual[f"{name}-{backend}"] == "", f"process {rank}"
+    for rank, errors in enumerate(results):
+        assert errors[f"{name}-{backend}"] == "", f"process {rank}"
 
 
-@pytest.mark.parametrize("check", [*(f"{name}-auto" for name in TRAININGS), "training_is_that_of_one_process-triton"])
+@pytest.mark.parametrize(
+    "check", [*(f"{name}-auto" for name in TRAININGS), "training_equals_that_of_one_process-triton"]
+)
 def test_training(check: str, results: list[dict[str, str]], device: str) -> None:
-    for rank, actual in enumerate(results):
-        assert actual[check] == "", f"process {rank}"
+    for rank, errors in enumerate(results):
+        assert errors[check] == "", f"process {rank}"

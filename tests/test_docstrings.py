@@ -44,9 +44,9 @@ def test_every_argument_is_described(name: str) -> None:
     if name in RECORDS or re.search(r"[Ss]ee `\w+` for the arguments|`\w+` describes the arguments", text):
         return
     arguments = [
-        each.name
-        for each in inspect.signature(item).parameters.values()
-        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        parameter.name
+        for parameter in inspect.signature(item).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     _, _, described = text.partition("Args:")
-    assert [each for each in arguments if not re.search(rf"\b{each}\b", described or text)] == []
+    assert [argument for argument in arguments if not re.search(rf"\b{argument}\b", described or text)] == []

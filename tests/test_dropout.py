@@ -73,8 +73,8 @@ ANSWERS = [
 def test_the_philox_of_these_tests_gives_the_papers_numbers(
     rounds: int, counter: tuple[int, ...], key: int, answer: tuple[int, ...]
 ) -> None:
-    actual = philox(key, [numpy.array([each]) for each in counter], rounds)
-    assert tuple(int(each[0]) for each in actual) == answer
+    actual = philox(key, [numpy.array([word]) for word in counter], rounds)
+    assert tuple(int(word[0]) for word in actual) == answer
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
@@ -108,17 +108,17 @@ def test_every_tile_makes_the_same_mask(tile: TileConfig, device: str, poisoned:
     seed = torch.tensor([0x0123456789ABCDEF], device=device)
     expected = factors(int(seed), 5, rows, width, 0.25).float().to(device)
     ones, eye = torch.ones(rows, width, device=device), torch.eye(width, device=device)
-    made = [torch.empty_like(ones) for _ in range(6)]
-    layer_forward(ones, eye, None, made[0], made[1], ACTIVATIONS["gelu"], "ieee", tile, seed, dropout)
-    dgrad(ones, eye, made[1], made[2], made[3], ACTIVATIONS["gelu"], "ieee", tile, seed, dropout)
-    pointwise(ones, made[4], IDENTITY, TileConfig(tile.block_m, tile.block_n, 0), seed, dropout)
+    outputs = [torch.empty_like(ones) for _ in range(6)]
+    layer_forward(ones, eye, None, outputs[0], outputs[1], ACTIVATIONS["gelu"], "ieee", tile, seed, dropout)
+    dgrad(ones, eye, outputs[1], outputs[2], outputs[3], ACTIVATIONS["gelu"], "ieee", tile, seed, dropout)
+    pointwise(ones, outputs[4], IDENTITY, TileConfig(tile.block_m, tile.block_n, 0), seed, dropout)
     small = TileConfig(tile.block_m, tile.block_n, 0)
-    output_gradient(ones, None, made[5], IDENTITY, small, seed=seed, dropout=dropout)
+    output_gradient(ones, None, outputs[5], IDENTITY, small, seed=seed, dropout=dropout)
     z = torch.ones_like(ones).requires_grad_()
     h = ACTIVATIONS["gelu"](z)
     (slope,) = torch.autograd.grad(h.sum(), z)
     for actual, true in zip(
-        made, (h.detach() * expected, ones, slope * expected, h.detach() * expected, expected, expected)
+        outputs, (h.detach() * expected, ones, slope * expected, h.detach() * expected, expected, expected)
     ):
         torch.testing.assert_close(actual, true, rtol=1e-6, atol=1e-7)
 
@@ -139,10 +139,10 @@ def test_the_rate_the_scale_and_the_mean(p: float, device: str) -> None:
 def masks(count: int, device: str, rows: int = 256, width: int = 128) -> list[Tensor]:
     """The masks of all layers in one call with p = 0.5, as +1 and -1."""
     seed = draw_seed(torch.device(device))
-    made = [torch.ones(rows, width, device=device) for _ in range(count)]
-    for layer, each in enumerate(made):
-        pointwise(each, each, IDENTITY, seed=seed, dropout=Dropout(0.5, layer))
-    return [each - 1 for each in made]
+    layer_masks = [torch.ones(rows, width, device=device) for _ in range(count)]
+    for layer, mask in enumerate(layer_masks):
+        pointwise(mask, mask, IDENTITY, seed=seed, dropout=Dropout(0.5, layer))
+    return [mask - 1 for mask in layer_masks]
 
 
 def test_layers_calls_rows_and_columns_are_independent(device: str) -> None:
@@ -215,16 +215,16 @@ def never_drop(module: nn.Module) -> None:
 
 
 def test_a_kernel_without_dropout_has_no_code_for_it() -> None:
-    """The seed and its two numbers are constants, None, and no tensor is passed in their place."""
-    made: list[tuple[Launch, int]] = []
+    """The seed, the keep probability and the layer are None, a constant, and no tensor is passed for them."""
+    launched: list[tuple[Launch, int]] = []
     leaves = make_leaves(torch.float32, "cpu")
-    of = [Layer(*leaves[1:3], ACTIVATIONS["gelu"]), Layer(*leaves[3:], ACTIVATIONS["gelu"])]
-    with launched_by(lambda launch, tensors: made.append((launch, len(tensors)))):
-        y = run_layers(leaves[0], leaves[1::2], leaves[2::2], find_layers(leaves[0], of, torch.float32, "triton"))
+    layers = [Layer(*leaves[1:3], ACTIVATIONS["gelu"]), Layer(*leaves[3:], ACTIVATIONS["gelu"])]
+    with launched_by(lambda launch, tensors: launched.append((launch, len(tensors)))):
+        y = run_layers(leaves[0], leaves[1::2], leaves[2::2], find_layers(leaves[0], layers, torch.float32, "triton"))
         y.sum().backward()
-    counted = {launch.kernel.__name__: tensors for launch, tensors in made if "wgrad" not in launch.kernel.__name__}
+    counted = {launch.kernel.__name__: tensors for launch, tensors in launched if "wgrad" not in launch.kernel.__name__}
     assert counted == {"layer_forward_kernel": 5, "output_gradient_kernel": 4, "dgrad_kernel": 5}
-    for launch, tensors in made:
+    for launch, tensors in launched:
         if launch.kernel.__name__ in counted:
             assert launch.kernel.arg_names[tensors : tensors + 3] == ["seed_ptr", "keep", "layer"]
             assert launch.scalars[:3] == (None, None, None)
@@ -237,8 +237,8 @@ def test_p_of_one_gives_zeros_and_no_nan(activation: str, path: str, device: str
     y = model(x)
     assert torch.equal(y, torch.zeros_like(y))
     y.backward(torch.randn_like(y))
-    for each in (x, *model.parameters()):
-        assert torch.equal(each.grad, torch.zeros_like(each))
+    for leaf in (x, *model.parameters()):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
 def test_dropped_inf_and_nan_give_nan(device: str) -> None:
@@ -289,15 +289,15 @@ def test_recomputing_draws_no_random_numbers(
         monkeypatch.setattr(module, "set_rng_state", lambda *arguments, **keywords: None)
     model = FusedMLP(20, [31, 17], activation_layer=activation, dropout=0.4, backend="triton").to(device)
     x = torch.randn(33, 20, device=device, requires_grad=True)
-    actual = []
+    results = []
     for recompute in (False, True):
         model.recompute = recompute
         torch.manual_seed(2)
         y = model(x)
         before = generator_state(device)
-        actual.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
         assert torch.equal(generator_state(device), before)
-    assert all(map(torch.equal, *actual))
+    assert all(map(torch.equal, *results))
 
 
 def test_a_second_backward_has_the_same_mask(path: str, device: str) -> None:
@@ -321,16 +321,16 @@ def make_leaves(dtype: torch.dtype, device: str, rows: int = 3) -> list[Tensor]:
 
 def run(leaves: list[Tensor], name: str, backend: Backend = "triton") -> Tensor:
     x, w0, b0, w1, b1 = leaves
-    of = [Layer(w0, b0, ACTIVATIONS[name], 0.4), Layer(w1, b1, ACTIVATIONS[name], 0.4)]
+    layers = [Layer(w0, b0, ACTIVATIONS[name], 0.4), Layer(w1, b1, ACTIVATIONS[name], 0.4)]
     torch.manual_seed(4)
-    return run_path(x, (w0, w1), (b0, b1), find_path(x, of, x.dtype, None, backend))
+    return run_path(x, (w0, w1), (b0, b1), find_path(x, layers, x.dtype, None, backend))
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "tanh"])
 def test_gradcheck(name: str, path: str) -> None:
     leaves = make_leaves(torch.float64, "cpu")
-    assert torch.autograd.gradcheck(lambda *each: run(list(each), name), leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda *each: run(list(each), name), leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *tensors: run(list(tensors), name), leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *tensors: run(list(tensors), name), leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["identity", "relu", "gelu", "tanh"])
@@ -344,7 +344,7 @@ def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: st
     for ours, other, several in zip(plain, differentiable, batched):
         torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(several[1], ours, rtol=1e-4, atol=1e-5)
-    # Then the derivative is compared with torch's for the same mask.
+    # The second derivative is compared with torch's for the same mask.
     seed = call_seed(4, device)
     twins = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     h = twins[0]
@@ -352,42 +352,42 @@ def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: st
         h = reference.linear_act(h, *twins[1 + 2 * layer : 3 + 2 * layer], ACTIVATIONS[name])
         h = h * factors(seed, layer, *h.shape, 0.4).float().to(device)
     expected = torch.autograd.grad(h, twins, dy[1], create_graph=True)
-    penalties = [sum(each.square().sum() for each in grads) for grads in (differentiable, expected)]
+    penalties = [sum(gradient.square().sum() for gradient in grads) for grads in (differentiable, expected)]
     actual, true = (
-        torch.autograd.grad(penalty, each, allow_unused=True, materialize_grads=True)
-        for penalty, each in zip(penalties, (leaves, twins))
+        torch.autograd.grad(penalty, inputs, allow_unused=True, materialize_grads=True)
+        for penalty, inputs in zip(penalties, (leaves, twins))
     )
     for ours, torchs in zip(actual, true):
         torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-3)
 
 
-def kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
+def saved_bytes(call: Callable[[], object], parameters: list[Tensor]) -> int:
     """The bytes that a call saves for backward, without the parameters."""
-    own = {each.untyped_storage().data_ptr() for each in parameters}
-    actual: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            actual[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = call()
     del y
-    return sum(actual.values())
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("activation", NAMES)
 def test_dropout_saves_only_the_seed(activation: str, path: str, device: str) -> None:
-    """No mask is saved, and still one tensor per layer. torch saves one more byte per element."""
+    """No mask is saved, only one tensor per layer as without Dropout. torch saves one more byte per element."""
     sizes = {}
     for p in (0.0, 0.5):
         # A width of 320 takes the layer path with and without Dropout. 64 rows need no padding.
         widths = [16, 16 if path == "network" else 320]
         model = FusedMLP(16, widths, activation_layer=activation, dropout=p, backend="triton").to(device)
         x = torch.randn(64, 16, device=device)
-        sizes[p] = kept(lambda model=model, x=x: model(x), list(model.parameters()))
+        sizes[p] = saved_bytes(lambda model=model, x=x: model(x), list(model.parameters()))
         assert model.explain(64).saved_bytes == sizes[p]
     assert sizes[0.5] == sizes[0.0] + 8
 
@@ -427,16 +427,16 @@ def test_torchs_products_drop_like_the_kernels(
 ) -> None:
     monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(None, "a test"))
     leaves = make_leaves(torch.float32, device, rows=33)
-    actual = []
+    results = []
     for backend in ("triton", "auto", "auto"):  # with auto, torch's products run in both calls
         with count_launches() as launches:
             y = run(leaves, name, backend)
             gradients = torch.autograd.grad(y.square().sum(), leaves)
         kernel = "network_forward_kernel" if path == "network" else "layer_forward_kernel"
         assert (kernel in launches) == (backend == "triton")
-        actual.append([y, *gradients])
+        results.append([y, *gradients])
     layer_path.layer_path.cache_clear()
-    for ours, *torchs in zip(*actual):
+    for ours, *torchs in zip(*results):
         for other in torchs:
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
@@ -500,12 +500,12 @@ def test_a_replayed_cuda_graph_draws_new_masks(activation: str, width: int, devi
     seen = []
     for _ in range(3):
         graph.replay()
-        seen.append([each.clone() for each in captured])
+        seen.append([tensor.clone() for tensor in captured])
     for one, other in itertools.combinations(seen, 2):
         assert not torch.equal(one[0] != 0, other[0] != 0)
     for y, *_ in seen:
         assert abs((y != 0).double().mean().item() - 0.5) < 0.02
-        assert all(each.isfinite().all() for each in seen[0])
+        assert all(tensor.isfinite().all() for tensor in seen[0])
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ def test_explain_says_why_a_narrow_network_goes_layer_by_layer(device: str) -> N
     assert model.train().explain(4096, device=device).path == "network"
 
 
-def test_explain_counts_what_dropout_moves() -> None:
+def test_explain_counts_the_bytes_that_dropout_moves() -> None:
     """gelu saves z in any case and moves the same bytes. tanh writes z and its output, and recomputes the output.
 
     The seed of 8 bytes is written once, and read by a forward and a dgrad.
@@ -75,7 +75,7 @@ SEQUENCES: dict[str, tuple[list[Callable[[], nn.Module]], int]] = {  # the modul
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_which_modules_the_kernels_take(name: str, device: str) -> None:
+def test_the_kernels_take_only_plain_dropout(name: str, device: str) -> None:
     makers, runs = SEQUENCES[name]
     sequential = nn.Sequential(nn.Linear(32, 32), *(make() for make in makers)).to(device)
     model = FusedMLP.from_sequential(sequential, backend="triton")
@@ -104,15 +104,15 @@ def test_dropout_before_any_linear_is_torchs(device: str) -> None:
 
 def test_annealing_the_probability_compiles_nothing() -> None:
     """The probability is an argument of the kernels at run time, not one of their constants."""
-    made = []
+    launched = []
     x, weight = torch.randn(9, 300), torch.randn(300, 300)
     for p in (0.1, 0.25):
-        of = [Layer(weight, None, ACTIVATIONS["gelu"], p)] * 2
-        with launched_by(lambda launch, tensors: made.append(launch)):
-            run_layers(x, [weight] * 2, [None] * 2, find_layers(x, of, x.dtype, "auto"))
-    assert len(made) == 4
-    assert all(launch.constants == made[0].constants for launch in made)
-    assert [launch.scalars[:2] for launch in made] == [(0.9, 0), (0.9, 1), (0.75, 0), (0.75, 1)]
+        layers = [Layer(weight, None, ACTIVATIONS["gelu"], p)] * 2
+        with launched_by(lambda launch, tensors: launched.append(launch)):
+            run_layers(x, [weight] * 2, [None] * 2, find_layers(x, layers, x.dtype, "auto"))
+    assert len(launched) == 4
+    assert all(launch.constants == launched[0].constants for launch in launched)
+    assert [launch.scalars[:2] for launch in launched] == [(0.9, 0), (0.9, 1), (0.75, 0), (0.75, 1)]
 
 
 def test_a_cpu_drops_as_torch_does() -> None:

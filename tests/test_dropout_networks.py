@@ -32,9 +32,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "stored": {"formulation": "stored", "backward_tile": ONE_PASS, "groups": ((0, LAYERS),)},
     "stored by layers": {"formulation": "stored", "backward_tile": ONE_PASS, "groups": ((2, 3), (1, 2), (0, 1))},
     "two kernels": {"formulation": "stored", "groups": ()},
-    "forward again": {"formulation": "replay", "groups": ()},
+    "replayed forward": {"formulation": "replay", "groups": ()},
 }
-KERNELS = {"two kernels": "network_dgrad_kernel", "forward again": "network_dgrad_kernel"}
+KERNELS = {"two kernels": "network_dgrad_kernel", "replayed forward": "network_dgrad_kernel"}
 
 
 def make_layers(activation: Activation, dtype: torch.dtype, device: str, p: float = 0.3) -> list[Layer]:
@@ -64,7 +64,7 @@ def test_masks_equal_those_of_the_layer_kernels(
     weights = tuple(layer.weight for layer in layers)
     x = torch.ones(ROWS, WIDTH, dtype=dtype, device=device, requires_grad=True)
     path, by_layers = make_path(form, x, layers), find_layers(x, layers, dtype, "triton")
-    actual = []
+    results = []
     for run in (
         lambda: run_network(x, weights, (None,) * LAYERS, path),
         lambda: run_layers(x, weights, (None,) * LAYERS, by_layers),
@@ -72,13 +72,13 @@ def test_masks_equal_those_of_the_layer_kernels(
         torch.manual_seed(5)
         with count_launches() as launches:
             y = run()
-            actual.append((y, *torch.autograd.grad(y.sum(), (x, *weights))))
+            results.append((y, *torch.autograd.grad(y.sum(), (x, *weights))))
         assert ("layer_forward_kernel" in launches) or KERNELS.get(form, "network_one_pass_kernel") in launches
-    (y, dx, *gradients), (layer_y, layer_dx, *layer_gradients) = actual
+    (y, dx, *gradients), (layer_y, layer_dx, *layer_gradients) = results
     assert (y == 0).any()
     if path.network.precision == "fp16x3":  # the layer path uses other products
         assert torch.equal(y == 0, layer_y == 0)
-        for ours, other in zip(actual[0], actual[1]):
+        for ours, other in zip(results[0], results[1]):
             torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
         return
     assert torch.equal(y, layer_y)
@@ -96,13 +96,13 @@ def test_masks_equal_those_of_the_layer_kernels(
 def test_the_users_choice_of_recompute_changes_no_mask(activation: str, recompute: bool | None, device: str) -> None:
     model = FusedMLP(20, [31, 24, 17], activation_layer=activation, dropout=0.4, backend="triton", device=device)
     x = torch.randn(33, 20, device=device, requires_grad=True)
-    actual = []
+    results = []
     for choice in (recompute, None):
         model.recompute = choice
         torch.manual_seed(2)
         y = model(x)
-        actual.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
-    for ours, other in zip(*actual):
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])])
+    for ours, other in zip(*results):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 
@@ -135,7 +135,7 @@ def launches(model: FusedMLP, x: Tensor) -> list[tuple[Launch, int]]:
     launched: list[tuple[Launch, int]] = []
     with launched_by(lambda launch, tensors: launched.append((launch, len(tensors)))):
         model(x).sum().backward()
-    return [each for each in launched if each[0].kernel.__name__.startswith("network")]
+    return [entry for entry in launched if entry[0].kernel.__name__.startswith("network")]
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
@@ -150,13 +150,13 @@ def test_without_dropout_the_kernels_have_no_code_for_it(recompute: bool) -> Non
 
 @pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
 def test_another_probability_compiles_nothing(recompute: bool) -> None:
-    actual = []
+    launched = []
     for p in (0.1, 0.25):
         model = FusedMLP(20, [32, 32, 8], activation_layer="gelu", dropout=p, recompute=recompute, backend="triton")
         model[-1].p = 0.0
-        actual.append(launches(model, torch.randn(9, 20)))
-    assert len(actual[0]) == len(actual[1])
-    for (one, _), (other, _) in zip(*actual):
+        launched.append(launches(model, torch.randn(9, 20)))
+    assert len(launched[0]) == len(launched[1])
+    for (one, _), (other, _) in zip(*launched):
         assert one.constants == other.constants  # NET is the same object
         assert one.scalars[0] == (0.9, 0.9, None)
         assert other.scalars[0] == (0.75, 0.75, None)
@@ -164,7 +164,7 @@ def test_another_probability_compiles_nothing(recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_a_gradient_without_the_mask_is_0_where_the_output_is(name: str) -> None:
+def test_masks_are_not_redrawn_where_a_zero_output_has_a_zero_gradient(name: str) -> None:
     activation = ACTIVATIONS[name]
     assert not redraws(activation, False)
     assert redraws(activation, True) == (name not in ("relu", "softshrink"))
@@ -192,7 +192,7 @@ def test_auto_takes_one_kernel_only_where_it_was_measured(name: str) -> None:
         assert isinstance(network_path(*problem, training, dropouts=(0.0, 0.0), torch_too=True), NetworkPath)
 
 
-def test_evaluation_is_the_network_without_dropout(device: str) -> None:
+def test_evaluation_equals_the_network_without_dropout(device: str) -> None:
     model = FusedMLP(20, [31, 17], dropout=0.4, backend="triton", device=device)
     plain = FusedMLP(20, [31, 17], backend="triton", device=device)
     plain.load_state_dict(model.state_dict())

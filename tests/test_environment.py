@@ -70,7 +70,7 @@ def test_env_completes_even_if_a_part_is_broken(
 def test_triton_may_come_from_another_distribution(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """triton-windows installs the module `triton` under another name: the version is asked of the module."""
+    """triton-windows installs the module `triton` under another name, so the version is read from the module."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(environment.metadata, "version", fail_to_find)
     assert report(capsys)["triton"] == triton.__version__
@@ -81,7 +81,7 @@ def fail_to_find(package: str) -> str:
     raise environment.metadata.PackageNotFoundError(package)
 
 
-def memory_info(gpu: int) -> tuple[int, int]:
+def fake_memory_info(gpu: int) -> tuple[int, int]:
     if gpu:
         raise RuntimeError(
             "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
@@ -128,7 +128,7 @@ def test_env_with_gpus(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", memory_info)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fake_memory_info)
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda package: None)
     monkeypatch.setattr(torch.version, "hip", None)
     both = [tmp_path / "cache" / "mlp_fused" / "nvidia_h200.json", tmp_path / "tuned" / "nvidia_h200.json"]

@@ -47,7 +47,7 @@ GIVEN: dict[str, tuple[Any, Any]] = {
 
 
 def kinds(value: Any) -> Any:
-    return (type(value), [kinds(each) for each in value]) if isinstance(value, tuple) else type(value)
+    return (type(value), [kinds(element) for element in value]) if isinstance(value, tuple) else type(value)
 
 
 @pytest.mark.parametrize("name", GIVEN)

@@ -45,7 +45,7 @@ MODELS: dict[str, Any] = {
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "first layer frozen"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_saved_tensor_is_a_tensor(name: str, frozen: bool) -> None:
+def test_no_saved_tensor_is_none(name: str, frozen: bool) -> None:
     model = MODELS[name]()
     if frozen:
         next(model.parameters()).requires_grad_(False)
@@ -76,9 +76,9 @@ def first_linear(model: nn.Module) -> nn.Module:
 ATTRIBUTIONS: dict[str, Any] = {
     "saliency": lambda captum, model: captum.Saliency(model).attribute(X, target=LABELS),
     "integrated gradients": lambda captum, model: captum.IntegratedGradients(model).attribute(X, target=LABELS),
-    "of a layer": lambda captum, model: captum.LayerIntegratedGradients(model, first_linear(model)).attribute(
-        X, target=LABELS
-    ),
+    "integrated gradients of a layer": lambda captum, model: captum.LayerIntegratedGradients(
+        model, first_linear(model)
+    ).attribute(X, target=LABELS),
     "a layer's output": lambda captum, model: captum.LayerActivation(model, first_linear(model)).attribute(X),
     "shapley values": lambda captum, model: captum.ShapleyValueSampling(model).attribute(X, target=LABELS),
     "deep lift": lambda captum, model: captum.DeepLift(model).attribute(X, target=LABELS),
@@ -119,7 +119,7 @@ def test_opacus_per_sample_gradients(kind: str, backend: Any) -> None:
 @pytest.mark.filterwarnings("ignore")  # opacus warns that its random numbers are not secure
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opacus_trains_like_with_plain_modules(kind: str, backend: Any) -> None:
+def test_opacus_trains_as_with_plain_modules(kind: str, backend: Any) -> None:
     opacus = load("opacus")
     trained = []
     for model in fused_and_twin(kind, backend):

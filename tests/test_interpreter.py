@@ -1,4 +1,4 @@
-"""The shortcuts through Triton's interpreter give what its own functions give."""
+"""The shortcuts through Triton's interpreter agree with its own functions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def without(shortcut):
     return shortcut.__wrapped__
 
 
+# The second run reads the caches that the first one filled.
 AGAIN = pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
 
 

@@ -56,10 +56,10 @@ def compiled(request: pytest.FixtureRequest, *options: str) -> dict[str, list[di
             path.write_text(json.dumps(run_script(*options)))
     readings = json.loads(path.read_text())
     request.config.stash.setdefault(COMPILED, []).extend(table(readings))
-    actual: dict[str, list[dict[str, Any]]] = {}
+    by_id: dict[str, list[dict[str, Any]]] = {}
     for reading in readings:
-        actual.setdefault(reading["id"], []).append(reading)
-    return actual
+        by_id.setdefault(reading["id"], []).append(reading)
+    return by_id
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def sample(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def everything(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+def all_kernels(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
     return compiled(request, "--full")
 
 
@@ -82,25 +82,24 @@ def all_networks(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any
     return compiled(request, "--networks", "--full")
 
 
-def check_row(row: Compilation, actual: dict[str, Any]) -> None:
-    assert actual["shared"] <= actual["shared_limit"], actual
-    assert actual["spills"] <= SPILL_LIMIT, actual
+def check_row(row: Compilation, reading: dict[str, Any]) -> None:
+    assert reading["shared"] <= reading["shared_limit"], reading
+    assert reading["spills"] <= SPILL_LIMIT, reading
     if row.kernel not in GEMMS:
         return
-    assert not row.tile.descriptors or actual["shared"] <= actual["counted"], actual
-    assert actual["registers"] > 16, actual  # where tensor memory overflows, the compiler emits an empty kernel
+    assert not row.tile.descriptors or reading["shared"] <= reading["counted"], reading
+    assert reading["registers"] > 16, reading  # where tensor memory overflows, the compiler emits an empty kernel
     if row.target == "AMD MI300X":
-        assert actual["mfma"] > 0, actual
+        assert reading["mfma"] > 0, reading
         return
     tile = row.tile
     for instruction in ("wgmma", "tcgen05", "mma"):
-        assert (actual[instruction] > 0) == (instruction == products(row)), actual
-    assert (actual["tma"] > 0) == (tile.descriptors and row.target != "NVIDIA A100"), (
-        actual
-    )  # an A100 copies without TMA
-    assert (actual["setmaxnreg"] > 0) == tile.warp_specialize, actual
+        assert (reading[instruction] > 0) == (instruction == products(row)), reading
+    # An A100 copies without TMA.
+    assert (reading["tma"] > 0) == (tile.descriptors and row.target != "NVIDIA A100"), reading
+    assert (reading["setmaxnreg"] > 0) == tile.warp_specialize, reading
     if row.target == "NVIDIA A100" and row.dtype != "float32" and row.aligned and tile.num_stages > 1:
-        assert actual["cp_async"] > 0, actual
+        assert reading["cp_async"] > 0, reading
 
 
 def products(row: Compilation) -> str | None:
@@ -112,7 +111,7 @@ def products(row: Compilation) -> str | None:
 
 
 @pytest.mark.parametrize("row", SAMPLE, ids=lambda row: row.id)
-def test_sample(row: Compilation, sample: dict[str, list[dict[str, Any]]]) -> None:
+def test_sampled_kernels(row: Compilation, sample: dict[str, list[dict[str, Any]]]) -> None:
     check_row(row, *sample[row.id])
 
 
@@ -138,33 +137,34 @@ def test_planes_are_multiplied_without_conversions(sample: dict[str, list[dict[s
     rows = [row for row in SAMPLE if row.tile.precision == "fp16x3" and row.target == "NVIDIA H100"]
     assert {row.kernel for row in rows} == set(GEMMS)
     for row in rows:
-        (actual,) = sample[row.id]
-        assert (actual["wgmma"], actual["waits"], actual["to_16_bits"], actual["spills"]) == (12, 3, 0, 0), actual
-        assert actual["instructions"] <= 1.05 * INSTRUCTIONS[row.kernel], actual
+        (reading,) = sample[row.id]
+        assert (reading["wgmma"], reading["waits"], reading["to_16_bits"], reading["spills"]) == (12, 3, 0, 0), reading
+        assert reading["instructions"] <= 1.05 * INSTRUCTIONS[row.kernel], reading
 
 
-# The same for one plane of each operand. The sketch of this form has 106 and 115, and all its sums in the tensor cores.
-INSTRUCTIONS_OF_ONE = {"forward": 189, "dgrad": 208, "wgrad": 177}
+# The same counts for one plane of each operand. The sketch of this form has 106 and 115, because it adds all sums in
+# the tensor cores.
+INSTRUCTIONS_OF_ONE_PLANE = {"forward": 189, "dgrad": 208, "wgrad": 177}
 
 
 def test_one_plane_takes_one_wait_for_each_block(sample: dict[str, list[dict[str, Any]]]) -> None:
     rows = [row for row in SAMPLE if row.tile.precision == "fp16x1" and row.target == "NVIDIA H100"]
     assert {row.kernel for row in rows} == set(GEMMS)
     for row in rows:
-        (found,) = sample[row.id]
-        assert (found["wgmma"], found["waits"], found["to_16_bits"], found["spills"]) == (8, 1, 0, 0), found
-        assert found["instructions"] <= 1.05 * INSTRUCTIONS_OF_ONE[row.kernel], found
+        (reading,) = sample[row.id]
+        assert (reading["wgmma"], reading["waits"], reading["to_16_bits"], reading["spills"]) == (8, 1, 0, 0), reading
+        assert reading["instructions"] <= 1.05 * INSTRUCTIONS_OF_ONE_PLANE[row.kernel], reading
 
 
 def traits(row: Compilation) -> set[tuple[Any, ...]]:
     """The traits of a row: each of its fields and of its tile's, and the combinations that belong together."""
     tile = row.tile
-    fields = [(field.name, getattr(each, field.name)) for each in (row, tile) for field in dataclasses.fields(each)]
+    fields = [(field.name, getattr(part, field.name)) for part in (row, tile) for field in dataclasses.fields(part)]
     return {(name, value) for name, value in fields if name != "tile"} | {
         ("sides", tile.block_m, tile.block_n),
         ("products", row.kernel, row.target, row.dtype, tile.precision),
         ("loads", row.target, tile.descriptors, row.aligned),
-        ("activation of", row.kernel, row.activation),
+        ("activation", row.kernel, row.activation),
     }
 
 
@@ -175,8 +175,8 @@ def test_the_sample_covers_every_trait() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("row", REST, ids=lambda row: row.id)
-def test_everything(row: Compilation, everything: dict[str, list[dict[str, Any]]]) -> None:
-    check_row(row, *everything[row.id])
+def test_all_kernels(row: Compilation, all_kernels: dict[str, list[dict[str, Any]]]) -> None:
+    check_row(row, *all_kernels[row.id])
 
 
 def check_network(row: NetworkCompilation, readings: list[dict[str, Any]]) -> None:
@@ -189,33 +189,33 @@ def check_network(row: NetworkCompilation, readings: list[dict[str, Any]]) -> No
     pair = ["forward", "dgrad", "wgrad", "sum_partials"]
     stored = ["forward", *(kernel for kernel in kernels if kernel == "stored"), "sum_partials"]
     assert kernels in ((["forward"],) if row.input else (recompute, pair, stored, pair + stored))
-    for actual in readings:
-        assert actual["shared"] <= actual["shared_limit"], actual
-        assert actual["counted"] == 0 or actual["shared"] <= actual["counted"], actual
+    for reading in readings:
+        assert reading["shared"] <= reading["shared_limit"], reading
+        assert reading["counted"] == 0 or reading["shared"] <= reading["counted"], reading
         if row.precision in PRODUCTS_OF_PARTS:
             # If wgrad recomputes gelu, it spills 10 words with tiles of 64 rows and none with 32.
-            assert actual["spills"] <= (16 if actual["kernel"] == "wgrad" else 0), actual
-            assert actual["kernel"] == "sum_partials" or (actual["wgmma"] > 0 and actual["mma"] == 0), actual
-            assert -(-actual["registers"] // 8) * 8 * actual["threads"] <= 65536, actual
+            assert reading["spills"] <= (16 if reading["kernel"] == "wgrad" else 0), reading
+            assert reading["kernel"] == "sum_partials" or (reading["wgmma"] > 0 and reading["mma"] == 0), reading
+            assert -(-reading["registers"] // 8) * 8 * reading["threads"] <= 65536, reading
             # A product of 16 terms and 64 rows is one instruction.
             steps = PRODUCTS_OF_PARTS[row.precision] * row.widths[0] // 16
-            assert actual["kernel"] not in ("forward", "dgrad") or actual["wgmma"] == 4 * steps, actual
+            assert reading["kernel"] not in ("forward", "dgrad") or reading["wgmma"] == 4 * steps, reading
         if row.dtype == "float32":
             continue  # its registers and instructions are reported, not bounded
         widest = max(row.widths[1:] if row.widths[0] > 256 else row.widths)
-        assert actual["spills"] <= spill_limit(row, actual["kernel"], widest), actual
+        assert reading["spills"] <= spill_limit(row, reading["kernel"], widest), reading
         if row.target == "NVIDIA H100" and row.input == row.dtype:
-            assert -(-actual["registers"] // 8) * 8 * actual["threads"] <= 65536, actual  # all programs at once
-        in_one_pass = actual["kernel"] in ("recompute", "stored")
+            assert -(-reading["registers"] // 8) * 8 * reading["threads"] <= 65536, reading  # all programs at once
+        in_one_pass = reading["kernel"] in ("recompute", "stored")
         if row.target == "NVIDIA H100" and in_one_pass and widest >= 64:
             # Sums of rows by 16 rows of ones are mma. Where products are serialised, each wgmma is waited for.
-            assert 0 < actual["waits"] <= 0.35 * actual["wgmma"], actual
-        elif row.target == "NVIDIA H100" and (actual["kernel"] in ("forward", "dgrad") or min(row.widths) >= 64):
-            assert actual["kernel"] == "sum_partials" or (actual["wgmma"] > 0 and actual["mma"] == 0), actual
-        elif row.target == "NVIDIA B200" and actual["kernel"] in ("forward", "dgrad", "stored"):
-            assert actual["tcgen05"] > 0, actual  # where tensor memory overflows, the compiler emits an empty kernel
+            assert 0 < reading["waits"] <= 0.35 * reading["wgmma"], reading
+        elif row.target == "NVIDIA H100" and (reading["kernel"] in ("forward", "dgrad") or min(row.widths) >= 64):
+            assert reading["kernel"] == "sum_partials" or (reading["wgmma"] > 0 and reading["mma"] == 0), reading
+        elif row.target == "NVIDIA B200" and reading["kernel"] in ("forward", "dgrad", "stored"):
+            assert reading["tcgen05"] > 0, reading  # where tensor memory overflows, the compiler emits an empty kernel
         elif row.target == "AMD MI300X":
-            assert actual["kernel"] == "sum_partials" or actual["mfma"] > 0, actual
+            assert reading["kernel"] == "sum_partials" or reading["mfma"] > 0, reading
 
 
 def spill_limit(row: NetworkCompilation, kernel: str, widest: int) -> int:
@@ -240,12 +240,12 @@ def fits(row: NetworkCompilation) -> bool:
 
 
 @pytest.mark.parametrize("row", NETWORKS, ids=lambda row: row.id)
-def test_network_sample(row: NetworkCompilation, network_sample: dict[str, list[dict[str, Any]]]) -> None:
+def test_sampled_networks(row: NetworkCompilation, network_sample: dict[str, list[dict[str, Any]]]) -> None:
     check_network(row, network_sample[row.id])
 
 
 def test_relu_is_part_of_the_rounding(network_sample: dict[str, list[dict[str, Any]]]) -> None:
-    """In the forward of 16-bit networks, except on AMD GPUs and with Dropout."""
+    """A forward in 16 bits rounds and applies relu in one instruction, except on AMD GPUs and with Dropout."""
     rows = [row for row in NETWORKS if row.activation == "relu" and row.dtype != "float32"]
     forwards = [(row, reading) for row in rows for reading in network_sample[row.id] if reading["kernel"] == "forward"]
     assert {(row.target, row.dropout) for row, _ in forwards} == set(itertools.product(TARGETS, (False, True)))

@@ -35,11 +35,11 @@ def test_after_backward_a_graph_holds_no_tensor(path: str, device: str) -> None:
     data = make(Case(), device)
     computed = [tensor * 1 for tensor in (data.x, *data.weights, *data.biases)]
     held = [weakref.ref(tensor) for tensor in computed]
-    of_case = replace(data, x=computed[0], weights=computed[1:3], biases=computed[3:])
-    y = forward(Case(), of_case, path)
+    with_computed = replace(data, x=computed[0], weights=computed[1:3], biases=computed[3:])
+    y = forward(Case(), with_computed, path)
     y.backward(data.dy)
     assert data.weights[0].grad is not None
-    del computed, of_case
+    del computed, with_computed
     assert [ref() for ref in held] == [None] * 5
     assert y.grad_fn is not None
 
@@ -69,12 +69,12 @@ def test_a_network_is_one_launch_forward_and_at_most_three_backward(recompute: b
     with count_launches() as launches:
         gradients(data, y)
     sums = 0 if needs in ("input", "nothing") else 1
-    chain = 0 if needs in ("last layer", "nothing") else 1
+    dgrad = 0 if needs in ("last layer", "nothing") else 1
     if recompute:
-        wanted = {"network_one_pass_kernel": int(needs != "nothing"), "sum_partials_kernel": sums}
+        expected = {"network_one_pass_kernel": int(needs != "nothing"), "sum_partials_kernel": sums}
     else:
-        wanted = {"network_dgrad_kernel": chain, "network_wgrad_kernel": sums, "sum_partials_kernel": sums}
-    assert launches == {name: count for name, count in wanted.items() if count}
+        expected = {"network_dgrad_kernel": dgrad, "network_wgrad_kernel": sums, "sum_partials_kernel": sums}
+    assert launches == {name: count for name, count in expected.items() if count}
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -96,8 +96,8 @@ def test_recompute_decides_what_is_saved(recompute: bool, device: str) -> None:
         def call(data: Data = data, y: list[Tensor] = y) -> None:
             y.append(mlp(data.x, data.weights, data.biases, "gelu", backend="triton", recompute=recompute))
 
-        kept = saved_bytes(data, call)
-        assert kept == 33 * 4 * (widths[0] if recompute else sum(widths[:-1]))
+        size = saved_bytes(data, call)
+        assert size == 33 * 4 * (widths[0] if recompute else sum(widths[:-1]))
         check(case, oracle(case, data), gradients(data, y[0]), by_torch(case, twin))
 
 
@@ -105,18 +105,18 @@ def saved_bytes(data: Data, call: Callable[[], object]) -> int:
     """The bytes that a call saves for backward, without the parameters."""
     tensors = (*data.weights, *(bias for bias in data.biases if bias is not None))
     parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    kept: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = call()
     del y
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -125,13 +125,13 @@ def saved_bytes(data: Data, call: Callable[[], object]) -> int:
 def test_one_tensor_is_saved_per_layer(activation: str, needs: str, path: str, device: str) -> None:
     case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
     data = make(case, device)
-    kept = saved_bytes(data, lambda: forward(case, data, path))
+    size = saved_bytes(data, lambda: forward(case, data, path))
     x, hidden = 32, [48, 16]
     widths = {
         "everything": x + sum(hidden), "parameters": x + sum(hidden), "input": sum(hidden),
         "first layer": x + sum(hidden), "last layer": hidden[-1],
     }[needs]  # fmt: skip
-    assert kept == 64 * widths * 4
+    assert size == 64 * widths * 4
 
 
 @pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("silu", 0.58), ("relu", 1.0), ("tanh", 1.0)])

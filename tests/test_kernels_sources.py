@@ -54,15 +54,15 @@ def write_package(folder: Path, kernel: str = KERNEL, helpers: str = HELPERS) ->
     return folder / "kernel.py", "kernel"
 
 
-def digest(place: sources.Source, precision: str | None = None) -> str:
-    return sources.digest([place], {"PRECISION": precision} if precision else None)
+def digest(source: sources.Source, precision: str | None = None) -> str:
+    return sources.digest([source], {"PRECISION": precision} if precision else None)
 
 
 def test_a_digest_is_the_same_in_every_process_and_under_every_python(tmp_path: Path) -> None:
     """These digests were computed by Python 3.10, 3.11, 3.12 and 3.13."""
-    place = write_package(tmp_path / "a")
-    assert digest(place) == "eed0f23e42886a9e"
-    assert digest(place, "ieee") == "5aaa90df6108504b"
+    source = write_package(tmp_path / "a")
+    assert digest(source) == "eed0f23e42886a9e"
+    assert digest(source, "ieee") == "5aaa90df6108504b"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_branch_ruled_out_by_a_constant_does_not_change_the_digest(tmp_path: P
     b = write_package(tmp_path / "b", KERNEL.replace("value + 1", "value + 2"))  # only bf16x6 calls this
     assert digest(a, "ieee") == digest(b, "ieee")
     assert digest(a, "bf16x6") != digest(b, "bf16x6")
-    several = [sources.digest([each], {"PRECISION": frozenset({"ieee", "tf32"})}) for each in (a, b)]
+    several = [sources.digest([source], {"PRECISION": frozenset({"ieee", "tf32"})}) for source in (a, b)]
     assert several[0] == several[1]
     assert sources.digest([a], {"PRECISION": frozenset({"ieee", "bf16x6"})}) == sources.digest([a])
 
@@ -129,7 +129,7 @@ def test_a_new_branch_does_not_change_other_branches_digests(tmp_path: Path) -> 
     assert digest(a) != digest(b)
 
 
-def test_a_condition_that_a_known_constant_fulfils_leaves_its_body_as_it_was(tmp_path: Path) -> None:
+def test_a_condition_that_a_constant_fulfils_does_not_change_the_digest(tmp_path: Path) -> None:
     """A loop may pass over some of its work in one precision alone."""
     body = KERNEL[KERNEL.index("        if PRECISION") : KERNEL.index("    tl.store")]
     guard = '        if PRECISION != "redo" or is_wanted(x_ptr):\n'
@@ -137,7 +137,7 @@ def test_a_condition_that_a_known_constant_fulfils_leaves_its_body_as_it_was(tmp
     a, b = write_package(tmp_path / "a"), write_package(tmp_path / "b", guarded)
     assert digest(a, "ieee") == digest(b, "ieee")
     assert digest(a, "redo") != digest(b, "redo")
-    several = [sources.digest([each], {"PRECISION": frozenset({"ieee", "tf32"})}) for each in (a, b)]
+    several = [sources.digest([source], {"PRECISION": frozenset({"ieee", "tf32"})}) for source in (a, b)]
     assert several[0] == several[1]
     assert digest(a) != digest(b)
 
@@ -145,8 +145,8 @@ def test_a_condition_that_a_known_constant_fulfils_leaves_its_body_as_it_was(tmp
 def test_a_function_without_a_file_has_no_source() -> None:
     scope: dict[str, object] = {}
     exec("def typed_in(z): return z", scope)
-    place = sources.find_source(scope["typed_in"])
-    assert sources.digest([place]) == sources.digest([])
+    source = sources.find_source(scope["typed_in"])
+    assert sources.digest([source]) == sources.digest([])
     assert sources.find_source(print) is None
 
 
@@ -154,12 +154,14 @@ def test_a_function_without_a_file_has_no_source() -> None:
 def test_every_activations_source_is_found(name: str) -> None:
     activation = ACTIVATIONS[name]
     nothing = sources.digest([])
-    digests = {sources.digest([sources.find_source(each)]) for each in (activation.forward, activation.backward)}
+    digests = {
+        sources.digest([sources.find_source(function)]) for function in (activation.forward, activation.backward)
+    }
     assert len(digests) == 2
     assert nothing not in digests
 
 
-def test_the_kernels_of_modules() -> None:
+def test_kernels_are_listed_by_module() -> None:
     assert [name for _, name in sources.kernels_in("network_forward")] == ["network_forward_kernel"]
     assert {"network_forward_kernel", "network_dgrad_kernel"} <= {name for _, name in sources.kernels_in("network*")}
 
@@ -171,10 +173,10 @@ def test_names_that_a_kernel_calls_are_followed() -> None:
     sources._collect((path, name), (), texts)
     called = {
         node.func.id
-        for each, text in texts.items()
-        for node in ast.walk(sources._names(each[0])[each[1]])
+        for source, text in texts.items()
+        for node in ast.walk(sources._names(source[0])[source[1]])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     parameters = {"FORWARD", "BACKWARD"}
     builtin = {"len", "range", "float"}
-    assert called - parameters - builtin <= {each for _, each in texts}
+    assert called - parameters - builtin <= {name for _, name in texts}

@@ -90,8 +90,8 @@ def rotated(kind: str, case: Case, *others: object, marks: object = ()) -> objec
         dtype=case.dtype,
         parameters=case.parameters,
     )
-    waits = case == plain and case.dtype not in TURNS[kind]
-    return pytest.param(*others, case, marks=pytest.mark.full if waits else marks)
+    deferred = case == plain and case.dtype not in TURNS[kind]
+    return pytest.param(*others, case, marks=pytest.mark.full if deferred else marks)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_forward_and_gradients(path: str, case: Case, device: str, poisoned: Non
     check(case, oracle(case, data), ours, by_torch(case, data))
 
 
-# Rows of 2^p and fewer bits keep every product and sum exact: 8 bits in bf16, 11 in fp16, 24 in fp32.
+# Integers below 2^p, and their products and sums below it, are exact: p is 8 in bf16, 11 in fp16, 24 in fp32.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("activation", ["identity", "relu", "step"])
 @pytest.mark.parametrize("path", PATHS)
@@ -234,11 +234,11 @@ def test_the_network_recomputes_the_bits_of_its_forward(
     assert torch.equal(hidden, again)
 
 
-@pytest.mark.parametrize("of_input", [torch.uint8, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("input_dtype", [torch.uint8, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [20, 300], ids=["held", "streamed"])
 def test_a_network_casts_its_input_in_the_kernel(
-    width: int, dtype: torch.dtype, of_input: torch.dtype, device: str, poisoned: None
+    width: int, dtype: torch.dtype, input_dtype: torch.dtype, device: str, poisoned: None
 ) -> None:
     """The result is that of a cast by torch. On a GPU, the input may also lie in the host's pinned memory."""
     case = Case(100, (width, 32, 17), dtype)
@@ -248,7 +248,7 @@ def test_a_network_casts_its_input_in_the_kernel(
     assert (path.forward_tile.block_k > 0) == (width == 300)
     weights, biases, *_ = zip(*layers)
     random = torch.randn(case.rows, width, dtype=torch.float64)
-    x = random.abs().mul(80).clamp(max=255).to(of_input) if of_input == torch.uint8 else random.to(of_input)
+    x = random.abs().mul(80).clamp(max=255).to(input_dtype) if input_dtype == torch.uint8 else random.to(input_dtype)
 
     def through(x: Tensor) -> Tensor:
         y = torch.empty_like(data.dy)
@@ -257,8 +257,8 @@ def test_a_network_casts_its_input_in_the_kernel(
 
     expected = through(x.to(device, dtype))
     assert expected.isfinite().all()
-    for each in (x.to(device), x.pin_memory()) if device == "cuda" else (x,):
-        torch.testing.assert_close(through(each), expected, rtol=0, atol=0)
+    for placed in (x.to(device), x.pin_memory()) if device == "cuda" else (x,):
+        torch.testing.assert_close(through(placed), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -295,16 +295,16 @@ def test_second_derivatives_equal_torchs(path: str, device: str) -> None:
         case = Case(activation=activation, output_activation="softplus", needs=needs)
         data = make(case, device)
         twin = data.to(torch.float32)
-        actual = []
-        for each, y in (
+        derivatives = []
+        for tensors, y in (
             (data, forward(case, data, path)),
             (twin, reference.mlp(twin.x, twin.weights, twin.biases, case.activations)),
         ):
-            leaves = [leaf for leaf in each.leaves.values() if leaf.requires_grad]
-            first = torch.autograd.grad(y, leaves, each.dy, create_graph=True)
+            leaves = [leaf for leaf in tensors.leaves.values() if leaf.requires_grad]
+            first = torch.autograd.grad(y, leaves, tensors.dy, create_graph=True)
             penalty = sum(gradient.square().sum() for gradient in first)
-            actual.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
-        for ours, torchs in zip(*actual):
+            derivatives.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
+        for ours, torchs in zip(*derivatives):
             torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
 
@@ -316,7 +316,7 @@ def test_second_derivatives_refuse_changed_parameters(path: str, device: str) ->
     with torch.no_grad():
         data.biases[0].add_(1)
     expected = torch.autograd.grad(y, data.weights, data.dy, retain_graph=True)
-    assert all(each.isfinite().all() for each in expected)
+    assert all(gradient.isfinite().all() for gradient in expected)
     with pytest.raises(
         RuntimeError, match="inplace operation: bias 0 is at version 1; the forward computed with version 0"
     ):
@@ -345,7 +345,9 @@ TILES = [
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (65, 33, 40)], ids=str)
-def test_every_kind_of_tile(tile: TileConfig, sizes: tuple[int, int, int], device: str, poisoned: None) -> None:
+def test_every_tile_agrees_with_torch(
+    tile: TileConfig, sizes: tuple[int, int, int], device: str, poisoned: None
+) -> None:
     M, N, K = sizes
     gelu = ACTIVATIONS["gelu"]
     x, weight, bias, dz = (torch.randn(*shape, device=device) for shape in ((M, K), (N, K), (N,), (M, N)))
@@ -387,9 +389,8 @@ def test_offsets_beyond_32_bits(device: str, path: str) -> None:
     assert offset_type(x, weight) is not offset_type(weight)
     y = mlp(x, [weight], None, backend="triton")
     assert torch.equal(y, mlp(x.clone(), [weight], None, backend="triton"))
-    grown = storage.as_strided(
-        (32, 2), (1, gap)
-    )  # the elements of a reduction are far apart, as in a gradient of a transposed layout
+    # The elements of a reduction are far apart, as in a gradient of a transposed layout.
+    grown = storage.as_strided((32, 2), (1, gap))
     dw = torch.empty((2, 16), device=device)
     wgrad(grown, torch.ones((32, 16), dtype=torch.bfloat16, device=device), dw, None, "ieee")
     torch.testing.assert_close(dw, x.float().sum(1, keepdim=True).expand(2, 16))
@@ -405,10 +406,10 @@ def test_gradients_that_are_not_plain_tensors(device: str, path: str) -> None:
     for backend in ("triton", "reference"):
         y = mlp(x, [weight], None, "relu", "gelu", backend=backend)
         sparse = w.relu().to_sparse() if backend == "triton" else w.relu()  # torch's gelu takes no sparse tensor
-        actual = [torch.autograd.grad(y, weight, dy, retain_graph=True)[0] for dy in (negative, sparse)]
-        actual.append(torch.autograd.grad(y, weight, batch, is_grads_batched=True)[0])
-        actual.append(mlp(x, [torch.complex(weight, weight).detach().conj().imag], None, backend="auto"))
-        results.append(actual)
+        outputs = [torch.autograd.grad(y, weight, dy, retain_graph=True)[0] for dy in (negative, sparse)]
+        outputs.append(torch.autograd.grad(y, weight, batch, is_grads_batched=True)[0])
+        outputs.append(mlp(x, [torch.complex(weight, weight).detach().conj().imag], None, backend="auto"))
+        results.append(outputs)
     for ours, torchs in zip(*results):
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
@@ -474,7 +475,7 @@ def test_persistent_programs_take_several_tiles(
 
 @pytest.mark.gpu
 @ROUNDED
-def test_persistent_programs_of_the_rules_tiles_take_several(
+def test_the_rules_persistent_programs_take_several_tiles(
     dtype: torch.dtype, precision: str, device: str, poisoned: None
 ) -> None:
     """The compiler flattens the loop over tiles, so the first loads of a tile overlap the end of the tile before it."""
@@ -488,9 +489,9 @@ def test_persistent_programs_of_the_rules_tiles_take_several(
     case = Case(rows, (width,) * 3, dtype, "gelu", tf32=precision == "tf32")
     torch.backends.cuda.matmul.fp32_precision = precision
     data = make(case, device)
-    x, of_case, _ = find(case, data)
+    x, layers, _ = find(case, data)
     with count_launches() as launches:
-        y = run_layers(x, data.weights, data.biases, find_layers(x, of_case, dtype, "triton"))
+        y = run_layers(x, data.weights, data.biases, find_layers(x, layers, dtype, "triton"))
         ours = gradients(data, y)
     assert launches["layer_forward_kernel"] == launches["dgrad_kernel"] == 2
     check(case, oracle(case, data), ours, by_torch(case, data))
@@ -512,12 +513,12 @@ def test_weight_gradient_over_a_million_rows(dtype: torch.dtype, device: str) ->
     dz, h = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
     dw, db = torch.empty((width, width), dtype=dtype, device=device), torch.empty((width,), dtype=dtype, device=device)
     wgrad(dz, h, dw, db, "ieee")
-    for actual, torchs, true in (
+    for ours, torchs, true in (
         (dw, dz.t() @ h, dz.double().t() @ h.double()),
         (db, dz.sum(0), dz.double().sum(0)),
     ):
         slack = torch.finfo(dtype).eps / 2 * true.abs().max()
-        assert (actual - true).abs().max() <= (torchs - true).abs().max() + slack
+        assert (ours - true).abs().max() <= (torchs - true).abs().max() + slack
 
 
 @pytest.mark.gpu

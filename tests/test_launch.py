@@ -78,7 +78,7 @@ class StandIn:
                         "stream": arguments[3],
                         "function": arguments[4],
                         "metadata": plain(arguments[5]),
-                        "told": arguments[7] is not None,
+                        "hook metadata": arguments[7] is not None,
                         "arguments": plain(arguments[9:]),
                     }
                 )
@@ -114,7 +114,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.data_ptr()
     if isinstance(value, tuple | list):
-        return [plain(each) for each in value]
+        return [plain(element) for element in value]
     return value if value is None or isinstance(value, int | float | str) else f"{type(value).__name__} {id(value)}"
 
 
@@ -189,7 +189,7 @@ def run_on_stand_ins() -> dict[str, Any]:
     torch.cuda.device = lambda device: driver.active.on(device)
     devices.device_of = lambda tensor: dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="a stand-in")
     tables.PACKAGED = Path("none")
-    through = Counter()  # the numbers of launches through Triton and of compilations
+    counts = Counter()  # of launches through Triton and of compilations
     scratch: list[int] = []
 
     def wrap(owner: Any, name: str, after: Callable[..., None]) -> None:
@@ -204,100 +204,102 @@ def run_on_stand_ins() -> dict[str, Any]:
 
     wrap(launch.Launch, "__init__", lambda self, *arguments: setattr(self, "index", driver.active.device))
     wrap(launch.Launch, "allocate", lambda self, size, *arguments: scratch.append(size))
-    wrap(JITFunction, "run", lambda self, *arguments: through.update(["launches"]))
-    wrap(JITFunction, "_do_compile", lambda self, *arguments: through.update([self.__name__]))
+    wrap(JITFunction, "run", lambda self, *arguments: counts.update(["launches"]))
+    wrap(JITFunction, "_do_compile", lambda self, *arguments: counts.update([self.__name__]))
     results: dict[str, Any] = {"launches": {}}
 
     def users_own(size: int, alignment: int, stream: int | None) -> Tensor:
         raise AssertionError("the user's own allocator was asked")
 
     _allocation._allocator.set(users_own)
-    prepared: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    launched: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for name, (call, tensors) in scenarios().items():
-        launched, others = call(*tensors()), tensors()
+        prepared, others = call(*tensors()), tensors()
         by_triton, asked = hopper.noted(call, *others), scratch[:]
         scratch.clear()
-        before = through["launches"]
-        again = hopper.noted(replay, launched, *others)
-        prepared[name] = launched, others
+        before = counts["launches"]
+        replayed = hopper.noted(replay, prepared, *others)
+        launched[name] = prepared, others
         results["launches"][name] = {
             "by Triton": by_triton,
-            "again": again,
-            "through Triton": through["launches"] - before,
-            "scratch": (asked[len(asked) // 2 :], scratch[:]),  # the first half was for `launched`
+            "replayed": replayed,
+            "through Triton": counts["launches"] - before,
+            "scratch": (asked[len(asked) // 2 :], scratch[:]),  # the first half was for `prepared`
         }
         scratch.clear()
     results["the user's allocator is back"] = _allocation._allocator.get() is users_own
 
-    launched, tensors = prepared["forward"]
+    prepared, tensors = launched["forward"]
     with hopper.on(1):
-        results["from another device"] = hopper.noted(replay, launched, *tensors), hopper.device
+        results["from another device"] = hopper.noted(replay, prepared, *tensors), hopper.device
 
-    views = [draw(each.numel() + 1)[1:].view(each.shape) for each in tensors]
+    views = [draw(tensor.numel() + 1)[1:].view(tensor.shape) for tensor in tensors]
     call, _ = scenarios()["forward"]
-    misaligned = [call(*tensors[:at], views[at], *tensors[at + 1 :]) for at in range(len(tensors))]
-    results["misaligned"] = [each is not None for each in misaligned]
+    unaligned_launches = [call(*tensors[:at], views[at], *tensors[at + 1 :]) for at in range(len(tensors))]
+    results["misaligned"] = [result is not None for result in unaligned_launches]
 
     def in_a_thread(seed: int) -> None:
         own = scenarios()["forward"][1]()
         for _ in range(50):
-            replay(launched, *own)
+            replay(prepared, *own)
 
     hopper.calls.clear()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(in_a_thread, range(4)))
     results["threads"] = sorted(Counter(str(call["arguments"]) for call in hopper.calls).values())
 
-    results["steps"] = {path: steps(path, through) for path in ("layer", "chain", "network")}
-    results["chain"] = launcher_calls(hopper, through)
+    results["steps"] = {path: steps(path, counts) for path in ("layer", "run", "network")}
+    results["launcher calls"] = launcher_calls(hopper, counts)
 
     amd = StandIn("hip", "gfx942", 64, 2)  # another device, with its own compiled kernels
     driver.set_active(amd)
     call, tensors = scenarios()["sum_partials"]
-    launched, others = call(*tensors()), tensors()
-    results["AMD"] = {"by Triton": amd.noted(call, *others), "again": amd.noted(replay, launched, *others)}
+    prepared, others = call(*tensors()), tensors()
+    results["AMD"] = {"by Triton": amd.noted(call, *others), "replayed": amd.noted(replay, prepared, *others)}
     return results
 
 
-def steps(path: str, through: Counter[str]) -> list[dict[str, Any]]:
+def steps(path: str, counts: Counter[str]) -> list[dict[str, Any]]:
     """Train with several batch sizes. Returns for each step its compilations and its launches through Triton."""
     widths = (32, 16, 16) if path == "network" else (64, 48, 32)
     weights = [draw(n, k).requires_grad_() for k, n in itertools.pairwise(widths)]
     biases = [draw(n).requires_grad_() for n in widths[1:]]
-    activations = (SILU, GELU) if path == "chain" else (GELU, SILU)  # no other path has compiled these kernels
+    activations = (SILU, GELU) if path == "run" else (GELU, SILU)  # no other path has compiled these kernels
     layers = [Layer(*layer) for layer in zip(weights, biases, activations)]
     results = []
     for rows in (4000, 3999, 4001, 3993, 4000):
-        before = Counter(through)
+        before = Counter(counts)
         x = draw(rows, widths[0])
         if path == "layer":
             bound, autograd.LAUNCH_BOUND = autograd.LAUNCH_BOUND, -1
             y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
             autograd.LAUNCH_BOUND = bound
-        elif path == "chain":
+        elif path == "run":
             y = run_layers(x, weights, biases, find_layers(x, layers, BF16, "triton"))
         else:
             network_path = find_network(x, layers, BF16)
             assert isinstance(network_path, NetworkPath)
             y = run_network(x, tuple(weights), tuple(biases), network_path)
-        forward = through["launches"] - before["launches"]
+        forward = counts["launches"] - before["launches"]
         y.backward(torch.ones_like(y))
-        compiled = through - before
+        compiled = counts - before
         launched = compiled.pop("launches", 0)
         results.append({"rows": rows, "compiled": compiled, "forward": forward, "backward": launched - forward})
     return results
 
 
-def replay(launched: launch.Launch, *tensors: Any) -> None:
+def replay(prepared: launch.Launch, *tensors: Any) -> None:
     """Replay a launch like a schedule does."""
 
-    def pointers(each: Any) -> Any:
-        return tuple(map(pointers, each)) if isinstance(each, tuple) else None if each is None else each.data_ptr()
+    def pointers(operand: Any) -> Any:
+        if isinstance(operand, tuple):
+            return tuple(map(pointers, operand))
+        return None if operand is None else operand.data_ptr()
 
-    Program([(launched, range(len(tensors)))])(tensors, [*map(pointers, tensors)])
+    Program([(prepared, range(len(tensors)))])(tensors, [*map(pointers, tensors)])
 
 
-def launcher_calls(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
+def launcher_calls(hopper: StandIn, counts: Counter[str]) -> dict[str, Any]:
     """The calls of the launcher in a step of all layers at once, kernel by kernel and then as one program.
 
     Also counts the launches of a step that go through Triton while hooks are set, and afterwards.
@@ -321,9 +323,9 @@ def launcher_calls(hopper: StandIn, through: Counter[str]) -> dict[str, Any]:
         hook = getattr(runtime, f"launch_{when}_hook", None)
         if hook is not None:
             hook.add(print)
-        before = through["launches"]
+        before = counts["launches"]
         step()
-        results["through Triton"][when] = through["launches"] - before
+        results["through Triton"][when] = counts["launches"] - before
         if hook is not None:
             hook.remove(print)
     return results
@@ -349,15 +351,15 @@ def results() -> dict[str, Any]:
 def test_a_replayed_launch_passes_the_arguments_of_triton(name: str, results: dict[str, Any]) -> None:
     launched = results["launches"][name]
     assert launched["through Triton"] == 0
-    by_triton, again = launched["by Triton"], launched["again"]
-    assert len(by_triton) == len(again) == 1
-    for ours, theirs in zip(again, by_triton):
-        assert not ours.pop("told")
-        theirs.pop("told")
+    by_triton, replayed = launched["by Triton"], launched["replayed"]
+    assert len(by_triton) == len(replayed) == 1
+    for ours, theirs in zip(replayed, by_triton):
+        assert not ours.pop("hook metadata")
+        theirs.pop("hook metadata")
         assert ours == theirs
         assert ours["stream"] == 70
-    by_triton, again = launched["scratch"]
-    assert by_triton == again
+    by_triton, replayed = launched["scratch"]
+    assert by_triton == replayed
     assert results["launches"]["forward"]["scratch"][1]  # scratch memory for descriptors
 
 
@@ -368,8 +370,8 @@ def test_the_users_scratch_allocator_is_restored(results: dict[str, Any]) -> Non
 
 @pytest.mark.alone
 def test_launch_hooks_fire_on_every_launch(results: dict[str, Any]) -> None:
-    count = len(results["chain"]["one by one"])
-    assert results["chain"]["through Triton"] == {"enter": count, "exit": count, "never": 0}
+    count = len(results["launcher calls"]["one by one"])
+    assert results["launcher calls"]["through Triton"] == {"enter": count, "exit": count, "never": 0}
 
 
 @pytest.mark.alone
@@ -391,12 +393,12 @@ def test_threads_pass_their_own_pointers(results: dict[str, Any]) -> None:
 
 @pytest.mark.alone
 def test_a_launch_is_replayed_on_amd(results: dict[str, Any]) -> None:
-    (ours,), (theirs,) = results["AMD"]["again"], results["AMD"]["by Triton"]
-    assert {**ours, "told": True} == {**theirs, "told": True}
+    (ours,), (theirs,) = results["AMD"]["replayed"], results["AMD"]["by Triton"]
+    assert {**ours, "hook metadata": True} == {**theirs, "hook metadata": True}
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("path", ["layer", "chain", "network"])
+@pytest.mark.parametrize("path", ["layer", "run", "network"])
 def test_another_number_of_rows_compiles_nothing(path: str, results: dict[str, Any]) -> None:
     first, *others, last = results["steps"][path]
     assert len(first["compiled"]) >= 3
@@ -414,12 +416,12 @@ def test_a_program_passes_the_arguments_of_its_launches(results: dict[str, Any])
             return list(map(but_for_pointers, value))
         return "pointer" if isinstance(value, int) and value > 2**40 else value
 
-    one_by_one, as_program = results["chain"]["one by one"], results["chain"]["as a program"]
+    one_by_one, as_program = results["launcher calls"]["one by one"], results["launcher calls"]["as a program"]
     assert len(one_by_one) == len(as_program) >= 2 + 1 + 2 + 2 + 1  # at least one weight gradient is split
-    assert any(call["told"] for call in one_by_one)
+    assert any(call["hook metadata"] for call in one_by_one)
     for ours, theirs in zip(as_program, one_by_one):
-        assert not ours.pop("told")
-        theirs.pop("told")
+        assert not ours.pop("hook metadata")
+        theirs.pop("hook metadata")
         assert but_for_pointers(list(ours.values())) == but_for_pointers(list(theirs.values()))
 
 
@@ -456,8 +458,8 @@ def test_first_launches_do_not_overlap() -> None:
         assert kernel.begun.wait(10)
         time.sleep(0.1)  # time for the second launch to begin
         kernel.done.set()
-        for each in launched:
-            each.result()
+        for future in launched:
+            future.result()
     assert kernel.most == 1
 
 
@@ -466,9 +468,9 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other() -> None:
     x = torch.zeros(4)
 
     def replay(_: int) -> None:
-        launched = make_launch(kernel)
-        launched.run = lambda *arguments: together.wait(10)  # raises unless the other replay waits here too
-        Program([(launched, (0,))])([x], [x.data_ptr()])
+        prepared = make_launch(kernel)
+        prepared.run = lambda *arguments: together.wait(10)  # raises unless the other replay waits here too
+        Program([(prepared, (0,))])([x], [x.data_ptr()])
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(make_launch(kernel).through_triton, [x])
@@ -500,7 +502,7 @@ def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: s
 
 
 def test_a_backward_reads_the_strides_that_hooks_gave_a_bias(device: str) -> None:
-    """The first backward had a contiguous bias."""
+    """The first backward of the test sees a contiguous bias, and the second one a strided bias."""
     weights = [(torch.randn(n, k, device=device) / 4).requires_grad_() for k, n in ((20, 16), (16, 16))]
     biases = [torch.randn(16, device=device).requires_grad_() for _ in range(2)]
     x = torch.randn(23, 20, device=device)

@@ -15,9 +15,7 @@ from mlp_fused import ACTIVATIONS, FusedMLP, mlp, reference
 from mlp_fused.engine import section
 from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.kernels import (
-    launch,
-)
+from mlp_fused.kernels import launch
 from mlp_fused.reference import Layer
 
 
@@ -43,7 +41,7 @@ def parameters(model: FusedMLP) -> tuple[list[Tensor], list[Tensor | None]]:
 def check(y: Tensor, x: Tensor, weights: Any, biases: Any, *activations: Any) -> None:
     """Assert that y = mlp(x) and its gradients equal those of plain torch."""
     expected = reference.mlp(x, weights, biases, activations)
-    leaves = [each for each in (x, *weights, *biases) if each is not None and each.requires_grad]
+    leaves = [tensor for tensor in (x, *weights, *biases) if tensor is not None and tensor.requires_grad]
     close = {"rtol": 1e-4, "atol": 1e-4} if y.dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
     torch.testing.assert_close(y, expected, **close)
     for ours, theirs in zip(gradients(y, leaves), gradients(expected, leaves), strict=True):
@@ -95,22 +93,23 @@ def test_models_of_the_same_shapes_share_only_equal_launches(path: str, device: 
     """The models share widths and compute dtype, but differ in the parameters' dtypes or lack some biases."""
     x = torch.randn(9, 12, device=device)
     forms = [(torch.float32, torch.float32), (BF16, BF16), (torch.float32, BF16), (BF16, torch.float32), (BF16, None)]
-    for of_weights, of_biases in (*forms, *forms[:2]):
+    for weight_dtype, bias_dtype in (*forms, *forms[:2]):
         weights = [
-            (torch.randn(n, k, device=device) / 5).to(of_weights).requires_grad_() for k, n in ((12, 16), (16, 8))
+            (torch.randn(n, k, device=device) / 5).to(weight_dtype).requires_grad_() for k, n in ((12, 16), (16, 8))
         ]
         biases = [
-            None if of_biases is None else torch.randn(n, device=device).to(of_biases).requires_grad_() for n in (16, 8)
+            None if bias_dtype is None else torch.randn(n, device=device).to(bias_dtype).requires_grad_()
+            for n in (16, 8)
         ]
         with torch.autocast(device, BF16):
-            y = mlp(x.to(of_weights), weights, biases, "gelu", "silu", backend="triton")
+            y = mlp(x.to(weight_dtype), weights, biases, "gelu", "silu", backend="triton")
         assert y.dtype == BF16
 
         def rounded(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(BF16)
 
         expected = reference.mlp(x.to(BF16), [w.to(BF16) for w in weights], [rounded(b) for b in biases], [GELU, SILU])
-        leaves = [each for each in (*weights, *biases) if each is not None]
+        leaves = [tensor for tensor in (*weights, *biases) if tensor is not None]
         torch.testing.assert_close(y, expected, rtol=3e-2, atol=6e-2)
         for ours, theirs in zip(gradients(y, leaves), gradients(expected, leaves), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=0.3)
@@ -170,7 +169,7 @@ def test_the_number_of_cached_schedules_is_bounded(
 
 
 def test_threads_share_a_model(path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in the interpreter, whose grid and `tl` are global: it runs one kernel at a time."""
+    """The interpreter runs one kernel at a time, because its grid and `tl` are global."""
     monkeypatch.setattr(section, "MOST_CACHED", 3)
     model = FusedMLP(12, [16, 7], activation_layer="gelu", backend="triton", device=device)
     data = [torch.randn(rows, 12, device=device) for rows in (14, 5, 16)]
@@ -181,12 +180,12 @@ def test_threads_share_a_model(path: str, device: str, monkeypatch: pytest.Monke
             check(model(x), x, *parameters(model), GELU, IDENTITY)
 
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(train, turn) for turn in range(4)]:
-            done.result()
+        for future in [pool.submit(train, turn) for turn in range(4)]:
+            future.result()
 
 
 @pytest.mark.parametrize(("needs_x", "output"), [(False, None), (True, None), (True, "relu"), (False, "gelu")])
-def test_three_layers_take_nine_launches(needs_x: bool, output: str | None, device: str) -> None:
+def test_three_layers_take_one_launch_per_product(needs_x: bool, output: str | None, device: str) -> None:
     model = FusedMLP(12, [16, 24, 8], None, "gelu", output_activation=output, backend="triton", device=device)
     x = torch.randn(33, 12, device=device, requires_grad=needs_x)
     weights, biases = parameters(model)

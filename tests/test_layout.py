@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from readme import READMES, ROOT, links, read_manual
+from readme import READMES, ROOT, links, readme_text
 
 # From the bottom to the top: a module imports from its own area and from those before it.
 AREAS: dict[str, tuple[str, ...]] = {
@@ -46,7 +46,7 @@ LONGER = {"kernels/activations.py": "the table of activations, each with its two
 
 
 def tracked(*patterns: str) -> list[str]:
-    """The files that git has, by their paths in the project."""
+    """The files that git tracks, by their paths in the project."""
     listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
     return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
@@ -91,11 +91,11 @@ def graph() -> dict[str, set[str]]:
 
 
 def test_there_are_no_circular_imports() -> None:
-    left = {name: set(targets) for name, targets in graph().items()}
-    while ready := [name for name, targets in left.items() if not targets & left.keys()]:
+    remaining = {name: set(targets) for name, targets in graph().items()}
+    while ready := [name for name, targets in remaining.items() if not targets & remaining.keys()]:
         for name in ready:
-            del left[name]
-    assert left == {}
+            del remaining[name]
+    assert remaining == {}
 
 
 def area(name: str) -> int:
@@ -119,7 +119,7 @@ def test_the_engine_points_one_way() -> None:
     assert upward == []
 
 
-def test_commands_know_nothing_of_each_other() -> None:
+def test_commands_do_not_import_each_other() -> None:
     commands = AREAS["commands"]
     assert [
         f"{name} -> {target}"
@@ -148,7 +148,7 @@ assert callable(transfer.measure) and callable(train) and callable(tune)
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
-    """The distribution of a kind, "sdist" or "wheel", that setuptools builds of a source folder."""
+    """The distribution of a kind, "sdist" or "wheel", that setuptools builds from a source folder."""
     script = f"from setuptools import build_meta; import sys; build_meta.build_{kind}(sys.argv[1])"
     subprocess.run([sys.executable, "-c", script, str(folder)], cwd=source, check=True, capture_output=True)
     return next(folder.glob("*.whl" if kind == "wheel" else "*.tar.gz"))
@@ -156,7 +156,7 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in a source distribution that is built of the files that git has."""
+    """The folder in a source distribution that is built from the files that git tracks."""
     folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
     for name in tracked():
@@ -173,13 +173,13 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel that is built of the source distribution."""
+    """A wheel that is built from the source distribution."""
     return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.parametrize("name", READMES)
 def test_the_sdist_holds_the_readmes_and_the_targets_of_their_links(name: str, unpacked: Path) -> None:
-    assert (unpacked / name).read_text() == read_manual(name)
+    assert (unpacked / name).read_text() == readme_text(name)
     for link in links(name):
         if not link.startswith("https://"):
             assert ((unpacked / name).parent / link.partition("#")[0]).exists(), link
@@ -275,22 +275,25 @@ def unannotated(tree: ast.AST) -> list[str]:
     """The arguments and returns without an annotation, "function(argument)" or "function ->"."""
     missing = []
     for function, is_method in host_functions(tree):
-        given = function.args
-        arguments = [*given.posonlyargs, *given.args]
+        signature = function.args
+        arguments = [*signature.posonlyargs, *signature.args]
         if is_method and "staticmethod" not in map(ast.unparse, function.decorator_list):
             del arguments[0]  # self or cls
-        arguments += [*given.kwonlyargs, *(argument for argument in (given.vararg, given.kwarg) if argument)]
+        arguments += [
+            *signature.kwonlyargs,
+            *(argument for argument in (signature.vararg, signature.kwarg) if argument),
+        ]
         missing += [f"{function.name}({argument.arg})" for argument in arguments if argument.annotation is None]
         missing += [f"{function.name} ->"] * (function.returns is None)
     return missing
 
 
 def test_every_kernel_modules_host_functions_are_annotated() -> None:
-    """Type checking of these modules leaves out the codes that would report them, because kernels have no types."""
+    """mypy does not report missing annotations in these modules, because kernels have none."""
     missing = {
-        name: actual
+        name: functions
         for name, path in modules().items()
-        if name.startswith("mlp_fused.kernels") and (actual := unannotated(ast.parse(path.read_text())))
+        if name.startswith("mlp_fused.kernels") and (functions := unannotated(ast.parse(path.read_text())))
     }
     assert missing == {}
 

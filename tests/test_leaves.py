@@ -106,20 +106,20 @@ def batches() -> st.SearchStrategy[Any]:
     return st.recursive(st.one_of(tensors(), other), containers, max_leaves=8)
 
 
-def same(actual: Any, wanted: Any) -> bool:
+def same(actual: Any, expected: Any) -> bool:
     """True if types, keys, values and memory layouts are equal."""
-    if isinstance(wanted, Tensor):
-        strides = actual.stride() == torch.empty_like(wanted).stride()
-        return type(actual) is type(wanted) and equal(actual, wanted) and strides
-    if type(actual) is not type(wanted):
+    if isinstance(expected, Tensor):
+        strides = actual.stride() == torch.empty_like(expected).stride()
+        return type(actual) is type(expected) and equal(actual, expected) and strides
+    if type(actual) is not type(expected):
         return False
-    if isinstance(wanted, collections.abc.Mapping):
-        return list(actual) == list(wanted) and all(same(actual[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, Record):
-        return same(actual.x, wanted.x) and actual.note == wanted.note and actual.rest is None
-    if isinstance(wanted, collections.abc.Sequence) and not isinstance(wanted, str | bytes):
-        return len(actual) == len(wanted) and all(map(same, actual, wanted))
-    return bool(actual == wanted)
+    if isinstance(expected, collections.abc.Mapping):
+        return list(actual) == list(expected) and all(same(actual[key], expected[key]) for key in expected)
+    if isinstance(expected, Record):
+        return same(actual.x, expected.x) and actual.note == expected.note and actual.rest is None
+    if isinstance(expected, collections.abc.Sequence) and not isinstance(expected, str | bytes):
+        return len(actual) == len(expected) and all(map(same, actual, expected))
+    return bool(actual == expected)
 
 
 @given(st.lists(batches(), max_size=5), st.integers(1, 3))
@@ -129,11 +129,11 @@ def test_batches_arrive_as_the_loader_made_them(loader: list[Any], depth: int) -
     prefetcher = prefetch(loader, streams, depth)
     for _ in range(2):
         count = 0
-        for actual, wanted in zip(prefetcher, loader, strict=True):
+        for actual, expected in zip(prefetcher, loader, strict=True):
             streams.drain("consumer")
-            assert same(actual, wanted)
+            assert same(actual, expected)
             assert all(streams.is_here(leaf) for leaf in leaves(actual))
-            assert not any(streams.is_here(leaf) for leaf in leaves(wanted)), "the loader's own batch was changed"
+            assert not any(streams.is_here(leaf) for leaf in leaves(expected)), "the loader's own batch was changed"
             count += 1
         assert count == len(loader) == len(prefetcher)
 
@@ -197,11 +197,11 @@ def test_objects_that_move_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Streams, "keep", lambda _, moved, stream: moved.record_stream(stream))
     streams = Streams(LATE["late copies"])
     log: list[str] = []
-    actual = iter(prefetch([[Moves(log)], [MovesAhead(log)]], streams))
-    assert isinstance(next(actual)[0], Moves)
+    arrived = iter(prefetch([[Moves(log)], [MovesAhead(log)]], streams))
+    assert isinstance(next(arrived)[0], Moves)
     assert log == ["pin_memory", "to cpu, non_blocking", "to cpu"]  # the second batch is copied ahead
     log.clear()
-    assert isinstance(next(actual)[0], MovesAhead)
+    assert isinstance(next(arrived)[0], MovesAhead)
     assert log == ["record_stream"]
 
 

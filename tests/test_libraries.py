@@ -48,7 +48,7 @@ def results(network: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), leaves)]
 
 
-def agree(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
+def assert_agree(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
     for mine, other in zip(results(ours, x), results(theirs, x), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
@@ -85,14 +85,14 @@ def test_torchao_float8_training(emulate: bool, backend: str, device: str) -> No
 
     ours, theirs = pair(backend, device)
     x = rows(device)
-    agree(ours, theirs, x)
+    assert_agree(ours, theirs, x)
     before = theirs(x)
     config = Float8LinearConfig(emulate=emulate)
     ours, theirs = (convert_to_float8_training(network, config=config) for network in (ours, theirs))
     assert type(ours[0]) is FusedLinear
     assert type(ours[0].linear) is type(theirs[0]) is not nn.Linear
     for _ in range(2):
-        agree(ours, theirs, x)
+        assert_agree(ours, theirs, x)
     assert not torch.allclose(ours(x), before)
 
 
@@ -124,7 +124,7 @@ def test_torchao_quantisation_aware_training(how: str, backend: str, device: str
 
     ours, theirs = pair(backend, device)
     x = rows(device)
-    agree(ours, theirs, x)
+    assert_agree(ours, theirs, x)
     before = theirs(x)
     prepare, convert = fake_quantised()[how]()
     for network in (ours, theirs):
@@ -135,7 +135,7 @@ def test_torchao_quantisation_aware_training(how: str, backend: str, device: str
             network(x).square().mean().backward()
             optimizer.step()
     assert type(ours[0].linear) is type(theirs[0]) is not nn.Linear
-    agree(ours, theirs, x)
+    assert_agree(ours, theirs, x)
     assert not torch.allclose(ours(x), before)
     if convert is not None:
         for network in (ours, theirs):
@@ -175,13 +175,15 @@ def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, ba
 
     networks = pair(backend, device)
     x = rows(device)
-    agree(*networks, x)
+    assert_agree(*networks, x)
     before = networks[1](x)
-    actual = []
+    outputs = []
     for network, named in zip(networks, (ours_named, theirs_named)):
         torch.manual_seed(3)
         adapted = get_peft_model(network, LoraConfig(r=4, target_modules=named, init_lora_weights=False))
-        optimizer = torch.optim.SGD((each for each in adapted.parameters() if each.requires_grad), lr=0.1)
+        optimizer = torch.optim.SGD(
+            (parameter for parameter in adapted.parameters() if parameter.requires_grad), lr=0.1
+        )
         for _ in range(2):
             optimizer.zero_grad()
             adapted(x).square().mean().backward()
@@ -194,10 +196,10 @@ def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, ba
             disabled = adapted(x)
         whole = adapted.merge_and_unload()
         assert whole is network
-        actual.append([unmerged, merged, adapted(x), disabled, whole(x)])
-    for mine, other in zip(*actual, strict=True):
+        outputs.append([unmerged, merged, adapted(x), disabled, whole(x)])
+    for mine, other in zip(*outputs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    unmerged, merged, _, disabled, unloaded = actual[0]
+    unmerged, merged, _, disabled, unloaded = outputs[0]
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unloaded, unmerged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(disabled, before, rtol=1e-4, atol=1e-5)

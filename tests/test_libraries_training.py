@@ -1,6 +1,6 @@
 """Libraries that bring the training loop: a FusedMLP in Lightning and in skorch beside the plain twin.
 
-On the reference path the numbers are the twin's bit for bit (on a CPU), on the kernels they differ by rounding.
+On the reference path on a CPU, the numbers equal the twin's bit for bit. With the kernels they differ by rounding.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def networks(backend: Any, dropout: float = 0.0) -> tuple[nn.Module, nn.Sequenti
 
 
 def assert_same_numbers(fused: nn.Module, twin: nn.Module, exact: bool, tolerance: float = 2e-5) -> None:
-    of_twin = twin.state_dict()
+    twin_state = twin.state_dict()
     for name, value in fused.state_dict().items():
-        assert torch.equal(value, of_twin[name]) if exact else torch.allclose(value, of_twin[name], atol=tolerance), (
-            name
-        )
+        assert (
+            torch.equal(value, twin_state[name]) if exact else torch.allclose(value, twin_state[name], atol=tolerance)
+        ), name
 
 
 @pytest.fixture
@@ -103,33 +103,33 @@ def test_lightning(lightning: Any, device: str, backend: str, tmp_path: Path, op
     trained = []
     for network in networks(backend):
         module = lightning_module(lightning, network)
-        fit = trainer(lightning, device, tmp_path, **options)
-        fit.fit(module, loader(), loader())
-        metrics = dict(fit.callback_metrics)
-        trained.append((network, metrics, torch.cat(fit.predict(module, loader()))))
-    (fused, metrics, outputs), (twin, metrics_of_twin, outputs_of_twin) = trained
+        fitter = trainer(lightning, device, tmp_path, **options)
+        fitter.fit(module, loader(), loader())
+        metrics = dict(fitter.callback_metrics)
+        trained.append((network, metrics, torch.cat(fitter.predict(module, loader()))))
+    (fused, metrics, outputs), (twin, twin_metrics, twin_outputs) = trained
     tolerance = 2e-2 if "precision" in options else 2e-5
     assert_same_numbers(fused.cpu(), twin.cpu(), backend == "reference" and device == "cpu", tolerance)
-    assert torch.allclose(outputs.float(), outputs_of_twin.float(), atol=3 * tolerance)
-    assert metrics["loss"].item() == pytest.approx(metrics_of_twin["loss"].item(), abs=tolerance)
-    assert metrics["accuracy"].item() == pytest.approx(metrics_of_twin["accuracy"].item(), abs=0.05)
+    assert torch.allclose(outputs.float(), twin_outputs.float(), atol=3 * tolerance)
+    assert metrics["loss"].item() == pytest.approx(twin_metrics["loss"].item(), abs=tolerance)
+    assert metrics["accuracy"].item() == pytest.approx(twin_metrics["accuracy"].item(), abs=0.05)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lightnings_checkpoint_loads_into_the_twin(lightning: Any, device: str, backend: str, tmp_path: Path) -> None:
     fused, twin = networks(backend)
-    fit = trainer(lightning, device, tmp_path)
-    fit.fit(lightning_module(lightning, fused), loader())
-    fit.save_checkpoint(tmp_path / "run.ckpt")
-    of_twin = lightning_module(lightning, twin)
-    goes_on = trainer(lightning, device, tmp_path)
-    goes_on.fit_loop.max_epochs = 3
-    goes_on.fit(of_twin, loader(), ckpt_path=tmp_path / "run.ckpt")
-    again = trainer(lightning, device, tmp_path)
-    again.fit_loop.max_epochs = 3
+    fitter = trainer(lightning, device, tmp_path)
+    fitter.fit(lightning_module(lightning, fused), loader())
+    fitter.save_checkpoint(tmp_path / "run.ckpt")
+    twin_module = lightning_module(lightning, twin)
+    twin_trainer = trainer(lightning, device, tmp_path)
+    twin_trainer.fit_loop.max_epochs = 3
+    twin_trainer.fit(twin_module, loader(), ckpt_path=tmp_path / "run.ckpt")
+    fused_trainer = trainer(lightning, device, tmp_path)
+    fused_trainer.fit_loop.max_epochs = 3
     resumed = networks(backend)[0]
-    again.fit(lightning_module(lightning, resumed), loader(), ckpt_path=tmp_path / "run.ckpt")
+    fused_trainer.fit(lightning_module(lightning, resumed), loader(), ckpt_path=tmp_path / "run.ckpt")
     assert not torch.equal(twin[0].weight.cpu(), fused[0].weight.cpu())  # training continued
     assert_same_numbers(resumed.cpu(), twin.cpu(), backend == "reference" and device == "cpu")
 
@@ -143,7 +143,7 @@ class Plain(nn.Sequential):
 
 def skorch_classifiers(device: str, backend: str) -> list[Any]:
     skorch = load("skorch")
-    told = {
+    options = {
         "criterion": nn.CrossEntropyLoss,
         "optimizer": torch.optim.Adam,
         "lr": 0.01,
@@ -154,8 +154,8 @@ def skorch_classifiers(device: str, backend: str) -> list[Any]:
     }
     fused = {"in_channels": 12, "hidden_channels": [16, 16, 3], "activation_layer": "gelu", "backend": backend}
     return [
-        skorch.NeuralNetClassifier(FusedMLP, **{f"module__{name}": value for name, value in fused.items()}, **told),
-        skorch.NeuralNetClassifier(Plain, module__backend=backend, **told),
+        skorch.NeuralNetClassifier(FusedMLP, **{f"module__{name}": value for name, value in fused.items()}, **options),
+        skorch.NeuralNetClassifier(Plain, module__backend=backend, **options),
     ]
 
 

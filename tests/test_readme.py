@@ -6,18 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-from readme import BLOCK, READMES, ROOT, anchors, links, read_manual, readme, run_python
+from readme import BLOCK, READMES, ROOT, anchors, links, readme, readme_text, run_python
 from test_convert import MODELS
 
 from mlp_fused import ACTIVATIONS, PATTERNS
 
 
 def test_the_first_readme_has_at_most_150_lines() -> None:
-    assert len(read_manual("README.md").splitlines()) <= 150
+    assert len(readme_text("README.md").splitlines()) <= 150
 
 
 def test_the_first_readme_has_a_picture_with_alt_text() -> None:
-    pictures = re.findall(r'<img src="([^"]+)" alt="([^"]+)">', read_manual("README.md"))
+    pictures = re.findall(r'<img src="([^"]+)" alt="([^"]+)">', readme_text("README.md"))
     assert pictures
     for file, alt in pictures:
         assert (ROOT / file).is_file()
@@ -29,7 +29,7 @@ def test_the_first_readme_leads_to_the_others() -> None:
 
 
 def test_the_first_readme_shows_what_its_four_snippets_print() -> None:
-    shown = [block["code"] for block in BLOCK.finditer(read_manual("README.md")) if block["output"]]
+    shown = [block["code"] for block in BLOCK.finditer(readme_text("README.md")) if block["output"]]
     assert len(shown) == 4
     for code, call in zip(shown, ("FusedMLP(", "from_sequential(", "fuse(", "explain(")):
         assert call in code
@@ -40,7 +40,7 @@ def test_the_first_readme_shows_what_its_four_snippets_print() -> None:
 def test_python_prints_the_shown_output(name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    blocks = list(BLOCK.finditer(read_manual(name)))
+    blocks = list(BLOCK.finditer(readme_text(name)))
     assert blocks
     for block, output in zip(blocks, run_python(name), strict=True):
         assert block["output"] in (None, output), "python tests/readme.py writes the outputs"
@@ -59,8 +59,8 @@ def test_links_lead_to_files_and_headings(name: str) -> None:
 
 @pytest.mark.parametrize("name", READMES)
 def test_named_files_exist(name: str) -> None:
-    """Check every path with a folder that stands in backticks, such as `tests/cases.py`."""
-    for path in re.findall(r"`((?:kernels|mlp_fused|bench|tests|\.ci)/[\w./]+)`", read_manual(name)):
+    """A path with a folder, in backticks, such as `kernels/tile.py`."""
+    for path in re.findall(r"`((?:kernels|mlp_fused|bench|tests|\.ci)/[\w./]+)`", readme_text(name)):
         assert (ROOT / path).exists(), path
 
 

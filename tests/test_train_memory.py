@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from out_of_memory import TORCHS, at, run_out
+from out_of_memory import TORCHS, on_call, run_out
 from torch import nn
 
 from mlp_fused import memory
@@ -40,10 +40,10 @@ def config(tmp_path: Path) -> Config:
 
 # Changes of the network that make one phase of the second epoch run out of memory.
 PHASES: dict[str, Callable[[nn.Module], object]] = {
-    "forward": lambda model: model.register_forward_hook(at(7)),  # an epoch calls the network 4 + 1 times
-    "backward": lambda model: model[0].weight.register_hook(at(6)),
-    "optimizer": lambda model: model[0].weight.register_post_accumulate_grad_hook(at(6)),
-    "validation": lambda model: model.register_forward_hook(at(10)),
+    "forward": lambda model: model.register_forward_hook(on_call(7)),  # an epoch calls the network 4 + 1 times
+    "backward": lambda model: model[0].weight.register_hook(on_call(6)),
+    "optimizer": lambda model: model[0].weight.register_post_accumulate_grad_hook(on_call(6)),
+    "validation": lambda model: model.register_forward_hook(on_call(10)),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_tuning import CPU, DIMS, FAST, PRODUCTS, SLOW, Clock, path, run, watch_ways
+from simulated_tuning import CPU, DIMS, FAST, PRODUCTS, SLOW, Clock, path, run, tuning_clock
 
 from mlp_fused.compiling import Compilers, NotYetError
 from mlp_fused.engine import table_files
@@ -26,11 +26,11 @@ from mlp_fused.tune.tuner import tune
 
 @pytest.fixture
 def clock() -> Clock:
-    return watch_ways()
+    return tuning_clock()
 
 
 def test_the_time_is_shared_and_missing_readings_are_reported(clock: Clock, measured: Path) -> None:
-    clock.each = 10.0
+    clock.reading_seconds = 10.0
     table, messages = run(clock, dataclasses.replace(DIMS, minutes=2.0))
     # 120 s over 6 products are 20 s each, which torch and the first tile take.
     assert clock.timed == ["torch", SLOW] * PRODUCTS
@@ -54,7 +54,7 @@ def test_the_time_is_shared_and_missing_readings_are_reported(clock: Clock, meas
 
 def test_time_that_a_product_saves_goes_to_others(clock: Clock, measured: Path) -> None:
     """A product that ends early leaves its time to the rest. A slow one takes time from them."""
-    clock.each = 0.0
+    clock.reading_seconds = 0.0
     run(clock, dataclasses.replace(DIMS, minutes=0.01))
     assert clock.timed == ["torch", SLOW, FAST] * PRODUCTS
 
@@ -119,7 +119,7 @@ def test_tiles_not_compiled_in_time_are_not_measured(clock: Clock, measured: Pat
 
 def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, measured: Path) -> None:
     run(clock)
-    clock.each = 10.0
+    clock.reading_seconds = 10.0
     clock.timed.clear()
     table, _ = run(clock, dataclasses.replace(DIMS, minutes=2.0))
     assert clock.timed == ["torch", FAST] * PRODUCTS  # there was time for one tile each

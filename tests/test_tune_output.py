@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from simulated_tuning import BROKEN, DIMS, FAST, PRODUCTS, SLOW, Clock, only, path, run, watch_ways
+from simulated_tuning import BROKEN, DIMS, FAST, PRODUCTS, SLOW, Clock, only, path, run, tuning_clock
 from table_rows import FORWARD, NARROW, OTHER, TILE, install, problem, table
 
 from bench import fit
@@ -22,7 +22,7 @@ from mlp_fused.tune.tasks import Whole
 
 @pytest.fixture
 def clock() -> Clock:
-    return watch_ways()
+    return tuning_clock()
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_readings_survive_a_killed_process(clock: Clock, config: Config) -> None
     class KilledError(BaseException):
         """A stand-in for a kill, which no code can handle."""
 
-    clock.each = output.READINGS_EVERY / 4
+    clock.reading_seconds = output.READINGS_EVERY / 4
 
     def killed(call: object) -> float:
         if len(clock.timed) == 9:

@@ -27,7 +27,7 @@ from simulated_tuning import (
     only,
     path,
     run,
-    watch_ways,
+    tuning_clock,
     watched,
 )
 
@@ -47,7 +47,7 @@ from mlp_fused.tune.tuner import tune
 
 @pytest.fixture
 def clock() -> Clock:
-    return watch_ways()
+    return tuning_clock()
 
 
 def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> None:
@@ -241,7 +241,7 @@ def test_rows_of_older_kernels_are_measured_before_current_ones(clock: Clock, me
     *others, last = table.gemms
     older = dataclasses.replace(last, kernel="0" * 16)
     table_files.write(path(), dataclasses.replace(table, gemms=(*others, older)))
-    clock.each = 10.0
+    clock.reading_seconds = 10.0
     clock.timed.clear()
     table, messages = run(clock, dataclasses.replace(DIMS, minutes=0.5))
     assert "problems were not measured, from" in messages

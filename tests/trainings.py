@@ -34,7 +34,7 @@ def write_data(folder: Path) -> str:
 
 
 def quiet(text: str) -> None:
-    """A report that nobody reads."""
+    """Discard a report."""
 
 
 def run(config: Config, **changes: Any) -> loop.Result:

@@ -1,4 +1,4 @@
-"""A program that has to work where Triton cannot be imported, as on Windows and macOS.
+"""Tests that have to pass where Triton cannot be imported, as on Windows and macOS.
 
 test_without_triton.py runs these tests, in a process in which the import of Triton fails. No other run collects them.
 """
@@ -46,7 +46,7 @@ def test_triton_is_blocked() -> None:
 
 
 @pytest.mark.parametrize("recompute", [None, True])
-def test_a_network_is_its_twin(recompute: bool | None) -> None:
+def test_a_network_equals_its_twin(recompute: bool | None) -> None:
     model = FusedMLP(6, [8, 8, 3], activation_layer="gelu", recompute=recompute)
     twin = nn.Sequential(*copy.deepcopy(list(model)))
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -57,7 +57,7 @@ def test_a_network_is_its_twin(recompute: bool | None) -> None:
     assert model.warmup(16) >= 0
 
 
-def test_a_layer_is_its_twin() -> None:
+def test_a_layer_equals_its_twin() -> None:
     layer = FusedLinear(6, 4, activation="silu")
     assert_same(layer, nn.Sequential(copy.deepcopy(layer.linear), nn.SiLU()), torch.randn(5, 6))
 
@@ -119,8 +119,8 @@ def fuse_for_triton() -> nn.Module:
     return model
 
 
-def test_an_activation_is_its_reference() -> None:
-    """The two functions in Triton cannot be compiled here, so any function may replace them."""
+def test_an_activation_equals_its_reference() -> None:
+    """The two functions in Triton cannot be compiled here, so None replaces them."""
     register_activation("gaussian", None, None, reference=lambda z: torch.exp(-z * z))
     model = FusedMLP(6, [8, 3], activation_layer="gaussian")
     x = torch.randn(5, 6)
@@ -156,6 +156,6 @@ def test_train_then_predict(
     assert capsys.readouterr().err == f"mlp-fused: the backend is triton, but {WHY_NO_TRITON}\n"
 
 
-def test_tune_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_without_triton_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("tune") != 0
     assert capsys.readouterr().err.startswith("mlp-fused: ")

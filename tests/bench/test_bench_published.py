@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from readme import READMES, read_manual, readme
+from readme import READMES, readme, readme_text
 
 from bench import published, report
 from bench.results import load
@@ -210,7 +210,7 @@ def test_a_file_has_figures_and_sections_for_its_readings() -> None:
 # The READMEs
 
 
-TEXTS = {name: read_manual(name) for name in READMES}
+TEXTS = {name: readme_text(name) for name in READMES}
 
 
 def test_the_readmes_block_of_results_is_generated_from_the_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,8 +134,9 @@ def prefers_planes(problem: Problem, tile: TileConfig, device: Device, rates: Ra
 def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | None:
     """The reason to leave an unmeasured product to torch; None if our kernel is expected to be faster.
 
-    An estimate never overrules a measurement. The kinds of products whose kernels were measured to be slower than torch
-    are left to torch, until a newer kernel is measured to be faster.
+    The kinds of products whose kernels were measured to be slower than torch are left to torch, until a newer kernel is
+    measured to be faster. An estimate overrules a measurement only for planes (`prefers_planes`), which no table has
+    measured.
     """
     if problem.kind == "output_gradient":
         return None

@@ -266,7 +266,7 @@ def test_a_float32_network_is_one_kernel_if_measured_faster(
         for torch_too in (False, True)
     )
     assert isinstance(requested, network_path.NetworkPath)
-    assert (automatic_path == paths.SLOW_NETWORK) != automatic
+    assert (automatic_path == paths.UNMEASURED_FLOAT32) != automatic
     parts = {"ieee": "fp16x3", "tf32": "fp16x1"} if device == "NVIDIA H100" else {}
     assert requested.network.precision == parts.get(precision, precision)
     assert ("two scaled fp16 parts" in requested.explanation) == (requested.network.precision == "fp16x3")

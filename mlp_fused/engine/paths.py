@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mlp_fused")
 
 AS_MEASURED = "faster as measured on this device"
-SLOW_NETWORK = "one kernel for a float32 network was slower than torch where measured"
+UNMEASURED_FLOAT32 = "one kernel for such a float32 network was not measured to be faster than torch"
 UNMEASURED_DROPOUT = 'one kernel for a network with Dropout was not measured; backend="triton" takes it'
 OLDEST_CAPABILITY = 80  # 8.0 is the oldest compute capability that the kernels are compiled and tested for
 
@@ -353,7 +353,7 @@ def network_path(
         return f"it is {AS_MEASURED}"
     fast = dtype != torch.float32 or network_tiles.is_fp32_measured(network.pads, multiplied, training, device)
     if torch_too and recompute is None and measured is None and not fast:
-        return SLOW_NETWORK
+        return UNMEASURED_FLOAT32
     if not training:
         return NetworkPath(network, forward, None, "inference keeps nothing", None, wgrad, (), drops)
 

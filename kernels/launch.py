@@ -123,11 +123,10 @@ def launch(
 
 def is_hooked() -> bool:
     """True if Triton has a launch hook, a profiler's for example, that must be called on every launch."""
-    return _has_calls(_hooks.launch_enter_hook) or _has_calls(_hooks.launch_exit_hook)
-
-
-def _has_calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+    for hook in (_hooks.launch_enter_hook, _hooks.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # a chain of hooks may be empty
+            return True
+    return False
 
 
 def _aligned(tensors: Tensors) -> bool:

@@ -39,7 +39,7 @@ AREAS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 ENGINE = (
     "settings", "recognize", "originals", "table_files", "row_kernels", "tables", "torch_products", "schedule",
-    "layer_steps", "layer_path", "network_path", "autograd", "paths", "calls", "ops", "runs",
+    "layer_steps", "section", "layer_path", "network_path", "autograd", "paths", "calls", "ops", "runs",
 )  # fmt: skip
 LONGEST = 600
 LONGER = {"kernels/activations.py": "the table of activations, each with its two kernels and its twin"}

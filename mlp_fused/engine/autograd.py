@@ -180,16 +180,14 @@ class SectionFunction(PlainFunction):
         section: Section = ctx.section
         needs = ctx.needs_input_grad[3:]
         parameters, saved = restore(ctx)
-        names = section.saved(needs)
+        names, read, _ = section.saved(needs)
         by_torch = wants_torch(dy)
         if versions(parameters) != ctx.versions:
-            refuse_changed(ctx, parameters, range(len(parameters)) if by_torch else section.parameters_read(needs))
+            refuse_changed(ctx, parameters, range(len(parameters)) if by_torch else read)
         if by_torch:
             return None, None, None, *differentiable_backward(section, dict(zip(names, saved)), parameters, dy, needs)
-        saved = [
-            tensor if name == "x" or tensor.is_contiguous() else tensor.contiguous()  # hooks may change strides
-            for name, tensor in zip(names, saved)
-        ]
+        if not all(map(Tensor.is_contiguous, saved)):  # hooks on saved tensors may change strides
+            saved = [tensor if name == "x" else tensor.contiguous() for name, tensor in zip(names, saved)]
         return None, None, None, *section.backward(dy, saved, laid_out(parameters, section.strides), needs)
 
 

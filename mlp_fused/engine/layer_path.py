@@ -15,7 +15,6 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +122,8 @@ class LayerSection(Section):
         cast: for each layer, True if its weight is cast to the path's dtype.
     """
 
+    takes_unread = False
+
     def __init__(self, path: LayerPath, first: int, end: int) -> None:
         self.path = path
         self.layers = path.layers[first:end]
@@ -136,7 +137,7 @@ class LayerSection(Section):
         self.strides = [spec.parameters.weight_stride for spec in self.layers]
         self.strides += [(spec.parameters.bias_stride,) for spec in self.layers]
         self.cast = [spec.parameters.weight != path.dtype for spec in self.layers]
-        self.cache, self.names = Cache(), {}
+        self.cache, self.known = Cache(), {}
 
     # ------------------------------------------------------------ what is saved
 
@@ -209,13 +210,6 @@ class LayerSection(Section):
             add_forward(spec, writer, below, cast or f"weight[{spec.index}]", h, z, choose)
             below = h
         return writer.finish("y", edge, *shapes)
-
-    def backward(
-        self, dy: Tensor, saved: Sequence[Tensor], parameters: Sequence[Tensor | None], needs: tuple[bool, ...]
-    ) -> list[Any]:
-        read = self.parameters_read(needs)
-        names = ("dy", *self.saved(needs), *(self.parameters[place] for place in read))
-        return self._run(self.write_backward, names, (dy, *saved, *(parameters[place] for place in read)), needs)
 
     def write_backward(
         self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...], device: Device

@@ -22,7 +22,7 @@ from ..kernels.partial_sums import Partial
 from ..kernels.tile_config import TileConfig
 from .layer_steps import add_sums
 from .schedule import Schedule, Writer
-from .section import Cache, Section, parameter_names
+from .section import Cache, Saved, Section, parameter_names
 from .tables import Choice
 from .torch_products import zeros_by_torch
 
@@ -62,7 +62,7 @@ class NetworkPath(Section):
     groups: tuple[tuple[int, int], ...] = ()
     dropouts: tuple[Dropout | None, ...] = ()
     cache: Cache = field(default_factory=Cache, init=False, repr=False)
-    names: dict[tuple[bool, ...], tuple[str, ...]] = field(default_factory=dict, init=False, repr=False)
+    known: dict[tuple[bool, ...], Saved] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         net = self.network

@@ -84,7 +84,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
     y, _, *saved = section.forward((x, x, None, *_plain(weights), *_plain(all_biases)), needs)
     if needs is None:
         return y, []
-    return y, [tensor for name, tensor in zip(section.saved(needs), saved) if name not in NOT_KEPT]
+    return y, [tensor for name, tensor in zip(section.saved(needs).names, saved) if name not in NOT_KEPT]
 
 
 NOT_KEPT = ("x", "y")  # saved tensors that are the operator's input and its first output
@@ -187,10 +187,10 @@ def _mlp_backward(
     if again:
         _, _, *saved = section.forward((x, x, None, *parameters), needs)
     else:
-        names = [name for name in section.saved(_all_needs(section)) if name not in NOT_KEPT]
+        names = [name for name in section.saved(_all_needs(section)).names if name not in NOT_KEPT]
         kept = [tensor.contiguous() for tensor in kept]
         named = {"x": x, "y": y.contiguous(), **dict(zip(names, kept, strict=True))}
-        saved = [named[name] for name in section.saved(needs)]
+        saved = [named[name] for name in section.saved(needs).names]
     dx, *gradients = section.backward(dy, saved, parameters, needs)
     return [gradient for gradient in (None if dx is None else dx.to(x_dtype), *gradients) if gradient is not None]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,20 @@ def parameter_names(first: int, end: int) -> tuple[str, ...]:
     return tuple(f"{kind}[{index}]" for kind in ("weight", "bias") for index in range(first, end))
 
 
+class Saved(NamedTuple):
+    """What a forward saves, and what its backward reads, for some `needs`.
+
+    Attributes:
+        names: the names of the saved tensors, besides parameters.
+        read: the indices of the parameters whose values the backward reads.
+        given: the names of the tensors that the backward's schedule takes.
+    """
+
+    names: tuple[str, ...]
+    read: Sequence[int]
+    given: tuple[str, ...]
+
+
 class Section(abc.ABC):
     """The layers of one autograd.Function.
 
@@ -49,10 +63,11 @@ class Section(abc.ABC):
         activations, dropouts, widths: of the layers. `dropouts` may be empty if no layer has Dropout.
         below, dropout_below: the activation and the Dropout of the layer below.
         is_last: True if the output is the network's output.
+        takes_unread: True if a backward's schedule takes all parameters, also those that it only has the shapes of.
         parameters: the names of the weights and then of the biases.
         strides: the strides of these parameters.
         cache: the schedules.
-        names: the names of the saved tensors, by `needs`.
+        known: what is saved and read, by `needs`.
     """
 
     dtype: torch.dtype
@@ -62,10 +77,11 @@ class Section(abc.ABC):
     below: Activation = IDENTITY
     dropout_below: Dropout | None = None
     is_last: bool = True
+    takes_unread: bool = True
     parameters: tuple[str, ...]
     strides: list[tuple[int, ...]]
     cache: Cache
-    names: dict[tuple[bool, ...], tuple[str, ...]]
+    known: dict[tuple[bool, ...], Saved]
 
     @abc.abstractmethod
     def saved_shapes(self, rows: int, needs: Sequence[bool]) -> dict[str, tuple[int, ...]]:
@@ -96,12 +112,14 @@ class Section(abc.ABC):
                 Parameters that are not read may be missing.
         """
 
-    def saved(self, needs: tuple[bool, ...]) -> tuple[str, ...]:
-        """The names of the tensors that a forward saves, besides parameters."""
-        names = self.names.get(needs)
-        if names is None:
-            names = self.names[needs] = tuple(self.saved_shapes(1, needs))
-        return names
+    def saved(self, needs: tuple[bool, ...]) -> Saved:
+        saved = self.known.get(needs)
+        if saved is None:
+            names, read = tuple(self.saved_shapes(1, needs)), self.parameters_read(needs)
+            taken = range(len(self.parameters)) if self.takes_unread else read
+            given = ("dy", *names, *(self.parameters[place] for place in taken))
+            saved = self.known[needs] = Saved(names, read, given)
+        return saved
 
     def forward(self, tensors: tuple[Any, ...], needs: tuple[bool, ...] | None) -> list[Any]:
         """[y, z, saved tensors …] for (h, x, seed, parameters …): see `write_forward`."""
@@ -111,9 +129,10 @@ class Section(abc.ABC):
         self, dy: Tensor, saved: Sequence[Tensor], parameters: Sequence[Tensor | None], needs: tuple[bool, ...]
     ) -> list[Any]:
         """[dx, dW …, db …] for the saved tensors, in their order, and all parameters: see `write_backward`."""
-        return self._run(
-            self.write_backward, ("dy", *self.saved(needs), *self.parameters), (dy, *saved, *parameters), needs
-        )
+        known = self.saved(needs)
+        if not self.takes_unread:
+            parameters = [parameters[place] for place in known.read]
+        return self._run(self.write_backward, known.given, (dy, *saved, *parameters), needs)
 
     def _run(
         self,

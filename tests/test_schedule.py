@@ -12,7 +12,8 @@ from mlp_fused import FusedMLP, explain, memory
 from mlp_fused.engine import layer_path, schedule, settings
 from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.layer_steps import parameters_of
-from mlp_fused.engine.paths import find_layers
+from mlp_fused.engine.network_path import NetworkPath
+from mlp_fused.engine.paths import find_layers, network_path
 from mlp_fused.engine.schedule import Step
 from mlp_fused.engine.tables import Choice
 from mlp_fused.kernels.activations import ACTIVATIONS, IDENTITY
@@ -189,3 +190,29 @@ def test_a_single_layer_allocates_only_what_it_writes() -> None:
     backward = path.section(1, 2).write_backward(given, rows, (True, True, False), DEVICES["NVIDIA A100"])
     partial = sum(buffer.size for name, buffer in backward.buffers.items() if name == "partial")
     assert backward.workspace_bytes == 4 * (rows * 512 + partial)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forward_returns_what_its_section_says_it_saves(activation: str, dtype: torch.dtype) -> None:
+    """On both paths, with Dropout and with weights that are cast: the same tensors, of the same shapes."""
+    widths, device = (20, 16, 8), DEVICES["NVIDIA H100"]
+    activations = (ACTIVATIONS[activation],) * 2
+    layers = explain.meta_layers(widths, activations, torch.float32, bias=True)
+    parameters, dropouts = parameters_of(layers), (0.1, 0.0)
+    by_layers = layer_path.layer_path(widths, activations, parameters, dtype, "ieee", False, dropouts)
+    strides = ((20, 1, 1), (16, 1, 1))
+    network = network_path(
+        widths, strides, activations, dtype, "ieee", device, True, recompute=False, dropouts=dropouts
+    )
+    assert isinstance(network, NetworkPath)
+    meta = {name: torch.empty(20, 20, device="meta") for name in ("h", "x", "seed")}
+    for section in (by_layers.section(0, 1), by_layers.section(1, 2), by_layers.section(0, 2), network):
+        count = len(section.parameters)
+        given = meta | {name: torch.empty(16, 20, device="meta") for name in section.parameters}
+        for needs in ((True,) * (1 + count), (False,) * count + (True,)):
+            forward = section.write_forward(given, 20, needs, device)
+            shapes = section.saved_shapes(20, needs)
+            assert forward.returned[2:] == section.saved(needs).names == tuple(shapes)
+            for name in shapes.keys() - given.keys():
+                assert forward.buffers[name].shape == shapes[name]

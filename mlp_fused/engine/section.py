@@ -39,7 +39,7 @@ def parameter_names(first: int, end: int) -> tuple[str, ...]:
 
 
 class Saved(NamedTuple):
-    """What a forward saves, and what its backward reads, for some `needs`.
+    """The tensors that a forward saves and the parameters that its backward reads, for some `needs`.
 
     Attributes:
         names: the names of the saved tensors, besides parameters.

@@ -1,4 +1,4 @@
-"""GPUs: the properties that the choice of a tile and the floor of a time depend on."""
+"""GPUs: the properties on which the choice of a tile and the shortest possible time (the floor) depend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DEVICES", "Device", "device_of", "device_slug", "named_device"]
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: the properties that the choice of a tile and the floor of a time depend on."""
+    """A GPU: the properties on which the choice of a tile and the shortest possible time (the floor) depend."""
 
     name: str
     backend: str  # "cuda" or "hip"

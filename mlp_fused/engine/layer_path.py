@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
 from ..kernels.devices import Device
-from ..kernels.dropout import SEED_BYTES, dropouts_of
+from ..kernels.dropout import SEED_BYTES, layer_dropouts
 from .layer_steps import (
     Choose,
     LayerSpec,
@@ -95,7 +95,7 @@ def layer_path(
         parameters: the dtypes and strides of each layer's parameters, as `parameters_of` gives them.
         dropouts: for each layer, the probability of its Dropout; 0 if it has none.
     """
-    drops = dropouts_of(dropouts)
+    drops = layer_dropouts(dropouts)
     layers = [
         LayerSpec(index, below, activation, dtype, precision, k, n, stored, dropout, dropout_below)
         for index, (below, activation, (k, n), stored, dropout, dropout_below) in enumerate(

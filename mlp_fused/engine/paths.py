@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..dtypes import DTYPES
 from ..kernels import devices, network_tiles
 from ..kernels.activation import Activation, parse
-from ..kernels.dropout import dropouts_of
+from ..kernels.dropout import layer_dropouts
 from ..kernels.language import INTERPRETER, WHY_NO_TRITON
 from ..kernels.network import network_of
 from ..kernels.tile_config import TileConfig
@@ -329,7 +329,7 @@ def network_path(
     multiplied = network_tiles.network_precision(widths, dtype, precision, device, splits)
     rounds_with_relu = network_tiles.rounds_with_relu(dtype, device)
     network = network_of(widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)), rounds_with_relu)
-    drops = dropouts_of(dropouts)
+    drops = layer_dropouts(dropouts)
 
     def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:
         return network_tiles.NetworkProblem(

@@ -139,12 +139,6 @@ class LayerSection(Section):
         self.cast = [spec.parameters.weight != path.dtype for spec in self.layers]
         self.cache, self.known = Cache(), {}
 
-    @property
-    def keeps_output(self) -> bool:
-        """True if backward reads the network's output, to compute the derivative of the last activation from it."""
-        last = self.layers[-1]
-        return self.is_last and last.activation is not IDENTITY and not last.keeps_z
-
     def kept(self) -> list[tuple[LayerSpec, bool]]:
         """The layers that save a tensor within the section, with True if that tensor is z, False if it is h."""
         inner = [(spec, spec.keeps_z) for spec in self.layers[:-1]]
@@ -159,7 +153,8 @@ class LayerSection(Section):
             shapes["x"] = (rows, self.widths[0])
         if widths := [spec.width_out for spec, _ in self.kept()]:
             shapes["kept"] = (sum(room(rows, width) for width in widths[:-1]) + rows * widths[-1],)
-        if self.keeps_output:
+        last = self.layers[-1]
+        if self.is_last and last.activation is not IDENTITY and not last.keeps_z:  # its derivative is computed from y
             shapes["y"] = (rows, self.widths[-1])
         if any(spec.dropout or spec.dropout_below for spec in self.layers):
             shapes["seed"] = (1,)

@@ -105,11 +105,6 @@ class NetworkPath(Section):
         """True if the forward saves more than x."""
         return self.formulation == "stored"
 
-    @property
-    def keeps_output(self) -> bool:
-        """True if backward reads the network's output, to compute the last derivative from it."""
-        return self.stores and self.network.activates_output and not self.network.keeps_z[-1]
-
     def saved_shapes(self, rows: int, needs: Sequence[bool] = ()) -> dict[str, tuple[int, ...]]:
         net = self.network
         shapes: dict[str, tuple[int, ...]] = {"x": (rows, net.widths[0])}

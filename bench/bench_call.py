@@ -129,7 +129,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nothing]:
 
     def compile_to_nothing(launch: Launch, tensors: Any) -> None:
         stand_in.launches += 1
-        launch.keep(stand_in, len(tensors))
+        launch.cache_compiled(stand_in, len(tensors))
 
     monkeypatch.setattr(paths, "why_device", lambda device, backend: None)
     with launched_by(compile_to_nothing), devices.pretended(devices.DEVICES["NVIDIA H200"]):

@@ -135,7 +135,7 @@ def _rounded(values: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]
 
 
 def _restore(name: str, parameters: tuple[tuple[str, float], ...]) -> Activation:
-    """The activation in a pickle. Pickles name this function in activations.py, so that loading fills the table."""
+    """The unpickled activation. Pickles look this function up in activations.py, so that loading fills the table."""
     if name not in ACTIVATIONS:
         raise ValueError(f"the activation {name!r} is not registered; call register_activation before loading")
     return ACTIVATIONS[name].bind(**dict(parameters))
@@ -183,7 +183,8 @@ def register_activation(
 
     Raises:
         ValueError: the name is taken, `saves` is unknown, or the output is saved and `reference_backward` is missing.
-        TypeError: `forward` or `backward` is not a `@triton.jit` function, or `reference` cannot be called.
+        TypeError: the name is not a string or is empty, a function for kernels is not a `@triton.jit` function, or
+            `reference` cannot be called.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name is {name!r}; it needs to be a non-empty string")

@@ -15,12 +15,13 @@ from .language import tl, triton
 __all__ = ["ACTIVATIONS", "BUILT_IN", "IDENTITY", "_restore"]  # pickles name `_restore` here
 
 
-# Elementary functions that Triton's language lacks. All have a small relative error near 0, and none overflows.
+# Elementary functions that Triton's language lacks. All have a small relative error near 0. The result is right even
+# where an intermediate number overflows.
 
 
 @triton.jit
 def expm1(x):
-    """e^x - 1: its Taylor polynomial for |x| < 0.35 (truncated below 1e-12 relatively), exp(x) - 1 beyond."""
+    """e^x - 1: its Taylor polynomial for |x| < 0.35 (relative truncation error below 1e-12), else exp(x) - 1."""
     p = x * (1 / 11) + 1
     p = p * x * (1 / 10) + 1
     p = p * x * (1 / 9) + 1
@@ -36,7 +37,7 @@ def expm1(x):
 
 @triton.jit
 def log1p_unit(x):
-    """log(1 + x) for 0 <= x <= 1, as 2 artanh(s), s = x / (2 + x) <= 1/3, by its power series (to 1e-11 relatively)."""
+    """log(1 + x) for 0 <= x <= 1, as the power series of 2 artanh(x / (2 + x)), to a relative error of 1e-11."""
     s = x / (2 + x)
     t = s * s
     p = t * (1 / 21) + 1 / 19
@@ -65,7 +66,8 @@ def sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
-# The table. Forward, derivative and their torch twins stand together, so that a change of one sees the others.
+# The table. Forward, derivative and their torch twins stand together, so that a change to one is made with the others
+# in view.
 
 
 @triton.jit
@@ -515,7 +517,7 @@ def softplus_backward(dh, saved, beta, threshold):
 
 
 def _softplus_saves(beta: float, threshold: float) -> Saved:
-    # With a smaller threshold the function jumps there, and h alone does not tell on which side z was.
+    # With a smaller threshold the function jumps at the threshold, and h alone does not tell on which side of it z was.
     return "output" if beta > 0 and threshold >= LINEAR_FROM else "preactivation"
 
 

@@ -1,4 +1,4 @@
-"""GPUs: the properties that the choice of a tile and the floor of a time depend on."""
+"""GPUs: the properties on which the choice of a tile and the shortest possible time (the floor) depend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DEVICES", "Device", "device_of", "device_slug", "named_device"]
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: the properties that the choice of a tile and the floor of a time depend on."""
+    """A GPU: the properties on which the choice of a tile and the shortest possible time (the floor) depend."""
 
     name: str
     backend: str  # "cuda" or "hip"
@@ -78,6 +78,15 @@ def named_device(name: str) -> Device | None:
     return fitting[0] if fitting else None
 
 
+def data_sheet(name: str) -> Device:
+    """The device in `DEVICES` whose words are all in a GPU's full name, such as "AMD Instinct MI300X".
+
+    If there is none, `INTERPRETED_DEVICE`, which has no rates.
+    """
+    words = _words(name)
+    return next((device for known, device in DEVICES.items() if _words(known) <= words), INTERPRETED_DEVICE)
+
+
 def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", name.lower()))
 
@@ -118,7 +127,7 @@ def _describe(kind: str, index: int) -> Device:
     if kind == "cpu" or INTERPRETER:
         return INTERPRETED_DEVICE
     properties: Any = torch.cuda.get_device_properties(index)
-    known = next((device for name, device in DEVICES.items() if name in properties.name), INTERPRETED_DEVICE)
+    known = data_sheet(properties.name)
     hip = torch.version.hip is not None
     return Device(
         properties.name,

@@ -19,8 +19,8 @@ from .language import tl, triton
 from .tile_config import TileConfig
 
 __all__ = [
-    "SEED_BYTES", "Dropout", "draw_seed", "dropouts_of", "epilogue_parts", "factors", "keeps_preactivation",
-    "of_launch", "reads_output", "redraws", "scale_of",
+    "SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "keeps_preactivation",
+    "layer_dropout_arguments", "layer_dropouts", "reads_output", "redraws", "scale_of",
 ]  # fmt: skip
 
 ROUNDS = tl.constexpr(7)  # enough to pass BigCrush, by the paper above; Triton's default is 10
@@ -40,7 +40,7 @@ class Dropout(NamedTuple):
     layer: int
 
 
-def dropouts_of(probabilities: Iterable[float]) -> tuple[Dropout | None, ...]:
+def layer_dropouts(probabilities: Iterable[float]) -> tuple[Dropout | None, ...]:
     """Each layer's Dropout, from the probability with which it drops; None where that is 0."""
     return tuple(Dropout(1.0 - p, layer) if p else None for layer, p in enumerate(probabilities))
 
@@ -81,7 +81,7 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
-def of_launch(
+def layer_dropout_arguments(
     tensors: tuple[Tensor | tuple[Tensor, Tensor] | None, ...], seed: Tensor | None, dropout: Dropout | None
 ) -> tuple[tuple[Tensor | tuple[Tensor, Tensor] | None, ...], tuple[float | None, ...]]:
     """(tensors, first scalars) of a launch whose kernel takes `seed_ptr`, `keep` and `layer` after its other tensors.

@@ -81,9 +81,9 @@ class Launch:
         finally:
             allocation._allocator.reset(token)
         if compiled is not None and _aligned(tensors):
-            self.keep(compiled, len(tensors))
+            self.cache_compiled(compiled, len(tensors))
 
-    def keep(self, compiled: Any, tensors: int) -> None:
+    def cache_compiled(self, compiled: Any, tensors: int) -> None:
         """Cache the compiled kernel and its arguments, except the tensors: its first `tensors` parameters."""
         constants = self.kernel.params[tensors + len(self.scalars) :]
         self.rest = (*self.scalars, *(self.constants.get(constant.name, constant.default) for constant in constants))

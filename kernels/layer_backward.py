@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import devices, layer_tiles, tile_config
 from .activation import Activation
-from .dropout import Dropout, epilogue_parts, factors, of_launch, reads_output
+from .dropout import Dropout, epilogue_parts, factors, layer_dropout_arguments, reads_output
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 from .partial_sums import Partial, sum_partials
@@ -108,7 +108,7 @@ def output_gradient(
     tile = tile or layer_tiles.choose(
         tile_config.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), devices.device_of(dz)
     )
-    tensors, dropping = of_launch((dh, saved, dz, h), seed, dropout)
+    tensors, dropping = layer_dropout_arguments((dh, saved, dz, h), seed, dropout)
     return launch(
         output_gradient_kernel,
         cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
@@ -241,35 +241,35 @@ def dgrad(
         dx: (M, K), contiguous, written. h: (M, K), contiguous, written; or None.
         dropout: the Dropout of the layer below.
     """
-    of_dz, of_weight = matrix(dz), matrix(weight)
-    (M, N), K = of_dz.shape, of_weight.shape[1]
-    assert of_weight.shape == (N, K)
+    dz_matrix, weight_matrix = matrix(dz), matrix(weight)
+    (M, N), K = dz_matrix.shape, weight_matrix.shape[1]
+    assert weight_matrix.shape == (N, K)
     assert dx.shape == (M, K)
     assert dx.is_contiguous()
     assert saved is None or (saved.shape == dx.shape and saved.is_contiguous())
     assert h is None or (saved is not None and h.shape == dx.shape and h.is_contiguous())
-    aligned = describable(of_dz, of_weight, saved, dx, h)
+    aligned = describable(dz_matrix, weight_matrix, saved, dx, h)
     tile = tile or layer_tiles.choose(
         tile_config.Problem("dgrad", M, K, N, dx.dtype, precision, aligned, below.name), devices.device_of(dx)
     )
     assert aligned or not tile.descriptors
-    tensors, dropping = of_launch((dz, weight, saved, dx, h), seed, dropout)
+    tensors, dropping = layer_dropout_arguments((dz, weight, saved, dx, h), seed, dropout)
     return launch(
         dgrad_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(K, tile.block_n)),
         dx.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *of_dz.stride(), *of_weight.stride()),
+        (*dropping, M, N, K, *dz_matrix.stride(), *weight_matrix.stride()),
         FORWARD=below.forward,
         BACKWARD=below.backward,
         PARAMETERS=below.constants(dx.dtype),
         READS_OUTPUT=reads_output(below, dropout),
         PRECISION=tile.precision,
-        OFFSET=offset_type(of_dz, of_weight, dx),
+        OFFSET=offset_type(dz_matrix, weight_matrix, dx),
         EVEN_N=N % tile.block_k == 0,
-        DZ_BY_N=by_columns(of_dz) if tile.descriptors else None,
-        W_BY_N=not by_columns(of_weight) if tile.descriptors else None,
+        DZ_BY_N=by_columns(dz_matrix) if tile.descriptors else None,
+        W_BY_N=not by_columns(weight_matrix) if tile.descriptors else None,
         PARTS=epilogue_parts(tile, dropout),
         EARLY=tile.early,
         WARP_SPECIALIZE=tile.warp_specialize,
@@ -363,7 +363,7 @@ def sum_rows(
 
 
 def wgrad_sums(rows: int, tile: tile_config.TileConfig, dtype: torch.dtype, size_w: int, size_b: int) -> Partial:
-    """The partial sums of `wgrad`: one for every program that shares a tile's rows. One means that nothing is split."""
+    """The partial sums of `wgrad`: one for each chunk of rows. With one chunk, the rows are not split."""
     splits = max(1, cdiv(rows, _chunk(rows, tile)))
     return Partial(splits, size_w, size_b, torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -391,31 +391,31 @@ def wgrad_products(
         dz: (M, N), any strides; M may be 0, which gives zeros.
         h: (M, K), any strides; not read if only db is wanted. Both are tuples if the tile's precision is one of
             planes, or "redo": see `planes.matrix`. The planes of dz have exponents of columns.
-        dw: (N, K), contiguous, written, of any float dtype; or None. If rows are split: the part of the partial sums
-            where those of dW begin.
+        dw: (N, K), contiguous, written, of any float dtype; or None. If rows are split: the view of the partial sums
+            that begins with those of dW.
         db: (N,), as dw. None with planes and "redo": `planes.split` sums the rows.
         width_in: K; 1 if only db is wanted.
         partial: the result of `wgrad_sums`.
     """
     h = dz if h is None else h
-    of_dz, of_h = matrix(dz), matrix(h)
-    (M, N), K = of_dz.shape, width_in
-    assert describable(of_dz, of_h) or not tile.descriptors
+    dz_matrix, h_matrix = matrix(dz), matrix(h)
+    (M, N), K = dz_matrix.shape, width_in
+    assert describable(dz_matrix, h_matrix) or not tile.descriptors
     assert db is None or tile.precision not in (*PLANES, "redo")
     return launch(
         wgrad_kernel,
         tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * partial.splits),
-        of_dz.device,
+        dz_matrix.device,
         tile,
         (dz, h, dw, db),
         (
-            *(M, N, K, *of_dz.stride(), *of_h.stride()),
+            *(M, N, K, *dz_matrix.stride(), *h_matrix.stride()),
             *(partial.columns if partial.splits > 1 else 0, _chunk(M, tile), partial.splits),
         ),
         PRECISION=tile.precision,
-        OFFSET=offset_type(of_dz, of_h, dw, db),
-        DZ_BY_M=not by_columns(of_dz) if tile.descriptors else None,
-        H_BY_M=not by_columns(of_h) if tile.descriptors else None,
+        OFFSET=offset_type(dz_matrix, h_matrix, dw, db),
+        DZ_BY_M=not by_columns(dz_matrix) if tile.descriptors else None,
+        H_BY_M=not by_columns(h_matrix) if tile.descriptors else None,
     )
 
 

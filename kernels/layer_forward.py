@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import devices, layer_tiles, tile_config
 from .activation import Activation
-from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, of_launch
+from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, layer_dropout_arguments
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 from .planes import Operand, has_flags, matrix, meets_flags, multiply_planes, plane_operand
@@ -128,34 +128,34 @@ def layer_forward(
         The launch, which can be repeated on other tensors of these shapes, strides and dtypes. A seed is the last of
         its tensors. See `launch`.
     """
-    of_x, of_weight = matrix(x), matrix(weight)
-    (M, K), N = of_x.shape, of_weight.shape[0]
-    assert of_weight.shape == (N, K)
+    x_matrix, weight_matrix = matrix(x), matrix(weight)
+    (M, K), N = x_matrix.shape, weight_matrix.shape[0]
+    assert weight_matrix.shape == (N, K)
     assert h.shape == (M, N)
     assert h.is_contiguous()
     assert z is None or (z.shape == h.shape and z.is_contiguous())
-    aligned = describable(of_x, of_weight, h, z)
+    aligned = describable(x_matrix, weight_matrix, h, z)
     tile = tile or layer_tiles.choose(
         tile_config.Problem("forward", M, N, K, h.dtype, precision, aligned, activation.name),
         devices.device_of(h),
     )
     assert aligned or not tile.descriptors
-    tensors, dropping = of_launch((x, weight, bias, h, z), seed, dropout)
+    tensors, dropping = layer_dropout_arguments((x, weight, bias, h, z), seed, dropout)
     return launch(
         layer_forward_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
         h.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *of_x.stride(), *of_weight.stride(), 0 if bias is None else bias.stride(0)),
+        (*dropping, M, N, K, *x_matrix.stride(), *weight_matrix.stride(), 0 if bias is None else bias.stride(0)),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(h.dtype),
         ROUND_Z=keeps_preactivation(activation, dropout),
         PRECISION=tile.precision,
-        OFFSET=offset_type(of_x, of_weight, bias, h),
+        OFFSET=offset_type(x_matrix, weight_matrix, bias, h),
         EVEN_K=K % tile.block_k == 0,
-        X_BY_K=by_columns(of_x) if tile.descriptors else None,
-        W_BY_K=by_columns(of_weight) if tile.descriptors else None,
+        X_BY_K=by_columns(x_matrix) if tile.descriptors else None,
+        W_BY_K=by_columns(weight_matrix) if tile.descriptors else None,
         PARTS=epilogue_parts(tile, dropout),
         WARP_SPECIALIZE=tile.warp_specialize,
     )
@@ -206,7 +206,7 @@ def pointwise(
     tile = tile or layer_tiles.choose(
         tile_config.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), devices.device_of(h)
     )
-    tensors, dropping = of_launch((z, h), seed, dropout)
+    tensors, dropping = layer_dropout_arguments((z, h), seed, dropout)
     return launch(
         pointwise_kernel,
         cdiv(M, tile.block_m) * cdiv(N, tile.block_n),

@@ -26,23 +26,24 @@ OUTPUT_TILES = (
     (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32),
     (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
 )  # fmt: skip
-LONGEST_SIDE = 128  # of all other tiles
-LONGEST_UNALIGNED = 64
+LONGEST_SIDE = 128  # the longest side of all other tiles
+LONGEST_UNALIGNED = 64  # the longest side if rows are not 16-byte aligned, on tensor cores
 # The largest output tile of bf16x6, by architecture: it also holds three 16-bit parts of each operand. On Blackwell,
 # larger products overflow tensor memory.
 LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 64, 103: 128 * 64}
 WAITING_WORDS = 32  # the most words of a saved tile that a thread may hold during dgrad's products
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_tile_precision.py).
 SHORTEST_SPLIT = 64
-# fp32 operands that are split into fp16 planes (planes.py): the architectures with such products. On an H200 those of
-# "fp16x3", without the splits, were 3.4 to 3.9 times as fast as torch (tests/data/h200/planes.jsonl). There, a block of
-# dz had one exponent. With one for each of its rows, the loop still has 12 wgmma and 3 waits for a block of the
-# reduction, and 3 % more instructions at most (tests/test_kernels_compile.py).
+# The architectures on which fp32 operands are split into fp16 planes (planes.py). On an H200, products by "fp16x3",
+# without the splits, were 3.4 to 3.9 times as fast as torch's (tests/data/h200/planes.jsonl). In these readings, a
+# block of dz had one exponent. Now each of its rows or columns has one. A step of the loop still has 12 wgmma and 3
+# waits, and at most 5 % more instructions (tests/test_kernels_compile.py).
 PLANES: tuple[int | str, ...] = (90,)
 SHORTEST_PLANES = 256  # the shortest side of a product for which its operands are split
 PLANES_MARGIN = 1.3  # a product by planes runs only if torch's estimated time is this many times its own
-# The rate of products by planes on a multiprocessor, as a share of the data sheet's for 16 bits: 166 of 989 TFLOP/s
-# (the slowest of the same loop with a scale a row, NVIDIA H100, torch 2.11, triton 3.6; an H200 reached 174 to 193).
+# The rate of products by planes on a multiprocessor, as a share of the data sheet's for 16 bits: 166 of 989 TFLOP/s. It
+# is the slowest reading of a sketch of the loop, in which a whole row had one scale (NVIDIA H100, torch 2.11, triton
+# 3.6). With exponents of blocks, an H200 reached 174 to 193 TFLOP/s.
 PLANES_RATE = 0.168
 # The rates of a split, and of one that also sums rows, as shares of the data sheet's bandwidth: 3.0 and 1.16 of
 # 4.8 TB/s (NVIDIA H200, tests/data/h200/planes.jsonl).
@@ -96,7 +97,7 @@ def planes_tile(problem: Problem, device: Device) -> TileConfig | None:
     if not problem.aligned or min(problem.m, problem.n, problem.k) < SHORTEST_PLANES:
         return None
     parts = 1 if problem.kind == "wgrad" else 4
-    # With one plane, a block of the reduction twice as long leaves the tensor cores half as often.
+    # With one plane, blocks of the reduction are twice as long, so that sums leave the tensor cores half as often.
     precision, block_k = ("fp16x1", 128) if problem.precision == "tf32" else ("fp16x3", 64)
     tile = TileConfig(128, 128, block_k, 8, 8, 3, precision=precision, descriptors=True, parts=parts)
     split = min(device.multiprocessors // count_tiles(problem, tile), problem.k // (8 * tile.block_k))
@@ -121,10 +122,11 @@ def planes_seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
 def prefers_planes(problem: Problem, tile: TileConfig, device: Device, rates: Rates = RATES) -> bool:
     """True if a product by planes is so much faster than torch, as estimated, that the backend "auto" uses it.
 
-    Never where tf32 is allowed. A sketch of "fp16x1" had one exponent for each row, so that its sums stayed in the
-    tensor cores. From its readings, the products and splits of a training step of 1024 -> 4096 -> 1024 over 8192 rows
-    take 1.02 ms, and torch's products 1.08 ms (NVIDIA H100, torch 2.11, triton 3.6; dgrad counted as a forward of its
-    size). Sums outside the tensor cores take longer.
+    Always False where tf32 is allowed, because "fp16x1" is hardly faster than torch. In a sketch of it, a whole row had
+    one exponent, so that sums stayed in the tensor cores. By the sketch's readings, the products and splits of a
+    training step of 1024 -> 4096 -> 1024 over 8192 rows take 1.02 ms, and torch's products 1.08 ms (NVIDIA H100, torch
+    2.11, triton 3.6; dgrad counted as a forward of its size). The kernels add sums outside the tensor cores, which
+    takes longer.
     """
     if problem.precision == "tf32":
         return False

@@ -98,8 +98,9 @@ def network_precision(
     """The precision of a network's kernels (see tile.py).
 
     `precision` is torch's setting for fp32. On a Hopper GPU, the result is the first of `splits` (by default SPLITS)
-    with this accuracy. On other GPUs the parts of the weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills
-    622 words on an A100, and needs more than a B200's tensor memory, so that Triton 3.7 compiles an empty kernel.
+    with this accuracy that the widths allow; if there is none, it is `precision`. On other GPUs the parts of the
+    weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills 622 words on an A100, and needs more than a B200's
+    tensor memory, so that Triton 3.7 compiles an empty kernel.
 
     64 -> 64 -> 64 -> 64 -> 64, relu, 2^20 rows, Triton 3.6, on an H200: inference 0.360 ms by fp16x3, 0.550 by bf16x6,
     1.51 in torch; training 1.86 by fp16x3 (the sum of its kernels), 2.71 by bf16x6, 4.55 in torch. On FMA units an H100
@@ -121,7 +122,7 @@ def rounds_with_relu(dtype: torch.dtype, device: Device) -> bool:
 def is_fp32_measured(pads: Sequence[int], precision: str, training: bool, device: Device) -> bool:
     """True if a float32 network's kernels were measured to be faster than torch.
 
-    Kernels that multiply by parts were measured in inference and in training, tf32 only in inference.
+    "fp16x3" and "bf16x6" were measured in inference and in training, "fp16x1" and "tf32" only in inference.
     """
     has_training = SPLIT_ACCURACY.get(precision) == "ieee"
     widths = FP32_MEASURED.get(device.arch, {}).get(precision, ())
@@ -230,8 +231,8 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
         return [tile(64, 4, 1)]
     if problem.on_fma_units:
         return [tile(64, 8, 1)]
-    # On an H100, 64 wide as above, these tiles take 0.55 ms in bf16x6 and 0.29 ms in tf32. With 128 rows and 8 warps it
-    # is 0.61 and 0.41 ms.
+    # On an H100, inference of 4 layers 64 wide over 2^20 rows takes 0.55 ms in bf16x6 and 0.29 ms in tf32 with these
+    # tiles. With 128 rows and 8 warps it takes 0.61 and 0.41 ms.
     small = TileConfig(64, num_warps=4, programs=2 * device.multiprocessors)
     inference = problem.kind == "forward" and not problem.stores
     if problem.precision == "bf16x6":
@@ -244,8 +245,8 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
     many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
     rows = 128 if many and tensor_memory(problem, 128, device) <= TENSOR_MEMORY else 64
-    # With several stages, the next tile of rows is loaded during this one. In dgrad that means every saved tensor. Over
-    # 64 wide, random numbers leave no registers for it: with gelu, 68 words would spill instead of 18.
+    # With several stages, the next tile of rows is loaded during this one: in dgrad, those of every saved tensor. In
+    # layers wider than 64, Dropout's random numbers leave no registers for it: with gelu, 68 words would spill, not 18.
     fits = not (problem.drops and problem.widest > 64)
     ahead = [3, 2] if problem.streams else [2] if (problem.kind == "forward" and fits) or problem.widest <= 32 else []
     return [tile(rows, 8, stages) for stages in (*ahead, 1)]
@@ -270,7 +271,7 @@ def _scaled_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
 
 
 def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
-    """The tile of the recompute kernel. Up to 32 wide it has few rows and few warps; the sums in registers decide.
+    """The tile of the recompute kernel. The sums in registers limit it. Up to 32 wide, it has few rows and few warps.
 
     Times on an H100, 2^20 rows, Triton 3.6, including the addition of partial sums: 32 wide 0.159 ms with 4 programs a
     multiprocessor, 0.174 with 8; 64 wide 0.350 ms with 128 rows a tile, 0.713 with 64.

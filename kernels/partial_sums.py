@@ -94,7 +94,7 @@ class Partial:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The columns at which dW and db begin; only of those that are wanted."""
+        """The first column of dW and the first column of db, leaving out a gradient that is not wanted."""
         return ((0,) if self.size_w else ()) + ((self.start_b,) if self.size_b else ())
 
     @property

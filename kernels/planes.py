@@ -5,12 +5,12 @@ a b = 2^-(e_a + e_b) (high_a high_b + 2^-11 (low_a high_b + high_a low_b))      
 
 With PRECISION "fp16x1" there is no low plane: high has the ten bits of mantissa that tf32 has.
 
-Both planes are fp16. Elements of a block of 128 x 128 share an exponent e, which brings the largest of them to between
-2^14 and 2^15:
+Both planes are fp16. The tensor is divided into blocks of 128 x 128, in which elements share an exponent e. It brings
+the largest of them to between 2^14 and 2^15. There are three choices of the elements that share one:
 
-- "blocks": all elements of the block. For x, h and W. A product may sum along the rows or the columns of such planes.
-- "rows": the elements of a row of the block. For dz in dgrad, which sums along its rows.
-- "columns": the elements of a column of the block. For dz in wgrad, which sums along its columns.
+- "blocks": all elements of a block. For x, h and W. A product may sum along the rows or the columns of such planes.
+- "rows": the elements of one row of a block. For dz in dgrad, which sums along its rows.
+- "columns": the elements of one column of a block. For dz in wgrad, which sums along its columns.
 
 dz is the first factor of both its products, so 2^-(e_a + e_b) is one number for each row of an output tile and each
 block of the reduction. Where both factors have exponents of blocks, it is one number for the whole tile.
@@ -19,10 +19,10 @@ The sum over blocks of the reduction stays outside the tensor cores, which would
 the low planes is left out. It is at most 2^-22 |a||b|.
 
 Error. The planes hold an element to within 2^-23 of itself or 2^-50 of the largest element with the same exponent,
-whichever is more; the first is more for elements above 2^-27 of the largest. (In the second, a largest element below
-2^14 / 2^MOST counts as that.) So the error of an output is at most 2^-21 |a||b|, or for small elements 2^-50 (|a| times
-the largest |b| of each exponent, and the reverse), plus the rounding of sums. The high plane alone holds an element to
-within 2^-11 of itself, as tf32 does, or 2^-39 of that largest.
+whichever is more; the first is more for elements above 2^-27 of the largest. (If the largest element is so small that e
+is at its upper limit, the second is 2^-36 / 2^e.) So the error of an output is at most 2^-21 |a||b|, or for small
+elements 2^-50 (|a| times the largest |b| of each exponent, and the reverse), plus the rounding of sums. The high plane
+alone holds an element to within 2^-11 of itself, as tf32 does, or 2^-39 of that largest element.
 
 A sum of small elements alone would lose its bits. That and other limits of the planes are flagged: `split` sets a
 block's flags
@@ -34,8 +34,8 @@ block's flags
 - with "rows" and "columns", if this holds for any row, or for any column. It is then smaller than 2^-81: a row with an
   exponent of its own is never small beside another.
 
-Exponents lie between LEAST and MOST, so that 2^-(e_a + e_b) and 2^-11 of it are always normal numbers. MOST is larger
-for dz, because a classifier that is sure of a row has a tiny gradient there.
+Exponents have a lower and an upper limit, so that 2^-(e_a + e_b) and 2^-11 of it are always normal numbers. The upper
+limit is larger for dz, because a classifier that is sure of a row has a tiny gradient there.
 
 A second launch of the same layer kernel, with PRECISION "redo", computes the output tiles that meet a flagged block
 again, from the fp32 operands on FMA units. It has at most one program for each multiprocessor. Each reads all flags of
@@ -61,15 +61,16 @@ __all__ = [
 
 Exponents = Literal["blocks", "rows", "columns"]  # the elements of a block that share an exponent
 
-# Device functions take these two as defaults. Triton's cache key of a kernel has the constants of a function that it
-# calls once only if the function was compiled before: the key would depend on the order of compilations.
+# Device functions take these two as defaults of arguments. As global constants they would make Triton's cache keys
+# depend on the order of compilations: if a kernel calls a function at one place only, the kernel's key has the
+# function's constants only if the function was compiled before.
 SIDE = 128  # of a block
 LOW = 11  # the low plane is scaled by 2^LOW
 
 SPLIT = TileConfig(SIDE, SIDE, num_warps=8)
 TOP = tl.constexpr(14)  # the largest element with an exponent lies between 2^TOP and 2 * 2^TOP
-# Limits of exponents: of all, of blocks, of rows and columns. With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32
-# numbers.
+# The lower limit of all exponents, the upper limit of exponents of blocks, and that of exponents of rows and columns.
+# With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32 numbers.
 LEAST, MOST_OF_BLOCKS, MOST_OF_ROWS = tl.constexpr(-63), tl.constexpr(43), tl.constexpr(72)
 SMALLEST = tl.constexpr(2.0**-9)  # a row whose largest scaled element is smaller is flagged
 ROWS_FLAGGED, COLUMNS_FLAGGED = tl.constexpr(1), tl.constexpr(2)  # bits of a block's flags
@@ -83,7 +84,7 @@ def is_any(condition):
 
 @triton.jit
 def is_small(most, scale):
-    """True for largest elements (the bits of fp32) of rows or columns that are so small that these lose bits."""
+    """True for each row or column that loses bits. `most` has the bits of its largest element as an fp32 number."""
     return (most > 0) & (most.to(tl.float32, bitcast=True) * scale < SMALLEST)
 
 
@@ -112,7 +113,7 @@ def split_kernel(
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     offsets = rows.to(OFFSET)[:, None] * stride_m + cols.to(OFFSET)[None, :] * stride_n
     value = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-    # As integers, the bits of sizes have the order of the sizes, and those of NaN come last.
+    # Bits of absolute values, compared as integers, have the order of the values. NaN is larger than all numbers.
     size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     of_rows, of_columns = tl.max(size, axis=1, keep_dims=True), tl.max(size, axis=0, keep_dims=True)
     if EXPONENTS == "blocks":
@@ -140,7 +141,8 @@ def split_kernel(
     numbers = tl.num_programs(0) + tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     tl.store(info_ptr + numbers, tl.reshape(exponent, (COUNT,)))
     if sums_ptr is not None:
-        # Sums of sums err less than one long sum. A thread has every eighth row, so the first two sums are its own.
+        # Sums of sums err less than one long sum. A thread holds every eighth row, so the first two sums need no other
+        # thread.
         few = tl.sum(tl.sum(tl.reshape(value, (BLOCK_M // 32, 4, 8, BLOCK_N)), axis=0), axis=0)
         tl.store(sums_ptr + block_m.to(OFFSET) * N + cols, tl.sum(few, axis=0), mask=cols < N)
 
@@ -194,7 +196,7 @@ Operand = Tensor | tuple[Tensor, Tensor]
 
 
 def redo_tile(tile: TileConfig) -> TileConfig:
-    """The tile with which "redo" follows a product with `tile`. It splits the reduction in the same way."""
+    """The tile of the "redo" launch that follows a product with `tile`. It splits the reduction in the same way."""
     block_k, stages = (16, 3) if tile.split == 1 else (tile.block_k, 1)
     return TileConfig(
         *(128, 64, block_k, tile.group_m, 8, stages), split=tile.split, programs=tile.programs, precision="redo"
@@ -202,9 +204,10 @@ def redo_tile(tile: TileConfig) -> TileConfig:
 
 
 def matrix(operand: Operand) -> Tensor:
-    """The matrix that stands for an operand of a product: itself, or the high plane of one that is split.
+    """The matrix with the shape and strides of a product's operand.
 
-    A split operand is a tuple (planes, info), and (fp32 tensor, info) with PRECISION "redo".
+    An operand is the matrix itself, or a tuple: (planes, info), whose matrix is the high plane; with PRECISION "redo"
+    (fp32 tensor, info), whose matrix is that tensor.
     """
     if isinstance(operand, Tensor):
         return operand

@@ -11,8 +11,9 @@ PRECISION is the way in which operands are multiplied:
   products are added;
 - "fp16x3": full fp32 accuracy on tensor cores. Each operand is scaled and split into two fp16 parts, and three of their
   four products are added. The operands of layers are split before (planes.py), those of networks in registers;
-- "fp16x1": the accuracy of tf32. The product of the high parts of "fp16x3", whose mantissas have tf32's 10 bits;
-- "redo": the same as "ieee", but only for the output tiles for which "fp16x3" is not accurate (planes.py).
+- "fp16x1": the accuracy of tf32. It is the product of the high parts of "fp16x3", whose mantissas have tf32's 10 bits;
+- "redo": the same as "ieee", but only for output tiles for which the planes of "fp16x3" or "fp16x1" are not accurate
+  (planes.py).
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def split_operand(value):
 # (tests/test_tile_precision.py).
 TERMS_INSIDE = 32
 LOW_SCALE = 2.0**11  # keeps the low parts of small numbers from underflowing
-# Both are defaults of arguments, for the reason that planes.py gives.
+# Both constants are defaults of arguments, for the reason that planes.py gives at SIDE.
 
 
 @triton.jit
@@ -127,10 +128,10 @@ def dot_scaled(
 ):  # fmt: skip
     """a b of fp32 operands, as products of their scaled fp16 parts.
 
-    Each row of `a`, and `b` as a whole, is multiplied by a power of two, and the result by the inverse of both. So
-    numbers of any size have parts, and a row of `a` has the same relative error at any scale. A number has 22 bits if
-    it is at least 2^-28 of the largest number in its row of `a`, or in `b`. Below that, its absolute error is 2^-50 of
-    that largest number.
+    Each row of `a`, and `b` as a whole, is multiplied by a power of two, and the result by the inverse of both. So the
+    parts of numbers of any size fit in fp16, and a row of `a` has the same relative error at any scale. A number has
+    22 bits if it is at least 2^-28 of the largest number in its row of `a`, or in `b`. Below that, its absolute error
+    is 2^-50 of that largest number.
 
     Infinities and NaN come out as in fp32, with one exception: an infinity times a tiny number is NaN. A number is tiny
     if it is below 2^-40 of that largest number: then its high part is 0.
@@ -262,7 +263,7 @@ def differentiate(dh, saved, BACKWARD: tl.constexpr, PARAMETERS: tl.constexpr):
 
 @triton.jit
 def in_layout(value, like):
-    """An fp32 `value` in the layout of `like`, so that nothing computed from both is computed twice. NVIDIA only."""
+    """An fp32 `value` in the layout of `like`. Results of both are then computed in one layout only. NVIDIA only."""
     if INTERPRETED:
         return value
     else:

@@ -92,7 +92,7 @@ class TileConfig:
 
 
 def is_aligned(width_in: int, width_out: int, dtype: torch.dtype) -> bool:
-    """True if tensor descriptors can describe a layer's tensors, if these are contiguous: rows are 16-byte aligned."""
+    """True if all rows of a layer's contiguous tensors are 16-byte aligned, as tensor descriptors require."""
     return width_in * dtype.itemsize % 16 == 0 and width_out * dtype.itemsize % 16 == 0
 
 

@@ -156,7 +156,7 @@ class FusedSequence(WithBackend, nn.Module):
                 for decision in run.decisions:
                     if decision.holds(input, weights, biases, now):
                         return run_path(input, weights, biases, decision.path)
-            if any(run.dropouts) and settings.is_watched():
+            if any(run.dropouts) and settings.is_intercepted():
                 return run.call(input)  # the registered operators do not draw random numbers
             layers = run.layers()
             dtype = check_call(input, layers)

@@ -27,6 +27,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from distributed_models import (
+    NARROW,
+    ROWS,
+    WIDE,
+    assert_equal,
+    assert_kernels_ran,
+    batches,
+    local_rows,
+    network,
+    plain,
+    train_on,
+    train_on_local_rows,
+    whole,
+)
 from interpreter import take_shortcuts
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -57,82 +71,11 @@ Check = Callable[[DeviceMesh, str], None]
 CHECKS: dict[str, Check] = {}
 BACKENDS = ("reference", "triton")
 
-NARROW, WIDE = (12, 20, 24, 6), (12, 300, 6)  # runs as one kernel; runs with one kernel per product
-STEPS = 2
-ROWS = 8  # in a global batch
-
 
 def check(function: Check) -> Check:
     """Register a check, which every process runs once for each backend. Its result is reported as a test."""
     CHECKS[function.__name__] = function
     return function
-
-
-def network(backend: str, mesh: DeviceMesh, widths: tuple[int, ...] = NARROW, **arguments: object) -> FusedMLP:
-    """A network with the same parameters in every process."""
-    torch.manual_seed(1)
-    model = FusedMLP(widths[0], list(widths[1:]), activation_layer="gelu", backend=backend, **arguments)  # type: ignore[arg-type]
-    return model.to(mesh.device_type)
-
-
-def plain(model: FusedMLP) -> nn.Sequential:
-    """A plain nn.Sequential with copies of the model's parameters."""
-    return nn.Sequential(*copy.deepcopy(model))
-
-
-def batches(mesh: DeviceMesh, widths: tuple[int, ...] = NARROW) -> list[tuple[Tensor, Tensor]]:
-    """The global batches for a few steps."""
-    generator = torch.Generator().manual_seed(2)
-    return [
-        tuple(torch.randn(ROWS, width, generator=generator).to(mesh.device_type) for width in (widths[0], widths[-1]))
-        for _ in range(STEPS)
-    ]  # type: ignore[misc]
-
-
-def local_rows(mesh: DeviceMesh, rows: Tensor) -> Tensor:
-    """This process's part of a batch."""
-    return rows.chunk(mesh.size())[mesh.get_rank()]
-
-
-def train_on(
-    model: nn.Module, steps: list[tuple[Tensor, Tensor]], parameters: nn.Module | None = None
-) -> dict[str, int]:
-    """Train for one step per batch by SGD with momentum. Returns the counts of launched kernels."""
-    optimizer = torch.optim.SGD((parameters or model).parameters(), lr=0.1, momentum=0.9)
-    with count_launches() as launches:
-        for x, y in steps:
-            (model(x) - y).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return dict(launches)
-
-
-def train_on_local_rows(mesh: DeviceMesh, model: nn.Module, widths: tuple[int, ...] = NARROW) -> dict[str, int]:
-    """Train on this process's part of every batch."""
-    return train_on(model, [(local_rows(mesh, x), local_rows(mesh, y)) for x, y in batches(mesh, widths)])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def assert_equal(model: nn.Module, expected: nn.Module) -> None:
-    """Assert that every parameter equals that of a single process, up to the order in which gradients are added."""
-    ours, theirs = dict(model.named_parameters()), dict(expected.named_parameters())
-    assert ours.keys() == theirs.keys()
-    for name, parameter in ours.items():
-        error = (whole(parameter) - theirs[name].detach()).abs().max()
-        assert error <= 1e-6 + 1e-5 * theirs[name].detach().abs().max(), f"{name}: {error}"
-
-
-def assert_kernels_ran(backend: str, launches: dict[str, int], path: str = "network") -> None:
-    """Assert that each forward and backward ran kernels of this path if `backend` has kernels, and none otherwise."""
-    if backend == "reference":
-        assert launches == {}
-        return
-    names = {"network": ("network_forward_kernel",), "layer": ("layer_forward_kernel", "wgrad_kernel")}[path]
-    assert all(launches.get(name, 0) >= STEPS for name in names), launches
-    assert sum(launches.values()) >= 3 * STEPS, launches
 
 
 @check
@@ -387,7 +330,7 @@ def tensor_parallel_layers_run_as_modules(mesh: DeviceMesh, backend: str) -> Non
     train_on(expected, batches(mesh))
     assert_equal(model, expected)
     model.backend = "triton"
-    with pytest.raises(RuntimeError, match=r'backend is "triton", but of child 0, 3, the weight is a DTensor.*or use'):
+    with pytest.raises(RuntimeError, match="but child 0, 3 cannot run on kernels: the weight is a DTensor.*or use"):
         model(batches(mesh)[0][0])
 
 
@@ -406,7 +349,7 @@ def tensor_parallel_fused_linear(mesh: DeviceMesh, backend: str) -> None:
     for ours, theirs in zip(model, (expected[0], expected[2])):
         assert_equal(ours.linear, theirs)
     model[0].backend = "triton"
-    with pytest.raises(RuntimeError, match=r'backend is "triton", but of child linear, the weight is a DTensor'):
+    with pytest.raises(RuntimeError, match="but child linear cannot run on kernels: the weight is a DTensor"):
         model(batches(mesh)[0][0])
     with pytest.raises(NotImplementedError, match="only support nn.Linear and nn.Embedding"):
         parallelize_module(nn.Sequential(FusedLinear(12, 20)), mesh, {"0": ColwiseParallel()})

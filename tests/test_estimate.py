@@ -12,7 +12,7 @@ from bench import fit
 from mlp_fused import ACTIVATIONS
 from mlp_fused.engine import table_files
 from mlp_fused.kernels import estimate, layer_tiles
-from mlp_fused.kernels.devices import DEVICES
+from mlp_fused.kernels.devices import DEVICES, data_sheet
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 TABLE = table_files.read(Path(__file__).with_name("data") / "h100" / "products.json")
@@ -78,6 +78,20 @@ def test_kernels_measured_slower_are_left_to_torch() -> None:
     few_rows = Problem("wgrad", 512, 784, 16, torch.float32)
     assert layer_tiles.why_torch(few_rows, H100) is not None
     assert layer_tiles.why_torch(Problem("output_gradient", 1, 512, 0, torch.float32), H100) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("AMD Instinct MI300X", "AMD MI300X"),
+        ("NVIDIA A10", "Triton's interpreter"),
+        ("NVIDIA GeForce RTX 4090", "Triton's interpreter"),
+    ],
+)
+def test_a_gpus_full_name_has_the_rates_of_its_data_sheet(name: str, known: str) -> None:
+    assert data_sheet(name).name == known
 
 
 def test_an_unknown_device_gets_the_rates_of_its_architecture() -> None:

@@ -23,14 +23,15 @@ from .settings import is_batched, is_transformed, is_zero_tensor
 
 __all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_bytes"]
 
-# Up to this many multiply-adds in a forward in 16 bits, all layers are one autograd.Function. Larger layers have one
-# each: their gradients are then passed on one by one, to DDP for example, and their saved tensors are freed layer by
-# layer. That is free only while the kernels take longer than Python. With one Function for each of four layers, a
-# training call took 1.5 ms on an H200 (torch 2.11, Triton 3.6), its kernels 0.83 ms for 2^36 multiply-adds. Below the
-# bound, overlap could hide no more than that. One Function takes 6 to 56 MiB more at its peak (bf16, 2^33.6 to 2^36.4
-# multiply-adds, counted on a CPU): the gradients of all weights and one or two of an output.
+# Up to this many multiply-adds of a forward in 16 bits, all layers are one autograd.Function. In larger networks, each
+# layer has one: its gradients are then passed on, to DDP for example, and its saved tensors freed before the backward
+# of the layer below. This costs no time only if the kernels take longer than Python. With one Function for each of four
+# layers, a training call took 1.5 ms on an H200 (torch 2.11, Triton 3.6), and its kernels 0.83 ms, for 2^36
+# multiply-adds. Up to the bound, passing gradients on early could save no more than the kernels' time. One Function
+# takes 6 to 56 MiB more memory at its peak (bf16, 2^33.6 to 2^36.4 multiply-adds, counted on a CPU): the gradients of
+# all weights and one or two gradients of an output.
 LAUNCH_BOUND = 2**37
-FP32_WORK = 4  # the multiply-adds in 16 bits that take at most as long as one in fp32, however that is multiplied
+FP32_WORK = 4  # one multiply-add in fp32 counts as this many in 16 bits, which take no longer in any precision
 
 
 def run_path(
@@ -71,7 +72,7 @@ def run_layers(
     end = len(path.layers)
     first = _first_trainable(x, weights, biases) if torch.is_grad_enabled() else end
     h: Tensor = x
-    if first:  # the layers before need no gradient and save nothing
+    if first:  # the layers before it need no gradient and save nothing
         h = path.section(0, first).forward((h, h, seed, *weights[:first], *biases[:first]), None)[0]
         if first == end:
             return h
@@ -145,7 +146,7 @@ class PlainFunction(torch.autograd.Function):
 
     @classmethod
     def call(cls, *arguments: Any) -> Any:
-        """Call `apply` without its search for tensors of torch.func transforms, which saves 2 µs. None come here."""
+        """Call `apply`, but do not search for tensors of torch.func transforms: none come here, and it saves 2 µs."""
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
@@ -154,7 +155,7 @@ class SectionFunction(PlainFunction):
 
     The edge from below is the saved tensor of the layer below, z or h itself. Its gradient is dz. A section returns an
     edge besides h if the edge is z. The last section returns the network's output, whose gradient is dy. A network has
-    no edges: its input is both h and the edge.
+    no edges: its input is passed as h and as the edge.
     """
 
     @staticmethod
@@ -189,9 +190,6 @@ class SectionFunction(PlainFunction):
         if not all(map(Tensor.is_contiguous, saved)):  # hooks on saved tensors may change strides
             saved = [tensor if name == "x" else tensor.contiguous() for name, tensor in zip(names, saved)]
         return None, None, None, *section.backward(dy, saved, laid_out(parameters, section.strides), needs)
-
-
-# ------------------------------------------------------------ what is saved
 
 
 def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
@@ -236,12 +234,12 @@ def refuse_changed(ctx: Any, parameters: Sequence[Any], read: Iterable[int]) -> 
         RuntimeError: with the wording of torch's own error.
     """
     before, now = ctx.versions, versions(parameters)
-    for place in read:
-        if before[place] != now[place]:
+    for index in read:
+        if before[index] != now[index]:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{ctx.section.parameters[place]} is at version {now[place]}; the forward computed with version "
-                f"{before[place]}; change it after backward, or change a clone of it"
+                f"{ctx.section.parameters[index]} is at version {now[index]}; the forward computed with version "
+                f"{before[index]}; change it after backward, or change a clone of it"
             )
 
 
@@ -256,9 +254,6 @@ def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequ
         else torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         for tensor, stride in zip(tensors, strides)
     ]
-
-
-# ------------------------------------------------------------ gradients
 
 
 def plain_gradient(dy: Tensor) -> Tensor:
@@ -278,7 +273,7 @@ def wants_torch(gradient: Tensor) -> bool:
 def dropout_factors(
     seed: Tensor | None, dropout: Dropout | None, rows: int, width: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """The mask over 1 - p of a layer's Dropout, (rows, width), in float32 or float64; None without Dropout."""
+    """The mask of a layer's Dropout, divided by 1 - p, (rows, width), in float32 or float64; None without Dropout."""
     if seed is None or dropout is None:
         return None
     ones = seed.new_ones((rows, width), dtype=torch.promote_types(dtype, torch.float32))
@@ -325,8 +320,8 @@ def differentiable_backward(
         given = [tensor.view_as(tensor) if need else tensor for tensor, need in zip((x, *parameters), needs)]
         h = (output_below(section, given[0], seed) if needs[0] else given[0]).to(dtype)
         cast: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in given[1:]]
-        for weight, bias, activation, left in zip(cast, cast[len(activations) :], activations, factors):
-            h = dropped(activated(F.linear(h, weight, bias), activation), left)
+        for weight, bias, activation, factor in zip(cast, cast[len(activations) :], activations, factors):
+            h = dropped(activated(F.linear(h, weight, bias), activation), factor)
         inputs = [tensor for tensor, need in zip(given, needs) if need]
         gradients = iter(torch.autograd.grad(h, inputs, dy, create_graph=True))
     return [next(gradients) if need else None for need in needs]
@@ -335,30 +330,30 @@ def differentiable_backward(
 def output_below(section: Section, edge: Tensor, seed: Tensor | None) -> Tensor:
     """The output of the layer below a section, as a function of the edge: z, or the output itself."""
     below, dropout = section.below, section.dropout_below
-    left = dropout_factors(seed, dropout, edge.shape[0], edge.shape[1], section.dtype)
-    if below is IDENTITY and left is None:
+    factors = dropout_factors(seed, dropout, edge.shape[0], edge.shape[1], section.dtype)
+    if below is IDENTITY and factors is None:
         return edge
     if keeps_preactivation(below, dropout):
-        return dropped(below(edge), left)
-    output: Tensor = _FromOutput.call(edge, edge.detach(), below, left)
+        return dropped(below(edge), factors)
+    output: Tensor = _FromOutput.call(edge, edge.detach(), below, factors)
     return output
 
 
 class _FromOutput(PlainFunction):
     """(z, h) -> h, which is a(z) after Dropout. The derivative a'(z) is computed from h.
 
-    `left` are the factors that Dropout has multiplied h by, or None. If the edge is h, it is passed as z too.
+    `factors` are those by which Dropout has multiplied h, or None. If the edge is h, it is passed as z too.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, h: Tensor, activation: Activation, left: Tensor | None) -> Tensor:
+    def forward(ctx: Any, z: Tensor, h: Tensor, activation: Activation, factors: Tensor | None) -> Tensor:
         output = h.clone()
-        ctx.save_for_backward(output, *(() if left is None else (left,)))
+        ctx.save_for_backward(output, *(() if factors is None else (factors,)))
         ctx.activation = activation
         return output
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None, None]:
-        h, *left = ctx.saved_tensors
-        dh = dropped(dh, left[0] if left else None)
+        h, *factors = ctx.saved_tensors
+        dh = dropped(dh, factors[0] if factors else None)
         return ctx.activation.reference_backward(dh, h, *ctx.activation.values), None, None, None

@@ -13,15 +13,15 @@ from ..kernels.dropout import draw_seed
 from ..reference import Layer
 from .autograd import run_layers, run_path
 from .layer_path import LayerPath
-from .paths import find_path, precision_of, wants_gradients
-from .settings import Backend, is_transformed, is_watched
+from .paths import dtype_precision, find_path, wants_gradients
+from .settings import Backend, is_intercepted, is_transformed
 
 
 def run_kernels(
     x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, recompute: bool | None, backend: Backend
 ) -> Tensor:
     """Run layers on the kernels, x (..., K) -> y, computing in `dtype`, and record the gradients that are wanted."""
-    if is_watched():
+    if is_intercepted():
         return run_operator(x, layers, dtype, recompute, backend)
     shape = x.shape
     if x.is_neg():  # a lazily negated view; kernels would read the memory without the negation
@@ -55,7 +55,7 @@ def run_operator(
         [layer.bias is not None for layer in layers],
         [layer.activation.spec for layer in layers],
         dtype,
-        precision_of(dtype),
+        dtype_precision(dtype),
         recompute,
         backend,
         wants_gradients(x, layers),

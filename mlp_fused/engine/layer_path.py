@@ -22,7 +22,7 @@ from torch import Tensor
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
 from ..kernels.devices import Device
-from ..kernels.dropout import SEED_BYTES, dropouts_of
+from ..kernels.dropout import SEED_BYTES, layer_dropouts
 from .layer_steps import (
     Choose,
     LayerSpec,
@@ -68,7 +68,7 @@ class LayerPath:
         return any(layer.dropout for layer in self.layers)
 
     def choose(self, device: Device) -> Choose:
-        """The choice of a tile, or of torch, for the path's problems on a device."""
+        """A function that chooses a tile, or torch, for a problem of this path on a device."""
         return functools.partial(choose_tile, device=device, torch_too=self.torch_too)
 
     def section(self, first: int, end: int) -> LayerSection:
@@ -95,7 +95,7 @@ def layer_path(
         parameters: the dtypes and strides of each layer's parameters, as `parameters_of` gives them.
         dropouts: for each layer, the probability of its Dropout; 0 if it has none.
     """
-    drops = dropouts_of(dropouts)
+    drops = layer_dropouts(dropouts)
     layers = [
         LayerSpec(index, below, activation, dtype, precision, k, n, stored, dropout, dropout_below)
         for index, (below, activation, (k, n), stored, dropout, dropout_below) in enumerate(
@@ -139,8 +139,6 @@ class LayerSection(Section):
         self.cast = [spec.parameters.weight != path.dtype for spec in self.layers]
         self.cache, self.known = Cache(), {}
 
-    # ------------------------------------------------------------ what is saved
-
     def kept(self) -> list[tuple[LayerSpec, bool]]:
         """The layers that save a tensor within the section, with True if that tensor is z, False if it is h."""
         inner = [(spec, spec.keeps_z) for spec in self.layers[:-1]]
@@ -166,9 +164,9 @@ class LayerSection(Section):
         return shapes
 
     def parameters_read(self, needs: Sequence[bool]) -> Sequence[int]:
-        return [place for place, cast in enumerate(self.cast) if not cast and (place or needs[0])]
+        return [position for position, cast in enumerate(self.cast) if not cast and (position or needs[0])]
 
-    def _place_kept(self, writer: Writer) -> None:
+    def _name_kept_parts(self, writer: Writer) -> None:
         """Name the parts of the buffer "kept"."""
         start = 0
         for spec, is_z in self.kept():
@@ -176,17 +174,15 @@ class LayerSection(Section):
             writer.part(name, "kept", start, writer.rows, spec.width_out)
             start += room(writer.rows, spec.width_out)
 
-    # ------------------------------------------------------------ forward and backward
-
     def write_forward(
         self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...] | None, device: Device
     ) -> Schedule:
-        """Write the steps of the forward: z = h W^T + b and h = a(z), layer after layer."""
+        """Write the steps of the forward: z = h Wᵀ + b and h = a(z), layer after layer."""
         writer, choose = Writer(given, self.dtype, rows), self.path.choose(device)
         shapes = self.saved_shapes(rows, needs) if needs else {}
         if "kept" in shapes:
             writer.allocate("kept", *shapes["kept"])
-            self._place_kept(writer)
+            self._name_kept_parts(writer)
         casts = [f"cast[{spec.index}]" if cast else None for spec, cast in zip(self.layers, self.cast)]
         for spec, cast in zip(self.layers, casts):
             if cast:
@@ -197,10 +193,10 @@ class LayerSection(Section):
         if needs and not self.is_last and last.keeps_z:
             edge = writer.allocate(f"z[{last.index}]", rows, last.width_out)
         below = "h"
-        for place, (spec, cast) in enumerate(zip(self.layers, casts)):
+        for position, (spec, cast) in enumerate(zip(self.layers, casts)):
             h = "y" if spec is last else f"h[{spec.index}]"
             if writer.has(h) is None:  # outputs that are not saved alternate between two buffers
-                writer.share(h, f"h {place % 2}", rows, spec.width_out)
+                writer.share(h, f"h {position % 2}", rows, spec.width_out)
             z = writer.has(f"z[{spec.index}]")
             add_forward(spec, writer, below, cast or f"weight[{spec.index}]", h, z, choose)
             below = h
@@ -211,7 +207,7 @@ class LayerSection(Section):
     ) -> Schedule:
         """Write the steps of the backward, from the last layer down: dz of the layer below, then dW and db."""
         writer, choose = Writer(given, self.dtype, rows), self.path.choose(device)
-        self._place_kept(writer)
+        self._name_kept_parts(writer)
         count, last = len(self.layers), self.layers[-1]
         needs_x, *needs_parameters = needs
         dz = "dy"
@@ -220,15 +216,15 @@ class LayerSection(Section):
             dz = writer.share(f"dz[{last.index}]", f"dz {last.index % 2}", rows, last.width_out)
             add_output_gradient(last, writer, "dy", own, dz, choose)
         gradients: list[str | None] = [None] * (2 * count)
-        for place in reversed(range(count)):
-            spec = self.layers[place]
-            needs_weight, needs_bias = needs_parameters[place], needs_parameters[count + place]
-            below = self.layers[place - 1] if place else None
+        for position in reversed(range(count)):
+            spec = self.layers[position]
+            needs_weight, needs_bias = needs_parameters[position], needs_parameters[count + position]
+            below = self.layers[position - 1] if position else None
             h = "x"
             if below is not None:
                 h = f"{'z' if below.keeps_z else 'h'}[{below.index}]"
             into = None
-            if any(needs[: 1 + place]) or any(needs_parameters[count : count + place]):
+            if any(needs[: 1 + position]) or any(needs_parameters[count : count + position]):
                 if below is None:
                     into = writer.allocate("dx", rows, spec.width_in)
                 else:  # dz alternates between two buffers
@@ -240,14 +236,14 @@ class LayerSection(Section):
                 add_dgrad(spec, writer, dz, weight, saved, into, rebuilt, choose)
             if needs_weight or needs_bias:
                 if needs_weight:
-                    gradients[place] = writer.allocate(
+                    gradients[position] = writer.allocate(
                         f"dw[{spec.index}]", spec.width_out, spec.width_in, dtype=spec.parameters.weight
                     )
                 if needs_bias:
-                    gradients[count + place] = writer.allocate(
+                    gradients[count + position] = writer.allocate(
                         f"db[{spec.index}]", spec.width_out, dtype=spec.parameters.bias
                     )
-                dw, db = gradients[place], gradients[count + place]
+                dw, db = gradients[position], gradients[count + position]
                 add_wgrad(spec, writer, dz, h, dw, db, choose)
             if into is None:
                 break

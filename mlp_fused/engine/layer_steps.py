@@ -1,14 +1,14 @@
 """The steps of a layer. A product is one of our kernels, or torch's product followed by a pointwise kernel.
 
-z = h_below W^T + b, h = a(z)                        forward
+z = h_below Wᵀ + b, h = a(z)                         forward
 dz = dh ⊙ a'(saved)                                  output_gradient, for the network's last layer
 dz_below = (dz W) ⊙ a_below'(saved_below)            dgrad
-dW = dz^T h_below, db = Σ_rows dz                    wgrad
+dW = dzᵀ h_below, db = Σ_rows dz                     wgrad
 
 A product of fp32 may take operands that are split into fp16 planes ("fp16x3", "fp16x1"). Then it has further steps:
 
 planes of each operand, and partial sums for db      split
-the output tiles that planes do not serve            redo
+the output tiles that meet a flagged block, again    redo
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _add_kernel(
     for side, (name, factor) in enumerate(factors.items()):
         planes[name] = _add_split(spec, writer, side, operands[name], factor, PLANES[choice.tile.precision])
         plain[name] = (operands[name], planes[name][1])
-    read = {name: of_planes for name, (of_planes, _) in planes.items()}
+    read = {name: plane_name for name, (plane_name, _) in planes.items()}
     add({**operands, **planes}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
     redo = tables.Choice(redo_tile(choice.tile), choice.source)
     again = {**operands, **plain}
@@ -213,19 +213,20 @@ def _add_kernel(
 
 
 def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Factor, count: int) -> tuple[str, str]:
-    """The names of `count` planes and the info of x. Add the step that splits it, unless the last one of this side did.
+    """The names of `count` planes and the info of x. Add the step that splits x, if the planes do not hold x already.
 
-    The first factor of every product has one buffer for its planes, and the second factor another.
+    `side` is 0 for the first factor of a product, 1 for the second. All factors of a side share one buffer for planes,
+    so it holds the planes of the last factor that was split.
     """
     rows, width, exponents, with_sums = factor
     planes, info, sums = (split_name(part, side, exponents, x) for part in ("planes", "info", "sums"))
-    of_side = (step for step in reversed(writer.steps) if step.operands.get("planes", "").startswith(f"planes {side}"))
-    last = next(of_side, None)
+    splits = (step for step in reversed(writer.steps) if step.operands.get("planes", "").startswith(f"planes {side}"))
+    last = next(splits, None)
     if last is not None and last.operands["planes"] == planes:
         return planes, info
-    of_planes, strides = planes_shape(rows, width, count)
+    shape, strides = planes_shape(rows, width, count)
     writer.share(planes, f"planes {side}", count * strides[0], dtype=torch.float16)
-    writer.part(planes, f"planes {side}", 0, *of_planes, strides=strides)
+    writer.part(planes, f"planes {side}", 0, *shape, strides=strides)
     writer.share(info, f"info {side}", *info_shape(rows, width, exponents), dtype=torch.int32)
     operands: dict[str, Any] = {"x": x, "planes": planes, "info": info, "sums": None}
     if with_sums:

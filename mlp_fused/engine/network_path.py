@@ -120,8 +120,6 @@ class NetworkPath(Section):
         layers = self.network.layers
         return range(0 if needs[0] else 1, layers) if self.stores else range(2 * layers)
 
-    # ------------------------------------------------------------ forward
-
     def write_forward(
         self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...] | None, device: Device
     ) -> Schedule:
@@ -142,8 +140,6 @@ class NetworkPath(Section):
             writes, flops = ("y", "kept", "z"), self._flops(rows)
             self._add(writer, kind, network_forward, self.forward_tile, operands, writes, flops)
         return kept, z
-
-    # ------------------------------------------------------------ backward
 
     def write_backward(
         self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...], device: Device
@@ -184,7 +180,7 @@ class NetworkPath(Section):
         operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases}
         operands |= {"kept": None, "own": None, "dz": None, "h": None}
         recomputed = self._flops(rows, end=net.layers - 1 + net.activates_output)
-        flops = recomputed + self._chain_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
+        flops = recomputed + self._dgrad_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
         sums = network_one_pass_sums(rows, net, wanted, tile)
         self._add_summed(writer, "network recompute", network_one_pass, tile, operands, flops, wanted, totals, sums)
 
@@ -256,15 +252,13 @@ class NetworkPath(Section):
             operands |= {"dz": dz, "last": last}
             moved = {**operands, "weights": weights if dx else weights[1:]}
             kernel, writes = partial(network_dgrad, gradients=wanted), ("dx", "dz", "last")
-            flops = self._chain_flops(rows, wanted, dx)
+            flops = self._dgrad_flops(rows, wanted, dx)
             self._add(writer, "network dgrad", kernel, tile, operands, writes, flops, moved)
         if totals:
             tile, flops = self.wgrad_tile, self._sum_flops(rows, wanted)
             operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
             sums = network_wgrad_sums(rows, net, wanted, tile)
             self._add_summed(writer, "network wgrad", network_wgrad, tile, operands, flops, wanted, totals, sums)
-
-    # ------------------------------------------------------------ what the steps share
 
     def _add_summed(
         self,
@@ -321,10 +315,10 @@ class NetworkPath(Section):
         """FLOPs of the products of some layers, by default of all."""
         return sum(2 * rows * n * k for k, n in list(itertools.pairwise(self.network.widths))[start:end])
 
-    def _chain_flops(self, rows: int, wanted: Gradients, dx: str | None) -> int:
+    def _dgrad_flops(self, rows: int, wanted: Gradients, dx: str | None) -> int:
         """FLOPs of every dz, from the output down to the lowest layer that needs a gradient, and of dx."""
         return self._flops(rows, wanted.lowest + 1) + (self._flops(rows, 0, 1) if dx else 0)
 
     def _sum_flops(self, rows: int, wanted: Gradients) -> int:
         """FLOPs of the weight gradients that are wanted."""
-        return sum(self._flops(rows, place, place + 1) for place, weight in enumerate(wanted.weights) if weight)
+        return sum(self._flops(rows, index, index + 1) for index, weight in enumerate(wanted.weights) if weight)

@@ -51,7 +51,7 @@ class _Settings(NamedTuple):
     def section(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], keep: bool
     ) -> tuple[Section, bool]:
-        """All layers as one section, and True if its backward begins with the forward, for which nothing is kept."""
+        """All layers as one section, and True if its forward saves nothing and its backward runs the forward again."""
         layers = tuple(map(Layer, weights, biases, map(parse, self.activations)))
         path = find_path(x, layers, self.dtype, self.recompute, self.backend, self.precision, keep)
         if isinstance(path, LayerPath):
@@ -59,7 +59,7 @@ class _Settings(NamedTuple):
         return path, False
 
     def biases_of_layers(self, biases: Sequence[Tensor]) -> list[Tensor | None]:
-        """A bias or None for each layer. (Operators take no None: in a list with None, no tensor gets a gradient.)"""
+        """A bias or None for each layer. Operators get lists without None: otherwise no tensor would get a gradient."""
         given = iter(biases)
         return [next(given) if has_bias else None for has_bias in self.biased]
 
@@ -77,7 +77,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *settin
     if reason is not None and not keep:  # a program that was exported on a GPU runs without one
         return _mlp_by_torch(call, x, weights, all_biases), []
     if reason is not None:
-        raise RuntimeError(f"mlp_fused::mlp is to keep what its backward kernels need, but {reason}")
+        raise RuntimeError(f"mlp_fused::mlp cannot save tensors for its backward kernels: {reason}")
     section, again = call.section(x, weights, all_biases, keep)
     x = _kernel_input(section, x)
     needs = _all_needs(section) if keep and not again else None
@@ -115,7 +115,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     torch's own operators:
 
         program = program.run_decompositions(mlp_fused.decompositions())  # aten.linear, aten.relu, …
-        program = program.run_decompositions(mlp_fused.decompositions(), …)
 
     The results are those of plain torch. A program for training is not changed: its backward is an operator of this
     package too.
@@ -133,7 +132,7 @@ def _decompose(
 
 
 class _NamesFunctions(TorchFunctionMode):
-    """A function mode that writes the name of each function into the graph, for quantisers to find Linears by."""
+    """A function mode that writes the name of each function into the graph. Quantisers find Linear layers by it."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -220,7 +219,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     if not ctx.keep:
-        raise RuntimeError("mlp_fused::mlp was called with keep=False, and kept nothing for a backward")
+        raise RuntimeError("mlp_fused::mlp was called with keep=False, and saved nothing for a backward")
     x, y, *saved = ctx.saved_tensors
     kept, weights, biases = _parted(saved, ctx.sizes)
     rest = (None,) * (len(ctx.settings) + 1)
@@ -233,8 +232,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
 
 def _parted(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     """`items` split into consecutive lists of these sizes."""
-    left = iter(items)
-    return [list(itertools.islice(left, size)) for size in sizes]
+    iterator = iter(items)
+    return [list(itertools.islice(iterator, size)) for size in sizes]
 
 
 def _refuse(ctx: Any, *gradients: Any) -> None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._device import DeviceContext
 
-from .recognize import functions_called, is_users, look_up
+from .recognize import functions_called, is_registered_by_user, look_up
 from .settings import constant_to_compilers, function_modes
 
 # Torch's own classes, taken at import, in case somebody assigns another class to their names in torch.nn later.
@@ -47,7 +47,7 @@ _read = operator.attrgetter(*METHODS, "forward")
 
 
 def why_changed(kind: type, known: type) -> str | None:
-    """The reason why calling a `kind` need not compute the same as the library's class `known`; None if it does.
+    """The reason why a call of a `kind` may not compute what the library's class `known` does; None if it surely does.
 
     Every method is looked up in the classes that `kind` derives from.
     """
@@ -67,7 +67,7 @@ _FIRST: dict[tuple[type, str], Any] = {}  # the methods of other libraries' clas
 
 def _why_changed(kind: type, known: type) -> str | None:
     owners = {**METHODS, "forward": _owner(known, "forward")}
-    if not (_is_of_library(owners["forward"]) or is_users(known)):
+    if not (_is_from_library(owners["forward"]) or is_registered_by_user(known)):
         return f"{owners['forward'].__name__} has a forward of its own"
     for name, owner in owners.items():
         if (why := why_method_changed(kind, name)) is not None:
@@ -94,12 +94,12 @@ def why_hidden(kind: type) -> str | None:
 def why_replaced(functions: tuple[str, ...], activation: str = "") -> str | None:
     """The reason why a call of these functions would not run torch's code; None if it would.
 
-    `functions` are names of functions. Those that the activation of the name `activation` calls are checked too.
+    `functions` are names of functions. The functions that the activation named `activation` calls are checked too.
     """
     for name in (*functions, *functions_called(activation)):
         function = look_up(name)
         if function is not _OWN.get(name):
-            if not _is_torchs(function, name):
+            if not _is_from_torch(function, name):
                 return f"{name} was replaced by {_place(function)}"
             _OWN[name] = function
     return None
@@ -131,35 +131,35 @@ def _owner(kind: type, name: str) -> type:
 
 def _is_own(method: Any, owner: type, name: str) -> bool:
     """True if a method is the one that the file of its class defines."""
-    if owner is object or (torch.compiler.is_compiling() and _is_tracers(method)):
+    if owner is object or (torch.compiler.is_compiling() and _is_from_tracer(method)):
         return True
-    if not _is_of_library(owner):
+    if not _is_from_library(owner):
         return method is _FIRST.setdefault((owner, name), method)
-    return _is_of_file(method, owner.__module__, f"{owner.__qualname__}.{ALIASES.get(name, name)}")
+    return _is_from_file(method, owner.__module__, f"{owner.__qualname__}.{ALIASES.get(name, name)}")
 
 
-def _is_tracers(method: Any) -> bool:
-    """True if a method is one with which torch's tracers replace nn.Module's while they trace a call."""
+def _is_from_tracer(method: Any) -> bool:
+    """True if a method belongs to one of torch's tracers. They replace methods of nn.Module while they trace a call."""
     path = _path(method).replace("/", ".")
     return any(f".{tracer}" in path for tracer in TRACERS)
 
 
-def _is_of_library(kind: type) -> bool:
+def _is_from_library(kind: type) -> bool:
     """True if a class belongs to one of `LIBRARIES`, and is still in its module under its name."""
     module, name = kind.__module__, kind.__qualname__
     return module.partition(".")[0] in LIBRARIES and getattr(sys.modules.get(module), name, None) is kind
 
 
-def _is_torchs(function: Any, name: str) -> bool:
+def _is_from_torch(function: Any, name: str) -> bool:
     """True if a function is the one that torch defines under this name."""
     module, _, own_name = name.rpartition(".")
-    if isinstance(function, BuiltinFunctionType):  # under a name such as log_sigmoid
+    if isinstance(function, BuiltinFunctionType):  # its own name may have more underscores: log_sigmoid
         same = function.__name__.replace("_", "") == own_name.replace("_", "")
         return same and (function.__module__ or "").partition(".")[0] == "torch"
-    return any(_is_of_file(function, module, name) for name in (own_name, f"_{own_name}"))
+    return any(_is_from_file(function, module, name) for name in (own_name, f"_{own_name}"))
 
 
-def _is_of_file(function: Any, module: str, qualname: str) -> bool:
+def _is_from_file(function: Any, module: str, qualname: str) -> bool:
     """True if a function is defined in a module's own file under that name; False for a wrapper around it."""
     if not isinstance(function, FunctionType) or (function.__module__, function.__qualname__) != (module, qualname):
         return False
@@ -199,7 +199,7 @@ class Code:
 
     def __init__(self, kinds: Iterable[type], functions: Iterable[str]) -> None:
         kinds = sorted(set(kinds), key=lambda kind: (-len(kind.__mro__), kind.__qualname__))
-        joined = [kind for kind in kinds if kind.__module__.startswith("torch.") and _is_of_library(kind)]
+        joined = [kind for kind in kinds if kind.__module__.startswith("torch.") and _is_from_library(kind)]
         self._joint = _joint(tuple(joined))
         forwards = (f"kind{index}.forward" for index in range(len(joined)))
         self._read_joint = operator.attrgetter(*METHODS, *PARAMETERS, *forwards)

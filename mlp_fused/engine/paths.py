@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..dtypes import DTYPES
 from ..kernels import devices, network_tiles
 from ..kernels.activation import Activation, parse
-from ..kernels.dropout import dropouts_of
+from ..kernels.dropout import layer_dropouts
 from ..kernels.language import INTERPRETER, WHY_NO_TRITON
 from ..kernels.network import network_of
 from ..kernels.tile_config import TileConfig
@@ -32,9 +32,9 @@ from .settings import (
     float32_precision,
     forward_mode_level,
     is_exporting_to_onnx,
+    is_intercepted,
     is_tracing,
     is_transformed,
-    is_watched,
     is_zero_tensor,
 )
 
@@ -190,7 +190,7 @@ def _measured_path(
     training: bool,
     device: devices.Device,
 ) -> str | None:
-    """The path that was measured to be fastest. A row has one activation for all hidden layers, any for the output."""
+    """The path that was measured to be fastest. A row names the hidden layers' one activation, not the output's."""
     names = {activation.name for activation in activations[:-1] or activations}
     if len(names) > 1:
         return None
@@ -242,7 +242,7 @@ def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, bac
 def _is_plain(tensor: Tensor) -> bool:
     """True if a tensor is no subclass. Under a compiler or a dispatch mode, torch's stand-ins count as plain too."""
     kind = type(tensor)
-    return kind in (Tensor, nn.Parameter) or (is_watched() and kind.__name__ in STAND_INS)
+    return kind in (Tensor, nn.Parameter) or (is_intercepted() and kind.__name__ in STAND_INS)
 
 
 STAND_INS = ("FakeTensor", "FunctionalTensor")
@@ -318,7 +318,7 @@ def network_path(
         recompute: the user's choice: True saves only x, False saves a tensor for each hidden layer, None is no choice.
         input_size: bytes of an element of the input, if it has more than `dtype` (under autocast).
         dropouts: for each layer, the probability of its Dropout; 0 if it has none. By default, no layer has Dropout.
-        torch_too: True if the layer path, which may run torch's products, is taken where that is faster.
+        torch_too: True to take the layer path, which may run torch's products, where it is expected to be faster.
         parameters: the dtypes and strides of the parameters. Others get another path, with its own schedules.
         splits: the ways to multiply fp32 by 16-bit parts, for `network_tiles.network_precision`; None: the rule's.
     """
@@ -329,7 +329,7 @@ def network_path(
     multiplied = network_tiles.network_precision(widths, dtype, precision, device, splits)
     rounds_with_relu = network_tiles.rounds_with_relu(dtype, device)
     network = network_of(widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)), rounds_with_relu)
-    drops = dropouts_of(dropouts)
+    drops = layer_dropouts(dropouts)
 
     def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:
         return network_tiles.NetworkProblem(
@@ -355,27 +355,27 @@ def network_path(
     if torch_too and recompute is None and measured is None and not fast:
         return UNMEASURED_FLOAT32
     if not training:
-        return NetworkPath(network, forward, None, "inference keeps nothing", None, wgrad, (), drops)
+        return NetworkPath(network, forward, None, "inference saves nothing", None, wgrad, (), drops)
 
-    one_pass, chain, stored = tile("recompute"), tile("dgrad"), tile("stored")
+    recomputing, backward, stored = tile("recompute"), tile("dgrad"), tile("stored")
     groups: tuple[tuple[int, int], ...] = ()
     if not isinstance(stored, str) and (not torch_too or device.arch in network_tiles.STORED_MEASURED):
-        groups, chain = network_tiles.layer_groups(problem("stored"), stored), stored
+        groups, backward = network_tiles.layer_groups(problem("stored"), stored), stored
     size = dtype.itemsize
     ends = 2 * widths[0] + 2 * widths[-1]
     moved = f"{size * ends} bytes a row, storing {size * (ends + (2 if groups else 5) * sum(widths[1:-1]))}"
-    if not isinstance(one_pass, str) and recompute is not False and (recompute or measured != "stored"):
+    if not isinstance(recomputing, str) and recompute is not False and (recompute or measured != "stored"):
         reason = "the user asks for it" if recompute else f"one pass fits in registers and moves {moved}"
-        return NetworkPath(network, forward, "recompute", reason, one_pass, wgrad, (), drops)
-    if isinstance(chain, str):
-        return f"its backward does not fit: {chain}"
+        return NetworkPath(network, forward, "recompute", reason, recomputing, wgrad, (), drops)
+    if isinstance(backward, str):
+        return f"its backward does not fit: {backward}"
     if recompute:
-        return NetworkPath(network, storing, "replay", "the user asks for it", chain, wgrad, groups, drops)
+        return NetworkPath(network, storing, "replay", "the user asks for it", backward, wgrad, groups, drops)
     if recompute is False:
         reason = "the user asks for it"
     else:
-        reason = one_pass if isinstance(one_pass, str) else f"it is {AS_MEASURED}"
-    return NetworkPath(network, storing, "stored", reason, chain, wgrad, groups, drops)
+        reason = recomputing if isinstance(recomputing, str) else f"it is {AS_MEASURED}"
+    return NetworkPath(network, storing, "stored", reason, backward, wgrad, groups, drops)
 
 
 def find_path(
@@ -406,7 +406,7 @@ def find_layers(
         tuple(layer.activation for layer in layers),
         parameters_of(layers),
         dtype,
-        precision or precision_of(dtype),
+        precision or dtype_precision(dtype),
         leaves_to_torch(backend),
         tuple(layer.dropout for layer in layers),
     )
@@ -433,7 +433,7 @@ def find_network(
     activations = tuple(layer.activation for layer in layers)
     wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
     device = devices.device_of(x)
-    precision = precision or precision_of(dtype)
+    precision = precision or dtype_precision(dtype)
     dropouts = tuple(layer.dropout for layer in layers) if any(layer.dropout for layer in layers) else ()
     choice = (device, training, recompute, wide, dropouts, torch_too, parameters)
     return network_path(widths, strides, activations, dtype, precision, *choice)
@@ -444,6 +444,6 @@ def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
     return (int(x.shape[1]), *(int(weight.shape[0]) for weight, *_ in layers))
 
 
-def precision_of(dtype: torch.dtype) -> str:
+def dtype_precision(dtype: torch.dtype) -> str:
     """The precision of products in a dtype: torch's setting for fp32, "ieee" for others."""
     return float32_precision() if dtype == torch.float32 else "ieee"

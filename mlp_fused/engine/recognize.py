@@ -17,7 +17,7 @@ from ..kernels.activations import BUILT_IN
 __all__ = ["resolve"]
 
 
-def is_users(kind: type) -> bool:
+def is_registered_by_user(kind: type) -> bool:
     """True if a user registered this module class as an activation. Its code is then not compared with a library's."""
     return any(activation.module is kind for name, activation in ACTIVATIONS.items() if name not in BUILT_IN)
 

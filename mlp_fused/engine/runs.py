@@ -1,4 +1,4 @@
-"""Split a network's children into runs for the kernels, detect changes of the children, and keep a run's last paths."""
+"""Split a network's children into runs for the kernels, detect changes of the children, and cache each run's paths."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from .settings import (
     has_function_mode,
     has_global_hooks,
     has_hooks,
+    is_intercepted,
     is_loaded_instance,
-    is_watched,
 )
 
 
@@ -101,10 +101,10 @@ class Decision:
 
     @staticmethod
     def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
-        """True if the decision for such a call can be kept. Guards do not accept the same tensor twice."""
+        """True if the decision for such a call can be cached. Guards do not accept the same tensor twice."""
         return (
             TensorGuards is not None
-            and not is_watched()
+            and not is_intercepted()
             and x.dim() == 2
             and x.device.type in ("cuda", "cpu")
             and not x.is_neg()
@@ -182,7 +182,7 @@ class Segments:
         self.plain = self._are_called_plainly()
         if not self.plain:
             return  # the next call splits the children into runs again
-        self.code = _code_of(self.parts)
+        self.code = _replaceable_code(self.parts)
         self.state = self.code.now()
         # The attributes on which the runs depend: parameters of activations, Dropout's p and mode, FusedLinear's child.
         settings: list[tuple[dict[str, Any], str]] = []
@@ -206,7 +206,7 @@ class Segments:
                 self.plain &= decisive <= set(names)
                 self.plain &= all(isinstance(child.__dict__[name], PLAIN) for name in names)
             settings += [(child.__dict__, name) for name in names]
-        # As columns, so that `map` goes through them without a Python call for each row.
+        # Three parallel lists, which `map` reads without a Python call for each attribute.
         self.holders = [holder for holder, _ in settings]
         self.names = [name for _, name in settings]
         self.values = [*map(dict.get, self.holders, self.names)]
@@ -246,7 +246,10 @@ class Segments:
             name for name, child in zip(model._link_names(), self.children) if any(child is other for other in split)
         ]
         if names:
-            raise RuntimeError(f'backend is "triton", but of child {", ".join(names)}, {SPLIT}; or use backend="auto"')
+            listed = ", ".join(names)
+            raise RuntimeError(
+                f'backend is "triton", but child {listed} cannot run on kernels: {SPLIT}; or use backend="auto"'
+            )
 
 
 def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool = True) -> list[Run]:
@@ -286,14 +289,16 @@ def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool =
             run is not None
             and takes_activation
             and everywhere is None
-            and (found := find(child))
-            and why_called(child, activation=found) is None
+            and (following := find(child))
+            and why_called(child, activation=following) is None
         ):
-            run.linears[-1] = (run.linears[-1][0], found)
-            takes_activation = found is IDENTITY
+            run.linears[-1] = (run.linears[-1][0], following)
+            takes_activation = following is IDENTITY
         else:
-            if everywhere is None and not is_linear(child) and (found := find(child)):
-                why = why_called(child, activation=found) or "it follows no Linear layer that it could be fused with"
+            if everywhere is None and not is_linear(child) and (following := find(child)):
+                why = (
+                    why_called(child, activation=following) or "it follows no Linear layer that it could be fused with"
+                )
             runs.append(Run([child], why))
             run = None
             continue
@@ -353,7 +358,7 @@ def why_unfused(module: Any) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is parametrized"
     if "bias" not in module._parameters:
-        return "its bias is no parameter of its own"
+        return "its bias is not one of its parameters"
     return why_hidden(type(module))
 
 
@@ -383,16 +388,16 @@ def _why_hooked(module: nn.Module) -> str:
     return SPLIT if is_split(module._parameters.get("weight")) else "it has hooks, or a forward patched onto it"
 
 
-def _code_of(parts: Iterable[Any]) -> Code:
-    """The code that runs in calls of those parts of a network that a kernel could replace."""
+def _replaceable_code(parts: Iterable[Any]) -> Code:
+    """The methods and functions that run when parts of a network that a kernel could replace are called."""
     kinds: list[type] = []
     functions: list[str] = []
     for part in parts:
-        found = None if is_linear(part) else find(part)
+        activation = None if is_linear(part) else find(part)
         if is_linear(part):
             functions.append(ADDMM if _is_transposed(part) else LINEAR)
-        elif found is not None:
-            functions += functions_called(found.name)
+        elif activation is not None:
+            functions += functions_called(activation.name)
         elif type(part) is Dropout:
             functions.append(DROPOUT)
         else:
@@ -404,7 +409,7 @@ def _code_of(parts: Iterable[Any]) -> Code:
     return Code(kinds, functions)
 
 
-SPLIT = "the weight is a DTensor, split over processes, whose parts hooks bring together"
+SPLIT = "the weight is a DTensor, split over processes, and hooks gather its parts"
 UNREAD = ("training", "inplace", "in_features", "out_features")  # public attributes on which no activation depends
 PLAIN = (bool, int, float, str, NoneType, Activation, BuiltinFunctionType, MethodType, functools.partial)
 

@@ -163,10 +163,10 @@ class Program:
         return None
 
 
-def _take(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+def _take(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that returns the items at these indices, as a tuple."""
-    take = operator.itemgetter(*places)
-    return take if len(places) > 1 else lambda items: (take(items),)
+    take = operator.itemgetter(*indices)
+    return take if len(indices) > 1 else lambda items: (take(items),)
 
 
 class Schedule:
@@ -200,17 +200,17 @@ class Schedule:
         parts = {name: parts[name] for name in viewed} | parts
         groups = dict.fromkeys(names for step in steps for names in step.operands.values() if isinstance(names, tuple))
         # The index of each operand in the list of pointers. An operand is a tensor, None, or a tuple of tensors.
-        self._places: dict[Any, int] = {
-            name: place for place, name in enumerate((*self.given, *allocated, None, *parts, *groups))
+        self._indices: dict[Any, int] = {
+            name: index for index, name in enumerate((*self.given, *allocated, None, *parts, *groups))
         }
         self._allocated = list(allocated.values())
         self._templates: list[Tensor] | None = None
-        self._parts = [(self._places[buffer.base], buffer.start * buffer.dtype.itemsize) for buffer in parts.values()]
-        self._views = [(self._places[parts[name].base], parts[name]) for name in viewed]
-        self._groups = [_take([self._places[name] for name in group]) for group in groups]
-        self._returned = [self._places[name] for name in self.returned]
+        self._parts = [(self._indices[buffer.base], buffer.start * buffer.dtype.itemsize) for buffer in parts.values()]
+        self._views = [(self._indices[parts[name].base], parts[name]) for name in viewed]
+        self._groups = [_take([self._indices[name] for name in group]) for group in groups]
+        self._returned = [self._indices[name] for name in self.returned]
         self._launches: list[Launch | None] = [None] * len(self.steps)
-        self._replays: list[Replay] = []  # of single steps
+        self._replays: list[Replay] = []  # one for each step
         self._program: Program | None = None  # the replay of all steps at once, if memory is always aligned
 
     @property
@@ -235,25 +235,25 @@ class Schedule:
         else:
             pointers += map(Tensor.data_ptr, allocated)
             pointers.append(None)
-            for place, at in self._parts:
-                pointers.append(pointers[place] + at)
+            for index, at in self._parts:
+                pointers.append(pointers[index] + at)
             for group in self._groups:
                 pointers.append(group(pointers))
-            for place, part in self._views:
-                everything.append(part.view(everything[place]))
+            for index, part in self._views:
+                everything.append(part.view(everything[index]))
             if self._program is not None and not settings.profiler_enabled():
                 self._program(everything, pointers)
             else:
                 for step, replay in zip(self.steps, self._replays):
                     with _profiled(step):
                         replay(everything, pointers)
-        return [everything[place] for place in self._returned]
+        return [everything[index] for index in self._returned]
 
     def _make_templates(self, first: Any) -> list[Tensor]:
         """Tensors with the buffers' shapes and no memory, as arguments of `torch.empty_like`.
 
-        It takes two thirds of the time of `new_empty`. Memory kept here would outlive a CUDA graph that the first run
-        is captured into: torch.compile's mode "reduce-overhead" forbids that.
+        `empty_like` takes two thirds of the time of `new_empty`. If the templates had memory, it would outlive a CUDA
+        graph that the first run is captured into, which torch.compile's mode "reduce-overhead" forbids.
         """
         templates = [
             first.new_empty(1, dtype=buffer.dtype).expand(buffer.shape)
@@ -266,23 +266,23 @@ class Schedule:
         return templates
 
     def _run_steps(self, everything: list[Tensor | None]) -> None:
-        """Run the steps one by one, and keep the launches for a replay."""
-        for place, step in enumerate(self.steps):
+        """Run the steps one by one, and cache the launches for a replay."""
+        for index, step in enumerate(self.steps):
             with _profiled(step):
-                self._run_step(place, everything)
+                self._run_step(index, everything)
         if not self._replays and not settings.DEBUG:  # a replay could not check results between steps
             self._prepare_replays()
 
-    def _run_step(self, place: int, everything: list[Tensor | None], pointers: object = None) -> None:
+    def _run_step(self, index: int, everything: list[Tensor | None], pointers: object = None) -> None:
         """Run a step; kernels go through Triton's launcher."""
-        step, launch = self.steps[place], self._launches[place]
+        step, launch = self.steps[index], self._launches[index]
         operands = {name: self._operand(everything, operand) for name, operand in step.operands.items()}
         if settings.DEBUG:
             _run_checked(step, operands)
         elif launch is not None:
             launch.through_triton(tuple(operands.values()))
         else:
-            self._launches[place] = step.run(**operands)
+            self._launches[index] = step.run(**operands)
 
     def _operand(self, everything: list[Tensor | None], operand: Any) -> Any:
         """The tensor with the name `operand`; for a tuple of names, a tuple of tensors."""
@@ -292,8 +292,8 @@ class Schedule:
             return None
         buffer = self.buffers.get(operand)
         if buffer is None or buffer.base is None:
-            return everything[self._places[operand]]
-        return buffer.view(everything[self._places[buffer.base]])
+            return everything[self._indices[operand]]
+        return buffer.view(everything[self._indices[buffer.base]])
 
     def _prepare_replays(self) -> None:
         """Prepare later runs: compiled kernels get new pointers; other steps run as before."""
@@ -303,23 +303,23 @@ class Schedule:
         if self.is_aligned:
             self._program = Program(items)
         # Last, because other threads replay as soon as it is set.
-        self._replays = [self._replay(place, Program([item])) for place, item in enumerate(items)]
+        self._replays = [self._replay(index, Program([item])) for index, item in enumerate(items)]
 
-    def _replay(self, place: int, program: Program) -> Replay:
+    def _replay(self, index: int, program: Program) -> Replay:
         """The replay of one step. If memory may be misaligned, every run checks whether its launch can be used."""
         if self.is_aligned or not program.launches:
             return program
-        return functools.partial(_replay_if_aligned, program, functools.partial(self._run_step, place))
+        return functools.partial(_replay_if_aligned, program, functools.partial(self._run_step, index))
 
-    def _item(self, place: int) -> Item:
+    def _item(self, index: int) -> Item:
         """A step of a `Program`: the compiled kernel, torch's function, or a kernel through Triton's launcher."""
-        step, launch = self.steps[place], self._launches[place]
+        step, launch = self.steps[index], self._launches[index]
         if launch is not None and launch.run is not None:
-            return launch, [self._places[operand] for operand in step.operands.values()]
+            return launch, [self._indices[operand] for operand in step.operands.values()]
         if step.tile is not None:
-            return functools.partial(self._run_step, place)
-        run, parameters = step.run, inspect.signature(step.run).parameters  # names in a call would take 0.6 µs
-        take = _take([self._places[step.operands[name]] for name in parameters])
+            return functools.partial(self._run_step, index)
+        run, parameters = step.run, inspect.signature(step.run).parameters  # keyword arguments would take 0.6 µs more
+        take = _take([self._indices[step.operands[name]] for name in parameters])
         return lambda tensors: run(*take(tensors))
 
 

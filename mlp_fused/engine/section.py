@@ -60,14 +60,15 @@ class Section(abc.ABC):
 
     Attributes:
         dtype: the dtype of the products.
-        activations, dropouts, widths: of the layers. `dropouts` may be empty if no layer has Dropout.
+        activations, dropouts: one for each layer. `dropouts` may be empty if no layer has Dropout.
+        widths: the widths from the input to the output.
         below, dropout_below: the activation and the Dropout of the layer below.
         is_last: True if the output is the network's output.
-        takes_unread: True if a backward's schedule takes all parameters, also those that it only has the shapes of.
+        takes_unread: True if a backward's schedule takes all parameters, also those of which it uses only the shapes.
         parameters: the names of the weights and then of the biases.
         strides: the strides of these parameters.
         cache: the schedules.
-        known: what is saved and read, by `needs`.
+        known: the `Saved` for each `needs`, cached.
     """
 
     dtype: torch.dtype
@@ -95,10 +96,10 @@ class Section(abc.ABC):
     def write_forward(
         self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...] | None, device: Device
     ) -> Schedule:
-        """Write the forward. It returns y, z if that is the edge to the next section or else None, and what is saved.
+        """Write the forward. It returns y; z if it is the edge to the next section, else None; and the saved tensors.
 
         Args:
-            given: "h", the input; "x", the edge from below; "seed"; and the parameters. None for what does not exist.
+            given: "h", the input; "x", the edge from below; "seed"; and the parameters. None for a missing tensor.
         """
 
     @abc.abstractmethod
@@ -113,11 +114,12 @@ class Section(abc.ABC):
         """
 
     def saved(self, needs: tuple[bool, ...]) -> Saved:
+        """The `Saved` for these needs, from `known` if it is there."""
         saved = self.known.get(needs)
         if saved is None:
             names, read = tuple(self.saved_shapes(1, needs)), self.parameters_read(needs)
             taken = range(len(self.parameters)) if self.takes_unread else read
-            given = ("dy", *names, *(self.parameters[place] for place in taken))
+            given = ("dy", *names, *(self.parameters[index] for index in taken))
             saved = self.known[needs] = Saved(names, read, given)
         return saved
 
@@ -131,7 +133,7 @@ class Section(abc.ABC):
         """[dx, dW …, db …] for the saved tensors, in their order, and all parameters: see `write_backward`."""
         known = self.saved(needs)
         if not self.takes_unread:
-            parameters = [parameters[place] for place in known.read]
+            parameters = [parameters[index] for index in known.read]
         return self._run(self.write_backward, known.given, (dy, *saved, *parameters), needs)
 
     def _run(
@@ -141,9 +143,10 @@ class Section(abc.ABC):
         tensors: tuple[Any, ...],
         needs: tuple[bool, ...] | None,
     ) -> list[Any]:
-        """Run the schedule for tensors like these, which is written once.
+        """Run the cached schedule for these tensors. If there is none, write it first.
 
-        The first two tensors decide. The section fixes the shapes, strides and dtypes of the others.
+        It is found by the first tensor's shape and device, and by the strides and dtypes of the first two tensors. The
+        section fixes those of the others.
         """
         pointers, aligned = read(tensors)
         first, second = tensors[0], tensors[:2][-1]

@@ -31,7 +31,7 @@ def check_backend(backend: object, argument: str = "backend") -> Backend:
     Raises:
         ValueError: it is not "auto", "triton" or "reference".
     """
-    choice: Backend = _one_of(get_args(Backend), backend, argument)
+    choice: Backend = _check_choice(get_args(Backend), backend, argument)
     return choice
 
 
@@ -55,11 +55,11 @@ def check_float32(form: object) -> Float32:
     Raises:
         ValueError: it is not "auto" or "ieee".
     """
-    choice: Float32 = _one_of(get_args(Float32), form, "MLP_FUSED_FP32")
+    choice: Float32 = _check_choice(get_args(Float32), form, "MLP_FUSED_FP32")
     return choice
 
 
-def _one_of(choices: tuple[str, ...], value: object, argument: str) -> Any:
+def _check_choice(choices: tuple[str, ...], value: object, argument: str) -> Any:
     """The choice that `value` is equal to. Raises ValueError if it is none of them."""
     for choice in choices:
         if value == choice:
@@ -71,7 +71,7 @@ def _one_of(choices: tuple[str, ...], value: object, argument: str) -> Any:
 DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
 # The meaning of "auto" in this process.
 DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
-# The way in which the layer kernels compute in full fp32. "ieee" does not split operands into fp16 planes.
+# The way in which kernels multiply fp32. "ieee" never splits operands into fp16 parts or planes.
 FLOAT32: Float32 = check_float32(os.environ.get("MLP_FUSED_FP32", "auto"))
 
 
@@ -115,8 +115,8 @@ is_zero_tensor = Tensor._is_zerotensor  # True for zeros without memory. Some gr
 has_function_mode = torch._C._len_torch_function_stack  # the number of active TorchFunctionModes
 
 
-def is_watched() -> bool:
-    """True if a compiler traces the call or a dispatch mode sees it. It then goes through registered operators."""
+def is_intercepted() -> bool:
+    """True if a compiler or a dispatch mode intercepts the call, which then goes through registered operators."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 

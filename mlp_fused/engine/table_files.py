@@ -318,7 +318,7 @@ def _network(place: str, value: Any) -> Network:
 
 
 def _arithmetic(row: Gemm | Network) -> dict[str, bool]:
-    """The fields that rows of products and of networks share, each with whether its value is valid."""
+    """The fields that rows of products and of networks share, by name: True if the value is valid."""
     precisions = ("ieee", "tf32") if row.dtype == "float32" else ("ieee",)
     return {
         "rows": _is_count(row.rows),

@@ -8,6 +8,8 @@ the device's name):
 3. The packaged table of a related GPU.
 4. The estimate (layer_tiles.py), which has an answer for every problem.
 
+Tables have no rows for products of fp16 planes. `layer_steps.choose_tile` estimates these before it reads a table.
+
 `table_files.py` has the format of a table.
 
 A row is valid for its widths, dtype, precision and activation, and for batches of half to twice the measured size.
@@ -300,13 +302,15 @@ def preferred(table: Table) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Forget the tables, so that the next choice reads the files again. Call it after a file was written."""
+    """Clear the caches of tables, so that the next choice reads the files again. Call it after a file was written."""
     for cache in (measured, related, choice_for, path_for):
         cache.cache_clear()
 
 
 def merge(old: Table, new: Table) -> Table:
-    """A table with the rows of both tables. `new` comes first: its rows, where both have one; its date and versions.
+    """A table with the rows of both tables. If both have a row for a problem, it has that of `new`.
+
+    The date and the versions are those of `new`.
 
     Raises:
         ValueError: the tables are of different devices.

@@ -563,7 +563,7 @@ def test_redo_splits_the_reduction_as_the_product_does(kind: Kind, device: Devic
     for m, n, k in ((256, 256, 256), (512, 512, 16384), (1024, 4096, 8193)):
         tile = layer_tiles.planes_tile(Problem(kind, m, n, k, torch.float32), device)
         assert tile is not None
-        sums, redo_sums = (wgrad_sums(k, sized, torch.float32, m * n, 0) for sized in (tile, redo_tile(tile)))
+        sums, redo_sums = (wgrad_sums(k, summed, torch.float32, m * n, 0) for summed in (tile, redo_tile(tile)))
         assert sums == redo_sums
         assert redo_tile(tile).started(10**6) == device.multiprocessors
         assert 128 % tile.block_m == 128 % tile.block_n == 128 % tile.block_k == 0

@@ -112,7 +112,7 @@ def test_distorted_times_are_marked(config: Config, monkeypatch: pytest.MonkeyPa
     messages: list[str] = []
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     train(config, report=messages.append)
-    assert not any("distorted" in line for line in messages)  # times of a CPU are not distorted
+    assert not any("times are distorted" in line for line in messages)  # those of a CPU are not
     messages.clear()
     marked = loop.about_times(torch.device("cuda"))
     assert marked == (

@@ -363,12 +363,15 @@ def test_the_packaged_tables_are_used(measured: Path, monkeypatch: pytest.Monkey
         assert packaged.arch is not None
         like = next(known for known in DEVICES.values() if known.name in packaged.device)
         device = dataclasses.replace(like, name=packaged.device)
+        checked = 0
         for row in packaged.gemms:
             same_triton = packaged.versions["triton"].startswith(".".join(map(str, tables.TRITON_VERSION)))
             if is_outdated(row):
                 continue
             if row.tile is None or same_triton or row.tile in layer_tiles.candidates(row.problem, device):
                 assert tables.choice_for(row.problem, device) == tables.Choice(row.tile, f"measured on {device.name}")
+                checked += 1
+        assert checked > 100
 
 
 def test_the_path_of_a_network(measured: Path) -> None:
@@ -410,11 +413,6 @@ def test_paths_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path(layer_tiles.__file__).resolve().parent
     assert here in (Path(mlp_fused.__file__).resolve().parents[1] / "kernels", Path(mlp_fused.__path__[0]) / "kernels")
     assert tables.packaged_path("NVIDIA H200").name == "nvidia_h200.json"
-
-
-def test_the_names_of_packaged_tables_are_their_devices() -> None:
-    for path in (Path(layer_tiles.__file__).parent / "tuned").glob("*.json"):
-        assert path.name == tables.packaged_path(table_files.read(path).device).name
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def patch_once_a_launch(interpreter: Any, core: Any) -> None:
 def list_builtins_once(interpreter: Any, core: Any) -> None:
     """List the functions that have to be patched once for each module and class, not for every launch.
 
-    They are called without the wrapper that checks their semantic argument, which the interpreter gives to all of them.
+    The patches skip the wrapper that checks for a semantic argument, because the interpreter always passes one.
     """
     builtins: dict[Any, list[tuple[str, Any]]] = {}
     patch = interpreter._patch_attr
@@ -93,13 +93,13 @@ def cache_types(interpreter: Any, core: Any) -> None:
 
 
 def compare_first(interpreter: Any, core: Any) -> None:
-    """Compare objects before what they hold: operands of one shape are not broadcast, and a dtype equals itself."""
+    """Compare shapes and identities first: operands of one shape are not broadcast, and a dtype equals itself."""
     semantic = type(interpreter.interpreter_semantic)
-    semantic.broadcast_impl_value = broadcast_what_differs(semantic.broadcast_impl_value)
+    semantic.broadcast_impl_value = broadcast_unequal_shapes(semantic.broadcast_impl_value)
     core.dtype.__eq__ = compare_identities(core.dtype.__eq__)
 
 
-def broadcast_what_differs(broadcast):
+def broadcast_unequal_shapes(broadcast):
     @functools.wraps(broadcast)
     def compared(semantic, left, right):
         if left.type.is_block() and right.type.is_block() and left.type.shape.values == right.type.shape.values:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-TORCHS = "CUDA out of memory. Tried to allocate 2.00 GiB."
+TORCH_MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 def run_out(*_: object, **__: object) -> None:
-    raise torch.OutOfMemoryError(TORCHS)
+    raise torch.OutOfMemoryError(TORCH_MESSAGE)
 
 
 def on_call(call: int, then: Callable[..., object] = run_out) -> Callable[..., None]:

@@ -55,7 +55,7 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
 
 
-def agrees(model: Any, x: Tensor, kernels: bool | None) -> None:
+def assert_agrees(model: Any, x: Tensor, kernels: bool | None) -> None:
     """Assert that the results are the twin's, and that kernels ran (True), none ran (False), or either (None)."""
     expected = results(twin(model), x)
     with count_launches() as launches:

@@ -48,7 +48,7 @@ def run_unchanged(operands: Operands, index: int, tile: TileConfig | None, run: 
     run()
 
 
-class WatchedOperands(Operands):
+class TracedOperands(Operands):
     """Operands that tell the clock which tile runs. A test may replace the function that runs it."""
 
     def __init__(
@@ -67,7 +67,7 @@ class WatchedOperands(Operands):
         self.run_product(self, index, tile, functools.partial(super().run, index, tile))
 
 
-class WatchedPasses(Passes):
+class TracedPasses(Passes):
     """Passes that tell the clock which path runs."""
 
     def __init__(self, clock: Clock, whole: Whole, device: torch.device) -> None:
@@ -92,16 +92,16 @@ def only(kind: type[Task]) -> Callable[..., list[Task]]:
     return lambda *arguments: [task for task in list_tasks(*arguments) if isinstance(task, kind)]
 
 
-def watched(clock: Clock, run_product: Callable[..., None] = run_unchanged) -> Callable[..., Operands]:
+def traced(clock: Clock, run_product: Callable[..., None] = run_unchanged) -> Callable[..., Operands]:
     """Return a constructor of operands whose products run by `run_product(operands, index, tile, run)`."""
-    return functools.partial(WatchedOperands, clock, run_product)
+    return functools.partial(TracedOperands, clock, run_product)
 
 
 def tuning_clock() -> Clock:
     """A clock that sees which tile runs, for a tuning with two tiles for every product and no whole networks."""
     clock = Clock()
-    clock.parts["operands"] = watched(clock)
-    clock.parts["passes"] = functools.partial(WatchedPasses, clock)
+    clock.parts["operands"] = traced(clock)
+    clock.parts["passes"] = functools.partial(TracedPasses, clock)
     return clock
 
 

@@ -61,7 +61,7 @@ def test_operands_are_broadcast_as_without_shortcuts(left: list[int] | None, rig
 
     def result(function: Callable[..., Any]) -> object:
         try:
-            return [(each.type.name, each.handle.data.tolist()) for each in function(semantic, *operands)]
+            return [(tensor.type.name, tensor.handle.data.tolist()) for tensor in function(semantic, *operands)]
         except (AttributeError, ValueError) as error:  # shapes that do not fit together
             return str(error)
 
@@ -69,14 +69,14 @@ def test_operands_are_broadcast_as_without_shortcuts(left: list[int] | None, rig
 
 
 def operand(shape: list[int] | None) -> Any:
-    """A tensor of an interpreted kernel, whose elements are numbered; a scalar without a shape."""
+    """A tensor of an interpreted kernel with the elements 0, 1, 2 …; a scalar if `shape` is None."""
     type = core.float32 if shape is None else core.block_type(core.float32, shape)
     sizes = [1] if shape is None else type.shape.values
     data = np.arange(math.prod(sizes), dtype=np.float32).reshape(sizes)
     return core.tensor(interpreter.TensorHandle(data, core.float32), type)
 
 
-def test_dtypes_equal_what_they_do_without_shortcuts() -> None:
+def test_dtypes_compare_as_without_shortcuts() -> None:
     types = [*TYPES, *map(core.dtype, ["fp32", "int8"]), core.constexpr(core.float32), None]
     for one in DTYPES:
         assert [one == other for other in types] == [without(core.dtype.__eq__)(one, other) for other in types]

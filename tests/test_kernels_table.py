@@ -318,7 +318,7 @@ def test_second_derivatives_refuse_changed_parameters(path: str, device: str) ->
     expected = torch.autograd.grad(y, data.weights, data.dy, retain_graph=True)
     assert all(gradient.isfinite().all() for gradient in expected)
     with pytest.raises(
-        RuntimeError, match="inplace operation: bias 0 is at version 1; the forward computed with version 0"
+        RuntimeError, match=r"inplace operation: bias\[0\] is at version 1; the forward computed with version 0"
     ):
         torch.autograd.grad(y, data.weights, data.dy, create_graph=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from out_of_memory import TORCHS
+from out_of_memory import TORCH_MESSAGE
 from readme import readme
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def refuse(like: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         if like.is_meta:  # torch's own call for tensors without memory
             return new_empty(like, *arguments, **keywords)
-        raise torch.OutOfMemoryError(TORCHS)
+        raise torch.OutOfMemoryError(TORCH_MESSAGE)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", refuse)
     monkeypatch.setattr(memory, "room", lambda device: Room(3 * 2**20, 2**20))
@@ -54,7 +54,8 @@ def test_an_error_in_the_forward_states_saved_bytes_and_a_batch_that_fits(full: 
     # Adam's two tensors are as large as the parameters.
     fits = (3 * 2**20 - 4 * parameters) * 4096 / (saved + workspace)
     assert text.startswith(
-        f"{TORCHS}\nmlp_fused: a batch of 4,096 rows needs {saved / 2**20:.1f} MiB of saved activations and about "
+        f"{TORCH_MESSAGE}\n"
+        f"mlp_fused: a batch of 4,096 rows needs {saved / 2**20:.1f} MiB of saved activations and about "
         f"{workspace / 2**20:.1f} MiB of workspace, plus {4 * parameters / 2**20:.1f} MiB for parameters, gradients "
         "and optimizer state (2 tensors per parameter). cpu has 3.0 MiB for this process, of which 1.0 MiB are in use."
     )
@@ -110,7 +111,7 @@ def test_a_network_that_cannot_be_explained_leaves_torchs_error() -> None:
     model.backend = "triton"
     with pytest.raises(torch.OutOfMemoryError) as caught:
         model(torch.randn(4, 32))
-    assert str(caught.value) == TORCHS
+    assert str(caught.value) == TORCH_MESSAGE
 
 
 # Changes to a step of 1024 rows of 2 MiB each on a device with 1 GiB, and the number of rows that then fits.
@@ -202,6 +203,6 @@ def test_the_readmes_example_of_the_error(monkeypatch: pytest.MonkeyPatch) -> No
     planned = model.explain(10**6, torch.float32, "NVIDIA H100")
     monkeypatch.setattr(model, "explain", lambda rows: planned)
     monkeypatch.setattr(memory, "room", lambda device: Room(79 * 2**30, 34 * 2**30))
-    error = torch.OutOfMemoryError(TORCHS)
+    error = torch.OutOfMemoryError(TORCH_MESSAGE)
     memory.explain(error, model, 10**6)
     assert readme("memory").strip("`\n").split() == str(error).splitlines()[1].replace("cpu", "cuda:0").split()

@@ -133,37 +133,37 @@ def test_the_next_call_uses_changed_children(device: str, path: str) -> None:
     model = FusedMLP(8, [8, 8], backend="triton").to(device)
     x = torch.randn(5, 8, device=device)
 
-    def agrees(launches: int) -> None:
+    def assert_agrees(launches: int) -> None:
         with count_launches() as counted:
             y = model(x)
         assert sum(counted.values()) == (launches if path == "layer" else min(launches, 1))
         torch.testing.assert_close(y, nn.Sequential(*model)(x), rtol=1e-5, atol=1e-5)
 
-    agrees(2)
+    assert_agrees(2)
     model.append(nn.Linear(8, 4, device=device))
-    agrees(3)
+    assert_agrees(3)
     model.insert(0, nn.Linear(8, 8, device=device))
-    agrees(4)
+    assert_agrees(4)
     model[2] = nn.Tanh()
-    agrees(4)
+    assert_agrees(4)
     model[2] = nn.LeakyReLU(0.1)
-    agrees(4)
+    assert_agrees(4)
     model[2].negative_slope = 0.7
-    agrees(4)
+    assert_agrees(4)
     del model[0]
-    agrees(3)
+    assert_agrees(3)
     model[0].weight.data.mul_(3)
-    agrees(3)
+    assert_agrees(3)
     handle = model[0].register_forward_hook(lambda module, args, output: output + 1)
-    agrees(2)
+    assert_agrees(2)
     handle.remove()
-    agrees(3)
+    assert_agrees(3)
     parametrizations.weight_norm(model[0])
-    agrees(2)
+    assert_agrees(2)
     model[3].forward = lambda input: input * 2
-    agrees(1)
+    assert_agrees(1)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
-    agrees(0)
+    assert_agrees(0)
     handle.remove()
 
 

@@ -189,25 +189,25 @@ def test_attributes_of_nn_linear_are_those_of_the_child(backend: str, device: st
     assert layer.weight is layer.linear.weight
     assert layer.bias is layer.linear.bias
 
-    def agrees() -> None:
+    def assert_agrees() -> None:
         torch.testing.assert_close(layer(x), torch.relu(layer.linear(x)), rtol=1e-5, atol=1e-5)
 
-    agrees()
+    assert_agrees()
     weight = nn.Parameter(torch.randn(4, 6, device=device))
     layer.weight = weight
     assert layer.linear.weight is weight
-    agrees()
+    assert_agrees()
     with torch.no_grad():
         layer.weight += 1
         layer.bias *= 2
     assert layer.linear.weight is weight
-    agrees()
+    assert_agrees()
     assert {name for name, _ in layer.named_parameters()} == {"linear.weight", "linear.bias"}
     with pytest.raises(TypeError, match="cannot assign 'torch.FloatTensor' as parameter 'weight'"):
         layer.weight = torch.randn(4, 6)
     layer.bias = None
     assert layer.linear.bias is None
-    agrees()
+    assert_agrees()
     before = layer.weight.clone()
     torch.manual_seed(3)
     layer.reset_parameters()

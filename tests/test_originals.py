@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from replaced_code import (
     BACKENDS,
-    agrees,
+    assert_agrees,
     doubled,
     layer,
     network,
@@ -116,11 +116,11 @@ def test_a_change_between_two_calls_takes_effect_until_it_is_undone(
     patch: str, make: Callable[..., Any], backend: str, device: str
 ) -> None:
     model, x = make(device, backend), torch.randn(5, 8, device=device)
-    agrees(model, x, runs_kernels(backend, device))
+    assert_agrees(model, x, runs_kernels(backend, device))
     before = model(x)
     with patched(*PATCHES[patch]):
         for _ in range(2):
-            agrees(model, x, None if patch == "F.gelu" else False)  # the Linear is still torch's own
+            assert_agrees(model, x, None if patch == "F.gelu" else False)  # the Linear is still torch's own
         assert not torch.allclose(model(x), before)
     for _ in range(2):
         assert torch.equal(model(x), before)
@@ -136,14 +136,14 @@ def test_an_activation_whose_forward_is_replaced_runs_as_a_module(name: str, dev
     model.append(kind(*ACTIVATION_MODULES[name].values) if name != "gelu_tanh" else nn.GELU("tanh"))
     fuse(model, backend="triton")
     x = torch.randn(5, 8, device=device)
-    agrees(model, x, True)
+    assert_agrees(model, x, True)
     with patched(kind, "forward", doubled(kind.forward)):
         reason = originals.why_changed(kind, kind)
         for _ in range(2):
-            agrees(model, x, True)  # kernels run the layer before it
+            assert_agrees(model, x, True)  # kernels run the layer before it
         assert reason is not None
         assert reason in str(model.explain(5))
-    agrees(model, x, True)
+    assert_agrees(model, x, True)
     assert reason not in str(model.explain(5))
 
 
@@ -182,7 +182,7 @@ def test_a_replaced_function_of_an_activation_takes_effect(name: str, backend: s
     x = torch.randn(5, 8, device=device)
     for make in (network, layer):
         model = make(device, backend, ACTIVATIONS[name])
-        agrees(model, x, runs_kernels(backend, device))
+        assert_agrees(model, x, runs_kernels(backend, device))
         changed = 0
         for full in dict.fromkeys(called_functions(name)):
             owner, own_name = (F if full.startswith(F.__name__) else torch), full.rpartition(".")[2]
@@ -218,17 +218,17 @@ class Counting(TorchFunctionMode):
 @every_model
 def test_a_function_mode_takes_effect_while_it_is_active(make: Callable[..., Any], backend: str, device: str) -> None:
     model, x = make(device, backend), torch.randn(5, 8, device=device)
-    agrees(model, x, runs_kernels(backend, device))
+    assert_agrees(model, x, runs_kernels(backend, device))
     before = model(x)
     with Doubling():
         for _ in range(2):
-            agrees(model, x, False)
+            assert_agrees(model, x, False)
         assert not torch.allclose(model(x), before)
         assert "Doubling, a TorchFunctionMode, is active" in str(model.explain(5))
         with Counting() as watching:
             model(x)
         assert watching.seen == sum(isinstance(module, nn.Linear) for module in model.modules())
-    agrees(model, x, runs_kernels(backend, device))
+    assert_agrees(model, x, runs_kernels(backend, device))
     assert torch.equal(model(x), before)
 
 
@@ -248,9 +248,9 @@ def test_torchs_device_mode_changes_nothing(make: Callable[..., Any], device: st
     model, x = make(device, "triton"), torch.randn(5, 8, device=device)
     with torch.device(device):
         for _ in range(2):
-            agrees(model, x, True)
+            assert_agrees(model, x, True)
         with Doubling():
-            agrees(model, x, False)
+            assert_agrees(model, x, False)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_the_functional_forms_say_why_kernels_cannot_run(change: Any, reason: st
 def test_a_replaced_dropout_is_called(training: bool, backend: str, device: str) -> None:
     x = torch.randn(5, 8, device=device)
     model = network(device, backend).train(training)
-    agrees(model, x, runs_kernels(backend, device))
+    assert_agrees(model, x, runs_kernels(backend, device))
     for owner, name in ((nn.Dropout, "forward"), (F, "dropout")):
         with patched(owner, name, doubled(getattr(owner, name))):
             expected = twin(model)(x)

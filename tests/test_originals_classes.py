@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from libraries import needs
 from replaced_code import (
     BACKENDS,
-    agrees,
+    assert_agrees,
     doubled,
     network,
     patched,
@@ -108,7 +108,7 @@ def test_a_users_module_around_an_activation_is_called(device: str) -> None:
 
     model = nn.Sequential(nn.Linear(8, 8), Gate(), nn.Linear(8, 8), nn.ReLU()).to(device)
     fuse(model, backend="triton")
-    agrees(model, torch.randn(5, 8, device=device), True)
+    assert_agrees(model, torch.randn(5, 8, device=device), True)
 
 
 class Mine(nn.Linear):
@@ -132,13 +132,13 @@ class Sharp(nn.Module):
 def test_a_class_with_the_name_of_torchs_is_called(backend: str, device: str) -> None:
     x = torch.randn(5, 8, device=device)
     before = network(device, backend)
-    agrees(before, x, runs_kernels(backend, device))
+    assert_agrees(before, x, runs_kernels(backend, device))
     with patched(nn, "Linear", Mine), patched(nn, "Dropout", Wild), patched(nn, "GELU", Sharp):
         model = network(device, backend, nn.GELU)
         assert [type(child) for child in model[:3]] == [Mine, Sharp, Wild]
-        agrees(model, x, False)
-        agrees(before, x, runs_kernels(backend, device))
-    agrees(model, x, False)
+        assert_agrees(model, x, False)
+        assert_agrees(before, x, runs_kernels(backend, device))
+    assert_agrees(model, x, False)
 
 
 @needs("transformers")
@@ -151,11 +151,11 @@ def test_replaced_code_of_other_libraries_takes_effect(backend: str, device: str
     model = nn.Sequential(Conv1D(8, 8), QuickGELUActivation(), Conv1D(4, 8), nn.ReLU()).to(device)
     fuse(model, backend=backend)
     before = model(x)
-    agrees(model, x, runs_kernels(backend, device))
+    assert_agrees(model, x, runs_kernels(backend, device))
     for owner, name in ((Conv1D, "forward"), (torch, "addmm"), (QuickGELUActivation, "forward"), (torch, "sigmoid")):
         with patched(owner, name, doubled(getattr(owner, name))):
             for _ in range(2):
-                agrees(model, x, None)
+                assert_agrees(model, x, None)
             assert not torch.allclose(model(x), before)
         assert torch.equal(model(x), before)
 
@@ -181,5 +181,5 @@ def test_a_replaced_forward_of_a_registered_module_is_called(backend: str, devic
         model(x)
         with patched(Squash, "forward", doubled(Squash.forward)):
             for _ in range(2):
-                agrees(model, x, None)
+                assert_agrees(model, x, None)
             assert "Squash.forward was replaced" in str(model.explain(5))

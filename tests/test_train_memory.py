@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from out_of_memory import TORCHS, on_call, run_out
+from out_of_memory import TORCH_MESSAGE, on_call, run_out
 from torch import nn
 
 from mlp_fused import memory
@@ -60,7 +60,7 @@ def test_training_that_runs_out_resumes_from_the_last_checkpoint(
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train(config, build=build, report=lambda text: None)
     torchs, ours, where = str(caught.value).splitlines()
-    assert torchs == TORCHS
+    assert torchs == TORCH_MESSAGE
     assert ours.startswith("mlp_fused: a batch of 16 rows needs ")
     assert ours.endswith(
         "To use less memory: a smaller --batch-size (restarts the training), more GPUs, which share each batch "
@@ -86,7 +86,7 @@ def test_the_command_that_runs_out_prints_no_traceback(
     flags = ["--data", str(config.data), "--hidden", "8", "--checkpoint", str(config.checkpoint), "--device", "cpu"]
     assert main(["train", *flags]) == 2
     torchs, ours, where = capsys.readouterr().err.splitlines()
-    assert torchs == f"mlp-fused: {TORCHS}"
+    assert torchs == f"mlp-fused: {TORCH_MESSAGE}"
     assert (
         "To use less memory: a smaller --batch-size, more GPUs, which share each batch (torchrun), or --dtype bf16."
         in ours

@@ -23,12 +23,12 @@ from simulated_tuning import (
     SLOW,
     WRONG,
     Clock,
-    WatchedPasses,
+    TracedPasses,
     only,
     path,
     run,
+    traced,
     tuning_clock,
-    watched,
 )
 
 from mlp_fused import timing
@@ -87,7 +87,7 @@ def test_failing_and_wrong_tiles_are_skipped_and_reported(clock: Clock, measured
         if tile != WRONG:  # a wrong tile writes nothing
             run()
 
-    clock.parts["operands"] = watched(clock, way)
+    clock.parts["operands"] = traced(clock, way)
     table, messages = run(clock, candidates=lambda *_: (BROKEN, WRONG, SLOW))
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert BROKEN not in clock.timed
@@ -119,7 +119,7 @@ def test_a_correct_tile_is_kept_if_torch_is_less_accurate(
             if result is not None and (tile is None or tile == WRONG):
                 result.mul_(factor)
 
-    clock.parts["operands"] = watched(clock, way)
+    clock.parts["operands"] = traced(clock, way)
     clock.seconds |= {WRONG: 1e-4}
     config = dataclasses.replace(DIMS, dtype=(dtype,), activation=activation)
     table, messages = run(clock, config, candidates=lambda *_: (WRONG, SLOW, FAST))
@@ -192,7 +192,7 @@ def test_a_failing_gpu_ends_the_run_and_keeps_the_readings(at: str, clock: Clock
             raise RuntimeError(f"{ILLEGAL}\nmore")
         return clock(call)
 
-    clock.parts["operands"] = watched(clock, way)
+    clock.parts["operands"] = traced(clock, way)
     clock.parts["synchronize"] = synchronize
     tile = SLOW if at == "a timed call" else FAST
     with pytest.raises(UserError) as raised:
@@ -362,7 +362,7 @@ def test_networks_are_measured_with_the_new_tiles(clock: Clock, measured: Path) 
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
     seen: list[Any] = []
 
-    class WatchingTiles(WatchedPasses):
+    class WatchingTiles(TracedPasses):
         def by_layers(self, x: torch.Tensor) -> torch.Tensor:
             seen.extend(tables.tile_for(row.problem, INTERPRETED_DEVICE) for row in rows_of_products(config))
             return super().by_layers(x)
@@ -380,7 +380,7 @@ def test_networks_are_measured_with_the_new_tiles(clock: Clock, measured: Path) 
 
 
 def test_a_wrong_path_is_skipped(clock: Clock, measured: Path) -> None:
-    class Wrong(WatchedPasses):
+    class Wrong(TracedPasses):
         def by_network(self, path: network_path.NetworkPath, x: torch.Tensor) -> torch.Tensor:
             return self.by_torch(x) * 1.5
 

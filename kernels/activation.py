@@ -38,8 +38,8 @@ class Activation:
             a replaced function takes effect.
         reference_backward: backward in plain torch, (dh, h, *parameters) -> dz. Needed where the output is saved.
         forward_and_slope: `@triton.jit` function z -> (h, a'(z)), for an activation without parameters. Given only
-            where it takes fewer instructions than `forward` and `backward`, after the compiler has merged their common
-            parts. Its results are accurate enough to be rounded to 16 bits.
+            if it takes fewer instructions than `forward` and `backward` together, once the compiler has merged the
+            common parts of these two. Its results are accurate enough to be rounded to 16 bits.
         parameters: parameter names, in order, with their values.
         module: the `nn.Module` class of this activation. The parameters are its attributes, by the same names.
         matches: a test for the instances of `module` that are this activation; by default all.
@@ -179,7 +179,7 @@ def register_activation(
     """Add an activation to the table, under a new name: h = forward(z), dz = backward(dh, saved).
 
     `Activation` describes the arguments. `forward` and `backward` are `@triton.jit` functions of fp32 values (under the
-    interpreter also fp64). `reference` runs on a CPU, for fp64, and when a gradient is differentiated.
+    interpreter also fp64). `reference` runs for CPU tensors, for fp64 tensors, and when a gradient is differentiated.
 
     Raises:
         ValueError: the name is taken, `saves` is unknown, or the output is saved and `reference_backward` is missing.

@@ -15,8 +15,8 @@ from .language import tl, triton
 __all__ = ["ACTIVATIONS", "BUILT_IN", "IDENTITY", "_restore"]  # pickles name `_restore` here
 
 
-# Elementary functions that Triton's language lacks. All have a small relative error near 0. The result is right even
-# where an intermediate number overflows.
+# Elementary functions: sigmoid, and three that Triton's language lacks. All have a small relative error near 0. The
+# result is right even where an intermediate number overflows.
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def keeps_preactivation(activation: Activation, drops: object) -> bool:
 
 
 def reads_output(activation: Activation, drops: object) -> bool:
-    """True if backward reads the output, and the pre-activation was saved because of Dropout alone."""
+    """True if the derivative reads the output although the pre-activation is saved, because of Dropout."""
     return keeps_preactivation(activation, drops) and not activation.keeps_preactivation
 
 
@@ -93,7 +93,10 @@ def layer_dropout_arguments(
 
 
 def epilogue_parts(tile: TileConfig, dropout: Dropout | None) -> int:
-    """The number of parts of a tile's epilogue. Dropout doubles it, because its random numbers take registers."""
+    """The number of parts of a tile's epilogue. Dropout doubles it, because its random numbers take registers.
+
+    It does not if parts would then be narrower than 16 columns.
+    """
     more = 2 * tile.parts
     return tile.parts if dropout is None or tile.block_n < 16 * more else more
 

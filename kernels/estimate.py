@@ -75,7 +75,10 @@ class _Sheet:
 
 @functools.lru_cache(maxsize=64)
 def _data_sheet(device: Device) -> _Sheet:
-    """The device's rates. Unknown ones are scaled by multiprocessors from a known device of the same architecture."""
+    """The device's rates. Unknown ones are scaled by multiprocessors from a known device.
+
+    The known device is one of the same architecture; an H100 if there is none.
+    """
     alike = next((known for known in DEVICES.values() if known.arch == device.arch), DEVICES["NVIDIA H100"])
     share = device.multiprocessors / alike.multiprocessors
 
@@ -107,7 +110,7 @@ def _tensors(problem: Problem) -> _Tensors:
         saved = output * (active + (active and keeps_z))  # the saved tensor is read; h is written again
         pointwise = output * (3 * active + (active and keeps_z))
     else:
-        saved, pointwise = 0, problem.m * problem.k  # the sum over dz's rows
+        saved, pointwise = 0, problem.m * problem.k  # torch reads dz again to sum db
     return _Tensors((problem.m + problem.n) * problem.k, output, saved, pointwise)
 
 

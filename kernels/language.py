@@ -1,7 +1,7 @@
 """Triton, or a stand-in where it cannot be imported. Every other module imports `triton` and `tl` from here.
 
-With the stand-in, the kernels' modules can still be imported (one of them has the activation table). Its functions
-cannot be launched.
+With the stand-in, the kernels' modules can still be imported (one of them has the activation table). Kernels cannot
+be launched.
 """
 
 from __future__ import annotations

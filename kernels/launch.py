@@ -41,7 +41,7 @@ _through_triton = threading.RLock()
 class Launch:
     """A launch of `programs` instances of a kernel, with a tile, for tensors of fixed shapes, strides and dtypes.
 
-    The parameters of a kernel are its tensors, its integers (`scalars`), and its constants, in that order.
+    The parameters of a kernel are its tensors, its numbers (`scalars`), and its constants, in that order.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Launch:
         # Set once the kernel is compiled.
         self.run: Any = None
         self.binary: tuple[Any, ...] = ()
-        self.rest: tuple[Any, ...] = ()  # the arguments after the pointers: integers, and all constants
+        self.rest: tuple[Any, ...] = ()  # the arguments after the pointers: scalars, and all constants
         self.needs_scratch = False
 
     def through_triton(self, tensors: Tensors) -> None:

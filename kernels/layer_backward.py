@@ -384,8 +384,8 @@ def wgrad_products(
 ) -> Launch | None:
     """Launch dW = dzᵀ h and db = Σ_rows dz, or their partial sums if the rows are split.
 
-    If dW has too few tiles to fill the device, the rows are split between programs. Each writes a partial sum in fp32,
-    and a second kernel adds the partial sums in a fixed order.
+    If dW has too few tiles to fill the device, the rows are split between programs. Each writes a partial sum in fp32
+    (in fp64 for fp64 operands), and a second kernel adds the partial sums in a fixed order.
 
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.

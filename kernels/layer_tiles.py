@@ -137,8 +137,8 @@ def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | N
     """The reason to leave an unmeasured product to torch; None if our kernel is expected to be faster.
 
     The kinds of products whose kernels were measured to be slower than torch are left to torch, until a newer kernel is
-    measured to be faster. An estimate overrules a measurement only for planes (`prefers_planes`), which no table has
-    measured.
+    measured to be faster. One estimate overrules a measured choice: `prefers_planes`, because no table has measured
+    planes.
     """
     if problem.kind == "output_gradient":
         return None
@@ -177,7 +177,7 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
     fma = on_fma_units(problem, precision)
     descriptors = problem.aligned and device.arch in DESCRIPTOR_ARCHITECTURES and not fma
     splits = precision == "bf16x6"
-    # On Blackwell, tiles with a long side do not spill only with 16-bit operands and at least 128 rows.
+    # On Blackwell, a tile with a long side spills unless operands have 16 bits and it has at least 128 rows.
     spills = device.arch in BLACKWELL and (problem.dtype.itemsize > 2 or block_m == 64)
     if max(block_m, block_n) > LONGEST_SIDE and (splits or not descriptors or spills):
         return

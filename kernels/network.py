@@ -8,7 +8,8 @@ one_pass     every dz, dW and db, and dx, in one launch, with the sums in regist
 dgrad        every dz, and dx, from the tensors that the forward saved
 wgrad        every dW and db, from the saved tensors and dgrad's dz
 
-one_pass and wgrad write fp32 sums over the rows of each program. `sum_partials` adds them in a fixed order.
+one_pass and wgrad write sums over the rows of each program, in fp32 (fp64 networks: in fp64). `sum_partials` adds them
+in a fixed order.
 
 A program loads the weights once and goes through tiles of rows. Widths are padded to the next power of two with zeros.
 The padding of an activation is set to zero too, as a(0) need not be 0, nor even finite.
@@ -54,7 +55,8 @@ class Network:
     # Derived from the fields above, for the kernels to read.
     pads: tuple[int, ...] = field(init=False)  # widths padded to a power of two
     sides: tuple[int, ...] = field(init=False)  # for each width, the side of dW's tile
-    starts: tuple[int, ...] = field(init=False)  # for each hidden layer, elements a row of the saved tensors before it
+    # For each hidden layer, the total width of the hidden layers before it; and the total of all.
+    starts: tuple[int, ...] = field(init=False)
     keeps_z: tuple[bool, ...] = field(init=False)
     reads_output: tuple[bool, ...] = field(init=False)  # True if z is saved, but the derivative reads the output
     redraws: tuple[bool, ...] = field(init=False)  # True if the layer's gradient needs Dropout's mask
@@ -63,11 +65,13 @@ class Network:
     backwards: tuple[Any, ...] = field(init=False)
     forwards_and_slopes: tuple[Any, ...] = field(init=False)
     parameters: tuple[tuple[float, ...], ...] = field(init=False)
-    rebuilds: tuple[Any, ...] = field(init=False)  # from the saved tensor to a layer's input; None: the input is saved
+    # For each layer, the function that computes its input from the saved tensor; None: the input itself is saved.
+    rebuilds: tuple[Any, ...] = field(init=False)
     rebuild_parameters: tuple[tuple[float, ...], ...] = field(init=False)
     activates_output: bool = field(init=False)
     differentiates_output: bool = field(init=False)  # False if dz of the last layer is dy
-    sums_by_dot: bool = field(init=False)  # db is a product with ones on tensor cores; only 16-bit ones are exact there
+    # True if db is a product with ones on tensor cores, which is exact only for 16-bit dtypes.
+    sums_by_dot: bool = field(init=False)
     compute: Any = field(init=False)
     accumulator: Any = field(init=False)
     cache_key: str = field(init=False)

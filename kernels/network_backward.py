@@ -185,7 +185,8 @@ def multiply_dropped(
 ):  # fmt: skip
     """`multiply` for an input that has Dropout and whose z is saved: h = a(z) and the mask are computed again.
 
-    (Σ dzᵀ h, Σ dz) over the rows begin <= m < end, (sides[LAYER + 1], sides[LAYER]) and (sides[LAYER + 1], 1).
+    (Σ dzᵀ h, Σ dz) over the rows begin <= m < end, (sides[LAYER + 1], sides[LAYER]) and (sides[LAYER + 1], 16 or 1).
+    The columns of the second are equal.
     """
     N: tl.constexpr = NET.sides[LAYER + 1]
     ns = n + tl.arange(0, N)[None, :]

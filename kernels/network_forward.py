@@ -88,7 +88,7 @@ def network_forward(
     Args:
         x: (M, d_0), any strides and real dtype; M at least 1. It may lie in pinned memory of the host.
         weights, biases: (d_l, d_{l-1}) and (d_l,) for each layer, with the network's strides, of any float dtype.
-        y: (M, d_L), contiguous, written, as are all that follow.
+        y: (M, d_L), contiguous, written, as are `kept`, `z` and `h`.
         kept: the saved tensors, (M, d_l) for each hidden layer, one after the other: M Σ d_l elements.
         z: (M, d_L), the last pre-activation.
         h: the output of every hidden layer, laid out as kept, to compare with the ones that a backward recomputes.

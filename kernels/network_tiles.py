@@ -1,6 +1,7 @@
 """Tiles of the network kernels, chosen from the problem and the device alone.
 
-The limits below are those up to which the kernels compile without spills, for sm_80 to sm_100 and gfx942.
+Up to the limits below, the kernels compile without spills for sm_80 to sm_100 and gfx942, unless a comment says
+otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ SPLITS = ("fp16x3", "bf16x6", "fp16x1")
 SPLIT_ACCURACY = {"fp16x3": "ieee", "bf16x6": "ieee", "fp16x1": "tf32"}  # torch's setting that each of them fulfils
 SPLIT_BYTES = {"fp16x3": 4, "bf16x6": 6, "fp16x1": 2}  # bytes of a number's parts
 WIDEST_SPLIT = 64  # the widest layer whose products of parts fit in registers
-# The narrowest layer, for which the error is at most 1.5 times that of FMA units (tests/test_tile_precision.py).
+# The narrowest layer. From it on, fp16x3 and bf16x6 err at most 1.5 times as much as FMA units
+# (tests/test_tile_precision.py). For fp16x1, which has tf32's accuracy, any width will do.
 NARROWEST_SPLIT = {"fp16x3": 32, "bf16x6": 8, "fp16x1": 1}
 # The padded widths at which float32 networks were measured to be faster than torch, by architecture and by the way to
 # multiply. Only these architectures multiply by parts.
@@ -50,9 +52,9 @@ FP32_MEASURED: dict[int | str, dict[str, tuple[int, ...]]] = {
 }
 MOST_LAYERS, MOST_LAYERS_ON_FMA_UNITS = 16, 8  # the time to compile a kernel grows with its layers
 AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps weights in registers
-# Tiles of a forward that stores nothing, for 16-bit networks whose layers all have this width: rows, warps, stages, and
-# programs on one multiprocessor. These were the fastest on an H100 with relu (tests/data/h100/narrow.log). At a width
-# of 64, gelu had another one.
+# Tiles of a forward that stores nothing, by the padded width of a 16-bit network's widest layer: rows, warps, stages,
+# and programs on one multiprocessor. These were the fastest on an H100 with relu and equally wide layers
+# (tests/data/h100/narrow.log). At a width of 64, gelu had another one.
 INFERENCE = {16: (128, 4, 3, 8), 32: (128, 8, 2, 4), 64: (128, 8, 1, 3)}
 INFERENCE_KEEPING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
 # Tiles of products of scaled parts: rows, warps, stages, and programs on one multiprocessor. With two stages, the next
@@ -65,7 +67,8 @@ SCALED_ONE_PART = {"inference": (64, 4, 1, 3)}
 SCALED = ((64, 4, 1, 2), (128, 8, 1, 1), (64, 4, 1, 1))
 MARGIN = 2048  # bytes of shared memory that `network_shared_memory` adds to what it counts
 RESERVED = 1024  # bytes of shared memory that CUDA reserves for each program
-# Columns of tensor memory, of 512. If a kernel uses more, triton 3.7 compiles an empty kernel without an error.
+# The most columns of tensor memory, of 512, that `tensor_memory` may count for a kernel. If a kernel overflows tensor
+# memory, triton 3.7 compiles it to an empty kernel without an error.
 TENSOR_MEMORY = 384
 # The most words that a thread may hold during a tile of the recompute kernel (see `held_words`), by the padded width of
 # the widest layer.
@@ -77,8 +80,8 @@ RECOMPUTE_WORDS_FP32 = 72
 RECOMPUTE_WORDS_HOPPER = 144
 RECOMPUTE_WORDS_HOPPER_Z = 108  # if exponentials would have to be recomputed too
 # The most words that a thread may hold in the pass over stored tensors (see `layer_groups`), by the padded width of the
-# widest layer. They are the sums of 4 layers 64 wide, or of one 128 wide. A layer of 10 columns in addition to
-# 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
+# widest layer. They admit the sums of 4 layers 64 wide (80 words), or of one 128 wide (72). A layer of 10 columns in
+# addition to 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
 STORED_WORDS = {64: 92, 128: 80}
 REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4 layers and 4 such h, 68 words spill
 REBUILT_WORDS_DROPPED = 12  # the same with Dropout: with the sums of 4 layers and 3 such h, up to 152 words spill
@@ -245,8 +248,9 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     # shared memory, and on Blackwell only a few of them fit in tensor memory.
     many = problem.widest <= 64 or (problem.widest == 128 and device.arch == 90 and problem.dtype.itemsize == 2)
     rows = 128 if many and tensor_memory(problem, 128, device) <= TENSOR_MEMORY else 64
-    # With several stages, the next tile of rows is loaded during this one: in dgrad, those of every saved tensor. In
-    # layers wider than 64, Dropout's random numbers leave no registers for it: with gelu, 68 words would spill, not 18.
+    # With several stages, the next tile of rows is loaded during this one; in dgrad, that of every saved tensor too. In
+    # layers wider than 64, Dropout's random numbers leave no registers for it: with gelu, 68 words would spill. With
+    # one stage, 18 do.
     fits = not (problem.drops and problem.widest > 64)
     ahead = [3, 2] if problem.streams else [2] if (problem.kind == "forward" and fits) or problem.widest <= 32 else []
     return [tile(rows, 8, stages) for stages in (*ahead, 1)]
@@ -255,8 +259,8 @@ def _network_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
 def _scaled_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     """The tiles of products of scaled parts: the measured one, then those whose programs all fit in shared memory.
 
-    Not all programs of the measured one may fit at a time: dgrad took 0.684 ms in two waves, and 0.943 with one stage,
-    where all fit.
+    The programs of the measured one need not all fit at a time: dgrad took 0.684 ms in two waves, and 0.943 with one
+    stage, where all fit.
     """
     kind = problem.kind if problem.stores or problem.kind != "forward" else "inference"
     table = SCALED_ONE_PART if problem.precision == "fp16x1" else SCALED_32 if problem.widest <= 32 else SCALED_64
@@ -287,7 +291,8 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
         return "beside 64-wide layers, the sums of narrower ones do not fit in registers"
     if problem.widest == 64 and hopper:
         # With two stages, the next tile's x and dy are loaded during this one: 16 -> 64 -> 64 -> 16 then takes 0.345 ms
-        # (fp16, 2^21 rows, H100), and 0.422 with one (H200). Rows of 64 leave no registers: 0.359 ms instead of 0.350.
+        # (fp16, 2^21 rows, H100), and 0.422 with one (H200). If x or dy is 64 wide, two stages
+        # leave no registers: 0.359 ms instead of 0.350.
         stages = 2 if max(problem.pads[0], problem.pads[-1]) < 64 else 1
         tile = TileConfig(128, num_warps=8, num_stages=stages, programs=device.multiprocessors)
         limit = RECOMPUTE_WORDS_HOPPER_Z if any(problem.keeps_z[:-1]) else RECOMPUTE_WORDS_HOPPER
@@ -377,7 +382,7 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     """The most bytes of shared memory for the weights, the loads in flight and conversions between layouts."""
     size = problem.dtype.itemsize
     in_registers = device.backend == "hip"
-    held = SPLIT_BYTES.get(problem.precision, size)  # of a weight, which is split once
+    held = SPLIT_BYTES.get(problem.precision, size)  # bytes of one weight, which is split once
     weights = 0 if in_registers else sum(n * k for n, k in problem.held) * held
     staged = max(size, problem.input_size)
     rows = tile.block_m * problem.widest * staged
@@ -388,7 +393,8 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     elif problem.kind == "stored":
         return max(_stored_shared_memory(problem, tile, group) for group in layer_groups(problem, tile))
     elif problem.kind == "dgrad" and tile.num_stages > 1 and problem.precision in SPLIT_ACCURACY:
-        in_flight = rows * ((tile.num_stages - 1) * (len(problem.pads) - 1) + 1)  # every saved tensor and dy; dx
+        # For each stage but one: every saved tensor and dy. Once: dx.
+        in_flight = rows * ((tile.num_stages - 1) * (len(problem.pads) - 1) + 1)
     elif problem.kind == "dgrad" and tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages * len(problem.pads))
     elif tile.num_stages > 1:

@@ -1,4 +1,4 @@
-"""sums = Σ_s partial[s]: the sum of partial sums, added in a fixed order, for partial (splits, columns).
+"""sums = Σ_s partial[s]: partial sums of shape (splits, columns), added over the splits in a fixed order.
 
 Several programs that share a sum each write one partial sum. There are no atomics, so every run gives the same bits.
 """

@@ -20,26 +20,27 @@ the low planes is left out. It is at most 2^-22 |a||b|.
 
 Error. The planes hold an element to within 2^-23 of itself or 2^-50 of the largest element with the same exponent,
 whichever is more; the first is more for elements above 2^-27 of the largest. (If the largest element is so small that e
-is at its upper limit, the second is 2^-36 / 2^e.) So the error of an output is at most 2^-21 |a||b|, or for small
-elements 2^-50 (|a| times the largest |b| of each exponent, and the reverse), plus the rounding of sums. The high plane
-alone holds an element to within 2^-11 of itself, as tf32 does, or 2^-39 of that largest element.
+is at its upper limit, the second is 2^-36 / 2^e.) So the error of an output is at most 2^-21 |a||b| plus the rounding
+of sums. For small elements of b, the bound is 2^-50 |a| times the largest |b| with the same exponent; for those of
+a likewise. The high plane alone holds an element to within 2^-11 of itself, as tf32 does, or 2^-39 of that largest
+element.
 
 A sum of small elements alone would lose its bits. That and other limits of the planes are flagged: `split` sets a
 block's flags
 
 - if an element is not finite or at least 2^78;
-- with "blocks", for products that sum along its rows, if the largest element of any row, times 2^e, is smaller than
-  2^-9 (rows of zeros do not count). It is then smaller than 2^-23 of the block's largest element, or than 2^-52. For
-  products that sum along its columns, if this holds for any column;
+- with "blocks", for products that sum along the block's rows, if the largest element of any row, times 2^e, is smaller
+  than 2^-9 (rows of zeros do not count). It is then smaller than 2^-23 of the block's largest element or, with e at its
+  upper limit, smaller than 2^-52. For products that sum along the block's columns, if this holds for any column;
 - with "rows" and "columns", if this holds for any row, or for any column. It is then smaller than 2^-81: a row with an
   exponent of its own is never small beside another.
 
 Exponents have a lower and an upper limit, so that 2^-(e_a + e_b) and 2^-11 of it are always normal numbers. The upper
 limit is larger for dz, because a classifier that is sure of a row has a tiny gradient there.
 
-A second launch of the same layer kernel, with PRECISION "redo", computes the output tiles that meet a flagged block
-again, from the fp32 operands on FMA units. It has at most one program for each multiprocessor. Each reads all flags of
-both operands first, four bytes a block, and returns if none is set.
+A second launch of the same layer kernel, with PRECISION "redo", recomputes the output tiles that meet a flagged
+block, from the fp32 operands on FMA units. It has at most one program for each multiprocessor. Each program first reads
+all flags of both operands, four bytes a block, and returns if none is set.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def is_any(condition):
 
 @triton.jit
 def is_small(most, scale):
-    """True for each row or column that loses bits. `most` has the bits of its largest element as an fp32 number."""
+    """True for each row or column that loses bits. `most` is that row's or column's largest fp32 element, as bits."""
     return (most > 0) & (most.to(tl.float32, bitcast=True) * scale < SMALLEST)
 
 

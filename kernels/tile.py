@@ -10,7 +10,8 @@ PRECISION is the way in which operands are multiplied:
 - "bf16x6": full fp32 accuracy on tensor cores. Each operand is split into three bf16 parts, and six of their nine
   products are added;
 - "fp16x3": full fp32 accuracy on tensor cores. Each operand is scaled and split into two fp16 parts, and three of their
-  four products are added. The operands of layers are split before (planes.py), those of networks in registers;
+  four products are added. The layer kernels read operands split beforehand (planes.py), the network kernels split
+  them in registers;
 - "fp16x1": the accuracy of tf32. It is the product of the high parts of "fp16x3", whose mantissas have tf32's 10 bits;
 - "redo": the same as "ieee", but only for output tiles for which the planes of "fp16x3" or "fp16x1" are not accurate
   (planes.py).
@@ -103,8 +104,8 @@ def split_operand(value):
     earlier than products of the numbers themselves; high is truncated, not rounded, for the same reason.
     """
     bits = value.to(tl.uint32, bitcast=True)
-    # A tiny number or a NaN may have all its bits in the lower half. One bit is set in the upper half, so that high is
-    # not 0 or infinite instead.
+    # A tiny number or a NaN may have all its bits in the lower half. One bit is then set in the upper half, so that
+    # high does not become 0 or infinite.
     one_up = ((bits & 0xFFFF) + 0xFFFF) & 0x10000
     tiny_or_nan = ((bits & 0x7FFFFFFF) - 0x10000).to(tl.uint32) >= 0x7F7F0000
     high_bits = (bits & 0xFFFF0000) | tl.where(tiny_or_nan, one_up, 0)
@@ -114,8 +115,8 @@ def split_operand(value):
     return high, middle, round_to((rest - widen(middle)) * 2.0**7, tl.bfloat16)
 
 
-# A tensor core truncates the running sum after every 16 terms. The sum of 64 positive products that it adds up alone
-# errs up to twice as much as a chain of FMAs. Two sums of 32, added in fp32, err no more
+# A tensor core truncates the running sum after every 16 terms. If it adds up 64 positive products, the sum errs up to
+# twice as much as a chain of FMAs. Two sums of 32, added in fp32 outside the tensor core, err no more than the chain
 # (tests/test_tile_precision.py).
 TERMS_INSIDE = 32
 LOW_SCALE = 2.0**11  # keeps the low parts of small numbers from underflowing
@@ -223,7 +224,7 @@ def relu_to(z, dtype: tl.constexpr):
 
 @triton.jit
 def widen(value):
-    """A bf16 `value` converted to fp32, exactly; other dtypes unchanged. (The interpreter's own loses denormals.)"""
+    """A bf16 `value` converted to fp32, exactly; other dtypes unchanged. (The interpreter's cast loses denormals.)"""
     if value.dtype != tl.bfloat16:
         return value
     if INTERPRETED:
@@ -263,7 +264,7 @@ def differentiate(dh, saved, BACKWARD: tl.constexpr, PARAMETERS: tl.constexpr):
 
 @triton.jit
 def in_layout(value, like):
-    """An fp32 `value` in the layout of `like`. Results of both are then computed in one layout only. NVIDIA only."""
+    """An fp32 `value` in the layout of `like`. Operations on both then use one layout only. NVIDIA only."""
     if INTERPRETED:
         return value
     else:

@@ -71,7 +71,8 @@ def leave_to_torch(backend: str, network: Any) -> None:
     """Choose plain torch for quantised weights, which backend="triton" refuses with the reason."""
     if backend == "triton":
         with pytest.raises(
-            RuntimeError, match=r'backend is "triton", but a weight is of the subclass .*; or use backend="auto"'
+            RuntimeError,
+            match=r'backend is "triton", but a weight is of the subclass .*; backend="auto" runs plain torch',
         ):
             network(rows(str(network[1].weight.device)))
         network.backend = "auto"

@@ -336,5 +336,5 @@ def test_a_width_of_0_is_the_reason_in_explain() -> None:
         assert "a width is zero" in str(plan)
     assert model.warmup(8) >= 0
     model.backend = "triton"
-    with pytest.raises(RuntimeError, match='backend is "triton", but a width is zero; or use backend="auto"'):
+    with pytest.raises(RuntimeError, match='backend is "triton", but a width is zero; backend="auto" runs plain torch'):
         model(torch.ones(2, 4))

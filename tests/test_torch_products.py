@@ -15,7 +15,7 @@ from mlp_fused import ACTIVATIONS
 from mlp_fused.engine import layer_path, layer_steps, schedule, tables
 from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.engine.schedule import read
+from mlp_fused.engine.schedule import read_pointers
 from mlp_fused.engine.torch_products import wgrad_by_torch
 from mlp_fused.kernels import devices, layer_tiles
 from mlp_fused.kernels.activation import Activation
@@ -32,7 +32,7 @@ def product_by_torch(kind: str, activation: Activation, *tensors: Tensor | None)
         return tables.Choice(None if is_product else layer_tiles.choose(problem, devices.INTERPRETED_DEVICE), "")
 
     product = layer_steps.product_schedule(kind, tensors, activation, "ieee", choose)
-    product.run(tensors, read(tensors)[0])
+    product.run(tensors, read_pointers(tensors)[0])
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ def test_onnx_export_of_a_decomposed_program(onnx: Any) -> None:
 
 def test_onnx_export_of_the_kernels_is_refused(onnx: Any) -> None:
     model, _ = fused_and_twin("mlp", "triton")
-    with pytest.raises(Exception, match='backend is "triton", but the call is being exported to ONNX; or use backend='):
+    with pytest.raises(Exception, match='backend is "triton", but the call is being exported to ONNX; backend="auto"'):
         onnx.export(model, (X,), dynamo=True, verbose=False)
 
 

@@ -77,5 +77,8 @@ def test_a_broken_triton_counts_as_none(package: str, reason: str, tmp_path: Pat
     in_environment, in_plan = process.stdout.splitlines()
     assert in_environment.split(maxsplit=1) == ["triton:", f"none ({why})"]
     assert in_plan in (why, f"torch itself fails on Linear: {why}")
-    assert process.stderr.splitlines()[-1] == f'RuntimeError: backend is "triton", but {why}; or use backend="auto"'
+    assert (
+        process.stderr.splitlines()[-1]
+        == f'RuntimeError: backend is "triton", but {why}; backend="auto" runs plain torch'
+    )
     assert "Warning" not in process.stderr

@@ -23,7 +23,7 @@ from mlp_fused.kernels.devices import DEVICES
 from mlp_fused.kernels.language import WHY_NO_TRITON
 from mlp_fused.train.predict import load_model
 
-SENTENCE = f'backend is "triton", but {WHY_NO_TRITON}; or use backend="auto"'
+SENTENCE = f'backend is "triton", but {WHY_NO_TRITON}; backend="auto" runs plain torch'
 
 
 def steps(model: nn.Module, x: Tensor) -> list[Tensor]:

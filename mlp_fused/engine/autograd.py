@@ -23,15 +23,15 @@ from .settings import is_batched, is_transformed, is_zero_tensor
 
 __all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_bytes"]
 
-# Up to this many multiply-adds of a forward in 16 bits, all layers are one autograd.Function. In larger networks, each
-# layer has one: its gradients are then passed on, to DDP for example, and its saved tensors freed before the backward
-# of the layer below. This costs no time only if the kernels take longer than Python. With one Function for each of four
-# layers, a training call took 1.5 ms on an H200 (torch 2.11, Triton 3.6), and its kernels 0.83 ms, for 2^36
-# multiply-adds. Up to the bound, passing gradients on early could save no more than the kernels' time. One Function
-# takes 6 to 56 MiB more memory at its peak (bf16, 2^33.6 to 2^36.4 multiply-adds, counted on a CPU): the gradients of
-# all weights and one or two gradients of an output.
+# The most multiply-adds of a 16-bit forward whose layers are all in one autograd.Function. In larger networks, each
+# layer has a Function: its gradients are then passed on, to DDP for example, and its saved tensors freed before the
+# backward of the layer below. One Function for each layer costs time unless the kernels take longer than Python: with
+# four layers and 2^36 multiply-adds, a training call took 1.5 ms on an H200 (torch 2.11, Triton 3.6), and its kernels
+# 0.83 ms. Up to the bound, passing gradients on early could save no more than the kernels' time. One Function for all
+# layers takes 6 to 56 MiB more memory at its peak (bf16, 2^33.6 to 2^36.4 multiply-adds, counted on a CPU): the
+# gradients of all weights and one or two gradients of an output.
 LAUNCH_BOUND = 2**37
-FP32_WORK = 4  # one multiply-add in fp32 counts as this many in 16 bits, which take no longer in any precision
+FP32_WORK = 4  # one multiply-add in fp32 counts as this many in 16 bits
 
 
 def run_path(
@@ -195,8 +195,8 @@ class SectionFunction(PlainFunction):
 def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
     """Save tensors and parameters for backward, with the versions of the parameters.
 
-    Parameters that are all leaves are stored on `ctx`, because they live as long as the module. Others are saved by
-    autograd, so that backward frees them.
+    If all parameters are leaves, they are stored on `ctx`, because they live as long as the module. Otherwise autograd
+    saves them, so that backward frees them.
     """
     are_leaves = False not in [parameter is None or parameter.is_leaf for parameter in parameters]
     ctx.parameters = parameters if are_leaves else None
@@ -342,7 +342,8 @@ def output_below(section: Section, edge: Tensor, seed: Tensor | None) -> Tensor:
 class _FromOutput(PlainFunction):
     """(z, h) -> h, which is a(z) after Dropout. The derivative a'(z) is computed from h.
 
-    `factors` are those by which Dropout has multiplied h, or None. If the edge is h, it is passed as z too.
+    `factors` are the factors by which Dropout has multiplied h; None without Dropout. The gradient is that of z. For an
+    edge that is h itself, the caller passes the edge as z and the detached edge as h.
     """
 
     @staticmethod

@@ -89,7 +89,7 @@ def layer_path(
     torch_too: bool,
     dropouts: tuple[float, ...],
 ) -> LayerPath:
-    """The layer path for these layers; always the same object for the same arguments.
+    """The layer path for these layers, cached by its arguments.
 
     Args:
         parameters: the dtypes and strides of each layer's parameters, as `parameters_of` gives them.
@@ -195,9 +195,9 @@ class LayerSection(Section):
         below = "h"
         for position, (spec, cast) in enumerate(zip(self.layers, casts)):
             h = "y" if spec is last else f"h[{spec.index}]"
-            if writer.has(h) is None:  # outputs that are not saved alternate between two buffers
+            if writer.find(h) is None:  # outputs that are not saved alternate between two buffers
                 writer.share(h, f"h {position % 2}", rows, spec.width_out)
-            z = writer.has(f"z[{spec.index}]")
+            z = writer.find(f"z[{spec.index}]")
             add_forward(spec, writer, below, cast or f"weight[{spec.index}]", h, z, choose)
             below = h
         return writer.finish("y", edge, *shapes)
@@ -212,7 +212,7 @@ class LayerSection(Section):
         needs_x, *needs_parameters = needs
         dz = "dy"
         if self.is_last and (last.activation is not IDENTITY or last.dropout is not None):
-            own = None if last.activation is IDENTITY else writer.has(f"z[{last.index}]") or "y"
+            own = None if last.activation is IDENTITY else writer.find(f"z[{last.index}]") or "y"
             dz = writer.share(f"dz[{last.index}]", f"dz {last.index % 2}", rows, last.width_out)
             add_output_gradient(last, writer, "dy", own, dz, choose)
         gradients: list[str | None] = [None] * (2 * count)
@@ -232,7 +232,7 @@ class LayerSection(Section):
                 saved, rebuilt = None if spec.below is IDENTITY else h, None
                 if needs_weight and spec.below_keeps_z:
                     h = rebuilt = writer.share(f"rebuilt[{spec.index}]", "rebuilt", rows, spec.width_in)
-                weight = writer.has(f"cast[{spec.index}]") or f"weight[{spec.index}]"
+                weight = writer.find(f"cast[{spec.index}]") or f"weight[{spec.index}]"
                 add_dgrad(spec, writer, dz, weight, saved, into, rebuilt, choose)
             if needs_weight or needs_bias:
                 if needs_weight:
@@ -248,4 +248,4 @@ class LayerSection(Section):
             if into is None:
                 break
             dz = into
-        return writer.finish(writer.has("dx") if needs_x else None, *gradients)
+        return writer.finish(writer.find("dx") if needs_x else None, *gradients)

@@ -8,7 +8,9 @@ dW = dzᵀ h_below, db = Σ_rows dz                     wgrad
 A product of fp32 may take operands that are split into fp16 planes ("fp16x3", "fp16x1"). Then it has further steps:
 
 planes of each operand, and partial sums for db      split
-the output tiles that meet a flagged block, again    redo
+output tiles that read a flagged block, in fp32      redo
+
+The split flags the blocks that its planes cannot hold accurately (see kernels/planes.py).
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def choose_tile(
 ) -> tables.Choice:
     """The tile for a problem on a device; or torch, with `torch_too`, if torch is expected to be faster.
 
-    `float32` is the user's choice for full fp32: see `settings.FLOAT32`.
+    `float32` is the user's choice of how kernels multiply fp32: see `settings.FLOAT32`.
     """
     if problem.kind == "output_gradient":
         return tables.Choice(layer_tiles.choose(problem, device), "")
@@ -153,7 +155,7 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
     problem = spec.problem("forward", rows, n, k, writer.are_describable(x, weight, h, z), spec.activation)
     choice = choose(problem)
     add = partial(writer.add, "forward", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
-    operands: dict[str, Any] = {"x": x, "weight": weight, "bias": writer.has(f"bias[{spec.index}]")}
+    operands: dict[str, Any] = {"x": x, "weight": weight, "bias": writer.find(f"bias[{spec.index}]")}
     if choice.tile is not None:
         options: dict[str, Any] = {"activation": spec.activation, "precision": spec.precision}
         run = partial(layer_forward, **options, dropout=spec.dropout)
@@ -171,9 +173,9 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
 
 
 class Factor(NamedTuple):
-    """A factor of a product, (rows, width), and the elements of it that share an exponent if it is split.
+    """A factor of a product, (rows, width), and the options of its split into planes.
 
-    `with_sums` adds partial sums over its rows to the split.
+    `exponents` says which elements share an exponent. With `with_sums`, the split also computes partial sums over rows.
     """
 
     rows: int
@@ -195,8 +197,8 @@ def _add_kernel(
 ) -> None:
     """Add a product by one of our kernels: `add` adds its step. `factors` are its two factors, by name.
 
-    If the kernel takes planes, add the split of both factors before it, unless they are split already, and the step
-    that computes flagged tiles again after it.
+    If the kernel takes planes, a step before it splits each factor that is not split yet, and a step after it computes
+    the flagged tiles in fp32.
     """
     assert choice.tile is not None
     if choice.tile.precision not in PLANES:
@@ -213,7 +215,9 @@ def _add_kernel(
 
 
 def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Factor, count: int) -> tuple[str, str]:
-    """The names of `count` planes and the info of x. Add the step that splits x, if the planes do not hold x already.
+    """Add the step that splits x into `count` planes, unless the planes hold x already.
+
+    Returns the name of the buffer of planes and the name of the info, which has their flags and exponents.
 
     `side` is 0 for the first factor of a product, 1 for the second. All factors of a side share one buffer for planes,
     so it holds the planes of the last factor that was split.
@@ -237,16 +241,17 @@ def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Facto
 
 
 def split_name(part: str, side: int, exponents: Exponents, x: str) -> str:
-    """The name of a result of the split of x: "planes", "info" or "sums"."""
+    """The name of a buffer that the split of x writes. `part` is "planes", "info" or "sums"."""
     return f"{part} {side} of {exponents} of {x}"
 
 
 def _add_pointwise(
     spec: LayerSpec, writer: Writer, kind: str, operands: Mapping[str, Any], width: int, choose: Choose
 ) -> None:
-    """Add an elementwise kernel: the layer's activation, or the derivative of its own activation or of the one below.
+    """Add an elementwise kernel, which `kind` selects.
 
-    `kind` is "activation", "output_gradient", or "derivative" for the one below, which follows torch's product.
+    "activation" is the layer's own activation, and "output_gradient" its derivative. "derivative" is the derivative of
+    the activation below. It follows torch's product in a dgrad.
     """
     problem = spec.problem("output_gradient", writer.rows, width)
     choice = choose(problem)
@@ -301,7 +306,10 @@ def _seed(dropout: Dropout | None) -> dict[str, str]:
 
 
 def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, db: str | None, choose: Choose) -> None:
-    """Add dW = dzᵀ h and db = Σ_rows dz: one kernel, and a second one that adds partial sums if the rows are split."""
+    """Add dW = dzᵀ h and db = Σ_rows dz: one kernel, or torch.
+
+    If the kernel writes partial sums or takes planes, a second kernel adds the partial sums.
+    """
     rows, n, k = writer.rows, spec.width_out, spec.width_in if dw else 1
     problem = spec.problem("wgrad", n, k, rows, writer.are_describable(dz, h if dw else None))
     choice = choose(problem)
@@ -311,9 +319,9 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     if choice.tile is None:
         return add(operands, ("dw", "db"), wgrad_by_torch)
     factors = {"dz": Factor(rows, n, "columns", with_sums=db is not None), "h": Factor(rows, k)}
-    from_split = choice.tile.precision in PLANES  # db is then summed where dz is split
+    takes_planes = choice.tile.precision in PLANES  # the step that splits dz then writes partial sums for db
     moved = dict(operands)
-    if from_split:
+    if takes_planes:
         operands["db"], size_b = None, 0
     sums = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
     run = partial(wgrad_products, width_in=k, partial=sums)
@@ -330,7 +338,7 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     _add_kernel(spec, writer, add, operands, ("dw", "db"), run, choice, factors, moved)
     if sums.splits > 1:
         add_sums(spec, writer, whole, totals, sums, sums.starts)
-    if from_split and db:
+    if takes_planes and db:
         sums_of_rows = split_name("sums", 0, "columns", dz)
         add_sums(spec, writer, sums_of_rows, (db,), Partial(info_shape(rows, n)[1], n, 0, spec.dtype))
     return None
@@ -371,9 +379,9 @@ def product_schedule(
     }[kind]
     writer = Writer(dict(zip(names, (a, b, c, d, e))), dtype, rows)
     if kind == "forward":
-        add_forward(spec, writer, "x", "weight[0]", "h", writer.has("z"), choose)
+        add_forward(spec, writer, "x", "weight[0]", "h", writer.find("z"), choose)
     elif kind == "dgrad":
-        add_dgrad(spec, writer, "dz", "weight[0]", writer.has("saved"), "dx", writer.has("rebuilt"), choose)
+        add_dgrad(spec, writer, "dz", "weight[0]", writer.find("saved"), "dx", writer.find("rebuilt"), choose)
     else:
-        add_wgrad(spec, writer, "dz", "h", writer.has("dw"), writer.has("db"), choose)
+        add_wgrad(spec, writer, "dz", "h", writer.find("dw"), writer.find("db"), choose)
     return writer.finish()

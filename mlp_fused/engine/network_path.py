@@ -102,7 +102,7 @@ class NetworkPath(Section):
 
     @property
     def stores(self) -> bool:
-        """True if the forward saves more than x."""
+        """True if the forward saves the tensors of hidden layers for backward."""
         return self.formulation == "stored"
 
     def saved_shapes(self, rows: int, needs: Sequence[bool] = ()) -> dict[str, tuple[int, ...]]:
@@ -144,7 +144,7 @@ class NetworkPath(Section):
     def write_backward(
         self, given: Mapping[str, Tensor | None], rows: int, needs: tuple[bool, ...], device: Device
     ) -> Schedule:
-        """Write the backward: one pass; or a step for every dz and one for all dW and db. A last step adds the sums."""
+        """Write the backward: one pass; or one step for all dz and one for all dW and db. A last step adds the sums."""
         writer = Writer(given, self.dtype, rows)
         net, layers = self.network, self.network.layers
         wanted = network.gradients_of(net.widths, needs[1 : 1 + layers], needs[1 + layers :], needs[0])
@@ -162,7 +162,7 @@ class NetworkPath(Section):
         elif self.formulation == "recompute":
             self._add_recompute(writer, dx, sums, wanted)
         else:
-            kept, own = writer.has("kept"), writer.has("z") or writer.has("y")
+            kept, own = writer.find("kept"), writer.find("z") or writer.find("y")
             if self.formulation == "replay":
                 kept, z = self._add_forward(writer, "network again", keep=True)
                 own = (z or "y") if net.activates_output else None
@@ -180,7 +180,7 @@ class NetworkPath(Section):
         operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases}
         operands |= {"kept": None, "own": None, "dz": None, "h": None}
         recomputed = self._flops(rows, end=net.layers - 1 + net.activates_output)
-        flops = recomputed + self._dgrad_flops(rows, wanted, dx) + self._sum_flops(rows, wanted)
+        flops = recomputed + self._dgrad_flops(rows, wanted, dx) + self._wgrad_flops(rows, wanted)
         sums = network_one_pass_sums(rows, net, wanted, tile)
         self._add_summed(writer, "network recompute", network_one_pass, tile, operands, flops, wanted, totals, sums)
 
@@ -241,7 +241,7 @@ class NetworkPath(Section):
         totals: tuple[str, ...],
         wanted: Gradients,
     ) -> None:
-        """Add one kernel for every dz, one for every dW and db, and the step that adds the sums."""
+        """Add one kernel for all dz, one kernel for all dW and db, and the step that adds the sums."""
         net, rows, tile = self.network, writer.rows, self.backward_tile
         dz = writer.allocate("dz", rows * net.starts[-1]) if kept else None
         last = writer.allocate("last", rows, net.widths[-1]) if net.differentiates_output else None
@@ -255,7 +255,7 @@ class NetworkPath(Section):
             flops = self._dgrad_flops(rows, wanted, dx)
             self._add(writer, "network dgrad", kernel, tile, operands, writes, flops, moved)
         if totals:
-            tile, flops = self.wgrad_tile, self._sum_flops(rows, wanted)
+            tile, flops = self.wgrad_tile, self._wgrad_flops(rows, wanted)
             operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
             sums = network_wgrad_sums(rows, net, wanted, tile)
             self._add_summed(writer, "network wgrad", network_wgrad, tile, operands, flops, wanted, totals, sums)
@@ -308,8 +308,8 @@ class NetworkPath(Section):
     def _parameters(self, writer: Writer) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
         """The names of the weights and of the biases."""
         layers = range(self.network.layers)
-        weights = tuple(writer.has(f"weight[{layer}]") for layer in layers)
-        return weights, tuple(writer.has(f"bias[{layer}]") for layer in layers)
+        weights = tuple(writer.find(f"weight[{layer}]") for layer in layers)
+        return weights, tuple(writer.find(f"bias[{layer}]") for layer in layers)
 
     def _flops(self, rows: int, start: int = 0, end: int | None = None) -> int:
         """FLOPs of the products of some layers, by default of all."""
@@ -319,6 +319,6 @@ class NetworkPath(Section):
         """FLOPs of every dz, from the output down to the lowest layer that needs a gradient, and of dx."""
         return self._flops(rows, wanted.lowest + 1) + (self._flops(rows, 0, 1) if dx else 0)
 
-    def _sum_flops(self, rows: int, wanted: Gradients) -> int:
+    def _wgrad_flops(self, rows: int, wanted: Gradients) -> int:
         """FLOPs of the weight gradients that are wanted."""
         return sum(self._flops(rows, index, index + 1) for index, weight in enumerate(wanted.weights) if weight)

@@ -3,7 +3,9 @@
     mlp_fused::mlp           x, weights, biases -> y, saved tensors
     mlp_fused::mlp_backward  dy, x, y, saved tensors, weights, biases -> the gradients that are needed
 
-`calls.run_operator` calls them. Eager calls do not come here, because the dispatcher would add microseconds to each.
+`calls.run_operator` calls the first, and autograd the second. Other calls do not come here, because the dispatcher
+would add microseconds to each.
+
 The path of an operator and its saved tensors do not depend on the number of rows, which may be symbolic.
 """
 
@@ -116,8 +118,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
         program = program.run_decompositions(mlp_fused.decompositions())  # aten.linear, aten.relu, …
 
-    The results are those of plain torch. A program for training is not changed: its backward is an operator of this
-    package too.
+    The results are those of plain torch. Decompose programs for inference only: the backward of a training program is
+    an operator of this package too, and needs saved tensors that the decomposed forward does not compute.
     """
     return {torch.ops.mlp_fused.mlp.default: _decompose}
 

@@ -25,7 +25,7 @@ from .settings import constant_to_compilers, function_modes
 
 # Torch's own classes, taken at import, in case somebody assigns another class to their names in torch.nn later.
 Dropout, Identity, Linear, Sequential = nn.Dropout, nn.Identity, nn.Linear, nn.Sequential
-# The names of torch's functions that calls of these classes look up.
+# The names of torch's functions that Linear, transformers' Conv1D and Dropout look up when they are called.
 LINEAR, ADDMM, DROPOUT = "torch.nn.functional.linear", "torch.addmm", "torch.nn.functional.dropout"
 
 # The methods that a call of a module goes through before its forward, and the classes that define them.
@@ -47,9 +47,9 @@ _read = operator.attrgetter(*METHODS, "forward")
 
 
 def why_changed(kind: type, known: type) -> str | None:
-    """The reason why a call of a `kind` may not compute what the library's class `known` does; None if it surely does.
+    """The reason why instances of `kind` may not compute the same as the library's class `known`; None if they do.
 
-    Every method is looked up in the classes that `kind` derives from.
+    Methods that `kind` inherits are checked too.
     """
     code = (*_read(kind), torch.compiler.is_compiling())
     before, reason = _CHANGED.get(kind, (None, None))

@@ -46,7 +46,7 @@ logger = logging.getLogger("mlp_fused")
 
 AS_MEASURED = "faster as measured on this device"
 UNMEASURED_FLOAT32 = "one kernel for such a float32 network was not measured to be faster than torch"
-UNMEASURED_DROPOUT = 'one kernel for a network with Dropout was not measured; backend="triton" takes it'
+UNMEASURED_DROPOUT = 'one kernel for a network with Dropout was not measured; backend="triton" uses one all the same'
 OLDEST_CAPABILITY = 80  # 8.0 is the oldest compute capability that the kernels are compiled and tested for
 
 
@@ -109,7 +109,7 @@ def why_reference(
         )
     if reason is not None:
         if backend == "triton":
-            raise RuntimeError(f'backend is "triton", but {reason}; or use backend="auto"')
+            raise RuntimeError(f'backend is "triton", but {reason}; backend="auto" runs plain torch')
         if x.is_cuda and not torch.compiler.is_compiling():
             log_once(reason)
     return reason
@@ -190,7 +190,7 @@ def _measured_path(
     training: bool,
     device: devices.Device,
 ) -> str | None:
-    """The path that was measured to be fastest. A row names the hidden layers' one activation, not the output's."""
+    """The path that was measured to be fastest; None if none was, or if hidden layers have different activations."""
     names = {activation.name for activation in activations[:-1] or activations}
     if len(names) > 1:
         return None
@@ -306,8 +306,9 @@ def network_path(
     """The network path for these layers, or the reason why they take the layer path.
 
     The rule for training: if one pass over a tile fits in registers (`network_tiles.network_tile`), the backward
-    recomputes the hidden layers. Storing them moves two more tensors for each hidden layer, or five if not even one
-    pass over the stored tensors fits: the saved tensor is written, read for dz and read for dW; dz is written and read.
+    recomputes the hidden layers. Storing them moves two more tensors for each hidden layer: the saved tensor is written
+    and read. It moves five if one pass over the stored tensors does not fit either: the saved tensor is written, read
+    for dz and read for dW; dz is written and read.
 
     A measured table overrules this rule, and the user overrules both. The choice does not depend on the batch size, so
     that batches of every size take the same path. A table decides by the largest batch that was measured.
@@ -320,7 +321,8 @@ def network_path(
         dropouts: for each layer, the probability of its Dropout; 0 if it has none. By default, no layer has Dropout.
         torch_too: True to take the layer path, which may run torch's products, where it is expected to be faster.
         parameters: the dtypes and strides of the parameters. Others get another path, with its own schedules.
-        splits: the ways to multiply fp32 by 16-bit parts, for `network_tiles.network_precision`; None: the rule's.
+        splits: the allowed ways to split fp32 into 16-bit parts, as `network_tiles.network_precision` takes them. By
+            default, the environment variable MLP_FUSED_FP32 decides.
     """
     if DEBUG:
         return "MLP_FUSED_DEBUG=1 checks layer by layer"
@@ -363,7 +365,7 @@ def network_path(
         groups, backward = network_tiles.layer_groups(problem("stored"), stored), stored
     size = dtype.itemsize
     ends = 2 * widths[0] + 2 * widths[-1]
-    moved = f"{size * ends} bytes a row, storing {size * (ends + (2 if groups else 5) * sum(widths[1:-1]))}"
+    moved = f"{size * ends} bytes a row; storing would move {size * (ends + (2 if groups else 5) * sum(widths[1:-1]))}"
     if not isinstance(recomputing, str) and recompute is not False and (recompute or measured != "stored"):
         reason = "the user asks for it" if recompute else f"one pass fits in registers and moves {moved}"
         return NetworkPath(network, forward, "recompute", reason, recomputing, wgrad, (), drops)

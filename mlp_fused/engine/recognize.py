@@ -101,7 +101,7 @@ CALLED: dict[str, tuple[str, ...]] = {
 
 @functools.cache
 def _place(name: str) -> tuple[dict[str, Any], str]:
-    """The attributes of the module that has a function of torch, and the function's name there."""
+    """The `__dict__` of the torch module that has this function, and the function's name in it."""
     module, _, own_name = name.rpartition(".")
     return vars(F if module == F.__name__ else torch), own_name
 
@@ -153,7 +153,10 @@ def find(module: Callable[..., Any]) -> Activation | None:
 
 
 def _find_function(function: Callable[..., Any]) -> Activation | None:
-    """The activation that a function of torch computes, or a `functools.partial` of one, which has its parameters."""
+    """The activation that a function of torch computes; None if it is not in the table.
+
+    A `functools.partial` of a function gives the activation's parameters by keyword.
+    """
     keywords: dict[str, Any] = {}
     if isinstance(function, functools.partial):
         if function.args:

@@ -1,8 +1,9 @@
 """Digests of the kernels that a row of a measured table is about.
 
 forward, dgrad, wgrad   the product's kernel, the activation's functions in its epilogue, the sum of partial sums
-networks                every kernel of the network path and of the layer path, which the row compares; the activation;
-                        and the rule that chooses a network kernel's tile, because such a row has no tile
+networks                every kernel of the network path and of the layer path, which the row compares (for inference,
+                        only those of the forward); the activation; and the rule that chooses a network kernel's tile,
+                        because such a row has no tile
 
 A row with another digest was measured with an older kernel, and is no longer used. A row in which torch was faster is
 still used: a changed kernel replaces torch only after it was measured.

@@ -248,7 +248,8 @@ class Segments:
         if names:
             listed = ", ".join(names)
             raise RuntimeError(
-                f'backend is "triton", but child {listed} cannot run on kernels: {SPLIT}; or use backend="auto"'
+                f'backend is "triton", but child {listed} cannot run on kernels: {SPLIT}; '
+                'backend="auto" runs plain torch'
             )
 
 
@@ -384,7 +385,7 @@ def why_called(
 
 def _why_hooked(module: nn.Module) -> str:
     if is_loaded_instance(module, "torch.distributed.fsdp", "FSDPModule"):
-        return "fully_shard was called on it, whose hooks gather its parameters; on the whole network it stays fused"
+        return "fully_shard was called on it, and hooks gather its parameters; call it on the whole network instead"
     return SPLIT if is_split(module._parameters.get("weight")) else "it has hooks, or a forward patched onto it"
 
 

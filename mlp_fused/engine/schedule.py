@@ -27,7 +27,7 @@ from ..kernels.tile_config import Problem, TileConfig
 from . import settings
 from .tables import Choice
 
-__all__ = ["Buffer", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "read"]
+__all__ = ["Buffer", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "read_pointers"]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Schedule:
         return 0 if workspace is None else workspace.size * workspace.dtype.itemsize
 
     def run(self, tensors: Sequence[Tensor | None], pointers: list[Any]) -> list[Any]:
-        """Run all steps on the caller's tensors. `pointers` are their addresses, as `read` returns them.
+        """Run all steps on the caller's tensors. `pointers` are their addresses, as `read_pointers` returns them.
 
         Returns:
             The tensors that `returned` names.
@@ -367,7 +367,7 @@ def _wait(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def read(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
+def read_pointers(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
     """(the addresses of tensors, True if all are multiples of 16 bytes)."""
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     return pointers, math.gcd(16, *filter(None, pointers)) == 16
@@ -407,7 +407,7 @@ class Writer:
         """True if the tensors are on a GPU, or stand for tensors on one."""
         return any(tensor is not None and tensor.device.type != "cpu" for tensor in self.given.values())
 
-    def has(self, name: str) -> str | None:
+    def find(self, name: str) -> str | None:
         """`name`, if there is a tensor with this name; else None."""
         return name if name in self.buffers or self.given.get(name) is not None else None
 

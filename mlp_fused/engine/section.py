@@ -17,7 +17,7 @@ from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
 from ..kernels.devices import Device
 from ..kernels.dropout import Dropout
-from .schedule import Schedule, read
+from .schedule import Schedule, read_pointers
 
 __all__ = ["Cache", "Section", "parameter_names"]
 
@@ -148,7 +148,7 @@ class Section(abc.ABC):
         It is found by the first tensor's shape and device, and by the strides and dtypes of the first two tensors. The
         section fixes those of the others.
         """
-        pointers, aligned = read(tensors)
+        pointers, aligned = read_pointers(tensors)
         first, second = tensors[0], tensors[:2][-1]
         stride, dtype = first.stride(), first.dtype
         key = (names[0], needs, aligned, first.shape, stride, dtype, first.get_device(), second.stride(), second.dtype)

@@ -1,4 +1,4 @@
-"""Switches of the environment and of torch, and every private name of torch that the package uses."""
+"""Switches of the environment and of torch, and most private names of torch that the package uses."""
 
 from __future__ import annotations
 

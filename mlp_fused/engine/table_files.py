@@ -49,7 +49,7 @@ from ..kernels import tile_config
 from ..kernels.devices import Device, device_slug
 from ..kernels.tile_config import Problem, TileConfig
 
-__all__ = ["Gemm", "Network", "Table", "fastest", "identity", "read", "write"]
+__all__ = ["Gemm", "Network", "Table", "fastest", "read", "row_key", "write"]
 
 SCHEMA = 3
 READABLE = (1, 2, 3)
@@ -141,7 +141,7 @@ class Table:
         return (*self.gemms, *self.networks)
 
     def is_related(self, device: Device) -> bool:
-        """True if the tiles are valid for `device`: it is another device, of the same architecture and size."""
+        """True if the table is of another GPU, with the architecture and the number of multiprocessors of `device`."""
         is_other = device_slug(self.device) != device_slug(device.name)
         same = (self.arch, self.multiprocessors) == (device.arch, device.multiprocessors)
         return is_other and same and "MIG" not in self.device + device.name
@@ -153,7 +153,7 @@ DEFAULTS = {
 }
 
 
-def identity(row: Gemm | Network, table: Table) -> tuple[Any, ...]:
+def row_key(row: Gemm | Network, table: Table) -> tuple[Any, ...]:
     """The key of a row, unique in its table. In readings it includes a product's tile."""
     return (*row.key, row.tile) if table.readings and isinstance(row, Gemm) else row.key
 
@@ -182,7 +182,7 @@ def write(path: Path, table: Table) -> None:
     try:
         _parse(json.loads(text))
     except ValueError as error:
-        raise ValueError(f"the table is not a measured table: {error}") from None
+        raise ValueError(f"the table is not valid: {error}") from None
     Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(text.encode()))
 
@@ -257,7 +257,7 @@ def _parse(content: Any) -> Table:
     )
     gemms = [_gemm(f"gemms[{index}]", row, schema) for index, row in enumerate(table.gemms)]
     networks = [_network(f"networks[{index}]", row) for index, row in enumerate(table.networks)]
-    for name, keys in (("gemms", [identity(row, table) for row in gemms]), ("networks", [row.key for row in networks])):
+    for name, keys in (("gemms", [row_key(row, table) for row in gemms]), ("networks", [row.key for row in networks])):
         if len(set(keys)) < len(keys):
             raise ValueError(f"two rows of its {name} are for the same problem")
     return dataclasses.replace(table, gemms=tuple(gemms), networks=tuple(networks))
@@ -276,7 +276,7 @@ def _gemm(place: str, value: Any, schema: int) -> Gemm:
         activation=row.activation is None or _is_text(row.activation),
         ms=_is_milliseconds(row.ms) or (row.tile is None and row.ms is None),
         torch_ms=_is_milliseconds(row.torch_ms),
-        **_arithmetic(row),
+        **_valid_shared_fields(row),
     )
     if row.tile is None:
         return row
@@ -312,12 +312,12 @@ def _network(place: str, value: Any) -> Network:
         activation=_is_text(row.activation),
         ms=row.ms.keys() <= {*known} and all(map(_is_milliseconds, row.ms.values())),
         path=isinstance(row.path, str) and row.path in row.ms,
-        **_arithmetic(row),
+        **_valid_shared_fields(row),
     )
     return dataclasses.replace(row, widths=tuple(row.widths))
 
 
-def _arithmetic(row: Gemm | Network) -> dict[str, bool]:
+def _valid_shared_fields(row: Gemm | Network) -> dict[str, bool]:
     """The fields that rows of products and of networks share, by name: True if the value is valid."""
     precisions = ("ieee", "tf32") if row.dtype == "float32" else ("ieee",)
     return {
@@ -333,10 +333,17 @@ Fields = TypeVar("Fields", Table, Gemm, Network, TileConfig)
 
 def _construct(kind: type[Fields], place: str, value: Any, defaults: Mapping[str, Any] | None = None) -> Fields:
     """Make a dataclass from an object of the file. Raises ValueError if its names are not the dataclass's fields."""
-    try:
-        return kind(**{**(defaults or {}), **value})
-    except TypeError as error:
-        raise ValueError(f"{place} {str(error).rpartition('__init__() ')[2]}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is {_shown(value)}, which is not an object")
+    values = {**(defaults or {}), **value}
+    fields = dataclasses.fields(kind)
+    unknown = values.keys() - {field.name for field in fields}
+    if unknown:
+        raise ValueError(f"{place} has an unknown field {_shown(min(unknown))}")
+    required = (field.name for field in fields if field.default is dataclasses.MISSING)
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"{place} has no {missing[0]}")
+    return kind(**values)
 
 
 def _check(place: str, row: Any, **valid: object) -> None:

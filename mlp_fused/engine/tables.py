@@ -22,7 +22,7 @@ related. Its tiles are valid here. Its choice between torch and a tile is valid 
 carried over from one GPU to another.
 
 A row records the kernels that were measured (row_kernels.py). If they have changed since, the row is valid only if it
-chooses torch. Otherwise the estimate decides, and the choice's source says so.
+chooses torch. Otherwise the next source decides. If that is the estimate, the choice's source mentions the old row.
 
 A table that was measured with another Triton (another first or second version number) is still the best guess, but a
 tile may spill or fail to compile. So its tiles are used only if they are among `layer_tiles.candidates`. The logger
@@ -54,8 +54,8 @@ from .table_files import (
     Gemm,
     Network,
     Table,
-    identity,
     read,
+    row_key,
 )
 
 logger = logging.getLogger("mlp_fused")
@@ -317,6 +317,6 @@ def merge(old: Table, new: Table) -> Table:
     """
     if old.device != new.device:
         raise ValueError(f"the old table was measured on {old.device}; it needs to be measured on {new.device}")
-    gemms = {identity(row, new): row for row in (*old.gemms, *new.gemms)}
+    gemms = {row_key(row, new): row for row in (*old.gemms, *new.gemms)}
     networks = {row.key: row for row in (*old.networks, *new.networks)}
     return dataclasses.replace(new, gemms=tuple(gemms.values()), networks=tuple(networks.values()))

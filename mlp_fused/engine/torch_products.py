@@ -1,8 +1,8 @@
 """The three products of a layer by torch, for products that torch computes faster than our kernels.
 
-A function here writes the same tensors as the kernel of the same product, but without activation or derivative. These
-follow in a pointwise kernel. Between the two, the result is rounded to its dtype, as in plain torch. float32 follows
-torch's own switch. The functions are called only while no gradient is recorded.
+A function here writes the same tensors as the kernel of the same product, but without activation or derivative (except
+`linear_relu_by_torch`). These follow in a pointwise kernel. Between the two, the result is rounded to its dtype, as in
+plain torch. float32 follows torch's own switch. The functions are called only while no gradient is recorded.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..engine import network_path
 from ..engine.autograd import run_layers, run_network
 from ..engine.layer_steps import product_schedule
 from ..engine.paths import find_layers
-from ..engine.schedule import Schedule, read
+from ..engine.schedule import Schedule, read_pointers
 from ..engine.tables import Choice
 from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.activations import ACTIVATIONS
@@ -81,7 +81,7 @@ class Operands:
             for tensor in tensors[self.inputs :]
         ]
         tensors = [*inputs, *results]
-        self._schedule(tensors, None).run(tensors, read(tensors)[0])
+        self._schedule(tensors, None).run(tensors, read_pointers(tensors)[0])
         return [result for result in results if result is not None]
 
     def by_torch(self, index: int) -> None:
@@ -97,7 +97,7 @@ class Operands:
         tensors = self.sets[index]
         if tile not in self.schedules:
             self.schedules[tile] = self._schedule(tensors, tile)
-        self.schedules[tile].run(tensors, read(tensors)[0])
+        self.schedules[tile].run(tensors, read_pointers(tensors)[0])
 
     def _schedule(self, tensors: Sequence[Any], tile: tile_config.TileConfig | None) -> Schedule:
         device = devices.device_of(tensors[0])

@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from libraries import load
 from torch import nn
+from torch.export.experimental import _export_forward_backward
 from twins import BACKENDS, KINDS, fused_and_twin
 
 from mlp_fused import FusedLinear, FusedMLP, decompositions, fuse, unfuse
@@ -167,6 +168,23 @@ def test_an_exported_operator_decomposes_to_aten(kind: str, trainable: bool) -> 
         torch.export.save(decomposed, buffer)
         buffer.seek(0)
         assert torch.equal(torch.export.load(buffer).module()(X), decomposed.module()(X))
+
+
+def test_a_program_with_a_backward_is_not_decomposed() -> None:
+    """Its backward would read saved tensors that are never written."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = FusedMLP(4, [8, 3], backend="triton")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x).square().mean()
+
+    program = _export_forward_backward(torch.export.export(Loss(), (X,)))
+    assert any("mlp_backward" in target for target in targets(program.graph))
+    with pytest.raises(RuntimeError, match=r"the program has a backward of mlp_fused; decompositions\(\) needs"):
+        program.run_decompositions(decompositions())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -118,10 +118,20 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
         program = program.run_decompositions(mlp_fused.decompositions())  # aten.linear, aten.relu, …
 
-    The results are those of plain torch. Decompose programs for inference only: the backward of a training program is
-    an operator of this package too, and needs saved tensors that the decomposed forward does not compute.
+    The results are those of plain torch.
+
+    Raises:
+        RuntimeError: by `run_decompositions`, if the program has a backward. That needs saved tensors, which the
+            decomposed forward does not compute.
     """
-    return {torch.ops.mlp_fused.mlp.default: _decompose}
+    return {torch.ops.mlp_fused.mlp.default: _decompose, torch.ops.mlp_fused.mlp_backward.default: _refuse_backward}
+
+
+def _refuse_backward(*_: Any) -> None:
+    raise RuntimeError(
+        "the program has a backward of mlp_fused; decompositions() needs a program for inference: export the model "
+        "without its backward"
+    )
 
 
 def _decompose(

@@ -210,10 +210,12 @@ def forget_tables() -> None:
 @contextlib.contextmanager
 def decided_by(table: table_files.Table) -> Iterator[None]:
     """Within the block, this table takes precedence over those on disk."""
-    with tables.preferred(table):
+    try:
+        with tables.preferred(table):
+            forget_tables()
+            yield
+    finally:
         forget_tables()
-        yield
-    forget_tables()
 
 
 def _why_call_cannot(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype, backend: Backend) -> str | None:

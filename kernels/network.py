@@ -246,6 +246,7 @@ def broadcast_bias(ptr, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.cons
 
     The bias is read from cache in every use. Held over the loop, it would take more registers than it has elements.
     """
+    z = tl.full([BLOCK_M, NET.pads[LAYER + 1]], 0.0, NET.accumulator)
     if ptr is not None:
         cols = tl.arange(0, NET.pads[LAYER + 1])
         ptrs = ptr + cols.to(OFFSET) * NET.strides[LAYER][2]
@@ -253,9 +254,10 @@ def broadcast_bias(ptr, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.cons
             bias = tl.load(ptrs, mask=cols < NET.widths[LAYER + 1], other=0.0)
         else:
             bias = tl.load(ptrs)
-        return tl.broadcast_to(bias.to(NET.accumulator)[None, :], [BLOCK_M, NET.pads[LAYER + 1]])
-    else:
-        return tl.full([BLOCK_M, NET.pads[LAYER + 1]], 0.0, NET.accumulator)
+        bias = bias.to(NET.accumulator)[None, :]
+        # An addition to zeros takes instructions. But without it, gelu after 6 layers 128 wide spills 14 words.
+        z = tl.broadcast_to(bias, z.shape) if NET.merges[LAYER] else z + bias
+    return z
 
 
 @triton.jit

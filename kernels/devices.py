@@ -78,7 +78,7 @@ def named_device(name: str) -> Device | None:
     return fitting[0] if fitting else None
 
 
-def data_sheet(name: str) -> Device:
+def known_device(name: str) -> Device:
     """The device in `DEVICES` whose words are all in a GPU's full name, such as "AMD Instinct MI300X".
 
     If there is none, `INTERPRETED_DEVICE`, which has no rates.
@@ -127,7 +127,7 @@ def _describe(kind: str, index: int) -> Device:
     if kind == "cpu" or INTERPRETER:
         return INTERPRETED_DEVICE
     properties: Any = torch.cuda.get_device_properties(index)
-    known = data_sheet(properties.name)
+    known = known_device(properties.name)
     hip = torch.version.hip is not None
     return Device(
         properties.name,

@@ -10,16 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from out_of_memory import on_call
 from readme import ROOT, readme
 
-from mlp_fused.engine import schedule, settings
-from mlp_fused.engine.autograd import run_layers
-from mlp_fused.engine.paths import find_layers
+from mlp_fused.engine.schedule import Step, run_checked
 from mlp_fused.environment import SWITCHES
-from mlp_fused.kernels import activations
-from mlp_fused.reference import Layer
 
 SETUP = """
 import torch
@@ -115,20 +110,17 @@ def python(code: str, input: str | None = None, **environment: str) -> subproces
     )
 
 
-def test_debugging_names_the_layer_whose_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wait before a layer reports an illegal access of an earlier kernel without the name of the layer."""
-    monkeypatch.setattr(settings, "DEBUG", True)
-    x, layers = torch.randn(2, 4), [Layer(torch.randn(3, 4), None, activations.IDENTITY)]
-    path = find_layers(x, layers, torch.float32, "triton")
+def test_debugging_names_the_layer_whose_kernel_fails() -> None:
+    """The wait before a step reports an illegal access of an earlier kernel without the name of this step's layer."""
+    step = Step("forward", "layer 0 (identity)", "0: 4 -> 3", {}, (), lambda: None)
     message = "CUDA error: an illegal memory access was encountered"
+
+    def illegal() -> None:
+        raise RuntimeError(message)
+
     for call, sentence in ((1, message), (2, f"layer 0 (identity), forward: {message}")):
-
-        def illegal() -> None:
-            raise RuntimeError(message)
-
-        monkeypatch.setattr(schedule, "_wait", on_call(call, illegal))
         with pytest.raises(RuntimeError) as caught:
-            run_layers(x, [layers[0].weight], [None], path)
+            run_checked(step, {}, wait=on_call(call, illegal))
         assert str(caught.value) == sentence
 
 

@@ -12,7 +12,7 @@ from bench import fit
 from mlp_fused import ACTIVATIONS
 from mlp_fused.engine import table_files
 from mlp_fused.kernels import estimate, layer_tiles
-from mlp_fused.kernels.devices import DEVICES, data_sheet
+from mlp_fused.kernels.devices import DEVICES, known_device
 from mlp_fused.kernels.tile_config import Problem, TileConfig
 
 TABLE = table_files.read(Path(__file__).with_name("data") / "h100" / "products.json")
@@ -91,7 +91,7 @@ def test_kernels_measured_slower_are_left_to_torch() -> None:
     ],
 )
 def test_a_gpus_full_name_has_the_rates_of_its_data_sheet(name: str, known: str) -> None:
-    assert data_sheet(name).name == known
+    assert known_device(name).name == known
 
 
 def test_an_unknown_device_gets_the_rates_of_its_architecture() -> None:

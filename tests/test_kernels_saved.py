@@ -176,7 +176,7 @@ def test_saved_tensors_may_return_with_other_strides(recompute: bool | None, dev
 
 
 def test_tensors_that_backward_does_not_read_may_change(device: str) -> None:
-    """As in torch, every bias may change, and so may the first weight if x needs no gradient."""
+    """Every bias may change, and so may the first weight if x needs no gradient: the same as in torch."""
     case = Case(widths=(5, 3), needs="parameters")
     data = make(case, device)
     y = forward(case, data, "network", recompute=False)

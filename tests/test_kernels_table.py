@@ -325,7 +325,7 @@ def test_second_derivatives_refuse_changed_parameters(path: str, device: str) ->
 
 @pytest.mark.parametrize("path", ["layer", "run"])
 def test_an_input_that_no_gradient_needs_may_change(path: str, device: str) -> None:
-    """As with torch.nn.Linear, x is not saved if the first weight is frozen and x needs no gradient."""
+    """x is not saved if the first weight is frozen and x needs no gradient, as in torch.nn.Linear."""
     case = Case(widths=(8, 8, 8), activation="tanh", needs="last layer")
     data = make(case, device)
     y = forward(case, data, path)

@@ -214,7 +214,7 @@ for command in ("train", "predict", "tune", "transfer"):
     )
 
 
-CLAUSES = {"What", "Of", "Whether", "How", "Which", "Why", "That", "Those", "Where", "When", "Who", "Whose"}
+CLAUSES = {"What", "Of", "Whether", "How", "Which", "Why", "That", "Those", "Where", "When", "Who", "Whose", "As"}
 
 
 def test_docstrings_begin_with_a_noun_or_a_verb() -> None:

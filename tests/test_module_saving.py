@@ -115,7 +115,7 @@ def test_every_activation_can_be_pickled(name: str, device: str) -> None:
 
 
 def test_weights_only_refuses_a_whole_model(device: str, tmp_path: Path) -> None:
-    """As for any nn.Module, torch reads only tensors and plain values, and runs no code of the file."""
+    """torch reads only tensors and plain values, and runs no code of the file, as for any nn.Module."""
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         through_a_file(network(device), tmp_path, weights_only=True)
 

@@ -13,7 +13,7 @@ from cases import CASES, Case, Data, check, gradients, make, oracle
 from kernel_runs import by_torch, case_id, find
 from torch import Tensor
 
-from mlp_fused.engine import paths, settings
+from mlp_fused.engine import paths
 from mlp_fused.engine.autograd import run_network
 from mlp_fused.engine.network_path import Formulation, NetworkPath
 from mlp_fused.kernels import devices, network_tiles
@@ -218,15 +218,6 @@ def test_non_finite_rows_affect_no_other_row(device: str) -> None:
     assert torch.equal(y[others], expected[others])
     assert y[70].isnan().all()
     assert not y[3].isfinite().any()
-
-
-def test_debugging_checks_gradients_by_scaled_parts(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """These gradients are final. After products by planes, a later step may compute them again."""
-    monkeypatch.setattr(settings, "DEBUG", True)
-    data = make(replace(WIDE, activation="relu"), device)
-    data.dy[3] = torch.inf
-    with pytest.raises(FloatingPointError, match="elements of dx are NaN or infinite"):
-        gradients(data, forward(WIDE, data))
 
 
 def test_gradients_of_rows_spread_over_2_to_40_keep_the_norm(device: str) -> None:

@@ -278,7 +278,7 @@ class Schedule:
         step, launch = self.steps[index], self._launches[index]
         operands = {name: self._operand(everything, operand) for name, operand in step.operands.items()}
         if settings.DEBUG:
-            _run_checked(step, operands)
+            run_checked(step, operands)
         elif launch is not None:
             launch.through_triton(tuple(operands.values()))
         else:
@@ -336,7 +336,15 @@ def _replay_if_aligned(program: Program, run_step: Replay, everything: list[Any]
     (program if is_aligned else run_step)(everything, pointers)
 
 
-def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
+def wait(device: torch.device | None) -> None:
+    """Wait for all launches on a device. Their errors are raised here."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run_checked(
+    step: Step, operands: dict[str, Any], wait: Callable[[torch.device | None], None] = wait
+) -> Launch | None:
     """Run a step, wait for it and check its results.
 
     Raises:
@@ -344,14 +352,14 @@ def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
     """
     where = f"{step.layer}, {step.kind}"
     device = next((tensor.device for tensor in operands.values() if isinstance(tensor, Tensor)), None)
-    _wait(device)  # raises the errors of earlier launches, which are not this step's
+    wait(device)  # raises the errors of earlier launches, which are not this step's
     try:
         launch = step.run(**operands)
-        _wait(device)
+        wait(device)
     except RuntimeError as error:
         error.args = (f"{where}: {error}",)
         raise
-    if step.problem is not None and step.tile is not None and step.tile.precision in PLANES:
+    if step.tile is not None and step.tile.precision in PLANES:
         return launch  # the next step computes some of the results again
     for name, tensor in operands.items():
         if name not in step.writes or name not in CHECKED or tensor is None:
@@ -359,12 +367,6 @@ def _run_checked(step: Step, operands: dict[str, Any]) -> Launch | None:
         if bad := int(tensor.numel() - tensor.isfinite().sum()):
             raise FloatingPointError(f"{where}: {bad} of {tensor.numel()} elements of {name} are NaN or infinite")
     return launch
-
-
-def _wait(device: torch.device | None) -> None:
-    """Wait for all launches on a device. Their errors are raised here."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def read_pointers(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:

@@ -1,7 +1,8 @@
 """CASES: the table of problems that every numerical test uses, and the bound on their errors.
 
 A case is a network: rows, widths, dtype, activations, bias, the memory layout of its tensors, the gradients that are
-wanted, and Dropout. Its oracle is plain torch in float64. Its bound is twice torch's own error in the same dtype.
+wanted, and Dropout. Its oracle is plain torch in float64. The bound allows twice torch's own error in the same dtype,
+and a few roundings (`bound`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The sizes, and the fields that differ from their defaults."""
+        """The sizes, the activation, and the other fields that differ from their defaults."""
         sizes = f"{self.rows}x{'-'.join(map(str, self.widths))}"
         default = Case()
         others = []
@@ -179,7 +180,7 @@ class Data:
 
 
 def philox(seed: int, counter: Sequence[numpy.ndarray], rounds: int) -> list[numpy.ndarray]:
-    """Philox 4x32: four random numbers of 32 bits for a counter of four, by a key of 64 bits.
+    """Philox 4x32: four random 32-bit numbers, computed from a counter of four 32-bit words and a 64-bit key.
 
     Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
     """

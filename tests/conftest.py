@@ -122,9 +122,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests that take `device` as gpu if `-m` selects gpu, and deselect gpu and full tests if it does not.
+    """Deselect gpu tests unless `-m` asks for gpu, and full tests unless it asks for full.
 
-    `full("cpu")` marks tests that are slow only in the interpreter. On a GPU they always run.
+    If `-m` asks for gpu, tests that take `device` are marked gpu. `full("cpu")` marks tests that are slow only in the
+    interpreter: under `-m gpu` they always run.
     """
     gpu, full = _wants(config, "gpu"), _wants(config, "full")
     left_out = set()
@@ -189,9 +190,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def by_pointers(device: str) -> Iterator[None]:
-    """In the interpreter, replay launches from pointers alone. A first launch prepares its replay and does not run.
+    """In the interpreter, replay launches from pointers alone, as a GPU does. On a GPU nothing changes.
 
-    A GPU always replays launches from pointers, so nothing changes there.
+    A first call only prepares its launches and computes nothing. So tests use the results of the second call.
     """
     if device == "cuda":
         yield
@@ -268,7 +269,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _fresh_settings() -> Iterator[None]:
-    """Every test starts from torch's own precision settings and seed."""
+    """Set torch's seed to 0 before every test, and restore the fp32 precision of products after it."""
     import torch
 
     torch.manual_seed(0)

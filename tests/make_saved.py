@@ -3,8 +3,9 @@
     python tests/make_saved.py
 
 writes tests/data/saved/<commit>/, where <commit> is HEAD. It refuses if that folder exists, or if the code differs from
-HEAD. Kernels run in Triton's interpreter. For each file, `outputs.json` has an input, the model's output, and the
-gradient of the output's sum with respect to the input. `versions.json` has the commit and the libraries' versions.
+HEAD. Kernels run in Triton's interpreter. For each file with a model, `outputs.json` has an input, the model's output,
+and the gradient of the output's sum with respect to the input. For a checkpoint of `train`, it has the history of the
+resumed run instead of the gradient. `versions.json` has the commit and the libraries' versions.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 STATES = {"state_fused_mlp.pt": "fused_mlp.pt", "state_fused_linear.pt": "fused_linear.pt"}
 
 
-def reading(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Return an input, its output, and the gradient of the sum of the output, by name."""
+def example(model: nn.Module, x: Tensor) -> dict[str, Any]:
+    """An input, its output, and the gradient of the output's sum with respect to the input."""
     x = x.clone().requires_grad_()
     y = model(x)
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -89,7 +90,7 @@ def write_models(folder: Path, outputs: dict[str, Any]) -> None:
     for seed, (name, make) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
         model = models[name] = make().eval()
-        outputs[name] = reading(model, torch.randn(5, 6))
+        outputs[name] = example(model, torch.randn(5, 6))
         if name.endswith(".pkl"):
             (folder / name).write_bytes(pickle.dumps(model, protocol=2))
         else:
@@ -99,8 +100,10 @@ def write_models(folder: Path, outputs: dict[str, Any]) -> None:
         outputs[name] = outputs[source]
 
 
-# For each file: the model's backend, True if gradients are recorded, and the backend in the program. An export on a GPU
-# has "auto". A program with "triton" needs kernels, here those of the interpreter.
+# For each file: the model's backend, True if gradients are recorded, and the backend written into the program; None if
+# the program has no operator. On a CPU, a model with backend="auto" is exported without the operator. So the first
+# model has "triton", and `write_exported` writes "auto" into its program, as an export on a GPU would. Programs with
+# "triton" run kernels, here in the interpreter.
 EXPORTED = {
     "exported_operator.pt2": ("triton", False, "auto"),
     "exported_operator_of_kernels.pt2": ("triton", False, "triton"),
@@ -125,7 +128,7 @@ def write_exported(folder: Path, outputs: dict[str, Any]) -> None:
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
         torch.export.save(program, folder / name)
-        outputs[name] = reading(model, x)
+        outputs[name] = example(model, x)
 
 
 def train(folder: Path, *arguments: str) -> None:
@@ -159,7 +162,7 @@ def write_checkpoints(folder: Path, outputs: dict[str, Any]) -> None:
             outputs[f"{name}.pt"]["history"] = load_checkpoint(Path(other) / f"{name}.pt")["history"]
     model = load_model(folder / "train_classification.pt")
     torch.save(model, folder / "trained_model.pt")
-    outputs["trained_model.pt"] = reading(model, torch.from_numpy(x[:5]))
+    outputs["trained_model.pt"] = example(model, torch.from_numpy(x[:5]))
 
 
 def write_tables(folder: Path) -> None:

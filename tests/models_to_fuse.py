@@ -1,4 +1,4 @@
-"""Models of torch and of other libraries that `fuse` is tested on."""
+"""A model that `fuse` is tested on, and an input for transformer layers."""
 
 from __future__ import annotations
 

@@ -63,7 +63,10 @@ def sums() -> Iterator[Sum]:
 
 
 def scaled_ms(width: int, forward: TileConfig, dgrad: TileConfig | None, wgrad: TileConfig) -> tuple[float, float]:
-    """(our milliseconds by fp16x3, torch's) for four relu layers in full fp32 on an H200: a forward, or training."""
+    """Our milliseconds with fp16x3, and torch's, for four relu layers in full fp32 on an H200.
+
+    They are for a forward and a backward, or for a forward alone if `dgrad` is None.
+    """
     readings = [json.loads(line) for line in FLOAT32.read_text().splitlines()]
     ms = {reading["timed"]: reading["ms"] for reading in readings if "timed" in reading}
 

@@ -59,7 +59,7 @@ class Clock(timing.Clock):
 
 
 @dataclass
-class Simulated:
+class Speeds:
     """The speeds of a GPU, its link and a CPU, in bytes/s, seconds, and seconds per row."""
 
     link: float = 50 * GB
@@ -87,7 +87,7 @@ class Network(nn.Module):
 class SimulatedGpu(measurement.Gpu):
     name = "simulated"
 
-    def __init__(self, clock: Clock, speeds: Simulated) -> None:
+    def __init__(self, clock: Clock, speeds: Speeds) -> None:
         self.clock: Any = clock
         self.speeds = speeds
         self.touched = FirstTouch(300, 1, 2, 3, 4000, 50, 0.1)
@@ -150,7 +150,7 @@ def advance_host(clock: Clock, seconds: float) -> None:
 SIZES = (16, 64, 256, 1024, 4096)
 
 
-def simulate(speeds: Simulated, rows: int = 1024, gpu: bool = True, training: bool = True) -> Transfer:
+def simulate(speeds: Speeds, rows: int = 1024, gpu: bool = True, training: bool = True) -> Transfer:
     clock = Clock()
     model = Network(clock, speeds.cpu_row)
     simulated = SimulatedGpu(clock, speeds) if gpu else None

@@ -214,5 +214,6 @@ def prefetch(loader: Any, streams: Any, depth: int = 2, **options: Any) -> Devic
     return prefetcher
 
 
-# The streams that run early, by the work that is late.
+# Each key says which work is late. Its value lists the other streams, which run their work as early as possible
+# (`Streams.eager`).
 LATE = {"late copies": ("consumer",), "late compute": ("side",), "both late": ()}

@@ -1,4 +1,4 @@
-"""Rows of measured tables, and tables of them where the package looks for them."""
+"""Rows and tables of measured tiles, and a function that writes tables where the package reads them."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def fp16x3_by_planes(x: Array, w: Array, by_row: bool, block: int = 64) -> Array
 
 
 def fma(x: Array, w: Array) -> Array:
-    """x wᵀ by one fused multiply-add after the other, as a GPU's fp32 units do one output."""
+    """x wᵀ for x (M, K) and w (N, K). A sum is a chain of fused multiply-adds, as on a GPU's fp32 units."""
     acc = np.zeros((x.shape[0], w.shape[0]))
     for k in range(x.shape[1]):
         acc = to_fp32(x[:, k, None] * w[None, :, k] + acc)

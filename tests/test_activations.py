@@ -62,8 +62,8 @@ def test_gelu_at_infinity_is_its_limit(device: str) -> None:
     assert torch.autograd.grad(y, x)[0].item() == 1
 
 
-def test_gelu_is_more_accurate_than_torchs_in_fp32(device: str) -> None:
-    """Compare the fitted z Φ(z) and its derivative over the whole range in which they are neither 0 nor z."""
+def test_gelu_is_about_as_accurate_as_torchs_in_fp32(device: str) -> None:
+    """Compare z Φ(z) and its derivative with float64. Beyond -15 and 15, in fp32, they are 0 and 0, or z and 1."""
     z = torch.linspace(-15, 15, 30001, device=device).unsqueeze(1)
     wide = z.double()
     cdf, pdf = torch.special.ndtr(wide), torch.exp(-wide.square() / 2) / (2 * torch.pi) ** 0.5

@@ -285,7 +285,7 @@ def test_hooks_on_the_module_its_output_input_and_parameters(pair: Pair, device:
 
 
 def test_functional_call_with_computed_weights(pair: Pair, device: str) -> None:
-    """In a hypernetwork the parameters are computed, and their inputs get the gradients."""
+    """The parameters are computed, as in a hypernetwork. The tensor that they are computed from gets the gradient."""
     model, twin = pair()
     x = draw(device)
     results = []

@@ -171,10 +171,11 @@ def forward_backward(
 
 
 def oracle(network: nn.Module, inputs: tuple[Tensor, ...]) -> Truth:
-    """The results in float64, with |dz|ᵀ|x| and Σ|dz| of every Linear as the scale of the rounding errors in its sums.
+    """The results in float64, each with the magnitude that its rounding errors scale with.
 
-    For other tensors, the value itself is the scale. This would be too strict for a sum that cancels: the gradient of
-    attention's key bias is 0.
+    For the gradients of a Linear, the magnitudes are |dz|ᵀ|x| and Σ|dz|. The gradient's own value would be too strict
+    if its sum cancels: the gradient of attention's key bias is 0. For all other tensors, the magnitude is their
+    absolute value.
     """
     magnitudes: dict[str, Tensor] = {}
 

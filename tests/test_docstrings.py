@@ -37,7 +37,10 @@ def test_the_errors_are_given(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(CODE))
 def test_every_argument_is_described(name: str) -> None:
-    """The arguments of a function or a constructor stand under Args, or in the sentence that refers to another list."""
+    """Every argument is named under Args; if there is no Args section, anywhere in the docstring.
+
+    Records, and docstrings that refer to the list of another function, are not checked.
+    """
     item: Any = CODE[name]
     text = inspect.getdoc(item) or ""
     if name in RECORDS or re.search(r"[Ss]ee `\w+` for the arguments|`\w+` describes the arguments", text):

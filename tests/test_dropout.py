@@ -215,7 +215,7 @@ def never_drop(module: nn.Module) -> None:
 
 
 def test_a_kernel_without_dropout_has_no_code_for_it() -> None:
-    """The seed, the keep probability and the layer are None, a constant, and no tensor is passed for them."""
+    """The seed, the keep probability and the layer are None, a constant to the compiler, and no tensor is passed."""
     launched: list[tuple[Launch, int]] = []
     leaves = make_leaves(torch.float32, "cpu")
     layers = [Layer(*leaves[1:3], ACTIVATIONS["gelu"]), Layer(*leaves[3:], ACTIVATIONS["gelu"])]

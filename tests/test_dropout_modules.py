@@ -20,7 +20,7 @@ from mlp_fused.reference import Layer
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA A100"])
 def test_explain_says_why_a_narrow_network_goes_layer_by_layer(device: str) -> None:
-    """The reason is that one kernel was not measured with Dropout. backend="triton" uses one kernel all the same."""
+    """The reason is that the network kernel was not measured with Dropout. backend="triton" uses it all the same."""
     model = FusedMLP(64, [64, 64], dropout=0.1, dtype=torch.bfloat16)
     training, evaluation = (model.train(mode).explain(4096, device=device) for mode in (True, False))
     measured = is_dropout_measured((64,), torch.bfloat16, DEVICES[device])

@@ -181,7 +181,7 @@ def test_a_bound_activation_is_judged_by_its_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", ["NVIDIA A100", "NVIDIA H100", "NVIDIA B200", "AMD MI300X"])
-def test_auto_takes_one_kernel_only_where_it_was_measured(name: str) -> None:
+def test_auto_takes_the_network_kernel_only_where_it_was_measured(name: str) -> None:
     device = DEVICES[name]
     problem = ((64, 64, 64), ((64, 1, 1),) * 2, (ACTIVATIONS["relu"],) * 2, BF16, "ieee", device)
     for training in (True, False):

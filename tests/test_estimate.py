@@ -1,4 +1,4 @@
-"""Choices of tiles, and between torch and our kernels, by the time estimate, compared with readings of an H100."""
+"""The time estimate, and the choices that it makes between torch and our kernels, compared with readings of an H100."""
 
 from __future__ import annotations
 

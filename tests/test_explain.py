@@ -12,14 +12,15 @@ from mlp_fused import FusedMLP
 from mlp_fused.kernels.devices import DEVICES
 
 
-def test_explain_counts_biases_alone_and_the_input_under_autocast() -> None:
+def test_explain_with_frozen_weights_and_under_autocast() -> None:
+    """A kernel computes the gradients of biases alone. Under autocast, the input is saved as it is, in fp32."""
     model = FusedMLP(32, [16, 8])
     for child in model:
         if isinstance(child, nn.Linear):
             child.weight.requires_grad_(False)
     plan = model.explain(64, torch.bfloat16, "NVIDIA H200")
     assert any("wgrad" in step.kind or "recompute" in step.kind for run in plan.runs for step in run.kernels)
-    assert model.requires_grad_().explain(64, torch.bfloat16, "NVIDIA H200").saved_bytes == 64 * 32 * 4  # x, in fp32
+    assert model.requires_grad_().explain(64, torch.bfloat16, "NVIDIA H200").saved_bytes == 64 * 32 * 4
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -46,7 +47,7 @@ def test_explain_counts_saved_bytes(activation: str) -> None:
 
 
 def test_explain_says_why_a_float32_network_is_not_one_kernel() -> None:
-    """The reason is shown unless the user chose the backend or recompute."""
+    """This rule applies only if the user chose neither the backend nor recompute."""
     plan = FusedMLP(32, [24, 16, 8]).explain(64, device="NVIDIA H200")
     reason = "one kernel for such a float32 network was not measured to be faster than torch"
     assert (plan.path, plan.reason) == ("layer", reason)
@@ -77,7 +78,7 @@ def test_explain_counts_rows_in_the_singular_and_the_plural(rows: int, text: str
     assert str(FusedMLP(4, [3]).explain(rows)).startswith(text)
 
 
-def test_explain_refuses_a_network_over_images() -> None:
+def test_explain_names_a_module_that_does_not_take_rows() -> None:
     convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
     bilinear = FusedMLP.from_sequential(nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 2)))
     with pytest.raises(ValueError, match="Bilinear does not take an input of shape"):

@@ -130,7 +130,7 @@ def test_a_new_branch_does_not_change_other_branches_digests(tmp_path: Path) -> 
 
 
 def test_a_condition_that_a_constant_fulfils_does_not_change_the_digest(tmp_path: Path) -> None:
-    """A loop may pass over some of its work in one precision alone."""
+    """In one precision, a loop may skip some of its work under a condition. Other precisions keep their digests."""
     body = KERNEL[KERNEL.index("        if PRECISION") : KERNEL.index("    tl.store")]
     guard = '        if PRECISION != "redo" or is_wanted(x_ptr):\n'
     guarded = KERNEL.replace(body, guard + "".join(f"    {line}" for line in body.splitlines(keepends=True)))

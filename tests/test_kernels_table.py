@@ -38,7 +38,7 @@ def paths(case: Case) -> list[str]:
 
 
 def marked(path: str, case: Case) -> object:
-    """The parameters of a test with the tiles of the rule.
+    """The parameters of a test with the tiles that are chosen without a measured table.
 
     The layer path runs them only on a GPU or with `-m full`. In the interpreter, other tests run every kind of tile.
     """
@@ -100,7 +100,10 @@ def rotated(kind: str, case: Case, *others: object, marks: object = ()) -> objec
 def test_every_kind_of_tile_through_the_table(
     kind: str, case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This runs in the interpreter. On a GPU, compiling all tiles would take an hour, so the rule's tiles run there."""
+    """This runs in the interpreter. On a GPU, compiling every kind of tile would take an hour.
+
+    There, `test_forward_and_gradients` runs the tiles that are chosen.
+    """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     layer_path.layer_path.cache_clear()  # it caches paths with other tiles
     monkeypatch.setattr(tables, "choice_for", lambda problem, device: tables.Choice(pick_tile(kind, problem), "a test"))
@@ -430,7 +433,7 @@ def test_compiled_kernels_differ_by_the_tensors_they_save() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("sizes", [(4096, (1024, 512, 784)), (200, (768, 3072, 768)), (16, (512, 256, 64))], ids=str)
-def test_the_rules_tiles_on_the_sizes_they_are_for(
+def test_chosen_tiles_on_the_sizes_they_are_for(
     sizes: tuple[int, tuple[int, ...]], dtype: torch.dtype, precision: str, device: str, poisoned: None
 ) -> None:
     case = Case(sizes[0], sizes[1], dtype, "gelu", tf32=precision == "tf32")
@@ -475,7 +478,7 @@ def test_persistent_programs_take_several_tiles(
 
 @pytest.mark.gpu
 @ROUNDED
-def test_the_rules_persistent_programs_take_several_tiles(
+def test_programs_of_chosen_persistent_tiles_take_several_tiles(
     dtype: torch.dtype, precision: str, device: str, poisoned: None
 ) -> None:
     """The compiler flattens the loop over tiles, so the first loads of a tile overlap the end of the tile before it."""
@@ -484,7 +487,7 @@ def test_the_rules_persistent_programs_take_several_tiles(
         problem = Problem(kind, rows, width, width, dtype, precision)
         tile = choose(problem, describe(device))
         if not tile.programs:
-            pytest.skip(f"the rule gives this GPU a program for each tile: {tile}")
+            pytest.skip(f"the tile chosen for this GPU has a program for each tile of the output: {tile}")
         assert tiles_per_program(problem, tile) > 1
     case = Case(rows, (width,) * 3, dtype, "gelu", tf32=precision == "tf32")
     torch.backends.cuda.matmul.fp32_precision = precision

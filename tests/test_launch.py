@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched_models import BF16, GELU, IDENTITY, RELU, SILU, gradients
+from launch_inputs import BF16, GELU, IDENTITY, RELU, SILU, gradients
 from torch import Tensor
 
 from mlp_fused import reference

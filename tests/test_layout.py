@@ -218,7 +218,7 @@ CLAUSES = {"What", "Of", "Whether", "How", "Which", "Why", "That", "Those", "Whe
 
 
 def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
-    """A reader takes the first word for the subject, which a clause postpones."""
+    """A reader expects the subject or the verb first. A docstring that begins with a clause delays both."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     begun = {
         f"{path.relative_to(ROOT)}: {documentation.splitlines()[0]}"

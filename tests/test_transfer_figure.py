@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_gpu import SIZES, Simulated, simulate
+from simulated_gpu import SIZES, Speeds, simulate
 
 matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
@@ -20,7 +20,7 @@ def test_the_plot(tmp_path: Path, suffix: str, gpu: bool) -> None:
     from mlp_fused.transfer.figure import draw
 
     path = tmp_path / f"plot{suffix}"
-    draw(simulate(Simulated(), gpu=gpu), path)
+    draw(simulate(Speeds(), gpu=gpu), path)
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     assert len(content) > 5000
@@ -35,7 +35,7 @@ def test_the_plot_shows_the_readings(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     figures: list[Any] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: figures.append(figure))
-    transfer = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
+    transfer = simulate(Speeds(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
     draw(transfer, tmp_path / "plot.png")
     (axes,) = figures[0].axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -59,7 +59,7 @@ def test_the_plot_shows_the_readings(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_both_axes_of_the_plot_have_three_labels_or_more(points: slice, gpu: bool) -> None:
     from mlp_fused.transfer.figure import step_figure
 
-    transfer = simulate(Simulated(), gpu=gpu)
+    transfer = simulate(Speeds(), gpu=gpu)
     figure = step_figure(dataclasses.replace(transfer, points=transfer.points[points]))
     figure.draw_without_rendering()
     (axes,) = figure.axes
@@ -80,5 +80,5 @@ def test_a_plot_that_fails_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "plot.png").write_text("old")
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space"):
-        draw(simulate(Simulated()), tmp_path / "plot.png")
+        draw(simulate(Speeds()), tmp_path / "plot.png")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

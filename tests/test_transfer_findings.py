@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated_gpu import GB, Simulated, both, exact, simulate
+from simulated_gpu import GB, Speeds, both, exact, simulate
 
 from mlp_fused.timing import Link, Measured, Spread
 from mlp_fused.transfer import findings
@@ -207,7 +207,7 @@ def test_times_are_written_with_three_digits(ms: float, text: str) -> None:
 
 
 def test_the_table_has_every_part() -> None:
-    text = str(simulate(Simulated()))
+    text = str(simulate(Speeds()))
     for part in (
         "simulated",
         "context         300 ms",
@@ -237,7 +237,7 @@ def test_the_table_has_every_part() -> None:
 
 
 def test_a_record_as_json() -> None:
-    transfer = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
+    transfer = simulate(Speeds(link=1 * GB, pageable=0.5 * GB))
     record = json.loads(json.dumps(transfer.as_dict(), allow_nan=False))
     assert record["crossings"]["step"]["rows"] is None
     assert (record["bound"], record["choice"], record["bounds"]) == ("copy", "cpu", transfer.bounds)

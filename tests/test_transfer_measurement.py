@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from simulated_gpu import GB, SIZES, Simulated, SimulatedGpu, simulate
+from simulated_gpu import GB, SIZES, SimulatedGpu, Speeds, simulate
 from torch import Tensor, nn
 
 from mlp_fused import timing
@@ -24,7 +24,7 @@ from mlp_fused.transfer.measurement import measure
 
 
 def test_every_part_is_timed_by_the_right_clock() -> None:
-    speeds = Simulated()
+    speeds = Speeds()
     transfer = simulate(speeds)
     assert transfer.at_rows.gpu is not None
     gpu, nbytes = transfer.at_rows.gpu, 1024 * 1000 * 4
@@ -47,7 +47,7 @@ def test_every_part_is_timed_by_the_right_clock() -> None:
 
 def test_the_crossing_follows_from_the_simulated_speeds() -> None:
     """A CPU with 2 µs per row and a GPU with 100 µs per step cross at 50 rows."""
-    transfer = simulate(Simulated(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
+    transfer = simulate(Speeds(link=1e18, pageable=1e18, launch=50e-6, latency=0.0, gpu_row=1e-15))
     assert transfer.crossings["resident"].rows == pytest.approx(50, rel=0.01)
     assert transfer.crossings["step"].rows == pytest.approx(50, rel=0.05)
     bound = [point.gpu.bound for point in transfer.points if point.gpu]
@@ -55,7 +55,7 @@ def test_the_crossing_follows_from_the_simulated_speeds() -> None:
 
 
 def test_a_gpu_behind_a_slow_link_does_not_win() -> None:
-    transfer = simulate(Simulated(link=1 * GB, pageable=0.5 * GB))
+    transfer = simulate(Speeds(link=1 * GB, pageable=0.5 * GB))
     assert transfer.crossings["step"].rows == math.inf
     assert transfer.crossings["resident"].rows == pytest.approx(16, abs=16)
     assert transfer.advice[0].startswith("stay on the CPU at 1,024 rows")
@@ -63,7 +63,7 @@ def test_a_gpu_behind_a_slow_link_does_not_win() -> None:
 
 
 def test_prefetching_hides_the_copy() -> None:
-    slow = Simulated(gpu_row=500e-9)
+    slow = Speeds(gpu_row=500e-9)
     gpu = simulate(slow).at_rows.gpu
     assert gpu is not None
     assert gpu.bound == "kernel"
@@ -72,7 +72,7 @@ def test_prefetching_hides_the_copy() -> None:
 
 
 def test_without_a_gpu_only_the_cpu_is_measured() -> None:
-    transfer = simulate(Simulated(), gpu=False)
+    transfer = simulate(Speeds(), gpu=False)
     assert [point.rows for point in transfer.points] == list(SIZES)
     assert [point.cpu.step.ms for point in transfer.points] == pytest.approx([2e-3 * size for size in SIZES], rel=0.01)
     assert (transfer.gpu, transfer.crossings, transfer.advice) == (None, {}, [])
@@ -94,12 +94,12 @@ def test_sizes_that_do_not_fit_give_a_note(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(SimulatedGpu, "calls", bounded)
 
     fit(1024)
-    transfer = simulate(Simulated())
+    transfer = simulate(Speeds())
     assert [point.rows for point in transfer.points] == [16, 64, 256, 1024]
     assert transfer.notes[-1] == "4,096 rows and more: CUDA out of memory. Tried"
     fit(1023)
     with pytest.raises(torch.OutOfMemoryError):  # the requested batch itself does not fit
-        simulate(Simulated())
+        simulate(Speeds())
 
 
 def test_an_unmeasurable_first_touch_gives_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_an_unmeasurable_first_touch_gives_a_note(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("the model cannot be pickled: a lambda")
 
     monkeypatch.setattr(SimulatedGpu, "first_touch", fail)
-    transfer = simulate(Simulated())
+    transfer = simulate(Speeds())
     assert transfer.first_touch is None
     assert "first touch: the model cannot be pickled: a lambda" in transfer.notes
 

@@ -26,8 +26,8 @@ from mlp_fused.train.predict import load_model
 SENTENCE = f'backend is "triton", but {WHY_NO_TRITON}; backend="auto" runs plain torch'
 
 
-def steps(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """An output, and the gradients of its sum."""
+def output_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of its sum with respect to x and the parameters."""
     x = x.clone().requires_grad_()
     y = model(x)
     y.sum().backward()
@@ -36,7 +36,7 @@ def steps(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_same(one: nn.Module, other: nn.Module, x: Tensor) -> None:
-    for ours, torchs in zip(steps(one, x), steps(other, x)):
+    for ours, torchs in zip(output_and_gradients(one, x), output_and_gradients(other, x)):
         assert torch.equal(ours, torchs)
 
 
@@ -93,7 +93,7 @@ def test_explain_of_a_gpu_elsewhere(gpu: str, caplog: pytest.LogCaptureFixture) 
         wide = FusedMLP(784, [512, 512, 10]).explain(4096, torch.bfloat16, gpu)
     assert (narrow.path, wide.path) == ("network", "layer")
     assert gpu in str(wide)
-    assert not caplog.records  # there is no Triton here that could need another tile than the measured one
+    assert not caplog.records  # no warning that the tables were measured with another version of Triton
 
 
 @pytest.mark.parametrize(

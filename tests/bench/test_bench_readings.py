@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_gpu import SIZES, Simulated, simulate
+from simulated_gpu import SIZES, Speeds, simulate
 
 from bench import readings
 from bench.readings import CELLS, TF32
@@ -149,7 +149,7 @@ def test_every_duration_of_the_transfer_log_is_published(content: Record) -> Non
 
 
 def test_the_output_of_transfer_is_parsed_with_its_numbers() -> None:
-    result = simulate(Simulated())
+    result = simulate(Speeds())
     record = readings.transfer(str(result))
     gpu = result.at_rows.gpu
     assert gpu is not None

@@ -1,4 +1,4 @@
-"""Small models for tests of launches."""
+"""Activations, a dtype, and a function for gradients, for tests of launches."""
 
 from __future__ import annotations
 

@@ -256,8 +256,11 @@ def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder for the user's tables and one for the packaged tables. Caches are cleared after the test."""
+def table_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of all measured tables, empty at first: the user's are in `cache`, and the packaged ones in `tuned`.
+
+    The cached tables are cleared before and after the test.
+    """
     from mlp_fused.engine import paths, tables
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -113,7 +113,7 @@ def test_env_lists_the_processes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_env_with_gpus(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measured: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, table_folder: Path
 ) -> None:
     class Properties:
         major, minor, gcnArchName, total_memory = 9, 0, "gfx942", 141 * 2**30  # noqa: N815 (torch's name)

@@ -272,7 +272,7 @@ def test_a_float32_network_is_one_kernel_if_measured_faster(
     assert ("two scaled fp16 parts" in requested.explanation) == (requested.network.precision == "fp16x3")
 
 
-def test_the_user_and_a_measured_table_override_the_rule(measured: Path) -> None:
+def test_the_user_and_a_measured_table_override_the_rule(table_folder: Path) -> None:
     narrow, wide = (32,) * 5, (128,) * 5
     formulations = {}
     for recompute in (True, False):
@@ -314,7 +314,7 @@ def test_the_user_and_a_measured_table_override_the_rule(measured: Path) -> None
 VERSIONS = {"mlp_fused": "0", "python": "3", "torch": "2", "triton": "3", "cuda": "13", "driver": "580"}
 
 
-def test_torch_runs_if_measured_faster_and_explain_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_runs_if_measured_faster_and_explain_says_so(table_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the interpreter's device as if "auto" ran kernels on it."""
     device = devices.INTERPRETED_DEVICE
     networks = [

@@ -68,7 +68,7 @@ def test_every_kernel_belongs_to_some_row() -> None:
 
 
 def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(
-    measured: Path, caplog: pytest.LogCaptureFixture
+    table_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     current = dataclasses.replace(FORWARD, rows=2**14, tile=OTHER)
     install(user=table(outdated(FORWARD), outdated(NARROW), current))
@@ -85,13 +85,13 @@ def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(
     assert record.getMessage() == f"{tables.user_path(H200.name)}: {message}"
 
 
-def test_the_packaged_table_replaces_an_older_row(measured: Path) -> None:
+def test_the_packaged_table_replaces_an_older_row(table_folder: Path) -> None:
     install(user=table(outdated(FORWARD)), packaged=table(dataclasses.replace(FORWARD, tile=OTHER), NARROW))
     assert tables.choice_for(problem(), H200) == tables.Choice(OTHER, f"measured on {H200.name}")
     assert not tables.is_path_outdated((64, 64, 64), torch.float16, "ieee", "relu", True, H200)
 
 
-def test_torch_runs_if_no_newer_kernel_was_measured(measured: Path) -> None:
+def test_torch_runs_if_no_newer_kernel_was_measured(table_folder: Path) -> None:
     torchs = dataclasses.replace(FORWARD, tile=None)
     network = dataclasses.replace(NARROW, path="torch")
     install(table(outdated(torchs), outdated(network)))
@@ -102,13 +102,13 @@ def test_torch_runs_if_no_newer_kernel_was_measured(measured: Path) -> None:
     assert tables.tile_for(problem(2000), H200) == TILE
 
 
-def test_a_row_without_a_kernel_digest_counts_as_older(measured: Path) -> None:
+def test_a_row_without_a_kernel_digest_counts_as_older(table_folder: Path) -> None:
     written = dataclasses.replace(table(), gemms=(outdated(FORWARD, None),))
     install(written)
     assert tables.choice_for(problem(), H200).source.endswith("with an older kernel")
 
 
-def test_a_related_gpus_row_of_an_older_kernel_is_not_used(measured: Path) -> None:
+def test_a_related_gpus_row_of_an_older_kernel_is_not_used(table_folder: Path) -> None:
     size = {"arch": H200.arch, "multiprocessors": H200.multiprocessors}
     wide = Gemm("forward", 8192, 4096, 4096, "bfloat16", "ieee", "relu", TILE, 1.0, 2.0)
     tile = layer_tiles.candidates(wide.problem, H200)[-1]
@@ -118,7 +118,7 @@ def test_a_related_gpus_row_of_an_older_kernel_is_not_used(measured: Path) -> No
         assert tables.tile_for(wide.problem, H200) == expected
 
 
-def test_explain_says_that_a_reading_has_an_older_kernel(measured: Path) -> None:
+def test_explain_says_that_a_reading_has_an_older_kernel(table_folder: Path) -> None:
     wide = dataclasses.replace(FORWARD, activation="identity")
     install(table(outdated(wide), outdated(NARROW)))
     network = FusedMLP(64, [64, 64]).explain(4096, dtype=torch.float16, device=H200.name)

@@ -308,7 +308,7 @@ def test_a_saved_program_with_the_operator_trains(path: Path) -> None:
 
 
 @files("table_schema_*.json")
-def test_rows_of_a_saved_table_are_used(path: Path, measured: Path) -> None:
+def test_rows_of_a_saved_table_are_used(path: Path, table_folder: Path) -> None:
     """Use a saved table as the user's table, with its Triton. Torch must run where a row says so.
 
     Tables before schema 3 do not name the kernels of their tiles and paths, so those rows are not used.

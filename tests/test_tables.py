@@ -250,7 +250,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         table_files.read(tmp_path / "deep.json")
 
 
-def test_precedence_user_packaged_rule(measured: Path) -> None:
+def test_precedence_user_packaged_rule(table_folder: Path) -> None:
     assert estimated(problem()) not in (TILE, OTHER)
     assert tables.tile_for(problem(), H200) == estimated(problem())
     install(packaged=table(FORWARD))
@@ -261,11 +261,11 @@ def test_precedence_user_packaged_rule(measured: Path) -> None:
     install(user=table(dataclasses.replace(FORWARD, tile=None)))
     assert tables.tile_for(problem(), H200) is None
     assert tables.tile_for(problem(), DEVICES["NVIDIA H100"]) == estimated(problem(), DEVICES["NVIDIA H100"])
-    assert (measured / "cache" / "mlp_fused" / "nvidia_h200.json").is_file()
-    assert (measured / "tuned" / "nvidia_h200.json").is_file()
+    assert (table_folder / "cache" / "mlp_fused" / "nvidia_h200.json").is_file()
+    assert (table_folder / "tuned" / "nvidia_h200.json").is_file()
 
 
-def test_a_row_is_used_for_its_problem_and_the_nearest_batch(measured: Path) -> None:
+def test_a_row_is_used_for_its_problem_and_the_nearest_batch(table_folder: Path) -> None:
     larger = dataclasses.replace(FORWARD, rows=4096, tile=OTHER)
     install(table(FORWARD, larger))
     for rows, expected in ((512, TILE), (2000, TILE), (2100, OTHER), (8192, OTHER)):
@@ -280,14 +280,14 @@ def test_a_row_is_used_for_its_problem_and_the_nearest_batch(measured: Path) -> 
 
 
 @pytest.mark.parametrize("kind", table_files.KINDS)
-def test_a_row_is_found_by_its_own_problem(measured: Path, kind: str) -> None:
+def test_a_row_is_found_by_its_own_problem(table_folder: Path, kind: str) -> None:
     row = dataclasses.replace(FORWARD, kind=kind, tile=OTHER)
     install(table(row))
     assert (row.problem.rows, row.problem.widths) == (1024, (512, 256))
     assert tables.tile_for(row.problem, H200) == OTHER
 
 
-def test_descriptors_are_used_only_if_possible(measured: Path) -> None:
+def test_descriptors_are_used_only_if_possible(table_folder: Path) -> None:
     install(table(FORWARD, dataclasses.replace(FORWARD, rows=1100, tile=OTHER)))
     assert tables.tile_for(problem(1024), H200) == TILE
     assert tables.tile_for(problem(1024, aligned=False), H200) == OTHER
@@ -298,7 +298,7 @@ def test_descriptors_are_used_only_if_possible(measured: Path) -> None:
     assert tables.tile_for(unaligned, H200) is None
 
 
-def test_a_row_is_used_for_its_own_activation(measured: Path) -> None:
+def test_a_row_is_used_for_its_own_activation(table_folder: Path) -> None:
     """In dgrad of 512 columns, torch was faster with gelu, and our kernel with relu."""
     gelu = dataclasses.replace(FORWARD, kind="dgrad", activation="gelu", tile=None)
     relu = dataclasses.replace(gelu, activation="relu", tile=OTHER)
@@ -309,7 +309,7 @@ def test_a_row_is_used_for_its_own_activation(measured: Path) -> None:
     assert tables.choice_for(tanh, H200) == tables.Choice(estimated(tanh), "estimated")
 
 
-def test_rows_of_schema_1_are_used_for_activations_without_a_row(measured: Path) -> None:
+def test_rows_of_schema_1_are_used_for_activations_without_a_row(table_folder: Path) -> None:
     written = json.loads((DATA / "tuned.json").read_text())
     assert written["schema"] == 1
     old = table_files.read(DATA / "tuned.json")
@@ -322,11 +322,11 @@ def test_rows_of_schema_1_are_used_for_activations_without_a_row(measured: Path)
     install(table(FORWARD, unnamed))
     assert tables.tile_for(problem(), H200) == TILE
     assert tables.tile_for(problem(activation="gelu"), H200) == OTHER
-    table_files.write(measured / "new.json", old)  # written as schema 3, with unknown activations
-    assert table_files.read(measured / "new.json") == old
+    table_files.write(table_folder / "new.json", old)  # written as schema 3, with unknown activations
+    assert table_files.read(table_folder / "new.json") == old
 
 
-def test_a_related_gpu_shares_tiles_and_compute_bound_choices(measured: Path) -> None:
+def test_a_related_gpu_shares_tiles_and_compute_bound_choices(table_folder: Path) -> None:
     wide = Gemm("forward", 8192, 4096, 4096, "bfloat16", "ieee", "relu", TILE, 1.0, 2.0)
     torchs = dataclasses.replace(wide, activation="gelu", tile=None)
     thin = Gemm("wgrad", 2**20, 64, 64, "bfloat16", "ieee", "identity", OTHER, 1.0, 2.0)
@@ -351,7 +351,7 @@ def test_a_related_gpu_shares_tiles_and_compute_bound_choices(measured: Path) ->
         assert "measured" not in tables.choice_for(thin.problem, other).source
 
 
-def test_the_packaged_tables_are_used(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_packaged_tables_are_used(table_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table names the device of its file. On that device, every choice is used with its source."""
     monkeypatch.setattr(tables, "PACKAGED", Path(layer_tiles.__file__).parent / "tuned")
     paths.forget_tables()
@@ -374,7 +374,7 @@ def test_the_packaged_tables_are_used(measured: Path, monkeypatch: pytest.Monkey
         assert checked > 100
 
 
-def test_the_path_of_a_network(measured: Path) -> None:
+def test_the_path_of_a_network(table_folder: Path) -> None:
     larger = dataclasses.replace(NARROW, rows=2**20, path="torch")
     install(user=table(NARROW), packaged=table(NARROW, larger))
 
@@ -425,7 +425,7 @@ def test_paths_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["not JSON", "no table", "another device"],
 )
 def test_a_broken_table_gives_one_warning_and_is_not_used(
-    measured: Path, caplog: pytest.LogCaptureFixture, content: bytes | Table, sentence: str
+    table_folder: Path, caplog: pytest.LogCaptureFixture, content: bytes | Table, sentence: str
 ) -> None:
     install(packaged=table(FORWARD))
     path = tables.user_path(H200.name)
@@ -445,7 +445,7 @@ def test_a_broken_table_gives_one_warning_and_is_not_used(
 
 @pytest.mark.parametrize(("count", "rows_are"), [(1, "this row is"), (3, "this and 2 more rows are")])
 def test_only_tiles_that_do_not_fit_are_skipped(
-    measured: Path, caplog: pytest.LogCaptureFixture, count: int, rows_are: str
+    table_folder: Path, caplog: pytest.LogCaptureFixture, count: int, rows_are: str
 ) -> None:
     large = [dataclasses.replace(FORWARD, rows=2**i, tile=TileConfig(256, 256, 256, 8, 8, 3)) for i in range(count)]
     install(table(*large, dataclasses.replace(FORWARD, rows=2**13)))
@@ -461,7 +461,7 @@ def test_only_tiles_that_do_not_fit_are_skipped(
 
 @pytest.mark.parametrize(("version", "is_used"), [((3, 6), False), ((3, 7), True), ((4, 0), True)])
 def test_specialised_warps_need_a_triton_that_compiles_them(
-    version: tuple[int, int], is_used: bool, measured: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    version: tuple[int, int], is_used: bool, table_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(tables, "TRITON_VERSION", version)
     tile = dataclasses.replace(TILE, warp_specialize=True)
@@ -478,7 +478,7 @@ def with_triton(*version: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("whose", ["user", "packaged"])
 def test_with_another_triton_only_known_tiles_are_used(
-    whose: str, measured: Path, caplog: pytest.LogCaptureFixture
+    whose: str, table_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = layer_tiles.candidates(FORWARD.problem, H200)[-1]
     assert TILE not in layer_tiles.candidates(FORWARD.problem, H200)
@@ -501,7 +501,7 @@ def test_with_another_triton_only_known_tiles_are_used(
     assert (record.name, record.levelname) == ("mlp_fused", "WARNING" if whose == "user" else "INFO")
 
 
-def test_a_preferred_table_is_used_before_those_on_disk(measured: Path) -> None:
+def test_a_preferred_table_is_used_before_those_on_disk(table_folder: Path) -> None:
     install(user=table(dataclasses.replace(FORWARD, tile=OTHER)))
     with tables.preferred(table(FORWARD)):
         tables.forget()
@@ -512,7 +512,7 @@ def test_a_preferred_table_is_used_before_those_on_disk(measured: Path) -> None:
     assert tables.tile_for(problem(), H200) == OTHER
 
 
-def test_tables_are_reread_only_on_request(measured: Path) -> None:
+def test_tables_are_reread_only_on_request(table_folder: Path) -> None:
     rule = tables.tile_for(problem(), H200)
     table_files.write(tables.user_path(H200.name), table(FORWARD))
     assert tables.tile_for(problem(), H200) == rule

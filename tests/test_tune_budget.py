@@ -29,7 +29,7 @@ def clock() -> Clock:
     return tuning_clock()
 
 
-def test_the_time_is_shared_and_missing_readings_are_reported(clock: Clock, measured: Path) -> None:
+def test_the_time_is_shared_and_missing_readings_are_reported(clock: Clock, table_folder: Path) -> None:
     clock.reading_seconds = 10.0
     table, messages = run(clock, dataclasses.replace(DIMS, minutes=2.0))
     # 120 s over 6 products are 20 s each, which torch and the first tile take.
@@ -52,7 +52,7 @@ def test_the_time_is_shared_and_missing_readings_are_reported(clock: Clock, meas
     assert len(table.gemms) == 6
 
 
-def test_time_that_a_product_saves_goes_to_others(clock: Clock, measured: Path) -> None:
+def test_time_that_a_product_saves_goes_to_others(clock: Clock, table_folder: Path) -> None:
     """A product that ends early leaves its time to the rest. A slow one takes time from them."""
     clock.reading_seconds = 0.0
     run(clock, dataclasses.replace(DIMS, minutes=0.01))
@@ -78,7 +78,7 @@ class FewCompilers(Compilers):
         return outcome  # type: ignore[return-value]
 
 
-def test_tiles_that_do_not_compile_are_skipped(clock: Clock, measured: Path) -> None:
+def test_tiles_that_do_not_compile_are_skipped(clock: Clock, table_folder: Path) -> None:
     messages: list[str] = []
     compilers = FewCompilers({FAST: "the process that compiled it ended with status -6"})
     table = tune(
@@ -96,7 +96,7 @@ def test_tiles_that_do_not_compile_are_skipped(clock: Clock, measured: Path) -> 
     assert "kernels were compiled at their launch, because compiling ahead failed: they end with status 1" in messages
 
 
-def test_tiles_not_compiled_in_time_are_not_measured(clock: Clock, measured: Path) -> None:
+def test_tiles_not_compiled_in_time_are_not_measured(clock: Clock, table_folder: Path) -> None:
     messages: list[str] = []
 
     def tuned(outcomes: dict[Any, Any]) -> table_files.Table:
@@ -117,7 +117,7 @@ def test_tiles_not_compiled_in_time_are_not_measured(clock: Clock, measured: Pat
     assert any(line.startswith("6 of 6 problems were not measured") for line in messages)
 
 
-def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, measured: Path) -> None:
+def test_the_tile_of_a_row_that_is_measured_again_is_not_lost(clock: Clock, table_folder: Path) -> None:
     run(clock)
     clock.reading_seconds = 10.0
     clock.timed.clear()

@@ -26,8 +26,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def config(measured: Path) -> Config:
-    return dataclasses.replace(DIMS, readings=str(measured / "readings.json"))
+def config(table_folder: Path) -> Config:
+    return dataclasses.replace(DIMS, readings=str(table_folder / "readings.json"))
 
 
 def readings_in(config: Config) -> table_files.Table:
@@ -85,9 +85,9 @@ def test_new_readings_are_added_and_the_latest_counts(clock: Clock, config: Conf
     assert [(row.tile, row.ms) for row in added] == [(SLOW, pytest.approx(2)), (FAST, pytest.approx(1.5))] * PRODUCTS
 
 
-def test_no_file_is_written_without_the_flag(clock: Clock, measured: Path) -> None:
+def test_no_file_is_written_without_the_flag(clock: Clock, table_folder: Path) -> None:
     run(clock)
-    assert [file.name for file in measured.rglob("*.json")] == [path().name]
+    assert [file.name for file in table_folder.rglob("*.json")] == [path().name]
 
 
 def test_readings_of_other_versions_are_not_overwritten(clock: Clock, config: Config) -> None:
@@ -101,12 +101,12 @@ def test_readings_of_other_versions_are_not_overwritten(clock: Clock, config: Co
     assert Path(str(config.readings)).read_text() == text
 
 
-def test_tables_and_readings_are_not_confused(clock: Clock, config: Config, measured: Path) -> None:
+def test_tables_and_readings_are_not_confused(clock: Clock, config: Config, table_folder: Path) -> None:
     run(clock, config)
     with pytest.raises(UserError, match="readings.json has readings of every tile; use another file for --out$"):
         run(clock, Config(out=config.readings))
     with pytest.raises(UserError, match="has a table; use another file for --readings$"):
-        run(clock, dataclasses.replace(config, readings=str(path()), out=str(measured / "other.json")))
+        run(clock, dataclasses.replace(config, readings=str(path()), out=str(table_folder / "other.json")))
 
 
 def test_readings_are_written_completely_or_not_at_all(
@@ -171,7 +171,7 @@ def test_the_fastest_readings_make_a_table() -> None:
     assert [(row.rows, row.tile, row.ms) for row in fastest] == [(1024, TILE, 0.25), (64, None, 0.7)]
 
 
-def test_readings_in_place_of_a_table_are_not_used(measured: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_readings_in_place_of_a_table_are_not_used(table_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     install(user=READINGS)
     assert tables.choice_for(problem(), DEVICES["NVIDIA H200"]).source == "estimated"
     (record,) = caplog.records

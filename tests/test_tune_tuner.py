@@ -50,7 +50,7 @@ def clock() -> Clock:
     return tuning_clock()
 
 
-def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> None:
+def test_the_fastest_tile_is_found_and_used(clock: Clock, table_folder: Path) -> None:
     table, messages = run(clock)
     assert {row.kind for row in table.gemms} == set(table_files.KINDS)
     assert len(table.gemms) == PRODUCTS == 6
@@ -68,7 +68,7 @@ def test_the_fastest_tile_is_found_and_used(clock: Clock, measured: Path) -> Non
     assert messages.endswith(f"measured 6 of 6 problems; the table is {path()}")
 
 
-def test_torch_is_written_as_a_tile_of_none(clock: Clock, measured: Path) -> None:
+def test_torch_is_written_as_a_tile_of_none(clock: Clock, table_folder: Path) -> None:
     clock.seconds["torch"] = 0.5e-3
     table, messages = run(clock)
     for row in table.gemms:
@@ -78,7 +78,7 @@ def test_torch_is_written_as_a_tile_of_none(clock: Clock, measured: Path) -> Non
     assert "our kernels are faster in 0 of 6 problems; the worst ratio is 0.50" in messages
 
 
-def test_failing_and_wrong_tiles_are_skipped_and_reported(clock: Clock, measured: Path) -> None:
+def test_failing_and_wrong_tiles_are_skipped_and_reported(clock: Clock, table_folder: Path) -> None:
     clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
 
     def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
@@ -108,7 +108,7 @@ def test_failing_and_wrong_tiles_are_skipped_and_reported(clock: Clock, measured
 
 @pytest.mark.parametrize(("dtype", "activation"), [("fp16", "relu"), ("bf16", "gelu")])
 def test_a_correct_tile_is_kept_if_torch_is_less_accurate(
-    dtype: str, activation: str, clock: Clock, measured: Path
+    dtype: str, activation: str, clock: Clock, table_folder: Path
 ) -> None:
     """cuBLAS rounds partial sums over many rows to fp16, so results are compared with float32."""
     factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # twice the bound
@@ -128,7 +128,7 @@ def test_a_correct_tile_is_kept_if_torch_is_less_accurate(
     assert messages.count("was left out") == messages.count(sentence) == PRODUCTS
 
 
-def test_an_interruption_writes_the_readings(clock: Clock, measured: Path) -> None:
+def test_an_interruption_writes_the_readings(clock: Clock, table_folder: Path) -> None:
     other = Config(dims=((3, 2),), batch=(8,), dtype=("fp32",))
     before, _ = run(clock, other)
     clock.timed.clear()
@@ -153,7 +153,7 @@ def test_an_interruption_writes_the_readings(clock: Clock, measured: Path) -> No
     assert path().read_text() == text
 
 
-def test_rows_survive_a_killed_process(clock: Clock, measured: Path) -> None:
+def test_rows_survive_a_killed_process(clock: Clock, table_folder: Path) -> None:
     class KilledError(BaseException):
         """A stand-in for a kill, which no code can handle."""
 
@@ -171,7 +171,7 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered"
 
 
 @pytest.mark.parametrize("at", ["a timed call", "a checked call"])
-def test_a_failing_gpu_ends_the_run_and_keeps_the_readings(at: str, clock: Clock, measured: Path) -> None:
+def test_a_failing_gpu_ends_the_run_and_keeps_the_readings(at: str, clock: Clock, table_folder: Path) -> None:
     """In the second product, the first call of the fast tile fails, or the timing of the slow tile."""
     first, second = list_tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
     broken = False
@@ -202,7 +202,7 @@ def test_a_failing_gpu_ends_the_run_and_keeps_the_readings(at: str, clock: Clock
     assert [row.key for row in table_files.read(path()).gemms] == [first.key]
 
 
-def test_a_problem_that_does_not_fit_is_skipped(clock: Clock, measured: Path) -> None:
+def test_a_problem_that_does_not_fit_is_skipped(clock: Clock, table_folder: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -212,7 +212,7 @@ def test_a_problem_that_does_not_fit_is_skipped(clock: Clock, measured: Path) ->
     assert not path().exists()
 
 
-def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> None:
+def test_a_table_of_other_versions_is_dropped(clock: Clock, table_folder: Path) -> None:
     old = {"mlp_fused": "0.0.9", "python": "3.12", "torch": "2.13", "triton": "3.7", "cuda": "13.0", "driver": "580"}
     for now, kept, sentence in (
         (old, 3, ""),
@@ -236,7 +236,7 @@ def test_a_table_of_other_versions_is_dropped(clock: Clock, measured: Path) -> N
         assert ("dropped" in messages) == bool(sentence)
 
 
-def test_rows_of_older_kernels_are_measured_before_current_ones(clock: Clock, measured: Path) -> None:
+def test_rows_of_older_kernels_are_measured_before_current_ones(clock: Clock, table_folder: Path) -> None:
     table, _ = run(clock)
     *others, last = table.gemms
     older = dataclasses.replace(last, kernel="0" * 16)
@@ -249,8 +249,8 @@ def test_rows_of_older_kernels_are_measured_before_current_ones(clock: Clock, me
     assert table.gemms[-1].key == last.key
 
 
-def test_foreign_files_are_not_overwritten(clock: Clock, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = measured / "notes.json"
+def test_foreign_files_are_not_overwritten(clock: Clock, table_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = table_folder / "notes.json"
     config = dataclasses.replace(DIMS, out=str(out))
 
     def refused(sentence: str) -> None:
@@ -269,12 +269,12 @@ def test_foreign_files_are_not_overwritten(clock: Clock, measured: Path, monkeyp
     out.unlink()
     out.mkdir()
     refused("notes.json cannot be read: Is a directory, so it will not be overwritten")
-    (measured / "file").touch()
-    config = dataclasses.replace(DIMS, out=str(measured / "file" / "t.json"))
+    (table_folder / "file").touch()
+    config = dataclasses.replace(DIMS, out=str(table_folder / "file" / "t.json"))
     refused("cannot write into .*file, the folder of --out: (Not a directory|File exists)$")
-    config = dataclasses.replace(DIMS, out=str(measured / "new" / "t.json"))
+    config = dataclasses.replace(DIMS, out=str(table_folder / "new" / "t.json"))
     run(clock, config)
-    assert len(table_files.read(measured / "new" / "t.json").gemms) == PRODUCTS
+    assert len(table_files.read(table_folder / "new" / "t.json").gemms) == PRODUCTS
     assert not path().exists()
 
     def full(*_: object) -> None:
@@ -295,7 +295,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("switch", DISTORTING)
-def test_a_distorted_gpu_is_not_measured(switch: str, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distorted_gpu_is_not_measured(switch: str, table_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in DISTORTING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -311,7 +311,7 @@ def test_a_distorted_gpu_is_not_measured(switch: str, measured: Path, monkeypatc
 @pytest.mark.parametrize(
     ("dtype", "activation"), [("fp32", "relu"), ("tf32", "gelu"), ("bf16", "gelu"), ("fp16", "relu")]
 )
-def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, measured: Path) -> None:
+def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, table_folder: Path) -> None:
     messages: list[str] = []
     config = Config(dims=((70, 32, 16),), batch=(33,), dtype=(dtype,), activation=activation)
     count = itertools.count(1)
@@ -336,7 +336,7 @@ def test_products_and_paths_give_torchs_results(activation: str, dtype: Any, mea
         assert why == "torch is faster as measured on this device"
 
 
-def test_the_fastest_path_is_chosen(clock: Clock, measured: Path) -> None:
+def test_the_fastest_path_is_chosen(clock: Clock, table_folder: Path) -> None:
     config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",))
     for fastest in ("torch", "layer", "recompute", "stored"):
         clock.seconds = {fastest: 1e-3, "network": 2e-3}
@@ -357,9 +357,9 @@ def test_the_fastest_path_is_chosen(clock: Clock, measured: Path) -> None:
     assert "training 16-16-16, relu, 8 rows, bfloat16" in messages
 
 
-def test_networks_are_measured_with_the_new_tiles(clock: Clock, measured: Path) -> None:
+def test_networks_are_measured_with_the_new_tiles(clock: Clock, table_folder: Path) -> None:
     """The path of layers uses the new tiles whatever file they go to. Afterwards the user's table applies again."""
-    config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(measured / "other.json"))
+    config = Config(dims=((16, 16, 16),), batch=(8,), dtype=("bf16",), out=str(table_folder / "other.json"))
     seen: list[Any] = []
 
     class WatchingTiles(TracedPasses):
@@ -379,7 +379,7 @@ def test_networks_are_measured_with_the_new_tiles(clock: Clock, measured: Path) 
         assert not source.startswith("measured"), source  # the user's table has no rows
 
 
-def test_a_wrong_path_is_skipped(clock: Clock, measured: Path) -> None:
+def test_a_wrong_path_is_skipped(clock: Clock, table_folder: Path) -> None:
     class Wrong(TracedPasses):
         def by_network(self, path: network_path.NetworkPath, x: torch.Tensor) -> torch.Tensor:
             return self.by_torch(x) * 1.5

@@ -107,7 +107,7 @@ def batches() -> st.SearchStrategy[Any]:
 
 
 def same(actual: Any, expected: Any) -> bool:
-    """True if types, keys, values and memory layouts are equal."""
+    """True if types, keys and values are equal, and strides are those of `torch.empty_like`."""
     if isinstance(expected, Tensor):
         strides = actual.stride() == torch.empty_like(expected).stride()
         return type(actual) is type(expected) and equal(actual, expected) and strides

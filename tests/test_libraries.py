@@ -167,11 +167,11 @@ def test_torchao_int8(config: str, backend: str, device: str) -> None:
 @needs("peft")
 @BACKENDS
 @pytest.mark.parametrize(
-    ("ours_named", "theirs_named"),
+    ("our_targets", "their_targets"),
     [(["0.linear", "1"], ["0", "2"]), (["linear"], ["0", "3"]), (r".*\.linear", r"0|3"), ("all-linear", "all-linear")],
     ids=["names", "suffix", "expression", "all-linear"],
 )
-def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, backend: str, device: str) -> None:
+def test_peft_lora_merged_equals_unmerged(our_targets: Any, their_targets: Any, backend: str, device: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     networks = pair(backend, device)
@@ -179,9 +179,9 @@ def test_peft_lora_merged_equals_unmerged(ours_named: Any, theirs_named: Any, ba
     assert_agree(*networks, x)
     before = networks[1](x)
     outputs = []
-    for network, named in zip(networks, (ours_named, theirs_named)):
+    for network, targets in zip(networks, (our_targets, their_targets)):
         torch.manual_seed(3)
-        adapted = get_peft_model(network, LoraConfig(r=4, target_modules=named, init_lora_weights=False))
+        adapted = get_peft_model(network, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
         optimizer = torch.optim.SGD(
             (parameter for parameter in adapted.parameters() if parameter.requires_grad), lr=0.1
         )

@@ -178,7 +178,7 @@ def test_skorch(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_skorch_in_scikit_learn(device: str, backend: str) -> None:
-    """Clone, set, pickle and search an estimator like scikit-learn does."""
+    """Clone, configure, cross-validate and pickle an estimator like scikit-learn does."""
     from sklearn.base import clone
     from sklearn.model_selection import cross_val_score
 

@@ -41,7 +41,7 @@ def test_an_error_in_every_process_is_printed_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first process to fail prints the error. Here the two processes run one after the other."""
-    np.savez("labels.npz", x=X, y=Y - 1)  # a label below 0: out of range on every process's host, and on no GPU
+    np.savez("labels.npz", x=X, y=Y - 1)  # a label below 0, which load_data refuses
     store = torch.distributed.HashStore()
     monkeypatch.setattr(distributed, "_store", lambda *address: store)
 

@@ -103,7 +103,7 @@ def captured(warmup: Any) -> object:
     return capture_step(PLAIN, nn.MSELoss(), optimizer, torch.ones(1, 4), torch.ones(1, 3), warmup=warmup)
 
 
-NO_NUMBERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+BAD_NUMBERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bool": (lambda: FusedMLP(True, [3]), TypeError, "in_channels is True; it needs to be a whole number, 0 or more"),
     "numpy bool": (
         lambda: FusedLinear(np.bool_(True), 3),
@@ -191,9 +191,9 @@ NO_NUMBERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NO_NUMBERS)
-def test_a_non_number_is_refused_in_one_sentence(name: str) -> None:
-    call, kind, sentence = NO_NUMBERS[name]
+@pytest.mark.parametrize("name", BAD_NUMBERS)
+def test_a_bad_number_is_refused_in_one_sentence(name: str) -> None:
+    call, kind, sentence = BAD_NUMBERS[name]
     with pytest.raises(kind, match=f"{sentence}") as raised:
         call()
     assert "\n" not in str(raised.value)
@@ -240,7 +240,7 @@ def test_a_factory_of_modules_is_accepted_as_activation() -> None:
 
 
 NEEDS = r"; it needs to be an nn\.Module class or instance, a name, or an activation function, such as torch\.relu$"
-NO_ACTIVATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+BAD_ACTIVATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "torch.cos": (
         lambda: FusedMLP(4, [5, 2], activation_layer=torch.cos),
         TypeError,
@@ -277,9 +277,9 @@ NO_ACTIVATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NO_ACTIVATIONS)
-def test_an_unknown_function_gives_one_sentence(name: str) -> None:
-    call, kind, sentence = NO_ACTIVATIONS[name]
+@pytest.mark.parametrize("name", BAD_ACTIVATIONS)
+def test_a_bad_activation_is_refused_in_one_sentence(name: str) -> None:
+    call, kind, sentence = BAD_ACTIVATIONS[name]
     with pytest.raises(kind, match=sentence) as raised:
         call()
     assert "\n" not in str(raised.value)

@@ -26,7 +26,7 @@ OLD = Path(__file__).parent / "data" / "saved" / "fused_linear_6f8e961.pt"
 
 
 def model(backend: str, device: str, fused: bool = True) -> nn.Sequential:
-    """Two layers with activations, and one without, in an nn.Sequential that was fused."""
+    """An nn.Sequential of three layers, two of them with an activation. With `fused`, `fuse` was called on it."""
     layers = [FusedLinear(16, 32, activation="relu", backend=backend), nn.Linear(32, 16)]
     model = nn.Sequential(*layers, FusedLinear(16, 4, activation="tanh", backend=backend)).to(device)
     if fused:
@@ -71,7 +71,7 @@ def agree(ours: nn.Module, theirs: nn.Module, x: Tensor, kernels: bool | None = 
 
 
 @BACKENDS
-@pytest.mark.parametrize("fused", [True, False], ids=["in fuse", "alone"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
 def test_the_layers_compute_what_the_twin_does(fused: bool, backend: str, device: str) -> None:
     ours, theirs = pair(backend, device, fused)
     for _ in range(2):
@@ -298,7 +298,7 @@ def swap(network: nn.Module, kind: type, make: Callable[[Any], nn.Module]) -> No
 
 
 @BACKENDS
-@pytest.mark.parametrize("fused", [True, False], ids=["in fuse", "alone"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
 def test_an_adapter_replaces_every_linear_merged_and_unmerged(fused: bool, backend: str, device: str) -> None:
     ours, theirs = pair(backend, device, fused)
     x, on_kernels = rows(device), backend == "triton" or device == "cuda"
@@ -341,7 +341,7 @@ TRANSFORMS: dict[str, Callable[[nn.Linear], Any]] = {
 
 
 @BACKENDS
-@pytest.mark.parametrize("fused", [True, False], ids=["in fuse", "alone"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_computed_weights_run_as_modules(transform: str, fused: bool, backend: str, device: str) -> None:
@@ -387,7 +387,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @BACKENDS
-@pytest.mark.parametrize("fused", [True, False], ids=["in fuse", "alone"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_on_the_child_run_between_it_and_the_activation(
     hook: str, fused: bool, backend: str, device: str
@@ -444,7 +444,7 @@ def like(linear: nn.Linear) -> nn.Linear:
 
 
 @BACKENDS
-@pytest.mark.parametrize("fused", [True, False], ids=["in fuse", "alone"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_repeated_call_sees_a_change_of_the_layer(change: str, fused: bool, backend: str, device: str) -> None:
     ours, theirs = pair(backend, device, fused)

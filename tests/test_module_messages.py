@@ -159,7 +159,7 @@ def test_the_error_for_unflattened_images_shows_the_fix(
 
 
 @every_backend
-def test_a_layer_inside_that_does_not_fit_has_no_hint_on_flattening(backend: Any, device: str) -> None:
+def test_no_hint_on_flattening_if_an_inner_layer_does_not_fit(backend: Any, device: str) -> None:
     model = FusedMLP.from_sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(12, 3)), backend=backend)
     with pytest.raises(RuntimeError) as raised:
         model.to(device)(torch.randn(5, 2, 4, device=device))

@@ -63,14 +63,14 @@ def test_rows_of_any_scale_are_as_accurate_as_others(k: int, device: str) -> Non
 
 
 def test_denormal_rows_lose_no_more_than_in_fp32(device: str) -> None:
-    """The difference is at most 2^-149, the step to which fp32 rounds such products."""
+    """The error is at most 2^-149, to whose multiples fp32 rounds such products, plus 2^-20 of the largest result."""
     a, b = (torch.randn(64, 64) * 1e-40).to(device), torch.randn(64, 64, device=device)
     true = a.double() @ b.double()
     assert (multiply(a, b).double() - true).abs().max() <= 2.0**-149 + 2.0**-20 * true.abs().max()
 
 
 def test_tiny_weights_and_rows_together_do_not_underflow(device: str) -> None:
-    """Neither scale alone is enough for both, and their product is a denormal number."""
+    """The product of the two scales is above 2^126, so its inverse is a denormal number."""
     for small, tiny in ((1e-19, 1e-18), (1e-36, 1e-2), (1e-2, 1e-36)):
         a, b = torch.randn(64, 64, device=device) * small, torch.randn(64, 64, device=device) * tiny
         true = a.double() @ b.double()
@@ -78,7 +78,7 @@ def test_tiny_weights_and_rows_together_do_not_underflow(device: str) -> None:
         assert error <= 2.0**-149 + 4e-7 * true.abs().max(), (small, tiny)
 
 
-def test_rows_of_weights_spread_over_2_to_48_keep_the_norm(device: str) -> None:
+def test_weights_whose_rows_spread_over_2_to_48_are_accurate_by_norm(device: str) -> None:
     a, b = torch.randn(64, 64), torch.randn(64, 64) * torch.exp2(torch.linspace(-24, 24, 64))
     a, b = a.to(device), b.to(device)
     true = a.double() @ b.double()
@@ -122,7 +122,7 @@ FORMS = {
 def scaled_path(case: Case, data: Data, precision: str = "fp16x3", form: str = "two kernels") -> NetworkPath:
     """The network path of a case with products of scaled parts, even for narrow layers."""
     if devices.device_of(data.x).arch not in network_tiles.FP32_MEASURED:
-        pytest.skip("the parts of the weights do not fit on this GPU")
+        pytest.skip("the kernels do not multiply by parts on this GPU")
     path = find(case, data)[2]
     assert isinstance(path, NetworkPath)
     net, device = path.network, devices.device_of(data.x)
@@ -181,7 +181,7 @@ WIDE = Case(300, (64, 64, 48, 64), activation="gelu")
 
 @pytest.mark.parametrize(("activation", "form"), list(zip(["relu", "gelu", "tanh", "silu"], FORMS)))
 def test_a_network_64_wide_errs_little_more_than_torch(activation: str, form: str, device: str, poisoned: None) -> None:
-    """Compare each tensor's error by norm. A library that sums in another order than a chain of FMAs may err less."""
+    """The limit is twice torch's error by norm, because a library that does not sum in sequence may err less."""
     case = replace(WIDE, activation=activation, rows=2000)
     data = make(case, device)
     ours, torchs = gradients(data, forward(case, data, form=form)), by_torch(case, data)
@@ -220,7 +220,7 @@ def test_non_finite_rows_affect_no_other_row(device: str) -> None:
     assert not y[3].isfinite().any()
 
 
-def test_gradients_of_rows_spread_over_2_to_40_keep_the_norm(device: str) -> None:
+def test_gradients_of_rows_spread_over_2_to_40_are_accurate_by_norm(device: str) -> None:
     """Scale rows of x from 1e-38 to 1e18, or rows of dy over 2^40. The largest rows determine the weight gradients."""
     case = replace(WIDE, activation="relu", bias=False, rows=256)
     even = torch.ones(256)
@@ -292,8 +292,8 @@ def test_explain_names_the_parts(training: bool) -> None:
 
 
 @pytest.mark.parametrize(("choice", "parts"), [("auto", "two scaled fp16 parts"), ("ieee", "three bf16 parts")])
-def test_the_switch_ieee_leaves_networks_to_bf16_parts(choice: str, parts: str) -> None:
-    """MLP_FUSED_FP32 is read at import."""
+def test_the_switch_ieee_prevents_scaled_parts(choice: str, parts: str) -> None:
+    """Run a new process, because MLP_FUSED_FP32 is read at import. With "ieee", networks use bf16 parts."""
     code = "from mlp_fused import FusedMLP; print(FusedMLP(64, [64, 64]).explain(4096, device='h100').reason)"
     environment = {**os.environ, "MLP_FUSED_FP32": choice}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

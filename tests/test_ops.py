@@ -55,13 +55,13 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Assert equal bits, strides and dtypes, because the same kernels ran."""
+    """Assert equal dtypes and bits, because the same kernels ran."""
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == other.dtype
         assert torch.equal(mine, other)
 
 
-# The saved tensor of 4 rows then has no unwritten gaps between layers.
+# With these widths, the saved tensor of 4 rows has no unwritten gaps between layers.
 EVEN = (32, 320, 16, 32)
 SAMPLES = {
     "layers": (EVEN, "gelu", "sigmoid", torch.float32, torch.float32, None),
@@ -376,7 +376,7 @@ def test_compiled_ahead_of_time(device: str, tmp_path: Any) -> None:
 def test_flops_are_counted_like_torchs(
     widths: tuple[int, ...], needs_x: bool, frozen: tuple[int, ...], device: str
 ) -> None:
-    """Our formulas count the functions. For a module, torch's counter hooks each child, which then runs as a module."""
+    """Our formulas count the FLOPs of `mlp`. In a model, torch's counter hooks the children, so they run as modules."""
     model = make_model(widths, device)
     linears = [child for child in model if isinstance(child, nn.Linear)]
     for index in frozen:

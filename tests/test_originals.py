@@ -55,8 +55,8 @@ def layers(device: str, backend: str, activation: Any = "gelu") -> nn.Sequential
 
 MODELS: dict[str, Callable[..., Any]] = {
     "FusedMLP": network,
-    "fuse": fused,
-    "FusedLinear in fuse": layers,
+    "Sequential, fused": fused,
+    "FusedLinear, fused": layers,
     "FusedLinear": layer,
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -232,7 +232,7 @@ def test_a_function_mode_takes_effect_while_it_is_active(make: Callable[..., Any
     assert torch.equal(model(x), before)
 
 
-def test_the_reason_is_logged_once_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = network("cpu", "triton")
     paths.log_once.cache_clear()
     with caplog.at_level("INFO", "mlp_fused"), Doubling():

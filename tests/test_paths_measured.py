@@ -127,6 +127,7 @@ def expected(name: str, phase: str) -> Expected:
     lines = tuple(line for _, _, line in steps)
     if all(by_torch for _, by_torch, _ in steps):
         return Expected("layer, all of it torch's", torchs, torchs, lines)
+    # Kernels of torch that belong to no product, such as those of the loss and the optimizer.
     rest = [ms for kernel, (ms, _) in reading["kernels"][f"{phase} ours"] if "at::" in kernel or "anonymous" in kernel]
     return Expected("layer", sum(ms for ms, _, _ in steps) + sum(rest), torchs, lines)
 

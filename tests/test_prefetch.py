@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from mlp_fused import DevicePrefetcher
-from mlp_fused import prefetch as module_of_ours
+from mlp_fused import prefetch as prefetch_module
 
 HERE = Path(__file__).parent
 
@@ -99,7 +99,7 @@ def test_the_simulation_detects_pinned_memory_reused_too_early() -> None:
 
 
 def test_the_simulation_detects_sources_that_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = module_of_ours._Slot.__init__
+    original = prefetch_module._Slot.__init__
 
     def forgetful(slot: Any, streams: Any) -> None:
         original(slot, streams)
@@ -116,7 +116,7 @@ def test_the_simulation_detects_sources_that_are_not_held(monkeypatch: pytest.Mo
         return streams.wrong
 
     assert consume(Streams(LATE["both late"])) == []
-    monkeypatch.setattr(module_of_ours._Slot, "__init__", forgetful)
+    monkeypatch.setattr(prefetch_module._Slot, "__init__", forgetful)
     assert consume(Streams(LATE["both late"]))
 
 
@@ -439,9 +439,9 @@ def test_passes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(torch, "cuda", module)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    module_of_ours._streams.cache_clear()
+    prefetch_module._streams.cache_clear()
     passes = [iter(DevicePrefetcher([], "cuda")) for _ in range(2)]
-    module_of_ours._streams.cache_clear()
+    prefetch_module._streams.cache_clear()
     assert passes[0]._streams is passes[1]._streams  # type: ignore[attr-defined]
     assert passes[0]._streams.device == torch.device("cuda:1")  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="device is cuda:2; it needs an index below 2"):

@@ -23,7 +23,7 @@ def echo(connection: Connection, prefix: str) -> None:
 
 
 def lead_a_group(connection: Connection) -> None:
-    """Start a child in a group of its own, send its process id, and never end."""
+    """Lead a new process group with a child in it, send the child's process id, and never end."""
     os.setsid()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     connection.send(child.pid)

@@ -38,7 +38,8 @@ def test_rows_with_the_same_kernel_have_the_same_digest() -> None:
     others = {"rows": 1, "width_out": 8, "tile": None, "ms": 1.0, "dtype": "float16"}
     for name, value in others.items():
         assert current_digest(dataclasses.replace(FORWARD, **{name: value})) == current_digest(FORWARD)
-    # Without a tile, a row of fp32 does not say how its products were multiplied: any change counts.
+    # A row of fp32 without a tile does not say how its product was multiplied, so its digest covers every way
+    # that was measured.
     assert current_digest(dataclasses.replace(FP32, tile=None)) == current_digest(FP32)
 
 

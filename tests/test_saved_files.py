@@ -308,10 +308,10 @@ def test_a_saved_program_with_the_operator_trains(path: Path) -> None:
 
 
 @files("table_schema_*.json")
-def test_rows_of_a_saved_table_are_used(path: Path, table_folder: Path) -> None:
-    """Use a saved table as the user's table, with its Triton. Torch must run where a row says so.
+def test_a_saved_table_is_read_and_its_rows_for_torch_are_used(path: Path, table_folder: Path) -> None:
+    """Read a saved table as the user's table. Torch must run where a row says so.
 
-    Tables before schema 3 do not name the kernels of their tiles and paths, so those rows are not used.
+    Tables before schema 3 do not name the kernels that they measured, so their rows for our kernels are not used.
     """
     written = json.loads(path.read_text())
     assert written["schema"] == int(path.stem[-1])

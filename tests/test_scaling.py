@@ -176,7 +176,8 @@ def test_scaling_in_parts_gives_the_same_result() -> None:
     assert scaling.in_parts(x[:0]).shape == (0, 3)
 
 
-def test_features_rounded_first_equal_those_of_format_1() -> None:
+def test_features_are_rounded_first_for_checkpoints_of_format_1() -> None:
+    """The networks in such checkpoints were trained with features that were rounded to float32."""
     x = torch.randn(50, 2, dtype=torch.float64) + 1e6
     scaling = Scaling.fit(x.float())
     rounded = Scaling(scaling.mean, scaling.scale, scaling.remainder, rounding=torch.float32)

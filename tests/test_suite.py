@@ -94,7 +94,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, l
 
 
 def test_ids_are_the_same_in_every_process(collected: dict[str, dict[str, list[str]]]) -> None:
-    """Their order is the same too, which pytest-xdist needs. Mark expressions only leave ids out."""
+    """The order of ids is the same too, which pytest-xdist needs. A mark expression only deselects tests."""
     cpu, gpu = collected["cpu"]["all"], collected["gpu"]["all"]
     assert [pair for pair in zip(cpu, gpu) if pair[0] != pair[1]] == []
     assert len(cpu) == len(gpu) == len(set(cpu))
@@ -110,7 +110,8 @@ def test_a_gpu_runs_full_tests_only_on_request(collected: dict[str, dict[str, li
         test for test in selected["all"] if "test_torch_products.py" in test
     }
     layers = "tests/test_kernels_table.py::test_forward_and_gradients[layer-"
-    assert any(test.startswith(layers) for test in selected["gpu"])  # too slow for the interpreter alone
+    # Only the interpreter, which is slow, leaves these tests out.
+    assert any(test.startswith(layers) for test in selected["gpu"])
     assert not any(test.startswith(layers) for test in collected["cpu"][""])
 
 

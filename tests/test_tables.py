@@ -116,7 +116,7 @@ def test_an_unreadable_table_is_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# A change of a good file's content; the sentence after the file's name, a regular expression.
+# Changes to the content of a good file, and a regular expression for the error of each.
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "schema": (lambda t: t.update(schema=4), "schema is 4; it needs to be one of 1, 2, 3"),
     "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be one of 1, 2, 3"),
@@ -352,7 +352,10 @@ def test_a_related_gpu_shares_tiles_and_compute_bound_choices(table_folder: Path
 
 
 def test_the_packaged_tables_are_used(table_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table names the device of its file. On that device, every choice is used with its source."""
+    """The file of a table is named after its device. On that device, rows of the current kernels are used.
+
+    If another Triton measured the table, only known tiles are used.
+    """
     monkeypatch.setattr(tables, "PACKAGED", Path(layer_tiles.__file__).parent / "tuned")
     paths.forget_tables()
     packaged_files = list(tables.PACKAGED.glob("*.json"))

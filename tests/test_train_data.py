@@ -47,7 +47,7 @@ def test_strided_features() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["?", "u1", "i1", ">i4", "u8", "i8", "f2", "f4", ">f8"])
-def test_labels_of_any_whole_dtype_become_int64(dtype: str) -> None:
+def test_whole_labels_of_any_dtype_become_int64(dtype: str) -> None:
     labels = to_labels(np.array([1, 0, 1, 1]).astype(dtype))
     assert labels.dtype == torch.int64
     assert labels.tolist() == [1, 0, 1, 1]
@@ -150,7 +150,7 @@ def test_targets_of_a_regression(tmp_path: Path, y: np.ndarray, rows: list[Any],
     ],
     ids=["3-D", "a number", "no column", "text", "complex", "NaN", "empty"],
 )
-def test_targets_that_are_not_numbers(tmp_path: Path, y: np.ndarray, sentence: str) -> None:
+def test_bad_targets_are_refused(tmp_path: Path, y: np.ndarray, sentence: str) -> None:
     path = str(tmp_path / "d.npz")
     np.savez(path, x=np.ones((2, 3)), y=y)
     with pytest.raises(UserError, match=f"^{path}: {sentence}"):

@@ -17,7 +17,7 @@ import torch
 
 import mlp_fused
 from mlp_fused.errors import UserError
-from mlp_fused.train import predict as module
+from mlp_fused.train import predict as predict_module
 from mlp_fused.train.config import Config
 from mlp_fused.train.data import split
 from mlp_fused.train.loop import Result, train
@@ -80,7 +80,7 @@ def test_a_new_process_predicts_with_the_reported_accuracy(arrays: dict[str, np.
 
 def test_classes_by_name_are_predicted_by_name(arrays: dict[str, np.ndarray]) -> None:
     result = trained(NAMES[arrays["y"]], arrays)
-    module.run(module.Config("run.pt", "data.npz", "out.csv"), report=lambda text: None)
+    predict_module.run(predict_module.Config("run.pt", "data.npz", "out.csv"), report=lambda text: None)
     header, *rows = read_csv("out.csv")
     assert header == ["label", *NAMES]
     labels = np.array([row[0] for row in rows])
@@ -131,7 +131,7 @@ def test_a_regressions_values_have_the_targets_units_and_shape(
     assert (values.shape, values.dtype) == (shape, np.float64)
     errors = (values - y)[validation()]
     assert np.sqrt((errors**2).mean()) == pytest.approx(result.history[-1].rmse[0], rel=1e-4)
-    module.run(module.Config("run.pt", "raw.npz", "out.csv"), report=lambda text: None)
+    predict_module.run(predict_module.Config("run.pt", "raw.npz", "out.csv"), report=lambda text: None)
     header, *rows = read_csv("out.csv")
     assert header == (["value"] if len(shape) == 1 else ["value 0"])
     assert np.array(rows, float).ravel().tolist() == values.ravel().tolist()
@@ -139,7 +139,7 @@ def test_a_regressions_values_have_the_targets_units_and_shape(
 
 def test_several_targets(arrays: dict[str, np.ndarray]) -> None:
     trained(arrays["two"], arrays, task="regression")
-    module.run(module.Config("run.pt", "data.npz", "out.csv"), report=lambda text: None)
+    predict_module.run(predict_module.Config("run.pt", "data.npz", "out.csv"), report=lambda text: None)
     header, *rows = read_csv("out.csv")
     assert header == ["value 0", "value 1"]
     errors = np.array(rows, float) - arrays["two"]
@@ -192,7 +192,7 @@ def test_a_mistake_changes_no_file(arrays: dict[str, np.ndarray], changes: dict[
     before = {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
     options = {"checkpoint": "run.pt", "data": "data.npz", "out": "out.npz", **changes}
     with pytest.raises(UserError, match=f"^{sentence}"):
-        module.run(module.Config(**options), report=lambda text: None)
+        predict_module.run(predict_module.Config(**options), report=lambda text: None)
     assert {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
 
 
@@ -210,10 +210,10 @@ def test_a_failed_write_leaves_the_old_file(
         with pytest.raises(
             UserError, match=f"^cannot write the predictions to {out}: .*No space left on device; the old file"
         ):
-            module.run(module.Config("run.pt", "data.npz", out), report=lambda text: None)
+            predict_module.run(predict_module.Config("run.pt", "data.npz", out), report=lambda text: None)
     assert Path(out).read_bytes() == b"before"
     assert sorted(path.name for path in Path().iterdir()) == sorted(["data.npz", out, "run.pt"])
-    module.run(module.Config("run.pt", "data.npz", out), report=lambda text: None)
+    predict_module.run(predict_module.Config("run.pt", "data.npz", out), report=lambda text: None)
     assert Path(out).read_bytes() != b"before"
 
 

@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> str:
     return write_data(tmp_path)
 
 
-def test_a_checkpoint_is_written_each_epoch_and_read_without_running_anything(data: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_with_weights_only(data: str, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     result = run(TINY, data=data, checkpoint=str(path))
     saved = torch.load(path, weights_only=True)

@@ -51,7 +51,7 @@ def test_a_crossing_outside_the_readings_is_not_extrapolated(cpu: list[float], r
     assert str(actual).startswith(text)
 
 
-def test_a_crossing_outside_states_the_range_of_the_spread() -> None:
+def test_a_crossing_outside_the_readings_states_the_range_of_the_spread() -> None:
     spread = [Spread(1.1, 0.9, 1.3, 9), Spread(20, 19, 21, 9)]
     actual = crossing([10, 1000], spread, [exact(1)] * 2)
     assert (actual.rows, actual.low) == (0, 0)

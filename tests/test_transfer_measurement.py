@@ -206,8 +206,8 @@ def test_the_calls_for_a_gpu_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     gpu = measurement.Gpu(torch.device("cpu"), cache_bytes=lambda device: 4096)
     for training in (True, False):
         calls = gpu.calls(model, [x], training)
-        both_ways = {field.name for field in dataclasses.fields(OnGpu)}
-        assert set(calls) == (both_ways if training else both_ways - {"backward"})
+        fields = {field.name for field in dataclasses.fields(OnGpu)}
+        assert set(calls) == (fields if training else fields - {"backward"})
         assert calls["forward"].sets == 2 * 4096 // x.nbytes
         assert [name for name, timed in calls.items() if timed.drain is not None] == ["prefetched", "narrowed"]
         for name, timed in calls.items():
@@ -222,7 +222,7 @@ def test_the_calls_for_a_gpu_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_autocast_is_measured_only_for_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_16_bit_copies_are_measured_only_for_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     gpu = measurement.Gpu(torch.device("cpu"), cache_bytes=lambda device: 4096)
     calls = gpu.calls(nn.Linear(4, 2, dtype=dtype), [torch.randn(8, 4, dtype=dtype)], training=True)

@@ -81,13 +81,13 @@ def test_torch_is_written_as_a_tile_of_none(clock: Clock, table_folder: Path) ->
 def test_failing_and_wrong_tiles_are_skipped_and_reported(clock: Clock, table_folder: Path) -> None:
     clock.seconds |= {BROKEN: 1e-4, WRONG: 1e-4}
 
-    def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
+    def run_product(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
         if tile == BROKEN:
             raise RuntimeError("out of resource: shared memory.\nand more")
         if tile != WRONG:  # a wrong tile writes nothing
             run()
 
-    clock.parts["operands"] = traced(clock, way)
+    clock.parts["operands"] = traced(clock, run_product)
     table, messages = run(clock, candidates=lambda *_: (BROKEN, WRONG, SLOW))
     assert [row.tile for row in table.gemms] == [SLOW] * PRODUCTS
     assert BROKEN not in clock.timed
@@ -113,13 +113,13 @@ def test_a_correct_tile_is_kept_if_torch_is_less_accurate(
     """cuBLAS rounds partial sums over many rows to fp16, so results are compared with float32."""
     factor = {"fp16": 1.01, "bf16": 1.06}[dtype]  # twice the bound
 
-    def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
+    def run_product(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
         run()
         for result in operands.sets[index][operands.inputs :]:
             if result is not None and (tile is None or tile == WRONG):
                 result.mul_(factor)
 
-    clock.parts["operands"] = traced(clock, way)
+    clock.parts["operands"] = traced(clock, run_product)
     clock.seconds |= {WRONG: 1e-4}
     config = dataclasses.replace(DIMS, dtype=(dtype,), activation=activation)
     table, messages = run(clock, config, candidates=lambda *_: (WRONG, SLOW, FAST))
@@ -176,7 +176,7 @@ def test_a_failing_gpu_ends_the_run_and_keeps_the_readings(at: str, clock: Clock
     first, second = list_tasks(DIMS.workloads, INTERPRETED_DEVICE)[:2]
     broken = False
 
-    def way(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
+    def run_product(operands: Operands, index: int, tile: object, run: Callable[[], None]) -> None:
         nonlocal broken
         if at == "a checked call" and len(clock.timed) == 5 and tile == FAST:
             broken = True
@@ -192,7 +192,7 @@ def test_a_failing_gpu_ends_the_run_and_keeps_the_readings(at: str, clock: Clock
             raise RuntimeError(f"{ILLEGAL}\nmore")
         return clock(call)
 
-    clock.parts["operands"] = traced(clock, way)
+    clock.parts["operands"] = traced(clock, run_product)
     clock.parts["synchronize"] = synchronize
     tile = SLOW if at == "a timed call" else FAST
     with pytest.raises(UserError) as raised:

@@ -12,6 +12,7 @@ from mlp_fused.module import FusedMLP
 
 
 def test_the_lecture_runs_in_a_new_process() -> None:
+    """The phase "lecture" times one large product on the CPU and on the GPU."""
     lecture = Cell("copy", Problem((32, 32), 32, activation="identity"), "lecture")
     row = measure.measure(lecture, "cpu")
     assert isinstance(row, FreshRow)

@@ -16,5 +16,5 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.8168, "0.82x"), (1.994, "1.99x"), (1.996, "2.0x"), (5.09, "5.1x")])
-def test_ratios_have_two_digits(value: float, text: str) -> None:
+def test_ratios_have_two_decimals_below_2_and_one_from_2_on(value: float, text: str) -> None:
     assert times(value) == text

@@ -82,7 +82,7 @@ def invented_copy(cell: Cell, chance: random.Random) -> CellRow:
 
 
 def invented_ms(problem: Problem, phase: str, chance: random.Random | None) -> float:
-    """The time of 2·rows·parameters FLOPs at 400 TFLOP/s plus 2 µs per kernel, with random noise."""
+    """An invented time: FLOPs at 400 TFLOP/s (fp32: 50), plus 2 µs per kernel, with noise if `chance` is given."""
     parameters = sum(k * n for k, n in pairwise(problem.widths))
     rate = 50e12 if problem.dtype == "fp32" else 400e12
     ms = 1e3 * (2 if phase == "forward" else 6) * problem.rows * parameters / rate + 2e-3 * len(problem.widths)
@@ -279,7 +279,7 @@ def test_an_axis_has_numbers_whatever_its_range(values: list[float]) -> None:
     assert 3 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 12
 
 
-def test_every_baseline_has_a_distinct_style() -> None:
+def test_every_series_has_a_style() -> None:
     names = {baseline.name for baseline in BASELINES} | set(GEMM_BASELINES)
     assert set(report_plots.SERIES) == names
     assert set(report_plots.WAY_SERIES) == {way for way in WAYS if way != "resident"}

@@ -217,7 +217,7 @@ def test_a_wrong_gradient_fails(layer: int) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_network_without_numbers_fails(value: float) -> None:
+def test_a_network_with_nan_or_infinity_fails(value: float) -> None:
     _, theirs = pair()
     with torch.no_grad():
         theirs.parameters[0][-1 - 15 * 32] = value  # a weight of the first output

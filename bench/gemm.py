@@ -86,7 +86,7 @@ def kernel_step(problem: Problem, phase: str) -> Step:
     precision = float32_precision() if dtype == torch.float32 else "ieee"
     layers = meta_layers(widths, activations, dtype, bias=True)
     path = layer_path(widths, tuple(activations), parameters_of(layers), dtype, precision, False, (0.0,) * count)
-    passes = make_schedules(
+    forwards, backwards = make_schedules(
         path,
         problem.rows,
         layers,
@@ -96,7 +96,8 @@ def kernel_step(problem: Problem, phase: str) -> Step:
         biases=[training] * count,
     )
     kind = "forward" if phase.startswith("layer_forward") else phase
-    return next(step for schedule in passes if schedule for step in schedule.steps if step.kind == kind)
+    steps = (step for schedule in (*forwards, *backwards) for step in schedule.steps)
+    return next(step for step in steps if step.kind == kind)
 
 
 class Gemm:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .dtypes import dtype_name
-from .engine.autograd import saved_bytes
+from .engine.autograd import saved_bytes, sections
 from .engine.layer_path import SEED, LayerPath, layer_path
 from .engine.layer_steps import parameters_of
 from .engine.network_path import NetworkPath
@@ -28,7 +28,6 @@ from .engine.runs import (
     stand_in,
 )
 from .engine.schedule import Schedule, Step, Work
-from .engine.section import Section
 from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
 from .engine.tables import is_path_outdated
 from .errors import count, listed, whole_number
@@ -50,8 +49,8 @@ def make_schedules(
     weights: Sequence[bool],
     biases: Sequence[bool],
     needs_x: bool = False,
-) -> tuple[Schedule, Schedule | None]:
-    """The schedules of a forward and of its backward; None for the backward if no gradient is wanted.
+) -> tuple[list[Schedule], list[Schedule]]:
+    """The schedules of a forward, and those of its backward: one for each section, in the order in which they run.
 
     The bytes of a kernel count every operand read once and every output written once, as if operands stayed in cache.
     The bytes of partial sums count in the step that adds them.
@@ -61,22 +60,25 @@ def make_schedules(
         dtype: the dtype of the input.
         weights, biases, needs_x: True where the gradient of a weight, of a bias or of the input is wanted.
     """
-    needs = (needs_x, *weights, *biases)
-    section: Section = path if isinstance(path, NetworkPath) else path.section(0, len(layers))
-    if isinstance(path, LayerPath):
-        dtype = path.dtype  # the input is cast before it
-    x = torch.empty((rows, layers[0].weight.shape[1]), dtype=dtype, device="meta")
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    parameters = dict(zip(section.parameters, [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]))
-    given = {"h": x, "x": x, "seed": seed if path.drops else None, **parameters}
-    forward = section.write_forward(given, rows, needs if any(needs) else None, device)
-    if not any(needs):
-        return forward, None
-    dy = torch.empty((rows, layers[-1].weight.shape[0]), dtype=path.dtype, device="meta")
-    shapes = section.saved_shapes(rows, needs)
-    saved = {name: torch.empty(shape, dtype=path.dtype, device="meta") for name, shape in shapes.items()}
-    given |= {"dy": dy, **saved, "x": given["x"], "seed": given["seed"]}
-    return forward, section.write_backward(given, rows, needs, device)
+
+    def meta(*shape: int, dtype: torch.dtype = path.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    parameters: dict[str, Tensor | None] = {f"weight[{index}]": layer.weight for index, layer in enumerate(layers)}
+    parameters |= {f"bias[{index}]": layer.bias for index, layer in enumerate(layers)}
+    x = meta(rows, layers[0].weight.shape[1], dtype=path.dtype if isinstance(path, LayerPath) else dtype)
+    forwards: list[Schedule] = []
+    backwards: list[Schedule] = []
+    for section, needs in sections(path, rows, needs_x, weights, biases):
+        own = {name: parameters[name] for name in section.parameters}
+        given = {"h": x, "x": x, "seed": meta(1, dtype=torch.int64) if path.drops else None, **own}
+        forwards.append(section.write_forward(given, rows, needs, device))
+        if needs is not None:
+            saved = {name: meta(*shape) for name, shape in section.saved_shapes(rows, needs).items()}
+            given |= {"dy": meta(rows, section.widths[-1]), **saved, "x": x, "seed": given["seed"]}
+            backwards.insert(0, section.write_backward(given, rows, needs, device))
+        x = meta(rows, section.widths[-1])  # the edge to the next section
+    return forwards, backwards
 
 
 def work(
@@ -120,8 +122,7 @@ def work(
             needs_x=training and needs_input_grad,
         )
         # Partial sums and planes depend on the kernels, not on the network, so they do not count.
-        schedule = schedules[backward]
-        steps = () if schedule is None else schedule.steps
+        steps = (step for schedule in schedules[backward] for step in schedule.steps)
         return sum((step.work for step in steps if step.kind not in ("sum_partials", "split")), Work(0, 0))
 
     return {"inference": total(False, False), "forward": total(True, False), "backward": total(True, True)}
@@ -398,7 +399,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         steps: tuple[Step, ...] = ()
         if path is not None:
             wide = dtype if input_size == dtype.itemsize or isinstance(path, LayerPath) else given
-            passes = make_schedules(
+            forwards, backwards = make_schedules(
                 path,
                 rows,
                 layers,
@@ -409,13 +410,14 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
                 needs_x=needs_input_grad,
             )
             seed = (SEED,) if path.drops else ()
-            steps = seed + tuple(step for schedule in passes if schedule is not None for step in schedule.steps)
+            schedules = [*forwards, *backwards]
+            steps = seed + tuple(step for schedule in schedules for step in schedule.steps)
         if path is None or reason is not None:
             saved += saved_by_torch
             shown = tuple(step for step in steps if step.kind not in OWN_STEPS)
             runs.append(RunPlan(names, "reference", reason or "", shown))
             continue
-        workspace = max(workspace, *(schedule.workspace_bytes for schedule in passes if schedule is not None))
+        workspace = max(workspace, *(schedule.workspace_bytes for schedule in schedules))
         saved += saved_bytes(path, rows, input_size, needs_input_grad, trainable, biased)
         assert gpu is not None
         note = "" if model._recompute is not None else _note(widths, activations, dtype, precision, training, gpu)

@@ -399,10 +399,10 @@ def list_steps(path: network_path.NetworkPath, widths: tuple[int, ...], needs_x:
     """All steps of a training pass over 1000 rows."""
     layers = explain.meta_layers(widths, path.activations, torch.bfloat16, bias=True)
     wanted = [True] * len(layers)
-    passes = explain.make_schedules(
+    forwards, backwards = explain.make_schedules(
         path, 1000, layers, H200, dtype=torch.bfloat16, weights=wanted, biases=wanted, needs_x=needs_x
     )
-    return [step for schedule in passes if schedule for step in schedule.steps]
+    return [step for schedule in (*forwards, *backwards) for step in schedule.steps]
 
 
 def test_work_of_a_network_counts_memory_traffic() -> None:

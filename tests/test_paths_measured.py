@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -73,7 +73,7 @@ def _kind(problem: tile_config.Problem) -> tile_config.Problem:
 
 def step(problem: tile_config.Problem) -> tuple[float, bool, str]:
     """A product's milliseconds, True if torch runs it, and a line with the sources of both."""
-    choice = choose_tile(problem, H100, torch_too=True)
+    choice = choose_tile(problem, device=H100, torch_too=True)
     row = nearest_reading(problem)
     if choice.tile is not None and choice.tile.precision == "fp16x3":
         ms, source = 1e3 * layer_tiles.planes_seconds(problem, choice.tile, H100), "estimate"
@@ -111,15 +111,14 @@ def expected(name: str, phase: str) -> Expected:
         cell.widths, activations, paths.parameters_of(layers), dtype, precision, False, no_dropout
     )
     wanted = [training] * len(shapes)
-    passes = explain.make_schedules(layer_path, cell.rows, layers, H100, dtype=dtype, weights=wanted, biases=wanted)
+    schedules = explain.make_schedules(layer_path, cell.rows, layers, H100, dtype=dtype, weights=wanted, biases=wanted)
     products = [
         planned.problem
-        for schedule in passes
-        if schedule
+        for schedule in chain(*schedules)
         for planned in schedule.steps
         if planned.kind in ("forward", "dgrad", "wgrad")
     ]
-    tiles = [choose_tile(problem, H100, torch_too=True).tile for problem in products if problem is not None]
+    tiles = [choose_tile(problem, device=H100, torch_too=True).tile for problem in products if problem is not None]
     if all(tile is not None and tile.precision == "fp16x3" for tile in tiles):
         source = "reading on an H200, with one exponent for each block of dz"
         return Expected("layer, by planes", *planes_ms(cell.widths, training), (source,))

@@ -21,7 +21,7 @@ from .network_path import NetworkPath
 from .section import Section
 from .settings import is_batched, is_transformed, is_zero_tensor
 
-__all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_bytes"]
+__all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_bytes", "sections"]
 
 # The most multiply-adds of a 16-bit forward whose layers are all in one autograd.Function. In larger networks, each
 # layer has a Function: its gradients are then passed on, to DDP for example, and its saved tensors freed before the
@@ -97,6 +97,27 @@ def _bounds(path: LayerPath, rows: int, first: int, keeps_x: bool) -> list[int]:
     return [first, end] if is_small and keeps_x else list(range(first, end + 1))
 
 
+def sections(
+    path: NetworkPath | LayerPath, rows: int, needs_x: bool, weights: Sequence[bool], biases: Sequence[bool]
+) -> list[tuple[Section, tuple[bool, ...] | None]]:
+    """The sections of a path, with the `needs` of each: see `Section`. None for layers that save nothing.
+
+    Args:
+        needs_x, weights, biases: True where the gradient of the input, of a weight or of a bias is wanted.
+    """
+    wanted = [needs_x, *map(operator.or_, weights, biases)]
+    if isinstance(path, NetworkPath):
+        return [(path, (needs_x, *weights, *biases) if any(wanted) else None)]
+    end = len(path.layers)
+    first = max(0, wanted.index(True) - 1) if any(wanted) else end
+    frozen: list[tuple[Section, None]] = [(path.section(0, first), None)] if first else []
+    bounds = _bounds(path, rows, first, weights[first]) if first < end else []
+    return frozen + [
+        (path.section(begin, after), (any(wanted[: begin + 1]), *weights[begin:after], *biases[begin:after]))
+        for begin, after in itertools.pairwise(bounds)
+    ]
+
+
 def saved_bytes(
     path: NetworkPath | LayerPath,
     rows: int,
@@ -109,23 +130,14 @@ def saved_bytes(
 
     Args:
         input_size: bytes of an element of the input.
-        needs_x, weights, biases: True where the gradient of the input, of a weight or of a bias is wanted.
+        needs_x, weights, biases: as for `sections`.
     """
-    if not any((needs_x, *weights, *biases)):
-        return 0
-    if isinstance(path, NetworkPath):
-        sections: list[tuple[Section, tuple[bool, ...]]] = [(path, (needs_x, *weights, *biases))]
-    else:
-        wanted = [needs_x, *map(operator.or_, weights, biases)]
-        first = max(0, wanted.index(True) - 1)
-        sections = [
-            (path.section(begin, after), (any(wanted[: begin + 1]), *weights[begin:after], *biases[begin:after]))
-            for begin, after in itertools.pairwise(_bounds(path, rows, first, weights[first]))
-        ]
+    parts = sections(path, rows, needs_x, weights, biases)
+    if isinstance(path, LayerPath):
         input_size = path.dtype.itemsize
-    saved = SEED_BYTES * path.drops  # one seed for all sections
-    for section, needs in sections:
-        for name, shape in section.saved_shapes(rows, needs).items():
+    saved = SEED_BYTES * path.drops * (parts[-1][1] is not None)  # one seed for all sections
+    for section, needs in parts:
+        for name, shape in section.saved_shapes(rows, needs).items() if needs else ():
             size = input_size if name == "x" else path.dtype.itemsize
             saved += math.prod(shape) * size * (name != "seed")
     return saved

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .activation import Activation
 from .language import tl, triton
+from .launch import Tensors
 from .tile_config import TileConfig
 
 __all__ = [
@@ -82,8 +83,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def layer_dropout_arguments(
-    tensors: tuple[Tensor | tuple[Tensor, Tensor] | None, ...], seed: Tensor | None, dropout: Dropout | None
-) -> tuple[tuple[Tensor | tuple[Tensor, Tensor] | None, ...], tuple[float | None, ...]]:
+    tensors: Tensors, seed: Tensor | None, dropout: Dropout | None
+) -> tuple[Tensors, tuple[float | None, ...]]:
     """(tensors, first scalars) of a launch whose kernel takes `seed_ptr`, `keep` and `layer` after its other tensors.
 
     Without dropout these three are None, which Triton compiles in as constants: the kernel has no code for Dropout.

@@ -18,7 +18,6 @@ from .dropout import Dropout, epilogue_parts, factors, layer_dropout_arguments, 
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 from .partial_sums import Partial, sum_partials
-from .planes import PLANES, Operand, has_flags, matrix, meets_flags, multiply_planes, plane_operand
 from .tile import (
     activate,
     differentiate,
@@ -33,7 +32,7 @@ from .tile import (
     tile_position,
 )
 
-__all__ = ["dgrad", "output_gradient", "wgrad", "wgrad_products", "wgrad_sums"]
+__all__ = ["chunk_rows", "dgrad", "output_gradient", "wgrad", "wgrad_products", "wgrad_sums"]
 
 
 @triton.jit(do_not_specialize=["M", "layer"])
@@ -126,8 +125,8 @@ def output_gradient(
 
 @triton.jit(do_not_specialize=["M", "layer"])
 def dgrad_kernel(
-    dz_ptr,  # (M, N); a tuple with planes and "redo", as planes.matrix describes
-    w_ptr,  # (N, K), as dz
+    dz_ptr,  # (M, N)
+    w_ptr,  # (N, K)
     saved_ptr,  # (M, K), contiguous: the tensor that the layer below saved; None where it has no activation
     dx_ptr,  # (M, K), contiguous
     h_ptr,  # (M, K), contiguous: the layer below's output, rebuilt from its pre-activation; or None
@@ -160,17 +159,8 @@ def dgrad_kernel(
 ):
     DESCRIPTORS: tl.constexpr = DZ_BY_N is not None
     PART_N: tl.constexpr = BLOCK_N // PARTS
-    if PRECISION == "redo":
-        dz_info, w_info = dz_ptr[1], w_ptr[1]
-        if not (has_flags(dz_info, M, N, True) | has_flags(w_info, N, K, False)):
-            return
-        dz_ptr, w_ptr = dz_ptr[0], w_ptr[0]
-    if PRECISION == "fp16x3" or PRECISION == "fp16x1":
-        dz = plane_operand(dz_ptr, M, N, stride_dm, BLOCK_M, BLOCK_K, True)
-        w = plane_operand(w_ptr, K, N, stride_wn, BLOCK_N, BLOCK_K, False)
-    else:
-        dz = operand(dz_ptr, M, N, stride_dm, stride_dn, BLOCK_M, BLOCK_K, DZ_BY_N)
-        w = operand(w_ptr, K, N, stride_wk, stride_wn, BLOCK_N, BLOCK_K, W_BY_N)
+    dz = operand(dz_ptr, M, N, stride_dm, stride_dn, BLOCK_M, BLOCK_K, DZ_BY_N)
+    w = operand(w_ptr, K, N, stride_wk, stride_wn, BLOCK_N, BLOCK_K, W_BY_N)
     dxs = result(dx_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
     if saved_ptr is not None:
         kept = result(saved_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS and not EARLY)
@@ -184,45 +174,39 @@ def dgrad_kernel(
     ):  # fmt: skip
         tile_m, tile_n = tile_position(tile, M, K, BLOCK_M, BLOCK_N, GROUP_M)
         m = tile_m * BLOCK_M
-        if PRECISION != "redo" or meets_flags(dz_info, w_info, m, tile_n * BLOCK_N, 0, N, M, K, N, True, False):
-            if EARLY and saved_ptr is not None:
-                whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
-                waiting = split_columns(whole, PARTS)
-            if PRECISION == "fp16x3" or PRECISION == "fp16x1":
-                product = multiply_planes(
-                    dz, w, m, tile_n * BLOCK_N, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False, True, PRECISION
-                )
-            else:
-                product, _ = multiply(
-                    dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
-                    BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_N, W_BY_N, EVEN_N, False,
-                )  # fmt: skip
-            parts = split_columns(product, PARTS)
-            for part in tl.static_range(PARTS):
-                dx = parts[part]
-                n = tile_n * BLOCK_N + part * PART_N
-                if seed_ptr is not None:
-                    left = factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
-                    dx *= left
-                if saved_ptr is not None:
-                    if EARLY:
-                        saved = waiting[part].to(dx.dtype)
-                    else:
-                        saved = load_tile(kept, m, n, M, K, BLOCK_M, PART_N, OFFSET, DESCRIPTORS).to(dx.dtype)
-                    if h_ptr is not None:
-                        h = activate(saved, FORWARD, PARAMETERS)
-                        if seed_ptr is not None:
-                            h *= left
-                        store_tile(hs, h, m, n, M, K, OFFSET, DESCRIPTORS)
-                    if READS_OUTPUT:
-                        saved = round_to(activate(saved, FORWARD, PARAMETERS), dx_ptr.dtype.element_ty).to(dx.dtype)
-                    dx = differentiate(dx, saved, BACKWARD, PARAMETERS)
-                store_tile(dxs, dx, m, n, M, K, OFFSET, DESCRIPTORS)
+        if EARLY and saved_ptr is not None:
+            whole = load_tile(kept, m, tile_n * BLOCK_N, M, K, BLOCK_M, BLOCK_N, OFFSET, False)
+            waiting = split_columns(whole, PARTS)
+        product, _ = multiply(
+            dz, w, m, tile_n * BLOCK_N, M, K, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_N, W_BY_N, EVEN_N, False,
+        )  # fmt: skip
+        parts = split_columns(product, PARTS)
+        for part in tl.static_range(PARTS):
+            dx = parts[part]
+            n = tile_n * BLOCK_N + part * PART_N
+            if seed_ptr is not None:
+                left = factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
+                dx *= left
+            if saved_ptr is not None:
+                if EARLY:
+                    saved = waiting[part].to(dx.dtype)
+                else:
+                    saved = load_tile(kept, m, n, M, K, BLOCK_M, PART_N, OFFSET, DESCRIPTORS).to(dx.dtype)
+                if h_ptr is not None:
+                    h = activate(saved, FORWARD, PARAMETERS)
+                    if seed_ptr is not None:
+                        h *= left
+                    store_tile(hs, h, m, n, M, K, OFFSET, DESCRIPTORS)
+                if READS_OUTPUT:
+                    saved = round_to(activate(saved, FORWARD, PARAMETERS), dx_ptr.dtype.element_ty).to(dx.dtype)
+                dx = differentiate(dx, saved, BACKWARD, PARAMETERS)
+            store_tile(dxs, dx, m, n, M, K, OFFSET, DESCRIPTORS)
 
 
 def dgrad(
-    dz: Operand,
-    weight: Operand,
+    dz: Tensor,
+    weight: Tensor,
     saved: Tensor | None,
     dx: Tensor,
     h: Tensor | None,
@@ -235,20 +219,18 @@ def dgrad(
     """Launch dx = (dz W) ⊙ a'(saved), and h = a(saved) if `h` is given. `saved` is then the pre-activation.
 
     Args:
-        dz, weight: (M, N) and (N, K), any strides; M, N, K at least 1. Both are tuples if the tile's precision is
-            one of planes, or "redo": see `planes.matrix`. The planes of dz have exponents of rows.
+        dz, weight: (M, N) and (N, K), any strides; M, N, K at least 1.
         saved: (M, K), contiguous: the tensor saved for the activation `below`; None for the identity.
         dx: (M, K), contiguous, written. h: (M, K), contiguous, written; or None.
         dropout: the Dropout of the layer below.
     """
-    dz_matrix, weight_matrix = matrix(dz), matrix(weight)
-    (M, N), K = dz_matrix.shape, weight_matrix.shape[1]
-    assert weight_matrix.shape == (N, K)
+    (M, N), K = dz.shape, weight.shape[1]
+    assert weight.shape == (N, K)
     assert dx.shape == (M, K)
     assert dx.is_contiguous()
     assert saved is None or (saved.shape == dx.shape and saved.is_contiguous())
     assert h is None or (saved is not None and h.shape == dx.shape and h.is_contiguous())
-    aligned = describable(dz_matrix, weight_matrix, saved, dx, h)
+    aligned = describable(dz, weight, saved, dx, h)
     tile = tile or layer_tiles.choose(
         tile_config.Problem("dgrad", M, K, N, dx.dtype, precision, aligned, below.name), devices.device_of(dx)
     )
@@ -260,16 +242,16 @@ def dgrad(
         dx.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *dz_matrix.stride(), *weight_matrix.stride()),
+        (*dropping, M, N, K, *dz.stride(), *weight.stride()),
         FORWARD=below.forward,
         BACKWARD=below.backward,
         PARAMETERS=below.constants(dx.dtype),
         READS_OUTPUT=reads_output(below, dropout),
         PRECISION=tile.precision,
-        OFFSET=offset_type(dz_matrix, weight_matrix, dx),
+        OFFSET=offset_type(dz, weight, dx),
         EVEN_N=N % tile.block_k == 0,
-        DZ_BY_N=by_columns(dz_matrix) if tile.descriptors else None,
-        W_BY_N=not by_columns(weight_matrix) if tile.descriptors else None,
+        DZ_BY_N=by_columns(dz) if tile.descriptors else None,
+        W_BY_N=not by_columns(weight) if tile.descriptors else None,
         PARTS=epilogue_parts(tile, dropout),
         EARLY=tile.early,
         WARP_SPECIALIZE=tile.warp_specialize,
@@ -278,8 +260,8 @@ def dgrad(
 
 @triton.jit(do_not_specialize=["M", "chunk", "splits"])
 def wgrad_kernel(
-    dz_ptr,  # (M, N); a tuple with planes and "redo", as planes.matrix describes
-    h_ptr,  # (M, K), as dz
+    dz_ptr,  # (M, N)
+    h_ptr,  # (M, K)
     dw_ptr,  # (splits, N, K), each split contiguous; None where only db is wanted
     db_ptr,  # (splits, N), each split contiguous; None where it is not wanted
     M,
@@ -301,17 +283,8 @@ def wgrad_kernel(
     BLOCK_K: tl.constexpr,  # along the rows that are summed, M
     GROUP_M: tl.constexpr,
 ):
-    if PRECISION == "redo":
-        dz_info, h_info = dz_ptr[1], h_ptr[1]
-        if not (has_flags(dz_info, M, N, False) | has_flags(h_info, M, K, False)):
-            return
-        dz_ptr, h_ptr = dz_ptr[0], h_ptr[0]
-    if PRECISION == "fp16x3" or PRECISION == "fp16x1":
-        dz = plane_operand(dz_ptr, N, M, stride_dm, BLOCK_M, BLOCK_K, False)
-        h = plane_operand(h_ptr, K, M, stride_hm, BLOCK_N, BLOCK_K, False)
-    else:
-        dz = operand(dz_ptr, N, M, stride_dn, stride_dm, BLOCK_M, BLOCK_K, DZ_BY_M)
-        h = operand(h_ptr, K, M, stride_hk, stride_hm, BLOCK_N, BLOCK_K, H_BY_M)
+    dz = operand(dz_ptr, N, M, stride_dn, stride_dm, BLOCK_M, BLOCK_K, DZ_BY_M)
+    h = operand(h_ptr, K, M, stride_hk, stride_hm, BLOCK_N, BLOCK_K, H_BY_M)
     tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(K, BLOCK_N)
     for item in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
         tile_n, tile_k = tile_position(item % tiles, N, K, BLOCK_M, BLOCK_N, GROUP_M)
@@ -319,22 +292,19 @@ def wgrad_kernel(
         begin = split.to(tl.int32) * chunk
         end = begin + tl.minimum(chunk, M - begin)  # begin + chunk may be more than 32 bits hold
         start = split * stride_split
-        if PRECISION != "redo" or meets_flags(
-            dz_info, h_info, tile_n * BLOCK_M, tile_k * BLOCK_N, begin, end, N, K, M, False, False
-        ):
-            # Only the first tile in a row of tiles also sums db.
-            if db_ptr is not None and tile_k == 0:
-                sum_rows(
-                    dz, h, dw_ptr, db_ptr, start, tile_n, tile_k, begin, end, N, K,
-                    stride_dn, stride_dm, stride_hk, stride_hm,
-                    PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-            else:
-                sum_rows(
-                    dz, h, dw_ptr, None, start, tile_n, tile_k, begin, end, N, K,
-                    stride_dn, stride_dm, stride_hk, stride_hm,
-                    PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+        # Only the first tile in a row of tiles also sums db.
+        if db_ptr is not None and tile_k == 0:
+            sum_rows(
+                dz, h, dw_ptr, db_ptr, start, tile_n, tile_k, begin, end, N, K,
+                stride_dn, stride_dm, stride_hk, stride_hm,
+                PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            sum_rows(
+                dz, h, dw_ptr, None, start, tile_n, tile_k, begin, end, N, K,
+                stride_dn, stride_dm, stride_hk, stride_hm,
+                PRECISION, OFFSET, DZ_BY_M, H_BY_M, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -345,15 +315,10 @@ def sum_rows(
 ):  # fmt: skip
     """Store one tile of dW, and of db if it is given, summed over the rows begin <= m < end, at offset `start`."""
     n, k = tile_n * BLOCK_M, tile_k * BLOCK_N
-    if PRECISION == "fp16x3" or PRECISION == "fp16x1":  # db is summed where dz is split
-        dw = multiply_planes(
-            dz, h, n, k, N, K, end, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False, True, PRECISION
-        )
-    else:
-        dw, db = multiply(
-            dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_M, H_BY_M, False, db_ptr is not None,
-        )  # fmt: skip
+    dw, db = multiply(
+        dz, h, n, k, N, K, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, DZ_BY_M, H_BY_M, False, db_ptr is not None,
+    )  # fmt: skip
     rows = n + tl.arange(0, BLOCK_M)[:, None]
     cols = k + tl.arange(0, BLOCK_N)[None, :]
     if dw_ptr is not None:
@@ -364,18 +329,18 @@ def sum_rows(
 
 def wgrad_sums(rows: int, tile: tile_config.TileConfig, dtype: torch.dtype, size_w: int, size_b: int) -> Partial:
     """The partial sums of `wgrad`: one for each chunk of rows. With one chunk, the rows are not split."""
-    splits = max(1, cdiv(rows, _chunk(rows, tile)))
+    splits = max(1, cdiv(rows, chunk_rows(rows, tile)))
     return Partial(splits, size_w, size_b, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _chunk(rows: int, tile: tile_config.TileConfig) -> int:
+def chunk_rows(rows: int, tile: tile_config.TileConfig) -> int:
     """The rows that one program sums, in whole blocks."""
     return max(1, cdiv(cdiv(rows, tile.split), tile.block_k)) * tile.block_k
 
 
 def wgrad_products(
-    dz: Operand,
-    h: Operand | None,
+    dz: Tensor,
+    h: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
     width_in: int,
@@ -389,33 +354,30 @@ def wgrad_products(
 
     Args:
         dz: (M, N), any strides; M may be 0, which gives zeros.
-        h: (M, K), any strides; not read if only db is wanted. Both are tuples if the tile's precision is one of
-            planes, or "redo": see `planes.matrix`. The planes of dz have exponents of columns.
+        h: (M, K), any strides; not read if only db is wanted.
         dw: (N, K), contiguous, written, of any float dtype; or None. If rows are split: the view of the partial sums
             that begins with those of dW.
-        db: (N,), as dw. None with planes and "redo": `planes.split` sums the rows.
+        db: (N,), as dw.
         width_in: K; 1 if only db is wanted.
         partial: the result of `wgrad_sums`.
     """
     h = dz if h is None else h
-    dz_matrix, h_matrix = matrix(dz), matrix(h)
-    (M, N), K = dz_matrix.shape, width_in
-    assert describable(dz_matrix, h_matrix) or not tile.descriptors
-    assert db is None or tile.precision not in (*PLANES, "redo")
+    (M, N), K = dz.shape, width_in
+    assert describable(dz, h) or not tile.descriptors
     return launch(
         wgrad_kernel,
         tile.started(cdiv(N, tile.block_m) * cdiv(K, tile.block_n) * partial.splits),
-        dz_matrix.device,
+        dz.device,
         tile,
         (dz, h, dw, db),
         (
-            *(M, N, K, *dz_matrix.stride(), *h_matrix.stride()),
-            *(partial.columns if partial.splits > 1 else 0, _chunk(M, tile), partial.splits),
+            *(M, N, K, *dz.stride(), *h.stride()),
+            *(partial.columns if partial.splits > 1 else 0, chunk_rows(M, tile), partial.splits),
         ),
         PRECISION=tile.precision,
-        OFFSET=offset_type(dz_matrix, h_matrix, dw, db),
-        DZ_BY_M=not by_columns(dz_matrix) if tile.descriptors else None,
-        H_BY_M=not by_columns(h_matrix) if tile.descriptors else None,
+        OFFSET=offset_type(dz, h, dw, db),
+        DZ_BY_M=not by_columns(dz) if tile.descriptors else None,
+        H_BY_M=not by_columns(h) if tile.descriptors else None,
     )
 
 

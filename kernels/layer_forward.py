@@ -12,7 +12,6 @@ from .activation import Activation
 from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, layer_dropout_arguments
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
-from .planes import Operand, has_flags, matrix, meets_flags, multiply_planes, plane_operand
 from .tile import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
 
 __all__ = ["layer_forward", "pointwise"]
@@ -20,8 +19,8 @@ __all__ = ["layer_forward", "pointwise"]
 
 @triton.jit(do_not_specialize=["M", "layer"])
 def layer_forward_kernel(
-    x_ptr,  # (M, K); a tuple with planes and "redo", as planes.matrix describes
-    w_ptr,  # (N, K), as x
+    x_ptr,  # (M, K)
+    w_ptr,  # (N, K)
     b_ptr,  # (N,), or None
     h_ptr,  # (M, N), contiguous
     z_ptr,  # (M, N), contiguous, or None where the pre-activation is not saved
@@ -53,17 +52,8 @@ def layer_forward_kernel(
 ):
     DESCRIPTORS: tl.constexpr = X_BY_K is not None
     PART_N: tl.constexpr = BLOCK_N // PARTS
-    if PRECISION == "redo":
-        x_info, w_info = x_ptr[1], w_ptr[1]
-        if not (has_flags(x_info, M, K, True) | has_flags(w_info, N, K, True)):
-            return
-        x_ptr, w_ptr = x_ptr[0], w_ptr[0]
-    if PRECISION == "fp16x3" or PRECISION == "fp16x1":
-        x = plane_operand(x_ptr, M, K, stride_xm, BLOCK_M, BLOCK_K, True)
-        w = plane_operand(w_ptr, N, K, stride_wn, BLOCK_N, BLOCK_K, True)
-    else:
-        x = operand(x_ptr, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, X_BY_K)
-        w = operand(w_ptr, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, W_BY_K)
+    x = operand(x_ptr, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, X_BY_K)
+    w = operand(w_ptr, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, W_BY_K)
     hs = result(h_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
     if z_ptr is not None:
         zs = result(z_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
@@ -75,36 +65,30 @@ def layer_forward_kernel(
     ):  # fmt: skip
         tile_m, tile_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m = tile_m * BLOCK_M
-        if PRECISION != "redo" or meets_flags(x_info, w_info, m, tile_n * BLOCK_N, 0, K, M, N, K, True, True):
-            if PRECISION == "fp16x3" or PRECISION == "fp16x1":
-                product = multiply_planes(
-                    x, w, m, tile_n * BLOCK_N, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True, False, PRECISION
-                )
-            else:
-                product, _ = multiply(
-                    x, w, m, tile_n * BLOCK_N, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
-                    BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, X_BY_K, W_BY_K, EVEN_K, False,
-                )  # fmt: skip
-            parts = split_columns(product, PARTS)
-            for part in tl.static_range(PARTS):
-                z = parts[part]
-                n = tile_n * BLOCK_N + part * PART_N
-                if b_ptr is not None:
-                    cols = n + tl.arange(0, PART_N)
-                    z += tl.load(b_ptr + cols.to(OFFSET) * stride_bn, mask=cols < N, other=0.0).to(z.dtype)[None, :]
-                if ROUND_Z:
-                    z = round_to(z, h_ptr.dtype.element_ty).to(z.dtype)
-                if z_ptr is not None:
-                    store_tile(zs, z, m, n, M, N, OFFSET, DESCRIPTORS)
-                h = activate(z, FORWARD, PARAMETERS)
-                if seed_ptr is not None:
-                    h *= factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
-                store_tile(hs, h, m, n, M, N, OFFSET, DESCRIPTORS)
+        product, _ = multiply(
+            x, w, m, tile_n * BLOCK_N, M, N, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, OFFSET, X_BY_K, W_BY_K, EVEN_K, False,
+        )  # fmt: skip
+        parts = split_columns(product, PARTS)
+        for part in tl.static_range(PARTS):
+            z = parts[part]
+            n = tile_n * BLOCK_N + part * PART_N
+            if b_ptr is not None:
+                cols = n + tl.arange(0, PART_N)
+                z += tl.load(b_ptr + cols.to(OFFSET) * stride_bn, mask=cols < N, other=0.0).to(z.dtype)[None, :]
+            if ROUND_Z:
+                z = round_to(z, h_ptr.dtype.element_ty).to(z.dtype)
+            if z_ptr is not None:
+                store_tile(zs, z, m, n, M, N, OFFSET, DESCRIPTORS)
+            h = activate(z, FORWARD, PARAMETERS)
+            if seed_ptr is not None:
+                h *= factors(seed_ptr, keep, layer, m, n, BLOCK_M, PART_N)
+            store_tile(hs, h, m, n, M, N, OFFSET, DESCRIPTORS)
 
 
 def layer_forward(
-    x: Operand,
-    weight: Operand,
+    x: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     h: Tensor,
     z: Tensor | None,
@@ -117,8 +101,7 @@ def layer_forward(
     """Launch h = a(x Wᵀ + b), and z = x Wᵀ + b if `z` is given. `dropout` is applied to h.
 
     Args:
-        x, weight, bias: (M, K), (N, K) and (N,), any strides; bias may be None; M, N, K at least 1. x and weight are
-            tuples if the tile's precision is one of planes, or "redo": see `planes.matrix`.
+        x, weight, bias: (M, K), (N, K) and (N,), any strides; bias may be None; M, N, K at least 1.
         h: (M, N), contiguous, written. z: (M, N), contiguous, written; or None.
         precision: torch's setting for fp32, "ieee" or "tf32".
         tile: the tile to use; None: the choice of `layer_tiles.choose`.
@@ -128,13 +111,12 @@ def layer_forward(
         The launch, which can be repeated on other tensors of these shapes, strides and dtypes. A seed is the last of
         its tensors. See `launch`.
     """
-    x_matrix, weight_matrix = matrix(x), matrix(weight)
-    (M, K), N = x_matrix.shape, weight_matrix.shape[0]
-    assert weight_matrix.shape == (N, K)
+    (M, K), N = x.shape, weight.shape[0]
+    assert weight.shape == (N, K)
     assert h.shape == (M, N)
     assert h.is_contiguous()
     assert z is None or (z.shape == h.shape and z.is_contiguous())
-    aligned = describable(x_matrix, weight_matrix, h, z)
+    aligned = describable(x, weight, h, z)
     tile = tile or layer_tiles.choose(
         tile_config.Problem("forward", M, N, K, h.dtype, precision, aligned, activation.name),
         devices.device_of(h),
@@ -147,15 +129,15 @@ def layer_forward(
         h.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *x_matrix.stride(), *weight_matrix.stride(), 0 if bias is None else bias.stride(0)),
+        (*dropping, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(h.dtype),
         ROUND_Z=keeps_preactivation(activation, dropout),
         PRECISION=tile.precision,
-        OFFSET=offset_type(x_matrix, weight_matrix, bias, h),
+        OFFSET=offset_type(x, weight, bias, h),
         EVEN_K=K % tile.block_k == 0,
-        X_BY_K=by_columns(x_matrix) if tile.descriptors else None,
-        W_BY_K=by_columns(weight_matrix) if tile.descriptors else None,
+        X_BY_K=by_columns(x) if tile.descriptors else None,
+        W_BY_K=by_columns(weight) if tile.descriptors else None,
         PARTS=epilogue_parts(tile, dropout),
         WARP_SPECIALIZE=tile.warp_specialize,
     )

@@ -37,7 +37,8 @@ SHORTEST_SPLIT = 64
 # The architectures on which fp32 operands are split into fp16 planes (planes.py). On an H200, products by "fp16x3",
 # without the splits, were 3.4 to 3.9 times as fast as torch's (tests/data/h200/planes.jsonl). In these readings, a
 # block of dz had one exponent. Now each of its rows or columns has one. A step of the loop still has 12 wgmma and 3
-# waits, and at most 5 % more instructions (tests/test_kernels_compile.py).
+# waits, and at most 5 % more instructions (tests/test_kernels_compile.py). Epilogues that split their results stand
+# outside the loop. They were not measured yet.
 PLANES: tuple[int | str, ...] = (90,)
 SHORTEST_PLANES = 256  # the shortest side of a product for which its operands are split
 PLANES_MARGIN = 1.3  # a product by planes runs only if torch's estimated time is this many times its own
@@ -105,22 +106,37 @@ def planes_tile(problem: Problem, device: Device) -> TileConfig | None:
     return dataclasses.replace(tile, split=split, programs=device.multiprocessors)
 
 
-def planes_seconds(problem: Problem, tile: TileConfig, device: Device) -> float:
-    """Estimated seconds of a product by planes and of the split of both operands; infinite for an unknown device."""
+def planes_seconds(problem: Problem, tile: TileConfig, device: Device, written: bool = False) -> float:
+    """Estimated seconds of a product by planes and of the split of both operands; infinite for an unknown device.
+
+    `written` is True if the product that computes the first operand also writes its planes. They then take no pass of
+    their own.
+    """
     if device.tensor_16 is None or device.bandwidth is None:
         return float("inf")
     programs = count_tiles(problem, tile) * tile.split
     length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
     flops = 2 * tile.block_m * tile.block_n * length * -(-programs // device.multiprocessors)
     rate = PLANES_RATE * device.tensor_16 / device.multiprocessors
-    # Each operand is read, and its planes are written.
+    # Each operand is read, unless it is `written`, and its planes are written.
     first, second = (2 * side * problem.k * problem.dtype.itemsize for side in (problem.m, problem.n))
-    splits = first / (SUMS_RATE if problem.kind == "wgrad" else SPLIT_RATE) + second / SPLIT_RATE
-    return flops / rate + splits / device.bandwidth + PLANES_LAUNCHES
+    if written:
+        splits, launches = first / 2 / SPLIT_RATE, PLANES_LAUNCHES - LAUNCH
+    else:
+        splits, launches = first / (SUMS_RATE if problem.kind == "wgrad" else SPLIT_RATE), PLANES_LAUNCHES
+    return flops / rate + (splits + second / SPLIT_RATE) / device.bandwidth + launches
 
 
-def prefers_planes(problem: Problem, tile: TileConfig, device: Device, rates: Rates = RATES) -> bool:
+def prefers_planes(
+    problem: Problem,
+    tile: TileConfig,
+    device: Device,
+    rates: Rates = RATES,
+    written: bool = False,
+) -> bool:
     """True if a product by planes is so much faster than torch, as estimated, that the backend "auto" uses it.
+
+    `written` is as in `planes_seconds`.
 
     Always False where tf32 is allowed, because "fp16x1" is hardly faster than torch. In a sketch of it, a whole row had
     one exponent, so that sums stayed in the tensor cores. By the sketch's readings, the products and splits of a
@@ -130,7 +146,7 @@ def prefers_planes(problem: Problem, tile: TileConfig, device: Device, rates: Ra
     """
     if problem.precision == "tf32":
         return False
-    return PLANES_MARGIN * planes_seconds(problem, tile, device) <= torch_seconds(problem, device, rates)
+    return PLANES_MARGIN * planes_seconds(problem, tile, device, written) <= torch_seconds(problem, device, rates)
 
 
 def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | None:

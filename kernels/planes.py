@@ -1,19 +1,21 @@
-"""fp32 operands split into two fp16 planes, once, before the products: PRECISION "fp16x3" of the layer kernels.
+"""fp32 operands split into two fp16 planes, once, before their products: PRECISION "fp16x3" of plane_products.py.
 
-x 2^e = high + 2^-11 low                                                              split
+x 2^e = high + 2^-11 low                                                              split, store_planes
 a b = 2^-(e_a + e_b) (high_a high_b + 2^-11 (low_a high_b + high_a low_b))            multiply_planes
 
 With PRECISION "fp16x1" there is no low plane: high has the ten bits of mantissa that tf32 has.
 
 Both planes are fp16. The tensor is divided into blocks of 128 x 128, in which elements share an exponent e. It brings
-the largest of them to between 2^14 and 2^15. There are three choices of the elements that share one:
+the largest of them to between 2^14 and 2^15. A `Form` says for which product a tensor is split, and which elements
+share an exponent:
 
-- "blocks": all elements of a block. For x, h and W. A product may sum along the rows or the columns of such planes.
-- "rows": the elements of one row of a block. For dz in dgrad, which sums along its rows.
-- "columns": the elements of one column of a block. For dz in wgrad, which sums along its columns.
+- along "rows" or "columns": the product sums along the tensor's rows, as the forward and dgrad do along those of their
+  first operand, or along its columns, as wgrad does.
+- own False: all elements of a block share one. For x, h and W.
+- own True: the elements of a block's row share one, or those of a block's column. For dz.
 
 dz is the first factor of both its products, so 2^-(e_a + e_b) is one number for each row of an output tile and each
-block of the reduction. Where both factors have exponents of blocks, it is one number for the whole tile.
+block of the reduction. Where both factors have one exponent a block, it is one number for the whole tile.
 
 The sum over blocks of the reduction stays outside the tensor cores, which would round it toward zero. The product of
 the low planes is left out. It is at most 2^-22 |a||b|.
@@ -25,27 +27,28 @@ of sums. For small elements of b, the bound is 2^-50 |a| times the largest |b| w
 a likewise. The high plane alone holds an element to within 2^-11 of itself, as tf32 does, or 2^-39 of that largest
 element.
 
-A sum of small elements alone would lose its bits. That and other limits of the planes are flagged: `split` sets a
-block's flags
+A sum of small elements alone would lose its bits. That and other limits of the planes are flagged. In a tensor that is
+split along its rows, a block has a flag
 
 - if an element is not finite or at least 2^78;
-- with "blocks", for products that sum along the block's rows, if the largest element of any row, times 2^e, is smaller
-  than 2^-9 (rows of zeros do not count). It is then smaller than 2^-23 of the block's largest element or, with e at its
-  upper limit, smaller than 2^-52. For products that sum along the block's columns, if this holds for any column;
-- with "rows" and "columns", if this holds for any row, or for any column. It is then smaller than 2^-81: a row with an
-  exponent of its own is never small beside another.
+- if the largest element of any row, times 2^e, is smaller than 2^-9 (rows of zeros do not count). If the block has one
+  exponent, this element is then smaller than 2^-23 of the block's largest or, with e at its upper limit, smaller than
+  2^-52. If rows have exponents of their own, it is smaller than 2^-81: no row is small beside another.
+
+The same holds for the columns of a tensor that is split along its columns.
 
 Exponents have a lower and an upper limit, so that 2^-(e_a + e_b) and 2^-11 of it are always normal numbers. The upper
 limit is larger for dz, because a classifier that is sure of a row has a tiny gradient there.
 
-A second launch of the same layer kernel, with PRECISION "redo", recomputes the output tiles that meet a flagged
-block, from the fp32 operands on FMA units. It has at most one program for each multiprocessor. Each program first reads
-all flags of both operands, four bytes a block, and returns if none is set.
+A second launch of the same kernel, with PRECISION "redo", recomputes the output tiles that meet a flagged block, in
+fp32 on FMA units. It has at most one program for each multiprocessor. Each program first reads all flags of both
+operands, four bytes a block, and returns if none is set. It reads the fp32 operands, or their planes where nothing else
+is in memory: the two planes of a flagged block hold the upper and the lower halves of its fp32 numbers.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,11 +59,23 @@ from .tile import dot, power_of_two, split_scaled
 from .tile_config import TileConfig
 
 __all__ = [
-    "PLANES", "SIDE", "SPLIT", "Exponents", "Operand", "has_flags", "info_shape", "matrix", "meets_flags",
-    "multiply_planes", "plane_operand", "planes_shape", "redo_tile", "split",
+    "PLANES", "SIDE", "SPLIT", "Form", "Operand", "has_flags", "info_shape", "matrix", "meets_flags",
+    "multiply_planes", "multiply_restored", "plane_operand", "plane_targets", "planes_shape", "redo_tile", "split",
+    "store_planes",
 ]  # fmt: skip
 
-Exponents = Literal["blocks", "rows", "columns"]  # the elements of a block that share an exponent
+
+class Form(NamedTuple):
+    """The form in which a tensor is split, for one product.
+
+    Attributes:
+        along: "rows" if the product sums along the tensor's rows, "columns" if it sums along its columns.
+        own: True if each row (or column) of a block has an exponent of its own, False if the block has one.
+    """
+
+    along: Literal["rows", "columns"]
+    own: bool = False
+
 
 # Device functions take these two as defaults of arguments. As global constants they would make Triton's cache keys
 # depend on the order of compilations: if a kernel calls a function at one place only, the kernel's key has the
@@ -73,74 +88,141 @@ TOP = tl.constexpr(14)  # the largest element with an exponent lies between 2^TO
 # The lower limit of all exponents, the upper limit of exponents of blocks, and that of exponents of rows and columns.
 # With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32 numbers.
 LEAST, MOST_OF_BLOCKS, MOST_OF_ROWS = tl.constexpr(-63), tl.constexpr(43), tl.constexpr(72)
-SMALLEST = tl.constexpr(2.0**-9)  # a row whose largest scaled element is smaller is flagged
-ROWS_FLAGGED, COLUMNS_FLAGGED = tl.constexpr(1), tl.constexpr(2)  # bits of a block's flags
+SMALLEST = tl.constexpr(2.0**-9)  # a block with a row whose largest scaled element is smaller is flagged
 
 
 @triton.jit
-def is_any(condition):
-    """1 if the condition holds anywhere in a matrix; else 0."""
-    return tl.max(tl.max(condition.to(tl.int32), axis=1), axis=0)
+def largest_sizes(parts, ALONG: tl.constexpr):
+    """The bits of the largest |element| of each row, as a tuple of one vector; or of each column, a vector a part.
+
+    Bits of absolute values, compared as integers, have the order of the values. NaN is larger than all numbers.
+    """
+    AXIS: tl.constexpr = 1 if ALONG == "rows" else 0
+    largest = ()
+    for i in tl.static_range(len(parts)):
+        sizes = tl.max(parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
+        if ALONG == "columns" or i == 0:
+            largest += (sizes,)
+        else:
+            largest = (tl.maximum(largest[0], sizes),)
+    return largest
 
 
 @triton.jit
-def is_small(most, scale):
-    """True for each row or column that loses bits. `most` is that row's or column's largest fp32 element, as bits."""
-    return (most > 0) & (most.to(tl.float32, bitcast=True) * scale < SMALLEST)
+def choose_exponents(largest, OWN: tl.constexpr):
+    """(exponents in the shapes of `largest`, or with OWN False one for all; 1 if the block is flagged, else 0)."""
+    MOST: tl.constexpr = MOST_OF_ROWS if OWN else MOST_OF_BLOCKS
+    whole = tl.max(largest[0], axis=0)
+    for i in tl.static_range(1, len(largest)):
+        whole = tl.maximum(whole, tl.max(largest[i], axis=0))
+    exponents, flag = (), ((whole >> 23) - 127 > TOP - LEAST).to(tl.int32)
+    for i in tl.static_range(len(largest)):
+        size = largest[i] if OWN else whole
+        exponents += (tl.minimum(tl.maximum(-(size >> 23) + (127 + TOP), LEAST), MOST),)
+        scaled = largest[i].to(tl.float32, bitcast=True) * power_of_two(exponents[i])
+        flag |= tl.max(((largest[i] > 0) & (scaled < SMALLEST)).to(tl.int32), axis=0)
+    return exponents, flag
+
+
+@triton.jit
+def plane_targets(
+    planes_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """(high, low): descriptors, or pointers, to store tiles of the planes of an (M, N) tensor."""
+    stride = (N + 7) // 8 * 8
+    low_ptr = planes_ptr + M.to(tl.int64) * stride if PLANES == 2 else planes_ptr
+    if DESCRIPTORS:
+        high = tl.make_tensor_descriptor(planes_ptr, [M, N], [stride, 1], [BLOCK_M, BLOCK_N])
+        low = tl.make_tensor_descriptor(low_ptr, [M, N], [stride, 1], [BLOCK_M, BLOCK_N])
+        return high, low
+    else:
+        return planes_ptr, low_ptr
+
+
+@triton.jit
+def store_planes(
+    parts,  # the block's columns, in equal parts; zeros beyond the tensor
+    targets,  # `plane_targets` for tiles of a part's shape
+    info_ptr,  # as `info_shape` describes
+    m,  # first row of the block
+    n,  # first column
+    M,
+    N,
+    ALONG: tl.constexpr,
+    OWN: tl.constexpr,
+    PLANES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    LOW: tl.constexpr = LOW,
+    SIDE: tl.constexpr = SIDE,
+):
+    """Split a block of a tensor, and store its planes, its exponents and its flag.
+
+    If two planes are flagged, they hold the upper and the lower halves of the fp32 numbers instead.
+    """
+    BLOCK_N: tl.constexpr = parts[0].shape[1]
+    largest = largest_sizes(parts, ALONG)
+    exponents, flag = choose_exponents(largest, OWN)
+    rows = m + tl.arange(0, SIDE)
+    for i in tl.static_range(len(parts)):
+        scale = power_of_two(exponents[i if ALONG == "columns" else 0])
+        if OWN:
+            scale = tl.expand_dims(scale, 1 if ALONG == "rows" else 0)
+        high, low = split_scaled(parts[i] * scale, 2.0**LOW)
+        if PLANES == 2:
+            bits = parts[i].to(tl.int32, bitcast=True)
+            high = tl.where(flag > 0, (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True), high)
+            low = tl.where(flag > 0, bits.to(tl.int16).to(tl.float16, bitcast=True), low)
+        first = n + i * BLOCK_N
+        if DESCRIPTORS:
+            targets[0].store([m, first], high)
+            if PLANES == 2:
+                targets[1].store([m, first], low)
+        else:
+            cols = first + tl.arange(0, BLOCK_N)
+            places = rows.to(OFFSET)[:, None] * ((N + 7) // 8 * 8) + cols[None, :]
+            mask = (rows < M)[:, None] & (cols < N)[None, :]
+            tl.store(targets[0] + places, high, mask=mask)
+            if PLANES == 2:
+                tl.store(targets[1] + places, low, mask=mask)
+    blocks_n = tl.cdiv(N, SIDE)
+    block = m // SIDE * blocks_n + n // SIDE
+    tl.store(info_ptr + block, flag)
+    numbers_ptr = info_ptr + tl.cdiv(M, SIDE) * blocks_n + block * (SIDE if OWN else 1)
+    if OWN:
+        COUNT: tl.constexpr = SIDE if ALONG == "rows" else BLOCK_N
+        for i in tl.static_range(len(exponents)):
+            tl.store(numbers_ptr + i * COUNT + tl.arange(0, COUNT), exponents[i])
+    else:
+        tl.store(numbers_ptr, exponents[0])
 
 
 @triton.jit(do_not_specialize=["M"])
 def split_kernel(
     x_ptr,  # (M, N)
-    planes_ptr,  # (PLANES, M, N): high, low; each plane M rows of `stride_row` elements
+    planes_ptr,  # (PLANES, M, N): high, low; each plane M rows, padded to a multiple of 8 elements
     info_ptr,  # as `info_shape` describes
     sums_ptr,  # (blocks of rows, N), contiguous: the sum of each block over its rows; or None
     M,
     N,
     stride_m,
     stride_n,
-    stride_row,
+    ALONG: tl.constexpr,
+    OWN: tl.constexpr,
     PLANES: tl.constexpr,
-    EXPONENTS: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LOW: tl.constexpr = LOW,
 ):
     blocks_n = tl.cdiv(N, BLOCK_N)
     block_m = tl.program_id(0) // blocks_n
-    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, n = block_m * BLOCK_M, tl.program_id(0) % blocks_n * BLOCK_N
+    rows, cols = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     offsets = rows.to(OFFSET)[:, None] * stride_m + cols.to(OFFSET)[None, :] * stride_n
     value = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-    # Bits of absolute values, compared as integers, have the order of the values. NaN is larger than all numbers.
-    size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    of_rows, of_columns = tl.max(size, axis=1, keep_dims=True), tl.max(size, axis=0, keep_dims=True)
-    if EXPONENTS == "blocks":
-        most = tl.max(of_rows, axis=0, keep_dims=True)
-    elif EXPONENTS == "rows":
-        most = of_rows
-    else:
-        most = of_columns
-    MOST: tl.constexpr = MOST_OF_BLOCKS if EXPONENTS == "blocks" else MOST_OF_ROWS
-    exponent = tl.minimum(tl.maximum(-(most >> 23) + (127 + TOP), LEAST), MOST)
-    scale = power_of_two(exponent)
-    if EXPONENTS == "blocks":
-        flags = is_any(is_small(of_rows, scale)) * ROWS_FLAGGED
-        flags |= is_any(is_small(of_columns, scale)) * COLUMNS_FLAGGED
-    else:  # one product reads these planes
-        flags = is_any(is_small(most, scale)) * (ROWS_FLAGGED | COLUMNS_FLAGGED)
-    flags |= is_any((most >> 23) - 127 > TOP - LEAST) * (ROWS_FLAGGED | COLUMNS_FLAGGED)
-    high, low = split_scaled(value * scale, 2.0**LOW)
-    places = rows.to(OFFSET)[:, None] * stride_row + cols[None, :]
-    tl.store(planes_ptr + places, high, mask=mask)
-    if PLANES == 2:
-        tl.store(planes_ptr + M.to(tl.int64) * stride_row + places, low, mask=mask)
-    tl.store(info_ptr + tl.program_id(0), flags)
-    COUNT: tl.constexpr = most.shape[0] * most.shape[1]
-    numbers = tl.num_programs(0) + tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    tl.store(info_ptr + numbers, tl.reshape(exponent, (COUNT,)))
+    targets = plane_targets(planes_ptr, M, N, BLOCK_M, BLOCK_N, PLANES, False)
+    store_planes((value,), targets, info_ptr, m, n, M, N, ALONG, OWN, PLANES, OFFSET, False)
     if sums_ptr is not None:
         # Sums of sums err less than one long sum. A thread holds every eighth row, so the first two sums need no other
         # thread.
@@ -154,17 +236,15 @@ def planes_shape(rows: int, width: int, count: int = 2) -> tuple[tuple[int, int,
     return (count, rows, width), (rows * stride, stride, 1)
 
 
-def info_shape(rows: int, width: int, exponents: Exponents = "blocks") -> tuple[int, int, int]:
+def info_shape(rows: int, width: int, form: Form) -> tuple[int, int, int]:
     """The shape of the int32 tensor with the flags and exponents of a (rows, width) tensor's blocks.
 
     Its memory holds the flags of all blocks, and then the exponents of the first block, of the second one, and so on.
     """
-    return 1 + (1 if exponents == "blocks" else SIDE), cdiv(rows, SIDE), cdiv(width, SIDE)
+    return 1 + (SIDE if form.own else 1), cdiv(rows, SIDE), cdiv(width, SIDE)
 
 
-def split(
-    x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None = None, exponents: Exponents = "blocks"
-) -> Launch | None:
+def split(x: Tensor, planes: Tensor, info: Tensor, sums: Tensor | None, form: Form) -> Launch | None:
     """Launch the split of x into two planes or one, and the sums of its rows if `sums` is given.
 
     Args:
@@ -176,7 +256,7 @@ def split(
     M, N = x.shape
     assert x.dtype == torch.float32
     assert (planes.shape, planes.stride()) == planes_shape(M, N, planes.shape[0])
-    assert info.shape == info_shape(M, N, exponents)
+    assert info.shape == info_shape(M, N, form)
     assert info.is_contiguous()
     assert sums is None or (sums.shape == (info.shape[1], N) and sums.is_contiguous())
     return launch(
@@ -185,56 +265,52 @@ def split(
         x.device,
         SPLIT,
         (x, planes, info, sums),
-        (M, N, *x.stride(), planes.stride(1)),
+        (M, N, *x.stride()),
+        ALONG=form.along,
+        OWN=form.own,
         PLANES=planes.shape[0],
-        EXPONENTS=exponents,
         OFFSET=offset_type(x, planes[0]),
     )
 
 
 PLANES = {"fp16x3": 2, "fp16x1": 1}  # the planes of an operand, by the tile's precision
-Operand = Tensor | tuple[Tensor, Tensor]
+# The factor of a product: (planes, info) of a tensor; or (fp32 tensor, info), for "redo".
+Operand = tuple[Tensor, Tensor]
 
 
 def redo_tile(tile: TileConfig) -> TileConfig:
     """The tile of the "redo" launch that follows a product with `tile`. It splits the reduction in the same way."""
     block_k, stages = (16, 3) if tile.split == 1 else (tile.block_k, 1)
     return TileConfig(
-        *(128, 64, block_k, tile.group_m, 8, stages), split=tile.split, programs=tile.programs, precision="redo"
+        *(SIDE, SIDE, block_k, tile.group_m, 8, stages), split=tile.split, programs=tile.programs, precision="redo"
     )
 
 
 def matrix(operand: Operand) -> Tensor:
-    """The matrix with the shape and strides of a product's operand.
-
-    An operand is the matrix itself, or a tuple: (planes, info), whose matrix is the high plane; with PRECISION "redo"
-    (fp32 tensor, info), whose matrix is that tensor.
-    """
-    if isinstance(operand, Tensor):
-        return operand
+    """The matrix with the shape and strides of an operand: the high plane, or the fp32 tensor."""
     return operand[0] if operand[0].dim() == 2 else operand[0][0]
 
 
 @triton.jit
 def plane_operand(
-    operand, size, length, stride_row, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr,
+    operand, size, length, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr,
     SIDE: tl.constexpr = SIDE,
 ):  # fmt: skip
     """(descriptor of the high plane, of the low plane, pointer to the exponents) of an operand, like `tile.operand`.
 
-    BY_K is True if the reduction runs along its rows, False if it runs along its columns. Without a low plane, its
-    descriptor must not be used.
+    BY_K is True if the reduction runs along its rows, False if it runs along its columns. `stride` is that of its rows.
+    Without a low plane, its descriptor must not be used.
     """
     high_ptr = operand[0]
     exponents_ptr = operand[1] + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
     if BY_K:
-        low_ptr = high_ptr + size.to(tl.int64) * stride_row
-        high = tl.make_tensor_descriptor(high_ptr, [size, length], [stride_row, 1], [BLOCK, BLOCK_K])
-        low = tl.make_tensor_descriptor(low_ptr, [size, length], [stride_row, 1], [BLOCK, BLOCK_K])
+        low_ptr = high_ptr + size.to(tl.int64) * stride
+        high = tl.make_tensor_descriptor(high_ptr, [size, length], [stride, 1], [BLOCK, BLOCK_K])
+        low = tl.make_tensor_descriptor(low_ptr, [size, length], [stride, 1], [BLOCK, BLOCK_K])
     else:
-        low_ptr = high_ptr + length.to(tl.int64) * stride_row
-        high = tl.make_tensor_descriptor(high_ptr, [length, size], [stride_row, 1], [BLOCK_K, BLOCK])
-        low = tl.make_tensor_descriptor(low_ptr, [length, size], [stride_row, 1], [BLOCK_K, BLOCK])
+        low_ptr = high_ptr + length.to(tl.int64) * stride
+        high = tl.make_tensor_descriptor(high_ptr, [length, size], [stride, 1], [BLOCK_K, BLOCK])
+        low = tl.make_tensor_descriptor(low_ptr, [length, size], [stride, 1], [BLOCK_K, BLOCK])
     return high, low, exponents_ptr
 
 
@@ -249,12 +325,12 @@ def block_place(at, k, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SI
 
 @triton.jit
 def load_exponents(
-    exponents_ptr, at, k, size, length, BLOCK: tl.constexpr, BY_K: tl.constexpr, BY_ROW: tl.constexpr,
+    exponents_ptr, at, k, size, length, BLOCK: tl.constexpr, BY_K: tl.constexpr, OWN: tl.constexpr,
     SIDE: tl.constexpr = SIDE,
 ):  # fmt: skip
-    """The exponent of an operand's block; with BY_ROW, those of BLOCK rows of the product from `at` on, (BLOCK, 1)."""
+    """The exponent of an operand's block; with OWN, those of BLOCK rows of the product from `at` on, (BLOCK, 1)."""
     block = block_place(at, k, size, length, BY_K)
-    if BY_ROW:
+    if OWN:
         return tl.load(exponents_ptr + block * SIDE + at % SIDE + tl.arange(0, BLOCK))[:, None]
     else:
         return tl.load(exponents_ptr + block)
@@ -276,7 +352,7 @@ def multiply_planes(
     BLOCK_K: tl.constexpr,
     A_BY_K: tl.constexpr,
     B_BY_K: tl.constexpr,
-    BY_ROW: tl.constexpr,  # True if each row of the product has exponents of its own in a; False: a block of a has one
+    OWN: tl.constexpr,  # True if each row of the product has exponents of its own in a; False: a block of a has one
     PRECISION: tl.constexpr,  # "fp16x3", or "fp16x1" for high planes alone
     LOW: tl.constexpr = LOW,
 ):
@@ -288,12 +364,12 @@ def multiply_planes(
     b_high, b_low, b_exponents = b
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Exponents are loaded a block ahead. A product would wait for those of its own block.
-    a_exponent = load_exponents(a_exponents, m, begin, M, K, BLOCK_M, A_BY_K, BY_ROW)
+    a_exponent = load_exponents(a_exponents, m, begin, M, K, BLOCK_M, A_BY_K, OWN)
     b_exponent = load_exponents(b_exponents, n, begin, N, K, BLOCK_N, B_BY_K, False)
     for k in range(begin, end, BLOCK_K):
         exponent = a_exponent + b_exponent
         after = tl.minimum(k + BLOCK_K, end - 1)
-        a_exponent = load_exponents(a_exponents, m, after, M, K, BLOCK_M, A_BY_K, BY_ROW)
+        a_exponent = load_exponents(a_exponents, m, after, M, K, BLOCK_M, A_BY_K, OWN)
         b_exponent = load_exponents(b_exponents, n, after, N, K, BLOCK_N, B_BY_K, False)
         high_a = a_high.load([m, k]) if A_BY_K else tl.trans(a_high.load([k, m]))
         high_b = tl.trans(b_high.load([n, k])) if B_BY_K else b_high.load([k, n])
@@ -310,14 +386,56 @@ def multiply_planes(
 
 
 @triton.jit
-def has_flags(info_ptr, rows, width, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
-    """True if any block of a (rows, width) operand is flagged for products with this BY_K of `plane_operand`."""
+def restored(
+    operand, at, k, size, length, end, stride_row, stride_k,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr, OWN: tl.constexpr, OFFSET: tl.constexpr,
+    LOW: tl.constexpr = LOW, SIDE: tl.constexpr = SIDE,
+):  # fmt: skip
+    """The (BLOCK, BLOCK_K) tile of an operand in fp32, from its row `at` and index k of the reduction on.
+
+    It is loaded from the fp32 tensor, or computed from its two planes.
+    """
+    rows, ks = at + tl.arange(0, BLOCK), k + tl.arange(0, BLOCK_K)
+    mask = (rows < size)[:, None] & (ks < end)[None, :]
+    ptrs = operand[0] + rows.to(OFFSET)[:, None] * stride_row + ks.to(OFFSET)[None, :] * stride_k
+    high = tl.load(ptrs, mask=mask, other=0.0)
+    if high.dtype == tl.float32:
+        return high
+    else:
+        plane = size.to(tl.int64) * stride_row if BY_K else length.to(tl.int64) * stride_k
+        low = tl.load(ptrs + plane, mask=mask, other=0.0)
+        exponents_ptr = operand[1] + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
+        exponent = load_exponents(exponents_ptr, at, k, size, length, BLOCK, BY_K, OWN)
+        value = (high.to(tl.float32) + low.to(tl.float32) * 2.0**-LOW) * power_of_two(-exponent)
+        upper, lower = high.to(tl.int16, bitcast=True).to(tl.int32), low.to(tl.uint16, bitcast=True).to(tl.int32)
+        halves = ((upper << 16) | lower).to(tl.float32, bitcast=True)
+        return tl.where(tl.load(operand[1] + block_place(at, k, size, length, BY_K)) > 0, halves, value)
+
+
+@triton.jit
+def multiply_restored(
+    a, b, m, n, M, N, K, begin, end, stride_am, stride_ak, stride_bn, stride_bk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, OWN: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """The sums of `multiply_planes` in fp32, on FMA units. a and b are operands of "redo"."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        left = restored(a, m, k, M, K, end, stride_am, stride_ak, BLOCK_M, BLOCK_K, A_BY_K, OWN, OFFSET)
+        right = restored(b, n, k, N, K, end, stride_bn, stride_bk, BLOCK_N, BLOCK_K, B_BY_K, False, OFFSET)
+        acc = dot(left, tl.trans(right), acc, "ieee")
+    return acc
+
+
+@triton.jit
+def has_flags(info_ptr, rows, width, SIDE: tl.constexpr = SIDE):
+    """True if any block of a (rows, width) operand is flagged."""
     blocks = tl.cdiv(rows, SIDE) * tl.cdiv(width, SIDE)
     flags = tl.zeros((1024,), tl.int32)
     for first in range(0, blocks, 1024):
         block = first + tl.arange(0, 1024)
         flags |= tl.load(info_ptr + block, mask=block < blocks, other=0)
-    return tl.max(flags & (ROWS_FLAGGED if BY_K else COLUMNS_FLAGGED), axis=0) > 0
+    return tl.max(flags, axis=0) > 0
 
 
 @triton.jit
@@ -328,7 +446,7 @@ def is_flagged(info_ptr, at, begin, end, size, length, BY_K: tl.constexpr, SIDE:
         block = first + tl.arange(0, 32)
         places = block_place(at, block * SIDE, size, length, BY_K)
         found |= tl.load(info_ptr + places, mask=block < tl.cdiv(end, SIDE), other=0)
-    return tl.max(found & (ROWS_FLAGGED if BY_K else COLUMNS_FLAGGED), axis=0) > 0
+    return tl.max(found, axis=0) > 0
 
 
 @triton.jit

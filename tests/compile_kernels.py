@@ -12,16 +12,12 @@ import argparse
 import dataclasses
 import itertools
 import json
-import re
-import subprocess
-import tempfile
-import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
+from machine_code import read_amdgcn, read_cubin
 
 from mlp_fused import ACTIVATIONS
 from mlp_fused.engine.autograd import run_network
@@ -37,6 +33,7 @@ from mlp_fused.kernels import (
     network_one_pass,
     network_tiles,
     partial_sums,
+    plane_products,
     planes,
     tile_config,
 )
@@ -67,14 +64,16 @@ class Compilation:
     aligned: bool = True  # True if the rows of the tensors are 16-byte aligned
     dropout: bool = False
     shape: tuple[int, ...] = ()  # (width out, width in); given if one is 1, a constant to the compiler
-    exponents: planes.Exponents = "blocks"  # read only by the kernel "split"
+    form: planes.Form | None = None  # of the kernel "split"
+    splits: bool = False  # True if the epilogue of a product by planes splits its results
 
     @property
     def id(self) -> str:
         words = [self.kernel, self.target, self.dtype, self.precision, self.activation, str(self.tile)]
         words += [word for word, holds in (("unaligned", not self.aligned), ("dropout", self.dropout)) if holds]
         words += ["x".join(map(str, self.shape))] if self.shape else []
-        words += [self.exponents] if self.kernel == "split" else []
+        words += [self.form.along, "own" if self.form.own else "block"] if self.form else []
+        words += ["splits"] if self.splits else []
         return "-".join(words).replace(" ", "")
 
 
@@ -260,13 +259,19 @@ def compilations(full: bool) -> list[Compilation]:
             rows.append(Compilation(kind, target, "bfloat16", "ieee", activation, tile, False, shape=(1, 1)))
         for tile in (SUM_PARTIALS, SUM_OF_MORE, SUM_OF_MANY):
             rows.append(Compilation("sum_partials", target, "bfloat16", "ieee", "identity", tile))
-        for exponents in typing.get_args(planes.Exponents):
-            rows.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT, exponents=exponents))
-        for kind, activation in (("forward", "gelu"), ("dgrad", "gelu"), ("wgrad", "identity")):
+        for form in itertools.starmap(planes.Form, itertools.product(("rows", "columns"), (False, True))):
+            rows.append(Compilation("split", target, "float32", "ieee", "identity", planes.SPLIT, form=form))
+        for kind, activation in (("forward", "gelu"), ("dgrad", "gelu"), ("dgrad", "relu"), ("wgrad", "identity")):
             tile = planes_tile(kind, target)
             for launched in (tile, planes.redo_tile(tile)):
-                rows.append(Compilation(kind, target, "float32", "ieee", activation, launched))
-            if target == "NVIDIA H100":
+                # For Blackwell, where planes are not used, Triton 3.7.1 fails on a "redo" that splits its results.
+                is_block = (launched.block_m, launched.block_n) == (planes.SIDE, planes.SIDE)
+                splits = kind != "wgrad" and is_block and target != "NVIDIA B200"
+                if activation == "gelu" or kind == "wgrad":
+                    rows.append(Compilation(kind, target, "float32", "ieee", activation, launched))
+                if splits:
+                    rows.append(Compilation(kind, target, "float32", "ieee", activation, launched, splits=True))
+            if target == "NVIDIA H100" and activation != "relu":
                 tile = planes_tile(kind, target, "tf32")
                 rows.append(Compilation(kind, target, "float32", "tf32", activation, tile))
     return list(dict.fromkeys(rows))
@@ -340,7 +345,16 @@ def capture(call: Callable[[], None], device: Device) -> list[Launch]:
     ) -> None:
         launched.append(Launch(kernel, tile, (*tensors, *scalars), constants))
 
-    modules = (layer_forward, layer_backward, network_forward, network_backward, network_one_pass, partial_sums, planes)
+    modules = (
+        layer_forward,
+        layer_backward,
+        network_forward,
+        network_backward,
+        network_one_pass,
+        partial_sums,
+        planes,
+        plane_products,
+    )
     before = [module.launch for module in modules]
     device_of = devices.device_of
     try:
@@ -421,21 +435,16 @@ def launch(row: Compilation) -> None:
     keeps, precision, tile = activation.keeps_preactivation, row.precision, row.tile
     dropping: dict[str, Any] = {}
 
-    def operand(whole: torch.Tensor, exponents: planes.Exponents = "blocks") -> planes.Operand:
-        if tile.precision not in (*planes.PLANES, "redo"):
-            return whole
-        split_planes, info = _split(whole, exponents, planes.PLANES.get(tile.precision, 2))
-        return (whole if tile.precision == "redo" else split_planes), info
-
     if row.dropout:
         dropping = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "dropout": Dropout(0.9, 1)}
-    if row.kernel == "forward":
+    if tile.precision in (*planes.PLANES, "redo"):
+        launch_by_planes(row, M, N, K)
+    elif row.kernel == "forward":
         z = tensor(M, N) if keeps else None
-        layer_forward.layer_forward(operand(x), operand(w), b, tensor(M, N), z, activation, precision, tile, **dropping)
+        layer_forward.layer_forward(x, w, b, tensor(M, N), z, activation, precision, tile, **dropping)
     elif row.kernel == "dgrad":
         h = tensor(M, K) if keeps else None
-        dz_operand = operand(dz, "rows")
-        layer_backward.dgrad(dz_operand, operand(w), z, tensor(M, K), h, activation, precision, tile, **dropping)
+        layer_backward.dgrad(dz, w, z, tensor(M, K), h, activation, precision, tile, **dropping)
     elif row.kernel == "output_gradient":
         layer_backward.output_gradient(
             dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None, **dropping
@@ -443,98 +452,56 @@ def launch(row: Compilation) -> None:
     elif row.kernel == "pointwise":
         layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile, **dropping)
     elif row.kernel == "split":
-        sums = None if row.exponents == "rows" else tensor(planes.info_shape(M, K)[1], K)
-        planes.split(x, *_split(x, row.exponents), sums, row.exponents)
-    elif isinstance(operand(x), tuple):
-        sums = layer_backward.wgrad_sums(M, tile, dtype, N * K, 0)
-        layer_backward.wgrad_products(operand(dz, "columns"), operand(x), tensor(N, K), None, K, tile, sums)
+        assert row.form is not None
+        sums = None if row.form.along == "rows" else tensor(planes.info_shape(M, K, row.form)[1], K)
+        planes.split(x, *_split(x, row.form), sums, row.form)
     else:
         tile = tile if row.kernel == "wgrad" else TileConfig(64, 64, 64, 8)
         split = 4 if row.kernel == "sum_partials" else 1
         layer_backward.wgrad(dz, x, w, b, precision, dataclasses.replace(tile, split=split))
 
 
-def _split(whole: torch.Tensor, exponents: planes.Exponents, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_by_planes(row: Compilation, M: int, N: int, K: int) -> None:
+    """Call the launcher of a product by planes, as `launch` does. "redo" reads planes too if the epilogue splits."""
+    tile, activation = row.tile, ACTIVATIONS[row.activation]
+    rows, own_rows, columns, own_columns = (
+        planes.Form(along, own) for along, own in itertools.product(("rows", "columns"), (False, True))
+    )
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    def operand(size: int, length: int, form: planes.Form) -> planes.Operand:
+        split_planes, info = _split(tensor(size, length), form, planes.PLANES.get(tile.precision, 2))
+        return (tensor(size, length) if tile.precision == "redo" and not row.splits else split_planes), info
+
+    def result(width: int, form: planes.Form) -> planes.Operand:
+        return _split(tensor(M, width), form)
+
+    keeps = activation.keeps_preactivation
+    if row.kernel == "forward":
+        h, split = (None, result(N, rows)) if row.splits else (tensor(M, N), None)
+        operands, z = (operand(M, K, rows), operand(N, K, rows)), tensor(M, N) if keeps else None
+        plane_products.forward_by_planes(*operands, tensor(N), h, z, activation, tile, split)
+    elif row.kernel == "dgrad":
+        operands, saved = (operand(M, N, own_rows), operand(N, K, columns)), tensor(M, K)
+        h = tensor(M, K) if keeps else None
+        if row.splits:
+            by_columns = (*result(K, own_columns), tensor(planes.info_shape(M, K, columns)[1], K))
+            plane_products.dgrad_by_planes(*operands, saved, None, h, activation, tile, result(K, own_rows), by_columns)
+        else:
+            plane_products.dgrad_by_planes(*operands, saved, tensor(M, K), h, activation, tile)
+    else:
+        sums = layer_backward.wgrad_sums(M, tile, torch.float32, N * K, 0)
+        operands = (operand(M, N, own_columns), operand(M, K, columns))
+        plane_products.wgrad_by_planes(*operands, tensor(N, K), tile, sums)
+
+
+def _split(whole: torch.Tensor, form: planes.Form, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """The planes of a tensor and their info, without values."""
     shape, strides = planes.planes_shape(*whole.shape, count)
     split_planes = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
-    return split_planes, torch.empty(planes.info_shape(*whole.shape, exponents), dtype=torch.int32, device="meta")
-
-
-def read_cubin(compiled: Any, precision: str) -> dict[str, int]:
-    """Read registers, spills and instructions from cuobjdump and the PTX. A spilled word is four bytes of stack.
-
-    Waits are counted only for one-pass kernels and products of planes, and instructions for the latter.
-    """
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-        ptx, waits, instructions = compiled.asm["ptx"], 0, 0
-        slow = "one_pass" in compiled.metadata.name or precision in planes.PLANES
-        if slow and "wgmma" in ptx:  # reading machine code takes as long as compiling it
-            sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
-            waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))  # one per product if products are serialised
-            by_planes = precision in planes.PLANES and compiled.metadata.name.split("_")[0] != "network"
-            instructions = count_in_loop(sass) if by_planes else 0
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    assert match, usage.stdout
-    return {
-        "registers": int(match[1]),
-        "spills": int(match[2]) // 4,
-        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "waits": waits,
-        "instructions": instructions,
-        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
-        "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-        "setmaxnreg": len(re.findall(r"setmaxnreg", ptx)),
-        "to_16_bits": len(re.findall(r"cvt\.rn\S*\.b?f16", ptx)),
-        "with_relu": len(re.findall(r"cvt\.rn\.relu", ptx)),
-    }
-
-
-EPILOGUE = 60  # the fewest instructions of an epilogue; other jumps in a loop are shorter
-
-
-def count_in_loop(sass: str) -> int:
-    """Count the instructions of the loop that multiplies. An epilogue that most iterations jump over does not count."""
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
-    indices = {int(address, 16): index for index, (address, _) in enumerate(code)}
-    jumps = {
-        index: indices[int(target[1], 16)]
-        for index, (_, text) in enumerate(code)
-        if (target := re.match(r"@\S+ BRA\b.*?(0x[0-9a-f]+)", text))
-    }
-    products = [index for index, (_, text) in enumerate(code) if "HGMMA" in text]
-    loops = [(end, start) for end, start in jumps.items() if start <= products[0] and products[-1] <= end]
-    end, index = min(loops, key=lambda loop: loop[0] - loop[1])
-    count = 0
-    while index <= end:
-        after = jumps.get(index, 0)
-        is_epilogue = index + EPILOGUE < after <= end and not any(index < product < after for product in products)
-        index = after if is_epilogue else index + 1
-        count += 1
-    return count
-
-
-def read_amdgcn(text: str) -> dict[str, int]:
-    """Read registers, spills and instructions from the assembler's summary."""
-
-    def summary(name: str) -> int:
-        match = re.search(rf"\.{name}:\s*(\d+)", text)
-        assert match, name
-        return int(match[1])
-
-    return {
-        "registers": summary("vgpr_count"),
-        "spills": summary("vgpr_spill_count"),
-        "mfma": len(re.findall(r"\bv_mfma", text)),
-    }
+    return split_planes, torch.empty(planes.info_shape(*whole.shape, form), dtype=torch.int32, device="meta")
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -128,19 +128,24 @@ def test_specialised_warps_are_not_ignored(sample: dict[str, list[dict[str, Any]
 # a whole row had one exponent, has 242 instructions, and 233 in wgrad's layout: it loads no exponents in the loop, and
 # adds half as many sums outside the tensor cores. An H100 ran the sketch at 166 to 197 TFLOP/s.
 INSTRUCTIONS = {"forward": 328, "dgrad": 330, "wgrad": 307}
+# The products whose epilogues split their results, and the most words of a thread that they spill, outside the loop.
+SPLITTING = {("forward", True): 0, ("dgrad", True): 12}
 
 
 def test_planes_are_multiplied_without_conversions(sample: dict[str, list[dict[str, Any]]]) -> None:
     """A block of the reduction takes 12 wgmma and 3 waits, without spills, as in the form that was measured.
 
-    The kernels now load an exponent for each row or column of dz. This may take 5 % more instructions.
+    The kernels now load an exponent for each row or column of dz. This may take 5 % more instructions. Nothing is
+    converted to fp16 but the results that an epilogue splits.
     """
     rows = [row for row in SAMPLE if row.tile.precision == "fp16x3" and row.target == "NVIDIA H100"]
-    assert {row.kernel for row in rows} == set(GEMMS)
+    assert {(row.kernel, row.splits) for row in rows} == {*((kind, False) for kind in GEMMS), *SPLITTING}
     for row in rows:
         (reading,) = sample[row.id]
-        assert (reading["wgmma"], reading["waits"], reading["to_16_bits"], reading["spills"]) == (12, 3, 0, 0), reading
+        assert (reading["wgmma"], reading["waits"]) == (12, 3), reading
         assert reading["instructions"] <= 1.05 * INSTRUCTIONS[row.kernel], reading
+        assert reading["spills"] <= (SPLITTING[row.kernel, True] if row.splits else 0), reading
+        assert (reading["to_16_bits"] > 0) == row.splits, reading
 
 
 # The same counts for one plane of each operand. The sketch with one plane has 106 and 115 instructions, because it adds

@@ -14,15 +14,16 @@ import torch
 from cases import bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from split_operands import launches, split_by_kernel
+from split_operands import product_by_planes, split_by_kernel
 from torch import Tensor
 
 from mlp_fused.kernels import layer_tiles, network_tiles
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.language import ROWS_OF_16_ELEMENTS, tl, triton
-from mlp_fused.kernels.layer_backward import dgrad, wgrad, wgrad_products, wgrad_sums
+from mlp_fused.kernels.layer_backward import dgrad, wgrad
 from mlp_fused.kernels.layer_forward import layer_forward
 from mlp_fused.kernels.partial_sums import sum_partials
+from mlp_fused.kernels.planes import PLANES, Form
 from mlp_fused.kernels.tile import round_to_tf32
 from mlp_fused.kernels.tile_config import TileConfig
 
@@ -159,16 +160,18 @@ def test_parts_add_up() -> None:
 
 
 def by_forward(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
+    if tile.precision in PLANES:
+        return product_by_planes("forward", a, b, tile)
     h = torch.full((a.shape[0], b.shape[0]), torch.nan, device=a.device)
-    for x, w, own in launches(a, b, tile):
-        layer_forward(x, w, None, h, None, IDENTITY, "ieee", own)
+    layer_forward(a, b, None, h, None, IDENTITY, "ieee", tile)
     return h
 
 
 def by_dgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
+    if tile.precision in PLANES:
+        return product_by_planes("dgrad", a, b.t().contiguous(), tile)
     dx = torch.full((a.shape[0], b.shape[0]), torch.nan, device=a.device)
-    for dz, w, own in launches(a, b.t().contiguous(), tile, "rows"):
-        dgrad(dz, w, None, dx, None, IDENTITY, "ieee", own)
+    dgrad(a, b.t().contiguous(), None, dx, None, IDENTITY, "ieee", tile)
     return dx
 
 
@@ -176,13 +179,11 @@ def by_wgrad(a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
     dw = torch.full((a.shape[0], b.shape[0]), torch.nan, device=a.device)
     db = torch.full((a.shape[0],), torch.nan, device=a.device)
     dz, h = a.t().contiguous(), b.t().contiguous()
-    if tile.precision != "fp16x3":
-        wgrad(dz, h, dw, db, "ieee", tile)
+    if tile.precision in PLANES:
+        dw = product_by_planes("wgrad", dz, h, tile)[0]
+        sum_partials(split_by_kernel(dz, Form("columns", own=True)).sums, (db,))
     else:
-        sums = wgrad_sums(dz.shape[0], tile, dz.dtype, dw.numel(), 0)
-        for dz_operand, h_operand, own in launches(dz, h, tile, "columns"):
-            wgrad_products(dz_operand, h_operand, dw, None, h.shape[1], own, sums)
-        sum_partials(split_by_kernel(dz, "columns").sums, (db,))
+        wgrad(dz, h, dw, db, "ieee", tile)
     check_entries(db[:, None], a, torch.ones((1, a.shape[1]), device=a.device))
     return dw
 

@@ -27,7 +27,7 @@ from mlp_fused.reference import Layer
 def product_by_torch(kind: str, activation: Activation, *tensors: Tensor | None) -> None:
     """Run a product by torch and the kernel that follows it."""
 
-    def choose(problem: Problem) -> tables.Choice:
+    def choose(problem: Problem, written: bool) -> tables.Choice:
         is_product = problem.kind == kind
         return tables.Choice(None if is_product else layer_tiles.choose(problem, devices.INTERPRETED_DEVICE), "")
 

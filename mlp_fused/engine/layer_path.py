@@ -33,6 +33,7 @@ from .layer_steps import (
     add_output_gradient,
     add_wgrad,
     choose_tile,
+    drop_unread,
 )
 from .schedule import Schedule, Step, Work, Writer
 from .section import Cache, Section, parameter_names
@@ -200,6 +201,7 @@ class LayerSection(Section):
             z = writer.find(f"z[{spec.index}]")
             add_forward(spec, writer, below, cast or f"weight[{spec.index}]", h, z, choose)
             below = h
+        drop_unread(writer, "y", edge, *shapes)
         return writer.finish("y", edge, *shapes)
 
     def write_backward(
@@ -248,4 +250,5 @@ class LayerSection(Section):
             if into is None:
                 break
             dz = into
+        drop_unread(writer, "dx")
         return writer.finish(writer.find("dx") if needs_x else None, *gradients)

@@ -10,7 +10,8 @@ A product of fp32 may take operands that are split into fp16 planes ("fp16x3", "
 planes of each operand, and partial sums for db      split
 output tiles that read a flagged block, in fp32      redo
 
-The split flags the blocks that its planes cannot hold accurately (see kernels/planes.py).
+The split flags the blocks that its planes cannot hold accurately (see kernels/planes.py). An operand that a product
+"fp16x3" of the same schedule has computed needs no step to split it: that product's epilogue writes its planes.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from ..kernels.dropout import Dropout, keeps_preactivation
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad_products, wgrad_sums
 from ..kernels.layer_forward import layer_forward, pointwise
 from ..kernels.partial_sums import Partial, sum_partials, sum_tile
-from ..kernels.planes import PLANES, SPLIT, Exponents, info_shape, planes_shape, redo_tile, split
+from ..kernels.plane_products import dgrad_by_planes, forward_by_planes, wgrad_by_planes
+from ..kernels.planes import PLANES, SPLIT, Form, info_shape, planes_shape, redo_tile, split
 from ..kernels.tile_config import Kind, Problem
 from . import settings, tables
-from .schedule import Layers, Schedule, Writer
+from .schedule import Layers, Schedule, Writer, names_in
 from .torch_products import cast_by_torch, dgrad_by_torch, linear_by_torch, linear_relu_by_torch, wgrad_by_torch
 
 if TYPE_CHECKING:
@@ -68,22 +70,30 @@ def parameters_of(layers: Sequence[Layer]) -> tuple[Parameters, ...]:
     )
 
 
-Choose = Callable[[Problem], tables.Choice]  # a tile for a problem, or torch
+# A tile for a problem, or torch. The second argument is True if the product that computes the first operand can write
+# its planes.
+Choose = Callable[[Problem, bool], tables.Choice]
 
 
 def choose_tile(
-    problem: Problem, device: Device, torch_too: bool, float32: settings.Float32 = settings.FLOAT32
+    problem: Problem,
+    written: bool = False,
+    *,
+    device: Device,
+    torch_too: bool,
+    float32: settings.Float32 = settings.FLOAT32,
 ) -> tables.Choice:
     """The tile for a problem on a device; or torch, with `torch_too`, if torch is expected to be faster.
 
-    `float32` is the user's choice of how kernels multiply fp32: see `settings.FLOAT32`.
+    `written` is as in `layer_tiles.planes_seconds`. `float32` is the user's choice of how kernels multiply fp32: see
+    `settings.FLOAT32`.
     """
     if problem.kind == "output_gradient":
         return tables.Choice(layer_tiles.choose(problem, device), "")
     planes = layer_tiles.planes_tile(problem, device) if float32 == "auto" else None
     if planes is not None and not torch_too:
         return tables.Choice(planes, "asked for")
-    if planes is not None and layer_tiles.prefers_planes(problem, planes, device):
+    if planes is not None and layer_tiles.prefers_planes(problem, planes, device, written=written):
         return tables.Choice(planes, "estimated")
     choice = tables.choice_for(problem, device)
     if choice.tile is None and not torch_too:
@@ -153,15 +163,20 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
     """Add h = a(x Wᵀ + b), and z where it is saved: one kernel, or torch's product and then a kernel for a(·)."""
     rows, n, k = writer.rows, spec.width_out, spec.width_in
     problem = spec.problem("forward", rows, n, k, writer.are_describable(x, weight, h, z), spec.activation)
-    choice = choose(problem)
+    factors = {"x": Factor(rows, k, Form("rows")), "weight": Factor(n, k, Form("rows"))}
+    choice = choose(problem, _products_of(writer, x, factors["x"].form) is not None)
     add = partial(writer.add, "forward", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
     operands: dict[str, Any] = {"x": x, "weight": weight, "bias": writer.find(f"bias[{spec.index}]")}
     if choice.tile is not None:
-        options: dict[str, Any] = {"activation": spec.activation, "precision": spec.precision}
-        run = partial(layer_forward, **options, dropout=spec.dropout)
-        operands |= {"h": h, "z": z, **_seed(spec.dropout)}
-        factors = {"x": Factor(rows, k), "weight": Factor(n, k)}
-        return _add_kernel(spec, writer, add, operands, ("h", "z"), run, choice, factors)
+        options: dict[str, Any] = {"activation": spec.activation, "dropout": spec.dropout}
+        operands |= {"h": h, "z": z}
+        if choice.tile.precision in PLANES:
+            run = partial(forward_by_planes, **options)
+            operands |= {"split": None, **_seed(spec.dropout)}
+            _add_by_planes(spec, writer, add, operands, ("h", "z", "split"), run, choice, factors)
+            return None
+        run = partial(layer_forward, **options, precision=spec.precision, tile=choice.tile)
+        return add(operands | _seed(spec.dropout), ("h", "z"), run)
     is_plain_relu = spec.activation.name == "relu" and spec.dropout is None
     if is_plain_relu and z is None and operands["bias"] and writer.on_gpu:
         return add(operands | {"h": h}, ("h",), linear_relu_by_torch)
@@ -173,18 +188,29 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
 
 
 class Factor(NamedTuple):
-    """A factor of a product, (rows, width), and the options of its split into planes.
+    """A factor of a product by planes, (rows, width), and the form in which it is split.
 
-    `exponents` says which elements share an exponent. With `with_sums`, the split also computes partial sums over rows.
+    With `with_sums`, its partial sums over rows are computed too.
     """
 
     rows: int
     width: int
-    exponents: Exponents = "blocks"
+    form: Form
     with_sums: bool = False
 
 
-def _add_kernel(
+class Planes(NamedTuple):
+    """The names of the buffers with a factor's planes, with their flags and exponents, and with partial sums over rows.
+
+    `sums` is None if the factor was split without sums.
+    """
+
+    planes: str
+    info: str
+    sums: str | None
+
+
+def _add_by_planes(
     spec: LayerSpec,
     writer: Writer,
     add: Callable[..., None],
@@ -194,55 +220,116 @@ def _add_kernel(
     choice: tables.Choice,
     factors: Mapping[str, Factor],
     moved: Mapping[str, Any] | None = None,
-) -> None:
-    """Add a product by one of our kernels: `add` adds its step. `factors` are its two factors, by name.
+) -> list[Planes]:
+    """Add a product by planes: `add` adds its step. `factors` are its two factors, by name. Returns their planes.
 
-    If the kernel takes planes, a step before it splits each factor that is not split yet, and a step after it computes
-    the flagged tiles in fp32.
+    A step before it splits each factor that has no planes yet, and a step after it computes the flagged tiles in fp32.
     """
     assert choice.tile is not None
-    if choice.tile.precision not in PLANES:
-        return add(operands, writes, partial(run, tile=choice.tile), moved=moved)
-    planes, plain = {}, {}
+    count, all_planes, products, redone = PLANES[choice.tile.precision], [], {}, {}
     for side, (name, factor) in enumerate(factors.items()):
-        planes[name] = _add_split(spec, writer, side, operands[name], factor, PLANES[choice.tile.precision])
-        plain[name] = (operands[name], planes[name][1])
-    read = {name: plane_name for name, (plane_name, _) in planes.items()}
-    add({**operands, **planes}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
+        planes = _written_by_product(spec, writer, operands[name], factor) if count == 2 else None
+        whole = planes is None
+        if planes is None:
+            planes = _add_split(spec, writer, side, operands[name], factor, count)
+        all_planes.append(planes)
+        products[name] = (planes.planes, planes.info)
+        redone[name] = (operands[name] if whole else planes.planes, planes.info)
+    read = {name: planes for name, (planes, _) in products.items()}
+    add({**operands, **products}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
     redo = tables.Choice(redo_tile(choice.tile), choice.source)
-    again = {**operands, **plain}
-    return writer.add("redo", spec, again, writes, partial(run, tile=redo.tile), choice=redo, moved={})
+    again = {**operands, **redone}
+    writer.add("redo", spec, again, writes, partial(run, tile=redo.tile), choice=redo, moved={})
+    return all_planes
 
 
-def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Factor, count: int) -> tuple[str, str]:
-    """Add the step that splits x into `count` planes, unless the planes hold x already.
+# The operand with the planes of a product's result, by the result's operand and the form of the planes.
+SPLIT_RESULTS = {
+    ("h", Form("rows")): "split",
+    ("dx", Form("rows", own=True)): "by_rows",
+    ("dx", Form("columns", own=True)): "by_columns",
+}
 
-    Returns the name of the buffer of planes and the name of the info, which has their flags and exponents.
 
-    `side` is 0 for the first factor of a product, 1 for the second. All factors of a side share one buffer for planes,
-    so it holds the planes of the last factor that was split.
+def _products_of(writer: Writer, x: str, form: Form) -> tuple[str, list[int]] | None:
+    """(operand for the planes of x, indices of steps): the "fp16x3" product that computes x, and its "redo".
+
+    None if no such product computes x, or if it cannot write planes of this form.
     """
-    rows, width, exponents, with_sums = factor
-    planes, info, sums = (split_name(part, side, exponents, x) for part in ("planes", "info", "sums"))
-    splits = (step for step in reversed(writer.steps) if step.operands.get("planes", "").startswith(f"planes {side}"))
-    last = next(splits, None)
-    if last is not None and last.operands["planes"] == planes:
-        return planes, info
-    shape, strides = planes_shape(rows, width, count)
-    writer.share(planes, f"planes {side}", count * strides[0], dtype=torch.float16)
-    writer.part(planes, f"planes {side}", 0, *shape, strides=strides)
-    writer.share(info, f"info {side}", *info_shape(rows, width, exponents), dtype=torch.int32)
-    operands: dict[str, Any] = {"x": x, "planes": planes, "info": info, "sums": None}
-    if with_sums:
-        operands["sums"] = writer.share(sums, "sums of rows", info_shape(rows, width)[1], width)
-    run = partial(split, exponents=exponents)
+    steps = [(index, step) for index, step in enumerate(writer.steps) if x in map(step.operands.get, step.writes)]
+    if not steps or steps[0][1].tile is None or steps[0][1].tile.precision != "fp16x3":
+        return None
+    result = next(name for name in steps[0][1].writes if steps[0][1].operands[name] == x)
+    written = SPLIT_RESULTS.get((result, form))
+    if written is None or any(written not in step.operands for _, step in steps):
+        return None
+    return written, [index for index, _ in steps]
+
+
+def _written_by_product(spec: LayerSpec, writer: Writer, x: str, factor: Factor) -> Planes | None:
+    """The planes of x, if the product that computes it can write them. Its steps then do so.
+
+    Neighbouring layers use different buffers, because a product reads the planes of a layer while it writes the next
+    layer's.
+    """
+    products = _products_of(writer, x, factor.form)
+    if products is None:
+        return None
+    written, indices = products
+    planes, info, sums = (f"{part} of {x}, {written}" for part in ("planes", "info", "sums"))
+    has_sums = written == "by_columns"
+    base = f"{written} {spec.index % 2}"
+    _share_planes(writer, planes, info, base, factor)
+    names: tuple[str, ...] = (planes, info)
+    if has_sums:
+        names = (*names, _share_sums(writer, sums, f"sums of {base}", factor))
+    for index in indices:
+        writer.rewrite(index, written, names)
+    return Planes(planes, info, sums if has_sums else None)
+
+
+def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Factor, count: int) -> Planes:
+    """Add the step that splits x into `count` planes.
+
+    `side` is 0 for the first factor of a product, 1 for the second. All factors of a side share one buffer for planes.
+    """
+    planes, info = (f"{part} {side} along {factor.form.along} of {x}" for part in ("planes", "info"))
+    _share_planes(writer, planes, info, f"planes {side}", factor, count)
+    sums = _share_sums(writer, f"sums of {x}", "sums of rows", factor) if factor.with_sums else None
+    operands: dict[str, Any] = {"x": x, "planes": planes, "info": info, "sums": sums}
+    run = partial(split, form=factor.form)
     writer.add("split", spec, operands, ("planes", "info", "sums"), run, choice=tables.Choice(SPLIT, ""))
-    return planes, info
+    return Planes(planes, info, sums)
 
 
-def split_name(part: str, side: int, exponents: Exponents, x: str) -> str:
-    """The name of a buffer that the split of x writes. `part` is "planes", "info" or "sums"."""
-    return f"{part} {side} of {exponents} of {x}"
+def _share_planes(writer: Writer, planes: str, info: str, base: str, factor: Factor, count: int = 2) -> None:
+    """Name a use of the buffers `base` and "info of" `base` for a factor's planes and their info."""
+    shape, strides = planes_shape(factor.rows, factor.width, count)
+    writer.share(planes, base, count * strides[0], dtype=torch.float16)
+    writer.part(planes, base, 0, *shape, strides=strides)
+    writer.share(info, f"info of {base}", *info_shape(factor.rows, factor.width, factor.form), dtype=torch.int32)
+
+
+def _share_sums(writer: Writer, sums: str, base: str, factor: Factor) -> str:
+    """Name a use of the buffer `base` for a factor's partial sums over rows."""
+    return writer.share(sums, base, sums_of_rows(factor), factor.width)
+
+
+def sums_of_rows(factor: Factor) -> int:
+    """The number of a factor's partial sums over rows: one for each block of rows."""
+    return info_shape(factor.rows, factor.width, factor.form)[1]
+
+
+def drop_unread(writer: Writer, *returned: str | None) -> None:
+    """Write results as planes alone if no step reads them in fp32 and they are not returned."""
+    read = {name for step in writer.steps for name in names_in(step.operands[key] for key in step.reads)}
+    for index, step in enumerate(writer.steps):
+        for (result, _), written in SPLIT_RESULTS.items():
+            name = step.operands.get(result)
+            if step.operands.get(written) is None or result not in step.writes or name is None or name in read:
+                continue
+            if writer.base(name) not in returned:
+                writer.rewrite(index, result, None)
 
 
 def _add_pointwise(
@@ -254,7 +341,7 @@ def _add_pointwise(
     the activation below. It follows torch's product in a dgrad.
     """
     problem = spec.problem("output_gradient", writer.rows, width)
-    choice = choose(problem)
+    choice = choose(problem, False)
     own = kind != "derivative"
     activation, dropout = (spec.activation, spec.dropout) if own else (spec.below, spec.dropout_below)
     kernel = pointwise if kind == "activation" else output_gradient
@@ -285,19 +372,25 @@ def add_dgrad(
     rows, n, k = writer.rows, spec.width_out, spec.width_in
     are_describable = writer.are_describable(dz, weight, saved, dx, rebuilt)
     problem = spec.problem("dgrad", rows, k, n, are_describable, spec.below)
-    choice = choose(problem)
+    factors = {"dz": Factor(rows, n, Form("rows", own=True)), "weight": Factor(n, k, Form("columns"))}
+    choice = choose(problem, _products_of(writer, dz, factors["dz"].form) is not None)
     add = partial(writer.add, "dgrad", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
     operands: dict[str, Any] = {"dz": dz, "weight": weight}
     if choice.tile is not None:
-        options: dict[str, Any] = {"below": spec.below, "precision": spec.precision}
-        run = partial(dgrad, **options, dropout=spec.dropout_below)
-        operands |= {"saved": saved, "dx": dx, "h": rebuilt, **_seed(spec.dropout_below)}
-        factors = {"dz": Factor(rows, n, "rows"), "weight": Factor(n, k)}
-        _add_kernel(spec, writer, add, operands, ("dx", "h"), run, choice, factors)
-        return
+        options: dict[str, Any] = {"below": spec.below, "dropout": spec.dropout_below}
+        operands |= {"saved": saved, "dx": dx, "h": rebuilt}
+        if choice.tile.precision in PLANES:
+            planes = ("by_rows", "by_columns")
+            operands |= {**dict.fromkeys(planes), **_seed(spec.dropout_below)}
+            run = partial(dgrad_by_planes, **options)
+            _add_by_planes(spec, writer, add, operands, ("dx", "h", *planes), run, choice, factors)
+            return None
+        run = partial(dgrad, **options, precision=spec.precision, tile=choice.tile)
+        return add(operands | _seed(spec.dropout_below), ("dx", "h"), run)
     add(operands | {"dx": dx}, ("dx",), dgrad_by_torch)
     if saved is not None or spec.dropout_below is not None:
         _add_pointwise(spec, writer, "derivative", {"dh": dx, "saved": saved, "dz": dx, "h": rebuilt}, k, choose)
+    return None
 
 
 def _seed(dropout: Dropout | None) -> dict[str, str]:
@@ -312,35 +405,40 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     """
     rows, n, k = writer.rows, spec.width_out, spec.width_in if dw else 1
     problem = spec.problem("wgrad", n, k, rows, writer.are_describable(dz, h if dw else None))
-    choice = choose(problem)
+    dz_factor = Factor(rows, n, Form("columns", own=True), with_sums=db is not None)
+    factors = {"dz": dz_factor, "h": Factor(rows, k, Form("columns"))}
+    choice = choose(problem, _products_of(writer, dz, dz_factor.form) is not None)
     size_w, size_b = n * k * (dw is not None), n * (db is not None)
     add = partial(writer.add, "wgrad", spec, flops=2 * rows * size_w, problem=problem, choice=choice)
     operands: dict[str, Any] = {"dz": dz, "h": h if dw else None, "dw": dw, "db": db}
     if choice.tile is None:
         return add(operands, ("dw", "db"), wgrad_by_torch)
-    factors = {"dz": Factor(rows, n, "columns", with_sums=db is not None), "h": Factor(rows, k)}
-    takes_planes = choice.tile.precision in PLANES  # the step that splits dz then writes partial sums for db
+    by_planes = choice.tile.precision in PLANES
     moved = dict(operands)
-    if takes_planes:
-        operands["db"], size_b = None, 0
+    if by_planes:  # db is summed where dz is split
+        del operands["db"]
+        size_b = 0
     sums = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
-    run = partial(wgrad_products, width_in=k, partial=sums)
-    totals = tuple(total for total in (operands["dw"], operands["db"]) if total)
+    totals = tuple(total for total in (operands["dw"], operands.get("db")) if total)
     if dw is None:  # the kernel needs a tensor here, but does not read it
         operands["h"] = dz
     whole = f"partial[{spec.index}]"
     if sums.splits > 1:
         writer.share(whole, "partial", sums.splits, sums.columns, dtype=sums.dtype)
         operands["dw"] = whole if dw else None
-        if operands["db"]:
+        if operands.get("db"):
             shape, strides = (sums.splits, n), (sums.columns, 1)
             operands["db"] = writer.part(f"partial db[{spec.index}]", "partial", sums.start_b, *shape, strides=strides)
-    _add_kernel(spec, writer, add, operands, ("dw", "db"), run, choice, factors, moved)
+    if by_planes:
+        run = partial(wgrad_by_planes, partial=sums)
+        dz_planes, _ = _add_by_planes(spec, writer, add, operands, ("dw",), run, choice, factors, moved)
+    else:
+        run = partial(wgrad_products, width_in=k, partial=sums, tile=choice.tile)
+        add(operands, ("dw", "db"), run, moved=moved)
     if sums.splits > 1:
         add_sums(spec, writer, whole, totals, sums, sums.starts)
-    if takes_planes and db:
-        sums_of_rows = split_name("sums", 0, "columns", dz)
-        add_sums(spec, writer, sums_of_rows, (db,), Partial(info_shape(rows, n)[1], n, 0, spec.dtype))
+    if by_planes and db and dz_planes.sums:
+        add_sums(spec, writer, dz_planes.sums, (db,), Partial(sums_of_rows(dz_factor), n, 0, spec.dtype))
     return None
 
 

@@ -27,7 +27,7 @@ from ..kernels.tile_config import Problem, TileConfig
 from . import settings
 from .tables import Choice
 
-__all__ = ["Buffer", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "read_pointers"]
+__all__ = ["Buffer", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "names_in", "read_pointers"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class Step:
     problem: Problem | None = None
     tile: TileConfig | None = None
     source: str = ""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The arguments that are read."""
+        return tuple(argument for argument in self.operands if argument not in self.writes)
 
     @property
     def name(self) -> str:
@@ -195,7 +200,7 @@ class Schedule:
         self.is_aligned = is_aligned
         allocated = {name: buffer for name, buffer in buffers.items() if buffer.base is None}
         parts = {name: buffer for name, buffer in buffers.items() if buffer.base is not None}
-        by_torch = _names(operand for step in steps if step.tile is None for operand in step.operands.values())
+        by_torch = names_in(operand for step in steps if step.tile is None for operand in step.operands.values())
         viewed = [name for name in parts if name in by_torch]  # torch needs tensors; kernels need pointers only
         parts = {name: parts[name] for name in viewed} | parts
         groups = dict.fromkeys(names for step in steps for names in step.operands.values() if isinstance(names, tuple))
@@ -436,10 +441,22 @@ class Writer:
             Step(kind, layer.name, layer.label, operands, writes, run, work, problem, choice.tile, choice.source)
         )
 
+    def rewrite(self, index: int, argument: str, operand: Any) -> None:
+        """Let a step write another operand, or None, for an argument. Its work changes, if its bytes count at all."""
+        step = self.steps[index]
+        more = sum(map(self._size, names_in([operand]))) - sum(map(self._size, names_in([step.operands[argument]])))
+        work = step.work + Work(0, more) if step.work.bytes else step.work
+        self.steps[index] = replace(step, operands={**step.operands, argument: operand}, work=work)
+
+    def base(self, name: str) -> str:
+        """The name of the buffer or given tensor that the tensor `name` is a part of; `name` itself if it is whole."""
+        buffer = self.buffers.get(name)
+        return name if buffer is None or buffer.base is None else buffer.base
+
     def _bytes(self, operands: Mapping[str, Any], writes: tuple[str, ...]) -> int:
         """The bytes that are read plus the bytes that are written."""
-        read = _names(operand for name, operand in operands.items() if name not in writes)
-        written = _names(operands.get(name) for name in writes)
+        read = names_in(operand for name, operand in operands.items() if name not in writes)
+        written = names_in(operands.get(name) for name in writes)
         return sum(map(self._size, read)) + sum(map(self._size, written))
 
     def _size(self, name: str | None) -> int:
@@ -486,7 +503,7 @@ class Writer:
 
     def finish(self, *returned: str | None) -> Schedule:
         """The finished schedule. Buffers that are neither given nor returned share one allocation, the workspace."""
-        used = _names(step.operands.values() for step in self.steps) | set(returned)
+        used = names_in(step.operands.values() for step in self.steps) | set(returned)
         used |= {buffer.base for name, buffer in self.buffers.items() if name in used}
         buffers = {name: buffer for name, buffer in self.buffers.items() if name in used}
         start = 0
@@ -510,11 +527,12 @@ WORKSPACE = "workspace"
 ALIGNMENT = 512  # bytes; torch's allocator aligns to the same
 
 
-def _names(operands: Iterable[Any]) -> set[str | None]:
+def names_in(operands: Iterable[Any]) -> set[str | None]:
+    """The names of the tensors in operands, which may be names, None, or tuples of operands."""
     names: set[str | None] = set()
     for operand in operands:
         if isinstance(operand, str) or operand is None:
             names.add(operand)
         else:
-            names |= _names(operand)
+            names |= names_in(operand)
     return names

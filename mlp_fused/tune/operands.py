@@ -102,7 +102,7 @@ class Operands:
     def _schedule(self, tensors: Sequence[Any], tile: tile_config.TileConfig | None) -> Schedule:
         device = devices.device_of(tensors[0])
 
-        def choose(problem: tile_config.Problem) -> Choice:
+        def choose(problem: tile_config.Problem, written: bool) -> Choice:
             is_product = problem.kind == self.kind
             return Choice(tile if is_product else layer_tiles.choose(problem, device), "")
 

@@ -95,7 +95,7 @@ def fit(rows: Sequence[Row], device: Device) -> Rates:
             for row in table_files.fastest(rows)
         ],
     )
-    measured = [(row, row.ms) for row in rows if row.ms is not None]
+    measured = [(row, ms) for row in rows if (ms := kernel_ms(row)) is not None]
     for _ in range(ROUNDS):
         readings = []
         for row, ms in measured:
@@ -103,6 +103,14 @@ def fit(rows: Sequence[Row], device: Device) -> Rates:
             readings.append((operand_bits(row.problem), kernel_terms(row.problem, tile, device), 1e-3 * ms))
         rates = Rates(_solve("kernel", readings), torch_rates)
     return rates
+
+
+def kernel_ms(row: Row) -> float | None:
+    """Return the milliseconds of our kernel; None if none was measured, or if it multiplied planes.
+
+    Products by planes have an estimate of their own (`layer_tiles.planes_seconds`).
+    """
+    return None if row.ms == row.planes_ms else row.ms
 
 
 def _solve(side: str, readings: Iterable[tuple[str, Terms, float]]) -> dict[str, Terms]:
@@ -143,8 +151,9 @@ def judge(choices: Iterable[tuple[Row, bool]]) -> Verdict:
     """Judge choices, which are pairs (row, True if PyTorch was chosen)."""
     regrets, torch_where_better, ours_where_better = [], [], []
     for row, torch_chosen in choices:
-        assert row.ms is not None
-        ratio = row.torch_ms / row.ms
+        ms = kernel_ms(row)
+        assert ms is not None
+        ratio = row.torch_ms / ms
         regrets.append(max(1.0, ratio if torch_chosen else 1 / ratio))
         if ratio < 0.95:
             torch_where_better.append(torch_chosen)
@@ -156,7 +165,11 @@ def judge(choices: Iterable[tuple[Row, bool]]) -> Verdict:
 
 def choices(rows: Iterable[Row], device: Device, rates: Rates) -> list[tuple[Row, bool]]:
     """Return (row, True if the estimate chooses PyTorch) for each row in which a kernel was measured."""
-    return [(row, layer_tiles.why_torch(row.problem, device, rates) is not None) for row in rows if row.ms is not None]
+    return [
+        (row, layer_tiles.why_torch(row.problem, device, rates) is not None)
+        for row in rows
+        if kernel_ms(row) is not None
+    ]
 
 
 def errors(rows: Sequence[Row], device: Device, rates: Rates) -> dict[str, list[float]]:
@@ -164,9 +177,10 @@ def errors(rows: Sequence[Row], device: Device, rates: Rates) -> dict[str, list[
     relative: dict[str, list[float]] = {"kernel": [], "torch": []}
     for row in rows:
         relative["torch"].append(abs(torch_seconds(row.problem, device, rates) / (1e-3 * row.torch_ms) - 1))
-        if row.ms is not None:
+        ms = kernel_ms(row)
+        if ms is not None:
             tile = row.tile or layer_tiles.choose(row.problem, device, rates)
-            relative["kernel"].append(abs(kernel_seconds(row.problem, tile, device, rates) / (1e-3 * row.ms) - 1))
+            relative["kernel"].append(abs(kernel_seconds(row.problem, tile, device, rates) / (1e-3 * ms) - 1))
     return relative
 
 

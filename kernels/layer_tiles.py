@@ -69,7 +69,7 @@ def choose(problem: Problem, device: Device, rates: Rates = RATES) -> TileConfig
 
 
 def candidates(problem: Problem, device: Device, rates: Rates = RATES) -> tuple[TileConfig, ...]:
-    """The tiles worth measuring for a problem, the one with the least estimated time first."""
+    """The tiles worth measuring for a problem: the one with the least estimated time, the one of planes, the others."""
     return _candidates(problem, device, rates)
 
 
@@ -85,7 +85,9 @@ def _candidates(problem: Problem, device: Device, rates: Rates) -> tuple[TileCon
         for tile in _tiles(problem, device, precision, *sides)
     ]
     tiles.sort(key=lambda tile: kernel_seconds(problem, tile, device, rates))
-    return tuple(dict.fromkeys([*tiles, *_specialized(problem, device, tiles)]))
+    planes = planes_tile(problem, device)
+    planes_second = [*tiles[:1], *([] if planes is None else [planes]), *tiles[1:]]
+    return tuple(dict.fromkeys([*planes_second, *_specialized(problem, device, tiles)]))
 
 
 def planes_tile(problem: Problem, device: Device) -> TileConfig | None:
@@ -153,8 +155,7 @@ def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | N
     """The reason to leave an unmeasured product to torch; None if our kernel is expected to be faster.
 
     The kinds of products whose kernels were measured to be slower than torch are left to torch, until a newer kernel is
-    measured to be faster. One estimate overrules a measured choice: `prefers_planes`, because no table has measured
-    planes.
+    measured to be faster. `prefers_planes` overrules a measured choice if planes were not measured for the product.
     """
     if problem.kind == "output_gradient":
         return None

@@ -192,7 +192,7 @@ def write_tables(folder: Path) -> None:
         for training, path, phase in ((False, "network", "fwd"), (True, "stored", "train"))
     )
     table = table_files.Table(new.device, new.date, new.versions, gemms, networks, new.arch, new.multiprocessors)
-    table_files.write(folder / "table_schema_3.json", table)
+    table_files.write(folder / "table_schema_4.json", table)
 
 
 def git(*arguments: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from split_operands import normal, split_by_kernel
+from table_rows import H200, install, table
 from torch import Tensor
 
 from mlp_fused import FusedMLP
@@ -19,6 +20,7 @@ from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.layer_steps import choose_tile
 from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.settings import Float32, check_float32
+from mlp_fused.engine.table_files import Gemm
 from mlp_fused.explain import Plan
 from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.activations import ACTIVATIONS
@@ -27,7 +29,7 @@ from mlp_fused.kernels.estimate import torch_seconds
 from mlp_fused.kernels.language import ROWS_OF_16_ELEMENTS
 from mlp_fused.kernels.layer_backward import wgrad_sums
 from mlp_fused.kernels.planes import Form, redo_tile
-from mlp_fused.kernels.tile_config import Kind, Problem
+from mlp_fused.kernels.tile_config import Kind, Problem, TileConfig
 from mlp_fused.reference import Layer
 
 pytestmark = pytest.mark.skipif(ROWS_OF_16_ELEMENTS, reason="rows here are whole 16 bytes, not whole 16 elements")
@@ -200,6 +202,39 @@ def test_explain_names_the_form_and_counts_the_planes() -> None:
     # The backward of the second layer: the recomputed h and its planes, and those of dz, a quarter as wide.
     hidden = 8192 * 4096 * 4
     assert 2.25 * hidden <= plan.workspace_bytes <= 2.3 * hidden
+
+
+BF16X6 = TileConfig(128, 128, 32, 8, 8, 3, precision="bf16x6", descriptors=True)
+FULL = Gemm("forward", 8192, 4096, 1024, "float32", "ieee", "identity", BF16X6, 1.0, 1.2)
+WGRAD = replace(FULL, kind="wgrad", rows=16384, width_out=512, width_in=512)
+PLANES_TILE = layer_tiles.planes_tile(FULL.problem, H200)
+# A measured row, the options of the choice, and the precision of the chosen tile; None for torch.
+ROWS: dict[str, tuple[Gemm, dict[str, Any], str | None]] = {
+    "planes not measured": (FULL, {}, "fp16x3"),
+    "planes the fastest": (replace(FULL, tile=PLANES_TILE, ms=0.4, planes_ms=0.4), {}, "fp16x3"),
+    "another tile the fastest": (replace(FULL, planes_ms=1.1), {}, "bf16x6"),
+    "another tile the fastest, asked for": (replace(FULL, planes_ms=1.1), {"torch_too": False}, "bf16x6"),
+    "torch the fastest": (replace(FULL, tile=None, ms=1.3, planes_ms=1.4), {}, None),
+    "torch the fastest, planes asked for": (
+        replace(FULL, tile=None, ms=1.3, planes_ms=1.3),
+        {"torch_too": False},
+        "fp16x3",
+    ),
+    "planes forbidden": (replace(FULL, tile=PLANES_TILE, ms=0.4, planes_ms=0.4), {"float32": "ieee"}, None),
+    "split by a step": (replace(WGRAD, planes_ms=1.02), {}, "bf16x6"),
+    "split by the product before it": (replace(WGRAD, planes_ms=1.02), {"written": True}, "fp16x3"),
+}
+
+
+@pytest.mark.parametrize(("row", "options", "chosen"), ROWS.values(), ids=ROWS)
+def test_a_measured_row_decides_where_planes_were_measured(
+    row: Gemm, options: dict[str, Any], chosen: str | None, table_folder: Path
+) -> None:
+    install(user=table(row))
+    choice = choose_tile(row.problem, **{"device": H200, "torch_too": True, **options})
+    assert (choice.tile and choice.tile.precision) == chosen
+    measured = row.planes_ms is not None and options.get("float32") != "ieee"
+    assert ("measured" in choice.source) == measured
 
 
 def test_auto_counts_planes_that_a_product_writes_as_cheaper() -> None:

@@ -17,10 +17,8 @@ from mlp_fused.engine.table_files import Gemm, Network
 from mlp_fused.kernels import layer_tiles, sources
 
 FP32 = dataclasses.replace(FORWARD, dtype="float32", tile=dataclasses.replace(TILE, precision="bf16x6"))
-# Kernels without rows: no table has measured planes, and a pointwise kernel is part of a product by torch.
-UNMEASURED = {
-    "pointwise_kernel", "split_kernel", "forward_by_planes_kernel", "dgrad_by_planes_kernel", "wgrad_by_planes_kernel",
-}  # fmt: skip
+BY_PLANES = dataclasses.replace(FP32, tile=dataclasses.replace(TILE, precision="fp16x3"), planes_ms=1.0)
+UNMEASURED = {"pointwise_kernel"}  # a kernel without rows: it is part of a product by torch
 
 
 def test_rows_with_different_kernels_have_different_digests() -> None:
@@ -30,6 +28,8 @@ def test_rows_with_different_kernels_have_different_digests() -> None:
         "dgrad": current_digest(dataclasses.replace(FORWARD, kind="dgrad")),
         "wgrad": current_digest(dataclasses.replace(FORWARD, kind="wgrad", activation="identity")),
         "bf16x6": current_digest(FP32),
+        "bf16x6, faster than planes": current_digest(dataclasses.replace(FP32, planes_ms=1.0)),
+        "planes": current_digest(BY_PLANES),
         "training": current_digest(NARROW),
         "inference": current_digest(dataclasses.replace(NARROW, training=False)),
     }
@@ -64,10 +64,12 @@ def test_every_kernel_belongs_to_some_row() -> None:
     """A new kernel in a module belongs to the rows of that module automatically."""
     every = {name for _, name in sources.kernels_in("*")}
     products = {name for kernels in row_kernels.PRODUCTS.values() for _, name in kernels}
+    by_planes = {name for kernels in row_kernels.BY_PLANES.values() for _, name in kernels}
     networks = {name for module in row_kernels.TRAINING for _, name in sources.kernels_in(module)}
     assert {"network_forward_kernel", "network_dgrad_kernel", "dgrad_kernel"} <= networks
     assert products <= networks
-    assert every - networks <= UNMEASURED
+    assert every - networks - by_planes <= UNMEASURED
+    assert len(by_planes) == 5
 
 
 def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(

@@ -32,6 +32,8 @@ MILLISECONDS = st.floats(1e-6, 1e6)
 WIDTH = st.integers(1, 2**20)
 KERNEL = st.none() | st.just("0123456789abcdef")
 POWERS = st.sampled_from([16, 32, 64, 128, 256])
+# The precisions of fp32 tiles, by PyTorch's setting.
+PRECISIONS = {("float32", "ieee"): ("ieee", "bf16x6", "fp16x3"), ("float32", "tf32"): ("tf32", "fp16x1")}
 
 
 @st.composite
@@ -42,7 +44,7 @@ def gemms(draw: st.DrawFn) -> Gemm:
     tile = TileConfig(
         draw(POWERS), draw(POWERS), draw(POWERS), draw(st.integers(1, 16)), draw(st.sampled_from([1, 2, 4, 8, 16])),
         draw(st.integers(1, 6)), draw(st.integers(1, 200)) if kind == "wgrad" else 1, draw(st.integers(0, 500)),
-        "bf16x6" if (dtype, precision) == ("float32", "ieee") and draw(st.booleans()) else precision,
+        draw(st.sampled_from(PRECISIONS.get((dtype, precision), (precision,)))),
         draw(st.booleans()), 1, kind == "dgrad" and draw(st.booleans()), draw(st.booleans()),
     )  # fmt: skip
     tile = draw(st.sampled_from([tile, None]))  # type: ignore[assignment]
@@ -50,8 +52,9 @@ def gemms(draw: st.DrawFn) -> Gemm:
     activation = draw(st.sampled_from([None, "identity", "relu", "gelu"]))
     times = ms, draw(MILLISECONDS)
     return Gemm(
-        kind, draw(WIDTH), draw(WIDTH), draw(WIDTH), dtype, precision, activation, tile, *times, kernel=draw(KERNEL)
-    )
+        kind, draw(WIDTH), draw(WIDTH), draw(WIDTH), dtype, precision, activation, tile, *times, kernel=draw(KERNEL),
+        planes_ms=draw(st.none() | MILLISECONDS) if dtype == "float32" else None,
+    )  # fmt: skip
 
 
 @st.composite
@@ -118,8 +121,8 @@ def test_an_unreadable_table_is_not_written(tmp_path: Path) -> None:
 
 # Changes to the content of a good file, and a regular expression for the error of each.
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "schema": (lambda t: t.update(schema=4), "schema is 4; it needs to be one of 1, 2, 3"),
-    "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be one of 1, 2, 3"),
+    "schema": (lambda t: t.update(schema=5), "schema is 5; it needs to be one of 1, 2, 3, 4"),
+    "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be one of 1, 2, 3, 4"),
     "no gemms": (lambda t: t.pop("gemms"), r"gemms is \[\], which"),
     "arch": (lambda t: t.update(arch=9.0), r"arch is 9\.0, which"),
     "multiprocessors": (lambda t: t.update(multiprocessors=0), "multiprocessors is 0, which"),
@@ -159,6 +162,9 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "stages": (lambda t: tile(t, num_stages=2.0), r"tile\.num_stages is 2\.0, which"),
     "split": (lambda t: tile(t, split=2), r"tile\.split is 2, which"),
     "programs": (lambda t: tile(t, programs=-1), r"tile\.programs is -1, which"),
+    "planes": (lambda t: gemm(t, planes_ms=0.1), r"gemms\[0\]\.planes_ms is 0\.1, which"),
+    "no planes": (lambda t: gemm(t, dtype="float32", planes_ms=0), r"gemms\[0\]\.planes_ms is 0, which"),
+    "planes of 16 bits": (lambda t: tile(t, precision="fp16x3"), r'tile\.precision is "fp16x3", which'),
     "tile precision": (lambda t: tile(t, precision="bf16x6"), r'tile\.precision is "bf16x6", which'),
     "descriptors": (lambda t: tile(t, descriptors=1), r"tile\.descriptors is 1, which"),
     "early": (lambda t: tile(t, early=True), r"tile\.early is true, which"),
@@ -322,7 +328,7 @@ def test_rows_of_schema_1_are_used_for_activations_without_a_row(table_folder: P
     install(table(FORWARD, unnamed))
     assert tables.tile_for(problem(), H200) == TILE
     assert tables.tile_for(problem(activation="gelu"), H200) == OTHER
-    table_files.write(table_folder / "new.json", old)  # written as schema 3, with unknown activations
+    table_files.write(table_folder / "new.json", old)  # written as schema 4, with unknown activations
     assert table_files.read(table_folder / "new.json") == old
 
 

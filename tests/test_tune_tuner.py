@@ -37,7 +37,9 @@ from mlp_fused.engine.recognize import resolve
 from mlp_fused.engine.row_kernels import is_outdated
 from mlp_fused.environment import DISTORTING
 from mlp_fused.errors import UserError
-from mlp_fused.kernels.devices import INTERPRETED_DEVICE
+from mlp_fused.kernels import layer_tiles
+from mlp_fused.kernels.devices import INTERPRETED_DEVICE, Device
+from mlp_fused.kernels.tile_config import Problem, TileConfig
 from mlp_fused.tune import tuner
 from mlp_fused.tune.config import Config
 from mlp_fused.tune.operands import Operands
@@ -66,6 +68,28 @@ def test_the_fastest_tile_is_found_and_used(clock: Clock, table_folder: Path) ->
     assert "forward 6 -> 5, relu, 8 rows, float32    3.0000   1.0000   3.00  16x16x16, 2 warps, 1 stages" in messages
     assert "our kernels are faster in 6 of 6 problems; the worst ratio is 3.00, of " in messages
     assert messages.endswith(f"measured 6 of 6 problems; the table is {path()}")
+
+
+def test_planes_are_measured_with_the_split_of_their_operands(clock: Clock, table_folder: Path) -> None:
+    """The table says how long planes took, also where another tile was faster."""
+    config = Config(dims=((256, 256),), batch=(256,), dtype=("fp32",))
+    planes: set[TileConfig] = set()
+
+    def candidates(problem: Problem, device: Device) -> tuple[TileConfig, ...]:
+        _, by_planes, *_ = layer_tiles.candidates(problem, device)
+        planes.add(by_planes)
+        clock.seconds[by_planes] = {"forward": 0.5e-3, "dgrad": 4e-3, "wgrad": 1.5e-3}[problem.kind]
+        return by_planes, FAST
+
+    table, _ = run(clock, config, candidates=candidates)
+    assert {tile.precision for tile in planes} == {"fp16x3"}
+    assert {row.kind: (row.tile in planes, row.ms, row.planes_ms) for row in table.gemms} == {
+        "forward": (True, pytest.approx(0.5), pytest.approx(0.5)),
+        "dgrad": (False, pytest.approx(1.0), pytest.approx(4.0)),
+        "wgrad": (False, pytest.approx(1.0), pytest.approx(1.5)),
+    }
+    assert not any(map(is_outdated, table.rows))
+    assert table_files.read(path()) == table
 
 
 def test_torch_is_written_as_a_tile_of_none(clock: Clock, table_folder: Path) -> None:

@@ -34,9 +34,10 @@ from ..kernels.layer_forward import layer_forward, pointwise
 from ..kernels.partial_sums import Partial, sum_partials, sum_tile
 from ..kernels.plane_products import dgrad_by_planes, forward_by_planes, wgrad_by_planes
 from ..kernels.planes import PLANES, SPLIT, Form, info_shape, planes_shape, redo_tile, split
-from ..kernels.tile_config import Kind, Problem
+from ..kernels.tile_config import Kind, Problem, TileConfig
 from . import settings, tables
 from .schedule import Layers, Schedule, Writer, names_in
+from .table_files import Gemm
 from .torch_products import cast_by_torch, dgrad_by_torch, linear_by_torch, linear_relu_by_torch, wgrad_by_torch
 
 if TYPE_CHECKING:
@@ -90,15 +91,39 @@ def choose_tile(
     """
     if problem.kind == "output_gradient":
         return tables.Choice(layer_tiles.choose(problem, device), "")
-    planes = layer_tiles.planes_tile(problem, device) if float32 == "auto" else None
-    if planes is not None and not torch_too:
-        return tables.Choice(planes, "asked for")
-    if planes is not None and layer_tiles.prefers_planes(problem, planes, device, written=written):
-        return tables.Choice(planes, "estimated")
     choice = tables.choice_for(problem, device)
-    if choice.tile is None and not torch_too:
+    planes = layer_tiles.planes_tile(problem, device) if float32 == "auto" else None
+    source = None if planes is None else _why_planes(problem, planes, choice.row, written, device, torch_too)
+    if source is not None:
+        return tables.Choice(planes, source)
+    tile, source = choice.tile, choice.source
+    if tile is not None and tile.precision in PLANES:  # measured, but the user's setting or the batch rules it out
+        reason = layer_tiles.why_torch(problem, device)
+        tile, source = (layer_tiles.choose(problem, device), "estimated") if reason is None else (None, reason)
+    if tile is None and not torch_too:
         return tables.Choice(layer_tiles.choose(problem, device), "asked for")
-    return choice
+    return tables.Choice(tile, source)
+
+
+def _why_planes(
+    problem: Problem, tile: TileConfig, row: Gemm | None, written: bool, device: Device, torch_too: bool
+) -> str | None:
+    """The reason to multiply by planes; None if another choice is expected to be faster.
+
+    `row` is a measurement of the product. It counts the split of both operands. If the planes of the first one are
+    `written` by another product, the estimated saving is subtracted.
+    """
+    if row is None or row.planes_ms is None:
+        if not torch_too:
+            return "asked for"
+        return "estimated" if layer_tiles.prefers_planes(problem, tile, device, written=written) else None
+    other_ms = row.torch_ms if row.tile is None and torch_too else row.ms
+    planes_ms = row.planes_ms
+    if written:
+        with_splits, without = (layer_tiles.planes_seconds(problem, tile, device, by) for by in (False, True))
+        planes_ms -= 1e3 * (with_splits - without)
+    is_fastest = other_ms is None or planes_ms <= other_ms
+    return f"measured on {device.name}" if is_fastest else None
 
 
 @dataclass(frozen=True)

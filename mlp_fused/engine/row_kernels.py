@@ -1,6 +1,7 @@
 """Digests of the kernels that a row of a measured table is about.
 
-forward, dgrad, wgrad   the product's kernel, the activation's functions in its epilogue, the sum of partial sums
+forward, dgrad, wgrad   the product's kernel, the activation's functions in its epilogue, the sum of partial sums; if
+                        planes were measured, also the kernels that split operands and multiply planes
 networks                every kernel of the network path and of the layer path, which the row compares (for inference,
                         only those of the forward); the activation; and the rule that chooses a network kernel's tile,
                         because such a row has no tile
@@ -17,6 +18,7 @@ from typing import TypeVar
 
 from ..kernels import sources
 from ..kernels.activations import ACTIVATIONS
+from ..kernels.planes import PLANES
 from ..kernels.sources import Source, source
 from .table_files import Gemm, Network
 
@@ -29,11 +31,15 @@ PRODUCTS = {
     "dgrad": (source("layer_backward", "dgrad_kernel"),),
     "wgrad": (source("layer_backward", "wgrad_kernel"), source("partial_sums", "sum_partials_kernel")),
 }
+BY_PLANES = {
+    kind: (source("plane_products", f"{kind}_by_planes_kernel"), source("planes", "split_kernel"), *sums)
+    for kind, (_, *sums) in PRODUCTS.items()
+}
 DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # True if the epilogue has a derivative; None: no activation
 INFERENCE = ("network_forward", "layer_forward")  # modules
 TRAINING = ("network*", "layer_*", "partial_sums")  # patterns, so that a new module is included automatically
-# Every PRECISION of a product in a table. No row was measured with "fp16x3", "fp16x1" or "redo".
-MEASURED = frozenset({"ieee", "tf32", "bf16x6"})
+# The possible values of PRECISION in a product that is not by planes.
+WHOLE = frozenset({"ieee", "tf32", "bf16x6"})
 TILES = (source("network_tiles", "network_tile"), source("network_tiles", "network_wgrad_tile"))
 
 
@@ -42,20 +48,21 @@ def current_digest(row: Gemm | Network) -> str:
     if isinstance(row, Network):
         return _digest_of_network(row.training, row.activation, row.dtype)
     precision = None if row.tile is None else row.tile.precision
-    return _digest_of_product(row.kind, row.activation, row.dtype, precision)
+    return _digest_of_product(row.kind, row.activation, row.dtype, precision, row.planes_ms is not None)
 
 
 @functools.lru_cache(maxsize=256)
-def _digest_of_product(kind: str, activation: str | None, dtype: str, precision: str | None) -> str:
+def _digest_of_product(kind: str, activation: str | None, dtype: str, precision: str | None, by_planes: bool) -> str:
     derives = DERIVES[kind]
     functions = () if derives is None else _activation(activation, derives)
-    return sources.digest((*PRODUCTS[kind], *functions), _known(dtype, precision))
+    kernels = (() if precision in PLANES else PRODUCTS[kind]) + (BY_PLANES[kind] if by_planes else ())
+    return sources.digest((*kernels, *functions), _known(dtype, precision, by_planes))
 
 
 @functools.lru_cache(maxsize=256)
 def _digest_of_network(training: bool, activation: str, dtype: str) -> str:
     kernels = [kernel for modules in (TRAINING if training else INFERENCE) for kernel in sources.kernels_in(modules)]
-    known = {} if dtype == "float32" else _known(dtype, None)
+    known = {} if dtype == "float32" else _known(dtype, None, False)
     return sources.digest((*kernels, *TILES, *_activation(activation, training)), known)
 
 
@@ -67,7 +74,7 @@ def _activation(name: str | None, derives: bool) -> tuple[Source | None, ...]:
     return tuple(map(sources.find_source, functions))
 
 
-def _known(dtype: str, precision: str | None) -> dict[str, object]:
+def _known(dtype: str, precision: str | None, by_planes: bool) -> dict[str, object]:
     """The known constants of a row's kernels: their PRECISION, or the values that it may have.
 
     In bf16x6, `dot` calls itself for the parts with PRECISION "ieee". A row without a tile does not say how fp32 was
@@ -75,7 +82,10 @@ def _known(dtype: str, precision: str | None) -> dict[str, object]:
     """
     if dtype != "float32":
         return {"PRECISION": "ieee"}
-    return {"PRECISION": MEASURED if precision in (None, "bf16x6") else precision}
+    values = WHOLE if precision in (None, "bf16x6") else frozenset({precision})
+    if by_planes:
+        values |= {*PLANES, "redo"}
+    return {"PRECISION": values if len(values) > 1 else precision}
 
 
 def stamped(row: Row) -> Row:

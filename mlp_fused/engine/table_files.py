@@ -2,11 +2,12 @@
 
 A file is one JSON object, one row a line:
 
-    {"schema": 3, "device": "NVIDIA H200", "arch": 90, "multiprocessors": 132, "date": "2026-01-31T12:00:00+00:00",
+    {"schema": 4, "device": "NVIDIA H200", "arch": 90, "multiprocessors": 132, "date": "2026-01-31T12:00:00+00:00",
      "versions": {"mlp_fused", "python", "torch", "triton", "cuda" or "hip", "driver": each a text},
      "gemms": [
       {"kind": "forward", "rows": 8192, "width_out": 4096, "width_in": 1024, "dtype": "bfloat16", "precision": "ieee",
-       "activation": "gelu", "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13, "kernel": "0f1e…"}, …],
+       "activation": "gelu", "tile": {"block_m": 128, …}, "ms": 0.12, "torch_ms": 0.13, "kernel": "0f1e…",
+       "planes_ms": null}, …],
      "networks": [
       {"widths": [64, 64, 64], "rows": 1048576, "dtype": "float16", "precision": "ieee", "activation": "relu",
        "training": true, "path": "recompute", "ms": {"recompute": 1.1, "stored": 1.4, "layer": 2.0, "torch": 3.0},
@@ -21,6 +22,8 @@ precision   the way float32 is multiplied: "ieee" or "tf32"; always "ieee" for t
 tile        the fields of `TileConfig` that differ from their defaults; null if torch's own product is faster
 ms          milliseconds of our fastest tile, null if none ran; for a network, milliseconds of each measured path
 torch_ms    milliseconds of torch's product
+planes_ms   milliseconds of the product by fp16 planes and of the split of its operands; null if it was not measured,
+            as in files of schema 1 to 3
 path        the fastest path: "recompute", "stored", "layer" or "torch" in training, "network", "layer" or "torch" in
             inference
 kernel      the digest of the sources of the measured kernels (row_kernels.py); null in files of schema 1 and 2
@@ -51,8 +54,8 @@ from ..kernels.tile_config import Problem, TileConfig
 
 __all__ = ["Gemm", "Network", "Table", "fastest", "read", "row_key", "write"]
 
-SCHEMA = 3
-READABLE = (1, 2, 3)
+SCHEMA = 4
+READABLE = (1, 2, 3, 4)
 KINDS = ("forward", "dgrad", "wgrad")
 TRAINING_PATHS = ("recompute", "stored", "layer", "torch")
 INFERENCE_PATHS = ("network", "layer", "torch")
@@ -70,6 +73,7 @@ class Gemm:
         torch_ms: milliseconds of torch's product.
         activation: the name of the activation in the epilogue; None in a row of schema 1, which has no names.
         kernel: the digest of the kernel's source.
+        planes_ms: milliseconds of the product by planes, with the split of its operands; None if it was not measured.
     """
 
     kind: str
@@ -83,6 +87,7 @@ class Gemm:
     ms: float | None
     torch_ms: float
     kernel: str | None = None
+    planes_ms: float | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -161,13 +166,15 @@ def row_key(row: Gemm | Network, table: Table) -> tuple[Any, ...]:
 def fastest(readings: Iterable[Gemm]) -> tuple[Gemm, ...]:
     """The rows of a table, made from readings: for each product the fastest tile, or torch."""
     best: dict[tuple[Any, ...], Gemm] = {}
+    planes_ms: dict[tuple[Any, ...], float | None] = {}
     for row in readings:
+        planes_ms[row.key] = planes_ms.get(row.key) or row.planes_ms
         other = best.get(row.key)
         if other is None or (row.ms is not None and (other.ms is None or row.ms < other.ms)):
             best[row.key] = row
+    rows = [dataclasses.replace(row, planes_ms=planes_ms[key]) for key, row in best.items()]
     return tuple(
-        dataclasses.replace(row, tile=None) if row.ms is not None and row.ms >= row.torch_ms else row
-        for row in best.values()
+        dataclasses.replace(row, tile=None) if row.ms is not None and row.ms >= row.torch_ms else row for row in rows
     )
 
 
@@ -276,12 +283,13 @@ def _gemm(place: str, value: Any, schema: int) -> Gemm:
         activation=row.activation is None or _is_text(row.activation),
         ms=_is_milliseconds(row.ms) or (row.tile is None and row.ms is None),
         torch_ms=_is_milliseconds(row.torch_ms),
+        planes_ms=row.planes_ms is None or (row.dtype == "float32" and _is_milliseconds(row.planes_ms)),
         **_valid_shared_fields(row),
     )
     if row.tile is None:
         return row
     tile, place = _construct(TileConfig, f"{place}.tile", row.tile, DEFAULTS), f"{place}.tile"
-    bf16x6 = (row.dtype, row.precision, tile.precision) == ("float32", "ieee", "bf16x6")
+    splits = {"ieee": ("bf16x6", "fp16x3"), "tf32": ("fp16x1",)} if row.dtype == "float32" else {}
     _check(
         place,
         tile,
@@ -291,7 +299,7 @@ def _gemm(place: str, value: Any, schema: int) -> Gemm:
         num_stages=_is_count(tile.num_stages, 1, 8),
         split=_is_count(tile.split, 1, 2**16 if row.kind == "wgrad" else 1),
         programs=_is_count(tile.programs, 0, 2**20),
-        precision=bf16x6 or tile.precision == row.precision,
+        precision=tile.precision in (row.precision, *splits.get(row.precision, ())),
         parts=_is_power(tile.parts, 1, 4),
         descriptors=type(tile.descriptors) is bool,
         early=type(tile.early) is bool and (row.kind == "dgrad" or not tile.early),

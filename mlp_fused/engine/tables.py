@@ -8,7 +8,7 @@ the device's name):
 3. The packaged table of a related GPU.
 4. The estimate (layer_tiles.py), which has an answer for every problem.
 
-Tables have no rows for products of fp16 planes. `layer_steps.choose_tile` estimates these before it reads a table.
+A product by fp16 planes competes with the measured choice: see `layer_steps.choose_tile`.
 
 `table_files.py` has the format of a table.
 
@@ -38,7 +38,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,10 +68,14 @@ WITH_OLDER = "with an older kernel"
 
 @dataclass(frozen=True)
 class Choice:
-    """A tile for a product, or None for torch's own product, and the source of this choice."""
+    """A tile for a product, or None for torch's own product, and the source of this choice.
+
+    `row` is the row of this device's table that the choice comes from; None if it comes from elsewhere.
+    """
 
     tile: TileConfig | None
     source: str
+    row: Gemm | None = field(default=None, compare=False)
 
 
 Row = TypeVar("Row", Gemm, Network)
@@ -90,7 +94,7 @@ def choice_for(problem: Problem, device: Device) -> Choice:
     """
     for table in measured(device):
         if row := _row_for(problem, table, device):
-            return Choice(row.tile, f"measured on {table.device}{_with(row)}")
+            return Choice(row.tile, f"measured on {table.device}{_with(row)}", row)
     reason = layer_tiles.why_torch(problem, device)
     for table in related(device):
         if row := _row_for(problem, table, device):

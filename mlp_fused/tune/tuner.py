@@ -38,6 +38,7 @@ from ..environment import distorted, versions
 from ..errors import UserError, first_line
 from ..kernels import devices, layer_tiles, tile_config
 from ..kernels.language import driver
+from ..kernels.planes import PLANES
 from ..progress import progress
 from ..timing import Timed, between_events
 from .compile_ahead import PathWork, TileWork, compile_ahead
@@ -220,7 +221,8 @@ class Tuner:
             run = functools.partial(operands.by_kernel, tile=tile)
             if self._is_right(name, functools.partial(operands.written, run), expected, bound):
                 ms = self._milliseconds(name, operands.turns(run))
-                readings.append(stamped(table_files.Gemm(*product.key, tile, ms, torch_ms)))
+                planes_ms = ms if tile.precision in PLANES else None
+                readings.append(stamped(table_files.Gemm(*product.key, tile, ms, torch_ms, planes_ms=planes_ms)))
         readings = readings or [stamped(table_files.Gemm(*product.key, None, None, torch_ms))]
         self.readings += readings
         (row,) = table_files.fastest(readings)

@@ -350,5 +350,6 @@ def test_debugging_checks_results_after_redo_alone(monkeypatch: pytest.MonkeyPat
     y = run_layers(x, [layers[0].weight], [None], find_layers(x, layers, torch.float32, "triton"))
     assert y.equal(torch.full((256, 256), 256.0))
     x[0, 0] = torch.inf
+    layers = 3 * layers
     with pytest.raises(FloatingPointError, match=r"layer 0 \(relu\), redo: 256 of 65536 elements of h are NaN or inf"):
-        run_layers(x, [layers[0].weight], [None], find_layers(x, layers, torch.float32, "triton"))
+        run_layers(x, [layer.weight for layer in layers], [None] * 3, find_layers(x, layers, torch.float32, "triton"))

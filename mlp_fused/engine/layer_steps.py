@@ -346,7 +346,12 @@ def sums_of_rows(factor: Factor) -> int:
 
 
 def drop_unread(writer: Writer, *returned: str | None) -> None:
-    """Write results as planes alone if no step reads them in fp32 and they are not returned."""
+    """Write results as planes alone if no step reads them in fp32 and they are not returned.
+
+    With MLP_FUSED_DEBUG they stay in fp32 too, because its checks cannot read planes.
+    """
+    if settings.DEBUG:
+        return
     read = {name for step in writer.steps for name in names_in(step.operands[key] for key in step.reads)}
     for index, step in enumerate(writer.steps):
         for (result, _), written in SPLIT_RESULTS.items():

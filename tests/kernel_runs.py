@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import pytest
 import torch
 from cases import SEED, Case, Data, gradients, through_torch
@@ -46,3 +48,20 @@ def by_torch(case: Case, data: Data) -> dict[str, Tensor]:
 
 def case_id(value: object) -> str:
     return value.id if isinstance(value, Case) else str(value)
+
+
+def saved_bytes(call: Callable[[], object], parameters: Iterable[Tensor | None]) -> int:
+    """The bytes that a call saves for backward, without the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters if parameter is not None}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call()
+    del y
+    return sum(sizes.values())

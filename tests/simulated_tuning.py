@@ -23,6 +23,10 @@ DIMS = Config(dims=((6, 5, 4),), batch=(8,), dtype=("fp32",))
 PRODUCTS = len(products(DIMS.workloads[0]))
 
 
+class KilledError(BaseException):
+    """A stand-in for a kill, which no code can handle."""
+
+
 class Clock:
     """A clock that runs each call once, and returns a made-up time for the tile or path that it ran."""
 

@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 from cases import factors, philox
+from kernel_runs import saved_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -361,23 +362,6 @@ def test_a_gradient_that_is_differentiated_or_batched_has_the_same_mask(name: st
         torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-3)
 
 
-def saved_bytes(call: Callable[[], object], parameters: list[Tensor]) -> int:
-    """The bytes that a call saves for backward, without the parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call()
-    del y
-    return sum(sizes.values())
-
-
 @pytest.mark.parametrize("activation", NAMES)
 def test_dropout_saves_only_the_seed(activation: str, path: str, device: str) -> None:
     """No mask is saved, only one tensor per layer as without Dropout. torch saves one more byte per element."""
@@ -387,7 +371,7 @@ def test_dropout_saves_only_the_seed(activation: str, path: str, device: str) ->
         widths = [16, 16 if path == "network" else 320]
         model = FusedMLP(16, widths, activation_layer=activation, dropout=p, backend="triton").to(device)
         x = torch.randn(64, 16, device=device)
-        sizes[p] = saved_bytes(lambda model=model, x=x: model(x), list(model.parameters()))
+        sizes[p] = saved_bytes(lambda model=model, x=x: model(x), model.parameters())
         assert model.explain(64).saved_bytes == sizes[p]
     assert sizes[0.5] == sizes[0.0] + 8
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from cases import Case, Data, check, gradients, make, oracle
-from kernel_runs import PATHS, by_torch, forward
+from kernel_runs import PATHS, by_torch, forward, saved_bytes
 from torch import Tensor
 
 from mlp_fused import mlp, reference
@@ -82,7 +81,7 @@ def test_tensors_saved_by_a_network(activation: str, device: str) -> None:
     case = Case(64, (32, 48, 16, 8), torch.bfloat16, activation=activation)
     data = make(case, device)
     for recompute, width in ((True, 32), (False, 32 + 48 + 16)):
-        assert saved_bytes(data, partial(forward, case, data, "network", recompute)) == 64 * width * 2
+        assert saved_bytes(partial(forward, case, data, "network", recompute), parameters(data)) == 64 * width * 2
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids="recompute={}".format)
@@ -96,27 +95,13 @@ def test_recompute_decides_what_is_saved(recompute: bool, device: str) -> None:
         def call(data: Data = data, y: list[Tensor] = y) -> None:
             y.append(mlp(data.x, data.weights, data.biases, "gelu", backend="triton", recompute=recompute))
 
-        size = saved_bytes(data, call)
+        size = saved_bytes(call, parameters(data))
         assert size == 33 * 4 * (widths[0] if recompute else sum(widths[:-1]))
         check(case, oracle(case, data), gradients(data, y[0]), by_torch(case, twin))
 
 
-def saved_bytes(data: Data, call: Callable[[], object]) -> int:
-    """The bytes that a call saves for backward, without the parameters."""
-    tensors = (*data.weights, *(bias for bias in data.biases if bias is not None))
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call()
-    del y
-    return sum(sizes.values())
+def parameters(data: Data) -> list[Tensor | None]:
+    return [*data.weights, *data.biases]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -125,7 +110,7 @@ def saved_bytes(data: Data, call: Callable[[], object]) -> int:
 def test_one_tensor_is_saved_per_layer(activation: str, needs: str, path: str, device: str) -> None:
     case = Case(64, (32, 48, 16, 8), activation=activation, needs=needs)
     data = make(case, device)
-    size = saved_bytes(data, lambda: forward(case, data, path))
+    size = saved_bytes(lambda: forward(case, data, path), parameters(data))
     x, hidden = 32, [48, 16]
     widths = {
         "everything": x + sum(hidden), "parameters": x + sum(hidden), "input": sum(hidden),
@@ -139,16 +124,23 @@ def test_saved_bytes_compared_with_torch(activation: str, most: float, device: s
     """A network like the middle one of the benches, with four layers as wide as the input."""
     case = Case(16, (32,) * 5, torch.bfloat16, activation, needs="parameters")
     data, twin = make(case, device), make(case, device)
-    ours = saved_bytes(data, partial(forward, case, data, "layer"))
-    torchs = saved_bytes(twin, lambda: reference.mlp(twin.x, twin.weights, twin.biases, case.activations))
+    ours = saved_bytes(partial(forward, case, data, "layer"), parameters(data))
+    by_reference = partial(reference.mlp, twin.x, twin.weights, twin.biases, case.activations)
+    torchs = saved_bytes(by_reference, parameters(twin))
     assert 0 < ours <= most * torchs
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("activation", "most"), [("gelu", 0.58), ("relu", 1.0)])
-def test_memory_held_between_forward_and_backward(activation: str, most: float, device: str) -> None:
-    """Read the allocator's count. The output is not counted, for ours and for torch."""
-    case = Case(4096, (512,) * 5, torch.bfloat16, activation, needs="parameters")
+def test_memory_held_between_forward_and_backward(
+    activation: str, most: float, dtype: torch.dtype, device: str
+) -> None:
+    """Read the allocator's count. The output is not counted, for ours and for torch.
+
+    On Hopper, products of float32 read planes. They are not held.
+    """
+    case = Case(4096, (512,) * 5, dtype, activation, needs="parameters")
     data = make(case, device)
     held = []
     for call in (
@@ -159,8 +151,6 @@ def test_memory_held_between_forward_and_backward(activation: str, most: float, 
         before = torch.cuda.memory_allocated() - data.x.nbytes  # both save the input
         y = call()
         held.append(torch.cuda.memory_allocated() - before - y.nbytes)
-        peak = torch.cuda.max_memory_allocated()
-        assert peak >= torch.cuda.memory_allocated()
         del y
     assert held[0] <= most * held[1]
 

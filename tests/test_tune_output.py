@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from simulated_tuning import BROKEN, DIMS, FAST, PRODUCTS, SLOW, Clock, only, path, run, tuning_clock
+from simulated_tuning import BROKEN, DIMS, FAST, PRODUCTS, SLOW, Clock, KilledError, only, path, run, tuning_clock
 from table_rows import FORWARD, NARROW, OTHER, TILE, install, problem, table
 
 from bench import fit
@@ -126,9 +126,6 @@ def test_readings_are_written_completely_or_not_at_all(
 
 def test_readings_survive_a_killed_process(clock: Clock, config: Config) -> None:
     """The readings of the last seconds may be lost, because a long file is written rarely."""
-
-    class KilledError(BaseException):
-        """A stand-in for a kill, which no code can handle."""
 
     clock.reading_seconds = output.READINGS_EVERY / 4
 

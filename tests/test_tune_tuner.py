@@ -23,6 +23,7 @@ from simulated_tuning import (
     SLOW,
     WRONG,
     Clock,
+    KilledError,
     TracedPasses,
     only,
     path,
@@ -178,9 +179,6 @@ def test_an_interruption_writes_the_readings(clock: Clock, table_folder: Path) -
 
 
 def test_rows_survive_a_killed_process(clock: Clock, table_folder: Path) -> None:
-    class KilledError(BaseException):
-        """A stand-in for a kill, which no code can handle."""
-
     def killed(call: Callable[[], object]) -> float:
         if len(clock.timed) == 7:
             raise KilledError

@@ -513,10 +513,10 @@ def _paragraph(text: str) -> list[str]:
 
 
 def _measured_with(content: Record) -> str:
-    """Return the GPU, the date, the commit, the versions and the page of all readings, in words."""
+    """Return the GPU, the date, the commit and a later change, the versions and the page of all readings, in words."""
     origin, versions = content["origin"], content["origin"]["versions"]
     other = f", tiny-cuda-nn {versions['tinycudann']}" if "tinycudann" in versions else ""
-    changed = f" with {origin['changed']}" if "changed" in origin else ""
+    changed = f" and a later change ({origin['changed']})" if "changed" in origin else ""
     return (
         f"{origin['gpu']}, {origin['date']}, commit {origin['commit']}{changed}, torch {versions['torch']}, "
         f"Triton {versions['triton']}{other} ([readings]({FOLDER}/{slug(content)}.md))"
@@ -527,12 +527,12 @@ def _how_to_read_the_figure(content: Record) -> str:
     copy_rate = content["ceilings"]["memory_gbps"] / 1e3
     return (
         f"Vertical bars: the most rows a second that the memory allows, at the {copy_rate:.2f} TB/s of a large copy. "
-        "In training, the comparison with tiny-cuda-nn includes the gradient of x; the comparison with eager does not."
+        "In training, only the comparison with tiny-cuda-nn includes the gradient of x."
     )
 
 
 def _explanation(shown: Mapping[str, Mapping[str, Record]]) -> str:
-    """Return the sentences on how to read the table. They name the calls that are not faster in a loop."""
+    """Return the sentences on how to read the table. They name the calls that are not 1 % faster in a loop."""
     loops = [
         f"{shape(phases['inference'])}, {rows(phases['inference'])}, {', '.join(slower)}"
         for phases in shown.values()
@@ -543,7 +543,7 @@ def _explanation(shown: Mapping[str, Mapping[str, Record]]) -> str:
         "divided by ours: below 1x, our kernels are slower. Python overhead comes on top. "
     )
     return text + (
-        "Timed in a loop, Python overhead included, these calls are not faster than eager's (ours / eager, in ms): "
+        "With it, timed in a loop, these calls are slower than eager's, or less than 1 % faster (ours / eager, in ms): "
         f"{'; '.join(loops)}."
         if loops
         else ""

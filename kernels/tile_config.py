@@ -108,7 +108,7 @@ def on_fma_units(problem: Problem, precision: str) -> bool:
 def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
     """The most bytes of shared memory that a layer kernel uses: operands in flight, and tensors of the epilogue."""
     operands = (tile.block_m + tile.block_n) * tile.block_k
-    used = tile.num_stages * operands * problem.dtype.itemsize
+    used = tile.num_stages * operands * (2 if tile.precision == "fp16x1" else problem.dtype.itemsize)
     # Blackwell's tf32 products need operands that are contiguous along the reduction, and transpose the others.
     if tile.precision == "tf32" and device.arch in BLACKWELL:
         transposed = {"forward": 0, "dgrad": tile.block_n, "wgrad": tile.block_m + tile.block_n}[problem.kind]

@@ -77,6 +77,10 @@ class Compilation:
         return "-".join(words).replace(" ", "")
 
 
+# The networks that are compiled without dx by default.
+WITHOUT_DX = [((16, 64, 64, 16), "relu"), ((16, 64, 64, 16), "gelu"), ((64,) * 5, "relu"), ((128,) * 5, "relu")]
+
+
 @dataclasses.dataclass(frozen=True)
 class NetworkCompilation:
     """The kernels of one narrow network for one target: the training forward and the backward that the rule chooses."""
@@ -88,12 +92,14 @@ class NetworkCompilation:
     widths: tuple[int, ...]
     input: str = ""  # the dtype of the input; if given, only the forward of inference is compiled
     dropout: bool = False  # after every layer
+    needs_x: bool = True  # True if the gradient of the input is wanted
 
     @property
     def id(self) -> str:
         words = ["network", "x".join(map(str, self.widths)), self.target, self.dtype, self.precision, self.activation]
         words += [f"input_{self.input}"] if self.input else []
         words += ["dropout"] if self.dropout else []
+        words += [] if self.needs_x else ["without_dx"]
         return "-".join(words).replace(" ", "")
 
 
@@ -129,6 +135,11 @@ def networks(full: bool) -> list[NetworkCompilation]:
         if dtype == torch.bfloat16 and (full or target == "NVIDIA H100"):  # the tiles of inference
             for width, activation in ((16, "relu"), (32, "relu"), (64, "relu"), (64, "gelu")):
                 rows.append(NetworkCompilation(target, name, precision, activation, (width,) * 5, name))
+        if target == "NVIDIA H100" and dtype.itemsize == 2:  # without dx, the compiler arranges one pass differently
+            listed = itertools.product([(16, 64, 64, 16), (16, 64, 64, 64, 16), *square], ("relu", "gelu"))
+            for widths, activation in listed:
+                if full or (dtype == torch.float16 and (widths, activation) in WITHOUT_DX):
+                    rows.append(NetworkCompilation(target, name, precision, activation, widths, needs_x=False))
         # relu draws its mask once, gelu draws it again with z, and tanh saves z only because of Dropout.
         dropping = [*((width,) * 5 for width in (16, 32, 64, 128)), (16, 64, 64, 16), (784, 128, 128, 10)]
         for turn, (widths, activation) in enumerate(itertools.product(dropping, ("relu", "gelu", "tanh"))):
@@ -184,13 +195,13 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
-    x, dy = tensor(rows, row.widths[0]), tensor(rows, row.widths[-1])
+    x, dy = tensor(rows, row.widths[0]).requires_grad_(row.needs_x), tensor(rows, row.widths[-1])
     weights = tuple(tensor(n, k) for k, n in itertools.pairwise(row.widths))
     biases = tuple(tensor(n) for n in row.widths[1:])
 
     def train() -> None:
         y = run_network(x, weights, biases, path)
-        torch.autograd.grad(y, [x, *weights, *biases], dy)
+        torch.autograd.grad(y, [*([x] if row.needs_x else []), *weights, *biases], dy)
 
     def infer() -> None:
         inference_x = torch.empty_like(x, dtype=getattr(torch, row.input))
@@ -311,7 +322,8 @@ def tiles(
     """The distinct tiles worth measuring for large problems and for small sides, the largest tiles first."""
     sizes = [*itertools.product((16, 32, 8192), (16, 32, 64, 4096), (1024,)), (8192, 4096, 16)]
     problems = [Problem(kind, m, n, k, dtype, precision, aligned) for m, n, k in sizes]
-    listed = (tile for problem in problems for tile in layer_tiles.candidates(problem, device))
+    every = (tile for problem in problems for tile in layer_tiles.candidates(problem, device))
+    listed = (tile for tile in every if tile.precision not in planes.PLANES)  # `planes_tile` has theirs
     distinct = dict.fromkeys(dataclasses.replace(tile, split=1, programs=0) for tile in listed)
     return sorted(distinct, key=lambda tile: (tile.block_m * tile.block_n, tile.block_k), reverse=True)
 

@@ -217,7 +217,7 @@ def check_network(row: NetworkCompilation, readings: list[dict[str, Any]]) -> No
         if row.target == "NVIDIA H100" and in_one_pass and widest >= 64:
             # Where the compiler serialises products, it waits for each wgmma. mma is allowed here: db may be a product
             # of 16 rows of ones with dz, and a wgmma takes 64 rows.
-            assert 0 < reading["waits"] <= 0.35 * reading["wgmma"], reading
+            assert 0 < reading["waits"] <= max(2, 0.35 * reading["wgmma"]), reading
         elif row.target == "NVIDIA H100" and (reading["kernel"] in ("forward", "dgrad") or min(row.widths) >= 64):
             assert reading["kernel"] == "sum_partials" or (reading["wgmma"] > 0 and reading["mma"] == 0), reading
         elif row.target == "NVIDIA B200" and reading["kernel"] in ("forward", "dgrad", "stored"):
@@ -230,11 +230,12 @@ def spill_limit(row: NetworkCompilation, kernel: str, widest: int) -> int:
     """Words that a kernel may spill.
 
     In one pass over 4 layers 64 wide, relu that is recomputed spills 78 words without dx, and gelu over stored tensors
-    up to 46 (Triton 3.6, with dx). Both were the fastest on an H100 all the same. With Dropout, up to 62 words spill
-    where a layer is 128 wide, and up to 6 in narrower networks (Triton 3.7).
+    up to 46 (Triton 3.6, with dx). Both were the fastest on an H100 all the same. With inputs and outputs 16 wide, relu
+    spills 94 words. With Dropout, up to 62 words spill where a layer is 128 wide, and up to 6 in narrower networks
+    (Triton 3.7).
     """
     if row.target == "NVIDIA H100" and widest == 64 and kernel in ("recompute", "stored"):
-        return 80 if (kernel, row.activation) == ("recompute", "relu") else 48
+        return 96 if (kernel, row.activation) == ("recompute", "relu") else 48
     if row.dropout:
         return 64 if widest > 64 else 8
     return 0 if widest <= 64 or kernel == "forward" else 32

@@ -2,7 +2,7 @@
 
 Triton's own launcher binds, hashes and checks all arguments, about twenty, on every launch. A `Launch` belongs to fixed
 shapes, strides and dtypes. Its first launch goes through Triton's launcher, and it then keeps the compiled kernel.
-After that, a schedule calls the compiled kernel directly, and only fills in pointers (engine/schedule.py, `Program`).
+After that, a schedule calls the compiled kernel directly, and only fills in pointers (`LaunchSequence` of the engine).
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def fuse(
         kind = type(module).__name__
         if isinstance(module, FusedSequence):
             left.append(Entry(name, kind, "it is fused already"))
-            links.update(map(id, (module, *module._links())))
+            links.update(map(id, (module, *module._ordered_children())))
             continue
         replacement = _find_replacement(type(module))
         if replacement is None or (replacement.pattern is None and not any(map(is_linear, module.children()))):
@@ -515,7 +515,7 @@ def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
     finish = pattern.finish
     parameter = list(inspect.signature(original).parameters)[1]
 
-    def links(self: Any) -> tuple[Any, ...]:
+    def ordered_children(self: Any) -> tuple[Any, ...]:
         return tuple([_follow(self, path) for path in steps])
 
     @functools.wraps(original)
@@ -536,4 +536,4 @@ def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
         output: Tensor = self._forward(input)
         return output if finish is None else finish(self, output, input)
 
-    return {"_links": links, "_link_names": lambda self: pattern.chain, pattern.method: method}
+    return {"_ordered_children": ordered_children, "_ordered_names": lambda self: pattern.chain, pattern.method: method}

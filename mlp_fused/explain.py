@@ -347,13 +347,13 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
 
     runs: list[RunPlan] = []
     saved = workspace = 0
-    links = model._links()
-    first = next((child for child in links if is_linear(child)), None)
+    children = model._ordered_children()
+    first = next((child for child in children if is_linear(child)), None)
     width = 1 if first is None else linear_weight(first).shape[1]
     flow = torch.empty((rows, width), dtype=dtype, device="meta")
-    link_names = iter(model._link_names())
-    for run in runs_of(links):
-        names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, link_names))
+    child_names = iter(model._ordered_names())
+    for run in runs_of(children):
+        names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, child_names))
         layers = run.gathered_layers("meta", policy_dtype(model))
         reason = run.reason
         if layers:

@@ -21,7 +21,7 @@ from .engine.originals import Dropout, Sequential, is_dropout_torchs, why_change
 from .engine.paths import find_path
 from .engine.recognize import find, name_in_sentences, resolve
 from .engine.runs import Decision, LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
-from .engine.settings import are_hooked, call_settings, has_function_mode, has_global_hooks, policy_dtype
+from .engine.settings import are_hooked, call_settings, count_function_modes, has_global_hooks, policy_dtype
 from .errors import first_line, real_number, whole_number
 from .explain import Plan, checked_rows, explain
 from .functional import check_call
@@ -101,11 +101,11 @@ class FusedSequence(WithBackend, nn.Module):
     _recompute: bool | None = None
     _segments: Segments | None = None  # cached between calls
 
-    def _links(self) -> tuple[Any, ...]:
+    def _ordered_children(self) -> tuple[Any, ...]:
         """The children in the order of their calls: modules, and functions of a tensor."""
         return tuple(self._modules.values())
 
-    def _link_names(self) -> tuple[str, ...]:
+    def _ordered_names(self) -> tuple[str, ...]:
         """The names of these children."""
         return tuple(self._modules)
 
@@ -128,7 +128,7 @@ class FusedSequence(WithBackend, nn.Module):
         if not self._wants_kernels() and input.device.type == "cpu" and not (self._recompute and can_checkpoint(input)):
             return self._forward_as_modules(input)
         if torch.compiler.is_compiling():
-            for run in runs_of(self._links(), drops=False):  # a compiler draws random numbers itself
+            for run in runs_of(self._ordered_children(), drops=False):  # a compiler draws random numbers itself
                 input = self._run(run, input)
             return input
         segments = self._segments
@@ -193,16 +193,16 @@ class FusedSequence(WithBackend, nn.Module):
         # True if Dropout with p = 0 may be skipped; None: not checked yet. It is never skipped while a graph is traced.
         idle: bool | None = None if isinstance(input, Tensor) else False
         try:
-            for child in self._links():
+            for child in self._ordered_children():
                 if type(child) is Dropout and child.p == 0 and not are_hooked((child.__dict__,)):
                     if idle is None:
-                        watched = has_global_hooks() or (has_function_mode() and why_mode())
+                        watched = has_global_hooks() or (count_function_modes() and why_mode())
                         idle = not watched and is_dropout_torchs()
                     if idle:
                         continue  # it would do nothing, in the time of two calls
                 output = child(output)
         except (RuntimeError, TypeError):
-            first = self._links()[0]
+            first = self._ordered_children()[0]
             if why_unfused(first) is None:
                 _raise_if_wrong(input, first)
             raise
@@ -232,7 +232,7 @@ class FusedSequence(WithBackend, nn.Module):
         with torch.inference_mode(False), torch.random.fork_rng([device.index for device in devices]):
             for differentiable in (False, True)[: 1 + training]:
                 below = False  # True if anything before the run needs gradients
-                for run in runs_of(self._links(), differentiable):
+                for run in runs_of(self._ordered_children(), differentiable):
                     trainable = below or any(
                         parameter.requires_grad
                         for child in run.children
@@ -369,10 +369,10 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         activation = _activation_maker(self.activation, {}, "activation")()
         return nn.Sequential(OrderedDict(linear=self.linear, activation=activation)).train(self.training)
 
-    def _links(self) -> tuple[Any, ...]:
+    def _ordered_children(self) -> tuple[Any, ...]:
         return self.parts
 
-    def _link_names(self) -> tuple[str, ...]:
+    def _ordered_names(self) -> tuple[str, ...]:
         return ("linear", "activation")
 
     def __setattr__(self, name: str, value: Any) -> None:

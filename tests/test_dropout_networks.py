@@ -32,9 +32,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "stored": {"formulation": "stored", "backward_tile": ONE_PASS, "groups": ((0, LAYERS),)},
     "stored by layers": {"formulation": "stored", "backward_tile": ONE_PASS, "groups": ((2, 3), (1, 2), (0, 1))},
     "two kernels": {"formulation": "stored", "groups": ()},
-    "replayed forward": {"formulation": "replay", "groups": ()},
+    "forward again": {"formulation": "rerun", "groups": ()},
 }
-KERNELS = {"two kernels": "network_dgrad_kernel", "replayed forward": "network_dgrad_kernel"}
+KERNELS = {"two kernels": "network_dgrad_kernel", "forward again": "network_dgrad_kernel"}
 
 
 def make_layers(activation: Activation, dtype: torch.dtype, device: str, p: float = 0.3) -> list[Layer]:

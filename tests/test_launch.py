@@ -32,7 +32,7 @@ from mlp_fused.engine import autograd, tables
 from mlp_fused.engine.autograd import run_layers, run_network
 from mlp_fused.engine.network_path import NetworkPath
 from mlp_fused.engine.paths import find_layers, find_network
-from mlp_fused.engine.schedule import Program
+from mlp_fused.engine.schedule import LaunchSequence
 from mlp_fused.kernels import (
     devices,
     launch,
@@ -296,7 +296,7 @@ def replay(prepared: launch.Launch, *tensors: Any) -> None:
             return tuple(map(pointers, operand))
         return None if operand is None else operand.data_ptr()
 
-    Program([(prepared, range(len(tensors)))])(tensors, [*map(pointers, tensors)])
+    LaunchSequence([(prepared, range(len(tensors)))])(tensors, [*map(pointers, tensors)])
 
 
 def launcher_calls(hopper: StandIn, counts: Counter[str]) -> dict[str, Any]:
@@ -470,7 +470,7 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other() -> None:
     def replay(_: int) -> None:
         prepared = make_launch(kernel)
         prepared.run = lambda *arguments: together.wait(10)  # raises unless the other replay waits here too
-        Program([(prepared, (0,))])([x], [x.data_ptr()])
+        LaunchSequence([(prepared, (0,))])([x], [x.data_ptr()])
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(make_launch(kernel).through_triton, [x])
@@ -481,14 +481,14 @@ def test_replays_wait_neither_for_a_first_launch_nor_for_each_other() -> None:
         first.result()
 
 
-def test_a_replayed_forward_reads_the_strides_that_hooks_gave_a_weight(device: str) -> None:
+def test_a_forward_in_the_backward_reads_the_strides_that_hooks_gave_a_weight(device: str) -> None:
     """torch.autograd.graph.saved_tensors_hooks may change a weight's layout between forward and backward."""
     weights = [(torch.randn(n, k, device=device) / 4).requires_grad_() for k, n in ((20, 16), (16, 16))]
     x = torch.randn(23, 20, device=device)
     layers = [Layer(weight, None, activation) for weight, activation in zip(weights, (GELU, IDENTITY))]
     path = find_network(x, layers, torch.float32)
     assert isinstance(path, NetworkPath)
-    path = dataclasses.replace(path, formulation="replay")
+    path = dataclasses.replace(path, formulation="rerun")
     expected = gradients(reference.mlp(x, weights, [None] * 2, [GELU, IDENTITY]), weights)
 
     def transposed(tensor: Tensor) -> Tensor:

@@ -287,14 +287,14 @@ def test_a_devices_properties_are_read_outside_the_graph(monkeypatch: pytest.Mon
         return devices.DEVICES["NVIDIA H200"]
 
     monkeypatch.setattr(devices, "describe", describe)
-    paths._why_device_of_index_cannot.cache_clear()
+    paths._cached_why_device_cannot.cache_clear()
 
     def run(x: Tensor) -> Tensor:
         return x + (paths.why_device(torch.device("cuda", 1), "auto") is None)
 
     assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
     assert asked == ["cuda"]
-    paths._why_device_of_index_cannot.cache_clear()
+    paths._cached_why_device_cannot.cache_clear()
 
 
 def test_compiled_calls_say_why_kernels_cannot_run(device: str) -> None:

@@ -282,7 +282,7 @@ def test_the_user_and_a_measured_table_override_the_rule(table_folder: Path) -> 
             assert path.reason == "the user asks for it"
             formulations[widths, recompute] = path.formulation
     assert formulations == {
-        (narrow, True): "recompute", (narrow, False): "stored", (wide, True): "replay", (wide, False): "stored",
+        (narrow, True): "recompute", (narrow, False): "stored", (wide, True): "rerun", (wide, False): "stored",
     }  # fmt: skip
 
     def row(width: int, path: str, training: bool = True, rows: int = 4096) -> table_files.Network:

@@ -1,1 +1,1 @@
-"""From a call to its launches: the path for a problem, its kernels and torch products, autograd around them."""
+"""The way from a call to its launches: the choice of a path, its kernels and torch's products, and autograd."""

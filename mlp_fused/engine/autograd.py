@@ -85,16 +85,17 @@ def run_layers(
     return h
 
 
-def _bounds(path: LayerPath, rows: int, first: int, keeps_x: bool) -> list[int]:
+def _bounds(path: LayerPath, rows: int, first: int, saves_x: bool) -> list[int]:
     """The first layers of the sections, from layer `first` on, and the end of the last section.
 
-    A section of several layers always saves its input. If the first layer's weight does not need the input, every layer
-    is a section of its own.
+    All layers are one section if their multiply-adds do not exceed `LAUNCH_BOUND`. Otherwise each layer is a section.
+    A section of several layers always saves its input. If the first layer's weight does not need the input
+    (`saves_x` is False), each layer is a section too, so that the first one need not save it.
     """
     end = len(path.layers)
     work = rows * path.multiply_adds * (FP32_WORK if path.dtype.itemsize > 2 else 1)
     is_small = work <= LAUNCH_BOUND
-    return [first, end] if is_small and keeps_x else list(range(first, end + 1))
+    return [first, end] if is_small and saves_x else list(range(first, end + 1))
 
 
 def sections(

@@ -214,9 +214,9 @@ class LayerSection(Section):
         needs_x, *needs_parameters = needs
         dz = "dy"
         if self.is_last and (last.activation is not IDENTITY or last.dropout is not None):
-            own = None if last.activation is IDENTITY else writer.find(f"z[{last.index}]") or "y"
+            last_saved = None if last.activation is IDENTITY else writer.find(f"z[{last.index}]") or "y"
             dz = writer.share(f"dz[{last.index}]", f"dz {last.index % 2}", rows, last.width_out)
-            add_output_gradient(last, writer, "dy", own, dz, choose)
+            add_output_gradient(last, writer, "dy", last_saved, dz, choose)
         gradients: list[str | None] = [None] * (2 * count)
         for position in reversed(range(count)):
             spec = self.layers[position]

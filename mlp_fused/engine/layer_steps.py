@@ -1,4 +1,7 @@
-"""The steps of a layer. A product is one of our kernels, or torch's product followed by a pointwise kernel.
+"""The steps of a layer. A product is one of our kernels, or torch's product.
+
+Our kernel computes the activation or the derivative in its epilogue. After torch's product, a pointwise kernel does so,
+unless torch's library has the activation in its epilogue (relu).
 
 z = h_below Wᵀ + b, h = a(z)                         forward
 dz = dh ⊙ a'(saved)                                  output_gradient, for the network's last layer
@@ -71,8 +74,8 @@ def parameters_of(layers: Sequence[Layer]) -> tuple[Parameters, ...]:
     )
 
 
-# A tile for a problem, or torch. The second argument is True if the product that computes the first operand can write
-# its planes.
+# A function that chooses a tile, or torch, for a problem. Its second argument is True if the product that computes the
+# first operand can also write that operand's planes.
 Choose = Callable[[Problem, bool], tables.Choice]
 
 
@@ -86,8 +89,8 @@ def choose_tile(
 ) -> tables.Choice:
     """The tile for a problem on a device; or torch, with `torch_too`, if torch is expected to be faster.
 
-    `written` is as in `layer_tiles.planes_seconds`. `float32` is the user's choice of how kernels multiply fp32: see
-    `settings.FLOAT32`.
+    `written` is True if the product that computes the first operand can also write that operand's planes. `float32` is
+    the user's choice of how kernels multiply fp32: see `settings.FLOAT32`.
     """
     if problem.kind == "output_gradient":
         return tables.Choice(layer_tiles.choose(problem, device), "")
@@ -189,7 +192,7 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
     rows, n, k = writer.rows, spec.width_out, spec.width_in
     problem = spec.problem("forward", rows, n, k, writer.are_describable(x, weight, h, z), spec.activation)
     factors = {"x": Factor(rows, k, Form("rows")), "weight": Factor(n, k, Form("rows"))}
-    choice = choose(problem, _products_of(writer, x, factors["x"].form) is not None)
+    choice = choose(problem, _products_that_split(writer, x, factors["x"].form) is not None)
     add = partial(writer.add, "forward", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
     operands: dict[str, Any] = {"x": x, "weight": weight, "bias": writer.find(f"bias[{spec.index}]")}
     if choice.tile is not None:
@@ -254,12 +257,13 @@ def _add_by_planes(
     count, all_planes, products, redone = PLANES[choice.tile.precision], [], {}, {}
     for side, (name, factor) in enumerate(factors.items()):
         planes = _written_by_product(spec, writer, operands[name], factor) if count == 2 else None
-        whole = planes is None
         if planes is None:
             planes = _add_split(spec, writer, side, operands[name], factor, count)
+            redone[name] = (operands[name], planes.info)
+        else:  # "redo" reads the planes, because the operand may have no fp32 copy: see `drop_unread`
+            redone[name] = (planes.planes, planes.info)
         all_planes.append(planes)
         products[name] = (planes.planes, planes.info)
-        redone[name] = (operands[name] if whole else planes.planes, planes.info)
     read = {name: planes for name, (planes, _) in products.items()}
     add({**operands, **products}, writes, partial(run, tile=choice.tile), moved={**(moved or operands), **read})
     redo = tables.Choice(redo_tile(choice.tile), choice.source)
@@ -268,7 +272,8 @@ def _add_by_planes(
     return all_planes
 
 
-# The operand with the planes of a product's result, by the result's operand and the form of the planes.
+# The argument by which a product's step writes the planes of its result, by the result's own argument and the form of
+# the planes.
 SPLIT_RESULTS = {
     ("h", Form("rows")): "split",
     ("dx", Form("rows", own=True)): "by_rows",
@@ -276,19 +281,19 @@ SPLIT_RESULTS = {
 }
 
 
-def _products_of(writer: Writer, x: str, form: Form) -> tuple[str, list[int]] | None:
-    """(operand for the planes of x, indices of steps): the "fp16x3" product that computes x, and its "redo".
+def _products_that_split(writer: Writer, x: str, form: Form) -> tuple[str, list[int]] | None:
+    """The argument for the planes of x, and the indices of the two steps that compute x: a product and its "redo".
 
-    None if no such product computes x, or if it cannot write planes of this form.
+    None if no product "fp16x3" computes x, or if it cannot write planes of this form.
     """
     steps = [(index, step) for index, step in enumerate(writer.steps) if x in map(step.operands.get, step.writes)]
     if not steps or steps[0][1].tile is None or steps[0][1].tile.precision != "fp16x3":
         return None
     result = next(name for name in steps[0][1].writes if steps[0][1].operands[name] == x)
-    written = SPLIT_RESULTS.get((result, form))
-    if written is None or any(written not in step.operands for _, step in steps):
+    argument = SPLIT_RESULTS.get((result, form))
+    if argument is None or any(argument not in step.operands for _, step in steps):
         return None
-    return written, [index for index, _ in steps]
+    return argument, [index for index, _ in steps]
 
 
 def _written_by_product(spec: LayerSpec, writer: Writer, x: str, factor: Factor) -> Planes | None:
@@ -297,19 +302,19 @@ def _written_by_product(spec: LayerSpec, writer: Writer, x: str, factor: Factor)
     Neighbouring layers use different buffers, because a product reads the planes of a layer while it writes the next
     layer's.
     """
-    products = _products_of(writer, x, factor.form)
+    products = _products_that_split(writer, x, factor.form)
     if products is None:
         return None
-    written, indices = products
-    planes, info, sums = (f"{part} of {x}, {written}" for part in ("planes", "info", "sums"))
-    has_sums = written == "by_columns"
-    base = f"{written} {spec.index % 2}"
+    argument, indices = products
+    planes, info, sums = (f"{part} of {x}, {argument}" for part in ("planes", "info", "sums"))
+    has_sums = argument == "by_columns"
+    base = f"{argument} {spec.index % 2}"
     _share_planes(writer, planes, info, base, factor)
     names: tuple[str, ...] = (planes, info)
     if has_sums:
         names = (*names, _share_sums(writer, sums, f"sums of {base}", factor))
     for index in indices:
-        writer.rewrite(index, written, names)
+        writer.rewrite(index, argument, names)
     return Planes(planes, info, sums if has_sums else None)
 
 
@@ -328,7 +333,7 @@ def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Facto
 
 
 def _share_planes(writer: Writer, planes: str, info: str, base: str, factor: Factor, count: int = 2) -> None:
-    """Name a use of the buffers `base` and "info of" `base` for a factor's planes and their info."""
+    """Name a factor's planes, in the shared buffer `base`, and their info, in the shared buffer "info of" `base`."""
     shape, strides = planes_shape(factor.rows, factor.width, count)
     writer.share(planes, base, count * strides[0], dtype=torch.float16)
     writer.part(planes, base, 0, *shape, strides=strides)
@@ -336,11 +341,11 @@ def _share_planes(writer: Writer, planes: str, info: str, base: str, factor: Fac
 
 
 def _share_sums(writer: Writer, sums: str, base: str, factor: Factor) -> str:
-    """Name a use of the buffer `base` for a factor's partial sums over rows."""
-    return writer.share(sums, base, sums_of_rows(factor), factor.width)
+    """Name a factor's partial sums over rows, in the shared buffer `base`."""
+    return writer.share(sums, base, _count_row_sums(factor), factor.width)
 
 
-def sums_of_rows(factor: Factor) -> int:
+def _count_row_sums(factor: Factor) -> int:
     """The number of a factor's partial sums over rows: one for each block of rows."""
     return info_shape(factor.rows, factor.width, factor.form)[1]
 
@@ -354,9 +359,9 @@ def drop_unread(writer: Writer, *returned: str | None) -> None:
         return
     read = {name for step in writer.steps for name in names_in(step.operands[key] for key in step.reads)}
     for index, step in enumerate(writer.steps):
-        for (result, _), written in SPLIT_RESULTS.items():
+        for (result, _), argument in SPLIT_RESULTS.items():
             name = step.operands.get(result)
-            if step.operands.get(written) is None or result not in step.writes or name is None or name in read:
+            if step.operands.get(argument) is None or result not in step.writes or name is None or name in read:
                 continue
             if writer.base(name) not in returned:
                 writer.rewrite(index, result, None)
@@ -403,7 +408,7 @@ def add_dgrad(
     are_describable = writer.are_describable(dz, weight, saved, dx, rebuilt)
     problem = spec.problem("dgrad", rows, k, n, are_describable, spec.below)
     factors = {"dz": Factor(rows, n, Form("rows", own=True)), "weight": Factor(n, k, Form("columns"))}
-    choice = choose(problem, _products_of(writer, dz, factors["dz"].form) is not None)
+    choice = choose(problem, _products_that_split(writer, dz, factors["dz"].form) is not None)
     add = partial(writer.add, "dgrad", spec, flops=2 * rows * n * k, problem=problem, choice=choice)
     operands: dict[str, Any] = {"dz": dz, "weight": weight}
     if choice.tile is not None:
@@ -431,13 +436,14 @@ def _seed(dropout: Dropout | None) -> dict[str, str]:
 def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, db: str | None, choose: Choose) -> None:
     """Add dW = dzᵀ h and db = Σ_rows dz: one kernel, or torch.
 
-    If the kernel writes partial sums or takes planes, a second kernel adds the partial sums.
+    If the kernel writes partial sums, a second kernel adds them. In a product by planes, the step that splits dz writes
+    partial sums of db, and one more kernel adds those.
     """
     rows, n, k = writer.rows, spec.width_out, spec.width_in if dw else 1
     problem = spec.problem("wgrad", n, k, rows, writer.are_describable(dz, h if dw else None))
     dz_factor = Factor(rows, n, Form("columns", own=True), with_sums=db is not None)
     factors = {"dz": dz_factor, "h": Factor(rows, k, Form("columns"))}
-    choice = choose(problem, _products_of(writer, dz, dz_factor.form) is not None)
+    choice = choose(problem, _products_that_split(writer, dz, dz_factor.form) is not None)
     size_w, size_b = n * k * (dw is not None), n * (db is not None)
     add = partial(writer.add, "wgrad", spec, flops=2 * rows * size_w, problem=problem, choice=choice)
     operands: dict[str, Any] = {"dz": dz, "h": h if dw else None, "dw": dw, "db": db}
@@ -448,27 +454,27 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     if by_planes:  # db is summed where dz is split
         del operands["db"]
         size_b = 0
-    sums = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
+    layout = wgrad_sums(rows, choice.tile, spec.dtype, size_w, size_b)
     totals = tuple(total for total in (operands["dw"], operands.get("db")) if total)
     if dw is None:  # the kernel needs a tensor here, but does not read it
         operands["h"] = dz
     whole = f"partial[{spec.index}]"
-    if sums.splits > 1:
-        writer.share(whole, "partial", sums.splits, sums.columns, dtype=sums.dtype)
+    if layout.splits > 1:
+        writer.share(whole, "partial", layout.splits, layout.columns, dtype=layout.dtype)
         operands["dw"] = whole if dw else None
         if operands.get("db"):
-            shape, strides = (sums.splits, n), (sums.columns, 1)
-            operands["db"] = writer.part(f"partial db[{spec.index}]", "partial", sums.start_b, *shape, strides=strides)
+            name, shape, strides = f"partial db[{spec.index}]", (layout.splits, n), (layout.columns, 1)
+            operands["db"] = writer.part(name, "partial", layout.start_b, *shape, strides=strides)
     if by_planes:
-        run = partial(wgrad_by_planes, partial=sums)
+        run = partial(wgrad_by_planes, partial=layout)
         dz_planes, _ = _add_by_planes(spec, writer, add, operands, ("dw",), run, choice, factors, moved)
     else:
-        run = partial(wgrad_products, width_in=k, partial=sums, tile=choice.tile)
+        run = partial(wgrad_products, width_in=k, partial=layout, tile=choice.tile)
         add(operands, ("dw", "db"), run, moved=moved)
-    if sums.splits > 1:
-        add_sums(spec, writer, whole, totals, sums, sums.starts)
+    if layout.splits > 1:
+        add_sums(spec, writer, whole, totals, layout, layout.starts)
     if by_planes and db and dz_planes.sums:
-        add_sums(spec, writer, dz_planes.sums, (db,), Partial(sums_of_rows(dz_factor), n, 0, spec.dtype))
+        add_sums(spec, writer, dz_planes.sums, (db,), Partial(_count_row_sums(dz_factor), n, 0, spec.dtype))
     return None
 
 
@@ -477,12 +483,15 @@ def add_sums(
     writer: Writer,
     whole: str,
     totals: tuple[str, ...],
-    sums: Partial,
+    layout: Partial,
     starts: Sequence[int] | None = None,
 ) -> None:
-    """Add the step that adds partial sums of gradients. The bytes of the gradients count in the step before it."""
+    """Add the step that adds partial sums of gradients: `whole` is their buffer, and `totals` are the gradients.
+
+    The bytes of the gradients count in the step before it.
+    """
     operands, moved = {"partial": whole, "sums": totals}, {"partial": whole}
-    run, choice = partial(sum_partials, starts=starts), tables.Choice(sum_tile(sums.splits, sums.columns), "")
+    run, choice = partial(sum_partials, starts=starts), tables.Choice(sum_tile(layout.splits, layout.columns), "")
     writer.add("sum_partials", layers, operands, ("sums",), run, choice=choice, moved=moved)
 
 

@@ -29,8 +29,8 @@ from .torch_products import zeros_by_torch
 __all__ = ["Formulation", "NetworkPath"]
 
 # The way the network path trains. recompute: one backward kernel runs the forward again. stored: the forward saves one
-# tensor for each hidden layer. replay: only x is saved, and backward begins with the forward that stores.
-Formulation = Literal["recompute", "stored", "replay"]
+# tensor for each hidden layer. rerun: only x is saved, and backward first runs the forward of "stored".
+Formulation = Literal["recompute", "stored", "rerun"]
 
 
 SPLIT = {  # the explanation of a precision (see kernels/tile.py)
@@ -82,7 +82,7 @@ class NetworkPath(Section):
         how = {
             "recompute": "backward recomputes the forward in one pass: ",
             "stored": "the forward stores one tensor a hidden layer: ",
-            "replay": "backward begins with the forward again: ",
+            "rerun": "backward begins with the forward again: ",
         }
         trains = f"; {how[self.formulation]}{self.reason}" if self.formulation else ""
         split = SPLIT.get(self.network.precision, "")
@@ -163,7 +163,7 @@ class NetworkPath(Section):
             self._add_recompute(writer, dx, sums, wanted)
         else:
             kept, own = writer.find("kept"), writer.find("z") or writer.find("y")
-            if self.formulation == "replay":
+            if self.formulation == "rerun":
                 kept, z = self._add_forward(writer, "network again", keep=True)
                 own = (z or "y") if net.activates_output else None
             if self.groups:

@@ -35,7 +35,7 @@ METHODS: dict[str, type] = {
     "__getattr__": nn.Module,
     "__getattribute__": object,
 }
-PARAMETERS = ("weight", "bias")  # a class that has one hides the parameter of that name
+PARAMETERS = ("weight", "bias")  # a class attribute with such a name hides the parameters of the instances
 ALIASES = {"__call__": "_wrapped_call_impl"}  # nn.Module's function is defined under this name
 # The libraries whose classes are compared with the files that define them. Other classes count as original when they
 # are first seen.

@@ -51,14 +51,14 @@ OLDEST_CAPABILITY = 80  # 8.0 is the oldest compute capability that the kernels 
 
 
 def _why_device_cannot(kind: str, index: int) -> str | None:
-    return _why_device_of_index_cannot(kind, index)
+    return _cached_why_device_cannot(kind, index)
 
 
 constant_to_compilers(_why_device_cannot)  # otherwise compilers trace through the cache and into the driver
 
 
 @functools.lru_cache(maxsize=64)
-def _why_device_of_index_cannot(kind: str, index: int) -> str | None:
+def _cached_why_device_cannot(kind: str, index: int) -> str | None:
     if WHY_NO_TRITON is not None:
         return WHY_NO_TRITON
     if kind != "cuda":
@@ -343,9 +343,9 @@ def network_path(
     def tile(kind: network_tiles.NetworkKind, stores: bool = False) -> TileConfig | str:
         return network_tiles.network_tile(problem(kind, stores), device)
 
-    forward, storing = tile("forward"), tile("forward", stores=True)
-    if isinstance(forward, str) or isinstance(storing, str):
-        return str(storing)
+    forward, storing_forward = tile("forward"), tile("forward", stores=True)
+    if isinstance(forward, str) or isinstance(storing_forward, str):
+        return str(storing_forward)
     if any(dropouts) and torch_too and not network_tiles.is_dropout_measured(network.pads, dtype, device):
         return UNMEASURED_DROPOUT
     rebuilds = any(keeps_z and drops for keeps_z, drops in zip(network.keeps_z[:-1], network.drops))
@@ -361,25 +361,25 @@ def network_path(
     if not training:
         return NetworkPath(network, forward, None, "inference saves nothing", None, wgrad, (), drops)
 
-    recomputing, backward, stored = tile("recompute"), tile("dgrad"), tile("stored")
+    recomputing_backward, backward, stored_backward = tile("recompute"), tile("dgrad"), tile("stored")
     groups: tuple[tuple[int, int], ...] = ()
-    if not isinstance(stored, str) and (not torch_too or device.arch in network_tiles.STORED_MEASURED):
-        groups, backward = network_tiles.layer_groups(problem("stored"), stored), stored
+    if not isinstance(stored_backward, str) and (not torch_too or device.arch in network_tiles.STORED_MEASURED):
+        groups, backward = network_tiles.layer_groups(problem("stored"), stored_backward), stored_backward
     size = dtype.itemsize
     ends = 2 * widths[0] + 2 * widths[-1]
     moved = f"{size * ends} bytes a row; storing would move {size * (ends + (2 if groups else 5) * sum(widths[1:-1]))}"
-    if not isinstance(recomputing, str) and recompute is not False and (recompute or measured != "stored"):
+    if not isinstance(recomputing_backward, str) and recompute is not False and (recompute or measured != "stored"):
         reason = "the user asks for it" if recompute else f"one pass fits in registers and moves {moved}"
-        return NetworkPath(network, forward, "recompute", reason, recomputing, wgrad, (), drops)
+        return NetworkPath(network, forward, "recompute", reason, recomputing_backward, wgrad, (), drops)
     if isinstance(backward, str):
         return f"its backward does not fit: {backward}"
     if recompute:
-        return NetworkPath(network, storing, "replay", "the user asks for it", backward, wgrad, groups, drops)
+        return NetworkPath(network, storing_forward, "rerun", "the user asks for it", backward, wgrad, groups, drops)
     if recompute is False:
         reason = "the user asks for it"
     else:
-        reason = recomputing if isinstance(recomputing, str) else f"it is {AS_MEASURED}"
-    return NetworkPath(network, storing, "stored", reason, backward, wgrad, groups, drops)
+        reason = recomputing_backward if isinstance(recomputing_backward, str) else f"it is {AS_MEASURED}"
+    return NetworkPath(network, storing_forward, "stored", reason, backward, wgrad, groups, drops)
 
 
 def find_path(
@@ -435,11 +435,11 @@ def find_network(
     strides = tuple((*layer.weight_stride, layer.bias_stride) for layer in parameters)
     widths = _widths(x, layers)
     activations = tuple(layer.activation for layer in layers)
-    wide = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
+    input_size = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
     device = devices.device_of(x)
     precision = precision or dtype_precision(dtype)
     dropouts = tuple(layer.dropout for layer in layers) if any(layer.dropout for layer in layers) else ()
-    choice = (device, training, recompute, wide, dropouts, torch_too, parameters)
+    choice = (device, training, recompute, input_size, dropouts, torch_too, parameters)
     return network_path(widths, strides, activations, dtype, precision, *choice)
 
 

@@ -39,7 +39,7 @@ DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # True if the epilog
 INFERENCE = ("network_forward", "layer_forward")  # modules
 TRAINING = ("network*", "layer_*", "partial_sums")  # patterns, so that a new module is included automatically
 # The possible values of PRECISION in a product that is not by planes.
-WHOLE = frozenset({"ieee", "tf32", "bf16x6"})
+WITHOUT_PLANES = frozenset({"ieee", "tf32", "bf16x6"})
 TILES = (source("network_tiles", "network_tile"), source("network_tiles", "network_wgrad_tile"))
 
 
@@ -56,13 +56,13 @@ def _digest_of_product(kind: str, activation: str | None, dtype: str, precision:
     derives = DERIVES[kind]
     functions = () if derives is None else _activation(activation, derives)
     kernels = (() if precision in PLANES else PRODUCTS[kind]) + (BY_PLANES[kind] if by_planes else ())
-    return sources.digest((*kernels, *functions), _known(dtype, precision, by_planes))
+    return sources.digest((*kernels, *functions), _known_constants(dtype, precision, by_planes))
 
 
 @functools.lru_cache(maxsize=256)
 def _digest_of_network(training: bool, activation: str, dtype: str) -> str:
     kernels = [kernel for modules in (TRAINING if training else INFERENCE) for kernel in sources.kernels_in(modules)]
-    known = {} if dtype == "float32" else _known(dtype, None, False)
+    known = {} if dtype == "float32" else _known_constants(dtype, None, False)
     return sources.digest((*kernels, *TILES, *_activation(activation, training)), known)
 
 
@@ -74,15 +74,15 @@ def _activation(name: str | None, derives: bool) -> tuple[Source | None, ...]:
     return tuple(map(sources.find_source, functions))
 
 
-def _known(dtype: str, precision: str | None, by_planes: bool) -> dict[str, object]:
-    """The known constants of a row's kernels: their PRECISION, or the values that it may have.
+def _known_constants(dtype: str, precision: str | None, by_planes: bool) -> dict[str, object]:
+    """The `known` of `sources.digest` for a row's kernels: the value of PRECISION, or all values that it may have.
 
-    In bf16x6, `dot` calls itself for the parts with PRECISION "ieee". A row without a tile does not say how fp32 was
-    multiplied.
+    It may have several: with "bf16x6", `dot` calls itself for the parts with "ieee"; and a row without a tile does not
+    say how fp32 was multiplied.
     """
     if dtype != "float32":
         return {"PRECISION": "ieee"}
-    values = WHOLE if precision in (None, "bf16x6") else frozenset({precision})
+    values = WITHOUT_PLANES if precision in (None, "bf16x6") else frozenset({precision})
     if by_planes:
         values |= {*PLANES, "redo"}
     return {"PRECISION": values if len(values) > 1 else precision}

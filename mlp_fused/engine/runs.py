@@ -36,7 +36,7 @@ from .recognize import POINTWISE, find, functions_called, path_of
 from .settings import (
     TensorGuards,
     are_hooked,
-    has_function_mode,
+    count_function_modes,
     has_global_hooks,
     has_hooks,
     is_intercepted,
@@ -47,9 +47,9 @@ from .settings import (
 class Parent(Protocol):
     """A module whose children are run."""
 
-    def _links(self) -> tuple[Any, ...]: ...
+    def _ordered_children(self) -> tuple[Any, ...]: ...
 
-    def _link_names(self) -> tuple[str, ...]: ...
+    def _ordered_names(self) -> tuple[str, ...]: ...
 
 
 class LinearWithActivation(nn.Module):
@@ -155,9 +155,10 @@ class Run:
         return tuple(map(Layer, *self.parameters(), (activation for _, activation in self.linears), self.dropouts))
 
     def gathered_layers(self, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Layer, ...]:
-        """The layers with whole parameters, as in a call: FSDP gathers them before a forward and shards them after it.
+        """The layers with parameters of the shapes that they have in a call.
 
-        Parameters that FSDP manages are replaced by zeros, with `device` and `dtype` if given, else with their own.
+        Between calls, FSDP shards the parameters that it manages. Zeros of the whole shape replace them here, with
+        `device` and `dtype` if given, else with the device and dtype of the parameter.
         """
         layers = []
         for (linear, _), layer in zip(self.linears, self.layers()):
@@ -173,7 +174,7 @@ class Segments:
     """The runs of a network, and a record of its children by which every call checks that the runs are still valid."""
 
     def __init__(self, model: Parent) -> None:
-        self.children = model._links()
+        self.children = model._ordered_children()
         self.runs = runs_of(self.children)
         inner = [child._modules["linear"] for child in self.children if isinstance(child, LinearWithActivation)]
         self.parts = (*self.children, *inner)
@@ -217,7 +218,7 @@ class Segments:
         """True if the children are the same, with the same classes, settings and code, and without hooks or patches."""
         return (
             self.plain
-            and model._links() == self.children
+            and model._ordered_children() == self.children
             and [*map(type, self.parts)] == self.types
             and self._are_called_plainly()
             and self.code.now() == self.state
@@ -227,7 +228,7 @@ class Segments:
 
     def _are_called_plainly(self) -> bool:
         """True if no child has a hook or a patched forward, and nothing else makes all of them run as modules."""
-        return not (are_hooked(self.dicts) or has_global_hooks() or (has_function_mode() and why_mode()))
+        return not (are_hooked(self.dicts) or has_global_hooks() or (count_function_modes() and why_mode()))
 
     def log_reasons(self) -> None:
         """Log the reasons why Linear layers run as modules, each once in a process."""
@@ -243,7 +244,7 @@ class Segments:
         """
         split = [child for run in self.runs if run.reason == SPLIT for child in run.children]
         names = [
-            name for name, child in zip(model._link_names(), self.children) if any(child is other for other in split)
+            name for name, child in zip(model._ordered_names(), self.children) if any(child is other for other in split)
         ]
         if names:
             listed = ", ".join(names)
@@ -390,7 +391,7 @@ def _why_hooked(module: nn.Module) -> str:
 
 
 def _replaceable_code(parts: Iterable[Any]) -> Code:
-    """The methods and functions that run when parts of a network that a kernel could replace are called."""
+    """The methods and functions that calls of these parts of a network run. Parts without a kernel are left out."""
     kinds: list[type] = []
     functions: list[str] = []
     for part in parts:

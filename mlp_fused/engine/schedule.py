@@ -1,6 +1,7 @@
 """Schedules: the steps of a pass in order, over named buffers.
 
-A path writes a schedule once for a problem. Everything else reads the schedule. The first run goes through Triton.
+A path writes a schedule once for a batch size and the gradients that are wanted. Everything else reads the schedule.
+The first run goes through Triton.
 Later runs replay one list of compiled kernels, with new pointers. Compiling ahead and `explain` use the same steps. The
 profiler's ranges, the checks of MLP_FUSED_DEBUG and the counts of launches are all added here.
 """
@@ -27,7 +28,7 @@ from ..kernels.tile_config import Problem, TileConfig
 from . import settings
 from .tables import Choice
 
-__all__ = ["Buffer", "Layers", "Program", "Schedule", "Step", "Work", "Writer", "names_in", "read_pointers"]
+__all__ = ["Buffer", "LaunchSequence", "Layers", "Schedule", "Step", "Work", "Writer", "names_in", "read_pointers"]
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ Item = tuple[Launch, Sequence[int]] | Callable[[list[Any]], object]  # a kernel,
 CHECKED = ("h", "dz", "dx", "dw", "db")  # the arguments that MLP_FUSED_DEBUG checks
 
 
-class Program:
-    """Compiled kernels and calls of torch, one after the other on one device, with new pointers and tensors.
+class LaunchSequence:
+    """Compiled kernels and calls of torch, which run one after the other on one device, with new pointers and tensors.
 
     The device and its stream are looked up once for all of them. Memory has to be 16-byte aligned.
 
@@ -216,7 +217,7 @@ class Schedule:
         self._returned = [self._indices[name] for name in self.returned]
         self._launches: list[Launch | None] = [None] * len(self.steps)
         self._replays: list[Replay] = []  # one for each step
-        self._program: Program | None = None  # the replay of all steps at once, if memory is always aligned
+        self._sequence: LaunchSequence | None = None  # the replay of all steps at once, if memory is always aligned
 
     @property
     def workspace_bytes(self) -> int:
@@ -246,8 +247,8 @@ class Schedule:
                 pointers.append(group(pointers))
             for index, part in self._views:
                 everything.append(part.view(everything[index]))
-            if self._program is not None and not settings.profiler_enabled():
-                self._program(everything, pointers)
+            if self._sequence is not None and not settings.profiler_enabled():
+                self._sequence(everything, pointers)
             else:
                 for step, replay in zip(self.steps, self._replays):
                     with _profiled(step):
@@ -306,18 +307,18 @@ class Schedule:
             return  # a kernel was only compiled ahead, or runs in the interpreter
         items = list(map(self._item, range(len(self.steps))))
         if self.is_aligned:
-            self._program = Program(items)
+            self._sequence = LaunchSequence(items)
         # Last, because other threads replay as soon as it is set.
-        self._replays = [self._replay(index, Program([item])) for index, item in enumerate(items)]
+        self._replays = [self._replay(index, LaunchSequence([item])) for index, item in enumerate(items)]
 
-    def _replay(self, index: int, program: Program) -> Replay:
+    def _replay(self, index: int, sequence: LaunchSequence) -> Replay:
         """The replay of one step. If memory may be misaligned, every run checks whether its launch can be used."""
-        if self.is_aligned or not program.launches:
-            return program
-        return functools.partial(_replay_if_aligned, program, functools.partial(self._run_step, index))
+        if self.is_aligned or not sequence.launches:
+            return sequence
+        return functools.partial(_replay_if_aligned, sequence, functools.partial(self._run_step, index))
 
     def _item(self, index: int) -> Item:
-        """A step of a `Program`: the compiled kernel, torch's function, or a kernel through Triton's launcher."""
+        """An item of a `LaunchSequence`: a compiled kernel, torch's function, or a call of Triton's launcher."""
         step, launch = self.steps[index], self._launches[index]
         if launch is not None and launch.run is not None:
             return launch, [self._indices[operand] for operand in step.operands.values()]
@@ -333,12 +334,12 @@ def _profiled(step: Step) -> contextlib.AbstractContextManager[Any]:
     return torch.profiler.record_function(step.name) if settings.profiler_enabled() else contextlib.nullcontext()
 
 
-def _replay_if_aligned(program: Program, run_step: Replay, everything: list[Any], pointers: list[Any]) -> None:
-    """Launch a program of one kernel if its memory is aligned; otherwise call `run_step`."""
-    ((_, _, _, take, _),) = program.steps
+def _replay_if_aligned(sequence: LaunchSequence, run_step: Replay, everything: list[Any], pointers: list[Any]) -> None:
+    """Launch a sequence of one kernel if its memory is aligned; otherwise call `run_step`."""
+    ((_, _, _, take, _),) = sequence.steps
     nested = (operand if type(operand) is tuple else (operand,) for operand in take(pointers))
     is_aligned = math.gcd(16, *filter(None, itertools.chain.from_iterable(nested))) == 16
-    (program if is_aligned else run_step)(everything, pointers)
+    (sequence if is_aligned else run_step)(everything, pointers)
 
 
 def wait(device: torch.device | None) -> None:
@@ -442,7 +443,10 @@ class Writer:
         )
 
     def rewrite(self, index: int, argument: str, operand: Any) -> None:
-        """Let a step write another operand, or None, for an argument. Its work changes, if its bytes count at all."""
+        """Let a step write another operand, or None, for an argument.
+
+        The bytes of its work change too, unless none were counted, as for "redo".
+        """
         step = self.steps[index]
         more = sum(map(self._size, names_in([operand]))) - sum(map(self._size, names_in([step.operands[argument]])))
         work = step.work + Work(0, more) if step.work.bytes else step.work

@@ -25,7 +25,7 @@ MOST_CACHED = 1024  # the most schedules of one section; then its cache is clear
 
 
 class Cache(dict[tuple[Any, ...], Schedule]):
-    """The schedules of a section, by the shapes, strides, dtypes and device that they were written for."""
+    """The schedules of a section. `Section._run` makes their keys."""
 
     def __setitem__(self, key: tuple[Any, ...], schedule: Schedule) -> None:
         if len(self) >= MOST_CACHED:
@@ -145,8 +145,9 @@ class Section(abc.ABC):
     ) -> list[Any]:
         """Run the cached schedule for these tensors. If there is none, write it first.
 
-        It is found by the first tensor's shape and device, and by the strides and dtypes of the first two tensors. The
-        section fixes those of the others.
+        The key of a schedule has the pass (forward or backward), `needs`, the alignment of the tensors, the first
+        tensor's shape and device, and the strides and dtypes of the first two tensors. The section fixes the strides
+        and dtypes of the others.
         """
         pointers, aligned = read_pointers(tensors)
         first, second = tensors[0], tensors[:2][-1]

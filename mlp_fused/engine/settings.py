@@ -111,8 +111,8 @@ linear: Any = torch._C._nn.linear  # takes `out`; a third faster than torch.addm
 addmm_activation = torch._addmm_activation  # a(b + x Wᵀ) with relu or gelu in the library's own epilogue
 profiler_enabled = torch._C._autograd._profiler_enabled
 is_transformed = torch._C._are_functorch_transforms_active  # True under torch.func's transforms
-is_zero_tensor = Tensor._is_zerotensor  # True for zeros without memory. Some gradients are, if they are always zero
-has_function_mode = torch._C._len_torch_function_stack  # the number of active TorchFunctionModes
+is_zero_tensor = Tensor._is_zerotensor  # True for zeros without memory, which torch uses for some gradients
+count_function_modes = torch._C._len_torch_function_stack  # the number of active TorchFunctionModes
 
 
 def is_intercepted() -> bool:

@@ -128,7 +128,7 @@ def _row_for(problem: Problem, table: Table, device: Device, outdated: bool = Fa
         if (row.kind, row.width_out, row.width_in, row.dtype, row.precision) == wanted
         and holds(row) != outdated
         and (problem.aligned or row.tile is None or not row.tile.descriptors)
-        and (row.tile is None or _is_of_this_triton(table) or row.tile in _known(row, problem.aligned, device))
+        and (row.tile is None or _is_of_this_triton(table) or row.tile in _candidates(row, problem.aligned, device))
     ]
     named = [row for row in rows if row.activation == problem.activation]
     unnamed = [row for row in rows if row.activation is None]
@@ -202,7 +202,7 @@ def _is_of_this_triton(table: Table) -> bool:
     return table.versions["triton"].split(".")[:2] == [str(number) for number in TRITON_VERSION]
 
 
-def _known(row: Gemm, aligned: bool, device: Device) -> tuple[TileConfig, ...]:
+def _candidates(row: Gemm, aligned: bool, device: Device) -> tuple[TileConfig, ...]:
     """The tiles that `mlp-fused tune` would measure for a row's product."""
     return layer_tiles.candidates(dataclasses.replace(row.problem, aligned=aligned), device)
 

@@ -399,6 +399,39 @@ def test_gradgradcheck_of_the_module(device: str) -> None:
         assert torch.autograd.gradgradcheck(call, (x, *model.parameters()), fast_mode=True)
 
 
+@pytest.mark.parametrize("needs", ["x", "biases", "x and biases", "last layer", "last bias"])
+@pytest.mark.parametrize("widths", [(300,), (300, 5)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "tanh", "gelu"])
+def test_second_derivatives_with_frozen_weights(
+    activation: str, widths: tuple[int, ...], needs: str, device: str
+) -> None:
+    """Without its weight's gradient, each layer is an autograd.Function, and the first saves no input if it can."""
+    options: dict[str, Any] = {"activation_layer": "tanh", "output_activation": activation, "device": device}
+    model = FusedMLP(3, list(widths), backend="triton", **options)
+    twin = nn.Sequential(*copy.deepcopy(model))
+    x = draw(device, 6, 3)
+    results = []
+    for network in (model, twin):
+        own = x.clone().requires_grad_(needs.startswith("x"))
+        *_, (_, weight), (_, bias) = network.requires_grad_(False).named_parameters()
+        biases = [parameter for name, parameter in network.named_parameters() if name.endswith("bias")]
+        wanted = {
+            "x": [own], "biases": biases, "x and biases": [own, *biases], "last layer": [weight, bias],
+            "last bias": [bias],
+        }[needs]  # fmt: skip
+        for tensor in wanted:
+            tensor.requires_grad_()
+        y = network(own)
+        dy = torch.cos(torch.arange(y.numel(), device=device).view_as(y)).requires_grad_()
+        first = torch.autograd.grad(y, wanted, dy, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        results.append(
+            (*first, *torch.autograd.grad(penalty, [dy, *wanted], allow_unused=True, materialize_grads=True))
+        )
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("width", "rows", "dtype", "functions"),
     [

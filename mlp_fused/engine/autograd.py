@@ -326,8 +326,8 @@ def differentiable_backward(
     if not section.is_last:  # dy is the gradient of the last layer's z
         activations[-1], factors[-1] = IDENTITY, None
     x = saved.get("x")
-    if x is None:  # a single layer that needs neither dW nor a derivative has not saved it
-        x = dy.new_zeros((rows, widths[0]))
+    if x is None:  # a single layer without dW and without derivatives: no gradient depends on x
+        x = dy.new_zeros((rows, widths[0]), requires_grad=needs[0])
     with torch.enable_grad():
         # Views, so that a tensor that is given twice has a gradient for each of its uses.
         given = [tensor.view_as(tensor) if need else tensor for tensor, need in zip((x, *parameters), needs)]

@@ -149,13 +149,15 @@ class LayerSection(Section):
     def saved_shapes(self, rows: int, needs: Sequence[bool]) -> dict[str, tuple[int, ...]]:
         needs_x, needs_weight, *_ = needs
         shapes: dict[str, tuple[int, ...]] = {}
-        # The edge from below. A single layer needs it only for dW and for the derivative below.
-        if len(self.layers) > 1 or needs_weight or (needs_x and self.below is not IDENTITY):
+        # The edge from below. A single layer needs it only for dW, for the derivative below and, if dy is not dz, to
+        # differentiate its own derivative again.
+        last = self.layers[-1]
+        differentiates = self.is_last and last.activation is not IDENTITY
+        if len(self.layers) > 1 or needs_weight or (needs_x and self.below is not IDENTITY) or differentiates:
             shapes["x"] = (rows, self.widths[0])
         if widths := [spec.width_out for spec, _ in self.kept()]:
             shapes["kept"] = (sum(room(rows, width) for width in widths[:-1]) + rows * widths[-1],)
-        last = self.layers[-1]
-        if self.is_last and last.activation is not IDENTITY and not last.keeps_z:  # its derivative is computed from y
+        if differentiates and not last.keeps_z:  # its derivative is computed from y
             shapes["y"] = (rows, self.widths[-1])
         if any(spec.dropout or spec.dropout_below for spec in self.layers):
             shapes["seed"] = (1,)

@@ -400,12 +400,12 @@ def test_gradgradcheck_of_the_module(device: str) -> None:
 
 
 @pytest.mark.parametrize("needs", ["x", "biases", "x and biases", "last layer", "last bias"])
-@pytest.mark.parametrize("widths", [(300,), (300, 5)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("widths", [(300,), (300, 5), (4, 5)], ids=["one layer", "two layers", "one kernel"])
 @pytest.mark.parametrize("activation", ["identity", "relu", "tanh", "gelu"])
 def test_second_derivatives_with_frozen_weights(
     activation: str, widths: tuple[int, ...], needs: str, device: str
 ) -> None:
-    """Without its weight's gradient, each layer is an autograd.Function, and the first saves no input if it can."""
+    """On the layer path, each layer is then an autograd.Function, and the first saves no input if it can."""
     options: dict[str, Any] = {"activation_layer": "tanh", "output_activation": activation, "device": device}
     model = FusedMLP(3, list(widths), backend="triton", **options)
     twin = nn.Sequential(*copy.deepcopy(model))

@@ -147,7 +147,7 @@ class Gemm:
         weight = random(n, k) / k**0.5 if first is None else first.b
         if self.phase == "dgrad":
             saved = random(rows, k)
-            saved = saved if self.activation.keeps_preactivation else FORWARDS[self.problem.activation](saved)
+            saved = saved if self.activation.saves_preactivation else FORWARDS[self.problem.activation](saved)
             return Operands(random(rows, n), weight, saved=saved)
         bias = random(n) if first is None else first.bias
         return Operands(random(rows, k), weight, bias)
@@ -159,7 +159,7 @@ class Gemm:
         shapes: dict[str, list[tuple[int, ...]]] = {
             "layer_forward": [(rows, n)],
             "layer_forward_z": [(rows, n)] * 2,
-            "dgrad": [(rows, k)] * (1 + self.activation.keeps_preactivation),
+            "dgrad": [(rows, k)] * (1 + self.activation.saves_preactivation),
             "wgrad": [(n, k), (n,)],
         }
         # They are filled with NaN, so that an entry which is never written is found.

@@ -129,7 +129,7 @@ def _gemm(networks: Iterable[Cell]) -> list[Cell]:
         for i, layer in enumerate(layers):
             activation = network.activation if i + 1 < len(layers) else "identity"
             add(layer, network, activation, "layer_forward")
-            if resolve(activation).keeps_preactivation:
+            if resolve(activation).saves_preactivation:
                 add(layer, network, activation, "layer_forward_z")
             if i > 0:
                 add(layer, network, network.activation, "dgrad")

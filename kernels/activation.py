@@ -34,8 +34,8 @@ class Activation:
         backward: `@triton.jit` function (dh, saved, *parameters) -> dz.
         saves: the tensor that `backward` reads, "output" or "preactivation"; or a function of the parameters that
             returns one of the two.
-        reference: forward in plain torch, (z, *parameters) -> h. It looks torch's functions up on every call, so that
-            a replaced function takes effect.
+        reference: forward in plain torch, (z, *parameters) -> h. It looks up torch's function on every call, so that a
+            user who has replaced that function (`F.gelu = ...`) gets the replacement.
         reference_backward: backward in plain torch, (dh, h, *parameters) -> dz. Needed where the output is saved.
         forward_and_slope: `@triton.jit` function z -> (h, a'(z)), for an activation without parameters. Given only
             if it takes fewer instructions than `forward` and `backward` together, once the compiler has merged the
@@ -67,17 +67,17 @@ class Activation:
 
     # Computed once, because every call reads them.
     values: tuple[float, ...] = field(init=False, repr=False)  # the parameters' values, in order
-    keeps: Saved = field(init=False, repr=False)  # the tensor that backward reads, with these parameters
-    keeps_preactivation: bool = field(init=False, repr=False)
+    saved_tensor: Saved = field(init=False, repr=False)  # the value of `saves` for these parameters
+    saves_preactivation: bool = field(init=False, repr=False)
     spec: str = field(init=False, repr=False)  # name and exact parameter values, in the form that `parse` reads
 
     def __post_init__(self) -> None:
         values = tuple(self.parameters.values())
-        keeps = self.saves(*values) if callable(self.saves) else self.saves
+        saved_tensor = self.saves(*values) if callable(self.saves) else self.saves
         derived = {
             "values": values,
-            "keeps": keeps,
-            "keeps_preactivation": keeps == "preactivation",
+            "saved_tensor": saved_tensor,
+            "saves_preactivation": saved_tensor == "preactivation",
             "spec": ":".join([self.name, *(f"{name}={value!r}" for name, value in self.parameters.items())]),
         }
         for name, value in derived.items():

@@ -20,8 +20,8 @@ from .launch import Tensors
 from .tile_config import TileConfig
 
 __all__ = [
-    "SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "keeps_preactivation",
-    "layer_dropout_arguments", "layer_dropouts", "reads_output", "redraws", "scale_of",
+    "SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "layer_dropout_arguments",
+    "layer_dropouts", "reads_output", "redraws", "saves_preactivation", "scale_of",
 ]  # fmt: skip
 
 ROUNDS = tl.constexpr(7)  # enough to pass BigCrush, by the paper above; Triton's default is 10
@@ -46,17 +46,17 @@ def layer_dropouts(probabilities: Iterable[float]) -> tuple[Dropout | None, ...]
     return tuple(Dropout(1.0 - p, layer) if p else None for layer, p in enumerate(probabilities))
 
 
-def keeps_preactivation(activation: Activation, drops: object) -> bool:
+def saves_preactivation(activation: Activation, drops: object) -> bool:
     """True if the pre-activation is saved for backward.
 
     An activation that saves its output needs the pre-activation if Dropout follows, unless it has `scales`.
     """
-    return activation.keeps_preactivation or (bool(drops) and not activation.scales)
+    return activation.saves_preactivation or (bool(drops) and not activation.scales)
 
 
 def reads_output(activation: Activation, drops: object) -> bool:
     """True if the derivative reads the output although the pre-activation is saved, because of Dropout."""
-    return keeps_preactivation(activation, drops) and not activation.keeps_preactivation
+    return saves_preactivation(activation, drops) and not activation.saves_preactivation
 
 
 def redraws(activation: Activation, drops: object) -> bool:
@@ -71,7 +71,7 @@ def redraws(activation: Activation, drops: object) -> bool:
 def _drops_gradient(activation: Activation) -> bool:
     """True if the derivative is computed from the output, also after Dropout, and is 0 where the output is 0."""
     backward = activation.reference_backward
-    if backward is None or activation.keeps_preactivation or not activation.scales:
+    if backward is None or activation.saves_preactivation or not activation.scales:
         return False
     one, zero = (torch.full((), value, device="cpu") for value in (1.0, 0.0))
     return not backward(one, zero, *activation.values)
@@ -85,9 +85,10 @@ def draw_seed(device: torch.device) -> Tensor:
 def layer_dropout_arguments(
     tensors: Tensors, seed: Tensor | None, dropout: Dropout | None
 ) -> tuple[Tensors, tuple[float | None, ...]]:
-    """(tensors, first scalars) of a launch whose kernel takes `seed_ptr`, `keep` and `layer` after its other tensors.
+    """(tensors, scalars) of a launch, for a kernel that takes `seed_ptr`, `keep` and `layer` after its other tensors.
 
-    Without dropout these three are None, which Triton compiles in as constants: the kernel has no code for Dropout.
+    The seed comes after `tensors`. The scalars come before the kernel's other scalars. Without dropout, all three are
+    None, which Triton compiles in as constants: the kernel has no code for Dropout.
     """
     assert (seed is None) == (dropout is None)
     return (tensors, (None, None, None)) if dropout is None else ((*tensors, seed), dropout)
@@ -125,8 +126,8 @@ def scale_of(keep):
 def random_bits(seed, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """24 random bits for each element of a tile, (BLOCK_M, BLOCK_N).
 
-    Philox gives four numbers at a time. They go to four columns whose numbers differ in bits 0 and 3. One thread holds
-    these four columns of a tensor core's accumulator, so no number moves to another thread.
+    Philox gives four random numbers at a time, for four columns whose indices differ in bits 0 and 3. One thread holds
+    these four columns of a tensor core's accumulator, so no random number moves to another thread.
     """
     rows = (m + tl.arange(0, BLOCK_M)).to(tl.uint32)
     fours = (n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)

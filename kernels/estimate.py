@@ -55,7 +55,7 @@ SPLIT = 1 / 21e9  # splitting one element of an operand into three parts
 FUNCTION_FLOPS = 100  # FLOPs of an activation for one element
 TILE_SIDE = 128  # the assumed side of the tiles in torch's library
 MOST_IDLE = 30.0  # limit of the term "idle": idle multiprocessors over busy ones, in a product of few tiles
-THIN = 16  # torch's products whose output is at most this wide take longer than moving their bytes does
+THIN = 16  # if its output is at most this wide, torch's product takes longer than the transfer of its bytes
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class _Tensors:
 
 def _tensors(problem: Problem) -> _Tensors:
     activation = ACTIVATIONS.get(problem.activation, ACTIVATIONS["identity"])
-    active, keeps_z = activation.name != "identity", activation.keeps_preactivation
+    active, saves_z = activation.name != "identity", activation.saves_preactivation
     output = problem.m * problem.n
     if problem.kind == "forward":
-        saved = output * (active and keeps_z)  # z
+        saved = output * (active and saves_z)  # z
         pointwise = 2 * output * (active and activation.name != "relu")  # relu is in torch's own epilogue
     elif problem.kind == "dgrad":
-        saved = output * (active + (active and keeps_z))  # the saved tensor is read; h is written again
-        pointwise = output * (3 * active + (active and keeps_z))
+        saved = output * (active + (active and saves_z))  # the saved tensor is read; h is written again
+        pointwise = output * (3 * active + (active and saves_z))
     else:
         saved, pointwise = 0, problem.m * problem.k  # torch reads dz again to sum db
     return _Tensors((problem.m + problem.n) * problem.k, output, saved, pointwise)

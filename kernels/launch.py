@@ -1,7 +1,7 @@
-"""Launches of kernels: on the device of their tensors, counted, with offsets that are wide enough.
+"""Launch kernels, on the device of their tensors; count launches; choose the integer type for offsets.
 
 Triton's own launcher binds, hashes and checks all arguments, about twenty, on every launch. A `Launch` belongs to fixed
-shapes, strides and dtypes. Its first launch goes through Triton's launcher, and it then keeps the compiled kernel.
+shapes, strides and dtypes. Its first launch goes through Triton's launcher, and it then caches the compiled kernel.
 After that, a schedule calls the compiled kernel directly, and only fills in pointers (`LaunchSequence` of the engine).
 """
 

@@ -107,14 +107,14 @@ def output_gradient(
     tile = tile or layer_tiles.choose(
         tile_config.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), devices.device_of(dz)
     )
-    tensors, dropping = layer_dropout_arguments((dh, saved, dz, h), seed, dropout)
+    tensors, dropout_scalars = layer_dropout_arguments((dh, saved, dz, h), seed, dropout)
     return launch(
         output_gradient_kernel,
         cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
         dz.device,
         tile,
         tensors,
-        (*dropping, M, N, *dh.stride()),
+        (*dropout_scalars, M, N, *dh.stride()),
         FORWARD=activation.forward,
         BACKWARD=activation.backward,
         PARAMETERS=activation.constants(dz.dtype),
@@ -235,14 +235,14 @@ def dgrad(
         tile_config.Problem("dgrad", M, K, N, dx.dtype, precision, aligned, below.name), devices.device_of(dx)
     )
     assert aligned or not tile.descriptors
-    tensors, dropping = layer_dropout_arguments((dz, weight, saved, dx, h), seed, dropout)
+    tensors, dropout_scalars = layer_dropout_arguments((dz, weight, saved, dx, h), seed, dropout)
     return launch(
         dgrad_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(K, tile.block_n)),
         dx.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *dz.stride(), *weight.stride()),
+        (*dropout_scalars, M, N, K, *dz.stride(), *weight.stride()),
         FORWARD=below.forward,
         BACKWARD=below.backward,
         PARAMETERS=below.constants(dx.dtype),

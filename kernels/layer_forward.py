@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import devices, layer_tiles, tile_config
 from .activation import Activation
-from .dropout import Dropout, epilogue_parts, factors, keeps_preactivation, layer_dropout_arguments
+from .dropout import Dropout, epilogue_parts, factors, layer_dropout_arguments, saves_preactivation
 from .language import tl, triton
 from .launch import Launch, by_columns, cdiv, describable, launch, offset_type
 from .tile import activate, multiply, operand, result, round_to, split_columns, store, store_tile, tile_position
@@ -122,17 +122,17 @@ def layer_forward(
         devices.device_of(h),
     )
     assert aligned or not tile.descriptors
-    tensors, dropping = layer_dropout_arguments((x, weight, bias, h, z), seed, dropout)
+    tensors, dropout_scalars = layer_dropout_arguments((x, weight, bias, h, z), seed, dropout)
     return launch(
         layer_forward_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
         h.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
+        (*dropout_scalars, M, N, K, *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(h.dtype),
-        ROUND_Z=keeps_preactivation(activation, dropout),
+        ROUND_Z=saves_preactivation(activation, dropout),
         PRECISION=tile.precision,
         OFFSET=offset_type(x, weight, bias, h),
         EVEN_K=K % tile.block_k == 0,
@@ -188,14 +188,14 @@ def pointwise(
     tile = tile or layer_tiles.choose(
         tile_config.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), devices.device_of(h)
     )
-    tensors, dropping = layer_dropout_arguments((z, h), seed, dropout)
+    tensors, dropout_scalars = layer_dropout_arguments((z, h), seed, dropout)
     return launch(
         pointwise_kernel,
         cdiv(M, tile.block_m) * cdiv(N, tile.block_n),
         h.device,
         tile,
         tensors,
-        (*dropping, M, N),
+        (*dropout_scalars, M, N),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(h.dtype),
         OFFSET=offset_type(h),

@@ -26,7 +26,7 @@ OUTPUT_TILES = (
     (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32),
     (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
 )  # fmt: skip
-LONGEST_SIDE = 128  # the longest side of all other tiles
+LONGEST_SIDE = 128  # the longest side of tiles that are also used without descriptors
 LONGEST_UNALIGNED = 64  # the longest side if rows are not 16-byte aligned, on tensor cores
 # The largest output tile of bf16x6, by architecture: it also holds three 16-bit parts of each operand. On Blackwell,
 # larger products overflow tensor memory.
@@ -34,12 +34,12 @@ LARGEST_SPLIT: dict[int | str, int] = {80: 128 * 64, 90: 128 * 128, 100: 128 * 6
 WAITING_WORDS = 32  # the most words of a saved tile that a thread may hold during dgrad's products
 # The shortest reduction for which bf16x6 is no less accurate than torch's own fp32 (tests/test_tile_precision.py).
 SHORTEST_SPLIT = 64
-# The architectures on which fp32 operands are split into fp16 planes (planes.py). On an H200, products by "fp16x3",
-# without the splits, were 3.4 to 3.9 times as fast as torch's (tests/data/h200/planes.jsonl). In these readings, a
-# block of dz had one exponent. Now each of its rows or columns has one. A step of the loop still has 12 wgmma and 3
-# waits, and at most 5 % more instructions (tests/test_kernels_compile.py). Epilogues that split their results stand
-# outside the loop. They were not measured yet.
-PLANES: tuple[int | str, ...] = (90,)
+# The architectures on which fp32 operands are split into fp16 planes (planes.py). On an H200, products by "fp16x3" were
+# 3.4 to 3.9 times as fast as torch's, not counting the splits (tests/data/h200/planes.jsonl). The kernel has changed
+# since these readings: a block of dz had one exponent, and now each of its rows or columns has one. A step over the
+# reduction still has 12 wgmma and 3 waits, and at most 5 % more instructions (tests/test_kernels_compile.py). The
+# epilogues now also split their results. This was not measured yet.
+PLANES_ARCHITECTURES: tuple[int | str, ...] = (90,)
 SHORTEST_PLANES = 256  # the shortest side of a product for which its operands are split
 PLANES_MARGIN = 1.3  # a product by planes runs only if torch's estimated time is this many times its own
 # The rate of products by planes on a multiprocessor, as a share of the data sheet's for 16 bits: 166 of 989 TFLOP/s. It
@@ -95,7 +95,7 @@ def planes_tile(problem: Problem, device: Device) -> TileConfig | None:
 
     "fp16x3" for full fp32, "fp16x1" where tf32 is allowed.
     """
-    if device.arch not in PLANES or problem.dtype != torch.float32:
+    if device.arch not in PLANES_ARCHITECTURES or problem.dtype != torch.float32:
         return None
     if not problem.aligned or min(problem.m, problem.n, problem.k) < SHORTEST_PLANES:
         return None
@@ -120,7 +120,7 @@ def planes_seconds(problem: Problem, tile: TileConfig, device: Device, written: 
     length = -(-problem.k // tile.split // tile.block_k) * tile.block_k
     flops = 2 * tile.block_m * tile.block_n * length * -(-programs // device.multiprocessors)
     rate = PLANES_RATE * device.tensor_16 / device.multiprocessors
-    # Each operand is read, unless it is `written`, and its planes are written.
+    # A split reads an operand and writes its planes. If `written`, the first operand is not read again.
     first, second = (2 * side * problem.k * problem.dtype.itemsize for side in (problem.m, problem.n))
     if written:
         splits, launches = first / 2 / SPLIT_RATE, PLANES_LAUNCHES - LAUNCH
@@ -140,11 +140,10 @@ def prefers_planes(
 
     `written` is as in `planes_seconds`.
 
-    Always False where tf32 is allowed, because "fp16x1" is hardly faster than torch. In a sketch of it, a whole row had
-    one exponent, so that sums stayed in the tensor cores. By the sketch's readings, the products and splits of a
-    training step of 1024 -> 4096 -> 1024 over 8192 rows take 1.02 ms, and torch's products 1.08 ms (NVIDIA H100, torch
-    2.11, triton 3.6; dgrad counted as a forward of its size). The kernels add sums outside the tensor cores, which
-    takes longer.
+    Always False where tf32 is allowed, because "fp16x1" is hardly faster than torch. It was measured with a simpler
+    kernel, in which a whole row had one exponent. In a training step of 1024 -> 4096 -> 1024 over 8192 rows, products
+    and splits took 1.02 ms with it, and torch's products 1.08 ms (NVIDIA H100, torch 2.11, triton 3.6; dgrad counted as
+    a forward of its size). Today's kernels take longer, because they add the sums of blocks outside the tensor cores.
     """
     if problem.precision == "tf32":
         return False
@@ -154,8 +153,8 @@ def prefers_planes(
 def why_torch(problem: Problem, device: Device, rates: Rates = RATES) -> str | None:
     """The reason to leave an unmeasured product to torch; None if our kernel is expected to be faster.
 
-    The kinds of products whose kernels were measured to be slower than torch are left to torch, until a newer kernel is
-    measured to be faster. `prefers_planes` overrules a measured choice if planes were not measured for the product.
+    Torch computes the kinds of products for which our kernels were measured to be slower, whatever the estimate.
+    Products by planes are not considered here: see `prefers_planes`, and `layer_steps.choose_tile`.
     """
     if problem.kind == "output_gradient":
         return None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .dropout import factors, keeps_preactivation, reads_output, redraws, scale_of
+from .dropout import factors, reads_output, redraws, saves_preactivation, scale_of
 from .language import tl, triton
 from .launch import cdiv, offset_type
 from .network_tiles import padded
@@ -57,7 +57,7 @@ class Network:
     sides: tuple[int, ...] = field(init=False)  # for each width, the side of dW's tile
     # For each hidden layer, the total width of the hidden layers before it; and the total of all.
     starts: tuple[int, ...] = field(init=False)
-    keeps_z: tuple[bool, ...] = field(init=False)
+    saves_z: tuple[bool, ...] = field(init=False)
     reads_output: tuple[bool, ...] = field(init=False)  # True if z is saved, but the derivative reads the output
     redraws: tuple[bool, ...] = field(init=False)  # True if the layer's gradient needs Dropout's mask
     merges: tuple[bool, ...] = field(init=False)  # True if the layer's activation is part of the rounding of its output
@@ -78,13 +78,13 @@ class Network:
 
     def __post_init__(self) -> None:
         pads = tuple(padded(width) for width in self.widths)
-        keeps_z = tuple(map(keeps_preactivation, self.activations, self.drops))
+        saves_z = tuple(map(saves_preactivation, self.activations, self.drops))
         activates_output = self.activations[-1].name != "identity"
         derived = {
             "pads": pads,
             "sides": tuple(min(pad, WGRAD_TILE) for pad in pads),
             "starts": tuple(itertools.accumulate(self.widths[1:-1], initial=0)),
-            "keeps_z": keeps_z,
+            "saves_z": saves_z,
             "reads_output": tuple(map(reads_output, self.activations, self.drops)),
             "redraws": tuple(map(redraws, self.activations, self.drops)),
             "merges": tuple(
@@ -95,7 +95,7 @@ class Network:
             "backwards": tuple(activation.backward for activation in self.activations),
             "forwards_and_slopes": tuple(activation.forward_and_slope for activation in self.activations),
             "parameters": tuple(activation.constants(self.dtype) for activation in self.activations),
-            "rebuilds": (None, *(a.forward if keeps else None for a, keeps in zip(self.activations[:-1], keeps_z))),
+            "rebuilds": (None, *(a.forward if saves else None for a, saves in zip(self.activations[:-1], saves_z))),
             "rebuild_parameters": ((), *(a.constants(self.dtype) for a in self.activations[:-1])),
             "activates_output": activates_output,
             "differentiates_output": activates_output or self.drops[-1],
@@ -109,7 +109,7 @@ class Network:
         functions = (*derived["forwards"], *derived["backwards"], *derived["forwards_and_slopes"])
         sources = [getattr(function, "cache_key", "") for function in functions]
         values = [
-            derived[name] for name in ("sides", "keeps_z", "reads_output", "redraws", "parameters", "activates_output")
+            derived[name] for name in ("sides", "saves_z", "reads_output", "redraws", "parameters", "activates_output")
         ]
         given = (self.widths, self.strides, self.dtype, self.precision, self.drops, self.rounds_with_relu)
         key = (*given, values, sources)
@@ -255,7 +255,7 @@ def broadcast_bias(ptr, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.cons
         else:
             bias = tl.load(ptrs)
         bias = bias.to(NET.accumulator)[None, :]
-        # An addition to zeros takes instructions. But without it, gelu after 6 layers 128 wide spills 14 words.
+        # Adding to zeros takes instructions. But without it, 6 layers 128 wide with gelu spill 14 words.
         z = tl.broadcast_to(bias, z.shape) if NET.merges[LAYER] else z + bias
     return z
 
@@ -293,7 +293,7 @@ def drop(h, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
 
 @triton.jit
 def drop_gradient(dh, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
-    """dh of the layer's activation, from dh of its output after Dropout.
+    """The gradient of a(z), from dh: the gradient of the layer's output, which is a(z) after Dropout.
 
     Layers without `redraws` need no mask: the derivative of a dropped element is 0 there, so its dh does not matter.
     """
@@ -313,7 +313,7 @@ def layer(z, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr, MERGES:
     """
     FORWARD: tl.constexpr = NET.forwards[LAYER]
     PARAMETERS: tl.constexpr = NET.parameters[LAYER]
-    if NET.keeps_z[LAYER]:
+    if NET.saves_z[LAYER]:
         kept = round_to(z, NET.compute)
         h = drop(activate(kept.to(z.dtype), FORWARD, PARAMETERS), seed_ptr, keeps, m, NET, LAYER)
         return kept, round_to(clear_padding(h, NET, LAYER + 1), NET.compute)
@@ -338,7 +338,7 @@ def differentiate_layer(dh, saved, NET: tl.constexpr, LAYER: tl.constexpr):
 
 
 @triton.jit
-def through(dh, kept, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
+def activation_backward(dh, kept, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
     """dz = dh ⊙ a'(z), from the saved tensor `kept`, with the mask of the layer's Dropout."""
     dh = drop_gradient(dh.to(NET.accumulator), seed_ptr, keeps, m, NET, LAYER)
     dz = differentiate_layer(dh, kept.to(NET.accumulator), NET, LAYER)
@@ -354,10 +354,11 @@ def multiply_back(dz, w, NET: tl.constexpr, LAYER: tl.constexpr, BLOCK_M: tl.con
 def dropout_arguments(
     tensors: tuple[Any, ...], seed: Tensor | None, keeps: tuple[float | None, ...] | None
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(tensors, first scalars) of a launch whose kernel takes `seed_ptr` and `keeps` after its other tensors.
+    """(tensors, scalars) of a launch, for a kernel that takes `seed_ptr` and `keeps` after its other tensors.
 
-    Without Dropout both are None, which Triton compiles in as constants: the kernel has no code for Dropout. `keeps`
-    are arguments, not constants, so that another probability compiles nothing.
+    The seed comes after `tensors`, and `keeps` before the kernel's scalars. Without Dropout both are None, which Triton
+    compiles in as constants: the kernel has no code for Dropout. `keeps` are arguments, not constants, so that another
+    probability compiles nothing.
     """
     assert (seed is None) == (keeps is None)
     return (tensors, (None, None)) if seed is None else ((*tensors, seed), (keeps,))

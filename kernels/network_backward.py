@@ -10,6 +10,7 @@ from .launch import Launch, cdiv, launch
 from .network import (
     Gradients,
     Network,
+    activation_backward,
     dropout_arguments,
     load_rows,
     load_weight,
@@ -18,7 +19,6 @@ from .network import (
     network_offset_type,
     partial_dtype,
     store_rows,
-    through,
 )
 from .partial_sums import Partial
 from .tile import activate, multiply, round_to, store
@@ -33,9 +33,9 @@ def network_dgrad_kernel(
     dx_ptr,  # (M, d_0), contiguous; or None
     w_ptrs,
     kept_ptr,  # the saved tensors of the hidden layers, as the forward wrote them
-    own_ptr,  # (M, d_L), contiguous: the saved tensor of the last layer; None where it has no activation
+    last_saved_ptr,  # (M, d_L), contiguous: the saved tensor of the last layer; None where it has no activation
     dz_ptr,  # dz of every hidden layer, laid out as kept_ptr, written
-    last_ptr,  # (M, d_L), contiguous, written: dz of the last layer; None where it equals dy
+    last_dz_ptr,  # (M, d_L), contiguous, written: dz of the last layer; None where it equals dy
     seed_ptr,  # (1,), Dropout's seed; without Dropout this and the next are None
     keeps,  # for each layer, the probability that an element is kept; None where the layer has no Dropout
     M,
@@ -58,17 +58,17 @@ def network_dgrad_kernel(
         inside = rows < M
         safe = tl.minimum(rows, M - 1)
         dz = load_rows(dy_ptr, safe * stride_dm, None, stride_dn, NET, LAST + 1, OFFSET)
-        if last_ptr is not None:
-            own = dz  # with Dropout alone, no tensor is saved
-            if own_ptr is not None:
-                own = load_rows(own_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
-            dz = through(dz, own, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
-            store_rows(last_ptr, rows * NET.widths[LAST + 1], inside, dz, NET, LAST + 1)
+        if last_dz_ptr is not None:
+            last_saved = dz  # not read: a last layer without an activation, but with Dropout, saves no tensor
+            if last_saved_ptr is not None:
+                last_saved = load_rows(last_saved_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
+            dz = activation_backward(dz, last_saved, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
+            store_rows(last_dz_ptr, rows * NET.widths[LAST + 1], inside, dz, NET, LAST + 1)
         for i in tl.static_range(LAST, LOWEST, -1):
             start = M.to(OFFSET) * NET.starts[i - 1]
             dh = multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M)
             kept = load_rows(kept_ptr, start + safe * NET.widths[i], None, 1, NET, i, OFFSET)
-            dz = through(dh, kept, seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
+            dz = activation_backward(dh, kept, seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
             store_rows(dz_ptr, start + rows * NET.widths[i], inside, dz, NET, i)
         if dx_ptr is not None and BLOCK_K == 0:
             store_rows(dx_ptr, rows * NET.widths[0], inside, multiply_back(dz, ws[0], NET, 0, BLOCK_M), NET, 0)
@@ -101,7 +101,7 @@ def store_sums(ptr, dw, db, n, k, NET: tl.constexpr, GRADIENTS: tl.constexpr, LA
 @triton.jit(do_not_specialize=["M", "chunk"])
 def network_wgrad_kernel(
     x_ptr,  # (M, d_0)
-    dy_ptr,  # (M, d_L): dz of the last layer
+    last_dz_ptr,  # (M, d_L): dz of the last layer
     kept_ptr,  # the saved tensors, as the forward wrote them
     dz_ptr,  # dz of the hidden layers, as dgrad wrote it
     partial_ptr,  # (splits, size), contiguous
@@ -129,7 +129,7 @@ def network_wgrad_kernel(
         if (tile >= GRADIENTS.tile_starts[i]) & (tile < GRADIENTS.tile_starts[i + 1]):
             which = tile - GRADIENTS.tile_starts[i]
             if i == LAST:
-                dz = dy_ptr
+                dz = last_dz_ptr
                 stride_zm = stride_dm
                 stride_zn = stride_dn
             else:
@@ -227,9 +227,9 @@ def network_dgrad(
     dy: Tensor,
     weights: tuple[Tensor, ...],
     kept: Tensor | None,
-    own: Tensor | None,
+    last_saved: Tensor | None,
     dz: Tensor | None,
-    last: Tensor | None,
+    last_dz: Tensor | None,
     dx: Tensor | None,
     network: Network,
     gradients: Gradients,
@@ -243,21 +243,21 @@ def network_dgrad(
     Args:
         dy: (M, d_L), any strides.
         kept: the saved tensors of the hidden layers, as `network_forward` wrote them.
-        own: (M, d_L), contiguous: the saved tensor of the last layer; None if it has no activation.
+        last_saved: (M, d_L), contiguous: the saved tensor of the last layer; None if it has no activation.
         dz: dz of the hidden layers, laid out as kept, written.
-        last: (M, d_L), contiguous: dz of the last layer, written; None if it equals dy.
+        last_dz: (M, d_L), contiguous: dz of the last layer, written; None if it equals dy.
         dx: (M, d_0), contiguous, written; or None.
         seed, keeps: as in `network_forward`.
     """
     rows = dy.shape[0]
-    tensors, dropouts = dropout_arguments((dy, dx, weights, kept, own, dz, last), seed, keeps)
+    tensors, dropout_scalars = dropout_arguments((dy, dx, weights, kept, last_saved, dz, last_dz), seed, keeps)
     return launch(
         network_dgrad_kernel,
         tile.started(cdiv(rows, tile.block_m)),
         dy.device,
         tile,
         tensors,
-        (*dropouts, rows, *dy.stride()),
+        (*dropout_scalars, rows, *dy.stride()),
         NET=network,
         LOWEST=gradients.lowest,
         OFFSET=network_offset_type(network, rows, dy),
@@ -266,7 +266,7 @@ def network_dgrad(
 
 def network_wgrad(
     x: Tensor,
-    dy: Tensor,
+    last_dz: Tensor,
     kept: Tensor | None,
     dz: Tensor | None,
     partial: Tensor,
@@ -281,21 +281,21 @@ def network_wgrad(
 
     Args:
         x: (M, d_0), any strides.
-        dy: (M, d_L), any strides: dz of the last layer.
+        last_dz: (M, d_L), any strides: dz of the last layer.
         kept, dz: as `network_forward` and `network_dgrad` wrote them.
         partial: written, in the shape of `network_wgrad_sums`; the input of `sum_partials`.
         seed, keeps: as in `network_forward`.
     """
     rows = x.shape[0]
-    tensors, dropouts = dropout_arguments((x, dy, kept, dz, partial), seed, keeps)
+    tensors, dropout_scalars = dropout_arguments((x, last_dz, kept, dz, partial), seed, keeps)
     return launch(
         network_wgrad_kernel,
         partial.shape[0] * gradients.tile_starts[-1],
         x.device,
         tile,
         tensors,
-        (*dropouts, rows, _chunk(rows, gradients, tile), partial.shape[1], *x.stride(), *dy.stride()),
+        (*dropout_scalars, rows, _chunk(rows, gradients, tile), partial.shape[1], *x.stride(), *last_dz.stride()),
         NET=network,
         GRADIENTS=gradients,
-        OFFSET=network_offset_type(network, rows, x, dy),
+        OFFSET=network_offset_type(network, rows, x, last_dz),
     )

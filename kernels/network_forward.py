@@ -98,14 +98,14 @@ def network_forward(
     Returns the launch, as `launch` does.
     """
     rows = x.shape[0]
-    tensors, dropouts = dropout_arguments((x, y, weights, biases, kept, z, h), seed, keeps)
+    tensors, dropout_scalars = dropout_arguments((x, y, weights, biases, kept, z, h), seed, keeps)
     return launch(
         network_forward_kernel,
         tile.started(cdiv(rows, tile.block_m)),
         y.device,
         tile,
         tensors,
-        (*dropouts, rows, *x.stride()),
+        (*dropout_scalars, rows, *x.stride()),
         NET=network,
         OFFSET=network_offset_type(network, rows, x),
     )

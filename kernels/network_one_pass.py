@@ -22,6 +22,7 @@ from .launch import Launch, by_columns, cdiv, describable, launch
 from .network import (
     Gradients,
     Network,
+    activation_backward,
     clear_padding,
     differentiate_layer,
     drop,
@@ -35,7 +36,6 @@ from .network import (
     network_offset_type,
     partial_dtype,
     store_rows,
-    through,
 )
 from .network_backward import store_sums
 from .partial_sums import Partial
@@ -48,10 +48,10 @@ ONES = tl.constexpr(16)  # rows of ones in the product that gives db: the fewest
 
 
 @triton.jit
-def rows_through(
+def row_source(
     ptr, M, NET: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr, DESCRIPTORS: tl.constexpr, stride
 ):  # fmt: skip
-    """The source of M rows of NET.widths[AT] elements, for `read_rows`: a descriptor, or a pointer."""
+    """The source from which `read_rows` loads M rows of NET.widths[AT] elements: a descriptor, or a pointer."""
     if DESCRIPTORS:
         return tl.make_tensor_descriptor(ptr, [M, NET.widths[AT]], [stride, 1], [BLOCK_M, NET.pads[AT]])
     else:
@@ -63,7 +63,7 @@ def read_rows(
     source, tile, rows, mask, stride, stride_k, NET: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr,
     OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of rows from `source`, a result of `rows_through`.
+    """Load a tile of rows from `source`, a result of `row_source`.
 
     Rows beyond the last are zeros if they come through a descriptor or are masked.
     """
@@ -74,7 +74,7 @@ def read_rows(
 
 
 @triton.jit
-def no_weight_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, TRANSPOSED: tl.constexpr):
+def zero_weight_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The initial sum, zeros, of a layer's dW or dWᵀ; a single element if dW is not wanted."""
     if not GRADIENTS.weights[LAYER]:
         return tl.full([1, 1], 0.0, NET.accumulator)
@@ -85,7 +85,7 @@ def no_weight_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexp
 
 
 @triton.jit
-def no_bias_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, BLOCK_N: tl.constexpr):
+def zero_bias_sum(NET: tl.constexpr, GRADIENTS: tl.constexpr, LAYER: tl.constexpr, BLOCK_N: tl.constexpr):
     """The initial sum, zeros, of a layer's db, whose rows or columns are all equal; one element if db is not wanted."""
     if not GRADIENTS.biases[LAYER]:
         return tl.full([1, 1], 0.0, NET.accumulator)
@@ -148,7 +148,7 @@ def network_one_pass_kernel(
     w_ptrs,
     b_ptrs,
     kept_ptr,  # the saved tensors, as the forward wrote them; None: the hidden layers are recomputed from x
-    own_ptr,  # (M, d_L), contiguous: the saved tensor of the last layer; None: no activation, or recomputed
+    last_saved_ptr,  # (M, d_L), contiguous: the saved tensor of the last layer; None: no activation, or recomputed
     dz_ptr,  # dz between two groups of layers, laid out as kept_ptr; None where one launch takes all layers
     h_ptr,  # every recomputed h, laid out as kept_ptr, for tests; or None
     partial_ptr,  # (programs, size), contiguous: every wanted dW and db, at the offsets in GRADIENTS
@@ -181,11 +181,11 @@ def network_one_pass_kernel(
         ws = ws + (load_weight(w_ptrs[i], NET, i, OFFSET),)
     dws, dbs = (), ()
     for i in tl.static_range(LOW, HIGH):
-        dws = dws + (no_weight_sum(NET, GRADIENTS, i, TRANSPOSED),)
-        dbs = dbs + (no_bias_sum(NET, GRADIENTS, i, BLOCK_N),)
+        dws = dws + (zero_weight_sum(NET, GRADIENTS, i, TRANSPOSED),)
+        dbs = dbs + (zero_bias_sum(NET, GRADIENTS, i, BLOCK_N),)
     ones = round_to(tl.full([BLOCK_M, BLOCK_N] if BLOCK_N > 0 else [ONES, BLOCK_M], 1.0, NET.accumulator), NET.compute)
     if HIGH > LAST:
-        dz_rows = rows_through(dy_ptr, M, NET, HIGH, BLOCK_M, DESCRIPTORS, stride_dm)
+        dz_rows = row_source(dy_ptr, M, NET, HIGH, BLOCK_M, DESCRIPTORS, stride_dm)
     else:
         dz_rows = dz_ptr + M.to(OFFSET) * NET.starts[HIGH - 1]
         stride_dm = NET.widths[HIGH]
@@ -193,10 +193,10 @@ def network_one_pass_kernel(
     sources = ()  # for each layer, the source of its stored input
     for i in tl.static_range(BASE, BASE + 1 if RECOMPUTE else HIGH):
         if i == 0:
-            sources = sources + (rows_through(x_ptr, M, NET, 0, BLOCK_M, DESCRIPTORS, stride_xm),)
+            sources = sources + (row_source(x_ptr, M, NET, 0, BLOCK_M, DESCRIPTORS, stride_xm),)
         else:
             layer_ptr = kept_ptr + M.to(OFFSET) * NET.starts[i - 1]
-            sources = sources + (rows_through(layer_ptr, M, NET, i, BLOCK_M, DESCRIPTORS, NET.widths[i]),)
+            sources = sources + (row_source(layer_ptr, M, NET, i, BLOCK_M, DESCRIPTORS, NET.widths[i]),)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(OFFSET)
         inside = rows < M
@@ -224,13 +224,13 @@ def network_one_pass_kernel(
             saved = saved + (kept,)
             hs = hs + (h,)
         if HIGH > LAST and NET.differentiates_output:
-            own = dz  # with Dropout alone, no tensor is saved
-            if own_ptr is not None:
-                own = load_rows(own_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
+            last_saved = dz  # not read: a last layer without an activation, but with Dropout, saves no tensor
+            if last_saved_ptr is not None:
+                last_saved = load_rows(last_saved_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
             elif NET.activates_output:
                 z = linear(hs[LAST], ws[LAST], b_ptrs[LAST], NET, LAST, BLOCK_M, OFFSET)
-                own, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
-            dz = through(dz, own, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
+                last_saved, h = layer(z, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
+            dz = activation_backward(dz, last_saved, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)
         sums_w, sums_b = (), ()
         for i in tl.static_range(HIGH - 1, LOW - 1, -1):
             h = hs[i - BASE]
@@ -253,12 +253,12 @@ def network_one_pass_kernel(
             sums_w = (dw,) + sums_w
             sums_b = (db,) + sums_b
             if i > LOW and (RECOMPUTE or NET.rebuilds[i] is None):
-                dz = through(dh, saved[i - BASE], seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
+                dz = activation_backward(dh, saved[i - BASE], seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
             elif i > LOW:
                 dz = below
             elif i > LOWEST:
                 dh = multiply_back(dz, ws[i - FIRST], NET, i, BLOCK_M)
-                dz = through(dh, saved[i - BASE], seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
+                dz = activation_backward(dh, saved[i - BASE], seed_ptr, keeps, tile * BLOCK_M, NET, i - 1)
         if LOW > LOWEST:
             start = M.to(OFFSET) * NET.starts[LOW - 1] + rows * NET.widths[LOW]
             store_rows(dz_ptr, start, inside, dz, NET, LOW)
@@ -284,7 +284,7 @@ def network_one_pass(
     weights: tuple[Tensor, ...],
     biases: tuple[Tensor | None, ...],
     kept: Tensor | None,
-    own: Tensor | None,
+    last_saved: Tensor | None,
     dz: Tensor | None,
     dx: Tensor | None,
     partial: Tensor,
@@ -303,7 +303,8 @@ def network_one_pass(
         x, dy: (M, d_0) and (M, d_L), any strides.
         weights, biases, h, seed, keeps: as in `network_forward`.
         kept: the saved tensors, as `network_forward` wrote them; None: the hidden layers are recomputed.
-        own: (M, d_L), contiguous: the saved tensor of the last layer; None without an activation, or without `kept`.
+        last_saved: (M, d_L), contiguous: the saved tensor of the last layer. None if it has no activation, or if `kept`
+            is None.
         dz: dz of the hidden layers, laid out as kept. Read and written if a launch takes only a group of layers.
         dx: (M, d_0), contiguous, written; or None.
         partial: written, in the shape of `network_one_pass_sums`; the input of `sum_partials`.
@@ -311,8 +312,8 @@ def network_one_pass(
     """
     rows = x.shape[0]
     low, high = group or (gradients.lowest, network.layers)
-    tensors, dropouts = dropout_arguments(
-        (x, dy, dx if low == 0 else None, weights, biases, kept, own, dz, h, partial), seed, keeps
+    tensors, dropout_scalars = dropout_arguments(
+        (x, dy, dx if low == 0 else None, weights, biases, kept, last_saved, dz, h, partial), seed, keeps
     )
     return launch(
         network_one_pass_kernel,
@@ -320,7 +321,7 @@ def network_one_pass(
         x.device,
         tile,
         tensors,
-        (*dropouts, rows, partial.shape[1], *x.stride(), *dy.stride()),
+        (*dropout_scalars, rows, partial.shape[1], *x.stride(), *dy.stride()),
         NET=network,
         GRADIENTS=gradients,
         LOW=max(low, gradients.lowest),
@@ -342,9 +343,10 @@ def _transposes(network: Network) -> bool:
 
 
 def _describable(x: Tensor, dy: Tensor, kept: Tensor | None, network: Network) -> bool:
-    """True if tensor descriptors can read all rows: rows are 16-byte aligned, and zeros after the last do no harm."""
-    # Zeros instead of h add nothing to a sum if a'(0) is finite, as it is for every piecewise polynomial.
-    hidden = zip(network.activations[:-1], network.keeps_z)
-    harmless = all(activation.piecewise and not keeps_z for activation, keeps_z in hidden)
+    """True if tensor descriptors can load all rows: rows are 16-byte aligned, and zeros after the last do no harm."""
+    # A descriptor loads zeros for a row after the last. Such a row has dh = 0. So its dz = dh a'(0) is 0 if a'(0) is
+    # finite, as it is for every piecewise polynomial, and adds nothing to a sum.
+    hidden = zip(network.activations[:-1], network.saves_z)
+    harmless = all(activation.piecewise and not saves_z for activation, saves_z in hidden)
     stored = kept is None or all(width * kept.itemsize % 16 == 0 for width in network.widths[1:-1])
     return harmless and stored and describable(x, dy) and by_columns(x) and by_columns(dy)

@@ -37,16 +37,16 @@ STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # columns of a wide first layer at a t
 RESIDENT_INPUT = 256  # the widest input whose weight stays on the chip; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
-# The ways to multiply fp32 by 16-bit parts (see tile.py), the fastest first.
+# The precisions that split fp32 numbers into 16-bit parts and multiply these (see tile.py), the fastest first.
 SPLITS = ("fp16x3", "bf16x6", "fp16x1")
 SPLIT_ACCURACY = {"fp16x3": "ieee", "bf16x6": "ieee", "fp16x1": "tf32"}  # torch's setting that each of them fulfils
 SPLIT_BYTES = {"fp16x3": 4, "bf16x6": 6, "fp16x1": 2}  # bytes of a number's parts
 WIDEST_SPLIT = 64  # the widest layer whose products of parts fit in registers
-# The narrowest layer. From it on, fp16x3 and bf16x6 err at most 1.5 times as much as FMA units
-# (tests/test_tile_precision.py). For fp16x1, which has tf32's accuracy, any width will do.
+# The narrowest layer. At this width and above, fp16x3 and bf16x6 err at most 1.5 times as much as FMA units
+# (tests/test_tile_precision.py). fp16x1 has tf32's accuracy at any width.
 NARROWEST_SPLIT = {"fp16x3": 32, "bf16x6": 8, "fp16x1": 1}
-# The padded widths at which float32 networks were measured to be faster than torch, by architecture and by the way to
-# multiply. Only these architectures multiply by parts.
+# The padded widths at which float32 networks were measured to be faster than torch, by architecture and precision. On
+# other architectures, networks do not use SPLITS.
 FP32_MEASURED: dict[int | str, dict[str, tuple[int, ...]]] = {
     90: {"fp16x3": (32, 64), "bf16x6": (64,), "fp16x1": (64,), "tf32": (64,)},
 }
@@ -56,11 +56,13 @@ AMD_WEIGHT_WORDS = 192  # the most words of weights a lane: AMD's compiler keeps
 # and programs on one multiprocessor. These were the fastest on an H100 with relu and equally wide layers
 # (tests/data/h100/narrow.log). At a width of 64, gelu had another one.
 INFERENCE = {16: (128, 4, 3, 8), 32: (128, 8, 2, 4), 64: (128, 8, 1, 3)}
-INFERENCE_KEEPING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
+INFERENCE_SAVING_Z = {**INFERENCE, 64: (64, 4, 2, 4)}
 # Tiles of products of scaled parts: rows, warps, stages, and programs on one multiprocessor. With two stages, the next
-# tile of rows is loaded during this one. With these, 4 layers of relu over 2^20 rows take, on an H200 with Triton 3.6:
-# 64 wide 0.360 ms for inference (0.198 in fp16x1), 0.520 for the forward that stores, 0.684 for dgrad; 32 wide 0.138,
-# 0.192 and 0.260 ms. SCALED has the tiles for networks whose weights leave no room for these, the fastest first.
+# tile of rows is loaded during this one. The times of these tiles, for 4 layers with relu and 2^20 rows (H200, Triton
+# 3.6), are:
+#   64 wide: inference 0.360 ms (0.198 in fp16x1), the forward that stores 0.520 ms, dgrad 0.684 ms
+#   32 wide: inference 0.138 ms, the forward that stores 0.192 ms, dgrad 0.260 ms
+# SCALED has the tiles for networks whose weights leave no room for these, the fastest first.
 SCALED_32 = {"inference": (64, 4, 2, 4), "forward": (64, 4, 1, 4), "dgrad": (64, 4, 1, 4)}
 SCALED_64 = {"inference": (64, 4, 1, 2), "forward": (64, 4, 2, 2), "dgrad": (64, 4, 2, 2)}
 SCALED_ONE_PART = {"inference": (64, 4, 1, 3)}
@@ -78,7 +80,7 @@ RECOMPUTE_WORDS_FP32 = 72
 # spills 78 words and is still faster than storing: backward and forward take 0.350 + 0.111 ms instead of 0.285 + 0.252
 # (H100, 2^20 rows, Triton 3.6).
 RECOMPUTE_WORDS_HOPPER = 144
-RECOMPUTE_WORDS_HOPPER_Z = 108  # if exponentials would have to be recomputed too
+RECOMPUTE_WORDS_HOPPER_Z = 108  # if a hidden layer's derivative reads z, and so may compute exponentials again
 # The most words that a thread may hold in the pass over stored tensors (see `layer_groups`), by the padded width of the
 # widest layer. They admit the sums of 4 layers 64 wide (80 words), or of one 128 wide (72). A layer of 10 columns in
 # addition to 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
@@ -101,9 +103,9 @@ def network_precision(
     """The precision of a network's kernels (see tile.py).
 
     `precision` is torch's setting for fp32. On a Hopper GPU, the result is the first of `splits` (by default SPLITS)
-    with this accuracy that the widths allow; if there is none, it is `precision`. On other GPUs the parts of the
-    weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills 622 words on an A100, and needs more than a B200's
-    tensor memory, so that Triton 3.7 compiles an empty kernel.
+    that has the accuracy of `precision` and that the widths allow. If there is none, or on another GPU, the result is
+    `precision` itself. On other GPUs the parts of the weights do not fit: 64 -> 64 -> 64 -> 64 -> 64 by fp16x3 spills
+    622 words on an A100, and needs more than a B200's tensor memory, so that Triton 3.7 compiles an empty kernel.
 
     64 -> 64 -> 64 -> 64 -> 64, relu, 2^20 rows, Triton 3.6, on an H200: inference 0.360 ms by fp16x3, 0.550 by bf16x6,
     1.51 in torch; training 1.86 by fp16x3 (the sum of its kernels), 2.71 by bf16x6, 4.55 in torch. On FMA units an H100
@@ -143,7 +145,7 @@ class NetworkProblem:
 
     kind: NetworkKind
     pads: tuple[int, ...]  # padded widths, from the input to the output
-    keeps_z: tuple[bool, ...]  # for each layer: True if backward needs its pre-activation
+    saves_z: tuple[bool, ...]  # for each layer: True if backward needs its pre-activation
     dtype: torch.dtype
     precision: str = "ieee"
     input_size: int = 0  # bytes of an element of the input, if it has more than `dtype` (under autocast)
@@ -212,7 +214,7 @@ def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig
     """
     if problem.kind != "forward" or problem.stores or device.arch != 90 or problem.dtype.itemsize != 2:
         return []
-    measured = INFERENCE_KEEPING_Z if any(problem.keeps_z) else INFERENCE
+    measured = INFERENCE_SAVING_Z if any(problem.saves_z) else INFERENCE
     if problem.pads[0] != problem.widest or problem.widest not in measured or problem.input_size or problem.drops:
         return []
     rows, warps, stages, programs = measured[problem.widest]
@@ -285,17 +287,17 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
     if problem.on_fma_units or SPLIT_ACCURACY.get(problem.precision) == "ieee":
         return "full fp32 products of the transposed activations do not fit in registers"
     if problem.widest == 64 and (device.arch not in DESCRIPTOR_ARCHITECTURES or problem.dtype.itemsize > 2):
-        return "the operands of 64-wide products are in registers here, where the weight gradients' sums would be"
+        return "with this GPU and dtype, operands of 64-wide products fill the registers that weight gradients need"
     hopper = device.arch == 90
     if problem.widest == 64 and min(problem.pads) < 64 and not hopper:
-        return "beside 64-wide layers, the sums of narrower ones do not fit in registers"
+        return "if some layers are 64 wide and others narrower, their weight gradients do not fit in registers"
     if problem.widest == 64 and hopper:
         # With two stages, the next tile's x and dy are loaded during this one: 16 -> 64 -> 64 -> 16 then takes 0.345 ms
         # (fp16, 2^21 rows, H100), and 0.422 with one (H200). If x or dy is 64 wide, two stages leave no registers: it
         # takes 0.359 ms instead of 0.350.
         stages = 2 if max(problem.pads[0], problem.pads[-1]) < 64 else 1
         tile = TileConfig(128, num_warps=8, num_stages=stages, programs=device.multiprocessors)
-        limit = RECOMPUTE_WORDS_HOPPER_Z if any(problem.keeps_z[:-1]) else RECOMPUTE_WORDS_HOPPER
+        limit = RECOMPUTE_WORDS_HOPPER_Z if any(problem.saves_z[:-1]) else RECOMPUTE_WORDS_HOPPER
     else:
         rows, warps = (64, 8) if problem.widest == 64 else (32, 2)
         # db is a product with columns of ones, as few as a tensor core's instruction takes.
@@ -316,9 +318,9 @@ def _stored_tile(problem: NetworkProblem, device: Device) -> TileConfig | str:
     if problem.streams or problem.widest > 128 or problem.dtype.itemsize > 2:
         return "the sums of a layer's weight gradient do not fit in registers"
     if device.arch not in DESCRIPTOR_ARCHITECTURES:
-        return "the products' operands are in registers here, where the weight gradients' sums would be"
+        return "on this GPU, operands of products fill the registers that weight gradients need"
     if problem.widest < 64:
-        return "layers below 64 wide are half a wgmma instruction's rows"
+        return "a wgmma instruction has 64 rows, and layers below 64 wide fill at most half of them"
     widest_sums = max(sum_words(n, k, TileConfig(64, num_warps=8)) for n, k in problem.held)
     if widest_sums > STORED_WORDS[problem.widest]:
         return "the sums of a layer's weight gradient do not fit in registers"
@@ -351,7 +353,7 @@ def layer_groups(problem: NetworkProblem, tile: TileConfig) -> tuple[tuple[int, 
         low, words = high, 0.0
         while low > 0:
             words += sum_words(problem.pads[low], problem.pads[low - 1], tile)
-            words += rebuilt * (low > 1 and problem.keeps_z[low - 2])
+            words += rebuilt * (low > 1 and problem.saves_z[low - 2])
             if words > STORED_WORDS[problem.widest] and low < high:
                 break
             low -= 1
@@ -372,9 +374,9 @@ def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
     """
     elements = tile.num_warps * 32
     words = 0.0
-    for n, k, keeps in zip(problem.pads[1:], problem.pads, problem.keeps_z):
+    for n, k, saves_z in zip(problem.pads[1:], problem.pads, problem.saves_z):
         words += sum_words(n, k, tile) if problem.dtype.itemsize == 2 else (n * k + n) / elements
-        words += tile.block_m * k * (1 + keeps) * problem.dtype.itemsize / 4 / elements
+        words += tile.block_m * k * (1 + saves_z) * problem.dtype.itemsize / 4 / elements
     return round(words)
 
 
@@ -382,8 +384,8 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     """The most bytes of shared memory for the weights, the loads in flight and conversions between layouts."""
     size = problem.dtype.itemsize
     in_registers = device.backend == "hip"
-    held = SPLIT_BYTES.get(problem.precision, size)  # bytes of one weight, which is split once
-    weights = 0 if in_registers else sum(n * k for n, k in problem.held) * held
+    weight_bytes = SPLIT_BYTES.get(problem.precision, size)  # of one weight, which is split once
+    weights = 0 if in_registers else sum(n * k for n, k in problem.held) * weight_bytes
     staged = max(size, problem.input_size)
     rows = tile.block_m * problem.widest * staged
     if problem.streams:
@@ -400,8 +402,8 @@ def network_shared_memory(problem: NetworkProblem, tile: TileConfig, device: Dev
     elif tile.num_stages > 1:
         in_flight = rows * (1 + tile.num_stages)
     else:
-        once = device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units and not problem.drops
-        in_flight = rows * (1 if once else 2)
+        one_tile = device.arch in DESCRIPTOR_ARCHITECTURES and not problem.on_fma_units and not problem.drops
+        in_flight = rows * (1 if one_tile else 2)
     return weights + in_flight + MARGIN
 
 
@@ -413,7 +415,7 @@ def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tupl
     low, high = group
     pads = problem.pads[low : high + 1]
     weights = sum(n * k for n, k in zip(pads[1:], pads))
-    operands = max((high - low - 1) * (1 + any(problem.keeps_z[low : high - 1])) + 1, 2) + 2 * problem.drops
+    operands = max((high - low - 1) * (1 + any(problem.saves_z[low : high - 1])) + 1, 2) + 2 * problem.drops
     tensors = len(pads) * max(tile.num_stages - 1, 1) + operands
     return (weights + tile.block_m * max(pads) * tensors) * problem.dtype.itemsize + 2048
 

@@ -85,7 +85,7 @@ def sum_partials(partial: Tensor, sums: Sequence[Tensor], starts: Sequence[int] 
 
 @dataclass(frozen=True)
 class Partial:
-    """Memory for the partial sums of dW and db: (splits, columns). The columns of db begin 16-byte aligned."""
+    """The layout of the partial sums of dW and db, (splits, columns). The columns of db begin 16-byte aligned."""
 
     splits: int
     size_w: int

@@ -40,7 +40,7 @@ __all__ = ["dgrad_by_planes", "forward_by_planes", "wgrad_by_planes"]
 
 
 @triton.jit
-def inside(value, m, n, M, N):
+def clear_outside(value, m, n, M, N):
     """A tile whose first row and column are m and n, with zeros beyond the (M, N) tensor."""
     rows, cols = m + tl.arange(0, value.shape[0]), n + tl.arange(0, value.shape[1])
     return tl.where((rows < M)[:, None] & (cols < N)[None, :], value, 0.0)
@@ -120,7 +120,7 @@ def forward_by_planes_kernel(
                 if h_ptr is not None:
                     store_tile(hs, h, m, n, M, N, OFFSET, DESCRIPTORS)
                 if split is not None:
-                    block += (inside(h, m, n, M, N),)
+                    block += (clear_outside(h, m, n, M, N),)
             if split is not None:
                 store_planes(block, targets, split[1], m, first, M, N, "rows", False, 2, OFFSET, DESCRIPTORS)
 
@@ -154,14 +154,14 @@ def forward_by_planes(
     assert all(tensor is None or (tensor.shape == (M, N) and tensor.is_contiguous()) for tensor in (h, z))
     assert split is None or is_whole_blocks(tile)
     assert not tile.descriptors or describable(x_matrix, weight_matrix, h, z)
-    tensors, dropping = layer_dropout_arguments((x, weight, bias, h, z, split), seed, dropout)
+    tensors, dropout_scalars = layer_dropout_arguments((x, weight, bias, h, z, split), seed, dropout)
     return launch(
         forward_by_planes_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
         x_matrix.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *x_matrix.stride(), *weight_matrix.stride(), 0 if bias is None else bias.stride(0)),
+        (*dropout_scalars, M, N, K, *x_matrix.stride(), *weight_matrix.stride(), 0 if bias is None else bias.stride(0)),
         FORWARD=activation.forward,
         PARAMETERS=activation.constants(torch.float32),
         PRECISION=tile.precision,
@@ -261,7 +261,7 @@ def dgrad_by_planes_kernel(
                 if dx_ptr is not None:
                     store_tile(dxs, dx, m, n, M, K, OFFSET, DESCRIPTORS)
                 if by_rows is not None or by_columns is not None:
-                    block += (inside(dx, m, n, M, K),)
+                    block += (clear_outside(dx, m, n, M, K),)
             if by_rows is not None:
                 store_planes(block, rows_targets, by_rows[1], m, first, M, K, "rows", True, 2, OFFSET, DESCRIPTORS)
             if by_columns is not None:
@@ -306,14 +306,14 @@ def dgrad_by_planes(
     assert (by_rows is None and by_columns is None) or is_whole_blocks(tile)
     assert not tile.descriptors or describable(dz_matrix, weight_matrix, saved, dx, h)
     written = (by_rows and by_rows[0][0], by_columns and by_columns[0][0])
-    tensors, dropping = layer_dropout_arguments((dz, weight, saved, dx, h, by_rows, by_columns), seed, dropout)
+    tensors, dropout_scalars = layer_dropout_arguments((dz, weight, saved, dx, h, by_rows, by_columns), seed, dropout)
     return launch(
         dgrad_by_planes_kernel,
         tile.started(cdiv(M, tile.block_m) * cdiv(K, tile.block_n)),
         dz_matrix.device,
         tile,
         tensors,
-        (*dropping, M, N, K, *dz_matrix.stride(), *weight_matrix.stride()),
+        (*dropout_scalars, M, N, K, *dz_matrix.stride(), *weight_matrix.stride()),
         FORWARD=below.forward,
         BACKWARD=below.backward,
         PARAMETERS=below.constants(torch.float32),
@@ -379,7 +379,8 @@ def wgrad_by_planes(
     """Launch dW = dzᵀ h, or its partial sums if the rows are split, as `wgrad_products` does.
 
     Args:
-        dz: (M, N), split along its columns, each with an exponent of its own. Whoever splits it also sums its rows.
+        dz: (M, N), split along its columns, each with an exponent of its own. The launch that splits it also sums the
+            rows of each block, for db.
         h: (M, K), split along its columns, each block with one exponent.
         dw: (N, K), contiguous, written, of any float dtype. If rows are split: the view of the partial sums.
         partial: the result of `wgrad_sums`.

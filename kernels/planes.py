@@ -9,10 +9,10 @@ Both planes are fp16. The tensor is divided into blocks of 128 x 128, in which e
 the largest of them to between 2^14 and 2^15. A `Form` says for which product a tensor is split, and which elements
 share an exponent:
 
-- along "rows" or "columns": the product sums along the tensor's rows, as the forward and dgrad do along those of their
-  first operand, or along its columns, as wgrad does.
-- own False: all elements of a block share one. For x, h and W.
-- own True: the elements of a block's row share one, or those of a block's column. For dz.
+- along "rows" or "columns": the product sums along the rows of the tensor, or along its columns. The forward sums along
+  the rows of x and W, dgrad along the rows of dz and the columns of W, wgrad along the columns of dz and h.
+- own False: all elements of a block share one exponent. For x, h and W.
+- own True: the elements of a block's row share one exponent, or those of a block's column. For dz.
 
 dz is the first factor of both its products, so 2^-(e_a + e_b) is one number for each row of an output tile and each
 block of the reduction. Where both factors have one exponent a block, it is one number for the whole tile.
@@ -20,20 +20,20 @@ block of the reduction. Where both factors have one exponent a block, it is one 
 The sum over blocks of the reduction stays outside the tensor cores, which would round it toward zero. The product of
 the low planes is left out. It is at most 2^-22 |a||b|.
 
-Error. The planes hold an element to within 2^-23 of itself or 2^-50 of the largest element with the same exponent,
-whichever is more; the first is more for elements above 2^-27 of the largest. (If the largest element is so small that e
-is at its upper limit, the second is 2^-36 / 2^e.) So the error of an output is at most 2^-21 |a||b| plus the rounding
-of sums. For small elements of b, the bound is 2^-50 |a| times the largest |b| with the same exponent; for those of
-a likewise. The high plane alone holds an element to within 2^-11 of itself, as tf32 does, or 2^-39 of that largest
-element.
+Error. The planes hold an element to within 2^-23 of itself, or to within 2^-50 of the largest element with the same
+exponent, whichever is more. The first bound is for elements above 2^-27 of the largest, the second for smaller ones.
+(If the largest element is so small that e is at its upper limit, the second bound is 2^-36 / 2^e.) So the error of an
+output is at most 2^-21 |a||b|, plus the rounding of sums. Where elements of b are small, the bound is 2^-50 |a| times
+the largest |b| with the same exponent. Where elements of a are small, it is 2^-50 |b| times the largest such |a|. The
+high plane alone holds an element to within 2^-11 of itself, as tf32 does, or 2^-39 of the largest one.
 
-A sum of small elements alone would lose its bits. That and other limits of the planes are flagged. In a tensor that is
-split along its rows, a block has a flag
+A product that sums small elements only would lose accuracy. The blocks with such elements are flagged, and those that
+go beyond other limits of the planes. In a tensor that is split along its rows, a block is flagged
 
-- if an element is not finite or at least 2^78;
-- if the largest element of any row, times 2^e, is smaller than 2^-9 (rows of zeros do not count). If the block has one
-  exponent, this element is then smaller than 2^-23 of the block's largest or, with e at its upper limit, smaller than
-  2^-52. If rows have exponents of their own, it is smaller than 2^-81: no row is small beside another.
+- if an element is not finite or is at least 2^78;
+- if a row is too small: its largest element, times 2^e, is below 2^-9. (Rows of zeros do not count.) Where the block
+  has one exponent, this element is below 2^-23 of the block's largest, or below 2^-52 if e is at its upper limit. Where
+  each row has an exponent, e is then at its upper limit, and this element is below 2^-81.
 
 The same holds for the columns of a tensor that is split along its columns.
 
@@ -78,8 +78,8 @@ class Form(NamedTuple):
 
 
 # Device functions take these two as defaults of arguments. As global constants they would make Triton's cache keys
-# depend on the order of compilations: if a kernel calls a function at one place only, the kernel's key has the
-# function's constants only if the function was compiled before.
+# depend on the order in which functions are compiled: where a kernel calls a function once, the function's constants
+# are in the kernel's key if the function was compiled before the kernel, and are missing otherwise.
 SIDE = 128  # of a block
 LOW = 11  # the low plane is scaled by 2^LOW
 
@@ -88,37 +88,42 @@ TOP = tl.constexpr(14)  # the largest element with an exponent lies between 2^TO
 # The lower limit of all exponents, the upper limit of exponents of blocks, and that of exponents of rows and columns.
 # With them, 2^-(e_a + e_b) and 2^-11 of it are normal fp32 numbers.
 LEAST, MOST_OF_BLOCKS, MOST_OF_ROWS = tl.constexpr(-63), tl.constexpr(43), tl.constexpr(72)
-SMALLEST = tl.constexpr(2.0**-9)  # a block with a row whose largest scaled element is smaller is flagged
+SMALLEST = tl.constexpr(2.0**-9)  # if the largest scaled element of a row is smaller, its block is flagged
 
 
 @triton.jit
-def largest_sizes(parts, ALONG: tl.constexpr):
-    """The bits of the largest |element| of each row, as a tuple of one vector; or of each column, a vector a part.
+def largest_magnitudes(parts, ALONG: tl.constexpr):
+    """The bits of the largest |element| of each row or column of a block.
 
-    Bits of absolute values, compared as integers, have the order of the values. NaN is larger than all numbers.
+    For rows, the result is a tuple of one vector. For columns, it has a vector for each part. Bits of absolute values,
+    compared as integers, have the order of the values. NaN is larger than all numbers.
     """
     AXIS: tl.constexpr = 1 if ALONG == "rows" else 0
     largest = ()
     for i in tl.static_range(len(parts)):
-        sizes = tl.max(parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
+        magnitudes = tl.max(parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
         if ALONG == "columns" or i == 0:
-            largest += (sizes,)
+            largest += (magnitudes,)
         else:
-            largest = (tl.maximum(largest[0], sizes),)
+            largest = (tl.maximum(largest[0], magnitudes),)
     return largest
 
 
 @triton.jit
 def choose_exponents(largest, OWN: tl.constexpr):
-    """(exponents in the shapes of `largest`, or with OWN False one for all; 1 if the block is flagged, else 0)."""
+    """(exponents, flag) of a block. The flag is 1 or 0.
+
+    There is one entry of exponents for each vector in `largest`: a vector of the same shape with OWN, else the one
+    exponent of the block.
+    """
     MOST: tl.constexpr = MOST_OF_ROWS if OWN else MOST_OF_BLOCKS
     whole = tl.max(largest[0], axis=0)
     for i in tl.static_range(1, len(largest)):
         whole = tl.maximum(whole, tl.max(largest[i], axis=0))
     exponents, flag = (), ((whole >> 23) - 127 > TOP - LEAST).to(tl.int32)
     for i in tl.static_range(len(largest)):
-        size = largest[i] if OWN else whole
-        exponents += (tl.minimum(tl.maximum(-(size >> 23) + (127 + TOP), LEAST), MOST),)
+        magnitude = largest[i] if OWN else whole
+        exponents += (tl.minimum(tl.maximum(-(magnitude >> 23) + (127 + TOP), LEAST), MOST),)
         scaled = largest[i].to(tl.float32, bitcast=True) * power_of_two(exponents[i])
         flag |= tl.max(((largest[i] > 0) & (scaled < SMALLEST)).to(tl.int32), axis=0)
     return exponents, flag
@@ -158,10 +163,10 @@ def store_planes(
 ):
     """Split a block of a tensor, and store its planes, its exponents and its flag.
 
-    If two planes are flagged, they hold the upper and the lower halves of the fp32 numbers instead.
+    If the block is flagged and has two planes, these hold the upper and the lower halves of its fp32 numbers instead.
     """
     BLOCK_N: tl.constexpr = parts[0].shape[1]
-    largest = largest_sizes(parts, ALONG)
+    largest = largest_magnitudes(parts, ALONG)
     exponents, flag = choose_exponents(largest, OWN)
     rows = m + tl.arange(0, SIDE)
     for i in tl.static_range(len(parts)):
@@ -180,21 +185,21 @@ def store_planes(
                 targets[1].store([m, first], low)
         else:
             cols = first + tl.arange(0, BLOCK_N)
-            places = rows.to(OFFSET)[:, None] * ((N + 7) // 8 * 8) + cols[None, :]
+            offsets = rows.to(OFFSET)[:, None] * ((N + 7) // 8 * 8) + cols[None, :]
             mask = (rows < M)[:, None] & (cols < N)[None, :]
-            tl.store(targets[0] + places, high, mask=mask)
+            tl.store(targets[0] + offsets, high, mask=mask)
             if PLANES == 2:
-                tl.store(targets[1] + places, low, mask=mask)
+                tl.store(targets[1] + offsets, low, mask=mask)
     blocks_n = tl.cdiv(N, SIDE)
     block = m // SIDE * blocks_n + n // SIDE
     tl.store(info_ptr + block, flag)
-    numbers_ptr = info_ptr + tl.cdiv(M, SIDE) * blocks_n + block * (SIDE if OWN else 1)
+    exponents_ptr = info_ptr + tl.cdiv(M, SIDE) * blocks_n + block * (SIDE if OWN else 1)
     if OWN:
         COUNT: tl.constexpr = SIDE if ALONG == "rows" else BLOCK_N
         for i in tl.static_range(len(exponents)):
-            tl.store(numbers_ptr + i * COUNT + tl.arange(0, COUNT), exponents[i])
+            tl.store(exponents_ptr + i * COUNT + tl.arange(0, COUNT), exponents[i])
     else:
-        tl.store(numbers_ptr, exponents[0])
+        tl.store(exponents_ptr, exponents[0])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -315,8 +320,8 @@ def plane_operand(
 
 
 @triton.jit
-def block_place(at, k, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
-    """The number of an operand's block at row `at` of the product and index k of the reduction."""
+def block_index(at, k, size, length, BY_K: tl.constexpr, SIDE: tl.constexpr = SIDE):
+    """The index of the operand's block that has row `at` of the product and index k of the reduction."""
     if BY_K:
         return (at // SIDE) * tl.cdiv(length, SIDE) + k // SIDE
     else:
@@ -329,7 +334,7 @@ def load_exponents(
     SIDE: tl.constexpr = SIDE,
 ):  # fmt: skip
     """The exponent of an operand's block; with OWN, those of BLOCK rows of the product from `at` on, (BLOCK, 1)."""
-    block = block_place(at, k, size, length, BY_K)
+    block = block_index(at, k, size, length, BY_K)
     if OWN:
         return tl.load(exponents_ptr + block * SIDE + at % SIDE + tl.arange(0, BLOCK))[:, None]
     else:
@@ -352,7 +357,7 @@ def multiply_planes(
     BLOCK_K: tl.constexpr,
     A_BY_K: tl.constexpr,
     B_BY_K: tl.constexpr,
-    OWN: tl.constexpr,  # True if each row of the product has exponents of its own in a; False: a block of a has one
+    OWN: tl.constexpr,  # True if a block of a has an exponent for each row of the product; False: one for all
     PRECISION: tl.constexpr,  # "fp16x3", or "fp16x1" for high planes alone
     LOW: tl.constexpr = LOW,
 ):
@@ -409,7 +414,7 @@ def restored(
         value = (high.to(tl.float32) + low.to(tl.float32) * 2.0**-LOW) * power_of_two(-exponent)
         upper, lower = high.to(tl.int16, bitcast=True).to(tl.int32), low.to(tl.uint16, bitcast=True).to(tl.int32)
         halves = ((upper << 16) | lower).to(tl.float32, bitcast=True)
-        return tl.where(tl.load(operand[1] + block_place(at, k, size, length, BY_K)) > 0, halves, value)
+        return tl.where(tl.load(operand[1] + block_index(at, k, size, length, BY_K)) > 0, halves, value)
 
 
 @triton.jit
@@ -444,8 +449,8 @@ def is_flagged(info_ptr, at, begin, end, size, length, BY_K: tl.constexpr, SIDE:
     found = tl.zeros((32,), tl.int32)  # in every warp, so that no warp waits for another
     for first in range(begin // SIDE, tl.cdiv(end, SIDE), 32):
         block = first + tl.arange(0, 32)
-        places = block_place(at, block * SIDE, size, length, BY_K)
-        found |= tl.load(info_ptr + places, mask=block < tl.cdiv(end, SIDE), other=0)
+        index = block_index(at, block * SIDE, size, length, BY_K)
+        found |= tl.load(info_ptr + index, mask=block < tl.cdiv(end, SIDE), other=0)
     return tl.max(found, axis=0) > 0
 
 

@@ -83,7 +83,8 @@ def dot_split(a, b):
     """
     a_high, a_middle, a_low = split_operand(a)
     b_high, b_middle, b_low = split_operand(b)
-    # Scales: 2^-6 for middle, 2^-13 for low. Middle times middle has 2^-12, which is 2^-13 if one of them is doubled.
+    # The scale of middle is 2^-6, that of low 2^-13. The first three products are summed at the scale 2^-13. Middle
+    # times middle has 2^-12, so one of the two is doubled.
     small = dot(
         round_to(widen(a_middle) * 2.0, tl.bfloat16), b_middle, tl.zeros((a.shape[0], b.shape[1]), tl.float32), "ieee"
     )

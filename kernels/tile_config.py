@@ -118,7 +118,7 @@ def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
         return max(used + parts, tile.block_m * tile.block_n * problem.dtype.itemsize)
     outputs = tile.block_m * tile.block_n // tile.parts * problem.dtype.itemsize * EPILOGUE_TILES[problem.kind]
     if tile.precision == "fp16x3" and problem.kind == "forward":
-        outputs += outputs // 2  # one plane of h; in dgrad it takes the place of a tile
+        outputs += outputs // 2  # a plane of h; in dgrad, planes reuse the memory of an output tile
     return used + max(parts, outputs) + 4096  # for barriers and for conversions between layouts
 
 

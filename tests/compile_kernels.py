@@ -217,7 +217,7 @@ def compile_path(row: NetworkCompilation, path: NetworkPath) -> list[dict[str, A
         counted = 0
         if kind in ("forward", "recompute", "stored", "dgrad"):
             problem = network_tiles.NetworkProblem(
-                kind, path.network.pads, path.network.keeps_z, dtype, path.network.precision, drops=path.drops
+                kind, path.network.pads, path.network.saves_z, dtype, path.network.precision, drops=path.drops
             )
             counted = network_tiles.network_shared_memory(problem, tile, device)
         threads = 32 * tile.num_warps * tile.programs // device.multiprocessors  # per multiprocessor
@@ -444,7 +444,7 @@ def launch(row: Compilation) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, w, b, dz, z = tensor(M, K), tensor(N, K), tensor(N), tensor(M, N), tensor(M, K)
-    keeps, precision, tile = activation.keeps_preactivation, row.precision, row.tile
+    saves_z, precision, tile = activation.saves_preactivation, row.precision, row.tile
     dropping: dict[str, Any] = {}
 
     if row.dropout:
@@ -452,14 +452,14 @@ def launch(row: Compilation) -> None:
     if tile.precision in (*planes.PLANES, "redo"):
         launch_by_planes(row, M, N, K)
     elif row.kernel == "forward":
-        z = tensor(M, N) if keeps else None
+        z = tensor(M, N) if saves_z else None
         layer_forward.layer_forward(x, w, b, tensor(M, N), z, activation, precision, tile, **dropping)
     elif row.kernel == "dgrad":
-        h = tensor(M, K) if keeps else None
+        h = tensor(M, K) if saves_z else None
         layer_backward.dgrad(dz, w, z, tensor(M, K), h, activation, precision, tile, **dropping)
     elif row.kernel == "output_gradient":
         layer_backward.output_gradient(
-            dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if keeps else None, **dropping
+            dz, tensor(M, N), tensor(M, N), activation, tile, tensor(M, N) if saves_z else None, **dropping
         )
     elif row.kernel == "pointwise":
         layer_forward.pointwise(tensor(M, N), tensor(M, N), activation, tile, **dropping)
@@ -490,14 +490,14 @@ def launch_by_planes(row: Compilation, M: int, N: int, K: int) -> None:
     def result(width: int, form: planes.Form) -> planes.Operand:
         return _split(tensor(M, width), form)
 
-    keeps = activation.keeps_preactivation
+    saves_z = activation.saves_preactivation
     if row.kernel == "forward":
         h, split = (None, result(N, rows)) if row.splits else (tensor(M, N), None)
-        operands, z = (operand(M, K, rows), operand(N, K, rows)), tensor(M, N) if keeps else None
+        operands, z = (operand(M, K, rows), operand(N, K, rows)), tensor(M, N) if saves_z else None
         plane_products.forward_by_planes(*operands, tensor(N), h, z, activation, tile, split)
     elif row.kernel == "dgrad":
         operands, saved = (operand(M, N, own_rows), operand(N, K, columns)), tensor(M, K)
-        h = tensor(M, K) if keeps else None
+        h = tensor(M, K) if saves_z else None
         if row.splits:
             by_columns = (*result(K, own_columns), tensor(planes.info_shape(M, K, columns)[1], K))
             plane_products.dgrad_by_planes(*operands, saved, None, h, activation, tile, result(K, own_rows), by_columns)

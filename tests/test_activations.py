@@ -178,7 +178,7 @@ def test_resolve_takes_names_classes_instances_functions_and_none() -> None:
 @pytest.mark.parametrize("name", WANTED)
 def test_reference_backward_is_the_derivative_of_reference(name: str) -> None:
     activation = ACTIVATIONS[name]
-    assert (activation.keeps == "preactivation") or activation.reference_backward is not None
+    assert (activation.saved_tensor == "preactivation") or activation.reference_backward is not None
     if activation.reference_backward is None:
         return
     z = torch.randn(500, dtype=torch.float64, requires_grad=True)

@@ -131,7 +131,7 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
     partial = wgrad_sums(M, split, BF16, N * K, N)
     widths, strides = (K, 32, 16), ((K, 1, 1), (32, 1, 0))
     net = network.network_of(widths, strides, (RELU, IDENTITY), BF16, "ieee")
-    problem = network_tiles.NetworkProblem("forward", net.pads, net.keeps_z, BF16)
+    problem = network_tiles.NetworkProblem("forward", net.pads, net.saves_z, BF16)
     net_tile = network_tiles.network_tile(problem, hopper)
     assert not isinstance(net_tile, str)
     return {

@@ -131,7 +131,7 @@ def scaled_path(case: Case, data: Data, precision: str = "fp16x3", form: str = "
     net = network_of(net.widths, net.strides, net.activations, net.dtype, precision)
 
     def tile(kind: NetworkKind, stores: bool = False) -> TileConfig:
-        problem = NetworkProblem(kind, net.pads, net.keeps_z, net.dtype, net.precision, stores=stores)
+        problem = NetworkProblem(kind, net.pads, net.saves_z, net.dtype, net.precision, stores=stores)
         chosen = network_tile(problem, device)
         assert isinstance(chosen, TileConfig)
         return chosen

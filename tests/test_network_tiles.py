@@ -25,8 +25,8 @@ H100 = DEVICES["NVIDIA H100"]
 def forward(
     widths: tuple[int, ...], activation: str = "relu", dtype: str = "bfloat16", device: Device = H100, **others: int
 ) -> TileConfig:
-    keeps_z = (ACTIVATIONS[activation].keeps_preactivation,) * (len(widths) - 2) + (False,)
-    problem = NetworkProblem("forward", tuple(map(padded, widths)), keeps_z, getattr(torch, dtype), **others)
+    saves_z = (ACTIVATIONS[activation].saves_preactivation,) * (len(widths) - 2) + (False,)
+    problem = NetworkProblem("forward", tuple(map(padded, widths)), saves_z, getattr(torch, dtype), **others)
     tile = network_tile(problem, device)
     assert isinstance(tile, TileConfig)
     assert network_shared_memory(problem, tile, device) <= device.shared_memory

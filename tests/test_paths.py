@@ -171,7 +171,7 @@ def test_the_formulation_of_training_on_hopper(
     assert inference.formulation is None
     for which, stores in ((path, formulation == "stored"), (inference, False)):
         problem = network_tiles.NetworkProblem(
-            "forward", which.network.pads, which.network.keeps_z, torch.bfloat16, stores=stores
+            "forward", which.network.pads, which.network.saves_z, torch.bfloat16, stores=stores
         )
         assert which.forward_tile == network_tiles.network_tile(problem, H200)
 
@@ -384,7 +384,7 @@ def test_a_network_has_a_path_or_a_reason(
         return
     assert (path.formulation is None) == (not training)
     assert (path.backward_tile is None) == (not training)
-    problem = network_tiles.NetworkProblem("forward", path.network.pads, path.network.keeps_z, dtype)
+    problem = network_tiles.NetworkProblem("forward", path.network.pads, path.network.saves_z, dtype)
     assert (
         network_tiles.network_shared_memory(problem, path.forward_tile, DEVICES[device])
         <= DEVICES[device].shared_memory

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
-from ..kernels.dropout import SEED_BYTES, Dropout, draw_seed, keeps_preactivation
+from ..kernels.dropout import SEED_BYTES, Dropout, draw_seed, saves_preactivation
 from ..kernels.layer_forward import pointwise
 from .layer_path import LayerPath
 from .network_path import NetworkPath
@@ -346,7 +346,7 @@ def output_below(section: Section, edge: Tensor, seed: Tensor | None) -> Tensor:
     factors = dropout_factors(seed, dropout, edge.shape[0], edge.shape[1], section.dtype)
     if below is IDENTITY and factors is None:
         return edge
-    if keeps_preactivation(below, dropout):
+    if saves_preactivation(below, dropout):
         return dropped(below(edge), factors)
     output: Tensor = _FromOutput.call(edge, edge.detach(), below, factors)
     return output

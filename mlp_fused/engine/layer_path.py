@@ -142,9 +142,9 @@ class LayerSection(Section):
 
     def kept(self) -> list[tuple[LayerSpec, bool]]:
         """The layers that save a tensor within the section, with True if that tensor is z, False if it is h."""
-        inner = [(spec, spec.keeps_z) for spec in self.layers[:-1]]
+        inner = [(spec, spec.saves_z) for spec in self.layers[:-1]]
         last = self.layers[-1]
-        return inner + ([(last, True)] if self.is_last and last.keeps_z else [])
+        return inner + ([(last, True)] if self.is_last and last.saves_z else [])
 
     def saved_shapes(self, rows: int, needs: Sequence[bool]) -> dict[str, tuple[int, ...]]:
         needs_x, needs_weight, *_ = needs
@@ -157,7 +157,7 @@ class LayerSection(Section):
             shapes["x"] = (rows, self.widths[0])
         if widths := [spec.width_out for spec, _ in self.kept()]:
             shapes["kept"] = (sum(room(rows, width) for width in widths[:-1]) + rows * widths[-1],)
-        if differentiates and not last.keeps_z:  # its derivative is computed from y
+        if differentiates and not last.saves_z:  # its derivative is computed from y
             shapes["y"] = (rows, self.widths[-1])
         if any(spec.dropout or spec.dropout_below for spec in self.layers):
             shapes["seed"] = (1,)
@@ -193,7 +193,7 @@ class LayerSection(Section):
         last = self.layers[-1]
         writer.allocate("y", rows, last.width_out)
         edge = None  # the edge to the next section, if it is not y
-        if needs and not self.is_last and last.keeps_z:
+        if needs and not self.is_last and last.saves_z:
             edge = writer.allocate(f"z[{last.index}]", rows, last.width_out)
         below = "h"
         for position, (spec, cast) in enumerate(zip(self.layers, casts)):
@@ -226,7 +226,7 @@ class LayerSection(Section):
             below = self.layers[position - 1] if position else None
             h = "x"
             if below is not None:
-                h = f"{'z' if below.keeps_z else 'h'}[{below.index}]"
+                h = f"{'z' if below.saves_z else 'h'}[{below.index}]"
             into = None
             if any(needs[: 1 + position]) or any(needs_parameters[count : count + position]):
                 if below is None:
@@ -234,7 +234,7 @@ class LayerSection(Section):
                 else:  # dz alternates between two buffers
                     into = writer.share(f"dz[{below.index}]", f"dz {below.index % 2}", rows, spec.width_in)
                 saved, rebuilt = None if spec.below is IDENTITY else h, None
-                if needs_weight and spec.below_keeps_z:
+                if needs_weight and spec.below_saves_z:
                     h = rebuilt = writer.share(f"rebuilt[{spec.index}]", "rebuilt", rows, spec.width_in)
                 weight = writer.find(f"cast[{spec.index}]") or f"weight[{spec.index}]"
                 add_dgrad(spec, writer, dz, weight, saved, into, rebuilt, choose)

@@ -31,7 +31,7 @@ from ..kernels import layer_tiles
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
 from ..kernels.devices import Device
-from ..kernels.dropout import Dropout, keeps_preactivation
+from ..kernels.dropout import Dropout, saves_preactivation
 from ..kernels.layer_backward import dgrad, output_gradient, wgrad_products, wgrad_sums
 from ..kernels.layer_forward import layer_forward, pointwise
 from ..kernels.partial_sums import Partial, sum_partials, sum_tile
@@ -157,13 +157,13 @@ class LayerSpec:
     dropout_below: Dropout | None
 
     @functools.cached_property
-    def keeps_z(self) -> bool:
+    def saves_z(self) -> bool:
         """True if the pre-activation is saved for backward, False if the output is."""
-        return keeps_preactivation(self.activation, self.dropout)
+        return saves_preactivation(self.activation, self.dropout)
 
     @functools.cached_property
-    def below_keeps_z(self) -> bool:
-        return keeps_preactivation(self.below, self.dropout_below)
+    def below_saves_z(self) -> bool:
+        return saves_preactivation(self.below, self.dropout_below)
 
     @property
     def name(self) -> str:

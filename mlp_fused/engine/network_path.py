@@ -110,8 +110,8 @@ class NetworkPath(Section):
         shapes: dict[str, tuple[int, ...]] = {"x": (rows, net.widths[0])}
         if self.stores and net.layers > 1:
             shapes["kept"] = (rows * net.starts[-1],)
-        if self.stores and (net.activates_output or net.keeps_z[-1]):
-            shapes["z" if net.keeps_z[-1] else "y"] = (rows, net.widths[-1])
+        if self.stores and (net.activates_output or net.saves_z[-1]):
+            shapes["z" if net.saves_z[-1] else "y"] = (rows, net.widths[-1])
         if self.drops:
             shapes["seed"] = (1,)
         return shapes
@@ -133,7 +133,7 @@ class NetworkPath(Section):
         net, rows = self.network, writer.rows
         y = writer.allocate("y", rows, net.widths[-1])
         kept = writer.allocate("kept", rows * net.starts[-1]) if keep and net.layers > 1 else None
-        z = writer.allocate("z", rows, net.widths[-1]) if keep and net.keeps_z[-1] else None
+        z = writer.allocate("z", rows, net.widths[-1]) if keep and net.saves_z[-1] else None
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "y": y, "weights": weights, "biases": biases, "kept": kept, "z": z, "h": None}
         if rows:
@@ -162,14 +162,14 @@ class NetworkPath(Section):
         elif self.formulation == "recompute":
             self._add_recompute(writer, dx, sums, wanted)
         else:
-            kept, own = writer.find("kept"), writer.find("z") or writer.find("y")
+            kept, last_saved = writer.find("kept"), writer.find("z") or writer.find("y")
             if self.formulation == "rerun":
                 kept, z = self._add_forward(writer, "network again", keep=True)
-                own = (z or "y") if net.activates_output else None
+                last_saved = (z or "y") if net.activates_output else None
             if self.groups:
-                self._add_one_pass(writer, dx, kept, own, sums, wanted)
+                self._add_one_pass(writer, dx, kept, last_saved, sums, wanted)
             else:
-                self._add_stored(writer, dx, kept, own, sums, wanted)
+                self._add_stored(writer, dx, kept, last_saved, sums, wanted)
         return writer.finish(dx, *gradients)
 
     def _add_recompute(self, writer: Writer, dx: str | None, totals: tuple[str, ...], wanted: Gradients) -> None:
@@ -178,7 +178,7 @@ class NetworkPath(Section):
         assert tile is not None
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases}
-        operands |= {"kept": None, "own": None, "dz": None, "h": None}
+        operands |= {"kept": None, "last_saved": None, "dz": None, "h": None}
         recomputed = self._flops(rows, end=net.layers - 1 + net.activates_output)
         flops = recomputed + self._dgrad_flops(rows, wanted, dx) + self._wgrad_flops(rows, wanted)
         sums = network_one_pass_sums(rows, net, wanted, tile)
@@ -189,7 +189,7 @@ class NetworkPath(Section):
         writer: Writer,
         dx: str | None,
         kept: str | None,
-        own: str | None,
+        last_saved: str | None,
         totals: tuple[str, ...],
         wanted: Gradients,
     ) -> None:
@@ -214,12 +214,12 @@ class NetworkPath(Section):
             layers, top = range(low, high), high == net.layers
             goes_below = low > lowest or (low == 0 and dx is not None)
             operands: dict[str, Any] = {"x": "x", "dy": "dy", "dx": None if low else dx, "weights": weights}
-            operands |= {"biases": (None,) * net.layers, "kept": kept, "own": own if top else None}
+            operands |= {"biases": (None,) * net.layers, "kept": kept, "last_saved": last_saved if top else None}
             operands |= {"dz": dz, "h": None, "partial": whole}
             moved = {
                 "inputs": tuple(hidden(kept, i - 1) if i else "x" for i in layers),
                 "dz": "dy" if top else hidden(dz, high - 1),
-                "own": operands["own"],
+                "last_saved": operands["last_saved"],
                 "weights": weights[low if goes_below else low + 1 : high],
                 "dx": hidden(dz, low - 1) if low > lowest else operands["dx"],
                 "partial": tuple(f"d {kind}[{i}]" for i in layers for kind in ("weight", "bias")),
@@ -237,26 +237,26 @@ class NetworkPath(Section):
         writer: Writer,
         dx: str | None,
         kept: str | None,
-        own: str | None,
+        last_saved: str | None,
         totals: tuple[str, ...],
         wanted: Gradients,
     ) -> None:
         """Add one kernel for all dz, one kernel for all dW and db, and the step that adds the sums."""
         net, rows, tile = self.network, writer.rows, self.backward_tile
         dz = writer.allocate("dz", rows * net.starts[-1]) if kept else None
-        last = writer.allocate("last", rows, net.widths[-1]) if net.differentiates_output else None
-        if last or wanted.lowest + 1 < net.layers or dx:
+        last_dz = writer.allocate("last_dz", rows, net.widths[-1]) if net.differentiates_output else None
+        if last_dz or wanted.lowest + 1 < net.layers or dx:
             assert tile is not None
             weights, _ = self._parameters(writer)
-            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept, "own": own}
-            operands |= {"dz": dz, "last": last}
+            operands: dict[str, Any] = {"dy": "dy", "dx": dx, "weights": weights, "kept": kept}
+            operands |= {"last_saved": last_saved, "dz": dz, "last_dz": last_dz}
             moved = {**operands, "weights": weights if dx else weights[1:]}
-            kernel, writes = partial(network_dgrad, gradients=wanted), ("dx", "dz", "last")
+            kernel, writes = partial(network_dgrad, gradients=wanted), ("dx", "dz", "last_dz")
             flops = self._dgrad_flops(rows, wanted, dx)
             self._add(writer, "network dgrad", kernel, tile, operands, writes, flops, moved)
         if totals:
             tile, flops = self.wgrad_tile, self._wgrad_flops(rows, wanted)
-            operands = {"x": "x", "dy": last or "dy", "kept": kept, "dz": dz}
+            operands = {"x": "x", "last_dz": last_dz or "dy", "kept": kept, "dz": dz}
             sums = network_wgrad_sums(rows, net, wanted, tile)
             self._add_summed(writer, "network wgrad", network_wgrad, tile, operands, flops, wanted, totals, sums)
 

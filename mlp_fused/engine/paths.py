@@ -337,7 +337,7 @@ def network_path(
 
     def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:
         return network_tiles.NetworkProblem(
-            kind, network.pads, network.keeps_z, dtype, multiplied, input_size, stores, any(dropouts)
+            kind, network.pads, network.saves_z, dtype, multiplied, input_size, stores, any(dropouts)
         )
 
     def tile(kind: network_tiles.NetworkKind, stores: bool = False) -> TileConfig | str:
@@ -348,7 +348,7 @@ def network_path(
         return str(storing_forward)
     if any(dropouts) and torch_too and not network_tiles.is_dropout_measured(network.pads, dtype, device):
         return UNMEASURED_DROPOUT
-    rebuilds = any(keeps_z and drops for keeps_z, drops in zip(network.keeps_z[:-1], network.drops))
+    rebuilds = any(saves_z and drops for saves_z, drops in zip(network.saves_z[:-1], network.drops))
     wgrad = network_tiles.network_wgrad_tile(dtype, multiplied, device, rebuilds)
     measured = None
     if recompute is None:

@@ -40,7 +40,7 @@ class Operands:
         M, N, K = product.rows, product.width_out, product.width_in
         dtype, self.precision = ARITHMETIC[product.dtype]
         activation = ACTIVATIONS[product.activation]
-        active, saves_z = product.activation != "identity", activation.keeps_preactivation
+        active, saves_z = product.activation != "identity", activation.saves_preactivation
         self.activation = activation
         # The shape and scale of each tensor, so that sums are about 1; None for a tensor that is not needed.
         specs: list[tuple[tuple[int, ...], float] | None]

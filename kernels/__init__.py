@@ -1,1 +1,1 @@
-"""Triton kernels of the multi-layer perceptron: tensors in, tensors out; no autograd, no nn, no policy."""
+"""Triton kernels of the multi-layer perceptron: tensors in, tensors out; no autograd, no nn.Module."""

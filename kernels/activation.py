@@ -43,7 +43,7 @@ class Activation:
         parameters: parameter names, in order, with their values.
         module: the `nn.Module` class of this activation. The parameters are its attributes, by the same names.
         matches: a test for the instances of `module` that are this activation; by default all.
-        kinks: the points where the derivative jumps.
+        kinks: the points where the activation or its derivative jumps.
         rounds_parameters: True if parameters are rounded to the tensor's dtype, because outputs are compared with them.
         scales: True if the derivative can be computed from any positive multiple of the output, as after Dropout.
         piecewise: True if forward and backward are piecewise polynomials, a few instructions an element. The estimated
@@ -122,7 +122,7 @@ _BOUND: dict[tuple[str, tuple[tuple[str, float], ...]], Activation] = {}
 
 
 def bound(declared: Activation, parameters: tuple[tuple[str, float], ...]) -> Activation:
-    """The activation with these parameter values; always the same object, so that caches may key on identity."""
+    """`declared` with these values. The same arguments give the same object, so caches may key on identity."""
     values = dict(parameters)
     if values == declared.parameters:
         return declared
@@ -179,7 +179,8 @@ def register_activation(
     """Add an activation to the table, under a new name: h = forward(z), dz = backward(dh, saved).
 
     `Activation` describes the arguments. `forward` and `backward` are `@triton.jit` functions of fp32 values (under the
-    interpreter also fp64). `reference` runs for CPU tensors, for fp64 tensors, and when a gradient is differentiated.
+    interpreter also fp64). `reference` runs wherever plain torch takes the place of the kernels, for example for CPU
+    tensors and fp64 tensors, and when a gradient is differentiated.
 
     Raises:
         ValueError: the name is taken, `saves` is unknown, or the output is saved and `reference_backward` is missing.

@@ -83,9 +83,9 @@ class Launch:
         if compiled is not None and _aligned(tensors):
             self.cache_compiled(compiled, len(tensors))
 
-    def cache_compiled(self, compiled: Any, tensors: int) -> None:
-        """Cache the compiled kernel and its arguments, except the tensors: its first `tensors` parameters."""
-        constants = self.kernel.params[tensors + len(self.scalars) :]
+    def cache_compiled(self, compiled: Any, tensor_count: int) -> None:
+        """Cache the compiled kernel and its arguments, except the first `tensor_count` ones, the tensors."""
+        constants = self.kernel.params[tensor_count + len(self.scalars) :]
         self.rest = (*self.scalars, *(self.constants.get(constant.name, constant.default) for constant in constants))
         self.needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0) > 0  # missing on AMD
         self.binary = (compiled.function, compiled.packed_metadata)

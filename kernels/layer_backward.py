@@ -1,4 +1,4 @@
-"""The backward of one layer: the output gradient of the last layer, then dgrad and wgrad of every layer.
+"""The backward by layer kernels: output_gradient for the last layer, then dgrad and wgrad for every layer.
 
 dz = dh ⊙ a'(saved)                           output_gradient (and h again, where z was saved)
 dz_below = (dz W) ⊙ a_below'(saved_below)     dgrad (and h_below again, where z_below was saved)

@@ -21,7 +21,7 @@ __all__ = [
     "prefers_planes", "why_torch",
 ]  # fmt: skip
 
-# Output tiles, the larger ones first. Those with a side of 256 are used only through descriptors.
+# Output tiles, (block_m, block_n). Those with a side of 256 are used only through descriptors.
 OUTPUT_TILES = (
     (256, 128), (128, 256), (128, 128), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32),
     (32, 128), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32),
@@ -123,10 +123,10 @@ def planes_seconds(problem: Problem, tile: TileConfig, device: Device, written: 
     # A split reads an operand and writes its planes. If `written`, the first operand is not read again.
     first, second = (2 * side * problem.k * problem.dtype.itemsize for side in (problem.m, problem.n))
     if written:
-        splits, launches = first / 2 / SPLIT_RATE, PLANES_LAUNCHES - LAUNCH
+        first, first_rate, launches = first // 2, SPLIT_RATE, PLANES_LAUNCHES - LAUNCH
     else:
-        splits, launches = first / (SUMS_RATE if problem.kind == "wgrad" else SPLIT_RATE), PLANES_LAUNCHES
-    return flops / rate + (splits + second / SPLIT_RATE) / device.bandwidth + launches
+        first_rate, launches = SUMS_RATE if problem.kind == "wgrad" else SPLIT_RATE, PLANES_LAUNCHES
+    return flops / rate + (first / first_rate + second / SPLIT_RATE) / device.bandwidth + launches
 
 
 def prefers_planes(
@@ -184,38 +184,40 @@ def _specialized(problem: Problem, device: Device, tiles: Sequence[TileConfig]) 
 def _precisions(problem: Problem, device: Device) -> tuple[str, ...]:
     if problem.dtype != torch.float32 or problem.precision == "tf32":
         return (problem.precision,) if problem.dtype == torch.float32 else ("ieee",)
-    splits = device.arch in LARGEST_SPLIT and problem.k >= SHORTEST_SPLIT
-    return ("bf16x6", "ieee") if splits else ("ieee",)
+    has_bf16x6 = device.arch in LARGEST_SPLIT and problem.k >= SHORTEST_SPLIT
+    return ("bf16x6", "ieee") if has_bf16x6 else ("ieee",)
 
 
 def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block_n: int) -> Iterator[TileConfig]:
     """The tiles with an output of (block_m, block_n), if they fit."""
     fma = on_fma_units(problem, precision)
     descriptors = problem.aligned and device.arch in DESCRIPTOR_ARCHITECTURES and not fma
-    splits = precision == "bf16x6"
+    is_bf16x6 = precision == "bf16x6"
     # On Blackwell, a tile with a long side spills unless operands have 16 bits and it has at least 128 rows.
     spills = device.arch in BLACKWELL and (problem.dtype.itemsize > 2 or block_m == 64)
-    if max(block_m, block_n) > LONGEST_SIDE and (splits or not descriptors or spills):
+    if max(block_m, block_n) > LONGEST_SIDE and (is_bf16x6 or not descriptors or spills):
         return
-    if splits and block_m * block_n > LARGEST_SPLIT[device.arch]:
+    if is_bf16x6 and block_m * block_n > LARGEST_SPLIT[device.arch]:
         return
     sides = block_m, block_n
     block_m, block_n = _power_of_two(problem.m, 16, block_m), _power_of_two(problem.n, 16, block_n)
-    longest = 64 if problem.dtype.itemsize == 2 else BLOCK_K[precision]
-    if max(sides) > LONGEST_SIDE and ((block_m, block_n) != sides or problem.k < longest):
+    longest_k = 64 if problem.dtype.itemsize == 2 else BLOCK_K[precision]
+    if max(sides) > LONGEST_SIDE and ((block_m, block_n) != sides or problem.k < longest_k):
         return  # cut down to the problem's size, it equals another tile
     if not problem.aligned and not fma:  # elements are loaded one by one, which takes a pointer for every element
-        longest //= 2
+        longest_k //= 2
         if max(block_m, block_n) > LONGEST_UNALIGNED:
             return
-    wgmma_alone = descriptors and not splits  # operands stay in shared memory, so four warps can hold larger products
-    eight = block_m * block_n >= 128 * 128 and block_m > 64 if wgmma_alone else block_m * block_n > 64 * 64
+    if descriptors and not is_bf16x6:  # operands stay in shared memory, so four warps can hold larger products
+        needs_8_warps = block_m * block_n >= 128 * 128 and block_m > 64
+    else:
+        needs_8_warps = block_m * block_n > 64 * 64
     tile = TileConfig(
         block_m,
         block_n,
-        _power_of_two(problem.k, 16, longest),
+        _power_of_two(problem.k, 16, longest_k),
         group_m=8,
-        num_warps=8 if eight else 4,
+        num_warps=8 if needs_8_warps else 4,
         precision=precision,
         descriptors=descriptors,
     )
@@ -223,7 +225,7 @@ def _tiles(problem: Problem, device: Device, precision: str, block_m: int, block
         deep = dataclasses.replace(tile, num_stages=stages, parts=parts)
         if descriptors:
             waiting = block_m * block_n * problem.dtype.itemsize // (4 * 32 * tile.num_warps)
-            early = problem.kind == "dgrad" and device.arch == 90 and not splits and waiting <= WAITING_WORDS
+            early = problem.kind == "dgrad" and device.arch == 90 and not is_bf16x6 and waiting <= WAITING_WORDS
             deep = dataclasses.replace(deep, early=early)
             programs = device.multiprocessors * resident(problem, deep, device)
             deep = dataclasses.replace(deep, programs=programs)

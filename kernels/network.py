@@ -2,17 +2,18 @@
 
 There are four kernels. This file has what they share.
 
-forward      x -> y in one launch; in training it may save one tensor for each hidden layer
-one_pass     every dz, dW and db, and dx, in one launch, with the sums in registers. It reads the tensors that the
-             forward saved, or recomputes them from x
+forward      x -> y in one launch; in training it may save one tensor for each layer
+one_pass     every dW and db, and dx, with the sums in registers. It takes one launch, or one for each group of layers.
+             It reads the tensors that the forward saved, or recomputes them from x
 dgrad        every dz, and dx, from the tensors that the forward saved
 wgrad        every dW and db, from the saved tensors and dgrad's dz
 
 one_pass and wgrad write sums over the rows of each program, in fp32 (fp64 networks: in fp64). `sum_partials` adds them
 in a fixed order.
 
-A program loads the weights once and goes through tiles of rows. Widths are padded to the next power of two with zeros.
-The padding of an activation is set to zero too, as a(0) need not be 0, nor even finite.
+A program goes through tiles of rows. It loads the weights once, before the first tile. (A wide first layer is an
+exception: its weight is streamed. wgrad reads no weights.) Widths are padded to the next power of two with zeros. The
+padding of an activation is set to zero too, as a(0) need not be 0, nor even finite.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Network:
         return max(*self.widths, self.starts[-1])
 
     @functools.cached_property
-    def is_wide(self) -> bool:
+    def has_large_strides(self) -> bool:
         """True if the strides of a parameter are so large that its offsets need 64 bits."""
         spans = (n * sn + k * sk for n, k, (sn, sk, _) in zip(self.widths[1:], self.widths, self.strides))
         return max(*spans, *(n * sb for n, (_, _, sb) in zip(self.widths[1:], self.strides))) >= 2**31
@@ -293,7 +294,7 @@ def drop(h, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
 
 @triton.jit
 def drop_gradient(dh, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr):
-    """The gradient of a(z), from dh: the gradient of the layer's output, which is a(z) after Dropout.
+    """The gradient of a(z). `dh` is the gradient of the layer's output, that is, of a(z) after Dropout.
 
     Layers without `redraws` need no mask: the derivative of a dropped element is 0 there, so its dh does not matter.
     """
@@ -370,7 +371,7 @@ def partial_dtype(network: Network) -> torch.dtype:
 
 def network_offset_type(network: Network, rows: int, *strided: Tensor) -> Any:
     """The integer type for offsets: 64 bits if any element has an offset of 2^31 or more."""
-    if rows * network.row_elements >= 2**31 or network.is_wide:
+    if rows * network.row_elements >= 2**31 or network.has_large_strides:
         return tl.int64
     scattered = [tensor for tensor in strided if not tensor.is_contiguous()]
     return offset_type(*scattered) if scattered else tl.int32

@@ -59,7 +59,7 @@ def network_dgrad_kernel(
         safe = tl.minimum(rows, M - 1)
         dz = load_rows(dy_ptr, safe * stride_dm, None, stride_dn, NET, LAST + 1, OFFSET)
         if last_dz_ptr is not None:
-            last_saved = dz  # not read: a last layer without an activation, but with Dropout, saves no tensor
+            last_saved = dz  # a placeholder: without an activation, no tensor is saved, and none is read
             if last_saved_ptr is not None:
                 last_saved = load_rows(last_saved_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
             dz = activation_backward(dz, last_saved, seed_ptr, keeps, tile * BLOCK_M, NET, LAST)

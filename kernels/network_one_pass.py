@@ -224,7 +224,7 @@ def network_one_pass_kernel(
             saved = saved + (kept,)
             hs = hs + (h,)
         if HIGH > LAST and NET.differentiates_output:
-            last_saved = dz  # not read: a last layer without an activation, but with Dropout, saves no tensor
+            last_saved = dz  # a placeholder: without an activation, no tensor is saved, and none is read
             if last_saved_ptr is not None:
                 last_saved = load_rows(last_saved_ptr, safe * NET.widths[LAST + 1], None, 1, NET, LAST + 1, OFFSET)
             elif NET.activates_output:
@@ -335,9 +335,10 @@ def network_one_pass(
 def _transposes(network: Network) -> bool:
     """True if the pass that recomputes h sums dWᵀ, because the compiler would serialise the products of dW.
 
-    It does so if x is narrower than a wgmma instruction, unless dx is wanted. On an H100, 16 -> 64 -> 64 -> 16 by dWᵀ
-    took 0.345 ms (fp16, 2^21 rows, Triton 3.6), in a sketch with the same number of waits. 64 -> 64 -> 64 -> 64 -> 64
-    spills 100 words by dWᵀ and 78 by dW.
+    The compiler serialises them if x is narrower than a wgmma instruction and dx is not wanted. For such an x, dWᵀ is
+    summed with dx too. On an H100, 16 -> 64 -> 64 -> 16 by dWᵀ took 0.345 ms (fp16, 2^21 rows, Triton 3.6), in a sketch
+    with the same number of waits. Other networks sum dW: 64 -> 64 -> 64 -> 64 -> 64 spills 78 words by dW, and 100 by
+    dWᵀ.
     """
     return network.pads[0] < 64 == max(network.pads)
 

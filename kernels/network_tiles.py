@@ -37,7 +37,8 @@ STREAMED_COLUMNS = {2: 64, 4: 32, 8: 32}  # columns of a wide first layer at a t
 RESIDENT_INPUT = 256  # the widest input whose weight stays on the chip; a wider one is streamed
 WIDEST_HIDDEN = 256
 WIDEST_ON_FMA_UNITS = 64  # full fp32: a wider product's operands do not fit in registers
-# The precisions that split fp32 numbers into 16-bit parts and multiply these (see tile.py), the fastest first.
+# The precisions that split fp32 numbers into 16-bit parts and multiply these (see tile.py). Of two with the same
+# accuracy, the faster one comes first.
 SPLITS = ("fp16x3", "bf16x6", "fp16x1")
 SPLIT_ACCURACY = {"fp16x3": "ieee", "bf16x6": "ieee", "fp16x1": "tf32"}  # torch's setting that each of them fulfils
 SPLIT_BYTES = {"fp16x3": 4, "bf16x6": 6, "fp16x1": 2}  # bytes of a number's parts
@@ -82,8 +83,9 @@ RECOMPUTE_WORDS_FP32 = 72
 RECOMPUTE_WORDS_HOPPER = 144
 RECOMPUTE_WORDS_HOPPER_Z = 108  # if a hidden layer's derivative reads z, and so may compute exponentials again
 # The most words that a thread may hold in the pass over stored tensors (see `layer_groups`), by the padded width of the
-# widest layer. They admit the sums of 4 layers 64 wide (80 words), or of one 128 wide (72). A layer of 10 columns in
-# addition to 128 -> 128 serialises the wgmma instructions of relu, and spills 86 words with gelu.
+# widest layer. They admit the sums of 4 layers 64 wide (80 words), or of one 128 wide (72). If a layer of 10 columns
+# were in one group with 128 -> 128, the wgmma instructions would be serialised with relu, and 86 words would spill with
+# gelu.
 STORED_WORDS = {64: 92, 128: 80}
 REBUILT_WORDS = 4  # words for each h that is rebuilt from z: with the sums of 4 layers and 4 such h, 68 words spill
 REBUILT_WORDS_DROPPED = 12  # the same with Dropout: with the sums of 4 layers and 3 such h, up to 152 words spill
@@ -209,8 +211,9 @@ def tensor_memory(problem: NetworkProblem, rows: int, device: Device) -> int:
 def _inference_tiles(problem: NetworkProblem, device: Device) -> list[TileConfig]:
     """The measured tile of a forward that stores nothing, with as many programs as fit in shared memory at a time.
 
-    The list is empty for networks without a reading: those with an input narrower than the widest layer, and those that
-    cast their input (under autocast) or have Dropout, which takes more registers.
+    The list is empty for networks without a reading. There are readings only for 16-bit dtypes on Hopper GPUs, for the
+    widths in INFERENCE, and for an input as wide as the widest layer. There are none for networks that cast their input
+    (under autocast) or have Dropout, which takes more registers.
     """
     if problem.kind != "forward" or problem.stores or device.arch != 90 or problem.dtype.itemsize != 2:
         return []
@@ -421,7 +424,7 @@ def _stored_shared_memory(problem: NetworkProblem, tile: TileConfig, group: tupl
 
 
 def network_wgrad_tile(dtype: torch.dtype, precision: str, device: Device, rebuilds: bool = False) -> TileConfig:
-    """The tile of network_wgrad: only its rows at a time and its warps. The sides of dW's tiles are `Network.sides`.
+    """The tile of network_wgrad. block_k is its rows at a time. The sides of dW's tiles are `Network.sides`.
 
     `rebuilds` is True if a layer's input is computed again with Dropout's mask. Sums 128 wide leave registers for 32
     rows of random numbers; with 64 rows, 74 words would spill.

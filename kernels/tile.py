@@ -296,7 +296,7 @@ def operand(
 ):  # fmt: skip
     """The tensor descriptor of an operand (size, length of the reduction); its pointer if BY_K is None.
 
-    BY_K is True if the operand is contiguous along the reduction, False if it is along its rows.
+    BY_K is True if neighbours along the reduction are adjacent in memory, False if neighbours along `size` are.
     """
     if BY_K is None:
         return ptr

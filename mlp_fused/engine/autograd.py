@@ -27,9 +27,9 @@ __all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_byt
 # layer has a Function: its gradients are then passed on, to DDP for example, and its saved tensors freed before the
 # backward of the layer below. One Function for each layer costs time unless the kernels take longer than Python: with
 # four layers and 2^36 multiply-adds, a training call took 1.5 ms on an H200 (torch 2.11, Triton 3.6), and its kernels
-# 0.83 ms. Up to the bound, passing gradients on early could save no more than the kernels' time. One Function for all
-# layers takes 6 to 56 MiB more memory at its peak (bf16, 2^33.6 to 2^36.4 multiply-adds, counted on a CPU): the
-# gradients of all weights and one or two gradients of an output.
+# 0.83 ms. Passing gradients on early saves at most the kernels' time, and up to the bound this time is short. One
+# Function for all layers takes 6 to 56 MiB more memory at its peak (bf16, 2^33.6 to 2^36.4 multiply-adds, counted on a
+# CPU): the gradients of all weights and one or two gradients of an output.
 LAUNCH_BOUND = 2**37
 FP32_WORK = 4  # one multiply-add in fp32 counts as this many in 16 bits
 

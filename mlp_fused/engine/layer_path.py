@@ -149,8 +149,8 @@ class LayerSection(Section):
     def saved_shapes(self, rows: int, needs: Sequence[bool]) -> dict[str, tuple[int, ...]]:
         needs_x, needs_weight, *_ = needs
         shapes: dict[str, tuple[int, ...]] = {}
-        # The edge from below. A single layer needs it only for dW, for the derivative below and, if dy is not dz, to
-        # differentiate its own derivative again.
+        # "x" is the edge from below. A single layer needs it for dW, and for the derivative of the activation below. If
+        # the layer multiplies dy by the derivative of its own activation, second derivatives need it too.
         last = self.layers[-1]
         differentiates = self.is_last and last.activation is not IDENTITY
         if len(self.layers) > 1 or needs_weight or (needs_x and self.below is not IDENTITY) or differentiates:

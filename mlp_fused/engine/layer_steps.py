@@ -272,8 +272,8 @@ def _add_by_planes(
     return all_planes
 
 
-# The argument by which a product's step writes the planes of its result, by the result's own argument and the form of
-# the planes.
+# A product's step can also write its result as planes. A key is the argument that receives the result, and the form of
+# the planes; its value is the argument that receives the planes.
 SPLIT_RESULTS = {
     ("h", Form("rows")): "split",
     ("dx", Form("rows", own=True)): "by_rows",
@@ -501,7 +501,8 @@ def product_schedule(
     """The schedule of a single product, to measure it. All its tensors are given.
 
     Args:
-        tensors: forward: x, W, b, h, z; dgrad: dz, W, saved, dx, h; wgrad: dz, h, dW, db. z, h and db may be None.
+        tensors: forward: x, W, b, h, z; dgrad: dz, W, saved, dx, h; wgrad: dz, h, dW, db. In a forward, b and z may be
+            None; in a dgrad, saved and h; in a wgrad, db.
         activation: in a forward the layer's own; in a dgrad that of the layer below.
     """
     a, b, c, d, e = (*tensors, None)[:5]

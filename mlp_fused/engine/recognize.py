@@ -179,7 +179,7 @@ def resolve(
 
     Raises:
         ValueError: the name, the module or the function is not in the table.
-        TypeError: anything else.
+        TypeError: it is something else, or a class that cannot be made without arguments.
     """
     if activation is None:
         return ACTIVATIONS["identity"]

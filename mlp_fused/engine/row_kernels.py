@@ -2,9 +2,9 @@
 
 forward, dgrad, wgrad   the product's kernel, the activation's functions in its epilogue, the sum of partial sums; if
                         planes were measured, also the kernels that split operands and multiply planes
-networks                every kernel of the network path and of the layer path, which the row compares (for inference,
-                        only those of the forward); the activation; and the rule that chooses a network kernel's tile,
-                        because such a row has no tile
+networks                the kernels of the network path and of the layer path, which the row compares (for inference,
+                        only those of the forward), except those that split operands and multiply planes; the
+                        activation; and the rule that chooses a network kernel's tile, because such a row has no tile
 
 A row with another digest was measured with an older kernel, and is no longer used. A row in which torch was faster is
 still used: a changed kernel replaces torch only after it was measured.
@@ -37,7 +37,7 @@ BY_PLANES = {
 }
 DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # True if the epilogue has a derivative; None: no activation
 INFERENCE = ("network_forward", "layer_forward")  # modules
-TRAINING = ("network*", "layer_*", "partial_sums")  # patterns, so that a new module is included automatically
+TRAINING = ("network*", "layer_*", "partial_sums")  # patterns, which include a new module of that name
 # The possible values of PRECISION in a product that is not by planes.
 WITHOUT_PLANES = frozenset({"ieee", "tf32", "bf16x6"})
 TILES = (source("network_tiles", "network_tile"), source("network_tiles", "network_wgrad_tile"))

@@ -1,9 +1,9 @@
 """Schedules: the steps of a pass in order, over named buffers.
 
 A path writes a schedule once for a batch size and the gradients that are wanted. Everything else reads the schedule.
-The first run goes through Triton.
-Later runs replay one list of compiled kernels, with new pointers. Compiling ahead and `explain` use the same steps. The
-profiler's ranges, the checks of MLP_FUSED_DEBUG and the counts of launches are all added here.
+The first run goes through Triton. Later runs replay one list of compiled kernels, with new pointers. Compiling ahead
+and `explain` use the same steps. The profiler's ranges, the checks of MLP_FUSED_DEBUG and the counts of launches are
+all added here.
 """
 
 from __future__ import annotations
@@ -481,7 +481,7 @@ class Writer:
         return name
 
     def share(self, name: str, base: str, *shape: int, dtype: torch.dtype | None = None) -> str:
-        """Name a use of a buffer that several steps use in turn. The buffer gets the size of its largest use."""
+        """Name a tensor in a buffer that several tensors use in turn. The buffer has the size of the largest one."""
         shared = self.buffers.get(base)
         if shared is None or shared.size < math.prod(shape):
             self.allocate(base, math.prod(shape), dtype=dtype)

@@ -12,7 +12,8 @@ A product by fp16 planes competes with the measured choice: see `layer_steps.cho
 
 `table_files.py` has the format of a table.
 
-A row is valid for its widths, dtype, precision and activation, and for batches of half to twice the measured size.
+A row is valid for its widths, dtype, precision and activation, and for batches of half to twice the measured size. For
+the path of a network, the row of the largest batch is valid for every batch: see `paths.network_path`.
 Files of schema 1 have no activations: their forward and dgrad rows (activation None) are valid for every activation
 that has no row of its own.
 

@@ -119,7 +119,8 @@ def shared_memory(problem: Problem, tile: TileConfig, device: Device) -> int:
     outputs = tile.block_m * tile.block_n // tile.parts * problem.dtype.itemsize * EPILOGUE_TILES[problem.kind]
     if tile.precision == "fp16x3" and problem.kind == "forward":
         outputs += outputs // 2  # a plane of h; in dgrad, planes reuse the memory of an output tile
-    return used + max(parts, outputs) + 4096  # for barriers and for conversions between layouts
+    more = 2048 if tile.precision in ("fp16x3", "fp16x1") else 4096  # for barriers and conversions between layouts
+    return used + max(parts, outputs) + more
 
 
 def resident(problem: Problem, tile: TileConfig, device: Device) -> int:

@@ -142,8 +142,15 @@ def test_a_partial_function_is_found_with_its_parameters(
 
 @pytest.mark.parametrize(
     "function",
-    [torch.cos, lambda z: z, partial(F.relu, torch.ones(1)), partial(F.softmax, dim=-1), F.threshold],
-    ids=["cos", "a lambda", "partial relu", "partial softmax", "threshold"],
+    [
+        torch.cos,
+        lambda z: z,
+        partial(F.relu, torch.ones(1)),
+        partial(F.softmax, dim=-1),
+        F.threshold,
+        partial(F.gelu, approximate="erf"),
+    ],
+    ids=["cos", "a lambda", "partial relu", "partial softmax", "threshold", "gelu"],
 )
 def test_a_function_without_a_kernel_is_not_found(function: Callable[..., Tensor]) -> None:
     assert find(function) is None

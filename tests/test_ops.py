@@ -370,6 +370,27 @@ def test_compiled_ahead_of_time(device: str, tmp_path: Any) -> None:
             assert torch.equal(loaded(batch), model(batch))
 
 
+@pytest.mark.parametrize("recompute", [None, True], ids="recompute={}".format)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("trainable", [(1,), (2,), (1, 2), (0, 2)], ids=str)
+@pytest.mark.parametrize("widths", [(20, 160, 144, 8), (20, 16, 12, 8)], ids=["layers", "network"])
+def test_gradients_with_frozen_layers(
+    widths: tuple[int, ...], trainable: tuple[int, ...], activation: str, recompute: bool | None, device: str
+) -> None:
+    """An operator has one section for all layers, also for frozen ones below the first trainable one."""
+    model = FusedMLP(
+        widths[0], list(widths[1:]), activation_layer=activation, backend="triton", recompute=recompute, device=device
+    ).requires_grad_(False)
+    for index in trainable:
+        [child for child in model if isinstance(child, nn.Linear)][index].requires_grad_(True)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    x = torch.randn(9, widths[0], device=device)
+    expected = torch.autograd.grad(nn.Sequential(*model.children())(x).square().sum(), wanted)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for actual, true in zip(torch.autograd.grad(compiled(x).square().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(actual, true, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("frozen", [(), (0,), (1,)], ids=str)
 @pytest.mark.parametrize("needs_x", [False, True])
 @pytest.mark.parametrize("widths", [WIDE, NARROW], ids=["layers", "network"])

@@ -27,6 +27,7 @@ from .layer_steps import (
     Choose,
     LayerSpec,
     Parameters,
+    add_activation,
     add_cast,
     add_dgrad,
     add_forward,
@@ -239,6 +240,9 @@ class LayerSection(Section):
                 weight = writer.find(f"cast[{spec.index}]") or f"weight[{spec.index}]"
                 add_dgrad(spec, writer, dz, weight, saved, into, rebuilt, choose)
             if needs_weight or needs_bias:
+                if into is None and needs_weight and below is not None and below.saves_z:  # no dgrad rebuilds h
+                    z, h = h, writer.share(f"rebuilt[{spec.index}]", "rebuilt", rows, spec.width_in)
+                    add_activation(below, writer, z, h, choose)
                 if needs_weight:
                     gradients[position] = writer.allocate(
                         f"dw[{spec.index}]", spec.width_out, spec.width_in, dtype=spec.parameters.weight

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from ..reference import Layer
 
 __all__ = [
-    "Choose", "LayerSpec", "Parameters", "add_cast", "add_dgrad", "add_forward", "add_output_gradient", "add_sums",
-    "add_wgrad", "choose_tile", "parameters_of", "product_schedule",
+    "Choose", "LayerSpec", "Parameters", "add_activation", "add_cast", "add_dgrad", "add_forward",
+    "add_output_gradient", "add_sums", "add_wgrad", "choose_tile", "drop_unread", "parameters_of", "product_schedule",
 ]  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def add_forward(spec: LayerSpec, writer: Writer, x: str, weight: str, h: str, z:
     product = z or h
     add(operands | {"z": product}, ("z",), linear_by_torch)
     if spec.activation is not IDENTITY or spec.dropout is not None:
-        _add_pointwise(spec, writer, "activation", {"z": product, "h": h}, n, choose)
+        add_activation(spec, writer, product, h, choose)
     return None
 
 
@@ -384,6 +384,11 @@ def _add_pointwise(
     writer.add(kind, spec, {**operands, **_seed(dropout)}, ("dz", "h"), run, problem=problem, choice=choice)
 
 
+def add_activation(spec: LayerSpec, writer: Writer, z: str, h: str, choose: Choose) -> None:
+    """Add h = a(z), with the layer's Dropout: after torch's product, or for a wgrad whose h no dgrad computes again."""
+    _add_pointwise(spec, writer, "activation", {"z": z, "h": h}, spec.width_out, choose)
+
+
 def add_output_gradient(spec: LayerSpec, writer: Writer, dh: str, saved: str | None, dz: str, choose: Choose) -> None:
     """Add dz = dh ⊙ a'(saved), with the mask of the layer's Dropout."""
     operands = {"dh": dh, "saved": saved, "dz": dz, "h": None}
@@ -461,10 +466,11 @@ def add_wgrad(spec: LayerSpec, writer: Writer, dz: str, h: str, dw: str | None, 
     whole = f"partial[{spec.index}]"
     if layout.splits > 1:
         writer.share(whole, "partial", layout.splits, layout.columns, dtype=layout.dtype)
-        operands["dw"] = whole if dw else None
-        if operands.get("db"):
-            name, shape, strides = f"partial db[{spec.index}]", (layout.splits, n), (layout.columns, 1)
-            operands["db"] = writer.part(name, "partial", layout.start_b, *shape, strides=strides)
+        for name, start, columns in (("dw", 0, size_w), ("db", layout.start_b, size_b)):
+            if operands.get(name):
+                shape, strides = (layout.splits, columns), (layout.columns, 1)
+                part = f"partial {name}[{spec.index}]"
+                operands[name] = writer.part(part, "partial", start, *shape, strides=strides)
     if by_planes:
         run = partial(wgrad_by_planes, partial=layout)
         dz_planes, _ = _add_by_planes(spec, writer, add, operands, ("dw",), run, choice, factors, moved)

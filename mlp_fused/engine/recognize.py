@@ -164,10 +164,13 @@ def _find_function(function: Callable[..., Any]) -> Activation | None:
         keywords, function = dict(function.keywords), function.func
     if not isinstance(function, FunctionType | BuiltinFunctionType) or function not in _BY_FUNCTION:
         return None
-    activation = ACTIVATIONS[_BY_FUNCTION[function]]
+    name = _BY_FUNCTION[function]
     keywords.pop("inplace", None)
-    if function is F.gelu and keywords.pop("approximate", "none") == "tanh":
-        activation = ACTIVATIONS["gelu_tanh"]
+    if function is F.gelu and (approximate := keywords.pop("approximate", "none")) != "none":
+        if approximate != "tanh":  # torch refuses it
+            return None
+        name = "gelu_tanh"
+    activation = ACTIVATIONS[name]
     return activation.bind(**keywords) if keywords.keys() <= activation.parameters.keys() else None
 
 

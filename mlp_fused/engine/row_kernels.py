@@ -3,7 +3,7 @@
 forward, dgrad, wgrad   the product's kernel, the activation's functions in its epilogue, the sum of partial sums; if
                         planes were measured, also the kernels that split operands and multiply planes
 networks                the kernels of the network path and of the layer path, which the row compares (for inference,
-                        only those of the forward), except those that split operands and multiply planes; the
+                        only those of the forward; in fp32 also those that split operands and multiply planes); the
                         activation; and the rule that chooses a network kernel's tile, because such a row has no tile
 
 A row with another digest was measured with an older kernel, and is no longer used. A row in which torch was faster is
@@ -38,6 +38,7 @@ BY_PLANES = {
 DERIVES = {"forward": False, "dgrad": True, "wgrad": None}  # True if the epilogue has a derivative; None: no activation
 INFERENCE = ("network_forward", "layer_forward")  # modules
 TRAINING = ("network*", "layer_*", "partial_sums")  # patterns, which include a new module of that name
+PLANES_MODULES = "plane*"  # only fp32 layers run by planes
 # The possible values of PRECISION in a product that is not by planes.
 WITHOUT_PLANES = frozenset({"ieee", "tf32", "bf16x6"})
 TILES = (source("network_tiles", "network_tile"), source("network_tiles", "network_wgrad_tile"))
@@ -61,7 +62,8 @@ def _digest_of_product(kind: str, activation: str | None, dtype: str, precision:
 
 @functools.lru_cache(maxsize=256)
 def _digest_of_network(training: bool, activation: str, dtype: str) -> str:
-    kernels = [kernel for modules in (TRAINING if training else INFERENCE) for kernel in sources.kernels_in(modules)]
+    modules = (TRAINING if training else INFERENCE) + ((PLANES_MODULES,) if dtype == "float32" else ())
+    kernels = [kernel for pattern in modules for kernel in sources.kernels_in(pattern)]
     known = {} if dtype == "float32" else _known_constants(dtype, None, False)
     return sources.digest((*kernels, *TILES, *_activation(activation, training)), known)
 

@@ -29,7 +29,7 @@ from mlp_fused import timing
 from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine import tables
 from mlp_fused.engine.layer_path import layer_path
-from mlp_fused.engine.layer_steps import parameters_of
+from mlp_fused.engine.layer_steps import describe_parameters
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.engine.schedule import Step
 from mlp_fused.engine.settings import float32_precision
@@ -85,7 +85,7 @@ def kernel_step(problem: Problem, phase: str) -> Step:
     count, training = len(activations), phase != "layer_forward"
     precision = float32_precision() if dtype == torch.float32 else "ieee"
     layers = meta_layers(widths, activations, dtype, bias=True)
-    path = layer_path(widths, tuple(activations), parameters_of(layers), dtype, precision, False, (0.0,) * count)
+    path = layer_path(widths, tuple(activations), describe_parameters(layers), dtype, precision, False, (0.0,) * count)
     forwards, backwards = make_schedules(
         path,
         problem.rows,
@@ -124,7 +124,7 @@ class Gemm:
         assert self.plan.problem is not None
         tensors = [t for t in (*self.operands[0], *self.outputs) if t is not None and t.dim() == 2]
         aligned = all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
-        problem, device = replace(self.plan.problem, aligned=aligned), devices.device_of(tensors[0])
+        problem, device = replace(self.plan.problem, aligned=aligned), devices.device_record(tensors[0])
         return tables.tile_for(problem, device) or layer_tiles.choose(problem, device)
 
     @cached_property

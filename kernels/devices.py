@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .language import INTERPRETER
 
-__all__ = ["DEVICES", "Device", "device_of", "device_slug", "named_device"]
+__all__ = ["DEVICES", "Device", "device_record", "device_slug", "named_device"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def device_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def device_of(tensor: Tensor) -> Device:
+def device_record(tensor: Tensor) -> Device:
     """The `Device` of a tensor; `INTERPRETED_DEVICE` for a CPU tensor."""
     return describe(tensor.device.type, tensor.device.index or 0)
 

@@ -20,8 +20,17 @@ from .launch import Tensors
 from .tile_config import TileConfig
 
 __all__ = [
-    "SEED_BYTES", "Dropout", "draw_seed", "epilogue_parts", "factors", "layer_dropout_arguments",
-    "layer_dropouts", "reads_output", "redraws", "saves_preactivation", "scale_of",
+    "SEED_BYTES",
+    "Dropout",
+    "draw_seed",
+    "epilogue_parts",
+    "factors",
+    "keep_scale",
+    "layer_dropout_arguments",
+    "layer_dropouts",
+    "reads_output",
+    "redraws",
+    "saves_preactivation",
 ]  # fmt: skip
 
 ROUNDS = tl.constexpr(7)  # enough to pass BigCrush, by the paper above; Triton's default is 10
@@ -117,7 +126,7 @@ def factors(seed_ptr, keep, layer, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def scale_of(keep):
+def keep_scale(keep):
     """1 / keep, as in `factors`: the factor of every element that is kept."""
     return 1.0 / tl.where(keep > 0, keep, 1.0)
 

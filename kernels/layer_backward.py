@@ -105,7 +105,7 @@ def output_gradient(
     assert saved is None or (saved.shape == (M, N) and saved.is_contiguous())
     assert h is None or (h.shape == (M, N) and h.is_contiguous())
     tile = tile or layer_tiles.choose(
-        tile_config.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), devices.device_of(dz)
+        tile_config.Problem("output_gradient", M, N, 0, dz.dtype, "ieee"), devices.device_record(dz)
     )
     tensors, dropout_scalars = layer_dropout_arguments((dh, saved, dz, h), seed, dropout)
     return launch(
@@ -232,7 +232,7 @@ def dgrad(
     assert h is None or (saved is not None and h.shape == dx.shape and h.is_contiguous())
     aligned = describable(dz, weight, saved, dx, h)
     tile = tile or layer_tiles.choose(
-        tile_config.Problem("dgrad", M, K, N, dx.dtype, precision, aligned, below.name), devices.device_of(dx)
+        tile_config.Problem("dgrad", M, K, N, dx.dtype, precision, aligned, below.name), devices.device_record(dx)
     )
     assert aligned or not tile.descriptors
     tensors, dropout_scalars = layer_dropout_arguments((dz, weight, saved, dx, h), seed, dropout)
@@ -402,7 +402,7 @@ def wgrad(
     assert db is None or (db.shape == (N,) and db.is_contiguous())
     aligned = describable(dz, h)
     problem = tile_config.Problem("wgrad", N, K, M, dz.dtype, precision, aligned)
-    tile = tile or layer_tiles.choose(problem, devices.device_of(dz))
+    tile = tile or layer_tiles.choose(problem, devices.device_record(dz))
     partial = wgrad_sums(M, tile, dz.dtype, *(0 if total is None else total.numel() for total in (dw, db)))
     if partial.splits == 1:
         wgrad_products(dz, h, dw, db, K, tile, partial)

@@ -119,7 +119,7 @@ def layer_forward(
     aligned = describable(x, weight, h, z)
     tile = tile or layer_tiles.choose(
         tile_config.Problem("forward", M, N, K, h.dtype, precision, aligned, activation.name),
-        devices.device_of(h),
+        devices.device_record(h),
     )
     assert aligned or not tile.descriptors
     tensors, dropout_scalars = layer_dropout_arguments((x, weight, bias, h, z), seed, dropout)
@@ -186,7 +186,7 @@ def pointwise(
     assert h.is_contiguous()
     # The same tile as the other pointwise kernel, output_gradient.
     tile = tile or layer_tiles.choose(
-        tile_config.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), devices.device_of(h)
+        tile_config.Problem("output_gradient", M, N, 0, h.dtype, "ieee"), devices.device_record(h)
     )
     tensors, dropout_scalars = layer_dropout_arguments((z, h), seed, dropout)
     return launch(

@@ -27,20 +27,20 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .dropout import factors, reads_output, redraws, saves_preactivation, scale_of
+from .dropout import factors, keep_scale, reads_output, redraws, saves_preactivation
 from .language import tl, triton
 from .launch import cdiv, offset_type
 from .network_tiles import padded
 from .tile import activate, differentiate, dot, relu_to, round_to, store
 
-__all__ = ["Gradients", "Network", "gradients_of", "network_of"]
+__all__ = ["Gradients", "Network", "make_gradients", "make_network"]
 
 WGRAD_TILE = 128  # rows and columns of dW that one program sums, at most
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """The compile-time description of a network. `network_of` returns the same object for the same network.
+    """The compile-time description of a network. `make_network` returns the same object for the same network.
 
     Layer i maps width i to width i + 1.
     """
@@ -136,7 +136,7 @@ class Network:
 
 
 @functools.lru_cache(maxsize=1024)
-def network_of(
+def make_network(
     widths: tuple[int, ...],
     strides: tuple[tuple[int, int, int], ...],
     activations: tuple[Activation, ...],
@@ -167,7 +167,7 @@ class Gradients:
 
 
 @functools.lru_cache(maxsize=1024)
-def gradients_of(
+def make_gradients(
     widths: tuple[int, ...], weights: tuple[bool, ...], biases: tuple[bool, ...], input: bool
 ) -> Gradients:
     """The `Gradients` of a network. `weights`, `biases` and `input` are True where a gradient is wanted."""
@@ -301,7 +301,7 @@ def drop_gradient(dh, seed_ptr, keeps, m, NET: tl.constexpr, LAYER: tl.constexpr
     if NET.redraws[LAYER]:
         dh = drop(dh, seed_ptr, keeps, m, NET, LAYER)
     elif NET.drops[LAYER]:
-        dh = dh * scale_of(keeps[LAYER])
+        dh = dh * keep_scale(keeps[LAYER])
     return dh
 
 

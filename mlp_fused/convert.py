@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .engine import settings
 from .engine.originals import why_method_changed
-from .engine.recognize import find, path_of
-from .engine.runs import is_linear, name_of, runs_of, why_called, why_unfused
+from .engine.recognize import find, import_path
+from .engine.runs import find_runs, is_linear, module_name, why_called, why_unfused
 from .engine.settings import has_hooks
 from .kernels.activations import IDENTITY
 from .module import FUSED_ATTRIBUTES, FusedLinear, FusedMLP, FusedSequence, WithBackend, plain_twin
@@ -91,7 +91,7 @@ def register_pattern(
 
 def _path(kind: object, argument: str) -> str:
     if isinstance(kind, type) and issubclass(kind, nn.Module):
-        return path_of(kind)
+        return import_path(kind)
     if not isinstance(kind, str) or "." not in kind:
         raise TypeError(f'{argument} is {kind!r}; it needs to be an nn.Module class or its full name, "package.Class"')
     return kind
@@ -315,15 +315,15 @@ class _Replacement:
             return f"{error}; {drifted}"
         for name, target in self.pattern.within.items():
             inner = within[name]
-            if path_of(type(inner)) != target:
-                return f"its {name} is {name_of(inner)}, not {target.rsplit('.', 1)[1]}"
+            if import_path(type(inner)) != target:
+                return f"its {name} is {module_name(inner)}, not {target.rsplit('.', 1)[1]}"
             if has_hooks(inner):
                 return f"its {name} has hooks, or a forward patched onto it"
         if method == "forward" and self.pattern.finish is None:
             tops = {path.split(".")[0] for path in self.pattern.chain}
             for name, child in module.named_children():
                 if name not in tops:
-                    return f"it has a {name} ({name_of(child)}), which the pattern does not have; {drifted}"
+                    return f"it has a {name} ({module_name(child)}), which the pattern does not have; {drifted}"
         return None
 
     def chain(self, module: nn.Module) -> dict[str, Any]:
@@ -342,7 +342,7 @@ RESERVED = tuple(name for kind in (FusedSequence, WithBackend) for name in vars(
 def _find_replacement(kind: type[nn.Module]) -> _Replacement | None:
     """The way to replace a class; None if there is none."""
     for known in kind.__mro__:
-        if pattern := PATTERNS.get(path_of(known)):
+        if pattern := PATTERNS.get(import_path(known)):
             return _Replacement(pattern, known)
     return _Replacement(None, nn.Sequential) if issubclass(kind, nn.Sequential) else None
 
@@ -363,7 +363,7 @@ def _what_runs(chain: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     }
     names = iter(steady)
     fused, apart = [], []
-    for run in runs_of(steady.values()):
+    for run in find_runs(steady.values()):
         named = list(zip(run.children, names))
         if run.linears:
             links = (name for link, name in named if is_linear(link))
@@ -388,7 +388,9 @@ def _why_called(link: Any, reason: str | None) -> str:
         return reason or ""
     if (activation := find(link)) is not None:
         return why_called(link, activation=activation) or "it does not follow a Linear that runs in a kernel"
-    name = path_of(type(link)).removeprefix("torch.nn.modules.") if isinstance(link, nn.Module) else name_of(link)
+    name = (
+        import_path(type(link)).removeprefix("torch.nn.modules.") if isinstance(link, nn.Module) else module_name(link)
+    )
     return f"{name} has no kernel"
 
 
@@ -428,7 +430,7 @@ def _other_linears(model: nn.Module, links: set[int]) -> list[Entry]:
     for name, module in modules.items():
         if not is_linear(module) or id(module) in links or id(module) in entries:
             continue
-        kind = name_of(module)
+        kind = module_name(module)
         if not name:
             entries[id(module)] = Entry(name, kind, f"an activation after it cannot be seen; {HINT}")
             continue
@@ -437,15 +439,17 @@ def _other_linears(model: nn.Module, links: set[int]) -> list[Entry]:
             caller = caller.rpartition(".")[0]
         by = modules[caller]
         if _is_gated(by):
-            entries[id(by)] = Entry(caller, name_of(by), "it is gated: its activation is multiplied by another product")
+            entries[id(by)] = Entry(
+                caller, module_name(by), "it is gated: its activation is multiplied by another product"
+            )
             continue
-        called = f"called in {name_of(by)}'s own forward, where an activation cannot be seen; {HINT}"
+        called = f"called in {module_name(by)}'s own forward, where an activation cannot be seen; {HINT}"
         entries[id(module)] = Entry(name, kind, why_unfused(module) or called)
     return list(entries.values())
 
 
 def _is_gated(module: nn.Module) -> bool:
-    return path_of(type(module)) in GATED_CLASSES or any(names <= module._modules.keys() for names in GATED)
+    return import_path(type(module)) in GATED_CLASSES or any(names <= module._modules.keys() for names in GATED)
 
 
 NEW: Any = vars(copyreg)["__newobj__"]  # pickle's function that makes an object without calling its constructor
@@ -475,7 +479,8 @@ def _remake(kind: Any, *arguments: Any) -> nn.Module:
     """Make a replaced module without its state, for pickle and copy."""
     if _find_replacement(kind) is None:
         raise RuntimeError(
-            f"{path_of(kind)} was fused by a pattern that is not registered here; call register_pattern before loading"
+            f"{import_path(kind)} was fused by a pattern that is not registered here; "
+            "call register_pattern before loading"
         )
     module: nn.Module = NEW(_fused_class(kind), *arguments)
     return module
@@ -531,7 +536,7 @@ def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:
             return original(self, *arguments, **keywords)
         for path, target in within:
             inner = _follow(self, path)
-            if has_hooks(inner) or path_of(type(inner)) != target:
+            if has_hooks(inner) or import_path(type(inner)) != target:
                 return original(self, input)
         output: Tensor = self._forward(input)
         return output if finish is None else finish(self, output, input)

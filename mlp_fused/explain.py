@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from .dtypes import dtype_name
 from .engine.autograd import saved_bytes, sections
 from .engine.layer_path import SEED, LayerPath, layer_path
-from .engine.layer_steps import parameters_of
+from .engine.layer_steps import describe_parameters
 from .engine.network_path import NetworkPath
 from .engine.paths import network_path, why_not, why_torch
 from .engine.recognize import resolve
 from .engine.runs import (
     LinearWithActivation,
+    find_runs,
     is_linear,
     is_split,
     linear_weight,
-    name_of,
-    runs_of,
+    module_name,
     stand_in,
 )
 from .engine.schedule import Schedule, Step, Work
@@ -109,7 +109,7 @@ def work(
             path = network_path(tuple(widths), strides, activations, dtype, precision, device, training, torch_too=True)
         if isinstance(path, str):
             path = layer_path(
-                tuple(widths), activations, parameters_of(layers), dtype, precision, False, (0.0,) * count
+                tuple(widths), activations, describe_parameters(layers), dtype, precision, False, (0.0,) * count
             )
         schedules = make_schedules(
             path,
@@ -352,8 +352,8 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
     width = 1 if first is None else linear_weight(first).shape[1]
     flow = torch.empty((rows, width), dtype=dtype, device="meta")
     child_names = iter(model._ordered_names())
-    for run in runs_of(children):
-        names = ", ".join(f"{name} {name_of(child)}" for child, name in zip(run.children, child_names))
+    for run in find_runs(children):
+        names = ", ".join(f"{name} {module_name(child)}" for child, name in zip(run.children, child_names))
         layers = run.gathered_layers("meta", policy_dtype(model))
         reason = run.reason
         if layers:
@@ -390,7 +390,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
             path = layer_path(
                 widths,
                 activations,
-                parameters_of(layers),
+                describe_parameters(layers),
                 dtype,
                 precision,
                 reason is None and not model._wants_kernels(),

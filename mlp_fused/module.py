@@ -20,7 +20,7 @@ from .engine.layer_path import LayerPath
 from .engine.originals import Dropout, Sequential, is_dropout_torchs, why_changed, why_mode
 from .engine.paths import find_path
 from .engine.recognize import find, name_in_sentences, resolve
-from .engine.runs import Decision, LinearWithActivation, Run, Segments, linear_weight, runs_of, why_unfused
+from .engine.runs import Decision, LinearWithActivation, Run, Segments, find_runs, linear_weight, why_unfused
 from .engine.settings import are_hooked, call_settings, count_function_modes, has_global_hooks, policy_dtype
 from .errors import first_line, real_number, whole_number
 from .explain import Plan, checked_rows, explain
@@ -128,7 +128,7 @@ class FusedSequence(WithBackend, nn.Module):
         if not self._wants_kernels() and input.device.type == "cpu" and not (self._recompute and can_checkpoint(input)):
             return self._forward_as_modules(input)
         if torch.compiler.is_compiling():
-            for run in runs_of(self._ordered_children(), drops=False):  # a compiler draws random numbers itself
+            for run in find_runs(self._ordered_children(), drops=False):  # a compiler draws random numbers itself
                 input = self._run(run, input)
             return input
         segments = self._segments
@@ -232,7 +232,7 @@ class FusedSequence(WithBackend, nn.Module):
         with torch.inference_mode(False), torch.random.fork_rng([device.index for device in devices]):
             for differentiable in (False, True)[: 1 + training]:
                 below = False  # True if anything before the run needs gradients
-                for run in runs_of(self._ordered_children(), differentiable):
+                for run in find_runs(self._ordered_children(), differentiable):
                     trainable = below or any(
                         parameter.requires_grad
                         for child in run.children

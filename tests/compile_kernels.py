@@ -368,14 +368,14 @@ def capture(call: Callable[[], None], device: Device) -> list[Launch]:
         plane_products,
     )
     before = [module.launch for module in modules]
-    device_of = devices.device_of
+    device_record = devices.device_record
     try:
-        devices.device_of = lambda tensor: device
+        devices.device_record = lambda tensor: device
         for module in modules:
             module.launch = record
         call()
     finally:
-        devices.device_of = device_of
+        devices.device_record = device_record
         for module, launch in zip(modules, before):
             module.launch = launch
     return launched

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from mlp_fused import PATTERNS, FusedLinear, FusedMLP, fuse, register_pattern, unfuse
-from mlp_fused.engine.recognize import path_of
+from mlp_fused.engine.recognize import import_path
 from mlp_fused.kernels.launch import count_launches
 
 
@@ -298,14 +298,14 @@ def test_users_add_a_pattern(device: str) -> None:
     with pytest.raises(TypeError, match="positional argument"):
         model.block(x, x)
     pickled = pickle.dumps(model)
-    del PATTERNS[path_of(Block)]
+    del PATTERNS[import_path(Block)]
     with pytest.raises(RuntimeError, match=r"Block was fused by a pattern that is not registered here"):
         pickle.loads(pickled)
 
 
 @pytest.mark.usefixtures("_own_patterns")
 def test_a_class_that_no_longer_matches_its_pattern_is_not_fused() -> None:
-    register_pattern(path_of(Block), ["up", "act", "down"])
+    register_pattern(import_path(Block), ["up", "act", "down"])
     more, fewer = Block(), Block()
     more.scale = nn.Linear(1, 1)
     del fewer.act
@@ -331,7 +331,7 @@ def test_a_pattern_takes_precedence_over_nn_sequential(device: str) -> None:
         assert "0 + relu" in str(fuse(model, backend="triton"))
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         unfuse(model)
-        if path_of(Residual) not in PATTERNS:
+        if import_path(Residual) not in PATTERNS:
             register_pattern(Residual, ["0", "1"], finish=add_input)
             expected = expected + x
 

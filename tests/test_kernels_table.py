@@ -226,7 +226,7 @@ def test_the_network_recomputes_the_bits_of_its_forward(
     tile = path.forward_tile if device == "cuda" else path.backward_tile
     seed = {"seed": draw_seed(x.device), "keeps": path.keeps} if dropout else {}
     network_forward.network_forward(x, weights, biases, y, net, tile, h=hidden, **seed)
-    nothing = network.gradients_of(net.widths, (False,) * 3, (False,) * 3, True)
+    nothing = network.make_gradients(net.widths, (False,) * 3, (False,) * 3, True)
     sums = network_one_pass.network_one_pass_sums(x.shape[0], net, nothing, path.backward_tile)
     partial, *_ = sums.allocate(x.device)
     dx = torch.empty_like(x)
@@ -420,7 +420,7 @@ def test_gradients_that_are_not_plain_tensors(device: str, path: str) -> None:
 def test_compiled_kernels_differ_by_the_tensors_they_save() -> None:
     sigmoid = ACTIVATIONS["sigmoid"]
     networks = [
-        network.network_of((4, 4, 4), ((4, 1, 1),) * 2, (activation, IDENTITY), torch.float32, "ieee")
+        network.make_network((4, 4, 4), ((4, 1, 1),) * 2, (activation, IDENTITY), torch.float32, "ieee")
         for activation in (sigmoid, replace(sigmoid, saves="preactivation"))
     ]
     assert networks[0].cache_key != networks[1].cache_key

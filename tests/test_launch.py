@@ -130,7 +130,7 @@ def scenarios() -> dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, .
     whole, split = (dataclasses.replace(tile, split=parts) for parts in (1, 4))
     partial = wgrad_sums(M, split, BF16, N * K, N)
     widths, strides = (K, 32, 16), ((K, 1, 1), (32, 1, 0))
-    net = network.network_of(widths, strides, (RELU, IDENTITY), BF16, "ieee")
+    net = network.make_network(widths, strides, (RELU, IDENTITY), BF16, "ieee")
     problem = network_tiles.NetworkProblem("forward", net.pads, net.saves_z, BF16)
     net_tile = network_tiles.network_tile(problem, hopper)
     assert not isinstance(net_tile, str)
@@ -187,7 +187,7 @@ def run_on_stand_ins() -> dict[str, Any]:
     driver.set_active(hopper)
     torch.cuda.current_device = lambda: driver.active.device
     torch.cuda.device = lambda device: driver.active.on(device)
-    devices.device_of = lambda tensor: dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="a stand-in")
+    devices.device_record = lambda tensor: dataclasses.replace(devices.DEVICES["NVIDIA H100"], name="a stand-in")
     tables.PACKAGED = Path("none")
     counts = Counter()  # of launches through Triton and of compilations
     scratch: list[int] = []

@@ -19,7 +19,7 @@ from mlp_fused.engine.network_path import Formulation, NetworkPath
 from mlp_fused.kernels import devices, network_tiles
 from mlp_fused.kernels.language import tl, triton
 from mlp_fused.kernels.launch import count_launches
-from mlp_fused.kernels.network import network_of
+from mlp_fused.kernels.network import make_network
 from mlp_fused.kernels.network_tiles import NetworkKind, NetworkProblem, network_tile
 from mlp_fused.kernels.tile import dot
 from mlp_fused.kernels.tile_config import TileConfig
@@ -121,14 +121,14 @@ FORMS = {
 
 def scaled_path(case: Case, data: Data, precision: str = "fp16x3", form: str = "two kernels") -> NetworkPath:
     """The network path of a case with products of scaled parts, even for narrow layers."""
-    if devices.device_of(data.x).arch not in network_tiles.FP32_MEASURED:
+    if devices.device_record(data.x).arch not in network_tiles.FP32_MEASURED:
         pytest.skip("the kernels do not multiply by parts on this GPU")
     path = find(case, data)[2]
     assert isinstance(path, NetworkPath)
-    net, device = path.network, devices.device_of(data.x)
+    net, device = path.network, devices.device_record(data.x)
     if data.x.is_cuda and min(net.widths) < network_tiles.NARROWEST_SPLIT[precision]:
         pytest.skip("on a tensor core, sums of so few terms err more than the bound allows, and the rule forbids them")
-    net = network_of(net.widths, net.strides, net.activations, net.dtype, precision)
+    net = make_network(net.widths, net.strides, net.activations, net.dtype, precision)
 
     def tile(kind: NetworkKind, stores: bool = False) -> TileConfig:
         problem = NetworkProblem(kind, net.pads, net.saves_z, net.dtype, net.precision, stores=stores)

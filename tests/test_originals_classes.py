@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mlp_fused import ACTIVATIONS, FusedLinear, fuse
 from mlp_fused.engine import recognize
-from mlp_fused.engine.runs import runs_of
+from mlp_fused.engine.runs import find_runs
 from mlp_fused.kernels.launch import count_launches
 
 
@@ -177,7 +177,7 @@ def test_a_replaced_forward_of_a_registered_module_is_called(backend: str, devic
         x = torch.randn(5, 8, device=device)
         model = nn.Sequential(nn.Linear(8, 8), Squash(), nn.Linear(8, 4)).to(device)
         fuse(model, backend=backend)
-        assert [activation.name for _, activation in runs_of(model.children())[0].linears] == ["squash", "identity"]
+        assert [activation.name for _, activation in find_runs(model.children())[0].linears] == ["squash", "identity"]
         model(x)
         with patched(Squash, "forward", doubled(Squash.forward)):
             for _ in range(2):

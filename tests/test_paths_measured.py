@@ -108,7 +108,7 @@ def expected(name: str, phase: str) -> Expected:
     layers = explain.meta_layers(cell.widths, activations, dtype, bias=True)
     no_dropout = (0.0,) * len(shapes)
     layer_path = paths.layer_path(
-        cell.widths, activations, paths.parameters_of(layers), dtype, precision, False, no_dropout
+        cell.widths, activations, paths.describe_parameters(layers), dtype, precision, False, no_dropout
     )
     wanted = [training] * len(shapes)
     schedules = explain.make_schedules(layer_path, cell.rows, layers, H100, dtype=dtype, weights=wanted, biases=wanted)

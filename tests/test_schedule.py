@@ -11,7 +11,7 @@ import torch
 from mlp_fused import FusedMLP, explain, memory
 from mlp_fused.engine import layer_path, schedule, settings
 from mlp_fused.engine.autograd import run_layers
-from mlp_fused.engine.layer_steps import parameters_of
+from mlp_fused.engine.layer_steps import describe_parameters
 from mlp_fused.engine.network_path import NetworkPath
 from mlp_fused.engine.paths import find_layers, network_path
 from mlp_fused.engine.schedule import Step
@@ -178,7 +178,7 @@ def test_a_single_layer_allocates_only_what_it_writes() -> None:
     path = layer_path.layer_path(
         (256, 512, 512, 256),
         (ACTIVATIONS["gelu"],) * 3,
-        parameters_of(layers),
+        describe_parameters(layers),
         torch.float32,
         "ieee",
         False,
@@ -199,7 +199,7 @@ def test_a_forward_returns_what_its_section_says_it_saves(activation: str, dtype
     widths, device = (20, 16, 8), DEVICES["NVIDIA H100"]
     activations = (ACTIVATIONS[activation],) * 2
     layers = explain.meta_layers(widths, activations, torch.float32, bias=True)
-    parameters, dropouts = parameters_of(layers), (0.1, 0.0)
+    parameters, dropouts = describe_parameters(layers), (0.1, 0.0)
     by_layers = layer_path.layer_path(widths, activations, parameters, dtype, "ieee", False, dropouts)
     strides = ((20, 1, 1), (16, 1, 1))
     network = network_path(

@@ -94,7 +94,7 @@ def layer_path(
     """The layer path for these layers, cached by its arguments.
 
     Args:
-        parameters: the dtypes and strides of each layer's parameters, as `parameters_of` gives them.
+        parameters: the dtypes and strides of each layer's parameters, as `describe_parameters` gives them.
         dropouts: for each layer, the probability of its Dropout; 0 if it has none.
     """
     drops = layer_dropouts(dropouts)

@@ -47,8 +47,20 @@ if TYPE_CHECKING:
     from ..reference import Layer
 
 __all__ = [
-    "Choose", "LayerSpec", "Parameters", "add_activation", "add_cast", "add_dgrad", "add_forward",
-    "add_output_gradient", "add_sums", "add_wgrad", "choose_tile", "drop_unread", "parameters_of", "product_schedule",
+    "Choose",
+    "LayerSpec",
+    "Parameters",
+    "add_activation",
+    "add_cast",
+    "add_dgrad",
+    "add_forward",
+    "add_output_gradient",
+    "add_sums",
+    "add_wgrad",
+    "choose_tile",
+    "describe_parameters",
+    "drop_unread",
+    "product_schedule",
 ]  # fmt: skip
 
 
@@ -61,7 +73,7 @@ class Parameters(NamedTuple):
     bias_stride: int
 
 
-def parameters_of(layers: Sequence[Layer]) -> tuple[Parameters, ...]:
+def describe_parameters(layers: Sequence[Layer]) -> tuple[Parameters, ...]:
     """The dtypes and strides of the layers' parameters."""
     return tuple(
         Parameters(

@@ -147,7 +147,7 @@ class NetworkPath(Section):
         """Write the backward: one pass; or one step for all dz and one for all dW and db. A last step adds the sums."""
         writer = Writer(given, self.dtype, rows)
         net, layers = self.network, self.network.layers
-        wanted = network.gradients_of(net.widths, needs[1 : 1 + layers], needs[1 + layers :], needs[0])
+        wanted = network.make_gradients(net.widths, needs[1 : 1 + layers], needs[1 + layers :], needs[0])
         dx, *gradients = [
             writer.allocate(f"d {name}", *tensor.shape, dtype=tensor.dtype)
             if need and (tensor := given[name]) is not None

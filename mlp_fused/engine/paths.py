@@ -17,11 +17,11 @@ from ..kernels import devices, network_tiles
 from ..kernels.activation import Activation, parse
 from ..kernels.dropout import layer_dropouts
 from ..kernels.language import INTERPRETER, WHY_NO_TRITON
-from ..kernels.network import network_of
+from ..kernels.network import make_network
 from ..kernels.tile_config import TileConfig
 from . import table_files, tables
 from .layer_path import LayerPath, layer_path
-from .layer_steps import Parameters, parameters_of
+from .layer_steps import Parameters, describe_parameters
 from .network_path import NetworkPath
 from .settings import (
     DEBUG,
@@ -332,7 +332,9 @@ def network_path(
         splits = ("bf16x6",)
     multiplied = network_tiles.network_precision(widths, dtype, precision, device, splits)
     rounds_with_relu = network_tiles.rounds_with_relu(dtype, device)
-    network = network_of(widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)), rounds_with_relu)
+    network = make_network(
+        widths, strides, activations, dtype, multiplied, tuple(map(bool, dropouts)), rounds_with_relu
+    )
     drops = layer_dropouts(dropouts)
 
     def problem(kind: network_tiles.NetworkKind, stores: bool = False) -> network_tiles.NetworkProblem:
@@ -408,7 +410,7 @@ def find_layers(
     return layer_path(
         _widths(x, layers),
         tuple(layer.activation for layer in layers),
-        parameters_of(layers),
+        describe_parameters(layers),
         dtype,
         precision or dtype_precision(dtype),
         leaves_to_torch(backend),
@@ -431,12 +433,12 @@ def find_network(
     """
     if training is None:
         training = wants_gradients(x, layers)
-    parameters = parameters_of(layers)
+    parameters = describe_parameters(layers)
     strides = tuple((*layer.weight_stride, layer.bias_stride) for layer in parameters)
     widths = _widths(x, layers)
     activations = tuple(layer.activation for layer in layers)
     input_size = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
-    device = devices.device_of(x)
+    device = devices.device_record(x)
     precision = precision or dtype_precision(dtype)
     dropouts = tuple(layer.dropout for layer in layers) if any(layer.dropout for layer in layers) else ()
     choice = (device, training, recompute, input_size, dropouts, torch_too, parameters)

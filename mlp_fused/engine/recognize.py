@@ -121,7 +121,7 @@ def functions_called(activation: str) -> tuple[str, ...]:
     return (*(name for name, computed in FUNCTIONS.items() if computed == activation), *CALLED.get(activation, ()))
 
 
-def path_of(kind: type) -> str:
+def import_path(kind: type) -> str:
     """The full name of a class, such as "torch.nn.modules.activation.GELU"."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -136,7 +136,7 @@ def find(module: Callable[..., Any]) -> Activation | None:
     if not isinstance(module, nn.Module):
         return _find_function(module)
     kind: Any = type(module)
-    if path_of(kind) == POINTWISE:
+    if import_path(kind) == POINTWISE:
         carried: Any = module.activation
         return carried if isinstance(carried, Activation) else None
     for activation in _by_module(kind):
@@ -144,7 +144,7 @@ def find(module: Callable[..., Any]) -> Activation | None:
             if not activation.parameters:
                 return activation
             return bound(activation, tuple((name, float(getattr(module, name))) for name in activation.parameters))
-    name = CLASSES.get(path_of(kind))
+    name = CLASSES.get(import_path(kind))
     if name is None:
         return None
     inner = getattr(module, "act", None)  # some of these classes call a function: torch's, or a method of their own

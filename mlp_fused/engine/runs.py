@@ -32,7 +32,7 @@ from .originals import (
     why_mode,
     why_replaced,
 )
-from .recognize import POINTWISE, find, functions_called, path_of
+from .recognize import POINTWISE, find, functions_called, import_path
 from .settings import (
     TensorGuards,
     are_hooked,
@@ -175,7 +175,7 @@ class Segments:
 
     def __init__(self, model: Parent) -> None:
         self.children = model._ordered_children()
-        self.runs = runs_of(self.children)
+        self.runs = find_runs(self.children)
         inner = [child._modules["linear"] for child in self.children if isinstance(child, LinearWithActivation)]
         self.parts = (*self.children, *inner)
         self.types = [*map(type, self.parts)]
@@ -200,7 +200,7 @@ class Segments:
                 activation = find(child)
                 decisive = (
                     {"activation"}
-                    if path_of(type(child)) == POINTWISE
+                    if import_path(type(child)) == POINTWISE
                     else set(activation.parameters if activation else ())
                 )
                 # Properties, buffers and values that are not plain may change without notice.
@@ -254,7 +254,7 @@ class Segments:
             )
 
 
-def runs_of(children: Iterable[Any], training: bool | None = None, drops: bool = True) -> list[Run]:
+def find_runs(children: Iterable[Any], training: bool | None = None, drops: bool = True) -> list[Run]:
     """The children of a network, split into runs.
 
     Args:
@@ -321,7 +321,7 @@ TRANSPOSED = ("transformers.pytorch_utils.Conv1D",)
 
 def _is_transposed(module: Any) -> bool:
     """True if a module is a Linear layer whose weight is (in, out)."""
-    return path_of(type(module)) in TRANSPOSED
+    return import_path(type(module)) in TRANSPOSED
 
 
 def is_linear(module: Any) -> bool:
@@ -336,7 +336,7 @@ def linear_weight(linear: Any) -> Tensor:
     return weight.t() if _is_transposed(linear) else weight
 
 
-def name_of(child: Any) -> str:
+def module_name(child: Any) -> str:
     """The name of a module, function or activation, for error messages."""
     if isinstance(child, Activation):
         return str(child)
@@ -346,13 +346,13 @@ def name_of(child: Any) -> str:
 def why_unfused(module: Any) -> str | None:
     """The reason why kernels cannot replace a call of this module; None if it is a plain Linear layer."""
     if not is_linear(module):
-        return f"{name_of(module)} has no kernel"
+        return f"{module_name(module)} has no kernel"
     if isinstance(module, LinearWithActivation):
         linear = module._modules["linear"]
         if (why := why_called(module, module.declared)) is not None:
             return why
         if not isinstance(linear, Linear):
-            return f"its linear is {name_of(linear)}, which has no kernel"
+            return f"its linear is {module_name(linear)}, which has no kernel"
         return why_unfused(linear) or why_replaced((), module.activation.name)
     known, function = (type(module), ADDMM) if _is_transposed(module) else (Linear, LINEAR)
     if (why := why_called(module, known, (function,))) is not None:

@@ -156,5 +156,5 @@ class Section(abc.ABC):
         schedule = self.cache.get(key)
         if schedule is None:
             given = dict(zip(names, tensors, strict=True))
-            schedule = self.cache[key] = write(given, first.shape[0], needs, devices.device_of(first))
+            schedule = self.cache[key] = write(given, first.shape[0], needs, devices.device_record(first))
         return schedule.run(tensors, pointers)

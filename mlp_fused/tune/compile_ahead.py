@@ -58,7 +58,7 @@ def compile_ahead(work: TileWork | PathWork) -> None:
             return
         passes = Passes(work.task, meta)
         if work.table is None:
-            gpu = devices.device_of(passes.xs[0])
+            gpu = devices.device_record(passes.xs[0])
             passes(functools.partial(passes.by_network, network_paths(work.task, gpu)[work.path]), 0)
         else:
             with paths.decided_by(work.table):

@@ -100,7 +100,7 @@ class Operands:
         self.schedules[tile].run(tensors, read_pointers(tensors)[0])
 
     def _schedule(self, tensors: Sequence[Any], tile: tile_config.TileConfig | None) -> Schedule:
-        device = devices.device_of(tensors[0])
+        device = devices.device_record(tensors[0])
 
         def choose(problem: tile_config.Problem, written: bool) -> Choice:
             is_product = problem.kind == self.kind

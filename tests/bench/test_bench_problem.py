@@ -44,8 +44,8 @@ def test_the_copy_family_has_every_input_of_the_grid_in_32_and_16_bits() -> None
 
 
 def test_gemms_are_the_distinct_products_of_the_networks() -> None:
-    of_one_network = {f"{cell.problem}-{cell.phase}" for cell in select("gemm-*-bf16-m8192-*")}
-    assert of_one_network == {
+    expected_ids = {f"{cell.problem}-{cell.phase}" for cell in select("gemm-*-bf16-m8192-*")}
+    assert expected_ids == {
         f"{layer}-bf16-m8192-{phase}"
         for k, n in ((4096, 16384), (1024, 4096))
         for layer, phase in (

@@ -132,7 +132,7 @@ def throughput(
             spread.low,
             spread.high,
             examples_per_s=1e3 * rows / spread.ms,
-            of_bound=None if name == "resident" else bound_ms / spread.ms,
+            bound_share=None if name == "resident" else bound_ms / spread.ms,
         )
         for name, spread in spreads.items()
     }

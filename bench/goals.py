@@ -110,7 +110,7 @@ def copy_over_link(row: Row) -> float | None:
 
 def overlap(row: Row) -> float | None:
     """max(copy, compute) / the time of a step with DevicePrefetcher."""
-    return row.throughput.ways["prefetched"].of_bound if isinstance(row, CopyRow) else None
+    return row.throughput.ways["prefetched"].bound_share if isinstance(row, CopyRow) else None
 
 
 def overlap_from_a_millisecond(row: Row) -> float | None:

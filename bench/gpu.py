@@ -502,7 +502,7 @@ def summary(row: CellRow) -> str:
     if isinstance(row, CopyRow):
         pinned, prefetched = row.copies["pinned"], row.throughput.ways["prefetched"]
         ratios = (f"{pinned.ms / part.timing.kernel_ms:.2f} {phase}" for phase, part in row.phases.items())
-        loop = f"prefetched {prefetched.examples_per_s:.3g} examples/s, {prefetched.of_bound:.2f} of the bound"
+        loop = f"prefetched {prefetched.examples_per_s:.3g} examples/s, {prefetched.bound_share:.2f} of the bound"
         return f"pinned {pinned.ms:.4g} ms = {', '.join(ratios)} of the kernels; {loop}"
     assert isinstance(row, FreshRow)
     return json.dumps(row.seconds)

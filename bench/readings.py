@@ -251,7 +251,7 @@ def _each_time(body: str) -> Iterator[Record]:
             "host_ms": host,
             "returned_ms": returned,
             "gbps": float(rate[1]) if rate else None,
-            "of_ceiling": int(rate[2]) / 100 if rate else None,
+            "ceiling_share": int(rate[2]) / 100 if rate else None,
         }
 
 

@@ -250,7 +250,7 @@ def _throughput(results: Results) -> Iterator[str]:
     def figures(cell: Cell, row: CopyRow) -> list[str]:
         loop = row.throughput
         rates = [number(loop.ways[way].examples_per_s) for way in WAYS]
-        shares = [f"{loop.ways[way].of_bound:.0%}" for way in COPYING]
+        shares = [f"{loop.ways[way].bound_share:.0%}" for way in COPYING]
         cpu = NOT_MEANT if loop.cpu_ms is None else number(loop.cpu_ms)
         advised = {"cpu": "the CPU", **WAYS}[loop.advised]
         parts = [number(loop.copy_ms), number(loop.compute_ms), *shares, cpu]

@@ -89,7 +89,7 @@ def _copy_plot(results: Results) -> Plot | None:
 def _throughput_plot(results: Results) -> Plot | None:
     rows = [row.throughput for _, row in results.measured(COPIES, CopyRow)]
     points = {
-        way: [(loop.compute_ms / loop.copy_ms, share) for loop in rows if (share := loop.ways[way].of_bound)]
+        way: [(loop.compute_ms / loop.copy_ms, share) for loop in rows if (share := loop.ways[way].bound_share)]
         for way in COPYING
     }
     if not rows:

@@ -162,14 +162,14 @@ class Way:
         ms: the time of a batch.
         low, high: the quartiles of `ms`.
         examples_per_s: rows per second.
-        of_bound: `bound_ms` / `ms`; None for batches that are already on the device.
+        bound_share: `bound_ms` / `ms`; None for batches that are already on the device.
     """
 
     ms: float
     low: float
     high: float
     examples_per_s: float
-    of_bound: float | None = None
+    bound_share: float | None = None
 
 
 @dataclass(frozen=True)

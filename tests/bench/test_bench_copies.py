@@ -45,12 +45,12 @@ def test_throughput_is_compared_with_the_slower_of_copy_and_compute(copy: float,
     assert actual.bound_ms == max(actual.copy_ms, actual.compute_ms)
     for name, way in actual.ways.items():
         assert way.examples_per_s == pytest.approx(1e6 / way.ms)
-        assert name == "resident" or way.of_bound == pytest.approx(actual.bound_ms / way.ms)
+        assert name == "resident" or way.bound_share == pytest.approx(actual.bound_ms / way.ms)
     if work > 2e-4:  # otherwise everything but the launches is hidden
         assert actual.ways["to_device"].ms == pytest.approx(1e3 * (5 * copy + work), rel=0.15)
         assert actual.ways["non_blocking"].ms == pytest.approx(1e3 * (copy + work), rel=0.15)
-    assert actual.ways["prefetched"].of_bound > 0.9  # type: ignore[operator]
-    assert actual.ways["resident"].of_bound is None
+    assert actual.ways["prefetched"].bound_share > 0.9  # type: ignore[operator]
+    assert actual.ways["resident"].bound_share is None
 
 
 def test_the_ways_of_the_data_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:

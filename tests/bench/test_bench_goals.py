@@ -94,13 +94,13 @@ def test_the_share_of_rows_on_our_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ms", "gbps", "of_link", "from_1_ms"), [(2.0, 45.0, 0.9, 0.8), (1.0, 45.0, None, 0.8), (0.1, 45.0, None, None)]
+    ("ms", "gbps", "link_share", "from_1_ms"), [(2.0, 45.0, 0.9, 0.8), (1.0, 45.0, None, 0.8), (0.1, 45.0, None, None)]
 )
-def test_figures_of_a_copy_row(ms: float, gbps: float, of_link: float | None, from_1_ms: float | None) -> None:
+def test_figures_of_a_copy_row(ms: float, gbps: float, link_share: float | None, from_1_ms: float | None) -> None:
     copied = {"pinned_side_stream": Copied(ms, 0.01, gbps)}
     row = copy_row(make_cell("copy-copy"), copied, {"prefetched": ms / 0.8, "resident": ms / 2}, {})
     row = replace(row, throughput=replace(row.throughput, ways={"prefetched": Way(ms, ms, ms, 1.0, 0.8)}))
-    assert goals.copy_over_link(row) == (of_link and pytest.approx(of_link))
+    assert goals.copy_over_link(row) == (link_share and pytest.approx(link_share))
     assert goals.overlap(row) == 0.8
     assert goals.overlap_from_a_millisecond(row) == from_1_ms
     assert goals.over_the_fastest(row) == 1.02

@@ -162,7 +162,7 @@ class FusedSequence(WithBackend, nn.Module):
             dtype = check_call(input, layers)
             if paths.why_reference(input, layers, dtype, self._backend, self._recompute) is None:
                 weights, biases = run.parameters()
-                if Decision.can_hold(input, weights):
+                if Decision.can_hold(input, weights, biases):
                     path = find_path(input, layers, dtype, self._recompute, self._backend)
                     if not (self._recompute and isinstance(path, LayerPath)):  # those run under torch's checkpoint
                         now = call_settings(input.device.type, self._backend, self._recompute)

@@ -20,6 +20,8 @@ from torch.nn.utils import parametrizations
 from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, mlp
 from mlp_fused.engine.paths import why_reference
 from mlp_fused.engine.recognize import find
+from mlp_fused.engine.runs import Decision
+from mlp_fused.engine.settings import TensorGuards
 from mlp_fused.kernels.activation import Activation
 from mlp_fused.kernels.launch import count_launches
 
@@ -574,3 +576,14 @@ def test_random_shapes_agree_with_torch(
     dy = torch.randn_like(ours)
     for mine, other in zip(torch.autograd.grad(ours, x, dy), torch.autograd.grad(torchs, x, dy)):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_with_a_tensor_given_twice_is_not_cached(device: str) -> None:
+    """Guards would refuse the next call, so the decision would be made again for each."""
+    x, (first, second) = torch.randn(3, 4, device=device), torch.randn(2, 4, 4, device=device)
+    bias, other = torch.randn(2, 4, device=device)
+    can_hold = Decision.can_hold
+    assert can_hold(x, (first, second), (bias, other)) == can_hold(x, (first, second), (bias, None))
+    assert can_hold(x, (first, second), (None, None)) == (TensorGuards is not None)
+    assert not can_hold(x, (first, first), (bias, other))
+    assert not can_hold(x, (first, second), (bias, bias))

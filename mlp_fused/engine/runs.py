@@ -100,15 +100,16 @@ class Decision:
         )
 
     @staticmethod
-    def can_hold(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+    def can_hold(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> bool:
         """True if the decision for such a call can be cached. Guards do not accept the same tensor twice."""
+        parameters = [*weights, *(bias for bias in biases if bias is not None)]
         return (
             TensorGuards is not None
             and not is_intercepted()
             and x.dim() == 2
             and x.device.type in ("cuda", "cpu")
             and not x.is_neg()
-            and len(set(map(id, weights))) == len(weights)
+            and len(set(map(id, parameters))) == len(parameters)
         )
 
     def holds(

@@ -28,8 +28,7 @@ from .planes import (
     has_flags,
     matrix,
     meets_flags,
-    multiply_planes,
-    multiply_restored,
+    multiply_operands,
     plane_operand,
     plane_targets,
     store_planes,
@@ -77,12 +76,10 @@ def forward_by_planes_kernel(
 ):
     DESCRIPTORS: tl.constexpr = PRECISION != "redo"
     PART_N: tl.constexpr = BLOCK_N // PARTS
-    if PRECISION == "redo":
-        if not (has_flags(x[1], M, K) | has_flags(w[1], N, K)):
-            return
-    else:
-        xs = plane_operand(x, M, K, stride_xm, BLOCK_M, BLOCK_K, True)
-        ws = plane_operand(w, N, K, stride_wn, BLOCK_N, BLOCK_K, True)
+    if PRECISION == "redo" and not (has_flags(x[1], M, K) | has_flags(w[1], N, K)):
+        return
+    xs = plane_operand(x, M, K, stride_xm, BLOCK_M, BLOCK_K, True, PRECISION)
+    ws = plane_operand(w, N, K, stride_wn, BLOCK_N, BLOCK_K, True, PRECISION)
     if h_ptr is not None:
         hs = result(h_ptr, M, N, BLOCK_M, PART_N, DESCRIPTORS)
     if z_ptr is not None:
@@ -95,15 +92,10 @@ def forward_by_planes_kernel(
         tile_m, tile_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m, first = tile_m * BLOCK_M, tile_n * BLOCK_N
         if PRECISION != "redo" or meets_flags(x[1], w[1], m, first, 0, K, M, N, K, True, True):
-            if PRECISION == "redo":
-                product = multiply_restored(
-                    x, w, m, first, M, N, K, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
-                    BLOCK_M, BLOCK_N, BLOCK_K, True, True, False, OFFSET,
-                )  # fmt: skip
-            else:
-                product = multiply_planes(
-                    xs, ws, m, first, M, N, K, 0, K, BLOCK_M, BLOCK_N, BLOCK_K, True, True, False, PRECISION
-                )
+            product = multiply_operands(
+                xs, ws, m, first, M, N, K, 0, K, stride_xm, stride_xk, stride_wn, stride_wk,
+                BLOCK_M, BLOCK_N, BLOCK_K, True, True, False, PRECISION, OFFSET,
+            )  # fmt: skip
             parts = split_columns(product, PARTS)
             block = ()
             for part in tl.static_range(PARTS):
@@ -208,12 +200,10 @@ def dgrad_by_planes_kernel(
 ):
     DESCRIPTORS: tl.constexpr = PRECISION != "redo"
     PART_N: tl.constexpr = BLOCK_N // PARTS
-    if PRECISION == "redo":
-        if not (has_flags(dz[1], M, N) | has_flags(w[1], N, K)):
-            return
-    else:
-        dzs = plane_operand(dz, M, N, stride_dm, BLOCK_M, BLOCK_K, True)
-        ws = plane_operand(w, K, N, stride_wn, BLOCK_N, BLOCK_K, False)
+    if PRECISION == "redo" and not (has_flags(dz[1], M, N) | has_flags(w[1], N, K)):
+        return
+    dzs = plane_operand(dz, M, N, stride_dm, BLOCK_M, BLOCK_K, True, PRECISION)
+    ws = plane_operand(w, K, N, stride_wn, BLOCK_N, BLOCK_K, False, PRECISION)
     if dx_ptr is not None:
         dxs = result(dx_ptr, M, K, BLOCK_M, PART_N, DESCRIPTORS)
     if saved_ptr is not None:
@@ -231,15 +221,10 @@ def dgrad_by_planes_kernel(
         tile_m, tile_n = tile_position(tile, M, K, BLOCK_M, BLOCK_N, GROUP_M)
         m, first = tile_m * BLOCK_M, tile_n * BLOCK_N
         if PRECISION != "redo" or meets_flags(dz[1], w[1], m, first, 0, N, M, K, N, True, False):
-            if PRECISION == "redo":
-                product = multiply_restored(
-                    dz, w, m, first, M, K, N, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
-                    BLOCK_M, BLOCK_N, BLOCK_K, True, False, True, OFFSET,
-                )  # fmt: skip
-            else:
-                product = multiply_planes(
-                    dzs, ws, m, first, M, K, N, 0, N, BLOCK_M, BLOCK_N, BLOCK_K, True, False, True, PRECISION
-                )
+            product = multiply_operands(
+                dzs, ws, m, first, M, K, N, 0, N, stride_dm, stride_dn, stride_wk, stride_wn,
+                BLOCK_M, BLOCK_N, BLOCK_K, True, False, True, PRECISION, OFFSET,
+            )  # fmt: skip
             parts = split_columns(product, PARTS)
             block = ()
             for part in tl.static_range(PARTS):
@@ -346,12 +331,10 @@ def wgrad_by_planes_kernel(
     BLOCK_K: tl.constexpr,  # along the rows that are summed, M
     GROUP_M: tl.constexpr,
 ):
-    if PRECISION == "redo":
-        if not (has_flags(dz[1], M, N) | has_flags(h[1], M, K)):
-            return
-    else:
-        dzs = plane_operand(dz, N, M, stride_dm, BLOCK_M, BLOCK_K, False)
-        hs = plane_operand(h, K, M, stride_hm, BLOCK_N, BLOCK_K, False)
+    if PRECISION == "redo" and not (has_flags(dz[1], M, N) | has_flags(h[1], M, K)):
+        return
+    dzs = plane_operand(dz, N, M, stride_dm, BLOCK_M, BLOCK_K, False, PRECISION)
+    hs = plane_operand(h, K, M, stride_hm, BLOCK_N, BLOCK_K, False, PRECISION)
     tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(K, BLOCK_N)
     for item in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
         tile_n, tile_k = tile_position(item % tiles, N, K, BLOCK_M, BLOCK_N, GROUP_M)
@@ -360,15 +343,10 @@ def wgrad_by_planes_kernel(
         begin = part.to(tl.int32) * chunk
         end = begin + tl.minimum(chunk, M - begin)  # begin + chunk may be more than 32 bits hold
         if PRECISION != "redo" or meets_flags(dz[1], h[1], n, k, begin, end, N, K, M, False, False):
-            if PRECISION == "redo":
-                dw = multiply_restored(
-                    dz, h, n, k, N, K, M, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
-                    BLOCK_M, BLOCK_N, BLOCK_K, False, False, True, OFFSET,
-                )  # fmt: skip
-            else:
-                dw = multiply_planes(
-                    dzs, hs, n, k, N, K, M, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, False, False, True, PRECISION
-                )
+            dw = multiply_operands(
+                dzs, hs, n, k, N, K, M, begin, end, stride_dn, stride_dm, stride_hk, stride_hm,
+                BLOCK_M, BLOCK_N, BLOCK_K, False, False, True, PRECISION, OFFSET,
+            )  # fmt: skip
             rows, cols = n + tl.arange(0, BLOCK_M)[:, None], k + tl.arange(0, BLOCK_N)[None, :]
             store(dw_ptr + part * stride_split + rows.to(OFFSET) * K + cols, dw, (rows < N) & (cols < K))
 

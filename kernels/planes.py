@@ -60,7 +60,7 @@ from .tile_config import TileConfig
 
 __all__ = [
     "PLANES", "SIDE", "SPLIT", "Form", "Operand", "has_flags", "info_shape", "matrix", "meets_flags",
-    "multiply_planes", "multiply_restored", "plane_operand", "plane_targets", "planes_shape", "redo_tile", "split",
+    "multiply_operands", "plane_operand", "plane_targets", "planes_shape", "redo_tile", "split",
     "store_planes",
 ]  # fmt: skip
 
@@ -299,24 +299,27 @@ def matrix(operand: Operand) -> Tensor:
 @triton.jit
 def plane_operand(
     operand, size, length, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BY_K: tl.constexpr,
-    SIDE: tl.constexpr = SIDE,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr = SIDE,
 ):  # fmt: skip
     """(descriptor of the high plane, of the low plane, pointer to the exponents) of an operand, like `tile.operand`.
 
     BY_K is True if the reduction runs along its rows, False if it runs along its columns. `stride` is that of its rows.
-    Without a low plane, its descriptor must not be used.
+    Without a low plane, its descriptor must not be used. With "redo", the result is the operand itself.
     """
-    high_ptr = operand[0]
-    exponents_ptr = operand[1] + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
-    if BY_K:
-        low_ptr = high_ptr + size.to(tl.int64) * stride
-        high = tl.make_tensor_descriptor(high_ptr, [size, length], [stride, 1], [BLOCK, BLOCK_K])
-        low = tl.make_tensor_descriptor(low_ptr, [size, length], [stride, 1], [BLOCK, BLOCK_K])
+    if PRECISION == "redo":
+        return operand
     else:
-        low_ptr = high_ptr + length.to(tl.int64) * stride
-        high = tl.make_tensor_descriptor(high_ptr, [length, size], [stride, 1], [BLOCK_K, BLOCK])
-        low = tl.make_tensor_descriptor(low_ptr, [length, size], [stride, 1], [BLOCK_K, BLOCK])
-    return high, low, exponents_ptr
+        high_ptr = operand[0]
+        exponents_ptr = operand[1] + tl.cdiv(size, SIDE) * tl.cdiv(length, SIDE)
+        if BY_K:
+            low_ptr = high_ptr + size.to(tl.int64) * stride
+            high = tl.make_tensor_descriptor(high_ptr, [size, length], [stride, 1], [BLOCK, BLOCK_K])
+            low = tl.make_tensor_descriptor(low_ptr, [size, length], [stride, 1], [BLOCK, BLOCK_K])
+        else:
+            low_ptr = high_ptr + length.to(tl.int64) * stride
+            high = tl.make_tensor_descriptor(high_ptr, [length, size], [stride, 1], [BLOCK_K, BLOCK])
+            low = tl.make_tensor_descriptor(low_ptr, [length, size], [stride, 1], [BLOCK_K, BLOCK])
+        return high, low, exponents_ptr
 
 
 @triton.jit
@@ -430,6 +433,24 @@ def multiply_restored(
         right = restored(b, n, k, N, K, end, stride_bn, stride_bk, BLOCK_N, BLOCK_K, B_BY_K, False, OFFSET)
         acc = dot(left, tl.trans(right), acc, "ieee")
     return acc
+
+
+@triton.jit
+def multiply_operands(
+    a, b, m, n, M, N, K, begin, end, stride_am, stride_ak, stride_bn, stride_bk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """The product of two results of `plane_operand`: by `multiply_planes`, or with "redo" by `multiply_restored`."""
+    if PRECISION == "redo":
+        return multiply_restored(
+            a, b, m, n, M, N, K, begin, end, stride_am, stride_ak, stride_bn, stride_bk,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_BY_K, B_BY_K, OWN, OFFSET,
+        )  # fmt: skip
+    else:
+        return multiply_planes(
+            a, b, m, n, M, N, K, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, A_BY_K, B_BY_K, OWN, PRECISION
+        )
 
 
 @triton.jit

@@ -295,9 +295,9 @@ def _recompute_tile(problem: NetworkProblem, device: Device) -> TileConfig | str
     if problem.widest == 64 and min(problem.pads) < 64 and not hopper:
         return "if some layers are 64 wide and others narrower, their weight gradients do not fit in registers"
     if problem.widest == 64 and hopper:
-        # With two stages, the next tile's x and dy are loaded during this one: 16 -> 64 -> 64 -> 16 then takes 0.345 ms
-        # (fp16, 2^21 rows, H100), and 0.422 with one (H200). If x or dy is 64 wide, two stages leave no registers: it
-        # takes 0.359 ms instead of 0.350.
+        # With two stages, the next tile's x and dy are loaded during this one. 16 -> 64 -> 64 -> 16 took 0.345 ms with
+        # them and the transposed gradient of the first weight (fp16, 2^21 rows, H100), and 0.422 with neither (H200).
+        # If x or dy is 64 wide, two stages leave no registers: it takes 0.359 ms instead of 0.350.
         stages = 2 if max(problem.pads[0], problem.pads[-1]) < 64 else 1
         tile = TileConfig(128, num_warps=8, num_stages=stages, programs=device.multiprocessors)
         limit = RECOMPUTE_WORDS_HOPPER_Z if any(problem.saves_z[:-1]) else RECOMPUTE_WORDS_HOPPER

@@ -42,9 +42,7 @@ __all__ = [
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, accumulated in acc's dtype."""
-    if PRECISION == "redo":
-        return dot(a, b, acc, "ieee")
-    elif PRECISION == "bf16x6":
+    if PRECISION == "bf16x6":
         # The running sum stays outside the tensor cores: they round it toward zero, which makes the error of a long sum
         # a hundred times that of fp32 (Ootomo and Yokota, arXiv 2203.03341).
         return acc + dot_split(a, b)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from split_operands import normal, split_by_kernel
-from table_rows import H200, install, table
+from table_rows import H200, estimated, install, table
 from torch import Tensor
 
 from mlp_fused import FusedMLP
@@ -21,6 +21,7 @@ from mlp_fused.engine.layer_steps import choose_tile
 from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.settings import Float32, check_float32
 from mlp_fused.engine.table_files import Gemm
+from mlp_fused.engine.tables import Choice
 from mlp_fused.explain import Plan
 from mlp_fused.kernels import layer_tiles
 from mlp_fused.kernels.activations import ACTIVATIONS
@@ -235,6 +236,21 @@ def test_a_measured_row_decides_where_planes_were_measured(
     assert (choice.tile and choice.tile.precision) == chosen
     measured = row.planes_ms is not None and options.get("float32") != "ieee"
     assert ("measured" in choice.source) == measured
+
+
+def test_planes_measured_on_a_related_gpu_are_chosen_where_the_estimate_would_not(table_folder: Path) -> None:
+    problem = replace(WGRAD, rows=8192).problem
+    planes = layer_tiles.planes_tile(problem, H200)
+    related = replace(table(), device="NVIDIA A", arch=H200.arch, multiprocessors=H200.multiprocessors)
+    install(packaged=related)
+    assert choose_tile(problem, device=H200, torch_too=True).tile != planes
+    row = replace(WGRAD, rows=8192, tile=planes, ms=0.4, planes_ms=0.4)
+    install(packaged=replace(related, gemms=table(row).gemms))
+    choice = choose_tile(problem, device=H200, torch_too=True)
+    assert choice.tile == planes
+    assert "measured on NVIDIA A" in choice.source
+    forbidden = choose_tile(problem, device=H200, torch_too=True, float32="ieee")
+    assert forbidden == Choice(estimated(problem), "estimated")
 
 
 def test_auto_counts_planes_that_a_product_writes_as_cheaper() -> None:

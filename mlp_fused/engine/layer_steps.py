@@ -108,11 +108,14 @@ def choose_tile(
         return tables.Choice(layer_tiles.choose(problem, device), "")
     choice = tables.choice_for(problem, device)
     planes = layer_tiles.planes_tile(problem, device) if float32 == "auto" else None
+    by_planes = choice.tile is not None and choice.tile.precision in PLANES
+    if by_planes and choice.row is None and planes is not None:  # measured on a related GPU
+        return tables.Choice(planes, choice.source)
     source = None if planes is None else _why_planes(problem, planes, choice.row, written, device, torch_too)
     if source is not None:
         return tables.Choice(planes, source)
     tile, source = choice.tile, choice.source
-    if tile is not None and tile.precision in PLANES:  # measured, but the user's setting or the batch rules it out
+    if by_planes:  # measured, but the user's setting or the batch rules it out
         reason = layer_tiles.why_torch(problem, device)
         tile, source = (layer_tiles.choose(problem, device), "estimated") if reason is None else (None, reason)
     if tile is None and not torch_too:

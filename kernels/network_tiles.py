@@ -373,7 +373,8 @@ def sum_words(n: int, k: int, tile: TileConfig) -> float:
 def held_words(problem: NetworkProblem, tile: TileConfig) -> int:
     """The number of 32-bit words that a thread of the recompute kernel holds during a tile.
 
-    They are the fp32 sums of dW and db, every layer's input, and the z of the layers whose derivative needs it.
+    They are the fp32 sums of dW and db, every layer's input, and the z of the layers whose derivative needs it. A z
+    counts as wide as its layer's input, as it did when the limits were chosen.
     """
     elements = tile.num_warps * 32
     words = 0.0

@@ -123,7 +123,8 @@ def test_an_unreadable_table_is_not_written(tmp_path: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "schema": (lambda t: t.update(schema=5), "schema is 5; it needs to be one of 1, 2, 3, 4"),
     "schema true": (lambda t: t.update(schema=True), "schema is true; it needs to be one of 1, 2, 3, 4"),
-    "no gemms": (lambda t: t.pop("gemms"), r"gemms is \[\], which"),
+    "no gemms": (lambda t: t.pop("gemms"), "the table has no gemms"),
+    "no networks": (lambda t: t.pop("networks"), "the table has no networks"),
     "arch": (lambda t: t.update(arch=9.0), r"arch is 9\.0, which"),
     "multiprocessors": (lambda t: t.update(multiprocessors=0), "multiprocessors is 0, which"),
     "product's activation": (lambda t: gemm(t, activation=1), r"gemms\[0\]\.activation is 1, which"),

@@ -247,6 +247,8 @@ def _parse(content: Any) -> Table:
     if schema == 1:
         content |= {"arch": None, "multiprocessors": None}
     table = _construct(Table, "the table", content)
+    if missing := [name for name in ("gemms", "networks") if name not in content]:
+        raise ValueError(f"the table has no {missing[0]}")
     _check(
         "",
         table,

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import reference
 from .dtypes import dtype_name
-from .engine.calls import can_checkpoint, run_kernels
+from .engine.calls import can_checkpoint, checkpointed, run_kernels
 from .engine.originals import LINEAR, why_mode, why_replaced
 from .engine.paths import why_reference
 from .engine.recognize import resolve
@@ -110,8 +109,7 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
         return run_kernels(x, layers, dtype, recompute, backend)
     weights, biases, activations, _ = zip(*layers)
     if recompute and can_checkpoint(x):
-        y: Tensor = checkpoint(reference.mlp, x, weights, biases, activations, use_reentrant=False)
-        return y
+        return checkpointed(reference.mlp, (*weights, *biases), x, weights, biases, activations)
     return reference.mlp(x, weights, biases, activations)
 
 

@@ -10,18 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import memory
 from .engine import paths, settings
 from .engine.autograd import run_path
-from .engine.calls import can_checkpoint, run_kernels
+from .engine.calls import can_checkpoint, checkpointed, run_kernels
 from .engine.layer_path import LayerPath
 from .engine.originals import Dropout, Sequential, is_dropout_torchs, why_changed, why_mode
 from .engine.paths import find_path
 from .engine.recognize import find, name_in_sentences, resolve
 from .engine.runs import Decision, LinearWithActivation, Run, Segments, find_runs, linear_weight, why_unfused
-from .engine.settings import are_hooked, call_settings, count_function_modes, has_global_hooks, policy_dtype
+from .engine.settings import (
+    are_hooked,
+    call_settings,
+    count_function_modes,
+    has_global_hooks,
+    has_hooks,
+    policy_dtype,
+)
 from .errors import first_line, real_number, whole_number
 from .explain import Plan, checked_rows, explain
 from .functional import check_call
@@ -172,8 +178,10 @@ class FusedSequence(WithBackend, nn.Module):
         if run.linears and self._recompute and can_checkpoint(input):
             # nn.Dropout draws random numbers in here, so torch has to restore its generator for the second run. While a
             # CUDA graph is captured, torch 2.10 can do that; 2.9 raises an error.
-            output: Tensor = checkpoint(run.call, input, use_reentrant=False)
-            return output
+            if torch.compiler.is_compiling():
+                return checkpointed(run.call, (), input)
+            weights, biases = run.parameters()
+            return checkpointed(run.call_with, (*weights, *biases), [dict(own) for own in run.owned], input)
         return run.call(input)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -490,12 +498,23 @@ class FusedMLP(FusedSequence, nn.Sequential):
 
         Raises:
             TypeError: `sequential` is not an nn.Sequential.
-            ValueError: an unknown backend.
+            ValueError: `sequential` has more than children: a forward, hooks, parameters or buffers of its own; or the
+                backend is unknown.
         """
         if not isinstance(sequential, nn.Sequential):
             raise TypeError(
                 f"sequential is {type(sequential).__name__}; it needs to be an nn.Sequential; "
                 "for a single layer there is FusedLinear"
+            )
+        more = {
+            "a forward of its own": type(sequential).forward not in (Sequential.forward, FusedMLP.forward),
+            "hooks, or a forward patched onto it": has_hooks(sequential),
+            "parameters or buffers of its own": bool(sequential._parameters or sequential._buffers),
+        }
+        if found := [name for name, is_there in more.items() if is_there]:
+            raise ValueError(
+                f"sequential has {found[0]}, and from_sequential takes only its children; "
+                "fuse(sequential) keeps the rest; nn.Sequential(*sequential) leaves it out"
             )
         backend = settings.check_backend(backend)
         model = cls.__new__(cls)

@@ -11,6 +11,7 @@ import torch
 from cases import Case, Data, check, gradients, make, oracle
 from kernel_runs import PATHS, by_torch, forward, saved_bytes
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mlp_fused import mlp, reference
 from mlp_fused.kernels.launch import count_launches
@@ -40,6 +41,25 @@ def test_after_backward_a_graph_holds_no_tensor(path: str, device: str) -> None:
     assert data.weights[0].grad is not None
     del computed, with_computed
     assert [ref() for ref in held] == [None] * 5
+    assert y.grad_fn is not None
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_frozen_weights_that_were_computed_for_a_call_are_freed(path: str, is_checkpointed: bool, device: str) -> None:
+    """Dequantized weights, for example: after the backward, or after the forward under torch's checkpoint."""
+    case = Case(needs="input")
+    data, held = make(case, device), []
+
+    def call(x: Tensor) -> Tensor:
+        computed = [tensor.clone() for tensor in (*data.weights, *data.biases)]
+        held.extend(map(weakref.ref, computed))
+        return forward(case, replace(data, x=x, weights=computed[:2], biases=computed[2:]), path)
+
+    y = checkpoint(call, data.x, use_reentrant=False) if is_checkpointed else call(data.x)
+    assert any(ref() is not None for ref in held) != is_checkpointed
+    y.backward(data.dy)
+    assert all(ref() is None for ref in held)
     assert y.grad_fn is not None
 
 

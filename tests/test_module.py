@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, mlp
+from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp
 from mlp_fused.engine.paths import why_reference
 from mlp_fused.engine.recognize import find
 from mlp_fused.engine.runs import Decision
@@ -305,6 +305,58 @@ def test_recompute_must_be_true_false_or_none() -> None:
             call()
 
 
+def fused(device: str) -> nn.Module:
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh()).to(device)
+    fuse(model, recompute=True)
+    return model
+
+
+RECOMPUTED: dict[str, Callable[[str], nn.Module]] = {
+    "modules": lambda device: FusedMLP(20, [16, 4], recompute=True, backend="reference", device=device),
+    "modules with Dropout": lambda device: FusedMLP(20, [16, 4], dropout=0.5, recompute=True, device=device),
+    "layers": lambda device: FusedMLP(20, [300, 4], recompute=True, backend="triton", device=device),
+    "one kernel": lambda device: FusedMLP(20, [16, 4], recompute=True, backend="triton", device=device),
+    "fused": fused,
+}
+
+
+@pytest.mark.parametrize("make", RECOMPUTED.values(), ids=RECOMPUTED)
+def test_recomputing_uses_the_parameters_of_the_forward(make: Callable[[str], nn.Module], device: str) -> None:
+    """functional_call puts the module's own parameters back before the backward."""
+    model, x = make(device), torch.randn(9, 20, device=device)
+    others = {name: (2 * value).detach().requires_grad_() for name, value in model.named_parameters()}
+    results = []
+    for model.recompute in (True, False):
+        torch.manual_seed(0)
+        y = torch.func.functional_call(model, others, (x,))
+        results.append(torch.autograd.grad(y.sum(), list(others.values())))
+    for mine, other in zip(*results):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("position", [0, -1])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("make", RECOMPUTED.values(), ids=RECOMPUTED)
+def test_recomputing_refuses_changed_parameters(
+    make: Callable[[str], nn.Module], name: str, position: int, device: str
+) -> None:
+    model = make(device)
+    y = model(torch.randn(9, 20, device=device))
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][position]
+    with torch.no_grad():
+        getattr(linear, name).mul_(2)
+    with pytest.raises(RuntimeError, match=rf"modified by an inplace operation: {name}\[\d\] is at version 2"):
+        y.sum().backward()
+
+
+def test_mlp_recomputing_refuses_changed_parameters(device: str) -> None:
+    weights = [torch.randn(8, 5, device=device, requires_grad=True), torch.randn(3, 8, device=device)]
+    y = mlp(torch.randn(9, 5, device=device), weights, None, recompute=True, backend="reference")
+    weights[1].mul_(2)
+    with pytest.raises(RuntimeError, match=r"inplace operation: weight\[1\] is at version 1"):
+        y.sum().backward()
+
+
 def test_recomputing_under_a_transform(device: str) -> None:
     model = FusedMLP(20, [16, 1], recompute=True).to(device)
     x = torch.randn(20, device=device)
@@ -326,6 +378,29 @@ def test_slices_are_sequential() -> None:
     assert list(model[0:2].state_dict()) == ["0.weight", "0.bias"]
     assert model[0:2][0] is model[0]
     assert type(model + model) is nn.Sequential
+
+
+class Residual(nn.Sequential):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input + super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda model: model.__setattr__("__class__", Residual), "a forward of its own"),
+        (lambda model: model.__setattr__("forward", model[0].forward), "hooks, or a forward patched onto it"),
+        (lambda model: model.register_forward_hook(lambda *_: None), "hooks, or a forward patched onto it"),
+        (lambda model: model.register_buffer("mean", torch.zeros(4)), "parameters or buffers of its own"),
+        (lambda model: model.register_parameter("scale", nn.Parameter(torch.ones(4))), "parameters or buffers of its"),
+    ],
+)
+def test_from_sequential_refuses_more_than_children(change: Callable[[nn.Module], object], found: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    change(model)
+    with pytest.raises(ValueError, match=f"sequential has {found}.*, and from_sequential takes only its children"):
+        FusedMLP.from_sequential(model)
+    assert torch.equal(FusedMLP.from_sequential(nn.Sequential(*model))[0].weight, model[0].weight)
 
 
 def test_from_sequential_takes_over_the_modules(device: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
@@ -196,8 +196,8 @@ class SectionFunction(PlainFunction):
         parameters, saved = restore(ctx)
         names, read, _ = section.saved(needs)
         by_torch = wants_torch(dy)
-        if versions(parameters) != ctx.versions:
-            refuse_changed(ctx, parameters, range(len(parameters)) if by_torch else read)
+        if (now := versions(parameters)) != ctx.versions:
+            refuse_changed(section.parameters, ctx.versions, now, None if by_torch else read)
         if by_torch:
             return None, None, None, *differentiable_backward(section, dict(zip(names, saved)), parameters, dy, needs)
         if not all(map(Tensor.is_contiguous, saved)):  # hooks on saved tensors may change strides
@@ -208,13 +208,17 @@ class SectionFunction(PlainFunction):
 def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
     """Save tensors and parameters for backward, with the versions of the parameters.
 
-    If all parameters are leaves, they are stored on `ctx`, because they live as long as the module. Otherwise autograd
-    saves them, so that backward frees them.
+    Parameters that somebody else holds anyway are stored on `ctx`: leaves that need a gradient, and every nn.Parameter
+    that is a leaf. If there are others, autograd saves all parameters, so that backward frees them. A frozen weight
+    that was dequantized for this call is an example.
     """
-    are_leaves = False not in [parameter is None or parameter.is_leaf for parameter in parameters]
-    ctx.parameters = parameters if are_leaves else None
+    are_held = False not in [
+        parameter is None or (parameter.is_leaf and (type(parameter) is nn.Parameter or parameter.requires_grad))
+        for parameter in parameters
+    ]
+    ctx.parameters = parameters if are_held else None
     ctx.versions = versions(parameters)
-    if not are_leaves:
+    if not are_held:
         tensors = [*tensors, *(parameter for parameter in parameters if parameter is not None)]
     ctx.save_for_backward(*tensors)
 
@@ -237,21 +241,23 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
         return [None if tensor is None else -1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def refuse_changed(ctx: Any, parameters: Sequence[Any], read: Iterable[int]) -> None:
+def refuse_changed(
+    names: Sequence[str], before: Sequence[int | None], now: Sequence[int | None], read: Iterable[int] | None = None
+) -> None:
     """Raise an error if a parameter that the backward reads was changed in place since the forward.
 
     Args:
-        read: the indices in `parameters` that the backward reads.
+        names, before, now: for each parameter, its name and its versions in the forward and in the backward.
+        read: the indices of the parameters that the backward reads; by default, all.
 
     Raises:
         RuntimeError: with the wording of torch's own error.
     """
-    before, now = ctx.versions, versions(parameters)
-    for index in read:
+    for index in range(len(names)) if read is None else read:
         if before[index] != now[index]:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{ctx.section.parameters[index]} is at version {now[index]}; the forward computed with version "
+                f"{names[index]} is at version {now[index]}; the forward computed with version "
                 f"{before[index]}; change it after backward, or change a clone of it"
             )
 

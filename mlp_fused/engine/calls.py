@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.dropout import draw_seed
 from ..reference import Layer
-from .autograd import run_layers, run_path
+from .autograd import refuse_changed, run_layers, run_path, versions
 from .layer_path import LayerPath
 from .paths import dtype_precision, find_path, wants_gradients
+from .section import parameter_names
 from .settings import Backend, is_intercepted, is_transformed
 
 
@@ -36,7 +37,7 @@ def run_kernels(
         # function draws nothing else, so `checkpoint` need not restore a generator (preserve_rng_state), which torch
         # 2.9 cannot do while a graph is captured.
         seed = draw_seed(x.device) if path.drops else None
-        y = checkpoint(run_layers, x, weights, biases, path, seed, use_reentrant=False, preserve_rng_state=False)
+        y = checkpointed(run_layers, (*weights, *biases), x, weights, biases, path, seed, preserve_rng_state=False)
     else:
         y = run_path(x, weights, biases, path)
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
@@ -61,6 +62,31 @@ def run_operator(
         wants_gradients(x, layers),
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def checkpointed(
+    function: Callable[..., Tensor], parameters: Sequence[Tensor | None], *arguments: Any, **options: Any
+) -> Tensor:
+    """function(*arguments) under torch's checkpoint: nothing is saved, and backward calls the function again.
+
+    Args:
+        parameters: the weights and biases that the function reads.
+        options: options of `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        RuntimeError: in backward, a parameter was changed in place since the forward.
+    """
+    if torch.compiler.is_compiling():  # a compiled graph takes parameters as arguments
+        compiled: Tensor = checkpoint(function, *arguments, use_reentrant=False, **options)
+        return compiled
+    before, names = versions(parameters), parameter_names(0, len(parameters) // 2)
+
+    def call(*arguments: Any) -> Tensor:
+        refuse_changed(names, before, versions(parameters))
+        return function(*arguments)
+
+    output: Tensor = checkpoint(call, *arguments, use_reentrant=False, **options)
+    return output
 
 
 def can_checkpoint(x: Any) -> bool:

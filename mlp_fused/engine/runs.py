@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from types import BuiltinFunctionType, MethodType, NoneType
 from typing import Any, Protocol
@@ -144,6 +144,17 @@ class Run:
         for child in self.children:
             input = child(input)
         return input
+
+    def call_with(self, owned: Sequence[dict[str, Any]], input: Tensor) -> Tensor:
+        """Call the children with these dicts `_parameters` of their Linears, which another call may have changed."""
+        present = [dict(own) for own in self.owned]
+        for own, other in zip(self.owned, owned):
+            own.update(other)
+        try:
+            return self.call(input)
+        finally:
+            for own, other in zip(self.owned, present):
+                own.update(other)
 
     def parameters(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """(weights, biases), the weights as (out, in)."""

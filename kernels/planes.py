@@ -42,8 +42,10 @@ limit is larger for dz, because a classifier that is sure of a row has a tiny gr
 
 A second launch of the same kernel, with PRECISION "redo", recomputes the output tiles that meet a flagged block, in
 fp32 on FMA units. It has at most one program for each multiprocessor. Each program first reads all flags of both
-operands, four bytes a block, and returns if none is set. It reads the fp32 operands, or their planes where nothing else
-is in memory: the two planes of a flagged block hold the upper and the lower halves of its fp32 numbers.
+operands, four bytes a block, and returns if none is set. It reads the fp32 operands. Of an operand that a product has
+split, it reads the planes, because there may be no fp32 copy. The two planes of a flagged block hold the upper and the
+lower halves of its fp32 numbers. Those of other blocks hold a number to within the error above: one below 2^-51 of the
+largest with the same exponent is 0, and an infinity times it is NaN.
 """
 
 from __future__ import annotations

@@ -133,8 +133,12 @@ def dot_scaled(
     22 bits if it is at least 2^-28 of the largest number in its row of `a`, or in `b`. Below that, its absolute error
     is 2^-50 of that largest number.
 
-    Infinities and NaN come out as in fp32, with one exception: an infinity times a tiny number is NaN. A number is tiny
-    if it is below 2^-40 of that largest number: then its high part is 0.
+    Infinities and NaN come out as in fp32, with two exceptions:
+
+    - An infinity times a tiny number is NaN. A number is tiny if it is below 2^-40 of that largest number: then its
+      high part is 0.
+    - If the largest number in a row of `a` times the largest in `b` is 2^156 or more, that row is infinite or NaN, even
+      if the two do not meet.
 
     Args:
         PARTS: 2 for the accuracy of fp32, 1 for that of tf32.
@@ -144,7 +148,7 @@ def dot_scaled(
     b_exponent = scaling_exponent(tl.max(tl.max(b_sizes, axis=1), axis=0), 126)
     # The inverse of both scales has to be an fp32 number, if only a denormal one.
     a_exponent = scaling_exponent(tl.max(tl.abs(a), axis=1), tl.minimum(149 - b_exponent, 126))
-    unscale = tl.minimum(power_of_two(-a_exponent) * power_of_two(-b_exponent), 2.0**127)
+    unscale = power_of_two(-a_exponent) * power_of_two(-b_exponent)
     a_high, a_low = split_scaled(a * power_of_two(a_exponent)[:, None])
     b_high, b_low = split_scaled(b * power_of_two(b_exponent))
     COUNT: tl.constexpr = a.shape[1] // TERMS_INSIDE if PARTS == 2 and a.shape[1] > TERMS_INSIDE else 1

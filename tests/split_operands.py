@@ -10,11 +10,22 @@ from torch import Tensor
 
 from mlp_fused.kernels.activations import IDENTITY
 from mlp_fused.kernels.layer_backward import wgrad_sums
+from mlp_fused.kernels.partial_sums import Partial
 from mlp_fused.kernels.plane_products import dgrad_by_planes, forward_by_planes, wgrad_by_planes
 from mlp_fused.kernels.planes import PLANES, SIDE, Form, Operand, info_shape, planes_shape, redo_tile, split
 from mlp_fused.kernels.tile_config import TileConfig
 
-__all__ = ["OPERANDS", "Launches", "Split", "empty_split", "launches", "normal", "product_by_planes", "split_by_kernel"]
+__all__ = [
+    "OPERANDS",
+    "Launches",
+    "Split",
+    "empty_split",
+    "empty_sums",
+    "launches",
+    "normal",
+    "product_by_planes",
+    "split_by_kernel",
+]
 
 ALONG_ROWS = Form("rows")
 # The forms of a product's two factors.
@@ -93,11 +104,16 @@ def launches(a: Tensor, b: Tensor, tile: TileConfig, forms: Forms) -> Iterator[t
     yield (a, split_a.info), (b, split_b.info), redo_tile(tile)
 
 
+def empty_sums(layout: Partial, m: int, n: int, device: torch.device) -> Tensor:
+    """Memory for the partial sums of an (m, n) result, (splits, m, n): NaN. There may be gaps between the splits."""
+    return torch.full((layout.splits, layout.columns), torch.nan, device=device)[:, : m * n].unflatten(1, (m, n))
+
+
 def product_by_planes(kind: str, a: Tensor, b: Tensor, tile: TileConfig, launches: Launches = launches) -> Tensor:
     """x Wᵀ, dz W, or the partial sums of dzᵀ h, (splits, N, K)."""
     m, n = a.shape[1 if kind == "wgrad" else 0], b.shape[0 if kind == "forward" else 1]
     sums = wgrad_sums(a.shape[0], tile, torch.float32, m * n, 0)
-    result = torch.full((sums.splits, m, n) if kind == "wgrad" else (m, n), torch.nan, device=a.device)
+    result = empty_sums(sums, m, n, a.device) if kind == "wgrad" else torch.full((m, n), torch.nan, device=a.device)
     for a_operand, b_operand, own in launches(a, b, tile, OPERANDS[kind]):
         if kind == "forward":
             forward_by_planes(a_operand, b_operand, None, result, None, IDENTITY, own)

@@ -230,8 +230,8 @@ def run_on_stand_ins() -> dict[str, Any]:
     results["the user's allocator is back"] = _allocation._allocator.get() is users_own
 
     prepared, tensors = launched["forward"]
-    with hopper.on(1):
-        results["from another device"] = hopper.noted(replay, prepared, *tensors), hopper.device
+    with hopper.on(1), launch.count_launches() as counted:
+        results["from another device"] = hopper.noted(replay, prepared, *tensors), hopper.device, counted
 
     views = [draw(tensor.numel() + 1)[1:].view(tensor.shape) for tensor in tensors]
     call, _ = scenarios()["forward"]
@@ -376,8 +376,9 @@ def test_launch_hooks_fire_on_every_launch(results: dict[str, Any]) -> None:
 
 @pytest.mark.alone
 def test_a_launch_runs_on_its_tensors_device(results: dict[str, Any]) -> None:
-    (launched,), device = results["from another device"]
+    (launched,), device, counted = results["from another device"]
     assert launched["stream"] == 70
+    assert counted == {"layer_forward_kernel": 1}
     assert device == 1  # the current device is restored
 
 

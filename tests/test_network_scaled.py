@@ -107,6 +107,17 @@ def test_products_beyond_the_largest_number_are_infinite(device: str) -> None:
     assert multiply(a, torch.zeros_like(a)).eq(0).all()
 
 
+@pytest.mark.parametrize("precision", ["fp16x3", "fp16x1"])
+def test_numbers_too_large_for_their_scales_are_never_wrong(precision: str, device: str) -> None:
+    """2^100 and 2^60 meet zeros only, so that fp32 sums 2^75 2^35. Their two scales have no inverse in fp32."""
+    a, b = torch.zeros(16, 32, device=device), torch.zeros(32, 16, device=device)
+    a[0, :2], a[1, 1] = torch.tensor([2.0**100, 2.0**75], device=device), 2.0**75
+    b[1, 0], b[2, 1] = 2.0**35, 2.0**60
+    c = multiply(a, b, precision)
+    assert not c[0].isfinite().any()
+    assert c[1:].equal((a @ b)[1:])
+
+
 # Networks
 
 

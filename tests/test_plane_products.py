@@ -11,7 +11,16 @@ import pytest
 import torch
 from cases import Case, bound, check, gradients, make, oracle
 from kernel_runs import by_torch, case_id, forward
-from split_operands import OPERANDS, Split, empty_split, launches, normal, product_by_planes, split_by_kernel
+from split_operands import (
+    OPERANDS,
+    Split,
+    empty_split,
+    empty_sums,
+    launches,
+    normal,
+    product_by_planes,
+    split_by_kernel,
+)
 from torch import Tensor
 
 from mlp_fused.kernels.activations import ACTIVATIONS
@@ -109,7 +118,7 @@ def in_fp32(kind: str, a: Tensor, b: Tensor, tile: TileConfig) -> Tensor:
     """A product, or its partial sums, by the kernels for whole fp32 operands."""
     m, n = a.shape[0] if kind != "wgrad" else a.shape[1], b.shape[0] if kind == "forward" else b.shape[1]
     sums = wgrad_sums(a.shape[0], tile, torch.float32, m * n, 0)
-    whole = torch.full((sums.splits if kind == "wgrad" else 1, m, n), torch.nan, device=a.device)
+    whole = empty_sums(sums, m, n, a.device)
     if kind == "forward":
         layer_forward(a, b, None, whole[0], None, ACTIVATIONS["identity"], "ieee", tile)
     elif kind == "dgrad":

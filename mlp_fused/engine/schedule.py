@@ -149,12 +149,12 @@ class LaunchSequence:
 
     def __call__(self, tensors: Sequence[Any], pointers: Sequence[Any]) -> None:
         """Launch all kernels, and call the functions between them."""
-        for launch in self.launches if counters else ():
-            launch.count()
         index = self.index
         if index is not None and index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 return self(tensors, pointers)
+        for launch in self.launches if counters else ():
+            launch.count()
         stream = 0 if index is None else driver.active.get_current_stream(index)
         token = allocation._allocator.set(self.allocate) if self.allocate else None
         try:

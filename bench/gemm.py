@@ -28,11 +28,9 @@ from bench.verify import bounds_in_force, compare
 from mlp_fused import timing
 from mlp_fused.dtypes import DTYPES
 from mlp_fused.engine import tables
-from mlp_fused.engine.layer_path import layer_path
-from mlp_fused.engine.layer_steps import describe_parameters
+from mlp_fused.engine.paths import find_layers
 from mlp_fused.engine.recognize import resolve
 from mlp_fused.engine.schedule import Step
-from mlp_fused.engine.settings import float32_precision
 from mlp_fused.explain import make_schedules, meta_layers
 from mlp_fused.kernels import devices, layer_tiles, tile_config
 from mlp_fused.kernels.layer_backward import dgrad, wgrad
@@ -82,19 +80,10 @@ def kernel_step(problem: Problem, phase: str) -> Step:
     activations = [activation]
     if phase == "dgrad":  # add a layer below, of any width, whose activation dgrad differentiates
         widths, activations = (1, k, n), [activation, identity]
-    count, training = len(activations), phase != "layer_forward"
-    precision = float32_precision() if dtype == torch.float32 else "ieee"
-    layers = meta_layers(widths, activations, dtype, bias=True)
-    path = layer_path(widths, tuple(activations), describe_parameters(layers), dtype, precision, False, (0.0,) * count)
-    forwards, backwards = make_schedules(
-        path,
-        problem.rows,
-        layers,
-        devices.INTERPRETED_DEVICE,
-        dtype=dtype,
-        weights=[training] * count,
-        biases=[training] * count,
-    )
+    x = torch.empty((problem.rows, widths[0]), dtype=dtype, device="meta")
+    layers = meta_layers(widths, activations, dtype, training=phase != "layer_forward")
+    path = find_layers(x, layers, dtype, "triton")
+    forwards, backwards, _ = make_schedules(path, x, layers, devices.INTERPRETED_DEVICE)
     kind = "forward" if phase.startswith("layer_forward") else phase
     steps = (step for schedule in (*forwards, *backwards) for step in schedule.steps)
     return next(step for step in steps if step.kind == kind)

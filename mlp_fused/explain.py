@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from .dtypes import dtype_name
-from .engine.autograd import saved_bytes, sections
-from .engine.layer_path import SEED, LayerPath, layer_path
-from .engine.layer_steps import describe_parameters
+from .engine.autograd import sections
+from .engine.layer_path import SEED, LayerPath
 from .engine.network_path import NetworkPath
-from .engine.paths import network_path, why_not, why_torch
+from .engine.paths import (
+    dtype_precision,
+    find_layers,
+    find_network,
+    layer_widths,
+    wants_gradients,
+    why_not,
+    why_torch,
+)
 from .engine.recognize import resolve
 from .engine.runs import (
     LinearWithActivation,
@@ -28,11 +35,13 @@ from .engine.runs import (
     stand_in,
 )
 from .engine.schedule import Schedule, Step, Work
-from .engine.settings import HOOKS, compute_dtype, float32_precision, is_loaded_instance, policy_dtype, storage_id
+from .engine.section import parameter_names
+from .engine.settings import HOOKS, compute_dtype, is_loaded_instance, policy_dtype, storage_id
 from .engine.tables import is_path_outdated
 from .errors import count, listed, whole_number
 from .kernels import devices
 from .kernels.activation import Activation
+from .kernels.activations import IDENTITY
 from .kernels.language import NOT_INSTALLED, WHY_NO_TRITON
 from .reference import Layer
 
@@ -40,45 +49,41 @@ __all__ = ["Plan", "RunPlan", "Work", "checked_rows", "explain", "make_schedules
 
 
 def make_schedules(
-    path: NetworkPath | LayerPath,
-    rows: int,
-    layers: Sequence[Layer],
-    device: devices.Device,
-    *,
-    dtype: torch.dtype,
-    weights: Sequence[bool],
-    biases: Sequence[bool],
-    needs_x: bool = False,
-) -> tuple[list[Schedule], list[Schedule]]:
-    """The schedules of a forward, and those of its backward: one for each section, in the order in which they run.
+    path: NetworkPath | LayerPath, x: Tensor, layers: Sequence[Layer], device: devices.Device
+) -> tuple[list[Schedule], list[Schedule], int]:
+    """The schedules of a forward, those of its backward, and the bytes saved in between, without the parameters.
 
-    The bytes of a kernel count every operand read once and every output written once, as if operands stayed in cache.
-    The bytes of partial sums count in the step that adds them.
+    There is one schedule for each section, in the order in which they run. The bytes of a kernel count every operand
+    read once and every output written once, as if operands stayed in cache. The bytes of partial sums count in the step
+    that adds them.
 
     Args:
-        layers: the layers, for their shapes and strides. Their values are not read.
-        dtype: the dtype of the input.
-        weights, biases, needs_x: True where the gradient of a weight, of a bias or of the input is wanted.
+        x, layers: the input and the layers, for their shapes, strides, dtypes and `requires_grad`. Their values are not
+            read.
     """
 
     def meta(*shape: int, dtype: torch.dtype = path.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    parameters: dict[str, Tensor | None] = {f"weight[{index}]": layer.weight for index, layer in enumerate(layers)}
-    parameters |= {f"bias[{index}]": layer.bias for index, layer in enumerate(layers)}
-    x = meta(rows, layers[0].weight.shape[1], dtype=path.dtype if isinstance(path, LayerPath) else dtype)
+    rows = x.shape[0]
+    weights, biases, *_ = zip(*layers)
+    parameters = dict(zip(parameter_names(0, len(layers)), (*weights, *biases)))
+    edge = x.to(path.dtype) if isinstance(path, LayerPath) else x
+    seed = meta(1, dtype=torch.int64) if path.drops else None
     forwards: list[Schedule] = []
     backwards: list[Schedule] = []
-    for section, needs in sections(path, rows, needs_x, weights, biases):
-        own = {name: parameters[name] for name in section.parameters}
-        given = {"h": x, "x": x, "seed": meta(1, dtype=torch.int64) if path.drops else None, **own}
+    saved: set[Tensor] = set()
+    for section, needs in sections(path, x, weights, biases):
+        given: dict[str, Any] = {name: parameters[name] for name in section.parameters}
+        given |= {"h": edge, "x": edge, "seed": seed}
         forwards.append(section.write_forward(given, rows, needs, device))
+        edge = meta(rows, section.widths[-1])  # to the next section
         if needs is not None:
-            saved = {name: meta(*shape) for name, shape in section.saved_shapes(rows, needs).items()}
-            given |= {"dy": meta(rows, section.widths[-1]), **saved, "x": x, "seed": given["seed"]}
+            shapes = section.saved_shapes(rows, needs)
+            given |= {"dy": edge} | {name: meta(*shape) for name, shape in shapes.items() if name not in given}
             backwards.insert(0, section.write_backward(given, rows, needs, device))
-        x = meta(rows, section.widths[-1])  # the edge to the next section
-    return forwards, backwards
+            saved.update(given[name] for name in shapes)
+    return forwards, backwards, sum(tensor.nbytes for tensor in saved)
 
 
 def work(
@@ -86,58 +91,48 @@ def work(
     widths: Sequence[int],
     dtype: torch.dtype,
     activation: str | Activation = "relu",
-    output_activation: str | Activation = "identity",
     *,
     bias: bool = True,
-    needs_input_grad: bool = False,
     device: devices.Device | None = None,
     precision: str = "ieee",
 ) -> dict[str, Work]:
     """The work of a network on its path, as {"inference": ..., "forward": ..., "backward": ...}.
 
-    "forward" is the forward of training, which also writes the saved tensors. `widths` are in -> hidden ... -> out.
-    Without a device, the path is the layer path.
+    "forward" is the forward of training, which also writes the saved tensors. `widths` are in -> hidden ... -> out. The
+    input needs no gradient. Without a device, the path is the layer path.
     """
-    count = len(widths) - 1
-    activations = tuple([resolve(activation)] * (count - 1) + [resolve(output_activation)])
-    layers = meta_layers(widths, activations, dtype, bias)
+    activations = [resolve(activation)] * (len(widths) - 2) + [IDENTITY]
+    x = torch.empty((rows, widths[0]), dtype=dtype, device="meta")
 
     def total(training: bool, backward: bool) -> Work:
+        layers = meta_layers(widths, activations, dtype, bias, training)
         path: NetworkPath | LayerPath | str = ""
         if device is not None:
-            strides = tuple((k, 1, int(bias)) for k in widths[:-1])
-            path = network_path(tuple(widths), strides, activations, dtype, precision, device, training, torch_too=True)
+            path = find_network(x, layers, dtype, None, precision, training, torch_too=True, device=device)
         if isinstance(path, str):
-            path = layer_path(
-                tuple(widths), activations, describe_parameters(layers), dtype, precision, False, (0.0,) * count
-            )
-        schedules = make_schedules(
-            path,
-            rows,
-            layers,
-            device or devices.INTERPRETED_DEVICE,
-            dtype=dtype,
-            weights=[training] * count,
-            biases=[training and bias] * count,
-            needs_x=training and needs_input_grad,
-        )
+            path = find_layers(x, layers, dtype, "triton", precision)
+        forwards, backwards, _ = make_schedules(path, x, layers, device or devices.INTERPRETED_DEVICE)
         # Partial sums and planes depend on the kernels, not on the network, so they do not count.
-        steps = (step for schedule in schedules[backward] for step in schedule.steps)
+        steps = (step for schedule in (backwards if backward else forwards) for step in schedule.steps)
         return sum((step.work for step in steps if step.kind not in ("sum_partials", "split")), Work(0, 0))
 
     return {"inference": total(False, False), "forward": total(True, False), "backward": total(True, True)}
 
 
 def meta_layers(
-    widths: Sequence[int], activations: Sequence[Activation], dtype: torch.dtype, bias: bool
+    widths: Sequence[int],
+    activations: Sequence[Activation],
+    dtype: torch.dtype,
+    bias: bool = True,
+    training: bool = True,
 ) -> list[Layer]:
-    """Layers on the device "meta", which have shapes but no values."""
+    """Layers on the device "meta", which have shapes but no values. With `training`, they need gradients."""
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=training)
+
     return [
-        Layer(
-            torch.empty((n, k), dtype=dtype, device="meta"),
-            torch.empty(n, dtype=dtype, device="meta") if bias else None,
-            activation,
-        )
+        Layer(meta(n, k), meta(n) if bias else None, activation)
         for (k, n), activation in zip(itertools.pairwise(widths), activations)
     ]
 
@@ -297,11 +292,6 @@ def _flat(children: Iterable[Any]) -> Iterator[Any]:
         yield from child.parts if isinstance(child, LinearWithActivation) else (child,)
 
 
-def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
-    """The widths from the input to the output; empty if there is no layer."""
-    return tuple(layer.weight.shape[1] for layer in layers[:1]) + tuple(layer.weight.shape[0] for layer in layers)
-
-
 def checked_rows(batch_size: object, least: int) -> int:
     """`batch_size` as a Python int.
 
@@ -330,6 +320,7 @@ def _torch_device(device: Any) -> torch.device:
     return where
 
 
+@torch.enable_grad()  # the plan is for a training step
 def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any) -> Plan:
     """The plan of a model for a batch of this size: see `FusedMLP.explain`."""
     rows = checked_rows(batch_size, least=0)
@@ -340,7 +331,7 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
     where = torch.device("meta") if known else parameter.device if device is None else _torch_device(device)
     given = policy_dtype(model) or parameter.dtype  # the dtype of a call's input
     dtype = dtype or compute_dtype(given, where.type)
-    precision = float32_precision() if dtype == torch.float32 else "ieee"
+    precision = dtype_precision(dtype)
     gpu = known
     if known is None and (where.type == "cuda" or model._wants_kernels()):
         gpu = devices.describe(where.type, where.index or 0)
@@ -354,77 +345,48 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
     child_names = iter(model._ordered_names())
     for run in find_runs(children):
         names = ", ".join(f"{name} {module_name(child)}" for child, name in zip(run.children, child_names))
-        layers = run.gathered_layers("meta", policy_dtype(model))
-        reason = run.reason
-        if layers:
-            reason = why_not(layers, dtype, where, model._backend, planned=known is not None)
-        trainable = [layer.weight.requires_grad for layer in layers]
-        biased = [layer.bias is not None and layer.bias.requires_grad for layer in layers]
-        needs_input_grad = flow.requires_grad  # False for the network's input, mostly True for the input of a later run
-        input_size = dtype.itemsize if runs else max(dtype.itemsize, given.itemsize)
+        needs_x = flow.requires_grad  # False for the network's input, mostly True for the input of a later run
         flow, saved_by_torch = _saved_by_torch(run.children, flow)
-        widths, activations = _widths(layers), tuple(layer.activation for layer in layers)
-        training = any(trainable) or any(biased) or needs_input_grad
-        if layers and reason is None and gpu is not None and not model._wants_kernels():
-            reason = why_torch(
-                widths, [layer.activation for layer in layers], dtype, precision, training, model._recompute, gpu
-            )
+        if not run.linears:
+            saved += saved_by_torch
+            runs.append(RunPlan(names, "reference", run.reason or ""))
+            continue
+        layers = run.gathered_layers("meta", policy_dtype(model))
+        input_dtype = dtype if runs or given.itemsize <= dtype.itemsize else given
+        shape = (rows, layers[0].weight.shape[1])
+        x = torch.empty(shape, dtype=input_dtype, device="meta", requires_grad=needs_x)
+        training = wants_gradients(x, layers)
+        widths = layer_widths(x, layers)
+        problem = (widths, [layer.activation for layer in layers], dtype, precision, training)
+        reason = why_not(layers, dtype, where, model._backend, planned=known is not None)
+        torch_too = not model._wants_kernels()
+        if reason is None and gpu is not None and torch_too:
+            reason = why_torch(*problem, model._recompute, gpu)
         network: NetworkPath | str = ""
-        if layers and reason is None:
-            assert gpu is not None
-            network = network_path(
-                widths,
-                tuple((*w.stride(), 0 if b is None else b.stride(0)) for w, b, *_ in layers),
-                activations,
-                dtype,
-                precision,
-                gpu,
-                training,
-                model._recompute,
-                input_size if input_size > dtype.itemsize else 0,
-                dropouts=tuple(run.dropouts) if any(run.dropouts) else (),
-                torch_too=not model._wants_kernels(),
-            )
-        path: NetworkPath | LayerPath | None = network if isinstance(network, NetworkPath) else None
-        if layers and path is None and 0 not in widths:  # also on the reference path: a lower bound of the work
-            path = layer_path(
-                widths,
-                activations,
-                describe_parameters(layers),
-                dtype,
-                precision,
-                reason is None and not model._wants_kernels(),
-                tuple(run.dropouts) if reason is None else (0.0,) * len(layers),
-            )
-        steps: tuple[Step, ...] = ()
-        if path is not None:
-            wide = dtype if input_size == dtype.itemsize or isinstance(path, LayerPath) else given
-            forwards, backwards = make_schedules(
-                path,
-                rows,
-                layers,
-                gpu or devices.INTERPRETED_DEVICE,
-                dtype=wide,
-                weights=trainable,
-                biases=biased,
-                needs_x=needs_input_grad,
-            )
-            seed = (SEED,) if path.drops else ()
+        if reason is None:
+            network = find_network(x, layers, dtype, model._recompute, precision, training, torch_too, gpu)
+        else:  # the steps of the layer path are a lower bound of torch's work
+            layers = tuple(layer._replace(dropout=0.0) for layer in layers)
+        path: NetworkPath | LayerPath | str = network
+        if isinstance(path, str):
+            path = find_layers(x, layers, dtype, model._backend if reason is None else "triton", precision)
+        schedules: list[Schedule] = []
+        if 0 not in widths:
+            forwards, backwards, saved_by_kernels = make_schedules(path, x, layers, gpu or devices.INTERPRETED_DEVICE)
             schedules = [*forwards, *backwards]
-            steps = seed + tuple(step for schedule in schedules for step in schedule.steps)
-        if path is None or reason is not None:
+        steps = tuple(step for schedule in schedules for step in schedule.steps)
+        if reason is not None:
             saved += saved_by_torch
             shown = tuple(step for step in steps if step.kind not in OWN_STEPS)
-            runs.append(RunPlan(names, "reference", reason or "", shown))
+            runs.append(RunPlan(names, "reference", reason, shown))
             continue
-        workspace = max(workspace, *(schedule.workspace_bytes for schedule in schedules))
-        saved += saved_bytes(path, rows, input_size, needs_input_grad, trainable, biased)
         assert gpu is not None
-        note = "" if model._recompute is not None else _note(widths, activations, dtype, precision, training, gpu)
-        if isinstance(path, NetworkPath):
-            runs.append(RunPlan(names, "network", path.explanation + note, steps))
-        else:
-            runs.append(RunPlan(names, "layer", str(network) + note, steps))
+        saved += saved_by_kernels
+        workspace = max(workspace, *(schedule.workspace_bytes for schedule in schedules))
+        note = "" if model._recompute is not None else _note(*problem, gpu)
+        name: Literal["network", "layer"] = "network" if path is network else "layer"
+        why = path.explanation if isinstance(path, NetworkPath) else str(network)
+        runs.append(RunPlan(names, name, why + note, (SEED,) * path.drops + steps))
     return Plan(rows, dtype, precision, gpu, tuple(runs), saved, workspace)
 
 

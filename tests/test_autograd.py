@@ -446,6 +446,6 @@ def test_second_derivatives_with_frozen_weights(
 def test_the_number_of_autograd_functions_follows_the_kernels_time(
     width: int, rows: int, dtype: torch.dtype, functions: int
 ) -> None:
-    layers = meta_layers((width,) * 5, [ACTIVATIONS["relu"]] * 4, dtype, bias=True)
+    layers = meta_layers((width,) * 5, [ACTIVATIONS["relu"]] * 4, dtype)
     path = find_layers(torch.empty(1, width, device="meta"), layers, dtype, "triton", "ieee")
     assert len(_bounds(path, rows, 0, True)) == functions + 1

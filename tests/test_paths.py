@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from mlp_fused import ACTIVATIONS, FusedMLP, explain
 from mlp_fused.engine import network_path, paths, settings, table_files, tables
-from mlp_fused.engine.autograd import saved_bytes
 from mlp_fused.engine.row_kernels import stamped
 from mlp_fused.engine.schedule import Step
 from mlp_fused.kernels import devices, layer_tiles, network_tiles, tile_config
@@ -391,17 +390,17 @@ def test_a_network_has_a_path_or_a_reason(
     )
     assert path.forward_tile.programs >= DEVICES[device].multiprocessors
     if recompute and training:
-        wanted = [True] * (len(widths) - 1)
-        assert saved_bytes(path, 7, dtype.itemsize, False, wanted, wanted) == 7 * widths[0] * dtype.itemsize
+        x = torch.empty(7, widths[0], dtype=dtype, device="meta")
+        layers = explain.meta_layers(widths, path.activations, dtype)
+        _, _, saved_bytes = explain.make_schedules(path, x, layers, DEVICES[device])
+        assert saved_bytes == 7 * widths[0] * dtype.itemsize
 
 
 def list_steps(path: network_path.NetworkPath, widths: tuple[int, ...], needs_x: bool) -> list[Step]:
     """All steps of a training pass over 1000 rows."""
-    layers = explain.meta_layers(widths, path.activations, torch.bfloat16, bias=True)
-    wanted = [True] * len(layers)
-    forwards, backwards = explain.make_schedules(
-        path, 1000, layers, H200, dtype=torch.bfloat16, weights=wanted, biases=wanted, needs_x=needs_x
-    )
+    x = torch.empty(1000, widths[0], dtype=torch.bfloat16, device="meta", requires_grad=needs_x)
+    layers = explain.meta_layers(widths, path.activations, torch.bfloat16)
+    forwards, backwards, _ = explain.make_schedules(path, x, layers, H200)
     return [step for schedule in (*forwards, *backwards) for step in schedule.steps]
 
 

@@ -11,10 +11,11 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from narrow_readings import scaled_ms
 
 from bench.readings import CELLS, TF32
@@ -105,16 +106,13 @@ def expected(name: str, phase: str) -> Expected:
             times = scaled_ms(cell.widths[0], path.forward_tile, path.backward_tile, path.wgrad_tile)
             return Expected("network", *times, ("reading on an H200",))
         return Expected("network", ours, torchs, ("reading of the network",))
-    layers = explain.meta_layers(cell.widths, activations, dtype, bias=True)
-    no_dropout = (0.0,) * len(shapes)
-    layer_path = paths.layer_path(
-        cell.widths, activations, paths.describe_parameters(layers), dtype, precision, False, no_dropout
-    )
-    wanted = [training] * len(shapes)
-    schedules = explain.make_schedules(layer_path, cell.rows, layers, H100, dtype=dtype, weights=wanted, biases=wanted)
+    x = torch.empty(cell.rows, cell.widths[0], dtype=dtype, device="meta")
+    layers = explain.meta_layers(cell.widths, activations, dtype, training=training)
+    by_layers = paths.find_layers(x, layers, dtype, "triton", precision)
+    forwards, backwards, _ = explain.make_schedules(by_layers, x, layers, H100)
     products = [
         planned.problem
-        for schedule in chain(*schedules)
+        for schedule in (*forwards, *backwards)
         for planned in schedule.steps
         if planned.kind in ("forward", "dgrad", "wgrad")
     ]

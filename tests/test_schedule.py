@@ -174,17 +174,9 @@ def test_a_schedule_holds_no_memory_between_runs(model: FusedMLP, x: torch.Tenso
 
 def test_a_single_layer_allocates_only_what_it_writes() -> None:
     """The backward of a layer allocates the recomputed output of the layer before, and no gradients of others."""
-    layers = explain.meta_layers((256, 512, 512, 256), [ACTIVATIONS["gelu"]] * 3, torch.float32, bias=True)
-    path = layer_path.layer_path(
-        (256, 512, 512, 256),
-        (ACTIVATIONS["gelu"],) * 3,
-        describe_parameters(layers),
-        torch.float32,
-        "ieee",
-        False,
-        (0.0,) * 3,
-    )
+    layers = explain.meta_layers((256, 512, 512, 256), [ACTIVATIONS["gelu"]] * 3, torch.float32)
     rows = 4096
+    path = find_layers(torch.empty(rows, 256, device="meta"), layers, torch.float32, "triton", "ieee")
     wide = torch.empty(rows, 512, device="meta")
     given = {"dy": wide, "x": wide, "weight[1]": layers[1].weight}
     backward = path.section(1, 2).write_backward(given, rows, (True, True, False), DEVICES["NVIDIA A100"])
@@ -198,7 +190,7 @@ def test_a_forward_returns_what_its_section_says_it_saves(activation: str, dtype
     """On both paths, with Dropout and with weights that are cast: the same tensors, of the same shapes."""
     widths, device = (20, 16, 8), DEVICES["NVIDIA H100"]
     activations = (ACTIVATIONS[activation],) * 2
-    layers = explain.meta_layers(widths, activations, torch.float32, bias=True)
+    layers = explain.meta_layers(widths, activations, torch.float32)
     parameters, dropouts = describe_parameters(layers), (0.1, 0.0)
     by_layers = layer_path.layer_path(widths, activations, parameters, dtype, "ieee", False, dropouts)
     strides = ((20, 1, 1), (16, 1, 1))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +12,14 @@ from torch import Tensor, nn
 
 from ..kernels.activation import Activation
 from ..kernels.activations import IDENTITY
-from ..kernels.dropout import SEED_BYTES, Dropout, draw_seed, saves_preactivation
+from ..kernels.dropout import Dropout, draw_seed, saves_preactivation
 from ..kernels.layer_forward import pointwise
 from .layer_path import LayerPath
 from .network_path import NetworkPath
 from .section import Section
 from .settings import is_batched, is_transformed, is_zero_tensor
 
-__all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "saved_bytes", "sections"]
+__all__ = ["plain_gradient", "run_layers", "run_network", "run_path", "sections"]
 
 # The most multiply-adds of a 16-bit forward whose layers are all in one autograd.Function. In larger networks, each
 # layer has a Function: its gradients are then passed on, to DDP for example, and its saved tensors freed before the
@@ -99,49 +97,23 @@ def _bounds(path: LayerPath, rows: int, first: int, saves_x: bool) -> list[int]:
 
 
 def sections(
-    path: NetworkPath | LayerPath, rows: int, needs_x: bool, weights: Sequence[bool], biases: Sequence[bool]
+    path: NetworkPath | LayerPath, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[tuple[Section, tuple[bool, ...] | None]]:
-    """The sections of a path, with the `needs` of each: see `Section`. None for layers that save nothing.
-
-    Args:
-        needs_x, weights, biases: True where the gradient of the input, of a weight or of a bias is wanted.
-    """
-    wanted = [needs_x, *map(operator.or_, weights, biases)]
+    """The sections of a path, with the `needs` of each: see `Section`. None for layers that save nothing."""
+    end, first = len(weights), _first_trainable(x, weights, biases)
+    needs_weights = [weight.requires_grad for weight in weights]
+    needs_biases = [bias is not None and bias.requires_grad for bias in biases]
     if isinstance(path, NetworkPath):
-        return [(path, (needs_x, *weights, *biases) if any(wanted) else None)]
-    end = len(path.layers)
-    first = max(0, wanted.index(True) - 1) if any(wanted) else end
+        return [(path, (x.requires_grad, *needs_weights, *needs_biases) if first < end else None)]
     frozen: list[tuple[Section, None]] = [(path.section(0, first), None)] if first else []
-    bounds = _bounds(path, rows, first, weights[first]) if first < end else []
+    bounds = _bounds(path, x.shape[0], first, needs_weights[first]) if first < end else []
     return frozen + [
-        (path.section(begin, after), (any(wanted[: begin + 1]), *weights[begin:after], *biases[begin:after]))
+        (
+            path.section(begin, after),
+            (x.requires_grad or begin > first, *needs_weights[begin:after], *needs_biases[begin:after]),
+        )
         for begin, after in itertools.pairwise(bounds)
     ]
-
-
-def saved_bytes(
-    path: NetworkPath | LayerPath,
-    rows: int,
-    input_size: int,
-    needs_x: bool,
-    weights: Sequence[bool],
-    biases: Sequence[bool],
-) -> int:
-    """The bytes that a forward saves for backward, without the parameters.
-
-    Args:
-        input_size: bytes of an element of the input.
-        needs_x, weights, biases: as for `sections`.
-    """
-    parts = sections(path, rows, needs_x, weights, biases)
-    if isinstance(path, LayerPath):
-        input_size = path.dtype.itemsize
-    saved = SEED_BYTES * path.drops * (parts[-1][1] is not None)  # one seed for all sections
-    for section, needs in parts:
-        for name, shape in section.saved_shapes(rows, needs).items() if needs else ():
-            size = input_size if name == "x" else path.dtype.itemsize
-            saved += math.prod(shape) * size * (name != "seed")
-    return saved
 
 
 def _first_trainable(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:

@@ -104,7 +104,7 @@ def why_reference(
             tuple(map(operator.index, (x.shape[-1], *(weight.shape[0] for weight, *_ in layers)))),  # no symbols
             tuple(layer.activation.spec for layer in layers),
             dtype,
-            float32_precision() if dtype == torch.float32 else "ieee",
+            dtype_precision(dtype),
             wants_gradients(x, layers),
         )
     if reason is not None:
@@ -408,7 +408,7 @@ def find_layers(
 ) -> LayerPath:
     """The layer path for these layers. With the backend "triton", it leaves no product to torch."""
     return layer_path(
-        _widths(x, layers),
+        layer_widths(x, layers),
         tuple(layer.activation for layer in layers),
         describe_parameters(layers),
         dtype,
@@ -426,26 +426,28 @@ def find_network(
     precision: str | None = None,
     training: bool | None = None,
     torch_too: bool = False,
+    device: devices.Device | None = None,
 ) -> NetworkPath | str:
     """The network path for these layers, or the reason why they take the layer path.
 
-    With `torch_too`, they take the network path only if it is expected to be faster than torch.
+    With `torch_too`, they take the network path only if it is expected to be faster than torch. By default, `device` is
+    the input's.
     """
     if training is None:
         training = wants_gradients(x, layers)
     parameters = describe_parameters(layers)
     strides = tuple((*layer.weight_stride, layer.bias_stride) for layer in parameters)
-    widths = _widths(x, layers)
+    widths = layer_widths(x, layers)
     activations = tuple(layer.activation for layer in layers)
     input_size = x.dtype.itemsize if x.dtype.itemsize > dtype.itemsize else 0
-    device = devices.device_record(x)
+    device = device or devices.device_record(x)
     precision = precision or dtype_precision(dtype)
     dropouts = tuple(layer.dropout for layer in layers) if any(layer.dropout for layer in layers) else ()
     choice = (device, training, recompute, input_size, dropouts, torch_too, parameters)
     return network_path(widths, strides, activations, dtype, precision, *choice)
 
 
-def _widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
+def layer_widths(x: Tensor, layers: Sequence[Layer]) -> tuple[int, ...]:
     """The widths from the input to the output, as plain integers, because the path depends on them."""
     return (int(x.shape[1]), *(int(weight.shape[0]) for weight, *_ in layers))
 

@@ -239,7 +239,7 @@ def _time(seconds: float) -> str:
 def _saved_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]:
     """(output, bytes saved for backward without parameters) of children in plain torch, from a run on meta tensors."""
     saved: dict[int, Tensor] = {}
-    own: set[int] = set()
+    own: dict[int, Tensor] = {}  # the tensors too: the id of a freed storage could become that of a saved one
 
     def pack(tensor: Tensor) -> Tensor:
         key = storage_id(tensor)
@@ -261,7 +261,7 @@ def _saved_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]
                 map(is_split, child.parameters())
             ):
                 child = _unhooked(child)  # its hooks would wait for the other processes
-            own.update(map(storage_id, state.values()))
+            own.update((storage_id(tensor), tensor) for tensor in state.values())
             try:
                 flow = torch.func.functional_call(child, state, (flow,))
             except Exception as error:

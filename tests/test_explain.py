@@ -46,6 +46,16 @@ def test_explain_counts_saved_bytes(activation: str) -> None:
     assert plan.work.flops == 2 * 64 * (32 * 48 * 2 + 48 * 16 * 3 + 16 * 8 * 3)
 
 
+def test_saved_bytes_in_plain_torch_are_the_same_every_time() -> None:
+    """Below a frozen first layer, storages are freed early, and their ids are used again."""
+    counts = set()
+    for _ in range(20):
+        model = FusedMLP(64, [64, 64, 16], backend="reference")
+        model[0].requires_grad_(False)
+        counts.add(model.explain(1000).saved_bytes)
+    assert counts == {2 * 1000 * 64 * 4}
+
+
 def test_explain_says_why_a_float32_network_is_not_one_kernel() -> None:
     """This rule applies only if the user chose neither the backend nor recompute."""
     plan = FusedMLP(32, [24, 16, 8]).explain(64, device="NVIDIA H200")

@@ -16,13 +16,14 @@ from .engine.autograd import sections
 from .engine.layer_path import SEED, LayerPath
 from .engine.network_path import NetworkPath
 from .engine.paths import (
+    TORCH_IS_FASTER,
     dtype_precision,
     find_layers,
     find_network,
     layer_widths,
+    measured_path,
     wants_gradients,
     why_not,
-    why_torch,
 )
 from .engine.recognize import resolve
 from .engine.runs import (
@@ -37,7 +38,6 @@ from .engine.runs import (
 from .engine.schedule import Schedule, Step, Work
 from .engine.section import parameter_names
 from .engine.settings import HOOKS, compute_dtype, is_loaded_instance, policy_dtype, storage_id
-from .engine.tables import is_path_outdated
 from .errors import count, listed, whole_number
 from .kernels import devices
 from .kernels.activation import Activation
@@ -360,8 +360,9 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         problem = (widths, [layer.activation for layer in layers], dtype, precision, training)
         reason = why_not(layers, dtype, where, model._backend, planned=known is not None)
         torch_too = not model._wants_kernels()
-        if reason is None and gpu is not None and torch_too:
-            reason = why_torch(*problem, model._recompute, gpu)
+        by_tables = model._recompute is None
+        if reason is None and gpu is not None and by_tables and torch_too and measured_path(*problem, gpu) == "torch":
+            reason = TORCH_IS_FASTER
         network: NetworkPath | str = ""
         if reason is None:
             network = find_network(x, layers, dtype, model._recompute, precision, training, torch_too, gpu)
@@ -383,22 +384,10 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         assert gpu is not None
         saved += saved_by_kernels
         workspace = max(workspace, *(schedule.workspace_bytes for schedule in schedules))
-        note = "" if model._recompute is not None else _note(*problem, gpu)
+        note = ""
+        if by_tables and measured_path(*problem, gpu) is None and measured_path(*problem, gpu, outdated=True):
+            note = "; its measurement is not used, because the kernels have changed since"
         name: Literal["network", "layer"] = "network" if path is network else "layer"
         why = path.explanation if isinstance(path, NetworkPath) else str(network)
         runs.append(RunPlan(names, name, why + note, (SEED,) * path.drops + steps))
     return Plan(rows, dtype, precision, gpu, tuple(runs), saved, workspace)
-
-
-def _note(
-    widths: tuple[int, ...],
-    activations: Sequence[Activation],
-    dtype: torch.dtype,
-    precision: str,
-    training: bool,
-    gpu: devices.Device,
-) -> str:
-    """A note to add to the reason, if a network's reading is not used because its kernels have changed."""
-    names = {activation.name for activation in activations[:-1] or activations}
-    outdated = len(names) == 1 and is_path_outdated(widths, dtype, precision, names.pop(), training, gpu)
-    return "; its measurement is not used, because the kernels have changed since" if outdated else ""

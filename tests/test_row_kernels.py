@@ -83,8 +83,8 @@ def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(
     assert choice.source == f"estimated; measured on {H200.name} with an older kernel"
     assert tables.choice_for(problem(2**14), H200) == tables.Choice(OTHER, f"measured on {H200.name}")
     asked = ((64, 64, 64), torch.float16, "ieee", "relu", True, H200)
-    assert tables.path_for(asked[0], None, *asked[1:]) is None
-    assert tables.is_path_outdated(*asked)
+    assert tables.path_for(*asked) is None
+    assert tables.path_for(*asked, outdated=True) == NARROW.path
     (record,) = caplog.records
     message = "2 rows were measured with older kernels, and not used; `mlp-fused tune` measures again"
     assert record.getMessage() == f"{tables.user_path(H200.name)}: {message}"
@@ -93,7 +93,7 @@ def test_a_row_of_an_older_kernel_is_not_used_and_the_source_says_so(
 def test_the_packaged_table_replaces_an_older_row(table_folder: Path) -> None:
     install(user=table(outdated(FORWARD)), packaged=table(dataclasses.replace(FORWARD, tile=OTHER), NARROW))
     assert tables.choice_for(problem(), H200) == tables.Choice(OTHER, f"measured on {H200.name}")
-    assert not tables.is_path_outdated((64, 64, 64), torch.float16, "ieee", "relu", True, H200)
+    assert tables.path_for((64, 64, 64), torch.float16, "ieee", "relu", True, H200) == NARROW.path
 
 
 def test_torch_runs_if_no_newer_kernel_was_measured(table_folder: Path) -> None:
@@ -102,7 +102,7 @@ def test_torch_runs_if_no_newer_kernel_was_measured(table_folder: Path) -> None:
     install(table(outdated(torchs), outdated(network)))
     choice = tables.choice_for(problem(), H200)
     assert choice == tables.Choice(None, f"measured on {H200.name} with an older kernel")
-    assert tables.path_for((64, 64, 64), None, torch.float16, "ieee", "relu", True, H200) == "torch"
+    assert tables.path_for((64, 64, 64), torch.float16, "ieee", "relu", True, H200) == "torch"
     install(table(outdated(torchs), dataclasses.replace(FORWARD, rows=2000)))
     assert tables.tile_for(problem(2000), H200) == TILE
 

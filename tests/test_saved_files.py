@@ -339,5 +339,5 @@ def test_a_saved_table_is_read_and_its_rows_for_torch_are_used(path: Path, table
     assert len(networks) == (0 if written["schema"] == 1 else 2)
     for row in networks:
         dtype = getattr(torch, row["dtype"])
-        asked = (tuple(row["widths"]), row["rows"], dtype, row["precision"], row["activation"], row["training"], device)
+        asked = (tuple(row["widths"]), dtype, row["precision"], row["activation"], row["training"], device)
         assert written["schema"] > 2 or tables.path_for(*asked) == (row["path"] if row["path"] == "torch" else None)

@@ -388,15 +388,14 @@ def test_the_path_of_a_network(table_folder: Path) -> None:
     larger = dataclasses.replace(NARROW, rows=2**20, path="torch")
     install(user=table(NARROW), packaged=table(NARROW, larger))
 
-    def path(rows: int | None, training: bool = True, activation: str = "relu") -> str | None:
-        return tables.path_for((64, 64, 64), rows, torch.float16, "ieee", activation, training, H200)
+    def path(training: bool = True, activation: str = "relu") -> str | None:
+        return tables.path_for((64, 64, 64), torch.float16, "ieee", activation, training, H200)
 
-    assert [path(rows) for rows in (2047, 2048, 8192, 2**20)] == [None, "stored", "stored", "torch"]
-    assert path(None) == "stored"  # the user's row with the largest batch
+    assert path() == "stored"  # the user's row with the largest batch
     install(user=table(NARROW, larger))
-    assert path(None) == "torch"
-    assert path(None, training=False) is None
-    assert path(None, activation="gelu") is None
+    assert path() == "torch"
+    assert path(training=False) is None
+    assert path(activation="gelu") is None
 
 
 def test_merging_keeps_rows_without_a_new_reading() -> None:
@@ -500,7 +499,7 @@ def test_with_another_triton_only_known_tiles_are_used(
         assert tables.tile_for(problem(64), H200) == estimated(problem(64))
         assert tables.tile_for(problem(1024), H200) == known
         assert tables.tile_for(problem(2**14), H200) is None
-        assert tables.path_for((64, 64, 64), 4096, torch.float16, "ieee", "relu", True, H200) == "stored"
+        assert tables.path_for((64, 64, 64), torch.float16, "ieee", "relu", True, H200) == "stored"
     (record,) = caplog.records  # logged once, not in every lookup
     path = tables.user_path(H200.name) if whose == "user" else tables.packaged_path(H200.name)
     today = ".".join(map(str, tables.TRITON_VERSION))

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mlp_fused")
 
 AS_MEASURED = "faster as measured on this device"
+TORCH_IS_FASTER = f"torch is {AS_MEASURED}"
 UNMEASURED_FLOAT32 = "one kernel for such a float32 network was not measured to be faster than torch"
 UNMEASURED_DROPOUT = 'one kernel for a network with Dropout was not measured; backend="triton" uses one all the same'
 OLDEST_CAPABILITY = 80  # 8.0 is the oldest compute capability that the kernels are compiled and tested for
@@ -137,26 +138,6 @@ def wants_gradients(x: Tensor, layers: Sequence[Layer]) -> bool:
     )
 
 
-def why_torch(
-    widths: tuple[int, ...],
-    activations: Sequence[Activation],
-    dtype: torch.dtype,
-    precision: str,
-    training: bool,
-    recompute: bool | None,
-    device: devices.Device,
-) -> str | None:
-    """The reason to run plain torch although the kernels could run: torch was measured to be faster. None otherwise.
-
-    The measurement is used if the user chose neither the backend nor `recompute`. It does not depend on the batch size
-    (see `network_path`).
-    """
-    if recompute is not None:
-        return None
-    path = _measured_path(widths, activations, dtype, precision, training, device)
-    return f"torch is {AS_MEASURED}" if path == "torch" else None
-
-
 def _why_torch_here(
     kind: str,
     index: int,
@@ -166,11 +147,16 @@ def _why_torch_here(
     precision: str,
     training: bool,
 ) -> str | None:
-    """Call `why_torch` for a torch device. All arguments are values that a compiler can treat as constants."""
+    """The reason to run plain torch although the kernels could run: torch was measured to be faster. None otherwise.
+
+    All arguments are values that a compiler can treat as constants.
+    """
     if not _has_measured_networks(kind, index):
         return None
-    parsed = tuple(map(parse, activations))
-    return why_torch(widths, parsed, dtype, precision, training, None, devices.describe(kind, index))
+    path = measured_path(
+        widths, tuple(map(parse, activations)), dtype, precision, training, devices.describe(kind, index)
+    )
+    return TORCH_IS_FASTER if path == "torch" else None
 
 
 constant_to_compilers(_why_torch_here)
@@ -182,19 +168,24 @@ def _has_measured_networks(kind: str, index: int) -> bool:
     return any(table.networks for table in tables.measured(devices.describe(kind, index)))
 
 
-def _measured_path(
+def measured_path(
     widths: tuple[int, ...],
     activations: Sequence[Activation],
     dtype: torch.dtype,
     precision: str,
     training: bool,
     device: devices.Device,
+    outdated: bool = False,
 ) -> str | None:
-    """The path that was measured to be fastest; None if none was, or if hidden layers have different activations."""
+    """The path that was measured to be fastest; None if none was, or if hidden layers have different activations.
+
+    It is used if the user chose neither the backend nor `recompute`. It does not depend on the batch size (see
+    `network_path`). With `outdated`, it is the path that would be used if its kernels had not changed.
+    """
     names = {activation.name for activation in activations[:-1] or activations}
     if len(names) > 1:
         return None
-    return tables.path_for(widths, None, dtype, precision, names.pop(), training, device)
+    return tables.path_for(widths, dtype, precision, names.pop(), training, device, outdated)
 
 
 def forget_tables() -> None:
@@ -354,7 +345,7 @@ def network_path(
     wgrad = network_tiles.network_wgrad_tile(dtype, multiplied, device, rebuilds)
     measured = None
     if recompute is None:
-        measured = _measured_path(widths, activations, dtype, precision, training, device)
+        measured = measured_path(widths, activations, dtype, precision, training, device)
     if measured == "layer":
         return f"it is {AS_MEASURED}"
     fast = dtype != torch.float32 or network_tiles.is_fp32_measured(network.pads, multiplied, training, device)

@@ -41,7 +41,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -51,13 +50,7 @@ from ..kernels.devices import Device
 from ..kernels.language import HAS_TRITON, TRITON_VERSION
 from ..kernels.tile_config import Problem, TileConfig
 from .row_kernels import holds, is_outdated
-from .table_files import (
-    Gemm,
-    Network,
-    Table,
-    read,
-    row_key,
-)
+from .table_files import Gemm, Table, read, row_key
 
 logger = logging.getLogger("mlp_fused")
 
@@ -77,9 +70,6 @@ class Choice:
     tile: TileConfig | None
     source: str
     row: Gemm | None = field(default=None, compare=False)
-
-
-Row = TypeVar("Row", Gemm, Network)
 
 
 def tile_for(problem: Problem, device: Device) -> TileConfig | None:
@@ -144,54 +134,37 @@ def _flops_a_byte(problem: Problem) -> float:
 @functools.lru_cache(maxsize=1024)
 def path_for(
     widths: tuple[int, ...],
-    rows: int | None,
     dtype: torch.dtype,
     precision: str,
     activation: str,
     training: bool,
     device: Device,
+    outdated: bool = False,
 ) -> str | None:
-    """The fastest measured path of a network; None if it was not measured.
+    """The fastest path of a network, for the largest batch that was measured; None if none was measured.
 
     Args:
         widths: the widths from the input to the output.
-        rows: the rows of the batch; None for the path of the largest batch that was measured.
         activation: the name of the hidden layers' activation.
         training: True for forward and backward, False for inference.
+        outdated: True for the path that would be valid if its kernels had not changed.
     """
     wanted = (widths, dtype_name(dtype), precision, activation, training)
     for table in measured(device):
-        rows_of_network = [row for row in _networks(table, *wanted) if holds(row)]
-        if rows is None and rows_of_network:
-            return max(rows_of_network, key=lambda row: row.rows).path
-        if rows is not None and (nearest := _nearest(rows_of_network, rows)):
-            return nearest.path
+        rows = [
+            row
+            for row in table.networks
+            if (row.widths, row.dtype, row.precision, row.activation, row.training) == wanted and holds(row) != outdated
+        ]
+        if rows:
+            return max(rows, key=lambda row: row.rows).path
     return None
 
 
-def is_path_outdated(
-    widths: tuple[int, ...], dtype: torch.dtype, precision: str, activation: str, training: bool, device: Device
-) -> bool:
-    """True if a network's paths were measured, but only with kernels that have changed since."""
-    wanted = (widths, dtype_name(dtype), precision, activation, training)
-    rows = [row for table in measured(device) for row in _networks(table, *wanted)]
-    return bool(rows) and not any(map(holds, rows))
-
-
-def _networks(
-    table: Table, widths: tuple[int, ...], dtype: str, precision: str, activation: str, training: bool
-) -> list[Network]:
-    """The rows of a table for one network, of any batch."""
-    wanted = (widths, dtype, precision, activation, training)
-    return [
-        row for row in table.networks if (row.widths, row.dtype, row.precision, row.activation, row.training) == wanted
-    ]
-
-
-def _nearest(measured: Iterable[Row], rows: int) -> Row | None:
+def _nearest(measured: Iterable[Gemm], rows: int) -> Gemm | None:
     """The row whose batch is nearest by ratio; None if none is within `FARTHEST`."""
 
-    def ratio(row: Row) -> float:
+    def ratio(row: Gemm) -> float:
         return max(row.rows, rows) / max(1, min(row.rows, rows))
 
     return min((row for row in measured if ratio(row) <= FARTHEST), key=ratio, default=None)

@@ -273,12 +273,13 @@ def find_runs(children: Iterable[Any], training: bool | None = None, drops: bool
         training: the mode to assume for all children; None: each child's own.
         drops: False if a run must not have active Dropout, which is then called as a module.
     """
+    if everywhere := why_modules():
+        return [Run([child], everywhere) for child in children]
     runs: list[Run] = []
     run: Run | None = None
     takes_activation = False  # True if the run's last Linear has neither an activation nor Dropout yet
-    everywhere = why_modules()
     for child in children:
-        why = everywhere or why_unfused(child)
+        why = why_unfused(child)
         if why is None:
             linear, activation = child.parts if isinstance(child, LinearWithActivation) else (child, IDENTITY)
             if run is None:
@@ -292,7 +293,6 @@ def find_runs(children: Iterable[Any], training: bool | None = None, drops: bool
             takes_activation = activation is IDENTITY
         elif (
             run is not None
-            and everywhere is None
             and (p := _dropout(child, training)) is not None
             and not (p and (run.dropouts[-1] or not drops))  # a second Dropout would need a mask of its own
         ):
@@ -302,14 +302,13 @@ def find_runs(children: Iterable[Any], training: bool | None = None, drops: bool
         elif (
             run is not None
             and takes_activation
-            and everywhere is None
             and (following := find(child))
             and why_called(child, activation=following) is None
         ):
             run.linears[-1] = (run.linears[-1][0], following)
             takes_activation = following is IDENTITY
         else:
-            if everywhere is None and not is_linear(child) and (following := find(child)):
+            if not is_linear(child) and (following := find(child)):
                 why = (
                     why_called(child, activation=following) or "it follows no Linear layer that it could be fused with"
                 )

@@ -37,7 +37,7 @@ from .layer_steps import (
     drop_unread,
 )
 from .schedule import Schedule, Step, Work, Writer
-from .section import Cache, Section, parameter_names
+from .section import Section, parameter_names
 
 __all__ = ["IDENTITY", "SEED", "LayerPath", "LayerSection", "layer_path"]
 
@@ -139,7 +139,7 @@ class LayerSection(Section):
         self.strides = [spec.parameters.weight_stride for spec in self.layers]
         self.strides += [(spec.parameters.bias_stride,) for spec in self.layers]
         self.cast = [spec.parameters.weight != path.dtype for spec in self.layers]
-        self.cache, self.known = Cache(), {}
+        self.cache, self.known = {}, {}
 
     def kept(self) -> list[tuple[LayerSpec, bool]]:
         """The layers that save a tensor within the section, with True if that tensor is z, False if it is h."""

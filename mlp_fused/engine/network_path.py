@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from ..kernels.partial_sums import Partial
 from ..kernels.tile_config import TileConfig
 from .layer_steps import add_sums
 from .schedule import Schedule, Writer
-from .section import Cache, Saved, Section, parameter_names
+from .section import Section, parameter_names
 from .tables import Choice
 from .torch_products import zeros_by_torch
 
@@ -40,7 +40,7 @@ SPLIT = {  # the explanation of a precision (see kernels/tile.py)
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NetworkPath(Section):
     """The network path for some layers on a device: its tiles and its formulation of training, with the reason.
 
@@ -61,20 +61,13 @@ class NetworkPath(Section):
     wgrad_tile: TileConfig
     groups: tuple[tuple[int, int], ...] = ()
     dropouts: tuple[Dropout | None, ...] = ()
-    cache: Cache = field(default_factory=Cache, init=False, repr=False)
-    known: dict[tuple[bool, ...], Saved] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         net = self.network
-        attributes = {
-            "dtype": net.dtype,
-            "activations": net.activations,
-            "widths": net.widths,
-            "parameters": parameter_names(0, net.layers),
-            "strides": [strides[:2] for strides in net.strides] + [strides[2:] for strides in net.strides],
-        }
-        for name, value in attributes.items():
-            object.__setattr__(self, name, value)
+        self.dtype, self.activations, self.widths = net.dtype, net.activations, net.widths
+        self.parameters = parameter_names(0, net.layers)
+        self.strides = [strides[:2] for strides in net.strides] + [strides[2:] for strides in net.strides]
+        self.cache, self.known = {}, {}
 
     @property
     def explanation(self) -> str:

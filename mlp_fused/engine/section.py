@@ -19,18 +19,9 @@ from ..kernels.devices import Device
 from ..kernels.dropout import Dropout
 from .schedule import Schedule, read_pointers
 
-__all__ = ["Cache", "Section", "parameter_names"]
+__all__ = ["Section", "parameter_names"]
 
 MOST_CACHED = 1024  # the most schedules of one section; then its cache is cleared
-
-
-class Cache(dict[tuple[Any, ...], Schedule]):
-    """The schedules of a section. `Section._run` makes their keys."""
-
-    def __setitem__(self, key: tuple[Any, ...], schedule: Schedule) -> None:
-        if len(self) >= MOST_CACHED:
-            self.clear()
-        super().__setitem__(key, schedule)
 
 
 def parameter_names(first: int, end: int) -> tuple[str, ...]:
@@ -67,7 +58,7 @@ class Section(abc.ABC):
         takes_unread: True if a backward's schedule takes all parameters, also those of which it uses only the shapes.
         parameters: the names of the weights and then of the biases.
         strides: the strides of these parameters.
-        cache: the schedules.
+        cache: the schedules. `_run` makes their keys.
         known: the `Saved` for each `needs`, cached.
     """
 
@@ -81,7 +72,7 @@ class Section(abc.ABC):
     takes_unread: bool = True
     parameters: tuple[str, ...]
     strides: list[tuple[int, ...]]
-    cache: Cache
+    cache: dict[tuple[Any, ...], Schedule]
     known: dict[tuple[bool, ...], Saved]
 
     @abc.abstractmethod
@@ -155,6 +146,8 @@ class Section(abc.ABC):
         key = (names[0], needs, aligned, first.shape, stride, dtype, first.get_device(), second.stride(), second.dtype)
         schedule = self.cache.get(key)
         if schedule is None:
+            if len(self.cache) >= MOST_CACHED:
+                self.cache.clear()
             given = dict(zip(names, tensors, strict=True))
             schedule = self.cache[key] = write(given, first.shape[0], needs, devices.device_record(first))
         return schedule.run(tensors, pointers)

@@ -148,52 +148,49 @@ class NetworkPath(Section):
             for name, need in zip(("x", *self.parameters), needs)
         ]
         by_layer = (name for pair in zip(gradients[:layers], gradients[layers:]) for name in pair)
-        sums = tuple(name for name in by_layer if name is not None)
+        totals = tuple(name for name in by_layer if name is not None)
+        sums: Partial | None = None
         if not rows:
-            for total in sums:
+            for total in totals:
                 writer.add("zeros", self, {"total": total}, ("total",), zeros_by_torch)
         elif self.formulation == "recompute":
-            self._add_recompute(writer, dx, sums, wanted)
+            sums = self._add_recompute(writer, dx, wanted)
         else:
             kept, last_saved = writer.find("kept"), writer.find("z") or writer.find("y")
             if self.formulation == "rerun":
                 kept, z = self._add_forward(writer, "network again", keep=True)
                 last_saved = (z or "y") if net.activates_output else None
-            if self.groups:
-                self._add_one_pass(writer, dx, kept, last_saved, sums, wanted)
-            else:
-                self._add_stored(writer, dx, kept, last_saved, sums, wanted)
+            add = self._add_one_pass if self.groups else self._add_stored
+            sums = add(writer, dx, kept, last_saved, wanted)
+        if sums is not None and totals:
+            add_sums(self, writer, "partial", totals, sums)
         return writer.finish(dx, *gradients)
 
-    def _add_recompute(self, writer: Writer, dx: str | None, totals: tuple[str, ...], wanted: Gradients) -> None:
-        """Add one kernel that recomputes the forward and computes every dz, dW and db, and the step that adds sums."""
+    def _add_recompute(self, writer: Writer, dx: str | None, wanted: Gradients) -> Partial:
+        """Add one kernel that recomputes the forward and computes every dz, dW and db, the last two as partial sums."""
         net, tile, rows = self.network, self.backward_tile, writer.rows
         assert tile is not None
         weights, biases = self._parameters(writer)
         operands = {"x": "x", "dy": "dy", "dx": dx, "weights": weights, "biases": biases}
-        operands |= {"kept": None, "last_saved": None, "dz": None, "h": None}
+        sums = network_one_pass_sums(rows, net, wanted, tile)
+        operands |= {"kept": None, "last_saved": None, "dz": None, "h": None, "partial": _allocate(writer, sums)}
         recomputed = self._flops(rows, end=net.layers - 1 + net.activates_output)
         flops = recomputed + self._dgrad_flops(rows, wanted, dx) + self._wgrad_flops(rows, wanted)
-        sums = network_one_pass_sums(rows, net, wanted, tile)
-        self._add_summed(writer, "network recompute", network_one_pass, tile, operands, flops, wanted, totals, sums)
+        kernel, moved = partial(network_one_pass, gradients=wanted), {**operands, "partial": self._gradients()}
+        self._add(writer, "network recompute", kernel, tile, operands, ("dx", "partial"), flops, moved)
+        return sums
 
     def _add_one_pass(
-        self,
-        writer: Writer,
-        dx: str | None,
-        kept: str | None,
-        last_saved: str | None,
-        totals: tuple[str, ...],
-        wanted: Gradients,
-    ) -> None:
-        """Add one launch for each group of layers, which computes dz, dW and db; and the step that adds the sums."""
+        self, writer: Writer, dx: str | None, kept: str | None, last_saved: str | None, wanted: Gradients
+    ) -> Partial | None:
+        """Add one launch for each group of layers, which computes dz, and partial sums of dW and db."""
         net, rows, tile, lowest = self.network, writer.rows, self.backward_tile, wanted.lowest
         assert tile is not None
         groups = [(max(low, lowest), high) for low, high in self.groups if high > lowest]
         if not groups:
-            return
+            return None
         sums = network_one_pass_sums(rows, net, wanted, tile)
-        whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
+        whole = _allocate(writer, sums)
         dz = writer.allocate("dz", rows * net.starts[-1]) if len(groups) > 1 else None
         weights = self._parameters(writer)[0]
 
@@ -215,26 +212,19 @@ class NetworkPath(Section):
                 "last_saved": operands["last_saved"],
                 "weights": weights[low if goes_below else low + 1 : high],
                 "dx": hidden(dz, low - 1) if low > lowest else operands["dx"],
-                "partial": tuple(f"d {kind}[{i}]" for i in layers for kind in ("weight", "bias")),
+                "partial": self._gradients(low, high),
             }
             flops = self._flops(rows, low if goes_below else low + 1, high)
             flops += sum(self._flops(rows, i, i + 1) for i in layers if wanted.weights[i])
             kernel = partial(network_one_pass, gradients=wanted, group=(low, high))
             writes = ("dx", "dz", "partial")
             self._add(writer, "network one pass", kernel, tile, operands, writes, flops, moved)
-        if totals:
-            add_sums(self, writer, whole, totals, sums)
+        return sums
 
     def _add_stored(
-        self,
-        writer: Writer,
-        dx: str | None,
-        kept: str | None,
-        last_saved: str | None,
-        totals: tuple[str, ...],
-        wanted: Gradients,
-    ) -> None:
-        """Add one kernel for all dz, one kernel for all dW and db, and the step that adds the sums."""
+        self, writer: Writer, dx: str | None, kept: str | None, last_saved: str | None, wanted: Gradients
+    ) -> Partial | None:
+        """Add one kernel for all dz, and one kernel for partial sums of all dW and db, if any are wanted."""
         net, rows, tile = self.network, writer.rows, self.backward_tile
         dz = writer.allocate("dz", rows * net.starts[-1]) if kept else None
         last_dz = writer.allocate("last_dz", rows, net.widths[-1]) if net.differentiates_output else None
@@ -247,30 +237,14 @@ class NetworkPath(Section):
             kernel, writes = partial(network_dgrad, gradients=wanted), ("dx", "dz", "last_dz")
             flops = self._dgrad_flops(rows, wanted, dx)
             self._add(writer, "network dgrad", kernel, tile, operands, writes, flops, moved)
-        if totals:
-            tile, flops = self.wgrad_tile, self._wgrad_flops(rows, wanted)
-            operands = {"x": "x", "last_dz": last_dz or "dy", "kept": kept, "dz": dz}
-            sums = network_wgrad_sums(rows, net, wanted, tile)
-            self._add_summed(writer, "network wgrad", network_wgrad, tile, operands, flops, wanted, totals, sums)
-
-    def _add_summed(
-        self,
-        writer: Writer,
-        kind: str,
-        kernel: Any,
-        tile: TileConfig,
-        operands: Mapping[str, Any],
-        flops: int,
-        wanted: Gradients,
-        totals: tuple[str, ...],
-        sums: Partial,
-    ) -> None:
-        """Add a kernel that writes partial sums, and the one that adds them."""
-        whole = writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)
-        kernel, moved = partial(kernel, gradients=wanted), {**operands, "partial": totals}
-        self._add(writer, kind, kernel, tile, {**operands, "partial": whole}, ("dx", "partial"), flops, moved)
-        if totals:
-            add_sums(self, writer, whole, totals, sums)
+        if not any((*wanted.weights, *wanted.biases)):
+            return None
+        sums = network_wgrad_sums(rows, net, wanted, self.wgrad_tile)
+        operands = {"x": "x", "last_dz": last_dz or "dy", "kept": kept, "dz": dz, "partial": _allocate(writer, sums)}
+        kernel, moved = partial(network_wgrad, gradients=wanted), {**operands, "partial": self._gradients()}
+        flops = self._wgrad_flops(rows, wanted)
+        self._add(writer, "network wgrad", kernel, self.wgrad_tile, operands, ("partial",), flops, moved)
+        return sums
 
     def _add(
         self,
@@ -304,6 +278,11 @@ class NetworkPath(Section):
         weights = tuple(writer.find(f"weight[{layer}]") for layer in layers)
         return weights, tuple(writer.find(f"bias[{layer}]") for layer in layers)
 
+    def _gradients(self, low: int = 0, high: int | None = None) -> tuple[str, ...]:
+        """The names of the gradients of some layers, by default of all. Only those that are wanted have buffers."""
+        layers = range(self.network.layers)[low:high]
+        return tuple(f"d {kind}[{layer}]" for layer in layers for kind in ("weight", "bias"))
+
     def _flops(self, rows: int, start: int = 0, end: int | None = None) -> int:
         """FLOPs of the products of some layers, by default of all."""
         return sum(2 * rows * n * k for k, n in list(itertools.pairwise(self.network.widths))[start:end])
@@ -315,3 +294,8 @@ class NetworkPath(Section):
     def _wgrad_flops(self, rows: int, wanted: Gradients) -> int:
         """FLOPs of the weight gradients that are wanted."""
         return sum(self._flops(rows, index, index + 1) for index, weight in enumerate(wanted.weights) if weight)
+
+
+def _allocate(writer: Writer, sums: Partial) -> str:
+    """Allocate the buffer for partial sums."""
+    return writer.allocate("partial", sums.splits, sums.columns, dtype=sums.dtype)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from mlp_fused.engine import settings
 from mlp_fused.engine.autograd import run_layers
 from mlp_fused.engine.layer_steps import choose_tile
 from mlp_fused.engine.paths import find_layers
-from mlp_fused.engine.settings import Float32, check_float32
+from mlp_fused.engine.settings import Float32, check_choice
 from mlp_fused.engine.table_files import Gemm
 from mlp_fused.engine.tables import Choice
 from mlp_fused.explain import Plan
@@ -342,9 +342,9 @@ def test_auto_takes_planes_where_they_made_the_network_faster(net: dict[str, Any
 
 def test_the_switch_ieee_prevents_planes() -> None:
     assert precision(PROBLEM, float32="ieee") in ("ieee", "bf16x6")
-    assert check_float32("ieee") == "ieee"
+    assert check_choice(get_args(Float32), "ieee", "MLP_FUSED_FP32") == "ieee"
     with pytest.raises(ValueError, match="MLP_FUSED_FP32 is 'tf32'; it needs to be one of: auto, ieee"):
-        check_float32("tf32")
+        check_choice(get_args(Float32), "tf32", "MLP_FUSED_FP32")
 
 
 @pytest.mark.parametrize("kind", ["forward", "dgrad", "wgrad"])

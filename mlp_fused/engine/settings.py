@@ -31,7 +31,7 @@ def check_backend(backend: object, argument: str = "backend") -> Backend:
     Raises:
         ValueError: it is not "auto", "triton" or "reference".
     """
-    choice: Backend = _check_choice(get_args(Backend), backend, argument)
+    choice: Backend = check_choice(get_args(Backend), backend, argument)
     return choice
 
 
@@ -49,17 +49,7 @@ def check_recompute(recompute: object) -> bool | None:
 Float32 = Literal["auto", "ieee"]
 
 
-def check_float32(form: object) -> Float32:
-    """`form`, if it is a valid choice.
-
-    Raises:
-        ValueError: it is not "auto" or "ieee".
-    """
-    choice: Float32 = _check_choice(get_args(Float32), form, "MLP_FUSED_FP32")
-    return choice
-
-
-def _check_choice(choices: tuple[str, ...], value: object, argument: str) -> Any:
+def check_choice(choices: tuple[str, ...], value: object, argument: str) -> Any:
     """The choice that `value` is equal to. Raises ValueError if it is none of them."""
     for choice in choices:
         if value == choice:
@@ -72,7 +62,7 @@ DEBUG = os.environ.get("MLP_FUSED_DEBUG", "0") == "1"
 # The meaning of "auto" in this process.
 DEFAULT_BACKEND: Backend = check_backend(os.environ.get("MLP_FUSED_BACKEND", "auto"), "MLP_FUSED_BACKEND")
 # The way in which kernels multiply fp32. "ieee" never splits operands into fp16 parts or planes.
-FLOAT32: Float32 = check_float32(os.environ.get("MLP_FUSED_FP32", "auto"))
+FLOAT32: Float32 = check_choice(get_args(Float32), os.environ.get("MLP_FUSED_FP32", "auto"), "MLP_FUSED_FP32")
 
 
 def constant_to_compilers(function: Any) -> None:

@@ -60,10 +60,6 @@ class LayerPath:
     multiply_adds: int
     sections: dict[tuple[int, int], LayerSection] = field(default_factory=dict, repr=False)
 
-    @property
-    def activations(self) -> tuple[Activation, ...]:
-        return tuple(layer.activation for layer in self.layers)
-
     @functools.cached_property
     def drops(self) -> bool:
         """True if any layer has active Dropout."""

@@ -327,7 +327,7 @@ def _written_by_product(spec: LayerSpec, writer: Writer, x: str, factor: Factor)
     _share_planes(writer, planes, info, base, factor)
     names: tuple[str, ...] = (planes, info)
     if has_sums:
-        names = (*names, _share_sums(writer, sums, f"sums of {base}", factor))
+        names = (*names, writer.share(sums, f"sums of {base}", _count_row_sums(factor), factor.width))
     for index in indices:
         writer.rewrite(index, argument, names)
     return Planes(planes, info, sums if has_sums else None)
@@ -340,7 +340,9 @@ def _add_split(spec: LayerSpec, writer: Writer, side: int, x: str, factor: Facto
     """
     planes, info = (f"{part} {side} along {factor.form.along} of {x}" for part in ("planes", "info"))
     _share_planes(writer, planes, info, f"planes {side}", factor, count)
-    sums = _share_sums(writer, f"sums of {x}", "sums of rows", factor) if factor.with_sums else None
+    sums = None
+    if factor.with_sums:
+        sums = writer.share(f"sums of {x}", "sums of rows", _count_row_sums(factor), factor.width)
     operands: dict[str, Any] = {"x": x, "planes": planes, "info": info, "sums": sums}
     run = partial(split, form=factor.form)
     writer.add("split", spec, operands, ("planes", "info", "sums"), run, choice=tables.Choice(SPLIT, ""))
@@ -353,11 +355,6 @@ def _share_planes(writer: Writer, planes: str, info: str, base: str, factor: Fac
     writer.share(planes, base, count * strides[0], dtype=torch.float16)
     writer.part(planes, base, 0, *shape, strides=strides)
     writer.share(info, f"info of {base}", *info_shape(factor.rows, factor.width, factor.form), dtype=torch.int32)
-
-
-def _share_sums(writer: Writer, sums: str, base: str, factor: Factor) -> str:
-    """Name a factor's partial sums over rows, in the shared buffer `base`."""
-    return writer.share(sums, base, _count_row_sums(factor), factor.width)
 
 
 def _count_row_sums(factor: Factor) -> int:

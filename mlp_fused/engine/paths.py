@@ -22,7 +22,7 @@ from ..kernels.tile_config import TileConfig
 from . import table_files, tables
 from .layer_path import LayerPath, layer_path
 from .layer_steps import Parameters, describe_parameters
-from .network_path import NetworkPath
+from .network_path import Formulation, NetworkPath
 from .settings import (
     DEBUG,
     DEFAULT_BACKEND,
@@ -361,18 +361,17 @@ def network_path(
     size = dtype.itemsize
     ends = 2 * widths[0] + 2 * widths[-1]
     moved = f"{size * ends} bytes a row; storing would move {size * (ends + (2 if groups else 5) * sum(widths[1:-1]))}"
+    reason = "the user asks for it"
     if not isinstance(recomputing_backward, str) and recompute is not False and (recompute or measured != "stored"):
-        reason = "the user asks for it" if recompute else f"one pass fits in registers and moves {moved}"
+        if recompute is None:
+            reason = f"one pass fits in registers and moves {moved}"
         return NetworkPath(network, forward, "recompute", reason, recomputing_backward, wgrad, (), drops)
     if isinstance(backward, str):
         return f"its backward does not fit: {backward}"
-    if recompute:
-        return NetworkPath(network, storing_forward, "rerun", "the user asks for it", backward, wgrad, groups, drops)
-    if recompute is False:
-        reason = "the user asks for it"
-    else:
+    if recompute is None:
         reason = recomputing_backward if isinstance(recomputing_backward, str) else f"it is {AS_MEASURED}"
-    return NetworkPath(network, storing_forward, "stored", reason, backward, wgrad, groups, drops)
+    formulation: Formulation = "rerun" if recompute else "stored"
+    return NetworkPath(network, storing_forward, formulation, reason, backward, wgrad, groups, drops)
 
 
 def find_path(

@@ -437,7 +437,10 @@ class Writer:
         Args:
             moved: the tensors whose bytes count, if they are not the operands.
         """
-        work = Work(flops, self._bytes(operands if moved is None else moved, writes))
+        moved = operands if moved is None else moved
+        read = names_in(operand for name, operand in moved.items() if name not in writes)
+        written = names_in(map(moved.get, writes))
+        work = Work(flops, sum(map(self._size, read)) + sum(map(self._size, written)))
         self.steps.append(
             Step(kind, layer.name, layer.label, operands, writes, run, work, problem, choice.tile, choice.source)
         )
@@ -456,12 +459,6 @@ class Writer:
         """The name of the buffer or given tensor that the tensor `name` is a part of; `name` itself if it is whole."""
         buffer = self.buffers.get(name)
         return name if buffer is None or buffer.base is None else buffer.base
-
-    def _bytes(self, operands: Mapping[str, Any], writes: tuple[str, ...]) -> int:
-        """The bytes that are read plus the bytes that are written."""
-        read = names_in(operand for name, operand in operands.items() if name not in writes)
-        written = names_in(operands.get(name) for name in writes)
-        return sum(map(self._size, read)) + sum(map(self._size, written))
 
     def _size(self, name: str | None) -> int:
         """The bytes of the tensor or buffer with this name."""

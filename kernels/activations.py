@@ -5,6 +5,8 @@ Names, error texts, the mapping from `nn.Module` classes and test ids all come f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -156,6 +158,11 @@ def _hardtanh_reference_backward(dh: Tensor, h: Tensor, min_val: float, max_val:
     return dh.masked_fill((h <= min_val) | (h >= max_val), 0)
 
 
+def _has_ordered_limits(module: Any) -> bool:
+    """True if torch accepts an nn.Hardtanh with its present limits."""
+    return bool(module.min_val <= module.max_val)
+
+
 register_activation(
     "hardtanh",
     hardtanh_forward,
@@ -165,6 +172,7 @@ register_activation(
     reference_backward=_hardtanh_reference_backward,
     parameters={"min_val": -1.0, "max_val": 1.0},
     module=nn.Hardtanh,
+    matches=_has_ordered_limits,
     kinks=lambda min_val, max_val: (min_val, max_val),
     rounds_parameters=True,  # a clamped output equals the bound after rounding
     piecewise=True,
@@ -274,6 +282,7 @@ register_activation(
     reference=lambda z, alpha: F.celu(z, alpha),
     parameters={"alpha": 1.0},
     module=nn.CELU,
+    matches=lambda module: bool(module.alpha != 0),  # torch refuses 0
     kinks=lambda alpha: (0.0,),
 )
 

@@ -93,7 +93,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # for a file of another kind, pickle, zipfile and torch raise many errors
-        raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
+        why = "it is no file of torch.save" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{path} cannot be read as a checkpoint: {why}") from None
     if isinstance(checkpoint, dict):
         number = checkpoint.get("format", 1)
         if isinstance(number, int) and number > FORMAT:

@@ -324,6 +324,8 @@ def _torch_device(device: Any) -> torch.device:
 def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any) -> Plan:
     """The plan of a model for a batch of this size: see `FusedMLP.explain`."""
     rows = checked_rows(batch_size, least=0)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}; it needs to be a floating-point dtype, such as torch.bfloat16")
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("the network has no parameters; there is nothing to explain")

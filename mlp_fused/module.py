@@ -107,6 +107,15 @@ class FusedSequence(WithBackend, nn.Module):
     _recompute: bool | None = None
     _segments: Segments | None = None  # cached between calls
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self.__dict__["_segments"] = None  # it would keep a replaced child alive until the next call
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__dict__["_segments"] = None
+        super().__delattr__(name)
+
     def _ordered_children(self) -> tuple[Any, ...]:
         """The children in the order of their calls: modules, and functions of a tensor."""
         return tuple(self._modules.values())
@@ -291,6 +300,7 @@ class FusedSequence(WithBackend, nn.Module):
         Raises:
             ValueError: a negative batch size, an unknown device, or a network without parameters or whose input is not
                 rows of features.
+            TypeError: `dtype` is not a floating-point torch.dtype.
         """
         return explain(self, batch_size, dtype, device)
 
@@ -326,7 +336,7 @@ class FusedLinear(FusedSequence, LinearWithActivation):
 
     Attributes:
         linear: the `nn.Linear`.
-        activation: the `Activation`, an entry of `ACTIVATIONS`.
+        activation: the `Activation`. Whatever the constructor accepts may be assigned.
 
     Shape:
         input (..., in_features) -> (..., out_features), in the input's dtype, or autocast's if it is on.
@@ -355,11 +365,11 @@ class FusedLinear(FusedSequence, LinearWithActivation):
     ) -> None:
         in_features = _checked_width(in_features, "in_features")
         out_features = _checked_width(out_features, "out_features")
-        resolved = resolve(activation)
+        activation = resolve(activation)
         backend = settings.check_backend(backend)
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self.activation = resolved
+        self.activation = activation
         self._backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
@@ -386,8 +396,10 @@ class FusedLinear(FusedSequence, LinearWithActivation):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in DELEGATED:  # nn.Module would register a parameter before it looks for a property
             setattr(self.linear, name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        if name == "activation":
+            value = resolve(value)
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         parent: Any = super()
@@ -478,7 +490,10 @@ class FusedMLP(FusedSequence, nn.Sequential):
         for width_in, width_out in zip([in_channels, *widths[:-1]], widths[:-1]):
             children.append(nn.Linear(width_in, width_out, bias=bias, **where))
             if norm_layer is not None:
-                children.append(norm_layer(width_out).to(device=device, dtype=dtype))
+                norm = norm_layer(width_out)
+                if not isinstance(norm, nn.Module):
+                    raise TypeError(f"norm_layer returned {type(norm).__name__}; it needs to return an nn.Module")
+                children.append(norm.to(device=device, dtype=dtype))
             children += [make_hidden(), nn.Dropout(dropout, **in_place)]
         children.append(nn.Linear([in_channels, *widths][-2], widths[-1], bias=bias, **where))
         if output_activation is not None:

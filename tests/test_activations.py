@@ -113,6 +113,17 @@ def test_a_module_with_state_or_that_is_not_pointwise_is_not_found(module: nn.Mo
         resolve(module)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "value"), [(nn.CELU(), "alpha", 0.0), (nn.Hardtanh(), "min_val", 2.0)], ids=["celu", "hardtanh"]
+)
+def test_parameters_that_torch_refuses_give_its_error(module: nn.Module, name: str, value: float, device: str) -> None:
+    model = FusedMLP(4, [3, 2], activation_layer=module, backend="triton", device=device)
+    model(torch.randn(5, 4, device=device))
+    setattr(model[1], name, value)
+    with pytest.raises((RuntimeError, ValueError), match="alpha cannot be 0 for|min_val cannot be greater than"):
+        model(torch.randn(5, 4, device=device))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_torch_function_is_found(name: str) -> None:
     function = look_up(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,14 @@ def test_explain_says_which_gpus_a_name_may_mean() -> None:
     several = "NVIDIA A100, NVIDIA H100, NVIDIA H200, NVIDIA B200"
     with pytest.raises(ValueError, match=f"^device is 'Nvidia'; it needs to be one of: {several}$"):
         FusedMLP(32, [16, 8]).explain(8, device="Nvidia")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, "bf16"], ids=str)
+def test_explain_needs_a_floating_point_dtype(dtype: Any) -> None:
+    with pytest.raises(
+        TypeError, match=f"^dtype is {dtype!r}; it needs to be a floating-point dtype, such as torch.bf"
+    ):
+        FusedMLP(32, [16, 8]).explain(8, dtype)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -362,6 +363,15 @@ def test_recomputing_under_a_transform(device: str) -> None:
     x = torch.randn(20, device=device)
     actual = torch.func.grad(lambda x: model(x).sum())(x)
     torch.testing.assert_close(actual, torch.func.grad(lambda x: nn.Sequential(*model)(x).sum())(x))
+
+
+@pytest.mark.parametrize("change", [lambda model: model.__setitem__(0, nn.Linear(20, 16)), lambda model: model.pop(0)])
+def test_a_replaced_child_is_freed_before_the_next_call(change: Callable[[FusedMLP], object], device: str) -> None:
+    model = FusedMLP(20, [16, 4], backend="triton").to(device)
+    model(torch.randn(9, 20, device=device)).sum().backward()
+    weight = weakref.ref(model[0].weight)
+    change(model)
+    assert weight() is None
 
 
 def test_a_model_that_was_called_can_be_copied_and_pickled(device: str) -> None:

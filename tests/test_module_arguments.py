@@ -258,6 +258,11 @@ BAD_ACTIVATIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"^activation_layer is the function <lambda>, .* without arguments \(it returned str\)" + NEEDS,
     ),
+    "a norm that is no module": (
+        lambda: FusedMLP(4, [5, 2], norm_layer=lambda width: width),
+        TypeError,
+        "^norm_layer returned int; it needs to return an nn.Module$",
+    ),
     "inplace": (
         lambda: FusedMLP(4, [5, 2], activation_layer=nn.GELU, inplace=True),
         TypeError,

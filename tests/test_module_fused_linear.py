@@ -413,6 +413,13 @@ def test_hooks_on_the_layer_run_after_the_activation(backend: str, device: str) 
         agree(ours, theirs, rows(device), kernels=backend == "triton" or device == "cuda")
 
 
+def test_an_assigned_activation_is_checked() -> None:
+    layer = FusedLinear(4, 3, activation="relu")
+    with pytest.raises(ValueError, match="^activation is 'rellu'; it needs to be one of: identity, relu"):
+        layer.activation = "rellu"
+    assert layer.activation is ACTIVATIONS["relu"]
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "another linear": (
         lambda ours: setattr(ours[0], "linear", like(ours[0].linear)),
@@ -421,6 +428,14 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "another activation": (
         lambda ours: setattr(ours[0], "activation", ACTIVATIONS["silu"]),
         lambda theirs: theirs.__setitem__(1, nn.SiLU()),
+    ),
+    "an activation's name": (
+        lambda ours: setattr(ours[0], "activation", "silu"),
+        lambda theirs: theirs.__setitem__(1, nn.SiLU()),
+    ),
+    "no activation": (
+        lambda ours: setattr(ours[0], "activation", None),
+        lambda theirs: theirs.__setitem__(1, nn.Identity()),
     ),
     "a patched forward": (
         lambda ours: setattr(ours[0].linear, "forward", lambda x: x.repeat(1, 2)),

@@ -173,6 +173,10 @@ MISTAKES: dict[str, tuple[dict[str, str], str]] = {
     "a folder": ({"out": "folder.npz"}, "--out .*folder.npz is a folder; it needs to be a file"),
     "no checkpoint": ({"checkpoint": "none.pt"}, "there is no checkpoint none.pt"),
     "data for a checkpoint": ({"checkpoint": "wide.npz"}, "wide.npz cannot be read as a checkpoint"),
+    "text for a checkpoint": (
+        {"checkpoint": "text.pt"},
+        "text.pt cannot be read as a checkpoint: it is no file of torch.save$",
+    ),
     "no data": ({"data": "none.npz"}, "there is no file none.npz"),
     "other features": ({"data": "wide.npz"}, "x has 5 features per row; the network of run.pt needs 4"),
     "NaN": ({"data": "nan.npz"}, "nan.npz: x has 1 value that is NaN, infinite or beyond float32, the first in row 1"),
@@ -188,6 +192,7 @@ def test_a_mistake_changes_no_file(arrays: dict[str, np.ndarray], changes: dict[
     np.savez("wide.npz", x=np.ones((3, 5)))
     np.savez("nan.npz", x=[[1, 1, 1, 1], [1, 1, 1, np.nan]])
     np.savez("y.npz", y=np.ones(3))
+    Path("text.pt").write_text("hello")
     Path("out.npz").write_bytes(b"before")
     before = {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
     options = {"checkpoint": "run.pt", "data": "data.npz", "out": "out.npz", **changes}

@@ -333,7 +333,6 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
     where = torch.device("meta") if known else parameter.device if device is None else _torch_device(device)
     given = policy_dtype(model) or parameter.dtype  # the dtype of a call's input
     dtype = dtype or compute_dtype(given, where.type)
-    precision = dtype_precision(dtype)
     gpu = known
     if known is None and (where.type == "cuda" or model._wants_kernels()):
         gpu = devices.describe(where.type, where.index or 0)
@@ -357,39 +356,59 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         input_dtype = dtype if runs or given.itemsize <= dtype.itemsize else given
         shape = (rows, layers[0].weight.shape[1])
         x = torch.empty(shape, dtype=input_dtype, device="meta", requires_grad=needs_x)
-        training = wants_gradients(x, layers)
-        widths = layer_widths(x, layers)
-        problem = (widths, [layer.activation for layer in layers], dtype, precision, training)
         reason = why_not(layers, dtype, where, model._backend, planned=known is not None)
-        torch_too = not model._wants_kernels()
-        by_tables = model._recompute is None
-        if reason is None and gpu is not None and by_tables and torch_too and measured_path(*problem, gpu) == "torch":
-            reason = TORCH_IS_FASTER
-        network: NetworkPath | str = ""
-        if reason is None:
-            network = find_network(x, layers, dtype, model._recompute, precision, training, torch_too, gpu)
-        else:  # the steps of the layer path are a lower bound of torch's work
-            layers = tuple(layer._replace(dropout=0.0) for layer in layers)
-        path: NetworkPath | LayerPath | str = network
-        if isinstance(path, str):
-            path = find_layers(x, layers, dtype, model._backend if reason is None else "triton", precision)
-        schedules: list[Schedule] = []
-        if 0 not in widths:
-            forwards, backwards, saved_by_kernels = make_schedules(path, x, layers, gpu or devices.INTERPRETED_DEVICE)
-            schedules = [*forwards, *backwards]
+        name, why, schedules, saved_by_kernels = _plan_layers(model, x, layers, dtype, gpu, reason)
         steps = tuple(step for schedule in schedules for step in schedule.steps)
-        if reason is not None:
+        if name == "reference":
             saved += saved_by_torch
-            shown = tuple(step for step in steps if step.kind not in OWN_STEPS)
-            runs.append(RunPlan(names, "reference", reason, shown))
-            continue
-        assert gpu is not None
-        saved += saved_by_kernels
-        workspace = max(workspace, *(schedule.workspace_bytes for schedule in schedules))
-        note = ""
-        if by_tables and measured_path(*problem, gpu) is None and measured_path(*problem, gpu, outdated=True):
-            note = "; its measurement is not used, because the kernels have changed since"
-        name: Literal["network", "layer"] = "network" if path is network else "layer"
-        why = path.explanation if isinstance(path, NetworkPath) else str(network)
-        runs.append(RunPlan(names, name, why + note, (SEED,) * path.drops + steps))
-    return Plan(rows, dtype, precision, gpu, tuple(runs), saved, workspace)
+            steps = tuple(step for step in steps if step.kind not in OWN_STEPS)
+        else:
+            saved += saved_by_kernels
+            workspace = max(workspace, *(schedule.workspace_bytes for schedule in schedules))
+            steps = (SEED,) * any(layer.dropout for layer in layers) + steps
+        runs.append(RunPlan(names, name, why, steps))
+    return Plan(rows, dtype, dtype_precision(dtype), gpu, tuple(runs), saved, workspace)
+
+
+def _plan_layers(
+    model: Any,
+    x: Tensor,
+    layers: Sequence[Layer],
+    dtype: torch.dtype,
+    gpu: devices.Device | None,
+    reason: str | None,
+) -> tuple[Literal["reference", "network", "layer"], str, list[Schedule], int]:
+    """(path, the reason for it, schedules, bytes saved for backward) of one run's layers.
+
+    `reason` is the reason why they cannot run on kernels, or None. The schedules of plain torch are those of the layer
+    path without Dropout, a lower bound of torch's work.
+    """
+    precision, training = dtype_precision(dtype), wants_gradients(x, layers)
+    widths = layer_widths(x, layers)
+    problem = (widths, [layer.activation for layer in layers], dtype, precision, training)
+    torch_too = not model._wants_kernels()
+    by_tables = model._recompute is None
+    if reason is None and gpu is not None and by_tables and torch_too and measured_path(*problem, gpu) == "torch":
+        reason = TORCH_IS_FASTER
+    network: NetworkPath | str = ""
+    if reason is None:
+        network = find_network(x, layers, dtype, model._recompute, precision, training, torch_too, gpu)
+    else:
+        layers = tuple(layer._replace(dropout=0.0) for layer in layers)
+    path: NetworkPath | LayerPath | str = network
+    if isinstance(path, str):
+        path = find_layers(x, layers, dtype, model._backend if reason is None else "triton", precision)
+    schedules: list[Schedule] = []
+    saved = 0
+    if 0 not in widths:
+        forwards, backwards, saved = make_schedules(path, x, layers, gpu or devices.INTERPRETED_DEVICE)
+        schedules = [*forwards, *backwards]
+    if reason is not None:
+        return "reference", reason, schedules, saved
+    assert gpu is not None
+    note = ""
+    if by_tables and measured_path(*problem, gpu) is None and measured_path(*problem, gpu, outdated=True):
+        note = "; its measurement is not used, because the kernels have changed since"
+    if isinstance(path, NetworkPath):
+        return "network", path.explanation + note, schedules, saved
+    return "layer", str(network) + note, schedules, saved

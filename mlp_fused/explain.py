@@ -253,15 +253,20 @@ def _saved_by_torch(children: Sequence[Any], flow: Tensor) -> tuple[Tensor, int]
             if not isinstance(child, nn.Module):
                 flow = child(flow)
                 continue
+            tensors = dict((*child.named_parameters(), *child.named_buffers()))
             state = {
                 name: stand_in(tensor, "meta", flow.dtype if tensor.is_floating_point() else None)
-                for name, tensor in (*child.named_parameters(), *child.named_buffers())
+                for name, tensor in tensors.items()
             }
             if is_loaded_instance(child, "torch.distributed.fsdp", "FSDPModule") or any(
                 map(is_split, child.parameters())
             ):
                 child = _unhooked(child)  # its hooks would wait for the other processes
-            own.update((storage_id(tensor), tensor) for tensor in state.values())
+            own.update(
+                (storage_id(tensor), tensor)
+                for name, tensor in state.items()
+                if not is_linear(child) or tensor.dtype == tensors[name].dtype  # autocast saves a cast weight
+            )
             try:
                 flow = torch.func.functional_call(child, state, (flow,))
             except Exception as error:
@@ -365,9 +370,15 @@ def explain(model: Any, batch_size: int, dtype: torch.dtype | None, device: Any)
         else:
             saved += saved_by_kernels
             workspace = max(workspace, *(schedule.workspace_bytes for schedule in schedules))
-            steps = (SEED,) * any(layer.dropout for layer in layers) + steps
+            cast = (_input_cast(x, dtype),) if name == "layer" and x.dtype != dtype else ()
+            steps = (SEED,) * any(layer.dropout for layer in layers) + cast + steps
         runs.append(RunPlan(names, name, why, steps))
     return Plan(rows, dtype, dtype_precision(dtype), gpu, tuple(runs), saved, workspace)
+
+
+def _input_cast(x: Tensor, dtype: torch.dtype) -> Step:
+    """The cast of the input, which comes before the schedules of the layer path."""
+    return Step("cast", "input", "input", {}, (), lambda: None, Work(0, x.numel() * (x.itemsize + dtype.itemsize)))
 
 
 def _plan_layers(

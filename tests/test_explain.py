@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_runs import saved_bytes
 from torch import nn
 
 from mlp_fused import FusedMLP
@@ -45,6 +46,21 @@ def test_explain_counts_saved_bytes(activation: str) -> None:
     ):
         assert expected in text
     assert plan.work.flops == 2 * 64 * (32 * 48 * 2 + 48 * 16 * 3 + 16 * 8 * 3)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_autocasts_copies_of_weights_are_saved_in_plain_torch(activation: str) -> None:
+    model, x = FusedMLP(20, [30, 10], activation_layer=activation), torch.randn(7, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.explain(7).saved_bytes
+        assert saved_bytes(lambda: model(x), model.parameters()) == expected
+
+
+def test_the_cast_of_the_input_is_a_step() -> None:
+    plan = FusedMLP(1024, [4096, 1024]).explain(8192, torch.bfloat16, "NVIDIA H200")
+    cast = plan.runs[0].kernels[0]
+    assert (cast.kind, cast.label) == ("cast", "input")
+    assert cast.work.bytes == 8192 * 1024 * (4 + 2)
 
 
 def test_saved_bytes_in_plain_torch_are_the_same_every_time() -> None:

@@ -7,7 +7,10 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["UserError", "count", "first_line", "listed", "real_number", "whole_number"]
+__all__ = [
+    "UserError", "checked_probability", "checked_width", "checked_widths", "count", "first_line", "listed",
+    "real_number", "whole_number",
+]  # fmt: skip
 
 
 class UserError(Exception):
@@ -58,3 +61,36 @@ def real_number(value: Any) -> float | None:
 def _python_number(value: Any) -> Any:
     """The Python number in a NumPy scalar, a 0-d array or a 0-d tensor; any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def checked_width(width: object, argument: str) -> int:
+    """A width as an int. Raises TypeError or ValueError if it is not a whole number of at least 0."""
+    number = whole_number(width)
+    if number is None:
+        raise TypeError(f"{argument} is {width!r}; it needs to be a whole number, 0 or more")
+    if number < 0:
+        raise ValueError(f"{argument} is {number}; it needs to be 0 or more")
+    return number
+
+
+def checked_widths(widths: Any, argument: str) -> list[int]:
+    """Widths as a list of ints. Raises TypeError or ValueError if there are none, or one is not a width."""
+    is_sequence = isinstance(widths, Iterable) and not isinstance(widths, str | bytes)
+    if not is_sequence or getattr(widths, "ndim", 1) == 0:  # a 0-d array or tensor has __iter__, which raises
+        raise TypeError(
+            f"{argument} is {widths!r}; it needs to be a sequence of widths, the output's last, such as [512, 10]"
+        )
+    checked = [checked_width(width, f"{argument}[{index}]") for index, width in enumerate(widths)]
+    if not checked:
+        raise ValueError(f"{argument} is empty; it needs one width a layer, the output's last, such as [512, 10]")
+    return checked
+
+
+def checked_probability(probability: object, argument: str) -> float:
+    """A probability as a number. Raises TypeError or ValueError if it is not a number from 0 to 1."""
+    number = real_number(probability)
+    if number is None:
+        raise TypeError(f"{argument} is {probability!r}; it needs to be a probability, a number from 0 to 1")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{argument} is {number}; it needs to be a probability, from 0 to 1")
+    return number

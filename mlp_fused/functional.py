@@ -109,7 +109,7 @@ def _mlp(x: Tensor, layers: Sequence[Layer], backend: Backend, recompute: bool |
         return run_kernels(x, layers, dtype, recompute, backend)
     weights, biases, activations, _ = zip(*layers)
     if recompute and can_checkpoint(x):
-        return checkpointed(reference.mlp, (*weights, *biases), x, weights, biases, activations)
+        return checkpointed(reference.mlp, x, weights, biases, activations)
     return reference.mlp(x, weights, biases, activations)
 
 

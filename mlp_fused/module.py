@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from .engine.settings import (
     has_hooks,
     policy_dtype,
 )
-from .errors import first_line, real_number, whole_number
+from .errors import checked_probability, checked_width, checked_widths, first_line
 from .explain import Plan, checked_rows, explain
 from .functional import check_call
 from .kernels.activation import Activation
@@ -185,12 +185,9 @@ class FusedSequence(WithBackend, nn.Module):
                         return run_path(input, weights, biases, path)
                 return run_kernels(input, layers, dtype, self._recompute, self._backend)
         if run.linears and self._recompute and can_checkpoint(input):
-            # nn.Dropout draws random numbers in here, so torch has to restore its generator for the second run. While a
+            # Dropout draws random numbers in here, so torch has to restore its generator for the second run. While a
             # CUDA graph is captured, torch 2.10 can do that; 2.9 raises an error.
-            if torch.compiler.is_compiling():
-                return checkpointed(run.call, (), input)
-            weights, biases = run.parameters()
-            return checkpointed(run.call_with, (*weights, *biases), [dict(own) for own in run.owned], input)
+            return checkpointed(run.fixed_call(), input, *run.parameters())
         return run.call(input)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -363,8 +360,8 @@ class FusedLinear(FusedSequence, LinearWithActivation):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        in_features = _checked_width(in_features, "in_features")
-        out_features = _checked_width(out_features, "out_features")
+        in_features = checked_width(in_features, "in_features")
+        out_features = checked_width(out_features, "out_features")
         activation = resolve(activation)
         backend = settings.check_backend(backend)
         super().__init__()
@@ -475,9 +472,9 @@ class FusedMLP(FusedSequence, nn.Sequential):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        in_channels = _checked_width(in_channels, "in_channels")
-        widths = _checked_widths(hidden_channels, "hidden_channels")
-        dropout = _checked_probability(dropout, "dropout")
+        in_channels = checked_width(in_channels, "in_channels")
+        widths = checked_widths(hidden_channels, "hidden_channels")
+        dropout = checked_probability(dropout, "dropout")
         if norm_layer is not None and not callable(norm_layer):
             raise TypeError(f"norm_layer is {norm_layer!r}; it needs to make a module when called with a width")
         backend = settings.check_backend(backend)
@@ -566,36 +563,6 @@ def _raise_if_wrong(input: Tensor, linear: Any) -> None:
         check_call(input, (Layer(linear_weight(linear), linear.bias, IDENTITY),))
     except (RuntimeError, TypeError) as clearer:
         raise clearer from None
-
-
-def _checked_width(width: object, argument: str) -> int:
-    number = whole_number(width)
-    if number is None:
-        raise TypeError(f"{argument} is {width!r}; it needs to be a whole number, 0 or more")
-    if number < 0:
-        raise ValueError(f"{argument} is {number}; it needs to be 0 or more")
-    return number
-
-
-def _checked_widths(widths: Any, argument: str) -> list[int]:
-    is_sequence = isinstance(widths, Iterable) and not isinstance(widths, str | bytes)
-    if not is_sequence or getattr(widths, "ndim", 1) == 0:  # a 0-d array or tensor has __iter__, which raises
-        raise TypeError(
-            f"{argument} is {widths!r}; it needs to be a sequence of widths, the output's last, such as [512, 10]"
-        )
-    checked = [_checked_width(width, f"{argument}[{index}]") for index, width in enumerate(widths)]
-    if not checked:
-        raise ValueError(f"{argument} is empty; it needs one width a layer, the output's last, such as [512, 10]")
-    return checked
-
-
-def _checked_probability(probability: object, argument: str) -> float:
-    number = real_number(probability)
-    if number is None:
-        raise TypeError(f"{argument} is {probability!r}; it needs to be a probability, a number from 0 to 1")
-    if not 0 <= number <= 1:
-        raise ValueError(f"{argument} is {number}; it needs to be a probability, from 0 to 1")
-    return number
 
 
 def _activation_maker(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -193,6 +194,29 @@ def test_in_place_changes_of_saved_tensors_are_detected_as_by_torch(change: str,
         raised.append(backward_error(y))
     assert raised[0] == raised[1]
     assert (raised[0] is None) == ("bias" in change or ".data" in change)
+
+
+MOVES: dict[str, Callable[[nn.Sequential], object]] = {
+    "data": lambda model: setattr(model[3].weight, "data", model[3].weight.data * 3),
+    "half": lambda model: model.half(),
+    "vector_to_parameters": lambda model: nn.utils.vector_to_parameters(
+        torch.cat([3 * parameter.detach().flatten() for parameter in model.parameters()]), model.parameters()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", MOVES)
+def test_other_memory_of_a_weight_is_refused(change: str, backend_of_path: str, pair: Pair, device: str) -> None:
+    """torch's backward reads the old memory. The kernels' cannot."""
+    gradients, drawn = [], draw(device)
+    for network in pair():
+        x = drawn.clone().requires_grad_()
+        y = network(x).square().sum()
+        MOVES[change](network)
+        refused = backend_of_path == "triton" and isinstance(network, FusedMLP)
+        with pytest.raises(RuntimeError, match=r"^weight\[\d\] has other memory") if refused else nullcontext():
+            gradients.append(*torch.autograd.grad(y, x))
+    assert len(gradients) == 1 or torch.equal(*gradients)
 
 
 # Activations whose output the kernels save, and torch their input. The manual lists them.

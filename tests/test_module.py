@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, fuse, linear_act, mlp
+from mlp_fused import ACTIVATIONS, FusedLinear, FusedMLP, Pointwise, linear_act, mlp
 from mlp_fused.engine.paths import why_reference
 from mlp_fused.engine.recognize import find
 from mlp_fused.engine.runs import Decision
@@ -288,81 +288,6 @@ def test_an_activation_whose_parameter_is_a_buffer(device: str) -> None:
     for slope in (0.1, 0.9, 0.5):
         model[1].negative_slope.fill_(slope)
         torch.testing.assert_close(model(x), nn.Sequential(*model)(x))
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_recomputing_runs_modules_with_state_once(backend: str, device: str) -> None:
-    model = FusedMLP(20, [16, 8, 4], nn.BatchNorm1d, recompute=True, backend=backend).to(device)
-    model(torch.randn(9, 20, device=device)).sum().backward()
-    assert [child.num_batches_tracked.item() for child in model if isinstance(child, nn.BatchNorm1d)] == [1, 1]
-
-
-def test_recompute_must_be_true_false_or_none() -> None:
-    for call in (
-        lambda: FusedMLP(4, [3], recompute="yes"),
-        lambda: mlp(torch.randn(2, 4), [torch.randn(3, 4)], None, recompute=1),
-    ):
-        with pytest.raises(TypeError, match="it needs to be True, False or None"):
-            call()
-
-
-def fused(device: str) -> nn.Module:
-    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh()).to(device)
-    fuse(model, recompute=True)
-    return model
-
-
-RECOMPUTED: dict[str, Callable[[str], nn.Module]] = {
-    "modules": lambda device: FusedMLP(20, [16, 4], recompute=True, backend="reference", device=device),
-    "modules with Dropout": lambda device: FusedMLP(20, [16, 4], dropout=0.5, recompute=True, device=device),
-    "layers": lambda device: FusedMLP(20, [300, 4], recompute=True, backend="triton", device=device),
-    "one kernel": lambda device: FusedMLP(20, [16, 4], recompute=True, backend="triton", device=device),
-    "fused": fused,
-}
-
-
-@pytest.mark.parametrize("make", RECOMPUTED.values(), ids=RECOMPUTED)
-def test_recomputing_uses_the_parameters_of_the_forward(make: Callable[[str], nn.Module], device: str) -> None:
-    """functional_call puts the module's own parameters back before the backward."""
-    model, x = make(device), torch.randn(9, 20, device=device)
-    others = {name: (2 * value).detach().requires_grad_() for name, value in model.named_parameters()}
-    results = []
-    for model.recompute in (True, False):
-        torch.manual_seed(0)
-        y = torch.func.functional_call(model, others, (x,))
-        results.append(torch.autograd.grad(y.sum(), list(others.values())))
-    for mine, other in zip(*results):
-        torch.testing.assert_close(mine, other)
-
-
-@pytest.mark.parametrize("position", [0, -1])
-@pytest.mark.parametrize("name", ["weight", "bias"])
-@pytest.mark.parametrize("make", RECOMPUTED.values(), ids=RECOMPUTED)
-def test_recomputing_refuses_changed_parameters(
-    make: Callable[[str], nn.Module], name: str, position: int, device: str
-) -> None:
-    model = make(device)
-    y = model(torch.randn(9, 20, device=device))
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][position]
-    with torch.no_grad():
-        getattr(linear, name).mul_(2)
-    with pytest.raises(RuntimeError, match=rf"modified by an inplace operation: {name}\[\d\] is at version 2"):
-        y.sum().backward()
-
-
-def test_mlp_recomputing_refuses_changed_parameters(device: str) -> None:
-    weights = [torch.randn(8, 5, device=device, requires_grad=True), torch.randn(3, 8, device=device)]
-    y = mlp(torch.randn(9, 5, device=device), weights, None, recompute=True, backend="reference")
-    weights[1].mul_(2)
-    with pytest.raises(RuntimeError, match=r"inplace operation: weight\[1\] is at version 1"):
-        y.sum().backward()
-
-
-def test_recomputing_under_a_transform(device: str) -> None:
-    model = FusedMLP(20, [16, 1], recompute=True).to(device)
-    x = torch.randn(20, device=device)
-    actual = torch.func.grad(lambda x: model(x).sum())(x)
-    torch.testing.assert_close(actual, torch.func.grad(lambda x: nn.Sequential(*model)(x).sum())(x))
 
 
 @pytest.mark.parametrize("change", [lambda model: model.__setitem__(0, nn.Linear(20, 16)), lambda model: model.pop(0)])

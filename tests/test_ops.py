@@ -5,6 +5,7 @@ Kernels run in the interpreter, or on a GPU under `-m gpu`. (On the CPU without 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 from collections.abc import Iterator
@@ -177,6 +178,32 @@ def test_compiled_within_a_model(device: str) -> None:
     assert launches
     for ours, theirs in zip(actual, step(block, x), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Residual(nn.Module):
+    """x + mlp(x), added in place."""
+
+    def __init__(self, *widths: int, device: str) -> None:
+        super().__init__()
+        self.mlp = FusedMLP(widths[0], list(widths[1:]), backend="triton", device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.mlp(x)
+        h += x
+        return h
+
+
+@pytest.mark.parametrize("widths", [(8, 16, 8), (8, 300, 8)], ids=["one kernel", "layers"])
+@pytest.mark.parametrize("way", ["compiled", "under a mode"])
+def test_the_output_may_be_changed_in_place(way: str, widths: tuple[int, ...], device: str) -> None:
+    model = Residual(*widths, device=device)
+    x = torch.randn(5, 8, device=device, requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    called = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+    with Recording() if way == "under a mode" else contextlib.nullcontext():
+        y = called(x).square().sum()
+    for mine, other in zip(torch.autograd.grad(y, [x, *model.parameters()]), expected):
+        torch.testing.assert_close(mine, other)
 
 
 def test_the_functional_forms_compile(device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -150,8 +151,9 @@ class SectionFunction(PlainFunction):
         ctx.set_materialize_grads(False)
         ctx.section = section
         y: Tensor
-        y, z, *saved = section.forward((h, edge, seed, *parameters), ctx.needs_input_grad[3:])
-        save(ctx, parameters, saved)
+        needs = ctx.needs_input_grad[3:]
+        y, z, *saved = section.forward((h, edge, seed, *parameters), needs)
+        save(ctx, parameters, saved, section.saved(needs).read)
         if z is None:
             return y
         ctx.mark_non_differentiable(y)
@@ -170,6 +172,8 @@ class SectionFunction(PlainFunction):
         by_torch = wants_torch(dy)
         if (now := versions(parameters)) != ctx.versions:
             refuse_changed(section.parameters, ctx.versions, now, None if by_torch else read)
+        if ctx.parameters is not None:  # autograd saves the memory of the others
+            refuse_moved(section.parameters, ctx.storages, storages(parameters, read), read)
         if by_torch:
             return None, None, None, *differentiable_backward(section, dict(zip(names, saved)), parameters, dy, needs)
         if not all(map(Tensor.is_contiguous, saved)):  # hooks on saved tensors may change strides
@@ -177,8 +181,10 @@ class SectionFunction(PlainFunction):
         return None, None, None, *section.backward(dy, saved, laid_out(parameters, section.strides), needs)
 
 
-def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> None:
+def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor], read: Iterable[int] = ()) -> None:
     """Save tensors and parameters for backward, with the versions of the parameters.
+
+    `read` has the indices of the parameters whose values the backward reads.
 
     Parameters that somebody else holds anyway are stored on `ctx`: leaves that need a gradient, and every nn.Parameter
     that is a leaf. If there are others, autograd saves all parameters, so that backward frees them. A frozen weight
@@ -190,7 +196,9 @@ def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor
     ]
     ctx.parameters = parameters if are_held else None
     ctx.versions = versions(parameters)
-    if not are_held:
+    if are_held:
+        ctx.storages = storages(parameters, read)
+    else:
         tensors = [*tensors, *(parameter for parameter in parameters if parameter is not None)]
     ctx.save_for_backward(*tensors)
 
@@ -232,6 +240,26 @@ def refuse_changed(
                 f"{names[index]} is at version {now[index]}; the forward computed with version "
                 f"{before[index]}; change it after backward, or change a clone of it"
             )
+
+
+def storages(parameters: Sequence[Tensor | None], indices: Iterable[int]) -> list[Any]:
+    """The storages of the parameters with these indices, which `parameter.data = …` replaces."""
+    chosen = [parameters[index] for index in indices]
+    return [None if parameter is None else parameter.untyped_storage() for parameter in chosen]
+
+
+def refuse_moved(names: Sequence[str], before: Sequence[Any], now: Sequence[Any], read: Iterable[int]) -> None:
+    """Raise an error if a parameter that the backward reads has other memory than in the forward.
+
+    Raises:
+        RuntimeError: it has, after `parameter.data = …` or `model.half()` for example.
+    """
+    if not all(map(operator.is_, before, now)):
+        moved = next(names[index] for index, old, new in zip(read, before, now) if old is not new)
+        raise RuntimeError(
+            f"{moved} has other memory than in the forward, after .data = … or .to(…) for example, and the backward "
+            "cannot read the old values; change it before the forward or after the backward"
+        )
 
 
 def laid_out(tensors: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> Sequence[Any]:

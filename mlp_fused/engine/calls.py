@@ -11,11 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.dropout import draw_seed
 from ..reference import Layer
-from .autograd import refuse_changed, run_layers, run_path, versions
+from .autograd import run_layers, run_path
 from .layer_path import LayerPath
 from .paths import dtype_precision, find_path, wants_gradients
-from .section import parameter_names
-from .settings import Backend, is_intercepted, is_transformed
+from .settings import Backend, is_intercepted, is_tracing, is_transformed
 
 
 def run_kernels(
@@ -37,7 +36,7 @@ def run_kernels(
         # function draws nothing else, so `checkpoint` need not restore a generator (preserve_rng_state), which torch
         # 2.9 cannot do while a graph is captured.
         seed = draw_seed(x.device) if path.drops else None
-        y = checkpointed(run_layers, (*weights, *biases), x, weights, biases, path, seed, preserve_rng_state=False)
+        y = checkpointed(run_layers, x, weights, biases, path, seed, preserve_rng_state=False)
     else:
         y = run_path(x, weights, biases, path)
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
@@ -65,30 +64,39 @@ def run_operator(
 
 
 def checkpointed(
-    function: Callable[..., Tensor], parameters: Sequence[Tensor | None], *arguments: Any, **options: Any
+    function: Callable[..., Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *rest: Any,
+    **options: Any,
 ) -> Tensor:
-    """function(*arguments) under torch's checkpoint: nothing is saved, and backward calls the function again.
+    """function(x, weights, biases, *rest) under torch's checkpoint: nothing is saved, and backward computes it again.
+
+    The second time, the tensors need gradients as they did the first time, whatever happens to the caller's tensors.
 
     Args:
-        parameters: the weights and biases that the function reads.
         options: options of `torch.utils.checkpoint.checkpoint`.
 
     Raises:
         RuntimeError: in backward, a parameter was changed in place since the forward.
     """
-    if torch.compiler.is_compiling():  # a compiled graph takes parameters as arguments
-        compiled: Tensor = checkpoint(function, *arguments, use_reentrant=False, **options)
+    if torch.compiler.is_compiling():  # a compiled graph keeps its tensors itself
+        compiled: Tensor = checkpoint(function, x, weights, biases, *rest, use_reentrant=False, **options)
         return compiled
-    before, names = versions(parameters), parameter_names(0, len(parameters) // 2)
+    given: tuple[Any, ...] = (x, *weights, *biases)
+    # They share memory and versions with the given tensors, but not `.data = …` or `requires_grad_`.
+    held = [None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad) for tensor in given]
 
-    def call(*arguments: Any) -> Tensor:
-        refuse_changed(names, before, versions(parameters))
-        return function(*arguments)
+    def call(*held: Any) -> Tensor:
+        nonlocal given
+        (x, *parameters), given = given or held, ()
+        return function(x, parameters[: len(weights)], parameters[len(weights) :], *rest)
 
-    output: Tensor = checkpoint(call, *arguments, use_reentrant=False, **options)
+    output: Tensor = checkpoint(call, *held, use_reentrant=False, **options)
     return output
 
 
 def can_checkpoint(x: Any) -> bool:
-    """True if gradients are recorded, and neither torch.func nor a nested tensor rules out torch.utils.checkpoint."""
-    return torch.is_grad_enabled() and not is_transformed() and not getattr(x, "is_nested", False)
+    """True if gradients are recorded, and no transform, tracer or nested tensor rules out torch.utils.checkpoint."""
+    return torch.is_grad_enabled() and not (is_transformed() or is_tracing() or getattr(x, "is_nested", False))

@@ -223,10 +223,19 @@ def _mlp_backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     x, weights, biases, *ctx.settings, ctx.keep = inputs
     y, kept = output
-    ctx.save_for_backward(x, y, *kept, *weights, *biases)
     ctx.sizes = len(kept), len(weights), len(biases)
     ctx.needs = [tensor.requires_grad for tensor in (x, *weights, *biases)]
+    if not _reads_output(ctx, x, weights, biases):  # then the caller may change y in place
+        y = y.new_empty(0)
+    ctx.save_for_backward(x, y, *kept, *weights, *biases)
     ctx.set_materialize_grads(False)
+
+
+def _reads_output(ctx: Any, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    """True if the backward reads y."""
+    call = _Settings(*ctx.settings)
+    section, again = call.section(x, weights, call.biases_of_layers(biases), True)
+    return not again and "y" in section.saved(tuple(_needs_of_layers(ctx.needs, call.biased))).names
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:

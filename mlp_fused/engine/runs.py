@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from types import BuiltinFunctionType, MethodType, NoneType
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.activation import Activation
@@ -145,16 +147,21 @@ class Run:
             input = child(input)
         return input
 
-    def call_with(self, owned: Sequence[dict[str, Any]], input: Tensor) -> Tensor:
-        """Call the children with these dicts `_parameters` of their Linears, which another call may have changed."""
-        present = [dict(own) for own in self.owned]
-        for own, other in zip(self.owned, owned):
-            own.update(other)
-        try:
-            return self.call(input)
-        finally:
-            for own, other in zip(self.owned, present):
-                own.update(other)
+    def fixed_call(self) -> Callable[..., Tensor]:
+        """A function (input, weights, biases) that computes the same as `call` does now, even after children change."""
+        children = [child if is_linear(child) else copy.copy(child) for child in self.children]
+        activations = [child.activation for child in children if isinstance(child, LinearWithActivation)]
+
+        def call(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+            parameters, own = zip(weights, biases), iter(activations)
+            for child in children:
+                if is_linear(child):
+                    input = F.linear(input, *next(parameters))
+                    child = next(own) if isinstance(child, LinearWithActivation) else IDENTITY
+                input = child(input)
+            return input
+
+        return call
 
     def parameters(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """(weights, biases), the weights as (out, in)."""

@@ -292,7 +292,7 @@ class _Replacement:
         """The reason why this module cannot be replaced; None if it can."""
         kind = type(module)
         method = "forward" if self.pattern is None else self.pattern.method
-        for name in dict.fromkeys(("forward", method)):
+        for name in dict.fromkeys(("forward", "__iter__" if self.pattern is None else method)):
             if getattr(kind, name, None) is not getattr(self.known, name, None):
                 return f"{kind.__name__} has a {name} of its own, in which an activation cannot be seen; {HINT}"
         if hasattr(kind, method) and (why := why_method_changed(kind, method)) is not None:
@@ -509,7 +509,18 @@ def _derive(kind: Any, target: str) -> Any:
         members.update(_methods(pattern, kind))
     else:
         bases = (_Fused, FusedMLP) if kind is nn.Sequential else (_Fused, kind, FusedMLP)
+        members["__init__"] = _init_like(kind)
     return type(kind)(kind.__name__, bases, members)
+
+
+def _init_like(kind: Any) -> Callable[..., None]:
+    """An `__init__` with the arguments of `kind`, for code that calls `type(model)(…)`; FusedMLP's has others."""
+
+    @functools.wraps(kind.__init__)
+    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+        self.__dict__.update(kind(*arguments, **keywords).__dict__)
+
+    return init
 
 
 def _methods(pattern: Pattern, kind: Any) -> dict[str, Any]:

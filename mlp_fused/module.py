@@ -20,14 +20,7 @@ from .engine.originals import Dropout, Sequential, is_dropout_torchs, why_change
 from .engine.paths import find_path
 from .engine.recognize import find, name_in_sentences, resolve
 from .engine.runs import Decision, LinearWithActivation, Run, Segments, find_runs, linear_weight, why_unfused
-from .engine.settings import (
-    are_hooked,
-    call_settings,
-    count_function_modes,
-    has_global_hooks,
-    has_hooks,
-    policy_dtype,
-)
+from .engine.settings import are_hooked, call_settings, count_function_modes, has_global_hooks, policy_dtype
 from .errors import checked_probability, checked_width, checked_widths, first_line
 from .explain import Plan, checked_rows, explain
 from .functional import check_call
@@ -510,18 +503,21 @@ class FusedMLP(FusedSequence, nn.Sequential):
 
         Raises:
             TypeError: `sequential` is not an nn.Sequential.
-            ValueError: `sequential` has more than children: a forward, hooks, parameters or buffers of its own; or the
-                backend is unknown.
+            ValueError: it has a forward, hooks or state of its own, or the backend is unknown.
         """
         if not isinstance(sequential, nn.Sequential):
             raise TypeError(
                 f"sequential is {type(sequential).__name__}; it needs to be an nn.Sequential; "
                 "for a single layer there is FusedLinear"
             )
+        kind, own = type(sequential), vars(sequential)
+        hooked = settings.has_hooks(sequential) or any(map(own.get, settings.STATE_HOOKS))
         more = {
-            "a forward of its own": type(sequential).forward not in (Sequential.forward, FusedMLP.forward),
-            "hooks, or a forward patched onto it": has_hooks(sequential),
-            "parameters or buffers of its own": bool(sequential._parameters or sequential._buffers),
+            "a forward of its own": kind.forward not in (Sequential.forward, FusedMLP.forward)
+            or (kind.__call__, kind.__iter__) != (Sequential.__call__, Sequential.__iter__),
+            "hooks, or a forward patched onto it": hooked,
+            "parameters, buffers or extra state of its own": bool(own["_parameters"] or own["_buffers"])
+            or kind.get_extra_state is not Sequential.get_extra_state,
         }
         if found := [name for name, is_there in more.items() if is_there]:
             raise ValueError(

@@ -41,6 +41,36 @@ def test_hooks_on_the_replaced_module_stay(device: str) -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
+class FirstTwo(nn.Sequential):
+    """A Sequential that calls two of its children: nn.Sequential's forward iterates over the module."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([*super().__iter__()][:2])
+
+
+def test_a_sequence_with_its_own_order_is_not_replaced(device: str) -> None:
+    model = FirstTwo(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).to(device)
+    x = torch.randn(5, 8, device=device)
+    expected = model(x)
+    assert "FirstTwo has a __iter__ of its own" in str(fuse(model))
+    assert torch.equal(model(x), expected)
+
+
+class Named(nn.Sequential):
+    def __init__(self, width: int, name: str) -> None:
+        super().__init__(nn.Linear(width, width), nn.ReLU())
+        self.name = name
+
+
+def test_the_class_of_a_replaced_module_makes_others(device: str) -> None:
+    plain, named = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), Named(8, "a")
+    for model in (plain, named):
+        assert fuse(model).replaced
+    assert [*type(plain)(*plain)] == [*plain]
+    assert type(named)(4, name="b").name == "b"
+    assert type(named)(4, "b")(torch.ones(2, 4)).shape == (2, 4)
+
+
 def parametrized() -> nn.Module:
     return parametrizations.weight_norm(nn.Linear(8, 8))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -343,3 +343,33 @@ def test_a_width_of_0_is_the_reason_in_explain() -> None:
     model.backend = "triton"
     with pytest.raises(RuntimeError, match='backend is "triton", but a width is zero; backend="auto" runs plain torch'):
         model(torch.ones(2, 4))
+
+
+class Residual(nn.Sequential):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input + super().forward(input)
+
+
+class Backwards(nn.Sequential):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed([*super().__iter__()])
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda model: model.__setattr__("__class__", Residual), "a forward of its own"),
+        (lambda model: model.__setattr__("__class__", Backwards), "a forward of its own"),
+        (lambda model: model.__setattr__("forward", model[0].forward), "hooks, or a forward patched onto it"),
+        (lambda model: model.register_forward_hook(lambda *_: None), "hooks, or a forward patched onto it"),
+        (lambda model: model.register_state_dict_post_hook(lambda *_: None), "hooks, or a forward patched onto it"),
+        (lambda model: model.register_buffer("mean", torch.zeros(4)), "parameters, buffers or extra state"),
+        (lambda model: model.register_parameter("scale", nn.Parameter(torch.ones(4))), "parameters, buffers or extra"),
+    ],
+)
+def test_from_sequential_refuses_more_than_children(change: Callable[[nn.Module], object], found: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    change(model)
+    with pytest.raises(ValueError, match=f"sequential has {found}.*, and from_sequential takes only its children"):
+        FusedMLP.from_sequential(model)
+    assert torch.equal(FusedMLP.from_sequential(nn.Sequential(*model.children()))[0].weight, model[0].weight)

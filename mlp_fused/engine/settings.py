@@ -190,6 +190,12 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )  # attributes of every nn.Module
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def has_hooks(module: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = [
     "UserError", "checked_probability", "checked_width", "checked_widths", "count", "first_line", "listed",
-    "real_number", "whole_number",
+    "real_number", "truth", "whole_number",
 ]  # fmt: skip
 
 
@@ -56,6 +56,12 @@ def real_number(value: Any) -> float | None:
     if whole is not None or isinstance(value, bool):
         return whole
     return float(value) if isinstance(value, numbers.Real) else None
+
+
+def truth(value: Any) -> bool | None:
+    """`value` as a Python bool, or None if it is not a bool of Python, NumPy or torch."""
+    value = _python_number(value)
+    return value if isinstance(value, bool) else None
 
 
 def _python_number(value: Any) -> Any:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import types
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import UserError, listed, real_number, whole_number
+import torch
+
+from .errors import UserError, listed, real_number, truth, whole_number
 
 __all__ = ["DEVICE_HELP", "add_flags", "check_fields", "flag", "option", "shown"]
 
@@ -49,10 +52,10 @@ def shown(value: object) -> str:
 
 
 def check_fields(config: Any) -> None:
-    """Check the numbers, sequences and choices of a Config by their types, and convert them to Python's own types.
+    """Check the values of a Config by their types, and convert them to Python's own types.
 
-    Settings may come from NumPy or torch, but a checkpoint may only have types that `torch.load(weights_only=True)`
-    reads.
+    Settings may come from NumPy or torch, and files may be paths, but a checkpoint may only have types that
+    `torch.load(weights_only=True)` reads.
 
     Raises:
         UserError: a value has another type, or is not among the field's choices.
@@ -80,7 +83,19 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         if number is None:
             raise UserError(f"{name} is {value!r}; it needs to be a {'whole ' * (hint is int)}number")
         return number
-    return str(value) if hint is str and isinstance(value, str) else value
+    if hint is bool:
+        answer = truth(value)
+        if answer is None:
+            raise UserError(f"{name} is {value!r}; it needs to be True or False")
+        return answer
+    return _text(value, name) if hint is str else value
+
+
+def _text(value: Any, name: str) -> str:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str | torch.device):
+        raise UserError(f"{name} is {value!r}; it needs to be text")
+    return str(path)
 
 
 def _without_none(hint: Any) -> Any:

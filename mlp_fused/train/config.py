@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from ..checkpoint import build_network
 from ..dtypes import DtypeName
+from ..engine.recognize import resolve
 from ..engine.settings import Backend
 from ..errors import UserError, first_line
 from ..flags import DEVICE_HELP, check_fields, flag, option, shown
@@ -135,6 +136,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "activation", _activation_name(self.activation))
         check_fields(self)
         checks = (
             ("hidden", all(width >= 1 for width in self.hidden), "widths of 1 or more"),
@@ -156,6 +158,22 @@ class Config:
     def learning_rate(self) -> float:
         """`lr`, or the optimizer's default."""
         return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+
+
+def _activation_name(activation: Any) -> str:
+    """Return the name of an activation that may be given as a module or a function. A checkpoint stores the name."""
+    if isinstance(activation, str):
+        return activation
+    try:
+        known = resolve(activation, "--activation")
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    if known is not (default := ACTIVATIONS[known.name]):
+        raise UserError(
+            f"--activation is {known}, but a checkpoint stores only a name; it needs its default parameters, {default}"
+            ", or a name added with register_activation"
+        )
+    return known.name
 
 
 Build = Callable[[int, int, Config], nn.Module]  # (features, outputs, config) -> the network

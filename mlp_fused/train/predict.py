@@ -20,7 +20,7 @@ from ..checkpoint import load_checkpoint, make_model
 from ..dtypes import autocast, pick_device
 from ..errors import UserError, count, first_line, whole_number
 from ..files import check_writable, write_whole
-from ..flags import DEVICE_HELP, option
+from ..flags import DEVICE_HELP, check_fields, option
 from .config import Build, build_model
 from .config import Config as Training
 from .data import load_features, to_features
@@ -35,7 +35,7 @@ class Config:
     """The settings of `mlp-fused predict`. Each field is a command-line flag with a help text.
 
     Raises:
-        UserError: --out has another suffix than .npz and .csv, or is also an input file.
+        UserError: a value has the wrong type, or --out has another suffix than .npz and .csv, or is also an input file.
     """
 
     checkpoint: str = option(metavar="FILE", help="checkpoint file of mlp-fused train (required)")
@@ -52,6 +52,7 @@ class Config:
     device: str = option("auto", help=DEVICE_HELP)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if Path(self.out).suffix not in (".npz", ".csv"):
             raise UserError(f"--out is {self.out}; it needs to end in .npz or .csv")
         for name in ("checkpoint", "data"):

@@ -51,10 +51,6 @@ TUNE_MISTAKES = {
     "batch without dims": (("--batch", "4"), "--batch is given without --dims"),
     "dtype": (("--dims", "4", "2", "--dtype", "fp8"), "argument --dtype: invalid choice: 'fp8'"),
     "minutes": (("--minutes", "-1"), "--minutes is -1.0; it needs to be a finite number above 0"),
-    "one file for both": (
-        ("--out", "t", "--readings", "t"),
-        "--readings is t, the same as --out; it needs to be another file",
-    ),
     "no such flag": (("--minute", "1"), "unrecognized arguments: --minute 1"),
 }
 

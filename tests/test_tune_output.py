@@ -109,6 +109,18 @@ def test_tables_and_readings_are_not_confused(clock: Clock, config: Config, tabl
         run(clock, dataclasses.replace(config, readings=str(path()), out=str(table_folder / "other.json")))
 
 
+@pytest.mark.parametrize("out", ["./t.json", "link.json", None])
+def test_the_readings_need_a_file_of_their_own(
+    clock: Clock, table_folder: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+) -> None:
+    monkeypatch.chdir(table_folder)
+    Path("link.json").symlink_to("t.json")
+    readings = "t.json" if out else str(path())
+    with pytest.raises(UserError, match=r"^--readings is .*json, the file of the table; it needs to be another file$"):
+        run(clock, dataclasses.replace(DIMS, out=out, readings=readings))
+    assert not Path(readings).exists()
+
+
 def test_readings_are_written_completely_or_not_at_all(
     clock: Clock, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

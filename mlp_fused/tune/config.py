@@ -83,8 +83,6 @@ class Config:
                 )
         if self.batch is not None and (not self.batch or min(self.batch) < 1):
             raise UserError(f"--batch is {shown(self.batch)}; it needs to be 1 or more")
-        if self.readings is not None and self.readings == self.out:
-            raise UserError(f"--readings is {self.readings}, the same as --out; it needs to be another file")
         if not 0 < self.minutes < math.inf:
             raise UserError(f"--minutes is {self.minutes}; it needs to be a finite number above 0")
         try:

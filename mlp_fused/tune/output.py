@@ -26,7 +26,7 @@ class Output:
         now: a clock, in seconds.
 
     Raises:
-        UserError: a file cannot be written, or exists and has other content.
+        UserError: a file cannot be written, exists and has other content, or is given for both.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class Output:
     ) -> None:
         self.path, self.readings_path, self.empty = path, readings, empty
         self.now = now
+        if readings is not None and readings.resolve() == path.resolve():
+            raise UserError(f"--readings is {readings}, the file of the table; it needs to be another file")
         self.old = _existing(path, empty, "--out", report)
         empty_readings = replace(empty, readings=True)
         self.old_readings = (

@@ -403,3 +403,28 @@ def test_the_split_is_seeded_and_complete(rows: int, fraction: float, count: int
 
 def test_another_seed_gives_another_split() -> None:
     assert not torch.equal(split(100, 0.2, 0)[0], split(100, 0.2, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("training", "test"),
+    [
+        (np.uint64([2**60 + 1, 2**60 + 2]), np.int64([2**60 + 3])),
+        (np.int64([2**60 + 1, 2]), np.uint64([2**64 - 1])),
+        (np.uint64([2**53 + 1, 0]), np.int8([-5])),
+        (np.uint64([2**64 - 1, 0]), np.array([True])),
+    ],
+    ids=str,
+)
+def test_signed_and_unsigned_rows_keep_every_bit(tmp_path: Path, training: np.ndarray, test: np.ndarray) -> None:
+    np.savez(tmp_path / "d.npz", x_train=training, y_train=[0, 1], x_test=test, y_test=[1])
+    assert load_data(str(tmp_path / "d.npz")).x.flatten().tolist() == [*training.tolist(), *test.tolist()]
+
+
+def test_rows_that_no_integer_dtype_holds_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x_train=np.uint64([2**63, 0]), y_train=[0, 1], x_test=np.int64([-1]), y_test=[1])
+    with pytest.raises(UserError) as caught:
+        load_data(str(tmp_path / "d.npz"))
+    assert str(caught.value).endswith(
+        ": x_train, then x_test have integers from -1 to 9223372036854775808, which no 64-bit dtype holds; "
+        "use astype(float) for all"
+    )

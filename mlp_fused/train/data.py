@@ -201,7 +201,8 @@ def _join(names: Sequence[str], arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Concatenate the rows of all arrays.
 
     Raises:
-        UserError: an array has no rows, or its rows differ from the first array's in shape or kind of dtype.
+        UserError: an array has no rows, its rows differ from the first array's in shape or kind of dtype, or no dtype
+            holds the integers of all arrays.
     """
     first, *others = arrays
     for name, other in zip(names[1:], others):
@@ -214,7 +215,20 @@ def _join(names: Sequence[str], arrays: Sequence[np.ndarray]) -> np.ndarray:
         for array_name, array in ((names[0], first), (name, other)):
             if not len(array):
                 raise UserError(f"{array_name} has no rows; training and validation need at least one row each")
+    if all(array.dtype.kind in "biu" for array in arrays) and np.result_type(*arrays).kind == "f":
+        arrays = _with_one_integer_dtype(names, arrays)  # NumPy would round signed and unsigned integers to float64
     return np.concatenate(arrays) if others else first
+
+
+def _with_one_integer_dtype(names: Sequence[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    smallest = min(int(array.min(initial=0)) for array in arrays)
+    largest = max(int(array.max(initial=0)) for array in arrays)
+    if smallest < 0 and largest >= 2**63:
+        raise UserError(
+            f"{', then '.join(names)} have integers from {smallest} to {largest}, which no 64-bit dtype holds; "
+            "use astype(float) for all"
+        )
+    return [array.astype(np.int64 if smallest < 0 else np.uint64) for array in arrays]
 
 
 def _kind(array: np.ndarray) -> str:

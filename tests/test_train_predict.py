@@ -225,3 +225,55 @@ def test_a_failed_write_leaves_the_old_file(
 def test_only_available_results_are_written() -> None:
     assert list(Predictions(values=np.ones(3)).arrays) == ["values"]
     assert list(Predictions(np.ones(3), np.ones((3, 2)), np.arange(2)).arrays) == ["labels", "probabilities", "classes"]
+
+
+def test_tensors_are_predicted_as_arrays(arrays: dict[str, np.ndarray]) -> None:
+    trained(arrays["y"], arrays, epochs=1)
+    expected = predict("run.pt", arrays["x"]).probabilities
+    assert predict("run.pt", torch.from_numpy(arrays["x"]).requires_grad_()).probabilities.tolist() == expected.tolist()
+    narrow = torch.from_numpy(arrays["x"]).bfloat16()
+    expected = predict("run.pt", narrow.float().numpy()).probabilities
+    assert predict("run.pt", narrow).probabilities.tolist() == expected.tolist()
+
+
+REFUSED_TENSORS = {
+    "NaN": (torch.full((2, 4), torch.nan), "x has 8 values that are NaN, infinite or beyond float32, the first in row"),
+    "complex": (torch.ones(2, 4, dtype=torch.complex64).conj(), "x has dtype complex64; it needs real numbers"),
+    "empty": (torch.ones(0, 4), r"x has the shape \(0, 4\), and is empty; it needs rows of data"),
+    "one number": (torch.tensor(1.0), r"x has the shape \(\), a single number; it needs rows of data"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_TENSORS)
+def test_a_wrong_tensor_gives_one_sentence(arrays: dict[str, np.ndarray], name: str) -> None:
+    trained(arrays["y"], arrays, epochs=1)
+    x, sentence = REFUSED_TENSORS[name]
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        predict("run.pt", x)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_outputs_that_are_not_finite_give_one_sentence(arrays: dict[str, np.ndarray], task: Any) -> None:
+    arrays["x"] = (arrays["x"] - 1.7e9) / 1000  # a small range, so that 3e38 is infinite in float32 after the scaling
+    trained(arrays["y"], arrays, epochs=1, task=task)
+    x = arrays["x"].copy()
+    x[3] = x[5] = 3e38
+    with pytest.raises(UserError) as caught:
+        predict("run.pt", x, batch_size=2)
+    assert str(caught.value) == (
+        "the network of run.pt gives NaN or infinite outputs for 2 rows, the first of them row 3 (counted from 0); "
+        "their features are too far from those of the training; fix or remove these rows"
+    )
+
+
+def test_a_network_that_diverged_gives_one_sentence(arrays: dict[str, np.ndarray]) -> None:
+    trained(arrays["y"], arrays, epochs=1)
+    saved = torch.load("run.pt", weights_only=True)
+    saved["model"]["network.0.bias"].fill_(torch.nan)
+    torch.save(saved, "run.pt")
+    with pytest.raises(UserError) as caught:
+        predict("run.pt", arrays["x"])
+    assert str(caught.value) == (
+        "the network of run.pt has parameters that are NaN or infinite; train it again, with a smaller --lr if its "
+        "loss grew"
+    )

@@ -110,13 +110,14 @@ def predict(
         batch_size: the number of rows that the network computes at once.
 
     Raises:
-        UserError: the checkpoint, the features, the device or the batch size cannot be used.
+        UserError: the checkpoint, the features, the device or the batch size cannot be used, or outputs of the network
+            are NaN or infinite.
     """
     size = whole_number(batch_size)
     if size is None or size < 1:
         raise UserError(f"batch_size is {batch_size!r}; it needs to be a whole number of rows, 1 or more")
     loaded = load_checkpoint(checkpoint)
-    rows = to_features(x) if isinstance(x, np.ndarray) else x.reshape(len(x), -1)
+    rows = to_features(x if isinstance(x, np.ndarray) else _to_array(x))
     data, where = loaded["data"], pick_device(device)
     if rows.shape[1] != data["features"]:
         raise UserError(
@@ -129,10 +130,32 @@ def predict(
     with torch.inference_mode(), autocast("fp32" if (dtype, where.type) == ("fp16", "cpu") else dtype, where):
         parts = [network(scaling(part).to(where)).float().cpu() for part in rows.split(size)]
     outputs = torch.cat(parts)
+    _check_outputs(outputs, network, checkpoint)
     if unscaling:
         return Predictions(values=unscaling[0](outputs).reshape(-1, *data["shape"]).numpy())
     classes = np.arange(data["classes"]) if data["names"] is None else np.array(data["names"])
     return Predictions(classes[outputs.argmax(dim=1).numpy()], outputs.softmax(dim=1).numpy(), classes)
+
+
+def _to_array(x: Tensor) -> np.ndarray:
+    narrow = x.is_floating_point() and x.element_size() < 4  # NumPy has no bfloat16; float32 has the same values
+    return (x.float() if narrow else x).numpy(force=True)
+
+
+def _check_outputs(outputs: Tensor, network: nn.Module, checkpoint: str | Path) -> None:
+    bad = ~outputs.isfinite().all(dim=1)
+    if not bad.any():
+        return
+    if not all(parameter.isfinite().all() for parameter in network.parameters()):
+        raise UserError(
+            f"the network of {checkpoint} has parameters that are NaN or infinite; train it again, with a smaller --lr "
+            "if its loss grew"
+        )
+    raise UserError(
+        f"the network of {checkpoint} gives NaN or infinite outputs for {count(int(bad.sum()), 'row')}, the first of "
+        f"them row {int(bad.nonzero()[0])} (counted from 0); their features are too far from those of the training; "
+        "fix or remove these rows"
+    )
 
 
 def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions:

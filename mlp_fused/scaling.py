@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Scaling", "Unscaling", "collapsed", "column_remarks", "constant", "join_modules"]
 
 SAMPLE = 4096  # rows in which `collapsed` counts different values
+SMALLEST = 5e-324  # the smallest positive float64, whose quarter is 0
 LISTED = 5  # columns that a sentence names
 
 
@@ -83,14 +84,15 @@ class Scaling(_Float64):
         """The scaling of features x (N, features), N > 0. A constant column is only centred."""
         mean, remainder, moved = _centre(x)
         span = moved.amax(dim=0) - moved.amin(dim=0)
-        return cls(mean, torch.where(span > 0, span / 4, 1.0), remainder)
+        return cls(mean, torch.where(span > 0, (span / 4).clamp(min=SMALLEST), 1.0), remainder)
 
     @classmethod
     def fit_targets(cls, y: Tensor) -> Scaling:
         """The scaling of targets y (N, k), N > 0, by the standard deviation, so that predicting the mean has loss 1."""
         mean, remainder, moved = _centre(y)
-        varies = moved.amax(dim=0) > moved.amin(dim=0)
-        return cls(mean, torch.where(varies, moved.std(dim=0, correction=0), 1.0), remainder)
+        span = moved.amax(dim=0) - moved.amin(dim=0)
+        deviation = span * (moved / span).std(dim=0, correction=0)  # the square of a tiny number would be 0
+        return cls(mean, torch.where(span > 0, deviation.clamp(min=SMALLEST), 1.0), remainder)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != self.mean.shape:

@@ -203,6 +203,21 @@ def test_constant_targets_are_only_centred() -> None:
     assert torch.allclose(Scaling.fit_targets(y)(y), torch.zeros(30, 1), atol=1e-15)
 
 
+@pytest.mark.parametrize("size", [1e-170, 1e-300])
+def test_tiny_targets_are_scaled(size: float) -> None:
+    y = size * torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    scaling = Scaling.fit_targets(y)
+    assert scaling(y).flatten().tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
+    assert Unscaling(scaling.mean, scaling.scale)(scaling(y)).flatten().tolist() == pytest.approx(y.flatten().tolist())
+
+
+@pytest.mark.parametrize("fit", [Scaling.fit, Scaling.fit_targets])
+def test_the_smallest_range_gives_finite_numbers(fit: Any) -> None:
+    x = torch.tensor([[0.0], [5e-324]], dtype=torch.float64)
+    assert fit(x)(x).isfinite().all()
+    assert fit(x)(x).unique().numel() == 2
+
+
 def remarks_on(x: np.ndarray) -> list[str]:
     rows = to_features(x)
     return column_remarks(rows, Scaling.fit(rows)(rows))

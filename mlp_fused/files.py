@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import UserError
+from .errors import UserError, first_line
 
-__all__ = ["check_writable", "write_all", "write_whole"]
+__all__ = ["check_writable", "resolved", "write_all", "write_whole"]
 
 
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -34,17 +34,29 @@ def check_writable(path: str | Path, flag: str) -> None:
     """Check, before any work is done, that the file of a flag can be written.
 
     Raises:
-        UserError: the path is a folder, or no file can be created in its folder.
+        UserError: the path is a folder, no file can be created in its folder, or there can be no such path.
     """
-    path = Path(path).resolve()
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; it needs to be a file")
+    path = resolved(path, flag)
     try:
+        if path.is_dir():
+            raise UserError(f"{flag} {path} is a folder; it needs to be a file")
         with open(_temporary(path), "wb"):
             pass
         _temporary(path).unlink()
     except OSError as error:
         raise UserError(f"cannot write into {path.parent}, the folder of {flag}: {error.strerror}") from None
+
+
+def resolved(path: str | Path, flag: str) -> Path:
+    """Return the absolute path of a flag's file, with symbolic links replaced by the files that they point to.
+
+    Raises:
+        UserError: there can be no such path.
+    """
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a loop; ValueError: a NUL in the path
+        raise UserError(f"{flag} is {str(path)!r}, which cannot be a file: {first_line(error)}") from None
 
 
 def _temporary(path: Path) -> Path:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..checkpoint import load_checkpoint, make_model
 from ..dtypes import autocast, pick_device
 from ..errors import UserError, count, first_line, whole_number
-from ..files import check_writable, write_whole
-from ..flags import DEVICE_HELP, check_fields, option
+from ..files import check_writable, resolved, write_whole
+from ..flags import DEVICE_HELP, check_fields, flag, option
 from .config import Build, build_model
 from .config import Config as Training
 from .data import load_features, to_features
@@ -56,7 +56,7 @@ class Config:
         if Path(self.out).suffix not in (".npz", ".csv"):
             raise UserError(f"--out is {self.out}; it needs to end in .npz or .csv")
         for name in ("checkpoint", "data"):
-            if Path(self.out).resolve() == Path(getattr(self, name)).resolve():
+            if resolved(self.out, "--out") == resolved(getattr(self, name), flag(name)):
                 raise UserError(
                     f"--out is {self.out}, which is also --{name} and would be replaced; give --out another name"
                 )

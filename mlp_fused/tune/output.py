@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..engine import paths, table_files, tables
 from ..errors import UserError, first_line
-from ..files import check_writable
+from ..files import check_writable, resolved
 from .tasks import Row
 
 READINGS_EVERY = 10.0  # seconds between writes of the readings; the table is written after every row
@@ -39,7 +39,7 @@ class Output:
     ) -> None:
         self.path, self.readings_path, self.empty = path, readings, empty
         self.now = now
-        if readings is not None and readings.resolve() == path.resolve():
+        if readings is not None and resolved(readings, "--readings") == resolved(path, "--out"):
             raise UserError(f"--readings is {readings}, the file of the table; it needs to be another file")
         self.old = _existing(path, empty, "--out", report)
         empty_readings = replace(empty, readings=True)

@@ -58,10 +58,12 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """
     try:
         write_whole(path, lambda file: torch.save(dict(checkpoint), file))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
         where = Path(path).resolve()
+        # torch hides the OSError of a full disk behind a RuntimeError with a line of its source code.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(
-            f"cannot write the checkpoint {where}: {first_line(error)}; the old file, if any, is unchanged"
+            f"cannot write the checkpoint {where}: {first_line(reason)}; the old file, if any, is unchanged"
         ) from error
 
 

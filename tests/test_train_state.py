@@ -246,6 +246,19 @@ def test_a_failed_write_leaves_the_old_checkpoint(
     assert len(run(config, resume=True).history) == 3
 
 
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """A limit on the size of files makes torch.save fail as a full disk does."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write the checkpoint .*run.pt: \[Errno 27\] File too large; the"):
+            save_checkpoint(tmp_path / "run.pt", {"model": torch.zeros(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_at_a_link_replaces_the_target(tmp_path: Path) -> None:
     link, target = tmp_path / "link.pt", tmp_path / "target.pt"
     target.write_bytes(b"old")

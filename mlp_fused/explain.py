@@ -47,6 +47,8 @@ from .reference import Layer
 
 __all__ = ["Plan", "RunPlan", "Work", "checked_rows", "explain", "make_schedules", "meta_layers", "work"]
 
+MOST_ROWS = 2**40  # more than any memory holds; the bytes of much larger batches overflow torch's 64 bits
+
 
 def make_schedules(
     path: NetworkPath | LayerPath, x: Tensor, layers: Sequence[Layer], device: devices.Device
@@ -301,11 +303,13 @@ def checked_rows(batch_size: object, least: int) -> int:
     """`batch_size` as a Python int.
 
     Raises:
-        ValueError: it is not a whole number, or is below `least`.
+        ValueError: it is not a whole number, is below `least`, or is above 2^40.
     """
     rows = whole_number(batch_size)
-    if rows is None or rows < least:
-        raise ValueError(f"batch_size is {batch_size!r}; it needs to be a number of rows, {least} or more")
+    if rows is None or not least <= rows <= MOST_ROWS:
+        raise ValueError(
+            f"batch_size is {batch_size!r}; it needs to be a number of rows, {least} or more, at most 2^40"
+        )
     return rows
 
 

@@ -82,6 +82,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         number = whole_number(value) if hint is int else real_number(value)
         if number is None:
             raise UserError(f"{name} is {value!r}; it needs to be a {'whole ' * (hint is int)}number")
+        if hint is int and number >= 2**63:  # torch's sizes have 64 bits
+            raise UserError(f"{name} is {number}; it needs to be at most 2^63 - 1")
         return number
     if hint is bool:
         answer = truth(value)

@@ -228,7 +228,7 @@ class FusedSequence(WithBackend, nn.Module):
             The seconds that it took.
 
         Raises:
-            ValueError: no batch size, or one below 1.
+            ValueError: no batch size, or one below 1 or above 2^40.
             RuntimeError: backend="triton" cannot run, as in a call.
         """
         if not batch_sizes:
@@ -288,8 +288,8 @@ class FusedSequence(WithBackend, nn.Module):
             A record whose `str` is a table. Its numbers are for a training step in which the input needs no gradient.
 
         Raises:
-            ValueError: a negative batch size, an unknown device, or a network without parameters or whose input is not
-                rows of features.
+            ValueError: a batch size below 0 or above 2^40, an unknown device, or a network without parameters or whose
+                input is not rows of features.
             TypeError: `dtype` is not a floating-point torch.dtype.
         """
         return explain(self, batch_size, dtype, device)

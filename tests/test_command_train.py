@@ -203,6 +203,8 @@ MISTAKES: dict[str, tuple[Callable[[], object] | dict[str, Any], tuple[str, ...]
     "lr infinite": ({}, ("--lr", "inf"), "--lr is inf; it needs to be a finite number"),
     "width": ({}, ("--hidden", "8", "0"), "--hidden is 8 0; it needs to be widths of 1 or more"),
     "huge": ({}, ("--hidden", "1000000000000"), "--hidden is 1000000000000; cannot build the network: .*memory"),
+    "beyond 64 bits": ({}, ("--hidden", "8", str(2**63)), f"--hidden is {2**63}; it needs to be at most 2.63 - 1$"),
+    "lr beyond float32": ({}, ("--lr", "1e300"), r"--lr is 1e\+300; it needs to be a finite .* above 0, at most 1e36$"),
     "fraction": ({}, ("--validation-fraction", "1"), "--validation-fraction is 1.0; it needs to be between 0 and 1"),
     "seed": ({}, ("--seed", "-1"), "--seed is -1; it needs to be from 0 to"),
     "no number": ({}, ("--epochs", "many"), "argument --epochs: invalid int value: 'many'"),

@@ -166,3 +166,15 @@ def test_explain_for_a_missing_gpu_lists_the_names_it_takes() -> None:
     with pytest.raises(ValueError, match=r"^device is 'cuda', and torch can use none here; .* cpu, or .*NVIDIA A100, "):
         FusedMLP(32, [16, 8]).explain(8, device="cuda")
     assert FusedMLP(32, [16, 8]).explain(8, device="cpu").path == "reference"
+
+
+@pytest.mark.parametrize("rows", [2**40 + 1, 2**62, 10**30])
+def test_more_rows_than_any_memory_holds_are_refused(rows: int) -> None:
+    model = FusedMLP(4, [4, 2])
+    for method in (model.explain, model.warmup):
+        with pytest.raises(ValueError, match=rf"^batch_size is {rows}; it needs to be a number of rows, .*most 2\^40$"):
+            method(rows)
+
+
+def test_the_largest_number_of_rows_is_explained() -> None:
+    assert FusedMLP(4, [4, 2]).explain(2**40, device="H200").rows == 2**40

@@ -361,4 +361,10 @@ def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_larger_than_the_data_takes_all_rows(data: str) -> None:
-    assert len(run(TINY, data=data, batch_size=10**30).losses) == TINY.epochs
+    assert len(run(TINY, data=data, batch_size=2**63 - 1).losses) == TINY.epochs
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_largest_learning_rate_diverges_with_one_sentence(data: str, optimizer: Any) -> None:
+    with pytest.raises(UserError, match=r"^training diverged in epoch 1: .*; try a smaller .* than --lr 1e\+36$"):
+        run(TINY, data=data, optimizer=optimizer, lr=1e36, epochs=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,6 +31,7 @@ __all__ = [
 OptimizerName = Literal["adam", "sgd"]
 LEARNING_RATES: dict[str, float] = {"adam": 1e-3, "sgd": 0.05}
 MOMENTUM = 0.9  # SGD's
+HIGHEST_RATE = 1e36  # Adam divides the rate by 0.1 in its first step, and float32 has to hold the result
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Config:
         checks = (
             ("hidden", all(width >= 1 for width in self.hidden), "widths of 1 or more"),
             ("dropout", 0 <= self.dropout <= 1, "a probability, from 0 to 1"),
-            ("lr", self.lr is None or 0 < self.lr < math.inf, "a finite number above 0"),
+            ("lr", self.lr is None or 0 < self.lr <= HIGHEST_RATE, "a finite number above 0, at most 1e36"),
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1, both excluded"),

@@ -112,7 +112,7 @@ def run(config: Config, *, report: Callable[[str], None] = print, seconds: float
     width = next(model.parameters()).shape[1]
     chosen = None if config.device == "auto" and device.type == "cpu" else device
     try:
-        batch = torch.randn(max(config.batch), width, dtype=DTYPES[config.dtype])
+        batch = _make_batch(max(config.batch), width, config.dtype)
         result = measure(
             model, batch, sizes=config.batch, training=not config.inference, device=chosen, seconds=seconds
         )
@@ -129,6 +129,13 @@ def run(config: Config, *, report: Callable[[str], None] = print, seconds: float
         if not config.json:
             report(f"wrote the plot to {path}")
     return result
+
+
+def _make_batch(rows: int, width: int, dtype: DtypeName) -> torch.Tensor:
+    try:
+        return torch.randn(rows, width, dtype=DTYPES[dtype])
+    except RuntimeError as error:
+        raise UserError(f"--batch is {rows}; cannot make its input: {first_line(error)}") from None
 
 
 def _network(config: Config) -> FusedMLP:

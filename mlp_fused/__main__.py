@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None, run: Callable[..., object] | None = 
         return 0
 
     def report(text: str) -> None:
-        print(text, flush=True)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        # Where stdout is ASCII, "R²" must not end a training with an error.
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     command = COMMANDS[name]
     try:

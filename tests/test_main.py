@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,14 @@ def test_only_the_first_process_prints(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
     assert capsys.readouterr().out == f"mlp-fused {mlp_fused.__version__}\n"
+
+
+def test_output_beyond_the_encoding_of_stdout_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+    def run(config: Config, report: Callable[[str], None]) -> None:
+        report("validation R² of Öl\udcff: 1")
+
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert call("train", run=run) == 0
+    assert stdout.buffer.getvalue() == b"validation R\\xb2 of \\xd6l\\udcff: 1\n"

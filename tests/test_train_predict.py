@@ -277,3 +277,16 @@ def test_a_network_that_diverged_gives_one_sentence(arrays: dict[str, np.ndarray
         "the network of run.pt has parameters that are NaN or infinite; train it again, with a smaller --lr if its "
         "loss grew"
     )
+
+
+def test_a_class_name_beyond_utf_8_needs_an_npz(arrays: dict[str, np.ndarray]) -> None:
+    names = np.array(["elm", "oak", "ash\udcff"])
+    trained(names[arrays["y"]], arrays, epochs=1)
+    with pytest.raises(UserError) as caught:
+        predict_module.run(predict_module.Config("run.pt", "data.npz", "out.csv"), report=lambda text: None)
+    assert str(caught.value) == (
+        r"a class name has '\udcff', which UTF-8 cannot encode; use --out FILE.npz instead of out.csv"
+    )
+    assert not Path("out.csv").exists()
+    predict_module.run(predict_module.Config("run.pt", "data.npz", "out.npz"), report=lambda text: None)
+    assert sorted(np.load("out.npz")["classes"].tolist()) == sorted(names.tolist())

@@ -175,6 +175,11 @@ def run(config: Config, *, report: Callable[[str], None] = print) -> Predictions
     write = _write_csv if path.suffix == ".csv" else _write_npz
     try:
         write_whole(path, lambda file: write(file, predictions))
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a class name has {error.object[error.start]!r}, which UTF-8 cannot encode; use --out FILE.npz instead of "
+            f"{path}"
+        ) from None
     except OSError as error:
         raise UserError(
             f"cannot write the predictions to {path}: {first_line(error)}; the old file, if any, is unchanged"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -139,7 +140,14 @@ class CapturedStep:
         self._kind = x.device.type
         self._autocast = torch.is_autocast_enabled(self._kind), torch.get_autocast_dtype(self._kind)
         self._training = model.training
-        modules = [module for owner in (model, loss_fn) if isinstance(owner, nn.Module) for module in owner.modules()]
+        self._states = 0  # the number of parameters with optimizer state, once that is the graph's memory
+        named = [
+            (whose, f"{path}." if path else "", module)
+            for whose, owner in (("the model's", model), ("loss_fn's", loss_fn))
+            if isinstance(owner, nn.Module)
+            for path, module in owner.named_modules()
+        ]
+        modules = [module for _, _, module in named]
         own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
         optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._parameters = list({id(parameter): parameter for parameter in (*own, *optimized)}.values())
@@ -150,7 +158,7 @@ class CapturedStep:
         try:
             for _ in range(warmup):
                 graph.warm_up(self._step)
-            self._record_unchanging(modules)
+            self._record_unchanging(named)
             before = dict(_leaves(optimizer.state))
             _check_state(optimizer, before, x.device)
             outside = sys.exc_info()[1]
@@ -163,11 +171,15 @@ class CapturedStep:
                 if "captur" in cause:
                     cause += "; if a variable still holds a loss or an output of an earlier step, del it first"
                 raise RuntimeError(f"the step cannot be captured: {cause}") from error
+            for module in self._modules:
+                module.drop_changed()  # a counter, for example, which the step itself changes
             self._check_unchanged("by the step itself", "a graph cannot repeat that; change it in place")
             _check_same(optimizer, before, dict(_leaves(optimizer.state)))
         finally:
             self._missing = snapshot.restore()
         self._check_unchanged("by the first step", "train one step without a graph, then capture")
+        if not self._missing:
+            self._states = len(optimizer.state)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Train on one batch, and return its loss, which the next call overwrites.
@@ -229,16 +241,28 @@ class CapturedStep:
                 memory = self._missing.pop(path)
                 memory.copy_(value)
                 holder[key] = memory
+        self._states = len(self.optimizer.state)
 
-    def _record_unchanging(self, modules: list[nn.Module]) -> None:
-        """Record everything that must not change between capture and replay."""
-        self._owned = [
-            (owned, name, tensor, tensor.data_ptr(), tensor.requires_grad)
-            for module in modules
+    def _record_unchanging(self, named: list[tuple[str, str, nn.Module]]) -> None:
+        """Record everything that must not change between capture and replay.
+
+        Args:
+            named: (whose, path, module) of every module, to name its parts in errors: "the model's", "3.".
+        """
+        self._modules = [_Attributes(*entry) for entry in named]
+        tensors = [
+            (f"{whose} {path}{name}", owned, name, tensor)
+            for whose, path, module in named
             for owned in (module._parameters, module._buffers)
             for name, tensor in owned.items()
+        ]
+        self._owned = [
+            (where, owned, name, tensor, tensor.data_ptr(), tensor.requires_grad)
+            for where, owned, name, tensor in tensors
             if tensor is not None
         ]
+        self._absent = [(where, owned, name) for where, owned, name, tensor in tensors if tensor is None]
+        self._owners = [owned for *_, module in named for owned in (module._parameters, module._buffers)]
         self._state, self._groups = self.optimizer.state, self.optimizer.param_groups
         rated = [rate.group for rate in self._rates]
         self._hyperparameters = [
@@ -247,7 +271,8 @@ class CapturedStep:
             for name, value in group.items()
             if name != "params" and not (name == "lr" and any(group is other for other in rated))
         ]
-        self._count = len(self._groups)
+        self._own_groups = list(self._groups)
+        self._optimized = [list(group["params"]) for group in self._groups]
 
     def _check_unchanged(self, when: str, fix: str) -> None:
         """Raise an error if something changed that must not change between capture and replay."""
@@ -255,23 +280,76 @@ class CapturedStep:
         def refuse(change: str) -> NoReturn:
             raise RuntimeError(f"{change} {when}; {fix}")
 
-        for owned, name, tensor, pointer, requires_grad in self._owned:
+        for where, owned, name, tensor, pointer, requires_grad in self._owned:
             if owned.get(name) is not tensor or tensor.data_ptr() != pointer:
-                refuse(f"the model's {name} was replaced, moved or converted")
-            if tensor.requires_grad != requires_grad:
-                refuse(f"requires_grad of the model's {name} was changed")
+                refuse(f"{where} was removed, replaced, moved or converted")
+            if tensor.requires_grad is not requires_grad:
+                refuse(f"requires_grad of {where} was changed")
+        for where, owned, name in self._absent:
+            if owned.get(name) is not None:
+                refuse(f"{where} was added")
         if self.model.training != self._training:
             mode = "train" if self._training else "eval"
             raise RuntimeError(f"the step was captured after model.{mode}(); call that, or capture another step")
+        if sum(map(len, self._owners)) != len(self._owned) + len(self._absent):
+            refuse("a parameter or a buffer was added or removed")
+        for module in self._modules:
+            if module.has_changed():
+                refuse(module.change())
         optimizer = self.optimizer
         if optimizer.state is not self._state or optimizer.param_groups is not self._groups:
             refuse("the optimizer's state was loaded")
-        if len(self._groups) != self._count:
-            refuse("a parameter group was added")
+        if len(self._state) < self._states:
+            refuse("the optimizer's state was removed")
+        if not _same(self._groups, self._own_groups):
+            refuse("a parameter group was added, removed or replaced")
+        for group, parameters in zip(self._groups, self._optimized):
+            if not _same(group["params"], parameters):
+                refuse("the optimizer's parameters were changed")
         for group, name, value in self._hyperparameters:
             now = group.get(name)
             if now is not value and (isinstance(now, Tensor) or isinstance(value, Tensor) or now != value):
                 refuse(f"the optimizer's {name} was changed from {value} to {now}")
+
+
+class _Attributes:
+    """The children of a module, and its plain public attributes, such as Dropout's p, at the time of the record."""
+
+    def __init__(self, whose: str, path: str, module: nn.Module) -> None:
+        self.whose, self.path, self.now = whose, path, vars(module)
+        kinds = (bool, int, float, str)
+        plain = {name: value for name, value in self.now.items() if type(value) in kinds and not name.startswith("_")}
+        self.children = dict(module._modules)
+        self._record(plain)
+
+    def _record(self, plain: dict[str, Any]) -> None:
+        self.plain = plain
+        self._read = operator.itemgetter("_modules", *plain)  # one call, because every step makes it
+        self._then = self._read({"_modules": self.children, **plain})
+
+    def drop_changed(self) -> None:
+        """Drop the plain attributes that have changed since the record."""
+        self._record({name: value for name, value in self.plain.items() if self.now.get(name) == value})
+
+    def has_changed(self) -> bool:
+        try:
+            return bool(self._read(self.now) != self._then)
+        except KeyError:
+            return True
+
+    def change(self) -> str:
+        """The first change, in words."""
+        now = self.now["_modules"]
+        for name in (*self.children, *now):
+            if now.get(name) is not self.children.get(name):
+                return f"{self.whose} module {self.path}{name} was added, removed or replaced"
+        name = next(name for name, value in self.plain.items() if self.now.get(name) != value)
+        return f"{self.whose} {self.path}{name} was changed from {self.plain[name]!r} to {self.now.get(name)!r}"
+
+
+def _same(now: list[Any], then: list[Any]) -> bool:
+    """True if two lists contain the same objects in the same order."""
+    return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _takes_rate_in_memory(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

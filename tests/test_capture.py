@@ -177,8 +177,8 @@ FAILURES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.o
     "the loss, capturing": (network, adam, lambda: failing_loss(4), RuntimeError, "the step cannot be captured: KeyError: 'no such label'$"),
     "no loss": (network, adam, lambda: lambda output, y: 0.5, TypeError, "loss_fn returned float; it needs to return the loss, a tensor"),
     "counted in Python": (network, lambda model: Counts(model.parameters(), 0.1), lambda: cross_entropy, RuntimeError, "Counts replaces its 'count' in every step, which a graph cannot"),
-    "a buffer replaced": (Replaces, adam, lambda: cross_entropy, RuntimeError, "the model's mean was replaced, moved or converted by the step itself; .* change it in place"),
-    "a buffer made in the first step": (Lazy, adam, lambda: cross_entropy, RuntimeError, "the model's scale was replaced, moved or converted by the first step; train one step without a graph, then capture"),
+    "a buffer replaced": (Replaces, adam, lambda: cross_entropy, RuntimeError, "the model's mean was removed, replaced, moved or converted by the step itself; .* change it in place"),
+    "a buffer made in the first step": (Lazy, adam, lambda: cross_entropy, RuntimeError, "the model's scale was removed, replaced, moved or converted by the first step; train one step without a graph, then capture"),
 }  # fmt: skip
 
 
@@ -208,11 +208,26 @@ CHANGES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "another device": (lambda model, optimizer, batch: batch.update(x=batch["x"].to("meta")), RuntimeError, "x is .* on meta; the step was captured for .* on cpu"),
     "no tensor": (lambda model, optimizer, batch: batch.update(y=[1] * 9), TypeError, "y is list; it needs to be a torch.Tensor"),
     "evaluation": (lambda model, optimizer, batch: model.eval(), RuntimeError, r"the step was captured after model.train\(\); call that"),
-    "another dtype of the model": (lambda model, optimizer, batch: model.double(), RuntimeError, "the model's weight was replaced, moved or converted since the capture; capture the step again"),
-    "another parameter": (lambda model, optimizer, batch: setattr(model[0], "weight", nn.Parameter(torch.zeros(16, 12))), RuntimeError, "the model's weight was replaced"),
-    "another buffer": (lambda model, optimizer, batch: setattr(model[1], "running_mean", torch.zeros(16)), RuntimeError, "the model's running_mean was replaced"),
-    "frozen": (lambda model, optimizer, batch: model[0].bias.requires_grad_(False), RuntimeError, "requires_grad of the model's bias was changed since the capture"),
+    "another dtype of the model": (lambda model, optimizer, batch: model.double(), RuntimeError, "the model's 0.weight was removed, replaced, moved or converted since the capture; capture the step again"),
+    "another parameter": (lambda model, optimizer, batch: setattr(model[0], "weight", nn.Parameter(torch.zeros(16, 12))), RuntimeError, "the model's 0.weight was removed, replaced"),
+    "another buffer": (lambda model, optimizer, batch: setattr(model[1], "running_mean", torch.zeros(16)), RuntimeError, "the model's 1.running_mean was removed, replaced"),
+    "frozen": (lambda model, optimizer, batch: model[0].bias.requires_grad_(False), RuntimeError, "requires_grad of the model's 0.bias was changed since the capture"),
     "a loaded optimizer": (lambda model, optimizer, batch: optimizer.load_state_dict(optimizer.state_dict()), RuntimeError, "the optimizer's state was loaded since the capture; capture the step again"),
+    "another layer": (lambda model, optimizer, batch: model.__setitem__(0, nn.Linear(12, 16)), RuntimeError, "the model's module 0 was added, removed or replaced since the capture; capture the step again"),
+    "one more layer": (lambda model, optimizer, batch: model.append(nn.ReLU()), RuntimeError, "the model's module 10 was added, removed"),
+    "one layer less": (lambda model, optimizer, batch: model.__delitem__(-1), RuntimeError, "the model's module 9 was added, removed"),
+    "one more parameter": (lambda model, optimizer, batch: model[2].register_parameter("scale", nn.Parameter(torch.ones(1))), RuntimeError, "a parameter or a buffer was added or removed since the capture"),
+    "one more buffer": (lambda model, optimizer, batch: model.register_buffer("scale", torch.ones(1)), RuntimeError, "a parameter or a buffer was added or removed since the capture"),
+    "a buffer that was None": (lambda model, optimizer, batch: setattr(model[1], "running_bias", torch.ones(16)), RuntimeError, "the model's 1.running_bias was added since the capture"),
+    "one parameter less": (lambda model, optimizer, batch: delattr(model[0], "bias"), RuntimeError, "the model's 0.bias was removed"),
+    "a frozen BatchNorm": (lambda model, optimizer, batch: model[1].eval(), RuntimeError, "the model's 1.training was changed from True to False since the capture"),
+    "another p": (lambda model, optimizer, batch: setattr(model[3], "p", 0.9), RuntimeError, "the model's 3.p was changed from 0.3 to 0.9 since the capture"),
+    "no p": (lambda model, optimizer, batch: delattr(model[3], "p"), RuntimeError, "the model's 3.p was changed from 0.3 to None since the capture"),
+    "cleared state": (lambda model, optimizer, batch: optimizer.state.clear(), RuntimeError, "the optimizer's state was removed since the capture"),
+    "one optimized parameter less": (lambda model, optimizer, batch: optimizer.param_groups[0]["params"].pop(), RuntimeError, "the optimizer's parameters were changed since the capture"),
+    "another optimized parameter": (lambda model, optimizer, batch: optimizer.param_groups[0]["params"].__setitem__(0, nn.Parameter(torch.zeros(16, 12))), RuntimeError, "the optimizer's parameters were changed"),
+    "no group": (lambda model, optimizer, batch: optimizer.param_groups.clear(), RuntimeError, "a parameter group was added, removed or replaced"),
+    "a replaced group": (lambda model, optimizer, batch: optimizer.param_groups.__setitem__(0, dict(optimizer.param_groups[0])), RuntimeError, "a parameter group was added, removed or replaced"),
     "another group": (lambda model, optimizer, batch: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}), RuntimeError, "a parameter group was added"),
     "weight decay": (lambda model, optimizer, batch: optimizer.param_groups[0].update(weight_decay=0.1), RuntimeError, "the optimizer's weight_decay was changed from 0 to 0.1 since the capture"),
 }  # fmt: skip
@@ -222,16 +237,47 @@ CHANGES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
 def test_changes_that_a_replay_cannot_see_are_refused(name: str, stand_in: None) -> None:
     change, kind, sentence = CHANGES[name]
     model = network()
+    model[1].register_buffer("running_bias", None)
     optimizer = adam(model)
     first, second = batches(2)
     step = capture_step(model, cross_entropy, optimizer, *first)
     step(*first)
     batch = dict(zip("xy", second))
     change(model, optimizer, batch)
-    state = training_state(model, optimizer)
+
+    def state() -> list[Any]:
+        gradients = [parameter.grad for parameter in model.parameters()]
+        states = [model.state_dict(), list(optimizer.state.values()), gradients, torch.get_rng_state()]
+        return copy.deepcopy(states)
+
+    before = state()
     with pytest.raises(kind, match=sentence):
         step(**batch)
-    assert_equal(training_state(model, optimizer), state)
+    assert_equal(state(), before)
+
+
+def test_a_change_of_the_loss_is_refused(stand_in: None) -> None:
+    model, loss_fn, batch = network(), nn.CrossEntropyLoss(), next(batches(1))
+    step = capture_step(model, loss_fn, adam(model), *batch)
+    loss_fn.label_smoothing = 0.1
+    with pytest.raises(
+        RuntimeError, match=r"^loss_fn's label_smoothing was changed from 0\.0 to 0\.1 since the capture"
+    ):
+        step(*batch)
+
+
+def test_a_counter_that_the_step_changes_is_accepted(stand_in: None) -> None:
+    class Counted(nn.Linear):
+        calls = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = (self.calls or 0) + 1
+            return super().forward(x)
+
+    model, batch = Counted(12, 5), next(batches(1))
+    step = capture_step(model, cross_entropy, adam(model), *batch)
+    losses = [step(*batch).item() for _ in range(3)]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_values_that_change_in_place_are_seen(stand_in: None) -> None:

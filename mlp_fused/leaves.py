@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
+from collections import UserString
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     """
     if isinstance(batch, Tensor):
         return _map_sparse(batch, function)
-    if isinstance(batch, str | bytes | bytearray | memoryview | range | type):
+    if isinstance(batch, str | UserString | bytes | bytearray | memoryview | range | type):
         return batch
     if isinstance(batch, PackedSequence):  # batch_sizes stay on the host
         return PackedSequence(
@@ -35,11 +37,13 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     if moves_itself and callable(getattr(batch, "pin_memory", None)):
         return function(batch)
     if isinstance(batch, Mapping):
-        mapped = {key: map_leaves(value, function) for key, value in batch.items()}
-        return batch if all(mapped[key] is value for key, value in batch.items()) else _like(batch, mapped)
+        values = dict(batch.items())
+        mapped = {key: map_leaves(value, function) for key, value in values.items()}
+        return batch if all(map(operator.is_, mapped.values(), values.values())) else _like(batch, mapped)
     if isinstance(batch, Sequence):
-        items = [map_leaves(item, function) for item in batch]
-        return batch if all(new is old for new, old in zip(items, batch)) else _sequence_like(batch, items)
+        before = list(batch)  # read once: array.array creates its items in every loop
+        items = [map_leaves(item, function) for item in before]
+        return batch if all(map(operator.is_, items, before)) else _sequence_like(batch, items)
     if moves_itself:
         return function(batch)
     if dataclasses.is_dataclass(batch):
@@ -78,7 +82,10 @@ def _map_sparse(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
-    """`mapped` as a mapping of the batch's type, with its other attributes; a dict if that cannot be created."""
+    """`mapped` as a mapping of the batch's type; a dict if that cannot be created.
+
+    A mutable mapping keeps its other attributes. Others have those that their constructor gives.
+    """
     if type(batch) is dict:
         return mapped
     try:
@@ -90,17 +97,24 @@ def _like(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
                 return clone
             batch.update(before)  # the copy shares its items with the batch, so both have changed
         return type(batch)(mapped)  # type: ignore[call-arg]
-    except TypeError:
+    except (TypeError, ValueError):
         return mapped
 
 
 def _sequence_like(batch: Sequence[Any], items: list[Any]) -> Any:
-    """`items` as a sequence of the batch's type, with its other attributes; a list if that cannot be created."""
+    """`items` as a sequence of the batch's type; a list if that cannot be created.
+
+    A tuple or a mutable sequence keeps its other attributes. Others have those that their constructor gives.
+    """
     if type(batch) is list:
         return items
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*items)
     try:
+        if isinstance(batch, tuple):
+            # The constructor of a namedtuple may take other arguments than its fields.
+            new: Any = getattr(batch, "_make", type(batch))(items)
+            if hasattr(batch, "__dict__"):
+                vars(new).update(vars(batch))
+            return new
         if isinstance(batch, MutableSequence):
             before = list(batch)
             clone = copy.copy(batch)
@@ -109,7 +123,7 @@ def _sequence_like(batch: Sequence[Any], items: list[Any]) -> Any:
                 return clone
             _assign(batch, before)  # the copy shares its items with the batch, so both have changed
         return type(batch)(items)  # type: ignore[call-arg]
-    except TypeError:
+    except (TypeError, ValueError):
         return items
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import types
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from mlp_fused import DevicePrefetcher
+from mlp_fused.leaves import map_leaves
 
 
 class Pair(NamedTuple):
@@ -136,6 +138,80 @@ def test_batches_arrive_as_the_loader_made_them(loader: list[Any], depth: int) -
             assert not any(streams.is_here(leaf) for leaf in leaves(expected)), "the loader's own batch was changed"
             count += 1
         assert count == len(loader) == len(prefetcher)
+
+
+class Labelled(Pair):
+    """A namedtuple whose constructor takes other arguments than its fields."""
+
+    def __new__(cls, x: Any) -> Labelled:
+        return super().__new__(cls, x, "label")
+
+
+class Noted(tuple[Any, ...]):
+    note = ""
+
+
+class Fixed(collections.abc.Sequence[Any]):
+    """A sequence that can only be created from a number."""
+
+    def __init__(self, number: Any) -> None:
+        if not isinstance(number, int):
+            raise ValueError("no number")
+        self.items = [torch.full((2,), float(number))]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class FixedMapping(collections.abc.Mapping[str, Any]):
+    """A mapping that can only be created from a number."""
+
+    def __init__(self, number: Any) -> None:
+        if not isinstance(number, int):
+            raise ValueError("no number")
+        self.items_ = {"x": torch.full((2,), float(number))}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+def double(batch: Any) -> Any:
+    return map_leaves(batch, lambda leaf: 2 * leaf)
+
+
+@pytest.mark.parametrize("batch", [array.array("f", [1.0, 2.0]), collections.UserString("name")], ids=["array", "text"])
+def test_arrays_and_texts_are_returned_themselves(batch: Any) -> None:
+    assert double([batch, torch.ones(1)])[0] is batch
+
+
+def test_a_namedtuple_with_its_own_constructor() -> None:
+    doubled = double(Labelled(torch.ones(2)))
+    assert type(doubled) is Labelled
+    assert (doubled.x.tolist(), doubled.y) == ([2.0, 2.0], "label")
+
+
+def test_a_tuple_keeps_its_attributes() -> None:
+    for batch in (Noted([torch.ones(1)]), Labelled(torch.ones(1))):
+        batch.note = "a note"  # type: ignore[union-attr]
+        doubled = double(batch)
+        assert type(doubled) is type(batch)
+        assert (doubled[0].item(), doubled.note) == (2.0, "a note")
+
+
+def test_containers_that_cannot_be_created() -> None:
+    assert [leaf.tolist() for leaf in double(Fixed(3))] == [[6.0, 6.0]]
+    assert type(double(Fixed(3))) is list
+    assert type(double(FixedMapping(3))) is dict
+    assert double(FixedMapping(3))["x"].tolist() == [6.0, 6.0]
 
 
 def test_a_device_without_streams() -> None:

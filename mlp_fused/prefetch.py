@@ -156,11 +156,16 @@ def _checked(name: torch.device | str | int) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, TypeError):
         raise ValueError(f"device is {name!r}; it needs to be one that torch has here, such as cpu or cuda") from None
+    missing = f"device is {device}, but torch {torch.__version__} finds no {device.type} device; use cpu"
     if not _has_streams(device):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, ImportError):
+            raise ValueError(missing) from None
         return device
     module: Any = torch.get_device_module(device)
     if not module.is_available():
-        raise ValueError(f"device is {device}, but torch {torch.__version__} finds no {device.type} device; use cpu")
+        raise ValueError(missing)
     index = module.current_device() if device.index is None else device.index
     if index >= module.device_count():
         raise ValueError(f"device is {device}; it needs an index below {module.device_count()}, the number of devices")

@@ -454,6 +454,12 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         DevicePrefetcher([], "cuda")
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="torch finds an mps device")
+def test_a_device_without_streams_that_is_not_here() -> None:
+    with pytest.raises(ValueError, match="device is mps, but torch .* finds no mps device; use cpu"):
+        DevicePrefetcher([], "mps")
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])

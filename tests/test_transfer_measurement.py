@@ -160,6 +160,16 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "no parameter of the model requires a gradient; set training=False",
     ),
     "meta": (lambda: measure(nn.Linear(2, 2), torch.ones(2, 2), device="meta"), ValueError, "device is meta; it needs"),
+    "no device": (
+        lambda: measure(nn.Linear(2, 2), torch.ones(2, 2), device="xyz"),
+        ValueError,
+        "device is 'xyz'; it needs to be a CUDA or ROCm GPU, or cpu",
+    ),
+    "an index": (
+        lambda: measure(nn.Linear(2, 2), torch.ones(2, 2), device=0),  # type: ignore[arg-type]
+        ValueError,
+        "device is 0; it needs",
+    ),
     "cuda": (
         lambda: measure(nn.Linear(2, 2), torch.ones(2, 2), device="cuda"),
         ValueError,

@@ -203,7 +203,10 @@ def measure(
     """
     gpu: Gpu | None = None
     notes: list[str] = []
-    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; it needs to be a CUDA or ROCm GPU, or cpu") from None
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {chosen}; it needs to be a CUDA or ROCm GPU, or cpu")
     if chosen.type == "cpu":

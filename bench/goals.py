@@ -6,14 +6,14 @@ bench/results/<gpu>.json` prints the report of a file. `pytest bench --benchmark
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bench.rows import CallRow, CopyRow, FailedRow, GemmRow, NetworkRow, Row, from_json
+from bench.rows import CallRow, CopyRow, FailedRow, GemmRow, NetworkRow, Row
 
 OURS = ("network", "layer")  # the paths that run on the kernels
 
@@ -220,6 +220,19 @@ def report(rows: Iterable[Row]) -> list[str]:
     return [*lines, *(goal.judge(rows) for goal in GOALS)]
 
 
+def main(arguments: list[str] | None = None) -> int:
+    from bench.results import UnfitError, read  # it imports gpu.py, which imports this module
+
+    parser = argparse.ArgumentParser(description="report which goals the rows of a file of results meet")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="a file of bench/gpu.py or --benchmark-json")
+    try:
+        results = read(parser.parse_args(arguments).results)
+    except UnfitError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(*report(results.rows.values()), sep="\n")
+    return 0
+
+
 if __name__ == "__main__":
-    rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
-    print(*report(map(from_json, rows.values())), sep="\n")
+    sys.exit(main())

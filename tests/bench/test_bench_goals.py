@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from stand_ins import (
@@ -14,7 +16,7 @@ from stand_ins import (
     network_row,
 )
 
-from bench import bench_call, goals
+from bench import bench_call, goals, results
 from bench.problem import ANCHORS, GRID
 from bench.rows import (
     CallRow,
@@ -24,6 +26,7 @@ from bench.rows import (
     Memory,
     Row,
     Way,
+    to_json,
 )
 
 
@@ -112,3 +115,39 @@ def test_the_rows_of_the_prefetchers_goal() -> None:
     assert "copy-784x512x512x10-relu-fp32-m1024-copy" in concerned
     assert sum("m1048576" in name for name in concerned) == 8  # four widths in 32 and 16 bits
     assert len(concerned) == 10
+
+
+def test_the_command_prints_the_report_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = network_row(make_cell("narrow-step"), path="network")
+    described = dict.fromkeys(results.ONE_MACHINE) | {"distorted": None}
+    content = {"schema": results.SCHEMA, "machine": described, "updated": "2026-03-01", "rows": {row.id: to_json(row)}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    assert goals.main([str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == goals.report([row])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "is not JSON; it needs to be a file of --benchmark-json or bench/gpu.py"),
+        ('{"format": "readings"}', "has no results of --benchmark-json or bench/gpu.py"),
+    ],
+    ids=["missing", "not JSON", "published readings"],
+)
+def test_the_command_refuses_other_files(
+    content: str | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    assert goals.main([str(path)]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"{path} {sentence}\n")
+
+
+def test_the_command_needs_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        goals.main([])
+    assert "RESULTS.json" in capsys.readouterr().err

@@ -313,12 +313,17 @@ class CapturedStep:
 
 
 class _Attributes:
-    """The children of a module, and its plain public attributes, such as Dropout's p, at the time of the record."""
+    """The children and the mode of a module, and a library's plain attributes, such as Dropout's p, as recorded.
+
+    A user's own attribute may be a counter that nothing on the GPU depends on.
+    """
 
     def __init__(self, whose: str, path: str, module: nn.Module) -> None:
         self.whose, self.path, self.now = whose, path, vars(module)
         kinds = (bool, int, float, str)
         plain = {name: value for name, value in self.now.items() if type(value) in kinds and not name.startswith("_")}
+        if type(module).__module__.partition(".")[0] not in ("torch", "mlp_fused"):
+            plain = {"training": module.training}
         self.children = dict(module._modules)
         self._record(plain)
 

@@ -7,13 +7,14 @@ bench/results/<gpu>.json` prints the report of a file. `pytest bench --benchmark
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bench.rows import CallRow, CopyRow, FailedRow, GemmRow, NetworkRow, Row
+from bench.rows import CallRow, CopyRow, FailedRow, GemmRow, NetworkRow, Row, from_json
 
 OURS = ("network", "layer")  # the paths that run on the kernels
 
@@ -221,16 +222,18 @@ def report(rows: Iterable[Row]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from bench.results import UnfitError, read  # it imports gpu.py, which imports this module
-
     parser = argparse.ArgumentParser(description="report which goals the rows of a file of results meet")
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="a file of bench/gpu.py or --benchmark-json")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="a file that bench/gpu.py wrote")
+    path = parser.parse_args(arguments).results
     try:
-        results = read(parser.parse_args(arguments).results)
-    except UnfitError as error:
-        print(error, file=sys.stderr)
+        rows = [from_json(row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"].values()]
+    except OSError as error:
+        print(f"{path} cannot be read: {error.strerror}", file=sys.stderr)
         return 2
-    print(*report(results.rows.values()), sep="\n")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        print(f"{path} is not a file of results of bench/gpu.py", file=sys.stderr)
+        return 2
+    print(*report(rows), sep="\n")
     return 0
 
 

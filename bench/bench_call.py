@@ -4,7 +4,7 @@
 the same machine, several times in alternation, and compare `us` and `ratio`. A difference smaller than their spread
 means nothing. The `extra_info` of a row has these microseconds of CPU time per call:
 
-    us, us_spread              ours: the median of 100 rounds, and their interquartile range
+    us, us_spread              ours: the median of 40 rounds, and their interquartile range
     eager_us, eager_us_spread  the same for an nn.Sequential of nn.Linear and activations, in the same rounds
     ratio, ratio_spread        eager's time / ours in each round, so that the speed of the machine cancels out
 """
@@ -55,7 +55,7 @@ def measure(benchmark: Any, **systems: tuple[Call, Tensor]) -> int:
     Returns:
         The number of calls of `ours`.
     """
-    rounds, calls = (2, 1) if benchmark.disabled else (100, 100)
+    rounds, calls = (2, 1) if benchmark.disabled else (40, 100)
     readings: dict[str, list[float]] = {name: [] for name in systems}
     for _ in range(rounds):
         for name, (call, x) in systems.items():

@@ -171,7 +171,7 @@ class SectionFunction(PlainFunction):
         names, read, _ = section.saved(needs)
         by_torch = wants_torch(dy)
         if (now := versions(parameters)) != ctx.versions:
-            refuse_changed(section.parameters, ctx.versions, now, None if by_torch else read)
+            refuse_changed(section.parameters, ctx.versions, now, range(len(now)) if by_torch else read)
         if ctx.parameters is not None:  # autograd saves the memory of the others
             refuse_moved(section.parameters, ctx.storages, storages(parameters, read), read)
         if by_torch:
@@ -181,7 +181,7 @@ class SectionFunction(PlainFunction):
         return None, None, None, *section.backward(dy, saved, laid_out(parameters, section.strides), needs)
 
 
-def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor], read: Iterable[int] = ()) -> None:
+def save(ctx: Any, parameters: Sequence[Tensor | None], tensors: Sequence[Tensor], read: Iterable[int]) -> None:
     """Save tensors and parameters for backward, with the versions of the parameters.
 
     `read` has the indices of the parameters whose values the backward reads.
@@ -222,18 +222,18 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
 
 
 def refuse_changed(
-    names: Sequence[str], before: Sequence[int | None], now: Sequence[int | None], read: Iterable[int] | None = None
+    names: Sequence[str], before: Sequence[int | None], now: Sequence[int | None], read: Iterable[int]
 ) -> None:
     """Raise an error if a parameter that the backward reads was changed in place since the forward.
 
     Args:
         names, before, now: for each parameter, its name and its versions in the forward and in the backward.
-        read: the indices of the parameters that the backward reads; by default, all.
+        read: the indices of the parameters that the backward reads.
 
     Raises:
         RuntimeError: with the wording of torch's own error.
     """
-    for index in range(len(names)) if read is None else read:
+    for index in read:
         if before[index] != now[index]:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "

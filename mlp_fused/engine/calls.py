@@ -79,7 +79,7 @@ def checkpointed(
         options: options of `torch.utils.checkpoint.checkpoint`.
 
     Raises:
-        RuntimeError: in backward, a parameter was changed in place since the forward.
+        RuntimeError: in backward, the input or a parameter was changed in place since the forward.
     """
     if torch.compiler.is_compiling():  # a compiled graph keeps its tensors itself
         compiled: Tensor = checkpoint(function, x, weights, biases, *rest, use_reentrant=False, **options)
